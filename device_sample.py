@@ -1,0 +1,76 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Continue texts with a trained model: RUN -> text. RUN is a run folder or a checkpoint in it.
+
+examples:
+  python device_sample.py runs/quickstart
+      an interactive prompt; settings begin as the run's own [sample] section, /help shows what can be changed
+  python device_sample.py runs/quickstart --prompt "def main(" --n 3 --max-tokens 64 --stop "\\n\\n" --json
+      three continuations up to an empty line, as one JSON object each: text, tokens, logprobs, finish reason
+
+exit status: 0 done, 1 failed, 2 wrong usage or configuration
+"""
+
+import argparse
+import sys
+
+from mesh_transformer.command import add_set_option, make_parser, run_command
+from mesh_transformer.config import ConfigError
+
+FLAGS = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float}  # short for --set sample.NAME=VALUE
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, load, continue, print."""
+    options = parse(arguments)
+    overrides = list(options.set)
+    overrides += [f"sample.{name}={value}" for name in FLAGS if (value := getattr(options, name)) is not None]
+
+    # JAX and what needs it come after the options: --help and errors in them answer at once.
+    from mesh_transformer.sample.terminal import Terminal
+    from mesh_transformer.sample.text import complete_texts
+    from mesh_transformer.sample.trained import load_trained
+
+    engine, tokenizer, config, step, where = load_trained(options.run, overrides)
+    if options.prompt is None:
+        print(f"{where}: step {step}", file=sys.stderr)
+        Terminal(engine, tokenizer, config.sample, seed=options.seed, stops=options.stop).run()
+        return 0
+    completions = complete_texts(
+        engine, tokenizer, options.prompt, config.sample, n=options.n, seed=options.seed, stops=options.stop
+    )
+    for number, completion in enumerate(completions):
+        if options.json:
+            print(completion.to_json())
+        else:
+            print("-" * 72 + "\n" if number else "", completion.prompt, completion.text, sep="")
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line, checked as far as it can be without the run."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart, or a checkpoint in it")
+    parser.add_argument("--prompt", action="append", help='a text to continue; repeatable; "" begins a document')
+    parser.add_argument("--n", type=int, default=1, help="continuations of every prompt; default: %(default)s")
+    for name, kind in FLAGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"the same as --set sample.{name}=...")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal texts; default: %(default)s")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=r"end before this; \n is a new line; repeatable")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for every continuation")
+    add_set_option(parser)
+    options = parser.parse_args(arguments)
+    if options.n < 1 or options.seed < 0:
+        raise ConfigError(f"--n {options.n} --seed {options.seed}: --n is at least 1, --seed at least 0")
+    if options.prompt is None and (options.json or options.n != 1):
+        raise ConfigError("--json and --n need --prompt")
+    options.stop = [_unescape(stop) for stop in options.stop]
+    return options
+
+
+def _unescape(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,235 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Documents -> tokens -> shards in the cache: in parallel, resumable, and never reused for a source that has changed.
+
+The split rule: with holdout = n > 0, a document is held out exactly if xxh3_64(its name in UTF-8) % n == 0. It depends
+on the document's name alone, so adding files moves none from one side to the other.
+
+A source's files are cut into parts of about 32 MB in order; each part becomes a small shard under a temporary name, and
+a part that is there is not made again. The parts are joined in order, so the result is the same bytes for any number of
+workers and interruptions. Its name carries a digest of everything it depends on: path, size and time of change of each
+file, tokenizer, split and text key.
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from mesh_transformer.data.documents import BadDocuments, DataError
+from mesh_transformer.data.readers import OnBad, find_files, find_root, read_file
+from mesh_transformer.data.shards import ShardWriter, TokenShard, is_shard, token_dtype
+from mesh_transformer.data.tokenizers import Tokenizer
+
+VERSION = 1  # of what is in the cache; a change of it rebuilds everything
+PART_BYTES = 32_000_000
+ENCODE_CHARACTERS = 4_000_000  # text handed to the tokenizer in one call
+SIDES = ("train", "heldout")
+
+
+class Built(NamedTuple):
+    """One side of a source, on disk."""
+
+    prefix: Path
+    n_documents: int
+    n_tokens: int
+    n_bytes: int  # of text, without ends of text
+    notes: tuple[str, ...]  # what was left out, and why
+
+
+class Work(NamedTuple):
+    """What one worker turns into one part."""
+
+    files: list[Path]
+    root: Path
+    text_key: str
+    on_bad: OnBad
+    holdout: int
+    tokenizer: Tokenizer
+    prefix: Path
+
+
+Report = Callable[[int, int, float], None]  # bytes of source done, bytes in all, seconds since the start
+
+
+def build_shards(
+    path: str,
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    *,
+    text_key: str = "text",
+    holdout: int = 0,
+    on_bad: OnBad = "error",
+    workers: int = 1,
+    report: Report = lambda done, total, seconds: None,
+) -> dict[str, Built]:
+    """The shards of a source by side ("train", and "heldout" if `holdout`), from the cache or made now.
+
+    A path that is a shard's prefix is used as it is; its text is taken to have the bytes its tokens decode to.
+    Raises DataError for damaged documents (or counts them, see `on_bad`) and for a side without documents.
+    """
+    given = os.path.expanduser(path).removesuffix(".bin").removesuffix(".idx")
+    if is_shard(given):
+        return {"train": _use_shard(Path(given), tokenizer, holdout)}
+    files = find_files(path)
+    key = _fingerprint(path, files, tokenizer, text_key, holdout, on_bad)
+    base = Path(os.path.expanduser(cache_dir)) / f"{Path(path).name}-{key}"
+    base.parent.mkdir(parents=True, exist_ok=True)
+    sides = SIDES if holdout else SIDES[:1]
+    with _locked(base.with_name(base.name + ".lock")):
+        if not all(Path(f"{base}-{side}.json").is_file() and is_shard(f"{base}-{side}") for side in sides):
+            _build(base, path, files, Work([], find_root(path), text_key, on_bad, holdout, tokenizer, base), workers, report)
+    return {side: _open_built(Path(f"{base}-{side}"), path, side, holdout) for side in sides}
+
+
+def is_held_out(name: str, holdout: int) -> bool:
+    """The split rule of this module."""
+    return bool(holdout) and xxhash.xxh3_64_intdigest(name.encode()) % holdout == 0
+
+
+def _fingerprint(path: str, files: list[Path], tokenizer: Tokenizer, text_key: str, holdout: int, on_bad: str) -> str:
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    parts = [VERSION, path, stats, tokenizer.fingerprint, text_key, holdout, on_bad]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One builder at a time; the others wait and then find the result."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(base: Path, path: str, files: list[Path], work: Work, workers: int, report: Report) -> None:
+    parts_dir = base.with_name(base.name + ".parts")
+    parts_dir.mkdir(exist_ok=True)
+    groups = _group(files)
+    jobs = [work._replace(files=group, prefix=parts_dir / f"{i:06d}") for i, group in enumerate(groups)]
+    sizes = [sum(file.stat().st_size for file in group) for group in groups]
+    start, done = time.perf_counter(), 0
+    for size, future in zip(sizes, _run(jobs, workers), strict=True):
+        future()
+        done += size
+        report(done, sum(sizes), time.perf_counter() - start)
+    for side in SIDES if work.holdout else SIDES[:1]:
+        _join(base, side, [job.prefix for job in jobs], work.tokenizer)
+    shutil.rmtree(parts_dir)
+
+
+def _group(files: list[Path]) -> list[list[Path]]:
+    groups: list[list[Path]] = [[]]
+    size = 0
+    for file in files:
+        if groups[-1] and size + file.stat().st_size > PART_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(file)
+        size += file.stat().st_size
+    return groups
+
+
+def _run(jobs: list[Work], workers: int) -> Iterator[Callable[[], Any]]:
+    """Callables, in order, that wait for each job."""
+    if workers == 1 or len(jobs) == 1:
+        for job in jobs:
+            yield lambda job=job: _make_part(job)
+        return
+    pool: Executor
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures: list[Future[None]] = [pool.submit(_make_part, job) for job in jobs]
+        try:
+            for future in futures:
+                yield future.result
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _make_part(work: Work) -> None:
+    """Both sides of one part; its statistics are written last and mark it as done."""
+    record = Path(f"{work.prefix}.json")
+    if record.is_file():
+        return
+    bad = BadDocuments()
+    dtype = token_dtype(work.tokenizer.n_vocab)
+    counts = {side: {"documents": 0, "tokens": 0, "bytes": 0} for side in SIDES}
+    with ShardWriter(f"{work.prefix}-train", dtype) as train, ShardWriter(f"{work.prefix}-heldout", dtype) as heldout:
+        for texts, names in _read_chunks(work, bad):
+            for text, name, tokens in zip(texts, names, work.tokenizer.encode_batch(texts), strict=True):
+                side = "heldout" if is_held_out(name, work.holdout) else "train"
+                document = np.append(tokens, work.tokenizer.end_of_text)
+                (heldout if side == "heldout" else train).add(document)
+                count = counts[side]
+                count["documents"] += 1
+                count["tokens"] += len(document)
+                count["bytes"] += len(text.encode("utf-8", "surrogatepass"))
+    _write_json(record, {"counts": counts, "notes": bad.format_report()})
+
+
+def _read_chunks(work: Work, bad: BadDocuments) -> Iterator[tuple[list[str], list[str]]]:
+    texts, names, size = [], [], 0
+    for file in work.files:
+        for document in read_file(file, work.root, text_key=work.text_key, on_bad=work.on_bad, bad=bad):
+            texts.append(document.text)
+            names.append(document.name)
+            size += len(document.text)
+            if size > ENCODE_CHARACTERS:
+                yield texts, names
+                texts, names, size = [], [], 0
+    if texts:
+        yield texts, names
+
+
+def _join(base: Path, side: str, parts: list[Path], tokenizer: Tokenizer) -> None:
+    total: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "notes": [], "tokenizer": tokenizer.fingerprint}
+    with ShardWriter(f"{base}-{side}", token_dtype(tokenizer.n_vocab)) as joined:
+        for part in parts:
+            shard = TokenShard(f"{part}-{side}")
+            for index in range(shard.n_documents):
+                joined.add(shard.document(index))
+            record = json.loads(Path(f"{part}.json").read_text())
+            for name, count in record["counts"][side].items():
+                total[name] += count
+            total["notes"] += record["notes"]
+    _write_json(Path(f"{base}-{side}.json"), total)
+
+
+def _open_built(prefix: Path, path: str, side: str, holdout: int) -> Built:
+    record = json.loads(Path(f"{prefix}.json").read_text())
+    if not record["documents"]:
+        remedy = f"no document's name fell to it; lower data.holdout={holdout}" if side == "heldout" else "nothing to read"
+        raise DataError(f"{path}: the {side} part is empty: {remedy}; {'; '.join(record['notes'])}")
+    return Built(prefix, record["documents"], record["tokens"], record["bytes"], tuple(record["notes"]))
+
+
+def _use_shard(prefix: Path, tokenizer: Tokenizer, holdout: int) -> Built:
+    if holdout:
+        raise DataError(f"{prefix}: documents of a shard have no names to split by; set data.holdout=0 and add a data.validation shard")
+    shard = TokenShard(prefix)
+    n_bytes = 0
+    for index in range(shard.n_documents):
+        n_bytes += len(tokenizer.decode_bytes(token for token in shard.document(index) if token != tokenizer.end_of_text))
+        if index == 1000:  # a sample is enough for a ratio
+            n_bytes = n_bytes * shard.n_tokens // int(shard.ends[index])
+            break
+    return Built(prefix, shard.n_documents, shard.n_tokens, n_bytes, ())
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "w") as file:
+        json.dump(record, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,169 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Texts in one file, line by line or whole, and what is wrong with those that are damaged."""
+
+import io
+import json
+import tokenize
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mesh_transformer.data.archives import COMPRESSED, check_length, read_chunks, split_lines
+from mesh_transformer.data.documents import DataError, Flaw
+
+_LINES = {".jsonl", ".ndjson", ".json"}
+_REMEDIES = {
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive of files; unpack it first"),
+    **dict.fromkeys((".bz2", ".xz", ".lz4", ".br"), "compressed in a way that is not read; use .zst or .gz"),
+    **dict.fromkeys((".bin", ".idx"), "a token shard; name the pair by its prefix, without .bin or .idx"),
+}
+
+Item = tuple[int | None, str | Flaw]  # line or row, its text or what is wrong with it
+
+
+def read_items(file: Path, text_key: str) -> Iterator[Item]:
+    """Every item of a file; damage that ends the reading comes as the last one."""
+    try:
+        yield from _pick_reader(file, text_key)()
+    except Flaw as flaw:
+        yield flaw.line, flaw
+    except OSError as error:
+        yield None, Flaw("unreadable file", f"cannot be read: {error.strerror or error}")
+
+
+def _pick_reader(file: Path, text_key: str) -> Callable[[], Iterator[Item]]:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    compressed = suffixes[-1] if suffixes and suffixes[-1] in COMPRESSED else None
+    kind = "".join((suffixes[:-1] if compressed else suffixes)[-1:])
+    if kind in _REMEDIES:
+        raise Flaw("unreadable type", f"{kind} is {_REMEDIES[kind]}")
+    if kind == ".parquet":
+        if compressed:
+            raise Flaw("unreadable type", "Parquet inside an archive; decompress it first")
+        return partial(_read_parquet, file, text_key)
+    if kind in _LINES:
+        return partial(_read_lines, read_chunks(file, compressed), text_key)
+    return partial(_read_text, read_chunks(file, compressed), is_python=kind == ".py")
+
+
+def _read_text(chunks: Iterator[bytes], *, is_python: bool) -> Iterator[Item]:
+    data = bytearray()
+    for chunk in chunks:
+        data += chunk
+        check_length(len(data))
+    text = _decode_python(bytes(data)) if is_python else _decode(bytes(data).removeprefix(b"\xef\xbb\xbf"))
+    _check_characters(text)
+    yield None, text.replace("\r\n", "\n")
+
+
+def _read_lines(chunks: Iterator[bytes], text_key: str) -> Iterator[Item]:
+    number = 0
+    for number, line in enumerate(split_lines(chunks), 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line or line.isspace():
+            continue
+        try:
+            item = _parse_line(line, text_key)
+        except Flaw as flaw:
+            item = flaw
+        yield number, item
+    if not number:
+        raise Flaw("empty file", "an empty file; was it written to its end?")
+
+
+def _read_parquet(file: Path, text_key: str) -> Iterator[Item]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{file}: reading Parquet needs pyarrow: pip install 'mesh-transformer[parquet]'") from None
+    row = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        names = table.schema_arrow.names
+        if text_key not in names:
+            raise Flaw("no text", f"no column {text_key!r}; columns here: {_list(names)} (text_key chooses one)")
+        for batch in table.iter_batches(batch_size=256, columns=[text_key]):
+            for value in batch.column(0):
+                row += 1
+                yield row, _check_value(value)
+    except (pyarrow.ArrowException, OSError) as error:  # damage is either; only an error of the system has a number
+        if getattr(error, "errno", None):
+            raise
+        detail = " ".join(str(error).split())
+        raise Flaw("broken Parquet", f"not a whole Parquet file: {detail}", row or None) from None
+
+
+def _check_value(value: Any) -> str | Flaw:
+    """The text of one cell of a Parquet column."""
+    try:
+        return _check_text(value.as_py())
+    except UnicodeDecodeError as error:
+        return Flaw("bad UTF-8", f"byte {error.start} of the text is not UTF-8")
+    except Flaw as flaw:
+        return flaw
+
+
+def _parse_line(line: bytes, text_key: str) -> str:
+    """The text in one line of JSON."""
+    source = _decode(line)
+    try:
+        record = json.loads(source)
+    except RecursionError:
+        raise Flaw("broken JSON", "JSON nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise Flaw("broken JSON", f"not one JSON object per line: {error.msg}, column {error.pos + 1}") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise Flaw("broken JSON", f"JSON that cannot be read: {error}") from None
+    if not isinstance(record, dict):
+        kind = {list: "a list", str: "a string", type(None): "null"}.get(type(record), "a number or boolean")
+        raise Flaw("not an object", f"{kind} where a JSON object with {text_key!r} is wanted, one per line")
+    if text_key not in record:
+        raise Flaw("no text", f"no key {text_key!r}; keys here: {_list(list(record))} (text_key chooses one)")
+    return _check_text(record[text_key])
+
+
+def _check_text(text: object) -> str:
+    if not isinstance(text, str):
+        raise Flaw("not text", f"{'null' if text is None else type(text).__name__} where text is wanted")
+    _check_characters(text)
+    return text
+
+
+def _check_characters(text: str) -> None:
+    nul = text.find("\0")
+    if nul >= 0:
+        line = text.count("\n", 0, nul) + 1
+        raise Flaw("NUL", f"NUL at character {nul} (line {line} of the text): binary or damaged, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise Flaw("lone surrogate", f"lone surrogate {code} at character {error.start}: not Unicode") from None
+
+
+def _decode(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        hint = "UTF-16; convert it" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "binary, damaged or another encoding"
+        detail = f"byte {error.start} (0x{data[error.start]:02x}) is not UTF-8: {hint}"
+        raise Flaw("bad UTF-8", detail, line if b"\n" in data else None) from None
+
+
+def _decode_python(data: bytes) -> str:
+    """Source code in the encoding that it declares, as the interpreter would read it."""
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        return data.decode(encoding)
+    except (SyntaxError, LookupError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise Flaw("bad encoding", f"not Python source in UTF-8 or its declared encoding: {why}") from None
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")

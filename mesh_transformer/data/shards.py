@@ -1,0 +1,149 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Token shards: tokenised documents on disk, in the indexed format of Megatron-LM and GPT-NeoX, memory-mapped.
+
+A shard is `<prefix>.bin`, all tokens of all documents one after the other, and `<prefix>.idx` (little-endian):
+
+    9 bytes   b"MMIDIDX\\x00\\x00"
+    u64       version, 1
+    u8        type of a token: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
+    u64       N, number of sequences
+    u64       M, number of document boundaries
+    i32 [N]   tokens of each sequence
+    i64 [N]   byte offset of each sequence in .bin
+    i64 [M]   boundaries: document j is the sequences boundary[j] to boundary[j + 1]
+
+We write one sequence per document (M = N + 1), with the end-of-text token at its end, as Pythia's data has it.
+"""
+
+import os
+import struct
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from mesh_transformer.data.documents import DataError
+
+MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+HEADER = struct.Struct("<9sQBQQ")
+
+
+def token_dtype(n_vocab: int) -> np.dtype:
+    """The smallest type of the format that holds every id below `n_vocab`."""
+    return np.dtype(np.uint16 if n_vocab <= 2**16 else np.int32)
+
+
+def is_shard(prefix: str | Path) -> bool:
+    """Whether both files of a shard are there."""
+    return Path(f"{prefix}.bin").is_file() and Path(f"{prefix}.idx").is_file()
+
+
+class TokenShard:
+    """A shard opened for reading. Raises DataError, naming the file, where its parts contradict each other."""
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = Path(prefix)
+        index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+        for path in (index, data):
+            if not path.is_file():
+                raise DataError(f"{path}: no such file; a shard is a pair of .bin and .idx")
+        dtype, ends = _read_index(index)
+        size = data.stat().st_size
+        if size % dtype.itemsize or (len(ends) and ends[-1] * dtype.itemsize != size) or (not len(ends) and size):
+            expected = int(ends[-1]) * dtype.itemsize if len(ends) else 0
+            raise DataError(f"{data}: {size:,} bytes, but {index.name} describes {expected:,}; copy or build it again")
+        self.ends = ends  # [documents]: end of each in tokens of the whole shard
+        self.tokens = np.memmap(data, dtype, "r") if size else np.zeros(0, dtype)  # [tokens]
+
+    @property
+    def n_documents(self) -> int:
+        """Documents in the shard."""
+        return len(self.ends)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the shard."""
+        return len(self.tokens)
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of document `index`, its end of text included."""
+        return self.tokens[int(self.ends[index - 1]) if index else 0 : int(self.ends[index])]
+
+    def documents_at(self, places: np.ndarray) -> np.ndarray:
+        """Index of the document that each token, by its place in the shard, belongs to."""
+        return np.searchsorted(self.ends, places, side="right")
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
+    raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+    if len(raw) < HEADER.size or bytes(raw[: len(MAGIC)]) != MAGIC:
+        raise DataError(f"{path}: not an index of token shards (it must begin with {MAGIC!r})")
+    _, version, code, n_sequences, n_boundaries = HEADER.unpack(bytes(raw[: HEADER.size]))
+    if version != VERSION or code not in DTYPES:
+        raise DataError(f"{path}: version {version}, token type {code}; we read version {VERSION}, types {sorted(DTYPES)}")
+    expected = HEADER.size + 12 * n_sequences + 8 * n_boundaries
+    if len(raw) != expected:
+        raise DataError(f"{path}: {len(raw):,} bytes where its header describes {expected:,}; copy or build it again")
+    dtype = np.dtype(DTYPES[code])
+    at = HEADER.size
+    sizes = np.frombuffer(raw, "<i4", n_sequences, at).astype(np.int64)
+    offsets = np.frombuffer(raw, "<i8", n_sequences, at + 4 * n_sequences)
+    boundaries = np.frombuffer(raw, "<i8", n_boundaries, at + 12 * n_sequences)
+    ends = np.cumsum(sizes)
+    if (sizes < 0).any() or not np.array_equal(offsets, (ends - sizes) * dtype.itemsize):
+        raise DataError(f"{path}: sequences do not follow one another; we read shards without gaps only")
+    rising = n_boundaries == 0 or (
+        boundaries[0] == 0 and boundaries[-1] == n_sequences and (np.diff(boundaries) >= 0).all()
+    )
+    if not rising or (n_sequences and not n_boundaries):
+        raise DataError(f"{path}: document boundaries do not run from 0 to {n_sequences}")
+    last = boundaries[1:][np.diff(boundaries) > 0] - 1  # last sequence of each document that has one
+    return dtype, ends[last]
+
+
+class ShardWriter:
+    """`with ShardWriter(prefix, dtype) as shard: shard.add(tokens)`; the files appear, whole, when the block ends well."""
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype):
+        self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
+        self.sizes: list[int] = []
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = Path(f"{prefix}.tmp-{os.getpid()}")
+        self._data = open(f"{self._temporary}.bin", "wb")  # noqa: SIM115 (closed in __exit__)
+
+    def add(self, tokens: np.ndarray) -> None:
+        """One document, its end of text included; DataError if an id does not fit the shard's type."""
+        limits = np.iinfo(self.dtype)
+        if len(tokens) and not (limits.min <= tokens.min() and tokens.max() <= limits.max):
+            raise DataError(f"{self.prefix}: token id {tokens.max()} does not fit {self.dtype}; use a wider type")
+        self._data.write(np.ascontiguousarray(tokens, self.dtype).tobytes())
+        self.sizes.append(len(tokens))
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            _sync(self._data)
+        self._data.close()
+        if kind is not None:
+            os.unlink(f"{self._temporary}.bin")
+            return
+        sizes = np.asarray(self.sizes, "<i4")
+        offsets = (np.cumsum(sizes, dtype="<i8") - sizes) * self.dtype.itemsize
+        with open(f"{self._temporary}.idx", "wb") as index:
+            index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes), len(sizes) + 1))
+            for part in (sizes, offsets.astype("<i8"), np.arange(len(sizes) + 1, dtype="<i8")):
+                index.write(part.tobytes())
+            _sync(index)
+        # The index goes last: a shard without one is not taken for a shard.
+        os.replace(f"{self._temporary}.bin", f"{self.prefix}.bin")
+        os.replace(f"{self._temporary}.idx", f"{self.prefix}.idx")
+
+
+def _sync(file: object) -> None:
+    file.flush()  # type: ignore[attr-defined]
+    os.fsync(file.fileno())  # type: ignore[attr-defined]

@@ -1,0 +1,279 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Text <-> token ids: raw bytes, or a vocabulary from Hugging Face `tokenizers` files; nothing is ever downloaded.
+
+Rules that hold for every tokenizer:
+
+- Text never becomes a special token. "<|endoftext|>" written in a document is encoded as the characters it consists
+  of; whoever wants the end of a document appends `end_of_text` by its id.
+- Special tokens decode to nothing. An id outside the vocabulary (models may have more rows than tokens) decodes to
+  U+FFFD, as do bytes that are not UTF-8.
+- A vocabulary can write every text: one that lacks bytes, or drops spaces, is refused, for nobody would notice the
+  loss. What its normalizer changes (GPT-NeoX's composes accents, NFC) is the vocabulary's own business.
+- `fingerprint` is a digest of the vocabulary file's content, so it is the same under every version of the library.
+"""
+
+import codecs
+import difflib
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tokenizers as hf
+
+from mesh_transformer.data.vocabularies import (
+    TokenizerError,
+    can_split,
+    find_end_of_text,
+    make_byte_table,
+    make_library,
+    read_gpt2,
+    read_json,
+    without_chance,
+    writes_leading_space,
+)
+
+_UNKNOWN = "\ufffd".encode()
+_PROBE = "two  words,\n\u4e2d \U0001f600"  # what has to come back but for case and form, at least
+_PART = 1 << 20  # characters of one part of a long text, and of all texts encoded at once
+# Between these, the pattern of ByteLevel ends one word and begins the next whatever stands around them.
+_CUT = re.compile(r"[A-Za-z0-9.,;] (?=[A-Za-z])")
+
+
+class Tokenizer(Protocol):
+    """What the rest of the program knows about a tokenizer."""
+
+    @property
+    def n_vocab(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    @property
+    def end_of_text(self) -> int:
+        """The id behind every document."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that ids depend on, 64 hexadecimal digits."""
+        ...
+
+    @property
+    def leading_space(self) -> bool:
+        """Whether a space is written before the first word, which decoding drops at the start of a text."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without end_of_text. Raises TokenizerError at lone surrogates."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of every text, int32, in parallel; equal to `encode` of each."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids that begin a text."""
+        ...
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of any run of ids; bytes of runs put one behind the other are the bytes of the whole."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """All there is to know, for a checkpoint to carry; `tokenizer_from_json` reads it."""
+        ...
+
+
+class StreamDecoder:
+    """Text of ids that arrive bit by bit: only whole characters come out, together the same as `decode` of all.
+
+    `continues`: the ids follow a prompt, so that a leading space is part of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._drop_space = tokenizer.leading_space and not continues
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Characters that are complete with these ids, perhaps none."""
+        data = self._tokenizer.decode_bytes(ids)
+        if data and self._drop_space:
+            data, self._drop_space = data.removeprefix(b" "), False
+        return self._decoder.decode(data)
+
+    def finish(self) -> str:
+        """U+FFFD if the last character never became whole, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are bytes of UTF-8, 256 ends a document; needs no file."""
+
+    n_vocab = 257
+    end_of_text = 256
+    leading_space = False
+
+    @property
+    def fingerprint(self) -> str:
+        """See Tokenizer."""
+        return _digest(self.to_json())
+
+    def encode(self, text: str) -> list[int]:
+        """See Tokenizer."""
+        return list(_to_utf8(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See Tokenizer."""
+        return [np.frombuffer(_to_utf8(text), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See Tokenizer."""
+        return _decode(self, ids)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """See Tokenizer."""
+        return b"".join(bytes([i]) if 0 <= i < 256 else b"" if i == 256 else _UNKNOWN for i in ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """See Tokenizer."""
+        return {"type": "bytes"}
+
+
+class FileTokenizer:
+    """A vocabulary as `tokenizer.json` holds it: byte-level BPE (GPT-2 and its kin), or with byte fallback (Llama)."""
+
+    def __init__(self, table: Mapping[str, Any], *, where: str = "tokenizer") -> None:
+        """`table` is the content of a tokenizer.json; `where` begins error messages. Raises TokenizerError."""
+        self._table = without_chance(table, where)
+        self._library = make_library(self._table, where)
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        name = find_end_of_text(self._table, vocabulary, where)
+        self._library.add_special_tokens([hf.AddedToken(name, normalized=False, special=True)])
+        self._library.encode_special_tokens = True
+        self.n_vocab = max(vocabulary.values()) + 1
+        self.end_of_text = vocabulary[name]
+        self.fingerprint = _digest(self.to_json())
+        self.leading_space = writes_leading_space(self._table)
+        self._part = _PART if can_split(self._table) else None
+        self._bytes = make_byte_table(self._table, vocabulary, self._library.get_added_tokens_decoder(), where)
+        if self.end_of_text in self.encode(name):
+            raise TokenizerError(f"{where}: {name} written in a text would end the document; its model merges it")
+        back = self.decode(self.encode(_PROBE))
+        if unicodedata.normalize("NFKC", back).casefold() != _PROBE:
+            raise TokenizerError(f"{where}: alters texts: the ids of {_PROBE!r} decode to {back!r}")
+
+    def encode(self, text: str) -> list[int]:
+        """See Tokenizer."""
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See Tokenizer; long texts are encoded in parts, for the library takes about 120 bytes per character."""
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in _group_parts(texts, self._part):
+            try:
+                encoded = self._library.encode_batch_fast([part for _, part in group], add_special_tokens=False)
+            except TypeError:  # what the library makes of lone surrogates
+                for _, part in group:
+                    _to_utf8(part)
+                raise
+            for (index, _), encoding in zip(group, encoded, strict=True):
+                ids[index].append(np.array(encoding.ids, np.int32))
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See Tokenizer."""
+        return _decode(self, ids)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """See Tokenizer."""
+        return b"".join(self._bytes.get(int(i), _UNKNOWN) for i in ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """See Tokenizer."""
+        return {"type": "file", "tokenizer": self._table}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Processes that encode in parallel get the rules of this class, which the library's own state leaves out."""
+        return FileTokenizer, (self._table,)
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """The tokenizer that `spec` names: "bytes", a tokenizer.json, or a folder with that or vocab.json and merges.txt.
+
+    Raises TokenizerError if files are missing or broken, or their vocabulary breaks a rule of this module.
+    """
+    if str(spec) == "bytes":
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        if (path / "tokenizer.json").exists():
+            path = path / "tokenizer.json"
+        elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
+            return FileTokenizer(read_gpt2(path), where=str(path))
+        else:
+            raise TokenizerError(f"{path}: neither tokenizer.json nor vocab.json with merges.txt in this folder")
+    if not path.exists():
+        names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, [*names, "bytes"], n=1)
+        hint = f"; did you mean {near[0] if near[0] == 'bytes' else path.parent / near[0]}?" if near else ""
+        raise TokenizerError(f'{path}: no such tokenizer file or folder, and not "bytes"{hint}')
+    return FileTokenizer(read_json(path), where=str(path))
+
+
+def tokenizer_from_json(record: Mapping[str, Any], *, where: str = "checkpoint") -> Tokenizer:
+    """The tokenizer that `to_json` wrote into `record`; `where` begins error messages."""
+    if record.get("type") == "bytes":
+        return ByteTokenizer()
+    if record.get("type") == "file" and isinstance(record.get("tokenizer"), dict):
+        return FileTokenizer(record["tokenizer"], where=where)
+    raise TokenizerError(f"{where}: not the record of a tokenizer (type {record.get('type')!r}); known: bytes, file")
+
+
+def _group_parts(texts: Sequence[str], size: int | None) -> Iterator[list[tuple[int, str]]]:
+    """Parts of all texts in order, each with the number of its text, in groups of about _PART characters."""
+    group: list[tuple[int, str]] = []
+    length = 0
+    for index, text in enumerate(texts):
+        for part in _split_text(text, size):
+            group.append((index, part))
+            length += len(part)
+            if length >= _PART:
+                yield group
+                group, length = [], 0
+    if group:
+        yield group
+
+
+def _split_text(text: str, size: int | None) -> Iterator[str]:
+    start = 0
+    while size is not None and len(text) - start > size:
+        cut = _CUT.search(text, start + size)
+        if cut is None:
+            break
+        yield text[start : cut.start() + 1]
+        start = cut.start() + 1
+    yield text[start:]
+
+
+def _to_utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise TokenizerError(f"lone surrogate {code} at character {error.start} of the text: not Unicode") from None
+
+
+def _decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    stream = StreamDecoder(tokenizer)
+    return stream.push(ids) + stream.finish()
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    canonical = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

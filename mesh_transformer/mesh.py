@@ -1,0 +1,173 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Devices -> mesh; logical axes -> partition specs; `constrain` for activations; the table of what lies where.
+
+Model code names the role of every dimension ("embed", "heads", ...). One rules table maps roles to mesh axes:
+
+    weights      embed -> fsdp    heads, kv_heads, ff, vocab -> tensor    layers, head_dim, position, buckets -> nothing
+    activations  batch -> data and fsdp    sequence, residual -> nothing
+
+and XLA's partitioner inserts the communication. The table is strict: a name without a rule, a mesh axis used twice on
+one array, or a size that does not divide is an error that names the array.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mesh_transformer.config import ConfigError, MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+RULES: dict[str, tuple[str, ...]] = {
+    # weights
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "ff": ("tensor",),
+    "vocab": ("tensor",),
+    "position": (),
+    "buckets": (),
+    # statistics
+    "window": (),
+    # activations
+    "batch": ("data", "fsdp"),
+    "pieces": (),  # microbatches of a batch
+    "sequence": (),
+    "residual": (),
+}
+
+
+class Layout(NamedTuple):
+    """A mesh and the rules that place arrays on it."""
+
+    mesh: Mesh
+    rules: Mapping[str, tuple[str, ...]]
+
+    def spec(self, axes: Sequence[str], shape: Sequence[int], name: str) -> PartitionSpec:
+        """The partition of an array called `name` whose dimensions have these logical axes; ConfigError if it has none."""
+        parts: list[str | tuple[str, ...] | None] = []
+        used: dict[str, str] = {}
+        for axis, size in zip(axes, shape, strict=True):
+            if axis not in self.rules:
+                raise ConfigError(f"{name}: no rule for the logical axis {axis!r}; add mesh.rules.{axis}")
+            mesh_axes = tuple(a for a in self.rules[axis] if self.mesh.shape[a] > 1)
+            for mesh_axis in mesh_axes:
+                if mesh_axis in used:
+                    raise ConfigError(
+                        f"{name}: the logical axes {used[mesh_axis]!r} and {axis!r} both lie on the mesh axis "
+                        f'{mesh_axis!r}; change one with mesh.rules.{axis} = ""'
+                    )
+                used[mesh_axis] = axis
+            pieces = math.prod(self.mesh.shape[a] for a in mesh_axes)
+            if size % pieces:
+                raise ConfigError(
+                    f"{name}: {axis} = {size} does not divide over {' x '.join(mesh_axes)} = {pieces}; "
+                    f'change the size or the mesh, or replicate it with mesh.rules.{axis} = ""'
+                )
+            parts.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+        while parts and parts[-1] is None:
+            parts.pop()
+        return PartitionSpec(*parts)
+
+    def sharding(self, axes: Sequence[str], shape: Sequence[int], name: str) -> NamedSharding:
+        """`spec` on this mesh."""
+        return NamedSharding(self.mesh, self.spec(axes, shape, name))
+
+    @property
+    def batch_pieces(self) -> int:
+        """Pieces a batch is cut into; batch and microbatch sizes are multiples of it."""
+        return math.prod(self.mesh.shape[axis] for axis in self.rules["batch"])
+
+
+def start_devices(config: MeshConfig) -> Layout:
+    """The layout over this machine's devices, or over `config.cpu_devices` pieces of its CPU; call before other JAX work."""
+    if config.cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    return make_layout(config)
+
+
+def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """The mesh `config` asks for over `devices` (all, if not given), with its rules; ConfigError if sizes do not fit."""
+    devices = list(jax.devices() if devices is None else devices)
+    inner = config.fsdp * config.tensor
+    data = config.data if config.data > 0 else len(devices) // inner
+    wanted = data * inner
+    if wanted == 0 or wanted > len(devices) or (config.data == -1 and wanted != len(devices)):
+        raise ConfigError(
+            f"mesh: data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not fit {len(devices)} device(s); "
+            "the product must not exceed their number, and with data=-1 fsdp x tensor must divide it "
+            "(mesh.cpu_devices=8 splits a CPU into eight)"
+        )
+    # Auto axes: the partitioner propagates shardings from parameters, batch and `constrain`; JAX's default is Explicit.
+    mesh = jax.make_mesh(
+        (data, config.fsdp, config.tensor),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices[:wanted],
+    )
+    return Layout(mesh, make_rules(config.rules))
+
+
+def make_rules(changes: Mapping[str, str | Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The default rules with `changes` applied; ConfigError for an unknown logical or mesh axis."""
+    rules = dict(RULES)
+    for axis, value in changes.items():
+        mesh_axes = tuple(value.split()) if isinstance(value, str) else tuple(value)
+        if axis not in RULES:
+            raise ConfigError(f"mesh.rules.{axis}: no such logical axis; there are {', '.join(RULES)}")
+        if unknown := [a for a in mesh_axes if a not in MESH_AXES]:
+            raise ConfigError(f"mesh.rules.{axis}: no such mesh axis {unknown[0]!r}; there are {', '.join(MESH_AXES)}")
+        rules[axis] = mesh_axes
+    return rules
+
+
+_layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def use_layout(layout: Layout | None) -> Iterator[None]:
+    """Make `constrain` follow `layout` while a program is traced."""
+    token = _layout.set(layout)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """`x`, kept partitioned by the rules for these logical axes (unchanged outside `use_layout`)."""
+    layout = _layout.get()
+    if layout is None or layout.mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape, f"activation [{', '.join(axes)}]"))
+
+
+def format_sharding_table(rows: Mapping[str, tuple[Sequence[int], Sequence[str], int]], layout: Layout) -> str:
+    """One line per array of `rows` (name -> shape, logical axes, bytes per element): what lies where, and how much of it."""
+    lines = [("parameter", "shape", "axes", "spec", "bytes/device")]
+    total = 0
+    for name, (shape, axes, itemsize) in rows.items():
+        sharding = layout.sharding(axes, shape, name)
+        size = math.prod(sharding.shard_shape(tuple(shape))) * itemsize
+        total += size
+        spec = " ".join("." if part is None else str(part) for part in sharding.spec) or "replicated"
+        lines.append((name, " x ".join(map(str, shape)), " ".join(axes), spec, f"{size:,}"))
+    lines.append(
+        ("total", f"{sum(math.prod(shape) for shape, _, _ in rows.values()):,} parameters", "", "", f"{total:,}")
+    )
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i == 4 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

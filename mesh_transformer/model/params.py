@@ -1,0 +1,86 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Every learned array is made by `param`, whose keywords name its dimensions; everything about layout derives from them."""
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from mesh_transformer.config import ModelConfig
+
+Params = dict[str, dict[str, Array]]
+STACK = "layers"  # name of the layer scan, and of the leading axis of what is in it
+
+
+class ParamInfo(NamedTuple):
+    """What is known of a learned array before it exists."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # logical axis of each dimension
+
+
+class Inits(NamedTuple):
+    """How weights start; all deviations are absolute, so they do not depend on how an array is stacked or cut."""
+
+    embedding: hk.initializers.Initializer
+    position: hk.initializers.Initializer
+    inner: hk.initializers.Initializer  # weights that read the residual stream
+    residual: hk.initializers.Initializer  # weights that write to it
+
+
+def make_inits(config: ModelConfig) -> Inits:
+    """Initialisers by name: GPT-2 paper section 2.3; mesh-transformer-jax layers.py; GPT-NeoX small_init and wang_init."""
+    normal, truncated = hk.initializers.RandomNormal, hk.initializers.TruncatedNormal
+    d, layers = config.d_model, config.n_layers
+    match config.init:
+        case "gpt2":
+            return Inits(normal(0.02), normal(0.01), normal(0.02), normal(0.02 / (2 * layers) ** 0.5))
+        case "gptj":
+            inner = truncated(d**-0.5)
+            return Inits(truncated(config.n_vocab**-0.5), normal(0.02), inner, truncated(2 / layers / d**0.5))
+        case "neox":
+            small = normal((2 / (5 * d)) ** 0.5)
+            return Inits(small, small, small, normal(2 / layers / d**0.5))
+
+
+_record: ContextVar[dict[str, tuple[str, ...]] | None] = ContextVar("record", default=None)
+
+
+def param(name: str, init: hk.initializers.Initializer, **axes: int) -> Array:
+    """A float32 learned array of the current module; keywords are its logical axes, values their sizes."""
+    record = _record.get()
+    if record is not None:
+        record[f"{hk.experimental.current_name()}/{name}"] = tuple(axes)
+    return hk.get_parameter(name, tuple(axes.values()), jnp.float32, init=init)
+
+
+def describe(init: Callable[[Array], Params]) -> dict[str, dict[str, ParamInfo]]:
+    """Shape and axes of every learned array that `init(key)` would make, by abstract evaluation: nothing is allocated.
+
+    Inside the layer scan Haiku knows only the path below it, and one layer's shape; the scan's path and the leading
+    "layers" axis are joined on here.
+    """
+    record: dict[str, tuple[str, ...]] = {}
+    token = _record.set(record)
+    try:
+        shapes = jax.eval_shape(init, jax.random.key(0))
+    finally:
+        _record.reset(token)
+    described: dict[str, dict[str, ParamInfo]] = {}
+    for module, arrays in shapes.items():
+        stack, _, inner = module.partition(f"/{STACK}/")
+        for name, array in arrays.items():
+            axes = (STACK, *record[f"{inner}/{name}"]) if inner else record[f"{stack}/{name}"]
+            assert len(axes) == len(array.shape), f"{module}/{name}: axes {axes} for shape {array.shape}"
+            described.setdefault(module, {})[name] = ParamInfo(array.shape, axes)
+    return described
+
+
+def flatten_names(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """{module: {name: x}} -> {"module/name": x}, in the tree's order."""
+    return {f"{module}/{name}": leaf for module, leaves in tree.items() for name, leaf in leaves.items()}

@@ -1,0 +1,72 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Where a token stands: rotations of queries and keys, and biases on attention scores."""
+
+import math
+
+import haiku as hk
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.model.params import param
+
+T5_BUCKETS, T5_MAX_DISTANCE = 32, 128
+
+
+def rotate(x: Float[Array, "B T N C"], positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T N C"]:
+    """Rotary embedding (Su et al. 2021) of the first `rotary_channels` channels of every head.
+
+    "rotary-pairs" turns channels (2i, 2i+1) together, as GPT-J; "rotary-halves" channels (i, i + r/2), as GPT-NeoX and
+    Llama. The two are the same function of permuted weights, so a checkpoint must say which it was trained with.
+    """
+    r = config.rotary_channels
+    frequencies = config.rotary_base ** (-np.arange(0, r, 2) / r)  # float64, rounded once
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None]  # [B, T, r/2]
+    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    turning, still = x[..., :r].astype(jnp.float32), x[..., r:]
+    if config.positions == "rotary-pairs":
+        a, b = turning[..., 0::2], turning[..., 1::2]
+        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turning.shape)
+    else:
+        a, b = turning[..., : r // 2], turning[..., r // 2 :]
+        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), still], axis=-1)
+
+
+def alibi_slopes(n_heads: int) -> np.ndarray:
+    """Slope of every head (Press et al. 2021): a geometric series; other counts than powers of two interleave the next one."""
+    power = 2 ** math.floor(math.log2(n_heads))
+    slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    extra = 2.0 ** (-4.0 * np.arange(1, 2 * (n_heads - power), 2) / power)
+    return np.concatenate([slopes, extra]).astype(np.float32)
+
+
+def t5_buckets(distance: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """Bucket of a distance query - key >= 0 (Raffel et al. 2019): exact up to 15, then logarithmic up to 128."""
+    exact = T5_BUCKETS // 2
+    distance = jnp.maximum(distance, 0)
+    ratio = jnp.log(jnp.maximum(distance, 1) / exact) / math.log(T5_MAX_DISTANCE / exact)
+    spread = exact + (ratio * (T5_BUCKETS - exact)).astype(jnp.int32)
+    return jnp.where(distance < exact, distance, jnp.minimum(spread, T5_BUCKETS - 1))
+
+
+class RelativeBias(hk.Module):
+    """Bias of every head on attention scores, from the distance between query and key; one table for all layers."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(name="relative_bias")
+        self.config = config
+
+    def __call__(self, distance: Int[Array, "B T S"]) -> Float[Array, "B H T S"] | None:
+        """The bias for each distance query - key, or None where the position scheme has none (B may be 1)."""
+        heads = self.config.n_heads
+        match self.config.positions:
+            case "t5":
+                table = param("table", hk.initializers.RandomNormal(0.02), buckets=T5_BUCKETS, heads=heads)
+                return jnp.moveaxis(table[t5_buckets(distance)], -1, 1)
+            case "alibi":
+                return -jnp.asarray(alibi_slopes(heads))[None, :, None, None] * distance[:, None].astype(jnp.float32)
+            case _:
+                return None

@@ -1,0 +1,173 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The one forward pass: tokens -> logits, for training, prefill and decoding alike."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.mesh import constrain
+from mesh_transformer.model.attention import Attention, Cache, Sight
+from mesh_transformer.model.feed_forward import FeedForward
+from mesh_transformer.model.linear import dropout, linear
+from mesh_transformer.model.norms import Norm
+from mesh_transformer.model.params import STACK, ParamInfo, Params, describe, make_inits, param
+from mesh_transformer.model.positions import RelativeBias
+
+Caches = tuple[Cache, ...]  # of every block in a period of the attention pattern, stacked over the periods as parameters are
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(hk.Module):
+    """One layer: attention and feed-forward around the residual stream, one after the other or side by side."""
+
+    def __init__(self, config: ModelConfig, *, local: bool, name: str):
+        super().__init__(name=name)
+        self.config, self.local = config, local
+
+    def __call__(
+        self, x: Float[Array, "B T D"], sight: Sight, cache: Cache | None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """The stream after this layer, and the cache with its keys and values."""
+        c, inits = self.config, make_inits(self.config)
+        attention, feed_forward = Attention(c, inits, local=self.local), FeedForward(c, inits)
+        normed = Norm(c, name="norm_1")(x)
+        mixed, cache = attention(normed, sight, cache)
+        mixed = dropout(mixed, c.dropout)
+        match c.residual:
+            case "serial":
+                x = x + mixed
+                x = x + dropout(feed_forward(Norm(c, name="norm_2")(x)), c.dropout)
+            case "parallel":  # GPT-J: both read the same norm
+                x = x + mixed + dropout(feed_forward(normed), c.dropout)
+            case "parallel-two-norms":  # GPT-NeoX
+                x = x + mixed + dropout(feed_forward(Norm(c, name="norm_2")(x)), c.dropout)
+        return constrain(x, "batch", "sequence", "residual"), cache
+
+
+class Transformer(hk.Module):
+    """Embed, apply the layers, normalise, score every vocabulary entry."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(name="transformer")
+        self.config = config
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None,
+        segments: Int[Array, "B T"] | None,
+        cache: Caches | None,
+        logits_at: Int[Array, "B"] | None,
+    ) -> tuple[Float[Array, "B U V"], Caches | None]:
+        """Logits in float32 (U = T, or 1 with `logits_at`) and the cache, updated."""
+        c, inits = self.config, make_inits(self.config)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        table = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model)
+        # Gathered before the cast: the gradient adds up every use of a token in float32. Gathered from whole rows: pieces
+        # of rows would replicate the batch.
+        x = constrain(table, "vocab", "residual")[tokens].astype(c.dtype)
+        if c.positions == "learned":
+            w_positions = param("w_positions", inits.position, position=c.seq_len, embed=c.d_model)
+            x = x + constrain(w_positions, "position", "residual")[positions].astype(c.dtype)
+        x = constrain(dropout(x, c.dropout), "batch", "sequence", "residual")
+        sight = self._sight(positions, segments, cache)
+        x, cache = self._layers(x, sight, cache)
+        x = Norm(c, name="norm_out")(x)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
+        w_head = table.T if c.tied_embeddings else param("w_head", inits.inner, embed=c.d_model, vocab=c.n_vocab)
+        logits = linear(x, w_head, dtype="float32")
+        if c.head_bias:
+            logits = logits + param("b_head", hk.initializers.Constant(0.0), vocab=c.n_vocab)[None, None]
+        return logits, cache
+
+    @hk.experimental.name_like("__call__")  # keeps "~_sight" out of the arrays' names
+    def _sight(self, positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Caches | None) -> Sight:
+        """Causality is by place in the sequence; with a cache, place and position are the same."""
+        if cache is None:
+            query = key = jnp.arange(positions.shape[1])[None]
+        else:
+            query, key = positions, jnp.arange(cache[0].k.shape[-2])[None]
+        distance = query[:, :, None] - key[:, None, :]
+        visible = distance >= 0
+        if segments is not None:
+            visible = visible & (segments[:, :, None] == segments[:, None, :])
+        near = visible & (distance < self.config.attention_window)
+        return Sight(positions, visible, near, RelativeBias(self.config)(distance))
+
+    @hk.experimental.name_like("__call__")
+    def _layers(self, x: Float[Array, "B T D"], sight: Sight, caches: Caches | None) -> tuple[Float[Array, "B T D"], Caches | None]:
+        """All layers, as a scan over periods of the attention pattern."""
+        c, pattern = self.config, self.config.attention_pattern
+
+        def period(x: Array, caches: Caches | None) -> tuple[Array, Caches | None]:
+            updated = []
+            for i, kind in enumerate(pattern):
+                block = Block(c, local=kind == "local", name=f"block_{i}")
+                x, own = block(x, sight, None if caches is None else caches[i])
+                updated.append(own)
+            return x, None if caches is None else tuple(updated)
+
+        if c.remat != "none" and caches is None:
+            period = hk.remat(period, policy=REMAT[c.remat])
+        n_periods = c.n_layers // len(pattern)
+        stack = hk.experimental.layer_stack(n_periods, with_per_layer_inputs=True, unroll=min(c.unroll, n_periods), name=STACK)
+        return stack(period)(x, caches)
+
+
+class Model(NamedTuple):
+    """A transformer as two pure functions."""
+
+    init: Callable[[PRNGKeyArray], Params]
+    apply: Callable[..., tuple[Float[Array, "B U V"], Caches | None]]
+
+
+def make_model(config: ModelConfig) -> Model:
+    """`init(key) -> params` and `apply(params, tokens, ...) -> logits, cache` for one configuration.
+
+    apply takes tokens [B, T] and, by keyword: `positions` [B, T] (default 0..T-1), `segments` [B, T] (attention stays
+    within equal ones), `cache` (keys and values are stored at `positions` and all earlier ones are seen), `logits_at`
+    [B] (score only this place of each row), `dropout_key` (none: no dropout).
+    """
+
+    def forward(tokens, positions=None, segments=None, cache=None, logits_at=None):
+        return Transformer(config)(tokens, positions, segments, cache, logits_at)
+
+    transformed = hk.transform(forward)
+
+    def init(key: PRNGKeyArray) -> Params:
+        return transformed.init(key, jnp.zeros((1, 1), jnp.int32))  # type: ignore[return-value]
+
+    def apply(params: Params, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
+        return transformed.apply(params, dropout_key, tokens, **inputs)
+
+    return Model(init, apply)
+
+
+def describe_params(config: ModelConfig) -> dict[str, dict[str, ParamInfo]]:
+    """Shape and logical axes of every learned array, as {module: {name: info}}; nothing is allocated."""
+    return describe(make_model(config).init)
+
+
+def count_params(config: ModelConfig) -> int:
+    """Number of learned values, by abstract evaluation."""
+    import math
+
+    return sum(math.prod(info.shape) for arrays in describe_params(config).values() for info in arrays.values())
+
+
+def init_cache(config: ModelConfig, batch_size: int, cache_len: int, dtype: str | None = None) -> Caches:
+    """An empty cache for `batch_size` rows of `cache_len` tokens, in `dtype` (default: that of the activations)."""
+    pattern = config.attention_pattern
+    shape = (config.n_layers // len(pattern), batch_size, config.kv_heads, cache_len, config.head_dim)
+    return tuple(Cache(*[jnp.zeros(shape, dtype or config.dtype) for _ in "kv"]) for _ in pattern)

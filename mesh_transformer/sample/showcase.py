@@ -1,0 +1,32 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A few completions from the checkpoint a training run has just written, on the console and in its report."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from mesh_transformer.sample.text import complete_texts
+from mesh_transformer.sample.trained import load_trained
+from mesh_transformer.train.metrics import MetricsLog
+from mesh_transformer.train.report import write_report
+
+
+def show_samples(run_dir: Path) -> None:
+    """Complete `sample.prompts` with the newest checkpoint in `run_dir`; nothing if there are no prompts."""
+    trained = load_trained(run_dir)
+    options = trained.config.sample
+    if not options.prompts:
+        return
+    seed = trained.config.run.seed
+    completions = complete_texts(trained.engine, trained.tokenizer, options.prompts, options, seed=seed)
+    console = Console()
+    console.print(Text(f"\nsamples of step {trained.step}, temperature {options.temperature}", style="bold"))
+    for completion in completions:
+        console.print(Text(completion.prompt, style="dim"), Text(completion.text), sep="", soft_wrap=True)
+        console.rule(style="dim")
+    text = "\n\n".join(f"{completion.prompt}{completion.text}" for completion in completions)
+    with MetricsLog(run_dir, trained.config.track, config={}, first_step=trained.step) as log:
+        log.event(trained.step, "samples", text)
+    write_report(run_dir)

@@ -1,0 +1,73 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model ready to sample, from a run folder or a checkpoint, which carries its configuration and tokenizer."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from mesh_transformer.checkpoint.store import find_checkpoint
+from mesh_transformer.config import Config, ConfigError, _merge, _parse_override, parse_config
+from mesh_transformer.data.tokenizers import Tokenizer, tokenizer_from_json
+from mesh_transformer.mesh import Layout, start_devices
+from mesh_transformer.model.params import Params, flatten_names
+from mesh_transformer.model.transformer import describe_params
+from mesh_transformer.sample.engine import Engine
+
+SETTABLE = ("sample.", "mesh.", "model.dtype")
+ONE_DEVICE = {"data": 1}  # a checkpoint's mesh is that of its training; sampling starts from one device
+
+
+class Trained(NamedTuple):
+    """What sampling needs of a run."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    config: Config  # that of the training, with sections mesh and sample as they are now
+    step: int
+    where: str  # folder of the checkpoint
+
+
+def load_trained(path: str | Path, overrides: Iterable[str] = ()) -> Trained:
+    """The newest intact checkpoint in `path`, or `path` itself, on the devices of `mesh.*` in `overrides` (default: one).
+
+    Only weights are read, each device its own slices. Raises ConfigError or CheckpointError: no such run, damage, an
+    override that would change the model, a mesh that does not fit.
+    """
+    store, step = find_checkpoint(path)
+    where = f"{store.root}/step_{step}"
+    meta = store.read_meta(step)
+    config = _read_config(meta, where, overrides)
+    layout = start_devices(config.mesh)
+    named = store.restore(step, describe_arrays(config, layout), partial=True)
+    engine = Engine(config.model, _to_params(named), layout=layout)
+    return Trained(engine, tokenizer_from_json(meta["tokenizer"], where=where), config, step, where)
+
+
+def describe_arrays(config: Config, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and place of every weight under its name in a checkpoint."""
+    described = flatten_names(describe_params(config.model))
+    return {
+        f"params/{name}": jax.ShapeDtypeStruct(info.shape, "float32", sharding=layout.sharding(info.axes, info.shape, name))
+        for name, info in described.items()
+    }
+
+
+def _read_config(meta: dict[str, Any], where: str, overrides: Iterable[str]) -> Config:
+    table = {**meta["config"], "mesh": dict(ONE_DEVICE)}
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if not key.startswith(SETTABLE):
+            raise ConfigError(f"--set {override}: a checkpoint's {key} is fixed; sampling can set sample.*, mesh.* and model.dtype")
+        _merge(table, *_parse_override(override))
+    return parse_config(table, where=where)
+
+
+def _to_params(named: dict[str, jax.Array]) -> Params:
+    params: Params = {}
+    for name, array in named.items():
+        module, _, leaf = name.removeprefix("params/").rpartition("/")
+        params.setdefault(module, {})[leaf] = array
+    return params

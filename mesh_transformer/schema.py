@@ -1,0 +1,268 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is made of: one frozen, strictly typed record for each section of its file, with a comment for every field."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Amount = Annotated[float, Field(ge=0.0)]
+Rate = Annotated[float, Field(gt=0.0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str = ""  # run folder; empty: runs/<name of the config file>
+    seed: NonNegative = 0  # initialisation, data order and dropout follow from it
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """One decoder-only transformer, as a point in a grid of closed choices (sizes: `model/families.py`)."""
+
+    preset: str | None = None  # a row of families.py; every other key here overrides it
+    # sizes
+    n_layers: Positive
+    d_model: Positive
+    n_heads: Positive
+    n_vocab: Positive
+    seq_len: Positive
+    n_kv_heads: Positive | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
+    d_head: Positive | None = None  # None: d_model / n_heads
+    d_ff: Positive | None = None  # None: 4 d_model
+    # choices
+    norm: Literal["layernorm", "rmsnorm", "scalenorm"] = "layernorm"
+    norm_eps: Rate = 1e-5
+    positions: Literal["none", "learned", "rotary-pairs", "rotary-halves", "t5", "alibi"] = "learned"
+    rotary_dims: Positive | None = None  # leading channels of a head that rotate; None: all
+    rotary_base: Rate = 10_000.0
+    residual: Literal["serial", "parallel", "parallel-two-norms"] = "serial"
+    activation: Literal["gelu-tanh", "gelu-erf", "relu", "silu"] = "gelu-tanh"
+    gated: bool = False  # activation(x W_gate) * (x W_in), as in SwiGLU
+    attention_pattern: tuple[Literal["global", "local"], ...] = ("global",)  # repeated over the layers
+    attention_window: Positive = 256  # a local layer sees this many keys, itself included
+    attention_scale: Literal["sqrt", "none"] = "sqrt"  # divide scores by sqrt(d_head), or not (GPT-Neo)
+    qkv_bias: bool = True
+    attention_out_bias: bool = True
+    ff_bias: bool = True
+    norm_bias: bool = True
+    head_bias: bool = False
+    tied_embeddings: bool = True
+    init: Literal["gpt2", "gptj", "neox"] = "gpt2"
+    dropout: Fraction = 0.0  # on embeddings, attention probabilities and both residual branches
+    # how it is computed; the function does not depend on it
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and of weights in products
+    remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes
+    unroll: Positive = 1  # periods of the layer scan laid out in one piece (CPU likes all of them)
+
+    @model_validator(mode="after")
+    def check(self) -> "ModelConfig":
+        """Cross-field rules; raises ValueError with the remedy."""
+        if self.d_head is None and self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; set d_head to say so on purpose"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if not self.attention_pattern or self.n_layers % len(self.attention_pattern):
+            length = len(self.attention_pattern)
+            raise ValueError(f"n_layers={self.n_layers} is not a multiple of the attention_pattern's length {length}")
+        rotates = self.positions.startswith("rotary")
+        if self.rotary_dims is not None and not rotates:
+            raise ValueError(
+                f'rotary_dims={self.rotary_dims} has no effect with positions="{self.positions}"; remove it'
+            )
+        if rotates and (self.rotary_channels > self.head_dim or self.rotary_channels % 2):
+            raise ValueError(f"rotary_dims={self.rotary_channels} must be even and at most d_head={self.head_dim}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def ff_dim(self) -> int:
+        """Width of the feed-forward layer."""
+        return self.d_ff or 4 * self.d_model
+
+    @property
+    def rotary_channels(self) -> int:
+        """Leading channels of a head that rotate."""
+        return self.rotary_dims or self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MeshConfig:
+    """Sizes of the mesh axes, and which logical axis lies on which of them."""
+
+    data: Annotated[int, Field(ge=-1)] = -1  # replicas; -1: all devices the other axes leave over
+    fsdp: Positive = 1  # parameters and optimizer state sharded, batch too
+    tensor: Positive = 1  # heads, feed-forward and vocabulary sharded
+    cpu_devices: Positive | None = None  # split the CPU into this many devices (to try a mesh on a laptop)
+    rules: dict[str, str | list[str]] = Field(default_factory=dict)  # logical axis -> mesh axis or axes; "" replicates
+
+    @model_validator(mode="after")
+    def check(self) -> "MeshConfig":
+        """Zero replicas are no mesh."""
+        if self.data == 0:
+            raise ValueError("data=0 leaves no devices; use a positive number, or -1 for all that are left")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SourceConfig:
+    """One collection of documents: text files, folders, JSONL(.zst), Parquet, or shards made before."""
+
+    path: str  # file, folder, shard prefix (.bin + .idx), or "python-stdlib"
+    weight: Rate = 1.0  # share of the mixture, relative to the other sources
+    text_key: str = "text"  # field or column of JSONL and Parquet that holds the text
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """From documents to batches."""
+
+    train: dict[str, SourceConfig]
+    validation: dict[str, SourceConfig] = Field(default_factory=dict)
+    holdout: NonNegative = 0  # one document in this many is held out of each training source, by hash of its name
+    tokenizer: str = "bytes"  # "bytes", or a tokenizer.json, or a folder with vocab.json and merges.txt
+    shuffle: bool = True
+    isolate_documents: bool = False  # no attention across documents packed into one sequence
+    max_epochs: Rate | None = None  # refuse to run longer than this many passes over the data
+    on_bad_document: Literal["error", "skip"] = "error"  # "skip" counts and reports what it leaves out
+    cache_dir: str = "~/.cache/mesh-transformer"  # token shards made from the sources
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """One optax chain: clip, scale, decay, schedule."""
+
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    learning_rate: Rate = 6e-4
+    end_learning_rate: Amount = 6e-5
+    schedule: Literal["cosine", "gptj", "linear", "wsd", "inverse-sqrt", "constant"] = "cosine"
+    warmup_steps: NonNegative = 0
+    # cosine, gptj and linear: steps after the warm-up; wsd: of the final decay. None: see train/schedule.py
+    decay_steps: Positive | None = None
+    beta1: Fraction = 0.9  # momentum of sgd and muon as well
+    beta2: Fraction = 0.95
+    eps: Rate = 1e-8
+    weight_decay: Amount = 0.1
+    no_decay_axes: tuple[str, ...] = ()  # arrays with one of these logical axes do not decay either
+    clip_norm: Amount = 1.0  # global gradient norm; 0: no clipping
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """The loop."""
+
+    steps: Positive
+    batch_size: Positive  # sequences per step, over all devices
+    accumulation: Positive = 1  # microbatches a batch is cut into
+    ramp_from: Positive | None = None  # first batch size of a linear ramp, as in GPT-3
+    ramp_steps: NonNegative = 0  # steps until batch_size is reached
+    z_loss: Amount = 0.0  # weight of (log Z)^2
+    log_every: Positive = 10
+    evaluate_every: NonNegative = 0  # steps; 0: only at the end
+    evaluate_batches: Positive = 8  # per validation set, during training; all of it at the end
+    noise_scale: bool = False  # gradient noise scale (McCandlish et al. 2018, appendix A.1)
+    layer_norms: bool = False  # gradient norm of every layer in the metrics
+    spike_factor: Amount = 0.0  # skip a step whose loss or gradient norm exceeds this many running medians; 0: off
+    max_skipped: Positive = 20  # stop after this many skipped steps in a row
+    max_minutes: Rate | None = None  # commit a checkpoint and stop after this time
+
+    @model_validator(mode="after")
+    def check(self) -> "TrainConfig":
+        """Batches are cut evenly and ramps go upwards."""
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}")
+        if (self.ramp_from is None) != (self.ramp_steps == 0):
+            raise ValueError("ramp_from and ramp_steps go together: give both or neither")
+        if self.ramp_from is not None:
+            if self.ramp_from > self.batch_size or self.batch_size % self.ramp_from:
+                raise ValueError(f"ramp_from={self.ramp_from} must divide batch_size={self.batch_size}")
+            if self.ramp_from % self.accumulation:
+                raise ValueError(f"ramp_from={self.ramp_from} is not a multiple of accumulation={self.accumulation}")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """When state goes to disk, and what stays there."""
+
+    every: Positive = 1000  # steps; the last step is always saved
+    keep_last: Positive = 2
+    keep_every: Positive | None = None  # steps divisible by this stay for ever
+    resume: Literal["newest", "newest-intact"] = "newest"  # damage: refuse, or fall back and say so
+    asynchronous: bool = True  # write while training goes on
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SampleConfig:
+    """How text is drawn, after training and by default in device_sample.py."""
+
+    prompts: tuple[str, ...] = ()
+    max_tokens: Positive = 128
+    temperature: Amount = 0.8  # 0: greedy
+    top_k: NonNegative = 0  # 0: off
+    top_p: Share = 1.0
+    min_p: Fraction = 0.0
+    repetition_penalty: Rate = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrackConfig:
+    """Where metrics go besides metrics.jsonl and report.html."""
+
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
+    data: DataConfig
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    sample: SampleConfig = Field(default_factory=SampleConfig)
+    track: TrackConfig = Field(default_factory=TrackConfig)
+
+    @model_validator(mode="after")
+    def check(self) -> "Config":
+        """Rules across sections."""
+        warmup, steps = self.optimizer.warmup_steps, self.train.steps
+        if warmup >= steps:
+            raise ValueError(f"optimizer.warmup_steps={warmup} must be less than train.steps={steps}")
+        end, peak = self.optimizer.end_learning_rate, self.optimizer.learning_rate
+        if end > peak:
+            raise ValueError(f"optimizer.end_learning_rate={end} exceeds optimizer.learning_rate={peak}")
+        if not self.data.train:
+            raise ValueError("data.train names no source; add a [data.train.NAME] table with a path")
+        both = sorted(set(self.data.train) & set(self.data.validation))
+        if both and self.data.holdout:
+            raise ValueError(
+                f"data.validation.{both[0]} and the held-out part of data.train.{both[0]} have the same name"
+            )
+        return self

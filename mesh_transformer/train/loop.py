@@ -1,0 +1,185 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: batch, step, metrics of the step before, evaluation, checkpoint; until done, or asked to stop."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from mesh_transformer.command import Preempted
+from mesh_transformer.data.loader import Prefetcher
+from mesh_transformer.train.metrics import MetricsLog
+from mesh_transformer.train.progress import Progress
+from mesh_transformer.train.report import write_report
+
+from mesh_transformer.train.flops import measure_product_peak
+from mesh_transformer.train.run import Run
+from mesh_transformer.train.schedule import batch_size_at, first_sequence
+from mesh_transformer.train.stop import StopRequest
+from mesh_transformer.train.validation import compressed_bits_per_byte, evaluate
+
+
+class TooManySkipped(RuntimeError):
+    """Steps were skipped until train.max_skipped was reached."""
+
+
+def train(run: Run, recorder: "Recorder", *, profile: tuple[int, int] | None = None) -> None:
+    """Train to the last step; afterwards `run.state` is final, saved and evaluated.
+
+    Nothing here waits for a device except the metrics of step n - 1, read after step n was handed over. Raises
+    Preempted after a stop signal or `train.max_minutes`, with a checkpoint committed; TooManySkipped likewise.
+    """
+    with StopRequest() as stop:
+        _train_steps(run, recorder, stop, profile)
+        _save(run, recorder)
+        run.store.wait()
+        reason = stop.requested or recorder.out_of_time()
+        if run.step == run.config.train.steps and not stop.requested:
+            _evaluate(run, recorder, stop, whole=True)
+            reason = stop.requested
+    write_report(run.dir)
+    if reason:
+        raise Preempted(
+            f"{reason}: saved step {run.step} of {run.config.train.steps} in {run.store.root}; run the same command again to continue"
+        )
+
+
+def _train_steps(run: Run, recorder: "Recorder", stop: StopRequest, profile: tuple[int, int] | None) -> None:
+    config, train = run.config, run.config.train
+    first = run.step
+    if first >= train.steps:
+        return
+    place = lambda step: (first_sequence(train, step), batch_size_at(train, step))  # noqa: E731
+    previous: tuple[int, Mapping[str, jax.Array]] | None = None
+    with Prefetcher(run.data.train, map(place, range(first, train.steps))) as batches:
+        for step, batch in zip(range(first, train.steps), batches, strict=False):
+            if profile and step == profile[0]:
+                jax.profiler.start_trace(str(run.dir / "profile"))
+            placed = run.place(batch)
+            if step == first:
+                recorder.progress.note("compiling the training step ...")
+            run.state, metrics = run.train_step(run.state, placed)
+            run.store.check()
+            if previous:
+                recorder.take(*previous)
+            previous = (step, metrics)
+            if profile and step + 1 == profile[1]:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+                recorder.progress.note(f"profile of steps {profile[0]} to {profile[1]} in {run.dir / 'profile'}")
+            done = step + 1
+            if done % config.checkpoint.every == 0 and done < train.steps:
+                _save(run, recorder)
+            if train.evaluate_every and done % train.evaluate_every == 0 and done < train.steps:
+                _evaluate(run, recorder, stop, whole=False)
+            if stop.requested or recorder.out_of_time():
+                break
+    if previous:
+        recorder.take(*previous)
+
+
+def _save(run: Run, recorder: "Recorder") -> None:
+    step = run.step
+    if step in run.store.steps():
+        return
+    started = time.perf_counter()
+    run.save({"metrics": recorder.last})
+    recorder.pause(time.perf_counter() - started)
+    recorder.log.event(step, "checkpoint", f"step {step} saved")
+
+
+def _evaluate(run: Run, recorder: "Recorder", stop: StopRequest, *, whole: bool) -> None:
+    """Every validation set; the whole of it, and beside general compressors, at the end of the run."""
+    started = time.perf_counter()
+    step = run.step
+    for name, validation in run.data.validation.items():
+        score = evaluate(
+            validation,
+            lambda batch: run.eval_step(run.state.params, run.place(batch)),
+            max_batches=None if whole else run.config.train.evaluate_batches,
+            should_stop=lambda: bool(stop.requested),
+            report=lambda done, total, name=name: recorder.progress.evaluating(name, done, total),
+        )
+        if score is None:
+            return
+        compressed = compressed_bits_per_byte(validation.text()) if whole else {}
+        values = {
+            "loss": score.loss,
+            "perplexity": score.perplexity,
+            "bits_per_byte": score.bits_per_byte,
+            **compressed,
+        }
+        recorder.log.evaluation(step, name, values)
+        recorder.progress.update(step, {f"{name}_bits_per_byte": score.bits_per_byte})
+    recorder.pause(time.perf_counter() - started)
+
+
+class Recorder:
+    """Turns a step's device scalars into log lines, display and refusals; owns the clock."""
+
+    def __init__(self, run: Run, log: MetricsLog, progress: Progress):
+        self.run, self.log, self.progress = run, log, progress
+        self.last: dict[str, Any] = {}
+        self.started = self._interval_start = time.perf_counter()
+        self._interval_steps = self._interval_sequences = 0
+        self.peak = measure_product_peak(run.config.model.dtype)
+
+    def take(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Wait for `step`'s metrics, count it, and write them out when it is a step to log."""
+        values = {name: np.asarray(value) for name, value in metrics.items()}
+        train = self.run.config.train
+        self._interval_steps += 1
+        self._interval_sequences += batch_size_at(train, step)
+        in_a_row = int(values.pop("skipped_in_a_row"))
+        if in_a_row:
+            self._skipped(step, values, in_a_row)
+        first = self._interval_steps == 1 and not self.last
+        if (step + 1) % train.log_every == 0 or first or step + 1 == train.steps:
+            self._write(step, values)
+
+    def pause(self, seconds: float) -> None:
+        """Leave time spent on evaluation and saving out of the throughput."""
+        self._interval_start += seconds
+
+    def out_of_time(self) -> str:
+        """The reason to stop, once `train.max_minutes` are over."""
+        limit = self.run.config.train.max_minutes
+        over = limit is not None and time.perf_counter() - self.started > 60 * limit
+        return f"train.max_minutes = {limit} is over" if over else ""
+
+    def _write(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        train, now = self.run.config.train, time.perf_counter()
+        seconds = max(now - self._interval_start, 1e-9)
+        sequences = self._interval_sequences
+        plain = {name: value.tolist() for name, value in values.items()}
+        plain |= {
+            "tokens_per_s": sequences * self.run.config.model.seq_len / seconds,
+            "mfu": sequences * self.run.flops_per_sequence / seconds / self.peak,
+            "step_ms": 1000 * seconds / self._interval_steps,
+            "batch_size": batch_size_at(train, step),
+            "epoch": self.run.data.train.epochs(first_sequence(train, step + 1)),
+        }
+        self.last = plain
+        self.log.train(step + 1, plain)
+        self.progress.update(step + 1, plain)
+        self._interval_start, self._interval_steps, self._interval_sequences = now, 0, 0
+
+    def _skipped(self, step: int, values: Mapping[str, np.ndarray], in_a_row: int) -> None:
+        train = self.run.config.train
+        first = first_sequence(train, step)
+        text = (
+            f"step {step} skipped: loss {float(values['loss']):.4g}, gradient norm {float(values['grad_norm']):.4g}, "
+            f"sequences {first} to {first + batch_size_at(train, step) - 1}"
+        )
+        self.log.event(step + 1, "skipped", text)
+        self.progress.note(text)
+        if in_a_row >= train.max_skipped:
+            _save(self.run, self)
+            self.run.store.wait()
+            raise TooManySkipped(
+                f"{in_a_row} steps in a row were skipped (train.max_skipped); the last: {text}. Parameters are those of the last "
+                f"good step, saved as step {self.run.step}. Look at the data (--look), lower optimizer.learning_rate, "
+                "or raise train.max_skipped"
+            )

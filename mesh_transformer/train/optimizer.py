@@ -1,0 +1,287 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""gradient -> update: one optax chain, and the logical axes of the state it keeps.
+
+What happens to an array follows from its logical axes, never from its name. A *matrix* has the axis "embed" and
+another one besides "layers": w_q [layers, embed, heads, head_dim] is a stack of matrices of embed x (heads head_dim),
+and a bias [layers, heads, head_dim] is none. Matrices decay, have factored second moments in Adafactor and, unless they
+are embeddings or the output layer, are orthogonalised by Muon.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import DictKey, GetAttrKey
+from jaxtyping import Array, Float
+
+from mesh_transformer.config import ConfigError, OptimizerConfig
+from mesh_transformer.model.params import STACK
+from mesh_transformer.train.schedule import make_schedule
+
+Axes = Mapping[str, Mapping[str, tuple[str, ...]]]  # {module: {name: logical axes}}, as the parameters are nested
+
+COPIES = (STACK,)  # axes along which lie independent matrices
+TABLES = ("vocab", "position", "buckets")  # axes of embeddings and of the output layer: one row per symbol
+MUON_RMS = 0.2  # of an update's elements, about what AdamW's have: Liu et al. 2025 (arXiv 2502.16982), section 2.2
+# Quintic iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): steep at 0, ends in about [0.7, 1.2]
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, axes: Axes) -> optax.GradientTransformation:
+    """Clip, scale, decay, schedule, descend; for a run of `steps` steps over parameters with these logical axes.
+
+    Weight decay is decoupled (Loshchilov and Hutter 2019) and multiplied by the learning rate. The scalings, by
+    config.name, with b1 = beta1 and b2 = beta2:
+
+        adamw      m / (sqrt(v) + eps), both bias-corrected
+        adafactor  g / sqrt(v), v factored (`scale_by_factored_moment`), then an average of updates with b1 (none if 0)
+        lion       sign(b1 m + (1 - b1) g), m an average with b2 (Chen et al. 2023, arXiv 2302.06675)
+        muon       `scale_by_muon` with momentum b1 for inner matrices; adamw for tables, norms and biases
+        sgd        m = b1 m + g
+
+    moment_dtype is the type of m. v stays float32: in bfloat16 it would stand still once 1 - b2 is below half a unit in
+    the last place, 2^-9. Raises ConfigError for a field that cannot be used.
+    """
+    present = {axis for leaves in axes.values() for array in leaves.values() for axis in array}
+    if unknown := [axis for axis in config.no_decay_axes if axis not in present]:
+        raise ConfigError(
+            f"optimizer.no_decay_axes: no array has the axis {unknown[0]!r}; there are {', '.join(sorted(present))}"
+        )
+    decays = map_axes(lambda a: is_matrix(a) and not set(a) & set(config.no_decay_axes), axes)
+    return optax.chain(
+        clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        _make_scaling(config, axes),
+        optax.add_decayed_weights(config.weight_decay, mask=decays) if config.weight_decay else optax.identity(),
+        optax.scale_by_schedule(make_schedule(config, steps)),
+        optax.scale(-1.0),
+    )
+
+
+def _make_scaling(config: OptimizerConfig, axes: Axes) -> optax.GradientTransformation:
+    beta1, beta2, dtype = config.beta1, config.beta2, jnp.dtype(config.moment_dtype)
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=config.eps, mu_dtype=dtype)
+    match config.name:
+        case "adamw":
+            return adam
+        case "adafactor":
+            average = optax.ema(beta1, debias=False, accumulator_dtype=dtype) if beta1 else optax.identity()
+            return optax.chain(scale_by_factored_moment(axes, decay=beta2, eps=config.eps), average)
+        case "lion":
+            return optax.scale_by_lion(b1=beta1, b2=beta2, mu_dtype=dtype)
+        case "muon":
+            inner = map_axes(lambda a: is_matrix(a) and not set(a) & set(TABLES), axes)
+            outer = jax.tree.map(lambda is_inner: not is_inner, inner)
+            muon = scale_by_muon(axes, momentum=beta1, dtype=dtype)
+            return optax.chain(optax.masked(muon, inner), optax.masked(adam, outer))
+        case "sgd":
+            return optax.trace(decay=beta1, accumulator_dtype=dtype)
+
+
+def is_matrix(axes: tuple[str, ...]) -> bool:
+    """Whether an array with these logical axes is a matrix on one side of the residual stream, or a stack of them."""
+    return "embed" in axes and any(axis != "embed" and axis not in COPIES for axis in axes)
+
+
+def map_axes(function: Callable[[tuple[str, ...]], Any], axes: Axes) -> dict[str, dict[str, Any]]:
+    """`function` of every array's logical axes, nested as the parameters are."""
+    return {module: {name: function(array) for name, array in leaves.items()} for module, leaves in axes.items()}
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """Euclidean norm of all arrays together, squared and summed in float32 whatever their type."""
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Shorten the whole gradient to `limit` if it is longer (Pascanu et al. 2012), by a norm in float32."""
+
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        del params
+        factor = limit / jnp.maximum(global_norm(updates), limit)
+        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class FactoredMoment(NamedTuple):
+    """Second moment of a matrix as an outer product; both factors keep the "layers" axis."""
+
+    over_embed: Array  # mean over "embed": the array's other axes
+    over_others: Array  # mean over all others: "embed"
+
+
+class FactoredState(NamedTuple):
+    """Steps taken, and for every parameter a FactoredMoment (matrices) or an array of its shape."""
+
+    count: Array
+    second: Any
+
+
+def scale_by_factored_moment(axes: Axes, *, decay: float, eps: float) -> optax.GradientTransformation:
+    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), sections 3 and 5 to 7.
+
+    v averages g^2 + eps^2 with the rate min(decay, 1 - t^-0.8), t = 1, 2, ...: algorithm 4 capped as by Zhai et al.
+    2022 (arXiv 2106.04560). Updates g / sqrt(v) whose root mean square over one layer's array is above 1 are shortened
+    to 1. The learning rate is absolute (not relative to the parameter's size), so that it means what it does in AdamW.
+
+    Optax's transformation factors an array's two longest dimensions, which in a stack may be "layers", and cuts
+    head-split matrices in half; here "embed" is factored against the others.
+    """
+
+    def init_one(path: Any, param: Array) -> FactoredMoment | Array:
+        own = _array_axes(path, axes)
+        embed, others = _dims(own)
+        if not is_matrix(own):
+            return jnp.zeros(param.shape, jnp.float32)
+        shapes = [[size for i, size in enumerate(param.shape) if i not in gone] for gone in ((embed,), others)]
+        return FactoredMoment(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
+
+    def average_one(path: Any, g: Array, second: FactoredMoment | Array, *, rate: Array) -> FactoredMoment | Array:
+        square = jnp.square(g.astype(jnp.float32)) + eps**2
+        if not isinstance(second, FactoredMoment):
+            return rate * second + (1.0 - rate) * square
+        embed, others = _dims(_array_axes(path, axes))
+        means = jnp.mean(square, axis=embed), jnp.mean(square, axis=others)
+        return FactoredMoment(*(rate * old + (1.0 - rate) * new for old, new in zip(second, means, strict=True)))
+
+    def scale_one(path: Any, g: Array, second: FactoredMoment | Array) -> Array:
+        own = _array_axes(path, axes)
+        if isinstance(second, FactoredMoment):
+            embed, others = _dims(own)
+            rows, columns = jnp.expand_dims(second.over_embed, embed), jnp.expand_dims(second.over_others, others)
+            scaled = g * jax.lax.rsqrt(rows / jnp.mean(rows, axis=others, keepdims=True)) * jax.lax.rsqrt(columns)
+        else:
+            scaled = g * jax.lax.rsqrt(second)
+        layer = tuple(i for i, axis in enumerate(own) if axis not in COPIES)
+        rms = jnp.sqrt(jnp.mean(jnp.square(scaled), axis=layer, keepdims=True))
+        return scaled / jnp.maximum(rms, 1.0)
+
+    def init(params: Any) -> FactoredState:
+        return FactoredState(jnp.zeros((), jnp.int32), jax.tree_util.tree_map_with_path(init_one, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, FactoredState]:
+        del params
+        count = jnp.asarray(optax.safe_increment(state.count))
+        rate = jnp.minimum(decay, 1.0 - count.astype(jnp.float32) ** -0.8)
+        second = jax.tree_util.tree_map_with_path(functools.partial(average_one, rate=rate), updates, state.second)
+        return jax.tree_util.tree_map_with_path(scale_one, updates, second), FactoredState(count, second)
+
+    return optax.GradientTransformation(init, update)
+
+
+class MuonState(NamedTuple):
+    """Average of the gradients, one array of its shape for every parameter."""
+
+    momentum: Any
+
+
+def scale_by_muon(axes: Axes, *, momentum: float, dtype: Any) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024): Nesterov momentum, then the nearest orthogonal matrix, approximately.
+
+    Each layer's array is one matrix of "embed" x (all other axes), all heads together. Updates are scaled by
+    0.2 sqrt(max(rows, columns)), which makes the root mean square of their elements about 0.2, so that learning rate
+    and weight decay may be those of AdamW (Liu et al. 2025). All arrays must be matrices (`is_matrix`).
+    """
+
+    def init(params: Any) -> MuonState:
+        return MuonState(jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params))
+
+    def average(g: Array, m: Array) -> Array:
+        return momentum * m.astype(jnp.float32) + (1.0 - momentum) * g
+
+    def orthogonalize_one(path: Any, x: Array) -> Array:
+        return _orthogonalize_array(x, _array_axes(path, axes))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
+        del params
+        averages = jax.tree.map(average, updates, state.momentum)
+        ahead = jax.tree.map(average, updates, averages)
+        scaled = jax.tree_util.tree_map_with_path(orthogonalize_one, ahead)
+        return scaled, MuonState(jax.tree.map(lambda m: m.astype(dtype), averages))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _orthogonalize_array(x: Array, axes: tuple[str, ...]) -> Array:
+    """`x` with every layer's matrix made orthogonal and scaled to elements of root mean square 0.2."""
+    embed, others = _dims(axes)
+    stack = tuple(i for i, axis in enumerate(axes) if axis in COPIES)
+    order = (*stack, embed, *others)
+    moved = x.transpose(order)
+    columns = math.prod(x.shape[i] for i in others)
+    matrices = orthogonalize(moved.reshape(*moved.shape[: len(stack) + 1], columns))
+    scale = MUON_RMS * math.sqrt(max(x.shape[embed], columns))
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return scale * matrices.reshape(moved.shape).transpose(back)
+
+
+def orthogonalize(x: Float[Array, "*stack m n"]) -> Float[Array, "*stack m n"]:
+    """U V^T of the singular value decomposition, with singular values of about 0.7 to 1.2 in place of 1, in float32."""
+    a, b, c = NEWTON_SCHULZ
+    wide = x.shape[-2] <= x.shape[-1]
+    y = x.astype(jnp.float32) if wide else jnp.swapaxes(x, -1, -2).astype(jnp.float32)
+    y = y / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(y), axis=(-2, -1), keepdims=True)), 1e-12)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = y @ jnp.swapaxes(y, -1, -2)
+        y = a * y + (b * gram + c * (gram @ gram)) @ y
+    return y if wide else jnp.swapaxes(y, -1, -2)
+
+
+def optimizer_state_axes(opt_state: Any, params: Mapping[str, Mapping[str, Any]], axes: Axes) -> Any:
+    """Logical axes of every leaf of an optimizer state, as a tree of tuples in the structure of `opt_state`.
+
+    `opt_state` is the state or its jax.eval_shape; `params` has anything with a shape for every array. A leaf is known
+    by the end of its path: [module][name] has the parameter's axes, and the factors of a FactoredMoment below it the
+    axes they keep. Leaves elsewhere are scalars. Raises ValueError for a leaf that is none of these.
+    """
+
+    def find(path: Any, leaf: Any) -> tuple[str, ...]:
+        place = path[:-1] if isinstance(path[-1], GetAttrKey) else path
+        if _is_array_path(place, axes):
+            module, name = place[-2].key, place[-1].key
+            field = path[-1].name if place is not path else ""
+            kept = [i for i, axis in enumerate(axes[module][name]) if _keeps(field, axis)]
+            if leaf.shape == tuple(params[module][name].shape[i] for i in kept):
+                return tuple(axes[module][name][i] for i in kept)
+        elif leaf.shape == ():
+            return ()
+        raise ValueError(
+            f"optimizer state {jax.tree_util.keystr(path)} of shape {leaf.shape} belongs to no parameter; "
+            "a leaf that mirrors one must lie at [module][name] and have its shape"
+        )
+
+    return jax.tree_util.tree_map_with_path(find, opt_state)
+
+
+def _keeps(field: str, axis: str) -> bool:
+    """Whether the leaf `field` below a parameter's place keeps its `axis`; "" is the leaf at the place itself."""
+    match field:
+        case "over_embed":
+            return axis != "embed"
+        case "over_others":
+            return axis == "embed" or axis in COPIES
+        case _:
+            return field == ""
+
+
+def _is_array_path(path: Any, axes: Axes) -> bool:
+    keys = [key.key for key in path[-2:] if isinstance(key, DictKey)]
+    return len(keys) == 2 and keys[1] in axes.get(keys[0], ())
+
+
+def _array_axes(path: Any, axes: Axes) -> tuple[str, ...]:
+    assert _is_array_path(path, axes), f"no axes are known for {jax.tree_util.keystr(path)}"
+    return axes[path[-2].key][path[-1].key]
+
+
+def _dims(axes: tuple[str, ...]) -> tuple[int, tuple[int, ...]]:
+    """Place of "embed" (-1 if there is none), and places of the axes it is set against."""
+    embed = axes.index("embed") if "embed" in axes else -1
+    return embed, tuple(i for i, axis in enumerate(axes) if axis != "embed" and axis not in COPIES)

@@ -1,0 +1,165 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Line plots as inline SVG: readable in light and dark, with ticks a person would choose and values under the pointer."""
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+WIDTH, HEIGHT = 640, 260
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
+MAX_POINTS = 1200  # of a series; more are thinned to the extremes of each stretch
+
+
+class Series(NamedTuple):
+    """Points of one line, x rising; values that are None or not finite are gaps."""
+
+    name: str
+    points: Sequence[tuple[float, float | None]]
+    style: str  # CSS class: faint, main, accent, second
+    markers: bool = False
+
+
+class Axis(NamedTuple):
+    """The range of one direction and where its ticks are."""
+
+    low: float
+    high: float
+    ticks: list[float]
+    log: bool
+
+    def place(self, value: float) -> float:
+        """0 at the low end, 1 at the high end."""
+        if self.log:
+            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
+        return (value - self.low) / (self.high - self.low)
+
+
+def plot(title: str, unit: str, series: Sequence[Series], *, log: bool = False, marks: Sequence[float] = ()) -> str:
+    """A figure with one plot; `marks` are steps to point out by a vertical line. Says so if there is nothing to draw."""
+    series = [one._replace(points=_thin(_finite(one.points, positive=log))) for one in series]
+    drawn = [one for one in series if one.points]
+    heading = f"<figcaption><b>{escape(title)}</b><span>{escape(unit)}</span></figcaption>"
+    if not drawn:
+        return f'<figure class="plot">{heading}<p class="nothing">nothing recorded</p></figure>'
+    xs = [x for one in drawn for x, _ in one.points]
+    ys = [y for one in drawn for _, y in one.points if y is not None]
+    across, up = make_axis(min(xs), max(xs)), make_axis(min(ys), max(ys), log=log)
+    across = across._replace(low=min(xs), high=max(xs)) if max(xs) > min(xs) else across
+    body = [_draw_grid(across, up), *(_draw_mark(x, across) for x in marks if across.low <= x <= across.high)]
+    body += [_draw_series(one, across, up) for one in drawn]
+    legend = "".join(f'<span class="key {one.style}">{escape(one.name)}</span>' for one in drawn)
+    data = {
+        "x": [across.low, across.high],
+        "series": [{"name": one.name, "points": [[x, round(float(y), 6)] for x, y in one.points if y is not None]} for one in drawn],
+    }
+    summary = f"{title}, {unit}: from {format_number(drawn[0].points[0][1])} to {format_number(drawn[0].points[-1][1])}"
+    return (
+        f'<figure class="plot">{heading}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}" '
+        f"data-plot='{escape(json.dumps(data), quote=True)}'>{''.join(body)}"
+        f'<line class="pointer" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
+        f'<div class="legend">{legend}<output></output></div></figure>'
+    )
+
+
+def make_axis(low: float, high: float, *, log: bool = False) -> Axis:
+    """A range that holds low to high with about five round ticks (powers of ten and their halves if `log`)."""
+    if log:
+        return _make_log_axis(low, high)
+    if high - low <= abs(high) * 1e-9:
+        pad = abs(high) * 0.1 or 1.0
+        low, high = low - pad, high + pad
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= 6)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return Axis(first * step, last * step, [i * step for i in range(first, last + 1)], False)
+
+
+def _make_log_axis(low: float, high: float) -> Axis:
+    low, high = (low / 1.3, high * 1.3) if high / low < 1.3 else (low, high)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    few = len(decades) <= 3
+    ticks = [m * 10.0**d for d in decades for m in ((1, 2, 5) if few else (1,))]
+    every = math.ceil(len(ticks) / 7)
+    inside = [tick for tick in ticks if low / 1.05 <= tick <= high * 1.05]
+    return Axis(low / 1.1, high * 1.1, inside[::every] or [low, high], True)
+
+
+def format_number(value: float | None) -> str:
+    """A tick as people write it: 1.2k, 3.4M, 0.05, 6e-05."""
+    if value is None:
+        return "-"
+    size = abs(value)
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= limit:
+            return f"{value / limit:.4g}{suffix}"
+    return "0" if value == 0 else f"{value:.3g}"
+
+
+def _draw_grid(across: Axis, up: Axis) -> str:
+    parts = []
+    for tick in up.ticks:
+        y = _y(up, tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{format_number(tick)}</text>')
+    for tick in across.ticks:
+        if across.low <= tick <= across.high:
+            x = _x(across, tick)
+            anchor = "end" if x > WIDTH - RIGHT - 16 else "middle"
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{format_number(tick)}</text>')
+    return "".join(parts)
+
+
+def _draw_mark(x: float, across: Axis) -> str:
+    place = _x(across, x)
+    return f'<line class="mark" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+
+
+def _draw_series(one: Series, across: Axis, up: Axis) -> str:
+    path, pen = [], "M"
+    dots = []
+    for x, y in one.points:
+        if y is None:
+            pen = "M"
+            continue
+        px, py = _x(across, x), _y(up, y)
+        path.append(f"{pen}{px:.1f} {py:.1f}")
+        pen = "L"
+        if one.markers or len(one.points) == 1:
+            dots.append(f'<circle class="{one.style}" cx="{px:.1f}" cy="{py:.1f}" r="3.2"/>')
+    return f'<path class="{one.style}" d="{"".join(path)}"/>{"".join(dots)}'
+
+
+def _x(axis: Axis, value: float) -> float:
+    return LEFT + axis.place(value) * (WIDTH - LEFT - RIGHT)
+
+
+def _y(axis: Axis, value: float) -> float:
+    return HEIGHT - BOTTOM - axis.place(value) * (HEIGHT - TOP - BOTTOM)
+
+
+def _finite(points: Sequence[tuple[float, float | None]], *, positive: bool) -> list[tuple[float, float | None]]:
+    def usable(y: float | None) -> bool:
+        return y is not None and math.isfinite(y) and (y > 0 or not positive)
+
+    kept = [(x, y if usable(y) else None) for x, y in points]
+    while kept and kept[-1][1] is None:
+        kept.pop()
+    while kept and kept[0][1] is None:
+        kept.pop(0)
+    return kept
+
+
+def _thin(points: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
+    """At most about MAX_POINTS points: the lowest and the highest of every stretch, in order."""
+    if len(points) <= MAX_POINTS:
+        return points
+    stretch = math.ceil(2 * len(points) / MAX_POINTS)
+    kept = []
+    for start in range(0, len(points), stretch):
+        part = [point for point in points[start : start + stretch] if point[1] is not None]
+        if part:
+            kept += sorted({min(part, key=lambda p: p[1] or 0.0), max(part, key=lambda p: p[1] or 0.0)})
+    return kept

@@ -1,0 +1,219 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run works with, opened in order: mesh, data, state (new or restored), compiled steps."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from mesh_transformer.checkpoint.store import Store
+from mesh_transformer.data.loader import Batch
+from mesh_transformer.data.sources import Data
+
+from mesh_transformer.config import Config, ConfigError, config_to_dict
+from mesh_transformer.mesh import Layout, use_layout
+from mesh_transformer.train.flops import count_flops
+from mesh_transformer.train.loss import TokenLosses
+from mesh_transformer.train.schedule import batch_ramp
+from mesh_transformer.train.state import (
+    State,
+    describe_state,
+    flatten_state,
+    make_init_state,
+    state_shardings,
+    unflatten_state,
+)
+from mesh_transformer.train.step import Metrics, make_eval_step, make_train_step
+
+# Settings that may change when a run is resumed without changing what it computes, or that are plainly meant to.
+MAY_CHANGE = (
+    "run.dir",
+    "mesh",
+    "model.remat",
+    "model.unroll",
+    "model.preset",
+    "data.cache_dir",
+    "data.validation",
+    "data.max_epochs",
+)
+MAY_CHANGE_SECTIONS = ("optimizer", "train", "checkpoint", "sample", "track")  # said aloud
+MUST_STAY = ("train.batch_size", "train.ramp_from", "train.ramp_steps", "optimizer.name", "train.noise_scale")
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is ready to train. `state` is the only thing that changes."""
+
+    config: Config
+    layout: Layout
+    data: Data
+    store: Store
+    axes: Mapping[str, tuple[str, ...]]  # logical axes of every array of the state, by name
+    state: State
+    train_step: Callable[[State, Batch], tuple[State, Metrics]]
+    eval_step: Callable[[Any, Batch], TokenLosses]
+    flops_per_sequence: float  # of a training step, without what is recomputed
+    notes: list[str]  # what a person should know of how the state came to be
+
+    @property
+    def dir(self) -> Path:
+        """The run folder."""
+        return Path(self.config.run.dir)
+
+    @property
+    def step(self) -> int:
+        """Steps taken; waits for the one in flight."""
+        return int(self.state.step)
+
+    @property
+    def n_params(self) -> int:
+        """Number of learned values."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+
+    def place(self, batch: Batch) -> Batch:
+        """A batch of this process's rows as global arrays on the mesh."""
+
+        def put(rows: np.ndarray) -> jax.Array:
+            shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
+            sharding = self.layout.sharding(("batch", *["sequence"] * (rows.ndim - 1)), shape, "batch")
+            return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+        return Batch(*map(put, batch))
+
+    def save(self, meta: Mapping[str, Any]) -> None:
+        """Hand the state to the store; returns when it may change again."""
+        meta = {
+            "config": config_to_dict(self.config),
+            "tokenizer": self.data.tokenizer.to_json(),
+            "data_fingerprint": self.data.train.fingerprint,
+            **meta,
+        }
+        self.store.save(self.step, flatten_state(self.state), axes=self.axes, meta=meta)
+
+
+def open_run(config: Config, data: Data, layout: Layout, *, report: Callable[[str], None] = print) -> Run:
+    """Everything in place to train `config`: the newest checkpoint of its run folder restored, or a new state.
+
+    Raises ConfigError where batch and mesh, or checkpoint and configuration, contradict each other, and
+    CheckpointError for a damaged checkpoint (unless checkpoint.resume allows an older one).
+    """
+    check_batches(config, layout)
+    shapes, axes = describe_state(config)
+    shardings = state_shardings(layout, shapes, axes)
+    keep = config.checkpoint
+    store = Store(
+        Path(config.run.dir) / "checkpoints",
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        asynchronous=keep.asynchronous,
+    )
+    notes: list[str] = []
+    state = _restore(config, data, store, shapes, shardings, notes, report)
+    if state is None:
+        init = jax.jit(make_init_state(config), out_shardings=shardings)
+        state = init(jax.random.key(config.run.seed))
+    batch = abstract_batch(config, layout)
+    flops = count_flops(make_train_step(without_remat(config)), shapes, batch) / config.train.batch_size
+    train_step, eval_step = make_train_step(config), make_eval_step(config)
+
+    def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
+            with use_layout(layout):
+                return function(*args)
+
+        return wrapped
+
+    return Run(
+        config=config,
+        layout=layout,
+        data=data,
+        store=store,
+        axes=flatten_state(axes),
+        state=state,
+        train_step=jax.jit(traced(train_step), donate_argnums=0, out_shardings=(shardings, None)),
+        eval_step=jax.jit(traced(eval_step)),
+        flops_per_sequence=flops,
+        notes=notes,
+    )
+
+
+def check_batches(config: Config, layout: Layout) -> None:
+    """Every batch and microbatch divides over the mesh; ConfigError with the nearest sizes that do."""
+    pieces = layout.batch_pieces * config.train.accumulation
+    for _, size in batch_ramp(config.train):
+        if size % pieces:
+            raise ConfigError(
+                f"train.batch_size: {size} sequences do not divide over {layout.batch_pieces} device(s) along the batch x "
+                f"train.accumulation={config.train.accumulation}; use a multiple of {pieces}, "
+                f"such as {max(size // pieces, 1) * pieces}"
+            )
+
+
+def check_resume(saved: Mapping[str, Any], config: Config, where: str) -> list[str]:
+    """Settings that differ between a checkpoint's configuration and this one, as notes; ConfigError if one must not."""
+    before, now = _flatten(saved), _flatten(config_to_dict(config))
+    notes = []
+    for path in sorted(before.keys() | now.keys()):
+        old, new = before.get(path), now.get(path)
+        if old == new or any(path == free or path.startswith(free + ".") for free in MAY_CHANGE):
+            continue
+        if path in MUST_STAY or path.split(".")[0] not in MAY_CHANGE_SECTIONS:
+            raise ConfigError(
+                f"{where} was made with {path} = {old!r}, but the configuration says {new!r}; "
+                "set it back, use another run.dir, or start over with --fresh"
+            )
+        notes.append(f"{path} = {new!r} (was {old!r})")
+    return notes
+
+
+def _restore(
+    config: Config,
+    data: Data,
+    store: Store,
+    shapes: State,
+    shardings: State,
+    notes: list[str],
+    report: Callable[[str], None],
+) -> State | None:
+    step = store.newest_intact(report) if config.checkpoint.resume == "newest-intact" else store.newest()
+    if step is None:
+        return None
+    where = f"{store.root}/step_{step}"
+    meta = store.read_meta(step)
+    notes += check_resume(meta["config"], config, where)
+    if meta["data_fingerprint"] != data.train.fingerprint:
+        raise ConfigError(
+            f"{where} was trained on other data than data.train now holds (fingerprint {meta['data_fingerprint']}, "
+            f"now {data.train.fingerprint}); restore the data, use another run.dir, or start over with --fresh"
+        )
+    like = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+    named = store.restore(step, flatten_state(like))
+    notes.append(f"resumed from {where}")
+    return unflatten_state(named, shapes)
+
+
+def abstract_batch(config: Config, layout: Layout) -> Batch:
+    """A whole batch as shapes and shardings."""
+    shape = (config.train.batch_size, config.model.seq_len)
+    sharding = layout.sharding(("batch", "sequence"), shape, "batch")
+    integers = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+    return Batch(integers, integers, integers, integers, jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding))
+
+
+def without_remat(config: Config) -> Config:
+    """The same run with nothing computed twice: its FLOPs are the model's own."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        )
+    return flat

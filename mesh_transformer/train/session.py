@@ -1,0 +1,97 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A training run from a configuration to its last checkpoint, as a person sees it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress as Bar, TextColumn, TransferSpeedColumn
+
+from mesh_transformer.config import Config, config_to_dict, config_to_toml
+from mesh_transformer.data.sources import Data, open_data
+from mesh_transformer.mesh import Layout
+from mesh_transformer.train.loop import Recorder, train
+from mesh_transformer.train.metrics import FILE, MetricsLog, read_metrics
+from mesh_transformer.train.progress import Progress, print_rows, print_scores
+from mesh_transformer.train.report import write_report
+from mesh_transformer.train.run import Run, open_run
+from mesh_transformer.train.state import describe_state, format_parameters
+
+
+def train_config(config: Config, layout: Layout, *, fresh: bool = False, profile: tuple[int, int] | None = None) -> Path:
+    """Train, with display, metrics and report; the run folder. Raises what `open_data`, `open_run` and `train` raise."""
+    console = Console()
+    run_dir = Path(config.run.dir)
+    if fresh:
+        _put_aside(run_dir, console)
+    with show_building(console) as report:
+        data = open_data(config, report=report)
+    run = open_run(config, data, layout, report=console.print)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.toml").write_text(config_to_toml(config), encoding="utf-8")
+    _introduce(run, data, console)
+    first = run.step
+    with (
+        MetricsLog(run_dir, config.track, config=config_to_dict(config), first_step=first) as log,
+        Progress(run_dir.name, config.train.steps, first, console=console) as progress,
+    ):
+        for note in run.notes:
+            log.event(first, "resumed", note)
+        train(run, Recorder(run, log, progress), profile=profile)
+        log.event(run.step, "done", f"trained to step {run.step}")
+    write_report(run_dir)
+    print_scores(console, _last_scores(run_dir))
+    return run_dir
+
+
+@contextmanager
+def show_building(console: Console) -> Iterator:
+    """A bar while shards are made; the argument of `open_data`'s `report`."""
+    columns = (TextColumn("tokenizing {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bar(*columns, console=console) as bar:
+        tasks = {}
+
+        def report(name: str, done: int, total: int, seconds: float) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done)
+
+        yield report
+
+
+def _put_aside(run_dir: Path, console: Console) -> None:
+    """Rename an earlier run's folder to the first free name."""
+    if run_dir.exists():
+        number = next(n for n in range(1, 10_000) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
+        kept = run_dir.with_name(f"{run_dir.name}.{number}")
+        os.rename(run_dir, kept)
+        console.print(f"the earlier run is kept in {kept}")
+
+
+def _introduce(run: Run, data: Data, console: Console) -> None:
+    config, mesh = run.config, run.layout.mesh
+    shapes, axes = describe_state(config)
+    console.print(format_parameters(shapes, axes, run.layout), highlight=False, markup=False, soft_wrap=True)
+    per_step = config.train.batch_size * config.model.seq_len
+    rows = {
+        "run": str(run.dir),
+        "model": f"{run.n_params:,} parameters, {config.model.n_layers} layers, d_model {config.model.d_model}",
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, "
+        + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        "data": f"{data.train.n_tokens:,} tokens; held out: "
+        + (", ".join(f"{name} {held.n_bytes:,} bytes" for name, held in data.validation.items()) or "nothing"),
+        "steps": f"{config.train.steps} x {per_step:,} tokens = {config.train.steps * per_step:,}, "
+        f"{run.flops_per_sequence * config.train.batch_size:.3g} FLOPs each",
+        "jax": f"{jax.__version__} on {jax.default_backend()}",
+    }
+    print_rows(console, "", rows)
+    for note in [*data.notes, *run.notes]:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def _last_scores(run_dir: Path) -> dict[str, dict]:
+    return {line["set"]: line for line in read_metrics(run_dir / FILE) if line["kind"] == "evaluation"}

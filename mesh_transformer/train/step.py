@@ -1,0 +1,170 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer step: loss and gradients over microbatches, the guard, the update; and the step that only evaluates."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+from mesh_transformer.data.loader import Batch
+
+from mesh_transformer.config import Config
+from mesh_transformer.mesh import constrain
+from mesh_transformer.model.params import STACK, Params
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.train.loss import TokenLosses, sum_losses
+from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale
+from mesh_transformer.train.optimizer import global_norm
+from mesh_transformer.train.schedule import make_schedule
+from mesh_transformer.train.state import WINDOW, Guard, State, make_run_optimizer
+
+Metrics = dict[str, Array]
+
+
+class Gradients(NamedTuple):
+    """What the backward pass over a batch leaves."""
+
+    grads: Params  # of the mean loss over the batch, float32
+    losses: TokenLosses
+    micro_square_norm: Float[Array, ""]  # mean over microbatches of the squared norm of their own mean gradient
+
+
+def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The pure function (state, batch) -> (state, metrics) that training runs and the planner compiles."""
+    optimizer = make_run_optimizer(config)
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    gradients = _make_gradients(config)
+    train = config.train
+
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.run.seed), state.step) if config.model.dropout else None
+        found = gradients(state.params, batch, key)
+        loss = found.losses.nats / found.losses.tokens
+        grad_norm = global_norm(found.grads)
+        ok = _accept(state.guard, loss, grad_norm, train.spike_factor)
+
+        updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        noise = state.noise
+        if noise is not None:
+            small = batch.tokens.shape[0] // train.accumulation
+            noise = update_noise_scale(
+                noise, found.micro_square_norm, jnp.square(grad_norm), small, batch.tokens.shape[0]
+            )
+        # Select, never multiply: 0 x NaN is NaN. A rejected step leaves every leaf as it was.
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(ok, new, old),
+            (params, opt_state, noise),
+            (state.params, state.opt_state, state.noise),
+        )
+        guard = _update_guard(state.guard, ok, loss, grad_norm)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
+            "log_z_square": found.losses.z_squares / found.losses.tokens,
+            "skipped": guard.skipped,
+            "skipped_in_a_row": guard.in_a_row,
+        }
+        if kept[2] is not None:
+            metrics["noise_scale"] = noise_scale(kept[2])
+        if train.layer_norms:
+            metrics["layer_grad_norms"] = _layer_norms(found.grads)
+        return State(state.step + 1, *kept[:2], guard, kept[2]), metrics
+
+    return train_step
+
+
+def make_eval_step(config: Config) -> Callable[[Params, Batch], TokenLosses]:
+    """The pure function (params, batch) -> summed losses, without dropout."""
+    model = make_model(config.model)
+
+    def eval_step(params: Params, batch: Batch) -> TokenLosses:
+        logits, _ = model.apply(params, batch.tokens, **_context(config, batch))
+        return sum_losses(logits, batch.targets, batch.mask)
+
+    return eval_step
+
+
+def _context(config: Config, batch: Batch) -> dict[str, Any]:
+    """Positions and segments where documents are kept apart; otherwise the model's own defaults, which cost nothing."""
+    return {"positions": batch.positions, "segments": batch.segments} if config.data.isolate_documents else {}
+
+
+def _make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gradients]:
+    """Gradients of the mean loss, accumulated in float32 over `train.accumulation` microbatches."""
+    model, pieces, z_loss = make_model(config.model), config.train.accumulation, config.train.z_loss
+
+    def loss_of(params: Params, part: Batch, key: Array | None, tokens: Array) -> tuple[Array, TokenLosses]:
+        logits, _ = model.apply(params, part.tokens, dropout_key=key, **_context(config, part))
+        sums = sum_losses(logits, part.targets, part.mask)
+        return (sums.nats + z_loss * sums.z_squares) / tokens, sums
+
+    def gradients(params: Params, batch: Batch, key: Array | None) -> Gradients:
+        tokens = jnp.sum(batch.mask)  # of the whole batch, so that parts add up to its mean whatever their masks
+        if pieces == 1:
+            grads, sums = jax.grad(loss_of, has_aux=True)(params, batch, key, tokens)
+            return Gradients(grads, sums, jnp.zeros(()))
+
+        def accumulate(carry: Gradients, part: tuple[Array, Batch]) -> tuple[Gradients, None]:
+            index, microbatch = part
+            micro_key = None if key is None else jax.random.fold_in(key, index)
+            grads, sums = jax.grad(loss_of, has_aux=True)(params, microbatch, micro_key, tokens)
+            own_mean = global_norm(grads) * tokens / jnp.sum(microbatch.mask)
+            total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), (carry.grads, carry.losses), (grads, sums))
+            return Gradients(*total, carry.micro_square_norm + jnp.square(own_mean) / pieces), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        start = Gradients(zeros, TokenLosses(*[jnp.zeros(())] * 3), jnp.zeros(()))
+        return jax.lax.scan(accumulate, start, (jnp.arange(pieces), _cut(batch, pieces)))[0]
+
+    return gradients
+
+
+def _cut(batch: Batch, pieces: int) -> Batch:
+    """Microbatch i is rows i, i + pieces, ...: each device cuts its own rows, nothing moves."""
+
+    def cut(x: Array) -> Array:
+        parts = x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(parts, "pieces", "batch", *["sequence"] * (parts.ndim - 2))
+
+    return jax.tree.map(cut, batch)
+
+
+def _accept(guard: Guard, loss: Float[Array, ""], grad_norm: Float[Array, ""], spike_factor: float) -> Bool[Array, ""]:
+    """Finite, and no spike: below `spike_factor` medians of the last WINDOW accepted steps, once there are so many."""
+    ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if not spike_factor:
+        return ok
+    calm = (loss <= spike_factor * jnp.median(guard.losses)) & (
+        grad_norm <= spike_factor * jnp.median(guard.grad_norms)
+    )
+    return ok & (calm | (guard.accepted < WINDOW))
+
+
+def _update_guard(guard: Guard, ok: Bool[Array, ""], loss: Float[Array, ""], grad_norm: Float[Array, ""]) -> Guard:
+    place = guard.accepted % WINDOW
+    one = ok.astype(jnp.int32)
+    return Guard(
+        skipped=guard.skipped + 1 - one,
+        in_a_row=jnp.where(ok, 0, guard.in_a_row + 1),
+        accepted=guard.accepted + one,
+        losses=guard.losses.at[place].set(jnp.where(ok, loss, guard.losses[place])),
+        grad_norms=guard.grad_norms.at[place].set(jnp.where(ok, grad_norm, guard.grad_norms[place])),
+    )
+
+
+def _layer_norms(grads: Params) -> Float[Array, "L"]:
+    """Gradient norm of each layer, from the arrays stacked over the scan; order within a period is the pattern's."""
+    squares: dict[str, Array] = {}
+    for module, arrays in grads.items():
+        _, _, inner = module.partition(f"/{STACK}/")
+        if inner:
+            block = inner.split("/")[0]
+            for grad in arrays.values():
+                square = jnp.sum(jnp.square(grad.astype(jnp.float32)), axis=tuple(range(1, grad.ndim)))
+                squares[block] = squares.get(block, 0.0) + square
+    return jnp.sqrt(jnp.stack([squares[block] for block in sorted(squares)], axis=1).reshape(-1))

@@ -1,0 +1,69 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Named validation sets: loss, perplexity and bits per byte, beside what general compressors need for the same bytes."""
+
+import lzma
+import math
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from mesh_transformer.data.loader import Batch
+from mesh_transformer.data.sources import ValidationSet
+
+from mesh_transformer.train.loss import TokenLosses
+
+MAX_COMPRESSED_BYTES = 64_000_000  # larger sets are not compressed for comparison: xz takes a second per megabyte
+
+
+class Score(NamedTuple):
+    """The result on one set."""
+
+    loss: float  # nats per token
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+
+def evaluate(
+    validation: ValidationSet,
+    score_batch: Callable[[Batch], TokenLosses],
+    *,
+    max_batches: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Score | None:
+    """Score the first `max_batches` batches (all by default); None if asked to stop before the end.
+
+    Sums stay on the devices until the end. Bits per byte count every token, ends of text too, against the bytes of
+    the text alone; on a part of a set its bytes are taken in proportion to tokens.
+    """
+    total = min(validation.n_batches, max_batches or validation.n_batches)
+    sums: list[TokenLosses] = []
+    for index, batch in enumerate(validation.batches()):
+        if index == total:
+            break
+        if should_stop():
+            return None
+        sums.append(score_batch(batch))
+        if index >= 2:
+            jax.block_until_ready(sums[index - 2])  # stay at most two batches ahead
+        report(index + 1, total)
+    nats = math.fsum(float(part.nats) for part in sums)
+    tokens = math.fsum(float(part.tokens) for part in sums)
+    n_bytes = validation.n_bytes * tokens / validation.n_tokens
+    loss = nats / tokens
+    return Score(loss, math.exp(min(loss, 700.0)), nats / math.log(2) / n_bytes, int(tokens))
+
+
+def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
+    """Bits per byte of `gzip -9` and `xz -9` on the same bytes in one piece; empty for more than 64 MB."""
+    if not text or len(text) > MAX_COMPRESSED_BYTES:
+        return {}
+    gzip = zlib.compressobj(9, zlib.DEFLATED, 31)  # 31: gzip's own header and trailer
+    sizes = {
+        "gzip": len(gzip.compress(text)) + len(gzip.flush()),
+        "xz": len(lzma.compress(text, preset=9)),
+    }
+    return {f"{name}_bits_per_byte": 8 * size / len(text) for name, size in sizes.items()}

@@ -1,0 +1,132 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""How fast tokens are drawn at GPT-2's size (124M random weights, float32, greedy), next to transformers' generate.
+
+examples:
+  python scripts/bench_sample.py
+      batches of 1 and 8 prompts, rounds of both programs in turn, medians
+  python scripts/bench_sample.py --batch 1 --rounds 9 --json
+      one JSON object
+
+Without torch and transformers the ratio is to the limit that memory sets: every token reads all weights once, so at
+most (bytes read a second) / (bytes of the weights) steps a second.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.config import ModelConfig, SampleConfig
+from mesh_transformer.model.families import PRESETS
+from mesh_transformer.model.transformer import count_params, make_model
+from mesh_transformer.sample.engine import Engine
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and print."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes; default: 1 8")
+    parser.add_argument("--prompt-len", type=int, default=32, help="tokens of a prompt; default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens drawn; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of all programs in turn; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+
+    config = ModelConfig(preset="gpt2", **PRESETS["gpt2"])
+    engine = Engine(config, jax.jit(make_model(config).init)(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    prompts = {size: rng.integers(0, config.n_vocab, (size, options.prompt_len)) for size in options.batch}
+    programs = {"ours": lambda tokens: _draw_ours(engine, tokens, options.tokens)}
+    torch_draw = _make_torch(options.tokens)
+    if torch_draw:
+        programs["transformers"] = torch_draw
+    rates = _measure(programs, prompts, options.tokens, options.rounds)
+    bandwidth = _measure_copy_bandwidth()
+    limits = {size: size * bandwidth / (4 * count_params(config)) for size in options.batch}
+    result = {
+        "tokens_per_s": {f"{name} batch {size}": round(rate, 1) for (name, size), rate in rates.items()},
+        "copy_bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
+        "against": "transformers" if torch_draw else "bandwidth",
+        "ratio": {
+            str(size): round(rates["ours", size] / (rates["transformers", size] if torch_draw else limits[size]), 2)
+            for size in options.batch
+        },
+    }
+    print(json.dumps(result) if options.json else _format(result, rates, limits))
+    return 0
+
+
+def _draw_ours(engine: Engine, tokens: np.ndarray, max_tokens: int) -> int:
+    done = engine.generate([row.tolist() for row in tokens], SampleConfig(temperature=0.0), max_tokens=max_tokens)
+    return sum(len(completion.tokens) for samples in done for completion in samples)
+
+
+def _make_torch(max_tokens: int) -> Callable[[np.ndarray], int] | None:
+    try:
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError as error:
+        print(f"{error.name} is not installed: comparing with the bandwidth of memory (pip install torch transformers)", file=sys.stderr)
+        return None
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None)).eval()
+
+    def draw(tokens: np.ndarray) -> int:
+        ids = torch.as_tensor(tokens)
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, use_cache=True, pad_token_id=0
+            )
+        return out[:, ids.shape[1] :].numel()
+
+    return draw
+
+
+def _measure(
+    programs: dict[str, Callable[[np.ndarray], int]], prompts: dict[int, np.ndarray], max_tokens: int, rounds: int
+) -> dict[tuple[str, int], float]:
+    """Median tokens per second of every program at every batch size, prompts read included."""
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for turn in range(rounds + 1):
+        for size, tokens in prompts.items():
+            for name, draw in programs.items():
+                start = time.perf_counter()
+                drawn = draw(tokens)
+                elapsed = time.perf_counter() - start
+                assert drawn == size * max_tokens, f"{name} drew {drawn} tokens"
+                if turn:  # the first compiles
+                    seconds.setdefault((name, size), []).append(elapsed)
+    return {(name, size): size * max_tokens / statistics.median(times) for (name, size), times in seconds.items()}
+
+
+def _measure_copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy of 512 MB on all cores."""
+    source = jax.numpy.zeros(1 << 27, jax.numpy.float32)
+    copy = jax.jit(lambda x: x + 1.0)
+    copy(source).block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        copy(source).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(times)
+
+
+def _format(result: dict[str, Any], rates: dict[tuple[str, int], float], limits: dict[int, float]) -> str:
+    lines = [f"{'batch':>5}  {'ours':>9}  {'transformers':>12}  {'memory limit':>12}   tokens/s"]
+    for size, limit in limits.items():
+        other = f"{rates['transformers', size]:12.1f}" if ("transformers", size) in rates else f"{'-':>12}"
+        lines.append(f"{size:>5}  {rates['ours', size]:9.1f}  {other}  {limit:12.1f}")
+    lines.append(f"memory: {result['copy_bandwidth_gb_per_s']} GB/s read and written by a copy")
+    ratios = ", ".join(f"{ratio:.2f} at batch {size}" for size, ratio in result["ratio"].items())
+    return "\n".join([*lines, f"ratio ours / {result['against']}: {ratios}"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,15 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Every test sees eight CPU devices, checked shapes, and errors where JAX would promote ranks or warn."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Shape annotations are checked at every call, in tests only.
+install_import_hook(["mesh_transformer.model", "mesh_transformer.train", "mesh_transformer.sample"], "beartype.beartype")

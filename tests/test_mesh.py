@@ -1,0 +1,245 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The rules are strict, the table says what lies where, and a sharded model computes what one device computes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig
+from mesh_transformer.mesh import RULES, constrain, format_sharding_table, make_layout, make_rules, use_layout
+from mesh_transformer.model.params import flatten_names
+from mesh_transformer.model.transformer import describe_params, make_model
+
+# Compiles in half the time; what is computed is the same.
+QUICK: dict[str, bool | int | float | str] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
+def make(data: int = 1, fsdp: int = 1, tensor: int = 1, **rules):
+    return make_layout(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, rules=rules))
+
+
+# Strictness
+def test_unknown_logical_axis_names_array_and_remedy():
+    with pytest.raises(ConfigError, match=r"attention/w_q: no rule for the logical axis 'hats'; add mesh\.rules\.hats"):
+        make(fsdp=2).spec(("embed", "hats"), (4, 4), "attention/w_q")
+
+
+def test_mesh_axis_used_twice_names_array_and_remedy():
+    with pytest.raises(
+        ConfigError,
+        match=r"w_x: the logical axes 'heads' and 'ff' both lie on the mesh axis 'tensor'; .*mesh\.rules\.ff = \"\"",
+    ):
+        make(tensor=2).spec(("heads", "ff"), (4, 4), "w_x")
+    assert make(tensor=1, fsdp=2).spec(("heads", "ff"), (4, 4), "w_x") == P()  # an axis of one device splits nothing
+
+
+def test_size_that_does_not_divide_names_array_size_and_remedy():
+    with pytest.raises(
+        ConfigError, match=r'w_tokens: vocab = 257 does not divide over tensor = 4; .*mesh\.rules\.vocab = ""'
+    ):
+        make(tensor=4).spec(("vocab", "embed"), (257, 8), "w_tokens")
+    with pytest.raises(ConfigError, match=r"batch = 6 does not divide over data x fsdp = 4"):
+        make(data=2, fsdp=2).spec(("batch",), (6,), "tokens")
+    assert make(tensor=4, vocab="").spec(("vocab", "embed"), (257, 8), "w_tokens") == P()
+
+
+def test_axes_and_dimensions_must_be_equally_many():
+    with pytest.raises(ValueError, match="zip"):
+        make(tensor=4).spec(("vocab",), (8, 8), "w")
+
+
+def test_activation_that_does_not_divide_is_named():
+    with use_layout(make(data=4)), pytest.raises(ConfigError, match=r"activation \[batch, residual\]: batch = 6"):
+        constrain(jnp.zeros((6, 2)), "batch", "residual")
+
+
+def test_unknown_rules_are_refused():
+    with pytest.raises(ConfigError, match=r"mesh\.rules\.embd: no such logical axis; there are layers, embed"):
+        make_rules({"embd": "fsdp"})
+    with pytest.raises(
+        ConfigError, match=r"mesh\.rules\.embed: no such mesh axis 'model'; there are data, fsdp, tensor"
+    ):
+        make_rules({"embed": ["fsdp", "model"]})
+    assert (
+        make_rules({"embed": "fsdp tensor"})["embed"]
+        == ("fsdp", "tensor")
+        == make_rules({"embed": ["fsdp", "tensor"]})["embed"]
+    )
+    assert make_rules({}) == RULES
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(data=16), dict(data=3, fsdp=3), dict(data=-1, fsdp=3), dict(data=-1, tensor=16)]
+)
+def test_mesh_that_does_not_fit_is_refused(sizes):
+    with pytest.raises(ConfigError, match=r"mesh: data=.* does not fit 8 device\(s\).*cpu_devices"):
+        make_layout(MeshConfig(**sizes))
+
+
+def test_mesh_takes_what_is_left_over_or_the_first_devices():
+    assert dict(make(-1, 2, 2).mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert list(make(2, 1, 2).mesh.devices.flat) == jax.devices()[:4]
+    layout = make(2, 2, 2)
+    assert layout.batch_pieces == 4
+    assert layout.spec(("batch", "sequence"), (8, 3), "tokens") == P(("data", "fsdp"))
+
+
+def test_layout_is_put_back_after_use():
+    x = jnp.zeros((8, 4))
+    with use_layout(make(data=8)):
+        assert constrain(x, "batch", "residual").sharding.spec == P("data")
+    assert constrain(x, "batch", "residual") is x
+    with pytest.raises(ConfigError), use_layout(make(data=8)):
+        constrain(x[:7], "batch", "residual")
+    assert constrain(x, "batch", "residual") is x
+
+
+TABLE = """\
+parameter           shape           axes         spec         bytes/device
+transformer/w_x     4 x 8           embed ff     fsdp tensor            32
+transformer/scale   8               embed        fsdp                   16
+transformer/table   3               position     replicated             12
+transformer/w_both  16 x 4          vocab embed  tensor fsdp            64
+total               107 parameters                                     124"""
+
+
+def test_table_says_what_lies_where():
+    rows = {
+        "transformer/w_x": ((4, 8), ("embed", "ff"), 4),
+        "transformer/scale": ((8,), ("embed",), 4),
+        "transformer/table": ((3,), ("position",), 4),
+        "transformer/w_both": ((16, 4), ("vocab", "embed"), 4),
+    }
+    table = format_sharding_table(rows, make(2, 2, 2))
+    assert [line.rstrip() for line in table.splitlines()] == TABLE.splitlines(), table
+
+
+# Sharded = one device
+B, T = 8, 8
+FAMILIES = {
+    "t5, tied": dict(positions="t5"),
+    "rotary, grouped": dict(
+        positions="rotary-pairs",
+        residual="parallel",
+        n_kv_heads=4,
+        gated=True,
+        head_bias=True,
+        tied_embeddings=False,
+        remat="full",
+    ),
+}
+
+
+def make_family(name: str, **changes) -> ModelConfig:
+    return ModelConfig(
+        **{
+            **dict(n_layers=2, d_model=16, n_heads=8, d_head=4, n_vocab=32, d_ff=24, seq_len=T),
+            **FAMILIES[name],
+            **changes,
+        }
+    )
+
+
+def make_inputs(config: ModelConfig):
+    rng = np.random.default_rng(0)
+    params = {
+        module: {leaf: jnp.asarray(0.3 * rng.normal(size=info.shape), jnp.float32) for leaf, info in infos.items()}
+        for module, infos in describe_params(config).items()
+    }
+    return params, *jnp.asarray(rng.integers(0, config.n_vocab, (2, B, T)), jnp.int32)
+
+
+def make_loss(config: ModelConfig):
+    model = make_model(config)
+
+    def loss(params, tokens, targets):
+        logits, _ = model.apply(params, tokens)
+        log_p = jax.nn.log_softmax(logits)
+        return -jnp.mean(jnp.take_along_axis(log_p, targets[..., None], axis=-1))
+
+    return jax.value_and_grad(loss)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Each family's inputs, loss and gradients on one device, computed once."""
+    computed = {}
+
+    def compute(name: str):
+        if name not in computed:
+            inputs = make_inputs(make_family(name))
+            computed[name] = inputs, jax.jit(make_loss(make_family(name)), compiler_options=QUICK)(*inputs)
+        return computed[name]
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name", "rules"),
+    [
+        ((8, 1, 1), "rotary, grouped", {}),
+        ((1, 8, 1), "t5, tied", {}),
+        ((1, 1, 8), "t5, tied", {}),
+        ((2, 2, 2), "rotary, grouped", {}),
+        ((1, 2, 4), "t5, tied", {"sequence": "tensor", "vocab": ""}),
+        ((2, 1, 4), "rotary, grouped", {"kv_heads": "", "embed": ""}),
+    ],
+)
+def test_sharded_equals_one_device(alone, sizes, name, rules):
+    config, layout = make_family(name), make(*sizes, **rules)
+    (params, tokens, targets), (loss, gradients) = alone(name)
+    shardings = {
+        module: {leaf: layout.sharding(info.axes, info.shape, f"{module}/{leaf}") for leaf, info in infos.items()}
+        for module, infos in describe_params(config).items()
+    }
+    batch = layout.sharding(("batch", "sequence"), tokens.shape, "tokens")
+    whole = jax.NamedSharding(layout.mesh, P())
+    with use_layout(layout):
+        step = jax.jit(
+            make_loss(config),
+            in_shardings=(shardings, batch, batch),
+            out_shardings=(whole, shardings),
+            compiler_options=QUICK,
+        )
+        placed = jax.device_put(params, shardings)
+        sharded_loss, sharded_gradients = step(placed, jax.device_put(tokens, batch), jax.device_put(targets, batch))
+
+    # The two sides really differ: weights and gradients are cut over fsdp and tensor, the batch over data and fsdp.
+    _, fsdp, tensor = sizes
+    for tree in (placed, sharded_gradients):
+        w_in = tree["transformer/layers/block_0/feed_forward"]["w_in"]
+        piece = w_in.addressable_shards[0].data.shape
+        assert piece == (w_in.shape[0], 16 // (1 if "embed" in rules else fsdp), 24 // tensor)
+        assert len(w_in.addressable_shards) == 8
+    assert batch.shard_shape(tokens.shape) == (B // layout.batch_pieces, T // (tensor if rules.get("sequence") else 1))
+
+    np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
+    found = flatten_names(sharded_gradients)
+    for key, gradient in flatten_names(gradients).items():
+        # The gradient of a key's bias is zero but for rounding: measured on the scale of the query's.
+        scale = np.abs(flatten_names(gradients)[key.replace("/b_k", "/b_q")]).max()
+        assert scale > 0, key
+        np.testing.assert_allclose(found[key], gradient, atol=1e-5 * scale, rtol=0, err_msg=key)
+
+
+def test_sizes_that_do_not_divide_are_refused_before_compiling():
+    layout = make(tensor=8)
+    infos = describe_params(make_family("rotary, grouped"))["transformer/layers/block_0/attention"]
+    with pytest.raises(
+        ConfigError, match=r'attention/w_k: kv_heads = 4 does not divide over tensor = 8; .*mesh\.rules\.kv_heads = ""'
+    ):
+        layout.spec(infos["w_k"].axes, infos["w_k"].shape, "attention/w_k")
+
+
+def test_activations_are_kept_on_their_axes():
+    """Without `constrain` the partitioner might gather the batch; with it every device holds its share of the stream."""
+    layout = make(2, 2, 2)
+    with use_layout(layout):
+        x = jax.jit(lambda x: constrain(x * 2.0, "batch", "sequence", "residual"))(jnp.ones((8, 4, 6)))
+    assert x.sharding.shard_shape(x.shape) == (2, 4, 6)
