@@ -56,7 +56,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, kind in FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"the same as --set sample.{name}=...")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal texts; default: %(default)s")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=r"end before this; \n is a new line; repeatable")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help=r"end before this; \n is a new line; repeatable"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object for every continuation")
     add_set_option(parser)
     options = parser.parse_args(arguments)

@@ -43,7 +43,9 @@ def main(arguments: list[str]) -> int:
     engine = Engine(config, jax.jit(make_model(config).init)(jax.random.key(0)))
     rng = np.random.default_rng(0)
     prompts = {size: rng.integers(0, config.n_vocab, (size, options.prompt_len)) for size in options.batch}
-    programs = {"ours": lambda tokens: _draw_ours(engine, tokens, options.tokens)}
+    programs: dict[str, Callable[[np.ndarray], int]] = {
+        "ours": lambda tokens: _draw_ours(engine, tokens, options.tokens)
+    }
     torch_draw = _make_torch(options.tokens)
     if torch_draw:
         programs["transformers"] = torch_draw
@@ -73,15 +75,23 @@ def _make_torch(max_tokens: int) -> Callable[[np.ndarray], int] | None:
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError as error:
-        print(f"{error.name} is not installed: comparing with the bandwidth of memory (pip install torch transformers)", file=sys.stderr)
+        print(
+            f"{error.name} is not installed: comparing with the bandwidth of memory (pip install torch transformers)",
+            file=sys.stderr,
+        )
         return None
-    model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None)).eval()
+    model: Any = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None)).eval()
 
     def draw(tokens: np.ndarray) -> int:
         ids = torch.as_tensor(tokens)
         with torch.inference_mode():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, use_cache=True, pad_token_id=0
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
             )
         return out[:, ids.shape[1] :].numel()
 

@@ -11,5 +11,7 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the suite's time is compilation; what is compared here does not depend on how well LLVM optimised it.
+jax.config.update("jax_disable_most_optimizations", True)
 # Shape annotations are checked at every call, in tests only.
 install_import_hook(["mesh_transformer.model", "mesh_transformer.train", "mesh_transformer.sample"], "beartype.beartype")

@@ -1,14 +1,18 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Named arrays on disk: written by the slices a process owns, read by the slices a device wants.
+"""One array <-> its files: Zarr 3 through TensorStore, written in the slices a process owns, read in those a device needs.
 
-Every array is a zarr3 array of TensorStore, without compression. An outer chunk is one file and holds what one device
-held when it was saved; inside it, inner chunks of at most 8 MB can be read alone, so that a small slice of a large
-array costs little memory on any other mesh. Every inner chunk and the index of every file end in a crc32c. A chunk that
-is not there is an error, never zeros.
+Codecs: `sharding_indexed` (index at the end, crc32c) over chunks of `bytes` (little endian) and crc32c; no compression.
+Keys are "c.<i>.<j>". `fill_missing_data_reads: false`, else a lost file reads as zeros, and with it
+`store_data_equal_to_fill_value: true`, else zeros are not stored and look lost. Reading takes shape, dtype and codecs
+from the checked manifest, never from zarr.json, which is there for other programs.
 """
 
+import collections
+import itertools
+import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,157 +20,208 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tensorstore as ts
+from jax.sharding import Sharding, SingleDeviceSharding
 
-INNER_BYTES = 8 * 2**20
-READ_AHEAD_BYTES = 256 * 2**20  # slices of this size together are read at the same time
-_CHECKED = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+from mesh_transformer.checkpoint.chunks import DTYPES, plan_chunks, shard_key
+from mesh_transformer.checkpoint.folders import write_synced
+from mesh_transformer.checkpoint.manifest import (
+    METADATA,
+    ArrayRecord,
+    CheckpointError,
+    FileRecord,
+    array_folder,
+    digest_file,
+)
 
+SHARDS_IN_FLIGHT = 4  # files encoded and written at once
+READ_AHEAD_BYTES = 1 << 29  # of slices on their way from disk to devices
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or another model's; the message names the array or file."""
-
-
-class HostArray(NamedTuple):
-    """The parts of a global array that this process owns, copied to host memory."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    piece: tuple[int, ...]  # shape of each part
-    parts: list[tuple[tuple[slice, ...], np.ndarray]]
-
-
-def copy_to_host(arrays: Mapping[str, jax.Array]) -> dict[str, HostArray]:
-    """This process's parts of every array, each once; real copies, so that the arrays may be donated at once."""
-    for array in arrays.values():
-        array.copy_to_host_async()
-    found = {}
-    for name, array in arrays.items():
-        owned = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-        parts = [(shard.index, np.array(shard.data, copy=True)) for shard in owned]
-        found[name] = HostArray(array.shape, array.dtype, array.sharding.shard_shape(array.shape), parts)
-    return found
+Slices = tuple[slice, ...]
 
 
-def write_array(folder: Path, array: HostArray) -> None:
-    """Write the owned parts below `folder`; returns when they are on disk."""
-    spec = _spec(folder) | {
-        "metadata": _metadata(array.shape, array.dtype, array.piece),
-        "create": True,
-        "store_data_equal_to_fill_value": True,  # else all-zero chunks are left out and look lost
-    }
-    store = ts.open(spec).result()
-    for future in [store[index].write(part, can_reference_source_data_indefinitely=True) for index, part in array.parts]:
-        future.result()
+class Piece(NamedTuple):
+    """A slice of an array that this process owns, in host memory."""
+
+    index: Slices
+    values: np.ndarray
 
 
-def read_arrays(root: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The named arrays below `root` on the shardings of `wanted`; a slice that several devices hold is read once.
+def kvstore_spec(folder: Path) -> dict[str, Any]:
+    """Where TensorStore finds the files of `folder`. The one place that knows the kind of storage."""
+    return {"driver": "file", "path": f"{folder.absolute()}/", "file_io_sync": True}
 
-    Raises CheckpointError naming the array that cannot be read, and TensorStore's word on the file.
+
+def describe_array(name: str, array: jax.Array, axes: Sequence[str]) -> ArrayRecord:
+    """The record of an array to be saved, files yet unknown; CheckpointError if its kind cannot be."""
+    if not isinstance(array, jax.Array):
+        raise CheckpointError(f"array {name}: a {type(array).__name__} is not a jax.Array")
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        raise CheckpointError(f"array {name}: save a random key as jax.random.key_data(key)")
+    if array.dtype.name not in DTYPES:
+        raise CheckpointError(f"array {name}: dtype {array.dtype.name} cannot be saved; it can be {', '.join(DTYPES)}")
+    if len(axes) != array.ndim:
+        raise CheckpointError(f"array {name}: {len(axes)} logical axes {tuple(axes)} for shape {array.shape}")
+    if array.is_deleted():
+        raise CheckpointError(f"array {name}: its buffer was donated or deleted before the save")
+    shard, chunk = plan_chunks(array.shape, array.sharding.shard_shape(array.shape), array.dtype.name)
+    return ArrayRecord(array.shape, array.dtype.name, tuple(axes), shard, chunk)
+
+
+def copy_to_host(arrays: Mapping[str, jax.Array]) -> dict[str, list[Piece]]:
+    """This process's slices of `arrays` (a replicated slice belongs to the device with replica 0), all copied on return.
+
+    The copies share no memory with the arrays, which may be donated next.
     """
-    found: dict[str, jax.Array] = {}
-    for group in _group_by_size(wanted):
-        reading = {name: _start_reading(root, name, wanted[name]) for name in group}
-        for name, slices in reading.items():
-            found[name] = _finish_reading(name, wanted[name], slices)
-    return found
+    owned = {
+        name: [shard for shard in array.addressable_shards if shard.replica_id == 0] for name, array in arrays.items()
+    }
+    for shard in itertools.chain(*owned.values()):
+        shard.data.copy_to_host_async()
+    return {name: [Piece(shard.index, _copy(shard.data)) for shard in shards] for name, shards in owned.items()}
 
 
-def _start_reading(root: Path, name: str, wanted: jax.ShapeDtypeStruct) -> dict[Any, Any]:
+def write_metadata(folder: Path, name: str, record: ArrayRecord) -> None:
+    """Make an array's folder and its zarr.json."""
+    array_folder(folder, name).mkdir(parents=True)
+    write_synced(array_folder(folder, name) / METADATA, json.dumps(_metadata(record), indent=1).encode())
+
+
+def write_pieces(folder: Path, name: str, record: ArrayRecord, pieces: list[Piece]) -> dict[str, FileRecord]:
+    """Write slices into the array's folder, emptying `pieces`; what was written. Files are synced, folders are not."""
+    place = array_folder(folder, name)
+    array = _open(folder, name, record)
+    written: dict[str, FileRecord] = {}
+    flying: collections.deque[tuple[str, Any]] = collections.deque()
+
+    def land() -> None:
+        key, future = flying.popleft()
+        future.result()
+        written[key] = digest_file(place / key)  # out of the page cache, while the next files are written
+
     try:
-        store = ts.open(_spec(root / name)).result()
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"array {name}: cannot be opened: {_brief(error)}") from error
-    if store.shape != wanted.shape or store.dtype.numpy_dtype != wanted.dtype:
-        raise CheckpointError(f"array {name}: the file holds {store.dtype.name}{list(store.shape)}, not what its manifest says")
-    assert wanted.sharding is not None, f"{name} has no sharding to restore onto"
-    places = wanted.sharding.addressable_devices_indices_map(wanted.shape)
-    return {key: store[index].read() for key, index in {_hashable(index): index for index in places.values()}.items()}
+        while pieces:
+            for key, target, values in _cut(record, pieces.pop()):
+                flying.append((key, array[target].write(values, can_reference_source_data_indefinitely=True)))
+                if len(flying) >= SHARDS_IN_FLIGHT:
+                    land()
+        while flying:
+            land()
+    finally:  # after a failure: nothing may still be writing into a folder that is about to be deleted
+        for _, future in flying:
+            future.exception()
+    return written
 
 
-def _finish_reading(name: str, wanted: jax.ShapeDtypeStruct, slices: dict[Any, Any]) -> jax.Array:
-    try:
-        ready = {key: future.result() for key, future in slices.items()}
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"array {name} is damaged: {_brief(error)}") from error
-    assert wanted.sharding is not None
-    places = wanted.sharding.addressable_devices_indices_map(wanted.shape)
-    pieces = [jax.device_put(ready[_hashable(index)], device) for device, index in places.items()]
-    return jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, pieces)
+def read_slice(folder: Path, name: str, record: ArrayRecord, index: Slices) -> np.ndarray:
+    """The values of an array at `index` (slices with step 1), reading no more chunks than those hold."""
+    return _wait(folder, name, _open(folder, name, record)[index].read())
 
 
-def read_slices(root: Path, name: str) -> Iterator[np.ndarray]:
-    """An array in parts along its first axis, of about READ_AHEAD_BYTES each, for comparing in bounded memory."""
-    store = ts.open(_spec(root / name)).result()
-    rows = store.shape[0] if store.shape else 1
-    step = max(1, READ_AHEAD_BYTES * rows // max(1, store.size * store.dtype.numpy_dtype.itemsize))
-    for start in range(0, max(rows, 1), step):
-        part = store[start : min(start + step, rows)] if store.shape else store
-        try:
-            yield part.read().result()
-        except ValueError as error:
-            raise CheckpointError(f"array {name} is damaged: {_brief(error)}") from error
+def restore_arrays(
+    folder: Path, records: Mapping[str, ArrayRecord], shardings: Mapping[str, Sharding]
+) -> dict[str, jax.Array]:
+    """Arrays as `shardings` place them. Each slice is read once and given to all devices that need it, several at a time."""
+    placed: dict[str, list[jax.Array]] = {name: [] for name in records}
+    flying: collections.deque[tuple[str, list[Sharding], int, Any]] = collections.deque()
+    ahead = 0
 
+    def land() -> int:
+        name, places, size, future = flying.popleft()
+        values = _wait(folder, name, future)
+        copies = [jax.device_put(values, place, may_alias=False) for place in places]
+        placed[name] += jax.block_until_ready(copies)  # so that host memory is free before the next is read
+        return size
 
-def _spec(folder: Path) -> dict[str, Any]:
+    for name, record in records.items():
+        array = _open(folder, name, record)
+        for index, places in _places(shardings[name], record.shape).items():
+            size = math.prod(stop - start for start, stop in index) * DTYPES[record.dtype]
+            while flying and ahead + size > READ_AHEAD_BYTES:
+                ahead -= land()
+            flying.append((name, places, size, array[tuple(slice(*ends) for ends in index)].read()))
+            ahead += size
+    while flying:
+        land()
     return {
+        name: jax.make_array_from_single_device_arrays(record.shape, shardings[name], placed[name], dtype=record.dtype)
+        for name, record in records.items()
+    }
+
+
+def _copy(data: jax.Array) -> np.ndarray:
+    """Host values that outlive the array. A view of host memory must be copied; what came from a device is a copy."""
+    on_host = data.sharding.memory_kind in ("pinned_host", "unpinned_host")
+    return np.array(data) if on_host or next(iter(data.devices())).platform == "cpu" else np.asarray(data)
+
+
+def _cut(record: ArrayRecord, piece: Piece) -> Iterator[tuple[str, Slices, np.ndarray]]:
+    """File name, slices in the array, and values of each shard of a piece."""
+    bounds = [part.indices(dim)[:2] for part, dim in zip(piece.index, record.shape, strict=True)]
+    starts = [range(start, stop, step) for (start, stop), step in zip(bounds, record.shard, strict=True)]
+    for corner in itertools.product(*starts):
+        ends = [min(low + step, stop) for low, step, (_, stop) in zip(corner, record.shard, bounds, strict=True)]
+        target = tuple(slice(low, end) for low, end in zip(corner, ends, strict=True))
+        source = tuple(
+            slice(low - start, end - start) for low, end, (start, _) in zip(corner, ends, bounds, strict=True)
+        )
+        yield (
+            shard_key([low // step for low, step in zip(corner, record.shard, strict=True)]),
+            target,
+            piece.values[source],
+        )
+
+
+def _places(sharding: Sharding, shape: tuple[int, ...]) -> dict[tuple[tuple[int, int], ...], list[Sharding]]:
+    """The devices of this process that need each slice of an array."""
+    places: dict[tuple[tuple[int, int], ...], list[Sharding]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        parts = index if index is not None else (slice(None),) * len(shape)
+        ends = tuple(part.indices(dim)[:2] for part, dim in zip(parts, shape, strict=True))
+        places.setdefault(ends, []).append(SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
+    return places
+
+
+def _open(folder: Path, name: str, record: ArrayRecord) -> Any:
+    spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder}/"},
+        "kvstore": kvstore_spec(array_folder(folder, name)),
+        "metadata": _metadata(record),
         "fill_missing_data_reads": False,
-        "recheck_cached_data": "open",
+        "store_data_equal_to_fill_value": True,
     }
+    return ts.open(spec, open=True, assume_metadata=True).result()
 
 
-def _metadata(shape: Sequence[int], dtype: np.dtype, piece: Sequence[int]) -> dict[str, Any]:
-    outer = [max(size, 1) for size in piece]
-    sharded = {
-        "name": "sharding_indexed",
-        "configuration": {
-            "chunk_shape": inner_shape(outer, dtype.itemsize),
-            "codecs": _CHECKED,
-            "index_codecs": _CHECKED,
-            "index_location": "end",
-        },
+def _metadata(record: ArrayRecord) -> dict[str, Any]:
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    plain = {"name": "bytes"} if DTYPES[record.dtype] == 1 else little
+    checksum = {"name": "crc32c"}
+    sharding = {
+        "chunk_shape": record.chunk,
+        "codecs": [plain, checksum],
+        "index_codecs": [little, checksum],
+        "index_location": "end",
     }
     return {
-        "shape": list(shape),
-        "data_type": dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": outer}},
-        "codecs": [sharded] if shape else _CHECKED,
-        "fill_value": False if dtype == np.bool_ else 0,
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": record.shape,
+        "data_type": record.dtype,
+        "dimension_names": record.axes,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": record.shard}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": False if record.dtype == "bool" else 0,
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
 
 
-def inner_shape(outer: Sequence[int], itemsize: int) -> list[int]:
-    """The largest inner chunk of at most INNER_BYTES that divides `outer`, cut along leading axes first."""
-    inner = list(outer)
-    for axis, size in enumerate(outer):
-        others = math.prod(inner[:axis] + inner[axis + 1 :]) * itemsize
-        if others * size <= INNER_BYTES:
-            break
-        fitting = max(INNER_BYTES // others, 1)
-        inner[axis] = next(divisor for divisor in range(min(fitting, size), 0, -1) if size % divisor == 0)
-    return inner
-
-
-def _group_by_size(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
-    group: list[str] = []
-    size = 0
-    for name, array in wanted.items():
-        own = math.prod(array.shape) * array.dtype.itemsize
-        if group and size + own > READ_AHEAD_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += own
-    if group:
-        yield group
-
-
-def _hashable(index: tuple[slice, ...]) -> tuple[Any, ...]:
-    return tuple((part.start, part.stop) for part in index)
-
-
-def _brief(error: Exception) -> str:
-    """The first line of TensorStore's message, without the specification that follows it."""
-    return str(error).splitlines()[0].split(" [tensorstore_spec", 1)[0].split(" [source locations", 1)[0]
+def _wait(folder: Path, name: str, future: Any) -> np.ndarray:
+    """The result of a read; TensorStore's errors as CheckpointError with array and file."""
+    try:
+        return future.result()
+    except Exception as error:  # TensorStore raises by status code, DATA_LOSS as ValueError, others as builtin kinds
+        message = str(error)
+        file = re.search(r'"([^"]+)"', message)
+        where = Path(file[1]) if file else array_folder(folder, name)
+        reason = re.sub(r"\s*\[(source locations|tensorstore_spec|domain).*", "", message, flags=re.DOTALL)
+        raise CheckpointError(f"{where}: damaged or unreadable, a file of {name}: {reason}") from error

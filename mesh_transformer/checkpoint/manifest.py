@@ -1,143 +1,270 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest of a checkpoint: what is in it, digests of every file, and the marker that makes it count.
+"""What a checkpoint says of itself, and how each byte of it is checked. Format 1.
 
-    step_<N>/manifest.json   format, version, step, arrays (name -> shape, dtype, axes), files (path -> bytes, xxh3-128),
-                             versions of the libraries, and meta: whatever the writer wants to keep (configuration, ...)
-    step_<N>/COMMIT          bytes and sha256 of manifest.json; written last
-    step_<N>/arrays/<name>/  one zarr3 array each (arrays.py)
+    step_<N>/
+      arrays/<name>/zarr.json, c, c.<i>, c.<i>.<j> ...   one Zarr 3 array per name (chunks.py, arrays.py)
+      manifest.json
+      COMMIT
 
-Nothing in it speaks of a mesh. A byte changed anywhere is found: array data by its crc32c when it is read, every file
-by the manifest, the manifest by COMMIT.
+A name is a path, such as "params/transformer/embed/w": parts of letters, digits and _.~=+@,:- that do not begin with a
+dot, and no name is a folder of another. Arrays are global: the mesh they were saved from is not in the format.
+
+manifest.json is one object:
+
+    format     1
+    step       N
+    created    time of the save, UTC, ISO 8601
+    versions   {package: version} of python, jax, jaxlib, numpy, tensorstore
+    arrays     {name: {shape, dtype, axes (logical axis of each dim), shard (shape of a file's part of the array),
+                chunk (shape of a checksummed part of a file), files: {file: [size in bytes, xxh3-128 in hex]}}}
+    meta       an object of the caller's: config, tokenizer, data cursor, metrics; NaN and Infinity are allowed
+
+COMMIT is written last, and exactly three lines: `mesh-transformer checkpoint 1`, `manifest <xxh3-128 of manifest.json>`,
+`commit <xxh3-128 of the two lines above>` (so that damage to COMMIT is told from damage to the manifest).
+So COMMIT vouches for the manifest, the manifest for every file by size and digest, and while an array is read crc32c
+vouches for each chunk and each index of chunks. Which files an array must have follows from shape and shard alone;
+a manifest that lists others, or fewer, or sizes too small for the shape, is refused.
 """
 
-import hashlib
+import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
-from importlib.metadata import version
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
-from mesh_transformer.checkpoint.arrays import CheckpointError
+from mesh_transformer.checkpoint.chunks import (
+    DTYPES,
+    MAX_CHUNK_BYTES,
+    MAX_CHUNKS,
+    count_bytes,
+    count_shards,
+    shard_keys,
+)
+from mesh_transformer.checkpoint.folders import COMMIT, write_synced
 
-FORMAT, VERSION = "mesh-transformer checkpoint", 1
-MANIFEST, COMMIT, ARRAYS = "manifest.json", "COMMIT", "arrays"
-NAME = re.compile(r"(?!\.)[A-Za-z0-9_.~-]+(/(?!\.)[A-Za-z0-9_.~-]+)*")
-
-
-def check_name(name: str) -> None:
-    """Array names are relative paths of plain parts: nothing that could leave the folder."""
-    if not NAME.fullmatch(name):
-        raise CheckpointError(f"array name {name!r} is not a path of letters, digits, '_', '-', '.' and '~'")
-
-
-def write_manifest(folder: Path, step: int, arrays: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
-    """Digest what is in `folder`, write the manifest, then the marker; all of it is on disk when this returns."""
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "arrays": arrays,
-        "files": {path: digest_file(folder / path) for path in list_files(folder)},
-        "versions": {name: version(name) for name in ("jax", "tensorstore", "mesh-transformer")},
-        "meta": meta,
-    }
-    data = json.dumps(manifest, indent=1).encode()
-    _write(folder / MANIFEST, data)
-    _write(folder / COMMIT, json.dumps({"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}).encode())
-    for directory, _, _ in os.walk(folder):
-        sync_folder(Path(directory))
+FORMAT = 1
+MANIFEST, ARRAYS, METADATA = "manifest.json", "arrays", "zarr.json"
+MAX_MANIFEST_BYTES = 1 << 28
+MAX_FILES = 1 << 24
+BLOCK_BYTES = 1 << 22
+READERS = 4  # files hashed at once
+PART = re.compile(r"[A-Za-z0-9_~=+@,:-][A-Za-z0-9_.~=+@,:-]{0,199}")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, proved by the marker. Raises CheckpointError naming the file that is missing or damaged."""
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, not complete, damaged, or not what was asked for; names the array and the file."""
+
+
+class FileRecord(NamedTuple):
+    """What a file must be."""
+
+    size: int  # bytes
+    digest: str  # xxh3-128, 32 hexadecimal digits
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecord:
+    """One array of a checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str, ...]  # logical axis of each dim
+    shard: tuple[int, ...]  # part of the array in one file
+    chunk: tuple[int, ...]  # part of a shard with its own checksum
+    files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values."""
+        return count_bytes(self.shape, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Everything in a checkpoint but the values."""
+
+    step: int
+    created: str
+    versions: Mapping[str, str]
+    arrays: Mapping[str, ArrayRecord]
+    meta: Mapping[str, Any]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json, then COMMIT, both durable once the folder is synced."""
+    data = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1).encode()
+    write_synced(folder / MANIFEST, data)
+    write_synced(folder / COMMIT, _commit_text(data))
+
+
+def read_manifest(folder: Path, step: int) -> Manifest:
+    """The manifest in `folder`, its digest and its contents checked; CheckpointError names the file and what is wrong."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint")
+    commit, data = _read_small(folder / COMMIT), _read_small(folder / MANIFEST)
+    if commit != _commit_text(data):
+        if _seal(commit.rpartition(b"commit ")[0]) != commit:
+            raise CheckpointError(f"{folder / COMMIT}: damaged: not a commit marker")
+        if not commit.startswith(f"mesh-transformer checkpoint {FORMAT}\n".encode()):
+            raise CheckpointError(f"{folder / COMMIT}: {commit[:60]!r} is another format; this program reads {FORMAT}")
+        raise CheckpointError(f"{folder / MANIFEST}: damaged: its digest is not the one in {COMMIT}")
     try:
-        commit = json.loads((folder / COMMIT).read_bytes())
-        data = (folder / MANIFEST).read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{error.filename}: no such file; this checkpoint was never finished or is damaged") from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder / COMMIT} is damaged: {error}") from None
-    if not isinstance(commit, dict) or commit.keys() != {"bytes", "sha256"}:
-        raise CheckpointError(f"{folder / COMMIT} is damaged: not the marker of a checkpoint")
-    if commit != {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: it does not match {COMMIT}")
-    manifest = json.loads(data)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise CheckpointError(f"{folder / MANIFEST}: {manifest.get('format')!r} version {manifest.get('version')}; we read {VERSION}")
-    for name in manifest["arrays"]:
-        check_name(name)
-    for path in manifest["files"]:
-        check_name(path)
+        manifest = _parse(json.loads(data))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: not a manifest: {type(error).__name__}: {error}") from None
+    if manifest.step != step:
+        raise CheckpointError(f"{folder / MANIFEST}: is of step {manifest.step}; the folder was renamed")
     return manifest
 
 
-def find_damage(folder: Path, manifest: Mapping[str, Any], *, quick: bool = False, names: set[str] | None = None) -> list[str]:
-    """What is wrong with the files of a checkpoint, a line each; `quick` digests only the arrays' metadata files.
+def check_names(names: Iterable[str]) -> None:
+    """Raise CheckpointError for a name that is not a plain relative path or is a folder of another name."""
+    names = set(names)
+    for name in names:
+        parts = name.split("/")
+        if not all(PART.fullmatch(part) for part in parts):
+            raise CheckpointError(
+                f"array name {name!r}: parts are 1 to 200 of A-Z a-z 0-9 _.~=+@,:- not beginning with a dot"
+            )
+        for end in range(1, len(parts)):
+            if "/".join(parts[:end]) in names:
+                raise CheckpointError(
+                    f"array names {'/'.join(parts[:end])!r} and {name!r}: one is a folder of the other"
+                )
 
-    `names` limits it to these arrays' files.
-    """
-    problems = []
-    for path, expected in manifest["files"].items():
-        array = array_of(path)
-        if names is not None and array not in names:
+
+def array_folder(folder: Path, name: str) -> Path:
+    """Where the files of an array lie."""
+    return folder / ARRAYS / name
+
+
+def find_missing(folder: Path, arrays: Mapping[str, ArrayRecord]) -> dict[Path, str]:
+    """Problems, by file, that sizes and kinds of files show without reading them: missing, cut, grown, a link, not a file."""
+    problems: dict[Path, str] = {}
+    seen: dict[Path, bool] = {}
+
+    def is_real(path: Path) -> bool:
+        """No folder on the way from the checkpoint's own to here is a link."""
+        if path not in seen:
+            seen[path] = not path.is_symlink() and (path == folder or is_real(path.parent))
+        return seen[path]
+
+    for name, path, file in _files(folder, arrays):
+        try:
+            status = os.lstat(path)
+        except OSError as error:
+            problems[path] = f"{path}: missing ({error.strerror}); a file of {name}"
             continue
-        problem = _find_file_damage(folder / path, expected, quick=quick and not path.endswith("zarr.json"))
-        if problem:
-            problems.append(f"{folder / path} (array {array}) {problem}")
-    if not quick:
-        extra = set(list_files(folder)) - set(manifest["files"]) - {MANIFEST, COMMIT}
-        problems += [f"{folder / path} is not in the manifest" for path in sorted(extra)]
+        if not stat.S_ISREG(status.st_mode) or not is_real(path.parent):
+            problems[path] = f"{path}: a link or not a plain file; a file of {name}"
+        elif status.st_size != file.size:
+            problems[path] = f"{path}: {status.st_size} bytes instead of {file.size}; a file of {name}"
     return problems
 
 
-def _find_file_damage(path: Path, expected: Mapping[str, Any], *, quick: bool) -> str:
-    if path.is_symlink() or not path.is_file():
-        return "is a link, not a file" if path.is_symlink() else "is missing"
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"has {size:,} bytes instead of {expected['bytes']:,}"
-    if not quick and digest_file(path) != expected:
-        return "is damaged: its digest is not the manifest's"
-    return ""
+def find_damage(folder: Path, arrays: Mapping[str, ArrayRecord]) -> list[str]:
+    """Problems of all files of `arrays`, every byte read, at the disk's speed."""
+    problems = find_missing(folder, arrays)
+
+    def check(entry: tuple[str, Path, FileRecord]) -> str:
+        name, path, file = entry
+        try:
+            same = path in problems or digest_file(path) == file
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror}); a file of {name}"
+        return "" if same else f"{path}: damaged: its digest is not the manifest's; a file of {name}"
+
+    with ThreadPoolExecutor(READERS) as readers:
+        return [*problems.values(), *filter(None, readers.map(check, _files(folder, arrays)))]
 
 
-def array_of(path: str) -> str:
-    """The array that a file of the manifest belongs to."""
-    inner = path.removeprefix(f"{ARRAYS}/")
-    return re.sub(r"/(zarr\.json|c(/.*)?)$", "", inner)
+def check_metadata(folder: Path, arrays: Mapping[str, ArrayRecord]) -> None:
+    """Raise CheckpointError if an array's zarr.json is not the one that was written (no checksum of Zarr covers it)."""
+    for name, record in arrays.items():
+        path = array_folder(folder, name) / METADATA
+        if digest_file(path) != record.files[METADATA]:
+            raise CheckpointError(f"{path}: damaged: its digest is not the manifest's; a file of {name}")
 
 
-def list_files(folder: Path) -> list[str]:
-    """All files below `folder`, as sorted relative paths."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+def digest_file(path: Path) -> FileRecord:
+    """Size and digest of a file."""
+    digest, size, block = xxhash.xxh3_128(), 0, memoryview(bytearray(BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            size += count
+    return FileRecord(size, digest.hexdigest())
 
 
-def digest_file(path: Path) -> dict[str, Any]:
-    """Size and xxh3-128 of a file, read in pieces."""
-    digest, size = xxhash.xxh3_128(), 0
-    with open(path, "rb") as file:
-        while piece := file.read(2**22):
-            digest.update(piece)
-            size += len(piece)
-    return {"bytes": size, "xxh3": digest.hexdigest()}
+def _files(folder: Path, arrays: Mapping[str, ArrayRecord]) -> Iterator[tuple[str, Path, FileRecord]]:
+    for name, record in arrays.items():
+        for key, file in record.files.items():
+            yield name, array_folder(folder, name) / key, file
 
 
-def sync_folder(path: Path) -> None:
-    """Make the entries of a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _commit_text(manifest: bytes) -> bytes:
+    digest = xxhash.xxh3_128_hexdigest(manifest)
+    return _seal(f"mesh-transformer checkpoint {FORMAT}\nmanifest {digest}\n".encode())
+
+
+def _seal(lines: bytes) -> bytes:
+    return lines + f"commit {xxhash.xxh3_128_hexdigest(lines)}\n".encode()
+
+
+def _read_small(path: Path) -> bytes:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path}: a link, not a plain file, or larger than {MAX_MANIFEST_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: missing or unreadable ({error.strerror}); the checkpoint is not complete"
+        ) from None
 
 
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _parse(table: dict[str, Any]) -> Manifest:
+    if table["format"] != FORMAT:
+        raise ValueError(f"format {table['format']!r} instead of {FORMAT}")
+    arrays = {name: _parse_array(name, record) for name, record in table["arrays"].items()}
+    check_names(arrays)
+    if not isinstance(table["meta"], dict) or not isinstance(table["versions"], dict):
+        raise ValueError("meta and versions must be objects")
+    (step,) = _dims([table["step"]])
+    return Manifest(step, str(table["created"]), table["versions"], arrays, table["meta"])
+
+
+def _parse_array(name: str, table: dict[str, Any]) -> ArrayRecord:
+    shape, shard, chunk = (_dims(table[key]) for key in ("shape", "shard", "chunk"))
+    files = {str(key): FileRecord(_dims([size])[0], str(digest)) for key, (size, digest) in table["files"].items()}
+    record = ArrayRecord(shape, str(table["dtype"]), tuple(map(str, table["axes"])), shard, chunk, files)
+    if record.dtype not in DTYPES:
+        raise ValueError(f"array {name}: dtype {record.dtype!r} is not one of {', '.join(DTYPES)}")
+    if not len(shape) == len(shard) == len(chunk) == len(record.axes):
+        raise ValueError(f"array {name}: shape, axes, shard and chunk differ in length")
+    if any(inner < 1 or outer < inner or outer % inner for outer, inner in zip(shard, chunk, strict=True)):
+        raise ValueError(f"array {name}: chunks {chunk} do not divide shards {shard}")
+    chunks_per_shard = count_bytes(shard, record.dtype) // count_bytes(chunk, record.dtype)
+    if count_bytes(chunk, record.dtype) > MAX_CHUNK_BYTES or chunks_per_shard > MAX_CHUNKS:
+        raise ValueError(
+            f"array {name}: chunks of {chunk} in shards of {shard} are larger or more than the format allows"
+        )
+    n_shards = count_shards(shape, shard)
+    if n_shards > MAX_FILES or n_shards + 1 != len(files) or {METADATA, *shard_keys(shape, shard)} != files.keys():
+        raise ValueError(f"array {name}: its files are not those of shape {shape} in shards of {shard}")
+    if sum(file.size for key, file in files.items() if key != METADATA) < record.nbytes:
+        raise ValueError(f"array {name}: its files are too small for shape {shape}")
+    return record
+
+
+def _dims(values: list[Any]) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
+        raise ValueError(f"{str(values)[:80]} is not a list of sizes")
+    return tuple(values)

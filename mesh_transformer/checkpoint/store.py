@@ -1,226 +1,296 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints of a run: saved while training goes on, committed by a rename, pruned, restored onto any mesh.
+"""The checkpoints of a run: saved beside training, restored onto any mesh, found, verified, and thinned out.
 
-A save goes to `.tmp-step_<N>-<host>-<process>` and is renamed to `step_<N>` when everything in it is on disk, so a folder
-of that name is whole. What a dead process left behind is removed when the store is opened; folders of live processes and
-of other hosts are left alone for a day. One process writes: a run of several needs a commit they agree on.
+A save goes through: slices copied to host (only this blocks training) -> files under a temporary name -> manifest ->
+COMMIT -> everything synced -> rename -> older steps pruned. A kill at any moment leaves the earlier checkpoints as
+they were and a temporary folder that the next writable Store removes. With several processes the commit is made by
+process 0 after a barrier (commit.py), and `save` returns only after it, because the barrier must not run beside the
+collectives of training.
 """
 
-import os
-import re
-import shutil
-import socket
-import threading
-import time
+import json
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from mesh_transformer.checkpoint.arrays import CheckpointError, HostArray, copy_to_host, read_arrays, write_array
+from mesh_transformer.checkpoint import folders
+from mesh_transformer.checkpoint.arrays import copy_to_host, describe_array, read_slice, restore_arrays
+from mesh_transformer.checkpoint.commit import Save, agree_on_owner, commit_save, run_everywhere
 from mesh_transformer.checkpoint.manifest import (
-    ARRAYS,
-    COMMIT,
-    check_name,
+    ArrayRecord,
+    CheckpointError,
+    Manifest,
+    check_metadata,
+    check_names,
     find_damage,
+    find_missing,
     read_manifest,
-    sync_folder,
-    write_manifest,
 )
-
-STEP = re.compile(r"step_(\d+)")
-UNFINISHED = re.compile(r"\.(?:tmp|trash)-step_\d+-(?P<host>.+)-(?P<process>\d+)")
 
 
 class Store:
-    """Checkpoints below one folder. Raises CheckpointError, naming file or array, wherever something is not whole."""
+    """The checkpoints under `root`. One thread at a time may use a Store; several processes may, if only one saves."""
 
     def __init__(
-        self, root: Path | str, *, keep_last: int = 2, keep_every: int | None = None, asynchronous: bool = True
+        self,
+        root: str | Path,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        asynchronous: bool = True,
+        *,
+        writable: bool = True,
     ):
-        if jax.process_count() > 1:
-            raise CheckpointError(f"{root}: {jax.process_count()} processes; this store commits for one process only")
-        self.root, self.keep_last, self.keep_every, self.asynchronous = Path(root), keep_last, keep_every, asynchronous
-        self._writer: threading.Thread | None = None
-        self._failure: BaseException | None = None
-        self._remove_unfinished()
+        """The newest `keep_last` steps stay, and for ever those divisible by `keep_every`. Leftovers are removed if `writable`."""
+        if keep_last < 1 or (keep_every is not None and keep_every < 1):
+            raise CheckpointError(f"keep_last = {keep_last}, keep_every = {keep_every}: both must be at least 1")
+        self.root = Path(root).absolute()
+        self.keep_last, self.keep_every, self.asynchronous, self.writable = (
+            keep_last,
+            keep_every,
+            asynchronous,
+            writable,
+        )
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._held: set[int] = set()
+        self._damaged: set[int] = set()
+        if writable:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                folders.clean(self.root)
+            except OSError as error:
+                raise CheckpointError(f"{self.root}: cannot be used for checkpoints: {error}") from error
 
     def save(
-        self, step: int, arrays: Mapping[str, jax.Array], *, axes: Mapping[str, tuple[str, ...]], meta: Mapping[str, Any]
+        self,
+        step: int,
+        arrays: Mapping[str, jax.Array],
+        *,
+        axes: Mapping[str, tuple[str, ...]],
+        meta: Mapping[str, Any],
     ) -> None:
-        """Commit the arrays as step `step`; returns when they are copied to the host, or written if not asynchronous.
+        """Save global arrays by name, with the logical axes of each and a JSON object `meta`.
 
-        Waits for an earlier save. The step counts once `steps()` lists it; a failure is raised by the next call of
-        save, check or wait, and leaves earlier checkpoints as they were.
+        Returns when this process's slices are in host memory: the arrays may be donated next. If an earlier save is
+        still being written this waits for it, and raises its failure instead of saving. A step that exists is replaced.
         """
+        if not self.writable:
+            raise CheckpointError(f"{self.root}: this store was opened for reading")
         self.wait()
-        for name in arrays:
-            check_name(name)
-        if (self.root / f"step_{step}").exists():
-            raise CheckpointError(f"{self.root}/step_{step} exists; checkpoints are not overwritten")
-        copies = copy_to_host(arrays)
-        described = {
-            name: {"shape": list(array.shape), "dtype": array.dtype.name, "axes": list(axes[name])} for name, array in copies.items()
-        }
-        self._writer = threading.Thread(target=self._write_guarded, args=(step, copies, described, meta), name="checkpoint")
-        self._writer.start()
-        if not self.asynchronous:
+        if type(step) is not int or not 0 <= step < 10**18:
+            raise CheckpointError(f"step {step!r} is not a whole number from 0 to 10**18 - 1")
+        if not arrays or arrays.keys() != axes.keys():
+            raise CheckpointError(f"no arrays, or arrays and axes differ in: {sorted(arrays.keys() ^ axes.keys())}")
+        check_names(arrays)
+        records = {name: describe_array(name, array, axes[name]) for name, array in sorted(arrays.items())}
+        try:
+            plain = json.loads(json.dumps(meta))  # the caller's may change while this is written
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"meta of step {step} cannot be written as JSON: {error}") from error
+        save = Save(step, agree_on_owner(), records, copy_to_host({name: arrays[name] for name in records}), plain)
+        self._held.add(step)
+        if self.asynchronous and jax.process_count() > 1:
+            warnings.warn("with several processes checkpoints are saved synchronously", stacklevel=2)
+        if self.asynchronous and jax.process_count() == 1:
+            self._pending = self._executor.submit(self._finish, save)
+        else:
+            self._finish(save)
+
+    def check(self) -> None:
+        """Raise the failure of the last save if there is one by now; never waits."""
+        if self._pending and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Return when no save is in flight; raise the failure of the last one."""
-        if self._writer:
-            self._writer.join()
-            self._writer = None
-        self.check()
+        """Until no save is being written; raises CheckpointError, once, if the last one failed."""
+        if self._pending is None:
+            return
+        try:
+            self._pending.result()
+        finally:  # interrupted while waiting: the save goes on
+            if self._pending.done():
+                self._pending = None
 
-    def check(self) -> None:
-        """Raise the failure of the last save, if it has failed; never waits."""
-        if self._failure:
-            failure, self._failure = self._failure, None
-            raise CheckpointError(
-                f"{self.root}: saving failed: {failure}; free or repair the disk. Earlier checkpoints are intact"
-            ) from failure
+    def holds(self, step: int) -> bool:
+        """Whether this Store has saved `step`, is saving it, or has restored it: saving it again would change nothing."""
+        return step in self._held
 
     def steps(self) -> list[int]:
-        """Committed steps, in order."""
-        if not self.root.is_dir():
-            return []
-        found = [(match, path) for path in self.root.iterdir() if (match := STEP.fullmatch(path.name))]
-        return sorted(int(match[1]) for match, path in found if (path / COMMIT).is_file())
+        """Complete checkpoints, ascending."""
+        return [step for step, is_complete in folders.list_steps(self.root).items() if is_complete]
 
     def newest(self) -> int | None:
-        """The last committed step, or None if there is none."""
-        return max(self.steps(), default=None)
+        """The newest step, None if there is no checkpoint at all; CheckpointError if the newest folder lacks COMMIT.
+
+        Folders get their names when they are complete, so one without COMMIT has been tampered with; to take an older
+        step, or to start over, is then for a person to decide (`newest_intact` is that decision).
+        """
+        found = folders.list_steps(self.root)
+        newest = max(found, default=None)
+        if newest is not None and not found[newest]:
+            raise CheckpointError(
+                f"{self.folder(newest) / folders.COMMIT}: missing; move the folder away to use an older step"
+            )
+        return newest
 
     def newest_intact(self, report: Callable[[str], None]) -> int | None:
-        """The last step of which every byte is as written; `report` hears what is wrong with later ones.
+        """The newest step whose every byte is as it was written; `report` is told what is wrong with each newer one.
 
-        None if nothing was ever saved; CheckpointError if something was, and none of it is intact.
+        None if there is no checkpoint at all; CheckpointError if there are some and none is intact.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        found = sorted(folders.list_steps(self.root), reverse=True)
+        for step in found:
             problems = self.verify(step)
             if not problems:
                 return step
-            report(f"step {step} is damaged, trying the one before: {problems[0]}")
-        if steps:
-            raise CheckpointError(f"{self.root}: all {len(steps)} checkpoints are damaged; start over with --fresh, or restore a copy")
+            self._damaged.add(step)
+            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+            report(f"checkpoint {self.folder(step)} is damaged: {'; '.join(problems[:5])}{more}")
+        if found:
+            raise CheckpointError(
+                f"{self.root}: none of the checkpoints {found} is intact; move them away to start over"
+            )
         return None
 
-    def verify(self, step: int) -> list[str]:
-        """Everything that is wrong with a step, a line each, naming files; reads every byte."""
-        try:
-            return find_damage(self.folder(step), read_manifest(self.folder(step)))
-        except CheckpointError as error:
-            return [str(error)]
+    def restore(self, step: int, like: Mapping[str, Any], *, only: str = "") -> dict[str, jax.Array]:
+        """Arrays by name as `like` says: shape, dtype and sharding of each (jax.ShapeDtypeStruct), on any mesh.
 
-    def read_manifest(self, step: int) -> dict[str, Any]:
-        """The proven manifest of a step."""
-        return read_manifest(self.folder(step))
+        `like` must name every array of the checkpoint whose name begins with `only`. Each device reads its own slice;
+        every byte read is checked. Raises CheckpointError for damage and with all names that differ.
+        """
+        folder = self.folder(step)
+        records = self.read_manifest(step).arrays
+        _check_match(folder, {name: record for name, record in records.items() if name.startswith(only)}, like, only)
+        wanted = {name: records[name] for name in like}
+        _check_files(folder, wanted)
+        restored = restore_arrays(folder, wanted, {name: leaf.sharding for name, leaf in like.items()})
+        if len(wanted) == len(records):
+            self._held.add(step)
+        return restored
+
+    def read_slice(self, step: int, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The values of one array at `index` in host memory, checked; CheckpointError if they are damaged."""
+        record = self.read_manifest(step).arrays[name]
+        _check_files(self.folder(step), {name: record})
+        return read_slice(self.folder(step), name, record, index)
+
+    def read_manifest(self, step: int) -> Manifest:
+        """All that a checkpoint holds but the values, checked."""
+        return read_manifest(self.folder(step), step)
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """What the writer gave as `meta`."""
-        return self.read_manifest(step)["meta"]
+        """What the caller of `save` gave as `meta`."""
+        return dict(self.read_manifest(step).meta)
 
-    def restore(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: bool = False) -> dict[str, jax.Array]:
-        """The arrays of a step on the shardings of `wanted`, each device reading its own slices.
-
-        Names, shapes and types must be those saved (with `partial`, more may have been saved); all that differ are
-        listed. Raises CheckpointError for damage, naming the array and file.
-        """
-        folder, manifest = self.folder(step), self.read_manifest(step)
-        _compare(folder, manifest["arrays"], wanted, partial=partial)
-        if problems := find_damage(folder, manifest, quick=True, names=set(wanted)):
-            raise CheckpointError("\n".join(problems))
+    def verify(self, step: int) -> list[str]:
+        """Everything that is wrong with a checkpoint, each with its file; reads every byte, at the disk's speed."""
         try:
-            return read_arrays(folder / ARRAYS, wanted)
+            manifest = self.read_manifest(step)
         except CheckpointError as error:
-            raise CheckpointError(f'{folder}: {error}; checkpoint.resume = "newest-intact" falls back to an earlier one') from error
+            return [str(error)]
+        return find_damage(self.folder(step), manifest.arrays)
+
+    def prune(self) -> list[int]:
+        """Delete steps that are neither among the newest `keep_last` nor divisible by `keep_every`; those deleted.
+
+        Only steps up to the newest one that this Store saved or restored are looked at (newer ones belong to a course
+        that was left), and of those, steps with missing files or known to be damaged do not count as kept.
+        """
+        self.wait()
+        return self._prune(max(self._held or self.steps(), default=0))
 
     def folder(self, step: int) -> Path:
-        """Where a step lies."""
-        return self.root / f"step_{step}"
+        """Where the checkpoint of `step` lies, or would."""
+        return folders.step_folder(self.root, step)
 
-    def _write_guarded(self, *args: Any) -> None:
-        try:
-            self._write(*args)
-        except BaseException as error:  # raised again in the training thread, by check()
-            self._failure = error
+    def _prune(self, last: int) -> list[int]:
+        steps = [step for step in self.steps() if step <= last]
+        kept: list[int] = []
+        for step in reversed(steps):
+            if len(kept) < self.keep_last and step not in self._damaged and self._looks_intact(step):
+                kept.append(step)
+        if len(kept) < self.keep_last:
+            return []
+        gone = [step for step in steps if step < kept[-1] and not (self.keep_every and step % self.keep_every == 0)]
+        for step in gone:
+            folders.discard(self.folder(step))
+            self._held.discard(step)
+        return gone
 
-    def _write(self, step: int, copies: dict[str, HostArray], described: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        temporary = self.root / f".tmp-{_own_name(step)}"
+    def _looks_intact(self, step: int) -> bool:
         try:
-            (temporary / ARRAYS).mkdir(parents=True)
-            for name in list(copies):
-                write_array(temporary / ARRAYS / name, copies.pop(name))  # host memory shrinks as it is written
-            write_manifest(temporary, step, described, meta)
-            os.rename(temporary, self.folder(step))
-            sync_folder(self.root)
+            return not find_missing(self.folder(step), self.read_manifest(step).arrays)
+        except CheckpointError:
+            return False
+
+    def _finish(self, save: Save) -> None:
+        """Commit and prune, in every process."""
+        try:
+            commit_save(self.root, save)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._held.discard(save.step)
             raise
-        self._prune()
-
-    def _prune(self) -> None:
-        """Keep the last `keep_last` and every multiple of `keep_every`; a folder is renamed before it is deleted."""
-        steps = self.steps()
-        for step in steps[: -self.keep_last]:
-            if not self.keep_every or step % self.keep_every:
-                trash = self.root / f".trash-{_own_name(step)}"
-                os.rename(self.folder(step), trash)
-                shutil.rmtree(trash)
-
-    def _remove_unfinished(self) -> None:
-        for path in self.root.iterdir() if self.root.is_dir() else ():
-            match = UNFINISHED.fullmatch(path.name)
-            if match and _is_abandoned(path, match["host"], int(match["process"])):
-                shutil.rmtree(path, ignore_errors=True)
+        self._damaged.discard(save.step)
+        try:
+            run_everywhere(lambda: self._prune(save.step), first=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"step {save.step} was saved, but older ones could not be deleted: {error}"
+            ) from error
 
 
-def find_checkpoint(path: Path | str) -> tuple[Store, int]:
-    """The store and step that `path` means: a step's folder, a folder of checkpoints, or a run (its newest)."""
-    path = Path(path)
-    if match := STEP.fullmatch(path.name):
-        store, step = Store(path.parent), int(match[1])
-        if step not in store.steps():
-            raise CheckpointError(f"{path}: no finished checkpoint; {path.parent} has steps {store.steps() or 'none'}")
-        return store, step
+def find_checkpoint(path: str | Path, *, report: Callable[[str], None] | None = None) -> tuple[Store, int]:
+    """The checkpoint that `path` means, in a store opened for reading.
+
+    `path` is a run folder (its checkpoints/), a folder of checkpoints, or one step's. Of several steps it is the newest,
+    or with `report` the newest intact one (see Store.newest_intact). CheckpointError says what was found instead.
+    """
+    path = Path(path).absolute()
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; name a run folder such as runs/quickstart, or a step in its checkpoints/")
-    store = Store(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-    step = store.newest()
-    if step is None:
-        raise CheckpointError(f"{store.root}: no finished checkpoint here; it holds {sorted(os.listdir(store.root)) or 'nothing'}")
-    return store, step
+        near = sorted(other.name for other in path.parent.iterdir() if other.is_dir()) if path.parent.is_dir() else []
+        kind = "is not a folder" if path.exists() else "no such folder"
+        raise CheckpointError(f"{path}: {kind}; {path.parent} holds the folders: {', '.join(near[:10]) or 'none'}")
+    named = folders.STEP.fullmatch(path.resolve().name)
+    if named and not (path / "checkpoints").is_dir():
+        return Store(path.resolve().parent, writable=False), int(named[1])
+    for root in (path / "checkpoints", path):
+        store = Store(root, writable=False)
+        step = store.newest_intact(report) if report else store.newest()
+        if step is not None:
+            return store, step
+    entries = sorted(entry.name for entry in path.iterdir())
+    more = " ..." if len(entries) > 10 else ""
+    raise CheckpointError(
+        f"{path}: no checkpoint in it (a run folder with checkpoints/step_<N>, a folder of step_<N>, or a step_<N> itself); "
+        f"found: {', '.join(entries[:10]) or 'nothing'}{more}"
+    )
 
 
-def _compare(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: bool) -> None:
-    problems = [f"{name}: not in the checkpoint" for name in wanted if name not in saved]
-    problems += [f"{name}: in the checkpoint, but not wanted" for name in saved if name not in wanted and not partial]
-    for name, array in wanted.items():
-        if name in saved and (tuple(saved[name]["shape"]), saved[name]["dtype"]) != (array.shape, array.dtype.name):
-            there = f"{saved[name]['dtype']}{saved[name]['shape']}"
-            problems.append(f"{name}: {there} in the checkpoint, {array.dtype.name}{list(array.shape)} wanted")
+def _check_match(folder: Path, records: Mapping[str, ArrayRecord], like: Mapping[str, Any], only: str) -> None:
+    """Raise CheckpointError with every array that is missing, unexpected, or of other shape or dtype."""
+    problems = [f"missing in the checkpoint: {name}" for name in like if name not in records]
+    scope = f' (names beginning with "{only}")' if only else ""
+    problems += [f"unexpected in the checkpoint{scope}: {name}" for name in records if name not in like]
+    for name, leaf in like.items():
+        record = records.get(name)
+        if record and (record.shape, record.dtype) != (tuple(leaf.shape), np.dtype(leaf.dtype).name):
+            asked = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+            problems.append(f"{name}: {record.dtype}{list(record.shape)} in the checkpoint, {asked} asked for")
+        if leaf.sharding is None:
+            problems.append(f"{name}: no sharding given")
     if problems:
-        raise CheckpointError(f"{folder} does not hold this state:\n  " + "\n  ".join(problems))
+        raise CheckpointError(f"{folder} does not hold what was asked for:\n  " + "\n  ".join(problems))
 
 
-def _own_name(step: int) -> str:
-    return f"step_{step}-{socket.gethostname()}-{os.getpid()}"
-
-
-def _is_abandoned(path: Path, host: str, process: int) -> bool:
-    if host != socket.gethostname():
-        return time.time() - path.stat().st_mtime > 86_400
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+def _check_files(folder: Path, records: Mapping[str, ArrayRecord]) -> None:
+    """Raise CheckpointError for all that can be seen to be wrong without reading the values."""
+    problems = find_missing(folder, records)
+    if problems:
+        raise CheckpointError("\n".join(problems.values()))
+    check_metadata(folder, records)

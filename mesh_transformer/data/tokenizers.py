@@ -21,7 +21,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers as hf
@@ -45,6 +45,7 @@ _PART = 1 << 20  # characters of one part of a long text, and of all texts encod
 _CUT = re.compile(r"[A-Za-z0-9.,;] (?=[A-Za-z])")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of the program knows about a tokenizer."""
 

@@ -88,7 +88,9 @@ class Terminal:
             case _:
                 near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
                 hint = f"did you mean {near[0]}?" if near else f"there are {' '.join(COMMANDS)}"
-                raise SettingError(f"{name} is no command; {hint} (a text that begins with / goes between lines of \"\"\")")
+                raise SettingError(
+                    f'{name} is no command; {hint} (a text that begins with / goes between lines of """)'
+                )
 
     def _complete(self, prompt: str) -> None:
         start = time.monotonic()
@@ -149,7 +151,9 @@ def change_setting(options: SampleConfig, setting: str) -> SampleConfig:
     value = value.strip()
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.4)
-        raise SettingError(f"{name!r} is no setting; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(FIELDS)}"))
+        raise SettingError(
+            f"{name!r} is no setting; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(FIELDS)}")
+        )
     try:
         return dataclasses.replace(options, **{name: tomllib.loads(f"value = {value}")["value"]})
     except tomllib.TOMLDecodeError:

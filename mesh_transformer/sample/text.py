@@ -51,7 +51,9 @@ class StopStrings:
             self.complete = True
             shown, self._held = self._held[: min(ends)[1]], ""
             return shown
-        keep = max((n for stop in self._stops for n in range(len(stop)) if n and self._held.endswith(stop[:n])), default=0)
+        keep = max(
+            (n for stop in self._stops for n in range(len(stop)) if n and self._held.endswith(stop[:n])), default=0
+        )
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown

@@ -41,7 +41,7 @@ def load_trained(path: str | Path, overrides: Iterable[str] = ()) -> Trained:
     meta = store.read_meta(step)
     config = _read_config(meta, where, overrides)
     layout = start_devices(config.mesh)
-    named = store.restore(step, describe_arrays(config, layout), partial=True)
+    named = store.restore(step, describe_arrays(config, layout), only="params/")
     engine = Engine(config.model, _to_params(named), layout=layout)
     return Trained(engine, tokenizer_from_json(meta["tokenizer"], where=where), config, step, where)
 
@@ -50,7 +50,9 @@ def describe_arrays(config: Config, layout: Layout) -> dict[str, jax.ShapeDtypeS
     """Shape and place of every weight under its name in a checkpoint."""
     described = flatten_names(describe_params(config.model))
     return {
-        f"params/{name}": jax.ShapeDtypeStruct(info.shape, "float32", sharding=layout.sharding(info.axes, info.shape, name))
+        f"params/{name}": jax.ShapeDtypeStruct(
+            info.shape, "float32", sharding=layout.sharding(info.axes, info.shape, name)
+        )
         for name, info in described.items()
     }
 
@@ -60,7 +62,9 @@ def _read_config(meta: dict[str, Any], where: str, overrides: Iterable[str]) -> 
     for override in overrides:
         key = override.partition("=")[0].strip()
         if not key.startswith(SETTABLE):
-            raise ConfigError(f"--set {override}: a checkpoint's {key} is fixed; sampling can set sample.*, mesh.* and model.dtype")
+            raise ConfigError(
+                f"--set {override}: a checkpoint's {key} is fixed; sampling can set sample.*, mesh.* and model.dtype"
+            )
         _merge(table, *_parse_override(override))
     return parse_config(table, where=where)
 

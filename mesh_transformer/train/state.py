@@ -9,38 +9,38 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from mesh_transformer.config import Config
 from mesh_transformer.mesh import Layout, format_sharding_table
-from mesh_transformer.model.params import Params
 from mesh_transformer.model.transformer import describe_params, make_model
-from mesh_transformer.train.noise_scale import NoiseScaleState, init_noise_scale
+from mesh_transformer.train.noise_scale import init_noise_scale
 from mesh_transformer.train.optimizer import make_optimizer, optimizer_state_axes
 
 WINDOW = 64  # accepted steps whose medians a spike is measured against
 
 
+# Fields are Any: the same records hold arrays, their shapes, their shardings or their logical axes.
 @flax.struct.dataclass
 class Guard:
     """Counters of skipped steps, and losses and gradient norms of accepted ones only."""
 
-    skipped: Int[Array, ""]
-    in_a_row: Int[Array, ""]
-    accepted: Int[Array, ""]
-    losses: Float[Array, "W"]  # ring buffer, the newest at accepted % W
-    grad_norms: Float[Array, "W"]
+    skipped: Any  # int32 []
+    in_a_row: Any  # int32 []
+    accepted: Any  # int32 []
+    losses: Any  # float32 [W], a ring whose next place is accepted % W
+    grad_norms: Any  # float32 [W]
 
 
 @flax.struct.dataclass
 class State:
     """A run between two steps. The seed and `step` give the dropout key and the batch, so neither is stored."""
 
-    step: Int[Array, ""]
-    params: Params
-    opt_state: optax.OptState
+    step: Any  # int32 []
+    params: Any  # Params, float32
+    opt_state: Any  # optax.OptState
     guard: Guard
-    noise: NoiseScaleState | None
+    noise: Any  # NoiseScaleState, or None where it is not tracked
 
 
 def param_axes(config: Config) -> dict[str, dict[str, tuple[str, ...]]]:

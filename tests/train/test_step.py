@@ -3,6 +3,7 @@
 """One step is the same step however it is cut, and a bad one leaves no trace."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -44,22 +45,32 @@ def make_batch(step: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], ones, positions, ones.astype(np.float32))
 
 
-class Runner:
-    """A configuration's step, compiled on its mesh."""
+_compiled: dict[str, tuple] = {}
 
-    def __init__(self, config: Config):
+
+def compile_config(config: Config) -> tuple[Layout, State, Callable]:
+    """Layout, initial state and step of a configuration; compiled once for all tests."""
+    if repr(config) not in _compiled:
         count = max(config.mesh.data, 1) * config.mesh.fsdp * config.mesh.tensor
-        self.layout: Layout = make_layout(config.mesh, jax.devices()[:count])
+        layout = make_layout(config.mesh, jax.devices()[:count])
         shapes, axes = describe_state(config)
-        shardings = state_shardings(self.layout, shapes, axes)
-        self.state: State = jax.jit(make_init_state(config), out_shardings=shardings)(jax.random.key(0))
+        shardings = state_shardings(layout, shapes, axes)
+        state = jax.jit(make_init_state(config), out_shardings=shardings)(jax.random.key(0))
         step = make_train_step(config)
 
         def traced(state: State, batch: Batch):
-            with use_layout(self.layout):
+            with use_layout(layout):
                 return step(state, batch)
 
-        self._step = jax.jit(traced, out_shardings=(shardings, None))
+        _compiled[repr(config)] = (layout, state, jax.jit(traced, out_shardings=(shardings, None)))
+    return _compiled[repr(config)]
+
+
+class Runner:
+    """A configuration's training from its start."""
+
+    def __init__(self, config: Config):
+        self.layout, self.state, self._step = compile_config(config)
 
     def place(self, batch: Batch) -> Batch:
         return Batch(*(jax.device_put(x, self.layout.sharding(("batch", "sequence"), x.shape, "batch")) for x in batch))
@@ -83,7 +94,7 @@ def one_device() -> tuple[list[float], State]:
     return runner.run(5), runner.state
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)], ids=str)
 def test_five_steps_on_a_mesh_equal_one_device(mesh, one_device):
     losses, state = one_device
     runner = Runner(make_config(mesh=dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))))

@@ -1,0 +1,147 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""From slices in host memory to a committed checkpoint, by one process or several.
+
+Several processes write into one folder that all of them see: process 0 makes it, each writes the slices it owns and a
+list of its files (parts/<process>.json), process 0 merges the lists into the manifest and commits. After each stage a
+barrier carries failures, so that all processes raise or none does. The barrier is a collective of devices: with several
+processes this must run on the thread that runs the training step.
+"""
+
+import dataclasses
+import datetime
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mesh_transformer.checkpoint.arrays import Piece, write_metadata, write_pieces
+from mesh_transformer.checkpoint.chunks import shard_keys
+from mesh_transformer.checkpoint.folders import (
+    make_owner,
+    publish,
+    step_folder,
+    sync_folder,
+    sync_tree,
+    temporary_folder,
+    write_synced,
+)
+from mesh_transformer.checkpoint.manifest import (
+    METADATA,
+    ArrayRecord,
+    CheckpointError,
+    FileRecord,
+    Manifest,
+    array_folder,
+    digest_file,
+    write_manifest,
+)
+
+PACKAGES = ("jax", "jaxlib", "numpy", "tensorstore")
+PARTS = "parts"
+
+Written = dict[str, dict[str, FileRecord]]  # array -> file -> what was written
+
+
+@dataclasses.dataclass
+class Save:
+    """A checkpoint on its way from host memory to disk."""
+
+    step: int
+    owner: str  # the part of the temporary name, the same in all processes
+    records: dict[str, ArrayRecord]
+    pieces: dict[str, list[Piece]]  # what this process owns; emptied while it is written
+    meta: dict[str, Any]
+
+
+def commit_save(root: Path, save: Save) -> None:
+    """Write and commit; on return the checkpoint is durable. On CheckpointError nothing of it is left, nor of others lost."""
+    temporary = temporary_folder(root, save.step, save.owner)
+    written: Written = {}
+    try:
+        run_everywhere(lambda: _prepare(temporary, save.records), first=True)
+        run_everywhere(lambda: _write_slices(temporary, save, written))
+        run_everywhere(lambda: _commit(temporary, root, save, written), first=True)
+    except BaseException as error:
+        save.pieces.clear()
+        if jax.process_index() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
+        size = sum(record.nbytes for record in save.records.values())
+        free = shutil.disk_usage(root).free if root.is_dir() else 0
+        raise CheckpointError(
+            f"step {save.step} was not saved in {root} ({size} bytes; {free} are free there now): "
+            f"{type(error).__name__}: {error}; earlier checkpoints are as they were"
+        ) from error
+
+
+def agree_on_owner() -> str:
+    """One temporary name for all processes, that of process 0."""
+    owner = make_owner()
+    if jax.process_count() == 1:
+        return owner
+    padded = np.frombuffer(owner.encode().ljust(512), np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)).decode().strip()
+
+
+def run_everywhere(work: Callable[[], object], *, first: bool = False) -> None:
+    """Do `work` in each process (with `first` in process 0 only), wait for all, and raise in all if it failed in one."""
+    failure: Exception | None = None
+    if not first or jax.process_index() == 0:
+        try:
+            work()
+        except Exception as error:  # raised below, once the others know
+            failure = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(failure is not None)).reshape(-1)
+        if failure is None and failed.any():
+            failure = CheckpointError(f"process {int(failed.argmax())} failed; see its own message")
+    if failure:
+        raise failure
+
+
+def _prepare(temporary: Path, records: Mapping[str, ArrayRecord]) -> None:
+    temporary.mkdir()
+    for name, record in records.items():
+        write_metadata(temporary, name, record)
+
+
+def _write_slices(temporary: Path, save: Save, written: Written) -> None:
+    for name in list(save.pieces):
+        written[name] = write_pieces(temporary, name, save.records[name], save.pieces.pop(name))
+    if jax.process_index() > 0:
+        (temporary / PARTS).mkdir(exist_ok=True)
+        write_synced(temporary / PARTS / f"{jax.process_index()}.json", json.dumps(written).encode())
+
+
+def _commit(temporary: Path, root: Path, save: Save, written: Written) -> None:
+    parts = [written]
+    for process in range(1, jax.process_count()):
+        parts.append(json.loads((temporary / PARTS / f"{process}.json").read_bytes()))
+    if len(parts) > 1:
+        shutil.rmtree(temporary / PARTS)
+    records = {name: _add_files(temporary, name, record, parts) for name, record in save.records.items()}
+    versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    sync_tree(temporary)
+    write_manifest(temporary, Manifest(save.step, created, versions, records, save.meta))
+    sync_folder(temporary)
+    publish(temporary, step_folder(root, save.step))
+
+
+def _add_files(temporary: Path, name: str, record: ArrayRecord, parts: list[Written]) -> ArrayRecord:
+    """The record with its files, whoever wrote them, in the order of their shards."""
+    found = {key: FileRecord(*file) for part in parts for key, file in part[name].items()}
+    expected = list(shard_keys(record.shape, record.shard))
+    if found.keys() != set(expected):
+        raise CheckpointError(f"array {name}: no process owns {sorted(set(expected) - found.keys())[:5]}")
+    metadata = digest_file(array_folder(temporary, name) / METADATA)
+    return dataclasses.replace(record, files={METADATA: metadata, **{key: found[key] for key in expected}})

@@ -1,0 +1,144 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of steps that are there whole or not at all: temporary names, atomic renames, trash, leftovers.
+
+Names in the root of a store:
+
+    step_<N>                 a checkpoint; complete if it holds COMMIT, which is written last, before the rename
+    step_<N>.tmp-<owner>     being written
+    step_<N>.old-<owner>     was step_<N> until a second save of that step took its place; deleted right after
+    step_<N>.trash-<owner>   being deleted
+
+<owner> is <host>-<pid>-<start>-<random>: the process that made the name; <start> is the process's start time in the
+kernel's ticks (0 where there is no /proc), so that a reused pid is not taken for the same process. Rule for leftovers:
+a process of this host is asked for by pid and start; one of another host counts as dead once nothing in the folder
+has changed for an hour. What belongs to a live process is left alone. Of the dead, .tmp and .trash are deleted; .old
+is renamed back if its step is missing (the process died between two renames), else deleted.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from pathlib import Path
+
+COMMIT = "COMMIT"
+STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})")
+LEFTOVER = re.compile(rf"({STEP.pattern})\.(tmp|old|trash)-(.+)-([0-9]+)-([0-9]+)-[0-9a-f]+")
+FOREIGN_SECONDS = 3600
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return root / f"step_{step}"
+
+
+def list_steps(root: Path) -> dict[int, bool]:
+    """Steps that have a folder, ascending, and whether each is complete. Links are not followed."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(root) as entries:
+        for entry in entries:
+            match = STEP.fullmatch(entry.name)
+            if match and entry.is_dir(follow_symlinks=False):
+                found[int(match[1])] = os.path.lexists(os.path.join(entry.path, COMMIT))
+    return dict(sorted(found.items()))
+
+
+def make_owner() -> str:
+    """The part of a temporary name that says whose it is."""
+    host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname()) or "host"
+    return f"{host}-{os.getpid()}-{_start_ticks(os.getpid())}-{secrets.token_hex(4)}"
+
+
+def temporary_folder(root: Path, step: int, owner: str) -> Path:
+    """Where the checkpoint of `step` is written."""
+    return root / f"step_{step}.tmp-{owner}"
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a complete folder its name; durable on return. An earlier folder of that name makes way and is deleted."""
+    old = final.with_name(temporary.name.replace(".tmp-", ".old-", 1))
+    if final.exists():
+        os.rename(final, old)
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint. It loses its name first, so that a half-deleted one is never taken for one."""
+    trash = folder.with_name(f"{folder.name}.trash-{make_owner()}")
+    os.rename(folder, trash)
+    sync_folder(folder.parent)
+    shutil.rmtree(trash)
+
+
+def clean(root: Path) -> None:
+    """Remove what dead processes left, by the rule above."""
+    for path in sorted(root.iterdir()):
+        match = LEFTOVER.fullmatch(path.name)
+        if not match or path.is_symlink() or _is_alive(path, match[4], int(match[5]), int(match[6])):
+            continue
+        final = root / match[1]
+        if match[3] == "old" and not final.exists() and (path / COMMIT).exists():
+            os.rename(path, final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    sync_folder(root)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file; its bytes are durable on return, its name once the folder is synced."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Make the names in a folder and in every folder below it durable."""
+    for folder, _, _ in os.walk(path, topdown=False):
+        sync_folder(Path(folder))
+
+
+def _start_ticks(pid: int) -> int:
+    """Start time of a process, 0 if unknown (field 22 of stat; the command before it may hold spaces)."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _is_alive(path: Path, host: str, pid: int, start: int) -> bool:
+    if host != make_owner().rsplit("-", 3)[0]:
+        return time.time() - _last_change(path) < FOREIGN_SECONDS
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's process, but one that runs
+        pass
+    now = _start_ticks(pid)
+    return 0 in (now, start) or now == start
+
+
+def _last_change(path: Path) -> float:
+    """Newest modification time in a tree; what vanishes meanwhile does not count."""
+    newest = 0.0
+    for folder, _, files in os.walk(path):
+        for name in (".", *files):
+            with contextlib.suppress(FileNotFoundError):
+                newest = max(newest, os.lstat(os.path.join(folder, name)).st_mtime)
+    return newest

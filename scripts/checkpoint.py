@@ -1,0 +1,169 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint holds, whether it is whole, and where two differ.
+
+examples:
+  python scripts/checkpoint.py inspect runs/quickstart
+      step, parameters, arrays, configuration and metrics of the newest checkpoint of a run
+  python scripts/checkpoint.py verify runs/quickstart/checkpoints/step_1000
+      read every byte; one line for each problem, exit status 1 if there is any
+  python scripts/checkpoint.py diff runs/a runs/b --json
+      names, shapes, dtypes and values, compared a slice at a time
+
+exit status: 0 done (diff: also if they differ), 1 failed or damaged, 2 wrong usage
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from mesh_transformer.checkpoint.manifest import ArrayRecord, CheckpointError
+from mesh_transformer.checkpoint.store import Store, find_checkpoint
+from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.config import ConfigError
+
+BLOCK_BYTES = 32_000_000  # of each side, compared at a time
+SUMMARY = ("preset", "n_layers", "d_model", "n_heads", "n_vocab", "seq_len", "batch_size", "steps", "name", "learning_rate")
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, call, print."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("action", choices=("inspect", "verify", "diff"))
+    parser.add_argument("path", metavar="PATH", nargs="+", help="a run folder, a folder of checkpoints, or one step's")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    expected = 2 if options.action == "diff" else 1
+    if len(options.path) != expected:
+        raise ConfigError(f"{options.action} takes {expected} PATH, not {len(options.path)}")
+    found = [find_checkpoint(path) for path in options.path]
+    if options.action == "verify":
+        (store, step), problems = found[0], found[0][0].verify(found[0][1])
+        result = {"path": str(store.folder(step)), "problems": problems}
+        print(json.dumps(result) if options.json else "\n".join(problems or [f"{result['path']}: intact"]))
+        return 1 if problems else 0
+    result = describe(*found[0]) if options.action == "inspect" else compare(*found[0], *found[1])
+    format_result = format_description if options.action == "inspect" else format_comparison
+    print(json.dumps(result) if options.json else format_result(result))
+    return 0
+
+
+def describe(store: Store, step: int) -> dict[str, Any]:
+    """Everything but the values, as plain data."""
+    manifest = store.read_manifest(step)
+    arrays = {
+        name: {"shape": record.shape, "axes": record.axes, "dtype": record.dtype, "bytes": record.nbytes}
+        for name, record in manifest.arrays.items()
+    }
+    return {
+        "path": str(store.folder(step)),
+        "step": step,
+        "created": manifest.created,
+        "parameters": sum(
+            math.prod(record.shape) for name, record in manifest.arrays.items() if name.startswith("params/")
+        ),
+        "bytes": sum(record.nbytes for record in manifest.arrays.values()),
+        "files": sum(len(record.files) for record in manifest.arrays.values()) + 2,
+        "versions": manifest.versions,
+        "arrays": arrays,
+        "meta": manifest.meta,
+    }
+
+
+def format_description(result: Mapping[str, Any]) -> str:
+    """A page for a person."""
+    lines = [
+        f"{result['path']}",
+        f"step {result['step']}, saved {result['created']}",
+        f"{result['parameters']:,} parameters, {result['bytes']:,} bytes in {result['files']:,} files",
+        ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        "",
+    ]
+    rows = [("array", "shape", "axes", "dtype", "bytes")]
+    for name, array in result["arrays"].items():
+        shape = "x".join(map(str, array["shape"])) or "scalar"
+        rows.append((name, shape, " ".join(array["axes"]), array["dtype"], f"{array['bytes']:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4].rjust(widths[4])]) for row in rows]
+    meta = result["meta"]
+    for section, table in (meta.get("config") or {}).items():
+        shown = {key: value for key, value in table.items() if key in SUMMARY} if isinstance(table, dict) else {}
+        lines += [f"{section}: " + ", ".join(f"{key} = {value}" for key, value in shown.items())] if shown else []
+    metrics = meta.get("metrics") or {}
+    lines += ["metrics: " + ", ".join(f"{key} {value}" for key, value in metrics.items())] if metrics else []
+    return "\n".join(lines)
+
+
+def compare(store: Store, step: int, other_store: Store, other_step: int) -> dict[str, Any]:
+    """Names that only one side has, arrays whose kind differs, and for all others whether and by how much values differ."""
+    left, right = store.read_manifest(step).arrays, other_store.read_manifest(other_step).arrays
+    arrays: dict[str, Any] = {}
+    for name in sorted(left.keys() & right.keys()):
+        kinds = [f"{record.dtype}{list(record.shape)}" for record in (left[name], right[name])]
+        if kinds[0] != kinds[1]:
+            arrays[name] = {"equal": False, "left": kinds[0], "right": kinds[1]}
+            continue
+        sides = ((store, step), (other_store, other_step))
+        blocks = (
+            tuple(side.read_slice(number, name, index) for side, number in sides) for index in _blocks(left[name])
+        )
+        arrays[name] = _compare_blocks(blocks)
+    only = {"left_only": sorted(left.keys() - right.keys()), "right_only": sorted(right.keys() - left.keys())}
+    same = not any(only.values()) and all(array["equal"] for array in arrays.values())
+    paths = {"left": str(store.folder(step)), "right": str(other_store.folder(other_step))}
+    return {**paths, "equal": same, **only, "arrays": arrays}
+
+
+def format_comparison(result: Mapping[str, Any]) -> str:
+    """One line for each difference."""
+    lines = [f"left   {result['left']}", f"right  {result['right']}"]
+    lines += [f"only left   {name}" for name in result["left_only"]]
+    lines += [f"only right  {name}" for name in result["right_only"]]
+    for name, array in result["arrays"].items():
+        if "left" in array:
+            lines.append(f"differs     {name}: {array['left']} and {array['right']}")
+        elif not array["equal"]:
+            largest = f"max |difference| {array['max_difference']:.6g}"
+            strange = f", {array['not_a_number']} not a number on one side" if array["not_a_number"] else ""
+            lines.append(f"differs     {name}: {array['different']:,} of {array['size']:,} values, {largest}{strange}")
+    equal = sum(array["equal"] for array in result["arrays"].values())
+    return "\n".join([*lines, f"{equal} of {len(result['arrays'])} common arrays are equal bit for bit"])
+
+
+def _compare_blocks(blocks: Iterator[tuple[np.ndarray, ...]]) -> dict[str, Any]:
+    size, different, strange, largest = 0, 0, 0, 0.0
+    for left, right in blocks:
+        bits = f"u{left.itemsize}"
+        unequal = np.atleast_1d(left).view(bits) != np.atleast_1d(right).view(bits)
+        size, different = size + left.size, different + int(np.count_nonzero(unequal))
+        if unequal.any():
+            values = [np.atleast_1d(side)[unequal].astype(np.float64) for side in (left, right)]
+            with np.errstate(invalid="ignore"):  # inf - inf
+                distance = np.abs(values[0] - values[1])
+            strange += int(np.count_nonzero(np.isnan(distance)))
+            largest = max(largest, float(np.nan_to_num(distance, nan=0.0, posinf=np.inf).max()))
+    values = {"size": size, "different": different, "max_difference": largest, "not_a_number": strange}
+    return {"equal": not different, **values}
+
+
+def _blocks(record: ArrayRecord) -> Iterator[tuple[slice, ...]]:
+    """Slices that cover an array, whole shards' rows where those fit, each of at most BLOCK_BYTES."""
+    shape = [min(part, dim) for part, dim in zip(record.shard, record.shape, strict=True)]
+    size = max(record.nbytes // max(math.prod(record.shape), 1), 1)
+    for axis in range(len(shape)):
+        rest = math.prod(shape[axis + 1 :]) * math.prod(shape[:axis]) * size
+        shape[axis] = max(min(shape[axis], BLOCK_BYTES // max(rest, 1)), min(1, shape[axis]))
+    if 0 in shape:
+        return
+    starts = [range(0, dim, part) for dim, part in zip(record.shape, shape, strict=True)]
+    for corner in np.ndindex(*map(len, starts)):
+        low = [start[i] for start, i in zip(starts, corner, strict=True)]
+        yield tuple(slice(a, min(a + part, dim)) for a, part, dim in zip(low, shape, record.shape, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

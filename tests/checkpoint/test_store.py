@@ -1,0 +1,344 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Saved on one mesh = restored on another, bit for bit; saves in the background; what is refused; what stays."""
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.checkpoint.store import Store, find_checkpoint
+
+META = {"config": {"model": {"d_model": 24}}, "metrics": {"loss": 2.5, "nan": float("nan")}, "cursor": 12345678901234}
+
+
+def save(root, step, arrays, axes, **options):
+    store = Store(root, **options)
+    store.save(step, arrays, axes=axes, meta=META)
+    store.wait()
+    return store
+
+
+def one(value, step=0):
+    """The smallest state."""
+    return {"w": jnp.full((4, 4), value, jnp.float32), "step": jnp.int32(step)}
+
+
+ONE_AXES = {"w": ("embed", "ff"), "step": ()}
+
+
+def like_of(arrays):
+    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in arrays.items()}
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("saved_on", [(2, 2, 2), (1, 1, 1)], ids=str)
+def test_restores_on_any_mesh(tmp_path, values, axes, shardings, like, digests, saved_on):
+    arrays = {name: jax.device_put(value, shardings(*saved_on)[name]) for name, value in values.items()}
+    store = save(tmp_path, 3, arrays, axes)
+    expected = digests(values)
+    for dims in [(8, 1, 1), (1, 4, 2), (2, 2, 2), (1, 1, 1), (1, 2, 4)]:
+        places = shardings(*dims)
+        restored = store.restore(3, like(places))
+        assert digests(restored) == expected
+        for name, array in restored.items():
+            assert array.sharding == places[name]
+            assert array.dtype == values[name].dtype
+        if dims != saved_on:
+            before, after = (
+                {(s.device.id, str(s.index)) for s in a["params/embed/w"].addressable_shards} for a in (arrays, restored)
+            )
+            assert before != after
+    assert len(list((store.folder(3) / "arrays/params/embed/w").iterdir())) > 4
+    assert store.verify(3) == []
+    assert store.steps() == [3]
+
+
+@pytest.mark.usefixtures("small_files")
+def test_restored_arrays_may_be_donated(tmp_path, arrays, axes, shardings, like, values):
+    """Replicas are read once, but no two devices share memory with each other or with the reader."""
+    store = save(tmp_path, 1, arrays, axes)
+    restored = store.restore(1, like(shardings(8, 1, 1)))
+    array = restored["params/embed/w"]
+    assert len({shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}) == 8
+    doubled = jax.jit(lambda x: 2 * x, donate_argnums=0)(array)
+    for shard in doubled.addressable_shards:
+        np.testing.assert_array_equal(shard.data, 2 * values["params/embed/w"])
+
+
+def test_what_is_kept_beside_the_arrays(tmp_path, arrays, axes):
+    store = save(tmp_path, 5, arrays, axes)
+    assert json.dumps(store.read_meta(5)) == json.dumps(META)
+    manifest = store.read_manifest(5)
+    assert manifest.arrays["params/layers/w_q"].axes == ("layers", "embed", "heads")
+    assert manifest.arrays["params/layers/w_q"].dtype == "bfloat16"
+    assert {"jax", "numpy", "python", "tensorstore"} <= manifest.versions.keys()
+    text = (store.folder(5) / "manifest.json").read_text()
+    assert not any(word in text for word in ("fsdp", "tensor\"", "mesh"))
+
+
+def test_save_returns_before_writing_and_buffers_may_be_donated(tmp_path):
+    store = Store(tmp_path)
+    gate = threading.Event()
+    store._executor.submit(gate.wait)  # nothing is written before the gate opens
+    x = jnp.arange(1 << 20, dtype=jnp.float32)
+    before, expected = x.unsafe_buffer_pointer(), np.array(x)
+    store.save(1, {"x": x}, axes={"x": ("embed",)}, meta={})
+    y = jax.block_until_ready(jax.jit(lambda x: -x, donate_argnums=0)(x))
+    assert x.is_deleted()
+    assert y.unsafe_buffer_pointer() == before, "the buffer was not reused: this proves nothing"
+    assert store.steps() == []
+    assert store.holds(1)
+    gate.set()
+    store.wait()
+    assert store.steps() == [1]
+    place = {"x": jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=y.sharding)}
+    np.testing.assert_array_equal(store.restore(1, place)["x"], expected)
+
+
+def test_meta_is_taken_at_once(tmp_path):
+    store = Store(tmp_path)
+    gate = threading.Event()
+    store._executor.submit(gate.wait)
+    meta = {"metrics": {"loss": 1}}
+    store.save(1, one(1), axes=ONE_AXES, meta=meta)
+    meta["metrics"]["loss"] = 2
+    gate.set()
+    store.wait()
+    assert store.read_meta(1) == {"metrics": {"loss": 1}}
+
+
+def test_saves_do_not_overlap(tmp_path):
+    store = Store(tmp_path)
+    gate, second_returned = threading.Event(), threading.Event()
+    store._executor.submit(gate.wait)
+    store.save(1, one(1), axes=ONE_AXES, meta={})
+
+    def save_again():
+        store.save(2, one(2), axes=ONE_AXES, meta={})
+        second_returned.set()
+
+    thread = threading.Thread(target=save_again)
+    thread.start()
+    assert not second_returned.wait(0.2)
+    assert store.steps() == []
+    gate.set()
+    thread.join()
+    assert 1 in store.steps()
+    store.wait()
+    assert store.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("at", ["wait", "check", "save"])
+def test_a_failure_surfaces_once_and_later_saves_work(tmp_path, at):
+    root = tmp_path / "checkpoints"
+    store = save(root, 1, one(1), ONE_AXES)
+    root.rename(tmp_path / "aside")
+    root.write_text("in the way")
+    gate = threading.Event()
+    store._executor.submit(gate.wait)
+    store.save(2, one(2), axes=ONE_AXES, meta={})
+    store.check()  # not failed yet
+    gate.set()
+    with pytest.raises(CheckpointError, match=r"step 2 was not saved in .*bytes"):
+        if at == "check":
+            while True:
+                store.check()
+        elif at == "wait":
+            store.wait()
+        else:
+            store.save(3, one(3), axes=ONE_AXES, meta={})
+    assert not store.holds(2)
+    store.wait()
+    root.unlink()
+    (tmp_path / "aside").rename(root)
+    store.save(4, one(4), axes=ONE_AXES, meta={})
+    store.wait()
+    assert store.steps() == [1, 4]
+    assert sorted(path.name for path in root.iterdir()) == ["step_1", "step_4"]
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder on a file system of 3 MB, or of none at all where mounting is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_full_and_readonly_disk(full_disk, asynchronous):
+    store = Store(full_disk / "run", asynchronous=asynchronous)
+    state = {"w": jnp.ones((256, 1024), jnp.float32)}  # 1 MB
+    axes = {"w": ("embed", "ff")}
+    store.save(1, state, axes=axes, meta={})
+    store.wait()
+
+    def fail(step, state):
+        with pytest.raises(CheckpointError, match=rf"step {step} was not saved in .*; earlier checkpoints are as") as raised:
+            store.save(step, state, axes=axes, meta={})
+            store.wait()
+        assert [path.name for path in store.root.iterdir()] == ["step_1"]
+        assert store.verify(1) == []
+        return str(raised.value)
+
+    assert "No space left" in fail(2, {"w": jnp.ones((1024, 1024), jnp.float32)})
+    subprocess.run(["mount", "-o", "remount,ro", str(full_disk)], check=True)
+    assert "Read-only" in fail(3, state)
+    with pytest.raises(CheckpointError, match="Read-only"):
+        Store(full_disk / "other")
+    subprocess.run(["mount", "-o", "remount,rw", str(full_disk)], check=True)
+    store.save(4, state, axes=axes, meta={})
+    store.wait()
+    assert store.steps() == [1, 4]
+
+
+def test_refuses_what_cannot_be_saved(tmp_path):
+    store = Store(tmp_path)
+    gone = jnp.ones(3)
+    gone.delete()
+    for arrays, axes, meta, match in [
+        ({"w": np.ones(3)}, {"w": ("embed",)}, {}, "w: a ndarray is not a jax.Array"),
+        ({"w": jnp.ones(3)}, {"w": ()}, {}, "w: 0 logical axes"),
+        ({"w": jnp.ones(3)}, {"v": ("embed",)}, {}, r"differ in: \['v', 'w'\]"),
+        ({"w": jax.random.key(0)}, {"w": ()}, {}, "w: save a random key as"),
+        ({"w": jnp.ones(3, jnp.complex64)}, {"w": ("embed",)}, {}, "w: dtype complex64"),
+        ({"w": gone}, {"w": ("embed",)}, {}, "w: its buffer was donated"),
+        ({"w": jnp.ones(3)}, {"w": ("embed",)}, {"x": object()}, "meta of step 1 cannot be written as JSON"),
+        ({"../w": jnp.ones(3)}, {"../w": ("embed",)}, {}, r"array name '\.\./w'"),
+        ({"a": jnp.ones(3), "a/c": jnp.ones(3)}, {"a": ("embed",), "a/c": ("embed",)}, {}, "folder of the other"),
+        ({}, {}, {}, "no arrays"),
+    ]:
+        with pytest.raises(CheckpointError, match=match):
+            store.save(1, arrays, axes=axes, meta=meta)
+    with pytest.raises(CheckpointError, match="step -1"):
+        store.save(-1, one(1), axes=ONE_AXES, meta={})
+    with pytest.raises(CheckpointError, match="keep_last = 0"):
+        Store(tmp_path, keep_last=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_restore_names_every_difference(tmp_path, arrays, axes, shardings, like):
+    store = save(tmp_path, 1, arrays, axes)
+    wanted = like(shardings(1, 4, 2))
+    place = wanted["step"].sharding
+    del wanted["guard/key"]
+    wanted["params/new"] = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=place)
+    wanted["step"] = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=place)
+    wanted["params/embed/w"] = jax.ShapeDtypeStruct((64, 24), jnp.bfloat16, sharding=place)
+    wanted["guard/seen"] = jax.ShapeDtypeStruct((7,), jnp.bool_)
+    with pytest.raises(CheckpointError) as raised:
+        store.restore(1, wanted)
+    for line in [
+        "missing in the checkpoint: params/new",
+        "unexpected in the checkpoint: guard/key",
+        "step: int32[] in the checkpoint, int32[1] asked for",
+        "params/embed/w: float32[64, 24] in the checkpoint, bfloat16[64, 24] asked for",
+        "guard/seen: no sharding given",
+    ]:
+        assert line in str(raised.value)
+
+
+def test_restore_of_a_part(tmp_path, arrays, axes, shardings, like, digests, values):
+    store = save(tmp_path, 1, arrays, axes)
+    wanted = {name: leaf for name, leaf in like(shardings(1, 1, 1)).items() if name.startswith("params/")}
+    with pytest.raises(CheckpointError, match="unexpected in the checkpoint: opt_state/count"):
+        store.restore(1, wanted)
+    shutil.rmtree(store.folder(1) / "arrays/opt_state")  # not asked for, not read
+    part = Store(tmp_path).restore(1, wanted, only="params/")
+    assert digests(part) == {name: digest for name, digest in digests(values).items() if name in wanted}
+    del wanted["params/embed/w"]
+    with pytest.raises(CheckpointError, match=r'\(names beginning with "params/"\): params/embed/w'):
+        store.restore(1, wanted, only="params/")
+
+
+def test_pruning(tmp_path):
+    store = Store(tmp_path, keep_last=2, keep_every=10)
+    for step in (5, 10, 15, 20, 25, 30, 35):
+        store.save(step, one(step), axes=ONE_AXES, meta={})
+    store.wait()
+    assert store.steps() == [10, 20, 30, 35]
+    assert not store.holds(5)
+    assert Store(tmp_path, keep_last=1).prune() == [10, 20, 30]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_35"]
+
+
+def test_after_falling_back_the_last_intact_one_is_not_pruned(tmp_path):
+    store = Store(tmp_path, keep_last=2)
+    for step in (100, 200, 300):
+        store.save(step, one(step), axes=ONE_AXES, meta={})
+    store.wait()
+    (store.folder(300) / "COMMIT").unlink()
+    data = store.folder(200) / "arrays/w/c.0.0"
+    data.write_bytes(bytes(len(data.read_bytes())))
+    for step in (50, 100):
+        save(tmp_path / "other", step, one(step), ONE_AXES)
+        shutil.copytree(tmp_path / f"other/step_{step}", tmp_path / f"step_{step}", dirs_exist_ok=True)
+
+    said = []
+    store = Store(tmp_path, keep_last=2)
+    with pytest.raises(CheckpointError, match="step_300/COMMIT: missing"):
+        store.newest()
+    assert store.newest_intact(said.append) == 100
+    assert ["step_300/COMMIT" in said[0], "step_200/arrays/w/c.0.0" in said[1]] == [True, True]
+    assert len(said) == 2
+    store.restore(100, like_of(one(0)))
+    assert store.holds(100)
+    assert not store.holds(200)
+    store.save(150, one(150), axes=ONE_AXES, meta={})
+    store.wait()
+    assert store.steps() == [100, 150, 200]  # the damaged one is newer than the course taken: it stays, and counts for nothing
+    store.save(200, one(7), axes=ONE_AXES, meta={})
+    store.wait()
+    assert store.verify(200) == []
+    assert store.steps() == [150, 200]
+    np.testing.assert_array_equal(store.restore(200, like_of(one(0)))["w"], 7)
+    assert store.newest_intact(said.append) == 200
+
+
+def test_never_from_scratch_beside_damage(tmp_path):
+    assert Store(tmp_path).newest() is None
+    assert Store(tmp_path).newest_intact(print) is None
+    store = save(tmp_path, 1, one(1), ONE_AXES)
+    (store.folder(1) / "COMMIT").unlink()
+    assert store.steps() == []
+    with pytest.raises(CheckpointError, match="COMMIT: missing"):
+        store.newest()
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[1\] is intact"):
+        store.newest_intact(lambda text: None)
+
+
+def test_find_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    save(run / "checkpoints", 8, one(8), ONE_AXES)
+    store = save(run / "checkpoints", 9, one(9), ONE_AXES)
+    for path in (run, run / "checkpoints", run / "checkpoints/step_9"):
+        found, step = find_checkpoint(path)
+        assert (found.root, step) == (run / "checkpoints", 9)
+        with pytest.raises(CheckpointError, match="opened for reading"):
+            found.save(1, one(1), axes=ONE_AXES, meta={})
+    assert find_checkpoint(run / "checkpoints/step_8")[1] == 8
+    (store.folder(9) / "arrays/w/c.0.0").unlink()
+    said = []
+    assert find_checkpoint(run, report=said.append)[1] == 8
+    assert "step_9/arrays/w/c.0.0: missing" in said[0]
+    with pytest.raises(CheckpointError, match=r"no such folder; .* holds the folders: step_8, step_9"):
+        find_checkpoint(run / "checkpoints/step_7")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/notes.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in it .* found: notes\.txt"):
+        find_checkpoint(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        find_checkpoint(tmp_path / "empty/notes.txt")
+    assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["notes.txt"]  # reading makes nothing
