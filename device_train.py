@@ -11,6 +11,7 @@ examples:
 exit status: 0 done, 1 failed, 2 wrong usage or configuration, 75 preempted (run again to continue)
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -48,12 +49,12 @@ def main(arguments: list[str]) -> int:
         return 0
     run_dir = train_config(config, start_devices(config.mesh), fresh=options.fresh, profile=profile)
     show_samples(run_dir)
-    name = Path(sys.argv[0]).name
+    same = shlex.join(["python", Path(sys.argv[0]).name, options.config, *(f"--set={item}" for item in options.set)])
     print(f"""
-continue    python {name} {options.config} --set train.steps={2 * config.train.steps}
-resume      python {name} {options.config}      (after Ctrl-C, a crash or a preemption)
+continue    {same} --set train.steps={2 * config.train.steps}
+resume      {same}      (after Ctrl-C, a crash or a preemption)
 sample      python device_sample.py {run_dir}
-plan        python device_plan.py {options.config}
+plan        {same.replace("device_train", "device_plan")}
 report      {run_dir / "report.html"}""")
     return 0
 

@@ -82,7 +82,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
-        _merge(table, *_parse_override(override))
+        merge_override(table, override)
     return parse_config(table, where=str(path), run_dir=f"runs/{path.stem}")
 
 
@@ -132,6 +132,11 @@ def _preset(name: str, where: str) -> dict[str, Any]:
             f"{where}: model.preset = {json.dumps(name)} is not in families.py{hint} all presets: {every}"
         )
     return dict(PRESETS[name])
+
+
+def merge_override(table: dict[str, Any], override: str) -> None:
+    """Put "section.field=value" (TOML on the right) into nested dictionaries; ConfigError if it is no such thing."""
+    _merge(table, *_parse_override(override))
 
 
 def _parse_override(override: str) -> tuple[list[str], Any]:

@@ -21,13 +21,24 @@ from typing import Any
 
 import numpy as np
 
-from mesh_transformer.checkpoint.manifest import ArrayRecord, CheckpointError
+from mesh_transformer.checkpoint.manifest import ArrayRecord
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import ConfigError
 
 BLOCK_BYTES = 32_000_000  # of each side, compared at a time
-SUMMARY = ("preset", "n_layers", "d_model", "n_heads", "n_vocab", "seq_len", "batch_size", "steps", "name", "learning_rate")
+SUMMARY = (
+    "preset",
+    "n_layers",
+    "d_model",
+    "n_heads",
+    "n_vocab",
+    "seq_len",
+    "batch_size",
+    "steps",
+    "name",
+    "learning_rate",
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -89,13 +100,13 @@ def format_description(result: Mapping[str, Any]) -> str:
         rows.append((name, shape, " ".join(array["axes"]), array["dtype"], f"{array['bytes']:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4].rjust(widths[4])]) for row in rows]
-    meta = result["meta"]
-    for section, table in (meta.get("config") or {}).items():
+    config, metrics = (result["meta"].get(key) for key in ("config", "metrics"))
+    for section, table in config.items() if isinstance(config, dict) else ():
         shown = {key: value for key, value in table.items() if key in SUMMARY} if isinstance(table, dict) else {}
         lines += [f"{section}: " + ", ".join(f"{key} = {value}" for key, value in shown.items())] if shown else []
-    metrics = meta.get("metrics") or {}
-    lines += ["metrics: " + ", ".join(f"{key} {value}" for key, value in metrics.items())] if metrics else []
-    return "\n".join(lines)
+    if isinstance(metrics, dict) and metrics:
+        lines.append("metrics: " + ", ".join(f"{key} {value}" for key, value in metrics.items()))
+    return "\n".join(line if line.isprintable() else ascii(line) for line in lines)  # no control codes of a stranger's
 
 
 def compare(store: Store, step: int, other_store: Store, other_step: int) -> dict[str, Any]:

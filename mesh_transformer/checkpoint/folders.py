@@ -36,10 +36,18 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step_{step}"
 
 
+def make_root(root: Path) -> None:
+    """Make the root of a store and the folders above it, durably."""
+    missing = [path for path in (root, *root.parents) if not path.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
 def list_steps(root: Path) -> dict[int, bool]:
     """Steps that have a folder, ascending, and whether each is complete. Links are not followed."""
     found = {}
-    with contextlib.suppress(FileNotFoundError), os.scandir(root) as entries:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(root) as entries:
         for entry in entries:
             match = STEP.fullmatch(entry.name)
             if match and entry.is_dir(follow_symlinks=False):
@@ -63,7 +71,12 @@ def publish(temporary: Path, final: Path) -> None:
     old = final.with_name(temporary.name.replace(".tmp-", ".old-", 1))
     if final.exists():
         os.rename(final, old)
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if old.exists():
+            os.rename(old, final)
+        raise
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -84,7 +97,8 @@ def clean(root: Path) -> None:
             continue
         final = root / match[1]
         if match[3] == "old" and not final.exists() and (path / COMMIT).exists():
-            os.rename(path, final)
+            with contextlib.suppress(FileNotFoundError):  # another process of the run was first
+                os.rename(path, final)
         else:
             shutil.rmtree(path, ignore_errors=True)
     sync_folder(root)

@@ -12,7 +12,7 @@ collectives of training.
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ from mesh_transformer.checkpoint.manifest import (
 
 
 class Store:
-    """The checkpoints under `root`. One thread at a time may use a Store; several processes may, if only one saves."""
+    """The checkpoints under `root`. One thread at a time may use a Store; several runs may read a root, one may save.
+
+    A save in flight when the interpreter exits is finished first; its failure is then seen by nobody, so `wait` for it.
+    """
 
     def __init__(
         self,
@@ -56,13 +59,13 @@ class Store:
             asynchronous,
             writable,
         )
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._executor = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: futures.Future[None] | None = None
         self._held: set[int] = set()
         self._damaged: set[int] = set()
         if writable:
             try:
-                self.root.mkdir(parents=True, exist_ok=True)
+                folders.make_root(self.root)
                 folders.clean(self.root)
             except OSError as error:
                 raise CheckpointError(f"{self.root}: cannot be used for checkpoints: {error}") from error
@@ -109,13 +112,11 @@ class Store:
 
     def wait(self) -> None:
         """Until no save is being written; raises CheckpointError, once, if the last one failed."""
-        if self._pending is None:
-            return
-        try:
-            self._pending.result()
-        finally:  # interrupted while waiting: the save goes on
-            if self._pending.done():
-                self._pending = None
+        if self._pending:
+            pending = self._pending
+            futures.wait([pending])  # interrupted here, the save goes on and can be waited for again
+            self._pending = None
+            pending.result()
 
     def holds(self, step: int) -> bool:
         """Whether this Store has saved `step`, is saving it, or has restored it: saving it again would change nothing."""

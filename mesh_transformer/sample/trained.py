@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mesh_transformer.checkpoint.store import find_checkpoint
-from mesh_transformer.config import Config, ConfigError, _merge, _parse_override, parse_config
+from mesh_transformer.config import Config, ConfigError, merge_override, parse_config
 from mesh_transformer.data.tokenizers import Tokenizer, tokenizer_from_json
 from mesh_transformer.mesh import Layout, start_devices
 from mesh_transformer.model.params import Params, flatten_names
@@ -65,7 +65,7 @@ def _read_config(meta: dict[str, Any], where: str, overrides: Iterable[str]) -> 
             raise ConfigError(
                 f"--set {override}: a checkpoint's {key} is fixed; sampling can set sample.*, mesh.* and model.dtype"
             )
-        _merge(table, *_parse_override(override))
+        merge_override(table, override)
     return parse_config(table, where=where)
 
 

@@ -44,7 +44,9 @@ def test_a_slice_is_read_without_the_rest(tmp_path, arrays, axes, values):
     begin = 64 - record.shard[0]
     for index in [(slice(0, begin), slice(None)), (slice(begin + record.chunk[0], 64), slice(3, 5))]:
         np.testing.assert_array_equal(store.read_slice(1, name, index), values[name][index])
-    with pytest.raises(CheckpointError, match=rf"{last.name}: damaged or unreadable, a file of {name}: .*igest mismatch"):
+    with pytest.raises(
+        CheckpointError, match=rf"{last.name}: damaged or unreadable, a file of {name}: .*igest mismatch"
+    ):
         store.read_slice(1, name, (slice(begin, begin + 1), slice(None)))
 
 

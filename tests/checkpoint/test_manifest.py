@@ -65,7 +65,7 @@ def test_every_flipped_bit_is_refused(two_steps, shardings, like, values, digest
         assert_refused(store, wanted, path)
         path.write_bytes(whole)
         hit.add(path)
-    assert len(hit) > 30
+    assert len(hit) > 20
     assert digests(store.restore(2, wanted)) == digests(values)
 
 
@@ -211,7 +211,7 @@ def test_renamed_and_newer_format(store):
     commit = store.folder(7) / "COMMIT"
     lines = commit.read_bytes().rpartition(b"commit ")[0]
     commit.write_bytes(manifest_module._seal(lines.replace(b"checkpoint 1", b"checkpoint 2")))
-    with pytest.raises(CheckpointError, match="COMMIT: .* is another format"):
+    with pytest.raises(CheckpointError, match=r"COMMIT: .* is another format"):
         store.read_manifest(7)
 
 

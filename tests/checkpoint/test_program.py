@@ -34,7 +34,12 @@ def runs(tmp_path):
     other = w.copy()
     other[1, 2] += 0.5
     other[2, 0] = np.nan
-    same = {"params/w": jnp.array(w), "params/b": jnp.ones(4, jnp.bfloat16), "step": jnp.int32(10), "nan": jnp.array(np.nan)}
+    same = {
+        "params/w": jnp.array(w),
+        "params/b": jnp.ones(4, jnp.bfloat16),
+        "step": jnp.int32(10),
+        "nan": jnp.array(np.nan),
+    }
     changes = {"params/w": jnp.array(other), "params/b": jnp.ones(5, jnp.bfloat16), "extra": jnp.array([True])}
     axes = {"params/w": ("embed", "ff"), "params/b": ("ff",), "step": (), "nan": (), "extra": ("window",)}
     meta = {"config": {"model": {"n_layers": 2, "d_model": 4}}, "metrics": {"loss": 1.25}}
@@ -48,7 +53,13 @@ def runs(tmp_path):
 def test_inspect(program, runs, capsys):
     assert program.main(["inspect", str(runs / "a")]) == 0
     text = capsys.readouterr().out
-    for part in ["step 10", "16 parameters", "params/w  3x4     embed ff  float32      48", "n_layers = 2", "loss 1.25"]:
+    for part in [
+        "step 10",
+        "16 parameters",
+        "params/w  3x4     embed ff  float32      48",
+        "n_layers = 2",
+        "loss 1.25",
+    ]:
         assert part in text
     assert program.main(["inspect", str(runs / "a/checkpoints/step_10"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
