@@ -14,4 +14,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the suite's time is compilation; what is compared here does not depend on how well LLVM optimised it.
 jax.config.update("jax_disable_most_optimizations", True)
 # Shape annotations are checked at every call, in tests only.
-install_import_hook(["mesh_transformer.model", "mesh_transformer.train", "mesh_transformer.sample"], "beartype.beartype")
+NUMERICS = ("loss", "noise_scale", "optimizer", "schedule", "step")
+install_import_hook(
+    ["mesh_transformer.model", "mesh_transformer.sample", *(f"mesh_transformer.train.{name}" for name in NUMERICS)],
+    "beartype.beartype",
+)

@@ -128,8 +128,7 @@ def restore_arrays(
     def land() -> int:
         name, places, size, future = flying.popleft()
         values = _wait(folder, name, future)
-        copies = [jax.device_put(values, place, may_alias=False) for place in places]
-        placed[name] += jax.block_until_ready(copies)  # so that host memory is free before the next is read
+        placed[name] += place_copies(values, places)
         return size
 
     for name, record in records.items():
@@ -148,10 +147,26 @@ def restore_arrays(
     }
 
 
+def place_copies(values: np.ndarray, places: Sequence[Sharding]) -> list[jax.Array]:
+    """`values` on each of `places`, there on return; the caller gives them up.
+
+    JAX may take a well aligned host buffer as it is, whatever may_alias says; replicas are not to share one by such luck.
+    """
+    copies = [
+        jax.device_put(values.copy() if i and _is_host_memory(place) else values, place)
+        for i, place in enumerate(places)
+    ]
+    return jax.block_until_ready(copies)  # so that host memory is free before the next slice is read
+
+
 def _copy(data: jax.Array) -> np.ndarray:
     """Host values that outlive the array. A view of host memory must be copied; what came from a device is a copy."""
-    on_host = data.sharding.memory_kind in ("pinned_host", "unpinned_host")
-    return np.array(data) if on_host or next(iter(data.devices())).platform == "cpu" else np.asarray(data)
+    return np.array(data) if _is_host_memory(data.sharding) else np.asarray(data)
+
+
+def _is_host_memory(sharding: Sharding) -> bool:
+    on_cpu = next(iter(sharding.device_set)).platform == "cpu"
+    return on_cpu or sharding.memory_kind in ("pinned_host", "unpinned_host")
 
 
 def _cut(record: ArrayRecord, piece: Piece) -> Iterator[tuple[str, Slices, np.ndarray]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from mesh_transformer.checkpoint.arrays import _places, copy_to_host
+from mesh_transformer.checkpoint.arrays import _places, copy_to_host, place_copies
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.checkpoint.store import Store
 
@@ -70,3 +70,17 @@ def test_replicas_are_read_once(shardings):
     assert sorted(groups) == [((16 * i, 16 * i + 16), (0, 24)) for i in range(4)]
     assert {len(group) for group in groups.values()} == {2}
     assert {d for group in groups.values() for p in group for d in p.device_set} == set(jax.devices())
+
+
+def test_replicas_share_no_memory():
+    """Even of a buffer that is aligned as JAX likes it: each can be donated without the others noticing."""
+    buffer = np.zeros(4096 + 64, np.uint8)
+    begin = -buffer.ctypes.data % 64
+    values = buffer[begin : begin + 4096].view(np.float32)
+    values[:] = np.arange(1024)
+    expected = 2 * values
+    single = [jax.sharding.SingleDeviceSharding(device) for device in jax.devices()]
+    copies = place_copies(values, single)
+    assert len({copy.unsafe_buffer_pointer() for copy in copies}) == 8
+    for copy in copies:
+        np.testing.assert_array_equal(jax.jit(lambda x: 2 * x, donate_argnums=0)(copy), expected)

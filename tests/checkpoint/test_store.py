@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 
 import jax
@@ -148,7 +149,8 @@ def test_a_failure_surfaces_once_and_later_saves_work(tmp_path, at):
     store.save(2, one(2), axes=ONE_AXES, meta={})
     store.check()  # not failed yet
     gate.set()
-    with pytest.raises(CheckpointError, match=r"step 2 was not saved in .*bytes"):
+
+    def notice():
         if at == "check":
             while True:
                 store.check()
@@ -156,6 +158,9 @@ def test_a_failure_surfaces_once_and_later_saves_work(tmp_path, at):
             store.wait()
         else:
             store.save(3, one(3), axes=ONE_AXES, meta={})
+
+    with pytest.raises(CheckpointError, match=r"step 2 was not saved in .*bytes"):
+        notice()
     assert not store.holds(2)
     store.wait()
     root.unlink()
@@ -186,12 +191,13 @@ def test_full_and_readonly_disk(full_disk, asynchronous):
     store.save(1, state, axes=axes, meta={})
     store.wait()
 
+    def save_and_wait(step, state):
+        store.save(step, state, axes=axes, meta={})
+        store.wait()
+
     def fail(step, state):
-        with pytest.raises(
-            CheckpointError, match=rf"step {step} was not saved in .*; earlier checkpoints are as"
-        ) as raised:
-            store.save(step, state, axes=axes, meta={})
-            store.wait()
+        with pytest.raises(CheckpointError, match=rf"step {step} was not saved in .*; earlier checkpoints") as raised:
+            save_and_wait(step, state)
         assert [path.name for path in store.root.iterdir()] == ["step_1"]
         assert store.verify(1) == []
         return str(raised.value)
@@ -312,6 +318,36 @@ def test_after_falling_back_the_last_intact_one_is_not_pruned(tmp_path):
     assert store.steps() == [150, 200]
     np.testing.assert_array_equal(store.restore(200, like_of(one(0)))["w"], 7)
     assert store.newest_intact(said.append) == 200
+
+
+def test_a_replaced_step_comes_back_if_its_successor_cannot_take_the_name(tmp_path, monkeypatch):
+    store = save(tmp_path, 1, one(1), ONE_AXES)
+    rename = os.rename
+
+    def fail_at_last(source, target):
+        if ".tmp-" in str(source):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_at_last)
+    store.save(1, one(2), axes=ONE_AXES, meta={})
+    with pytest.raises(CheckpointError, match="step 1 was not saved"):
+        store.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+    assert store.verify(1) == []
+    np.testing.assert_array_equal(store.restore(1, like_of(one(0)))["w"], 1)
+
+
+def test_a_save_is_finished_at_exit(tmp_path):
+    code = (
+        "import sys, jax.numpy as jnp\n"
+        "from mesh_transformer.checkpoint.store import Store\n"
+        "Store(sys.argv[1]).save(1, {'w': jnp.ones((2000, 1000))}, axes={'w': ('embed', 'ff')}, meta={})"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True)
+    assert Store(tmp_path).verify(1) == []
+    assert Store(tmp_path).steps() == [1]
 
 
 def test_never_from_scratch_beside_damage(tmp_path):
