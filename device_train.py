@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 from mesh_transformer.command import add_set_option, make_parser, run_command
-
 from mesh_transformer.config import ConfigError, config_to_toml, load_config
 
 

@@ -21,7 +21,9 @@ class Preempted(Exception):
 
 def make_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser whose --help is the program's own docstring, examples and all."""
-    parser = argparse.ArgumentParser(description=docstring.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=docstring.strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -29,7 +31,11 @@ def make_parser(docstring: str) -> argparse.ArgumentParser:
 def add_set_option(parser: argparse.ArgumentParser) -> None:
     """`--set section.field=value`, repeatable; checked like the file itself."""
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field, for example train.steps=20; repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a field, for example train.steps=20; repeatable",
     )
 
 

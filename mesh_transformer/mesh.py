@@ -15,7 +15,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -94,7 +94,7 @@ def start_devices(config: MeshConfig) -> Layout:
     return make_layout(config)
 
 
-def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
+def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Layout:
     """The mesh `config` asks for over `devices` (all, if not given), with its rules; ConfigError if sizes do not fit."""
     devices = list(jax.devices() if devices is None else devices)
     inner = config.fsdp * config.tensor
@@ -140,6 +140,12 @@ def use_layout(layout: Layout | None) -> Iterator[None]:
         yield
     finally:
         _layout.reset(token)
+
+
+def target_platform() -> str:
+    """What the program being traced will run on ("cpu", "gpu", "tpu"): its layout's devices, or JAX's default ones."""
+    layout = _layout.get()
+    return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:

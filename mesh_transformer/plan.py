@@ -48,6 +48,7 @@ def plan_training(config: Config, layout: Layout) -> tuple[Plan, str]:
         held = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         by_kind[KINDS.get(name.split("/")[0], "other state")] += held
     memory = compiled.memory_analysis()
+    assert memory is not None, "this backend does not say what a program needs"
     by_kind["batch"] = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in batch)
     by_kind["gradients, activations, temporary"] = memory.temp_size_in_bytes
     plan = Plan(

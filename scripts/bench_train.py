@@ -56,7 +56,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=1.5, help="length of a round; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="one JSON object per shape instead of the table")
     options = parser.parse_args(arguments)
-    print(f"{'shape':<28}{'ours tokens/s':>15}{'peer tokens/s':>15}{'peer':>10}{'ratio':>8}{'losses after 5 steps':>26}")
+    print(
+        f"{'shape':<28}{'ours tokens/s':>15}{'peer tokens/s':>15}{'peer':>10}{'ratio':>8}{'losses after 5 steps':>26}"
+    )
     ratios = []
     for name, shape in SHAPES.items():
         row = compare(shape, options.rounds, options.seconds)
@@ -65,7 +67,9 @@ def main(arguments: list[str]) -> int:
             print(json.dumps({"shape": name, **row}))
         else:
             losses = " ".join(f"{loss:.4f}" for loss in row["losses"])
-            print(f"{name:<28}{row['ours']:>15,.0f}{row['peer_speed']:>15,.0f}{row['peer']:>10}{row['ratio']:>8.2f}{losses:>26}")
+            print(
+                f"{name:<28}{row['ours']:>15,.0f}{row['peer_speed']:>15,.0f}{row['peer']:>10}{row['ratio']:>8.2f}{losses:>26}"
+            )
     print("ratio " + " ".join(f"{ratio:.2f}" for ratio in ratios))
     return 0
 

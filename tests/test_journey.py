@@ -27,7 +27,7 @@ from mesh_transformer.train.run import open_run
 from mesh_transformer.train.state import describe_state, flatten_state, state_shardings
 
 ROOT = Path(__file__).parents[1]
-WORDS = "the mesh of devices holds every layer and each token knows its place in the row".split()
+WORDS = ["the", "mesh", "of", "devices", "holds", "every", "layer", "and", "each", "token", "knows", "its", "place"]
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,14 @@ def test_resuming_another_run_is_refused(config_file, straight, override, messag
 
 
 def test_a_step_that_is_always_bad_stops_the_run_with_everything_saved(config_file):
-    config = load(config_file, "bad", "optimizer.learning_rate=1e30", "optimizer.clip_norm=0.0", "train.max_skipped=3", "mesh.data=1")
+    config = load(
+        config_file,
+        "bad",
+        "optimizer.learning_rate=1e30",
+        "optimizer.clip_norm=0.0",
+        "train.max_skipped=3",
+        "mesh.data=1",
+    )
     layout = make_layout(config.mesh, jax.devices()[:1])
     run = open_run(config, open_data(config), layout)
     with (

@@ -89,7 +89,14 @@ def build_shards(
     sides = SIDES if holdout else SIDES[:1]
     with _locked(base.with_name(base.name + ".lock")):
         if not all(Path(f"{base}-{side}.json").is_file() and is_shard(f"{base}-{side}") for side in sides):
-            _build(base, path, files, Work([], find_root(path), text_key, on_bad, holdout, tokenizer, base), workers, report)
+            _build(
+                base,
+                path,
+                files,
+                Work([], find_root(path), text_key, on_bad, holdout, tokenizer, base),
+                workers,
+                report,
+            )
     return {side: _open_built(Path(f"{base}-{side}"), path, side, holdout) for side in sides}
 
 
@@ -208,18 +215,24 @@ def _join(base: Path, side: str, parts: list[Path], tokenizer: Tokenizer) -> Non
 def _open_built(prefix: Path, path: str, side: str, holdout: int) -> Built:
     record = json.loads(Path(f"{prefix}.json").read_text())
     if not record["documents"]:
-        remedy = f"no document's name fell to it; lower data.holdout={holdout}" if side == "heldout" else "nothing to read"
+        remedy = (
+            f"no document's name fell to it; lower data.holdout={holdout}" if side == "heldout" else "nothing to read"
+        )
         raise DataError(f"{path}: the {side} part is empty: {remedy}; {'; '.join(record['notes'])}")
     return Built(prefix, record["documents"], record["tokens"], record["bytes"], tuple(record["notes"]))
 
 
 def _use_shard(prefix: Path, tokenizer: Tokenizer, holdout: int) -> Built:
     if holdout:
-        raise DataError(f"{prefix}: documents of a shard have no names to split by; set data.holdout=0 and add a data.validation shard")
+        raise DataError(
+            f"{prefix}: documents of a shard have no names to split by; set data.holdout=0 and add a data.validation shard"
+        )
     shard = TokenShard(prefix)
     n_bytes = 0
     for index in range(shard.n_documents):
-        n_bytes += len(tokenizer.decode_bytes(token for token in shard.document(index) if token != tokenizer.end_of_text))
+        n_bytes += len(
+            tokenizer.decode_bytes(token for token in shard.document(index) if token != tokenizer.end_of_text)
+        )
         if index == 1000:  # a sample is enough for a ratio
             n_bytes = n_bytes * shard.n_tokens // int(shard.ends[index])
             break

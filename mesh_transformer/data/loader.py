@@ -70,10 +70,15 @@ class Loader:
         self._orders = [_make_order(length, seed + i, shuffle) for i, length in enumerate(self.lengths)]
         self._slots, self._ranks, self._shares = _make_pattern([source.weight for source in sources])
         identity = [
-            [(source.name, source.shard.n_tokens, source.shard.n_documents, _digest(source.shard), source.weight) for source in sources],
+            [
+                (source.name, source.shard.n_tokens, source.shard.n_documents, _digest(source.shard), source.weight)
+                for source in sources
+            ],
             [seq_len, seed, shuffle, isolate_documents],
         ]
-        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]  # of the order and its content
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[
+            :16
+        ]  # of the order and its content
 
     def batch(self, first: int, size: int, *, process_index: int = 0, process_count: int = 1) -> Batch:
         """Sequences `first` to `first + size` of the run, or the contiguous piece of them that a process feeds."""
@@ -91,7 +96,9 @@ class Loader:
 
     def epochs(self, n_sequences: int) -> float:
         """Passes over the source that has been seen most often, after so many sequences of the run."""
-        shares = [n_sequences * share / MIX_SLOTS / length for share, length in zip(self._shares, self.lengths, strict=True)]
+        shares = [
+            n_sequences * share / MIX_SLOTS / length for share, length in zip(self._shares, self.lengths, strict=True)
+        ]
         return max(shares)
 
     @property
@@ -170,7 +177,9 @@ class Prefetcher:
         self._thread.start()
         return self._drain()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._closed.set()
         self._thread.join()
 
@@ -215,7 +224,9 @@ def _make_pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, lis
         slots[slot], ranks[slot] = source, counts[source]
         counts[source] += 1
     if (counts == 0).any():
-        raise DataError(f"source {int(np.argmin(counts))} of the mixture has less than 1 in {MIX_SLOTS} of the weight; raise it")
+        raise DataError(
+            f"source {int(np.argmin(counts))} of the mixture has less than 1 in {MIX_SLOTS} of the weight; raise it"
+        )
     return slots, ranks, counts.tolist()
 
 

@@ -83,7 +83,9 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
         raise DataError(f"{path}: not an index of token shards (it must begin with {MAGIC!r})")
     _, version, code, n_sequences, n_boundaries = HEADER.unpack(bytes(raw[: HEADER.size]))
     if version != VERSION or code not in DTYPES:
-        raise DataError(f"{path}: version {version}, token type {code}; we read version {VERSION}, types {sorted(DTYPES)}")
+        raise DataError(
+            f"{path}: version {version}, token type {code}; we read version {VERSION}, types {sorted(DTYPES)}"
+        )
     expected = HEADER.size + 12 * n_sequences + 8 * n_boundaries
     if len(raw) != expected:
         raise DataError(f"{path}: {len(raw):,} bytes where its header describes {expected:,}; copy or build it again")
@@ -125,7 +127,9 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             _sync(self._data)
         self._data.close()

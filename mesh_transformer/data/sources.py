@@ -37,7 +37,9 @@ class Data(NamedTuple):
     notes: list[str]  # documents left out
 
 
-def open_data(config: Config, *, report: Callable[[str, int, int, float], None] = lambda name, done, total, seconds: None) -> Data:
+def open_data(
+    config: Config, *, report: Callable[[str, int, int, float], None] = lambda name, done, total, seconds: None
+) -> Data:
     """Shards made or found, and everything that reads them. `report` gets (source, bytes done, in all, seconds).
 
     Raises DataError for damaged or missing data, ConfigError where tokenizer and model contradict each other.
@@ -57,7 +59,9 @@ def open_data(config: Config, *, report: Callable[[str, int, int, float], None] 
             heldout[name] = sides["heldout"]
     for name, source in config.data.validation.items():
         heldout[name] = _build(config, name, source, tokenizer, 0, report)["train"]
-    sources = [Source(name, TokenShard(built.prefix), config.data.train[name].weight) for name, built in training.items()]
+    sources = [
+        Source(name, TokenShard(built.prefix), config.data.train[name].weight) for name, built in training.items()
+    ]
     loader = Loader(
         sources,
         seq_len=config.model.seq_len,
@@ -101,7 +105,12 @@ def look(config: Config, data: Data, count: int) -> str:
 
 
 def _build(
-    config: Config, name: str, source: SourceConfig, tokenizer: Tokenizer, holdout: int, report: Callable[[str, int, int, float], None]
+    config: Config,
+    name: str,
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    holdout: int,
+    report: Callable[[str, int, int, float], None],
 ) -> dict[str, Built]:
     try:
         return build_shards(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.mesh import target_platform
 from mesh_transformer.model.linear import dropout, linear
 from mesh_transformer.model.params import Inits, param
 from mesh_transformer.model.positions import rotate
@@ -51,7 +52,11 @@ def attend(
     s, kv_heads = k.shape[1], k.shape[2]
     group = heads // kv_heads
     # One contiguous matrix for each key-value head, so that both products are plain batched ones.
-    q = q.reshape(batch, t, kv_heads, group, channels).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * t, channels)
+    q = (
+        q.reshape(batch, t, kv_heads, group, channels)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(batch, kv_heads, group * t, channels)
+    )
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bkqc,bksc->bkqs", q * scale, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, group, t, s)
@@ -60,7 +65,25 @@ def attend(
     scores = jnp.where(visible[:, None, None], scores, MASKED)
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), dropout_rate)
     mixed = jnp.einsum("bkqs,bksc->bkqc", weights.reshape(batch, kv_heads, group * t, s), v)
-    return mixed.reshape(batch, kv_heads, group, t, channels).transpose(0, 3, 1, 2, 4).reshape(batch, t, heads, channels)
+    return (
+        mixed.reshape(batch, kv_heads, group, t, channels).transpose(0, 3, 1, 2, 4).reshape(batch, t, heads, channels)
+    )
+
+
+def attend_in_halves(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T K C"],
+    v: Float[Array, "B T K C"],
+    visible: Bool[Array, "#B T T"],
+    bias: Float[Array, "#B H T T"] | None,
+    **options: float,
+) -> Float[Array, "B T H C"]:
+    """`attend` where no query sees a later key: the first half of the queries reads half of the keys, a quarter less work."""
+    half = q.shape[1] // 2
+    upper = None if bias is None else bias[:, :, :half, :half]
+    lower = None if bias is None else bias[:, :, half:]
+    first = attend(q[:, :half], k[:, :half], v[:, :half], visible[:, :half, :half], upper, **options)
+    return jnp.concatenate([first, attend(q[:, half:], k, v, visible[:, half:], lower, **options)], axis=1)
 
 
 def store(cache: Cache, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], positions: Int[Array, "B T"]) -> Cache:
@@ -96,7 +119,9 @@ class Attention(hk.Module):
         if cache is not None:
             cache = store(cache, k, v, sight.positions)
             k, v = cache.k.swapaxes(1, 2).astype(x.dtype), cache.v.swapaxes(1, 2).astype(x.dtype)
-        mixed = attend(
+        # On a CPU the work saved counts; on accelerators one large product is faster than two.
+        in_halves = cache is None and x.shape[1] >= 128 and x.shape[1] % 2 == 0 and target_platform() == "cpu"
+        mixed = (attend_in_halves if in_halves else attend)(
             q,
             k,
             v,

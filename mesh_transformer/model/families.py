@@ -12,7 +12,12 @@ GPT2 = dict(n_vocab=50257, seq_len=1024)
 # GPT-3's banded layers: window and order were never published; 256, dense first, is what GPT-Neo's authors chose.
 GPT3 = dict(n_vocab=50257, seq_len=2048, attention_pattern=["global", "local"], attention_window=256)
 GPT_NEO = dict(
-    n_vocab=50257, seq_len=2048, attention_pattern=["global", "local"], attention_window=256, attention_scale="none", qkv_bias=False
+    n_vocab=50257,
+    seq_len=2048,
+    attention_pattern=["global", "local"],
+    attention_window=256,
+    attention_scale="none",
+    qkv_bias=False,
 )
 GPT_J = dict(
     n_vocab=50400,
@@ -26,7 +31,9 @@ GPT_J = dict(
     tied_embeddings=False,
     init="gptj",
 )
-GPT_NEOX = dict(seq_len=2048, positions="rotary-halves", residual="parallel-two-norms", tied_embeddings=False, init="neox")
+GPT_NEOX = dict(
+    seq_len=2048, positions="rotary-halves", residual="parallel-two-norms", tied_embeddings=False, init="neox"
+)
 NEOX_SERIAL = dict(GPT_NEOX, residual="serial", n_vocab=50304)
 PYTHIA = dict(GPT_NEOX, activation="gelu-erf")  # as the released config says; the training code used the tanh form
 LLAMA = dict(

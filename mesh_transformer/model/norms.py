@@ -32,9 +32,15 @@ class Norm(hk.Module):
                     y = y + param("bias", hk.initializers.Constant(0.0), embed=config.d_model)[None, None]
             case "rmsnorm":  # Zhang and Sennrich 2019, as in Llama
                 mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-                y = wide * jax.lax.rsqrt(mean_square + config.norm_eps) * param("scale", ones, embed=config.d_model)[None, None]
+                y = (
+                    wide
+                    * jax.lax.rsqrt(mean_square + config.norm_eps)
+                    * param("scale", ones, embed=config.d_model)[None, None]
+                )
             case "scalenorm":  # Nguyen and Salazar 2019: one learned length
                 square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
-                y = wide * jax.lax.rsqrt(jnp.maximum(square, config.norm_eps**2))  # finite gradient at zero, unlike a length's
+                y = wide * jax.lax.rsqrt(
+                    jnp.maximum(square, config.norm_eps**2)
+                )  # finite gradient at zero, unlike a length's
                 y = y * param("scale", hk.initializers.Constant(config.d_model**0.5))
         return y.astype(x.dtype)

@@ -19,7 +19,9 @@ from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK, ParamInfo, Params, describe, make_inits, param
 from mesh_transformer.model.positions import RelativeBias
 
-Caches = tuple[Cache, ...]  # of every block in a period of the attention pattern, stacked over the periods as parameters are
+Caches = tuple[
+    Cache, ...
+]  # of every block in a period of the attention pattern, stacked over the periods as parameters are
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -106,7 +108,9 @@ class Transformer(hk.Module):
         return Sight(positions, visible, near, RelativeBias(self.config)(distance))
 
     @hk.experimental.name_like("__call__")
-    def _layers(self, x: Float[Array, "B T D"], sight: Sight, caches: Caches | None) -> tuple[Float[Array, "B T D"], Caches | None]:
+    def _layers(
+        self, x: Float[Array, "B T D"], sight: Sight, caches: Caches | None
+    ) -> tuple[Float[Array, "B T D"], Caches | None]:
         """All layers, as a scan over periods of the attention pattern."""
         c, pattern = self.config, self.config.attention_pattern
 
@@ -121,7 +125,9 @@ class Transformer(hk.Module):
         if c.remat != "none" and caches is None:
             period = hk.remat(period, policy=REMAT[c.remat])
         n_periods = c.n_layers // len(pattern)
-        stack = hk.experimental.layer_stack(n_periods, with_per_layer_inputs=True, unroll=min(c.unroll, n_periods), name=STACK)
+        stack = hk.experimental.layer_stack(
+            n_periods, with_per_layer_inputs=True, unroll=min(c.unroll, n_periods), name=STACK
+        )
         return stack(period)(x, caches)
 
 

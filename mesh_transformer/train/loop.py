@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from mesh_transformer.command import Preempted
 from mesh_transformer.data.loader import Prefetcher
+from mesh_transformer.train.flops import measure_product_peak
 from mesh_transformer.train.metrics import MetricsLog
 from mesh_transformer.train.progress import Progress
 from mesh_transformer.train.report import write_report
-
-from mesh_transformer.train.flops import measure_product_peak
 from mesh_transformer.train.run import Run
 from mesh_transformer.train.schedule import batch_size_at, first_sequence
 from mesh_transformer.train.stop import StopRequest
@@ -42,7 +42,8 @@ def train(run: Run, recorder: "Recorder", *, profile: tuple[int, int] | None = N
     write_report(run.dir)
     if reason:
         raise Preempted(
-            f"{reason}: saved step {run.step} of {run.config.train.steps} in {run.store.root}; run the same command again to continue"
+            f"{reason}: saved step {run.step} of {run.config.train.steps} in {run.store.root}; "
+            "run the same command again to continue"
         )
 
 

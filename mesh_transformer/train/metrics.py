@@ -57,7 +57,9 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -141,7 +143,9 @@ def _open_tensorboard(run_dir: Path) -> tuple[Callable[[dict[str, Any]], None], 
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ConfigError("track.tensorboard = true needs tensorboardX: pip install 'mesh-transformer[track]'") from None
+        raise ConfigError(
+            "track.tensorboard = true needs tensorboardX: pip install 'mesh-transformer[track]'"
+        ) from None
     writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def write(line: dict[str, Any]) -> None:

@@ -53,7 +53,10 @@ def plot(title: str, unit: str, series: Sequence[Series], *, log: bool = False, 
     legend = "".join(f'<span class="key {one.style}">{escape(one.name)}</span>' for one in drawn)
     data = {
         "x": [across.low, across.high],
-        "series": [{"name": one.name, "points": [[x, round(float(y), 6)] for x, y in one.points if y is not None]} for one in drawn],
+        "series": [
+            {"name": one.name, "points": [[x, round(float(y), 6)] for x, y in one.points if y is not None]}
+            for one in drawn
+        ],
     }
     summary = f"{title}, {unit}: from {format_number(drawn[0].points[0][1])} to {format_number(drawn[0].points[-1][1])}"
     return (
@@ -108,7 +111,9 @@ def _draw_grid(across: Axis, up: Axis) -> str:
         if across.low <= tick <= across.high:
             x = _x(across, tick)
             anchor = "end" if x > WIDTH - RIGHT - 16 else "middle"
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{format_number(tick)}</text>')
+            parts.append(
+                f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{format_number(tick)}</text>'
+            )
     return "".join(parts)
 
 

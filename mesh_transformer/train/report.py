@@ -63,7 +63,11 @@ def _headline(train: list[Line], evaluation: list[Line]) -> str:
     figures.append(("between first and last line", f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"))
     if last.get("skipped"):
         figures.append(("steps skipped", str(last["skipped"])))
-    return '<dl class="figures">' + "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in figures) + "</dl>"
+    return (
+        '<dl class="figures">'
+        + "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in figures)
+        + "</dl>"
+    )
 
 
 def _scores(evaluation: list[Line]) -> str:
@@ -98,12 +102,25 @@ def _plots(train: list[Line], evaluation: list[Line], events: list[Line]) -> lis
         plot("Loss", "nats per token, by step", losses, marks=skipped),
         plot("Held-out bits per byte", "by step", bits),
         plot("Learning rate", "by step", [Series("learning rate", _points(train, "learning_rate"), "main")]),
-        plot("Gradient norm", "before clipping, by step", [Series("norm", _points(train, "grad_norm"), "main")], log=True, marks=skipped),
+        plot(
+            "Gradient norm",
+            "before clipping, by step",
+            [Series("norm", _points(train, "grad_norm"), "main")],
+            log=True,
+            marks=skipped,
+        ),
         plot("Throughput", "tokens per second, by step", [Series("tokens/s", _points(train, "tokens_per_s"), "main")]),
         plot("Share of the product peak", "model FLOPs, by step", [Series("share", _points(train, "mfu"), "main")]),
     ]
     if any("noise_scale" in line for line in train):
-        plots.append(plot("Noise scale", "sequences, by step", [Series("noise scale", _points(train, "noise_scale"), "main")], log=True))
+        plots.append(
+            plot(
+                "Noise scale",
+                "sequences, by step",
+                [Series("noise scale", _points(train, "noise_scale"), "main")],
+                log=True,
+            )
+        )
     if any("layer_grad_norms" in line for line in train):
         layers = len(train[-1]["layer_grad_norms"])
         picked = sorted({0, layers // 3, 2 * layers // 3, layers - 1})

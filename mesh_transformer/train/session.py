@@ -9,7 +9,8 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress as Bar, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
 
 from mesh_transformer.config import Config, config_to_dict, config_to_toml
 from mesh_transformer.data.sources import Data, open_data
@@ -22,7 +23,9 @@ from mesh_transformer.train.run import Run, open_run
 from mesh_transformer.train.state import describe_state, format_parameters
 
 
-def train_config(config: Config, layout: Layout, *, fresh: bool = False, profile: tuple[int, int] | None = None) -> Path:
+def train_config(
+    config: Config, layout: Layout, *, fresh: bool = False, profile: tuple[int, int] | None = None
+) -> Path:
     """Train, with display, metrics and report; the run folder. Raises what `open_data`, `open_run` and `train` raise."""
     console = Console()
     run_dir = Path(config.run.dir)

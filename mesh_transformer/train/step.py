@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
-from mesh_transformer.data.loader import Batch
 
 from mesh_transformer.config import Config
+from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
 from mesh_transformer.model.params import STACK, Params
 from mesh_transformer.model.transformer import make_model
@@ -73,7 +73,8 @@ def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, Met
             metrics["noise_scale"] = noise_scale(kept[2])
         if train.layer_norms:
             metrics["layer_grad_norms"] = _layer_norms(found.grads)
-        return State(state.step + 1, *kept[:2], guard, kept[2]), metrics
+        params, opt_state, noise = kept
+        return State(state.step + 1, params, opt_state, guard, noise), metrics
 
     return train_step
 
@@ -115,10 +116,11 @@ def _make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], G
             grads, sums = jax.grad(loss_of, has_aux=True)(params, microbatch, micro_key, tokens)
             own_mean = global_norm(grads) * tokens / jnp.sum(microbatch.mask)
             total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), (carry.grads, carry.losses), (grads, sums))
-            return Gradients(*total, carry.micro_square_norm + jnp.square(own_mean) / pieces), None
+            grads, losses = total
+            return Gradients(grads, losses, carry.micro_square_norm + jnp.square(own_mean) / pieces), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        start = Gradients(zeros, TokenLosses(*[jnp.zeros(())] * 3), jnp.zeros(()))
+        start = Gradients(zeros, TokenLosses(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())), jnp.zeros(()))
         return jax.lax.scan(accumulate, start, (jnp.arange(pieces), _cut(batch, pieces)))[0]
 
     return gradients

@@ -81,7 +81,10 @@ def test_killed_at_any_moment(tmp_path, nursery):
         assert words[0] == "pid"
         pid = int(words[1])
         before = len(acknowledged.read_text())
+        deadline = time.monotonic() + 60
         while len(acknowledged.read_text()) == before:
+            assert is_running(pid), "the child died by itself"
+            assert time.monotonic() < deadline, "the child saves nothing"
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.15))
         os.kill(pid, signal.SIGKILL)

@@ -320,6 +320,27 @@ def test_after_falling_back_the_last_intact_one_is_not_pruned(tmp_path):
     assert store.newest_intact(said.append) == 200
 
 
+@pytest.mark.parametrize(
+    ("damaged", "start", "next_step", "left"), [((3, 4), 2, 5, [2, 3, 4, 5]), ((), 2, 3, [2, 3, 4])]
+)
+def test_what_pruning_counts(tmp_path, damaged, start, next_step, left):
+    """Neither steps known to be damaged nor those of a course that was left count among the newest."""
+    store = Store(tmp_path, keep_last=9)
+    for step in (1, 2, 3, 4):
+        store.save(step, one(step), axes=ONE_AXES, meta={})
+    store.wait()
+    for step in damaged:
+        path = store.folder(step) / "arrays/w/c.0.0"
+        path.write_bytes(bytes(len(path.read_bytes())))
+    store = Store(tmp_path, keep_last=2)
+    if damaged:
+        assert store.newest_intact(lambda text: None) == start
+    store.restore(start, like_of(one(0)))
+    store.save(next_step, one(9), axes=ONE_AXES, meta={})
+    store.wait()
+    assert store.steps() == left
+
+
 def test_a_replaced_step_comes_back_if_its_successor_cannot_take_the_name(tmp_path, monkeypatch):
     store = save(tmp_path, 1, one(1), ONE_AXES)
     rename = os.rename

@@ -68,11 +68,15 @@ BAD = [
     Bad("half.jsonl.zst", zst(LINES)[: len(zst(LINES)) // 2], "", "truncated archive", "breaks off at byte", None),
     Bad("last.jsonl.zst", zst(LINES)[:-1], "", "truncated archive", f"byte {len(zst(LINES)) - 1:,}, ", N),
     Bad("header.jsonl.zst", zst(LINES)[:3], "", "truncated archive", "breaks off at byte 3", 0),
-    Bad("second.jsonl.zst", zst(LINES) + zst(LINES)[:-1], "", "truncated archive", f"at byte {len(zst(LINES)):,}", 2 * N),
+    Bad(
+        "second.jsonl.zst", zst(LINES) + zst(LINES)[:-1], "", "truncated archive", f"at byte {len(zst(LINES)):,}", 2 * N
+    ),
     Bad("behind.jsonl.zst", zst(LINES) + b"garbage", "", "damaged archive", f"from byte {len(zst(LINES)):,}", N),
     Bad("skippable.jsonl.zst", zst(LINES) + SKIPPABLE[:-1], "", "truncated archive", "breaks off", N),
     Bad("flip.jsonl.zst", flip(zst(LINES), 0.5), "", "damaged archive", "damaged archive near byte", None),
-    Bad("half.jsonl.gz", gzip.compress(LINES)[: len(gzip.compress(LINES)) // 2], "", "truncated archive", "breaks", None),
+    Bad(
+        "half.jsonl.gz", gzip.compress(LINES)[: len(gzip.compress(LINES)) // 2], "", "truncated archive", "breaks", None
+    ),
     Bad("last.jsonl.gz", gzip.compress(LINES)[:-1], "", "truncated archive", "breaks off at byte", N),
     Bad("crc.jsonl.gz", flip(gzip.compress(LINES), 0.9999), "", "damaged archive", "incorrect", None),
     Bad("behind.jsonl.gz", gzip.compress(LINES) + b"garbage", "", "damaged archive", "from byte", N),
@@ -91,7 +95,14 @@ BAD = [
     Bad("number.jsonl", lines(7, GOOD), ":1", "not an object", "a number", 1),
     Bad("string.jsonl", lines("text", GOOD), ":1", "not an object", "a string", 1),
     Bad("null.jsonl", lines(None, GOOD), ":1", "not an object", "null where", 1),
-    Bad("key.jsonl", lines(GOOD, {"content": "x", "id": 1}), ":2", "no text", "no key 'text'; keys here: 'content', 'id'", 1),
+    Bad(
+        "key.jsonl",
+        lines(GOOD, {"content": "x", "id": 1}),
+        ":2",
+        "no text",
+        "no key 'text'; keys here: 'content', 'id'",
+        1,
+    ),
     Bad("nulltext.jsonl", lines({"text": None}, GOOD), ":1", "not text", "null where text is wanted", 1),
     Bad("listtext.jsonl", lines(GOOD, GOOD, {"text": ["a"]}), ":3", "not text", "list where text", 2),
     Bad("nul.jsonl", lines(GOOD, {"text": "a\nb\0c"}), ":2", "NUL", "character 3 (line 2", 1),
@@ -217,7 +228,9 @@ def test_text_files_have_unix_lines_and_no_mark(tmp_path: Path) -> None:
 
 def test_text_inside_json_stays_as_it_is(tmp_path: Path) -> None:
     text = "\ufeffone\r\ntwo\u2028\x85\x1c \U0001f600 "
-    (tmp_path / "a.jsonl").write_text(json.dumps({"body": text}) + "\n" + json.dumps({"body": text}, ensure_ascii=False))
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"body": text}) + "\n" + json.dumps({"body": text}, ensure_ascii=False)
+    )
     assert [d.text for d in read_documents(tmp_path, text_key="body")] == [text, text]
 
 

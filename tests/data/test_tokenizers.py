@@ -35,7 +35,11 @@ REAL = [
     for folder in [SHARED / "tokenizers" / name]
 ]
 END = "<|endoftext|>"
-MIXED = "naïve 中文 \U0001f600\U0001f469\u200d\U0001f680 e\u0301 \u0000\t\r\n  tabs\u2028and   spaces\n\n" + END + " don't 3.14"
+MIXED = (
+    "naïve 中文 \U0001f600\U0001f469\u200d\U0001f680 e\u0301 \u0000\t\r\n  tabs\u2028and   spaces\n\n"
+    + END
+    + " don't 3.14"
+)
 
 
 def special(index: int, content: str, **changes: Any) -> dict[str, Any]:
@@ -115,7 +119,11 @@ ALL = ["bytes", "small", "llama", *REAL]
 
 @pytest.fixture
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    made = {"bytes": ByteTokenizer, "small": lambda: FileTokenizer(small_table()), "llama": lambda: FileTokenizer(llama_table())}
+    made = {
+        "bytes": ByteTokenizer,
+        "small": lambda: FileTokenizer(small_table()),
+        "llama": lambda: FileTokenizer(llama_table()),
+    }
     return made[request.param]() if request.param in made else load_real(request.param)
 
 
@@ -145,7 +153,9 @@ def test_streamed_is_decoded_at_once(tokenizer: Tokenizer) -> None:
             at += step
         assert "".join(pieces) + stream.finish() == tokenizer.decode(ids)
         rest = StreamDecoder(tokenizer, continues=True)
-        assert (rest.push(ids) + rest.finish()).encode() == tokenizer.decode_bytes(ids).decode(errors="replace").encode()
+        assert (rest.push(ids) + rest.finish()).encode() == tokenizer.decode_bytes(ids).decode(
+            errors="replace"
+        ).encode()
 
 
 @pytest.mark.parametrize("tokenizer", ALL, indirect=True)
@@ -212,7 +222,10 @@ def test_real_vocabularies_give_known_ids() -> None:
     assert gpt2.encode("Hello world") == [15496, 995]
     assert gpt2.encode(" the\n\n") == [262, 628]
     assert gpt2.encode(END) == [27, 91, 437, 1659, 5239, 91, 29]
-    assert (neox.n_vocab, neox.end_of_text) == (50278, 0)  # this file has a [PAD] at 50277 behind the 50277 trained ones
+    assert (neox.n_vocab, neox.end_of_text) == (
+        50278,
+        0,
+    )  # this file has a [PAD] at 50277 behind the 50277 trained ones
     assert neox.encode("Hello world") == [12092, 1533]
     assert neox.encode("def f():\n    return 1")[4] == 50274  # four spaces are one token
     assert gpt2.fingerprint == "6fdb36add83a89774f0ab7d71477b2ca5c56a7465c3e37379f36fcb37b1ec74e"
@@ -230,7 +243,9 @@ def test_ids_are_the_library_s(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     else:
         library = hf.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer = load_real(name)
-    text = (SHARED / "data" / "wikitext2_test.txt").read_text(encoding="utf-8")[:150_000] + (MIXED * 20).replace(END, "")
+    text = (SHARED / "data" / "wikitext2_test.txt").read_text(encoding="utf-8")[:150_000] + (MIXED * 20).replace(
+        END, ""
+    )
     expected = library.encode(text).ids
     assert tokenizer.encode(text) == expected
     monkeypatch.setattr(tokenizers, "_PART", 300)

@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.mesh import RULES
-from mesh_transformer.model.attention import attend
+from mesh_transformer.model.attention import attend, attend_in_halves
 from mesh_transformer.model.linear import dropout
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import count_params, describe_params, make_model
@@ -317,3 +317,15 @@ def test_weights_start_as_stated(name):
         assert (np.abs(value).max() <= 2 * deviations[leaf]) == cut, key
         if "/layers/" in key:
             assert np.abs(np.corrcoef(value[0].ravel(), value[1].ravel())[0, 1]) < 0.1, f"{key}: layers start alike"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_in_halves_equals_attention_at_once(bias):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (2, 8, 4, 3))
+    k, v = (jax.random.normal(key, (2, 8, 2, 3)) for key in keys[1:3])
+    visible = jnp.tril(jnp.ones((1, 8, 8), bool)) & ~jnp.tril(jnp.ones((1, 8, 8), bool), -6)
+    scores = jax.random.normal(keys[3], (1, 4, 8, 8)) if bias else None
+    whole = attend(q, k, v, visible, scores, scale=0.7)
+    assert not np.allclose(whole, attend(q, k, v, jnp.ones_like(visible), scores, scale=0.7), atol=1e-2)
+    np.testing.assert_allclose(attend_in_halves(q, k, v, visible, scores, scale=0.7), whole, atol=1e-6)

@@ -99,7 +99,9 @@ def test_five_steps_on_a_mesh_equal_one_device(mesh, one_device):
     losses, state = one_device
     runner = Runner(make_config(mesh=dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))))
     w_in = runner.state.params["transformer/layers/block_0/feed_forward"]["w_in"]
-    moments = [leaf for name, leaf in flatten_state(runner.state.opt_state).items() if name.endswith("feed_forward/w_in")]
+    moments = [
+        leaf for name, leaf in flatten_state(runner.state.opt_state).items() if name.endswith("feed_forward/w_in")
+    ]
     pieces = mesh[1] * mesh[2]
     for array in (w_in, *moments):
         assert array.addressable_shards[0].data.size * pieces == array.size, "the array is not cut by this mesh"
@@ -186,13 +188,19 @@ def test_layer_norms_add_up_to_the_layers_gradient():
 
     grads = jax.grad(mean_loss)(params)
     second = sum(
-        float(jnp.sum(jnp.square(g[0]))) for module, arrays in grads.items() if "/block_1" in module for g in arrays.values()
+        float(jnp.sum(jnp.square(g[0])))
+        for module, arrays in grads.items()
+        if "/block_1" in module
+        for g in arrays.values()
     )
     np.testing.assert_allclose(norms[1], second**0.5, rtol=1e-4)
 
 
 def test_dropout_differs_between_steps_and_repeats_between_runs():
-    runs = [Runner(make_config(model=dict(dropout=0.3), optimizer=dict(learning_rate=1e-9, end_learning_rate=0.0))) for _ in range(2)]
+    runs = [
+        Runner(make_config(model=dict(dropout=0.3), optimizer=dict(learning_rate=1e-9, end_learning_rate=0.0)))
+        for _ in range(2)
+    ]
     batch = make_batch(0)
     first, second = ([float(runner.step(batch)["loss"]) for _ in range(3)] for runner in runs)
     assert first == second
