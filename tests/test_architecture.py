@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "model": GROUND,
     "checkpoint": GROUND | {"model"},
     "train": GROUND | {"data", "model", "checkpoint"},
-    "sample": GROUND | {"data", "model", "checkpoint"},
+    "sample": GROUND | {"data", "model", "checkpoint", "train"},
     "plan": GROUND | {"data", "model", "checkpoint", "train", "sample"},
 }
 

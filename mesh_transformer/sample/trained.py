@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained model ready to sample, from a run folder or a checkpoint, which carries its configuration and tokenizer."""
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ def load_trained(path: str | Path, overrides: Iterable[str] = ()) -> Trained:
     Only weights are read, each device its own slices. Raises ConfigError or CheckpointError: no such run, damage, an
     override that would change the model, a mesh that does not fit.
     """
-    store, step = find_checkpoint(path)
+    store, step = find_checkpoint(path, report=lambda text: print(text, file=sys.stderr))
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
     config = _read_config(meta, where, overrides)

@@ -83,7 +83,7 @@ def _train_steps(run: Run, recorder: "Recorder", stop: StopRequest, profile: tup
 
 def _save(run: Run, recorder: "Recorder") -> None:
     step = run.step
-    if step in run.store.steps():
+    if run.store.holds(step):
         return
     started = time.perf_counter()
     run.save({"metrics": recorder.last})
