@@ -11,9 +11,11 @@ One JSON object a line, in order of steps, one history however often the run was
      "gzip_bits_per_byte": ..., "xz_bits_per_byte": ...}
     {"step": 100, "kind": "event", "event": "resumed" | "checkpoint" | "skipped" | "samples" | "done", "text": ...}
 
-`step` counts steps taken. A number that is not finite is null.
+`step` counts steps taken. A number that is not finite is null, and `"not_finite": {"loss": "nan"}` says what it was. An
+event may carry values as well: `parameters`, the number of learned values, belongs to the headline of the report.
 """
 
+import importlib
 import json
 import math
 import os
@@ -21,26 +23,39 @@ import queue
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from mesh_transformer.config import ConfigError, TrackConfig
 
 FILE = "metrics.jsonl"
 QUEUE_LINES = 1000  # lines a tracker may lag behind before the newest are dropped
+CLOSE_SECONDS = 10.0  # a tracker has at the end of a run
+SYNC_SECONDS = 30.0  # of lines that a power failure may take; a crash of the program takes none
+
+
+class MetricsError(ValueError):
+    """A metrics.jsonl that is not ours, or damaged elsewhere than at its end."""
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and feeds the trackers; `with` it, so that they are closed."""
+    """Appends to metrics.jsonl and feeds the trackers; `with` it, so that they are closed.
+
+    What an earlier attempt wrote after `first_step`, where training now goes on, is cut off first. Raises ConfigError
+    where `track` asks for a package that is not installed, MetricsError for a damaged file.
+    """
 
     def __init__(self, run_dir: Path, track: TrackConfig, *, config: Mapping[str, Any], first_step: int):
+        trackers = _find_trackers(run_dir, track, config, first_step)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / FILE
         _truncate_after(self.path, first_step)
-        self._trackers = [Tracker(name, make) for name, make in _find_trackers(run_dir, track, config)]
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        self._synced = time.monotonic()
+        self._trackers = [Tracker(name, start) for name, start in trackers.items()]
 
     def train(self, step: int, values: Mapping[str, Any]) -> None:
         """Metrics of the step that made `step` steps taken."""
@@ -50,9 +65,9 @@ class MetricsLog:
         """The score on validation set `name`."""
         self._write({"step": step, "kind": "evaluation", "set": name, **values})
 
-    def event(self, step: int, event: str, text: str) -> None:
+    def event(self, step: int, event: str, text: str, values: Mapping[str, Any] | None = None) -> None:
         """Something that happened."""
-        self._write({"step": step, "kind": "event", "event": event, "text": text})
+        self._write({"step": step, "kind": "event", "event": event, "text": text, **(values or {})})
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -60,114 +75,197 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
 
-    def _write(self, line: dict[str, Any]) -> None:
-        line = {"time": round(time.time(), 3), **{name: _finite(value) for name, value in line.items()}}
+    def _write(self, values: dict[str, Any]) -> None:
+        line = _to_json({"time": round(time.time(), 3), **values})
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
         for tracker in self._trackers:
             tracker.put(line)
 
 
-class Tracker:
-    """A tracker's own thread: neither its speed nor its failure reaches training."""
+class Sink(NamedTuple):
+    """Where a tracker's lines go once it is started."""
 
-    def __init__(self, name: str, make: Callable[[], tuple[Callable[[dict[str, Any]], None], Callable[[], None]]]):
-        self.name = name
+    write: Callable[[dict[str, Any]], object]
+    close: Callable[[], object]
+
+
+class Tracker:
+    """A tracker's own thread, which also starts it: neither its speed nor its failure reaches training."""
+
+    def __init__(self, name: str, start: Callable[[], Sink]):
+        self.name, self.dropped = name, 0
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUE_LINES)
-        self._write, self._close = make()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(start,), name=name, daemon=True)
         self._thread.start()
 
     def put(self, line: dict[str, Any]) -> None:
-        """Hand over a line; dropped if the tracker is far behind."""
-        if self._thread.is_alive() and not self._lines.full():
-            self._lines.put_nowait(line)
-
-    def close(self, seconds: float = 10.0) -> None:
-        """Give the tracker some time to finish."""
+        """Hand over a line; dropped, and counted, if the tracker is far behind."""
         if self._thread.is_alive():
-            self._lines.put(None)
-            self._thread.join(seconds)
+            try:
+                self._lines.put_nowait(line)
+            except queue.Full:
+                self.dropped += 1
 
-    def _run(self) -> None:
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Give the tracker some time to finish; say so if that was not enough, or if it had fallen behind before."""
+        until = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < until:  # the thread may end while its queue is full
+            try:
+                self._lines.put(None, timeout=0.1)
+                break
+            except queue.Full:
+                continue
+        self._thread.join(max(until - time.monotonic(), 0.0))
+        if self._thread.is_alive():
+            self._say(f"did not finish in {seconds:g} s; {FILE} has what it did not send")
+        elif self.dropped:
+            self._say(f"was too slow for {self.dropped} lines; {FILE} has them")
+
+    def _run(self, start: Callable[[], Sink]) -> None:
         try:
+            sink = start()
             while (line := self._lines.get()) is not None:
-                self._write(line)
-            self._close()
+                sink.write(line)
+            sink.close()
         except Exception as error:
-            print(f"{self.name} failed and is off from here on: {error}", file=sys.stderr, flush=True)
+            self._say(f"failed and is off from here on: {type(error).__name__}: {error}")
+
+    def _say(self, text: str) -> None:
+        print(f"{self.name} {text}", file=sys.stderr, flush=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """All lines of a metrics.jsonl, none if there is no such file; a last line that a crash cut short is left out.
+
+    Raises MetricsError, with file and line, for anything else that is not as this module's docstring says.
+    """
+    return [line for _, line in _read_lines(path)]
+
+
+def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Every whole line, as it is written and as what it says."""
+    *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
-        if text.endswith("\n"):
-            lines.append(json.loads(text))
+    for number, raw in enumerate(whole, start=1):
+        try:
+            line = json.loads(raw)
+            known = isinstance(line["step"], int) and isinstance(line["kind"], str)
+        except (ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise MetricsError(f"{path}:{number}: not a line of metrics: {raw[:60]!r}; remove it, or the file")
+        lines.append((raw + b"\n", line))
     return lines
 
 
 def _truncate_after(path: Path, step: int) -> None:
-    """Drop what an earlier attempt wrote after the step that training starts from."""
-    lines = read_metrics(path)
-    kept = [line for line in lines if line["step"] <= step]
-    if not path.exists() or (len(kept) == len(lines) and path.read_bytes().endswith(b"\n")):
+    """Drop what an earlier attempt wrote after the step that training starts from, and what a crash cut short."""
+    if not path.exists():
+        return
+    kept = b"".join(raw for raw, line in _read_lines(path) if line["step"] <= step)
+    if kept == path.read_bytes():
         return
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    with open(temporary, "wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
+def _to_json(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line that JSON can hold: NumPy's and JAX's numbers as Python's, those that are not finite as null and by name."""
+    plain, strange = {}, {}
+    for name, value in line.items():
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(value, float) and not math.isfinite(value):
+            strange[name] = str(value)
+        plain[name] = _finite(value)
+    return plain | ({"not_finite": strange} if strange else {})
+
+
 def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return [_finite(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _find_trackers(run_dir: Path, track: TrackConfig, config: Mapping[str, Any]) -> list[tuple[str, Callable[[], Any]]]:
-    found: list[tuple[str, Callable[[], Any]]] = []
+def _find_trackers(
+    run_dir: Path, track: TrackConfig, config: Mapping[str, Any], first_step: int
+) -> dict[str, Callable[[], Sink]]:
+    """How to start each tracker that is asked for, by name."""
+    found = {}
     if track.tensorboard:
-        found.append(("TensorBoard", lambda: _open_tensorboard(run_dir)))
+        found["TensorBoard"] = _find_tensorboard(run_dir, first_step)
     if track.wandb_project:
-        found.append(("Weights & Biases", lambda: _open_wandb(run_dir, str(track.wandb_project), config)))
+        found["Weights & Biases"] = _find_wandb(run_dir, track.wandb_project, config)
     return found
 
 
-def _open_tensorboard(run_dir: Path) -> tuple[Callable[[dict[str, Any]], None], Callable[[], None]]:
+def _find_tensorboard(run_dir: Path, first_step: int) -> Callable[[], Sink]:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise ConfigError(
             "track.tensorboard = true needs tensorboardX: pip install 'mesh-transformer[track]'"
         ) from None
-    writer = SummaryWriter(str(run_dir / "tensorboard"))
 
-    def write(line: dict[str, Any]) -> None:
-        for name, value in _numbers(line).items():
-            writer.add_scalar(name, value, line["step"], walltime=line["time"])
+    def start() -> Sink:
+        writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)  # hides what was cut off
 
-    return write, writer.close
+        def write(line: dict[str, Any]) -> None:
+            for name, value in _numbers(line).items():
+                writer.add_scalar(name, value, line["step"], walltime=line["time"])
+
+        return Sink(write, writer.close)
+
+    return start
 
 
-def _open_wandb(
-    run_dir: Path, project: str, config: Mapping[str, Any]
-) -> tuple[Callable[[dict[str, Any]], None], Callable[[], None]]:
+def _find_wandb(run_dir: Path, project: str, config: Mapping[str, Any]) -> Callable[[], Sink]:
     try:
-        import wandb
+        wandb = importlib.import_module("wandb")  # by name: checked code need not have it installed
     except ImportError:
         raise ConfigError("track.wandb_project needs wandb: pip install 'mesh-transformer[track]'") from None
-    run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=dict(config))
-    # The step travels as a value: a resumed run may log a step again, which wandb's own counter would drop.
-    return (lambda line: run.log({**_numbers(line), "step": line["step"]})), run.finish
+
+    def start() -> Sink:
+        run = wandb.init(
+            project=project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=dict(config) or None,
+            id=_wandb_id(run_dir),
+            resume="allow",
+        )
+        # The step travels as a value: a resumed run may log a step again, which wandb's own counter would drop.
+        return Sink(lambda line: run.log({**_numbers(line), "step": line["step"]}), run.finish)
+
+    return start
 
 
-def _numbers(line: dict[str, Any]) -> dict[str, float]:
+def _wandb_id(run_dir: Path) -> str:
+    """The name under which a run goes on there after it was resumed; chosen once."""
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        temporary.write_text(uuid.uuid4().hex, encoding="utf-8")
+        os.replace(temporary, path)
+    return path.read_text(encoding="utf-8")
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     """Scalars of a line under "kind/name", or "evaluation/set/name"."""
     prefix = "/".join([line["kind"], *([line["set"]] if "set" in line else [])])
-    return {f"{prefix}/{name}": value for name, value in line.items() if isinstance(value, float) and name != "time"}
+    numbers = {
+        name: value for name, value in line.items() if isinstance(value, int | float) and name not in ("time", "step")
+    }
+    return {f"{prefix}/{name}": value for name, value in numbers.items()}
