@@ -92,7 +92,7 @@ class Loader:
         """(source, its sequence) of sequence `index` of the run."""
         block, slot = divmod(index, MIX_SLOTS)
         source = int(self._slots[slot])
-        return source, int(self._orders[source][block * self._shares[source] + int(self._ranks[slot])])
+        return source, _at(self._orders[source], block * self._shares[source] + int(self._ranks[slot]))
 
     def epochs(self, n_sequences: int) -> float:
         """Passes over the source that has been seen most often, after so many sequences of the run."""
@@ -210,6 +210,12 @@ class Prefetcher:
 def _make_order(length: int, seed: int, shuffle: bool) -> grain.MapDataset:
     numbers = grain.MapDataset.range(length)
     return (numbers.shuffle(seed=seed % 2**32) if shuffle else numbers).repeat()
+
+
+def _at(order: grain.MapDataset, place: int) -> int:
+    number = order[place]
+    assert number is not None, "an endless order has every place"
+    return int(number)
 
 
 def _make_pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, list[int]]:

@@ -214,9 +214,9 @@ def _find_trackers(
 def _find_tensorboard(run_dir: Path, first_step: int) -> Callable[[], Sink]:
     try:
         from tensorboardX import SummaryWriter
-    except ImportError:
+    except ImportError as error:
         raise ConfigError(
-            "track.tensorboard = true needs tensorboardX: pip install 'mesh-transformer[track]'"
+            f"track.tensorboard = true needs tensorboardX: pip install 'mesh-transformer[track]' ({error})"
         ) from None
 
     def start() -> Sink:
@@ -234,8 +234,8 @@ def _find_tensorboard(run_dir: Path, first_step: int) -> Callable[[], Sink]:
 def _find_wandb(run_dir: Path, project: str, config: Mapping[str, Any]) -> Callable[[], Sink]:
     try:
         wandb = importlib.import_module("wandb")  # by name: checked code need not have it installed
-    except ImportError:
-        raise ConfigError("track.wandb_project needs wandb: pip install 'mesh-transformer[track]'") from None
+    except ImportError as error:
+        raise ConfigError(f"track.wandb_project needs wandb: pip install 'mesh-transformer[track]' ({error})") from None
 
     def start() -> Sink:
         run = wandb.init(

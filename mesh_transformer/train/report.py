@@ -45,8 +45,8 @@ def make_page(name: str, lines: Iterable[Line], config: str) -> str:
     title = escape(name)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>'
-        f"<body><main>{''.join(parts)}</main><script>{SCRIPT}</script></body></html>\n"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_read("report.css")}</style></head>'
+        f"<body><main>{''.join(parts)}</main><script>{_read('report.js')}</script></body></html>\n"
     )
 
 
@@ -167,54 +167,6 @@ def _text(value: float | None, form: str) -> str:
     return format_number(None) if value is None else form.format(value)
 
 
-CSS = """
-:root{color-scheme:light dark;--back:#fbfbfa;--card:#fff;--ink:#1d1f23;--dim:#686e78;--rule:#e4e5e8;--main:#3056d3;
---faint:#aab8e8;--accent:#d1495b;--second:#0f8b6d;--third:#b7791f;--fourth:#7b4fb5;--mark:#e8a33d}
-@media(prefers-color-scheme:dark){:root:not([data-theme=light]){--back:#14161a;--card:#1c1f25;--ink:#e8eaee;--dim:#9aa1ad;
---rule:#2e323a;--main:#8aa4ff;--faint:#43508a;--accent:#ff8896;--second:#54c9a8;--third:#e7b355;--fourth:#c19bf0;--mark:#8f6a24}}
-:root[data-theme=dark]{color-scheme:dark;--back:#14161a;--card:#1c1f25;--ink:#e8eaee;--dim:#9aa1ad;--rule:#2e323a;
---main:#8aa4ff;--faint:#43508a;--accent:#ff8896;--second:#54c9a8;--third:#e7b355;--fourth:#c19bf0;--mark:#8f6a24}
-:root[data-theme=light]{color-scheme:light}
-*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:28px 20px 60px}header{display:flex;justify-content:space-between;align-items:center}
-h1{font-size:26px;margin:0;overflow-wrap:anywhere}h2{font-size:17px;margin:30px 0 8px}h3{font-size:14px;margin:10px 0 6px;font-weight:500}
-button{font:inherit;font-size:13px;color:var(--dim);background:var(--card);border:1px solid var(--rule);border-radius:6px;padding:4px 10px}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0}
-.figures div{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:10px 14px}
-dt{color:var(--dim);font-size:13px}dd{margin:2px 0 0;font-size:21px;font-variant-numeric:tabular-nums}
-.bar{display:flex;align-items:center;gap:10px;font-size:14px;margin:3px 0}.bar span{width:84px;color:var(--dim)}
-.bar i{height:14px;border-radius:3px;background:var(--rule)}.bar.model i{background:var(--main)}.bar b{font-weight:600}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:16px;margin-top:24px}
-.plot{margin:0;background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 14px 10px;min-width:0}
-figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:4px}figcaption span{color:var(--dim);font-size:13px}
-svg{display:block;width:100%;height:auto}svg text{fill:var(--dim);font-size:12px;font-variant-numeric:tabular-nums}
-svg path{fill:none;stroke-width:1.8;stroke-linejoin:round}.grid{stroke:var(--rule)}.mark{stroke:var(--mark);stroke-dasharray:3 3}
-.pointer{stroke:var(--dim);stroke-width:1}path.faint{stroke:var(--faint);stroke-width:1}
-path.main{stroke:var(--main)}path.accent{stroke:var(--accent)}path.second{stroke:var(--second)}path.third{stroke:var(--third)}
-path.fourth{stroke:var(--fourth)}circle.faint,circle.main{fill:var(--main)}circle.accent{fill:var(--accent)}
-circle.second{fill:var(--second)}circle.third{fill:var(--third)}circle.fourth{fill:var(--fourth)}
-.legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:13px;color:var(--dim);min-height:21px}
-.key::before{content:"";display:inline-block;width:12px;height:3px;border-radius:2px;margin-right:6px;vertical-align:3px;background:var(--main)}
-.key.faint::before{background:var(--faint)}.key.accent::before{background:var(--accent)}.key.second::before{background:var(--second)}
-.key.third::before{background:var(--third)}.key.fourth::before{background:var(--fourth)}output{margin-left:auto;color:var(--ink)}
-.nothing{color:var(--dim);text-align:center;padding:70px 0}pre{overflow:auto;font-size:13px;line-height:1.45}
-.samples,details{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 16px}
-.samples{white-space:pre-wrap;overflow-wrap:anywhere}details{margin-top:16px}summary{cursor:pointer;font-weight:600}
-table{border-collapse:collapse;font-size:13px;width:100%}td,th{text-align:left;padding:3px 12px 3px 0;vertical-align:top;overflow-wrap:anywhere}
-"""
-
-SCRIPT = """
-const root=document.documentElement,wanted=new URLSearchParams(location.search).get('theme');
-if(wanted)root.dataset.theme=wanted;
-document.getElementById('theme').onclick=()=>{const dark=root.dataset.theme?root.dataset.theme==='dark':
-matchMedia('(prefers-color-scheme: dark)').matches;root.dataset.theme=dark?'light':'dark'};
-for(const svg of document.querySelectorAll('svg[data-plot]')){const data=JSON.parse(svg.dataset.plot),[low,high]=data.x;
-const out=svg.parentNode.querySelector('output'),pointer=svg.querySelector('.pointer'),left=58,right=626;
-svg.onpointermove=event=>{const box=svg.getBoundingClientRect(),x=(event.clientX-box.left)/box.width*640;
-const at=low+(Math.min(Math.max(x,left),right)-left)/(right-left)*(high-low);let step=null;
-const texts=data.series.map(one=>{let best=one.points[0];for(const point of one.points)
-if(Math.abs(point[0]-at)<Math.abs(best[0]-at))best=point;step??=best[0];return one.name+' '+Number(best[1].toPrecision(4))});
-pointer.setAttribute('x1',left+(step-low)/(high-low||1)*(right-left));pointer.setAttribute('x2',pointer.getAttribute('x1'));
-out.textContent='step '+step+': '+texts.join(', ')};
-svg.onpointerleave=()=>{out.textContent='';pointer.setAttribute('x1',-9);pointer.setAttribute('x2',-9)}}
-"""
+def _read(name: str) -> str:
+    """A file beside this module."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")

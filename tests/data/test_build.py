@@ -101,7 +101,10 @@ def test_an_empty_side_and_a_shard_with_holdout_are_refused(texts, tmp_path):
         make(texts, tmp_path, holdout=100_000)
     prefix = make(texts, tmp_path)["train"].prefix
     used = make(prefix, tmp_path)["train"]
-    assert (used.n_tokens, used.n_bytes) == (make(texts, tmp_path)["train"].n_tokens, make(texts, tmp_path)["train"].n_bytes)
+    assert (used.n_tokens, used.n_bytes) == (
+        make(texts, tmp_path)["train"].n_tokens,
+        make(texts, tmp_path)["train"].n_bytes,
+    )
     with pytest.raises(DataError, match="no names to split by"):
         make(prefix, tmp_path, holdout=5)
 
@@ -190,7 +193,8 @@ batch_size = 4
     assert "sequence 1: texts" in text
     assert BYTES.decode(data.train.batch(0, 1).tokens[0]) in text
     assert f"{10 * 4 * 16:,} tokens" in text
-    assert data.validation["texts"].text().decode() == "".join(decode_all(build.build_shards(str(texts), BYTES, tmp_path / "cache", holdout=5)["heldout"].prefix))
+    held_out = decode_all(make(texts, tmp_path, holdout=5)["heldout"].prefix)
+    assert data.validation["texts"].text().decode() == "".join(held_out)
     with pytest.raises(ConfigError, match=r"n_vocab=256 is smaller than the tokenizer's 257.*model\.n_vocab=320"):
         open_data(load_config(config_file, ["model.n_vocab=256"]))
     with pytest.raises(ConfigError, match=r"data\.max_epochs=0\.1"):

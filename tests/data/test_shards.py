@@ -58,7 +58,9 @@ def test_damage_is_refused_and_names_the_file(tmp_path, suffix, damage):
         TokenShard(prefix)
 
 
-@pytest.mark.parametrize(("at", "what"), [(0, "magic"), (9, "version"), (17, "type"), (34, "size"), (50, "offset"), (78, "end")])
+@pytest.mark.parametrize(
+    ("at", "what"), [(0, "magic"), (9, "version"), (17, "type"), (34, "size"), (50, "offset"), (78, "end")]
+)
 def test_a_wrong_index_is_refused(tmp_path, at, what):
     prefix = write(tmp_path / "d")
     path = tmp_path / "d.idx"

@@ -217,5 +217,5 @@ def test_loss_curve_is_the_golden_one():
         losses,
         golden["losses"],
         rtol=2e-4,
-        err_msg=f"the training step computes something else than before; if that is meant, put\n{json.dumps(losses)}\ninto {GOLDEN}",
+        err_msg=f"the step computes something else than before; if that is meant, put\n{json.dumps(losses)}\ninto {GOLDEN}",
     )
