@@ -25,7 +25,7 @@ import numpy as np
 from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import Config, parse_config
 from mesh_transformer.data.loader import Batch
-from mesh_transformer.mesh import make_layout, use_layout
+from mesh_transformer.mesh import start_devices, use_layout
 from mesh_transformer.train.flops import count_flops, measure_product_peak
 from mesh_transformer.train.state import make_init_state
 from mesh_transformer.train.step import make_train_step
@@ -95,7 +95,7 @@ def compare(shape: Shape, rounds: int, seconds: float) -> dict[str, Any]:
 def make_ours(shape: Shape, tokens: np.ndarray) -> tuple[Callable[[], float], Any]:
     """A function that takes one of our training steps and returns its loss, and the initial parameters."""
     config = make_config(shape)
-    layout = make_layout(config.mesh, jax.devices()[:1])
+    layout = start_devices(config.mesh)
     state = jax.jit(make_init_state(config))(jax.random.key(0))
     weights = jax.tree.map(np.asarray, state.params)
     ones = np.ones((shape.batch_size, shape.seq_len), np.int32)

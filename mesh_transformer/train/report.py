@@ -2,134 +2,161 @@
 # SPDX-License-Identifier: Apache-2.0
 """report.html of a run: one page without network or scripts from elsewhere, made from metrics.jsonl and config.toml."""
 
+import base64
+import hashlib
+import itertools
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from mesh_transformer.train.metrics import FILE, read_metrics
 from mesh_transformer.train.plot import Series, format_number, plot
+from mesh_transformer.train.progress import format_time
 
 EVENTS_SHOWN = 200
+ROWS_SHOWN = 20  # of the table of numbers
+RAW_POINTS, SMOOTH_POINTS = 500, 200  # drawn of a series; a plot is about 570 units wide
 STYLES = ("accent", "second", "third", "fourth")
+# name in the metrics, title of the plot, unit, name of the line, logarithmic
+TRACES = (
+    ("learning_rate", "Learning rate", "by step", "learning rate", False),
+    ("grad_norm", "Gradient norm", "before clipping, by step", "norm", True),
+    ("tokens_per_s", "Throughput", "tokens per second, by step", "tokens/s", False),
+    ("mfu", "Share of the product peak", "model FLOPs, by step", "share", False),
+    ("noise_scale", "Noise scale", "sequences, by step", "noise scale", True),
+)
+OPTIONAL = {"noise_scale"}  # no empty plot where it was not measured
 Line = Mapping[str, Any]
+Points = Sequence[tuple[float, float | None]]
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html into the run folder, whole or not at all; the path."""
+    """Write report.html into the run folder, whole or not at all; the path. Raises MetricsError for damaged metrics."""
     lines = read_metrics(run_dir / FILE)
     config = run_dir / "config.toml"
     page = make_page(run_dir.name, lines, config.read_text(encoding="utf-8") if config.exists() else "")
     path, temporary = run_dir / "report.html", run_dir / f"report.html.tmp-{os.getpid()}"
-    temporary.write_text(page, encoding="utf-8")
+    with open(temporary, "wb") as file:
+        file.write(page.encode("utf-8", errors="replace"))  # texts may hold lone surrogates
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
     return path
 
 
 def make_page(name: str, lines: Iterable[Line], config: str) -> str:
-    """The page of a run; everything that came from outside is escaped."""
+    """The page of a run; everything that came from outside is escaped, and no script but ours may run."""
     lines = list(lines)
     by_kind = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "evaluation", "event")}
     train, evaluation, events = by_kind["train"], by_kind["evaluation"], by_kind["event"]
-    samples = [line for line in events if line["event"] == "samples"]
+    samples = [line for line in events if line.get("event") == "samples"]
     parts = [
         f"<header><h1>{escape(name)}</h1><button type=button id=theme>light / dark</button></header>",
-        _headline(train, evaluation),
+        _headline(lines, train, evaluation),
         _scores(evaluation),
         f'<section class="plots">{"".join(_plots(train, evaluation, events))}</section>',
-        _samples(samples[-1]["text"] if samples else ""),
-        _events(line for line in events if line["event"] != "samples"),
+        _samples(str(samples[-1].get("text", "")) if samples else ""),
+        _events([line for line in events if line.get("event") != "samples"]),
+        _table(train),
         f"<details><summary>configuration</summary><pre>{escape(config)}</pre></details>",
     ]
-    title = escape(name)
+    ours = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{ours}'"
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_read("report.css")}</style></head>'
-        f"<body><main>{''.join(parts)}</main><script>{_read('report.js')}</script></body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>'
+        f"<body><main>{''.join(parts)}</main><script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def _headline(train: list[Line], evaluation: list[Line]) -> str:
+def _headline(lines: list[Line], train: list[Line], evaluation: list[Line]) -> str:
     if not train:
         return "<p>no step yet</p>"
     last = train[-1]
-    seconds = last["time"] - train[0]["time"]
-    figures = [("step", f"{last['step']:,}"), ("training loss", _text(last.get("loss"), "{:.4f}"))]
-    if evaluation:
-        figures.append(("held-out bits per byte", _text(evaluation[-1].get("bits_per_byte"), "{:.3f}")))
-    figures.append(("tokens per second", _text(last.get("tokens_per_s"), "{:,.0f}")))
-    figures.append(("of the product peak", _text(last.get("mfu"), "{:.0%}")))
-    figures.append(("between first and last line", f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"))
-    if last.get("skipped"):
-        figures.append(("steps skipped", str(last["skipped"])))
-    return (
-        '<dl class="figures">'
-        + "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in figures)
-        + "</dl>"
+    parameters = [number for line in lines if (number := _number(line, "parameters")) is not None]
+    figures = [("step", f"{last['step']:,}", ""), ("training loss", _text(_number(last, "loss"), "{:.4f}"), "")]
+    for name, line in _last_scores(evaluation).items():
+        others = [(tool, _number(line, f"{tool}_bits_per_byte")) for tool in ("gzip", "xz")]
+        more = ", ".join(f"{tool} -9: {value:.3f}" for tool, value in others if value is not None)
+        figures.append((f"bits per byte, {name}", _text(_number(line, "bits_per_byte"), "{:.3f}"), more))
+    figures.append(("tokens per second", _text(_number(last, "tokens_per_s"), "{:,.0f}"), ""))
+    figures.append(("of the product peak", _text(_number(last, "mfu"), "{:.0%}"), ""))
+    if parameters:
+        figures.append(("parameters", format_number(parameters[-1]), ""))
+    figures.append(("time", format_time(_active_seconds(lines)), "without interruptions"))
+    if _number(last, "skipped"):
+        figures.append(("steps skipped", _text(_number(last, "skipped"), "{:,}"), ""))
+    tiles = (
+        f"<div><dt>{escape(label)}</dt><dd>{value}</dd>{f'<dd class=more>{more}</dd>' if more else ''}</div>"
+        for label, value, more in figures
     )
+    return f'<dl class="figures">{"".join(tiles)}</dl>'
+
+
+def _active_seconds(lines: list[Line]) -> float:
+    """From the first line to the last, less what passed between a line and the resumption after it."""
+    times = [(time, line.get("event") == "resumed") for line in lines if (time := _number(line, "time")) is not None]
+    return sum(max(after - before, 0.0) for (before, _), (after, resumed) in itertools.pairwise(times) if not resumed)
+
+
+def _last_scores(evaluation: list[Line]) -> dict[str, Line]:
+    return {str(line.get("set", "")): line for line in evaluation}
 
 
 def _scores(evaluation: list[Line]) -> str:
-    last = {line["set"]: line for line in evaluation}
-    if not last:
-        return ""
     rows = []
-    for name, line in last.items():
-        bars = [("this model", line.get("bits_per_byte"), "model")]
-        bars += [(f"{tool} -9", line.get(f"{tool}_bits_per_byte"), "tool") for tool in ("xz", "gzip")]
+    for name, line in _last_scores(evaluation).items():
+        bars = [("this model", _number(line, "bits_per_byte"), "model")]
+        bars += [(f"{tool} -9", _number(line, f"{tool}_bits_per_byte"), "tool") for tool in ("xz", "gzip")]
         shown = [(label, value, style) for label, value, style in bars if value is not None]
-        widest = max((value for _, value, _ in shown), default=1.0)
-        rows.append(f"<h3>{escape(name)}, step {line['step']:,}: loss {_text(line.get('loss'), '{:.4f}')}</h3>")
+        widest = max((value for _, value, _ in shown), default=1.0) or 1.0
+        rows.append(f"<h3>{escape(name)}, step {line['step']:,}: loss {_text(_number(line, 'loss'), '{:.4f}')}</h3>")
         rows += [
             f'<div class="bar {style}"><span>{label}</span><i style="width:{60 * value / widest:.1f}%"></i><b>{value:.3f}</b></div>'
             for label, value, style in shown
         ]
-    return f"<section><h2>Held-out bits per byte</h2>{''.join(rows)}</section>"
+    return f"<section><h2>Held-out bits per byte</h2>{''.join(rows)}</section>" if rows else ""
 
 
 def _plots(train: list[Line], evaluation: list[Line], events: list[Line]) -> list[str]:
-    skipped = sorted({line["step"] for line in events if line["event"] == "skipped"})
-    sets = dict.fromkeys(line["set"] for line in evaluation)
-    loss = _points(train, "loss")
-    losses = [Series("training", loss, "faint"), Series("smoothed", _smooth(loss), "main")]
+    skipped = sorted({line["step"] for line in events if line.get("event") == "skipped"})
+    # A skipped step left no trace in the model: it is marked, but its loss does not set the scale of all others.
+    losses = _trace("training", _points([line for line in train if line["step"] not in set(skipped)], "loss"))
     bits = []
-    for style, name in zip(STYLES, sets, strict=False):
-        own = [line for line in evaluation if line["set"] == name]
-        losses.append(Series(name, _points(own, "loss"), style, markers=True))
-        bits.append(Series(name, _points(own, "bits_per_byte"), style, markers=True))
-    plots = [
-        plot("Loss", "nats per token, by step", losses, marks=skipped),
-        plot("Held-out bits per byte", "by step", bits),
-        plot("Learning rate", "by step", [Series("learning rate", _points(train, "learning_rate"), "main")]),
-        plot(
-            "Gradient norm",
-            "before clipping, by step",
-            [Series("norm", _points(train, "grad_norm"), "main")],
-            log=True,
-            marks=skipped,
-        ),
-        plot("Throughput", "tokens per second, by step", [Series("tokens/s", _points(train, "tokens_per_s"), "main")]),
-        plot("Share of the product peak", "model FLOPs, by step", [Series("share", _points(train, "mfu"), "main")]),
-    ]
-    if any("noise_scale" in line for line in train):
-        plots.append(
-            plot(
-                "Noise scale",
-                "sequences, by step",
-                [Series("noise scale", _points(train, "noise_scale"), "main")],
-                log=True,
+    for number, name in enumerate(_last_scores(evaluation)):
+        style = STYLES[number % len(STYLES)]
+        own = [line for line in evaluation if str(line.get("set", "")) == name]
+        losses.append(Series(name, thin(_points(own, "loss"), RAW_POINTS), style, markers=True))
+        bits.append(Series(name, thin(_points(own, "bits_per_byte"), RAW_POINTS), style, markers=True))
+    marked = "nats per token, by step" + ("; dashed: skipped" if skipped else "")
+    plots = [plot("Loss", marked, losses, marks=skipped), plot("Held-out bits per byte", "by step", bits)]
+    for name, title, unit, label, log in TRACES:
+        points = _points(train, name)
+        if name not in OPTIONAL or any(y is not None for _, y in points):
+            plots.append(
+                plot(title, unit, _trace(label, points, log=log), log=log, marks=skipped if name == "grad_norm" else ())
             )
-        )
-    if any("layer_grad_norms" in line for line in train):
-        layers = len(train[-1]["layer_grad_norms"])
+    layers = max((len(norms) for line in train if isinstance(norms := line.get("layer_grad_norms"), list)), default=0)
+    if layers:
         picked = sorted({0, layers // 3, 2 * layers // 3, layers - 1})
         norms = [
-            Series(f"layer {i}", [(line["step"], line["layer_grad_norms"][i]) for line in train], style)
+            Series(f"layer {i}", thin(_smooth(_points(train, "layer_grad_norms", i), log=True), SMOOTH_POINTS), style)
             for style, i in zip(STYLES, picked, strict=False)
         ]
-        plots.append(plot("Gradient norm of layers", "by step", norms, log=True))
+        plots.append(plot("Gradient norm of layers", "smoothed, by step", norms, log=True))
     return plots
+
+
+def _trace(name: str, points: Points, *, log: bool = False) -> list[Series]:
+    """A line as measured and, where that is a band rather than a line, smoothed on top of it."""
+    if len(points) < 50 or name == "learning rate":
+        return [Series(name, thin(points, RAW_POINTS), "main")]
+    smooth = thin(_smooth(points, log=log), SMOOTH_POINTS)
+    return [Series(name, thin(points, RAW_POINTS), "faint"), Series("smoothed", smooth, "main")]
 
 
 def _samples(text: str) -> str:
@@ -138,8 +165,11 @@ def _samples(text: str) -> str:
     return f"<section><h2>Samples</h2><pre class=samples>{escape(text)}</pre></section>"
 
 
-def _events(events: Iterable[Line]) -> str:
-    rows = [f"<tr><td>{line['step']:,}<td>{escape(line['event'])}<td>{escape(line['text'])}" for line in events]
+def _events(events: list[Line]) -> str:
+    rows = [
+        f"<tr><td>{line['step']:,}<td>{escape(str(line.get('event', '')))}<td>{escape(str(line.get('text', '')))}"
+        for line in events
+    ]
     left_out = f"<p>the last {EVENTS_SHOWN} of {len(rows):,}</p>" if len(rows) > EVENTS_SHOWN else ""
     return (
         f"<details><summary>events</summary>{left_out}<table><tr><th>step<th>event<th>what"
@@ -147,19 +177,60 @@ def _events(events: Iterable[Line]) -> str:
     )
 
 
-def _points(lines: Iterable[Line], name: str) -> list[tuple[float, float | None]]:
-    return [(line["step"], line.get(name)) for line in lines]
+def _table(train: list[Line]) -> str:
+    """The curves for those who do not see them: about ROWS_SHOWN steps, the last among them."""
+    names = ["loss", *(name for name, *_ in TRACES if any(name in line for line in train))]
+    every = max(math.ceil(len(train) / ROWS_SHOWN), 1)
+    rows = (
+        f"<tr><td>{line['step']:,}" + "".join(f"<td>{_text(_number(line, name), '{:.4g}')}" for name in names)
+        for line in train[::-1][::every][::-1]
+    )
+    heading = "".join(f"<th>{name.replace('_', ' ')}" for name in ["step", *names])
+    return f"<details><summary>numbers</summary><div class=numbers><table><tr>{heading}{''.join(rows)}</table></div></details>"
 
 
-def _smooth(points: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """Exponential average over about a twentieth of the points, without the bias of its start."""
-    keep = 1.0 - 1.0 / max(len(points) / 20, 2.0)
-    total = weight = 0.0
+def _number(line: Line, name: str, item: int | None = None) -> float | None:
+    """A value that can be drawn: None for what is missing, no number, or beyond any axis; never denormal."""
+    value = line.get(name)
+    if item is not None:
+        value = value[item] if isinstance(value, list) and item < len(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e60:
+        return None
+    return value if abs(value) > 1e-60 else 0
+
+
+def _points(lines: Iterable[Line], name: str, item: int | None = None) -> list[tuple[float, float | None]]:
+    return [(line["step"], _number(line, name, item)) for line in lines]
+
+
+def thin(points: Points, count: int) -> list[tuple[float, float | None]]:
+    """At most about `count` points: of each stretch the lowest and highest, or a gap; and the ends, so that axes reach."""
+    if len(points) <= count:
+        return list(points)
+    stretch = math.ceil(2 * len(points) / count)
+    kept: list[tuple[float, float | None]] = [points[0]]
+    for start in range(1, len(points) - 1, stretch):
+        part = points[start : min(start + stretch, len(points) - 1)]
+        valued = [(y, x) for x, y in part if y is not None]
+        kept += sorted({(x, y) for y, x in (min(valued), max(valued))}) if valued else [part[0]]
+    return [*kept, points[-1]]
+
+
+def _smooth(points: Points, *, log: bool = False) -> list[tuple[float, float | None]]:
+    """Mean (geometric if `log`) over about a fiftieth of the points around each, fewer near the start, which is steep."""
+    reach = max(len(points) // 100, 2)
+    totals, counts = [0.0], [0]
+    for _, y in points:
+        usable = y is not None and (y > 0 or not log)
+        totals.append(totals[-1] + ((math.log(y) if log else y) if y is not None and usable else 0.0))
+        counts.append(counts[-1] + usable)
     smoothed: list[tuple[float, float | None]] = []
-    for x, y in points:
-        if y is not None:
-            total, weight = keep * total + y, keep * weight + 1.0
-        smoothed.append((x, total / weight if weight else None))
+    for i, (x, _) in enumerate(points):
+        near = min(i // 4, reach)
+        first, end = i - near, min(i + near + 1, len(points))
+        count = counts[end] - counts[first]
+        mean = (totals[end] - totals[first]) / max(count, 1)
+        smoothed.append((x, (math.exp(mean) if log else mean) if count else None))
     return smoothed
 
 
@@ -167,6 +238,74 @@ def _text(value: float | None, form: str) -> str:
     return format_number(None) if value is None else form.format(value)
 
 
-def _read(name: str) -> str:
-    """A file beside this module."""
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+CSS = """
+:root{color-scheme:light dark;--back:#fbfbfa;--card:#fff;--ink:#1d1f23;--dim:#686e78;--rule:#e4e5e8;--main:#3056d3;
+--faint:#aab8e8;--accent:#d1495b;--second:#0f8b6d;--third:#b7791f;--fourth:#7b4fb5;--mark:#e8a33d}
+@media(prefers-color-scheme:dark){:root:not([data-theme=light]){--back:#14161a;--card:#1c1f25;--ink:#e8eaee;--dim:#9aa1ad;
+--rule:#2e323a;--main:#8aa4ff;--faint:#43508a;--accent:#ff8896;--second:#54c9a8;--third:#e7b355;--fourth:#c19bf0;
+--mark:#8f6a24}}
+:root[data-theme=dark]{color-scheme:dark;--back:#14161a;--card:#1c1f25;--ink:#e8eaee;--dim:#9aa1ad;--rule:#2e323a;
+--main:#8aa4ff;--faint:#43508a;--accent:#ff8896;--second:#54c9a8;--third:#e7b355;--fourth:#c19bf0;--mark:#8f6a24}
+:root[data-theme=light]{color-scheme:light}
+*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+main{max-width:1180px;margin:0 auto;padding:28px 20px 60px}
+header{display:flex;justify-content:space-between;align-items:center}
+h1{font-size:26px;margin:0;overflow-wrap:anywhere}h2{font-size:17px;margin:30px 0 8px}
+h3{font-size:14px;margin:10px 0 6px;font-weight:500}
+button{font:inherit;font-size:13px;color:var(--dim);background:var(--card);border:1px solid var(--rule);border-radius:6px;
+padding:4px 10px}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(145px,1fr));gap:12px;margin:20px 0}
+.figures>div{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:10px 14px}
+dt{color:var(--dim);font-size:13px;overflow-wrap:anywhere}
+dd{margin:2px 0 0;font-size:21px;font-variant-numeric:tabular-nums;white-space:nowrap}
+dd.more{font-size:12px;color:var(--dim);white-space:normal}
+.bar{display:flex;align-items:center;gap:10px;font-size:14px;margin:3px 0}.bar span{width:84px;color:var(--dim)}
+.bar i{height:14px;border-radius:3px;background:var(--rule)}.bar.model i{background:var(--main)}.bar b{font-weight:600}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:16px;margin-top:24px}
+.plot{margin:0;background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 14px 10px;min-width:0}
+figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:4px}
+figcaption span{color:var(--dim);font-size:13px}
+svg{display:block;width:100%;height:auto;overflow:visible}
+svg text{fill:var(--dim);font-size:12px;font-variant-numeric:tabular-nums}
+.pointer[x1="-9"]{display:none}
+svg path{fill:none;stroke-width:1.8;stroke-linejoin:round}.grid{stroke:var(--rule)}
+.mark{stroke:var(--mark);stroke-dasharray:3 3}
+.pointer{stroke:var(--dim);stroke-width:1}path.faint{stroke:var(--faint);stroke-width:1}
+path.main{stroke:var(--main)}path.accent{stroke:var(--accent)}path.second{stroke:var(--second)}
+path.third{stroke:var(--third)}
+path.fourth{stroke:var(--fourth)}circle.faint,circle.main{fill:var(--main)}circle.accent{fill:var(--accent)}
+circle.second{fill:var(--second)}circle.third{fill:var(--third)}circle.fourth{fill:var(--fourth)}
+.legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:13px;color:var(--dim);min-height:21px}
+.key::before{content:"";display:inline-block;width:12px;height:3px;border-radius:2px;margin-right:6px;vertical-align:3px;
+background:var(--main)}
+.key.faint::before{background:var(--faint)}.key.accent::before{background:var(--accent)}
+.key.second::before{background:var(--second)}
+.key.third::before{background:var(--third)}.key.fourth::before{background:var(--fourth)}
+output{margin-left:auto;color:var(--ink)}
+.nothing{color:var(--dim);text-align:center;padding:70px 0}pre{overflow:auto;font-size:13px;line-height:1.45}
+.samples,details{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 16px}
+.samples{white-space:pre-wrap;overflow-wrap:anywhere}details{margin-top:16px}summary{cursor:pointer;font-weight:600}
+table{border-collapse:collapse;font-size:13px;width:100%}
+td,th{text-align:left;padding:3px 12px 3px 0;vertical-align:top;overflow-wrap:anywhere}
+.numbers{overflow-x:auto}.numbers td,.numbers th{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+:focus-visible{outline:2px solid var(--main);outline-offset:2px}
+@media(max-width:560px){svg text{font-size:19px}.plot{padding-left:24px}main{padding:18px 12px 40px}
+figcaption{flex-wrap:wrap}}
+@media print{button{display:none}.plot{break-inside:avoid}}
+"""
+
+SCRIPT = """
+const root=document.documentElement,wanted=new URLSearchParams(location.search).get('theme');
+if(wanted)root.dataset.theme=wanted;
+document.getElementById('theme').onclick=()=>{const dark=root.dataset.theme?root.dataset.theme==='dark':
+matchMedia('(prefers-color-scheme: dark)').matches;root.dataset.theme=dark?'light':'dark'};
+for(const svg of document.querySelectorAll('svg[data-plot]')){const data=JSON.parse(svg.dataset.plot),[low,high]=data.x;
+const out=svg.parentNode.querySelector('output'),pointer=svg.querySelector('.pointer'),left=58,right=626;
+svg.onpointermove=event=>{const box=svg.getBoundingClientRect(),x=(event.clientX-box.left)/box.width*640;
+const at=low+(Math.min(Math.max(x,left),right)-left)/(right-left)*(high-low);let step=null;
+const texts=data.series.map(one=>{let best=one.points[0];for(const point of one.points)
+if(Math.abs(point[0]-at)<Math.abs(best[0]-at))best=point;step??=best[0];return one.name+' '+Number(best[1].toPrecision(4))});
+pointer.setAttribute('x1',left+(step-low)/(high-low||1)*(right-left));pointer.setAttribute('x2',pointer.getAttribute('x1'));
+out.textContent='step '+step+': '+texts.join(', ')};
+svg.onpointerleave=()=>{out.textContent='';pointer.setAttribute('x1',-9);pointer.setAttribute('x2',-9)}}
+"""
