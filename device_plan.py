@@ -12,7 +12,6 @@ examples:
 import sys
 
 from mesh_transformer.command import add_set_option, make_parser, run_command
-
 from mesh_transformer.config import load_config
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from mesh_transformer.checkpoint.store import Store
+from mesh_transformer.config import Config, ConfigError, config_to_dict
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.data.sources import Data
-
-from mesh_transformer.config import Config, ConfigError, config_to_dict
 from mesh_transformer.mesh import Layout, use_layout
 from mesh_transformer.train.flops import count_flops
 from mesh_transformer.train.loss import TokenLosses
