@@ -95,25 +95,35 @@ def format_number(value: float | None) -> str:
     if value is None:
         return "-"
     size = abs(value)
+    if size >= 1e12:
+        return f"{value:.3g}"
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= limit:
             return f"{value / limit:.4g}{suffix}"
     return "0" if value == 0 else f"{value:.3g}"
 
 
+def format_ticks(ticks: Sequence[float]) -> list[str]:
+    """Ticks of one axis, with as many digits as it takes to tell them apart."""
+    labels = [format_number(tick) for tick in ticks]
+    for digits in range(4, 17):
+        if len(set(labels)) == len(set(ticks)):
+            break
+        labels = [f"{tick:,.{digits}g}" for tick in ticks]
+    return labels
+
+
 def _draw_grid(across: Axis, up: Axis) -> str:
     parts = []
-    for tick in up.ticks:
+    for tick, label in zip(up.ticks, format_ticks(up.ticks), strict=True):
         y = _y(up, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{format_number(tick)}</text>')
-    for tick in across.ticks:
+        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    for tick, label in zip(across.ticks, format_ticks(across.ticks), strict=True):
         if across.low <= tick <= across.high:
             x = _x(across, tick)
             anchor = "end" if x > WIDTH - RIGHT - 16 else "middle"
-            parts.append(
-                f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{format_number(tick)}</text>'
-            )
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{label}</text>')
     return "".join(parts)
 
 

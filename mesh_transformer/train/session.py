@@ -42,6 +42,7 @@ def train_config(
         MetricsLog(run_dir, config.track, config=config_to_dict(config), first_step=first) as log,
         Progress(run_dir.name, config.train.steps, first, console=console) as progress,
     ):
+        log.event(first, "started", f"from step {first}", {"parameters": run.n_params})
         for note in run.notes:
             log.event(first, "resumed", note)
         train(run, Recorder(run, log, progress), profile=profile)
