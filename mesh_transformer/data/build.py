@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -120,6 +121,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(base: Path, path: str, files: list[Path], work: Work, workers: int, report: Report) -> None:
+    for leftover in base.parent.glob(f"{base.name}-*.tmp-*"):  # of a builder that was killed; this one holds the lock
+        leftover.unlink()
     parts_dir = base.with_name(base.name + ".parts")
     parts_dir.mkdir(exist_ok=True)
     groups = _group(files)
@@ -153,8 +156,9 @@ def _run(jobs: list[Work], workers: int) -> Iterator[Callable[[], Any]]:
         for job in jobs:
             yield lambda job=job: _make_part(job)
         return
+    context = multiprocessing.get_context("spawn")
     pool: Executor
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_end_with_parent) as pool:
         futures: list[Future[None]] = [pool.submit(_make_part, job) for job in jobs]
         try:
             for future in futures:
@@ -163,10 +167,22 @@ def _run(jobs: list[Work], workers: int) -> Iterator[Callable[[], Any]]:
             pool.shutdown(cancel_futures=True)
 
 
+def _end_with_parent() -> None:
+    """Have this worker end when the builder does, even by kill -9; it would go on writing parts."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _make_part(work: Work) -> None:
     """Both sides of one part; its statistics are written last and mark it as done."""
     record = Path(f"{work.prefix}.json")
-    if record.is_file():
+    if record.is_file() and all(is_shard(f"{work.prefix}-{side}") for side in SIDES):
         return
     bad = BadDocuments()
     dtype = token_dtype(work.tokenizer.n_vocab)

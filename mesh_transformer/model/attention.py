@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a layer's queries over keys and values, its own or those kept in the cache."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -62,28 +63,36 @@ def attend(
     scores = scores.reshape(batch, kv_heads, group, t, s)
     if bias is not None:
         scores = scores + bias.reshape(bias.shape[0], kv_heads, group, t, s)
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
-    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), dropout_rate)
-    mixed = jnp.einsum("bkqs,bksc->bkqc", weights.reshape(batch, kv_heads, group * t, s), v)
+    # Added, not selected, and divided by after the product: the gradient then passes over the scores twice less.
+    scores = scores + jnp.where(visible, 0.0, MASKED)[:, None, None]
+    scores = scores.reshape(batch, kv_heads, group * t, s)
+    exps = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    weights = dropout(exps.astype(v.dtype), dropout_rate)
+    mixed = jnp.einsum("bkqs,bksc->bkqc", weights, v, preferred_element_type=jnp.float32)
+    mixed = (mixed / jnp.sum(exps, axis=-1, keepdims=True)).astype(v.dtype)
     return (
         mixed.reshape(batch, kv_heads, group, t, channels).transpose(0, 3, 1, 2, 4).reshape(batch, t, heads, channels)
     )
 
 
-def attend_in_halves(
+def attend_in_blocks(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B T K C"],
     v: Float[Array, "B T K C"],
     visible: Bool[Array, "#B T T"],
     bias: Float[Array, "#B H T T"] | None,
+    *,
+    n_blocks: int,
     **options: float,
 ) -> Float[Array, "B T H C"]:
-    """`attend` where no query sees a later key: the first half of the queries reads half of the keys, a quarter less work."""
-    half = q.shape[1] // 2
-    upper = None if bias is None else bias[:, :, :half, :half]
-    lower = None if bias is None else bias[:, :, half:]
-    first = attend(q[:, :half], k[:, :half], v[:, :half], visible[:, :half, :half], upper, **options)
-    return jnp.concatenate([first, attend(q[:, half:], k, v, visible[:, half:], lower, **options)], axis=1)
+    """`attend` where no query sees a later key: each block of queries reads the keys up to its end, about half the work."""
+    length = q.shape[1] // n_blocks
+    mixed = []
+    for start in range(0, q.shape[1], length):
+        rows, seen = slice(start, start + length), slice(start + length)
+        own_bias = None if bias is None else bias[:, :, rows, seen]
+        mixed.append(attend(q[:, rows], k[:, seen], v[:, seen], visible[:, rows, seen], own_bias, **options))
+    return jnp.concatenate(mixed, axis=1)
 
 
 def store(cache: Cache, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], positions: Int[Array, "B T"]) -> Cache:
@@ -119,17 +128,16 @@ class Attention(hk.Module):
         if cache is not None:
             cache = store(cache, k, v, sight.positions)
             k, v = cache.k.swapaxes(1, 2).astype(x.dtype), cache.v.swapaxes(1, 2).astype(x.dtype)
-        # On a CPU the work saved counts; on accelerators one large product is faster than two.
-        in_halves = cache is None and x.shape[1] >= 128 and x.shape[1] % 2 == 0 and target_platform() == "cpu"
-        mixed = (attend_in_halves if in_halves else attend)(
-            q,
-            k,
-            v,
-            sight.near if self.local else sight.visible,
-            sight.bias,
-            scale=c.head_dim**-0.5 if c.attention_scale == "sqrt" else 1.0,
-            dropout_rate=c.dropout,
+        options: dict[str, Any] = dict(
+            scale=c.head_dim**-0.5 if c.attention_scale == "sqrt" else 1.0, dropout_rate=c.dropout
         )
+        # On a CPU the work saved counts, as long as a block is long; on accelerators one large product is faster.
+        n_blocks = next((n for n in (4, 2) if x.shape[1] % n == 0 and x.shape[1] >= 64 * n), 1)
+        attend_all = attend
+        if cache is None and n_blocks > 1 and target_platform() == "cpu":
+            attend_all = partial(attend_in_blocks, n_blocks=n_blocks)
+        visible = sight.near if self.local else sight.visible
+        mixed = attend_all(q, k, v, visible, sight.bias, **options)
         w_o = param("w_o", self.inits.residual, heads=c.n_heads, head_dim=c.head_dim, embed=c.d_model)
         b_o = param("b_o", hk.initializers.Constant(0.0), embed=c.d_model) if c.attention_out_bias else None
         return linear(mixed, w_o, b_o, inputs=2), cache

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Normalisation of the residual stream; statistics are taken in float32 whatever the activations are."""
 
+from functools import partial
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,46 @@ from jaxtyping import Array, Float
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.params import param
+
+
+def _statistics(x: Float[Array, "B T D"], eps: float, centred: bool) -> tuple[Array, Array]:
+    """x in float32, less its mean where `centred`, and 1 / sqrt(its mean square + eps) [B, T, 1]."""
+    wide = x.astype(jnp.float32)
+    if centred:
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    return wide, jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalise(
+    x: Float[Array, "B T D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float, centred: bool
+) -> Float[Array, "B T D"]:
+    """(x - mean) / sqrt(variance + eps) * scale + bias in x's dtype; without the mean unless `centred`.
+
+    Its gradient is written out: it keeps x alone for the backward pass, where automatic differentiation keeps four
+    float32 arrays of x's shape (broadcast statistics and scales among them) in every layer.
+    """
+    wide, inverse = _statistics(x, eps, centred)
+    return (wide * inverse * scale[None, None] + bias[None, None]).astype(x.dtype)
+
+
+def _normalise_forward(x: Array, scale: Array, bias: Array, eps: float, centred: bool) -> tuple[Array, tuple]:
+    return normalise(x, scale, bias, eps, centred), (x, scale)
+
+
+def _normalise_backward(eps: float, centred: bool, kept: tuple, gradient: Array) -> tuple[Array, Array, Array]:
+    x, scale = kept
+    wide, inverse = _statistics(x, eps, centred)
+    normed, outer = wide * inverse, gradient.astype(jnp.float32)
+    inner = outer * scale[None, None]
+    along = jnp.mean(inner * normed, axis=-1, keepdims=True)
+    dx = inner - normed * along
+    if centred:
+        dx = dx - jnp.mean(inner, axis=-1, keepdims=True)
+    return (dx * inverse).astype(x.dtype), jnp.sum(outer * normed, axis=(0, 1)), jnp.sum(outer, axis=(0, 1))
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 class Norm(hk.Module):
@@ -20,27 +62,15 @@ class Norm(hk.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Normalise the last dimension; the result has x's dtype."""
-        config, ones = self.config, hk.initializers.Constant(1.0)
-        wide = x.astype(jnp.float32)
-        match config.norm:
-            case "layernorm":  # Ba et al. 2016
-                mean = jnp.mean(wide, axis=-1, keepdims=True)
-                variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
-                y = (wide - mean) * jax.lax.rsqrt(variance + config.norm_eps)
-                y = y * param("scale", ones, embed=config.d_model)[None, None]
-                if config.norm_bias:
-                    y = y + param("bias", hk.initializers.Constant(0.0), embed=config.d_model)[None, None]
-            case "rmsnorm":  # Zhang and Sennrich 2019, as in Llama
-                mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-                y = (
-                    wide
-                    * jax.lax.rsqrt(mean_square + config.norm_eps)
-                    * param("scale", ones, embed=config.d_model)[None, None]
-                )
-            case "scalenorm":  # Nguyen and Salazar 2019: one learned length
-                square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
-                y = wide * jax.lax.rsqrt(
-                    jnp.maximum(square, config.norm_eps**2)
-                )  # finite gradient at zero, unlike a length's
-                y = y * param("scale", hk.initializers.Constant(config.d_model**0.5))
-        return y.astype(x.dtype)
+        c, ones, zeros = self.config, hk.initializers.Constant(1.0), hk.initializers.Constant(0.0)
+        if c.norm == "scalenorm":  # Nguyen and Salazar 2019: one learned length
+            wide = x.astype(jnp.float32)
+            square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+            # The gradient stays finite at zero, unlike a length's.
+            y = wide * jax.lax.rsqrt(jnp.maximum(square, c.norm_eps**2))
+            return (y * param("scale", hk.initializers.Constant(c.d_model**0.5))).astype(x.dtype)
+        # layernorm: Ba et al. 2016; rmsnorm: Zhang and Sennrich 2019, as in Llama
+        scale = param("scale", ones, embed=c.d_model)
+        centred = c.norm == "layernorm"
+        bias = param("bias", zeros, embed=c.d_model) if centred and c.norm_bias else jnp.zeros_like(scale)
+        return normalise(x, scale, bias, c.norm_eps, centred)

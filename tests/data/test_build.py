@@ -157,6 +157,65 @@ build.build_shards({str(source)!r}, load_tokenizer("bytes"), {str(tmp_path / "ca
     assert not list((tmp_path / "cache").glob("*.parts"))
 
 
+def test_workers_end_with_a_killed_builder(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(4):
+        (source / f"{i}.txt").write_text("x" * 100_000)
+    program = f"""
+from pathlib import Path
+from mesh_transformer.data import build
+from mesh_transformer.data.tokenizers import load_tokenizer
+if __name__ == "__main__":
+    build.PART_BYTES = 1000
+    build.build_shards({str(source)!r}, load_tokenizer("bytes"), {str(tmp_path / "cache")!r}, workers=2,
+        report=lambda *_: (print("part", flush=True), input()))
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, tmp_path / "program.py"], env=environment, stdin=-1, stdout=-1)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"part\n"
+    tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = [int(child) for child in tasks.read_text().split()]
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while any(_is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlives its builder"
+        time.sleep(0.05)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_leftovers_of_a_killed_join_are_removed_and_a_part_without_its_shard_is_made_again(
+    texts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(build, "PART_BYTES", 500)
+    reference = make(texts, tmp_path / "reference")["train"].prefix
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_join", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(texts, tmp_path)
+    cache = tmp_path / "cache"
+    (parts,) = cache.glob("*.parts")
+    records = sorted(parts.glob("*.json"))
+    assert len(records) > 1
+    records[1].with_name(records[1].stem + "-train.bin").unlink()
+    leftover = cache / f"{parts.stem}-train.tmp-123.bin"
+    leftover.write_bytes(b"half")
+    made = make(texts, tmp_path)["train"].prefix
+    assert not leftover.exists()
+    for suffix in ("bin", "idx"):
+        assert Path(f"{made}.{suffix}").read_bytes() == Path(f"{reference}.{suffix}").read_bytes()
+
+
 def test_make_shards_program(texts, tmp_path):
     arguments = [texts, tmp_path / "out", "--holdout", "5", "--cache-dir", tmp_path / "cache", "--workers", "1"]
     call = [sys.executable, "scripts/make_shards.py", *map(str, arguments)]

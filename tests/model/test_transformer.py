@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.mesh import RULES
-from mesh_transformer.model.attention import attend, attend_in_halves
+from mesh_transformer.model.attention import attend, attend_in_blocks
 from mesh_transformer.model.linear import dropout
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import count_params, describe_params, make_model
@@ -88,7 +88,7 @@ def test_unrolled_and_recomputed_equal_scanned(plain, choice):
     other = dataclasses.replace(PLAIN, **choice)
     programs = [str(jax.make_jaxpr(make_loss(config))(params, TOKENS, TARGETS)) for config in (PLAIN, other)]
     assert programs[0] != programs[1]
-    assert "unroll=2" in programs[1] if "unroll" in choice else ("remat" in programs[1] and "remat" not in programs[0])
+    assert "unroll=2" in programs[1] if "unroll" in choice else programs[1].count("remat") > programs[0].count("remat")
     assert describe_params(other) == describe_params(PLAIN)
     other_loss, other_gradients = jax.jit(make_loss(other), compiler_options=QUICK)(params, TOKENS, TARGETS)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
@@ -320,7 +320,7 @@ def test_weights_start_as_stated(name):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_attention_in_halves_equals_attention_at_once(bias):
+def test_attention_in_blocks_equals_attention_at_once(bias):
     keys = jax.random.split(jax.random.key(0), 4)
     q = jax.random.normal(keys[0], (2, 8, 4, 3))
     k, v = (jax.random.normal(key, (2, 8, 2, 3)) for key in keys[1:3])
@@ -328,4 +328,4 @@ def test_attention_in_halves_equals_attention_at_once(bias):
     scores = jax.random.normal(keys[3], (1, 4, 8, 8)) if bias else None
     whole = attend(q, k, v, visible, scores, scale=0.7)
     assert not np.allclose(whole, attend(q, k, v, jnp.ones_like(visible), scores, scale=0.7), atol=1e-2)
-    np.testing.assert_allclose(attend_in_halves(q, k, v, visible, scores, scale=0.7), whole, atol=1e-6)
+    np.testing.assert_allclose(attend_in_blocks(q, k, v, visible, scores, n_blocks=4, scale=0.7), whole, atol=1e-6)
