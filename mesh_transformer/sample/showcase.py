@@ -24,7 +24,7 @@ def show_samples(run_dir: Path) -> None:
     console = Console()
     console.print(Text(f"\nsamples of step {trained.step}, temperature {options.temperature}", style="bold"))
     for completion in completions:
-        console.print(Text(completion.prompt, style="dim"), Text(completion.text), sep="", soft_wrap=True)
+        console.print(Text.assemble((completion.prompt, "dim"), completion.text), soft_wrap=True)
         console.rule(style="dim")
     text = "\n\n".join(f"{completion.prompt}{completion.text}" for completion in completions)
     with MetricsLog(run_dir, trained.config.track, config={}, first_step=trained.step) as log:

@@ -85,7 +85,9 @@ class Runner:
 
 def assert_states_close(a: State, b: State, **tolerance: float) -> None:
     for name, leaf in flatten_state(a.params).items():
-        np.testing.assert_allclose(leaf, flatten_state(b.params)[name], err_msg=name, **tolerance)
+        # A bias of the keys moves all scores of a query alike: its gradient is rounding error alone, scaled up by Adam.
+        if not name.endswith("/b_k"):
+            np.testing.assert_allclose(leaf, flatten_state(b.params)[name], err_msg=name, **tolerance)
 
 
 @pytest.fixture(scope="module")
