@@ -7,8 +7,8 @@ of our steps, a round of theirs, and the median of the rounds' ratios. Without P
 
 examples:
   python scripts/bench_train.py
-      both shapes, 12 rounds each
-  python scripts/bench_train.py --rounds 30 --json
+      both shapes, 30 rounds of half a second each
+  python scripts/bench_train.py --rounds 60 --json
       more rounds, one JSON object per shape
 """
 
@@ -52,8 +52,8 @@ LEARNING_RATE = 1e-3
 def main(arguments: list[str]) -> int:
     """Run the rounds and print the table."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--rounds", type=int, default=12, help="rounds of each side; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=1.5, help="length of a round; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of each side; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of a round; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="one JSON object per shape instead of the table")
     options = parser.parse_args(arguments)
     print(

@@ -13,7 +13,7 @@ import datetime
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,31 @@ def commit_save(root: Path, save: Save) -> None:
             f"step {save.step} was not saved in {root} ({size} bytes; {free} are free there now): "
             f"{type(error).__name__}: {error}; earlier checkpoints are as they were"
         ) from error
+
+
+def write_blocks(
+    root: Path,
+    step: int,
+    records: Mapping[str, ArrayRecord],
+    blocks: Iterable[tuple[str, Piece]],
+    meta: Mapping[str, Any],
+    done: Mapping[str, Mapping[str, FileRecord]],
+    log: Callable[[str, dict[str, FileRecord]], None],
+) -> None:
+    """A checkpoint from blocks made one after the other, none of which crosses a shard; committed and durable on return.
+
+    `log` hears of every block that is on disk. What it heard before an interruption is `done` the next time: those
+    blocks must not come again. The folder's temporary name is always the same, so only one process may do this.
+    """
+    temporary = temporary_folder(root, step, "blocks")
+    written: Written = {name: dict(done.get(name, {})) for name in records}
+    if not temporary.is_dir():
+        _prepare(temporary, records)
+    for name, piece in blocks:
+        files = write_pieces(temporary, name, records[name], [piece])
+        written[name] |= files
+        log(name, files)
+    _commit(temporary, root, Save(step, "blocks", dict(records), {}, dict(meta)), written)
 
 
 def agree_on_owner() -> str:

@@ -3,7 +3,7 @@
 """A trained model ready to sample, from a run folder or a checkpoint, which carries its configuration and tokenizer."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.sample.engine import Engine
 
 SETTABLE = ("sample.", "mesh.", "model.dtype")
+# Sections that a model brought from elsewhere has not, for it was not trained by a run of ours.
+NO_TRAINING = {"data": {"train": {"unknown": {"path": ""}}}, "train": {"steps": 1, "batch_size": 1}}
 ONE_DEVICE = {"data": 1}  # a checkpoint's mesh is that of its training; sampling starts from one device
 
 
@@ -41,25 +43,29 @@ def load_trained(path: str | Path, overrides: Iterable[str] = ()) -> Trained:
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
     config = _read_config(meta, where, overrides)
+    if "tokenizer" not in meta:
+        raise ConfigError(f"{where} carries no tokenizer; convert it again with --tokenizer PATH")
     layout = start_devices(config.mesh)
-    named = store.restore(step, describe_arrays(config, layout), only="params/")
+    records = store.read_manifest(step).arrays
+    dtypes = {name: record.dtype for name, record in records.items()}
+    named = store.restore(step, describe_arrays(config, layout, dtypes), only="params/")
     engine = Engine(config.model, _to_params(named), layout=layout)
     return Trained(engine, tokenizer_from_json(meta["tokenizer"], where=where), config, step, where)
 
 
-def describe_arrays(config: Config, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and place of every weight under its name in a checkpoint."""
+def describe_arrays(config: Config, layout: Layout, dtypes: Mapping[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype (as saved: a bfloat16 checkpoint stays one) and place of every weight under its name in a checkpoint."""
     described = flatten_names(describe_params(config.model))
     return {
         f"params/{name}": jax.ShapeDtypeStruct(
-            info.shape, "float32", sharding=layout.sharding(info.axes, info.shape, name)
+            info.shape, dtypes.get(f"params/{name}", "float32"), sharding=layout.sharding(info.axes, info.shape, name)
         )
         for name, info in described.items()
     }
 
 
 def _read_config(meta: dict[str, Any], where: str, overrides: Iterable[str]) -> Config:
-    table = {**meta["config"], "mesh": dict(ONE_DEVICE)}
+    table = {**NO_TRAINING, **meta["config"], "mesh": dict(ONE_DEVICE)}
     for override in overrides:
         key = override.partition("=")[0].strip()
         if not key.startswith(SETTABLE):

@@ -32,7 +32,7 @@ def train(run: Run, recorder: "Recorder", *, profile: tuple[int, int] | None = N
     Preempted after a stop signal or `train.max_minutes`, with a checkpoint committed; TooManySkipped likewise.
     """
     with StopRequest() as stop:
-        _train_steps(run, recorder, stop, profile)
+        train_steps(run, recorder, stop, profile)
         _save(run, recorder)
         run.store.wait()
         reason = stop.requested or recorder.out_of_time()
@@ -47,7 +47,8 @@ def train(run: Run, recorder: "Recorder", *, profile: tuple[int, int] | None = N
         )
 
 
-def _train_steps(run: Run, recorder: "Recorder", stop: StopRequest, profile: tuple[int, int] | None) -> None:
+def train_steps(run: Run, recorder: "Recorder", stop: StopRequest, profile: tuple[int, int] | None = None) -> None:
+    """The steps from `run.step` to the last one, or to a request to stop, each recorded and saved as configured."""
     config, train = run.config, run.config.train
     first = run.step
     if first >= train.steps:

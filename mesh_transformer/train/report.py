@@ -254,7 +254,7 @@ h1{font-size:26px;margin:0;overflow-wrap:anywhere}h2{font-size:17px;margin:30px 
 h3{font-size:14px;margin:10px 0 6px;font-weight:500}
 button{font:inherit;font-size:13px;color:var(--dim);background:var(--card);border:1px solid var(--rule);border-radius:6px;
 padding:4px 10px}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(145px,1fr));gap:12px;margin:20px 0}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(125px,1fr));gap:12px;margin:20px 0}
 .figures>div{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:10px 14px}
 dt{color:var(--dim);font-size:13px;overflow-wrap:anywhere}
 dd{margin:2px 0 0;font-size:21px;font-variant-numeric:tabular-nums;white-space:nowrap}

@@ -1,0 +1,517 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of mesh-transformer-jax, "v1" (GPT-J's own), read and written.
+
+    step_<N>/shard_<s>/<p>.npz    s = 0 .. shards - 1 (its cores_per_replica), p = 0 .. 15
+
+Each shard is a list of leaves without names, cut into 16 pieces, the first ones longer by one leaf: Adam's count, mu and
+nu, the schedule's count (a slim checkpoint lacks these), the weights, the step. Members arr_<i>.npy of a piece are stored
+uncompressed, so that each leaf is a range of bytes. Weights come in the order of the sorted names of the program's
+modules, layer_10 before layer_2; `list_slots` is that order. bfloat16 is descr "<V2". Only the configuration beside it,
+a JSON file, says which model it is.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import tokenize
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mesh_transformer.checkpoint.folders import make_owner, make_root, sync_folder, sync_tree, write_synced
+from mesh_transformer.checkpoint.foreign import PREFIX, Foreign, Leaf, assemble, describe_leaves, make_model_config
+from mesh_transformer.checkpoint.lazy import (
+    Composed,
+    Concat,
+    FileArray,
+    Held,
+    Lazy,
+    Row,
+    Slices,
+    Sum,
+    View,
+    parse_pattern,
+    to_dtype,
+    whole,
+)  # fmt: skip
+from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.model.positions import T5_BUCKETS
+
+PIECES = 16
+BLOCK_BYTES = 32_000_000  # of a leaf, in memory at once while it is written
+KINDS = ("bfloat16", "float16", "float32")
+# Adam's state among the arrays of a run: moments lie here under the names of their weights, without "params/".
+OPT_MU, OPT_NU = "opt_state/1/mu/", "opt_state/1/nu/"
+OPT_COUNT, SCHEDULE_COUNT = "opt_state/1/count", "opt_state/3/count"
+FLOAT32 = np.dtype(np.float32)
+# What zipfile and numpy raise on bytes that are not theirs.
+UNREADABLE = (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error, tokenize.TokenError)
+
+# What every v1 model is; the rest is in its configuration.
+FIXED: dict[str, Any] = dict(
+    norm="layernorm", norm_eps=1e-5, residual="parallel", activation="gelu-tanh", gated=False, attention_scale="sqrt",
+    qkv_bias=False, attention_out_bias=False, ff_bias=True, head_bias=True, tied_embeddings=False,
+)  # fmt: skip
+POSITIONS = {"rotary": "rotary-pairs", "fixed": "learned", "t5": "t5"}
+NORM_BIAS = {"layernorm": True, "layernorm-nobias": False}
+BY_LENGTH = "divides by the vector's length + 1e-5, which no norm of ours does"
+DESYNC = "has another norm in each shard: the function depends on their number"
+REFUSED_NORMS: dict[str, str] = {
+    **dict.fromkeys(("rmsnorm", "rmsnorm-bias", "scalenorm", "scalenorm-bias"), BY_LENGTH), "layernorm-desync": DESYNC
+}  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """One leaf of theirs."""
+
+    theirs: str
+    ours: str | None  # None: folded into another array
+    pattern: str  # its dims, in our words
+    merge: int | str  # shards side by side along this axis; "sum": each adds its own; "first": only shard 0's is used
+
+
+class Slot(NamedTuple):
+    """A place in the order of leaves."""
+
+    entry: Entry
+    layer: int | None
+
+    @property
+    def name(self) -> str:
+        """Theirs."""
+        return self.entry.theirs if self.layer is None else f"layer_{self.layer}/{self.entry.theirs}"
+
+
+POSITION = Entry("embedding_shard/pos_embs", "w_positions", "position embed", 1)
+EMBEDDING_BIAS = Entry("embedding_shard/linear/b", None, "embed", "sum")
+EMBEDDING = Entry("embedding_shard/linear/w", "w_tokens", "vocab embed", 0)
+LAYER = (
+    Entry("linear/w", "attention/w_q", "embed (heads head_dim)", 1),
+    Entry("linear_1/w", "attention/w_v", "embed (kv_heads head_dim)", 1),  # values before keys
+    Entry("linear_2/w", "attention/w_k", "embed (kv_heads head_dim)", 1),
+    Entry("linear_3/w", "attention/w_o", "(heads head_dim) embed", 0),
+    Entry("linear_4/b", "feed_forward/b_in", "ff", 0),
+    Entry("linear_4/w", "feed_forward/w_in", "embed ff", 1),
+    Entry("linear_5/b", "feed_forward/b_out", "embed", "sum"),
+    Entry("linear_5/w", "feed_forward/w_out", "ff embed", 0),
+    Entry("replicated_layer_norm/offset", "norm_1/bias", "embed", "first"),
+    Entry("replicated_layer_norm/scale", "norm_1/scale", "embed", "first"),
+)
+HEAD = (
+    Entry("projection_shard/linear/b", "b_head", "vocab", 0),
+    Entry("projection_shard/linear/w", "w_head", "embed vocab", 1),
+    Entry("projection_shard/replicated_layer_norm/offset", "norm_out/bias", "embed", "first"),
+    Entry("projection_shard/replicated_layer_norm/scale", "norm_out/scale", "embed", "first"),
+)
+# Same buckets as ours: exact up to 15, then logarithmic up to 128.
+RELATIVE = Entry("relative_position_embs/rel_embedding", "relative_bias/table", "heads buckets", 0)
+
+
+class AddRow(NamedTuple):
+    """A matrix with one vector added to each row, in float32."""
+
+    table: Lazy
+    row: Lazy
+    dtype: np.dtype = FLOAT32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix's."""
+        return self.table.shape
+
+    def read(self, index: Slices) -> np.ndarray:
+        """The slice of both."""
+        return self.table.read(index).astype(FLOAT32) + self.row.read(index[1:]).astype(FLOAT32)
+
+
+class Part(NamedTuple):
+    """Places `first` to `last` of one axis of an array."""
+
+    base: Lazy
+    axis: int
+    first: int
+    last: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's, with a shorter axis."""
+        return (*self.base.shape[: self.axis], self.last - self.first, *self.base.shape[self.axis + 1 :])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The array's."""
+        return self.base.dtype
+
+    def read(self, index: Slices) -> np.ndarray:
+        """The array's values."""
+        own = index[self.axis]
+        moved = slice(own.start + self.first, own.stop + self.first)
+        return self.base.read((*index[: self.axis], moved, *index[self.axis + 1 :]))
+
+
+def open_gptj(folder: Path, old_config: Mapping[str, Any], where: str = "the configuration") -> Foreign:
+    """The model in a folder step_<N>, and Adam's state where it is there; `where` names the configuration in errors.
+
+    CheckpointError lists whatever is missing, damaged or does not fit the configuration.
+    """
+    model = read_model(old_config, where)
+    config = make_model_config(model, where)
+    shards = _read_shards(folder)
+    layers, full = _count_layers(len(shards[0]), len(list_slots(0, config.positions)), folder, where)
+    if layers != config.n_layers:
+        raise CheckpointError(
+            f"{folder} holds {layers} layers, {where} says {config.n_layers}; give the configuration it was trained with"
+        )
+    slots = list_slots(layers, config.positions)
+    n = len(slots)
+    first = 2 + 2 * n if full else 0
+    groups = [first, 1, 1 + n] if full else [first]
+    problems = [problem for start in groups for problem in _check_leaves(shards, start, slots, config)]
+    _check(f"{folder} does not fit {where}", problems)
+    arrays = assemble(config, _make_find(shards, first, slots), folder)
+    if full:
+        for prefix, start in ((OPT_MU, 1), (OPT_NU, 1 + n)):
+            moments = assemble(config, _make_find(shards, start, slots, moments=True), folder)
+            arrays |= {prefix + name.removeprefix(PREFIX): moment for name, moment in moments.items()}
+        for name, place in ((OPT_COUNT, 0), (SCHEDULE_COUNT, 1 + 2 * n)):
+            arrays[name] = Held(np.array(_read_count(shards, place, name, folder), np.int32))
+    step = _read_count(shards, -1, "step", folder)
+    return Foreign(model, arrays, step, "gpt2", tuple(_make_notes(folder, len(shards), step, full)))
+
+
+def read_model(old: Mapping[str, Any], where: str = "the configuration") -> dict[str, Any]:
+    """Our [model] for the program's JSON configuration; CheckpointError with all that is missing or has no equal here."""
+    sizes = dict(n_layers="layers", d_model="d_model", n_heads="n_heads", n_vocab="n_vocab", seq_len="seq")
+    problems = [f"{key} is missing" for key in (*sizes.values(), "norm", "pe") if key not in old]
+    for key in (*sizes.values(), "pe_rotary_dims"):
+        if key in old and (type(old[key]) is not int or old[key] <= 0):
+            problems.append(f"{key} = {old[key]!r} is not a positive integer")
+    norm, pe = old.get("norm"), old.get("pe")
+    if "norm" in old and norm not in NORM_BIAS:
+        reason = REFUSED_NORMS.get(str(norm), "is unknown")
+        problems.append(f"norm = {norm!r} {reason}; supported: {', '.join(NORM_BIAS)}")
+    if "pe" in old and pe not in POSITIONS:
+        problems.append(f"pe = {pe!r} is unknown; supported: {', '.join(POSITIONS)}")
+    _check(f"{where} is not one that can be imported", problems)
+    model = {ours: old[theirs] for ours, theirs in sizes.items()} | FIXED
+    model |= dict(positions=POSITIONS[str(pe)], norm_bias=NORM_BIAS[str(norm)], init="gptj")
+    if pe == "rotary":  # it clamps without a word
+        d_head = old["d_model"] // old["n_heads"]
+        model["rotary_dims"] = min(old.get("pe_rotary_dims", d_head), d_head)
+    return model
+
+
+def old_config(config: ModelConfig, shards: int) -> dict[str, Any]:
+    """The program's JSON for a model of ours; what its training and its bucket need is for a person to add.
+
+    CheckpointError lists the fields that v1 cannot express.
+    """
+    problems = [f"{key} = {getattr(config, key)!r}, not {v!r}" for key, v in FIXED.items() if getattr(config, key) != v]
+    derived = dict(head_dim=config.d_model // config.n_heads, kv_heads=config.n_heads, ff_dim=4 * config.d_model)
+    problems += [f"{key} = {getattr(config, key)}, not {v}" for key, v in derived.items() if getattr(config, key) != v]
+    pe = {ours: theirs for theirs, ours in POSITIONS.items()}.get(config.positions)
+    if pe is None:
+        problems.append(f"positions = {config.positions!r}, not one of {list(POSITIONS.values())}")
+    if pe == "rotary" and config.rotary_base != 10_000:
+        problems.append(f"rotary_base = {config.rotary_base}, not 10000")
+    if "local" in config.attention_pattern:
+        problems.append("attention_pattern has local layers")
+    _check("the v1 format of mesh-transformer-jax cannot express this model", problems)
+    _check("the model cannot be cut", _find_uneven(config, shards))
+    norm = next(name for name, bias in NORM_BIAS.items() if bias == config.norm_bias)
+    old = dict(layers=config.n_layers, d_model=config.d_model, n_heads=config.n_heads, n_vocab=config.n_vocab)
+    old |= dict(norm=norm, pe=pe) | (dict(pe_rotary_dims=config.rotary_channels) if pe == "rotary" else {})
+    return old | dict(seq=config.seq_len, cores_per_replica=shards, per_replica_batch=1)
+
+
+def list_slots(n_layers: int, positions: str) -> list[Slot]:
+    """The weights of a shard, in their order."""
+    before = [POSITION] if positions == "learned" else []
+    after = [RELATIVE] if positions == "t5" else []
+    layers = sorted(range(n_layers), key=lambda layer: f"layer_{layer}")
+    return [
+        *(Slot(entry, None) for entry in (*before, EMBEDDING_BIAS, EMBEDDING)),
+        *(Slot(entry, layer) for layer in layers for entry in LAYER),
+        *(Slot(entry, None) for entry in (*HEAD, *after)),
+    ]
+
+
+def write_gptj(
+    destination: Path,
+    config: ModelConfig,
+    arrays: Mapping[str, Lazy],
+    step: int,
+    *,
+    shards: int,
+    dtype: str = "bfloat16",
+    report: Callable[[int, int], object] = lambda done, total: None,
+) -> None:
+    """Weights as a slim checkpoint destination/step_<step>, with the config.json and meta.json that their programs read.
+
+    Biases of which each shard has its own go to shard 0, norms too; the others get zeros and ones, so that merging gives
+    back the same bits. `report(bytes written, bytes in all)`. CheckpointError if the model, the number of shards or the
+    type cannot be; an error leaves nothing behind.
+    """
+    old = old_config(config, shards)
+    if dtype not in KINDS:
+        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(KINDS)}")
+    if os.path.lexists(destination):
+        raise CheckpointError(f"{destination} exists; choose another name")
+    slots, kind = list_slots(config.n_layers, config.positions), to_dtype(dtype)
+    found = _find_rows(config, arrays)
+    plan = [[(slot.name, _cut(slot, found, s, shards, config.d_model)) for slot in slots] for s in range(shards)]
+    total, done = sum(math.prod(leaf.shape) * kind.itemsize for leaves in plan for _, leaf in leaves), 0
+    make_root(destination.parent)
+    temporary = destination.with_name(f"{destination.name}.tmp-{make_owner()}")
+    meta = {"step": step, "checkpoints": [step], "aux": {str(step): {}}}
+    try:
+        for s, leaves in enumerate(plan):
+            folder = temporary / f"step_{step}" / f"shard_{s}"
+            folder.mkdir(parents=True)
+            size, more = divmod(len(leaves) + 1, PIECES)
+            rest = iter([*leaves, ("step", Held(np.array(step, np.int32)))])
+            for piece in range(PIECES):
+                own = list(itertools.islice(rest, size + (piece < more)))
+                for written in _write_piece(folder / f"{piece}.npz", own, kind):
+                    done += written
+                    report(done, total)
+        for name, table in (("config.json", old), ("meta.json", meta)):
+            write_synced(temporary / name, json.dumps(table, indent=1).encode())
+        sync_tree(temporary)
+        os.rename(temporary, destination)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(destination.parent)
+
+
+def _read_shards(folder: Path) -> list[list[FileArray]]:
+    """The leaves of each shard, in order."""
+    if (folder / "params").is_dir():
+        raise CheckpointError(
+            f'{folder} is of format "v2", whose weights are another function for each mesh; only v1 can be imported'
+        )
+    found = {int(path.name[6:]) for path in folder.glob("shard_*") if re.fullmatch(r"shard_\d+", path.name)}
+    if not found:
+        inner = ", ".join(sorted(path.name for path in folder.glob("step_*"))) or "none"
+        raise CheckpointError(f"{folder}: no folders shard_0, shard_1 ... in it; name a step's folder (here: {inner})")
+    problems = [f"shard_{s} is missing" for s in range(max(found)) if s not in found]
+    shards: list[list[FileArray]] = []
+    for shard in sorted(found):
+        pieces = []
+        for piece in range(PIECES):
+            try:
+                pieces.append(_read_piece(folder / f"shard_{shard}" / f"{piece}.npz"))
+            except FileNotFoundError:
+                problems.append(f"shard_{shard}/{piece}.npz is missing")
+            except UNREADABLE as error:
+                problems.append(f"shard_{shard}/{piece}.npz: {error}")
+        shards.append([leaf for piece in pieces for leaf in piece])
+        size, more = divmod(len(shards[-1]), PIECES)
+        uneven = [i for i, piece in enumerate(pieces) if len(piece) != size + (i < more)]
+        if uneven and len(pieces) == PIECES:
+            problems.append(f"shard_{shard}: {len(shards[-1])} leaves are not cut evenly, at {uneven[0]}.npz")
+    if not problems and len({len(shard) for shard in shards}) > 1:
+        problems.append(f"shards have different numbers of leaves: {[len(shard) for shard in shards]}")
+    _check(f"{folder} is damaged or not complete", problems)
+    return shards
+
+
+def _read_piece(path: Path) -> list[FileArray]:
+    """Where the arrays of an .npz lie; ValueError or BadZipFile if that cannot be relied upon."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+    names = [f"arr_{i}.npy" for i in range(len(members))]
+    if members.keys() != set(names):
+        raise ValueError(f"members are {sorted(members)[:5]}, not arr_0.npy, arr_1.npy ...")
+    arrays = []
+    with open(path, "rb") as file:
+        for name in names:
+            info = members[name]
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} is compressed; save it with np.savez")
+            file.seek(info.header_offset)
+            mark, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
+            start = file.seek(name_length + extra_length, os.SEEK_CUR)
+            version = np.lib.format.read_magic(file) if mark == b"PK\3\4" else None
+            if version != (1, 0):
+                raise ValueError(f"{name} is not an array in .npy format 1.0")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype.hasobject:
+                raise ValueError(f"{name} is pickled, which is refused and was not run")
+            if fortran:
+                raise ValueError(f"{name} is in Fortran order")
+            array = FileArray(path, file.tell(), shape, to_dtype("bfloat16") if dtype.str == "|V2" else dtype)
+            if array.offset + math.prod(shape) * dtype.itemsize != start + info.file_size:
+                raise ValueError(f"{name} has not the bytes of {dtype}{list(shape)}: cut short")
+            arrays.append(array)
+    return arrays
+
+
+def _count_layers(leaves: int, outside: int, folder: Path, where: str) -> tuple[int, bool]:
+    """How many layers so many leaves are, and whether Adam's state is among them; no number can be both."""
+    for full, copies, counters in ((False, 1, 1), (True, 3, 3)):
+        layers, rest = divmod(leaves - counters - copies * outside, copies * len(LAYER))
+        if rest == 0 and layers > 0:
+            return layers, full
+    raise CheckpointError(
+        f"{folder}: {leaves} leaves in each shard are no whole number of layers, with or without Adam's state; is pe "
+        f"that of {where}?"
+    )
+
+
+def _check_leaves(
+    shards: Sequence[Sequence[FileArray]], first: int, slots: Sequence[Slot], config: ModelConfig
+) -> list[str]:
+    """What is wrong with shapes and types of the weights, or moments, from leaf `first` on."""
+    n, rows = len(shards), shards[0][first + slots.index(Slot(EMBEDDING, None))].shape[:1]
+    if rows and 0 < rows[0] * n < config.n_vocab and config.n_vocab % rows[0] == 0:
+        missing = f"shard_{n} to shard_{config.n_vocab // rows[0] - 1} are missing, or n_vocab is another"
+        return [f"{rows[0]} rows of {config.n_vocab} in each of {n} shards: {missing}"]
+    if uneven := _find_uneven(config, n):
+        return uneven
+    sizes = _sizes(config)
+    problems = []
+    for i, slot in enumerate(slots, first):
+        shape = [math.prod(sizes[word] for word in group) for group in parse_pattern(slot.entry.pattern)]
+        if isinstance(slot.entry.merge, int):
+            shape[slot.entry.merge] //= n
+        for s, shard in enumerate(shards):
+            if shard[i].shape != tuple(shape):
+                problems.append(f"{slot.name} (leaf {i}) of shard_{s} has shape {shard[i].shape}, not {tuple(shape)}")
+    kinds = sorted({str(leaf.dtype) for shard in shards for leaf in shard[first : first + len(slots)]})
+    if len(kinds) > 1 or kinds[0] not in KINDS:
+        problems.append(
+            f"leaves from {first} on are of type {', '.join(kinds)}; they must be one of {', '.join(KINDS)}"
+        )
+    return problems
+
+
+def _make_find(
+    shards: Sequence[Sequence[FileArray]], first: int, slots: Sequence[Slot], moments: bool = False
+) -> Callable[[Leaf], Lazy]:
+    """How an array of ours is put together; moments are not added up, as each shard saw the same gradient."""
+    places = {(slot.entry.ours, slot.layer): i for i, slot in enumerate(slots)}
+
+    def merge(place: int) -> Lazy:
+        parts, how = [shard[first + place] for shard in shards], slots[place].entry.merge
+        if isinstance(how, int):
+            return Concat(parts, how)
+        return Sum(parts, FLOAT32) if how == "sum" and not moments else parts[0]
+
+    def find(leaf: Leaf) -> Lazy:
+        place = places[leaf.name, leaf.layer]
+        base = merge(place)
+        if slots[place].entry is EMBEDDING and not moments:
+            base = AddRow(base, merge(places[None, None]))
+        return View(base, slots[place].entry.pattern, leaf.axes, leaf.shape)
+
+    return find
+
+
+def _read_count(shards: Sequence[Sequence[FileArray]], place: int, name: str, folder: Path) -> int:
+    leaves = [shard[place] for shard in shards]
+    if any(leaf.dtype.kind not in "iu" or math.prod(leaf.shape) != 1 for leaf in leaves):
+        raise CheckpointError(f"{folder}: {name} is not an integer but {leaves[0].dtype}{list(leaves[0].shape)}")
+    values = [int(leaf.read(whole(leaf)).reshape(())) for leaf in leaves]
+    if len(set(values)) > 1:
+        raise CheckpointError(f"{folder}: {name} differs between shards: {values}; they are not of one checkpoint")
+    return values[0]
+
+
+def _make_notes(folder: Path, shards: int, step: int, full: bool) -> Iterator[str]:
+    yield "the embedding's bias, added to every token, is folded into w_tokens, which is float32 for that"
+    yield f"the biases b_out, of which each of the {shards} shards added its own, are summed in float32"
+    yield "norms are those of shard 0, the only ones that were used"
+    if full:
+        yield "moments of summed biases are shard 0's: each shard saw the sum's gradient; w_tokens has its table's"
+        yield f"the original moved summed biases {shards} times as far in a step as its learning rate says; here they are not"
+        yield 'its Adam had optimizer.beta2 = 0.999 and its schedule is optimizer.schedule = "gptj"'
+    if folder.name != f"step_{step}":
+        yield f"the folder is called {folder.name}, its arrays say step {step}"
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    sizes = dict(embed=config.d_model, heads=config.n_heads, kv_heads=config.n_heads, head_dim=config.head_dim)
+    sizes |= dict(ff=config.ff_dim, vocab=config.n_vocab, position=config.seq_len, buckets=T5_BUCKETS)
+    return sizes
+
+
+def _find_uneven(config: ModelConfig, shards: int) -> list[str]:
+    if shards <= 0:
+        return [f"{shards} is no number of shards"]
+    sizes = dict(n_heads=config.n_heads, n_vocab=config.n_vocab, d_model=config.d_model)
+    return [f"{key} = {size} is not a multiple of {shards} shards" for key, size in sizes.items() if size % shards]
+
+
+def _check(what: str, problems: Sequence[str]) -> None:
+    """CheckpointError with the first 50 problems, each once; nothing if there are none."""
+    if problems:
+        raise CheckpointError(f"{what}:\n  " + "\n  ".join(list(dict.fromkeys(problems))[:50]))
+
+
+def _find_rows(config: ModelConfig, arrays: Mapping[str, Lazy]) -> dict[tuple[str, int | None], tuple[Lazy, Leaf]]:
+    """Our arrays by leaf; CheckpointError if one is missing or of another shape."""
+    described = describe_leaves(config)
+    _check("nothing was written", [f"{name} is missing" for name in described if name not in arrays])
+    found = {}
+    for name, leaves in described.items():
+        for place, leaf in enumerate(leaves):
+            array = arrays[name] if leaf.layer is None else Row(arrays[name], place)
+            found[leaf.name, leaf.layer] = array, leaf
+            wrong = f"{name} has shape {array.shape}, not {leaf.shape}"
+            _check("nothing was written", [] if array.shape == leaf.shape else [wrong])
+    return found
+
+
+def _cut(slot: Slot, found: Mapping[Any, tuple[Lazy, Leaf]], s: int, shards: int, d_model: int) -> Composed:
+    """What shard `s` holds there."""
+    entry = slot.entry
+    if (entry.ours, slot.layer) not in found or (s > 0 and not isinstance(entry.merge, int)):
+        fill = 1 if entry.theirs.endswith("/scale") else 0
+        return Composed([Held(np.full(d_model, fill, np.float32))], "embed", [("embed",)])
+    array, leaf = found[entry.ours, slot.layer]
+    if isinstance(entry.merge, int):
+        axis = leaf.axes.index(parse_pattern(entry.pattern)[entry.merge][0])
+        size = leaf.shape[axis] // shards
+        array = Part(array, axis, s * size, (s + 1) * size)
+    return Composed([array], entry.pattern, [leaf.axes])
+
+
+def _write_piece(path: Path, leaves: Sequence[tuple[str, Composed | Held]], kind: np.dtype) -> Iterator[int]:
+    """Write one .npz, durably; yields the number of bytes as they are written."""
+    with open(path, "xb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for i, (name, leaf) in enumerate(leaves):
+                with archive.open(zipfile.ZipInfo(f"arr_{i}.npy"), "w", force_zip64=True) as member:
+                    blocks = [leaf.values] if isinstance(leaf, Held) else _read_blocks(name, leaf, kind)
+                    descr = leaf.dtype.str if isinstance(leaf, Held) else kind.str
+                    header = {"descr": descr, "fortran_order": False, "shape": leaf.shape}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for rows in blocks:
+                        member.write(rows.tobytes())
+                        yield 0 if isinstance(leaf, Held) else rows.nbytes
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_blocks(name: str, leaf: Composed, kind: np.dtype) -> Iterator[np.ndarray]:
+    """The rows of a leaf, some at a time; CheckpointError if float16 is too small for one."""
+    row = math.prod(leaf.shape[1:]) * 4
+    step = max(BLOCK_BYTES // row // leaf.unit, 1) * leaf.unit
+    for first in range(0, leaf.shape[0], step):
+        values = leaf.read_rows(first, min(first + step, leaf.shape[0]))
+        with np.errstate(over="ignore"):
+            narrow = values.astype(kind)
+        if np.isfinite(values).sum() != np.isfinite(narrow).sum():
+            raise CheckpointError(f"{name}: a value is too large for {kind}; write float32 or bfloat16")
+        yield narrow

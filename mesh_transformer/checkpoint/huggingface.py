@@ -1,0 +1,158 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face model folder <-> arrays of ours, by the rows of names.py; a tensor at a time, a few rows at a time."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mesh_transformer.checkpoint.foreign import (
+    Foreign,
+    Leaf,
+    assemble,
+    check,
+    check_all_used,
+    describe_leaves,
+    make_model_config,
+)
+from mesh_transformer.checkpoint.lazy import Composed, FileArray, Lazy, Row, View, whole
+from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.checkpoint.names import FAMILIES, Entry, Family, Settings
+from mesh_transformer.checkpoint.tensor_files import find_tensors
+from mesh_transformer.config import ModelConfig
+
+CONFIG = "config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+CARRIED = (*TOKENIZER_FILES, "generation_config.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model")
+ROWS_BYTES = 32_000_000  # of a tensor, read at once
+# Fields of [model] that do not change the function.
+FREE = ("preset", "init", "dropout", "dtype", "remat", "unroll")
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether a folder looks like a model of transformers."""
+    return (folder / CONFIG).is_file()
+
+
+def open_huggingface(folder: Path) -> Foreign:
+    """What is in a model folder; CheckpointError lists all tensors that are missing, unknown or of another shape."""
+    settings, family = read_settings(folder)
+    model = family.read_config(settings)
+    config = make_model_config(model, folder / CONFIG)
+    tensors = find_tensors(folder)
+    used: set[str] = set()
+
+    def find(leaf: Leaf) -> Lazy:
+        if leaf.name not in family.entries:
+            raise KeyError(f"{leaf.name}, which {family.architecture} does not have")
+        entry = family.entries[leaf.name]
+        name = find_name(tensors, family, entry, leaf.layer)
+        used.add(name)
+        return View(tensors[name], entry.pattern, leaf.axes, leaf.shape, entry.pick)
+
+    arrays = assemble(config, find, folder)
+    notes = []
+    if config.tied_embeddings:
+        notes += _check_tied(tensors, family, used, folder)
+    check_all_used(set(tensors), used, lambda name: name.endswith(family.buffers or ("\0",)), folder)
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return Foreign(model, arrays, 0, str(folder) if has_tokenizer else None, tuple(notes))
+
+
+def read_settings(folder: Path) -> tuple[Settings, Family]:
+    """config.json and its family; CheckpointError if it is not there or of no family in names.py."""
+    path = folder / CONFIG
+    try:
+        table = json.loads(path.read_bytes())
+        kind = table["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a model's configuration: {type(error).__name__}: {error}") from None
+    if kind not in FAMILIES:
+        raise CheckpointError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return Settings(table, path), FAMILIES[kind]
+
+
+def find_family(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """The family that computes the same function, and its config.json; CheckpointError names what none of them has."""
+    differences: dict[str, list[str]] = {}
+    wanted = _resolve(config)
+    for kind, family in FAMILIES.items():
+        table = family.write_config(config) | {
+            "model_type": kind,
+            "architectures": [family.architecture],
+            "tie_word_embeddings": config.tied_embeddings,
+        }
+        try:
+            again = _resolve(make_model_config(family.read_config(Settings(table, kind)), kind))
+        except CheckpointError:  # what the family would make of these sizes is no model at all
+            again = {}
+        differences[kind] = [f"{key} = {value!r}" for key, value in wanted.items() if again.get(key) != value]
+        if not differences[kind]:
+            return kind, table
+    nearest = min(differences, key=lambda kind: len(differences[kind]))
+    raise CheckpointError(
+        f"no Hugging Face family computes this model's function; nearest is {nearest}, which has not: "
+        + ", ".join(differences[nearest])
+    )
+
+
+def compose_tensors(config: ModelConfig, arrays: Mapping[str, Lazy], family: Family) -> dict[str, Composed]:
+    """Their tensors by name, made of our arrays."""
+    pieces: dict[str, list[tuple[Entry, Lazy, Leaf]]] = {}
+    for name, leaves in describe_leaves(config).items():
+        for place, leaf in enumerate(leaves):
+            entry = family.entries[leaf.name]
+            array = arrays[name] if leaf.layer is None else Row(arrays[name], place)
+            pieces.setdefault(entry.theirs.replace("{i}", str(leaf.layer)), []).append((entry, array, leaf))
+    tensors = {}
+    for name, found in pieces.items():
+        found.sort(key=lambda piece: piece[0].pick)
+        pattern = found[0][0].pattern
+        tensors[name] = Composed([array for _, array, _ in found], pattern, [leaf.axes for _, _, leaf in found])
+    return tensors
+
+
+def find_name(tensors: Mapping[str, Any], family: Family, entry: Entry, layer: int | None) -> str:
+    """What an array is called in these files; KeyError with its usual name if it is not there."""
+    for name in (entry.theirs, *entry.aliases):
+        full = name.replace("{i}", str(layer))
+        for candidate in (full, full.removeprefix(family.prefix)):
+            if candidate in tensors:
+                return candidate
+    raise KeyError(entry.theirs.replace("{i}", str(layer)))
+
+
+def _check_tied(tensors: Mapping[str, FileArray], family: Family, used: set[str], folder: Path) -> list[str]:
+    """A tied model's file may hold its head as well; it must then be the embedding itself."""
+    try:
+        head = find_name(tensors, family, family.entries["w_head"], None)
+    except KeyError:
+        return []
+    table = find_name(tensors, family, family.entries["w_tokens"], None)
+    same = tensors[head].shape == tensors[table].shape
+    for first in range(0, tensors[head].shape[0] if same else 0, 4096):
+        index = (slice(first, min(first + 4096, tensors[head].shape[0])), whole(tensors[head])[1])
+        same = same and np.array_equal(tensors[head].read(index), tensors[table].read(index))
+    problem = f"{head} differs from {table}, though {CONFIG} says tie_word_embeddings; set it to false"
+    check([] if same else [problem], folder)
+    used.add(head)
+    return [f"{head} is {table}: stored once"]
+
+
+def _resolve(config: ModelConfig) -> dict[str, Any]:
+    """What determines the function, with every default spelled out."""
+    table = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+    table |= dict(d_head=config.head_dim, n_kv_heads=config.kv_heads, d_ff=config.ff_dim)
+    rotates = config.positions.startswith("rotary")
+    table |= dict(rotary_dims=config.rotary_channels if rotates else None)
+    if not rotates:
+        table["rotary_base"] = None
+    if "local" not in config.attention_pattern:
+        table["attention_window"] = None
+    if config.norm != "layernorm":
+        table["norm_bias"] = None
+    return table

@@ -1,0 +1,250 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays that are read a slice at a time: bytes of a file, parts put together, and an array seen in another layout.
+
+Whatever another program's checkpoint holds is an array of ours made of these; nothing here ever reads more than the
+slice asked for needs, so that a conversion's memory is bounded by its slices.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+Slices = tuple[slice, ...]  # with step 1, one for each dim
+
+
+class Lazy(Protocol):
+    """An array that is somewhere else."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its dims."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Kind of its values; bfloat16 is ml_dtypes'."""
+        ...
+
+    def read(self, index: Slices) -> np.ndarray:
+        """The values at `index`, in memory of their own."""
+        ...
+
+
+def whole(array: Lazy) -> Slices:
+    """The index of everything."""
+    return tuple(slice(0, dim) for dim in array.shape)
+
+
+class FileArray(NamedTuple):
+    """Values that lie in a file one after the other, the last dim fastest."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, index: Slices) -> np.ndarray:
+        """Mapped for this one read, so that pages of the file do not stay in memory; ValueError if the file is too short."""
+        needed = self.offset + math.prod(self.shape) * self.dtype.itemsize
+        if (found := self.path.stat().st_size) < needed:
+            raise ValueError(f"{self.path}: cut short: {found:,} bytes, an array ends at {needed:,}")
+        if math.prod(self.shape) == 0:
+            return np.zeros(self.shape, self.dtype)[index]
+        raw = np.memmap(self.path, np.uint8, "r", self.offset, (needed - self.offset,))
+        return np.array(raw.view(self.dtype).reshape(self.shape)[index])
+
+
+class Held(NamedTuple):
+    """Values that are in memory after all; for what is small."""
+
+    values: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its dims."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Kind of its values."""
+        return self.values.dtype
+
+    def read(self, index: Slices) -> np.ndarray:
+        """A copy."""
+        return np.array(self.values[index])
+
+
+class Concat:
+    """Arrays side by side along one dim."""
+
+    def __init__(self, parts: Sequence[Lazy], axis: int):
+        """ValueError if the parts differ in another dim or in dtype."""
+        kinds = {(*part.shape[:axis], *part.shape[axis + 1 :], part.dtype) for part in parts}
+        if len(kinds) != 1:
+            raise ValueError(f"parts do not fit together: {[(part.shape, str(part.dtype)) for part in parts]}")
+        self.parts, self.axis, self.dtype = parts, axis, parts[0].dtype
+        self.shape = (*parts[0].shape[:axis], sum(p.shape[axis] for p in parts), *parts[0].shape[axis + 1 :])
+
+    def read(self, index: Slices) -> np.ndarray:
+        """Only from the parts that the slice meets."""
+        start, stop, _ = index[self.axis].indices(self.shape[self.axis])
+        found, begin = [], 0
+        for part in self.parts:
+            end = begin + part.shape[self.axis]
+            low, high = max(start, begin), min(stop, end)
+            if low < high or (start == stop and not found):
+                inner = slice(low - begin, max(high, low) - begin)
+                found.append(part.read((*index[: self.axis], inner, *index[self.axis + 1 :])))
+            begin = end
+        return found[0] if len(found) == 1 else np.concatenate(found, axis=self.axis)
+
+
+class Stack:
+    """Arrays of one shape, one for each place of a new first dim."""
+
+    def __init__(self, rows: Sequence[Lazy]):
+        """ValueError if the rows differ in shape or dtype."""
+        if len({(row.shape, row.dtype) for row in rows}) != 1:
+            raise ValueError(f"rows differ: {[(row.shape, str(row.dtype)) for row in rows]}")
+        self.rows, self.dtype, self.shape = rows, rows[0].dtype, (len(rows), *rows[0].shape)
+
+    def read(self, index: Slices) -> np.ndarray:
+        """Only the rows of the slice."""
+        rows = [row.read(index[1:]) for row in self.rows[index[0]]]
+        return np.stack(rows) if rows else np.zeros((0, *(s.stop - s.start for s in index[1:])), self.dtype)
+
+
+class Row(NamedTuple):
+    """One place of an array's first dim."""
+
+    base: Lazy
+    place: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the other dims."""
+        return self.base.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Kind of its values."""
+        return self.base.dtype
+
+    def read(self, index: Slices) -> np.ndarray:
+        """The values at `index` of this place."""
+        return self.base.read((slice(self.place, self.place + 1), *index))[0]
+
+
+class Sum:
+    """Arrays of one shape added up in float32, in their order; the result has their dtype unless `dtype` is given."""
+
+    def __init__(self, parts: Sequence[Lazy], dtype: np.dtype | None = None):
+        """ValueError if the parts differ in shape."""
+        if len({part.shape for part in parts}) != 1:
+            raise ValueError(f"parts differ: {[part.shape for part in parts]}")
+        self.parts, self.shape, self.dtype = parts, parts[0].shape, dtype or parts[0].dtype
+
+    def read(self, index: Slices) -> np.ndarray:
+        """The sum over the parts of the same slice."""
+        total = self.parts[0].read(index).astype(np.float32)
+        for part in self.parts[1:]:
+            total += part.read(index).astype(np.float32)
+        return total.astype(self.dtype)
+
+
+class View:
+    """An array of ours inside another one, in its layout.
+
+    `pattern` says how the other lies, a dim a word or a group of words: "embed (3 heads head_dim)" is a matrix whose
+    columns are 3 x heads x head_dim. Words are ours (`axes`, in our order) or one number, a dim of which we are the
+    place `pick`. A word of ours that is missing has size 1.
+    """
+
+    def __init__(self, base: Lazy, pattern: str, axes: Sequence[str], sizes: Sequence[int], pick: int = 0):
+        """ValueError if the other array has not the shape that the pattern asks for."""
+        self.base, self.pattern, self.pick, self.dtype = base, parse_pattern(pattern), pick, base.dtype
+        self.axes, self.shape = tuple(axes), tuple(sizes)
+        self._sizes = dict(zip(axes, sizes, strict=True))
+        expected = tuple(math.prod(self._size(word) for word in group) for group in self.pattern)
+        if base.shape != expected:
+            raise ValueError(f"shape {base.shape}, where {pattern!r} of {self._sizes} is {expected}")
+
+    def read(self, index: Slices) -> np.ndarray:
+        """Each group is cut along its first word on reading, along the others after it."""
+        wanted = dict(zip(self.axes, index, strict=True))
+        outer, split, inner = [], [], []
+        for group in self.pattern:
+            rest = math.prod(self._size(word) for word in group[1:])
+            first = self._place(group[0], wanted)
+            outer.append(slice(first.start * rest, first.stop * rest))
+            split += [first.stop - first.start, *(self._size(word) for word in group[1:])]
+            inner += [slice(None), *(self._place(word, wanted) for word in group[1:])]
+        values = self.base.read(tuple(outer)).reshape(split)[tuple(inner)]
+        words = [word for group in self.pattern for word in group]
+        values = values.squeeze(tuple(i for i, word in enumerate(words) if word.isdigit()))
+        ours = [word for word in words if not word.isdigit()]
+        values = values.transpose([ours.index(axis) for axis in self.axes if axis in ours])
+        return np.ascontiguousarray(values).reshape([part.stop - part.start for part in index])
+
+    def _size(self, word: str) -> int:
+        return int(word) if word.isdigit() else self._sizes[word]
+
+    def _place(self, word: str, wanted: dict[str, slice]) -> slice:
+        return slice(self.pick, self.pick + 1) if word.isdigit() else wanted[word]
+
+
+class Composed:
+    """The other way round: an array of another program made of ours, each the place `pick` of the pattern's number."""
+
+    def __init__(self, parts: Sequence[Lazy], pattern: str, axes: Sequence[Sequence[str]]):
+        """`axes` are the words of each part's dims; ValueError if there are fewer parts than the pattern's number."""
+        self.parts, self.pattern, self.axes, self.dtype = parts, parse_pattern(pattern), axes, parts[0].dtype
+        self._sizes = dict(zip(axes[0], parts[0].shape, strict=True))
+        numbers = [int(word) for group in self.pattern for word in group if word.isdigit()]
+        if (numbers or [1]) != [len(parts)]:
+            raise ValueError(f"{len(parts)} parts for {pattern!r}")
+        self.shape = tuple(
+            math.prod(len(parts) if word.isdigit() else self._sizes[word] for word in group) for group in self.pattern
+        )
+
+    @property
+    def unit(self) -> int:
+        """Rows that belong together: `read_rows` takes multiples of it."""
+        lead = self.pattern[0][0]
+        return self.shape[0] if lead.isdigit() else self.shape[0] // max(self._sizes[lead], 1)
+
+    def read_rows(self, first: int, last: int) -> np.ndarray:
+        """Rows `first` to `last` of the first dim, multiples of `unit`."""
+        lead, words = self.pattern[0][0], [word for group in self.pattern for word in group]
+        place = next((i for i, word in enumerate(words) if word.isdigit()), None)
+        found = []
+        for part, axes in zip(self.parts, self.axes, strict=True):
+            ours = [_same_heads(word, axes) for word in words if not word.isdigit()]
+            index = list(whole(part))
+            if not lead.isdigit():
+                index[list(axes).index(ours[0])] = slice(first // self.unit, last // self.unit)
+            values = part.read(tuple(index)).transpose([list(axes).index(word) for word in ours])
+            found.append(values if place is None else np.expand_dims(values, place))
+        joined = found[0] if place is None else np.concatenate(found, axis=place)
+        return np.ascontiguousarray(joined).reshape(last - first, *self.shape[1:])
+
+
+def _same_heads(word: str, axes: Sequence[str]) -> str:
+    """Fused projections have as many key-value heads as heads, under one word of the pattern."""
+    return "kv_heads" if word == "heads" and "heads" not in axes else word
+
+
+def parse_pattern(pattern: str) -> list[list[str]]:
+    """The words of each dim: "embed (3 heads)" -> [["embed"], ["3", "heads"]]."""
+    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", pattern)]
+
+
+def to_dtype(name: str) -> np.dtype:
+    """numpy's dtype of a name such as "bfloat16"."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)

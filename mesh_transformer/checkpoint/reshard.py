@@ -1,0 +1,340 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Any checkpoint to any other in bounded memory: a block is read, cast and written; then everything is read back and compared.
+
+What is written lies in DST.partial until it has been proved, with a journal of the blocks that are done, so that a
+conversion that was killed goes on where it was. Then one rename makes it DST.
+"""
+
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from mesh_transformer.checkpoint import folders
+from mesh_transformer.checkpoint.arrays import Piece
+from mesh_transformer.checkpoint.chunks import DTYPES, plan_chunks, shard_key
+from mesh_transformer.checkpoint.commit import write_blocks
+from mesh_transformer.checkpoint.foreign import PREFIX, Foreign, make_model_config
+from mesh_transformer.checkpoint.gptj import open_gptj, write_gptj
+from mesh_transformer.checkpoint.huggingface import (
+    CARRIED,
+    CONFIG,
+    ROWS_BYTES,
+    compose_tensors,
+    find_family,
+    is_huggingface,
+    open_huggingface,
+)
+from mesh_transformer.checkpoint.lazy import Lazy, Slices, to_dtype
+from mesh_transformer.checkpoint.manifest import ArrayRecord, CheckpointError, FileRecord
+from mesh_transformer.checkpoint.names import FAMILIES
+from mesh_transformer.checkpoint.store import Store, find_checkpoint
+from mesh_transformer.checkpoint.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
+from mesh_transformer.model.params import flatten_names
+from mesh_transformer.model.transformer import describe_params
+
+JOURNAL = "journal.jsonl"
+FILE_BYTES = 5_000_000_000  # of one safetensors file
+MIN_BLOCK_BYTES = 16_000_000
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+
+
+class StoredArray(NamedTuple):
+    """An array of a checkpoint of ours."""
+
+    store: Store
+    step: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, index: Slices) -> np.ndarray:
+        """Checked values; CheckpointError if they are damaged."""
+        return self.store.read_slice(self.step, self.name, index)
+
+
+class Source(NamedTuple):
+    """A checkpoint of any kind."""
+
+    kind: str  # "native", "huggingface", "gptj-v1"
+    path: Path
+    foreign: Foreign
+    meta: dict[str, Any]  # of a native one
+
+
+def open_native(path: Path) -> Source:
+    """A checkpoint of ours, of a run folder the newest."""
+    store, step = find_checkpoint(path)
+    manifest = store.read_manifest(step)
+    arrays = {
+        name: StoredArray(store, step, name, record.shape, to_dtype(record.dtype))
+        for name, record in manifest.arrays.items()
+    }
+    model = manifest.meta.get("config", {}).get("model")
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{store.folder(step)}: its meta has no config.model")
+    return Source("native", store.folder(step), Foreign(model, arrays, step, None), dict(manifest.meta))
+
+
+def open_source(path: Path, source_config: Path | None = None) -> Source:
+    """The checkpoint that `path` is, whatever its kind; CheckpointError if it is none."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    if is_huggingface(path):
+        return Source("huggingface", path, open_huggingface(path), {})
+    shards = [path, *sorted(path.glob("step_*"))]
+    original = next((folder for folder in shards if (folder / "shard_0").is_dir()), None)
+    if original:
+        if source_config is None:
+            raise CheckpointError(f"{original}: a mesh-transformer-jax checkpoint needs --source-config, its JSON file")
+        try:
+            table = json.loads(source_config.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{source_config}: not a JSON file: {error}") from None
+        return Source("gptj-v1", original, open_gptj(original, table, str(source_config)), {})
+    return open_native(path)
+
+
+def check_destination(destination: Path, overwrite: bool, nbytes: int) -> None:
+    """CheckpointError if something is there that must stay, or the disk has not `nbytes` to spare."""
+    if destination.exists() and not overwrite:
+        raise CheckpointError(f"{destination} exists; choose another place or say --overwrite")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(destination.parent).free
+    partial = partial_folder(destination)
+    there = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
+    if free + there < nbytes * 1.01 + 10_000_000:
+        raise CheckpointError(f"{destination.parent}: {free:,} bytes are free, about {nbytes:,} are needed")
+
+
+def partial_folder(destination: Path) -> Path:
+    """Where the result is made."""
+    return destination.with_name(destination.name + ".partial")
+
+
+class Journal:
+    """What is done of a conversion; another conversion than the one that was begun starts from nothing."""
+
+    def __init__(self, partial: Path, identity: Mapping[str, Any]):
+        self.path, self.done = partial / JOURNAL, {}
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        first = json.dumps({"conversion": identity})
+        if not lines or lines[0] != first:
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            self.path.write_text(first + "\n")
+        for line in lines[1:] if lines and lines[0] == first else ():
+            try:
+                key, value = json.loads(line)
+            except ValueError:  # the last line of a killed process
+                break
+            self.done[key] = value
+
+    def add(self, key: str, value: Any) -> None:
+        """A block is on disk."""
+        self.done[key] = value
+        with open(self.path, "a") as file:
+            file.write(json.dumps([key, value]) + "\n")
+
+
+def target_dtype(array: Lazy, name: str, dtype: str | None) -> np.dtype:
+    """What the values become: weights are cast, everything else stays."""
+    return to_dtype(dtype) if dtype and name.startswith(PREFIX) else array.dtype
+
+
+def count_bytes(arrays: Mapping[str, Lazy], dtype: str | None) -> int:
+    """Size of the result's values."""
+    return sum(math.prod(a.shape) * target_dtype(a, name, dtype).itemsize for name, a in arrays.items())
+
+
+def write_native(
+    partial: Path, source: Source, meta: Mapping[str, Any], *, dtype: str | None, block_bytes: int, journal: Journal,
+    progress: Progress,
+) -> Path:  # fmt: skip
+    """A checkpoint of ours in `partial`; the step's folder."""
+    arrays, step = source.foreign.arrays, source.foreign.step
+    axes = _find_axes(source)
+    records = {}
+    for name, array in sorted(arrays.items()):
+        kind = target_dtype(array, name, dtype)
+        shard, chunk = plan_chunks(array.shape, array.shape, kind.name)
+        records[name] = ArrayRecord(array.shape, kind.name, axes[name], _shrink(shard, chunk, kind, block_bytes), chunk)
+    total, done = count_bytes(arrays, dtype), 0
+    finished: dict[str, dict[str, FileRecord]] = {}
+    for files in journal.done.values():
+        for name, key, size, digest in files:
+            finished.setdefault(name, {})[key] = FileRecord(size, digest)
+
+    def blocks() -> Iterator[tuple[str, Piece]]:
+        nonlocal done
+        for name, record in records.items():
+            for index in shard_slices(record):
+                key = shard_key([part.start // step_ for part, step_ in zip(index, record.shard, strict=True)])
+                if key not in finished.get(name, {}):
+                    values = np.asarray(arrays[name].read(index), to_dtype(record.dtype))
+                    yield name, Piece(index, values)
+                done += math.prod(part.stop - part.start for part in index) * DTYPES[record.dtype]
+                progress("writing", done, total)
+
+    def log(name: str, files: dict[str, FileRecord]) -> None:
+        journal.add(f"{name} {' '.join(files)}", [[name, key, *file] for key, file in files.items()])
+
+    write_blocks(partial, step, records, blocks(), meta, finished, log)
+    return folders.step_folder(partial, step)
+
+
+def write_huggingface(
+    partial: Path, source: Source, *, dtype: str | None, journal: Journal, progress: Progress
+) -> Path:
+    """A model folder of transformers in `partial`, without tokenizer; `partial`."""
+    config = make_model_config(source.foreign.model, source.path)
+    kind, table = find_family(config)
+    tensors = compose_tensors(config, source.foreign.arrays, FAMILIES[kind])
+    planned = {name: Planned(t.shape, to_dtype(dtype) if dtype else t.dtype) for name, t in tensors.items()}
+    files = _split_files(planned)
+    total, done = sum(_nbytes(plan) for plan in planned.values()), 0
+    for file, names in files.items():
+        places = create_safetensors(partial / file, {name: planned[name] for name in names})
+        for name in names:
+            tensor = tensors[name]
+            row = max(_nbytes(planned[name]) // max(tensor.shape[0], 1), 1)
+            rows = max(min(ROWS_BYTES, 10**12) // row // tensor.unit, 1) * tensor.unit
+            for first in range(0, tensor.shape[0], rows):
+                last = min(first + rows, tensor.shape[0])
+                if f"{name} {first}" not in journal.done:
+                    write_values(places[name], first, tensor.read_rows(first, last))
+                    journal.add(f"{name} {first}", last)
+                done += (last - first) * row
+                progress("writing", done, total)
+        with open(partial / file, "rb") as written:
+            os.fsync(written.fileno())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in files.items() for n in names}}
+        (partial / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1))
+    theirs = next(iter({plan.dtype.name for plan in planned.values()}))
+    (partial / CONFIG).write_text(json.dumps(table | {"torch_dtype": theirs}, indent=1))
+    if source.kind == "huggingface":
+        for name in CARRIED:
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, partial / name)
+    return partial
+
+
+def write_original(partial: Path, source: Source, *, shards: int, dtype: str | None, progress: Progress) -> Path:
+    """A mesh-transformer-jax checkpoint in `partial`, made from the start each time; the step's folder."""
+    if partial.exists():
+        shutil.rmtree(partial)
+    foreign = source.foreign
+    kinds = {array.dtype.name for array in foreign.arrays.values()}
+    config = make_model_config(foreign.model, source.path)
+    write_gptj(
+        partial, config, foreign.arrays, foreign.step, shards=shards, dtype=dtype or kinds.pop(),
+        report=lambda done, total: progress("writing", done, total),
+    )  # fmt: skip
+    return folders.step_folder(partial, foreign.step)
+
+
+def prove(source: Foreign, result: Foreign, dtype: str | None, progress: Progress) -> dict[str, str]:
+    """The digest of every array, read from both sides block by block; CheckpointError if a single bit differs."""
+    if source.arrays.keys() != result.arrays.keys():
+        raise CheckpointError(f"the result has other arrays: {sorted(source.arrays.keys() ^ result.arrays.keys())[:5]}")
+    total, done = count_bytes(source.arrays, dtype), 0
+    digests = {}
+    for name, array in source.arrays.items():
+        kind, digest = target_dtype(array, name, dtype), xxhash.xxh3_128()
+        for index in cut(array.shape, kind.itemsize):
+            wanted = np.ascontiguousarray(array.read(index), kind)
+            found = np.ascontiguousarray(result.arrays[name].read(index))
+            if found.dtype != kind or found.tobytes() != wanted.tobytes():
+                raise CheckpointError(f"{name} at {index}: the result differs from the source; nothing was kept")
+            digest.update(wanted.tobytes())
+            done += wanted.nbytes
+            progress("proving", done, total)
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def finish(partial: Path, destination: Path) -> None:
+    """Give a proved result its name; what was there before is deleted."""
+    (partial / JOURNAL).unlink(missing_ok=True)
+    folders.sync_tree(partial)
+    old = destination.with_name(destination.name + ".old")
+    if destination.exists():
+        os.rename(destination, old)
+    os.rename(partial, destination)
+    folders.sync_folder(destination.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def cut(shape: tuple[int, ...], itemsize: int, most: int = ROWS_BYTES) -> Iterator[Slices]:
+    """Slices of at most about `most` bytes that cover an array, in the order of its values."""
+    part = list(shape)
+    for axis in range(len(part)):
+        rest = math.prod(part[axis + 1 :]) * itemsize
+        part[axis] = min(part[axis], max(most // max(rest, 1), 1))
+        if part[axis] > 1:
+            break
+    return slices_of(shape, part)
+
+
+def shard_slices(record: ArrayRecord) -> Iterator[Slices]:
+    """Where the files of an array are in it."""
+    return slices_of(record.shape, record.shard)
+
+
+def slices_of(shape: tuple[int, ...], part: tuple[int, ...] | list[int]) -> Iterator[Slices]:
+    """A grid of parts over an array."""
+    starts = [range(0, dim, size) for dim, size in zip(shape, part, strict=True)]
+    for corner in itertools.product(*starts):
+        yield tuple(slice(low, min(low + size, dim)) for low, size, dim in zip(corner, part, shape, strict=True))
+
+
+def _shrink(shard: tuple[int, ...], chunk: tuple[int, ...], kind: np.dtype, block_bytes: int) -> tuple[int, ...]:
+    """Files small enough that one is a block."""
+    parts = list(shard)
+    for axis in range(len(parts)):
+        while math.prod(parts) * kind.itemsize > max(block_bytes, MIN_BLOCK_BYTES) and parts[axis] > chunk[axis]:
+            parts[axis] -= chunk[axis]
+    return tuple(parts)
+
+
+def _split_files(planned: Mapping[str, Planned]) -> dict[str, list[str]]:
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, plan in planned.items():
+        if groups[-1] and size + _nbytes(plan) > FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += _nbytes(plan)
+    if len(groups) == 1:
+        return {SAFETENSORS: groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def _nbytes(plan: Planned) -> int:
+    return math.prod(plan.shape) * plan.dtype.itemsize
+
+
+def _find_axes(source: Source) -> dict[str, tuple[str, ...]]:
+    if source.kind == "native":
+        store, step = find_checkpoint(source.path)
+        return {name: record.axes for name, record in store.read_manifest(step).arrays.items()}
+    config = make_model_config(source.foreign.model, source.path)
+    weights = {name: info.axes for name, info in flatten_names(describe_params(config)).items()}
+
+    def axes_of(name: str, array: Lazy) -> tuple[str, ...]:
+        """Moments lie as their weights do."""
+        return next((weights[short] for short in weights if name.endswith("/" + short)), ("window",) * len(array.shape))
+
+    return {name: axes_of(name, array) for name, array in source.foreign.arrays.items()}

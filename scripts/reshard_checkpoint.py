@@ -1,0 +1,220 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Any checkpoint to any other: ours, Hugging Face's, mesh-transformer-jax's (GPT-J); in bounded memory, and proved.
+
+examples:
+  python scripts/reshard_checkpoint.py models/gpt-j-6b runs/gptj
+      a Hugging Face folder becomes a checkpoint of ours; then: python device_sample.py runs/gptj
+  python scripts/reshard_checkpoint.py runs/mine models/mine --format huggingface --dtype bfloat16
+      a run's newest checkpoint for transformers' from_pretrained
+  python scripts/reshard_checkpoint.py step_383500 runs/gptj --source-config 6B_roto_256.json --weights-only
+      the original's shards, any number of them; --format gptj-v1 --shards 8 writes them
+
+The result is made in DST.partial; a conversion that was killed goes on there when it is called again. Every array is
+then read back from the result and compared with the source, bit by bit, before DST gets its name, and conversion.json
+in it says what was proved. A checkpoint has no mesh: whatever is written here restores on any number of devices.
+
+exit status: 0 done, 1 failed, 2 wrong usage or input
+"""
+
+import json
+import math
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.config import ConfigError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+PROMPT_LEN = 32  # tokens of the prompts whose logits are compared
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, convert, prove, print."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("source", type=Path, metavar="SRC", help="a run, a checkpoint, a model folder, or v1 shards")
+    parser.add_argument("destination", type=Path, metavar="DST", help="the folder to make")
+    parser.add_argument("--format", choices=("native", "huggingface", "gptj-v1"), default="native")
+    parser.add_argument("--shards", type=int, default=8, help="of a gptj-v1 result; default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as they are"
+    )
+    parser.add_argument("--weights-only", action="store_true", help="leave out optimizer state and counters")
+    parser.add_argument("--max-memory", default="1G", help="ceiling beside the interpreter's own; default: %(default)s")
+    parser.add_argument("--source-config", type=Path, help="the JSON file of a mesh-transformer-jax checkpoint")
+    parser.add_argument("--tokenizer", help="a tokenizer.json or its folder, where the source carries none; or bytes")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST, once the new one is complete")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    options = parser.parse_args(arguments)
+    report = convert(options)
+    print(json.dumps(report) if options.json else format_report(report))
+    return 0
+
+
+def convert(options: Any) -> dict[str, Any]:
+    """Do it; the report, which is also written beside the result."""
+    from mesh_transformer.checkpoint import reshard
+
+    ceiling = parse_bytes(options.max_memory)
+    source = reshard.open_source(options.source, options.source_config)
+    native = options.format == "native"
+    if options.weights_only or not native:
+        weights = {name: array for name, array in source.foreign.arrays.items() if name.startswith("params/")}
+        source = source._replace(foreign=source.foreign._replace(arrays=weights))
+    arrays = source.foreign.arrays
+    nbytes = reshard.count_bytes(arrays, options.dtype)
+    reshard.check_destination(options.destination, options.overwrite, nbytes)
+    partial = reshard.partial_folder(options.destination)
+    meta = make_meta(source, options)
+    identity = {"source": str(source.path.absolute()), "stamp": _stamp(source.path), "format": options.format,
+                "dtype": options.dtype, "shards": options.shards, "arrays": sorted(arrays), "memory": ceiling}  # fmt: skip
+    start = time.perf_counter()
+    with show_progress(sys.stderr.isatty()) as progress:
+        if options.format == "gptj-v1":
+            made = reshard.write_original(
+                partial, source, shards=options.shards, dtype=options.dtype, progress=progress
+            )
+        elif native:
+            journal = reshard.Journal(partial, identity)
+            made = reshard.write_native(
+                partial, source, meta, dtype=options.dtype, block_bytes=ceiling // 8, journal=journal, progress=progress
+            )
+        else:
+            journal = reshard.Journal(partial, identity)
+            made = reshard.write_huggingface(partial, source, dtype=options.dtype, journal=journal, progress=progress)
+            _write_tokenizer(partial, meta.get("tokenizer"))
+        result = reshard.open_source(made, partial / "config.json" if options.format == "gptj-v1" else None)
+        digests = reshard.prove(source.foreign, result.foreign, options.dtype, progress)
+    seconds = time.perf_counter() - start
+    largest, why = compare_logits(source, result, ceiling)
+    report = {
+        "source": str(source.path), "kind": source.kind, "destination": str(options.destination),
+        "format": options.format, "arrays": len(digests), "bytes": nbytes, "dtype": options.dtype or "unchanged",
+        "proof": "every array read back from the result equals the source bit by bit, after the cast if there was one",
+        "max_logit_difference": largest, "logits": why, "seconds": round(seconds, 2),
+        "mb_per_s": round(nbytes / seconds / 1e6, 1), "peak_memory_mb": round(_peak_memory() / 1e6),
+        "notes": list(source.foreign.notes), "digests": digests,
+    }  # fmt: skip
+    (partial / "conversion.json").write_text(json.dumps(report, indent=1))
+    reshard.finish(partial, options.destination)
+    return report
+
+
+def make_meta(source: Any, options: Any) -> dict[str, Any]:
+    """What the result says of itself: the source's own words, or the model's configuration and tokenizer."""
+    from mesh_transformer.data.tokenizers import load_tokenizer
+
+    meta = dict(source.meta)
+    if "config" not in meta:
+        meta["config"] = {"model": source.foreign.model}
+    spec = options.tokenizer or (source.foreign.tokenizer if source.kind == "huggingface" else None)
+    if spec:
+        meta["tokenizer"] = load_tokenizer(spec).to_json()
+    meta["parent"] = {"kind": source.kind, "path": str(source.path.absolute()), "step": source.foreign.step}
+    return meta
+
+
+def compare_logits(source: Any, result: Any, ceiling: int) -> tuple[float | None, str]:
+    """The same prompts through both sides' weights, and the largest difference; or why that was not done."""
+    import jax
+    import numpy as np
+
+    from mesh_transformer.checkpoint.foreign import make_model_config
+    from mesh_transformer.checkpoint.lazy import whole
+    from mesh_transformer.model.transformer import make_model
+
+    config = make_model_config(source.foreign.model, source.path)
+    size = 4 * sum(math.prod(a.shape) for name, a in source.foreign.arrays.items() if name.startswith("params/"))
+    if size > ceiling:
+        return None, f"not compared: the model takes {size:,} bytes, --max-memory is {ceiling:,}"
+    tokens = np.random.default_rng(0).integers(0, config.n_vocab, (2, min(PROMPT_LEN, config.seq_len)), dtype=np.int32)
+    apply = jax.jit(lambda params: make_model(config).apply(params, tokens)[0])
+
+    def logits(foreign: Any) -> np.ndarray:
+        params: dict[str, dict[str, Any]] = {}
+        for name, array in foreign.arrays.items():
+            if name.startswith("params/"):
+                module, _, leaf = name.removeprefix("params/").rpartition("/")
+                params.setdefault(module, {})[leaf] = np.asarray(array.read(whole(array)), np.float32)
+        return np.asarray(apply(params))
+
+    return float(np.abs(logits(source.foreign) - logits(result.foreign)).max()), f"of {tokens.size} random tokens"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "256M" or "1.5G"; ConfigError for anything else or less than 64 MB."""
+    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if size < 64_000_000:
+        raise ConfigError(f"--max-memory {text}: expected a size such as 256M or 1G, at least 64M")
+    return size
+
+
+def show_progress(is_terminal: bool) -> Any:
+    """A bar with bytes per second where somebody looks, otherwise nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True), disable=not is_terminal)
+    tasks: dict[str, Any] = {}
+
+    class Shown:
+        def __enter__(self) -> Any:
+            bar.start()
+            return self.update
+
+        def __exit__(self, *_: object) -> None:
+            bar.stop()
+
+        def update(self, what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+    return Shown()
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """For a person."""
+    difference = report["max_logit_difference"]
+    lines = [
+        f"{report['source']} ({report['kind']}) -> {report['destination']} ({report['format']})",
+        f"{report['arrays']} arrays, {report['bytes']:,} bytes, {report['mb_per_s']} MB/s with the proof, "
+        f"peak memory {report['peak_memory_mb']:,} MB",
+        f"proved: {report['proof']}",
+        f"largest logit difference {difference:.3g} {report['logits']}" if difference is not None else report["logits"],
+        *(f"note: {note}" for note in report["notes"]),
+    ]
+    return "\n".join(lines)
+
+
+def _write_tokenizer(folder: Path, record: Any) -> None:
+    """tokenizer.json, unless the source's own files were carried along."""
+    if isinstance(record, dict) and record.get("type") == "file" and not (folder / "tokenizer.json").exists():
+        (folder / "tokenizer.json").write_text(json.dumps(record["tokenizer"], ensure_ascii=False))
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of change: a conversion does not go on with another source."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _peak_memory() -> int:
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

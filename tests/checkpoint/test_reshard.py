@@ -1,0 +1,183 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Conversions as they are called: proved, resumable, in bounded memory, and leaving nothing that looks complete."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mesh_transformer.checkpoint import reshard
+from mesh_transformer.checkpoint.huggingface import find_family
+from mesh_transformer.checkpoint.lazy import whole
+from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.checkpoint.store import find_checkpoint
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.model.families import LLAMA
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ModelConfig(**LLAMA | dict(n_layers=3, d_model=48, n_heads=4, n_kv_heads=2, n_vocab=264, seq_len=32, d_ff=80))
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> Path:
+    """A model folder with random weights and no tokenizer."""
+    folder = tmp_path_factory.mktemp("source") / "theirs"
+    folder.mkdir()
+    kind, table = find_family(CONFIG)
+    (folder / "config.json").write_text(json.dumps(table))
+    rng = np.random.default_rng(0)
+    block = dict(embed=48, ff=80, heads=48, kv=24)
+    shapes = {"model.embed_tokens": (264, 48), "lm_head": (264, 48), "model.norm": (48,)}
+    for i in range(3):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.{norm}_layernorm": (48,) for norm in ("input", "post_attention")}
+        shapes |= {
+            f"{layer}.self_attn.{x}_proj": (block[rows], 48) for x, rows in dict(q="heads", k="kv", v="kv").items()
+        }
+        shapes |= {f"{layer}.self_attn.o_proj": (48, 48), f"{layer}.mlp.down_proj": (48, 80)}
+        shapes |= {f"{layer}.mlp.{x}_proj": (80, 48) for x in ("gate", "up")}
+    weights = {f"{name}.weight": rng.normal(size=shape).astype(np.float32) / 7 for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors")
+    assert kind == "llama"
+    return folder
+
+
+def call(*arguments, expect: int = 0, **options) -> SimpleNamespace:
+    """The program, as a user runs it."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "scripts/reshard_checkpoint.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **options)
+    assert done.returncode == expect, done.stderr
+    return SimpleNamespace(out=done.stdout, err=done.stderr)
+
+
+def values(path: Path) -> dict[str, np.ndarray]:
+    arrays = reshard.open_source(path).foreign.arrays
+    return {name: array.read(whole(array)) for name, array in arrays.items()}
+
+
+def test_a_model_becomes_ours_samples_and_goes_back(theirs, tmp_path):
+    report = json.loads(call(theirs, tmp_path / "ours", "--tokenizer", "bytes", "--json").out)
+    assert report["max_logit_difference"] == 0.0
+    assert report["arrays"] == len(report["digests"]) == len(values(tmp_path / "ours"))
+    assert json.loads((tmp_path / "ours" / "conversion.json").read_text()) == report
+    sample = [sys.executable, "device_sample.py", tmp_path / "ours", "--prompt", "a", "--max-tokens", "3", "--json"]
+    drawn = subprocess.run(sample, cwd=ROOT, capture_output=True, text=True)
+    assert drawn.returncode == 0, drawn.stderr
+    assert len(json.loads(drawn.stdout)["tokens"]) == 3
+    text = call(tmp_path / "ours", tmp_path / "again", "--format", "huggingface").out
+    assert "largest logit difference 0 " in text
+    before, after = (load_file(folder / "model.safetensors") for folder in (theirs, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_cast_is_named_and_bounded(theirs, tmp_path):
+    report = json.loads(call(theirs, tmp_path / "half", "--dtype", "bfloat16", "--json").out)
+    assert 0 < report["max_logit_difference"] < 0.3
+    assert all(array.dtype.name == "bfloat16" for array in values(tmp_path / "half").values())
+    refused = call(tmp_path / "half", tmp_path / "out", "--max-memory", "lots", expect=2).err
+    assert "--max-memory lots: expected a size such as 256M" in refused
+
+
+def test_what_exists_stays_unless_overwritten(theirs, tmp_path):
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "precious").write_text("")
+    assert "--overwrite" in call(theirs, tmp_path / "ours", expect=1).err
+    assert (tmp_path / "ours" / "precious").exists()
+    call(theirs, tmp_path / "ours", "--overwrite")
+    assert not (tmp_path / "ours" / "precious").exists()
+    assert find_checkpoint(tmp_path / "ours")[1] == 0
+
+
+def test_a_full_disk_is_seen_before_the_start(theirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match="1,000 bytes are free"):
+        reshard.check_destination(tmp_path / "ours", False, 10**9)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["native", "huggingface"])
+def test_a_killed_conversion_goes_on(theirs, tmp_path, form):
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, "scripts")
+import reshard_checkpoint
+from mesh_transformer.checkpoint import reshard
+add, seen = reshard.Journal.add, []
+def counted(journal, key, value):
+    add(journal, key, value)
+    seen.append(key)
+    if len(seen) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+reshard.Journal.add = counted
+reshard_checkpoint.main([{str(theirs)!r}, {str(tmp_path / "ours")!r}, "--format", {form!r}])
+"""
+    killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "ours").exists()
+    journal = tmp_path / "ours.partial" / "journal.jsonl"
+    done = journal.read_text().splitlines()
+    assert len(done) == 6
+    with open(journal, "a") as file:
+        file.write('["half a li')
+    blocks = {path.relative_to(journal.parent).as_posix().split(".tmp-blocks/")[-1]: path.stat().st_mtime_ns
+              for path in journal.parent.rglob("c.*")}  # fmt: skip
+    call(theirs, tmp_path / "ours", "--format", form)
+    expected, found = values(theirs), values(tmp_path / "ours")
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())
+    if form == "native":  # a block that was done was not written again
+        assert len(blocks) == 5
+        again = {
+            path.as_posix().split("/step_0/")[-1]: path.stat().st_mtime_ns for path in (tmp_path / "ours").rglob("c.*")
+        }
+        assert blocks.items() <= again.items()
+
+
+def test_a_conversion_of_something_else_starts_anew(tmp_path):
+    first = reshard.Journal(tmp_path / "x.partial", {"source": "a"})
+    first.add("block", 1)
+    (tmp_path / "x.partial" / "data").write_text("of a")
+    assert reshard.Journal(tmp_path / "x.partial", {"source": "a"}).done == {"block": 1}
+    assert reshard.Journal(tmp_path / "x.partial", {"source": "b"}).done == {}
+    assert not (tmp_path / "x.partial" / "data").exists()
+
+
+def test_a_result_that_differs_in_a_bit_is_not_proved(theirs, tmp_path):
+    shutil.copytree(theirs, tmp_path / "copy")
+    source, result = reshard.open_source(theirs), reshard.open_source(tmp_path / "copy")
+    assert len(reshard.prove(source.foreign, result.foreign, None, lambda *_: None)) == len(source.foreign.arrays)
+    path = tmp_path / "copy" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="the result differs from the source"):
+        reshard.prove(source.foreign, result.foreign, None, lambda *_: None)
+
+
+def test_a_damaged_source_is_refused_and_nothing_looks_complete(theirs, tmp_path):
+    call(theirs, tmp_path / "ours")
+    victim = next((tmp_path / "ours").rglob("w_tokens/c.0.0"))
+    data = bytearray(victim.read_bytes())
+    data[1000] ^= 1
+    victim.write_bytes(data)
+    assert "w_tokens" in call(tmp_path / "ours", tmp_path / "out", expect=1).err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_checkpoint_is_said(tmp_path):
+    assert "no such folder" in call(tmp_path / "nowhere", tmp_path / "out", expect=1).err
+    (tmp_path / "empty").mkdir()
+    assert "no checkpoint in it" in call(tmp_path / "empty", tmp_path / "out", expect=1).err
+    (tmp_path / "old" / "step_1" / "shard_0").mkdir(parents=True)
+    assert "--source-config" in call(tmp_path / "old", tmp_path / "out", expect=1).err

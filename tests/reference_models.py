@@ -1,0 +1,109 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The models of `transformers` that ours are compared with: their sizes, their goldens and, where torch is, themselves.
+
+A golden file tests/golden/reference_<case>.npz holds the reference's weights under their own names ("weight:NAME",
+float16 values), tokens and targets [B, T], logits [B, T, V] and the gradients of the mean loss ("grad:NAME").
+`python tests/model/test_reference.py` writes them anew from the installed transformers.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from mesh_transformer.checkpoint.names import FAMILIES
+from mesh_transformer.config import ModelConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+Arrays = dict[str, np.ndarray]
+
+
+class Case(NamedTuple):
+    kind: str  # of model, in transformers
+    config: ModelConfig
+    used_vocab: int  # tokens come from below this: rows above are padding
+
+
+def make_case(kind: str, choices: dict[str, Any], used_vocab: int, **sizes) -> Case:
+    return Case(kind, ModelConfig(**{"seq_len": 24, **choices, **sizes}), used_vocab)
+
+
+NEO = dict(attention_pattern=("global", "local"), attention_scale="none", qkv_bias=False)
+J = dict(
+    positions="rotary-pairs",
+    residual="parallel",
+    qkv_bias=False,
+    attention_out_bias=False,
+    head_bias=True,
+    tied_embeddings=False,
+)
+NEOX = dict(positions="rotary-halves", residual="parallel-two-norms", tied_embeddings=False)
+LLAMA_CHOICES = dict(
+    norm="rmsnorm",
+    positions="rotary-halves",
+    activation="silu",
+    gated=True,
+    qkv_bias=False,
+    attention_out_bias=False,
+    ff_bias=False,
+    tied_embeddings=False,
+)
+SMALL = dict(n_layers=2, d_model=12, n_heads=2, n_vocab=37)
+CASES = {
+    "gpt2": make_case("gpt2", {}, 37, **SMALL),
+    "gpt-neo": make_case("gpt_neo", dict(NEO, attention_window=4), 37, **SMALL),
+    "gpt-j": make_case("gptj", dict(J, rotary_dims=4), 33, **SMALL),
+    "gpt-neox": make_case("gpt_neox", dict(NEOX, rotary_dims=2), 33, **SMALL),
+    "gpt-neox-serial": make_case("gpt_neox", dict(NEOX, residual="serial", activation="gelu-erf"), 37, **SMALL),
+    "llama-gqa": make_case(
+        "llama",
+        dict(LLAMA_CHOICES, n_kv_heads=2, d_head=4, d_ff=20, norm_eps=1e-6),
+        37,
+        **SMALL | {"n_heads": 4},
+    ),
+}
+# Odd sizes: three heads, layers whose numbers sort otherwise as text, one key-value head, a window that starts the pattern.
+ODD = dict(n_layers=12, d_model=24, n_heads=3, n_vocab=53, seq_len=40)
+LIVE_CASES = {
+    "gpt2": make_case("gpt2", dict(d_ff=40), 53, **ODD),
+    "gpt-neo-local-first": make_case(
+        "gpt_neo", dict(NEO, attention_pattern=("local", "global", "local"), attention_window=5), 53, **ODD
+    ),
+    "gpt-j": make_case("gptj", dict(J, rotary_dims=2), 47, **ODD),
+    "gpt-neox-quarter": make_case("gpt_neox", dict(NEOX, rotary_dims=6, d_ff=50), 51, **ODD | {"d_model": 72}),
+    "mistral": make_case(
+        "mistral",
+        dict(LLAMA_CHOICES, n_kv_heads=1, attention_pattern=("local",), attention_window=7),
+        53,
+        **ODD,
+    ),
+    "qwen2": make_case("qwen2", dict(LLAMA_CHOICES, qkv_bias=True, rotary_base=1e6), 53, **ODD),
+    "llama-one-key-head": make_case("llama", dict(LLAMA_CHOICES, n_kv_heads=1, d_head=10), 53, **ODD),
+}
+
+
+def read_golden(name: str) -> tuple[Arrays, np.ndarray, np.ndarray, np.ndarray, Arrays]:
+    with np.load(GOLDEN / f"reference_{name}.npz") as file:
+        weights = {
+            key.removeprefix("weight:"): file[key].astype(np.float32) for key in file if key.startswith("weight:")
+        }
+        gradients = {key.removeprefix("grad:"): file[key] for key in file if key.startswith("grad:")}
+        return weights, file["tokens"], file["targets"], file["logits"], gradients
+
+
+def make_torch(case: Case):
+    """Their model, in evaluation mode, and its weights by name (tied ones once)."""
+    transformers = pytest.importorskip(
+        "transformers", reason="the live comparison needs pip install transformers torch"
+    )
+    pytest.importorskip("torch", reason="the live comparison needs pip install transformers torch")
+    family = FAMILIES[case.kind]
+    kind = getattr(transformers, family.architecture)
+    sizes = family.write_config(case.config) | {"tie_word_embeddings": case.config.tied_embeddings}
+    ids = dict(bos_token_id=0, eos_token_id=0, attn_implementation="eager")
+    model = kind(kind.config_class(**sizes, **ids)).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    return model, dict(model.named_parameters())
