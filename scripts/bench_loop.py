@@ -79,7 +79,15 @@ def measure(run: Run, rounds: int, steps: int) -> tuple[list[float], list[float]
             middle = time.perf_counter()
             quiet = dataclasses.replace(run.config.train, steps=run.step + steps, evaluate_every=0)
             never = dataclasses.replace(run.config.checkpoint, every=10**9)
-            part = dataclasses.replace(run, config=dataclasses.replace(run.config, train=quiet, checkpoint=never))
+            config = dataclasses.replace(
+                run.config,
+                train=quiet,
+                checkpoint=never,
+                optimizer=dataclasses.replace(
+                    run.config.optimizer, warmup_steps=0
+                ),  # fewer steps than a warm-up may be
+            )
+            part = dataclasses.replace(run, config=config)
             recorder = Recorder(part, log, progress)
             begin = time.perf_counter()
             train_steps(part, recorder, stop)

@@ -2,14 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make token shards (DST.bin and DST.idx, the format of Megatron-LM and GPT-NeoX) from text, once for many runs.
 
-SRC are files or folders of text, JSONL, Parquet, each also as .gz or .zst, or python-stdlib. Interrupted, the same
-command goes on where it was. A run reads the result with [data.train.NAME] path = "DST".
+SRC are files or folders of text, JSONL, Parquet, each also as .gz or .zst, or python-stdlib, or the .tfrecords of
+mesh-transformer-jax and GPT-Neo or an .index of them, whose tokens are taken as they are. Interrupted, the same command
+goes on where it was. A run reads the result with [data.train.NAME] path = "DST".
 
 examples:
   python scripts/make_shards.py python-stdlib shards/stdlib
       the standard library, byte by byte
   python scripts/make_shards.py corpus/*.jsonl.zst shards/corpus --tokenizer tokenizer.json --holdout 1000 --workers 8
       one document in 1000 goes to shards/corpus-heldout, the others to shards/corpus-train
+  python scripts/make_shards.py data/pile.train.index shards/pile --tokenizer gpt2/tokenizer.json
+      the original's TFRecords, without TensorFlow; the tokenizer only says which ids there are
 """
 
 import argparse

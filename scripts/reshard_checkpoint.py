@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
 
 def convert(options: Any) -> dict[str, Any]:
     """Do it; the report, which is also written beside the result."""
-    from mesh_transformer.checkpoint import reshard
+    from mesh_transformer.convert import reshard
 
     ceiling = parse_bytes(options.max_memory)
     source = reshard.open_source(options.source, options.source_config)
@@ -74,17 +74,16 @@ def convert(options: Any) -> dict[str, Any]:
                 "dtype": options.dtype, "shards": options.shards, "arrays": sorted(arrays), "memory": ceiling}  # fmt: skip
     start = time.perf_counter()
     with show_progress(sys.stderr.isatty()) as progress:
+        journal = reshard.Journal(partial, identity)
         if options.format == "gptj-v1":
             made = reshard.write_original(
                 partial, source, shards=options.shards, dtype=options.dtype, progress=progress
             )
         elif native:
-            journal = reshard.Journal(partial, identity)
             made = reshard.write_native(
                 partial, source, meta, dtype=options.dtype, block_bytes=ceiling // 8, journal=journal, progress=progress
             )
         else:
-            journal = reshard.Journal(partial, identity)
             made = reshard.write_huggingface(partial, source, dtype=options.dtype, journal=journal, progress=progress)
             _write_tokenizer(partial, meta.get("tokenizer"))
         result = reshard.open_source(made, partial / "config.json" if options.format == "gptj-v1" else None)
@@ -123,8 +122,8 @@ def compare_logits(source: Any, result: Any, ceiling: int) -> tuple[float | None
     import jax
     import numpy as np
 
-    from mesh_transformer.checkpoint.foreign import make_model_config
-    from mesh_transformer.checkpoint.lazy import whole
+    from mesh_transformer.convert.foreign import make_model_config
+    from mesh_transformer.convert.lazy import whole
     from mesh_transformer.model.transformer import make_model
 
     config = make_model_config(source.foreign.model, source.path)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from mesh_transformer.checkpoint.names import FAMILIES
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.names import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden"
 Arrays = dict[str, np.ndarray]

@@ -9,10 +9,14 @@ A source's files are cut into parts of about 32 MB in order; each part becomes a
 a part that is there is not made again. The parts are joined in order, so the result is the same bytes for any number of
 workers and interruptions. Its name carries a digest of everything it depends on: path, size and time of change of each
 file, tokenizer, split and text key.
+
+Records of TFRecords are tokens already: each is cut behind every end of text, and what is left at its end is a document
+without one. The split rule goes by the record, file name:number.
 """
 
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,6 +35,7 @@ import xxhash
 from mesh_transformer.data.documents import BadDocuments, DataError
 from mesh_transformer.data.readers import OnBad, find_files, find_root, read_file
 from mesh_transformer.data.shards import ShardWriter, TokenShard, is_shard, token_dtype
+from mesh_transformer.data.tfrecords import cut_documents, is_tfrecords, read_sequences
 from mesh_transformer.data.tokenizers import Tokenizer
 
 VERSION = 1  # of what is in the cache; a change of it rebuilds everything
@@ -188,21 +193,42 @@ def _make_part(work: Work) -> None:
     dtype = token_dtype(work.tokenizer.n_vocab)
     counts = {side: {"documents": 0, "tokens": 0, "bytes": 0} for side in SIDES}
     with ShardWriter(f"{work.prefix}-train", dtype) as train, ShardWriter(f"{work.prefix}-heldout", dtype) as heldout:
-        for texts, names in _read_chunks(work, bad):
-            for text, name, tokens in zip(texts, names, work.tokenizer.encode_batch(texts), strict=True):
-                side = "heldout" if is_held_out(name, work.holdout) else "train"
-                document = np.append(tokens, work.tokenizer.end_of_text)
-                (heldout if side == "heldout" else train).add(document)
-                count = counts[side]
-                count["documents"] += 1
-                count["tokens"] += len(document)
-                count["bytes"] += len(text.encode("utf-8", "surrogatepass"))
+        for name, document, n_bytes in itertools.chain(_encode_texts(work, bad), _read_tokens(work)):
+            side = "heldout" if is_held_out(name, work.holdout) else "train"
+            (heldout if side == "heldout" else train).add(document)
+            count = counts[side]
+            count["documents"] += 1
+            count["tokens"] += len(document)
+            count["bytes"] += n_bytes
     _write_json(record, {"counts": counts, "notes": bad.format_report()})
+
+
+def _encode_texts(work: Work, bad: BadDocuments) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Name, tokens with the end of text, and bytes of every text."""
+    for texts, names in _read_chunks(work, bad):
+        for text, name, tokens in zip(texts, names, work.tokenizer.encode_batch(texts), strict=True):
+            yield name, np.append(tokens, work.tokenizer.end_of_text), len(text.encode("utf-8", "surrogatepass"))
+
+
+def _read_tokens(work: Work) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Record, tokens and bytes of every document in TFRecords; damage is always an error, whatever `on_bad`."""
+    files = [file for file in work.files if is_tfrecords(file)]
+    n_vocab, end_of_text = work.tokenizer.n_vocab, work.tokenizer.end_of_text
+    lengths = np.array([len(work.tokenizer.decode_bytes([i])) for i in range(n_vocab if files else 0)])
+    for file in files:
+        for number, sequence in enumerate(read_sequences(file)):
+            if len(sequence) and sequence.max() >= n_vocab:
+                raise DataError(
+                    f"{file}: record {number}: token id {sequence.max()}, but the tokenizer has {n_vocab:,} entries; name "
+                    "the one these records were made with (mesh-transformer-jax: GPT-2's) in data.tokenizer"
+                )
+            for document in cut_documents(sequence, end_of_text):
+                yield f"{file.name}:{number}", document, int(lengths[document[document != end_of_text]].sum())
 
 
 def _read_chunks(work: Work, bad: BadDocuments) -> Iterator[tuple[list[str], list[str]]]:
     texts, names, size = [], [], 0
-    for file in work.files:
+    for file in itertools.filterfalse(is_tfrecords, work.files):
         for document in read_file(file, work.root, text_key=work.text_key, on_bad=work.on_bad, bad=bad):
             texts.append(document.text)
             names.append(document.name)

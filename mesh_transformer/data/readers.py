@@ -6,6 +6,7 @@ What is read, by suffix; every kind but Parquet also as `.gz` or `.zst`:
 
 - `.jsonl`, `.ndjson`, `.json`: one JSON object per line, its text under `text_key`; blank lines are no documents;
 - `.parquet`: the column `text_key` (needs pyarrow);
+- `.tfrecords`, `.index` (their paths): token sequences, see tfrecords.py; build.py takes them as they are;
 - everything else is text, one document per file, in UTF-8; `.py` may declare another encoding (PEP 263).
 
 A byte order mark is dropped. Text files get Unix line ends (CRLF becomes LF, a lone CR stays); strings inside JSON and
@@ -31,6 +32,7 @@ from typing import Literal
 
 from mesh_transformer.data.documents import BadDocuments, DataError, Document, Flaw
 from mesh_transformer.data.formats import read_items
+from mesh_transformer.data.tfrecords import is_index, is_tfrecords, read_index
 
 OnBad = Literal["error", "skip"]
 
@@ -47,7 +49,7 @@ def find_root(path: str | Path) -> Path:
 
 
 def find_files(path: str | Path) -> list[Path]:
-    """All files of a source, sorted by their path below `find_root(path)`.
+    """All files of a source, sorted by their path below `find_root(path)`; those an index names in its order.
 
     Raises DataError if there is no such path (with the nearest name), or no file in the folder.
     """
@@ -57,6 +59,8 @@ def find_files(path: str | Path) -> list[Path]:
         files = _walk(find_root(path), without=_STDLIB_WITHOUT, suffix=".py")
     else:
         path = Path(os.path.expanduser(path))
+        if is_index(path):
+            return read_index(path)
         if path.is_file():
             return [path]
         if not path.exists():
@@ -64,6 +68,8 @@ def find_files(path: str | Path) -> list[Path]:
         if not path.is_dir():
             raise DataError(f"{path} is neither a file nor a folder")
         files = _walk(path)
+        if any(map(is_tfrecords, files)):  # an index beside them is no document
+            files = [file for file in files if not is_index(file)]
     if not files:
         raise DataError(f"{path}: no files in this folder (hidden ones do not count)")
     return files

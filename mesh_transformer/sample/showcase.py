@@ -24,7 +24,8 @@ def show_samples(run_dir: Path) -> None:
     console = Console()
     console.print(Text(f"\nsamples of step {trained.step}, temperature {options.temperature}", style="bold"))
     for completion in completions:
-        console.print(Text.assemble((completion.prompt, "dim"), completion.text), soft_wrap=True)
+        console.out(completion.prompt, style="dim", highlight=False, end="")  # print would wrap, and lose a line's end
+        console.out(completion.text, highlight=False)
         console.rule(style="dim")
     text = "\n\n".join(f"{completion.prompt}{completion.text}" for completion in completions)
     with MetricsLog(run_dir, trained.config.track, config={}, first_step=trained.step) as log:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from reference_models import CASES, GOLDEN, LIVE_CASES, Arrays, Case, make_torch, read_golden
 
-from mesh_transformer.checkpoint.foreign import PREFIX, Leaf, assemble
-from mesh_transformer.checkpoint.huggingface import find_name
-from mesh_transformer.checkpoint.lazy import Held, View, whole
-from mesh_transformer.checkpoint.names import FAMILIES
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.foreign import PREFIX, Leaf, assemble
+from mesh_transformer.convert.huggingface import find_name
+from mesh_transformer.convert.lazy import Held, View, whole
+from mesh_transformer.convert.names import FAMILIES
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import make_model
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mesh_transformer.checkpoint.foreign import (
+from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.foreign import (
     Foreign,
     Leaf,
     assemble,
@@ -19,11 +21,9 @@ from mesh_transformer.checkpoint.foreign import (
     describe_leaves,
     make_model_config,
 )
-from mesh_transformer.checkpoint.lazy import Composed, FileArray, Lazy, Row, View, whole
-from mesh_transformer.checkpoint.manifest import CheckpointError
-from mesh_transformer.checkpoint.names import FAMILIES, Entry, Family, Settings
-from mesh_transformer.checkpoint.tensor_files import find_tensors
-from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.lazy import Composed, FileArray, Lazy, Row, View, whole
+from mesh_transformer.convert.names import FAMILIES, Entry, Family, Settings
+from mesh_transformer.convert.tensor_files import find_tensors
 
 CONFIG = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mesh_transformer.checkpoint import reshard
-from mesh_transformer.checkpoint.huggingface import find_family
-from mesh_transformer.checkpoint.lazy import whole
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.checkpoint.store import find_checkpoint
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert import reshard
+from mesh_transformer.convert.huggingface import find_family
+from mesh_transformer.convert.lazy import whole
 from mesh_transformer.model.families import LLAMA
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +113,7 @@ def test_a_killed_conversion_goes_on(theirs, tmp_path, form):
 import os, signal, sys
 sys.path.insert(0, "scripts")
 import reshard_checkpoint
-from mesh_transformer.checkpoint import reshard
+from mesh_transformer.convert import reshard
 add, seen = reshard.Journal.add, []
 def counted(journal, key, value):
     add(journal, key, value)

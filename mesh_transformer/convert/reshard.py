@@ -22,9 +22,12 @@ from mesh_transformer.checkpoint import folders
 from mesh_transformer.checkpoint.arrays import Piece
 from mesh_transformer.checkpoint.chunks import DTYPES, plan_chunks, shard_key
 from mesh_transformer.checkpoint.commit import write_blocks
-from mesh_transformer.checkpoint.foreign import PREFIX, Foreign, make_model_config
-from mesh_transformer.checkpoint.gptj import open_gptj, write_gptj
-from mesh_transformer.checkpoint.huggingface import (
+from mesh_transformer.checkpoint.manifest import ArrayRecord, CheckpointError, FileRecord
+from mesh_transformer.checkpoint.store import Store, find_checkpoint
+from mesh_transformer.convert.foreign import PREFIX, Foreign, make_model_config
+from mesh_transformer.convert.gptj import open_gptj
+from mesh_transformer.convert.gptj_writer import write_gptj
+from mesh_transformer.convert.huggingface import (
     CARRIED,
     CONFIG,
     ROWS_BYTES,
@@ -33,11 +36,9 @@ from mesh_transformer.checkpoint.huggingface import (
     is_huggingface,
     open_huggingface,
 )
-from mesh_transformer.checkpoint.lazy import Lazy, Slices, to_dtype
-from mesh_transformer.checkpoint.manifest import ArrayRecord, CheckpointError, FileRecord
-from mesh_transformer.checkpoint.names import FAMILIES
-from mesh_transformer.checkpoint.store import Store, find_checkpoint
-from mesh_transformer.checkpoint.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
+from mesh_transformer.convert.lazy import Lazy, Slices, to_dtype
+from mesh_transformer.convert.names import FAMILIES
+from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import describe_params
 
@@ -230,9 +231,7 @@ def write_huggingface(
 
 
 def write_original(partial: Path, source: Source, *, shards: int, dtype: str | None, progress: Progress) -> Path:
-    """A mesh-transformer-jax checkpoint in `partial`, made from the start each time; the step's folder."""
-    if partial.exists():
-        shutil.rmtree(partial)
+    """A mesh-transformer-jax checkpoint in `partial`; the step's folder."""
     foreign = source.foreign
     kinds = {array.dtype.name for array in foreign.arrays.values()}
     config = make_model_config(foreign.model, source.path)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of mesh-transformer-jax, "v1" (GPT-J's own), read and written.
+"""Checkpoints of mesh-transformer-jax, "v1" (GPT-J's own); gptj_writer.py makes them.
 
     step_<N>/shard_<s>/<p>.npz    s = 0 .. shards - 1 (its cores_per_replica), p = 0 .. 15
 
@@ -11,12 +11,9 @@ modules, layer_10 before layer_2; `list_slots` is that order. bfloat16 is descr 
 a JSON file, says which model it is.
 """
 
-import itertools
-import json
 import math
 import os
 import re
-import shutil
 import struct
 import tokenize
 import zipfile
@@ -26,35 +23,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mesh_transformer.checkpoint.folders import make_owner, make_root, sync_folder, sync_tree, write_synced
-from mesh_transformer.checkpoint.foreign import PREFIX, Foreign, Leaf, assemble, describe_leaves, make_model_config
-from mesh_transformer.checkpoint.lazy import (
-    Composed,
+from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.foreign import PREFIX, Foreign, Leaf, assemble, make_model_config
+from mesh_transformer.convert.lazy import (
+    FLOAT32,
+    AddRow,
     Concat,
     FileArray,
     Held,
     Lazy,
-    Row,
-    Slices,
     Sum,
     View,
     parse_pattern,
     to_dtype,
     whole,
-)  # fmt: skip
-from mesh_transformer.checkpoint.manifest import CheckpointError
-from mesh_transformer.config import ModelConfig
+)
 from mesh_transformer.model.positions import T5_BUCKETS
 
 PIECES = 16
-BLOCK_BYTES = 32_000_000  # of a leaf, in memory at once while it is written
 KINDS = ("bfloat16", "float16", "float32")
 # Adam's state among the arrays of a run: moments lie here under the names of their weights, without "params/".
 OPT_MU, OPT_NU = "opt_state/1/mu/", "opt_state/1/nu/"
 OPT_COUNT, SCHEDULE_COUNT = "opt_state/1/count", "opt_state/3/count"
-FLOAT32 = np.dtype(np.float32)
 # What zipfile and numpy raise on bytes that are not theirs.
-UNREADABLE = (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error, tokenize.TokenError)
+UNREADABLE = (
+    OSError, EOFError, ValueError, NotImplementedError, SyntaxError, tokenize.TokenError, struct.error, zipfile.BadZipFile
+)  # fmt: skip
 
 # What every v1 model is; the rest is in its configuration.
 FIXED: dict[str, Any] = dict(
@@ -116,48 +111,6 @@ HEAD = (
 RELATIVE = Entry("relative_position_embs/rel_embedding", "relative_bias/table", "heads buckets", 0)
 
 
-class AddRow(NamedTuple):
-    """A matrix with one vector added to each row, in float32."""
-
-    table: Lazy
-    row: Lazy
-    dtype: np.dtype = FLOAT32
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The matrix's."""
-        return self.table.shape
-
-    def read(self, index: Slices) -> np.ndarray:
-        """The slice of both."""
-        return self.table.read(index).astype(FLOAT32) + self.row.read(index[1:]).astype(FLOAT32)
-
-
-class Part(NamedTuple):
-    """Places `first` to `last` of one axis of an array."""
-
-    base: Lazy
-    axis: int
-    first: int
-    last: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The array's, with a shorter axis."""
-        return (*self.base.shape[: self.axis], self.last - self.first, *self.base.shape[self.axis + 1 :])
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The array's."""
-        return self.base.dtype
-
-    def read(self, index: Slices) -> np.ndarray:
-        """The array's values."""
-        own = index[self.axis]
-        moved = slice(own.start + self.first, own.stop + self.first)
-        return self.base.read((*index[: self.axis], moved, *index[self.axis + 1 :]))
-
-
 def open_gptj(folder: Path, old_config: Mapping[str, Any], where: str = "the configuration") -> Foreign:
     """The model in a folder step_<N>, and Adam's state where it is there; `where` names the configuration in errors.
 
@@ -176,7 +129,7 @@ def open_gptj(folder: Path, old_config: Mapping[str, Any], where: str = "the con
     first = 2 + 2 * n if full else 0
     groups = [first, 1, 1 + n] if full else [first]
     problems = [problem for start in groups for problem in _check_leaves(shards, start, slots, config)]
-    _check(f"{folder} does not fit {where}", problems)
+    check_problems(f"{folder} does not fit {where}", problems)
     arrays = assemble(config, _make_find(shards, first, slots), folder)
     if full:
         for prefix, start in ((OPT_MU, 1), (OPT_NU, 1 + n)):
@@ -201,36 +154,13 @@ def read_model(old: Mapping[str, Any], where: str = "the configuration") -> dict
         problems.append(f"norm = {norm!r} {reason}; supported: {', '.join(NORM_BIAS)}")
     if "pe" in old and pe not in POSITIONS:
         problems.append(f"pe = {pe!r} is unknown; supported: {', '.join(POSITIONS)}")
-    _check(f"{where} is not one that can be imported", problems)
+    check_problems(f"{where} is not one that can be imported", problems)
     model = {ours: old[theirs] for ours, theirs in sizes.items()} | FIXED
     model |= dict(positions=POSITIONS[str(pe)], norm_bias=NORM_BIAS[str(norm)], init="gptj")
     if pe == "rotary":  # it clamps without a word
         d_head = old["d_model"] // old["n_heads"]
         model["rotary_dims"] = min(old.get("pe_rotary_dims", d_head), d_head)
     return model
-
-
-def old_config(config: ModelConfig, shards: int) -> dict[str, Any]:
-    """The program's JSON for a model of ours; what its training and its bucket need is for a person to add.
-
-    CheckpointError lists the fields that v1 cannot express.
-    """
-    problems = [f"{key} = {getattr(config, key)!r}, not {v!r}" for key, v in FIXED.items() if getattr(config, key) != v]
-    derived = dict(head_dim=config.d_model // config.n_heads, kv_heads=config.n_heads, ff_dim=4 * config.d_model)
-    problems += [f"{key} = {getattr(config, key)}, not {v}" for key, v in derived.items() if getattr(config, key) != v]
-    pe = {ours: theirs for theirs, ours in POSITIONS.items()}.get(config.positions)
-    if pe is None:
-        problems.append(f"positions = {config.positions!r}, not one of {list(POSITIONS.values())}")
-    if pe == "rotary" and config.rotary_base != 10_000:
-        problems.append(f"rotary_base = {config.rotary_base}, not 10000")
-    if "local" in config.attention_pattern:
-        problems.append("attention_pattern has local layers")
-    _check("the v1 format of mesh-transformer-jax cannot express this model", problems)
-    _check("the model cannot be cut", _find_uneven(config, shards))
-    norm = next(name for name, bias in NORM_BIAS.items() if bias == config.norm_bias)
-    old = dict(layers=config.n_layers, d_model=config.d_model, n_heads=config.n_heads, n_vocab=config.n_vocab)
-    old |= dict(norm=norm, pe=pe) | (dict(pe_rotary_dims=config.rotary_channels) if pe == "rotary" else {})
-    return old | dict(seq=config.seq_len, cores_per_replica=shards, per_replica_batch=1)
 
 
 def list_slots(n_layers: int, positions: str) -> list[Slot]:
@@ -243,55 +173,6 @@ def list_slots(n_layers: int, positions: str) -> list[Slot]:
         *(Slot(entry, layer) for layer in layers for entry in LAYER),
         *(Slot(entry, None) for entry in (*HEAD, *after)),
     ]
-
-
-def write_gptj(
-    destination: Path,
-    config: ModelConfig,
-    arrays: Mapping[str, Lazy],
-    step: int,
-    *,
-    shards: int,
-    dtype: str = "bfloat16",
-    report: Callable[[int, int], object] = lambda done, total: None,
-) -> None:
-    """Weights as a slim checkpoint destination/step_<step>, with the config.json and meta.json that their programs read.
-
-    Biases of which each shard has its own go to shard 0, norms too; the others get zeros and ones, so that merging gives
-    back the same bits. `report(bytes written, bytes in all)`. CheckpointError if the model, the number of shards or the
-    type cannot be; an error leaves nothing behind.
-    """
-    old = old_config(config, shards)
-    if dtype not in KINDS:
-        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(KINDS)}")
-    if os.path.lexists(destination):
-        raise CheckpointError(f"{destination} exists; choose another name")
-    slots, kind = list_slots(config.n_layers, config.positions), to_dtype(dtype)
-    found = _find_rows(config, arrays)
-    plan = [[(slot.name, _cut(slot, found, s, shards, config.d_model)) for slot in slots] for s in range(shards)]
-    total, done = sum(math.prod(leaf.shape) * kind.itemsize for leaves in plan for _, leaf in leaves), 0
-    make_root(destination.parent)
-    temporary = destination.with_name(f"{destination.name}.tmp-{make_owner()}")
-    meta = {"step": step, "checkpoints": [step], "aux": {str(step): {}}}
-    try:
-        for s, leaves in enumerate(plan):
-            folder = temporary / f"step_{step}" / f"shard_{s}"
-            folder.mkdir(parents=True)
-            size, more = divmod(len(leaves) + 1, PIECES)
-            rest = iter([*leaves, ("step", Held(np.array(step, np.int32)))])
-            for piece in range(PIECES):
-                own = list(itertools.islice(rest, size + (piece < more)))
-                for written in _write_piece(folder / f"{piece}.npz", own, kind):
-                    done += written
-                    report(done, total)
-        for name, table in (("config.json", old), ("meta.json", meta)):
-            write_synced(temporary / name, json.dumps(table, indent=1).encode())
-        sync_tree(temporary)
-        os.rename(temporary, destination)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_folder(destination.parent)
 
 
 def _read_shards(folder: Path) -> list[list[FileArray]]:
@@ -322,7 +203,7 @@ def _read_shards(folder: Path) -> list[list[FileArray]]:
             problems.append(f"shard_{shard}: {len(shards[-1])} leaves are not cut evenly, at {uneven[0]}.npz")
     if not problems and len({len(shard) for shard in shards}) > 1:
         problems.append(f"shards have different numbers of leaves: {[len(shard) for shard in shards]}")
-    _check(f"{folder} is damaged or not complete", problems)
+    check_problems(f"{folder} is damaged or not complete", problems)
     return shards
 
 
@@ -377,7 +258,7 @@ def _check_leaves(
     if rows and 0 < rows[0] * n < config.n_vocab and config.n_vocab % rows[0] == 0:
         missing = f"shard_{n} to shard_{config.n_vocab // rows[0] - 1} are missing, or n_vocab is another"
         return [f"{rows[0]} rows of {config.n_vocab} in each of {n} shards: {missing}"]
-    if uneven := _find_uneven(config, n):
+    if uneven := find_uneven(config, n):
         return uneven
     sizes = _sizes(config)
     problems = []
@@ -446,72 +327,15 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
     return sizes
 
 
-def _find_uneven(config: ModelConfig, shards: int) -> list[str]:
+def find_uneven(config: ModelConfig, shards: int) -> list[str]:
+    """Why a model cannot be cut into so many shards."""
     if shards <= 0:
         return [f"{shards} is no number of shards"]
     sizes = dict(n_heads=config.n_heads, n_vocab=config.n_vocab, d_model=config.d_model)
     return [f"{key} = {size} is not a multiple of {shards} shards" for key, size in sizes.items() if size % shards]
 
 
-def _check(what: str, problems: Sequence[str]) -> None:
+def check_problems(what: str, problems: Sequence[str]) -> None:
     """CheckpointError with the first 50 problems, each once; nothing if there are none."""
     if problems:
         raise CheckpointError(f"{what}:\n  " + "\n  ".join(list(dict.fromkeys(problems))[:50]))
-
-
-def _find_rows(config: ModelConfig, arrays: Mapping[str, Lazy]) -> dict[tuple[str, int | None], tuple[Lazy, Leaf]]:
-    """Our arrays by leaf; CheckpointError if one is missing or of another shape."""
-    described = describe_leaves(config)
-    _check("nothing was written", [f"{name} is missing" for name in described if name not in arrays])
-    found = {}
-    for name, leaves in described.items():
-        for place, leaf in enumerate(leaves):
-            array = arrays[name] if leaf.layer is None else Row(arrays[name], place)
-            found[leaf.name, leaf.layer] = array, leaf
-            wrong = f"{name} has shape {array.shape}, not {leaf.shape}"
-            _check("nothing was written", [] if array.shape == leaf.shape else [wrong])
-    return found
-
-
-def _cut(slot: Slot, found: Mapping[Any, tuple[Lazy, Leaf]], s: int, shards: int, d_model: int) -> Composed:
-    """What shard `s` holds there."""
-    entry = slot.entry
-    if (entry.ours, slot.layer) not in found or (s > 0 and not isinstance(entry.merge, int)):
-        fill = 1 if entry.theirs.endswith("/scale") else 0
-        return Composed([Held(np.full(d_model, fill, np.float32))], "embed", [("embed",)])
-    array, leaf = found[entry.ours, slot.layer]
-    if isinstance(entry.merge, int):
-        axis = leaf.axes.index(parse_pattern(entry.pattern)[entry.merge][0])
-        size = leaf.shape[axis] // shards
-        array = Part(array, axis, s * size, (s + 1) * size)
-    return Composed([array], entry.pattern, [leaf.axes])
-
-
-def _write_piece(path: Path, leaves: Sequence[tuple[str, Composed | Held]], kind: np.dtype) -> Iterator[int]:
-    """Write one .npz, durably; yields the number of bytes as they are written."""
-    with open(path, "xb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for i, (name, leaf) in enumerate(leaves):
-                with archive.open(zipfile.ZipInfo(f"arr_{i}.npy"), "w", force_zip64=True) as member:
-                    blocks = [leaf.values] if isinstance(leaf, Held) else _read_blocks(name, leaf, kind)
-                    descr = leaf.dtype.str if isinstance(leaf, Held) else kind.str
-                    header = {"descr": descr, "fortran_order": False, "shape": leaf.shape}
-                    np.lib.format.write_array_header_1_0(member, header)
-                    for rows in blocks:
-                        member.write(rows.tobytes())
-                        yield 0 if isinstance(leaf, Held) else rows.nbytes
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_blocks(name: str, leaf: Composed, kind: np.dtype) -> Iterator[np.ndarray]:
-    """The rows of a leaf, some at a time; CheckpointError if float16 is too small for one."""
-    row = math.prod(leaf.shape[1:]) * 4
-    step = max(BLOCK_BYTES // row // leaf.unit, 1) * leaf.unit
-    for first in range(0, leaf.shape[0], step):
-        values = leaf.read_rows(first, min(first + step, leaf.shape[0]))
-        with np.errstate(over="ignore"):
-            narrow = values.astype(kind)
-        if np.isfinite(values).sum() != np.isfinite(narrow).sum():
-            raise CheckpointError(f"{name}: a value is too large for {kind}; write float32 or bfloat16")
-        yield narrow

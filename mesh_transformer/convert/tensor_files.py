@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mesh_transformer.checkpoint.lazy import FileArray, to_dtype
 from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.convert.lazy import FileArray, to_dtype
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 DTYPES = {

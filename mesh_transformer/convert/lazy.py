@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+FLOAT32 = np.dtype(np.float32)
 Slices = tuple[slice, ...]  # with step 1, one for each dim
 
 
@@ -152,10 +153,52 @@ class Sum:
 
     def read(self, index: Slices) -> np.ndarray:
         """The sum over the parts of the same slice."""
-        total = self.parts[0].read(index).astype(np.float32)
+        total = self.parts[0].read(index).astype(FLOAT32)
         for part in self.parts[1:]:
-            total += part.read(index).astype(np.float32)
+            total += part.read(index).astype(FLOAT32)
         return total.astype(self.dtype)
+
+
+class AddRow(NamedTuple):
+    """A matrix with one vector added to each row, in float32."""
+
+    table: Lazy
+    row: Lazy
+    dtype: np.dtype = FLOAT32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix's."""
+        return self.table.shape
+
+    def read(self, index: Slices) -> np.ndarray:
+        """The slice of both."""
+        return self.table.read(index).astype(FLOAT32) + self.row.read(index[1:]).astype(FLOAT32)
+
+
+class Part(NamedTuple):
+    """Places `first` to `last` of one axis of an array."""
+
+    base: Lazy
+    axis: int
+    first: int
+    last: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's, with a shorter axis."""
+        return (*self.base.shape[: self.axis], self.last - self.first, *self.base.shape[self.axis + 1 :])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The array's."""
+        return self.base.dtype
+
+    def read(self, index: Slices) -> np.ndarray:
+        """The array's values."""
+        own = index[self.axis]
+        moved = slice(own.start + self.first, own.stop + self.first)
+        return self.base.read((*index[: self.axis], moved, *index[self.axis + 1 :]))
 
 
 class View:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
-from mesh_transformer.checkpoint.lazy import Lazy, Stack
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.lazy import Lazy, Stack
 from mesh_transformer.model.params import STACK, ParamInfo, flatten_names
 from mesh_transformer.model.transformer import describe_params
 

@@ -14,12 +14,12 @@ import pytest
 from reference_models import CASES, LIVE_CASES, make_torch, read_golden
 from safetensors.numpy import load_file, save_file
 
-from mesh_transformer.checkpoint import reshard
-from mesh_transformer.checkpoint.huggingface import find_family, open_huggingface
-from mesh_transformer.checkpoint.lazy import whole
 from mesh_transformer.checkpoint.manifest import CheckpointError
-from mesh_transformer.checkpoint.tensor_files import read_safetensors, read_torch
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert import reshard
+from mesh_transformer.convert.huggingface import find_family, open_huggingface
+from mesh_transformer.convert.lazy import whole
+from mesh_transformer.convert.tensor_files import read_safetensors, read_torch
 from mesh_transformer.model.families import LLAMA
 
 SILENT = lambda *_: None  # noqa: E731

@@ -1,0 +1,294 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A configuration of mesh-transformer-jax (JSON), GPT-Neo (JSON) or GPT-NeoX (its JSON-like YAML) as TOML of ours.
+
+The TOML goes to stdout (or --output), and a table to stderr: what became of every key, whose meaning differs (DANGEROUS),
+which are unknown; then the effective batch and the last learning rate. OLD may be several files that make up one run.
+
+examples:
+  python scripts/import_config.py 6B_roto_256.json --output gptj.toml
+      GPT-J's own run; train with: python device_train.py gptj.toml
+  python scripts/import_config.py configs/20B.yml configs/local_setup.yml --devices 96
+      GPT-NeoX's batch depends on the number of devices, which its files do not say
+
+exit status: 0 done, 1 failed, 2 wrong usage, or keys that are missing or cannot be used
+"""
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import imported_keys as keys
+
+from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.config import ConfigError, config_to_toml, parse_config
+
+
+class Import:
+    """An old configuration, the table of ours that it becomes, and what is said of every key."""
+
+    def __init__(
+        self, old: Mapping[str, Any], rules: Mapping[str, keys.Rule], required: list[str], fixed: Mapping[str, str]
+    ):
+        if missing := [key for key in required if key not in old]:
+            raise ConfigError(f"these keys are missing: {', '.join(missing)}")
+        self.old, self.table, self.verdicts = old, {}, {}
+        for key, value in old.items():
+            rule = rules.get(key, keys.Rule("", "UNKNOWN: nothing here reads it, and nothing replaces it"))
+            self.verdicts[key] = "ignored because it is off" if rule == keys.NO_EQUAL and not value else rule.why
+            if rule.field:
+                self.set(**{rule.field: rule.cast(value)})
+                verb = "used as" if rule.field.rpartition(".")[2] == key else "renamed to"
+                self.verdicts[key] = f"{verb} {rule.field}" + (f"; {rule.why}" if rule.why else "")
+        self.verdicts |= fixed
+
+    def set(self, **fields: Any) -> None:
+        """Put values at dotted paths."""
+        for path, value in fields.items():
+            table = self.table
+            for name in path.split(".")[:-1]:
+                table = table.setdefault(name, {})
+            table[path.rpartition(".")[2]] = value
+
+    def update(self, section: str, **fields: Any) -> None:
+        """Put values into a section."""
+        self.set(**{f"{section}.{name}": value for name, value in fields.items()})
+
+    def pattern(self, key: str, n_layers: int) -> list[str]:
+        """[[[kind, ...], times], ...] as the shortest pattern that repeats."""
+        kinds = [kind for group, times in self.old.get(key, [[["global"], n_layers]]) for kind in group * times]
+        if len(kinds) != n_layers or set(kinds) - {"global", "local"}:
+            raise ConfigError(f'{key} must give "global" or "local" for each of {n_layers} layers, not {self.old[key]}')
+        lengths = (n for n in range(1, n_layers + 1) if n_layers % n == 0)
+        return next(kinds[:n] for n in lengths if kinds[:n] * (n_layers // n) == kinds)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive whole number."""
+        value = self.old.get(key, default)
+        if value is None:
+            raise ConfigError(f"{key} is missing")
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{key} = {json.dumps(value)} must be a positive whole number")
+        return value
+
+
+def _name(text: str) -> str:
+    """The name of a source, which is a part of a path here."""
+    return text.replace(".", "_")
+
+
+def convert_original(new: Import, devices: int | None) -> None:
+    """What mesh-transformer-jax computes from several keys, or has in its code."""
+    old, count = new.old, new.count
+    norm, pe, d_head = str(old["norm"]), old["pe"], count("d_model") // count("n_heads")
+    kind, _, variant = norm.partition("-")
+    if pe not in keys.POSITIONS or kind not in ("layernorm", "rmsnorm", "scalenorm"):
+        raise ConfigError(
+            f"norm = {norm!r}, pe = {pe!r}: one of them is not the program's; pe: {', '.join(keys.POSITIONS)}"
+        )
+    new.update("model", **keys.ORIGINAL_MODEL, positions=keys.POSITIONS[pe], norm=kind, norm_bias=variant != "nobias")
+    if norm not in ("layernorm", "layernorm-nobias"):
+        new.verdicts["norm"] = (
+            keys.DANGER + f"{norm} is no norm of ours: it divides by a length, or differs in each shard; {kind} is"
+        )
+    if pe == "rotary":
+        dims = old.get("pe_rotary_dims", d_head)
+        new.update("model", rotary_dims=min(dims, d_head))
+        if dims > d_head:
+            new.verdicts["pe_rotary_dims"] = (
+                keys.DANGER + f"it was clamped to d_head = {d_head} without a word, as here"
+            )
+    elif "pe_rotary_dims" in old:
+        del new.table["model"]["rotary_dims"]
+        new.verdicts["pe_rotary_dims"] = "ignored because nothing rotates"
+    accumulation = count("gradient_accumulation_steps", 1)
+    replicas, rest = divmod(devices or count("tpu_size"), count("cores_per_replica"))
+    if rest or not replicas:
+        raise ConfigError("tpu_size (or --devices) is not a multiple of cores_per_replica")
+    new.update("train", batch_size=accumulation * count("per_replica_batch") * replicas, accumulation=accumulation)
+    new.update("train", z_loss=1e-4, evaluate_batches=math.ceil(count("val_batches", 100) / accumulation))
+    new.update("optimizer", schedule="gptj", beta1=0.9, beta2=0.999, eps=1e-8, clip_norm=1.0)
+    new.update("checkpoint", keep_last=3)
+    if old.get("ckpt_every") == 1:
+        new.verdicts["ckpt_every"] = keys.DANGER + "1 meant never there; here it is every step"
+    new.update("data", tokenizer=keys.GPT2, shuffle=False)
+    sets = old.get("val_set", {})
+    for name, index in (sets if isinstance(sets, dict) else {"validation": sets}).items():
+        new.update("data", **{f"validation.{_name(name)}.path": f"data/{index}"})
+
+
+def convert_neo(new: Import, devices: int | None) -> None:
+    """What GPT-Neo computes from several keys, or has in its code."""
+    del devices
+    old, steps = new.old, new.count("train_steps")
+    rates = {key: old.get(key, 0) or 0 for key in ("embed_dropout", "attn_dropout", "res_dropout")}
+    new.update("model", attention_pattern=new.pattern("attention_types", new.count("n_layer")), qkv_bias=False)
+    new.update("model", attention_scale="sqrt", dropout=max(rates.values()))
+    if len(set(rates.values())) > 1:
+        new.verdicts |= dict.fromkeys(
+            rates, keys.DANGER + "there are three rates and ours is one: the largest was taken"
+        )
+    decay = (old.get("lr_decay_end") or steps) - old["warmup_steps"]
+    new.update("optimizer", end_learning_rate=old["lr"] / 10, decay_steps=decay)
+    new.update("train", z_loss=1e-4)
+    new.update("data", tokenizer=keys.GPT2)
+    for entry in old["datasets"]:
+        name, weight = (entry, 1.0) if isinstance(entry, str) else (entry[0], entry[3] if len(entry) > 3 else 1.0)
+        new.update("data", **{f"train.{_name(name)}.path": f"data/{name}.index", f"train.{_name(name)}.weight": weight})
+
+
+def convert_neox(new: Import, devices: int | None) -> None:
+    """What GPT-NeoX computes from several keys, or takes by default."""
+    old, count, adam = new.old, new.count, new.old["optimizer"].get("params", {})
+    shards, accumulation = count("model_parallel_size", 1), count("gradient_accumulation_steps", 1)
+    if "data_path" not in old and "train_data_paths" not in old:
+        raise ConfigError("data_path is missing, and train_data_paths as well")
+    if "train_batch_size" not in old:
+        if devices is None:
+            raise ConfigError("the batch depends on the number of GPUs, which the files do not say: add --devices N")
+        replicas, rest = divmod(devices, shards * max(old.get("pipe_parallel_size", 1), 1))
+        if rest or not replicas:
+            raise ConfigError("--devices is not a multiple of model_parallel_size x pipe_parallel_size")
+        new.update("train", batch_size=count("train_micro_batch_size_per_gpu") * accumulation * replicas)
+    norm, dims = (
+        old.get("norm", "layernorm"),
+        int(count("hidden_size") / count("num_attention_heads") * old.get("rotary_pct", 1)),
+    )
+    eps = {"rmsnorm": "rms_norm_epsilon"}.get(norm, f"{norm}_epsilon")
+    residual = (
+        "serial" if not old.get("gpt_j_residual") else "parallel" if old.get("gpt_j_tied") else "parallel-two-norms"
+    )
+    gelu = "gelu-tanh" if old.get("bias_gelu_fusion") else "gelu-erf"
+    activation = old.get("activation", "gelu")
+    own_init = (old.get("init_method"), old.get("output_layer_init_method")) == ("small_init", "wang_init")
+    new.update("model", positions=keys.NEOX_POSITIONS.get(old["pos_emb"], old["pos_emb"]), residual=residual,
+               norm_eps=old.get(eps, 1e-5 if norm == "layernorm" else 1e-8), init="neox" if own_init else "gpt2",
+               activation={"gelu": gelu, "swish": "silu"}.get(activation, activation), head_bias=False,
+               attention_pattern=new.pattern("attention_config", count("num_layers")),
+               dropout=max(old["hidden_dropout"], old["attention_dropout"]))  # fmt: skip
+    if old["pos_emb"] == "rotary":
+        new.update("model", rotary_dims=dims)
+    kinds = [old.get(key) for key in ("fp16", "bf16", "precision")]
+    if any(kind.get("enabled", True) if isinstance(kind, dict) else kind not in (None, "fp32") for kind in kinds):
+        new.update("model", dtype="bfloat16")
+    if not own_init:
+        new.verdicts["(model) init"] = (
+            keys.DANGER + 'ours has only small_init with wang_init; model.init = "gpt2" was taken'
+        )
+    kind, decay = old["optimizer"].get("type", "adam").lower(), old.get("lr_decay_iters") or count("train_iters")
+    warmup = int(old.get("warmup", 0.01) * decay)
+    beta1, beta2 = adam.get("betas", (0.9, 0.999))
+    new.update("optimizer", name="adamw" if "adam" in kind else kind, learning_rate=adam.get("lr"), beta1=beta1, beta2=beta2,
+               eps=adam.get("eps", 1e-8), warmup_steps=warmup, schedule=old.get("lr_decay_style", "linear"),
+               end_learning_rate=old.get("min_lr", 0.0))  # fmt: skip
+    if old.get("lr_decay_style", "linear") != "constant":
+        new.update("optimizer", decay_steps=decay - warmup)
+    own = old.get("tokenizer_type", "GPT2BPETokenizer") == "HFTokenizer"
+    multiple = old.get("make_vocab_size_divisible_by", 128) * shards
+    new.update("model", n_vocab=-(-(50277 if own else 50257) // multiple) * multiple)
+    new.update("data", tokenizer=old.get("vocab_file", "20B_tokenizer.json") if own else keys.GPT2)
+    new.verdicts["(model) n_vocab"] = (
+        keys.DANGER + f"it came from the tokenizer: {'GPT-NeoX-20B' if own else 'GPT-2'}'s is assumed"
+    )
+    for side, ours in (("train", "train"), ("valid", "validation")):
+        paths = old.get(f"{side}_data_paths") or []
+        for i, (path, weight) in enumerate(
+            zip(paths, old.get(f"{side}_data_weights") or [1.0] * len(paths), strict=True)
+        ):
+            new.update("data", **{f"{ours}.{side}{i}.path": path, f"{ours}.{side}{i}.weight": weight})
+
+
+FORMATS = {
+    "mesh-transformer-jax": (keys.ORIGINAL, keys.ORIGINAL_REQUIRED, keys.ORIGINAL_FIXED, convert_original),
+    "GPT-Neo": (keys.NEO, keys.NEO_REQUIRED, keys.NEO_FIXED, convert_neo),
+    "GPT-NeoX": (keys.NEOX, keys.NEOX_REQUIRED, {}, convert_neox),
+}
+
+
+def read_old(paths: list[Path]) -> dict[str, Any]:
+    """The keys of all files, with _ for -; comments, last commas and Python's constants are GPT-NeoX's YAML."""
+    old: dict[str, Any] = {}
+    pattern = re.compile(r'"(?:[^"\\]|\\.)*"|#[^\n]*|,(?=(?:\s|#[^\n]*)*[}\]])|\b(?:True|False|None)\b')
+    words = {"True": "true", "False": "false", "None": "null"}
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := [key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])]:
+            raise ConfigError(f"{path}: the key {twice[0]} is there twice")
+        return dict(pairs)
+
+    for path in paths:
+        text = pattern.sub(lambda m: m[0] if m[0][0] == '"' else words.get(m[0], ""), path.read_text(encoding="utf-8"))
+        try:
+            table = json.loads(text, object_pairs_hook=unique)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{path}:{error.lineno}: {error.msg}; YAML that is not written like JSON has to become JSON first: python "
+                "-c 'import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin)))' < OLD > OLD.json"
+            ) from None
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: holds no keys and values")
+        old = unique([*old.items(), *((key.replace("-", "_"), value) for key, value in table.items())])
+    return old
+
+
+def import_config(paths: list[Path], devices: int | None = None) -> tuple[str, str]:
+    """The TOML, and what became of every key."""
+    where, old = str(paths[0]), read_old(paths)
+    name = max(FORMATS, key=lambda name: len(FORMATS[name][0].keys() & old.keys()))
+    rules, required, fixed, convert = FORMATS[name]
+    if len(rules.keys() & old.keys()) < 3:
+        raise ConfigError(f"{where}: not a configuration of {', '.join(FORMATS)}")
+    try:
+        new = Import(old, rules, required, fixed)
+        convert(new, devices)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise ConfigError(f"{where}: a value is not of the kind that {name} has there: {error}") from error
+    config = parse_config(new.table, where=where, run_dir=f"runs/{paths[0].stem}")
+    from mesh_transformer.train.schedule import make_schedule  # after the errors above: it imports JAX
+
+    tokens = config.train.batch_size * config.model.seq_len
+    last = float(make_schedule(config.optimizer, config.train.steps)(config.train.steps - 1))
+    shown = {key: json.dumps(old[key]) if key in old else "" for key in new.verdicts}
+    lines = [f"{key:<{max(map(len, shown))}}  {value[:24]:<24}  {new.verdicts[key]}" for key, value in shown.items()]
+    found = [sum(word in verdict for verdict in new.verdicts.values()) for word in ("DANGEROUS", "UNKNOWN")]
+    lines += [f"{where} is a configuration of {name}: {found[0]} DANGEROUS, {found[1]} UNKNOWN",
+              f"batch: {config.train.batch_size:,} sequences of {config.model.seq_len:,}, {tokens:,} tokens a step; "
+              f"{tokens * config.train.steps:,} tokens in {config.train.steps:,} steps",
+              f"learning rate of the last step: {last:.6g}"]  # fmt: skip
+    return config_to_toml(config, mark_changes=True), "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, convert, print."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("old", nargs="+", type=Path, metavar="OLD", help="its configuration; several files are one run")
+    parser.add_argument("--output", type=Path, metavar="NEW.toml", help="where the TOML goes; default: stdout")
+    parser.add_argument("--devices", type=int, metavar="N", help="devices it ran on, where its files do not say")
+    options = parser.parse_args(arguments)
+    if options.output and options.output.exists():
+        raise ConfigError(f"{options.output} exists; remove it, or choose another name")
+    if options.devices is not None and options.devices < 1:
+        raise ConfigError("--devices is at least 1")
+    toml, report = import_config(options.old, options.devices)
+    print(report, file=sys.stderr)
+    if not options.output:
+        print(toml, end="")
+        return 0
+    partial = options.output.with_name(f"{options.output.name}.tmp-{os.getpid()}")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(toml)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
