@@ -53,6 +53,7 @@ __all__ = [
     "find_preset_changes",
     "load_config",
     "parse_config",
+    "parse_model",
 ]
 
 
@@ -101,6 +102,15 @@ def parse_config(table: Mapping[str, Any], *, where: str, run_dir: str = "runs/u
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in dict.fromkeys(problems))) from None
+
+
+def parse_model(table: Mapping[str, Any], *, where: str) -> ModelConfig:
+    """A validated [model] section from a dictionary, such as a checkpoint carries."""
+    try:
+        return TypeAdapter(ModelConfig).validate_json(json.dumps(table))
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(f"{where}: model.{problem}" for problem in dict.fromkeys(problems))) from None
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

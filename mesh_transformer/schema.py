@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is made of: one frozen, strictly typed record for each section of its file, with a comment for every field."""
 
-from typing import Annotated, Literal
+import dataclasses
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -21,6 +22,8 @@ class RunConfig:
     """Where a run lives and what makes it repeatable."""
 
     dir: str = ""  # run folder; empty: runs/<name of the config file>
+    start_from: str = ""  # run or checkpoint whose weights a new run begins with (fine-tuning); empty: random weights
+    keep_optimizer: bool = False  # with start_from: its optimizer's moments too; the schedule begins anew either way
     seed: NonNegative = 0  # initialisation, data order and dropout follow from it
 
 
@@ -44,12 +47,15 @@ class ModelConfig:
     positions: Literal["none", "learned", "rotary-pairs", "rotary-halves", "t5", "alibi"] = "learned"
     rotary_dims: Positive | None = None  # leading channels of a head that rotate; None: all
     rotary_base: Rate = 10_000.0
+    # Llama 3.1: slow rotations are divided by the first number; then low and high frequency factor, and trained length
+    rotary_scaling: tuple[Rate, Rate, Rate, Rate] | None = None
     residual: Literal["serial", "parallel", "parallel-two-norms"] = "serial"
     activation: Literal["gelu-tanh", "gelu-erf", "relu", "silu"] = "gelu-tanh"
     gated: bool = False  # activation(x W_gate) * (x W_in), as in SwiGLU
     attention_pattern: tuple[Literal["global", "local"], ...] = ("global",)  # repeated over the layers
     attention_window: Positive = 256  # a local layer sees this many keys, itself included
     attention_scale: Literal["sqrt", "none"] = "sqrt"  # divide scores by sqrt(d_head), or not (GPT-Neo)
+    qk_norm: bool = False  # rmsnorm of every head's queries and keys before they rotate, as in Qwen 3
     qkv_bias: bool = True
     attention_out_bias: bool = True
     ff_bias: bool = True
@@ -80,6 +86,10 @@ class ModelConfig:
             raise ValueError(
                 f'rotary_dims={self.rotary_dims} has no effect with positions="{self.positions}"; remove it'
             )
+        if self.rotary_scaling is not None and not rotates:
+            raise ValueError(f'rotary_scaling has no effect with positions="{self.positions}"; remove it')
+        if self.rotary_scaling is not None and self.rotary_scaling[1] >= self.rotary_scaling[2]:
+            raise ValueError(f"rotary_scaling={self.rotary_scaling}: the second number must be below the third")
         if rotates and (self.rotary_channels > self.head_dim or self.rotary_channels % 2):
             raise ValueError(f"rotary_dims={self.rotary_channels} must be even and at most d_head={self.head_dim}")
         return self
@@ -103,6 +113,18 @@ class ModelConfig:
     def rotary_channels(self) -> int:
         """Leading channels of a head that rotate."""
         return self.rotary_dims or self.head_dim
+
+    def describe_function(self) -> dict[str, Any]:
+        """What determines the function computed, with every default spelled out; equal for equal functions of the weights."""
+        free = ("preset", "init", "dropout", "dtype", "remat", "unroll")
+        table = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
+        table |= dict(d_head=self.head_dim, n_kv_heads=self.kv_heads, d_ff=self.ff_dim)
+        rotates = self.positions.startswith("rotary")
+        table |= dict(rotary_dims=self.rotary_channels if rotates else None)
+        unused = dict(
+            rotary_base=not rotates, attention_window="local" not in self.attention_pattern, norm_bias=self.norm != "layernorm"
+        )  # fmt: skip
+        return table | {key: None for key, is_unused in unused.items() if is_unused}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -258,6 +280,8 @@ class Config:
         end, peak = self.optimizer.end_learning_rate, self.optimizer.learning_rate
         if end > peak:
             raise ValueError(f"optimizer.end_learning_rate={end} exceeds optimizer.learning_rate={peak}")
+        if self.run.keep_optimizer and not self.run.start_from:
+            raise ValueError("run.keep_optimizer needs run.start_from, the checkpoint whose optimizer it is")
         if not self.data.train:
             raise ValueError("data.train names no source; add a [data.train.NAME] table with a path")
         both = sorted(set(self.data.train) & set(self.data.validation))

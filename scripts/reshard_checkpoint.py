@@ -18,9 +18,9 @@ exit status: 0 done, 1 failed, 2 wrong usage or input
 """
 
 import json
-import math
 import re
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -30,7 +30,6 @@ from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import ConfigError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-PROMPT_LEN = 32  # tokens of the prompts whose logits are compared
 
 
 def main(arguments: list[str]) -> int:
@@ -57,6 +56,7 @@ def main(arguments: list[str]) -> int:
 
 def convert(options: Any) -> dict[str, Any]:
     """Do it; the report, which is also written beside the result."""
+    from mesh_transformer.checkpoint.manifest import CheckpointError
     from mesh_transformer.convert import reshard
 
     ceiling = parse_bytes(options.max_memory)
@@ -86,17 +86,19 @@ def convert(options: Any) -> dict[str, Any]:
         else:
             made = reshard.write_huggingface(partial, source, dtype=options.dtype, journal=journal, progress=progress)
             _write_tokenizer(partial, meta.get("tokenizer"))
-        result = reshard.open_source(made, partial / "config.json" if options.format == "gptj-v1" else None)
-        digests = reshard.prove(source.foreign, result.foreign, options.dtype, progress)
+        write_seconds = time.perf_counter() - start
+        try:
+            proved = prove(source, made, options, ceiling, progress)
+        except CheckpointError:
+            shutil.rmtree(partial)
+            raise
     seconds = time.perf_counter() - start
-    largest, why = compare_logits(source, result, ceiling)
     report = {
         "source": str(source.path), "kind": source.kind, "destination": str(options.destination),
-        "format": options.format, "arrays": len(digests), "bytes": nbytes, "dtype": options.dtype or "unchanged",
-        "proof": "every array read back from the result equals the source bit by bit, after the cast if there was one",
-        "max_logit_difference": largest, "logits": why, "seconds": round(seconds, 2),
+        "format": options.format, "bytes": nbytes, "dtype": options.dtype or "unchanged", "seconds": round(seconds, 2),
+        "write_seconds": round(write_seconds, 2),
         "mb_per_s": round(nbytes / seconds / 1e6, 1), "peak_memory_mb": round(_peak_memory() / 1e6),
-        "notes": list(source.foreign.notes), "digests": digests,
+        "notes": list(source.foreign.notes), **proved,
     }  # fmt: skip
     (partial / "conversion.json").write_text(json.dumps(report, indent=1))
     reshard.finish(partial, options.destination)
@@ -117,31 +119,27 @@ def make_meta(source: Any, options: Any) -> dict[str, Any]:
     return meta
 
 
-def compare_logits(source: Any, result: Any, ceiling: int) -> tuple[float | None, str]:
-    """The same prompts through both sides' weights, and the largest difference; or why that was not done."""
-    import jax
-    import numpy as np
+def prove(source: Any, made: Path, options: Any, ceiling: int, progress: Any) -> dict[str, Any]:
+    """Every array read back, and the same prompts through both sides; CheckpointError if anything differs."""
+    from mesh_transformer.checkpoint.manifest import CheckpointError
+    from mesh_transformer.convert import reshard
+    from mesh_transformer.convert.proof import TOLERANCE, compare_logits
 
-    from mesh_transformer.convert.foreign import make_model_config
-    from mesh_transformer.convert.lazy import whole
-    from mesh_transformer.model.transformer import make_model
-
-    config = make_model_config(source.foreign.model, source.path)
-    size = 4 * sum(math.prod(a.shape) for name, a in source.foreign.arrays.items() if name.startswith("params/"))
-    if size > ceiling:
-        return None, f"not compared: the model takes {size:,} bytes, --max-memory is {ceiling:,}"
-    tokens = np.random.default_rng(0).integers(0, config.n_vocab, (2, min(PROMPT_LEN, config.seq_len)), dtype=np.int32)
-    apply = jax.jit(lambda params: make_model(config).apply(params, tokens)[0])
-
-    def logits(foreign: Any) -> np.ndarray:
-        params: dict[str, dict[str, Any]] = {}
-        for name, array in foreign.arrays.items():
-            if name.startswith("params/"):
-                module, _, leaf = name.removeprefix("params/").rpartition("/")
-                params.setdefault(module, {})[leaf] = np.asarray(array.read(whole(array)), np.float32)
-        return np.asarray(apply(params))
-
-    return float(np.abs(logits(source.foreign) - logits(result.foreign)).max()), f"of {tokens.size} random tokens"
+    old = made.parent / "config.json" if options.format == "gptj-v1" else None
+    result = reshard.open_source(made, old)
+    digests = reshard.prove(source.foreign, result.foreign, options.dtype, progress)
+    difference = compare_logits(source, result, ceiling, progress)
+    proof = "every array read back from the result equals the source bit by bit, after the cast if there was one"
+    report = {"arrays": len(digests), "proof": proof, "max_logit_difference": None, "digests": digests}
+    if isinstance(difference, str):
+        return report | {"logits": difference}
+    if not options.dtype and difference.largest > TOLERANCE * difference.scale:
+        raise CheckpointError(
+            f"the logits of {source.path} and of the result differ by {difference.largest:.3g} (the largest is "
+            f"{difference.scale:.3g}): nothing was kept. This is an error of this program; please report it"
+        )
+    words = f"of {difference.tokens} random tokens' logits, the largest of which is {difference.scale:.3g}"
+    return report | {"max_logit_difference": difference.largest, "logits": words}
 
 
 def parse_bytes(text: str) -> int:

@@ -7,6 +7,7 @@ float16 values), tokens and targets [B, T], logits [B, T, V] and the gradients o
 `python tests/model/test_reference.py` writes them anew from the installed transformers.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +81,12 @@ LIVE_CASES = {
         **ODD,
     ),
     "qwen2": make_case("qwen2", dict(LLAMA_CHOICES, qkv_bias=True, rotary_base=1e6), 53, **ODD),
+    "qwen3": make_case(
+        "qwen3", dict(LLAMA_CHOICES, qk_norm=True, n_kv_heads=1, d_head=6, tied_embeddings=True), 53, **ODD
+    ),
+    "llama-3-rotary": make_case(
+        "llama", dict(LLAMA_CHOICES, d_head=16, rotary_base=5e5, rotary_scaling=(8.0, 1.0, 4.0, 16.0)), 53, **ODD
+    ),
     "llama-one-key-head": make_case("llama", dict(LLAMA_CHOICES, n_kv_heads=1, d_head=10), 53, **ODD),
 }
 
@@ -107,3 +114,17 @@ def make_torch(case: Case):
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
     return model, dict(model.named_parameters())
+
+
+def draw(case: Case, weights: Mapping[str, Any], seed: int) -> tuple[Arrays, np.ndarray, np.ndarray]:
+    """Weights that are far from their initial values (biases, norms and logits of order one), tokens and targets."""
+    rng = np.random.default_rng(seed)
+    drawn = {}
+    for name, weight in weights.items():
+        shape = tuple(weight.shape)
+        x = rng.normal(size=shape) * (0.3 if len(shape) == 1 else 0.7 / case.config.d_model**0.5)
+        drawn[name] = (
+            (x + 1.0 if len(shape) == 1 and name.endswith("weight") else x).astype(np.float16).astype(np.float32)
+        )
+    tokens, targets = rng.integers(0, case.used_vocab, size=(2, 3, case.config.seq_len - 1), dtype=np.int32)
+    return drawn, tokens, targets

@@ -54,7 +54,7 @@ UNREADABLE = (
 # What every v1 model is; the rest is in its configuration.
 FIXED: dict[str, Any] = dict(
     norm="layernorm", norm_eps=1e-5, residual="parallel", activation="gelu-tanh", gated=False, attention_scale="sqrt",
-    qkv_bias=False, attention_out_bias=False, ff_bias=True, head_bias=True, tied_embeddings=False,
+    qkv_bias=False, attention_out_bias=False, ff_bias=True, head_bias=True, tied_embeddings=False, qk_norm=False,
 )  # fmt: skip
 POSITIONS = {"rotary": "rotary-pairs", "fixed": "learned", "t5": "t5"}
 NORM_BIAS = {"layernorm": True, "layernorm-nobias": False}
@@ -139,6 +139,12 @@ def open_gptj(folder: Path, old_config: Mapping[str, Any], where: str = "the con
             arrays[name] = Held(np.array(_read_count(shards, place, name, folder), np.int32))
     step = _read_count(shards, -1, "step", folder)
     return Foreign(model, arrays, step, "gpt2", tuple(_make_notes(folder, len(shards), step, full)))
+
+
+def find_weights(folder: Path, old_config: Mapping[str, Any]) -> list[list[FileArray]]:
+    """The weights of each shard in their order, without Adam's state and counters; see `open_gptj` for what is checked."""
+    shards, n = _read_shards(folder), len(list_slots(old_config["layers"], POSITIONS[old_config["pe"]]))
+    return [shard[-1 - n : -1] for shard in shards]
 
 
 def read_model(old: Mapping[str, Any], where: str = "the configuration") -> dict[str, Any]:

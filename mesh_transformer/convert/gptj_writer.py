@@ -46,6 +46,8 @@ def old_config(config: ModelConfig, shards: int) -> dict[str, Any]:
         problems.append(f"positions = {config.positions!r}, not one of {list(POSITIONS.values())}")
     if pe == "rotary" and config.rotary_base != 10_000:
         problems.append(f"rotary_base = {config.rotary_base}, not 10000")
+    if config.rotary_scaling is not None:
+        problems.append(f"rotary_scaling = {config.rotary_scaling}")
     if "local" in config.attention_pattern:
         problems.append("attention_pattern has local layers")
     check_problems("the v1 format of mesh-transformer-jax cannot express this model", problems)

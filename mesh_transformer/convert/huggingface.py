@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face model folder <-> arrays of ours, by the rows of names.py; a tensor at a time, a few rows at a time."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,15 +21,14 @@ from mesh_transformer.convert.foreign import (
     make_model_config,
 )
 from mesh_transformer.convert.lazy import Composed, FileArray, Lazy, Row, View, whole
-from mesh_transformer.convert.names import FAMILIES, Entry, Family, Settings
+from mesh_transformer.convert.names import FAMILIES, Entry, Family
+from mesh_transformer.convert.settings import Settings
 from mesh_transformer.convert.tensor_files import find_tensors
 
 CONFIG = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 CARRIED = (*TOKENIZER_FILES, "generation_config.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model")
 ROWS_BYTES = 32_000_000  # of a tensor, read at once
-# Fields of [model] that do not change the function.
-FREE = ("preset", "init", "dropout", "dtype", "remat", "unroll")
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -79,7 +77,7 @@ def read_settings(folder: Path) -> tuple[Settings, Family]:
 def find_family(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """The family that computes the same function, and its config.json; CheckpointError names what none of them has."""
     differences: dict[str, list[str]] = {}
-    wanted = _resolve(config)
+    wanted = config.describe_function()
     for kind, family in FAMILIES.items():
         table = family.write_config(config) | {
             "model_type": kind,
@@ -87,7 +85,7 @@ def find_family(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             "tie_word_embeddings": config.tied_embeddings,
         }
         try:
-            again = _resolve(make_model_config(family.read_config(Settings(table, kind)), kind))
+            again = make_model_config(family.read_config(Settings(table, kind)), kind).describe_function()
         except CheckpointError:  # what the family would make of these sizes is no model at all
             again = {}
         differences[kind] = [f"{key} = {value!r}" for key, value in wanted.items() if again.get(key) != value]
@@ -141,18 +139,3 @@ def _check_tied(tensors: Mapping[str, FileArray], family: Family, used: set[str]
     check([] if same else [problem], folder)
     used.add(head)
     return [f"{head} is {table}: stored once"]
-
-
-def _resolve(config: ModelConfig) -> dict[str, Any]:
-    """What determines the function, with every default spelled out."""
-    table = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
-    table |= dict(d_head=config.head_dim, n_kv_heads=config.kv_heads, d_ff=config.ff_dim)
-    rotates = config.positions.startswith("rotary")
-    table |= dict(rotary_dims=config.rotary_channels if rotates else None)
-    if not rotates:
-        table["rotary_base"] = None
-    if "local" not in config.attention_pattern:
-        table["attention_window"] = None
-    if config.norm != "layernorm":
-        table["norm_bias"] = None
-    return table

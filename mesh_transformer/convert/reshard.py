@@ -35,6 +35,7 @@ from mesh_transformer.convert.huggingface import (
     find_family,
     is_huggingface,
     open_huggingface,
+    read_settings,
 )
 from mesh_transformer.convert.lazy import Lazy, Slices, to_dtype
 from mesh_transformer.convert.names import FAMILIES
@@ -69,6 +70,7 @@ class Source(NamedTuple):
     path: Path
     foreign: Foreign
     meta: dict[str, Any]  # of a native one
+    settings: dict[str, Any]  # of a foreign one: its own configuration
 
 
 def open_native(path: Path) -> Source:
@@ -82,7 +84,7 @@ def open_native(path: Path) -> Source:
     model = manifest.meta.get("config", {}).get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{store.folder(step)}: its meta has no config.model")
-    return Source("native", store.folder(step), Foreign(model, arrays, step, None), dict(manifest.meta))
+    return Source("native", store.folder(step), Foreign(model, arrays, step, None), dict(manifest.meta), {})
 
 
 def open_source(path: Path, source_config: Path | None = None) -> Source:
@@ -90,7 +92,7 @@ def open_source(path: Path, source_config: Path | None = None) -> Source:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
     if is_huggingface(path):
-        return Source("huggingface", path, open_huggingface(path), {})
+        return Source("huggingface", path, open_huggingface(path), {}, dict(read_settings(path)[0].table))
     shards = [path, *sorted(path.glob("step_*"))]
     original = next((folder for folder in shards if (folder / "shard_0").is_dir()), None)
     if original:
@@ -100,7 +102,7 @@ def open_source(path: Path, source_config: Path | None = None) -> Source:
             table = json.loads(source_config.read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{source_config}: not a JSON file: {error}") from None
-        return Source("gptj-v1", original, open_gptj(original, table, str(source_config)), {})
+        return Source("gptj-v1", original, open_gptj(original, table, str(source_config)), {}, table)
     return open_native(path)
 
 

@@ -33,9 +33,9 @@ import numpy as np
 import xxhash
 
 from mesh_transformer.data.documents import BadDocuments, DataError
-from mesh_transformer.data.readers import OnBad, find_files, find_root, read_file
+from mesh_transformer.data.readers import OnBad, find_files, find_root, is_tfrecords, read_file
 from mesh_transformer.data.shards import ShardWriter, TokenShard, is_shard, token_dtype
-from mesh_transformer.data.tfrecords import cut_documents, is_tfrecords, read_sequences
+from mesh_transformer.data.tfrecords import cut_documents, read_sequences
 from mesh_transformer.data.tokenizers import Tokenizer
 
 VERSION = 1  # of what is in the cache; a change of it rebuilds everything

@@ -6,7 +6,7 @@ What is read, by suffix; every kind but Parquet also as `.gz` or `.zst`:
 
 - `.jsonl`, `.ndjson`, `.json`: one JSON object per line, its text under `text_key`; blank lines are no documents;
 - `.parquet`: the column `text_key` (needs pyarrow);
-- `.tfrecords`, `.index` (their paths): token sequences, see tfrecords.py; build.py takes them as they are;
+- `.tfrecords`, and `.index`, a list of them with a path per line: tokens, which build.py takes from tfrecords.py;
 - everything else is text, one document per file, in UTF-8; `.py` may declare another encoding (PEP 263).
 
 A byte order mark is dropped. Text files get Unix line ends (CRLF becomes LF, a lone CR stays); strings inside JSON and
@@ -32,9 +32,9 @@ from typing import Literal
 
 from mesh_transformer.data.documents import BadDocuments, DataError, Document, Flaw
 from mesh_transformer.data.formats import read_items
-from mesh_transformer.data.tfrecords import is_index, is_tfrecords, read_index
 
 OnBad = Literal["error", "skip"]
+TFRECORDS = (".tfrecords", ".tfrecord")
 
 STDLIB = "python-stdlib"
 _STDLIB_WITHOUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -72,6 +72,41 @@ def find_files(path: str | Path) -> list[Path]:
             files = [file for file in files if not is_index(file)]
     if not files:
         raise DataError(f"{path}: no files in this folder (hidden ones do not count)")
+    return files
+
+
+def is_tfrecords(path: Path) -> bool:
+    """Whether a file is named like TFRecords."""
+    return path.suffix.lower() in TFRECORDS
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file is named like a list of TFRecords."""
+    return path.suffix.lower() == ".index" and path.is_file()
+
+
+def read_index(path: Path) -> list[Path]:
+    """The files an index names: relative paths from its own folder, else from the working directory.
+
+    Raises DataError, with the line, for a file that is not there.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a list of files: {error}") from None
+    files = []
+    for number, line in enumerate(lines, 1):
+        if name := line.strip():
+            if "://" in name:
+                raise DataError(f"{path}:{number}: {name} is not on this machine; copy it here and put its path there")
+            places = [path.parent / os.path.expanduser(name), Path(os.path.expanduser(name))]
+            found = next((place for place in places if place.is_file()), None)
+            if found is None:
+                looked = " and ".join(dict.fromkeys(str(place) for place in places))
+                raise DataError(f"{path}:{number}: no such file: {name} (looked for {looked})")
+            files.append(found)
+    if not files:
+        raise DataError(f"{path}: names no files; it holds one path per line")
     return files
 
 

@@ -11,11 +11,8 @@ A file is records one after the other, or a zlib stream (RFC 1950) of them; litt
 
 Masked is ((crc >> 15 | crc << 17) + 0xA282EAD8) mod 2^32. mesh-transformer-jax took a file for zlib if its path
 contained "zstd"; here the first length's checksum decides, so a file may be renamed or moved.
-
-An index is a text file with the path of one such file per line.
 """
 
-import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -26,48 +23,11 @@ import numpy as np
 
 from mesh_transformer.data.documents import DataError
 
-SUFFIXES = (".tfrecords", ".tfrecord")
-INDEX = ".index"
 FEATURE = "text"
 MAX_RECORD_BYTES = 1 << 30
 _CHUNK = 1 << 20
 _BLOCK = 1024  # bytes that the tables of the checksum cover
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
-
-
-def is_tfrecords(path: Path) -> bool:
-    """Whether a file is named like TFRecords."""
-    return path.suffix.lower() in SUFFIXES
-
-
-def is_index(path: Path) -> bool:
-    """Whether a file is named like a list of TFRecords."""
-    return path.suffix.lower() == INDEX and path.is_file()
-
-
-def read_index(path: Path) -> list[Path]:
-    """The files an index names: relative paths from its own folder, else from the working directory.
-
-    Raises DataError, with the line, for a file that is not there.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a list of files: {error}") from None
-    files = []
-    for number, line in enumerate(lines, 1):
-        if name := line.strip():
-            if "://" in name:
-                raise DataError(f"{path}:{number}: {name} is not on this machine; copy it here and put its path there")
-            places = [path.parent / os.path.expanduser(name), Path(os.path.expanduser(name))]
-            found = next((place for place in places if place.is_file()), None)
-            if found is None:
-                looked = " and ".join(dict.fromkeys(str(place) for place in places))
-                raise DataError(f"{path}:{number}: no such file: {name} (looked for {looked})")
-            files.append(found)
-    if not files:
-        raise DataError(f"{path}: names no files; it holds one path per line")
-    return files
 
 
 def read_sequences(path: str | Path) -> Iterator[np.ndarray]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.mesh import target_platform
 from mesh_transformer.model.linear import dropout, linear
+from mesh_transformer.model.norms import HeadNorm
 from mesh_transformer.model.params import Inits, param
 from mesh_transformer.model.positions import rotate
 
@@ -123,6 +124,8 @@ class Attention(hk.Module):
         q = self._project(x, "q", heads=c.n_heads)
         k = self._project(x, "k", kv_heads=c.kv_heads)
         v = self._project(x, "v", kv_heads=c.kv_heads)
+        if c.qk_norm:
+            q, k = HeadNorm(c, name="norm_q")(q), HeadNorm(c, name="norm_k")(k)
         if c.positions.startswith("rotary"):
             q, k = rotate(q, sight.positions, c), rotate(k, sight.positions, c)
         if cache is not None:

@@ -13,8 +13,8 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.params import param
 
 
-def _statistics(x: Float[Array, "B T D"], eps: float, centred: bool) -> tuple[Array, Array]:
-    """x in float32, less its mean where `centred`, and 1 / sqrt(its mean square + eps) [B, T, 1]."""
+def _statistics(x: Float[Array, "*B D"], eps: float, centred: bool) -> tuple[Array, Array]:
+    """x in float32, less its mean where `centred`, and 1 / sqrt(its mean square + eps) [*B, 1]."""
     wide = x.astype(jnp.float32)
     if centred:
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
@@ -23,15 +23,16 @@ def _statistics(x: Float[Array, "B T D"], eps: float, centred: bool) -> tuple[Ar
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalise(
-    x: Float[Array, "B T D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float, centred: bool
-) -> Float[Array, "B T D"]:
+    x: Float[Array, "*B D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float, centred: bool
+) -> Float[Array, "*B D"]:
     """(x - mean) / sqrt(variance + eps) * scale + bias in x's dtype; without the mean unless `centred`.
 
     Its gradient is written out: it keeps x alone for the backward pass, where automatic differentiation keeps four
     float32 arrays of x's shape (broadcast statistics and scales among them) in every layer.
     """
     wide, inverse = _statistics(x, eps, centred)
-    return (wide * inverse * scale[None, None] + bias[None, None]).astype(x.dtype)
+    scale, bias = (jnp.expand_dims(row, range(x.ndim - 1)) for row in (scale, bias))
+    return (wide * inverse * scale + bias).astype(x.dtype)
 
 
 def _normalise_forward(x: Array, scale: Array, bias: Array, eps: float, centred: bool) -> tuple[Array, tuple]:
@@ -42,12 +43,12 @@ def _normalise_backward(eps: float, centred: bool, kept: tuple, gradient: Array)
     x, scale = kept
     wide, inverse = _statistics(x, eps, centred)
     normed, outer = wide * inverse, gradient.astype(jnp.float32)
-    inner = outer * scale[None, None]
+    inner, rows = outer * jnp.expand_dims(scale, range(x.ndim - 1)), tuple(range(x.ndim - 1))
     along = jnp.mean(inner * normed, axis=-1, keepdims=True)
     dx = inner - normed * along
     if centred:
         dx = dx - jnp.mean(inner, axis=-1, keepdims=True)
-    return (dx * inverse).astype(x.dtype), jnp.sum(outer * normed, axis=(0, 1)), jnp.sum(outer, axis=(0, 1))
+    return (dx * inverse).astype(x.dtype), jnp.sum(outer * normed, axis=rows), jnp.sum(outer, axis=rows)
 
 
 normalise.defvjp(_normalise_forward, _normalise_backward)
@@ -74,3 +75,16 @@ class Norm(hk.Module):
         centred = c.norm == "layernorm"
         bias = param("bias", zeros, embed=c.d_model) if centred and c.norm_bias else jnp.zeros_like(scale)
         return normalise(x, scale, bias, c.norm_eps, centred)
+
+
+class HeadNorm(hk.Module):
+    """rmsnorm of every head by itself, with one scale for all of them (Qwen 3)."""
+
+    def __init__(self, config: ModelConfig, name: str):
+        super().__init__(name=name)
+        self.config = config
+
+    def __call__(self, x: Float[Array, "B T N C"]) -> Float[Array, "B T N C"]:
+        """Normalise the channels of each head; the result has x's dtype."""
+        scale = param("scale", hk.initializers.Constant(1.0), head_dim=self.config.head_dim)
+        return normalise(x, scale, jnp.zeros_like(scale), self.config.norm_eps, False)

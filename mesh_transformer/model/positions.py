@@ -22,8 +22,8 @@ def rotate(x: Float[Array, "B T N C"], positions: Int[Array, "B T"], config: Mod
     Llama. The two are the same function of permuted weights, so a checkpoint must say which it was trained with.
     """
     r = config.rotary_channels
-    frequencies = config.rotary_base ** (-np.arange(0, r, 2) / r)  # float64, rounded once
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None]  # [B, T, r/2]
+    frequencies = jnp.asarray(rotary_frequencies(config), jnp.float32)  # rounded once
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]  # [B, T, r/2]
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
     turning, still = x[..., :r].astype(jnp.float32), x[..., r:]
     if config.positions == "rotary-pairs":
@@ -33,6 +33,22 @@ def rotate(x: Float[Array, "B T N C"], positions: Int[Array, "B T"], config: Mod
         a, b = turning[..., : r // 2], turning[..., r // 2 :]
         turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return jnp.concatenate([turned.astype(x.dtype), still], axis=-1)
+
+
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each turning pair, float64 [r/2].
+
+    With `rotary_scaling` as in Llama 3.1: those that turn less than `low` times within the trained length become slower
+    by the factor, those that turn more than `high` times stay, and those between are mixed of both.
+    """
+    r = config.rotary_channels
+    frequencies = config.rotary_base ** (-np.arange(0, r, 2) / r)
+    if config.rotary_scaling is None:
+        return frequencies
+    factor, low, high, trained_len = config.rotary_scaling
+    turns = trained_len * frequencies / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def alibi_slopes(n_heads: int) -> np.ndarray:

@@ -82,8 +82,8 @@ class Transformer(hk.Module):
             w_positions = param("w_positions", inits.position, position=c.seq_len, embed=c.d_model)
             x = x + constrain(w_positions, "position", "residual")[positions].astype(c.dtype)
         x = constrain(dropout(x, c.dropout), "batch", "sequence", "residual")
-        sight = self._sight(positions, segments, cache)
-        x, cache = self._layers(x, sight, cache)
+        sight = self.see(positions, segments, cache)
+        x, cache = self.run_layers(x, sight, cache)
         x = Norm(c, name="norm_out")(x)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
@@ -93,8 +93,8 @@ class Transformer(hk.Module):
             logits = logits + param("b_head", hk.initializers.Constant(0.0), vocab=c.n_vocab)[None, None]
         return logits, cache
 
-    @hk.experimental.name_like("__call__")  # keeps "~_sight" out of the arrays' names
-    def _sight(self, positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Caches | None) -> Sight:
+    @hk.experimental.name_like("__call__")  # keeps "~see" out of the arrays' names
+    def see(self, positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Caches | None) -> Sight:
         """Causality is by place in the sequence; with a cache, place and position are the same."""
         if cache is None:
             query = key = jnp.arange(positions.shape[1])[None]
@@ -108,7 +108,7 @@ class Transformer(hk.Module):
         return Sight(positions, visible, near, RelativeBias(self.config)(distance))
 
     @hk.experimental.name_like("__call__")
-    def _layers(
+    def run_layers(
         self, x: Float[Array, "B T D"], sight: Sight, caches: Caches | None
     ) -> tuple[Float[Array, "B T D"], Caches | None]:
         """All layers, as a scan over periods of the attention pattern."""

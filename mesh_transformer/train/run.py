@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from mesh_transformer.checkpoint.store import Store
-from mesh_transformer.config import Config, ConfigError, config_to_dict
+from mesh_transformer.checkpoint.store import Store, find_checkpoint
+from mesh_transformer.config import Config, ConfigError, config_to_dict, parse_model
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.data.sources import Data
 from mesh_transformer.mesh import Layout, use_layout
@@ -31,6 +32,8 @@ from mesh_transformer.train.step import Metrics, make_eval_step, make_train_step
 # Settings that may change when a run is resumed without changing what it computes, or that are plainly meant to.
 MAY_CHANGE = (
     "run.dir",
+    "run.start_from",
+    "run.keep_optimizer",
     "mesh",
     "model.remat",
     "model.unroll",
@@ -115,6 +118,8 @@ def open_run(config: Config, data: Data, layout: Layout, *, report: Callable[[st
     if state is None:
         init = jax.jit(make_init_state(config), out_shardings=shardings)
         state = init(jax.random.key(config.run.seed))
+        if config.run.start_from:
+            state = start_from(config, state, shardings, notes)
     batch = abstract_batch(config, layout)
     flops = count_flops(make_train_step(without_remat(config)), shapes, batch) / config.train.batch_size
     train_step, eval_step = make_train_step(config), make_eval_step(config)
@@ -195,6 +200,42 @@ def _restore(
     named = store.restore(step, flatten_state(like))
     notes.append(f"resumed from {where}")
     return unflatten_state(named, shapes)
+
+
+def start_from(config: Config, state: State, shardings: State, notes: list[str]) -> State:
+    """A new state with the weights of another checkpoint (`run.start_from`), and with `run.keep_optimizer` its moments.
+
+    The step, the schedule and the guard begin anew; arrays become of the state's types. Raises ConfigError if the model
+    is another function, and CheckpointError for damage, or moments of another optimizer.
+    """
+    store, step = find_checkpoint(config.run.start_from)
+    where = f"{store.root}/step_{step}"
+    before = parse_model(store.read_meta(step)["config"]["model"], where=where).describe_function()
+    now = config.model.describe_function()
+    if config.model.positions != "learned":  # nothing learned depends on the length
+        before["seq_len"] = now["seq_len"]
+    if changed := [key for key in now if now[key] != before[key]]:
+        words = ", ".join(f"model.{key} = {now[key]!r} (there {before[key]!r})" for key in changed)
+        raise ConfigError(f"run.start_from: {where} is of another model: {words}; set these as they are there")
+    named, places, records = flatten_state(state), flatten_state(shardings), store.read_manifest(step).arrays
+    parts = ("params/", "opt_state/") if config.run.keep_optimizer else ("params/",)
+    for part in parts:
+        like = {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, records[name].dtype if name in records else leaf.dtype, sharding=places[name]
+            )
+            for name, leaf in named.items()
+            if name.startswith(part)
+        }
+        restored = store.restore(step, like, only=part)
+        named |= {name: array.astype(named[name].dtype) for name, array in restored.items()}
+    found = unflatten_state(named, state)
+    is_schedule = lambda leaf: isinstance(leaf, optax.ScaleByScheduleState)  # noqa: E731
+    fresh = jax.tree.map(
+        lambda new, old: new if is_schedule(new) else old, state.opt_state, found.opt_state, is_leaf=is_schedule
+    )
+    notes.append(f"started from the {' and '.join(part.strip('/') for part in parts)} of {where}")
+    return found.replace(opt_state=fresh)
 
 
 def abstract_batch(config: Config, layout: Layout) -> Batch:

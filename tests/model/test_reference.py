@@ -3,13 +3,12 @@
 """Ours = `transformers`, logits and gradients, for every family: against stored goldens always, and live where torch is."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference_models import CASES, GOLDEN, LIVE_CASES, Arrays, Case, make_torch, read_golden
+from reference_models import CASES, GOLDEN, LIVE_CASES, Arrays, Case, draw, make_torch, read_golden
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.foreign import PREFIX, Leaf, assemble
@@ -84,20 +83,6 @@ def test_ours_equals_golden(name):
 
 
 # With torch
-def draw(case: Case, weights: Mapping[str, Any], seed: int) -> tuple[Arrays, np.ndarray, np.ndarray]:
-    """Weights that are far from their initial values (biases, norms and logits of order one), tokens and targets."""
-    rng = np.random.default_rng(seed)
-    drawn = {}
-    for name, weight in weights.items():
-        shape = tuple(weight.shape)
-        x = rng.normal(size=shape) * (0.3 if len(shape) == 1 else 0.7 / case.config.d_model**0.5)
-        drawn[name] = (
-            (x + 1.0 if len(shape) == 1 and name.endswith("weight") else x).astype(np.float16).astype(np.float32)
-        )
-    tokens, targets = rng.integers(0, case.used_vocab, size=(2, 3, case.config.seq_len - 1), dtype=np.int32)
-    return drawn, tokens, targets
-
-
 def run_torch(model, parameters, weights: Arrays, tokens: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, Arrays]:
     import torch
 

@@ -1,0 +1,119 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The same prompts through both sides of a conversion: our model a layer at a time, and the foreign side in its own layout."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.foreign import PREFIX, make_model_config
+from mesh_transformer.convert.gptj import find_weights
+from mesh_transformer.convert.lazy import Lazy, whole
+from mesh_transformer.convert.originals import product, read_rows, run_huggingface, run_v1
+from mesh_transformer.convert.reshard import Source
+from mesh_transformer.convert.tensor_files import find_tensors
+from mesh_transformer.model.norms import Norm
+from mesh_transformer.model.params import STACK
+from mesh_transformer.model.transformer import Transformer
+
+PROMPTS, PROMPT_LEN = 2, 32
+TOLERANCE = 1e-4  # of the largest logit: what float32 arithmetic in another order may differ by, after tens of layers
+OVERHEAD = 3  # a layer in float32 lies in memory as read, as copied to the device, and in the layout of its products
+
+
+class Difference(NamedTuple):
+    """How far the logits of two checkpoints are apart."""
+
+    largest: float
+    scale: float  # the largest logit
+    tokens: int
+
+
+def compare_logits(
+    source: Source, result: Source, ceiling: int, progress: Callable[[str, int, int], None]
+) -> Difference | str:
+    """The largest difference over random prompts, or why it was not measured in `ceiling` bytes.
+
+    `progress` hears of the bytes read, as in reshard.py.
+    """
+    config = make_model_config(source.foreign.model, source.path)
+    needed = OVERHEAD * _count_period(config, source.foreign.arrays)
+    if needed > ceiling and "native" in (source.kind, result.kind):
+        return f"not measured: a layer takes {needed:,} bytes, --max-memory is {ceiling:,}"
+    shape = (PROMPTS, min(PROMPT_LEN, config.seq_len))
+    tokens = np.random.default_rng(0).integers(0, config.n_vocab, shape, dtype=np.int32)
+    sizes = [sum(_nbytes(array) for array in side.foreign.arrays.values()) for side in (source, result)]
+    progress("comparing logits", 0, sum(sizes))
+    theirs = run_source(source, tokens)
+    progress("comparing logits", sizes[0], sum(sizes))
+    ours = run_source(result, tokens)
+    progress("comparing logits", sum(sizes), sum(sizes))
+    return Difference(float(np.abs(theirs - ours).max()), float(np.abs(theirs).max()), tokens.size)
+
+
+def run_source(source: Source, tokens: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V], float32, of a checkpoint of any kind, by its own layout."""
+    match source.kind:
+        case "huggingface":
+            return run_huggingface(find_tensors(source.path), source.settings, tokens)
+        case "gptj-v1":
+            return run_v1(find_weights(source.path, source.settings), source.settings, tokens)
+        case _:
+            return run_native(make_model_config(source.foreign.model, source.path), source.foreign.arrays, tokens)
+
+
+def run_native(config: ModelConfig, arrays: Mapping[str, Lazy], tokens: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] of our model, float32; one period of its layers in memory at a time."""
+    config = dataclasses.replace(config, dtype="float32", dropout=0.0, preset=None)
+    pattern = len(config.attention_pattern)
+    period = dataclasses.replace(config, n_layers=pattern)
+    layers = jax.jit(hk.without_apply_rng(hk.transform(lambda x: _run_period(period, x))).apply)
+    norm = hk.without_apply_rng(hk.transform(lambda x: Norm(config, name="norm_out")(x)))
+    weights = {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
+    x = read_rows(weights["transformer/w_tokens"], tokens)
+    if config.positions == "learned":
+        x = x + read_rows(weights["transformer/w_positions"], np.arange(tokens.shape[1]))
+    outside = {name: array for name, array in weights.items() if "/norm_out/" in name or "/relative_bias/" in name}
+    for i in range(config.n_layers // pattern):
+        rows = {name: array for name, array in weights.items() if name.startswith(f"transformer/{STACK}/")}
+        x = np.asarray(layers(_read(rows, i) | _read(outside), jnp.asarray(x)))
+    x = np.asarray(norm.apply({"norm_out": _read(outside)["transformer/norm_out"]}, jnp.asarray(x)))
+    head = "transformer/w_tokens" if config.tied_embeddings else "transformer/w_head"
+    logits = product(x, weights[head], transposed=config.tied_embeddings)
+    if config.head_bias:
+        bias = weights["transformer/b_head"]
+        logits = logits + bias.read(whole(bias)).astype(np.float32)
+    return logits
+
+
+def _run_period(config: ModelConfig, x: jax.Array) -> jax.Array:
+    transformer = Transformer(config)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    return transformer.run_layers(x, transformer.see(positions, None, None), None)[0]
+
+
+def _read(arrays: Mapping[str, Lazy], place: int | None = None) -> dict[str, dict[str, np.ndarray]]:
+    """Arrays, or the row `place` of each, as parameters in float32."""
+    params: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in arrays.items():
+        index = whole(array) if place is None else (slice(place, place + 1), *whole(array)[1:])
+        module, _, leaf = name.rpartition("/")
+        params.setdefault(module, {})[leaf] = array.read(index).astype(np.float32, copy=False)
+    return params
+
+
+def _count_period(config: ModelConfig, arrays: Mapping[str, Lazy]) -> int:
+    """Bytes in float32 of one period of layers."""
+    stacked = [array for name, array in arrays.items() if name.startswith(f"{PREFIX}transformer/{STACK}/")]
+    return sum(4 * math.prod(array.shape) for array in stacked) * len(config.attention_pattern) // config.n_layers
+
+
+def _nbytes(array: Lazy) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize

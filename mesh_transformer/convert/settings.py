@@ -1,0 +1,224 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face's config.json <-> our [model], a pair of functions for each kind of model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.config import ModelConfig
+
+
+class Settings:
+    """A config.json that is asked for one key after the other; what was not asked for does not matter to the function."""
+
+    def __init__(self, table: Mapping[str, Any], where: object):
+        self.table, self.where = table, where
+
+    def get(self, *keys: str, default: Any = None) -> Any:
+        """The value of the first of `keys` that is there; CheckpointError where there is neither one nor a default."""
+        for key in keys:
+            if self.table.get(key) is not None:
+                return self.table[key]
+        if default is None:
+            raise CheckpointError(f"{self.where}: lacks {' or '.join(keys)}")
+        return default
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """CheckpointError unless the key is absent, null, or one of `allowed`: other values are other functions."""
+        value = self.table.get(key)
+        if value is not None and value not in allowed:
+            raise CheckpointError(f"{self.where}: {key} = {value!r} is not supported; supported: {allowed}")
+
+    def choose(self, choices: Mapping[Any, str], *keys: str, default: Any) -> str:
+        """Our word for a choice of theirs."""
+        value = self.get(*keys, default=default)
+        if value not in choices:
+            raise CheckpointError(f"{self.where}: {keys[0]} = {value!r} is not supported; supported: {list(choices)}")
+        return choices[value]
+
+
+ACTIVATIONS = {
+    "gelu_new": "gelu-tanh",
+    "gelu_fast": "gelu-tanh",
+    "gelu_pytorch_tanh": "gelu-tanh",
+    "gelu": "gelu-erf",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+THEIR_ACTIVATIONS = {"gelu-tanh": "gelu_new", "gelu-erf": "gelu", "relu": "relu", "silu": "silu"}
+
+
+def read_gpt2(s: Settings) -> dict[str, Any]:
+    """GPT2Config."""
+    s.expect("scale_attn_weights", True)
+    s.expect("scale_attn_by_inverse_layer_idx", False)
+    s.expect("add_cross_attention", False)
+    model = dict(
+        n_layers=s.get("n_layer"), d_model=s.get("n_embd"), n_heads=s.get("n_head"), n_vocab=s.get("vocab_size"),
+        seq_len=s.get("n_positions", "n_ctx"), activation=s.choose(ACTIVATIONS, "activation_function", default="gelu_new"),
+        norm_eps=s.get("layer_norm_epsilon", default=1e-5), tied_embeddings=s.table.get("tie_word_embeddings", True),
+    )  # fmt: skip
+    return model | {"d_ff": s.get("n_inner", default=4 * model["d_model"])}
+
+
+def write_gpt2(c: ModelConfig) -> dict[str, Any]:
+    """GPT2Config."""
+    return dict(
+        n_layer=c.n_layers, n_embd=c.d_model, n_head=c.n_heads, vocab_size=c.n_vocab, n_positions=c.seq_len,
+        n_ctx=c.seq_len, activation_function=THEIR_ACTIVATIONS[c.activation], layer_norm_epsilon=c.norm_eps,
+        n_inner=c.ff_dim,
+    )  # fmt: skip
+
+
+def read_gpt_neo(s: Settings) -> dict[str, Any]:
+    """GPTNeoConfig."""
+    kinds = s.table.get("attention_layers")
+    if kinds is None:
+        kinds = [kind for pattern, count in s.get("attention_types") for _ in range(count) for kind in pattern]
+    period = next(
+        n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and list(kinds[:n]) * (len(kinds) // n) == list(kinds)
+    )  # fmt: skip
+    model = dict(
+        n_layers=s.get("num_layers"), d_model=s.get("hidden_size"), n_heads=s.get("num_heads"),
+        n_vocab=s.get("vocab_size"), seq_len=s.get("max_position_embeddings"), attention_pattern=list(kinds[:period]),
+        attention_window=s.get("window_size", default=256), attention_scale="none", qkv_bias=False,
+        activation=s.choose(ACTIVATIONS, "activation_function", default="gelu_new"),
+        norm_eps=s.get("layer_norm_epsilon", default=1e-5), tied_embeddings=s.table.get("tie_word_embeddings", True),
+    )  # fmt: skip
+    if len(kinds) != model["n_layers"]:
+        raise CheckpointError(
+            f"{s.where}: attention_types are of {len(kinds)} layers, num_layers = {model['n_layers']}"
+        )
+    return model | {"d_ff": s.get("intermediate_size", default=4 * model["d_model"])}
+
+
+def write_gpt_neo(c: ModelConfig) -> dict[str, Any]:
+    """GPTNeoConfig."""
+    return dict(
+        num_layers=c.n_layers, hidden_size=c.d_model, num_heads=c.n_heads, vocab_size=c.n_vocab,
+        max_position_embeddings=c.seq_len, window_size=c.attention_window, intermediate_size=c.ff_dim,
+        attention_types=[[list(c.attention_pattern), c.n_layers // len(c.attention_pattern)]],
+        activation_function=THEIR_ACTIVATIONS[c.activation], layer_norm_epsilon=c.norm_eps,
+    )  # fmt: skip
+
+
+def read_gpt_j(s: Settings) -> dict[str, Any]:
+    """GPTJConfig."""
+    model = dict(
+        n_layers=s.get("n_layer"), d_model=s.get("n_embd"), n_heads=s.get("n_head"), n_vocab=s.get("vocab_size"),
+        seq_len=s.get("n_positions"), positions="rotary-pairs", residual="parallel", qkv_bias=False,
+        attention_out_bias=False, head_bias=True, tied_embeddings=s.table.get("tie_word_embeddings", False),
+        activation=s.choose(ACTIVATIONS, "activation_function", default="gelu_new"), init="gptj",
+        norm_eps=s.get("layer_norm_epsilon", default=1e-5),
+    )  # fmt: skip
+    head = model["d_model"] // model["n_heads"]
+    inner = s.get("n_inner", default=4 * model["d_model"])
+    return model | {"rotary_dims": s.table.get("rotary_dim") or head, "d_ff": inner}
+
+
+def write_gpt_j(c: ModelConfig) -> dict[str, Any]:
+    """GPTJConfig."""
+    return dict(
+        n_layer=c.n_layers, n_embd=c.d_model, n_head=c.n_heads, vocab_size=c.n_vocab, n_positions=c.seq_len,
+        rotary_dim=c.rotary_channels, n_inner=c.ff_dim, activation_function=THEIR_ACTIVATIONS[c.activation],
+        layer_norm_epsilon=c.norm_eps,
+    )  # fmt: skip
+
+
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _read_rope(s: Settings, *base_keys: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rope settings, wherever this version keeps them, and our fields for them."""
+    rope = s.table.get("rope_parameters") or s.table.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    fields: dict[str, Any] = dict(rotary_base=float(rope.get("rope_theta") or s.get(*base_keys, default=10_000.0)))
+    if kind == "llama3":
+        if missing := [key for key in LLAMA3 if key not in rope]:
+            raise CheckpointError(f"{s.where}: rotary embeddings of type 'llama3' lack {', '.join(missing)}")
+        fields["rotary_scaling"] = [float(rope[key]) for key in LLAMA3]
+    elif kind != "default":
+        raise CheckpointError(
+            f"{s.where}: rotary embeddings of type {kind!r} are not supported; supported: 'default', 'llama3'"
+        )
+    return rope, fields
+
+
+def _write_rope(c: ModelConfig) -> dict[str, Any]:
+    """The rope settings, with the keys of transformers before 5 and since."""
+    if c.rotary_scaling is None:
+        return {"rope_theta": c.rotary_base, "rope_parameters": {"rope_type": "default", "rope_theta": c.rotary_base}}
+    scaling = dict(zip(LLAMA3, c.rotary_scaling, strict=True), rope_type="llama3")
+    scaling["original_max_position_embeddings"] = int(c.rotary_scaling[3])
+    return {
+        "rope_theta": c.rotary_base,
+        "rope_scaling": scaling,
+        "rope_parameters": scaling | {"rope_theta": c.rotary_base},
+    }
+
+
+def read_gpt_neox(s: Settings) -> dict[str, Any]:
+    """GPTNeoXConfig."""
+    rope, fields = _read_rope(s, "rotary_emb_base", "rope_theta")
+    bias = s.table.get("attention_bias", True)
+    model = dict(
+        n_layers=s.get("num_hidden_layers"), d_model=s.get("hidden_size"), n_heads=s.get("num_attention_heads"),
+        n_vocab=s.get("vocab_size"), seq_len=s.get("max_position_embeddings"), d_ff=s.get("intermediate_size"),
+        positions="rotary-halves", qkv_bias=bias, attention_out_bias=bias, **fields,
+        residual="parallel-two-norms" if s.table.get("use_parallel_residual", True) else "serial",
+        activation=s.choose(ACTIVATIONS, "hidden_act", default="gelu"), norm_eps=s.get("layer_norm_eps", default=1e-5),
+        tied_embeddings=s.table.get("tie_word_embeddings", False), init="neox",
+    )  # fmt: skip
+    share = rope.get("partial_rotary_factor") or s.get("rotary_pct", "partial_rotary_factor", default=0.25)
+    return model | {"rotary_dims": int(model["d_model"] // model["n_heads"] * share)}
+
+
+def write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
+    """GPTNeoXConfig, with the keys of transformers before 5 and since."""
+    share = c.rotary_channels / c.head_dim
+    return dict(
+        num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
+        max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, rotary_pct=share, rotary_emb_base=c.rotary_base,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rotary_base, "partial_rotary_factor": share},
+        use_parallel_residual=c.residual == "parallel-two-norms", hidden_act=THEIR_ACTIVATIONS[c.activation],
+        layer_norm_eps=c.norm_eps, attention_bias=c.qkv_bias,
+    )  # fmt: skip
+
+
+def read_llama(s: Settings) -> dict[str, Any]:
+    """LlamaConfig, MistralConfig, Qwen2Config and Qwen3Config."""
+    s.expect("mlp_bias", False)
+    _, fields = _read_rope(s, "rope_theta")
+    kind = s.table.get("model_type")
+    heads = s.get("num_attention_heads")
+    out_bias = s.table.get("attention_bias", False)
+    model = dict(
+        n_layers=s.get("num_hidden_layers"), d_model=s.get("hidden_size"), n_heads=heads, n_vocab=s.get("vocab_size"),
+        seq_len=s.get("max_position_embeddings"), d_ff=s.get("intermediate_size"), norm="rmsnorm",
+        n_kv_heads=s.get("num_key_value_heads", default=heads), d_head=s.get("head_dim", default=s.get("hidden_size") // heads),
+        positions="rotary-halves", **fields, activation=s.choose(ACTIVATIONS, "hidden_act", default="silu"),
+        gated=True, qkv_bias=True if kind == "qwen2" else out_bias, attention_out_bias=out_bias, ff_bias=False,
+        norm_eps=s.get("rms_norm_eps", default=1e-6), tied_embeddings=s.table.get("tie_word_embeddings", False),
+        qk_norm=kind == "qwen3",
+    )  # fmt: skip
+    window = s.table.get("sliding_window")
+    if window and (kind == "mistral" or s.table.get("use_sliding_window")):
+        if s.table.get("use_sliding_window") and s.get("max_window_layers", default=0) != 0:
+            raise CheckpointError(f"{s.where}: max_window_layers, windows on some layers only, is not supported")
+        model |= dict(attention_pattern=["local"], attention_window=window)
+    return model
+
+
+def write_llama(c: ModelConfig) -> dict[str, Any]:
+    """LlamaConfig, MistralConfig, Qwen2Config or Qwen3Config."""
+    table = dict(
+        num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
+        max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, num_key_value_heads=c.kv_heads,
+        head_dim=c.head_dim, hidden_act=THEIR_ACTIVATIONS[c.activation], rms_norm_eps=c.norm_eps, mlp_bias=False,
+        attention_bias=c.attention_out_bias, **_write_rope(c),
+    )  # fmt: skip
+    if "local" in c.attention_pattern:
+        table |= dict(sliding_window=c.attention_window)
+    return table

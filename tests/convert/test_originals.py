@@ -1,0 +1,75 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The foreign forward passes in NumPy = transformers' and the original's own; with them a wrong import is seen."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference_models import CASES, LIVE_CASES, draw, make_torch, read_golden
+
+from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.convert import names, originals
+from mesh_transformer.convert.foreign import make_model_config
+from mesh_transformer.convert.gptj import find_weights, open_gptj
+from mesh_transformer.convert.huggingface import find_family
+from mesh_transformer.convert.lazy import Held
+from mesh_transformer.convert.originals import run_huggingface, run_v1
+from mesh_transformer.convert.proof import run_native
+
+FIXTURE = Path(__file__).parents[2].parent / "shared" / "fixtures" / "gptj_v1_4shards"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_golden(name, monkeypatch):
+    monkeypatch.setattr(originals, "BLOCK_BYTES", 300)  # several blocks of every weight
+    case = CASES[name]
+    weights, tokens, _, logits, _ = read_golden(name)
+    settings = names.FAMILIES[case.kind].write_config(case.config)
+    settings |= {"model_type": case.kind, "tie_word_embeddings": case.config.tied_embeddings}
+    found = run_huggingface({key: Held(value) for key, value in weights.items()}, settings, tokens)
+    assert np.std(logits) > 0.1
+    np.testing.assert_allclose(found, logits, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", LIVE_CASES)
+def test_equals_transformers(name):
+    import torch
+
+    case = LIVE_CASES[name]
+    model, parameters = make_torch(case)
+    weights, tokens, _ = draw(case, parameters, seed=1)
+    for key, parameter in parameters.items():
+        parameter.data = torch.tensor(weights[key])
+    logits = model(torch.tensor(tokens, dtype=torch.long)).logits.detach().numpy()
+    found = run_huggingface({key: Held(value) for key, value in weights.items()}, model.config.to_dict(), tokens)
+    assert np.std(logits) > 0.1
+    np.testing.assert_allclose(found, logits, atol=5e-5, rtol=0)
+
+
+@pytest.mark.skipif(not FIXTURE.exists(), reason="the original's fixtures are not on this machine (../shared/fixtures)")
+def test_equals_the_original():
+    settings = json.loads((FIXTURE / "config.json").read_text())
+    expected = np.load(FIXTURE / "expected.npz")
+    tokens = np.asarray(expected["tokens"], np.int32)
+    logits = run_v1(find_weights(FIXTURE / "full/step_1234", settings), settings, tokens[:, :-1])
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    losses = -np.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(losses, expected["full_token_loss"], atol=1e-5, rtol=0)
+    foreign = open_gptj(FIXTURE / "full/step_1234", settings)
+    ours = run_native(make_model_config(foreign.model, "test"), foreign.arrays, tokens[:, :-1])
+    np.testing.assert_allclose(ours, logits, atol=2e-5, rtol=0)
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(CheckpointError, match=r"what a bert computes; there are: gpt2, .*qwen3"):
+        run_huggingface({}, {"model_type": "bert"}, np.zeros((1, 1), np.int32))
+
+
+def test_every_family_has_one():
+    assert originals.RUNS.keys() == names.FAMILIES.keys()
+    for case in (CASES | LIVE_CASES).values():
+        assert find_family(dataclasses.replace(case.config, dropout=0.0))[0] in originals.RUNS
