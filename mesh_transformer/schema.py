@@ -15,6 +15,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Amount = Annotated[float, Field(ge=0.0)]
 Rate = Annotated[float, Field(gt=0.0)]
+Four = Annotated[tuple[Rate, ...], Field(min_length=4, max_length=4)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -48,7 +49,7 @@ class ModelConfig:
     rotary_dims: Positive | None = None  # leading channels of a head that rotate; None: all
     rotary_base: Rate = 10_000.0
     # Llama 3.1: slow rotations are divided by the first number; then low and high frequency factor, and trained length
-    rotary_scaling: tuple[Rate, Rate, Rate, Rate] | None = None
+    rotary_scaling: Four | None = None
     residual: Literal["serial", "parallel", "parallel-two-norms"] = "serial"
     activation: Literal["gelu-tanh", "gelu-erf", "relu", "silu"] = "gelu-tanh"
     gated: bool = False  # activation(x W_gate) * (x W_in), as in SwiGLU

@@ -99,13 +99,13 @@ def _run_period(config: ModelConfig, x: jax.Array) -> jax.Array:
     return transformer.run_layers(x, transformer.see(positions, None, None), None)[0]
 
 
-def _read(arrays: Mapping[str, Lazy], place: int | None = None) -> dict[str, dict[str, np.ndarray]]:
+def _read(arrays: Mapping[str, Lazy], place: int | None = None) -> dict[str, dict[str, jax.Array]]:
     """Arrays, or the row `place` of each, as parameters in float32."""
-    params: dict[str, dict[str, np.ndarray]] = {}
+    params: dict[str, dict[str, jax.Array]] = {}
     for name, array in arrays.items():
         index = whole(array) if place is None else (slice(place, place + 1), *whole(array)[1:])
         module, _, leaf = name.rpartition("/")
-        params.setdefault(module, {})[leaf] = array.read(index).astype(np.float32, copy=False)
+        params.setdefault(module, {})[leaf] = jnp.asarray(array.read(index).astype(np.float32, copy=False))
     return params
 
 

@@ -36,10 +36,10 @@ def test_equals_golden(name, monkeypatch):
 
 @pytest.mark.parametrize("name", LIVE_CASES)
 def test_equals_transformers(name):
-    import torch
-
     case = LIVE_CASES[name]
     model, parameters = make_torch(case)
+    import torch
+
     weights, tokens, _ = draw(case, parameters, seed=1)
     for key, parameter in parameters.items():
         parameter.data = torch.tensor(weights[key])
