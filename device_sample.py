@@ -40,6 +40,10 @@ def main(arguments: list[str]) -> int:
         engine, tokenizer, options.prompt, config.sample, n=options.n, seed=options.seed, stops=options.stop
     )
     for number, completion in enumerate(completions):
+        if completion.finish == "length" and len(completion.tokens) < config.sample.max_tokens:
+            print(
+                f"note: seq_len={engine.config.seq_len} left room for {len(completion.tokens)} tokens", file=sys.stderr
+            )
         if options.json:
             print(completion.to_json())
         else:

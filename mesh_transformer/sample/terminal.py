@@ -5,6 +5,7 @@
 import dataclasses
 import difflib
 import os
+import signal
 import sys
 import time
 import tomllib
@@ -16,6 +17,7 @@ from mesh_transformer.config import SampleConfig
 from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.sample.engine import Engine
 from mesh_transformer.sample.text import TextGeneration
+from mesh_transformer.train.stop import StopRequest
 
 HELP = '''\
 Type a text; the model continues it. A line that ends in \\ continues on the next, as does all between lines of """.
@@ -94,21 +96,25 @@ class Terminal:
 
     def _complete(self, prompt: str) -> None:
         start = time.monotonic()
-        generation, seed, why = None, self._seed, ""
+        seed, why = self._seed, ""
         self._seed += 1
-        try:
+        # Noted, not raised: an exception in the middle of what XLA does can bring the process down at its end.
+        with StopRequest((signal.SIGINT,), "") as stop:
             generation = TextGeneration(
                 self._engine, self._tokenizer, [prompt], self._options, seed=seed, stops=self._stops
             )
             for _, piece in generation:
                 self._write(piece)
-        except KeyboardInterrupt:
-            why = ", interrupted"
-            for _, piece in generation.interrupt() if generation else ():
-                self._write(piece)
+                if stop.requested:
+                    why = ", interrupted"
+                    break
+        for _, piece in generation.interrupt():
+            self._write(piece)
         seconds = time.monotonic() - start
         print(flush=True)
-        tokens = generation.n_tokens if generation else 0
+        tokens, finish = generation.n_tokens, generation.completions()[0].finish
+        if finish == "length" and not why and tokens < self._options.max_tokens:
+            why = f", all that seq_len={self._engine.config.seq_len} leaves room for"
         self._note(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, seed {seed}{why}")
 
     def _read(self) -> tuple[str, bool]:

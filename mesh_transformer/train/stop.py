@@ -1,25 +1,30 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to stop: Ctrl-C and SIGTERM are noted, and the loop ends at the next place where nothing is lost."""
+"""Requests to stop: Ctrl-C and SIGTERM are noted, and a loop ends at the next place where nothing is lost."""
 
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 
 
 class StopRequest:
     """`with StopRequest() as stop:` sets `stop.requested` on SIGINT or SIGTERM; a second signal ends at once."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+        message: str = "finishing this step, then saving (again: stop at once)",
+    ) -> None:
+        """`message` is printed behind the signal's name; nothing is if it is empty."""
+        self._signals, self._message = signals, message
         self.requested = ""  # name of the signal, once there was one
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in self._signals}
         return self
 
     def __exit__(
@@ -32,6 +37,5 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
-        print(
-            f"\n{self.requested}: finishing this step, then saving (again: stop at once)", file=sys.stderr, flush=True
-        )
+        if self._message:
+            print(f"\n{self.requested}: {self._message}", file=sys.stderr, flush=True)

@@ -186,13 +186,13 @@ def test_what_is_no_checkpoint_is_said(tmp_path):
 
 def test_a_wrong_conversion_is_seen_and_nothing_is_kept(theirs, tmp_path):
     """Names that are exchanged both ways pass every comparison of arrays; what the model computes does not."""
-    program = f"""
+    program = """
 import sys
 sys.path.insert(0, "scripts")
 import reshard_checkpoint
 from mesh_transformer.convert import names
-up, gate = (names.LLAMA[f"feed_forward/w_{{x}}"] for x in ("in", "gate"))
-names.LLAMA |= {{"feed_forward/w_in": gate, "feed_forward/w_gate": up}}
+up, gate = (names.LLAMA[f"feed_forward/w_{x}"] for x in ("in", "gate"))
+names.LLAMA |= {"feed_forward/w_in": gate, "feed_forward/w_gate": up}
 sys.exit(reshard_checkpoint.run_command(reshard_checkpoint.main))
 """
     command = [sys.executable, "-c", program, theirs, tmp_path / "ours"]

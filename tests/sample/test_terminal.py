@@ -5,8 +5,11 @@
 import io
 import json
 import os
+import pty
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -28,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 def run(tmp_path_factory):
     """A tiny run folder with one checkpoint."""
     folder = tmp_path_factory.mktemp("run")
-    model = dict(n_layers=1, d_model=16, n_heads=2, n_vocab=257, seq_len=64)
+    model = dict(n_layers=1, d_model=16, n_heads=2, n_vocab=257, seq_len=2048)
     table = dict(
         model=model,
         train=dict(steps=1, batch_size=1),
@@ -135,3 +138,50 @@ def test_program_prints_json_and_one_line_errors(run, trained):
     assert missing.returncode != 0
     assert missing.stderr.count("\n") == 1
     assert "no such" in missing.stderr
+    clipped = call(str(run), "--prompt", "x" * 2040, "--stop", "no such text")
+    assert clipped.stderr == "note: seq_len=2048 left room for 8 tokens\n"
+
+
+def test_control_keys_of_a_real_terminal(run):
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TERM": "xterm"}
+    # The program's own terminal, so that its keys are its signals; set up in a new process, since this one has threads.
+    begin = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", begin, sys.executable, str(ROOT / "device_sample.py"), str(run)]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+    )
+    os.close(theirs)
+    seen = ""
+
+    def wait_for(words: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 90
+        while words not in seen:
+            assert time.monotonic() < deadline, f"{words!r} did not come: {seen[-500:]!r}"
+            if select.select([ours], [], [], 1.0)[0]:
+                try:
+                    seen += os.read(ours, 65536).decode(errors="replace")
+                except OSError:  # Linux says so where the other side has ended
+                    pytest.fail(f"the program ended before {words!r}: {seen[-1000:]}")
+        seen = seen.partition(words)[2]
+
+    try:
+        wait_for("> ")
+        os.write(ours, b"/set max_tokens 2000\n")
+        wait_for("> ")
+        os.write(ours, b"once upon a time\n")
+        wait_for("time\r\n")
+        time.sleep(0.5)
+        os.write(ours, b"\x03")
+        wait_for(", interrupted")
+        wait_for("> ")
+        time.sleep(0.5)  # a key between the prompt and the read behind it would wait for the next one
+        os.write(ours, b"\x03")  # at the prompt it drops the line
+        wait_for("> ")
+        os.write(ours, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
