@@ -72,7 +72,8 @@ def main(arguments: list[str]) -> int:
 
 def make_model_folder(folder: Path, n_layers: int) -> None:
     """A GPT-J with narrow layers, random weights, float32, in one safetensors file."""
-    config = ModelConfig(**PRESETS["gptj-6b"] | dict(n_layers=n_layers, d_model=1536, n_heads=16, rotary_dims=32))
+    small: dict[str, Any] = dict(n_layers=n_layers, d_model=1536, n_heads=16, rotary_dims=32)
+    config = ModelConfig(**PRESETS["gptj-6b"] | small)
     kind, table = find_family(config)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(table))

@@ -177,6 +177,34 @@ def test_resuming_another_run_is_refused(config_file, straight, override, messag
     assert "--fresh" in str(caught.value)
 
 
+@pytest.mark.parametrize("keep_optimizer", [False, True])
+def test_a_run_starts_from_anothers_weights(config_file, straight, keep_optimizer):
+    start = (f'run.start_from="{straight.run.dir}"', f"run.keep_optimizer={str(keep_optimizer).lower()}")
+    config = load(
+        config_file, "tuned", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2", "optimizer.learning_rate=1e-3", *start
+    )
+    run = open_run(config, open_data(config), make_layout(config.mesh))
+    before = read_state(straight, 20)
+    after = {name: np.asarray(array) for name, array in flatten_state(run.state).items()}
+    assert run.step == 0
+    assert any("started from the params" in note for note in run.notes)
+    moments = [name for name in before if name.startswith("opt_state/1/")]
+    assert len(moments) > 10
+    assert any(np.any(before[name]) for name in moments)
+    for name in before:
+        if name.startswith("params/") or (keep_optimizer and name in moments):
+            np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+        elif name.startswith("opt_state/"):
+            assert not np.any(after[name]), name
+
+
+def test_starting_from_another_model_is_refused(config_file, straight):
+    start = (f'run.start_from="{straight.run.dir}"', 'model.activation="relu"', "model.n_heads=2")
+    config = load(config_file, "other", *MESH, *start)
+    with pytest.raises(ConfigError, match=r"model\.activation = 'relu' \(there 'gelu-tanh'\)"):
+        open_run(config, open_data(config), make_layout(config.mesh))
+
+
 def test_a_step_that_is_always_bad_stops_the_run_with_everything_saved(config_file):
     config = load(
         config_file,
