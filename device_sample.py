@@ -25,7 +25,6 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     overrides = list(options.set)
     overrides += [f"sample.{name}={value}" for name in FLAGS if (value := getattr(options, name)) is not None]
-
     # JAX and what needs it come after the options: --help and errors in them answer at once.
     from mesh_transformer.sample.terminal import Terminal
     from mesh_transformer.sample.text import complete_texts
@@ -40,10 +39,9 @@ def main(arguments: list[str]) -> int:
         engine, tokenizer, options.prompt, config.sample, n=options.n, seed=options.seed, stops=options.stop
     )
     for number, completion in enumerate(completions):
-        if completion.finish == "length" and len(completion.tokens) < config.sample.max_tokens:
-            print(
-                f"note: seq_len={engine.config.seq_len} left room for {len(completion.tokens)} tokens", file=sys.stderr
-            )
+        n_tokens = len(completion.tokens)
+        if completion.finish == "length" and n_tokens < config.sample.max_tokens:
+            print(f"note: seq_len={config.model.seq_len} left room for {n_tokens} tokens", file=sys.stderr)
         if options.json:
             print(completion.to_json())
         else:

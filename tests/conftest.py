@@ -19,3 +19,8 @@ install_import_hook(
     ["mesh_transformer.model", "mesh_transformer.sample", *(f"mesh_transformer.train.{name}" for name in NUMERICS)],
     "beartype.beartype",
 )
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest file comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_journey.py")
