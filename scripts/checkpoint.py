@@ -9,6 +9,8 @@ examples:
       read every byte; one line for each problem, exit status 1 if there is any
   python scripts/checkpoint.py diff runs/a runs/b --json
       names, shapes, dtypes and values, compared a slice at a time
+  python scripts/checkpoint.py inspect s3://bucket/run
+      wherever a path is, s3://bucket/path or gs://bucket/path can be (pip install 'mesh-transformer[remote]')
 
 exit status: 0 done (diff: also if they differ), 1 failed or damaged, 2 wrong usage
 """
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from mesh_transformer.checkpoint.manifest import ArrayRecord
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
@@ -67,7 +70,13 @@ def describe(store: Store, step: int) -> dict[str, Any]:
     """Everything but the values, as plain data."""
     manifest = store.read_manifest(step)
     arrays = {
-        name: {"shape": record.shape, "axes": record.axes, "dtype": record.dtype, "bytes": record.nbytes}
+        name: {
+            "shape": record.shape,
+            "axes": record.axes,
+            "dtype": record.dtype,
+            "bytes": record.nbytes,
+            "digest": digest_array(record),
+        }
         for name, record in manifest.arrays.items()
     }
     return {
@@ -85,6 +94,12 @@ def describe(store: Store, step: int) -> dict[str, Any]:
     }
 
 
+def digest_array(record: ArrayRecord) -> str:
+    """One digest of an array's files, as their digests are in the manifest: equal files in equal cuts have equal ones."""
+    files = "".join(f"{key} {file.digest}\n" for key, file in sorted(record.files.items()))
+    return xxhash.xxh3_128_hexdigest(files.encode())
+
+
 def format_description(result: Mapping[str, Any]) -> str:
     """A page for a person."""
     lines = [
@@ -94,13 +109,19 @@ def format_description(result: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         "",
     ]
-    rows = [("array", "shape", "axes", "dtype", "bytes")]
+    rows = [("array", "shape", "axes", "dtype", "bytes", "digest")]
     for name, array in result["arrays"].items():
         shape = "x".join(map(str, array["shape"])) or "scalar"
-        rows.append((name, shape, " ".join(array["axes"]), array["dtype"], f"{array['bytes']:,}"))
+        rows.append((name, shape, " ".join(array["axes"]), array["dtype"], f"{array['bytes']:,}", array["digest"][:12]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4].rjust(widths[4])]) for row in rows]
-    config, metrics = (result["meta"].get(key) for key in ("config", "metrics"))
+    lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4].rjust(widths[4]), row[5]]) for row in rows]
+    config, metrics, parent, data = (
+        result["meta"].get(key) for key in ("config", "metrics", "parent", "data_fingerprint")
+    )
+    if isinstance(parent, dict):
+        lines.append("made from: " + ", ".join(f"{key} {value}" for key, value in parent.items()))
+    if data:
+        lines.append(f"data fingerprint: {data}")
     for section, table in config.items() if isinstance(config, dict) else ():
         shown = {key: value for key, value in table.items() if key in SUMMARY} if isinstance(table, dict) else {}
         lines += [f"{section}: " + ", ".join(f"{key} = {value}" for key, value in shown.items())] if shown else []
@@ -111,17 +132,14 @@ def format_description(result: Mapping[str, Any]) -> str:
 
 def compare(store: Store, step: int, other_store: Store, other_step: int) -> dict[str, Any]:
     """Names that only one side has, arrays whose kind differs, and for all others whether and by how much values differ."""
-    left, right = store.read_manifest(step).arrays, other_store.read_manifest(other_step).arrays
+    left, right = store.open_arrays(step), other_store.open_arrays(other_step)
     arrays: dict[str, Any] = {}
     for name in sorted(left.keys() & right.keys()):
-        kinds = [f"{record.dtype}{list(record.shape)}" for record in (left[name], right[name])]
+        kinds = [f"{side.record.dtype}{list(side.shape)}" for side in (left[name], right[name])]
         if kinds[0] != kinds[1]:
             arrays[name] = {"equal": False, "left": kinds[0], "right": kinds[1]}
             continue
-        sides = ((store, step), (other_store, other_step))
-        blocks = (
-            tuple(side.read_slice(number, name, index) for side, number in sides) for index in _blocks(left[name])
-        )
+        blocks = (tuple(side.read(index) for side in (left[name], right[name])) for index in _blocks(left[name].record))
         arrays[name] = _compare_blocks(blocks)
     only = {"left_only": sorted(left.keys() - right.keys()), "right_only": sorted(right.keys() - left.keys())}
     same = not any(only.values()) and all(array["equal"] for array in arrays.values())

@@ -10,6 +10,9 @@ examples:
   python scripts/reshard_checkpoint.py step_383500 runs/gptj --source-config 6B_roto_256.json --weights-only
       the original's shards, any number of them; --format gptj-v1 --shards 8 writes them
 
+SRC and DST can be s3://bucket/path or gs://bucket/path (pip install 'mesh-transformer[remote]'). Of a remote source only
+what is needed is read; a remote result is made and proved here, in --staging, then uploaded and read back.
+
 The result is made in DST.partial; a conversion that was killed goes on there when it is called again. Every array is
 then read back from the result and compared with the source, bit by bit, before DST gets its name, and conversion.json
 in it says what was proved. A checkpoint has no mesh: whatever is written here restores on any number of devices.
@@ -29,14 +32,18 @@ from typing import Any
 from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import ConfigError
 
+# Files of a Hugging Face folder that a checkpoint of ours carries along, to be written again on the way back.
+CARRIED_TEXTS = (
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def main(arguments: list[str]) -> int:
     """Parse, convert, prove, print."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("source", type=Path, metavar="SRC", help="a run, a checkpoint, a model folder, or v1 shards")
-    parser.add_argument("destination", type=Path, metavar="DST", help="the folder to make")
+    parser.add_argument("source", metavar="SRC", help="a run, a checkpoint, a model folder, or v1 shards; or its URL")
+    parser.add_argument("destination", metavar="DST", help="the folder to make; or s3://bucket/path, gs://bucket/path")
     parser.add_argument("--format", choices=("native", "huggingface", "gptj-v1"), default="native")
     parser.add_argument("--shards", type=int, default=8, help="of a gptj-v1 result; default: %(default)s")
     parser.add_argument(
@@ -44,9 +51,12 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--weights-only", action="store_true", help="leave out optimizer state and counters")
     parser.add_argument("--max-memory", default="1G", help="ceiling beside the interpreter's own; default: %(default)s")
-    parser.add_argument("--source-config", type=Path, help="the JSON file of a mesh-transformer-jax checkpoint")
+    parser.add_argument("--source-config", help="the JSON file of a mesh-transformer-jax checkpoint")
     parser.add_argument("--tokenizer", help="a tokenizer.json or its folder, where the source carries none; or bytes")
     parser.add_argument("--overwrite", action="store_true", help="replace DST, once the new one is complete")
+    parser.add_argument(
+        "--staging", type=Path, help="where a remote DST is made; default: the folder of temporary files"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     options = parser.parse_args(arguments)
     report = convert(options)
@@ -56,19 +66,21 @@ def main(arguments: list[str]) -> int:
 
 def convert(options: Any) -> dict[str, Any]:
     """Do it; the report, which is also written beside the result."""
-    from mesh_transformer.checkpoint.manifest import CheckpointError
+    from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
+    from mesh_transformer.checkpoint.places import to_place
     from mesh_transformer.convert import reshard
 
-    ceiling = parse_bytes(options.max_memory)
-    source = reshard.open_source(options.source, options.source_config)
+    ceiling, destination = parse_bytes(options.max_memory), to_place(options.destination)
+    old = to_place(options.source_config) if options.source_config else None
+    source = reshard.open_source(to_place(options.source), old)
     native = options.format == "native"
     if options.weights_only or not native:
         weights = {name: array for name, array in source.foreign.arrays.items() if name.startswith("params/")}
         source = source._replace(foreign=source.foreign._replace(arrays=weights))
     arrays = source.foreign.arrays
     nbytes = reshard.count_bytes(arrays, options.dtype)
-    reshard.check_destination(options.destination, options.overwrite, nbytes)
-    partial = reshard.partial_folder(options.destination)
+    reshard.check_destination(destination, options.overwrite, nbytes, options.staging)
+    partial = reshard.partial_folder(destination, options.staging)
     meta = make_meta(source, options)
     identity = {"source": str(source.path.absolute()), "stamp": _stamp(source.path), "format": options.format,
                 "dtype": options.dtype, "shards": options.shards, "arrays": sorted(arrays), "memory": ceiling}  # fmt: skip
@@ -85,10 +97,12 @@ def convert(options: Any) -> dict[str, Any]:
             )
         else:
             made = reshard.write_huggingface(partial, source, dtype=options.dtype, journal=journal, progress=progress)
-            _write_tokenizer(partial, meta.get("tokenizer"))
+            _write_carried(partial, meta)
         write_seconds = time.perf_counter() - start
         try:
             proved = prove(source, made, options, ceiling, progress)
+        except StorageError:  # the source cannot be reached just now
+            raise
         except CheckpointError:
             shutil.rmtree(partial)
             raise
@@ -101,8 +115,9 @@ def convert(options: Any) -> dict[str, Any]:
         "notes": list(source.foreign.notes), **proved,
     }  # fmt: skip
     (partial / "conversion.json").write_text(json.dumps(report, indent=1))
-    reshard.finish(partial, options.destination)
-    return report
+    with show_progress(sys.stderr.isatty()) as progress:
+        sent = reshard.finish(partial, destination, progress)
+    return report | ({"upload": sent._asdict()} if sent else {})
 
 
 def make_meta(source: Any, options: Any) -> dict[str, Any]:
@@ -112,9 +127,17 @@ def make_meta(source: Any, options: Any) -> dict[str, Any]:
     meta = dict(source.meta)
     if "config" not in meta:
         meta["config"] = {"model": source.foreign.model}
+    if source.kind == "huggingface":
+        files = [source.path / name for name in CARRIED_TEXTS]
+        meta["carried"] = {file.name: file.read_bytes().decode() for file in files if file.is_file()}
     spec = options.tokenizer or (source.foreign.tokenizer if source.kind == "huggingface" else None)
     if spec:
-        meta["tokenizer"] = load_tokenizer(spec).to_json()
+        tokenizer, rows = load_tokenizer(spec), source.foreign.model["n_vocab"]
+        if tokenizer.n_vocab > rows:
+            raise ConfigError(
+                f"{spec}: the tokenizer has {tokenizer.n_vocab:,} entries, the model has rows for {rows:,}"
+            )
+        meta["tokenizer"] = tokenizer.to_json()
     meta["parent"] = {"kind": source.kind, "path": str(source.path.absolute()), "step": source.foreign.step}
     return meta
 
@@ -191,21 +214,37 @@ def format_report(report: dict[str, Any]) -> str:
         f"peak memory {report['peak_memory_mb']:,} MB",
         f"proved: {report['proof']}",
         f"largest logit difference {difference:.3g} {report['logits']}" if difference is not None else report["logits"],
+        *_format_upload(report.get("upload")),
         *(f"note: {note}" for note in report["notes"]),
     ]
     return "\n".join(lines)
 
 
-def _write_tokenizer(folder: Path, record: Any) -> None:
-    """tokenizer.json, unless the source's own files were carried along."""
-    if isinstance(record, dict) and record.get("type") == "file" and not (folder / "tokenizer.json").exists():
-        (folder / "tokenizer.json").write_text(json.dumps(record["tokenizer"], ensure_ascii=False))
+def _format_upload(sent: dict[str, Any] | None) -> list[str]:
+    if not sent:
+        return []
+    rate = f"{sent['nbytes'] / sent['seconds'] / 1e6:.1f} MB/s with reading back"
+    return [
+        f"uploaded {sent['put']} of {sent['objects']} objects, {sent['nbytes']:,} bytes, {rate}; the others were there"
+    ]
 
 
-def _stamp(path: Path) -> list[tuple[str, int, int]]:
+def _write_carried(folder: Path, meta: dict[str, Any]) -> None:
+    """The tokenizer and the files that once came with the weights, unless they are there."""
+    texts = dict(meta.get("carried", {}))
+    tokenizer = meta.get("tokenizer", {})
+    if tokenizer.get("type") == "file":
+        texts["tokenizer.json"] = json.dumps(tokenizer["tokenizer"], ensure_ascii=False)
+    for name in texts.keys() & {*CARRIED_TEXTS, "tokenizer.json"}:
+        if not (folder / name).exists():
+            (folder / name).write_text(texts[name], encoding="utf-8")
+
+
+def _stamp(path: Any) -> list[tuple[str, int, float]]:
     """Names, sizes and times of change: a conversion does not go on with another source."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    from mesh_transformer.checkpoint.storage import folder_at
+
+    return [(name, *status) for name, status in sorted(folder_at(path).list_files().items())]
 
 
 def _peak_memory() -> int:

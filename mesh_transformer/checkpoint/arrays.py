@@ -14,7 +14,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,15 +22,11 @@ import tensorstore as ts
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from mesh_transformer.checkpoint.chunks import DTYPES, plan_chunks, shard_key
-from mesh_transformer.checkpoint.folders import write_synced
-from mesh_transformer.checkpoint.manifest import (
-    METADATA,
-    ArrayRecord,
-    CheckpointError,
-    FileRecord,
-    array_folder,
-    digest_file,
-)
+from mesh_transformer.checkpoint.digests import FileRecord
+from mesh_transformer.checkpoint.failures import CheckpointError, StorageError, explain
+from mesh_transformer.checkpoint.manifest import ArrayRecord, array_folder
+from mesh_transformer.checkpoint.places import Place, kvstore_context, kvstore_spec
+from mesh_transformer.checkpoint.storage import folder_at
 
 SHARDS_IN_FLIGHT = 4  # files encoded and written at once
 READ_AHEAD_BYTES = 1 << 29  # of slices on their way from disk to devices
@@ -46,9 +41,26 @@ class Piece(NamedTuple):
     values: np.ndarray
 
 
-def kvstore_spec(folder: Path) -> dict[str, Any]:
-    """Where TensorStore finds the files of `folder`. The one place that knows the kind of storage."""
-    return {"driver": "file", "path": f"{folder.absolute()}/", "file_io_sync": True}
+class StoredArray(NamedTuple):
+    """An array of a checkpoint whose files have been looked at, read a slice at a time."""
+
+    folder: Place
+    name: str
+    record: ArrayRecord
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its dims."""
+        return self.record.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Kind of its values; bfloat16 is ml_dtypes'."""
+        return jax.numpy.dtype(self.record.dtype)
+
+    def read(self, index: Slices) -> np.ndarray:
+        """The values at `index` (slices with step 1), checked; CheckpointError if they are damaged."""
+        return read_slice(self.folder, self.name, self.record, index)
 
 
 def describe_array(name: str, array: jax.Array, axes: Sequence[str]) -> ArrayRecord:
@@ -80,23 +92,16 @@ def copy_to_host(arrays: Mapping[str, jax.Array]) -> dict[str, list[Piece]]:
     return {name: [Piece(shard.index, _copy(shard.data)) for shard in shards] for name, shards in owned.items()}
 
 
-def write_metadata(folder: Path, name: str, record: ArrayRecord) -> None:
-    """Make an array's folder and its zarr.json."""
-    array_folder(folder, name).mkdir(parents=True)
-    write_synced(array_folder(folder, name) / METADATA, json.dumps(_metadata(record), indent=1).encode())
-
-
-def write_pieces(folder: Path, name: str, record: ArrayRecord, pieces: list[Piece]) -> dict[str, FileRecord]:
+def write_pieces(folder: Place, name: str, record: ArrayRecord, pieces: list[Piece]) -> dict[str, FileRecord]:
     """Write slices into the array's folder, emptying `pieces`; what was written. Files are synced, folders are not."""
-    place = array_folder(folder, name)
-    array = _open(folder, name, record)
-    written: dict[str, FileRecord] = {}
+    sink = folder_at(array_folder(folder, name)).open_sink()
+    array = _open(record, sink.kvstore, sink.context)
     flying: collections.deque[tuple[str, Any]] = collections.deque()
 
     def land() -> None:
         key, future = flying.popleft()
         future.result()
-        written[key] = digest_file(place / key)  # out of the page cache, while the next files are written
+        sink.take(key)
 
     try:
         while pieces:
@@ -106,19 +111,21 @@ def write_pieces(folder: Path, name: str, record: ArrayRecord, pieces: list[Piec
                     land()
         while flying:
             land()
+        sink.drain()
     finally:  # after a failure: nothing may still be writing into a folder that is about to be deleted
         for _, future in flying:
             future.exception()
-    return written
+        sink.settle()
+    return sink.written
 
 
-def read_slice(folder: Path, name: str, record: ArrayRecord, index: Slices) -> np.ndarray:
+def read_slice(folder: Place, name: str, record: ArrayRecord, index: Slices) -> np.ndarray:
     """The values of an array at `index` (slices with step 1), reading no more chunks than those hold."""
-    return _wait(folder, name, _open(folder, name, record)[index].read())
+    return _wait(folder, name, _open_stored(folder, name, record)[index].read())
 
 
 def restore_arrays(
-    folder: Path, records: Mapping[str, ArrayRecord], shardings: Mapping[str, Sharding]
+    folder: Place, records: Mapping[str, ArrayRecord], shardings: Mapping[str, Sharding]
 ) -> dict[str, jax.Array]:
     """Arrays as `shardings` place them. Each slice is read once and given to all devices that need it, several at a time."""
     placed: dict[str, list[jax.Array]] = {name: [] for name in records}
@@ -132,7 +139,7 @@ def restore_arrays(
         return size
 
     for name, record in records.items():
-        array = _open(folder, name, record)
+        array = _open_stored(folder, name, record)
         for index, places in _places(shardings[name], record.shape).items():
             size = math.prod(stop - start for start, stop in index) * DTYPES[record.dtype]
             while flying and ahead + size > READ_AHEAD_BYTES:
@@ -196,15 +203,24 @@ def _places(sharding: Sharding, shape: tuple[int, ...]) -> dict[tuple[tuple[int,
     return places
 
 
-def _open(folder: Path, name: str, record: ArrayRecord) -> Any:
+def _open_stored(folder: Place, name: str, record: ArrayRecord) -> Any:
+    return _open(record, kvstore_spec(array_folder(folder, name)), kvstore_context(folder))
+
+
+def _open(record: ArrayRecord, kvstore: dict[str, Any], context: ts.Context | None) -> Any:
     spec = {
         "driver": "zarr3",
-        "kvstore": kvstore_spec(array_folder(folder, name)),
+        "kvstore": kvstore,
         "metadata": _metadata(record),
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
     }
-    return ts.open(spec, open=True, assume_metadata=True).result()
+    return ts.open(spec, open=True, assume_metadata=True, context=context).result()
+
+
+def format_metadata(record: ArrayRecord) -> bytes:
+    """The zarr.json of an array."""
+    return json.dumps(_metadata(record), indent=1).encode()
 
 
 def _metadata(record: ArrayRecord) -> dict[str, Any]:
@@ -230,13 +246,15 @@ def _metadata(record: ArrayRecord) -> dict[str, Any]:
     }
 
 
-def _wait(folder: Path, name: str, future: Any) -> np.ndarray:
+def _wait(folder: Place, name: str, future: Any) -> np.ndarray:
     """The result of a read; TensorStore's errors as CheckpointError with array and file."""
     try:
         return future.result()
     except Exception as error:  # TensorStore raises by status code, DATA_LOSS as ValueError, others as builtin kinds
         message = str(error)
-        file = re.search(r'"([^"]+)"', message)
-        where = Path(file[1]) if file else array_folder(folder, name)
+        file = re.search(r'"[^"]*/(c[.0-9]*)"', message)
+        where = array_folder(folder, name) / file[1] if file else array_folder(folder, name)
+        if unreachable := explain(where, error):
+            raise StorageError(f"{where}: {unreachable}") from error
         reason = re.sub(r"\s*\[(source locations|tensorstore_spec|domain).*", "", message, flags=re.DOTALL)
         raise CheckpointError(f"{where}: damaged or unreadable, a file of {name}: {reason}") from error

@@ -12,40 +12,32 @@ import dataclasses
 import datetime
 import json
 import platform
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mesh_transformer.checkpoint.arrays import Piece, write_metadata, write_pieces
+from mesh_transformer.checkpoint.arrays import Piece, format_metadata, write_pieces
 from mesh_transformer.checkpoint.chunks import shard_keys
-from mesh_transformer.checkpoint.folders import (
-    make_owner,
-    publish,
-    step_folder,
-    sync_folder,
-    sync_tree,
-    temporary_folder,
-    write_synced,
-)
+from mesh_transformer.checkpoint.digests import FileRecord, digest_bytes
+from mesh_transformer.checkpoint.folders import make_owner
 from mesh_transformer.checkpoint.manifest import (
+    ARRAYS,
     METADATA,
     ArrayRecord,
     CheckpointError,
-    FileRecord,
     Manifest,
-    array_folder,
-    digest_file,
     write_manifest,
 )
+from mesh_transformer.checkpoint.places import Place
+from mesh_transformer.checkpoint.storage import folder_at
 
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorstore")
 PARTS = "parts"
+BLOCKS = "blocks"  # instead of an owner, of a checkpoint made block by block
 
 Written = dict[str, dict[str, FileRecord]]  # array -> file -> what was written
 
@@ -61,30 +53,31 @@ class Save:
     meta: dict[str, Any]
 
 
-def commit_save(root: Path, save: Save) -> None:
+def commit_save(root: Place, save: Save) -> None:
     """Write and commit; on return the checkpoint is durable. On CheckpointError nothing of it is left, nor of others lost."""
-    temporary = temporary_folder(root, save.step, save.owner)
+    folder = folder_at(root)
     written: Written = {}
     try:
-        run_everywhere(lambda: _prepare(temporary, save.records), first=True)
-        run_everywhere(lambda: _write_slices(temporary, save, written))
-        run_everywhere(lambda: _commit(temporary, root, save, written), first=True)
+        run_everywhere(lambda: _begin(root, save), first=True)
+        run_everywhere(lambda: _write_slices(root, save, written))
+        run_everywhere(lambda: _commit(root, save, written), first=True)
     except BaseException as error:
         save.pieces.clear()
         if jax.process_index() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            folder.abandon(save.step, save.owner)
         if not isinstance(error, Exception):
             raise
         size = sum(record.nbytes for record in save.records.values())
-        free = shutil.disk_usage(root).free if root.is_dir() else 0
+        free = folder.free_bytes()
+        room = "" if free is None else f"; {free} are free there now"
         raise CheckpointError(
-            f"step {save.step} was not saved in {root} ({size} bytes; {free} are free there now): "
+            f"step {save.step} was not saved in {root} ({size} bytes{room}): "
             f"{type(error).__name__}: {error}; earlier checkpoints are as they were"
         ) from error
 
 
 def write_blocks(
-    root: Path,
+    root: Place,
     step: int,
     records: Mapping[str, ArrayRecord],
     blocks: Iterable[tuple[str, Piece]],
@@ -97,15 +90,16 @@ def write_blocks(
     `log` hears of every block that is on disk. What it heard before an interruption is `done` the next time: those
     blocks must not come again. The folder's temporary name is always the same, so only one process may do this.
     """
-    temporary = temporary_folder(root, step, "blocks")
+    save = Save(step, BLOCKS, dict(records), {}, dict(meta))
+    draft = folder_at(root).draft(step, save.owner)
     written: Written = {name: dict(done.get(name, {})) for name in records}
-    if not temporary.is_dir():
-        _prepare(temporary, records)
+    if not draft.is_dir():
+        _begin(root, save)
     for name, piece in blocks:
-        files = write_pieces(temporary, name, records[name], [piece])
+        files = write_pieces(draft, name, records[name], [piece])
         written[name] |= files
         log(name, files)
-    _commit(temporary, root, Save(step, "blocks", dict(records), {}, dict(meta)), written)
+    _commit(root, save, written)
 
 
 def agree_on_owner() -> str:
@@ -133,40 +127,42 @@ def run_everywhere(work: Callable[[], object], *, first: bool = False) -> None:
         raise failure
 
 
-def _prepare(temporary: Path, records: Mapping[str, ArrayRecord]) -> None:
-    temporary.mkdir()
-    for name, record in records.items():
-        write_metadata(temporary, name, record)
+def _begin(root: Place, save: Save) -> None:
+    folder_at(root).begin(save.step, save.owner)
+    draft = folder_at(folder_at(root).draft(save.step, save.owner))
+    draft.write({f"{ARRAYS}/{name}/{METADATA}": format_metadata(record) for name, record in save.records.items()})
 
 
-def _write_slices(temporary: Path, save: Save, written: Written) -> None:
+def _write_slices(root: Place, save: Save, written: Written) -> None:
+    draft = folder_at(root).draft(save.step, save.owner)
     for name in list(save.pieces):
-        written[name] = write_pieces(temporary, name, save.records[name], save.pieces.pop(name))
+        written[name] = write_pieces(draft, name, save.records[name], save.pieces.pop(name))
     if jax.process_index() > 0:
-        (temporary / PARTS).mkdir(exist_ok=True)
-        write_synced(temporary / PARTS / f"{jax.process_index()}.json", json.dumps(written).encode())
+        folder_at(draft).write({f"{PARTS}/{jax.process_index()}.json": json.dumps(written).encode()})
 
 
-def _commit(temporary: Path, root: Path, save: Save, written: Written) -> None:
+def _commit(root: Place, save: Save, written: Written) -> None:
+    place = folder_at(root).draft(save.step, save.owner)
     parts = [written]
     for process in range(1, jax.process_count()):
-        parts.append(json.loads((temporary / PARTS / f"{process}.json").read_bytes()))
+        parts.append(json.loads((place / PARTS / f"{process}.json").read_bytes()))
+    draft = folder_at(place)
     if len(parts) > 1:
-        shutil.rmtree(temporary / PARTS)
-    records = {name: _add_files(temporary, name, record, parts) for name, record in save.records.items()}
+        draft.remove(PARTS)
+    records = {name: _add_files(name, record, parts) for name, record in save.records.items()}
     versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    sync_tree(temporary)
-    write_manifest(temporary, Manifest(save.step, created, versions, records, save.meta))
-    sync_folder(temporary)
-    publish(temporary, step_folder(root, save.step))
+    draft.sync(deep=True)
+    write_manifest(place, Manifest(save.step, created, versions, records, save.meta))
+    draft.sync(deep=False)
+    folder_at(root).publish(save.step, save.owner)
 
 
-def _add_files(temporary: Path, name: str, record: ArrayRecord, parts: list[Written]) -> ArrayRecord:
+def _add_files(name: str, record: ArrayRecord, parts: list[Written]) -> ArrayRecord:
     """The record with its files, whoever wrote them, in the order of their shards."""
     found = {key: FileRecord(*file) for part in parts for key, file in part[name].items()}
     expected = list(shard_keys(record.shape, record.shard))
     if found.keys() != set(expected):
         raise CheckpointError(f"array {name}: no process owns {sorted(set(expected) - found.keys())[:5]}")
-    metadata = digest_file(array_folder(temporary, name) / METADATA)
+    metadata = digest_bytes(format_metadata(record))
     return dataclasses.replace(record, files={METADATA: metadata, **{key: found[key] for key in expected}})

@@ -17,13 +17,20 @@ is renamed back if its step is missing (the process died between two renames), e
 """
 
 import contextlib
+import functools
 import os
 import re
 import secrets
 import shutil
 import socket
+import stat
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from mesh_transformer.checkpoint.digests import FileRecord, digest_file
+from mesh_transformer.checkpoint.places import Place, kvstore_spec
 
 COMMIT = "COMMIT"
 STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})")
@@ -31,7 +38,110 @@ LEFTOVER = re.compile(rf"({STEP.pattern})\.(tmp|old|trash)-(.+)-([0-9]+)-([0-9]+
 FOREIGN_SECONDS = 3600
 
 
-def step_folder(root: Path, step: int) -> Path:
+class LocalFolder:
+    """The root of a store, or a checkpoint in it, on this machine's file systems; objects.py has the other kind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def make(self) -> None:
+        """Make it and the folders above it, durably."""
+        make_root(self.path)
+
+    def clean(self) -> None:
+        """Remove what dead processes left."""
+        clean(self.path)
+
+    def list_steps(self) -> dict[int, bool]:
+        """Steps in it, ascending, and whether each is complete."""
+        return list_steps(self.path)
+
+    def free_bytes(self) -> int | None:
+        """What can still be written."""
+        return shutil.disk_usage(self.path).free if self.path.is_dir() else 0
+
+    def draft(self, step: int, owner: str) -> Path:
+        """Where the checkpoint of `step` is written."""
+        return temporary_folder(self.path, step, owner)
+
+    def begin(self, step: int, owner: str) -> None:
+        """Make the draft."""
+        self.draft(step, owner).mkdir()
+
+    def publish(self, step: int, owner: str) -> None:
+        """Give the complete draft its name."""
+        publish(self.draft(step, owner), self.path / f"step_{step}")
+
+    def abandon(self, step: int, owner: str) -> None:
+        """Delete the draft as far as that is possible."""
+        shutil.rmtree(self.draft(step, owner), ignore_errors=True)
+
+    def discard(self) -> None:
+        """Delete the checkpoint."""
+        discard(self.path)
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Write new files, in that order, and make the folders they need."""
+        for name, data in files.items():
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            write_synced(self.path / name, data)
+
+    def remove(self, name: str) -> None:
+        """Delete a folder in it."""
+        shutil.rmtree(self.path / name)
+
+    def sync(self, *, deep: bool) -> None:
+        """Make the names in it durable; with `deep` also those in the folders below."""
+        sync_tree(self.path) if deep else sync_folder(self.path)
+
+    def measure(self, names: Iterable[str]) -> Iterator[int | str]:
+        """The size of each file, or what is wrong with it where it is not a plain file in plain folders."""
+        seen: dict[Path, bool] = {}
+
+        def is_real(path: Path) -> bool:
+            """No folder on the way from this one to there is a link."""
+            if path not in seen:
+                seen[path] = not path.is_symlink() and (path == self.path or is_real(path.parent))
+            return seen[path]
+
+        for path in (self.path / name for name in names):
+            try:
+                status = os.lstat(path)
+            except OSError as error:
+                yield f"missing ({error.strerror})"
+                continue
+            plain = stat.S_ISREG(status.st_mode) and is_real(path.parent)
+            yield status.st_size if plain else "a link or not a plain file"
+
+    def list_files(self) -> dict[str, tuple[int, float]]:
+        """Size in bytes and time of change of every file below, by its name from here."""
+        found = [(path, path.stat()) for path in sorted(self.path.rglob("*")) if path.is_file()]
+        return {path.relative_to(self.path).as_posix(): (status.st_size, status.st_mtime) for path, status in found}
+
+    def open_sink(self) -> "FileSink":
+        """Where an array's files are written, if this is an array's folder."""
+        return FileSink(self.path)
+
+
+class FileSink:
+    """The files of one array on their way to disk, where TensorStore itself writes them."""
+
+    def __init__(self, path: Path):
+        self._path, self.written, self.context = path, dict[str, FileRecord](), None
+        self.kvstore: dict[str, Any] = kvstore_spec(path)
+
+    def take(self, key: str) -> None:
+        """TensorStore has written this file."""
+        self.written[key] = digest_file(self._path / key)  # out of the page cache, while the next files are written
+
+    def drain(self) -> None:
+        """Wait for what is on its way: nothing is."""
+
+    def settle(self) -> None:
+        """The same after a failure."""
+
+
+def step_folder(root: Place, step: int) -> Place:
     """Where the checkpoint of `step` lies."""
     return root / f"step_{step}"
 
@@ -93,7 +203,9 @@ def clean(root: Path) -> None:
     """Remove what dead processes left, by the rule above."""
     for path in sorted(root.iterdir()):
         match = LEFTOVER.fullmatch(path.name)
-        if not match or path.is_symlink() or _is_alive(path, match[4], int(match[5]), int(match[6])):
+        if not match or path.is_symlink():
+            continue
+        if is_alive(match[4], int(match[5]), int(match[6]), functools.partial(_last_change, path)):
             continue
         final = root / match[1]
         if match[3] == "old" and not final.exists() and (path / COMMIT).exists():
@@ -135,9 +247,10 @@ def _start_ticks(pid: int) -> int:
         return 0
 
 
-def _is_alive(path: Path, host: str, pid: int, start: int) -> bool:
+def is_alive(host: str, pid: int, start: int, last_change: Callable[[], float]) -> bool:
+    """Whether a process runs, or may run where it cannot be asked for."""
     if host != make_owner().rsplit("-", 3)[0]:
-        return time.time() - _last_change(path) < FOREIGN_SECONDS
+        return time.time() - last_change() < FOREIGN_SECONDS
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -29,13 +29,10 @@ a manifest that lists others, or fewer, or sizes too small for the shape, is ref
 
 import dataclasses
 import json
-import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
@@ -47,26 +44,18 @@ from mesh_transformer.checkpoint.chunks import (
     count_shards,
     shard_keys,
 )
-from mesh_transformer.checkpoint.folders import COMMIT, write_synced
+from mesh_transformer.checkpoint.digests import FileRecord, digest_file
+from mesh_transformer.checkpoint.failures import CheckpointError
+from mesh_transformer.checkpoint.folders import COMMIT
+from mesh_transformer.checkpoint.places import Place, read_small
+from mesh_transformer.checkpoint.storage import folder_at
 
 FORMAT = 1
 MANIFEST, ARRAYS, METADATA = "manifest.json", "arrays", "zarr.json"
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_FILES = 1 << 24
-BLOCK_BYTES = 1 << 22
 READERS = 4  # files hashed at once
 PART = re.compile(r"[A-Za-z0-9_~=+@,:-][A-Za-z0-9_.~=+@,:-]{0,199}")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not there, not complete, damaged, or not what was asked for; names the array and the file."""
-
-
-class FileRecord(NamedTuple):
-    """What a file must be."""
-
-    size: int  # bytes
-    digest: str  # xxh3-128, 32 hexadecimal digits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +86,14 @@ class Manifest:
     meta: Mapping[str, Any]
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Place, manifest: Manifest) -> None:
     """Write manifest.json, then COMMIT, both durable once the folder is synced."""
     data = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1).encode()
-    write_synced(folder / MANIFEST, data)
-    write_synced(folder / COMMIT, _commit_text(data))
+    folder_at(folder).write({MANIFEST: data})
+    folder_at(folder).write({COMMIT: _commit_text(data)})
 
 
-def read_manifest(folder: Path, step: int) -> Manifest:
+def read_manifest(folder: Place, step: int) -> Manifest:
     """The manifest in `folder`, its digest and its contents checked; CheckpointError names the file and what is wrong."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint")
@@ -140,43 +129,32 @@ def check_names(names: Iterable[str]) -> None:
                 )
 
 
-def array_folder(folder: Path, name: str) -> Path:
+def array_folder(folder: Place, name: str) -> Place:
     """Where the files of an array lie."""
     return folder / ARRAYS / name
 
 
-def find_missing(folder: Path, arrays: Mapping[str, ArrayRecord]) -> dict[Path, str]:
+def find_missing(folder: Place, arrays: Mapping[str, ArrayRecord]) -> dict[Place, str]:
     """Problems, by file, that sizes and kinds of files show without reading them: missing, cut, grown, a link, not a file."""
-    problems: dict[Path, str] = {}
-    seen: dict[Path, bool] = {}
-
-    def is_real(path: Path) -> bool:
-        """No folder on the way from the checkpoint's own to here is a link."""
-        if path not in seen:
-            seen[path] = not path.is_symlink() and (path == folder or is_real(path.parent))
-        return seen[path]
-
-    for name, path, file in _files(folder, arrays):
-        try:
-            status = os.lstat(path)
-        except OSError as error:
-            problems[path] = f"{path}: missing ({error.strerror}); a file of {name}"
-            continue
-        if not stat.S_ISREG(status.st_mode) or not is_real(path.parent):
-            problems[path] = f"{path}: a link or not a plain file; a file of {name}"
-        elif status.st_size != file.size:
-            problems[path] = f"{path}: {status.st_size} bytes instead of {file.size}; a file of {name}"
+    problems: dict[Place, str] = {}
+    files = list(_files(folder, arrays))
+    sizes = folder_at(folder).measure(f"{ARRAYS}/{name}/{path.name}" for name, path, _ in files)
+    for (name, path, file), size in zip(files, sizes, strict=True):
+        if isinstance(size, str):
+            problems[path] = f"{path}: {size}; a file of {name}"
+        elif size != file.size:
+            problems[path] = f"{path}: {size} bytes instead of {file.size}; a file of {name}"
     return problems
 
 
-def find_damage(folder: Path, arrays: Mapping[str, ArrayRecord]) -> list[str]:
+def find_damage(folder: Place, arrays: Mapping[str, ArrayRecord]) -> list[str]:
     """Problems of all files of `arrays`, every byte read, at the disk's speed."""
     problems = find_missing(folder, arrays)
 
-    def check(entry: tuple[str, Path, FileRecord]) -> str:
+    def check(entry: tuple[str, Place, FileRecord]) -> str:
         name, path, file = entry
         try:
-            same = path in problems or digest_file(path) == file
+            same = path in problems or digest_file(path, file.size) == file
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror}); a file of {name}"
         return "" if same else f"{path}: damaged: its digest is not the manifest's; a file of {name}"
@@ -185,25 +163,15 @@ def find_damage(folder: Path, arrays: Mapping[str, ArrayRecord]) -> list[str]:
         return [*problems.values(), *filter(None, readers.map(check, _files(folder, arrays)))]
 
 
-def check_metadata(folder: Path, arrays: Mapping[str, ArrayRecord]) -> None:
+def check_metadata(folder: Place, arrays: Mapping[str, ArrayRecord]) -> None:
     """Raise CheckpointError if an array's zarr.json is not the one that was written (no checksum of Zarr covers it)."""
     for name, record in arrays.items():
         path = array_folder(folder, name) / METADATA
-        if digest_file(path) != record.files[METADATA]:
+        if digest_file(path, record.files[METADATA].size) != record.files[METADATA]:
             raise CheckpointError(f"{path}: damaged: its digest is not the manifest's; a file of {name}")
 
 
-def digest_file(path: Path) -> FileRecord:
-    """Size and digest of a file."""
-    digest, size, block = xxhash.xxh3_128(), 0, memoryview(bytearray(BLOCK_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-            size += count
-    return FileRecord(size, digest.hexdigest())
-
-
-def _files(folder: Path, arrays: Mapping[str, ArrayRecord]) -> Iterator[tuple[str, Path, FileRecord]]:
+def _files(folder: Place, arrays: Mapping[str, ArrayRecord]) -> Iterator[tuple[str, Place, FileRecord]]:
     for name, record in arrays.items():
         for key, file in record.files.items():
             yield name, array_folder(folder, name) / key, file
@@ -218,12 +186,9 @@ def _seal(lines: bytes) -> bytes:
     return lines + f"commit {xxhash.xxh3_128_hexdigest(lines)}\n".encode()
 
 
-def _read_small(path: Path) -> bytes:
+def _read_small(path: Place) -> bytes:
     try:
-        status = os.lstat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{path}: a link, not a plain file, or larger than {MAX_MANIFEST_BYTES} bytes")
-        return path.read_bytes()
+        return read_small(path, MAX_MANIFEST_BYTES)
     except OSError as error:
         raise CheckpointError(
             f"{path}: missing or unreadable ({error.strerror}); the checkpoint is not complete"

@@ -13,18 +13,23 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent import futures
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from mesh_transformer.checkpoint import folders
-from mesh_transformer.checkpoint.arrays import copy_to_host, describe_array, read_slice, restore_arrays
+from mesh_transformer.checkpoint.arrays import (
+    StoredArray,
+    copy_to_host,
+    describe_array,
+    read_slice,
+    restore_arrays,
+)
 from mesh_transformer.checkpoint.commit import Save, agree_on_owner, commit_save, run_everywhere
+from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
 from mesh_transformer.checkpoint.manifest import (
     ArrayRecord,
-    CheckpointError,
     Manifest,
     check_metadata,
     check_names,
@@ -32,6 +37,8 @@ from mesh_transformer.checkpoint.manifest import (
     find_missing,
     read_manifest,
 )
+from mesh_transformer.checkpoint.places import Place, to_place
+from mesh_transformer.checkpoint.storage import folder_at
 
 
 class Store:
@@ -42,7 +49,7 @@ class Store:
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Place,
         keep_last: int = 2,
         keep_every: int | None = None,
         asynchronous: bool = True,
@@ -52,7 +59,7 @@ class Store:
         """The newest `keep_last` steps stay, and for ever those divisible by `keep_every`. Leftovers are removed if `writable`."""
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
             raise CheckpointError(f"keep_last = {keep_last}, keep_every = {keep_every}: both must be at least 1")
-        self.root = Path(root).absolute()
+        self.root = to_place(root).absolute()
         self.keep_last, self.keep_every, self.asynchronous, self.writable = (
             keep_last,
             keep_every,
@@ -65,8 +72,8 @@ class Store:
         self._damaged: set[int] = set()
         if writable:
             try:
-                folders.make_root(self.root)
-                folders.clean(self.root)
+                folder_at(self.root).make()
+                folder_at(self.root).clean()
             except OSError as error:
                 raise CheckpointError(f"{self.root}: cannot be used for checkpoints: {error}") from error
 
@@ -124,7 +131,7 @@ class Store:
 
     def steps(self) -> list[int]:
         """Complete checkpoints, ascending."""
-        return [step for step, is_complete in folders.list_steps(self.root).items() if is_complete]
+        return [step for step, is_complete in folder_at(self.root).list_steps().items() if is_complete]
 
     def newest(self) -> int | None:
         """The newest step, None if there is no checkpoint at all; CheckpointError if the newest folder lacks COMMIT.
@@ -132,7 +139,7 @@ class Store:
         Folders get their names when they are complete, so one without COMMIT has been tampered with; to take an older
         step, or to start over, is then for a person to decide (`newest_intact` is that decision).
         """
-        found = folders.list_steps(self.root)
+        found = folder_at(self.root).list_steps()
         newest = max(found, default=None)
         if newest is not None and not found[newest]:
             raise CheckpointError(
@@ -145,7 +152,7 @@ class Store:
 
         None if there is no checkpoint at all; CheckpointError if there are some and none is intact.
         """
-        found = sorted(folders.list_steps(self.root), reverse=True)
+        found = sorted(folder_at(self.root).list_steps(), reverse=True)
         for step in found:
             problems = self.verify(step)
             if not problems:
@@ -181,6 +188,12 @@ class Store:
         _check_files(self.folder(step), {name: record})
         return read_slice(self.folder(step), name, record, index)
 
+    def open_arrays(self, step: int) -> dict[str, StoredArray]:
+        """Every array, to be read a slice at a time; manifest and files are looked at now, and not again for each slice."""
+        folder, records = self.folder(step), self.read_manifest(step).arrays
+        _check_files(folder, records)
+        return {name: StoredArray(folder, name, record) for name, record in records.items()}
+
     def read_manifest(self, step: int) -> Manifest:
         """All that a checkpoint holds but the values, checked."""
         return read_manifest(self.folder(step), step)
@@ -193,6 +206,8 @@ class Store:
         """Everything that is wrong with a checkpoint, each with its file; reads every byte, at the disk's speed."""
         try:
             manifest = self.read_manifest(step)
+        except StorageError:
+            raise
         except CheckpointError as error:
             return [str(error)]
         return find_damage(self.folder(step), manifest.arrays)
@@ -206,7 +221,7 @@ class Store:
         self.wait()
         return self._prune(max(self._held or self.steps(), default=0))
 
-    def folder(self, step: int) -> Path:
+    def folder(self, step: int) -> Place:
         """Where the checkpoint of `step` lies, or would."""
         return folders.step_folder(self.root, step)
 
@@ -220,13 +235,15 @@ class Store:
             return []
         gone = [step for step in steps if step < kept[-1] and not (self.keep_every and step % self.keep_every == 0)]
         for step in gone:
-            folders.discard(self.folder(step))
+            folder_at(self.folder(step)).discard()
             self._held.discard(step)
         return gone
 
     def _looks_intact(self, step: int) -> bool:
         try:
             return not find_missing(self.folder(step), self.read_manifest(step).arrays)
+        except StorageError:
+            raise
         except CheckpointError:
             return False
 
@@ -240,19 +257,19 @@ class Store:
         self._damaged.discard(save.step)
         try:
             run_everywhere(lambda: self._prune(save.step), first=True)
-        except OSError as error:
+        except (OSError, StorageError) as error:
             raise CheckpointError(
                 f"step {save.step} was saved, but older ones could not be deleted: {error}"
             ) from error
 
 
-def find_checkpoint(path: str | Path, *, report: Callable[[str], None] | None = None) -> tuple[Store, int]:
+def find_checkpoint(path: str | Place, *, report: Callable[[str], None] | None = None) -> tuple[Store, int]:
     """The checkpoint that `path` means, in a store opened for reading.
 
     `path` is a run folder (its checkpoints/), a folder of checkpoints, or one step's. Of several steps it is the newest,
     or with `report` the newest intact one (see Store.newest_intact). CheckpointError says what was found instead.
     """
-    path = Path(path).absolute()
+    path = to_place(path).absolute()
     if not path.is_dir():
         near = sorted(other.name for other in path.parent.iterdir() if other.is_dir()) if path.parent.is_dir() else []
         kind = "is not a folder" if path.exists() else "no such folder"
@@ -273,7 +290,7 @@ def find_checkpoint(path: str | Path, *, report: Callable[[str], None] | None = 
     )
 
 
-def _check_match(folder: Path, records: Mapping[str, ArrayRecord], like: Mapping[str, Any], only: str) -> None:
+def _check_match(folder: Place, records: Mapping[str, ArrayRecord], like: Mapping[str, Any], only: str) -> None:
     """Raise CheckpointError with every array that is missing, unexpected, or of other shape or dtype."""
     problems = [f"missing in the checkpoint: {name}" for name in like if name not in records]
     scope = f' (names beginning with "{only}")' if only else ""
@@ -289,7 +306,7 @@ def _check_match(folder: Path, records: Mapping[str, ArrayRecord], like: Mapping
         raise CheckpointError(f"{folder} does not hold what was asked for:\n  " + "\n  ".join(problems))
 
 
-def _check_files(folder: Path, records: Mapping[str, ArrayRecord]) -> None:
+def _check_files(folder: Place, records: Mapping[str, ArrayRecord]) -> None:
     """Raise CheckpointError for all that can be seen to be wrong without reading the values."""
     problems = find_missing(folder, records)
     if problems:

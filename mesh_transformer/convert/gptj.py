@@ -12,18 +12,18 @@ a JSON file, says which model it is.
 """
 
 import math
-import os
 import re
 import struct
 import tokenize
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
+from mesh_transformer.checkpoint.places import Place
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.foreign import PREFIX, Foreign, Leaf, assemble, make_model_config
 from mesh_transformer.convert.lazy import (
@@ -36,12 +36,13 @@ from mesh_transformer.convert.lazy import (
     Sum,
     View,
     parse_pattern,
-    to_dtype,
     whole,
 )
+from mesh_transformer.convert.tensor_files import read_npz
 from mesh_transformer.model.positions import T5_BUCKETS
 
 PIECES = 16
+READERS = 4  # pieces opened at once
 KINDS = ("bfloat16", "float16", "float32")
 # Adam's state among the arrays of a run: moments lie here under the names of their weights, without "params/".
 OPT_MU, OPT_NU = "opt_state/1/mu/", "opt_state/1/nu/"
@@ -111,7 +112,7 @@ HEAD = (
 RELATIVE = Entry("relative_position_embs/rel_embedding", "relative_bias/table", "heads buckets", 0)
 
 
-def open_gptj(folder: Path, old_config: Mapping[str, Any], where: str = "the configuration") -> Foreign:
+def open_gptj(folder: Place, old_config: Mapping[str, Any], where: str = "the configuration") -> Foreign:
     """The model in a folder step_<N>, and Adam's state where it is there; `where` names the configuration in errors.
 
     CheckpointError lists whatever is missing, damaged or does not fit the configuration.
@@ -141,7 +142,7 @@ def open_gptj(folder: Path, old_config: Mapping[str, Any], where: str = "the con
     return Foreign(model, arrays, step, "gpt2", tuple(_make_notes(folder, len(shards), step, full)))
 
 
-def find_weights(folder: Path, old_config: Mapping[str, Any]) -> list[list[FileArray]]:
+def find_weights(folder: Place, old_config: Mapping[str, Any]) -> list[list[FileArray]]:
     """The weights of each shard in their order, without Adam's state and counters; see `open_gptj` for what is checked."""
     shards, n = _read_shards(folder), len(list_slots(old_config["layers"], POSITIONS[old_config["pe"]]))
     return [shard[-1 - n : -1] for shard in shards]
@@ -181,7 +182,7 @@ def list_slots(n_layers: int, positions: str) -> list[Slot]:
     ]
 
 
-def _read_shards(folder: Path) -> list[list[FileArray]]:
+def _read_shards(folder: Place) -> list[list[FileArray]]:
     """The leaves of each shard, in order."""
     if (folder / "params").is_dir():
         raise CheckpointError(
@@ -194,14 +195,14 @@ def _read_shards(folder: Path) -> list[list[FileArray]]:
     problems = [f"shard_{s} is missing" for s in range(max(found)) if s not in found]
     shards: list[list[FileArray]] = []
     for shard in sorted(found):
+        with ThreadPoolExecutor(READERS) as readers:
+            found_pieces = readers.map(_try_piece, [folder / f"shard_{shard}" / f"{i}.npz" for i in range(PIECES)])
         pieces = []
-        for piece in range(PIECES):
-            try:
-                pieces.append(_read_piece(folder / f"shard_{shard}" / f"{piece}.npz"))
-            except FileNotFoundError:
-                problems.append(f"shard_{shard}/{piece}.npz is missing")
-            except UNREADABLE as error:
-                problems.append(f"shard_{shard}/{piece}.npz: {error}")
+        for i, piece in enumerate(found_pieces):
+            if isinstance(piece, str):
+                problems.append(f"shard_{shard}/{i}.npz{piece}")
+            else:
+                pieces.append(piece)
         shards.append([leaf for piece in pieces for leaf in piece])
         size, more = divmod(len(shards[-1]), PIECES)
         uneven = [i for i, piece in enumerate(pieces) if len(piece) != size + (i < more)]
@@ -213,38 +214,19 @@ def _read_shards(folder: Path) -> list[list[FileArray]]:
     return shards
 
 
-def _read_piece(path: Path) -> list[FileArray]:
-    """Where the arrays of an .npz lie; ValueError or BadZipFile if that cannot be relied upon."""
-    with zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-    names = [f"arr_{i}.npy" for i in range(len(members))]
-    if members.keys() != set(names):
-        raise ValueError(f"members are {sorted(members)[:5]}, not arr_0.npy, arr_1.npy ...")
-    arrays = []
-    with open(path, "rb") as file:
-        for name in names:
-            info = members[name]
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{name} is compressed; save it with np.savez")
-            file.seek(info.header_offset)
-            mark, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
-            start = file.seek(name_length + extra_length, os.SEEK_CUR)
-            version = np.lib.format.read_magic(file) if mark == b"PK\3\4" else None
-            if version != (1, 0):
-                raise ValueError(f"{name} is not an array in .npy format 1.0")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            if dtype.hasobject:
-                raise ValueError(f"{name} is pickled, which is refused and was not run")
-            if fortran:
-                raise ValueError(f"{name} is in Fortran order")
-            array = FileArray(path, file.tell(), shape, to_dtype("bfloat16") if dtype.str == "|V2" else dtype)
-            if array.offset + math.prod(shape) * dtype.itemsize != start + info.file_size:
-                raise ValueError(f"{name} has not the bytes of {dtype}{list(shape)}: cut short")
-            arrays.append(array)
-    return arrays
+def _try_piece(path: Place) -> list[FileArray] | str:
+    """The arrays of a piece, or what is wrong with it."""
+    try:
+        return read_npz(path)
+    except StorageError:
+        raise
+    except FileNotFoundError:
+        return " is missing"
+    except UNREADABLE as error:
+        return f": {error}"
 
 
-def _count_layers(leaves: int, outside: int, folder: Path, where: str) -> tuple[int, bool]:
+def _count_layers(leaves: int, outside: int, folder: Place, where: str) -> tuple[int, bool]:
     """How many layers so many leaves are, and whether Adam's state is among them; no number can be both."""
     for full, copies, counters in ((False, 1, 1), (True, 3, 3)):
         layers, rest = divmod(leaves - counters - copies * outside, copies * len(LAYER))
@@ -305,7 +287,7 @@ def _make_find(
     return find
 
 
-def _read_count(shards: Sequence[Sequence[FileArray]], place: int, name: str, folder: Path) -> int:
+def _read_count(shards: Sequence[Sequence[FileArray]], place: int, name: str, folder: Place) -> int:
     leaves = [shard[place] for shard in shards]
     if any(leaf.dtype.kind not in "iu" or math.prod(leaf.shape) != 1 for leaf in leaves):
         raise CheckpointError(f"{folder}: {name} is not an integer but {leaves[0].dtype}{list(leaves[0].shape)}")
@@ -315,7 +297,7 @@ def _read_count(shards: Sequence[Sequence[FileArray]], place: int, name: str, fo
     return values[0]
 
 
-def _make_notes(folder: Path, shards: int, step: int, full: bool) -> Iterator[str]:
+def _make_notes(folder: Place, shards: int, step: int, full: bool) -> Iterator[str]:
     yield "the embedding's bias, added to every token, is folded into w_tokens, which is float32 for that"
     yield f"the biases b_out, of which each of the {shards} shards added its own, are summed in float32"
     yield "norms are those of shard 0, the only ones that were used"

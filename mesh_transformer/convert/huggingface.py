@@ -4,12 +4,12 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
+from mesh_transformer.checkpoint.places import Place, local_copy
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.foreign import (
     Foreign,
@@ -31,12 +31,12 @@ CARRIED = (*TOKENIZER_FILES, "generation_config.json", "added_tokens.json", "cha
 ROWS_BYTES = 32_000_000  # of a tensor, read at once
 
 
-def is_huggingface(folder: Path) -> bool:
+def is_huggingface(folder: Place) -> bool:
     """Whether a folder looks like a model of transformers."""
     return (folder / CONFIG).is_file()
 
 
-def open_huggingface(folder: Path) -> Foreign:
+def open_huggingface(folder: Place) -> Foreign:
     """What is in a model folder; CheckpointError lists all tensors that are missing, unknown or of another shape."""
     settings, family = read_settings(folder)
     model = family.read_config(settings)
@@ -58,15 +58,18 @@ def open_huggingface(folder: Path) -> Foreign:
         notes += _check_tied(tensors, family, used, folder)
     check_all_used(set(tensors), used, lambda name: name.endswith(family.buffers or ("\0",)), folder)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    return Foreign(model, arrays, 0, str(folder) if has_tokenizer else None, tuple(notes))
+    tokenizer = str(local_copy(folder, TOKENIZER_FILES)) if has_tokenizer else None
+    return Foreign(model, arrays, 0, tokenizer, tuple(notes))
 
 
-def read_settings(folder: Path) -> tuple[Settings, Family]:
+def read_settings(folder: Place) -> tuple[Settings, Family]:
     """config.json and its family; CheckpointError if it is not there or of no family in names.py."""
     path = folder / CONFIG
     try:
         table = json.loads(path.read_bytes())
         kind = table["model_type"]
+    except StorageError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a model's configuration: {type(error).__name__}: {error}") from None
     if kind not in FAMILIES:
@@ -124,7 +127,7 @@ def find_name(tensors: Mapping[str, Any], family: Family, entry: Entry, layer: i
     raise KeyError(entry.theirs.replace("{i}", str(layer)))
 
 
-def _check_tied(tensors: Mapping[str, FileArray], family: Family, used: set[str], folder: Path) -> list[str]:
+def _check_tied(tensors: Mapping[str, FileArray], family: Family, used: set[str], folder: Place) -> list[str]:
     """A tied model's file may hold its head as well; it must then be the embedding itself."""
     try:
         head = find_name(tensors, family, family.entries["w_head"], None)

@@ -9,13 +9,15 @@ slice asked for needs, so that a conversion's memory is bounded by its slices.
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from mesh_transformer.checkpoint.places import Place, map_bytes
+
 FLOAT32 = np.dtype(np.float32)
+MAPPED_BYTES = 1 << 28  # of a file, seen at once; of an object, in memory
 Slices = tuple[slice, ...]  # with step 1, one for each dim
 
 
@@ -45,20 +47,29 @@ def whole(array: Lazy) -> Slices:
 class FileArray(NamedTuple):
     """Values that lie in a file one after the other, the last dim fastest."""
 
-    path: Path
+    path: Place
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
 
     def read(self, index: Slices) -> np.ndarray:
-        """Mapped for this one read, so that pages of the file do not stay in memory; ValueError if the file is too short."""
-        needed = self.offset + math.prod(self.shape) * self.dtype.itemsize
-        if (found := self.path.stat().st_size) < needed:
-            raise ValueError(f"{self.path}: cut short: {found:,} bytes, an array ends at {needed:,}")
-        if math.prod(self.shape) == 0:
-            return np.zeros(self.shape, self.dtype)[index]
-        raw = np.memmap(self.path, np.uint8, "r", self.offset, (needed - self.offset,))
-        return np.array(raw.view(self.dtype).reshape(self.shape)[index])
+        """Mapped for this one read, so that pages of the file do not stay in memory; ValueError if the file is too short.
+
+        Of an object only the rows that `index` meets are fetched.
+        """
+        if not self.shape:
+            return np.array(map_bytes(self.path, self.offset, self.offset + self.dtype.itemsize).view(self.dtype)[0])
+        first, last, _ = index[0].indices(self.shape[0])
+        values = np.empty(
+            [len(range(*part.indices(dim))) for part, dim in zip(index, self.shape, strict=True)], self.dtype
+        )
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        step = max(MAPPED_BYTES // max(row, 1), 1)
+        for start in range(first, last, step) if values.size else ():
+            stop = min(start + step, last)
+            raw = map_bytes(self.path, self.offset + start * row, self.offset + stop * row).view(self.dtype)
+            values[start - first : stop - first] = raw.reshape(-1, *self.shape[1:])[(slice(None), *index[1:])]
+        return values
 
 
 class Held(NamedTuple):

@@ -3,14 +3,15 @@
 """Any checkpoint to any other in bounded memory: a block is read, cast and written; then everything is read back and compared.
 
 What is written lies in DST.partial until it has been proved, with a journal of the blocks that are done, so that a
-conversion that was killed goes on where it was. Then one rename makes it DST.
+conversion that was killed goes on where it was. Then one rename makes it DST. If DST is remote, all of that happens in a
+folder of this machine, and then it is uploaded (upload.py).
 """
 
-import itertools
 import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +22,12 @@ import xxhash
 from mesh_transformer.checkpoint import folders
 from mesh_transformer.checkpoint.arrays import Piece
 from mesh_transformer.checkpoint.chunks import DTYPES, plan_chunks, shard_key
-from mesh_transformer.checkpoint.commit import write_blocks
-from mesh_transformer.checkpoint.manifest import ArrayRecord, CheckpointError, FileRecord
-from mesh_transformer.checkpoint.store import Store, find_checkpoint
+from mesh_transformer.checkpoint.commit import BLOCKS, write_blocks
+from mesh_transformer.checkpoint.digests import FileRecord
+from mesh_transformer.checkpoint.failures import CheckpointError
+from mesh_transformer.checkpoint.manifest import MANIFEST, ArrayRecord
+from mesh_transformer.checkpoint.places import Place, RemotePath
+from mesh_transformer.checkpoint.store import find_checkpoint
 from mesh_transformer.convert.foreign import PREFIX, Foreign, make_model_config
 from mesh_transformer.convert.gptj import open_gptj
 from mesh_transformer.convert.gptj_writer import write_gptj
@@ -37,62 +41,43 @@ from mesh_transformer.convert.huggingface import (
     open_huggingface,
     read_settings,
 )
-from mesh_transformer.convert.lazy import Lazy, Slices, to_dtype
+from mesh_transformer.convert.lazy import Lazy, to_dtype
 from mesh_transformer.convert.names import FAMILIES
+from mesh_transformer.convert.slices import cut, shard_slices, shrink
 from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
+from mesh_transformer.convert.upload import Upload, check_remote, upload_folder
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import describe_params
 
 JOURNAL = "journal.jsonl"
 FILE_BYTES = 5_000_000_000  # of one safetensors file
-MIN_BLOCK_BYTES = 16_000_000
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
-
-
-class StoredArray(NamedTuple):
-    """An array of a checkpoint of ours."""
-
-    store: Store
-    step: int
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def read(self, index: Slices) -> np.ndarray:
-        """Checked values; CheckpointError if they are damaged."""
-        return self.store.read_slice(self.step, self.name, index)
 
 
 class Source(NamedTuple):
     """A checkpoint of any kind."""
 
     kind: str  # "native", "huggingface", "gptj-v1"
-    path: Path
+    path: Place
     foreign: Foreign
     meta: dict[str, Any]  # of a native one
     settings: dict[str, Any]  # of a foreign one: its own configuration
 
 
-def open_native(path: Path) -> Source:
+def open_native(path: Place) -> Source:
     """A checkpoint of ours, of a run folder the newest."""
     store, step = find_checkpoint(path)
-    manifest = store.read_manifest(step)
-    arrays = {
-        name: StoredArray(store, step, name, record.shape, to_dtype(record.dtype))
-        for name, record in manifest.arrays.items()
-    }
-    model = manifest.meta.get("config", {}).get("model")
+    meta = store.read_meta(step)
+    model = meta.get("config", {}).get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{store.folder(step)}: its meta has no config.model")
-    return Source("native", store.folder(step), Foreign(model, arrays, step, None), dict(manifest.meta), {})
+    return Source("native", store.folder(step), Foreign(model, store.open_arrays(step), step, None), meta, {})
 
 
-def open_source(path: Path, source_config: Path | None = None) -> Source:
+def open_source(path: Place, source_config: Place | None = None) -> Source:
     """The checkpoint that `path` is, whatever its kind; CheckpointError if it is none."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
-    if is_huggingface(path):
-        return Source("huggingface", path, open_huggingface(path), {}, dict(read_settings(path)[0].table))
     shards = [path, *sorted(path.glob("step_*"))]
     original = next((folder for folder in shards if (folder / "shard_0").is_dir()), None)
     if original:
@@ -103,23 +88,30 @@ def open_source(path: Path, source_config: Path | None = None) -> Source:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{source_config}: not a JSON file: {error}") from None
         return Source("gptj-v1", original, open_gptj(original, table, str(source_config)), {}, table)
+    if is_huggingface(path):
+        return Source("huggingface", path, open_huggingface(path), {}, dict(read_settings(path)[0].table))
     return open_native(path)
 
 
-def check_destination(destination: Path, overwrite: bool, nbytes: int) -> None:
+def check_destination(destination: Place, overwrite: bool, nbytes: int, staging: Path | None = None) -> None:
     """CheckpointError if something is there that must stay, or the disk has not `nbytes` to spare."""
-    if destination.exists() and not overwrite:
+    partial = partial_folder(destination, staging)
+    if isinstance(destination, RemotePath):
+        check_remote(destination, overwrite)
+    elif destination.exists() and not overwrite:
         raise CheckpointError(f"{destination} exists; choose another place or say --overwrite")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(destination.parent).free
-    partial = partial_folder(destination)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(partial.parent).free
     there = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
     if free + there < nbytes * 1.01 + 10_000_000:
-        raise CheckpointError(f"{destination.parent}: {free:,} bytes are free, about {nbytes:,} are needed")
+        raise CheckpointError(f"{partial.parent}: {free:,} bytes are free, about {nbytes:,} are needed")
 
 
-def partial_folder(destination: Path) -> Path:
-    """Where the result is made."""
+def partial_folder(destination: Place, staging: Path | None = None) -> Path:
+    """Where the result is made: beside it, or on this machine in `staging`, by default the folder of temporary files."""
+    if isinstance(destination, RemotePath):
+        own = xxhash.xxh3_64_hexdigest(str(destination).encode())
+        return (staging or Path(tempfile.gettempdir())).absolute() / f"{destination.name}-{own}.partial"
     return destination.with_name(destination.name + ".partial")
 
 
@@ -170,7 +162,7 @@ def write_native(
     for name, array in sorted(arrays.items()):
         kind = target_dtype(array, name, dtype)
         shard, chunk = plan_chunks(array.shape, array.shape, kind.name)
-        records[name] = ArrayRecord(array.shape, kind.name, axes[name], _shrink(shard, chunk, kind, block_bytes), chunk)
+        records[name] = ArrayRecord(array.shape, kind.name, axes[name], shrink(shard, chunk, kind, block_bytes), chunk)
     total, done = count_bytes(arrays, dtype), 0
     finished: dict[str, dict[str, FileRecord]] = {}
     for files in journal.done.values():
@@ -191,8 +183,9 @@ def write_native(
     def log(name: str, files: dict[str, FileRecord]) -> None:
         journal.add(f"{name} {' '.join(files)}", [[name, key, *file] for key, file in files.items()])
 
+    _take_back(partial, step)
     write_blocks(partial, step, records, blocks(), meta, finished, log)
-    return folders.step_folder(partial, step)
+    return partial / f"step_{step}"
 
 
 def write_huggingface(
@@ -228,7 +221,7 @@ def write_huggingface(
     if source.kind == "huggingface":
         for name in CARRIED:
             if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, partial / name)
+                (partial / name).write_bytes((source.path / name).read_bytes())
     return partial
 
 
@@ -237,11 +230,13 @@ def write_original(partial: Path, source: Source, *, shards: int, dtype: str | N
     foreign = source.foreign
     kinds = {array.dtype.name for array in foreign.arrays.values()}
     config = make_model_config(foreign.model, source.path)
+    for name in ("config.json", "meta.json"):  # of a conversion that was killed while it was proved
+        (partial / name).unlink(missing_ok=True)
     write_gptj(
         partial, config, foreign.arrays, foreign.step, shards=shards, dtype=dtype or kinds.pop(),
         report=lambda done, total: progress("writing", done, total),
     )  # fmt: skip
-    return folders.step_folder(partial, foreign.step)
+    return partial / f"step_{foreign.step}"
 
 
 def prove(source: Foreign, result: Foreign, dtype: str | None, progress: Progress) -> dict[str, str]:
@@ -264,8 +259,10 @@ def prove(source: Foreign, result: Foreign, dtype: str | None, progress: Progres
     return digests
 
 
-def finish(partial: Path, destination: Path) -> None:
-    """Give a proved result its name; what was there before is deleted."""
+def finish(partial: Path, destination: Place, progress: Progress = lambda *_: None) -> Upload | None:
+    """Give a proved result its name, or upload it; what was there before is deleted."""
+    if isinstance(destination, RemotePath):
+        return _send(partial, destination, progress)
     (partial / JOURNAL).unlink(missing_ok=True)
     folders.sync_tree(partial)
     old = destination.with_name(destination.name + ".old")
@@ -275,38 +272,23 @@ def finish(partial: Path, destination: Path) -> None:
     folders.sync_folder(destination.parent)
     if old.exists():
         shutil.rmtree(old)
+    return None
 
 
-def cut(shape: tuple[int, ...], itemsize: int, most: int = ROWS_BYTES) -> Iterator[Slices]:
-    """Slices of at most about `most` bytes that cover an array, in the order of its values."""
-    part = list(shape)
-    for axis in range(len(part)):
-        rest = math.prod(part[axis + 1 :]) * itemsize
-        part[axis] = min(part[axis], max(most // max(rest, 1), 1))
-        if part[axis] > 1:
-            break
-    return slices_of(shape, part)
+def _send(partial: Path, destination: RemotePath, progress: Progress) -> Upload:
+    """The journal stays behind until all the rest is there, so that an interrupted upload goes on with the same files."""
+    done = upload_folder(partial, destination, progress, leave=(JOURNAL,))
+    shutil.rmtree(partial)
+    return done
 
 
-def shard_slices(record: ArrayRecord) -> Iterator[Slices]:
-    """Where the files of an array are in it."""
-    return slices_of(record.shape, record.shard)
-
-
-def slices_of(shape: tuple[int, ...], part: tuple[int, ...] | list[int]) -> Iterator[Slices]:
-    """A grid of parts over an array."""
-    starts = [range(0, dim, size) for dim, size in zip(shape, part, strict=True)]
-    for corner in itertools.product(*starts):
-        yield tuple(slice(low, min(low + size, dim)) for low, size, dim in zip(corner, part, shape, strict=True))
-
-
-def _shrink(shard: tuple[int, ...], chunk: tuple[int, ...], kind: np.dtype, block_bytes: int) -> tuple[int, ...]:
-    """Files small enough that one is a block."""
-    parts = list(shard)
-    for axis in range(len(parts)):
-        while math.prod(parts) * kind.itemsize > max(block_bytes, MIN_BLOCK_BYTES) and parts[axis] > chunk[axis]:
-            parts[axis] -= chunk[axis]
-    return tuple(parts)
+def _take_back(partial: Path, step: int) -> None:
+    """The step of a conversion that was killed while it was proved or uploaded is a draft again."""
+    final, draft = partial / f"step_{step}", folders.temporary_folder(partial, step, BLOCKS)
+    if final.is_dir() and not draft.exists():
+        os.rename(final, draft)
+        for name in (folders.COMMIT, MANIFEST):
+            (draft / name).unlink(missing_ok=True)
 
 
 def _split_files(planned: Mapping[str, Planned]) -> dict[str, list[str]]:

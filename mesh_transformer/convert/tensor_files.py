@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Files of named tensors: safetensors, read and written; pytorch_model.bin, read without PyTorch and without its code.
+"""Files of tensors: safetensors, read and written; pytorch_model.bin, read without PyTorch and its code; .npz, read in place.
 
 safetensors: eight bytes of header length (little endian), the header (JSON: name -> dtype, shape, data_offsets, counted
 from its end), then the values. A .bin is a zip archive whose member data.pkl says how storages become tensors, and whose
@@ -18,11 +18,12 @@ import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
+from mesh_transformer.checkpoint.places import Place
 from mesh_transformer.convert.lazy import FileArray, to_dtype
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
@@ -38,7 +39,7 @@ STORAGES = {
 MAX_HEADER_BYTES = 100_000_000
 
 
-def find_tensors(folder: Path) -> dict[str, FileArray]:
+def find_tensors(folder: Place) -> dict[str, FileArray]:
     """Every tensor in a Hugging Face model folder; CheckpointError if files are missing, damaged, or name one twice."""
     for name, read in ((SAFETENSORS, read_safetensors), (TORCH, read_torch)):
         if (folder / name).is_file():
@@ -50,10 +51,10 @@ def find_tensors(folder: Path) -> dict[str, FileArray]:
     raise CheckpointError(f"{folder}: no {SAFETENSORS} or {TORCH}, nor an index of them; it holds: {held}")
 
 
-def read_safetensors(path: Path) -> dict[str, FileArray]:
+def read_safetensors(path: Place) -> dict[str, FileArray]:
     """The tensors of one file; CheckpointError unless they fill it exactly."""
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
@@ -75,13 +76,15 @@ def read_safetensors(path: Path) -> dict[str, FileArray]:
     return tensors
 
 
-def read_torch(path: Path) -> dict[str, FileArray]:
+def read_torch(path: Place) -> dict[str, FileArray]:
     """The tensors of one .bin; its pickle is read by rules that know tensors only, and nothing in it is run."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
             root = pickled.removesuffix("data.pkl")
-            offsets = {info.filename: _data_offset(path, info) for info in archive.infolist() if not info.is_dir()}
+            offsets = {
+                info.filename: _data_offset(file, path, info) for info in archive.infolist() if not info.is_dir()
+            }
             byteorder = f"{root}byteorder"
             if byteorder in offsets and archive.read(byteorder) != b"little":
                 raise CheckpointError(f"{path}: big-endian values are not supported")
@@ -104,6 +107,36 @@ def read_torch(path: Path) -> dict[str, FileArray]:
         dtype = to_dtype(entry.dtype)
         tensors[str(name)] = FileArray(path, offset + entry.first * dtype.itemsize, entry.shape, dtype)
     return tensors
+
+
+def read_npz(path: Place) -> list[FileArray]:
+    """Where the arrays of an .npz lie; ValueError or BadZipFile if that cannot be relied upon."""
+    arrays = []
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        names = [f"arr_{i}.npy" for i in range(len(members))]
+        if members.keys() != set(names):
+            raise ValueError(f"members are {sorted(members)[:5]}, not arr_0.npy, arr_1.npy ...")
+        for name in names:
+            info = members[name]
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} is compressed; save it with np.savez")
+            file.seek(info.header_offset)
+            mark, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
+            start = file.seek(name_length + extra_length, os.SEEK_CUR)
+            version = np.lib.format.read_magic(file) if mark == b"PK\3\4" else None
+            if version != (1, 0):
+                raise ValueError(f"{name} is not an array in .npy format 1.0")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype.hasobject:
+                raise ValueError(f"{name} is pickled, which is refused and was not run")
+            if fortran:
+                raise ValueError(f"{name} is in Fortran order")
+            array = FileArray(path, file.tell(), shape, to_dtype("bfloat16") if dtype.str == "|V2" else dtype)
+            if array.offset + math.prod(shape) * dtype.itemsize != start + info.file_size:
+                raise ValueError(f"{name} has not the bytes of {dtype}{list(shape)}: cut short")
+            arrays.append(array)
+    return arrays
 
 
 class Planned(NamedTuple):
@@ -139,7 +172,7 @@ def create_safetensors(path: Path, tensors: Mapping[str, Planned]) -> dict[str, 
 def write_values(place: FileArray, first_row: int, values: np.ndarray) -> None:
     """Rows from `first_row` on of a tensor in a created file (all of it, where it has no dims)."""
     row = math.prod(place.shape[1:]) * place.dtype.itemsize
-    with open(place.path, "r+b") as file:
+    with open(str(place.path), "r+b") as file:
         file.seek(place.offset + first_row * row)
         file.write(np.ascontiguousarray(values, place.dtype).tobytes())
 
@@ -182,23 +215,24 @@ def _c_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+def _data_offset(file: IO[bytes], path: Place, info: zipfile.ZipInfo) -> int:
     """Where a member's bytes begin; the local header's lengths are its own."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise CheckpointError(f"{path}: member {info.filename} is compressed; save it with PyTorch 1.6 or later")
-    with open(path, "rb") as file:
-        file.seek(info.header_offset)
-        header = file.read(30)
+    file.seek(info.header_offset)
+    header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise CheckpointError(f"{path}: damaged at member {info.filename}")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     return info.header_offset + 30 + name_length + extra_length
 
 
-def _read_indexed(index: Path, read: Any) -> dict[str, FileArray]:
+def _read_indexed(index: Place, read: Any) -> dict[str, FileArray]:
     try:
         weight_map = json.loads(index.read_bytes(), object_pairs_hook=_no_duplicates)["weight_map"]
         files = sorted(set(weight_map.values()))
+    except StorageError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index of tensors: {error}") from None
     tensors: dict[str, FileArray] = {}
@@ -221,7 +255,7 @@ def _read_indexed(index: Path, read: Any) -> dict[str, FileArray]:
     return tensors
 
 
-def _read_entry(path: Path, start: int, entry: Mapping[str, Any]) -> FileArray:
+def _read_entry(path: Place, start: int, entry: Mapping[str, Any]) -> FileArray:
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if entry["dtype"] not in DTYPES or not all(type(x) is int and x >= 0 for x in (*shape, begin, end)):

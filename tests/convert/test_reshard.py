@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.checkpoint.store import find_checkpoint
@@ -81,6 +82,37 @@ def test_a_model_becomes_ours_samples_and_goes_back(theirs, tmp_path):
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[key], after[key]) for key in before)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def make_tokenizer(size: int) -> Tokenizer:
+    """Bytes, an end of text, and entries that no text uses."""
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", *map(str, range(100, size - 157))]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    return tokenizer
+
+
+def test_what_came_with_the_weights_goes_with_them(theirs, tmp_path):
+    source = shutil.copytree(theirs, tmp_path / "theirs")
+    texts = {
+        "generation_config.json": '{"temperature": 0.6}',
+        "chat_template.jinja": "{{ messages }} ü",
+        "secret": "no",
+    }
+    for name, text in texts.items():
+        (source / name).write_text(text)
+    tokenizer = make_tokenizer(257)
+    tokenizer.save(str(source / "tokenizer.json"))
+    call(source, tmp_path / "ours")
+    call(tmp_path / "ours", tmp_path / "again", "--format", "huggingface")
+    again = {path.name: path for path in (tmp_path / "again").iterdir()}
+    assert again["generation_config.json"].read_text() == texts["generation_config.json"]
+    assert again["chat_template.jinja"].read_text() == texts["chat_template.jinja"]
+    assert "secret" not in again
+    assert Tokenizer.from_file(str(again["tokenizer.json"])).get_vocab() == tokenizer.get_vocab()
+    make_tokenizer(301).save(str(source / "tokenizer.json"))
+    refused = call(source, tmp_path / "more", expect=2).err
+    assert "the tokenizer has 301 entries, the model has rows for 264" in refused
 
 
 def test_a_cast_is_named_and_bounded(theirs, tmp_path):

@@ -1,0 +1,47 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""How an array is gone through in parts that fit into memory."""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from mesh_transformer.checkpoint.manifest import ArrayRecord
+from mesh_transformer.convert.lazy import Slices
+
+CUT_BYTES = 32_000_000  # of an array, compared at once
+MIN_BLOCK_BYTES = 16_000_000  # of a file of a checkpoint, written at once
+
+
+def cut(shape: tuple[int, ...], itemsize: int, most: int = CUT_BYTES) -> Iterator[Slices]:
+    """Slices of at most about `most` bytes that cover an array, in the order of its values."""
+    part = list(shape)
+    for axis in range(len(part)):
+        rest = math.prod(part[axis + 1 :]) * itemsize
+        part[axis] = min(part[axis], max(most // max(rest, 1), 1))
+        if part[axis] > 1:
+            break
+    return slices_of(shape, part)
+
+
+def shard_slices(record: ArrayRecord) -> Iterator[Slices]:
+    """Where the files of an array are in it."""
+    return slices_of(record.shape, record.shard)
+
+
+def slices_of(shape: tuple[int, ...], part: tuple[int, ...] | list[int]) -> Iterator[Slices]:
+    """A grid of parts over an array."""
+    starts = [range(0, dim, size) for dim, size in zip(shape, part, strict=True)]
+    for corner in itertools.product(*starts):
+        yield tuple(slice(low, min(low + size, dim)) for low, size, dim in zip(corner, part, shape, strict=True))
+
+
+def shrink(shard: tuple[int, ...], chunk: tuple[int, ...], kind: np.dtype, block_bytes: int) -> tuple[int, ...]:
+    """Files small enough that one is a block."""
+    parts = list(shard)
+    for axis in range(len(parts)):
+        while math.prod(parts) * kind.itemsize > max(block_bytes, MIN_BLOCK_BYTES) and parts[axis] > chunk[axis]:
+            parts[axis] -= chunk[axis]
+    return tuple(parts)

@@ -1,0 +1,558 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in an object store: a real server that speaks S3's language, and between us and it a proxy that counts,
+fails and cuts connections."""
+
+import dataclasses
+import http.client
+import http.server
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load, load_file
+
+from mesh_transformer.checkpoint import folders, places
+from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
+from mesh_transformer.checkpoint.objects import RemoteFolder
+from mesh_transformer.checkpoint.places import to_place
+from mesh_transformer.checkpoint.store import Store, find_checkpoint
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert import reshard
+from mesh_transformer.convert.foreign import Foreign
+from mesh_transformer.convert.lazy import FileArray, Held, whole
+from mesh_transformer.convert.upload import upload_folder
+from mesh_transformer.model.params import flatten_names
+from mesh_transformer.model.transformer import describe_params
+
+boto3 = pytest.importorskip("boto3", reason="needs moto[server], which brings boto3")
+pytest.importorskip("moto", reason="needs moto[server], an S3 server for tests")
+pytest.importorskip("s3fs", reason="needs s3fs (the extra `remote`)")
+
+ROOT = Path(__file__).parents[2]
+BUCKET = "bucket"
+SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+server.stop()
+"""
+ERROR = "<?xml version='1.0' encoding='utf-8'?><Error><Code>{0}</Code><Message>{0}</Message></Error>"
+CODES = {403: "AccessDenied", 500: "InternalError", 503: "ServiceUnavailable"}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Passes a request on, unless the rule of the moment breaks it."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # head and body together
+
+    def log_message(self, *_):
+        pass
+
+    def handle_expect_100(self):
+        super().handle_expect_100()
+        self.wfile.flush()
+        return True
+
+    def pass_on(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        action = self.server.rule(self.command, self.path)
+        if action == "cut":
+            self.server.log.append((self.command, self.path, action, 0))
+            self.close_connection = True
+            return
+        if action:
+            status, headers, data = action, {}, ERROR.format(CODES[action]).encode()
+        else:
+            connection = http.client.HTTPConnection("127.0.0.1", self.server.behind)
+            connection.request(self.command, self.path, body, dict(self.headers))
+            answer = connection.getresponse()
+            status, headers, data = answer.status, dict(answer.getheaders()), answer.read()
+            connection.close()
+        self.server.log.append((self.command, self.path, status, len(data)))
+        self.send_response_only(status)
+        length = headers.get("Content-Length", len(data)) if self.command == "HEAD" else len(data)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, behind):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behind = behind
+        self.reset()
+
+    def reset(self):
+        self.log, self.rule = [], lambda method, path: None
+
+    def handle_error(self, *_):
+        """A client that was killed, or gave up."""
+
+    def count(self, method, pattern):
+        return sum(entry[0] == method and bool(re.search(pattern, entry[1])) for entry in self.log)
+
+
+@pytest.fixture(scope="module")
+def behind():
+    """The port of a server of its own process."""
+    environment = {**os.environ, "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(1 << 26)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, **pipes) as process:
+        yield int(process.stdout.readline())
+        process.stdin.close()
+        process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def client(behind):
+    """The server without the proxy."""
+    made = boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{behind}",
+        region_name="us-east-1",
+        aws_access_key_id="a",
+        aws_secret_access_key="b",
+    )
+    made.create_bucket(Bucket=BUCKET)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def running_proxy(behind):
+    with Proxy(behind) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+        thread.start()
+        yield proxy
+        proxy.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def proxy(running_proxy, client, monkeypatch, tmp_path):
+    running_proxy.reset()
+    for name in places.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running_proxy.server_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "no-such-file"))
+    return running_proxy
+
+
+@pytest.fixture
+def url(proxy, request):
+    return f"s3://{BUCKET}/{re.sub('[^a-z]', '-', request.node.name)}"
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """An error is one at once."""
+    for name, value in {"ATTEMPTS": 1, "BODY_ATTEMPTS": 1, "FIRST_PAUSE": "1ms"}.items():
+        monkeypatch.setattr(places, name, value)
+    caches = (places._filesystem, places._make_context)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def program():
+    return {name: load_program(ROOT / "scripts" / f"{name}.py") for name in ("checkpoint", "reshard_checkpoint")}
+
+
+def load_program(path):
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_program", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+AXES = {"w": ("embed", "ff"), "step": ()}
+
+
+def one(value):
+    return {"w": jnp.full((4, 4), value, jnp.float32), "step": jnp.int32(value)}
+
+
+def save(store, *steps):
+    for step in steps:
+        store.save(step, one(step), axes=AXES, meta={"config": {"model": {"n_layers": 2}}})
+        store.wait()
+    return store
+
+
+def restore(store, step):
+    like = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in one(0).items()}
+    return store.restore(step, like)
+
+
+def keys(url):
+    return sorted(RemoteFolder(to_place(url)).list_files())
+
+
+def path_of(url, name):
+    return "/".join([*to_place(url).parts[1:], name])
+
+
+@pytest.mark.usefixtures("small_files")
+def test_restores_on_another_mesh(proxy, url, arrays, axes, shardings, like, digests, values):
+    store = Store(f"{url}/checkpoints")
+    store.save(3, arrays, axes=axes, meta={"loss": float("nan")})
+    assert store.holds(3)
+    store.wait()
+    found, step = find_checkpoint(url)
+    assert (str(found.root), step, found.steps()) == (f"{url}/checkpoints", 3, [3])
+    places = shardings(1, 4, 2)
+    restored = found.restore(3, like(places))
+    assert digests(restored) == digests(values)
+    assert {a.sharding for a in restored.values()} == set(places.values())
+    assert found.verify(3) == []
+    assert np.isnan(found.read_meta(3)["loss"])
+    assert find_checkpoint(f"{url}/checkpoints/step_3")[1] == 3
+    with pytest.raises(CheckpointError, match="opened for reading"):
+        found.save(4, arrays, axes=axes, meta={})
+    assert not [key for key in keys(url) if "OWNER" in key]
+    proxy.log.clear()
+    index = (slice(63, 64), slice(0, 24))
+    np.testing.assert_array_equal(found.read_slice(3, "params/embed/w", index), values["params/embed/w"][index])
+    read = [entry for entry in proxy.log if re.search("params/embed/w/c", entry[1])]
+    assert 0 < sum(entry[3] for entry in read) < values["params/embed/w"].nbytes / 4, "not by range"
+
+
+def test_what_is_local_and_what_is_remote_are_the_same_bytes(url, tmp_path, program, capsys):
+    for root in (url, tmp_path / "run"):
+        save(Store(root), 1)
+    local = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert set(keys(url)) == local
+    for name in local - {"step_1/manifest.json", "step_1/COMMIT"}:  # which hold the time
+        assert (to_place(url) / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert program["checkpoint"].main(["diff", url, str(tmp_path / "run")]) == 0
+    assert "2 of 2 common arrays are equal bit for bit" in capsys.readouterr().out
+    save(Store(tmp_path / "run"), 2)
+    assert program["checkpoint"].main(["diff", str(tmp_path / "run"), url]) == 0
+    assert "differs     w: 16 of 16 values" in capsys.readouterr().out
+
+
+def test_inspect_reads_the_manifest_and_nothing_else(proxy, url, program, capsys):
+    store = Store(f"{url}/checkpoints")
+    state = {"w": jnp.ones((1000, 1000)), "step": jnp.int32(3)}
+    store.save(3, state, axes=AXES, meta={})
+    store.wait()
+    proxy.log.clear()
+    assert program["checkpoint"].main(["inspect", url]) == 0
+    assert "step 3" in capsys.readouterr().out
+    gets = [entry for entry in proxy.log if entry[0] == "GET" and "list-type" not in entry[1]]
+    assert sorted(entry[1].rpartition("/")[2] for entry in gets) == ["COMMIT", "manifest.json"]
+    assert sum(entry[3] for entry in proxy.log) < 20_000
+    assert len(proxy.log) <= 12
+
+
+CHILD = """
+import sys, jax.numpy as jnp
+from mesh_transformer.checkpoint.store import Store
+store = Store(sys.argv[1])
+for step in map(int, sys.argv[2:]):
+    state = {"w": jnp.full((4, 4), step, jnp.float32), "step": jnp.int32(step)}
+    store.save(step, state, axes={"w": ("embed", "ff"), "step": ()}, meta={})
+print("leaving", flush=True)
+"""
+
+
+def spawn(*arguments):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", CHILD, *arguments], env=environment, stdout=subprocess.PIPE)
+
+
+def test_killed_before_its_commit(proxy, url, monkeypatch):
+    """And what was in flight when its process left in peace is finished first."""
+    child = spawn(url, "1", "2")
+
+    def kill(method, path):
+        if method == "PUT" and path.endswith("step_2/COMMIT"):
+            os.kill(child.pid, signal.SIGKILL)
+            return "cut"
+        return None
+
+    proxy.rule = kill
+    assert (child.communicate()[0], child.returncode) == (b"leaving\n", -signal.SIGKILL)
+    proxy.reset()
+    reader = Store(url, writable=False)
+    assert (reader.steps(), reader.newest(), reader.newest_intact(print)) == ([1], 1, 1)
+    left = [key for key in keys(url) if key.startswith("step_2/")]
+    assert len(left) == 6
+    assert [bool(re.fullmatch(rf"step_2/OWNER\..*-{child.pid}-.*", key)) for key in left].count(True) == 1
+    with pytest.raises(CheckpointError, match="step_2/COMMIT: missing"):
+        reader.read_manifest(2)
+    assert Store(url).steps() == [1]
+    assert [key for key in keys(url) if not key.startswith("step_1/")] == []
+    np.testing.assert_array_equal(restore(reader, 1)["w"], 1)
+
+
+def test_leftovers(url, client, monkeypatch):
+    """What a live process of this host writes stays, and for an hour what may be of one elsewhere."""
+    host, pid, start, _ = folders.make_owner().rsplit("-", 3)
+    save(Store(url), 1)
+    marks = {2: folders.make_owner(), 3: f"{host}-{pid}-{int(start) + 1}-00", 4: "other.host-1-1-00", 5: None}
+    for step, owner in marks.items():
+        for name in [f"OWNER.{owner}"] * bool(owner) + ["arrays/w/c.0.0"]:
+            client.put_object(Bucket=BUCKET, Key=path_of(url, f"step_{step}/{name}"), Body=b"x")
+    there = lambda: {int(key.split("/")[0][5:]) for key in keys(url)}  # noqa: E731
+    Store(url, writable=False)
+    assert there() == {1, 2, 3, 4, 5}
+    Store(url)
+    assert there() == {1, 2, 4, 5}
+    monkeypatch.setattr(folders, "FOREIGN_SECONDS", -5)
+    assert Store(url).newest() == 1
+    assert there() == {1, 2}
+
+
+def test_a_failed_save_leaves_nothing(proxy, url):
+    store = save(Store(url), 1)
+    proxy.rule = lambda method, path: 403 if method == "PUT" and "step_2/arrays/w/c" in path else None
+    with pytest.raises(CheckpointError, match=rf"step 2 was not saved in {url} \(68 bytes\): .*permission denied"):
+        save(store, 2)
+    assert {key.split("/")[0] for key in keys(url)} == {"step_1"}
+    proxy.rule = lambda method, path: 403 if method == "PUT" and "step_1/OWNER" in path else None
+    with pytest.raises(CheckpointError, match="step 1 was not saved"):
+        save(store, 1)
+    assert store.verify(1) == [], "a save that could not begin deleted the earlier one"
+    proxy.reset()
+    save(store, 2)
+    assert store.steps() == [1, 2]
+
+
+def test_a_step_that_is_replaced_is_never_half_there(proxy, url):
+    store = save(Store(url), 1, 2)
+    seen = []
+
+    def watch(method, path):
+        if method in ("PUT", "DELETE") and "step_2/" in path:
+            seen.append((method, path.split("step_2/")[1]))
+        return None
+
+    proxy.rule = watch
+    store.save(2, one(7), axes=AXES, meta={})
+    store.wait()
+    names = [(method, re.sub(r"^OWNER.*", "OWNER", name)) for method, name in seen]
+    assert names[:2] == [("PUT", "OWNER"), ("DELETE", "COMMIT")]
+    assert names[-3:] == [("PUT", "manifest.json"), ("PUT", "COMMIT"), ("DELETE", "OWNER")]
+    assert {name for method, name in names if method == "DELETE"} >= {"arrays/w/c.0.0", "manifest.json"}
+    np.testing.assert_array_equal(restore(store, 2)["w"], 7)
+
+
+def test_pruning_takes_commit_first(proxy, url):
+    store = Store(url, keep_last=2, keep_every=10)
+    save(store, 5, 10)
+    proxy.log.clear()
+    save(store, 15, 20)
+    assert store.steps() == [10, 15, 20]
+    assert {key.split("/")[0] for key in keys(url)} == {"step_10", "step_15", "step_20"}
+    deleted = [entry[1].split("step_5/")[1] for entry in proxy.log if entry[0] == "DELETE" and "step_5/" in entry[1]]
+    assert deleted[0] == "COMMIT"
+    assert len(deleted) == 6
+
+
+def test_a_flipped_byte_is_found_and_named(url, client, program, capsys):
+    store = save(Store(url), 1, 2)
+    key = path_of(url, "step_2/arrays/w/c.0.0")
+    data = bytearray(client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    data[7] ^= 4
+    client.put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
+    assert program["checkpoint"].main(["verify", f"{url}/step_2"]) == 1
+    assert capsys.readouterr().out.startswith(f"{url}/step_2/arrays/w/c.0.0: damaged: its digest is not the manifest's")
+    with pytest.raises(CheckpointError, match=rf"{url}/step_2/arrays/w/c\.0\.0: damaged or unreadable") as raised:
+        restore(store, 2)
+    assert not isinstance(raised.value, StorageError)
+    said = []
+    assert find_checkpoint(url, report=said.append)[1] == 1
+    assert f"{url}/step_2/arrays/w/c.0.0: damaged" in said[0]
+    client.delete_object(Bucket=BUCKET, Key=key)
+    assert "c.0.0: missing (no such object); a file of w" in store.verify(2)[0]
+
+
+def test_what_passes_is_survived(proxy, url):
+    """The first request of each kind fails, each in another way, those of listings too."""
+    failed = {}
+
+    def fail_once(method, path):
+        name = "list" if "list-type" in path else path.rpartition("/")[2][:5]
+        if (method, name) in failed:
+            return None
+        failed[method, name] = (503, "cut", 500)[len(failed) % 3]
+        return failed[method, name]
+
+    proxy.rule = fail_once
+    store = save(Store(url), 1)
+    np.testing.assert_array_equal(restore(store, 1)["w"], 1)
+    assert store.verify(1) == []
+    assert {method for method, _ in failed} == {"GET", "HEAD", "PUT", "DELETE"}
+    assert {("GET", "list"), ("GET", "c.0.0"), ("PUT", "c.0.0"), ("PUT", "COMMI"), ("GET", "manif")} <= failed.keys()
+    assert len([entry for entry in proxy.log if entry[2] in (503, 500, "cut")]) == len(failed)
+
+
+FAILING = {503: "the store itself fails", "cut": "cannot be reached", 403: "permission denied; .* need to list"}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_does_not_pass_is_one_clear_line(proxy, url):
+    """And is no damage: nobody falls back to an older step because the network is down."""
+    store = save(Store(url), 1, 2)
+    everywhere = [store.newest, lambda: Store(url), lambda: find_checkpoint(url)]
+    of_an_array = [lambda: restore(store, 2), lambda: store.verify(2), lambda: store.newest_intact(print)]
+    for number, (action, words) in enumerate(FAILING.items()):
+        for asked, where in ((everywhere[number:], ""), (of_an_array[: 3 - number], "/step_2/arrays/w/c.0.0")):
+            proxy.rule = lambda method, path, action=action, where=where: action if where in path else None
+            for ask in asked:
+                with pytest.raises(StorageError, match=rf"{url}{where}.*: {words}") as raised:
+                    ask()
+                assert "\n" not in str(raised.value)
+    proxy.rule = lambda method, path: 503 if method == "PUT" and "step_3" in path else None
+    with pytest.raises(CheckpointError, match=r"step 3 was not saved .*the store itself fails"):
+        save(store, 3)
+    proxy.reset()
+    assert store.newest_intact(print) == 2
+
+
+def test_no_such_bucket_and_no_credentials(proxy, monkeypatch):
+    for ask in (lambda: find_checkpoint("s3://elsewhere/run"), lambda: Store("s3://elsewhere/run")):
+        with pytest.raises(StorageError, match=r"s3://elsewhere/run.*: no such bucket: elsewhere; make it first"):
+            ask()
+    with pytest.raises(CheckpointError, match=rf"no such folder; s3://{BUCKET} holds the folders: "):
+        find_checkpoint(f"s3://{BUCKET}/nothing-here")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(StorageError, match=r"s3://bucket/run: no credentials; set AWS_ACCESS_KEY_ID and .*PROFILE"):
+        find_checkpoint(f"s3://{BUCKET}/run")
+    assert Path(os.environ["AWS_CONFIG_FILE"]).exists() is False
+
+
+CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=4, n_vocab=64, seq_len=16, rotary_dims=4, head_bias=True,
+                     residual="parallel", positions="rotary-pairs", norm="layernorm", activation="gelu-tanh",
+                     tied_embeddings=False, qkv_bias=False, attention_out_bias=False, ff_bias=True)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A model folder of transformers, with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "theirs"
+    rng = np.random.default_rng(3)
+    described = flatten_names(describe_params(CONFIG))
+    arrays = {f"params/{name}": Held(rng.normal(size=p.shape).astype("f")) for name, p in described.items()}
+    model = {key: value for key, value in dataclasses.asdict(CONFIG).items() if value is not None}
+    source = reshard.Source("native", folder, Foreign(model, arrays, 0, None), {}, {})
+    journal = reshard.Journal(folder, {})
+    return reshard.write_huggingface(folder, source, dtype=None, journal=journal, progress=lambda *_: None)
+
+
+def convert(program, *arguments):
+    assert program["reshard_checkpoint"].main([*map(str, arguments), "--json"]) == 0
+
+
+def test_from_here_to_there_and_back(proxy, url, theirs, program, tmp_path, capsys):
+    """Every kind of model folder as a remote source and as a remote destination; the bits are the same at the end."""
+    staging = ("--staging", tmp_path)
+    puts = lambda: [entry[1] for entry in proxy.log if entry[0] == "PUT" and entry[2] == 200]  # noqa: E731
+    proxy.rule = lambda method, path: 403 if method == "PUT" and "w_tokens/c" in path else None
+    with pytest.raises(StorageError, match=rf"{url}/ours/.*/w_tokens/c.0.0: permission denied"):
+        convert(program, theirs, f"{url}/ours", *staging)
+    assert Store(f"{url}/ours", writable=False).steps() == []
+    with pytest.raises(CheckpointError, match="no checkpoint in it"):
+        find_checkpoint(f"{url}/ours")
+    begun = {path for path in puts() if "/c." in path}
+    assert len(begun) > 10
+    proxy.reset()
+    capsys.readouterr()
+    convert(program, theirs, f"{url}/ours", *staging)
+    report = json.loads(capsys.readouterr().out)
+    assert not begun & set(puts()), "what was there was put again"
+    assert puts()[-1].endswith("step_0/COMMIT")
+    assert 3 <= report["upload"]["put"] < report["upload"]["objects"]
+    assert find_checkpoint(f"{url}/ours")[0].verify(0) == []
+    assert not [key for key in keys(f"{url}/ours") if key == "UPLOADING"]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=rf"{url}/ours exists; choose another place or say --overwrite"):
+        convert(program, theirs, f"{url}/ours", *staging)
+    place, original = to_place(f"{url}/theirs"), to_place(f"{url}/v1")
+    convert(program, f"{url}/ours", place, "--format", "huggingface", *staging)
+    assert puts()[-1].endswith("/theirs/config.json")
+    before, after = load_file(theirs / "model.safetensors"), load((place / "model.safetensors").read_bytes())
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    source = reshard.open_source(theirs)
+    reshard.write_original(tmp_path / "v1", source, shards=2, dtype=None, progress=lambda *_: None)
+    upload_folder(tmp_path / "v1", original, lambda *_: None)
+    assert puts()[-1].endswith("/v1/meta.json")
+    for found in (reshard.open_source(place), reshard.open_source(original, original / "config.json")):
+        arrays = found.foreign.arrays
+        assert arrays.keys() >= source.foreign.arrays.keys()
+        for name, array in source.foreign.arrays.items():
+            np.testing.assert_array_equal(arrays[name].read(whole(array)), array.read(whole(array)))
+
+
+def test_an_object_that_changes_on_its_way_is_seen(proxy, url, client, tmp_path):
+    """What is read back is compared; with it missing or different nothing counts as complete."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "weights").write_bytes(bytes(range(256)))
+    key, tampered = path_of(url, "weights"), []
+
+    def tamper(method, path):
+        if method == "GET" and path.endswith("/weights") and not tampered:
+            client.put_object(Bucket=BUCKET, Key=key, Body=bytes(256))
+            tampered.append(path)
+
+    proxy.rule = tamper
+    with pytest.raises(CheckpointError, match=f"{url}/weights: what was read back is not what was put"):
+        upload_folder(tmp_path, to_place(url), lambda *_: None)
+    assert keys(url) == ["UPLOADING", "weights"]
+    client.put_object(Bucket=BUCKET, Key=path_of(url, "old/extra"), Body=b"x")
+    told = []
+    done = upload_folder(tmp_path, to_place(url), lambda *progress: told.append(progress))
+    assert (done.objects, done.put, keys(url)) == (2, 2, ["config.json", "weights"])
+    assert told[-1][1] == told[-1][2] == 2 * 258
+    assert client.get_object(Bucket=BUCKET, Key=key)["Body"].read() == bytes(range(256))
+
+
+def test_a_part_of_an_object_is_read(proxy, url, client):
+    values = np.arange(64 * 48, dtype=np.float32).reshape(64, 48)
+    place = to_place(url) / "file"
+    client.put_object(Bucket=BUCKET, Key=path_of(url, "file"), Body=b"header--" + values.tobytes() + b"end")
+    array = FileArray(place, 8, values.shape, values.dtype)
+    index = (slice(60, 64), slice(5, 7))
+    np.testing.assert_array_equal(array.read(index), values[index])
+    assert sum(entry[3] for entry in proxy.log) == 4 * 48 * 4
+    with place.open() as file:
+        assert (file.read(6), file.seek(-3, os.SEEK_END), file.read()) == (b"header", 8 + values.nbytes, b"end")
+    with pytest.raises(ValueError, match=f"{url}/file: cut short"):
+        FileArray(place, 8, (65, 48), values.dtype).read((slice(0, 65), slice(0, 48)))
+    empty = FileArray(place, 8, (0, 48), values.dtype).read((slice(0, 0), slice(0, 48)))
+    assert empty.shape == (0, 48)
+    np.testing.assert_array_equal(FileArray(place, 12, (), values.dtype).read(()), 1.0)
