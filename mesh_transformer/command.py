@@ -70,6 +70,8 @@ def _report_or_raise(error: BaseException, arguments: list[str]) -> int:
             return _say(WRONG_USAGE, *(f"error: {line}" for line in _describe(error).splitlines()))
         case KeyboardInterrupt():
             return _say(INTERRUPTED, "interrupted")
+        case ValueError() if type(error).__module__.startswith("mesh_transformer."):  # a list is meant to be read whole
+            return _say(FAILED, f"error: {_describe(error)}  (--debug shows where)")
         case _:
             return _say(FAILED, f"error: {_first_line(_describe(error))}  (--debug shows where)")
 

@@ -21,13 +21,14 @@ exit status: 0 done, 1 failed, 2 wrong usage or input
 """
 
 import json
+import math
 import re
 import resource
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import ConfigError
@@ -57,33 +58,88 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--staging", type=Path, help="where a remote DST is made; default: the folder of temporary files"
     )
+    parser.add_argument("--plan", action="store_true", help="check everything and say what it takes; write nothing")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     options = parser.parse_args(arguments)
-    report = convert(options)
-    print(json.dumps(report) if options.json else format_report(report))
+    work, show = (plan, format_plan) if options.plan else (convert, format_report)
+    report = work(options)
+    print(json.dumps(report) if options.json else show(report))
     return 0
+
+
+class Prepared(NamedTuple):
+    """A conversion of which everything was checked that can be before it begins."""
+
+    source: Any  # reshard.Source, of what is to be converted
+    destination: Any  # places.Place
+    partial: Path  # where the result is made
+    nbytes: int  # of its values
+    ceiling: int  # bytes
+
+
+def prepare(options: Any) -> Prepared:
+    """Open the source and check the destination; CheckpointError or ConfigError if it cannot be done."""
+    from mesh_transformer.checkpoint.places import to_place
+    from mesh_transformer.convert import reshard
+    from mesh_transformer.convert.foreign import make_model_config
+    from mesh_transformer.convert.gptj_writer import old_config
+    from mesh_transformer.convert.huggingface import find_family
+
+    ceiling, destination = parse_bytes(options.max_memory), to_place(options.destination)
+    settings = to_place(options.source_config) if options.source_config else None
+    source = reshard.open_source(to_place(options.source), settings)
+    if options.weights_only or options.format != "native":
+        weights = {name: array for name, array in source.foreign.arrays.items() if name.startswith("params/")}
+        source = source._replace(foreign=source.foreign._replace(arrays=weights))
+    config = make_model_config(source.foreign.model, source.path)
+    match options.format:  # either may have no words for this model
+        case "huggingface":
+            find_family(config)
+        case "gptj-v1":
+            old_config(config, options.shards)
+    nbytes = reshard.count_bytes(source.foreign.arrays, options.dtype)
+    reshard.check_destination(destination, options.overwrite, nbytes, options.staging)
+    return Prepared(source, destination, reshard.partial_folder(destination, options.staging), nbytes, ceiling)
+
+
+def plan(options: Any) -> dict[str, Any]:
+    """What a conversion would read, write and hold in memory; nothing of the weights is read."""
+    from mesh_transformer.convert.proof import check_memory
+
+    source, destination, partial, nbytes, ceiling = prepare(options)
+    arrays = source.foreign.arrays
+    why_not = check_memory(source, options.format, ceiling)
+    return {
+        "source": str(source.path), "kind": source.kind, "destination": str(destination), "format": options.format,
+        "arrays": len(arrays), "bytes": nbytes, "dtype": options.dtype or "unchanged", "max_memory": ceiling,
+        "largest_array": max(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values()),
+        "free_bytes": shutil.disk_usage(partial.parent).free, "logits": why_not or "measured",
+        "notes": list(source.foreign.notes),
+    }  # fmt: skip
+
+
+def format_plan(found: dict[str, Any]) -> str:
+    """For a person."""
+    lines = [
+        f"{found['source']} ({found['kind']}) -> {found['destination']} ({found['format']}), nothing was written",
+        f"{found['arrays']} arrays, {found['bytes']:,} bytes to write ({found['free_bytes']:,} are free), each read twice more",
+        f"largest array {found['largest_array']:,} bytes; at most {found['max_memory']:,} in memory beside the interpreter",
+        f"logits of both sides: {found['logits']}",
+        *(f"note: {note}" for note in found["notes"]),
+    ]
+    return "\n".join(lines)
 
 
 def convert(options: Any) -> dict[str, Any]:
     """Do it; the report, which is also written beside the result."""
     from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
-    from mesh_transformer.checkpoint.places import to_place
     from mesh_transformer.convert import reshard
 
-    ceiling, destination = parse_bytes(options.max_memory), to_place(options.destination)
-    old = to_place(options.source_config) if options.source_config else None
-    source = reshard.open_source(to_place(options.source), old)
-    native = options.format == "native"
-    if options.weights_only or not native:
-        weights = {name: array for name, array in source.foreign.arrays.items() if name.startswith("params/")}
-        source = source._replace(foreign=source.foreign._replace(arrays=weights))
-    arrays = source.foreign.arrays
-    nbytes = reshard.count_bytes(arrays, options.dtype)
-    reshard.check_destination(destination, options.overwrite, nbytes, options.staging)
-    partial = reshard.partial_folder(destination, options.staging)
+    source, destination, partial, nbytes, ceiling = prepare(options)
     meta = make_meta(source, options)
     identity = {"source": str(source.path.absolute()), "stamp": _stamp(source.path), "format": options.format,
-                "dtype": options.dtype, "shards": options.shards, "arrays": sorted(arrays), "memory": ceiling}  # fmt: skip
+                "dtype": options.dtype, "shards": options.shards, "arrays": sorted(source.foreign.arrays),
+                "memory": ceiling}  # fmt: skip
     start = time.perf_counter()
     with show_progress(sys.stderr.isatty()) as progress:
         journal = reshard.Journal(partial, identity)
@@ -91,7 +147,7 @@ def convert(options: Any) -> dict[str, Any]:
             made = reshard.write_original(
                 partial, source, shards=options.shards, dtype=options.dtype, progress=progress
             )
-        elif native:
+        elif options.format == "native":
             made = reshard.write_native(
                 partial, source, meta, dtype=options.dtype, block_bytes=ceiling // 8, journal=journal, progress=progress
             )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,11 +20,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.checkpoint.store import find_checkpoint
-from mesh_transformer.config import ModelConfig
+from mesh_transformer.config import ModelConfig, parse_model
 from mesh_transformer.convert import reshard
-from mesh_transformer.convert.huggingface import find_family
+from mesh_transformer.convert.huggingface import compose_tensors, find_family
 from mesh_transformer.convert.lazy import whole
-from mesh_transformer.model.families import LLAMA
+from mesh_transformer.convert.names import FAMILIES
+from mesh_transformer.convert.tensor_files import Planned, create_safetensors
+from mesh_transformer.model.families import LLAMA, PRESETS
+from mesh_transformer.model.params import flatten_names
+from mesh_transformer.model.transformer import count_params, describe_params
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(**LLAMA | dict(n_layers=3, d_model=48, n_heads=4, n_kv_heads=2, n_vocab=264, seq_len=32, d_ff=80))
@@ -232,3 +237,31 @@ sys.exit(reshard_checkpoint.run_command(reshard_checkpoint.main))
     assert done.returncode == 1
     assert re.search(r"logits of .* and of the result differ by .*nothing was kept", done.stderr)
     assert not list(tmp_path.iterdir())
+
+
+class Unread(NamedTuple):
+    """An array that must not be read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def test_six_billion_parameters_are_planned_without_reading_them(tmp_path):
+    config = parse_model(PRESETS["gptj-6b"], where="test")
+    kind, table = find_family(config)
+    weights = flatten_names(describe_params(config))
+    arrays = {f"params/{name}": Unread(info.shape, np.dtype("float16")) for name, info in weights.items()}
+    tensors = compose_tensors(config, arrays, FAMILIES[kind])
+    folder = tmp_path / "gptj"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(table))
+    # A file with a hole where the values would be takes no room on the disk.
+    create_safetensors(folder / "model.safetensors", {name: Planned(t.shape, t.dtype) for name, t in tensors.items()})
+    report = json.loads(call(folder, tmp_path / "ours", "--max-memory", "2G", "--plan", "--json").out)
+    assert report["bytes"] == 2 * 6_050_882_784 == 2 * count_params(config)
+    assert report["logits"] == "measured"
+    text = call(folder, tmp_path / "v1", "--max-memory", "256M", "--plan", "--format", "gptj-v1").out
+    assert "12,101,765,568 bytes to write" in text
+    assert not [path for path in tmp_path.iterdir() if path != folder]
+    refused = call(folder, tmp_path / "v1", "--plan", "--format", "gptj-v1", "--shards", 3, expect=1).err
+    assert "n_heads = 16 is not a multiple of 3 shards" in refused
