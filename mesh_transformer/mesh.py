@@ -93,9 +93,9 @@ def start_devices(config: MeshConfig) -> Layout:
     if config.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)
-    _keep_freed_memory(True)
+    keep_freed_memory(True)
     if jax.default_backend() != "cpu":
-        _keep_freed_memory(False)
+        keep_freed_memory(False)
     return make_layout(config)
 
 
@@ -103,7 +103,7 @@ def start_devices(config: MeshConfig) -> Layout:
 _MALLOC = {-8: (1, 0), -4: (0, 65_536), -1: (-1, 131_072)}  # arenas, mapped blocks, free bytes to keep
 
 
-def _keep_freed_memory(keep: bool) -> None:
+def keep_freed_memory(keep: bool) -> None:
     """Have malloc keep what is freed, or not; Linux with glibc only, elsewhere nothing happens.
 
     XLA's CPU client asks malloc for a step's temporary buffers anew in every step. Given back to the kernel in between,
@@ -113,6 +113,8 @@ def _keep_freed_memory(keep: bool) -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, values in _MALLOC.items():
             libc.mallopt(parameter, values[0 if keep else 1])
+        if not keep:
+            libc.malloc_trim(0)
 
 
 def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Layout:

@@ -134,7 +134,9 @@ def convert(options: Any) -> dict[str, Any]:
     """Do it; the report, which is also written beside the result."""
     from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
     from mesh_transformer.convert import reshard
+    from mesh_transformer.mesh import keep_freed_memory
 
+    keep_freed_memory(True)  # blocks are all of a size
     source, destination, partial, nbytes, ceiling = prepare(options)
     meta = make_meta(source, options)
     identity = {"source": str(source.path.absolute()), "stamp": _stamp(source.path), "format": options.format,
@@ -203,10 +205,12 @@ def prove(source: Any, made: Path, options: Any, ceiling: int, progress: Any) ->
     from mesh_transformer.checkpoint.manifest import CheckpointError
     from mesh_transformer.convert import reshard
     from mesh_transformer.convert.proof import TOLERANCE, compare_logits
+    from mesh_transformer.mesh import keep_freed_memory
 
     old = made.parent / "config.json" if options.format == "gptj-v1" else None
     result = reshard.open_source(made, old)
     digests = reshard.prove(source.foreign, result.foreign, options.dtype, progress)
+    keep_freed_memory(False)  # what comes now has blocks of other sizes
     difference = compare_logits(source, result, ceiling, progress)
     proof = "every array read back from the result equals the source bit by bit, after the cast if there was one"
     report = {"arrays": len(digests), "proof": proof, "max_logit_difference": None, "digests": digests}
@@ -304,8 +308,12 @@ def _stamp(path: Any) -> list[tuple[str, int, float]]:
 
 
 def _peak_memory() -> int:
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    """Bytes of memory that this process has held at most; getrusage would count those of the process that started it."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

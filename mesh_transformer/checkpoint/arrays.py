@@ -28,6 +28,7 @@ from mesh_transformer.checkpoint.manifest import ArrayRecord, array_folder
 from mesh_transformer.checkpoint.places import Place, kvstore_context, kvstore_spec
 from mesh_transformer.checkpoint.storage import folder_at
 
+DECODED_BYTES = 1 << 25  # of a slice of a checkpoint, decoded at once
 SHARDS_IN_FLIGHT = 4  # files encoded and written at once
 READ_AHEAD_BYTES = 1 << 29  # of slices on their way from disk to devices
 
@@ -59,8 +60,28 @@ class StoredArray(NamedTuple):
         return jax.numpy.dtype(self.record.dtype)
 
     def read(self, index: Slices) -> np.ndarray:
-        """The values at `index` (slices with step 1), checked; CheckpointError if they are damaged."""
-        return read_slice(self.folder, self.name, self.record, index)
+        """The values at `index` (slices with step 1), checked; CheckpointError if they are damaged.
+
+        Chunks are decoded whole, so that a few columns of a large array are read some rows of chunks at a time.
+        """
+        bounds = [part.indices(dim)[:2] for part, dim in zip(index, self.shape, strict=True)]
+        cover = [
+            -(-stop // chunk) * chunk - start // chunk * chunk
+            for (start, stop), chunk in zip(bounds, self.record.chunk, strict=True)
+        ]
+        axis = next((i for i, chunk in enumerate(self.record.chunk) if cover[i] > chunk), None)
+        times = -(-math.prod(cover) * self.dtype.itemsize // DECODED_BYTES)
+        if axis is None or times < 2:
+            return read_slice(self.folder, self.name, self.record, index)
+        values = np.empty([stop - start for start, stop in bounds], self.dtype)
+        low, high = bounds[axis]
+        chunk = self.record.chunk[axis]
+        step = max(cover[axis] // chunk // times, 1) * chunk
+        for first in range(low // chunk * chunk, high, step):
+            part = slice(max(first, low), min(first + step, high))
+            place = (*[slice(None)] * axis, slice(part.start - low, part.stop - low))
+            values[place] = read_slice(self.folder, self.name, self.record, (*index[:axis], part, *index[axis + 1 :]))
+        return values
 
 
 def describe_array(name: str, array: jax.Array, axes: Sequence[str]) -> ArrayRecord:

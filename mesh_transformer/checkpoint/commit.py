@@ -8,11 +8,13 @@ barrier carries failures, so that all processes raise or none does. The barrier 
 processes this must run on the thread that runs the training step.
 """
 
+import collections
 import dataclasses
 import datetime
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
 from importlib.metadata import version
 from typing import Any
 
@@ -37,6 +39,7 @@ from mesh_transformer.checkpoint.storage import folder_at
 
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorstore")
 PARTS = "parts"
+BLOCKS_IN_FLIGHT = 2
 BLOCKS = "blocks"  # instead of an owner, of a checkpoint made block by block
 
 Written = dict[str, dict[str, FileRecord]]  # array -> file -> what was written
@@ -95,10 +98,22 @@ def write_blocks(
     written: Written = {name: dict(done.get(name, {})) for name in records}
     if not draft.is_dir():
         _begin(root, save)
-    for name, piece in blocks:
-        files = write_pieces(draft, name, records[name], [piece])
+    flying: collections.deque[tuple[str, futures.Future[dict[str, FileRecord]]]] = collections.deque()
+
+    def land() -> None:
+        name, future = flying.popleft()
+        files = future.result()
         written[name] |= files
         log(name, files)
+
+    # The next block is made while others are on their way to the disk.
+    with futures.ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as writers:
+        for name, piece in blocks:
+            flying.append((name, writers.submit(write_pieces, draft, name, records[name], [piece])))
+            if len(flying) > BLOCKS_IN_FLIGHT:
+                land()
+        while flying:
+            land()
     _commit(root, save, written)
 
 

@@ -224,6 +224,18 @@ def map_bytes(path: Place, start: int, stop: int) -> np.ndarray:
     return raw
 
 
+def read_into(path: Path, start: int, values: np.ndarray) -> None:
+    """Fill an array in C order from a file of this machine; ValueError if that is shorter."""
+    target = memoryview(values.reshape(-1).view(np.uint8))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while target and (count := file.readinto(target)):
+            target = target[count:]
+    if target:
+        found = path.stat().st_size
+        raise ValueError(f"{path}: cut short: {found:,} bytes, an array ends at {start + values.nbytes:,}")
+
+
 @functools.lru_cache(2)
 def _read_kept(path: RemotePath, start: int, stop: int) -> bytes:
     """An array that is wanted column by column comes as the same rows again and again."""

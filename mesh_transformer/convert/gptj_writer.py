@@ -143,7 +143,7 @@ def _write_piece(path: Path, leaves: Sequence[tuple[str, Composed | Held]], kind
                     header = {"descr": descr, "fortran_order": False, "shape": leaf.shape}
                     np.lib.format.write_array_header_1_0(member, header)
                     for rows in blocks:
-                        member.write(rows.tobytes())
+                        member.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
                         yield 0 if isinstance(leaf, Held) else rows.nbytes
         file.flush()
         os.fsync(file.fileno())

@@ -7,12 +7,14 @@ conversion that was killed goes on where it was. Then one rename makes it DST. I
 folder of this machine, and then it is uploaded (upload.py).
 """
 
+import collections
 import json
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ import xxhash
 from mesh_transformer.checkpoint import folders
 from mesh_transformer.checkpoint.arrays import Piece
 from mesh_transformer.checkpoint.chunks import DTYPES, plan_chunks, shard_key
-from mesh_transformer.checkpoint.commit import BLOCKS, write_blocks
+from mesh_transformer.checkpoint.commit import BLOCKS, BLOCKS_IN_FLIGHT, write_blocks
 from mesh_transformer.checkpoint.digests import FileRecord
 from mesh_transformer.checkpoint.failures import CheckpointError
 from mesh_transformer.checkpoint.manifest import MANIFEST, ArrayRecord
@@ -41,7 +43,7 @@ from mesh_transformer.convert.huggingface import (
     open_huggingface,
     read_settings,
 )
-from mesh_transformer.convert.lazy import Lazy, to_dtype
+from mesh_transformer.convert.lazy import FileArray, Lazy, Slices, to_dtype
 from mesh_transformer.convert.names import FAMILIES
 from mesh_transformer.convert.slices import cut, shard_slices, shrink
 from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
@@ -141,6 +143,30 @@ class Journal:
             file.write(json.dumps([key, value]) + "\n")
 
 
+class RowWriter:
+    """Writes rows of tensors and syncs them to disk while the next ones are made; the journal hears of what is on disk."""
+
+    def __init__(self, journal: Journal):
+        self._journal, self._flying = journal, collections.deque[tuple[str, Future[None]]]()
+        self._writer = ThreadPoolExecutor(1)
+
+    def write(self, key: str, place: FileArray, first: int, values: np.ndarray) -> None:
+        """Returns before it is done, with at most two blocks on their way."""
+        self._flying.append((key, self._writer.submit(write_values, place, first, values)))
+        while len(self._flying) > BLOCKS_IN_FLIGHT:
+            self._land()
+
+    def finish(self) -> None:
+        """Until all is on disk."""
+        while self._flying:
+            self._land()
+
+    def _land(self) -> None:
+        key, future = self._flying.popleft()
+        future.result()
+        self._journal.add(key, True)
+
+
 def target_dtype(array: Lazy, name: str, dtype: str | None) -> np.dtype:
     """What the values become: weights are cast, everything else stays."""
     return to_dtype(dtype) if dtype and name.startswith(PREFIX) else array.dtype
@@ -198,6 +224,7 @@ def write_huggingface(
     planned = {name: Planned(t.shape, to_dtype(dtype) if dtype else t.dtype) for name, t in tensors.items()}
     files = _split_files(planned)
     total, done = sum(_nbytes(plan) for plan in planned.values()), 0
+    writer = RowWriter(journal)
     for file, names in files.items():
         places = create_safetensors(partial / file, {name: planned[name] for name in names})
         for name in names:
@@ -207,12 +234,10 @@ def write_huggingface(
             for first in range(0, tensor.shape[0], rows):
                 last = min(first + rows, tensor.shape[0])
                 if f"{name} {first}" not in journal.done:
-                    write_values(places[name], first, tensor.read_rows(first, last))
-                    journal.add(f"{name} {first}", last)
+                    writer.write(f"{name} {first}", places[name], first, tensor.read_rows(first, last))
                 done += (last - first) * row
                 progress("writing", done, total)
-        with open(partial / file, "rb") as written:
-            os.fsync(written.fileno())
+        writer.finish()
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in files.items() for n in names}}
         (partial / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1))
@@ -244,19 +269,33 @@ def prove(source: Foreign, result: Foreign, dtype: str | None, progress: Progres
     if source.arrays.keys() != result.arrays.keys():
         raise CheckpointError(f"the result has other arrays: {sorted(source.arrays.keys() ^ result.arrays.keys())[:5]}")
     total, done = count_bytes(source.arrays, dtype), 0
+
+    def compare(name: str, index: Slices) -> np.ndarray:
+        wanted = np.ascontiguousarray(source.arrays[name].read(index), target_dtype(source.arrays[name], name, dtype))
+        found = np.ascontiguousarray(result.arrays[name].read(index))
+        if found.dtype != wanted.dtype or not np.array_equal(_bits(found), _bits(wanted)):
+            raise CheckpointError(f"{name} at {index}: the result differs from the source; nothing was kept")
+        return _bits(wanted)
+
     digests = {}
-    for name, array in source.arrays.items():
-        kind, digest = target_dtype(array, name, dtype), xxhash.xxh3_128()
-        for index in cut(array.shape, kind.itemsize):
-            wanted = np.ascontiguousarray(array.read(index), kind)
-            found = np.ascontiguousarray(result.arrays[name].read(index))
-            if found.dtype != kind or found.tobytes() != wanted.tobytes():
-                raise CheckpointError(f"{name} at {index}: the result differs from the source; nothing was kept")
-            digest.update(wanted.tobytes())
-            done += wanted.nbytes
-            progress("proving", done, total)
-        digests[name] = digest.hexdigest()
+    with ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as readers:
+        for name, array in source.arrays.items():
+            digest, flying = xxhash.xxh3_128(), collections.deque[Future[np.ndarray]]()
+            for index in [*cut(array.shape, target_dtype(array, name, dtype).itemsize), None]:
+                if index is not None:
+                    flying.append(readers.submit(compare, name, index))
+                while len(flying) > (BLOCKS_IN_FLIGHT if index is not None else 0):
+                    values = flying.popleft().result()
+                    digest.update(values.data)
+                    done += values.nbytes
+                    progress("proving", done, total)
+            digests[name] = digest.hexdigest()
     return digests
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    """The bytes of an array in C order."""
+    return values.reshape(-1).view(np.uint8)
 
 
 def finish(partial: Path, destination: Place, progress: Progress = lambda *_: None) -> Upload | None:

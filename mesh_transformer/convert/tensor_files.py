@@ -170,11 +170,13 @@ def create_safetensors(path: Path, tensors: Mapping[str, Planned]) -> dict[str, 
 
 
 def write_values(place: FileArray, first_row: int, values: np.ndarray) -> None:
-    """Rows from `first_row` on of a tensor in a created file (all of it, where it has no dims)."""
+    """Rows from `first_row` on of a tensor in a created file (all of it, where it has no dims), durable on return."""
     row = math.prod(place.shape[1:]) * place.dtype.itemsize
     with open(str(place.path), "r+b") as file:
         file.seek(place.offset + first_row * row)
-        file.write(np.ascontiguousarray(values, place.dtype).tobytes())
+        file.write(np.ascontiguousarray(values, place.dtype).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class _Tensor(NamedTuple):
