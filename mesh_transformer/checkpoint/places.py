@@ -226,7 +226,7 @@ def map_bytes(path: Place, start: int, stop: int) -> np.ndarray:
 
 def read_into(path: Path, start: int, values: np.ndarray) -> None:
     """Fill an array in C order from a file of this machine; ValueError if that is shorter."""
-    target = memoryview(values.reshape(-1).view(np.uint8))
+    target = values.reshape(-1).view(np.uint8).data
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while target and (count := file.readinto(target)):

@@ -43,15 +43,15 @@ from mesh_transformer.convert.huggingface import (
     open_huggingface,
     read_settings,
 )
-from mesh_transformer.convert.lazy import FileArray, Lazy, Slices, to_dtype
+from mesh_transformer.convert.journal import JOURNAL, Journal, RowWriter
+from mesh_transformer.convert.lazy import Lazy, Slices, to_dtype
 from mesh_transformer.convert.names import FAMILIES
 from mesh_transformer.convert.slices import cut, shard_slices, shrink
-from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
+from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors
 from mesh_transformer.convert.upload import Upload, check_remote, upload_folder
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import describe_params
 
-JOURNAL = "journal.jsonl"
 FILE_BYTES = 5_000_000_000  # of one safetensors file
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
@@ -115,56 +115,6 @@ def partial_folder(destination: Place, staging: Path | None = None) -> Path:
         own = xxhash.xxh3_64_hexdigest(str(destination).encode())
         return (staging or Path(tempfile.gettempdir())).absolute() / f"{destination.name}-{own}.partial"
     return destination.with_name(destination.name + ".partial")
-
-
-class Journal:
-    """What is done of a conversion; another conversion than the one that was begun starts from nothing."""
-
-    def __init__(self, partial: Path, identity: Mapping[str, Any]):
-        self.path, self.done = partial / JOURNAL, {}
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        first = json.dumps({"conversion": identity})
-        if not lines or lines[0] != first:
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
-            self.path.write_text(first + "\n")
-        for line in lines[1:] if lines and lines[0] == first else ():
-            try:
-                key, value = json.loads(line)
-            except ValueError:  # the last line of a killed process
-                break
-            self.done[key] = value
-
-    def add(self, key: str, value: Any) -> None:
-        """A block is on disk."""
-        self.done[key] = value
-        with open(self.path, "a") as file:
-            file.write(json.dumps([key, value]) + "\n")
-
-
-class RowWriter:
-    """Writes rows of tensors and syncs them to disk while the next ones are made; the journal hears of what is on disk."""
-
-    def __init__(self, journal: Journal):
-        self._journal, self._flying = journal, collections.deque[tuple[str, Future[None]]]()
-        self._writer = ThreadPoolExecutor(1)
-
-    def write(self, key: str, place: FileArray, first: int, values: np.ndarray) -> None:
-        """Returns before it is done, with at most two blocks on their way."""
-        self._flying.append((key, self._writer.submit(write_values, place, first, values)))
-        while len(self._flying) > BLOCKS_IN_FLIGHT:
-            self._land()
-
-    def finish(self) -> None:
-        """Until all is on disk."""
-        while self._flying:
-            self._land()
-
-    def _land(self) -> None:
-        key, future = self._flying.popleft()
-        future.result()
-        self._journal.add(key, True)
 
 
 def target_dtype(array: Lazy, name: str, dtype: str | None) -> np.dtype:
@@ -286,7 +236,7 @@ def prove(source: Foreign, result: Foreign, dtype: str | None, progress: Progres
                     flying.append(readers.submit(compare, name, index))
                 while len(flying) > (BLOCKS_IN_FLIGHT if index is not None else 0):
                     values = flying.popleft().result()
-                    digest.update(values.data)
+                    digest.update(values.tobytes())
                     done += values.nbytes
                     progress("proving", done, total)
             digests[name] = digest.hexdigest()
