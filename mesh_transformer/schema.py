@@ -43,7 +43,8 @@ class ModelConfig:
     d_head: Positive | None = None  # None: d_model / n_heads
     d_ff: Positive | None = None  # None: 4 d_model
     # choices
-    norm: Literal["layernorm", "rmsnorm", "scalenorm"] = "layernorm"
+    # those of "gptj-" divide by a vector's length + norm_eps, as mesh-transformer-jax's of these names
+    norm: Literal["layernorm", "rmsnorm", "scalenorm", "gptj-rmsnorm", "gptj-scalenorm"] = "layernorm"
     norm_eps: Rate = 1e-5
     positions: Literal["none", "learned", "rotary-pairs", "rotary-halves", "t5", "alibi"] = "learned"
     rotary_dims: Positive | None = None  # leading channels of a head that rotate; None: all
@@ -123,7 +124,7 @@ class ModelConfig:
         rotates = self.positions.startswith("rotary")
         table |= dict(rotary_dims=self.rotary_channels if rotates else None)
         unused = dict(
-            rotary_base=not rotates, attention_window="local" not in self.attention_pattern, norm_bias=self.norm != "layernorm"
+            rotary_base=not rotates, attention_window="local" not in self.attention_pattern, norm_bias=self.norm in ("rmsnorm", "scalenorm")
         )  # fmt: skip
         return table | {key: None for key, is_unused in unused.items() if is_unused}
 

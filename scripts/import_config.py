@@ -84,18 +84,16 @@ def _name(text: str) -> str:
 
 def convert_original(new: Import, devices: int | None) -> None:
     """What mesh-transformer-jax computes from several keys, or has in its code."""
+    from mesh_transformer.convert.gptj import NORMS, POSITIONS
+
     old, count = new.old, new.count
     norm, pe, d_head = str(old["norm"]), old["pe"], count("d_model") // count("n_heads")
-    kind, _, variant = norm.partition("-")
-    if pe not in keys.POSITIONS or kind not in ("layernorm", "rmsnorm", "scalenorm"):
-        raise ConfigError(
-            f"norm = {norm!r}, pe = {pe!r}: one of them is not the program's; pe: {', '.join(keys.POSITIONS)}"
-        )
-    new.update("model", **keys.ORIGINAL_MODEL, positions=keys.POSITIONS[pe], norm=kind, norm_bias=variant != "nobias")
-    if norm not in ("layernorm", "layernorm-nobias"):
-        new.verdicts["norm"] = (
-            keys.DANGER + f"{norm} is no norm of ours: it divides by a length, or differs in each shard; {kind} is"
-        )
+    if pe not in POSITIONS or norm not in {*NORMS, "layernorm-desync"}:
+        raise ConfigError(f"norm = {norm!r}, pe = {pe!r}: one of them is not the program's; pe: {', '.join(POSITIONS)}")
+    kind, bias = NORMS.get(norm, NORMS["layernorm"])
+    new.update("model", **keys.ORIGINAL_MODEL, positions=POSITIONS[pe], norm=kind, norm_bias=bias)
+    if norm == "layernorm-desync":
+        new.verdicts["norm"] = keys.DANGER + "each shard had a norm of its own; here all have one, and weights cannot come"
     if pe == "rotary":
         dims = old.get("pe_rotary_dims", d_head)
         new.update("model", rotary_dims=min(dims, d_head))

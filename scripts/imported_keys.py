@@ -104,8 +104,6 @@ ORIGINAL_MODEL: dict[str, Any] = dict(
     residual="parallel", qkv_bias=False, attention_out_bias=False, head_bias=True, tied_embeddings=False, init="gptj",
     remat="full",
 )  # fmt: skip
-POSITIONS = {"rotary": "rotary-pairs", "fixed": "learned", "t5": "t5"}
-
 NO_EQUAL = danger("no model of ours has it; ours is another model where it is on")
 NEO = {
     **uses("model", n_layer="n_layers", n_embd="d_model", n_head="n_heads", n_ctx="seq_len", n_vocab="n_vocab",

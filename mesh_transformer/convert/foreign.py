@@ -97,7 +97,7 @@ def is_float(dtype: np.dtype) -> bool:
 
 def _split_layers(name: str, info: ParamInfo, config: ModelConfig) -> list[Leaf]:
     short = name.removeprefix("transformer/")
-    if info.axes[0] != STACK:
+    if info.axes[:1] != (STACK,):
         return [Leaf(short, None, info.axes, info.shape)]
     _, block, inner = short.split("/", 2)
     first, period = int(block.removeprefix("block_")), len(config.attention_pattern)

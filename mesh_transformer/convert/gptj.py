@@ -11,6 +11,7 @@ modules, layer_10 before layer_2; `list_slots` is that order. bfloat16 is descr 
 a JSON file, says which model it is.
 """
 
+import dataclasses
 import math
 import re
 import struct
@@ -27,7 +28,6 @@ from mesh_transformer.checkpoint.places import Place
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.foreign import PREFIX, Foreign, Leaf, assemble, make_model_config
 from mesh_transformer.convert.lazy import (
-    FLOAT32,
     AddRow,
     Concat,
     FileArray,
@@ -54,16 +54,17 @@ UNREADABLE = (
 
 # What every v1 model is; the rest is in its configuration.
 FIXED: dict[str, Any] = dict(
-    norm="layernorm", norm_eps=1e-5, residual="parallel", activation="gelu-tanh", gated=False, attention_scale="sqrt",
+    norm_eps=1e-5, residual="parallel", activation="gelu-tanh", gated=False, attention_scale="sqrt",
     qkv_bias=False, attention_out_bias=False, ff_bias=True, head_bias=True, tied_embeddings=False, qk_norm=False,
 )  # fmt: skip
 POSITIONS = {"rotary": "rotary-pairs", "fixed": "learned", "t5": "t5"}
-NORM_BIAS = {"layernorm": True, "layernorm-nobias": False}
-BY_LENGTH = "divides by the vector's length + 1e-5, which no norm of ours does"
-DESYNC = "has another norm in each shard: the function depends on their number"
-REFUSED_NORMS: dict[str, str] = {
-    **dict.fromkeys(("rmsnorm", "rmsnorm-bias", "scalenorm", "scalenorm-bias"), BY_LENGTH), "layernorm-desync": DESYNC
+# Their name -> ours, and whether it has a bias.
+NORMS = {
+    "layernorm": ("layernorm", True), "layernorm-nobias": ("layernorm", False),
+    "rmsnorm": ("gptj-rmsnorm", False), "rmsnorm-bias": ("gptj-rmsnorm", True),
+    "scalenorm": ("gptj-scalenorm", False), "scalenorm-bias": ("gptj-scalenorm", True),
 }  # fmt: skip
+DESYNC = "has another norm in each shard: the function depends on their number"
 
 
 class Entry(NamedTuple):
@@ -72,7 +73,8 @@ class Entry(NamedTuple):
     theirs: str
     ours: str | None  # None: folded into another array
     pattern: str  # its dims, in our words
-    merge: int | str  # shards side by side along this axis; "sum": each adds its own; "first": only shard 0's is used
+    # shards side by side along this axis; "sum": each adds its own; "mean" is used; "first": only shard 0's is used
+    merge: int | str
 
 
 class Slot(NamedTuple):
@@ -99,14 +101,10 @@ LAYER = (
     Entry("linear_4/w", "feed_forward/w_in", "embed ff", 1),
     Entry("linear_5/b", "feed_forward/b_out", "embed", "sum"),
     Entry("linear_5/w", "feed_forward/w_out", "ff embed", 0),
-    Entry("replicated_layer_norm/offset", "norm_1/bias", "embed", "first"),
-    Entry("replicated_layer_norm/scale", "norm_1/scale", "embed", "first"),
 )
 HEAD = (
     Entry("projection_shard/linear/b", "b_head", "vocab", 0),
     Entry("projection_shard/linear/w", "w_head", "embed vocab", 1),
-    Entry("projection_shard/replicated_layer_norm/offset", "norm_out/bias", "embed", "first"),
-    Entry("projection_shard/replicated_layer_norm/scale", "norm_out/scale", "embed", "first"),
 )
 # Same buckets as ours: exact up to 15, then logarithmic up to 128.
 RELATIVE = Entry("relative_position_embs/rel_embedding", "relative_bias/table", "heads buckets", 0)
@@ -120,12 +118,12 @@ def open_gptj(folder: Place, old_config: Mapping[str, Any], where: str = "the co
     model = read_model(old_config, where)
     config = make_model_config(model, where)
     shards = _read_shards(folder)
-    layers, full = _count_layers(len(shards[0]), len(list_slots(0, config.positions)), folder, where)
+    layers, full = _count_layers(len(shards[0]), config, folder, where)
     if layers != config.n_layers:
         raise CheckpointError(
             f"{folder} holds {layers} layers, {where} says {config.n_layers}; give the configuration it was trained with"
         )
-    slots = list_slots(layers, config.positions)
+    slots = list_slots(config)
     n = len(slots)
     first = 2 + 2 * n if full else 0
     groups = [first, 1, 1 + n] if full else [first]
@@ -139,12 +137,12 @@ def open_gptj(folder: Place, old_config: Mapping[str, Any], where: str = "the co
         for name, place in ((OPT_COUNT, 0), (SCHEDULE_COUNT, 1 + 2 * n)):
             arrays[name] = Held(np.array(_read_count(shards, place, name, folder), np.int32))
     step = _read_count(shards, -1, "step", folder)
-    return Foreign(model, arrays, step, "gpt2", tuple(_make_notes(folder, len(shards), step, full)))
+    return Foreign(model, arrays, step, "gpt2", tuple(_make_notes(folder, len(shards), step, full, config)))
 
 
 def find_weights(folder: Place, old_config: Mapping[str, Any]) -> list[list[FileArray]]:
     """The weights of each shard in their order, without Adam's state and counters; see `open_gptj` for what is checked."""
-    shards, n = _read_shards(folder), len(list_slots(old_config["layers"], POSITIONS[old_config["pe"]]))
+    shards, n = _read_shards(folder), len(list_slots(make_model_config(read_model(old_config), folder)))
     return [shard[-1 - n : -1] for shard in shards]
 
 
@@ -156,30 +154,39 @@ def read_model(old: Mapping[str, Any], where: str = "the configuration") -> dict
         if key in old and (type(old[key]) is not int or old[key] <= 0):
             problems.append(f"{key} = {old[key]!r} is not a positive integer")
     norm, pe = old.get("norm"), old.get("pe")
-    if "norm" in old and norm not in NORM_BIAS:
-        reason = REFUSED_NORMS.get(str(norm), "is unknown")
-        problems.append(f"norm = {norm!r} {reason}; supported: {', '.join(NORM_BIAS)}")
+    if "norm" in old and norm not in NORMS:
+        reason = DESYNC if norm == "layernorm-desync" else "is unknown"
+        problems.append(f"norm = {norm!r} {reason}; supported: {', '.join(NORMS)}")
     if "pe" in old and pe not in POSITIONS:
         problems.append(f"pe = {pe!r} is unknown; supported: {', '.join(POSITIONS)}")
     check_problems(f"{where} is not one that can be imported", problems)
     model = {ours: old[theirs] for ours, theirs in sizes.items()} | FIXED
-    model |= dict(positions=POSITIONS[str(pe)], norm_bias=NORM_BIAS[str(norm)], init="gptj")
+    model |= dict(zip(("norm", "norm_bias"), NORMS[str(norm)], strict=True), positions=POSITIONS[str(pe)], init="gptj")
     if pe == "rotary":  # it clamps without a word
         d_head = old["d_model"] // old["n_heads"]
         model["rotary_dims"] = min(old.get("pe_rotary_dims", d_head), d_head)
     return model
 
 
-def list_slots(n_layers: int, positions: str) -> list[Slot]:
+def list_slots(config: ModelConfig) -> list[Slot]:
     """The weights of a shard, in their order."""
-    before = [POSITION] if positions == "learned" else []
-    after = [RELATIVE] if positions == "t5" else []
-    layers = sorted(range(n_layers), key=lambda layer: f"layer_{layer}")
+    before = [POSITION] if config.positions == "learned" else []
+    after = [RELATIVE] if config.positions == "t5" else []
+    layers = sorted(range(config.n_layers), key=lambda layer: f"layer_{layer}")
+    layer_entries, head = (*LAYER, *_list_norms("", "norm_1", config)), (*HEAD, *_list_norms("projection_shard/", "norm_out", config))
     return [
         *(Slot(entry, None) for entry in (*before, EMBEDDING_BIAS, EMBEDDING)),
-        *(Slot(entry, layer) for layer in layers for entry in LAYER),
-        *(Slot(entry, None) for entry in (*HEAD, *after)),
+        *(Slot(entry, layer) for layer in layers for entry in layer_entries),
+        *(Slot(entry, None) for entry in (*head, *after)),
     ]
+
+
+def _list_norms(module: str, ours: str, config: ModelConfig) -> list[Entry]:
+    """The leaves of a norm; "layernorm-nobias" has an offset, which it does not use."""
+    name, how = ("replicated_layer_norm", "first") if config.norm == "layernorm" else ("rms_norm", "mean")
+    pattern = "" if config.norm == "gptj-scalenorm" else "embed"
+    leaves = {"offset": "bias", "scale": "scale"} if how == "first" or config.norm_bias else {"scale": "scale"}
+    return [Entry(f"{module}{name}/{leaf}", f"{ours}/{own}", pattern, how) for leaf, own in leaves.items()]
 
 
 def _read_shards(folder: Place) -> list[list[FileArray]]:
@@ -226,15 +233,16 @@ def _try_piece(path: Place) -> list[FileArray] | str:
         return f": {error}"
 
 
-def _count_layers(leaves: int, outside: int, folder: Place, where: str) -> tuple[int, bool]:
+def _count_layers(leaves: int, config: ModelConfig, folder: Place, where: str) -> tuple[int, bool]:
     """How many layers so many leaves are, and whether Adam's state is among them; no number can be both."""
+    one, two = (len(list_slots(dataclasses.replace(config, n_layers=n, attention_pattern=("global",)))) for n in (1, 2))
     for full, copies, counters in ((False, 1, 1), (True, 3, 3)):
-        layers, rest = divmod(leaves - counters - copies * outside, copies * len(LAYER))
+        layers, rest = divmod(leaves - counters - copies * (2 * one - two), copies * (two - one))
         if rest == 0 and layers > 0:
             return layers, full
     raise CheckpointError(
-        f"{folder}: {leaves} leaves in each shard are no whole number of layers, with or without Adam's state; is pe "
-        f"that of {where}?"
+        f"{folder}: {leaves} leaves in each shard are no whole number of layers, with or without Adam's state; are pe "
+        f"and norm those of {where}?"
     )
 
 
@@ -275,7 +283,7 @@ def _make_find(
         parts, how = [shard[first + place] for shard in shards], slots[place].entry.merge
         if isinstance(how, int):
             return Concat(parts, how)
-        return Sum(parts, FLOAT32) if how == "sum" and not moments else parts[0]
+        return Sum(parts, mean=how == "mean") if how != "first" and not moments else parts[0]
 
     def find(leaf: Leaf) -> Lazy:
         place = places[leaf.name, leaf.layer]
@@ -297,10 +305,11 @@ def _read_count(shards: Sequence[Sequence[FileArray]], place: int, name: str, fo
     return values[0]
 
 
-def _make_notes(folder: Place, shards: int, step: int, full: bool) -> Iterator[str]:
+def _make_notes(folder: Place, shards: int, step: int, full: bool, config: ModelConfig) -> Iterator[str]:
     yield "the embedding's bias, added to every token, is folded into w_tokens, which is float32 for that"
     yield f"the biases b_out, of which each of the {shards} shards added its own, are summed in float32"
-    yield "norms are those of shard 0, the only ones that were used"
+    used = "those of shard 0, the only ones that were used" if config.norm == "layernorm" else "the mean of all shards'"
+    yield f"norms are {used}"
     if full:
         yield "moments of summed biases are shard 0's: each shard saw the sum's gradient; w_tokens has its table's"
         yield f"the original moved summed biases {shards} times as far in a step as its learning rate says; here they are not"

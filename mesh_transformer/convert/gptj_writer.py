@@ -20,7 +20,7 @@ from mesh_transformer.convert.foreign import Leaf, describe_leaves
 from mesh_transformer.convert.gptj import (
     FIXED,
     KINDS,
-    NORM_BIAS,
+    NORMS,
     PIECES,
     POSITIONS,
     Slot,
@@ -48,11 +48,14 @@ def old_config(config: ModelConfig, shards: int) -> dict[str, Any]:
         problems.append(f"rotary_base = {config.rotary_base}, not 10000")
     if config.rotary_scaling is not None:
         problems.append(f"rotary_scaling = {config.rotary_scaling}")
+    norms = {ours: theirs for theirs, ours in NORMS.items()}
+    if (config.norm, config.norm_bias) not in norms:
+        problems.append(f"norm = {config.norm!r}, not one of {sorted({norm for norm, _ in norms})}")
     if "local" in config.attention_pattern:
         problems.append("attention_pattern has local layers")
     check_problems("the v1 format of mesh-transformer-jax cannot express this model", problems)
     check_problems("the model cannot be cut", find_uneven(config, shards))
-    norm = next(name for name, bias in NORM_BIAS.items() if bias == config.norm_bias)
+    norm = norms[config.norm, config.norm_bias]
     old = dict(layers=config.n_layers, d_model=config.d_model, n_heads=config.n_heads, n_vocab=config.n_vocab)
     old |= dict(norm=norm, pe=pe) | (dict(pe_rotary_dims=config.rotary_channels) if pe == "rotary" else {})
     return old | dict(seq=config.seq_len, cores_per_replica=shards, per_replica_batch=1)
@@ -70,15 +73,15 @@ def write_gptj(
 ) -> None:
     """Weights as a slim checkpoint folder/step_<step>, with the config.json and meta.json that their programs read.
 
-    Biases of which each shard has its own go to shard 0, norms too; the others get zeros and ones, so that merging gives
-    back the same bits. A piece has its name once it is complete: those that are there stay, so that the same call goes
+    Biases of which each shard has its own go to shard 0, norms of which only shard 0's is used too; the others get zeros
+    and ones, so that merging gives back the same bits. A piece has its name once it is complete: those that are there stay, so that the same call goes
     on where it was killed. `report(bytes written, bytes in all)`. CheckpointError if the model, the number of shards or
     the type cannot be.
     """
     old = old_config(config, shards)
     if dtype not in KINDS:
         raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(KINDS)}")
-    slots, kind = list_slots(config.n_layers, config.positions), to_dtype(dtype)
+    slots, kind = list_slots(config), to_dtype(dtype)
     found = _find_rows(config, arrays)
     plan = [[(slot.name, _cut(slot, found, s, shards, config.d_model)) for slot in slots] for s in range(shards)]
     total, done = sum(math.prod(leaf.shape) * kind.itemsize for leaves in plan for _, leaf in leaves), 0
@@ -120,7 +123,7 @@ def _find_rows(config: ModelConfig, arrays: Mapping[str, Lazy]) -> dict[tuple[st
 def _cut(slot: Slot, found: Mapping[Any, tuple[Lazy, Leaf]], s: int, shards: int, d_model: int) -> Composed:
     """What shard `s` holds there."""
     entry = slot.entry
-    if (entry.ours, slot.layer) not in found or (s > 0 and not isinstance(entry.merge, int)):
+    if (entry.ours, slot.layer) not in found or (s > 0 and entry.merge in ("sum", "first")):
         fill = 1 if entry.theirs.endswith("/scale") else 0
         return Composed([Held(np.full(d_model, fill, np.float32))], "embed", [("embed",)])
     array, leaf = found[entry.ours, slot.layer]
@@ -152,6 +155,9 @@ def _write_piece(path: Path, leaves: Sequence[tuple[str, Composed | Held]], kind
 
 def _read_blocks(name: str, leaf: Composed, kind: np.dtype) -> Iterator[np.ndarray]:
     """The rows of a leaf, some at a time; CheckpointError if float16 is too small for one."""
+    if not leaf.shape:  # a norm with one length
+        yield leaf.parts[0].read(()).astype(kind)
+        return
     row = math.prod(leaf.shape[1:]) * 4
     step = max(BLOCK_BYTES // row // leaf.unit, 1) * leaf.unit
     for first in range(0, leaf.shape[0], step):

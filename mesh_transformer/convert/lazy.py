@@ -166,20 +166,23 @@ class Row(NamedTuple):
 
 
 class Sum:
-    """Arrays of one shape added up in float32, in their order; the result has their dtype unless `dtype` is given."""
+    """Arrays of one shape added up in float32, in their order, or their mean, in float64; the result is float32."""
 
-    def __init__(self, parts: Sequence[Lazy], dtype: np.dtype | None = None):
+    dtype = FLOAT32
+
+    def __init__(self, parts: Sequence[Lazy], *, mean: bool = False):
         """ValueError if the parts differ in shape."""
         if len({part.shape for part in parts}) != 1:
             raise ValueError(f"parts differ: {[part.shape for part in parts]}")
-        self.parts, self.shape, self.dtype = parts, parts[0].shape, dtype or parts[0].dtype
+        self.parts, self.shape, self.mean = parts, parts[0].shape, mean
 
     def read(self, index: Slices) -> np.ndarray:
-        """The sum over the parts of the same slice."""
-        total = self.parts[0].read(index).astype(FLOAT32)
+        """The sum over the parts of the same slice; the mean of equal parts is exactly one of them."""
+        kind = np.float64 if self.mean else FLOAT32
+        total = self.parts[0].read(index).astype(kind)
         for part in self.parts[1:]:
-            total += part.read(index).astype(FLOAT32)
-        return total.astype(self.dtype)
+            total += part.read(index).astype(kind)
+        return (total / len(self.parts)).astype(FLOAT32) if self.mean else total
 
 
 class AddRow(NamedTuple):

@@ -287,13 +287,19 @@ def run_v1(shards: Sequence[Sequence[Lazy]], settings: Mapping[str, Any], tokens
     if places:
         x = x + np.concatenate([read_rows(part, np.arange(tokens.shape[1])) for part in places], axis=-1)
     order = sorted(range(settings["layers"]), key=lambda layer: f"layer_{layer}")
-    layers = {layer: [take() for _ in range(10)] for layer in order}
-    b_head, w_head, *norm_out = [take() for _ in range(4)]
+    layer_norms = settings["norm"].startswith("layernorm")
+    n_norms = 2 if layer_norms or settings["norm"].endswith("-bias") else 1
+    layers = {layer: [take() for _ in range(8 + n_norms)] for layer in order}
+    b_head, w_head, *norm_out = [take() for _ in range(2 + n_norms)]
     relative = [vector(part) for part in take()] if pe == "t5" else []
 
-    def norm(offset: Sequence[Lazy], scale: Sequence[Lazy]) -> Array:
-        """Those of shard 0, the only ones that were used; "layernorm-nobias" has an offset and does not use it."""
-        return layer_norm(x, 1e-5) * vector(scale[0]) + (vector(offset[0]) if settings["norm"] == "layernorm" else 0.0)
+    def norm(*leaves: Sequence[Lazy]) -> Array:
+        """Those of shard 0, the only ones that were used, or the others' mean; "layernorm-nobias" does not use its offset."""
+        if not layer_norms:
+            *offset, scale = (sum(map(vector, leaf)) / n for leaf in leaves)
+            return x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-5) * scale + (offset[0] if offset else 0.0)
+        scale = vector(leaves[1][0])
+        return layer_norm(x, 1e-5) * scale + (vector(leaves[0][0]) if settings["norm"] == "layernorm" else 0.0)
 
     for layer in range(settings["layers"]):
         w_q, w_v, w_k, w_o, b_in, w_in, b_out, w_out, *norms = layers[layer]

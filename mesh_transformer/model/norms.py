@@ -70,11 +70,25 @@ class Norm(hk.Module):
             # The gradient stays finite at zero, unlike a length's.
             y = wide * jax.lax.rsqrt(jnp.maximum(square, c.norm_eps**2))
             return (y * param("scale", hk.initializers.Constant(c.d_model**0.5))).astype(x.dtype)
+        if c.norm.startswith("gptj-"):
+            return self._divide_by_length(x)
         # layernorm: Ba et al. 2016; rmsnorm: Zhang and Sennrich 2019, as in Llama
         scale = param("scale", ones, embed=c.d_model)
         centred = c.norm == "layernorm"
         bias = param("bias", zeros, embed=c.d_model) if centred and c.norm_bias else jnp.zeros_like(scale)
         return normalise(x, scale, bias, c.norm_eps, centred)
+
+    def _divide_by_length(self, x: Array) -> Array:
+        c, axes = self.config, dict(embed=self.config.d_model) if self.config.norm == "gptj-rmsnorm" else {}
+        wide = x.astype(jnp.float32)
+        square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+        length = jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))  # its gradient is finite at zero
+        y = wide / (length + c.norm_eps) * self._row("scale", c.d_model**0.5, axes, x.ndim)
+        return (y + self._row("bias", 0.0, axes, x.ndim) if c.norm_bias else y).astype(x.dtype)
+
+    def _row(self, name: str, first: float, axes: dict[str, int], ndim: int) -> Array:
+        row = param(name, hk.initializers.Constant(first), **axes)
+        return jnp.expand_dims(row, range(ndim - row.ndim))
 
 
 class HeadNorm(hk.Module):

@@ -18,9 +18,11 @@ from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig, parse_config
 from mesh_transformer.convert import gptj
 from mesh_transformer.convert.foreign import Foreign, describe_leaves, make_model_config
-from mesh_transformer.convert.gptj import list_slots, open_gptj, read_model
+from mesh_transformer.convert.gptj import find_weights, list_slots, open_gptj, read_model
 from mesh_transformer.convert.gptj_writer import old_config, write_gptj
 from mesh_transformer.convert.lazy import Held, whole
+from mesh_transformer.convert.originals import run_v1
+from mesh_transformer.convert.proof import run_native
 from mesh_transformer.model.positions import t5_buckets
 from mesh_transformer.model.transformer import make_model
 from mesh_transformer.train.state import describe_state, flatten_state
@@ -103,7 +105,7 @@ def test_bfloat16_survives_a_round_trip(tmp_path):
     assert_same(read_all(open_gptj(tmp_path / "new/step_1234", ORIGINAL)), rounded)
     # What was neither folded nor summed nor only one shard's is the original's, byte for byte and in its place.
     theirs, ours = read_shard(FIXTURE / "slim/step_1234/shard_3"), read_shard(tmp_path / "new/step_1234/shard_3")
-    slots = list_slots(12, "rotary-pairs")
+    slots = list_slots(config)
     places = [i for i, slot in enumerate(slots) if slot.layer is not None and isinstance(slot.entry.merge, int)]
     assert len(places) == 12 * 7
     for place in places:
@@ -123,7 +125,7 @@ def test_adams_state_comes_under_the_names_of_a_run():
         assert foreign.arrays[name].dtype == expected[name].dtype
         assert foreign.arrays[name].read(()) == 1234
     shards = [read_shard(FIXTURE / f"full/step_1234/shard_{s}") for s in range(4)]
-    slots = [slot.name for slot in list_slots(12, "rotary-pairs")]
+    slots = [slot.name for slot in list_slots(run.model)]
     for start, prefix in ((1, gptj.OPT_MU), (1 + len(slots), gptj.OPT_NU)):
         block = f"{prefix}transformer/layers/block_0/"
         # Layer 2 is after layer 11; head 5 of 8 is the second one of shard 2.
@@ -144,7 +146,10 @@ def make_arrays(config: ModelConfig) -> dict[str, Held]:
     return {name: Held(rng.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
 
 
-OTHERS = [{}, {"pe": "fixed"}, {"pe": "t5"}, {"norm": "layernorm-nobias"}, {"pe_rotary_dims": 64}, {"layers": 1}]
+OTHERS = [
+    {}, {"pe": "fixed"}, {"pe": "t5"}, {"pe_rotary_dims": 64}, {"layers": 1}, {"norm": "layernorm-nobias"},
+    {"norm": "rmsnorm"}, {"norm": "rmsnorm-bias"}, {"norm": "scalenorm"}, {"norm": "scalenorm-bias", "pe": "t5"},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", OTHERS, ids=str)
@@ -160,6 +165,31 @@ def test_what_is_written_is_read_back(changes, shards, tmp_path):
     foreign = open_gptj(tmp_path / "new/step_5", old_config(config, shards))
     assert foreign.model == read_model(old)
     assert_same(read_all(foreign), {name: array.values for name, array in arrays.items()})
+
+
+@pytest.mark.parametrize("norm", gptj.NORMS)
+def test_ours_computes_what_the_shards_do_whatever_the_norm(norm, tmp_path):
+    old = OLD | {"norm": norm, "layers": 2}
+    config = make_model_config(read_model(old), "test")
+    write_gptj(tmp_path / "new", config, make_arrays(config), 5, shards=2, dtype="float32")
+    folder = tmp_path / "new/step_5"
+    if norm.startswith(("rmsnorm", "scalenorm")):  # the mean counts: let shards differ
+
+        def differ(leaves):
+            return [leaf * (3 if slot.entry.merge == "mean" else 1) for leaf, slot in leaves]
+
+        slots, start = list_slots(config), 0
+        for piece in range(gptj.PIECES):
+            leaves = read_piece(folder / f"shard_1/{piece}.npz")
+            own = slots[start : start + len(leaves)]
+            rest = leaves[len(own) :]  # the step
+            np.savez(folder / f"shard_1/{piece}.npz", *differ(zip(leaves, own, strict=False)), *rest)
+            start += len(leaves)
+    tokens = np.random.default_rng(1).integers(0, 24, (2, 8), dtype=np.int32)
+    theirs = run_v1(find_weights(folder, old), old, tokens)
+    ours = run_native(config, open_gptj(folder, old).arrays, tokens)
+    assert np.std(theirs) > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
 
 
 def test_t5_buckets_are_the_originals():
@@ -215,7 +245,8 @@ OTHER_MODELS = [
     ({"n_vocab": 32}, r"missing, or n_vocab|shape \(6, 16\), not \(8, 16\)"),
     ({"d_model": 32}, r"linear_3/w \(leaf 5\) of shard_2 has shape \(4, 16\), not \(8, 32\)"),
     ({"n_heads": 2}, "n_heads = 2 is not a multiple of 4 shards"),
-    ({"norm": "rmsnorm"}, "norm = 'rmsnorm' divides by"),
+    ({"norm": "rmsnorm"}, "127 leaves in each shard are no whole number of layers"),
+    ({"norm": "scalenorm-bias"}, r"layer_0/rms_norm/offset \(leaf 10\) of shard_0 has shape \(16,\), not \(\)"),
     ({"norm": "layernorm-desync"}, "another norm in each shard"),
     ({"d_model": None}, r"^old\.json is not .*:\n  d_model = None is not a positive integer$"),
     ({"norm": "?", "pe": "none", "seq": "8"}, r"(?s)seq = '8'.*norm = '\?' is unknown.*pe = 'none' is unknown"),
@@ -232,7 +263,7 @@ def test_models_that_the_format_cannot_hold_are_refused(tmp_path):
     good = make_model_config(read_model(OLD), "test")
     gated = dataclasses.replace(good, gated=True, norm="rmsnorm", n_kv_heads=2, rotary_base=5e5)
     for config, shards, dtype, words in (
-        (gated, 1, "float32", r"(?s)norm = 'rmsnorm'.*gated = True.*kv_heads = 2, not 4.*rotary_base"),
+        (gated, 1, "float32", r"(?s)gated = True.*kv_heads = 2, not 4.*rotary_base.*norm = 'rmsnorm'"),
         (good, 8, "float32", "n_heads = 4 is not a multiple of 8 shards"),
         (good, 1, "int8", "dtype 'int8'"),
         (good, 1, "float32", "(?s)b_head is missing.*w_head is missing"),

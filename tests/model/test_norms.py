@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The three norms against their papers' formulas in float64."""
+"""The norms against their papers' formulas in float64."""
 
 import haiku as hk
 import jax
@@ -30,6 +30,13 @@ FORMULAS = {
         lambda x: 1.7 * x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 0.1),
     ),
 }
+FORMULAS |= {  # mesh-transformer-jax's RMSNorm, elementwise or not
+    f"gptj-{name}": (
+        dict(scale=scale, bias=bias),
+        lambda x, scale=scale, bias=bias: x / (np.linalg.norm(x, axis=-1, keepdims=True) + 0.1) * scale + bias,
+    )
+    for name, scale, bias in (("rmsnorm", SCALE, BIAS), ("scalenorm", np.array(1.7), np.array(0.3)))
+}
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -44,13 +51,15 @@ def test_norm_equals_its_formula(name):
     np.testing.assert_allclose(found, formula(X), atol=5e-6)
 
 
-def test_scale_norm_starts_at_the_root_of_the_width():
-    norm = make_norm(norm="scalenorm")
-    assert norm.init(None, jnp.asarray(X, jnp.float32))["norm"]["scale"] == 4.0
+@pytest.mark.parametrize("name", ["scalenorm", "gptj-scalenorm", "gptj-rmsnorm"])
+def test_norms_by_length_start_at_the_root_of_the_width(name):
+    norm = make_norm(norm=name)
+    assert (norm.init(None, jnp.asarray(X, jnp.float32))["norm"]["scale"] == 4.0).all()
 
 
-def test_layer_norm_without_bias():
-    assert set(make_norm(norm="layernorm", norm_bias=False).init(None, jnp.zeros((1, 1, 16)))["norm"]) == {"scale"}
+@pytest.mark.parametrize("name", ["layernorm", "gptj-rmsnorm", "gptj-scalenorm"])
+def test_without_bias(name):
+    assert set(make_norm(norm=name, norm_bias=False).init(None, jnp.zeros((1, 1, 16)))["norm"]) == {"scale"}
 
 
 @pytest.mark.parametrize("name", FORMULAS)
