@@ -100,17 +100,20 @@ def start_devices(config: MeshConfig) -> Layout:
 
 
 # Parameters of glibc's mallopt: those for keeping memory, and glibc's own defaults.
-_MALLOC = {-8: (1, 0), -4: (0, 65_536), -1: (-1, 131_072)}  # arenas, mapped blocks, free bytes to keep
+_MALLOC = {-4: (0, 65_536), -1: (-1, 131_072)}  # mapped blocks, free bytes to keep
+_ARENAS = -8
 
 
-def keep_freed_memory(keep: bool) -> None:
+def keep_freed_memory(keep: bool, *, one_arena: bool | None = None) -> None:
     """Have malloc keep what is freed, or not; Linux with glibc only, elsewhere nothing happens.
 
     XLA's CPU client asks malloc for a step's temporary buffers anew in every step. Given back to the kernel in between,
     every page of them is faulted in and cleared again: a third of the time of a training step of a few million parameters.
-    One arena, made before JAX starts its threads, because only the first one grows without limit.
+    One arena, made before JAX starts its threads, because only the first one grows without limit; by default where memory
+    is kept.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_ARENAS, int(keep if one_arena is None else one_arena))
         for parameter, values in _MALLOC.items():
             libc.mallopt(parameter, values[0 if keep else 1])
         if not keep:

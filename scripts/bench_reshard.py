@@ -32,6 +32,7 @@ import numpy as np
 from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface import find_family
+from mesh_transformer.convert.lazy import to_dtype
 from mesh_transformer.convert.names import FAMILIES
 from mesh_transformer.convert.tensor_files import Planned, create_safetensors, write_values
 from mesh_transformer.model.families import PRESETS
@@ -70,8 +71,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def make_model_folder(folder: Path, n_layers: int) -> None:
-    """A GPT-J with narrow layers, random weights, float32, in one safetensors file."""
+def make_model_folder(folder: Path, n_layers: int, dtype: str = "float32") -> None:
+    """A GPT-J with narrow layers and random weights in one safetensors file."""
     small: dict[str, Any] = dict(n_layers=n_layers, d_model=1536, n_heads=16, rotary_dims=32)
     config = ModelConfig(**PRESETS["gptj-6b"] | small)
     kind, table = find_family(config)
@@ -91,7 +92,7 @@ def make_model_folder(folder: Path, n_layers: int) -> None:
         shapes |= {
             entry.theirs.replace("{i}", str(i)): shape for i in layers if not entry.theirs.endswith(("_proj.bias",))
         }
-    planned = {name: Planned(shape, np.dtype(np.float32)) for name, shape in shapes.items()}
+    planned = {name: Planned(shape, to_dtype(dtype)) for name, shape in shapes.items()}
     rng = np.random.default_rng(0)
     for name, place in create_safetensors(folder / "model.safetensors", planned).items():
         values = rng.standard_normal(place.shape, np.float32) * (

@@ -169,7 +169,7 @@ def convert(options: Any) -> dict[str, Any]:
         "source": str(source.path), "kind": source.kind, "destination": str(options.destination),
         "format": options.format, "bytes": nbytes, "dtype": options.dtype or "unchanged", "seconds": round(seconds, 2),
         "write_seconds": round(write_seconds, 2),
-        "mb_per_s": round(nbytes / seconds / 1e6, 1), "peak_memory_mb": round(_peak_memory() / 1e6),
+        "mb_per_s": round(nbytes / seconds / 1e6, 1), "peak_memory_mb": round(peak_memory() / 1e6),
         "notes": list(source.foreign.notes), **proved,
     }  # fmt: skip
     (partial / "conversion.json").write_text(json.dumps(report, indent=1))
@@ -307,7 +307,7 @@ def _stamp(path: Any) -> list[tuple[str, int, float]]:
     return [(name, *status) for name, status in sorted(folder_at(path).list_files().items())]
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Bytes of memory that this process has held at most; getrusage would count those of the process that started it."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None

@@ -13,7 +13,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -29,8 +30,11 @@ from mesh_transformer.checkpoint.places import Place, kvstore_context, kvstore_s
 from mesh_transformer.checkpoint.storage import folder_at
 
 DECODED_BYTES = 1 << 25  # of a slice of a checkpoint, decoded at once
+PART_BYTES = 1 << 23  # the same where memory is short: on the way to a device
 SHARDS_IN_FLIGHT = 4  # files encoded and written at once
 READ_AHEAD_BYTES = 1 << 29  # of slices on their way from disk to devices
+READERS = 2  # slices read at once
+ALIGNMENT = 64  # bytes; host memory that begins so becomes an array of a CPU device without a copy
 
 Slices = tuple[slice, ...]
 
@@ -64,24 +68,40 @@ class StoredArray(NamedTuple):
 
         Chunks are decoded whole, so that a few columns of a large array are read some rows of chunks at a time.
         """
-        bounds = [part.indices(dim)[:2] for part, dim in zip(index, self.shape, strict=True)]
-        cover = [
-            -(-stop // chunk) * chunk - start // chunk * chunk
-            for (start, stop), chunk in zip(bounds, self.record.chunk, strict=True)
-        ]
-        axis = next((i for i, chunk in enumerate(self.record.chunk) if cover[i] > chunk), None)
-        times = -(-math.prod(cover) * self.dtype.itemsize // DECODED_BYTES)
-        if axis is None or times < 2:
-            return read_slice(self.folder, self.name, self.record, index)
-        values = np.empty([stop - start for start, stop in bounds], self.dtype)
-        low, high = bounds[axis]
-        chunk = self.record.chunk[axis]
-        step = max(cover[axis] // chunk // times, 1) * chunk
-        for first in range(low // chunk * chunk, high, step):
-            part = slice(max(first, low), min(first + step, high))
-            place = (*[slice(None)] * axis, slice(part.start - low, part.stop - low))
-            values[place] = read_slice(self.folder, self.name, self.record, (*index[:axis], part, *index[axis + 1 :]))
+        parts = self._cut(index, DECODED_BYTES)
+        return read_slice(self.folder, self.name, self.record, index) if len(parts) < 2 else self._fill(index, parts)
+
+    def read_aligned(self, index: Slices) -> np.ndarray:
+        """The same at an address that a CPU device takes as it is, with little else in memory on the way."""
+        return self._fill(index, self._cut(index, PART_BYTES))
+
+    def _fill(self, index: Slices, parts: list[Slices]) -> np.ndarray:
+        values = make_aligned([part.stop - part.start for part in index], self.dtype)
+        for part in parts:
+            place = tuple(slice(p.start - i.start, p.stop - i.start) for p, i in zip(part, index, strict=True))
+            values[place] = read_slice(self.folder, self.name, self.record, part)
         return values
+
+    def _cut(self, index: Slices, most: int) -> list[Slices]:
+        """`index` in parts whose chunks are at most about `most` bytes, along the first axis that has several of them."""
+        chunks = self.record.chunk
+        cover = [-(-i.stop // c) * c - i.start // c * c for i, c in zip(index, chunks, strict=True)]
+        axis = next((i for i, chunk in enumerate(chunks) if cover[i] > chunk), None)
+        if axis is None:
+            return [index]
+        rows = max(most * chunks[axis] // (math.prod(cover) // cover[axis] * chunks[axis] * self.dtype.itemsize), 1)
+        step, (low, high) = max(rows // chunks[axis], 1) * chunks[axis], (index[axis].start, index[axis].stop)
+        starts = range(low // chunks[axis] * chunks[axis], high, step)
+        parts = [slice(max(first, low), min(first + step, high)) for first in starts]
+        return [(*index[:axis], part, *index[axis + 1 :]) for part in parts]
+
+
+def make_aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Room for values, at an address that a CPU device takes as it is."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % ALIGNMENT
+    return raw[first : first + size].view(dtype).reshape(shape)
 
 
 def describe_array(name: str, array: jax.Array, axes: Sequence[str]) -> ArrayRecord:
@@ -146,31 +166,47 @@ def read_slice(folder: Place, name: str, record: ArrayRecord, index: Slices) -> 
 
 
 def restore_arrays(
-    folder: Place, records: Mapping[str, ArrayRecord], shardings: Mapping[str, Sharding]
-) -> dict[str, jax.Array]:
-    """Arrays as `shardings` place them. Each slice is read once and given to all devices that need it, several at a time."""
-    placed: dict[str, list[jax.Array]] = {name: [] for name in records}
-    flying: collections.deque[tuple[str, list[Sharding], int, Any]] = collections.deque()
+    folder: Place, records: Mapping[str, ArrayRecord], shardings: Mapping[str, Sharding], *, rows: Collection[str] = ()
+) -> dict[str, Any]:
+    """Arrays as `shardings` place them. Each slice is read once and given to all devices that need it, several at a time.
+
+    Of an array in `rows` every place of its first dim becomes an array of its own, in a tuple; its sharding is that of
+    one. On a CPU little else is in memory beside what is restored.
+    """
+    placed = collections.defaultdict[tuple[str, int], list[jax.Array]](list)
+    flying: collections.deque[tuple[str, int, list[Sharding], int, Future[np.ndarray]]] = collections.deque()
     ahead = 0
 
     def land() -> int:
-        name, places, size, future = flying.popleft()
-        values = _wait(folder, name, future)
-        placed[name] += place_copies(values, places)
+        name, first, places, size, future = flying.popleft()
+        values = future.result() if name in rows else future.result()[None]
+        for place, row in enumerate(values):
+            placed[name, first + place] += place_copies(row if len(values) == 1 else np.array(row), places)
         return size
 
-    for name, record in records.items():
-        array = _open_stored(folder, name, record)
-        for index, places in _places(shardings[name], record.shape).items():
-            size = math.prod(stop - start for start, stop in index) * DTYPES[record.dtype]
-            while flying and ahead + size > READ_AHEAD_BYTES:
-                ahead -= land()
-            flying.append((name, places, size, array[tuple(slice(*ends) for ends in index)].read()))
-            ahead += size
-    while flying:
-        land()
+    with ThreadPoolExecutor(READERS) as readers:
+        for name, record in records.items():
+            array, split = StoredArray(folder, name, record), name in rows
+            step = record.chunk[0] if split else 1  # rows of a chunk are decoded together
+            for first in range(0, record.shape[0], step) if split else (0,):
+                lead = (slice(first, min(first + step, record.shape[0])),) if split else ()
+                for ends, places in _places(shardings[name], record.shape[split:]).items():
+                    size = DTYPES[record.dtype] * step * math.prod(stop - start for start, stop in ends)
+                    while flying and ahead + size > READ_AHEAD_BYTES:
+                        ahead -= land()
+                    index = (*lead, *(slice(*pair) for pair in ends))
+                    flying.append((name, first, places, size, readers.submit(array.read_aligned, index)))
+                    ahead += size
+        while flying:
+            land()
+
+    def join(name: str, place: int) -> jax.Array:
+        shape = records[name].shape[name in rows :]
+        kind = records[name].dtype
+        return jax.make_array_from_single_device_arrays(shape, shardings[name], placed[name, place], dtype=kind)
+
     return {
-        name: jax.make_array_from_single_device_arrays(record.shape, shardings[name], placed[name], dtype=record.dtype)
+        name: tuple(join(name, place) for place in range(record.shape[0])) if name in rows else join(name, 0)
         for name, record in records.items()
     }
 

@@ -11,7 +11,7 @@ collectives of training.
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -166,18 +166,22 @@ class Store:
             )
         return None
 
-    def restore(self, step: int, like: Mapping[str, Any], *, only: str = "") -> dict[str, jax.Array]:
+    def restore(
+        self, step: int, like: Mapping[str, Any], *, only: str = "", rows: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Arrays by name as `like` says: shape, dtype and sharding of each (jax.ShapeDtypeStruct), on any mesh.
 
         `like` must name every array of the checkpoint whose name begins with `only`. Each device reads its own slice;
-        every byte read is checked. Raises CheckpointError for damage and with all names that differ.
+        every byte read is checked. Of arrays in `rows` each place of the first dim is an array of its own, in a tuple,
+        where `like` says how one of them is sharded: they can be used as soon as they are read, with little else in
+        memory. Raises CheckpointError for damage and with all names that differ.
         """
         folder = self.folder(step)
         records = self.read_manifest(step).arrays
         _check_match(folder, {name: record for name, record in records.items() if name.startswith(only)}, like, only)
         wanted = {name: records[name] for name in like}
         _check_files(folder, wanted)
-        restored = restore_arrays(folder, wanted, {name: leaf.sharding for name, leaf in like.items()})
+        restored = restore_arrays(folder, wanted, {name: leaf.sharding for name, leaf in like.items()}, rows=rows)
         if len(wanted) == len(records):
             self._held.add(step)
         return restored

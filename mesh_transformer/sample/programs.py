@@ -83,9 +83,11 @@ class Programs:
         described, dtype = describe_params(self.config), self.config.dtype
 
         def place(module: str, name: str, array: Array) -> Any:
-            # Products and tables cast weights to the activations' type wherever they use them; the rest stays float32.
-            wanted = dtype if name.startswith("w_") else array.dtype
-            axes = described[module][name].axes
+            # Products and tables cast weights to the activations' type wherever they use them; the rest stays as it is,
+            # and so do weights that were saved in a narrower type: twice as wide they would not fit where they did.
+            axes, saved = described[module][name].axes, (array[0] if isinstance(array, tuple) else array).dtype
+            narrower = name.startswith("w_") and jnp.dtype(dtype).itemsize < saved.itemsize
+            wanted = dtype if narrower else saved
             if axes[:1] != (STACK,):
                 return self._place(array.astype(wanted), axes, f"{module}/{name}")
             return tuple(self._place(layer.astype(wanted), axes[1:], f"{module}/{name}") for layer in array)

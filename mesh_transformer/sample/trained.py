@@ -12,8 +12,8 @@ import jax
 from mesh_transformer.checkpoint.store import find_checkpoint
 from mesh_transformer.config import Config, ConfigError, merge_override, parse_config
 from mesh_transformer.data.tokenizers import Tokenizer, tokenizer_from_json
-from mesh_transformer.mesh import Layout, start_devices
-from mesh_transformer.model.params import Params, flatten_names
+from mesh_transformer.mesh import Layout, keep_freed_memory, start_devices
+from mesh_transformer.model.params import STACK, ParamInfo, Params, flatten_names
 from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.sample.engine import Engine
 
@@ -39,6 +39,7 @@ def load_trained(path: str | Path, overrides: Iterable[str] = ()) -> Trained:
     Only weights are read, each device its own slices. Raises ConfigError or CheckpointError: no such run, damage, an
     override that would change the model, a mesh that does not fit.
     """
+    keep_freed_memory(True)  # before there are threads: one arena
     store, step = find_checkpoint(path, report=lambda text: print(text, file=sys.stderr))
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
@@ -48,7 +49,11 @@ def load_trained(path: str | Path, overrides: Iterable[str] = ()) -> Trained:
     layout = start_devices(config.mesh)
     records = store.read_manifest(step).arrays
     dtypes = {name: record.dtype for name, record in records.items()}
-    named = store.restore(step, describe_arrays(config, layout, dtypes), only="params/")
+    # The engine wants every layer by itself: so read, no second copy of a stack is ever in memory.
+    stacks = [name for name, record in records.items() if record.axes[:1] == (STACK,) and name.startswith("params/")]
+    keep_freed_memory(False, one_arena=True)  # a weight is mapped by itself, and what reading it took goes back
+    named = store.restore(step, describe_arrays(config, layout, dtypes), only="params/", rows=stacks)
+    keep_freed_memory(jax.default_backend() == "cpu")
     engine = Engine(config.model, _to_params(named), layout=layout)
     return Trained(engine, tokenizer_from_json(meta["tokenizer"], where=where), config, step, where)
 
@@ -58,10 +63,16 @@ def describe_arrays(config: Config, layout: Layout, dtypes: Mapping[str, str]) -
     described = flatten_names(describe_params(config.model))
     return {
         f"params/{name}": jax.ShapeDtypeStruct(
-            info.shape, dtypes.get(f"params/{name}", "float32"), sharding=layout.sharding(info.axes, info.shape, name)
+            info.shape, dtypes.get(f"params/{name}", "float32"), sharding=_place(layout, info, name)
         )
         for name, info in described.items()
     }
+
+
+def _place(layout: Layout, info: ParamInfo, name: str) -> Any:
+    """Of an array, or of one layer where it is a stack of them."""
+    stacked = info.axes[:1] == (STACK,)
+    return layout.sharding(info.axes[stacked:], info.shape[stacked:], name)
 
 
 def _read_config(meta: dict[str, Any], where: str, overrides: Iterable[str]) -> Config:
