@@ -84,10 +84,21 @@ LIVE_CASES = {
     "qwen3": make_case(
         "qwen3", dict(LLAMA_CHOICES, qk_norm=True, n_kv_heads=1, d_head=6, tied_embeddings=True), 53, **ODD
     ),
+    "qwen2-windows": make_case(
+        "qwen2",
+        dict(LLAMA_CHOICES, qkv_bias=True, attention_pattern=("global", "local", "local"), attention_window=6),
+        53,
+        **ODD,
+    ),
     "llama-3-rotary": make_case(
         "llama", dict(LLAMA_CHOICES, d_head=16, rotary_base=5e5, rotary_scaling=(8.0, 1.0, 4.0, 16.0)), 53, **ODD
     ),
-    "llama-one-key-head": make_case("llama", dict(LLAMA_CHOICES, n_kv_heads=1, d_head=10), 53, **ODD),
+    "llama-one-key-head-biases": make_case(
+        "llama",
+        dict(LLAMA_CHOICES, n_kv_heads=1, d_head=10, ff_bias=True, qkv_bias=True, attention_out_bias=True),
+        53,
+        **ODD,
+    ),
 }
 
 

@@ -215,9 +215,7 @@ def run_gpt_neox(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
 def run_llama(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
     """LlamaForCausalLM, and Mistral, Qwen2 and Qwen3, which differ in windows, biases and norms of heads."""
     act, eps, p, kind = ACTIVATIONS[c.get("hidden_act", "silu")], c.get("rms_norm_eps", 1e-6), "model.", c["model_type"]
-    frequencies, window = None, None
-    if kind == "mistral" or c.get("use_sliding_window"):
-        window = c.get("sliding_window")
+    frequencies, windows = None, _llama_windows(c, kind)
     x = t.rows(f"{p}embed_tokens.weight", tokens)
     for i in range(c["num_hidden_layers"]):
         h = f"{p}layers.{i}."
@@ -231,11 +229,23 @@ def run_llama(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
         if frequencies is None:
             frequencies = _llama_frequencies(c, q.shape[-1])
         q, k = rotate_halves(q, q.shape[-1], frequencies), rotate_halves(k, q.shape[-1], frequencies)
-        x = x + t.linear(f"{h}self_attn.o_proj", attend(q, k, v, scale=q.shape[-1] ** -0.5, window=window))
+        x = x + t.linear(f"{h}self_attn.o_proj", attend(q, k, v, scale=q.shape[-1] ** -0.5, window=windows[i]))
         normed = t.rms(f"{h}post_attention_layernorm", x, eps)
         wide = act(t.linear(f"{h}mlp.gate_proj", normed)) * t.linear(f"{h}mlp.up_proj", normed)
         x = x + t.linear(f"{h}mlp.down_proj", wide)
     return _head(t, c, t.rms(f"{p}norm", x, eps), "lm_head", f"{p}embed_tokens.weight", tied=False)
+
+
+def _llama_windows(c: Mapping[str, Any], kind: str) -> list[int | None]:
+    """Each layer's window: Mistral has one on all, Qwen on the layers that are named or from max_window_layers on."""
+    layers = range(c["num_hidden_layers"])
+    if kind == "mistral":
+        return [c.get("sliding_window", 4096) for _ in layers]
+    if kind == "llama" or not c.get("use_sliding_window"):
+        return [None for _ in layers]
+    if c.get("layer_types"):
+        return [c["sliding_window"] if named == "sliding_attention" else None for named in c["layer_types"]]
+    return [c["sliding_window"] if i >= c.get("max_window_layers", 28) else None for i in layers]
 
 
 def _llama_frequencies(c: Mapping[str, Any], r: int) -> Array:

@@ -77,12 +77,9 @@ def read_gpt_neo(s: Settings) -> dict[str, Any]:
     kinds = s.table.get("attention_layers")
     if kinds is None:
         kinds = [kind for pattern, count in s.get("attention_types") for _ in range(count) for kind in pattern]
-    period = next(
-        n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and list(kinds[:n]) * (len(kinds) // n) == list(kinds)
-    )  # fmt: skip
     model = dict(
         n_layers=s.get("num_layers"), d_model=s.get("hidden_size"), n_heads=s.get("num_heads"),
-        n_vocab=s.get("vocab_size"), seq_len=s.get("max_position_embeddings"), attention_pattern=list(kinds[:period]),
+        n_vocab=s.get("vocab_size"), seq_len=s.get("max_position_embeddings"), attention_pattern=_shorten(list(kinds)),
         attention_window=s.get("window_size", default=256), attention_scale="none", qkv_bias=False,
         activation=s.choose(ACTIVATIONS, "activation_function", default="gelu_new"),
         norm_eps=s.get("layer_norm_epsilon", default=1e-5), tied_embeddings=s.table.get("tie_word_embeddings", True),
@@ -189,7 +186,7 @@ def write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
 
 def read_llama(s: Settings) -> dict[str, Any]:
     """LlamaConfig, MistralConfig, Qwen2Config and Qwen3Config."""
-    s.expect("mlp_bias", False)
+    s.expect("partial_rotary_factor", 1)
     _, fields = _read_rope(s, "rope_theta")
     kind = s.table.get("model_type")
     heads = s.get("num_attention_heads")
@@ -199,16 +196,35 @@ def read_llama(s: Settings) -> dict[str, Any]:
         seq_len=s.get("max_position_embeddings"), d_ff=s.get("intermediate_size"), norm="rmsnorm",
         n_kv_heads=s.get("num_key_value_heads", default=heads), d_head=s.get("head_dim", default=s.get("hidden_size") // heads),
         positions="rotary-halves", **fields, activation=s.choose(ACTIVATIONS, "hidden_act", default="silu"),
-        gated=True, qkv_bias=True if kind == "qwen2" else out_bias, attention_out_bias=out_bias, ff_bias=False,
+        gated=True, qkv_bias=True if kind == "qwen2" else out_bias, attention_out_bias=out_bias, ff_bias=s.table.get("mlp_bias", False),
         norm_eps=s.get("rms_norm_eps", default=1e-6), tied_embeddings=s.table.get("tie_word_embeddings", False),
         qk_norm=kind == "qwen3",
     )  # fmt: skip
-    window = s.table.get("sliding_window")
-    if window and (kind == "mistral" or s.table.get("use_sliding_window")):
-        if s.table.get("use_sliding_window") and s.get("max_window_layers", default=0) != 0:
-            raise CheckpointError(f"{s.where}: max_window_layers, windows on some layers only, is not supported")
-        model |= dict(attention_pattern=["local"], attention_window=window)
-    return model
+    return model | _read_windows(s, model["n_layers"])
+
+
+def _read_windows(s: Settings, n_layers: int) -> dict[str, Any]:
+    """Which layers see only near tokens: all of Mistral; of Qwen those that layer_types names, or the last ones."""
+    kind = s.table.get("model_type")
+    window = s.table.get("sliding_window", 4096 if kind == "mistral" else None)  # null: none; absent: its default
+    if not window or not (kind == "mistral" or (kind in ("qwen2", "qwen3") and s.table.get("use_sliding_window"))):
+        return {}
+    if kind == "mistral":
+        kinds = ["sliding_attention"] * n_layers
+    else:
+        first = s.get("max_window_layers", default=28)  # transformers' own default
+        last = ["full_attention"] * min(first, n_layers) + ["sliding_attention"] * max(n_layers - first, 0)
+        kinds = s.get("layer_types", default=last)
+    ours = {"full_attention": "global", "sliding_attention": "local"}
+    if len(kinds) != n_layers or set(kinds) - ours.keys():
+        raise CheckpointError(f"{s.where}: layer_types must be {' or '.join(ours)} for each of {n_layers} layers")
+    return dict(attention_pattern=_shorten([ours[each] for each in kinds]), attention_window=window)
+
+
+def _shorten(kinds: list[str]) -> list[str]:
+    """The shortest pattern that repeats."""
+    lengths = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
+    return next(kinds[:n] for n in lengths if kinds[:n] * (len(kinds) // n) == kinds)
 
 
 def write_llama(c: ModelConfig) -> dict[str, Any]:
@@ -216,9 +232,15 @@ def write_llama(c: ModelConfig) -> dict[str, Any]:
     table = dict(
         num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
         max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, num_key_value_heads=c.kv_heads,
-        head_dim=c.head_dim, hidden_act=THEIR_ACTIVATIONS[c.activation], rms_norm_eps=c.norm_eps, mlp_bias=False,
+        head_dim=c.head_dim, hidden_act=THEIR_ACTIVATIONS[c.activation], rms_norm_eps=c.norm_eps, mlp_bias=c.ff_bias,
         attention_bias=c.attention_out_bias, **_write_rope(c),
     )  # fmt: skip
     if "local" in c.attention_pattern:
-        table |= dict(sliding_window=c.attention_window)
+        table |= dict(sliding_window=c.attention_window, use_sliding_window=True, max_window_layers=0)
+    if len(set(c.attention_pattern)) > 1:
+        theirs = {"global": "full_attention", "local": "sliding_attention"}
+        kinds = [theirs[kind] for kind in c.attention_pattern] * (c.n_layers // len(c.attention_pattern))
+        table |= dict(layer_types=kinds)
+    elif "global" in c.attention_pattern:
+        table |= dict(sliding_window=None)
     return table

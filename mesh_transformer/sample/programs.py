@@ -22,6 +22,10 @@ from mesh_transformer.model.params import STACK, Params
 from mesh_transformer.model.transformer import describe_params, init_cache, make_model
 from mesh_transformer.sample.sampling import Drawn, SamplingOptions, position_keys, sample
 
+WIDEN_LATE = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion",
+}
 BURST = 16  # tokens at most that one call of the decoding program draws for every row
 
 
@@ -56,6 +60,7 @@ class Programs:
         self.compilations: Counter[str] = Counter()
         self._model = make_model(self.config)
         self._params = self._lay_out(params)
+        self._compiler_options = self._choose_compiler_options()
         self.make_caches = self._program("make_caches", self._empty_caches, static_argnums=(0, 1))
         self.grow = self._program("grow", self._copy_caches, static_argnums=(1,))
         self.begin = self._program("begin", self._draw_first)
@@ -76,7 +81,16 @@ class Programs:
             with use_layout(self.layout):
                 return function(*arguments)
 
-        return jax.jit(counted, **jit_options)
+        return jax.jit(counted, compiler_options=self._compiler_options, **jit_options)
+
+    def _choose_compiler_options(self) -> dict[str, Any] | None:
+        """On a CPU weights narrower than the activations are widened one by one, where they are used.
+
+        Otherwise XLA widens all of them first, before a burst's loop as well: in three times the memory.
+        """
+        widest = jnp.dtype(self.config.dtype).itemsize
+        has_narrow = any(leaf.dtype.itemsize < max(widest, 4) for leaf in jax.tree.leaves(self._params) if leaf.ndim > 1)
+        return WIDEN_LATE if has_narrow and jax.default_backend() == "cpu" else None
 
     def _lay_out(self, params: Params) -> Any:
         """`params` with every layer an array of its own, in the type and place they are used in."""

@@ -17,8 +17,10 @@ from safetensors.numpy import load_file, save_file
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert import reshard
-from mesh_transformer.convert.huggingface import find_family, open_huggingface
+from mesh_transformer.convert.foreign import make_model_config
+from mesh_transformer.convert.huggingface import find_family, open_huggingface, read_settings
 from mesh_transformer.convert.lazy import whole
+from mesh_transformer.convert.settings import Settings
 from mesh_transformer.convert.tensor_files import read_safetensors, read_torch
 from mesh_transformer.model.families import LLAMA
 
@@ -129,13 +131,36 @@ def test_a_layer_count_that_fits_the_shapes_is_still_refused(tmp_path):
         ("gpt2", dict(n_head=None), "lacks n_head"),
         ("gpt2", dict(n_head=5), "d_model=12 is not a multiple of n_heads=5"),
         ("llama-gqa", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "type 'yarn'"),
-        ("llama-gqa", dict(mlp_bias=True), "mlp_bias = True"),
+        ("llama-gqa", dict(mlp_bias=True), r"missing: model\.layers\.0\.mlp\.up_proj\.bias"),
+        ("llama-gqa", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
     ],
 )
 def test_choices_that_are_another_function_are_refused(tmp_path, name, changes, reason):
     make_folder(tmp_path / "theirs", name)
     edit_config(tmp_path / "theirs", **changes)
     with pytest.raises(CheckpointError, match=reason):
+        open_huggingface(tmp_path / "theirs")
+
+
+def test_windows_are_on_the_layers_that_transformers_puts_them(tmp_path):
+    make_folder(tmp_path / "theirs", "llama-gqa")
+    for changes, pattern, window in (
+        (dict(model_type="mistral"), ("global",), 256),  # null: none
+        (dict(model_type="mistral", sliding_window=3), ("local",), 3),
+        (dict(model_type="llama", use_sliding_window=True), ("global",), 256),
+        (dict(model_type="qwen3", use_sliding_window=True, max_window_layers=1), ("global", "local"), 3),
+        (dict(layer_types=["sliding_attention", "full_attention"]), ("local", "global"), 3),
+        (dict(use_sliding_window=False), ("global",), 256),
+    ):
+        edit_config(tmp_path / "theirs", **changes)
+        settings, family = read_settings(tmp_path / "theirs")
+        config = make_model_config(family.read_config(settings), "test")
+        assert (config.attention_pattern, config.attention_window) == (pattern, window), changes
+    settings.table.pop("sliding_window")
+    absent = family.read_config(Settings(settings.table | {"model_type": "mistral"}, "test"))
+    assert (absent["attention_pattern"], absent["attention_window"]) == (["local"], 4096), "its configuration's default"
+    edit_config(tmp_path / "theirs", use_sliding_window=True, layer_types=["sliding_attention"])
+    with pytest.raises(CheckpointError, match="layer_types must be .* for each of 2 layers"):
         open_huggingface(tmp_path / "theirs")
 
 

@@ -260,7 +260,6 @@ def test_six_billion_parameters_are_planned_without_reading_them(tmp_path):
     create_safetensors(folder / "model.safetensors", {name: Planned(t.shape, t.dtype) for name, t in tensors.items()})
     report = json.loads(call(folder, tmp_path / "ours", "--max-memory", "2G", "--plan", "--json").out)
     assert report["bytes"] == 2 * 6_050_882_784 == 2 * count_params(config)
-    assert report["logits"] == "measured"
     text = call(folder, tmp_path / "v1", "--max-memory", "256M", "--plan", "--format", "gptj-v1").out
     assert "12,101,765,568 bytes to write" in text
     assert not [path for path in tmp_path.iterdir() if path != folder]
