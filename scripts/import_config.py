@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A configuration of mesh-transformer-jax (JSON), GPT-Neo (JSON) or GPT-NeoX (its JSON-like YAML) as TOML of ours.
+"""A configuration of mesh-transformer-jax (JSON), GPT-Neo (JSON) or GPT-NeoX (YAML) as TOML of ours.
 
 The TOML goes to stdout (or --output), and a table to stderr: what became of every key, whose meaning differs (DANGEROUS),
 which are unknown; then the effective batch and the last learning rate. OLD may be several files that make up one run.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import imported_keys as keys
+import yaml
 
 from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import ConfigError, config_to_toml, parse_config
@@ -208,29 +209,41 @@ FORMATS = {
 }
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML without keys that are there twice, and with 1e-4 as a number, which YAML 1.1 takes for a text."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise ConfigError(f"the key {twice[0]} is there twice")
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None"), ["N"])
+
+
 def read_old(paths: list[Path]) -> dict[str, Any]:
-    """The keys of all files, with _ for -; comments, last commas and Python's constants are GPT-NeoX's YAML."""
+    """The keys of all files, with _ for -. JSON is YAML; so are GPT-NeoX's files, with comments, last commas and constants."""
     old: dict[str, Any] = {}
-    pattern = re.compile(r'"(?:[^"\\]|\\.)*"|#[^\n]*|,(?=(?:\s|#[^\n]*)*[}\]])|\b(?:True|False|None)\b')
-    words = {"True": "true", "False": "false", "None": "null"}
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if twice := [key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])]:
-            raise ConfigError(f"{path}: the key {twice[0]} is there twice")
-        return dict(pairs)
-
     for path in paths:
-        text = pattern.sub(lambda m: m[0] if m[0][0] == '"' else words.get(m[0], ""), path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8").replace("\t", " ")  # JSON may be indented by tabs, YAML may not
         try:
-            table = json.loads(text, object_pairs_hook=unique)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{path}:{error.lineno}: {error.msg}; YAML that is not written like JSON has to become JSON first: python "
-                "-c 'import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin)))' < OLD > OLD.json"
-            ) from None
+            table = yaml.load(text, _Yaml)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{path}:{mark.line + 1}" if mark else str(path)
+            raise ConfigError(f"{where}: neither JSON nor YAML: {getattr(error, 'problem', error)}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: holds no keys and values")
-        old = unique([*old.items(), *((key.replace("-", "_"), value) for key, value in table.items())])
+        new = [(str(key).replace("-", "_"), value) for key, value in table.items()]
+        keys_so_far = [*old, *(key for key, _ in new)]
+        if twice := [key for n, key in enumerate(keys_so_far) if key in keys_so_far[:n]]:
+            raise ConfigError(f"{path}: the key {twice[0]} is there twice")
+        old |= dict(new)
     return old
 
 

@@ -104,11 +104,26 @@ def test_gpt_neoxs_in_two_files(tmp_path):
     assert "add --devices N" in call(*files, expect=2)[1]
 
 
+def test_yaml_in_blocks_and_json_with_tabs_say_the_same(tmp_path):
+    import yaml
+
+    table = yaml.safe_load(NEOX)
+    table["optimizer"]["params"]["lr"] = "1e-4"  # no dot: a text in YAML 1.1
+    blocks = yaml.safe_dump(table | {"min_lr": 1e-5}).replace("'1e-4'", "1e-4") + "data-path: data/pile\n"
+    assert "num-layers: 44\n" in blocks
+    toml, report = call(write(tmp_path, blocks, "20B.yml"), "--devices", 96)
+    config = check(toml, "gpt-neox-20b")
+    assert config.optimizer.learning_rate == 1e-4
+    assert "1 UNKNOWN" in report
+    toml, _ = call(write(tmp_path, json.dumps(GPT_J, indent="\t")))
+    check(toml, "gptj-6b")
+
+
 REFUSED = {
     "no number": ({**GPT_J, "lr": None}, "optimizer.learning_rate = null: must be a valid number"),
     "unknown": ({"a": 1, "layers": 2}, "not a configuration of mesh-transformer-jax, GPT-Neo, GPT-NeoX"),
     "twice": ('{"layers": 1, "layers": 2}', "the key layers is there twice"),
-    "yaml": ("num-layers: 3\n", "has to become JSON first"),
+    "yaml": ("num-layers: [3\n", "old.json:2: neither JSON nor YAML"),
     "list": ("[1]", "holds no keys and values"),
     "cores": ({**GPT_J, "tpu_size": 12}, "tpu_size (or --devices) is not a multiple of cores_per_replica"),
     "norm": ({**GPT_J, "norm": "batchnorm"}, "one of them is not the program's"),
