@@ -56,6 +56,7 @@ class Attempt:
     process: Any
     log: Path  # everything it prints
     started: float
+    samples: list[tuple[float, int]] = dataclasses.field(default_factory=list)  # seconds, bytes of memory
 
     @property
     def pid(self) -> int:
@@ -82,15 +83,20 @@ class Attempt:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
 
 
-def start_attempt(config: str | Path, overrides: Sequence[str], log: Path, *, user: int | None = None) -> Attempt:
-    """Start device_train.py on a configuration; what it prints is added to `log`. `user`: the id it runs under."""
+def start_attempt(
+    config: str | Path, overrides: Sequence[str], log: Path, *, user: int | None = None, nan_every: int = 0
+) -> Attempt:
+    """Start device_train.py on a configuration; what it prints is added to `log`.
+
+    `user` is the id it runs under. With `nan_every` = n the losses of one batch in n are not numbers.
+    """
     arguments = [str(config), *(word for item in overrides for word in ("--set", item))]
-    process = start_server().Process(target=run_attempt, args=(arguments, str(log), user))
+    process = start_server().Process(target=run_attempt, args=(arguments, str(log), user, nan_every))
     process.start()
     return Attempt(process, log, time.monotonic())
 
 
-def run_attempt(arguments: list[str], log: str, user: int | None) -> None:
+def run_attempt(arguments: list[str], log: str, user: int | None, nan_every: int) -> None:
     """The process itself: the program's main, with its output in a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
@@ -103,7 +109,23 @@ def run_attempt(arguments: list[str], log: str, user: int | None) -> None:
     import device_train  # already there, by way of the server
     from mesh_transformer.command import run_command
 
+    if nan_every:
+        poison_batches(nan_every)
     sys.exit(run_command(device_train.main))
+
+
+def poison_batches(every: int) -> None:
+    """From here on, in this process, every so many training batches one has weights that are not numbers."""
+    from mesh_transformer.data.loader import Batch, Loader
+
+    whole = Loader.batch
+
+    def batch(self: Loader, first: int, size: int, **process: int) -> Batch:
+        made = whole(self, first, size, **process)
+        is_bad = first // size % every == every - 1
+        return made._replace(mask=made.mask * np.float32(np.nan)) if is_bad else made
+
+    Loader.batch = batch
 
 
 def list_unfinished(root: Path) -> list[str]:
