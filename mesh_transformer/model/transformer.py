@@ -5,6 +5,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import functools
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -160,6 +161,7 @@ def make_model(config: ModelConfig) -> Model:
     return Model(init, apply)
 
 
+@functools.lru_cache(maxsize=64)  # a trace of the model takes half a second, and half the house asks
 def describe_params(config: ModelConfig) -> dict[str, dict[str, ParamInfo]]:
     """Shape and logical axes of every learned array, as {module: {name: info}}; nothing is allocated."""
     return describe(make_model(config).init)
