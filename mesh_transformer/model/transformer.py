@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one forward pass: tokens -> logits, for training, prefill and decoding alike."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import functools
 import haiku as hk
 import jax
 import jax.numpy as jnp

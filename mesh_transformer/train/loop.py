@@ -39,7 +39,7 @@ def train(
     fails is reported, and tried again at the next interval. Raises Preempted after a request to stop or
     `train.max_minutes`, with a checkpoint committed; TooManySkipped likewise; CheckpointError if the last save fails.
     """
-    with contextlib.nullcontext(stop) if stop else StopRequest() as stop:
+    with contextlib.closing(recorder), contextlib.nullcontext(stop) if stop else StopRequest() as stop:
         train_steps(run, recorder, stop, profile)
         recorder.save(last=True)
         reason = stop.requested or recorder.out_of_time()
@@ -174,6 +174,11 @@ class Recorder:
             self._save_failed(error)
             if last:
                 raise
+
+    def close(self) -> None:
+        """No more steps."""
+        if self._sequences:
+            self._sequences.close()
 
     def write_report(self) -> None:
         """report.html; a full disk costs the page, not the run."""

@@ -43,6 +43,10 @@ class SequenceLog:
         """The step that makes `step` steps taken is given this."""
         self._write({"step": step, **given._asdict()})
 
+    def close(self) -> None:
+        """No more lines; OSError if a full disk has not taken them all."""
+        self._file.close()
+
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line).encode())
 
