@@ -74,6 +74,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--terms", type=int, default=2, help="stops by SIGTERM, SIGINT and SIGUSR1, so many in all")
     parser.add_argument("--mesh-after", metavar="AXES", help="the mesh of every other attempt: fsdp=2,cpu_devices=4")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of losses on another mesh, relative")
+    parser.add_argument("--minutes", type=float, default=1e6, help="after these no more kills, whatever is still to come")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--work", type=Path, help="folder for the runs; by default a passing one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -121,6 +122,7 @@ class Proof:
         self.tally, self.random = Tally(), random.Random(options.seed)
         self.straight = work / "straight"
         self.life = 0.0  # seconds of an uninterrupted attempt
+        self.until = time.monotonic() + 60 * options.minutes
         start_server(str(work / "compiled"))
 
     def run(self) -> Tally:
@@ -145,6 +147,8 @@ class Proof:
     def is_left(self) -> bool:
         """Whether kills or stops are still to come."""
         tally, options = self.tally, self.options
+        if time.monotonic() > self.until:
+            return False
         wanted = round(options.in_save * options.kills)
         return tally.kills < options.kills or tally.in_save < wanted or tally.stops < options.terms
 
