@@ -19,6 +19,7 @@ from mesh_transformer.mesh import Layout
 from mesh_transformer.train.loop import Recorder, train
 from mesh_transformer.train.metrics import FILE, MetricsLog, read_metrics
 from mesh_transformer.train.progress import Progress, print_rows, print_scores
+from mesh_transformer.train.recipe import write_recipe
 from mesh_transformer.train.report import write_report
 from mesh_transformer.train.run import Run, open_run
 from mesh_transformer.train.state import describe_state, format_parameters
@@ -44,8 +45,9 @@ def train_config(
     stop.check("the run was opened")
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(run_dir / "config.toml", config_to_toml(config).encode())
-    _introduce(run, data, console)
     first = run.step
+    write_recipe(run_dir, config, data, run.start, first)
+    _introduce(run, data, console)
     with (
         MetricsLog(run_dir, config.track, config=config_to_dict(config), first_step=first) as log,
         Progress(run_dir.name, config.train.steps, first, console=console) as progress,

@@ -72,15 +72,16 @@ class At(Progress):
         self.notes.append(text)
 
 
-def run_training(config, actions=()):
-    run = open_run(config, open_data(config), make_layout(config.mesh))
+def train_run(run, actions=()):
+    """Train; what was said."""
+    config = run.config
     run.dir.mkdir(exist_ok=True)
     with (
         MetricsLog(run.dir, config.track, config={}, first_step=run.step) as log,
         At("test", config.train.steps, run.step, console=Console(quiet=True), actions=actions) as progress,
     ):
         train(run, Recorder(run, log, progress))
-    return run, progress.notes
+    return progress.notes
 
 
 def events(run_dir, kind):
@@ -94,18 +95,19 @@ def losses(run_dir):
 @pytest.fixture(scope="module")
 def undisturbed(config_file, tmp_path_factory):
     config = load_config(config_file, [f'run.dir="{tmp_path_factory.mktemp("run")}"'])
-    run, notes = run_training(config)
+    run = open_run(config, open_data(config), make_layout(config.mesh))
+    notes = train_run(run)
     assert not any("SAVE FAILED" in note for note in notes)
     assert [line["text"] for line in events(run.dir, "checkpoint")] == [f"step {i} saved" for i in range(2, 17, 2)]
     return run
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_training_outlives_its_disk(config_file, undisturbed, small_disk, asynchronous):
-    config = load_config(
-        config_file,
-        [f'run.dir="{small_disk / "run"}"', f"checkpoint.asynchronous={str(asynchronous).lower()}"],
-    )
+def test_training_outlives_its_disk(config_file, undisturbed, small_disk, monkeypatch):
+    """Full, without room for more files, forbidden, slow: one after the other, saves in the background."""
+    monkeypatch.setattr(loop, "SLOW_SECONDS", 0.2)
+    config = load_config(config_file, [f'run.dir="{small_disk / "run"}"'])
+    assert config.checkpoint.asynchronous
+    run = open_run(config, open_data(config), make_layout(config.mesh))
     ballast, folder = small_disk / "ballast", small_disk / "files"
     folder.mkdir()
     small_disk.chmod(0o755)
@@ -126,9 +128,12 @@ def test_training_outlives_its_disk(config_file, undisturbed, small_disk, asynch
             path.unlink()
         os.seteuid(65534)
 
-    actions = {3: fill_disk, 5: use_up_files, 7: forbid, 9: lambda: os.seteuid(0)}
+    def slow_down():
+        run.store._executor.submit(time.sleep, 0.5)  # the next save comes behind this
+
+    actions = {3: fill_disk, 5: use_up_files, 7: forbid, 9: lambda: os.seteuid(0), 11: slow_down}
     try:
-        run, notes = run_training(config, actions)
+        notes = train_run(run, actions)
     finally:
         os.seteuid(0)
     failed = events(run.dir, "save failed")
@@ -143,6 +148,7 @@ def test_training_outlives_its_disk(config_file, undisturbed, small_disk, asynch
     assert sorted(os.listdir(run.dir)) == ["checkpoints", "metrics.jsonl", "report.html", "sequences.jsonl"]
     assert sorted(os.listdir(run.dir / "checkpoints")) == ["step_14", "step_16"]
     assert losses(run.dir) == losses(undisturbed.dir), "nothing is missing, nothing is there twice"
+    assert [line["step"] for line in events(run.dir, "slow disk")] == [14]
     assert "<details open>" in (run.dir / "report.html").read_text()
     assert "<details open>" not in (undisturbed.dir / "report.html").read_text()
     counted = what_counts(read_attempts(run.dir))
@@ -150,34 +156,21 @@ def test_training_outlives_its_disk(config_file, undisturbed, small_disk, asynch
     assert counted == what_counts(read_attempts(undisturbed.dir))
 
 
-def test_a_read_only_or_slow_disk(config_file, undisturbed, small_disk, tmp_path, monkeypatch):
-    """Only the checkpoints lie on that disk; the last save fails for good, and says so."""
+def test_a_read_only_disk_and_a_last_save_that_fails(config_file, undisturbed, small_disk, tmp_path):
+    """Only the checkpoints lie on that disk, and nothing is written in the background."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").symlink_to(small_disk)
-    monkeypatch.setattr(loop, "SLOW_SECONDS", 0.2)
     config = load_config(config_file, [f'run.dir="{tmp_path / "run"}"', "checkpoint.asynchronous=false"])
+    run = open_run(config, open_data(config), make_layout(config.mesh))
 
     def remount(how):
         return lambda: subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)
 
     with pytest.raises(CheckpointError, match=r"step 16 was not saved.*Read-only"):
-        run_training(config, {3: remount("ro"), 5: remount("rw"), 15: remount("ro")})
+        train_run(run, {3: remount("ro"), 5: remount("rw"), 15: remount("ro")})
     remount("rw")()
-    assert [line["step"] for line in events(tmp_path / "run", "save failed")] == [4, 16]
+    assert [line["step"] for line in events(run.dir, "save failed")] == [4, 16]
     assert sorted(os.listdir(small_disk)) == ["step_12", "step_14"]
-
-    config = load_config(config_file, [f'run.dir="{tmp_path / "run"}"'])
-    run = open_run(config, open_data(config), make_layout(config.mesh))
-    assert run.step == 14
-    with (
-        MetricsLog(run.dir, config.track, config={}, first_step=run.step) as log,
-        At("test", 16, run.step, console=Console(quiet=True)) as progress,
-    ):
-        recorder = Recorder(run, log, progress)
-        recorder._saving = 14
-        run.store._pending = run.store._executor.submit(time.sleep, 0.5)  # a save that takes its time
-        train(run, recorder)
-    assert [line["step"] for line in events(run.dir, "slow disk")] == [16]
     assert losses(run.dir) == losses(undisturbed.dir)
 
 
