@@ -121,6 +121,7 @@ class Proof:
         self.options, self.work, self.axes = options, work, axes
         self.tally, self.random = Tally(), random.Random(options.seed)
         self.straight = work / "straight"
+        self.begun: dict[Path, int] = {}  # attempts that came to train, by run
         self.life = 0.0  # seconds of an uninterrupted attempt
         self.until = time.monotonic() + 60 * options.minutes
         start_server(str(work / "compiled"))
@@ -134,9 +135,11 @@ class Proof:
         self.check_data(self.straight)
         if self.axes:  # so that its steps are compiled before anything is timed
             self.start(self.work / "other-mesh", self.axes, self.work / "other-mesh.log").wait(LONGEST)
-        attempt = self.start(self.work / "timed", [], self.work / "timed.log")
-        attempt.wait(LONGEST)
+        attempt = self.start(self.work / "again", [], self.work / "again.log")  # the same seed twice; and timed
+        if attempt.wait(LONGEST):
+            raise RuntimeError(f"the second uninterrupted run failed:\n{attempt.last_words()}")
         self.life = time.monotonic() - attempt.started
+        self.compare_runs(self.work / "again", same_mesh=True)
         while self.is_left() and self.tally.runs < 10 + 2 * (self.options.kills + self.options.terms):
             self.interrupt_run(self.work / f"run_{self.tally.runs}")
             self.tally.runs += 1
@@ -179,7 +182,7 @@ class Proof:
             if status not in (PREEMPTED, -signal.SIGKILL):
                 return self.problem(f"{run_dir.name}: attempt {number} ended with {status}: {attempt.last_words()}")
             self.check_newest(root)
-        self.compare_runs(run_dir)
+        self.compare_runs(run_dir, same_mesh=not self.axes)
         if not any(self.tally.problems):
             shutil.rmtree(run_dir)
 
@@ -230,7 +233,6 @@ class Proof:
     def check_resume(self, run_dir: Path, number: int, before: int) -> None:
         """The attempt began from what was newest when it started, if it came to begin."""
         attempts = read_attempts(run_dir)
-        self.begun = getattr(self, "begun", {})
         if len(attempts) > self.begun.get(run_dir, 0):
             if number:
                 self.tally.resumes += 1
@@ -239,11 +241,11 @@ class Proof:
                     self.problem(f"{run_dir.name}: attempt {number} began from {attempts[-1][0]}, newest was {before}")
             self.begun[run_dir] = len(attempts)
 
-    def compare_runs(self, run_dir: Path) -> None:
-        """The end of an interrupted run beside that of the uninterrupted one: bits, losses, data, debris."""
+    def compare_runs(self, run_dir: Path, *, same_mesh: bool) -> None:
+        """The end of a run beside that of the first uninterrupted one: bits, losses, data, debris."""
         steps = self.config(run_dir).train.steps
         result = compare_steps(self.straight / "checkpoints", run_dir / "checkpoints", steps)
-        if self.axes:
+        if not same_mesh:
             self.tally.first_differing = self.tally.first_differing or result["first"] or ""
             self.tally.ulps = max(self.tally.ulps, result["ulps"])
         else:
@@ -253,7 +255,7 @@ class Proof:
             self.problem(f"{run_dir.name}: its metrics hold the steps {list(here)[:3]} ... {list(here)[-3:]}")
         differences = [abs(here[step] / there[step] - 1) for step in there if step in here]
         self.tally.loss_difference = max(self.tally.loss_difference, *differences)
-        if self.tally.loss_difference > (self.options.tolerance if self.axes else 0.0):
+        if self.tally.loss_difference > (0.0 if same_mesh else self.options.tolerance):
             self.problem(f"{run_dir.name}: a loss differs by {self.tally.loss_difference:.3g} of it")
         self.compare_data(what_counts(read_attempts(self.straight)), what_counts(read_attempts(run_dir)), run_dir.name)
         if debris := list_debris(run_dir):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -124,6 +125,8 @@ def test_training_outlives_its_disk(config_file, undisturbed, small_disk, monkey
                 (folder / str(i)).touch()
 
     def forbid():
+        if run.store._pending:
+            futures.wait([run.store._pending])  # the save before has its own fault
         for path in folder.iterdir():
             path.unlink()
         os.seteuid(65534)
