@@ -3,10 +3,13 @@
 """Every test sees eight CPU devices, checked shapes, and errors where JAX would promote ranks or warn."""
 
 import os
+import shutil
+import subprocess
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -24,3 +27,15 @@ install_import_hook(
 def pytest_collection_modifyitems(items: list) -> None:
     """The longest file comes first, so that no worker is left alone with it at the end."""
     items.sort(key=lambda item: item.path.name != "test_journey.py")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 3 MB and 2,000 files; skipped where mounting is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m,nr_inodes=2000", "tmpfs", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

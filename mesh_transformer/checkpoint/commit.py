@@ -9,6 +9,7 @@ processes this must run on the thread that runs the training step.
 """
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -71,7 +72,9 @@ def commit_save(root: Place, save: Save) -> None:
         if not isinstance(error, Exception):
             raise
         size = sum(record.nbytes for record in save.records.values())
-        free = folder.free_bytes()
+        free = None
+        with contextlib.suppress(OSError):  # where nothing can be looked at, the failure itself says enough
+            free = folder.free_bytes()
         room = "" if free is None else f"; {free} are free there now"
         raise CheckpointError(
             f"step {save.step} was not saved in {root} ({size} bytes{room}): "

@@ -85,8 +85,11 @@ class Loader:
         if size % process_count:
             raise ValueError(f"a batch of {size} sequences does not divide over {process_count} processes")
         own = size // process_count
-        rows = [self.find_sequence(first + process_index * own + i) for i in range(own)]
-        return make_batch([self._read(*row) for row in rows])
+        return self.read_sequences([self.find_sequence(first + process_index * own + i) for i in range(own)])
+
+    def read_sequences(self, sequences: Iterable[tuple[int, int]]) -> Batch:
+        """The batch of these: (source, its sequence) of each."""
+        return make_batch([self._read(*row) for row in sequences])
 
     def find_sequence(self, index: int) -> tuple[int, int]:
         """(source, its sequence) of sequence `index` of the run."""

@@ -18,6 +18,7 @@ from mesh_transformer.data.sources import Data
 from mesh_transformer.mesh import Layout, use_layout
 from mesh_transformer.train.flops import count_flops
 from mesh_transformer.train.loss import TokenLosses
+from mesh_transformer.train.recipe import describe_start
 from mesh_transformer.train.schedule import batch_ramp
 from mesh_transformer.train.state import (
     State,
@@ -60,6 +61,7 @@ class Run:
     eval_step: Callable[[Any, Batch], TokenLosses]
     flops_per_sequence: float  # of a training step, without what is recomputed
     notes: list[str]  # what a person should know of how the state came to be
+    start: Mapping[str, Any]  # versions, devices and code of this start of the program (recipe.py)
 
     @property
     def dir(self) -> Path:
@@ -92,15 +94,18 @@ class Run:
             "config": config_to_dict(self.config),
             "tokenizer": self.data.tokenizer.to_json(),
             "data_fingerprint": self.data.train.fingerprint,
+            "start": dict(self.start),
             **meta,
         }
         self.store.save(self.step, flatten_state(self.state), axes=self.axes, meta=meta)
 
 
-def open_run(config: Config, data: Data, layout: Layout, *, report: Callable[[str], None] = print) -> Run:
+def open_run(
+    config: Config, data: Data, layout: Layout, *, report: Callable[[str], None] = print, at: int | None = None
+) -> Run:
     """Everything in place to train `config`: the newest checkpoint of its run folder restored, or a new state.
 
-    Raises ConfigError where batch and mesh, or checkpoint and configuration, contradict each other, and
+    With `at` it is the checkpoint of that step, or for 0 a new state, and the run folder is only read. Raises ConfigError where batch and mesh, or checkpoint and configuration, contradict each other, and
     CheckpointError for a damaged checkpoint (unless checkpoint.resume allows an older one).
     """
     check_batches(config, layout)
@@ -112,9 +117,14 @@ def open_run(config: Config, data: Data, layout: Layout, *, report: Callable[[st
         keep_last=keep.keep_last,
         keep_every=keep.keep_every,
         asynchronous=keep.asynchronous,
+        writable=at is None,
     )
     notes: list[str] = []
-    state = _restore(config, data, store, shapes, shardings, notes, report)
+    if at is not None:
+        step = at or None
+    else:
+        step = store.newest_intact(report) if keep.resume == "newest-intact" else store.newest()
+    state = None if step is None else _restore(config, data, store, step, shapes, shardings, notes)
     if state is None:
         init = jax.jit(make_init_state(config), out_shardings=shardings)
         state = init(jax.random.key(config.run.seed))
@@ -142,6 +152,7 @@ def open_run(config: Config, data: Data, layout: Layout, *, report: Callable[[st
         eval_step=jax.jit(traced(eval_step)),
         flops_per_sequence=flops,
         notes=notes,
+        start=describe_start(layout),
     )
 
 
@@ -178,14 +189,11 @@ def _restore(
     config: Config,
     data: Data,
     store: Store,
+    step: int,
     shapes: State,
     shardings: State,
     notes: list[str],
-    report: Callable[[str], None],
-) -> State | None:
-    step = store.newest_intact(report) if config.checkpoint.resume == "newest-intact" else store.newest()
-    if step is None:
-        return None
+) -> State:
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
     notes += check_resume(meta["config"], config, where)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
@@ -36,11 +36,11 @@ def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, Met
     """The pure function (state, batch) -> (state, metrics) that training runs and the planner compiles."""
     optimizer = make_run_optimizer(config)
     schedule = make_schedule(config.optimizer, config.train.steps)
-    gradients = _make_gradients(config)
+    gradients = make_gradients(config)
     train = config.train
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.run.seed), state.step) if config.model.dropout else None
+        key = dropout_key(config, state.step)
         found = gradients(state.params, batch, key)
         loss = found.losses.nats / found.losses.tokens
         grad_norm = global_norm(found.grads)
@@ -72,11 +72,16 @@ def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, Met
         if kept[2] is not None:
             metrics["noise_scale"] = noise_scale(kept[2])
         if train.layer_norms:
-            metrics["layer_grad_norms"] = _layer_norms(found.grads)
+            metrics["layer_grad_norms"] = layer_norms(found.grads)
         params, opt_state, noise = kept
         return State(state.step + 1, params, opt_state, guard, noise), metrics
 
     return train_step
+
+
+def dropout_key(config: Config, step: Int[Array, ""]) -> PRNGKeyArray | None:
+    """What the dropout of a step follows from; None without dropout."""
+    return jax.random.fold_in(jax.random.key(config.run.seed), step) if config.model.dropout else None
 
 
 def make_eval_step(config: Config) -> Callable[[Params, Batch], TokenLosses]:
@@ -95,7 +100,7 @@ def _context(config: Config, batch: Batch) -> dict[str, Any]:
     return {"positions": batch.positions, "segments": batch.segments} if config.data.isolate_documents else {}
 
 
-def _make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gradients]:
+def make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gradients]:
     """Gradients of the mean loss, accumulated in float32 over `train.accumulation` microbatches."""
     model, pieces, z_loss = make_model(config.model), config.train.accumulation, config.train.z_loss
 
@@ -159,8 +164,8 @@ def _update_guard(guard: Guard, ok: Bool[Array, ""], loss: Float[Array, ""], gra
     )
 
 
-def _layer_norms(grads: Params) -> Float[Array, "L"]:
-    """Gradient norm of each layer, from the arrays stacked over the scan; order within a period is the pattern's."""
+def layer_norms(grads: Params) -> Float[Array, "L"]:
+    """Norm of each layer of gradients, or of what has their structure, from the arrays stacked over the scan; order within a period is the pattern's."""
     squares: dict[str, Array] = {}
     for module, arrays in grads.items():
         _, _, inner = module.partition(f"/{STACK}/")

@@ -1,0 +1,193 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Training goes on while its disk is full, read-only, forbidden or slow; what it writes is whole again afterwards."""
+
+import contextlib
+import os
+import subprocess
+import time
+from concurrent import futures
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mesh_transformer.checkpoint.failures import CheckpointError
+from mesh_transformer.config import load_config
+from mesh_transformer.data.sources import open_data
+from mesh_transformer.mesh import make_layout
+from mesh_transformer.train import loop
+from mesh_transformer.train.loop import Recorder, train
+from mesh_transformer.train.metrics import MetricsLog, read_metrics
+from mesh_transformer.train.progress import Progress
+from mesh_transformer.train.run import open_run
+from mesh_transformer.train.sequences import digest_tokens, read_attempts, what_counts
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loop")
+    rng = np.random.default_rng(0)
+    (folder / "text.txt").write_bytes(rng.integers(97, 105, 6000, np.uint8).tobytes())
+    path = folder / "small.toml"
+    path.write_text(f"""
+[model]
+n_layers = 1
+d_model = 16
+n_heads = 2
+n_vocab = 264
+seq_len = 16
+[mesh]
+data = 8
+[data]
+cache_dir = "{folder / "cache"}"
+[data.train.letters]
+path = "{folder / "text.txt"}"
+[optimizer]
+name = "sgd"
+[train]
+steps = 16
+batch_size = 8
+log_every = 1
+[checkpoint]
+every = 2
+[track]
+sequences = true
+""")
+    return path
+
+
+class At(Progress):
+    """Does something to the machine once a step has been told."""
+
+    def __init__(self, *args, actions=(), **options):
+        super().__init__(*args, **options)
+        self.actions, self.notes = dict(actions), []
+
+    def update(self, step, values):
+        super().update(step, values)
+        if step in self.actions:
+            self.actions.pop(step)()
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def train_run(run, actions=()):
+    """Train; what was said."""
+    config = run.config
+    run.dir.mkdir(exist_ok=True)
+    with (
+        MetricsLog(run.dir, config.track, config={}, first_step=run.step) as log,
+        At("test", config.train.steps, run.step, console=Console(quiet=True), actions=actions) as progress,
+    ):
+        train(run, Recorder(run, log, progress))
+    return progress.notes
+
+
+def events(run_dir, kind):
+    return [line for line in read_metrics(run_dir / "metrics.jsonl") if line.get("event") == kind]
+
+
+def losses(run_dir):
+    return [(line["step"], line["loss"]) for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config_file, tmp_path_factory):
+    config = load_config(config_file, [f'run.dir="{tmp_path_factory.mktemp("run")}"'])
+    run = open_run(config, open_data(config), make_layout(config.mesh))
+    notes = train_run(run)
+    assert not any("SAVE FAILED" in note for note in notes)
+    assert [line["text"] for line in events(run.dir, "checkpoint")] == [f"step {i} saved" for i in range(2, 17, 2)]
+    return run
+
+
+def test_training_outlives_its_disk(config_file, undisturbed, small_disk, monkeypatch):
+    """Full, without room for more files, forbidden, slow: one after the other, saves in the background."""
+    monkeypatch.setattr(loop, "SLOW_SECONDS", 0.2)
+    config = load_config(config_file, [f'run.dir="{small_disk / "run"}"'])
+    assert config.checkpoint.asynchronous
+    run = open_run(config, open_data(config), make_layout(config.mesh))
+    ballast, folder = small_disk / "ballast", small_disk / "files"
+    folder.mkdir()
+    small_disk.chmod(0o755)
+
+    def fill_disk():
+        with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+
+    def use_up_files():
+        ballast.unlink()
+        with contextlib.suppress(OSError):
+            for i in range(10**6):
+                (folder / str(i)).touch()
+
+    def forbid():
+        if run.store._pending:
+            futures.wait([run.store._pending])  # the save before has its own fault
+        for path in folder.iterdir():
+            path.unlink()
+        os.seteuid(65534)
+
+    def slow_down():
+        run.store._executor.submit(time.sleep, 0.5)  # the next save comes behind this
+
+    actions = {3: fill_disk, 5: use_up_files, 7: forbid, 9: lambda: os.seteuid(0), 11: slow_down}
+    try:
+        notes = train_run(run, actions)
+    finally:
+        os.seteuid(0)
+    failed = events(run.dir, "save failed")
+    assert {line["step"] for line in failed} >= {4, 6, 8}
+    for step, words in ((4, "No space left"), (6, "No space left"), (8, "Permission denied")):
+        text = next(line["text"] for line in failed if line["step"] == step)
+        assert words in text
+        assert "training goes on" in text
+        assert text in notes
+    assert run.store.steps() == [14, 16]
+    assert all(run.store.verify(step) == [] for step in (14, 16))
+    assert sorted(os.listdir(run.dir)) == ["checkpoints", "metrics.jsonl", "report.html", "sequences.jsonl"]
+    assert sorted(os.listdir(run.dir / "checkpoints")) == ["step_14", "step_16"]
+    assert losses(run.dir) == losses(undisturbed.dir), "nothing is missing, nothing is there twice"
+    assert [line["step"] for line in events(run.dir, "slow disk")] == [14]
+    assert "<details open>" in (run.dir / "report.html").read_text()
+    assert "<details open>" not in (undisturbed.dir / "report.html").read_text()
+    counted = what_counts(read_attempts(run.dir))
+    assert list(counted) == list(range(1, 17))
+    assert counted == what_counts(read_attempts(undisturbed.dir))
+
+
+def test_a_read_only_disk_and_a_last_save_that_fails(config_file, undisturbed, small_disk, tmp_path):
+    """Only the checkpoints lie on that disk, and nothing is written in the background."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(small_disk)
+    config = load_config(config_file, [f'run.dir="{tmp_path / "run"}"', "checkpoint.asynchronous=false"])
+    run = open_run(config, open_data(config), make_layout(config.mesh))
+
+    def remount(how):
+        return lambda: subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)
+
+    with pytest.raises(CheckpointError, match=r"step 16 was not saved.*Read-only"):
+        train_run(run, {3: remount("ro"), 5: remount("rw"), 15: remount("ro")})
+    remount("rw")()
+    assert [line["step"] for line in events(run.dir, "save failed")] == [4, 16]
+    assert sorted(os.listdir(small_disk)) == ["step_12", "step_14"]
+    assert losses(run.dir) == losses(undisturbed.dir)
+
+
+def test_the_record_of_sequences_is_what_the_steps_were_given(undisturbed):
+    loader, counted = undisturbed.data.train, what_counts(read_attempts(undisturbed.dir))
+    seen = [one for given in counted.values() for one in given.sequences]
+    assert len(seen) == len(set(seen)) == 16 * 8, "within one pass each is seen once"
+    for given in counted.values():
+        assert digest_tokens(loader.read_sequences(given.sequences).tokens) == given.digest
+        assert digest_tokens(loader.read_sequences(given.sequences[::-1]).tokens) != given.digest
+
+
+def test_what_counts_of_several_attempts():
+    first = (0, {1: "a", 2: "b", 3: "c"})
+    assert what_counts([first]) == {1: "a", 2: "b", 3: "c"}
+    assert what_counts([first, (2, {3: "d"}), (2, {}), (3, {4: "e"})]) == {1: "a", 2: "b", 3: "d", 4: "e"}
+    assert what_counts([first, (1, {})]) == {1: "a"}

@@ -1,0 +1,137 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A recorded run made again equals itself, a step taken again its logged loss; what was tampered with does not."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mesh_transformer.config import load_config
+from mesh_transformer.mesh import make_layout
+from mesh_transformer.train import replay
+from mesh_transformer.train.recipe import RecipeError, find_changes, read_recipe
+from mesh_transformer.train.session import train_config
+from mesh_transformer.train.stop import StopRequest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def programs():
+    sys.path.insert(0, str(SCRIPTS))
+    found = {}
+    for name in ("reproduce", "replay_step"):
+        spec = importlib.util.spec_from_file_location(f"{name}_program", SCRIPTS / f"{name}.py")
+        found[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found[name])
+    yield found
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replay")
+    rng = np.random.default_rng(0)
+    (folder / "text.txt").write_bytes(rng.integers(97, 105, 4000, np.uint8).tobytes())
+    (folder / "small.toml").write_text(f"""
+[run]
+dir = "{folder / "run"}"
+[model]
+n_layers = 2
+d_model = 16
+n_heads = 2
+n_vocab = 264
+seq_len = 16
+dropout = 0.1
+[data]
+cache_dir = "{folder / "cache"}"
+[data.train.letters]
+path = "{folder / "text.txt"}"
+[optimizer]
+name = "sgd"
+[train]
+steps = 6
+batch_size = 8
+log_every = 1
+[checkpoint]
+every = 4
+""")
+    config = load_config(folder / "small.toml")
+    return train_config(config, make_layout(config.mesh), StopRequest())
+
+
+@pytest.fixture(autouse=True)
+def all_devices(monkeypatch):
+    """The tests' devices are started already."""
+    monkeypatch.setattr(replay, "start_devices", make_layout)
+
+
+def test_what_a_recipe_says(run_dir):
+    recipe = read_recipe(run_dir)
+    assert recipe["config"]["train"]["steps"] == 6
+    assert [start["step"] for start in recipe["starts"]] == [0]
+    start = recipe["starts"][0]
+    assert {"python", "jax", "dm-haiku", "optax", "tensorstore"} <= start["versions"].keys()
+    assert start["devices"] == {"cpu": 8}
+    assert len(recipe["data_fingerprint"]) == 16
+    other = {**start, "devices": {"TPU v4": 8}, "versions": {**start["versions"], "jax": "0.1"}}
+    assert find_changes(other, start) == [
+        "devices: {'TPU v4': 8} then, {'cpu': 8} now",
+        f"jax: 0.1 then, {start['versions']['jax']} now",
+    ]
+    assert find_changes(start, dict(start)) == []
+
+
+def test_made_again_it_is_equal_and_a_changed_log_is_found(run_dir, programs, capsys, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert programs["reproduce"].main([str(run_dir), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["equal"], result["compared"], result["differing_arrays"]) == (True, 6, [])
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before, "the run was only read"
+
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if json.loads(line).get("step") == 2 and "loss" in json.loads(line))
+    line = json.loads(lines[place])
+    lines[place] = json.dumps({**line, "loss": float(np.nextafter(np.float32(line["loss"]), np.float32(np.inf)))})
+    (copy / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert programs["reproduce"].main([str(copy), "--steps", "2"]) == 1
+    assert "step 2 is the first that differs" in (out := capsys.readouterr().out)
+    assert "at most 1 ulps in 2 losses" in out
+
+
+@pytest.mark.parametrize(("step", "start"), [(6, 4), (3, 0)])
+def test_a_step_taken_again(run_dir, programs, capsys, step, start):
+    assert programs["replay_step"].main([str(run_dir), str(step), "--json", "--worst", "2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["equal"], result["from_checkpoint"]) == (True, start)
+    assert result["loss"] == result["logged"]
+    norms = {row["where"]: row for row in result["norms"]}
+    assert {"all", "layer 0", "layer 1"} <= norms.keys()
+    for side in ("parameters", "gradients"):
+        parts = sum(row[side] ** 2 for where, row in norms.items() if where != "all")
+        assert parts == pytest.approx(norms["all"][side] ** 2, rel=1e-4)
+    worst, next_worst = result["worst"]
+    assert worst["loss"] >= next_worst["loss"]
+    assert 8 * (step - 1) <= worst["sequence"] < 8 * step
+    assert len(worst["text"]) == 16
+    assert worst["text"] in (run_dir.parent / "text.txt").read_text()
+    assert "equal to the logged one" in programs["replay_step"].format_result(result)
+
+
+def test_without_a_recipe_or_its_data_nothing_is_made_up(run_dir, programs, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 1.0}\n')
+    with pytest.raises(RecipeError, match=r"recipe\.json: there is none"):
+        programs["reproduce"].main([str(tmp_path)])
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    recipe = json.loads((copy / "recipe.json").read_text())
+    (copy / "recipe.json").write_text(json.dumps({**recipe, "data_fingerprint": "0" * 16}))
+    with pytest.raises(RecipeError, match="holds other data now"):
+        programs["reproduce"].main([str(copy)])
