@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mesh_transformer.agreement import process_index
 from mesh_transformer.command import Preempted
 from mesh_transformer.data.loader import Prefetcher
 from mesh_transformer.train.flops import measure_product_peak
@@ -35,11 +36,11 @@ def train(run: Run, recorder: "Recorder", *, profile: tuple[int, int] | None = N
         train_steps(run, recorder, stop, profile)
         _save(run, recorder)
         run.store.wait()
-        reason = stop.requested or recorder.out_of_time()
-        if run.step == run.config.train.steps and not stop.requested:
+        if run.step == run.config.train.steps:
             _evaluate(run, recorder, stop, whole=True)
-            reason = stop.requested
-    write_report(run.dir)
+        reason = stop.agreed
+    if process_index() == 0:
+        write_report(run.dir)
     if reason:
         raise Preempted(
             f"{reason}: saved step {run.step} of {run.config.train.steps} in {run.store.root}; "
@@ -53,13 +54,17 @@ def train_steps(run: Run, recorder: "Recorder", stop: StopRequest, profile: tupl
     first = run.step
     if first >= train.steps:
         return
-    place = lambda step: (first_sequence(train, step), batch_size_at(train, step))  # noqa: E731
+
+    def place(step: int) -> tuple[int, int, list[int]]:
+        size = batch_size_at(train, step)
+        return first_sequence(train, step), size, run.rows(size)
+
     previous: tuple[int, Mapping[str, jax.Array]] | None = None
     with Prefetcher(run.data.train, map(place, range(first, train.steps))) as batches:
         for step, batch in zip(range(first, train.steps), batches, strict=False):
             if profile and step == profile[0]:
                 jax.profiler.start_trace(str(run.dir / "profile"))
-            placed = run.place(batch)
+            placed = run.place(batch, batch_size_at(train, step))
             if step == first:
                 recorder.progress.note("compiling the training step ...")
             run.state, metrics = run.train_step(run.state, placed)
@@ -76,7 +81,7 @@ def train_steps(run: Run, recorder: "Recorder", stop: StopRequest, profile: tupl
                 _save(run, recorder)
             if train.evaluate_every and done % train.evaluate_every == 0 and done < train.steps:
                 _evaluate(run, recorder, stop, whole=False)
-            if stop.requested or recorder.out_of_time():
+            if stop.reached(recorder.out_of_time()):
                 break
     if previous:
         recorder.take(*previous)
@@ -96,12 +101,14 @@ def _evaluate(run: Run, recorder: "Recorder", stop: StopRequest, *, whole: bool)
     """Every validation set; the whole of it, and beside general compressors, at the end of the run."""
     started = time.perf_counter()
     step = run.step
+    size = run.config.train.batch_size
     for name, validation in run.data.validation.items():
         score = evaluate(
             validation,
-            lambda batch: run.eval_step(run.state.params, run.place(batch)),
+            lambda batch: run.eval_step(run.state.params, run.place(batch, size)),
+            rows=run.rows(size),
             max_batches=None if whole else run.config.train.evaluate_batches,
-            should_stop=lambda: bool(stop.requested),
+            should_stop=lambda: bool(stop.reached()),
             report=lambda done, total, name=name: recorder.progress.evaluating(name, done, total),
         )
         if score is None:

@@ -29,6 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from mesh_transformer.agreement import process_index
 from mesh_transformer.config import ConfigError, TrackConfig
 
 FILE = "metrics.jsonl"
@@ -45,10 +46,14 @@ class MetricsLog:
     """Appends to metrics.jsonl and feeds the trackers; `with` it, so that they are closed.
 
     What an earlier attempt wrote after `first_step`, where training now goes on, is cut off first. Raises ConfigError
-    where `track` asks for a package that is not installed, MetricsError for a damaged file.
+    where `track` asks for a package that is not installed, MetricsError for a damaged file. In processes but the first
+    it takes everything and writes nothing.
     """
 
     def __init__(self, run_dir: Path, track: TrackConfig, *, config: Mapping[str, Any], first_step: int):
+        self._file = None
+        if process_index() > 0:
+            return
         trackers = _find_trackers(run_dir, track, config, first_step)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / FILE
@@ -75,12 +80,16 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._file is None:
+            return
         os.fsync(self._file.fileno())
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
 
     def _write(self, values: dict[str, Any]) -> None:
+        if self._file is None:
+            return
         line = _to_json({"time": round(time.time(), 3), **values})
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()

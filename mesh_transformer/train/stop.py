@@ -8,6 +8,8 @@ import threading
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 
+from mesh_transformer.agreement import common_stop
+
 
 class StopRequest:
     """`with StopRequest() as stop:` sets `stop.requested` on SIGINT or SIGTERM; a second signal ends at once."""
@@ -20,7 +22,16 @@ class StopRequest:
         """`message` is printed behind the signal's name; nothing is if it is empty."""
         self._signals, self._message = signals, message
         self.requested = ""  # name of the signal, once there was one
+        self.agreed = ""  # why all processes stop, once they have come to the point where they do
         self._before: dict[signal.Signals, object] = {}
+
+    def reached(self, other: str = "") -> str:
+        """At each point where the run may stop, the same in all processes: why it does so here, "" if it does not.
+
+        `other` is a reason of the caller's, such as a limit of time. One process that has a reason stops all, at one point.
+        """
+        self.agreed = self.agreed or common_stop().reached(self.requested or other)
+        return self.agreed
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
