@@ -23,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -54,7 +54,9 @@ def find_part(config: MeshConfig, environment: Mapping[str, str]) -> Part | None
     if processes == 1:
         return None
     if isinstance(processes, int):
-        missing = [name for name, value in (("coordinator", coordinator), ("process_id", process_id)) if value in ("", None)]
+        missing = [
+            name for name, value in (("coordinator", coordinator), ("process_id", process_id)) if value in ("", None)
+        ]
         if missing:
             raise ConfigError(
                 f"mesh.processes = {processes} needs mesh.{missing[0]} too (--set mesh.{missing[0]}=..., or "
@@ -141,7 +143,9 @@ class Watch:
         self._ended, self._failing = threading.Event(), threading.Event()
         self._seen: dict[int, tuple[str, float]] = {}  # last sign of life of each process, and when it was new here
         self._started = time.monotonic()
-        _on_abort(f"process {self._me}: {self._describe(0)}, which all others need, is gone or cannot be reached; {AGAIN}")
+        _on_abort(
+            lambda: f"{self._stops()}{self._describe(0)}, which all others need, is gone or cannot be reached; {AGAIN}"
+        )
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -197,28 +201,31 @@ class Watch:
         who = self._seen.get(process, ("", 0.0))[0].rpartition(" ")[0]
         return f"process {process} of {self._count}" + (f" ({who})" if who else "")
 
+    def _stops(self) -> str:
+        return f"process {self._me} stops: "
+
     def _end(self, reason: str, status: int = FAILED) -> None:
         """End this process, wherever its threads are, unless it is about to end by itself."""
         if self._failing.is_set() or self._ended.is_set():
             return
         sys.stdout.flush()
-        print(f"error: process {self._me} stops: {reason}; {AGAIN}", file=sys.stderr, flush=True)
+        print(f"error: {self._stops()}{reason}; {AGAIN}", file=sys.stderr, flush=True)
         os._exit(status)
 
 
 _abort_handlers: list[object] = []  # C has their addresses
 
 
-def _on_abort(text: str) -> None:
-    """Have this process say `text` and exit with status 1 where JAX calls abort(), as it does when it loses process 0.
+def _on_abort(describe: Callable[[], str]) -> None:
+    """Have this process say why and exit with status 1 where JAX calls abort(), as it does when it loses process 0.
 
     JAX offers no other place to speak: it aborts from a thread of its own, milliseconds after the connection broke.
     """
-    line = f"error: {text}\n".encode()
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def end(_number: int) -> None:
-        os.write(2, line)
+        libc.alarm(int(LEAVE_SECONDS))  # whatever state the process is in, it ends
+        os.write(2, f"error: {describe()}\n".encode())
         os._exit(FAILED)
 
     libc = ctypes.CDLL(None)

@@ -34,8 +34,12 @@ def main(arguments: list[str]) -> int:
     """Start, pass on signals and lines, wait."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("processes", type=int, metavar="N", help="how many")
-    parser.add_argument("--port", type=int, default=0, help="where process 0 listens for the others; default: a free one")
-    parser.add_argument("--grace", type=float, default=60.0, help="seconds others have once one failed; default: %(default)s")
+    parser.add_argument(
+        "--port", type=int, default=0, help="where process 0 listens for the others; default: a free one"
+    )
+    parser.add_argument(
+        "--grace", type=float, default=60.0, help="seconds others have once one failed; default: %(default)s"
+    )
     split = arguments.index("--") if "--" in arguments else len(arguments)
     own, command = arguments[:split], arguments[split + 1 :]
     options = parser.parse_args(own)
