@@ -324,7 +324,6 @@ def run_child(examples: Path, arguments: list[str]) -> int:
     """device_train.py, with a note of every example that this process reads."""
     sys.path.insert(0, str(ROOT))
     import device_train
-
     from mesh_transformer.data.loader import Batch, Loader
 
     attempt, *arguments = arguments

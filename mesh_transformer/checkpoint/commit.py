@@ -21,7 +21,6 @@ from mesh_transformer.agreement import gather, process_count, process_index, run
 from mesh_transformer.checkpoint.arrays import Piece, format_metadata, write_pieces
 from mesh_transformer.checkpoint.chunks import shard_keys
 from mesh_transformer.checkpoint.digests import FileRecord, digest_bytes
-from mesh_transformer.checkpoint.folders import make_owner
 from mesh_transformer.checkpoint.manifest import (
     ARRAYS,
     METADATA,
