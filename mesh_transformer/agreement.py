@@ -13,8 +13,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from jax._src import distributed  # the service's client has no public name
-
 SECONDS = 3600.0  # for which a process waits for the others; one that is gone is found much earlier (processes.py)
 SPACE = "mesh_transformer"
 
@@ -32,12 +30,12 @@ class FailedElsewhere(RuntimeError):
 
 def process_count() -> int:
     """Processes of this run; unlike JAX's own it starts no device."""
-    return distributed.global_state.num_processes or 1
+    return _runtime().num_processes or 1
 
 
 def process_index() -> int:
     """This one's number, 0 for the one that speaks for all."""
-    return distributed.global_state.process_id or 0
+    return _runtime().process_id or 0
 
 
 def gather(name: str, value: str, *, seconds: float = SECONDS) -> list[str]:
@@ -102,7 +100,13 @@ def read(folder: str) -> dict[int, str]:
 
 
 def _client() -> Any:
-    return distributed.global_state.client
+    return _runtime().client
+
+
+def _runtime() -> Any:
+    from jax._src import distributed  # nothing public has the client; and here, for JAX takes a second to import
+
+    return distributed.global_state
 
 
 class CommonStop:

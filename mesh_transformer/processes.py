@@ -101,6 +101,7 @@ def join_processes(config: MeshConfig) -> Iterator[None]:
         return
     if config.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from train/stop.py
     _initialize(part, config.heartbeat_seconds)
     watch = Watch(config.heartbeat_seconds)
     try:

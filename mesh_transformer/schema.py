@@ -261,6 +261,7 @@ class TrackConfig:
 
     tensorboard: bool = False
     wandb_project: str | None = None
+    sequences: bool = False  # sequences.jsonl too: which sequences each step was given, a line a step
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

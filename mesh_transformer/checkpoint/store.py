@@ -105,10 +105,11 @@ class Store:
         else:
             self._finish(save)
 
-    def check(self) -> None:
-        """Raise the failure of the last save if there is one by now; never waits."""
+    def check(self) -> bool:
+        """Whether nothing is being written; raises the failure of the last save if there is one by now; never waits."""
         if self._pending and self._pending.done():
             self.wait()
+        return self._pending is None
 
     def wait(self) -> None:
         """Until no save is being written; raises CheckpointError, once, if the last one failed."""

@@ -23,9 +23,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,10 +135,11 @@ def _build(base: Path, path: str, files: list[Path], work: Work, workers: int, r
     jobs = [work._replace(files=group, prefix=parts_dir / f"{i:06d}") for i, group in enumerate(groups)]
     sizes = [sum(file.stat().st_size for file in group) for group in groups]
     start, done = time.perf_counter(), 0
-    for size, future in zip(sizes, _run(jobs, workers), strict=True):
-        future()
-        done += size
-        report(done, sum(sizes), time.perf_counter() - start)
+    with closing(_run(jobs, workers)) as waits:
+        for size, wait in zip(sizes, waits, strict=True):
+            wait()
+            done += size
+            report(done, sum(sizes), time.perf_counter() - start)
     for side in SIDES if work.holdout else SIDES[:1]:
         _join(base, side, [job.prefix for job in jobs], work.tokenizer)
     shutil.rmtree(parts_dir)
@@ -155,7 +157,7 @@ def _group(files: list[Path]) -> list[list[Path]]:
     return groups
 
 
-def _run(jobs: list[Work], workers: int) -> Iterator[Callable[[], Any]]:
+def _run(jobs: list[Work], workers: int) -> Generator[Callable[[], Any], None, None]:
     """Callables, in order, that wait for each job."""
     if workers == 1 or len(jobs) == 1:
         for job in jobs:
@@ -163,22 +165,29 @@ def _run(jobs: list[Work], workers: int) -> Iterator[Callable[[], Any]]:
         return
     context = multiprocessing.get_context("spawn")
     pool: Executor
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_end_with_parent) as pool:
+    over = context.Event()
+    with ProcessPoolExecutor(
+        min(workers, len(jobs)), mp_context=context, initializer=_end_with_parent, initargs=(over,)
+    ) as pool:
         futures: list[Future[None]] = [pool.submit(_make_part, job) for job in jobs]
         try:
             for future in futures:
                 yield future.result
+        except BaseException:  # nobody waits for the rest: a stop, or damage
+            over.set()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Have this worker end when the builder does, even by kill -9; it would go on writing parts."""
+def _end_with_parent(over: Event) -> None:
+    """Have this worker end when the builder does, even by kill -9, or says so; it would go on writing parts."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
-        parent.join()
+        while parent.is_alive() and not over.wait(0.5):
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -83,7 +83,11 @@ class Loader:
     def batch(self, first: int, size: int, rows: Iterable[int] | None = None) -> Batch:
         """Sequences `first` to `first + size` of the run, or those `rows` of them that a process feeds."""
         wanted = range(size) if rows is None else rows
-        return make_batch([self._read(*self.find_sequence(first + row)) for row in wanted])
+        return self.read_sequences([self.find_sequence(first + row) for row in wanted])
+
+    def read_sequences(self, sequences: Iterable[tuple[int, int]]) -> Batch:
+        """The batch of these: (source, its sequence) of each."""
+        return make_batch([self._read(*row) for row in sequences])
 
     def find_sequence(self, index: int) -> tuple[int, int]:
         """(source, its sequence) of sequence `index` of the run."""

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one forward pass: tokens -> logits, for training, prefill and decoding alike."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -160,6 +161,7 @@ def make_model(config: ModelConfig) -> Model:
     return Model(init, apply)
 
 
+@functools.lru_cache(maxsize=64)  # a trace of the model takes half a second, and half the house asks
 def describe_params(config: ModelConfig) -> dict[str, dict[str, ParamInfo]]:
     """Shape and logical axes of every learned array, as {module: {name: info}}; nothing is allocated."""
     return describe(make_model(config).init)

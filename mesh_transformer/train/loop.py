@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: batch, step, metrics of the step before, evaluation, checkpoint; until done, or asked to stop."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,38 +11,44 @@ import jax
 import numpy as np
 
 from mesh_transformer.agreement import process_index
+from mesh_transformer.checkpoint.failures import CheckpointError
 from mesh_transformer.command import Preempted
-from mesh_transformer.data.loader import Prefetcher
+from mesh_transformer.data.loader import Batch, Prefetcher
 from mesh_transformer.train.flops import measure_product_peak
 from mesh_transformer.train.metrics import MetricsLog
 from mesh_transformer.train.progress import Progress
 from mesh_transformer.train.report import write_report
 from mesh_transformer.train.run import Run
 from mesh_transformer.train.schedule import batch_size_at, first_sequence
+from mesh_transformer.train.sequences import Given, SequenceLog, digest_tokens
 from mesh_transformer.train.stop import StopRequest
 from mesh_transformer.train.validation import compressed_bits_per_byte, evaluate
+
+SLOW_SECONDS = 10.0  # that training may wait for an earlier save without a word
 
 
 class TooManySkipped(RuntimeError):
     """Steps were skipped until train.max_skipped was reached."""
 
 
-def train(run: Run, recorder: "Recorder", *, profile: tuple[int, int] | None = None) -> None:
+def train(
+    run: Run, recorder: "Recorder", stop: StopRequest | None = None, *, profile: tuple[int, int] | None = None
+) -> None:
     """Train to the last step; afterwards `run.state` is final, saved and evaluated.
 
-    Nothing here waits for a device except the metrics of step n - 1, read after step n was handed over. Raises
-    Preempted after a stop signal or `train.max_minutes`, with a checkpoint committed; TooManySkipped likewise.
+    Nothing here waits for a device except the metrics of step n - 1, read after step n was handed over. A save that
+    fails is reported, and tried again at the next interval. Raises Preempted after a request to stop or
+    `train.max_minutes`, with a checkpoint committed; TooManySkipped likewise; CheckpointError if the last save fails.
     """
-    with StopRequest() as stop:
+    with contextlib.nullcontext(stop) if stop else StopRequest() as stop:
         train_steps(run, recorder, stop, profile)
-        _save(run, recorder)
-        run.store.wait()
-        if run.step == run.config.train.steps:
+        recorder.save(last=True)
+        if not stop.reached() and run.step == run.config.train.steps:
             _evaluate(run, recorder, stop, whole=True)
-        reason = stop.agreed
-    if process_index() == 0:
-        write_report(run.dir)
+        reason = stop.reached()
+    recorder.write_report()
     if reason:
+        recorder.log.event(run.step, "stopped", f"{reason}: stopped with step {run.step} saved")
         raise Preempted(
             f"{reason}: saved step {run.step} of {run.config.train.steps} in {run.store.root}; "
             "run the same command again to continue"
@@ -67,8 +74,9 @@ def train_steps(run: Run, recorder: "Recorder", stop: StopRequest, profile: tupl
             placed = run.place(batch, batch_size_at(train, step))
             if step == first:
                 recorder.progress.note("compiling the training step ...")
+            recorder.given(step, batch)
             run.state, metrics = run.train_step(run.state, placed)
-            run.store.check()
+            recorder.settle()
             if previous:
                 recorder.take(*previous)
             previous = (step, metrics)
@@ -78,23 +86,13 @@ def train_steps(run: Run, recorder: "Recorder", stop: StopRequest, profile: tupl
                 recorder.progress.note(f"profile of steps {profile[0]} to {profile[1]} in {run.dir / 'profile'}")
             done = step + 1
             if done % config.checkpoint.every == 0 and done < train.steps:
-                _save(run, recorder)
+                recorder.save()
             if train.evaluate_every and done % train.evaluate_every == 0 and done < train.steps:
                 _evaluate(run, recorder, stop, whole=False)
-            if stop.reached(recorder.out_of_time()):
+            if stop.reached(recorder.out_of_time() if done < train.steps else ""):
                 break
     if previous:
         recorder.take(*previous)
-
-
-def _save(run: Run, recorder: "Recorder") -> None:
-    step = run.step
-    if run.store.holds(step):
-        return
-    started = time.perf_counter()
-    run.save({"metrics": recorder.last})
-    recorder.pause(time.perf_counter() - started)
-    recorder.log.event(step, "checkpoint", f"step {step} saved")
 
 
 def _evaluate(run: Run, recorder: "Recorder", stop: StopRequest, *, whole: bool) -> None:
@@ -113,7 +111,8 @@ def _evaluate(run: Run, recorder: "Recorder", stop: StopRequest, *, whole: bool)
         )
         if score is None:
             return
-        compressed = compressed_bits_per_byte(validation.text()) if whole else {}
+        compare = whole and process_index() == 0
+        compressed = compressed_bits_per_byte(validation.text(), lambda: bool(stop.requested)) if compare else {}
         values = {
             "loss": score.loss,
             "perplexity": score.perplexity,
@@ -134,6 +133,64 @@ class Recorder:
         self.started = self._interval_start = time.perf_counter()
         self._interval_steps = self._interval_sequences = 0
         self.peak = measure_product_peak(run.config.model.dtype)
+        self._saving: int | None = None  # the step that is on its way to disk
+        is_asked = run.config.track.sequences and process_index() == 0
+        self._sequences = SequenceLog(run.dir, run.step) if is_asked else None
+
+    def given(self, step: int, batch: Batch) -> None:
+        """This batch is what `step` is about to be given."""
+        if self._sequences:
+            train, data = self.run.config.train, self.run.data.train
+            first = first_sequence(train, step)
+            rows = range(first, first + batch_size_at(train, step))
+            self._sequences.given(
+                step + 1, Given(first, tuple(map(data.find_sequence, rows)), digest_tokens(batch.tokens))
+            )
+
+    def save(self, *, last: bool = False) -> None:
+        """Hand the state to the store, unless it has it. With `last` wait for the disk, and raise what fails."""
+        step, started = self.run.step, time.perf_counter()
+        before = self._saving
+        self.settle(wait=True)
+        waited = time.perf_counter() - started
+        if waited > SLOW_SECONDS:
+            text = f"waited {waited:.0f} s for the save of step {before}: the disk is slower than checkpoint.every asks"
+            self.log.event(step, "slow disk", text)
+            self.progress.note(text)
+        if not self.run.store.holds(step):
+            self._saving = step
+            try:
+                self.run.save({"metrics": self.last})
+            except CheckpointError as error:
+                self._save_failed(error)
+                if last:
+                    raise
+        self.settle(wait=last, last=last)
+        self.pause(time.perf_counter() - started)
+
+    def settle(self, *, wait: bool = False, last: bool = False) -> None:
+        """Say how the save under way ended, once it has."""
+        if self._saving is None:
+            return
+        try:
+            if wait:
+                self.run.store.wait()
+            if self.run.store.check():
+                self.log.event(self._saving, "checkpoint", f"step {self._saving} saved")
+                self._saving = None
+        except CheckpointError as error:
+            self._save_failed(error)
+            if last:
+                raise
+
+    def write_report(self) -> None:
+        """report.html, by process 0; a full disk costs the page, not the run."""
+        if process_index() > 0:
+            return
+        try:
+            write_report(self.run.dir)
+        except OSError as error:
+            self.progress.note(f"no report: {error}")
 
     def take(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Wait for `step`'s metrics, count it, and write them out when it is a step to log."""
@@ -185,10 +242,15 @@ class Recorder:
         self.log.event(step + 1, "skipped", text)
         self.progress.note(text)
         if in_a_row >= train.max_skipped:
-            _save(self.run, self)
-            self.run.store.wait()
+            self.save(last=True)
             raise TooManySkipped(
                 f"{in_a_row} steps in a row were skipped (train.max_skipped); the last: {text}. Parameters are those of the last "
                 f"good step, saved as step {self.run.step}. Look at the data (--look), lower optimizer.learning_rate, "
                 "or raise train.max_skipped"
             )
+
+    def _save_failed(self, error: CheckpointError) -> None:
+        failed, self._saving = self._saving, None
+        text = f"SAVE FAILED: {error}; training goes on, the next try is the next save"
+        self.log.event(failed or 0, "save failed", text)
+        self.progress.note(text)

@@ -9,9 +9,10 @@ One JSON object a line, in order of steps, one history however often the run was
      "batch_size": ..., "epoch": ..., "noise_scale": ..., "layer_grad_norms": [...]}
     {"step": 100, "kind": "evaluation", "set": "stdlib", "loss": ..., "perplexity": ..., "bits_per_byte": ...,
      "gzip_bits_per_byte": ..., "xz_bits_per_byte": ...}
-    {"step": 100, "kind": "event", "event": "resumed" | "checkpoint" | "skipped" | "samples" | "done", "text": ...}
+    {"step": 100, "kind": "event", "event": "started" | "resumed" | "checkpoint" | "save failed" | "skipped" | "stopped" |
+     "samples" | "done", "text": ...}
 
-`step` counts steps taken. A number that is not finite is null, and `"not_finite": {"loss": "nan"}` says what it was. An
+`step` counts steps taken; the event of a checkpoint comes once it is on disk, a few lines late. A number that is not finite is null, and `"not_finite": {"loss": "nan"}` says what it was. An
 event may carry values as well: `parameters`, the number of learned values, belongs to the headline of the report.
 """
 
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 
 from mesh_transformer.agreement import process_index
 from mesh_transformer.config import ConfigError, TrackConfig
+from mesh_transformer.files import LineFile, replace_file
 
 FILE = "metrics.jsonl"
 QUEUE_LINES = 1000  # lines a tracker may lag behind before the newest are dropped
@@ -58,7 +60,7 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / FILE
         _truncate_after(self.path, first_step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        self._file = LineFile(self.path)
         self._synced = time.monotonic()
         self._trackers = [Tracker(name, start) for name, start in trackers.items()]
 
@@ -82,20 +84,23 @@ class MetricsLog:
     ) -> None:
         if self._file is None:
             return
-        os.fsync(self._file.fileno())
-        self._file.close()
         for tracker in self._trackers:
             tracker.close()
+        try:
+            self._file.close()
+        except OSError as lost:
+            if kind is None:
+                raise
+            print(lost, file=sys.stderr, flush=True)  # what ends the run is told by its own error
 
     def _write(self, values: dict[str, Any]) -> None:
         if self._file is None:
             return
         line = _to_json({"time": round(time.time(), 3), **values})
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        if time.monotonic() - self._synced > SYNC_SECONDS:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
+        now = time.monotonic()
+        sync = now - self._synced > SYNC_SECONDS
+        self._file.write(json.dumps(line, allow_nan=False).encode(), sync=sync)
+        self._synced = now if sync else self._synced
         for tracker in self._trackers:
             tracker.put(line)
 
@@ -180,15 +185,11 @@ def _truncate_after(path: Path, step: int) -> None:
     """Drop what an earlier attempt wrote after the step that training starts from, and what a crash cut short."""
     if not path.exists():
         return
-    kept = b"".join(raw for raw, line in _read_lines(path) if line["step"] <= step)
-    if kept == path.read_bytes():
-        return
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    kept, data = b"".join(raw for raw, line in _read_lines(path) if line["step"] <= step), path.read_bytes()
+    if data.startswith(kept):
+        os.truncate(path, len(kept))  # possible on a full disk, too
+    else:
+        replace_file(path, kept)
 
 
 def _to_json(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,9 +266,7 @@ def _wandb_id(run_dir: Path) -> str:
     """The name under which a run goes on there after it was resumed; chosen once."""
     path = run_dir / "wandb_id"
     if not path.exists():
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        temporary.write_text(uuid.uuid4().hex, encoding="utf-8")
-        os.replace(temporary, path)
+        replace_file(path, uuid.uuid4().hex.encode())
     return path.read_text(encoding="utf-8")
 
 

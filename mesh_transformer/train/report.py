@@ -6,12 +6,12 @@ import base64
 import hashlib
 import itertools
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from mesh_transformer.files import replace_file
 from mesh_transformer.train.metrics import FILE, read_metrics
 from mesh_transformer.train.plot import Series, format_number, plot
 from mesh_transformer.train.progress import format_time
@@ -38,12 +38,8 @@ def write_report(run_dir: Path) -> Path:
     lines = read_metrics(run_dir / FILE)
     config = run_dir / "config.toml"
     page = make_page(run_dir.name, lines, config.read_text(encoding="utf-8") if config.exists() else "")
-    path, temporary = run_dir / "report.html", run_dir / f"report.html.tmp-{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(page.encode("utf-8", errors="replace"))  # texts may hold lone surrogates
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    path = run_dir / "report.html"
+    replace_file(path, page.encode("utf-8", errors="replace"))  # texts may hold lone surrogates
     return path
 
 
@@ -171,8 +167,9 @@ def _events(events: list[Line]) -> str:
         for line in events
     ]
     left_out = f"<p>the last {EVENTS_SHOWN} of {len(rows):,}</p>" if len(rows) > EVENTS_SHOWN else ""
+    is_open = " open" if any(line.get("event") == "save failed" for line in events) else ""
     return (
-        f"<details><summary>events</summary>{left_out}<table><tr><th>step<th>event<th>what"
+        f"<details{is_open}><summary>events</summary>{left_out}<table><tr><th>step<th>event<th>what"
         f"{''.join(rows[-EVENTS_SHOWN:])}</table></details>"
     )
 

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 from mesh_transformer.agreement import process_count, process_index, run_everywhere
 from mesh_transformer.config import Config, ConfigError, config_to_dict, config_to_toml
 from mesh_transformer.data.sources import Data, open_data
+from mesh_transformer.files import replace_file
 from mesh_transformer.mesh import Layout
 from mesh_transformer.train.loop import Recorder, train
 from mesh_transformer.train.metrics import FILE, MetricsLog, read_metrics
@@ -22,10 +23,16 @@ from mesh_transformer.train.progress import Progress, print_rows, print_scores
 from mesh_transformer.train.report import write_report
 from mesh_transformer.train.run import Run, open_run
 from mesh_transformer.train.state import describe_state, format_parameters
+from mesh_transformer.train.stop import StopRequest
 
 
 def train_config(
-    config: Config, layout: Layout, *, fresh: bool = False, profile: tuple[int, int] | None = None
+    config: Config,
+    layout: Layout,
+    stop: StopRequest,
+    *,
+    fresh: bool = False,
+    profile: tuple[int, int] | None = None,
 ) -> Path:
     """Train, with display, metrics and report; the run folder. Raises what `open_data`, `open_run` and `train` raise."""
     if jax.process_count() != process_count():
@@ -37,12 +44,13 @@ def train_config(
     run_dir = Path(config.run.dir)
     if fresh:
         run_everywhere("put aside", lambda: _put_aside(run_dir, console), first=True)
-    with show_building(console) as report:
+    with stop.at_once("the data was made"), show_building(console) as report:
         data = open_data(config, report=report)
     run = open_run(config, data, layout, report=console.print)
+    stop.check("the run was opened")
     if speaks:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.toml").write_text(config_to_toml(config), encoding="utf-8")
+        replace_file(run_dir / "config.toml", config_to_toml(config).encode())
     _introduce(run, data, console)
     first = run.step
     with (
@@ -52,7 +60,7 @@ def train_config(
         log.event(first, "started", f"from step {first}", {"parameters": run.n_params})
         for note in run.notes:
             log.event(first, "resumed", note)
-        train(run, Recorder(run, log, progress), profile=profile)
+        train(run, Recorder(run, log, progress), stop, profile=profile)
         log.event(run.step, "done", f"trained to step {run.step}")
     if speaks:
         write_report(run_dir)
