@@ -40,8 +40,10 @@ def main(arguments: list[str]) -> int:
 
     with StopRequest() as stop:
         # JAX and what needs it come after the options: --help and errors in them answer at once.
+        from mesh_transformer.agreement import process_count, process_index
         from mesh_transformer.data.sources import look, open_data
         from mesh_transformer.mesh import start_devices
+        from mesh_transformer.processes import join_processes
         from mesh_transformer.sample.showcase import show_samples
         from mesh_transformer.train.notices import watch_notices
         from mesh_transformer.train.session import train_config
@@ -50,9 +52,13 @@ def main(arguments: list[str]) -> int:
             with stop.at_once("the data was made"):
                 print(look(config, open_data(config), options.look))
             return 0
-        with watch_notices(stop, print):
+        with join_processes(config.mesh), watch_notices(stop, print):
             run_dir = train_config(config, start_devices(config.mesh), stop, fresh=options.fresh, profile=profile)
-        show_samples(run_dir)
+            is_alone, is_first = process_count() == 1, process_index() == 0
+        if is_alone:  # else the model may be too large for one host
+            show_samples(run_dir)
+    if not is_first:
+        return 0
     same = shlex.join(["python", Path(sys.argv[0]).name, options.config, *(f"--set={item}" for item in options.set)])
     print(f"""
 continue    {same} --set train.steps={2 * config.train.steps}

@@ -138,6 +138,11 @@ class MeshConfig:
     tensor: Positive = 1  # heads, feed-forward and vocabulary sharded
     cpu_devices: Positive | None = None  # split the CPU into this many devices (to try a mesh on a laptop)
     rules: dict[str, str | list[str]] = Field(default_factory=dict)  # logical axis -> mesh axis or axes; "" replicates
+    # a run of several processes, one or more on each host; None and "": what the launcher says, see processes.py
+    processes: Positive | Literal["auto"] | None = None  # "auto": jax.distributed finds out (Cloud TPU VMs)
+    process_id: NonNegative | None = None  # of this process; 0 prints, and writes metrics and report
+    coordinator: str = ""  # host:port of process 0, where all others reach it
+    heartbeat_seconds: Rate = 30.0  # a process that is silent for so long is lost: the others stop
 
     @model_validator(mode="after")
     def check(self) -> "MeshConfig":

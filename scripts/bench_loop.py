@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
 def measure(run: Run, rounds: int, steps: int) -> tuple[list[float], list[float]]:
     """Seconds per step of each round, bare and in the loop."""
     size = run.config.train.batch_size
-    batch = run.place(run.data.train.batch(0, size))
+    batch = run.place(run.data.train.batch(0, size), size)
     bare, loop = [], []
     with (
         MetricsLog(Path(run.dir), run.config.track, config={}, first_step=0) as log,

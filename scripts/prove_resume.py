@@ -111,7 +111,9 @@ def format_tally(tally: Tally, other_mesh: bool) -> str:
         f"first differing leaf: {tally.first_differing or 'none'}, {tally.ulps} ulps; largest relative difference of a loss: "
         f"{tally.loss_difference:.3g}" + (" (two meshes)" if other_mesh else ""),
     ]
-    return "\n".join([*lines, *(f"PROBLEM: {problem}" for problem in tally.problems), *([] if tally.problems else ["proved"])])
+    return "\n".join(
+        [*lines, *(f"PROBLEM: {problem}" for problem in tally.problems), *([] if tally.problems else ["proved"])]
+    )
 
 
 class Proof:
@@ -263,7 +265,9 @@ class Proof:
 
     def compare_data(self, there: dict[int, Given], here: dict[int, Given], name: str) -> None:
         """Every sequence as often as the uninterrupted run saw it, and in the same step."""
-        counts = [collections.Counter(one for given in side.values() for one in given.sequences) for side in (there, here)]
+        counts = [
+            collections.Counter(one for given in side.values() for one in given.sequences) for side in (there, here)
+        ]
         twice, never = counts[1] - counts[0], counts[0] - counts[1]
         self.tally.seen_twice += sum(twice.values())
         self.tally.never_seen += sum(never.values())

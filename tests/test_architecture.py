@@ -30,13 +30,15 @@ def parse(path: Path) -> ast.Module:
 every_source = pytest.mark.parametrize("path", SOURCES, ids=name_of)
 
 # Rooms from the ground up: a module imports from its own room and from what its line names.
-GROUND = {"command", "config", "mesh", "files"}
+GROUND = {"agreement", "command", "config", "files", "mesh"}
 MAY_IMPORT = {
     "schema": {"schema", "model.families"},
     "config": {"schema", "model.families"},
     "files": set(),
     "command": {"config"},
     "mesh": {"config"},
+    "agreement": set(),
+    "processes": {"agreement", "command", "config"},
     "data": GROUND,
     "model": GROUND,
     "checkpoint": GROUND | {"model"},

@@ -3,9 +3,8 @@
 """From slices in host memory to a committed checkpoint, by one process or several.
 
 Several processes write into one folder that all of them see: process 0 makes it, each writes the slices it owns and a
-list of its files (parts/<process>.json), process 0 merges the lists into the manifest and commits. After each stage a
-barrier carries failures, so that all processes raise or none does. The barrier is a collective of devices: with several
-processes this must run on the thread that runs the training step.
+list of its files (parts/<process>.json), process 0 merges the lists into the manifest and commits. After each stage they
+agree (agreement.py), so that all raise or none does. No device takes part in that: training may go on meanwhile.
 """
 
 import collections
@@ -19,14 +18,10 @@ from concurrent import futures
 from importlib.metadata import version
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
+from mesh_transformer.agreement import gather, process_count, process_index, run_everywhere
 from mesh_transformer.checkpoint.arrays import Piece, format_metadata, write_pieces
 from mesh_transformer.checkpoint.chunks import shard_keys
 from mesh_transformer.checkpoint.digests import FileRecord, digest_bytes
-from mesh_transformer.checkpoint.folders import make_owner
 from mesh_transformer.checkpoint.manifest import (
     ARRAYS,
     METADATA,
@@ -51,7 +46,7 @@ class Save:
     """A checkpoint on its way from host memory to disk."""
 
     step: int
-    owner: str  # the part of the temporary name, the same in all processes
+    owner: str  # the part of the temporary name; that of process 0 in all processes, once they agree
     records: dict[str, ArrayRecord]
     pieces: dict[str, list[Piece]]  # what this process owns; emptied while it is written
     meta: dict[str, Any]
@@ -62,12 +57,13 @@ def commit_save(root: Place, save: Save) -> None:
     folder = folder_at(root)
     written: Written = {}
     try:
-        run_everywhere(lambda: _begin(root, save), first=True)
-        run_everywhere(lambda: _write_slices(root, save, written))
-        run_everywhere(lambda: _commit(root, save, written), first=True)
+        save.owner = gather("owner", save.owner)[0]
+        run_everywhere("begin", lambda: _begin(root, save), first=True)
+        run_everywhere("write", lambda: _write_slices(root, save, written))
+        run_everywhere("commit", lambda: _commit(root, save, written), first=True)
     except BaseException as error:
         save.pieces.clear()
-        if jax.process_index() == 0:
+        if process_index() == 0:
             folder.abandon(save.step, save.owner)
         if not isinstance(error, Exception):
             raise
@@ -120,31 +116,6 @@ def write_blocks(
     _commit(root, save, written)
 
 
-def agree_on_owner() -> str:
-    """One temporary name for all processes, that of process 0."""
-    owner = make_owner()
-    if jax.process_count() == 1:
-        return owner
-    padded = np.frombuffer(owner.encode().ljust(512), np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)).decode().strip()
-
-
-def run_everywhere(work: Callable[[], object], *, first: bool = False) -> None:
-    """Do `work` in each process (with `first` in process 0 only), wait for all, and raise in all if it failed in one."""
-    failure: Exception | None = None
-    if not first or jax.process_index() == 0:
-        try:
-            work()
-        except Exception as error:  # raised below, once the others know
-            failure = error
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.array(failure is not None)).reshape(-1)
-        if failure is None and failed.any():
-            failure = CheckpointError(f"process {int(failed.argmax())} failed; see its own message")
-    if failure:
-        raise failure
-
-
 def _begin(root: Place, save: Save) -> None:
     folder_at(root).begin(save.step, save.owner)
     draft = folder_at(folder_at(root).draft(save.step, save.owner))
@@ -153,16 +124,21 @@ def _begin(root: Place, save: Save) -> None:
 
 def _write_slices(root: Place, save: Save, written: Written) -> None:
     draft = folder_at(root).draft(save.step, save.owner)
+    if process_index() and not draft.is_dir():
+        raise CheckpointError(
+            f"{draft}: process 0 has made it, and process {process_index()} does not see it; run.dir must lie where "
+            "all hosts see the same files, or in an object store"
+        )
     for name in list(save.pieces):
         written[name] = write_pieces(draft, name, save.records[name], save.pieces.pop(name))
-    if jax.process_index() > 0:
-        folder_at(draft).write({f"{PARTS}/{jax.process_index()}.json": json.dumps(written).encode()})
+    if process_index() > 0:
+        folder_at(draft).write({f"{PARTS}/{process_index()}.json": json.dumps(written).encode()})
 
 
 def _commit(root: Place, save: Save, written: Written) -> None:
     place = folder_at(root).draft(save.step, save.owner)
     parts = [written]
-    for process in range(1, jax.process_count()):
+    for process in range(1, process_count()):
         parts.append(json.loads((place / PARTS / f"{process}.json").read_bytes()))
     draft = folder_at(place)
     if len(parts) > 1:

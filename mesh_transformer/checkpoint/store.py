@@ -4,13 +4,11 @@
 
 A save goes through: slices copied to host (only this blocks training) -> files under a temporary name -> manifest ->
 COMMIT -> everything synced -> rename -> older steps pruned. A kill at any moment leaves the earlier checkpoints as
-they were and a temporary folder that the next writable Store removes. With several processes the commit is made by
-process 0 after a barrier (commit.py), and `save` returns only after it, because the barrier must not run beside the
-collectives of training.
+they were and a temporary folder that the next writable Store removes. With several processes each has a Store, calls
+the same methods in the same order, and writes what it owns; process 0 commits once all have written (commit.py).
 """
 
 import json
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mesh_transformer.agreement import FailedElsewhere, run_everywhere
 from mesh_transformer.checkpoint import folders
 from mesh_transformer.checkpoint.arrays import (
     StoredArray,
@@ -26,7 +25,7 @@ from mesh_transformer.checkpoint.arrays import (
     read_slice,
     restore_arrays,
 )
-from mesh_transformer.checkpoint.commit import Save, agree_on_owner, commit_save, run_everywhere
+from mesh_transformer.checkpoint.commit import Save, commit_save
 from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
 from mesh_transformer.checkpoint.manifest import (
     ArrayRecord,
@@ -71,11 +70,7 @@ class Store:
         self._held: set[int] = set()
         self._damaged: set[int] = set()
         if writable:
-            try:
-                folder_at(self.root).make()
-                folder_at(self.root).clean()
-            except OSError as error:
-                raise CheckpointError(f"{self.root}: cannot be used for checkpoints: {error}") from error
+            run_everywhere("open store", self._open, first=True)
 
     def save(
         self,
@@ -103,11 +98,9 @@ class Store:
             plain = json.loads(json.dumps(meta))  # the caller's may change while this is written
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"meta of step {step} cannot be written as JSON: {error}") from error
-        save = Save(step, agree_on_owner(), records, copy_to_host({name: arrays[name] for name in records}), plain)
+        save = Save(step, folders.make_owner(), records, copy_to_host({name: arrays[name] for name in records}), plain)
         self._held.add(step)
-        if self.asynchronous and jax.process_count() > 1:
-            warnings.warn("with several processes checkpoints are saved synchronously", stacklevel=2)
-        if self.asynchronous and jax.process_count() == 1:
+        if self.asynchronous:
             self._pending = self._executor.submit(self._finish, save)
         else:
             self._finish(save)
@@ -230,6 +223,13 @@ class Store:
         """Where the checkpoint of `step` lies, or would."""
         return folders.step_folder(self.root, step)
 
+    def _open(self) -> None:
+        try:
+            folder_at(self.root).make()
+            folder_at(self.root).clean()
+        except OSError as error:
+            raise CheckpointError(f"{self.root}: cannot be used for checkpoints: {error}") from error
+
     def _prune(self, last: int) -> list[int]:
         steps = [step for step in self.steps() if step <= last]
         kept: list[int] = []
@@ -261,8 +261,8 @@ class Store:
             raise
         self._damaged.discard(save.step)
         try:
-            run_everywhere(lambda: self._prune(save.step), first=True)
-        except (OSError, StorageError) as error:
+            run_everywhere("prune", lambda: self._prune(save.step), first=True)
+        except (OSError, StorageError, FailedElsewhere) as error:
             raise CheckpointError(
                 f"step {save.step} was saved, but older ones could not be deleted: {error}"
             ) from error

@@ -80,12 +80,10 @@ class Loader:
             :16
         ]  # of the order and its content
 
-    def batch(self, first: int, size: int, *, process_index: int = 0, process_count: int = 1) -> Batch:
-        """Sequences `first` to `first + size` of the run, or the contiguous piece of them that a process feeds."""
-        if size % process_count:
-            raise ValueError(f"a batch of {size} sequences does not divide over {process_count} processes")
-        own = size // process_count
-        return self.read_sequences([self.find_sequence(first + process_index * own + i) for i in range(own)])
+    def batch(self, first: int, size: int, rows: Iterable[int] | None = None) -> Batch:
+        """Sequences `first` to `first + size` of the run, or those `rows` of them that a process feeds."""
+        wanted = range(size) if rows is None else rows
+        return self.read_sequences([self.find_sequence(first + row) for row in wanted])
 
     def read_sequences(self, sequences: Iterable[tuple[int, int]]) -> Batch:
         """The batch of these: (source, its sequence) of each."""
@@ -149,18 +147,27 @@ def make_batch(rows: Sequence[Row]) -> Batch:
 
 
 def evaluation_batches(
-    shard: TokenShard, *, seq_len: int, batch_size: int, isolate_documents: bool = False
+    shard: TokenShard,
+    *,
+    seq_len: int,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+    isolate_documents: bool = False,
 ) -> Iterator[Batch]:
-    """A shard once, in order, every token but the first a target exactly once; what pads the end has mask 0."""
+    """A shard once, in order, every token but the first a target exactly once; what pads the end has mask 0.
+
+    With `rows` only those of every batch.
+    """
+    wanted = range(batch_size) if rows is None else rows
     for first in range(0, shard.n_tokens - 1, batch_size * seq_len):
-        rows, masks = [], []
-        for start in range(first, first + batch_size * seq_len, seq_len):
+        made, masks = [], []
+        for start in (first + row * seq_len for row in wanted):
             tokens = np.zeros(seq_len + 1, np.int32)
             part = shard.tokens[start : start + seq_len + 1]
             tokens[: len(part)] = part
-            rows.append(make_row(tokens, shard, start, isolate_documents=isolate_documents))
+            made.append(make_row(tokens, shard, start, isolate_documents=isolate_documents))
             masks.append(np.arange(seq_len) < len(part) - 1)
-        yield make_batch(rows)._replace(mask=np.stack(masks).astype(np.float32))
+        yield make_batch(made)._replace(mask=np.stack(masks).astype(np.float32))
 
 
 def count_evaluation_batches(shard: TokenShard, *, seq_len: int, batch_size: int) -> int:
@@ -171,10 +178,11 @@ def count_evaluation_batches(shard: TokenShard, *, seq_len: int, batch_size: int
 class Prefetcher:
     """Batches made ahead by a thread: `with Prefetcher(loader, places) as batches: for batch in batches: ...`."""
 
-    def __init__(self, loader: Loader, places: Iterable[tuple[int, int]], *, depth: int = 2, **process: int):
+    def __init__(self, loader: Loader, places: Iterable[tuple[Any, ...]], *, depth: int = 2):
+        """`places` are arguments of `loader.batch`."""
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(loader, places, process), daemon=True)
+        self._thread = threading.Thread(target=self._fill, args=(loader, places), daemon=True)
 
     def __enter__(self) -> Iterator[Batch]:
         self._thread.start()
@@ -186,10 +194,10 @@ class Prefetcher:
         self._closed.set()
         self._thread.join()
 
-    def _fill(self, loader: Loader, places: Iterable[tuple[int, int]], process: dict[str, int]) -> None:
+    def _fill(self, loader: Loader, places: Iterable[tuple[Any, ...]]) -> None:
         try:
-            for first, size in places:
-                self._put(loader.batch(first, size, **process))
+            for place in places:
+                self._put(loader.batch(*place))
                 if self._closed.is_set():
                     return
             self._put(None)

@@ -4,7 +4,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from mesh_transformer.data.tokenizers import Tokenizer, load_tokenizer
 class ValidationSet(NamedTuple):
     """Held-out text: its batches in order, each token once, and its size."""
 
-    batches: Callable[[], Iterator[Batch]]
+    batches: Callable[[Sequence[int] | None], Iterator[Batch]]  # given the rows wanted of each, None for all
     n_batches: int
     n_tokens: int
     n_bytes: int  # of text, without ends of text
@@ -146,7 +146,9 @@ def _open_validation(config: Config, built: Built, tokenizer: Tokenizer) -> Vali
         return tokenizer.decode_bytes(tokens[tokens != tokenizer.end_of_text])
 
     return ValidationSet(
-        batches=lambda: evaluation_batches(shard, **sizes, isolate_documents=config.data.isolate_documents),
+        batches=lambda rows: evaluation_batches(
+            shard, **sizes, rows=rows, isolate_documents=config.data.isolate_documents
+        ),
         n_batches=count_evaluation_batches(shard, **sizes),
         n_tokens=shard.n_tokens - 1,
         n_bytes=built.n_bytes,

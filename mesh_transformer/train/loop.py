@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mesh_transformer.agreement import process_index
 from mesh_transformer.checkpoint.failures import CheckpointError
 from mesh_transformer.command import Preempted
 from mesh_transformer.data.loader import Batch, Prefetcher
@@ -42,10 +43,9 @@ def train(
     with contextlib.closing(recorder), contextlib.nullcontext(stop) if stop else StopRequest() as stop:
         train_steps(run, recorder, stop, profile)
         recorder.save(last=True)
-        reason = stop.requested or recorder.out_of_time()
-        if run.step == run.config.train.steps and not stop.requested:
+        if not stop.reached() and run.step == run.config.train.steps:
             _evaluate(run, recorder, stop, whole=True)
-            reason = stop.requested
+        reason = stop.reached()
     recorder.write_report()
     if reason:
         recorder.log.event(run.step, "stopped", f"{reason}: stopped with step {run.step} saved")
@@ -61,13 +61,17 @@ def train_steps(run: Run, recorder: "Recorder", stop: StopRequest, profile: tupl
     first = run.step
     if first >= train.steps:
         return
-    place = lambda step: (first_sequence(train, step), batch_size_at(train, step))  # noqa: E731
+
+    def place(step: int) -> tuple[int, int, list[int]]:
+        size = batch_size_at(train, step)
+        return first_sequence(train, step), size, run.rows(size)
+
     previous: tuple[int, Mapping[str, jax.Array]] | None = None
     with Prefetcher(run.data.train, map(place, range(first, train.steps))) as batches:
         for step, batch in zip(range(first, train.steps), batches, strict=False):
             if profile and step == profile[0]:
                 jax.profiler.start_trace(str(run.dir / "profile"))
-            placed = run.place(batch)
+            placed = run.place(batch, batch_size_at(train, step))
             if step == first:
                 recorder.progress.note("compiling the training step ...")
             recorder.given(step, batch)
@@ -85,7 +89,7 @@ def train_steps(run: Run, recorder: "Recorder", stop: StopRequest, profile: tupl
                 recorder.save()
             if train.evaluate_every and done % train.evaluate_every == 0 and done < train.steps:
                 _evaluate(run, recorder, stop, whole=False)
-            if stop.requested or recorder.out_of_time():
+            if stop.reached(recorder.out_of_time() if done < train.steps else ""):
                 break
     if previous:
         recorder.take(*previous)
@@ -95,17 +99,20 @@ def _evaluate(run: Run, recorder: "Recorder", stop: StopRequest, *, whole: bool)
     """Every validation set; the whole of it, and beside general compressors, at the end of the run."""
     started = time.perf_counter()
     step = run.step
+    size = run.config.train.batch_size
     for name, validation in run.data.validation.items():
         score = evaluate(
             validation,
-            lambda batch: run.eval_step(run.state.params, run.place(batch)),
+            lambda batch: run.eval_step(run.state.params, run.place(batch, size)),
+            rows=run.rows(size),
             max_batches=None if whole else run.config.train.evaluate_batches,
-            should_stop=lambda: bool(stop.requested),
+            should_stop=lambda: bool(stop.reached()),
             report=lambda done, total, name=name: recorder.progress.evaluating(name, done, total),
         )
         if score is None:
             return
-        compressed = compressed_bits_per_byte(validation.text(), lambda: bool(stop.requested)) if whole else {}
+        compare = whole and process_index() == 0
+        compressed = compressed_bits_per_byte(validation.text(), lambda: bool(stop.requested)) if compare else {}
         values = {
             "loss": score.loss,
             "perplexity": score.perplexity,
@@ -127,7 +134,8 @@ class Recorder:
         self._interval_steps = self._interval_sequences = 0
         self.peak = measure_product_peak(run.config.model.dtype)
         self._saving: int | None = None  # the step that is on its way to disk
-        self._sequences = SequenceLog(run.dir, run.step) if run.config.track.sequences else None
+        is_asked = run.config.track.sequences and process_index() == 0
+        self._sequences = SequenceLog(run.dir, run.step) if is_asked else None
 
     def given(self, step: int, batch: Batch) -> None:
         """This batch is what `step` is about to be given."""
@@ -181,7 +189,9 @@ class Recorder:
             self._sequences.close()
 
     def write_report(self) -> None:
-        """report.html; a full disk costs the page, not the run."""
+        """report.html, by process 0; a full disk costs the page, not the run."""
+        if process_index() > 0:
+            return
         try:
             write_report(self.run.dir)
         except OSError as error:

@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from mesh_transformer.agreement import process_index
 from mesh_transformer.config import ConfigError, TrackConfig
 from mesh_transformer.files import LineFile, replace_file
 
@@ -47,10 +48,14 @@ class MetricsLog:
     """Appends to metrics.jsonl and feeds the trackers; `with` it, so that they are closed.
 
     What an earlier attempt wrote after `first_step`, where training now goes on, is cut off first. Raises ConfigError
-    where `track` asks for a package that is not installed, MetricsError for a damaged file.
+    where `track` asks for a package that is not installed, MetricsError for a damaged file. In processes but the first
+    it takes everything and writes nothing.
     """
 
     def __init__(self, run_dir: Path, track: TrackConfig, *, config: Mapping[str, Any], first_step: int):
+        self._file = None
+        if process_index() > 0:
+            return
         trackers = _find_trackers(run_dir, track, config, first_step)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / FILE
@@ -77,6 +82,8 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._file is None:
+            return
         for tracker in self._trackers:
             tracker.close()
         try:
@@ -87,6 +94,8 @@ class MetricsLog:
             print(lost, file=sys.stderr, flush=True)  # what ends the run is told by its own error
 
     def _write(self, values: dict[str, Any]) -> None:
+        if self._file is None:
+            return
         line = _to_json({"time": round(time.time(), 3), **values})
         now = time.monotonic()
         sync = now - self._synced > SYNC_SECONDS

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training run works with, opened in order: mesh, data, state (new or restored), compiled steps."""
 
+import bisect
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from mesh_transformer.agreement import from_first, gather
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import Config, ConfigError, config_to_dict, parse_model
 from mesh_transformer.data.loader import Batch
@@ -78,15 +82,27 @@ class Run:
         """Number of learned values."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
-    def place(self, batch: Batch) -> Batch:
-        """A batch of this process's rows as global arrays on the mesh."""
+    def rows(self, size: int) -> list[int]:
+        """Rows of a batch of `size` sequences that this process's devices need; other processes may need them too."""
+        slices = self._batch_sharding(size).addressable_devices_indices_map((size, self.config.model.seq_len)).values()
+        return sorted({row for index in slices if index is not None for row in range(size)[index[0]]})
 
-        def put(rows: np.ndarray) -> jax.Array:
-            shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
-            sharding = self.layout.sharding(("batch", *["sequence"] * (rows.ndim - 1)), shape, "batch")
-            return jax.make_array_from_process_local_data(sharding, rows, shape)
+    def place(self, batch: Batch, size: int) -> Batch:
+        """A batch of `size` sequences as global arrays on the mesh, from the `rows` of it that this process has read."""
+        sharding, own = self._batch_sharding(size), self.rows(size)
+
+        def put(values: np.ndarray) -> jax.Array:
+            def find(index: tuple[slice, ...]) -> np.ndarray:
+                first, last, _ = index[0].indices(size)
+                start = bisect.bisect_left(own, first)
+                return values[start : start + last - first, *index[1:]]
+
+            return jax.make_array_from_callback((size, *values.shape[1:]), sharding, find)
 
         return Batch(*map(put, batch))
+
+    def _batch_sharding(self, size: int) -> NamedSharding:
+        return self.layout.sharding(("batch", "sequence"), (size, self.config.model.seq_len), "batch")
 
     def save(self, meta: Mapping[str, Any]) -> None:
         """Hand the state to the store; returns when it may change again."""
@@ -105,10 +121,12 @@ def open_run(
 ) -> Run:
     """Everything in place to train `config`: the newest checkpoint of its run folder restored, or a new state.
 
-    With `at` it is the checkpoint of that step, or for 0 a new state, and the run folder is only read. Raises ConfigError where batch and mesh, or checkpoint and configuration, contradict each other, and
-    CheckpointError for a damaged checkpoint (unless checkpoint.resume allows an older one).
+    With `at` it is the checkpoint of that step, or for 0 a new state, and the run folder is only read. Raises ConfigError
+    where batch and mesh, or checkpoint and configuration, contradict each other, and CheckpointError for a damaged
+    checkpoint (unless checkpoint.resume allows an older one).
     """
     check_batches(config, layout)
+    _check_same(config, data)
     shapes, axes = describe_state(config)
     shardings = state_shardings(layout, shapes, axes)
     keep = config.checkpoint
@@ -123,7 +141,8 @@ def open_run(
     if at is not None:
         step = at or None
     else:
-        step = store.newest_intact(report) if keep.resume == "newest-intact" else store.newest()
+        find = (lambda: store.newest_intact(report)) if keep.resume == "newest-intact" else store.newest
+        step = from_first("newest step", find)
     state = None if step is None else _restore(config, data, store, step, shapes, shardings, notes)
     if state is None:
         init = jax.jit(make_init_state(config), out_shardings=shardings)
@@ -133,6 +152,7 @@ def open_run(
     batch = abstract_batch(config, layout)
     flops = count_flops(make_train_step(without_remat(config)), shapes, batch) / config.train.batch_size
     train_step, eval_step = make_train_step(config), make_eval_step(config)
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
 
     def traced(function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any) -> Any:
@@ -148,8 +168,9 @@ def open_run(
         store=store,
         axes=flatten_state(axes),
         state=state,
-        train_step=jax.jit(traced(train_step), donate_argnums=0, out_shardings=(shardings, None)),
-        eval_step=jax.jit(traced(eval_step)),
+        # What the host looks at lies whole on every device, so that every process has it.
+        train_step=jax.jit(traced(train_step), donate_argnums=0, out_shardings=(shardings, everywhere)),
+        eval_step=jax.jit(traced(eval_step), out_shardings=everywhere),
         flops_per_sequence=flops,
         notes=notes,
         start=describe_start(layout),
@@ -165,6 +186,25 @@ def check_batches(config: Config, layout: Layout) -> None:
                 f"train.batch_size: {size} sequences do not divide over {layout.batch_pieces} device(s) along the batch x "
                 f"train.accumulation={config.train.accumulation}; use a multiple of {pieces}, "
                 f"such as {max(size // pieces, 1) * pieces}"
+            )
+
+
+def _check_same(config: Config, data: Data) -> None:
+    """All processes train the same configuration on the same data; ConfigError names the first that does not."""
+    table = _flatten(config_to_dict(config))
+    own = json.dumps({key: value for key, value in table.items() if not key.startswith("mesh.process")})
+    described = [json.loads(text) for text in gather("configuration", own)]
+    for process, other in enumerate(described):
+        if changed := [key for key in sorted(described[0] | other) if described[0].get(key) != other.get(key)]:
+            raise ConfigError(
+                f"process {process} has {changed[0]} = {other.get(changed[0])!r}, and process 0 has "
+                f"{described[0].get(changed[0])!r}; start all processes with the same configuration"
+            )
+    for process, fingerprint in enumerate(prints := gather("data", data.train.fingerprint)):
+        if fingerprint != prints[0]:
+            raise ConfigError(
+                f"process {process} finds other data in data.train than process 0 (fingerprint {fingerprint}, there "
+                f"{prints[0]}); give all hosts the same files"
             )
 
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
-from mesh_transformer.config import Config, config_to_dict, config_to_toml
+from mesh_transformer.agreement import process_count, process_index, run_everywhere
+from mesh_transformer.config import Config, ConfigError, config_to_dict, config_to_toml
 from mesh_transformer.data.sources import Data, open_data
 from mesh_transformer.files import replace_file
 from mesh_transformer.mesh import Layout
@@ -35,18 +36,24 @@ def train_config(
     profile: tuple[int, int] | None = None,
 ) -> Path:
     """Train, with display, metrics and report; the run folder. Raises what `open_data`, `open_run` and `train` raise."""
-    console = Console()
+    if jax.process_count() != process_count():
+        raise ConfigError(
+            f"JAX sees {jax.process_count()} processes that nobody has introduced; say so: --set 'mesh.processes=\"auto\"'"
+        )
+    speaks = process_index() == 0
+    console = Console(quiet=not speaks)
     run_dir = Path(config.run.dir)
     if fresh:
-        _put_aside(run_dir, console)
+        run_everywhere("put aside", lambda: _put_aside(run_dir, console), first=True)
     with stop.at_once("the data was made"), show_building(console) as report:
         data = open_data(config, report=report)
     run = open_run(config, data, layout, report=console.print)
     stop.check("the run was opened")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace_file(run_dir / "config.toml", config_to_toml(config).encode())
     first = run.step
-    write_recipe(run_dir, config, data, run.start, first)
+    if speaks:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        replace_file(run_dir / "config.toml", config_to_toml(config).encode())
+        write_recipe(run_dir, config, data, run.start, first)
     _introduce(run, data, console)
     with (
         MetricsLog(run_dir, config.track, config=config_to_dict(config), first_step=first) as log,
@@ -57,8 +64,9 @@ def train_config(
             log.event(first, "resumed", note)
         train(run, Recorder(run, log, progress), stop, profile=profile)
         log.event(run.step, "done", f"trained to step {run.step}")
-    write_report(run_dir)
-    print_scores(console, _last_scores(run_dir))
+    if speaks:
+        write_report(run_dir)
+        print_scores(console, _last_scores(run_dir))
     return run_dir
 
 
@@ -95,7 +103,8 @@ def _introduce(run: Run, data: Data, console: Console) -> None:
         "run": str(run.dir),
         "model": f"{run.n_params:,} parameters, {config.model.n_layers} layers, d_model {config.model.d_model}",
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, "
-        + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        + (f", in {process_count()} processes" if process_count() > 1 else ""),
         "data": f"{data.train.n_tokens:,} tokens; held out: "
         + (", ".join(f"{name} {held.n_bytes:,} bytes" for name, held in data.validation.items()) or "nothing"),
         "steps": f"{config.train.steps} x {per_step:,} tokens = {config.train.steps * per_step:,}, "

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
+from mesh_transformer.agreement import common_stop
 from mesh_transformer.command import Preempted
 
 # Ctrl-C; what machines and schedulers send; what Slurm is asked to send ahead of them (sbatch --signal=USR1@120).
@@ -32,6 +33,7 @@ class StopRequest:
         self._signals, self._message = signals, message
         self._waiting = ""  # what is under way that may be broken off
         self.requested = ""  # name of the signal or what was said, once there was one
+        self.agreed = ""  # why all processes stop, once they have come to the point where they do
         self._before: dict[signal.Signals, object] = {}
 
     def request(self, reason: str) -> None:
@@ -43,6 +45,14 @@ class StopRequest:
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{reason}: {self._message}\n".encode())
         if self._waiting and threading.current_thread() is not threading.main_thread():
             _thread.interrupt_main(signal.SIGTERM)
+
+    def reached(self, other: str = "") -> str:
+        """At each point where the run may stop, the same in all processes: why it does so here, "" if it does not.
+
+        `other` is a reason of the caller's, such as a limit of time. One process that has a reason stops all, at one point.
+        """
+        self.agreed = self.agreed or common_stop().reached(self.requested or other)
+        return self.agreed
 
     def check(self, doing: str) -> None:
         """Raise Preempted if there was a request; `doing` is what was under way."""

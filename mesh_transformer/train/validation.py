@@ -5,7 +5,7 @@
 import lzma
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ def evaluate(
     validation: ValidationSet,
     score_batch: Callable[[Batch], TokenLosses],
     *,
+    rows: Sequence[int] | None = None,
     max_batches: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -38,11 +39,12 @@ def evaluate(
     """Score the first `max_batches` batches (all by default); None if asked to stop before the end.
 
     Sums stay on the devices until the end. Bits per byte count every token, ends of text too, against the bytes of
-    the text alone; on a part of a set its bytes are taken in proportion to tokens.
+    the text alone; on a part of a set its bytes are taken in proportion to tokens. `score_batch` gets the `rows` of each
+    batch that this process feeds (None: all) and answers for all processes.
     """
     total = min(validation.n_batches, max_batches or validation.n_batches)
     sums: list[TokenLosses] = []
-    for index, batch in enumerate(validation.batches()):
+    for index, batch in enumerate(validation.batches(rows)):
         if index == total:
             break
         if should_stop():
