@@ -154,7 +154,7 @@ def _place(sizes: Mapping[str, int], devices: list[Any], slices: int | None) -> 
     along `pipeline`, which moves one activation from stage to stage; never along an axis that talks in every layer.
     """
     # GPUs call every machine a slice, though they may well talk in every layer across machines: there slices are asked for.
-    found = {device.slice_index or 0 if device.platform == "tpu" else 0 for device in devices}
+    found = {getattr(device, "slice_index", None) or 0 if device.platform == "tpu" else 0 for device in devices}
     n_slices = slices or len(found)
     shape = tuple(sizes.values())
     if n_slices == 1:

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
-from mesh_transformer.model.params import STACK, Params, ParamInfo
+from mesh_transformer.model.params import STACK, ParamInfo, Params
 from mesh_transformer.model.transformer import Transformer, describe_params, head_of
 from mesh_transformer.train.loss import TokenLosses, score_tokens
 
@@ -183,10 +183,12 @@ class Flow(NamedTuple):
     losses: TokenLosses
 
 
-def pipeline_gradients(config: Config, params: Params, work: Work, tokens: Float[Array, ""]) -> tuple[Params, TokenLosses]:
+def pipeline_gradients(
+    config: Config, params: Params, work: Work, tokens: Float[Array, ""]
+) -> tuple[Params, TokenLosses]:
     """Gradients of the loss per token, and its sums, by 1F1B."""
     parts = make_parts(config)
-    split, (count, batch, length) = split_params(params, parts), work.batch.tokens.shape
+    split, count = split_params(params, parts), work.batch.tokens.shape[0]
     slots = 2 * parts.stages - 1
     empty = _empty(config, parts, work)
     kept = constrain(jnp.zeros((slots, *empty.shape), empty.dtype), "pieces", "stages", *STREAM)
@@ -238,7 +240,9 @@ def _tick(
     return flow._replace(grads=(d_own, d_shared, d_outer)), None
 
 
-def _score(config: Config, parts: Parts, part: Batch, tokens: Array, outer: Params, x: Array) -> tuple[Array, TokenLosses]:
+def _score(
+    config: Config, parts: Parts, part: Batch, tokens: Array, outer: Params, x: Array
+) -> tuple[Array, TokenLosses]:
     """The loss per token that a microbatch adds, and its sums."""
     head = head_of(outer, config.model)
     x = parts.finish(outer, None, x)
@@ -258,7 +262,9 @@ def _backward(parts: Parts, work: Work, split: tuple[Params, Params, Params], fl
     gradient = jnp.where(due[:, None, None, None], flow.returning, 0)
     slot = (index + stage) % flow.kept.shape[0]  # the tick of that microbatch's forward
 
-    def back(own: Params, kept: Array, slot: Array, key: Any, positions: Array, segments: Any, gradient: Array) -> tuple:
+    def back(
+        own: Params, kept: Array, slot: Array, key: Any, positions: Array, segments: Any, gradient: Array
+    ) -> tuple:
         x = jax.lax.dynamic_index_in_dim(kept, slot, 0, keepdims=False)
         run = lambda own, shared, x: parts.stage((own, shared), key, x, positions, segments)  # noqa: E731
         return jax.vjp(run, own, shared, x)[1](gradient)
