@@ -19,6 +19,7 @@ from mesh_transformer.files import replace_file
 from mesh_transformer.mesh import Layout
 from mesh_transformer.train.loop import Recorder, train
 from mesh_transformer.train.metrics import FILE, MetricsLog, read_metrics
+from mesh_transformer.train.pipeline import bubble_share
 from mesh_transformer.train.progress import Progress, print_rows, print_scores
 from mesh_transformer.train.recipe import write_recipe
 from mesh_transformer.train.report import write_report
@@ -111,6 +112,8 @@ def _introduce(run: Run, data: Data, console: Console) -> None:
         f"{run.flops_per_sequence * config.train.batch_size:.3g} FLOPs each",
         "jax": f"{jax.__version__} on {jax.default_backend()}",
     }
+    if config.mesh.pipeline > 1:
+        rows["pipeline"] = f"{config.mesh.pipeline_schedule}, {bubble_share(config):.0%} of the time idle"
     print_rows(console, "", rows)
     for note in [*data.notes, *run.notes]:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
