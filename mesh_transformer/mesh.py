@@ -20,6 +20,8 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mesh_transformer.config import ConfigError, MeshConfig
@@ -130,13 +132,32 @@ def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Lay
             "(mesh.cpu_devices=8 splits a CPU into eight)"
         )
     # Auto axes: the partitioner propagates shardings from parameters, batch and `constrain`; JAX's default is Explicit.
-    mesh = jax.make_mesh(
-        (data, config.fsdp, config.tensor),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices[:wanted],
+    arranged = arrange_devices((data, config.fsdp, config.tensor), devices[:wanted])
+    return Layout(
+        Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)), make_rules(config.rules)
     )
-    return Layout(mesh, make_rules(config.rules))
+
+
+def arrange_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices as an array of these sizes: neighbours of a TPU's torus side by side along every axis.
+
+    Where there are several slices (TPUs joined by the data-centre network), the first axis goes across them and the
+    others stay within one. ConfigError if its size is not a multiple of their number.
+    """
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise ConfigError(
+            f"mesh: {MESH_AXES[0]}={sizes[0]} is not a multiple of the {slices} slices, which are joined by "
+            f"{MESH_AXES[0]} alone; the other axes together must fit one slice of {len(devices) // slices} device(s)"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // slices, *sizes[1:]),
+        (slices, *[1] * (len(sizes) - 1)),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def make_rules(changes: Mapping[str, str | Sequence[str]]) -> dict[str, tuple[str, ...]]:
