@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A verdict as a page of text and as one JSON object."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mesh_transformer.plan.estimate import LABEL
 from mesh_transformer.plan.job import Measured, Traffic
 from mesh_transformer.plan.verdict import Cost, Verdict
 
-GIB, GB = 2**30, 10**9
+MIB, GIB, GB = 2**20, 2**30, 10**9
 
 
 def format_verdict(verdict: Verdict) -> str:
@@ -69,11 +69,13 @@ def _heading(measured: Measured) -> str:
 
 def _memory(verdict: Verdict) -> str:
     memory = verdict.memory
-    rows = [("memory of each device", "GiB")]
-    rows += [(kind, f"{size / GIB:,.3f}") for kind, size in memory.kinds.items() if size or kind == "parameters"]
-    rows.append(("peak" if not verdict.measured.refused else "needed, in the compiler's words", f"{memory.peak / GIB:,.3f}"))
+    name, unit = ("GiB", GIB) if memory.peak >= GIB else ("MiB", MIB)
+    rows = [("memory of each device", name)]
+    rows += [(kind, f"{size / unit:,.2f}") for kind, size in memory.kinds.items() if size or kind == "parameters"]
+    peak = "peak" if not verdict.measured.refused else "needed, in the compiler's words"
+    rows.append((peak, f"{memory.peak / unit:,.2f}"))
     if memory.usable is not None:
-        rows.append(("usable", f"{memory.usable / GIB:,.3f}"))
+        rows.append(("usable", f"{memory.usable / unit:,.2f}"))
     text = format_table(rows) + f"\nfits: {describe_fit(verdict)}"
     return text + (f"\n{verdict.measured.refused}" if verdict.measured.refused else "")
 
@@ -131,14 +133,16 @@ def _cost_rows(verdict: Verdict, cost: Cost) -> list[tuple[str, str]]:
     return rows
 
 
-def _traffic(traffic: Iterable[Traffic]) -> str:
-    rows = [("sent by each device in a step", "operation", "group", "times", "GB")]
-    shown = [row for row in traffic if row.sent >= 1e4]
-    for row in shown[:12]:
+def _traffic(traffic: Sequence[Traffic]) -> str:
+    most = max(row.sent for row in traffic)
+    name, unit = ("GB", GB) if most >= GB else ("MB", 1e6)
+    rows = [("sent by each device in a step", "operation", "group", "times", name)]
+    shown = [row for row in traffic if row.sent >= most / 1000][:12]
+    for row in shown:
         over = "+".join(row.axes) + (f" ({row.outer} slices or hosts)" if row.outer > 1 else "")
-        rows.append((over or "dcn", row.kind, str(row.group), f"{row.count:,}", f"{row.sent / GB:,.3f}"))
-    if len(shown) > 12:
-        rows.append(("others", "", "", "", f"{sum(row.sent for row in shown[12:]) / GB:,.3f}"))
+        rows.append((over or "dcn", row.kind, str(row.group), f"{row.count:,}", f"{row.sent / unit:,.3f}"))
+    if rest := sum(row.sent for row in traffic) - sum(row.sent for row in shown):
+        rows.append(("others", "", "", "", f"{rest / unit:,.3f}"))
     return format_table(rows, left=2)
 
 

@@ -65,8 +65,8 @@ def parse_topology(name: str) -> Topology:
         if found:
             kind, shape = found
             return Topology(name, TPUS[kind], shape, int(match[1] or 1))
-    if match := re.fullmatch(r"(?:([1-9]\d*)x)?(?:([1-9]\d*)x)?([A-Z][A-Z0-9]*(?:-\d+)?)", name):
-        outer, inner, gpu = match[1], match[2], match[3]
+    if match := re.fullmatch(r"(?:([1-9]\d*)x)?(?:([1-9]\d*)x)?([A-Z][A-Z0-9]*(?:-\d+)?)", name, re.I):
+        outer, inner, gpu = match[1], match[2], match[3].upper()
         if gpu in GPUS or gpu == "A100":
             return _gpu_topology(name, int(outer or 1) if inner else 1, int(inner or outer or 1), gpu)
     raise ConfigError(f"--topology {name}: no such product; {_nearest(name)}")

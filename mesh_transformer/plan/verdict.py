@@ -37,7 +37,7 @@ def judge_memory(measured: Measured, chip: Chip | None) -> Memory:
         needed = measured.needed_bytes
         kinds["gradients, activations, logits, temporary"] = max(needed - sum(kinds.values()), 0)
         return Memory(kinds, needed, usable, False)
-    kinds["padding"] = measured.argument_bytes - sum(kinds.values())
+    kinds["padding"] = max(measured.argument_bytes - sum(kinds.values()), 0)
     kinds["gradients"] = measured.gradients
     kinds["activations"] = measured.kept_bytes
     kinds["logits"] = measured.logits_bytes
