@@ -4,8 +4,8 @@
 
 Model code names the role of every dimension ("embed", "heads", ...). One rules table maps roles to mesh axes:
 
-    weights      embed -> fsdp    heads, kv_heads, ff, vocab -> tensor    layers, head_dim, position, buckets -> nothing
-    activations  batch -> data and fsdp    sequence, residual -> nothing
+    weights      embed -> fsdp    heads, kv_heads, ff -> tensor    vocab -> tensor and pipeline    layers -> pipeline
+    activations  batch -> data and fsdp    sequence -> context    stream -> context (and tensor: sequence_parallel)
 
 and XLA's partitioner inserts the communication. The table is strict: a name without a rule, a mesh axis used twice on
 one array, or a size that does not divide is an error that names the array.
@@ -26,16 +26,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mesh_transformer.config import ConfigError, MeshConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# From the slowest connection to the fastest: neighbours on the last axis are neighbours in the machine.
+MESH_AXES = ("data", "pipeline", "fsdp", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     # weights
-    "layers": (),
+    "layers": ("pipeline",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "ff": ("tensor",),
-    "vocab": ("tensor",),
+    "vocab": ("tensor", "pipeline"),  # every stage takes part in scoring
     "position": (),
     "buckets": (),
     # statistics
@@ -43,7 +44,9 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
     "pieces": (),  # microbatches of a batch
-    "sequence": (),
+    "stages": ("pipeline",),
+    "sequence": ("context",),  # inside a block
+    "stream": ("context",),  # between blocks
     "residual": (),
 }
 
@@ -87,7 +90,11 @@ class Layout(NamedTuple):
     @property
     def batch_pieces(self) -> int:
         """Pieces a batch is cut into; batch and microbatch sizes are multiples of it."""
-        return math.prod(self.mesh.shape[axis] for axis in self.rules["batch"])
+        return self.pieces("batch")
+
+    def pieces(self, axis: str) -> int:
+        """Pieces a dimension with this logical axis is cut into."""
+        return math.prod(self.mesh.shape[a] for a in self.rules[axis])
 
 
 def start_devices(config: MeshConfig) -> Layout:
@@ -122,42 +129,48 @@ def keep_freed_memory(keep: bool) -> None:
 def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Layout:
     """The mesh `config` asks for over `devices` (all, if not given), with its rules; ConfigError if sizes do not fit."""
     devices = list(jax.devices() if devices is None else devices)
-    inner = config.fsdp * config.tensor
+    inner = config.fsdp * config.tensor * config.context * config.pipeline
     data = config.data if config.data > 0 else len(devices) // inner
     wanted = data * inner
+    sizes = {axis: data if axis == "data" else getattr(config, axis) for axis in MESH_AXES}
     if wanted == 0 or wanted > len(devices) or (config.data == -1 and wanted != len(devices)):
+        given = " ".join(f"{axis}={size}" for axis, size in {**sizes, "data": config.data}.items())
         raise ConfigError(
-            f"mesh: data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not fit {len(devices)} device(s); "
-            "the product must not exceed their number, and with data=-1 fsdp x tensor must divide it "
-            "(mesh.cpu_devices=8 splits a CPU into eight)"
+            f"mesh: {given} does not fit {len(devices)} device(s); the product must not exceed their number, "
+            "and with data=-1 the other axes together must divide it (mesh.cpu_devices=8 splits a CPU into eight)"
         )
     # Auto axes: the partitioner propagates shardings from parameters, batch and `constrain`; JAX's default is Explicit.
-    arranged = arrange_devices((data, config.fsdp, config.tensor), devices[:wanted])
-    return Layout(
-        Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)), make_rules(config.rules)
-    )
+    mesh = Mesh(_place(sizes, devices[:wanted], config.slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    rules = make_rules(config.rules)
+    if config.sequence_parallel and "stream" not in config.rules:
+        rules["stream"] = (*rules["sequence"], "tensor")
+    return Layout(mesh, rules)
 
 
-def arrange_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """Devices as an array of these sizes: neighbours of a TPU's torus side by side along every axis.
+def _place(sizes: Mapping[str, int], devices: list[Any], slices: int | None) -> np.ndarray:
+    """Devices as an array with the mesh's axes: neighbours lie side by side, and slices apart along one axis alone.
 
-    Where there are several slices (TPUs joined by the data-centre network), the first axis goes across them and the
-    others stay within one. ConfigError if its size is not a multiple of their number.
+    Between slices (pods, or machines) the network is slow. They lie along `data`, whose gradients are added up once, or
+    along `pipeline`, which moves one activation from stage to stage; never along an axis that talks in every layer.
     """
-    slices = len({getattr(device, "slice_index", None) for device in devices})
-    if slices == 1:
-        return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
-    if sizes[0] % slices:
+    # GPUs call every machine a slice, though they may well talk in every layer across machines: there slices are asked for.
+    found = {getattr(device, "slice_index", None) or 0 if device.platform == "tpu" else 0 for device in devices}
+    n_slices = slices or len(found)
+    shape = tuple(sizes.values())
+    if n_slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    outer = next((axis for axis in ("data", "pipeline") if sizes[axis] % n_slices == 0), None)
+    if outer is None or len(devices) % n_slices or len(found) not in (1, n_slices):
         raise ConfigError(
-            f"mesh: {MESH_AXES[0]}={sizes[0]} is not a multiple of the {slices} slices, which are joined by "
-            f"{MESH_AXES[0]} alone; the other axes together must fit one slice of {len(devices) // slices} device(s)"
+            f"mesh: {len(devices)} device(s) in {len(found)} slice(s) do not make slices={n_slices} that lie along data="
+            f"{sizes['data']} or pipeline={sizes['pipeline']}; make one of these a multiple of the number of slices"
         )
-    return mesh_utils.create_hybrid_device_mesh(
-        (sizes[0] // slices, *sizes[1:]),
-        (slices, *[1] * (len(sizes) - 1)),
-        devices,
-        allow_split_physical_axes=True,
-    )
+    across = tuple(n_slices if axis == outer else 1 for axis in sizes)
+    within = tuple(size // n for size, n in zip(shape, across, strict=True))
+    if len(found) == n_slices:
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    parts = np.split(np.array(devices), n_slices)  # devices that know no slices: the first ones are the first slice
+    return np.concatenate([part.reshape(within) for part in parts], axis=list(sizes).index(outer))
 
 
 def make_rules(changes: Mapping[str, str | Sequence[str]]) -> dict[str, tuple[str, ...]]:
@@ -186,16 +199,28 @@ def use_layout(layout: Layout | None) -> Iterator[None]:
         _layout.reset(token)
 
 
+def current_layout() -> Layout | None:
+    """The layout of the program being traced, where it has more than one device."""
+    layout = _layout.get()
+    return None if layout is None or layout.mesh.size == 1 else layout
+
+
 def target_platform() -> str:
     """What the program being traced will run on ("cpu", "gpu", "tpu"): its layout's devices, or JAX's default ones."""
     layout = _layout.get()
     return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
 
 
+def target_chip() -> str:
+    """The kind of device, as its maker names it ("TPU v5p", "NVIDIA H100 80GB HBM3", "cpu"), of the program being traced."""
+    layout = _layout.get()
+    return (jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]).device_kind
+
+
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """`x`, kept partitioned by the rules for these logical axes (unchanged outside `use_layout`)."""
-    layout = _layout.get()
-    if layout is None or layout.mesh.size == 1:
+    layout = current_layout()
+    if layout is None:
         return x
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape, f"activation [{', '.join(axes)}]"))
 

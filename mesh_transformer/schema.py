@@ -67,7 +67,10 @@ class ModelConfig:
     dropout: Fraction = 0.0  # on embeddings, attention probabilities and both residual branches
     # how it is computed; the function does not depend on it
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and of weights in products
-    remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes
+    # What the backward pass recomputes: nothing; all but the residual stream; all but products with weights; the insides
+    # of attention; as "full", with the stream kept in the host's memory
+    remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
+    attention_kernel: Literal["auto", "plain", "blocked", "splash", "triton", "cudnn"] = "auto"  # auto: by platform
     unroll: Positive = 1  # periods of the layer scan laid out in one piece (CPU likes all of them)
 
     @model_validator(mode="after")
@@ -117,7 +120,7 @@ class ModelConfig:
 
     def describe_function(self) -> dict[str, Any]:
         """What determines the function computed, with every default spelled out; equal for equal functions of the weights."""
-        free = ("preset", "init", "dropout", "dtype", "remat", "unroll")
+        free = ("preset", "init", "dropout", "dtype", "remat", "attention_kernel", "unroll")
         table = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
         table |= dict(d_head=self.head_dim, n_kv_heads=self.kv_heads, d_ff=self.ff_dim)
         rotates = self.positions.startswith("rotary")
@@ -135,6 +138,11 @@ class MeshConfig:
     data: Annotated[int, Field(ge=-1)] = -1  # replicas; -1: all devices the other axes leave over
     fsdp: Positive = 1  # parameters and optimizer state sharded, batch too
     tensor: Positive = 1  # heads, feed-forward and vocabulary sharded
+    context: Positive = 1  # sequences cut: attention goes round a ring
+    pipeline: Positive = 1  # layers cut into stages; microbatches (train.accumulation) follow one another through them
+    pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"  # gpipe keeps every microbatch's activations until the end
+    sequence_parallel: bool = False  # between blocks, activations are cut along the sequence over `tensor` as well
+    slices: Positive | None = None  # machines or pods with a slow network between them; None: as the devices say
     cpu_devices: Positive | None = None  # split the CPU into this many devices (to try a mesh on a laptop)
     rules: dict[str, str | list[str]] = Field(default_factory=dict)  # logical axis -> mesh axis or axes; "" replicates
 
@@ -200,6 +208,7 @@ class TrainConfig:
     ramp_from: Positive | None = None  # first batch size of a linear ramp, as in GPT-3
     ramp_steps: NonNegative = 0  # steps until batch_size is reached
     z_loss: Amount = 0.0  # weight of (log Z)^2
+    loss_pieces: Positive = 1  # a sequence is scored in this many pieces; logits of only one of them exist at a time
     log_every: Positive = 10
     evaluate_every: NonNegative = 0  # steps; 0: only at the end
     evaluate_batches: Positive = 8  # per validation set, during training; all of it at the end
@@ -283,6 +292,19 @@ class Config:
             raise ValueError(f"optimizer.end_learning_rate={end} exceeds optimizer.learning_rate={peak}")
         if self.run.keep_optimizer and not self.run.start_from:
             raise ValueError("run.keep_optimizer needs run.start_from, the checkpoint whose optimizer it is")
+        stages, periods = self.mesh.pipeline, self.model.n_layers // len(self.model.attention_pattern)
+        if periods % stages:
+            raise ValueError(
+                f"mesh.pipeline={stages} does not divide model.n_layers={self.model.n_layers} into stages of whole "
+                f"attention patterns; use a divisor of {periods}"
+            )
+        if stages > 1 and self.train.noise_scale:
+            raise ValueError("train.noise_scale looks at each microbatch's own gradient; it needs mesh.pipeline=1")
+        pieces = self.train.loss_pieces * self.mesh.context
+        if self.model.seq_len % pieces:
+            raise ValueError(
+                f"model.seq_len={self.model.seq_len} is not a multiple of train.loss_pieces x mesh.context = {pieces}"
+            )
         if not self.data.train:
             raise ValueError("data.train names no source; add a [data.train.NAME] table with a path")
         both = sorted(set(self.data.train) & set(self.data.validation))

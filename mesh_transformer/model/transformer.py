@@ -8,11 +8,15 @@ from typing import NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from mesh_transformer.config import ModelConfig
-from mesh_transformer.mesh import constrain
-from mesh_transformer.model.attention import Attention, Cache, Sight
+from mesh_transformer.config import ConfigError, ModelConfig
+from mesh_transformer.mesh import constrain, target_platform
+from mesh_transformer.model.attention.blocks import from_ring_order, to_ring_order
+from mesh_transformer.model.attention.kernels import choose_kernel
+from mesh_transformer.model.attention.layer import Attention
+from mesh_transformer.model.attention.sight import Cache, Masks, Sight
 from mesh_transformer.model.feed_forward import FeedForward
 from mesh_transformer.model.linear import dropout, linear
 from mesh_transformer.model.norms import Norm
@@ -22,9 +26,16 @@ from mesh_transformer.model.positions import RelativeBias
 Caches = tuple[
     Cache, ...
 ]  # of every block in a period of the attention pattern, stacked over the periods as parameters are
+POLICIES = jax.checkpoint_policies
 REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": POLICIES.nothing_saveable,
+    "dots": POLICIES.dots_with_no_batch_dims_saveable,
+    "offload": POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["stream"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -43,7 +54,7 @@ class Block(hk.Module):
         attention, feed_forward = Attention(c, inits, local=self.local), FeedForward(c, inits)
         normed = Norm(c, name="norm_1")(x)
         mixed, cache = attention(normed, sight, cache)
-        mixed = dropout(mixed, c.dropout)
+        mixed = dropout(constrain(mixed, "batch", "stream", "residual"), c.dropout)
         match c.residual:
             case "serial":
                 x = x + mixed
@@ -52,7 +63,7 @@ class Block(hk.Module):
                 x = x + mixed + dropout(feed_forward(normed), c.dropout)
             case "parallel-two-norms":  # GPT-NeoX
                 x = x + mixed + dropout(feed_forward(Norm(c, name="norm_2")(x)), c.dropout)
-        return constrain(x, "batch", "sequence", "residual"), cache
+        return constrain(x, "batch", "stream", "residual"), cache
 
 
 class Transformer(hk.Module):
@@ -72,8 +83,41 @@ class Transformer(hk.Module):
     ) -> tuple[Float[Array, "B U V"], Caches | None]:
         """Logits in float32 (U = T, or 1 with `logits_at`) and the cache, updated."""
         c, inits = self.config, make_inits(self.config)
+        x, cache = self.hidden(tokens, positions, segments, cache)
+        if cache is None:
+            x = from_ring_order(x)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
+        if c.tied_embeddings:
+            w_head = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model).T
+        else:
+            w_head = param("w_head", inits.inner, embed=c.d_model, vocab=c.n_vocab)
+        logits = linear(x, w_head, dtype="float32")
+        if c.head_bias:
+            logits = logits + param("b_head", hk.initializers.Constant(0.0), vocab=c.n_vocab)[None, None]
+        return logits, cache
+
+    @hk.experimental.name_like("__call__")  # keeps "~hidden" out of the arrays' names
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None,
+        segments: Int[Array, "B T"] | None,
+        cache: Caches | None,
+    ) -> tuple[Float[Array, "B T D"], Caches | None]:
+        """What the head scores: the normalised stream, in ring order without a cache, and the cache, updated."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if cache is None:
+            tokens, positions = to_ring_order(tokens), to_ring_order(positions)
+            segments = None if segments is None else to_ring_order(segments)
+        x, cache = self.run_layers(self.embed(tokens, positions), self.see(positions, segments, cache), cache)
+        return self.normalise(x), cache
+
+    @hk.experimental.name_like("__call__")
+    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The stream before the first layer."""
+        c, inits = self.config, make_inits(self.config)
         table = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model)
         # Gathered before the cast: the gradient adds up every use of a token in float32. Gathered from whole rows: pieces
         # of rows would replicate the batch.
@@ -81,31 +125,32 @@ class Transformer(hk.Module):
         if c.positions == "learned":
             w_positions = param("w_positions", inits.position, position=c.seq_len, embed=c.d_model)
             x = x + constrain(w_positions, "position", "residual")[positions].astype(c.dtype)
-        x = constrain(dropout(x, c.dropout), "batch", "sequence", "residual")
-        sight = self.see(positions, segments, cache)
-        x, cache = self.run_layers(x, sight, cache)
-        x = Norm(c, name="norm_out")(x)
-        if logits_at is not None:
-            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
-        w_head = table.T if c.tied_embeddings else param("w_head", inits.inner, embed=c.d_model, vocab=c.n_vocab)
-        logits = linear(x, w_head, dtype="float32")
-        if c.head_bias:
-            logits = logits + param("b_head", hk.initializers.Constant(0.0), vocab=c.n_vocab)[None, None]
-        return logits, cache
+        return constrain(dropout(x, c.dropout), "batch", "stream", "residual")
 
-    @hk.experimental.name_like("__call__")  # keeps "~see" out of the arrays' names
+    @hk.experimental.name_like("__call__")
+    def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The stream after the last layer, as the head reads it: whole along `tensor`, whose devices score other tokens."""
+        return constrain(Norm(self.config, name="norm_out")(x), "batch", "sequence", "residual")
+
+    @hk.experimental.name_like("__call__")
     def see(self, positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Caches | None) -> Sight:
         """Causality is by place in the sequence; with a cache, place and position are the same."""
+        c, length = self.config, positions.shape[1]
+        kernel = "plain"  # while arrays are made, at no particular length
+        if not hk.running_init():
+            kernel = choose_kernel(c, length, segmented=segments is not None, cached=cache is not None)
+        if kernel != "plain":
+            return Sight(kernel, positions, segments, None)
         if cache is None:
-            query = key = jnp.arange(positions.shape[1])[None]
+            query = key = to_ring_order(jnp.arange(length)[None])
         else:
             query, key = positions, jnp.arange(cache[0].k.shape[-2])[None]
         distance = query[:, :, None] - key[:, None, :]
         visible = distance >= 0
         if segments is not None:
             visible = visible & (segments[:, :, None] == segments[:, None, :])
-        near = visible & (distance < self.config.attention_window)
-        return Sight(positions, visible, near, RelativeBias(self.config)(distance))
+        near = visible & (distance < c.attention_window)
+        return Sight(kernel, positions, segments, Masks(visible, near, RelativeBias(c)(distance)))
 
     @hk.experimental.name_like("__call__")
     def run_layers(
@@ -115,14 +160,16 @@ class Transformer(hk.Module):
         c, pattern = self.config, self.config.attention_pattern
 
         def period(x: Array, caches: Caches | None) -> tuple[Array, Caches | None]:
-            updated = []
+            x, updated = checkpoint_name(x, "stream"), []
             for i, kind in enumerate(pattern):
                 block = Block(c, local=kind == "local", name=f"block_{i}")
                 x, own = block(x, sight, None if caches is None else caches[i])
                 updated.append(own)
             return x, None if caches is None else tuple(updated)
 
-        if c.remat != "none" and caches is None:
+        if c.remat in REMAT and caches is None:
+            if c.remat == "offload" and target_platform() == "cpu":
+                raise ConfigError('model.remat = "offload" needs a GPU or TPU with a host beside it; use "full"')
             period = hk.remat(period, policy=REMAT[c.remat])
         n_periods = c.n_layers // len(pattern)
         stack = hk.experimental.layer_stack(
@@ -131,11 +178,19 @@ class Transformer(hk.Module):
         return stack(period)(x, caches)
 
 
+class Head(NamedTuple):
+    """What scores the vocabulary."""
+
+    w: Float[Array, "D V"]
+    b: Float[Array, "V"] | None
+
+
 class Model(NamedTuple):
-    """A transformer as two pure functions."""
+    """A transformer as pure functions."""
 
     init: Callable[[PRNGKeyArray], Params]
     apply: Callable[..., tuple[Float[Array, "B U V"], Caches | None]]
+    hidden: Callable[..., Float[Array, "B T D"]]
 
 
 def make_model(config: ModelConfig) -> Model:
@@ -143,13 +198,17 @@ def make_model(config: ModelConfig) -> Model:
 
     apply takes tokens [B, T] and, by keyword: `positions` [B, T] (default 0..T-1), `segments` [B, T] (attention stays
     within equal ones), `cache` (keys and values are stored at `positions` and all earlier ones are seen), `logits_at`
-    [B] (score only this place of each row), `dropout_key` (none: no dropout).
+    [B] (score only this place of each row), `dropout_key` (none: no dropout). `hidden`, with the first three of these,
+    gives what the head scores (see `head_of`) in ring order: compare it with `to_ring_order(targets)`.
     """
 
     def forward(tokens, positions=None, segments=None, cache=None, logits_at=None):
         return Transformer(config)(tokens, positions, segments, cache, logits_at)
 
-    transformed = hk.transform(forward)
+    def forward_hidden(tokens, positions=None, segments=None):
+        return Transformer(config).hidden(tokens, positions, segments, None)[0]
+
+    transformed, transformed_hidden = hk.transform(forward), hk.transform(forward_hidden)
 
     def init(key: PRNGKeyArray) -> Params:
         return transformed.init(key, jnp.zeros((1, 1), jnp.int32))  # type: ignore[return-value]
@@ -157,7 +216,16 @@ def make_model(config: ModelConfig) -> Model:
     def apply(params: Params, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
         return transformed.apply(params, dropout_key, tokens, **inputs)
 
-    return Model(init, apply)
+    def hidden(params: Params, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
+        return transformed_hidden.apply(params, dropout_key, tokens, **inputs)
+
+    return Model(init, apply, hidden)
+
+
+def head_of(params: Params, config: ModelConfig) -> Head:
+    """The weights that `apply` scores with."""
+    own = params["transformer"]
+    return Head(own["w_tokens"].T if config.tied_embeddings else own["w_head"], own.get("b_head"))
 
 
 def describe_params(config: ModelConfig) -> dict[str, dict[str, ParamInfo]]:

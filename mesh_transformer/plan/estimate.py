@@ -7,8 +7,9 @@ Memory of one device:
     state         every array of it, cut as the rules say
     gradients     float32, of the parameters' shapes; twice where microbatches add up
     activations   for each layer what remat leaves (`_kept_per_token`)
-    working set   the larger of the logits (10 bytes an entry) and one layer: attention scores (10 bytes an entry), the
-                  feed-forward's hidden units (6 bytes) and its gathered weights
+    working set   the larger of the loss (14 bytes for each logit of a piece, and the whole gradient of its weights)
+                  and one layer: attention scores (10 bytes an entry, where they are made at all), the feed-forward's
+                  hidden units (6 bytes) and its gathered weights
 
 Traffic: fsdp gathers bfloat16 weights for the forward and the backward pass of every microbatch and reduces gradients
 once for each; tensor adds up the residual stream four times a layer (twice where attention and feed-forward are
@@ -25,7 +26,7 @@ from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.plan.job import Measured, Traffic
 from mesh_transformer.plan.topologies import Topology, parse_topology
 
-SCORE_BYTES, LOGIT_BYTES, HIDDEN_BYTES = 10, 10, 6
+SCORE_BYTES, LOGIT_BYTES, HIDDEN_BYTES = 10, 14, 6
 LABEL = "estimate from formulas, nothing compiled"
 
 
@@ -45,7 +46,10 @@ def make_pieces(config: Config, devices: int) -> Pieces:
     sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     if sizes["data"] == -1:
         sizes["data"] = max(devices // math.prod(size for axis, size in sizes.items() if axis != "data"), 1)
-    return Pieces(sizes, make_rules(config.mesh.rules))
+    rules = make_rules(config.mesh.rules)
+    if config.mesh.sequence_parallel and "stream" not in config.mesh.rules:
+        rules["stream"] = (*rules["sequence"], "tensor")
+    return Pieces(sizes, rules)
 
 
 def estimate_training(
@@ -63,9 +67,11 @@ def estimate_training(
     own = tokens / train.accumulation / pieces.cut("batch")  # tokens of a device's microbatch
     moments = held * _moment_bytes(config)
     gradients = 4 * held
-    kept = model.n_layers * own * _kept_per_token(model, pieces, item)
-    logits = own * model.n_vocab / pieces.cut("vocab")
-    working = max(LOGIT_BYTES * logits, _layer_bytes(model, pieces, own, item))
+    plain = _makes_scores(model, topology)
+    kept = model.n_layers * own / pieces.cut("sequence") * _kept_per_token(model, pieces, item, plain)
+    logits = own / pieces.cut("sequence") / train.loss_pieces * model.n_vocab / pieces.cut("vocab")
+    head = 4 * model.d_model * model.n_vocab / pieces.cut("vocab")
+    working = max(LOGIT_BYTES * logits + head, _layer_bytes(model, pieces, own, item, plain))
     peak = 4 * held + moments + gradients * (2 if train.accumulation > 1 else 1) + kept + working
     flops, again = _flops(model, total, tokens)
     return Measured(
@@ -87,7 +93,7 @@ def estimate_training(
         peak_bytes=int(peak),
         kept_bytes=int(kept),
         logits_bytes=int(4 * logits),
-        hbm_bytes=_hbm_bytes(config, held, own, item, pieces),
+        hbm_bytes=_hbm_bytes(config, held, own, item, pieces, plain),
         traffic=list(_traffic(config, pieces, held, own, item, topology)),
         compiler=LABEL,
         state_bytes=int(total * (4 + moments / held)),
@@ -111,30 +117,42 @@ def _moment_bytes(config: Config) -> float:
             return first
 
 
-def _kept_per_token(model: ModelConfig, pieces: Pieces, item: int) -> float:
-    """Bytes that one layer keeps for each token's backward pass."""
-    stream = model.d_model * item / pieces.cut("sequence")
-    heads = (model.n_heads + 2 * model.kv_heads) * model.head_dim * item / pieces.cut("heads")
+def _makes_scores(model: ModelConfig, topology: Topology) -> bool:
+    """Whether attention writes all its scores: not on accelerators, where kernels go by blocks, nor with long CPU rows."""
+    if model.attention_kernel != "auto":
+        return model.attention_kernel == "plain"
+    return topology.chip is None and model.seq_len <= 1024
+
+
+def _kept_per_token(model: ModelConfig, pieces: Pieces, item: int, plain: bool) -> float:
+    """Bytes that one layer keeps for each token's backward pass; with full remat, one period of layers its input."""
+    period = len(model.attention_pattern)
+    stream = model.d_model * item / (pieces.cut("stream") / pieces.cut("sequence"))
+    mixed = model.n_heads * model.head_dim * item / pieces.cut("heads")
+    heads = mixed + 2 * model.kv_heads * model.head_dim * item / pieces.cut("kv_heads")
     hidden = model.ff_dim * item * (2 if model.gated else 1) / pieces.cut("ff")
-    scores = 6 * model.n_heads / pieces.cut("heads") * model.seq_len
+    scores = 6 * model.n_heads / pieces.cut("heads") * model.seq_len if plain else mixed
     match model.remat:
         case "none":
             return 5 * stream + 2 * heads + hidden + scores
         case "dots":
-            return 3 * stream + heads + hidden
+            return stream / period + 2 * stream + heads + hidden
         case "attention":
-            return 2 * stream
+            return 4 * stream + heads + hidden
         case "offload":
             return 0.0
         case _:
-            return stream
+            return stream / period
 
 
-def _layer_bytes(model: ModelConfig, pieces: Pieces, own: float, item: int) -> float:
-    """One layer at work: scores, hidden units and gathered weights."""
-    scores = SCORE_BYTES * own * model.n_heads / pieces.cut("heads") * model.seq_len
-    hidden = HIDDEN_BYTES * own * model.ff_dim / pieces.cut("ff") * (2 if model.gated else 1)
-    return scores + hidden + 2 * item * _layer_weights(model) / pieces.cut("ff")
+def _layer_bytes(model: ModelConfig, pieces: Pieces, own: float, item: int, plain: bool) -> float:
+    """One period of layers at work: scores or the heads' arrays, hidden units, and a layer's gathered weights."""
+    own /= pieces.cut("sequence")
+    mixed = 6 * item * model.n_heads * model.head_dim / pieces.cut("heads")
+    scores = SCORE_BYTES * model.n_heads / pieces.cut("heads") * model.seq_len if plain else mixed
+    hidden = HIDDEN_BYTES * model.ff_dim / pieces.cut("ff") * (2 if model.gated else 1)
+    layers = own * (scores + hidden + 4 * item * model.d_model) * len(model.attention_pattern)
+    return layers + 2 * item * _layer_weights(model) / pieces.cut("ff")
 
 
 def _layer_weights(model: ModelConfig) -> int:
@@ -148,17 +166,18 @@ def _flops(model: ModelConfig, parameters: int, tokens: int) -> tuple[float, flo
     products = 2.0 * (parameters - table) * tokens
     attention = 4.0 * model.n_layers * model.n_heads * model.head_dim * model.seq_len * tokens
     layers = 2.0 * model.n_layers * _layer_weights(model) * tokens + attention
-    again = {"none": 0.0, "dots": attention}.get(model.remat, layers)
+    again = {"none": 0.0, "dots": attention, "attention": attention}.get(model.remat, layers)
     return 3.0 * (products + attention), again
 
 
-def _hbm_bytes(config: Config, held: float, own: float, item: int, pieces: Pieces) -> float:
+def _hbm_bytes(config: Config, held: float, own: float, item: int, pieces: Pieces, plain: bool) -> float:
     """State read and written, weights read three times, and about thirty passes over each layer's activations."""
     model, micro = config.model, config.train.accumulation
     state = held * (2 * (4 + _moment_bytes(config)) + 8)
     weights = 3 * item * held * pieces.sizes["fsdp"] * micro
     stream = 30 * item * model.d_model * own * model.n_layers * micro
     scores = 4 * SCORE_BYTES * own * model.n_heads / pieces.cut("heads") * model.seq_len * model.n_layers * micro
+    scores *= plain
     logits = 2 * LOGIT_BYTES * own * model.n_vocab / pieces.cut("vocab") * micro
     return state + weights + stream + scores + logits
 

@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The smallest change to a run with which it fits: candidates in the order of what they cost, each compiled.
 
-First what leaves the trained function as it is and costs time alone: recompute more, cut the batch into more
+First what leaves the trained function as it is and costs time alone: score fewer logits at a time, recompute more, cut the batch into more
 microbatches, cut the residual stream over `tensor`, move replicas into `fsdp`, then devices into `tensor`. Then what
 changes it a little: moments in bfloat16, a smaller batch, an optimizer that keeps less. One change is tried before two.
 """
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, get_args, get_type_hints
 
@@ -18,7 +19,7 @@ from mesh_transformer.plan.job import Job, Measured
 from mesh_transformer.plan.topologies import parse_topology
 from mesh_transformer.plan.verdict import judge_memory
 
-REMAT_ORDER = ("none", "dots", "attention", "full", "offload")  # the more to the right, the less is kept
+REMAT_ORDER = ("none", "attention", "dots", "full", "offload")  # the more to the right, the less is kept
 HOPELESS = 1.35  # times what is usable: an estimate above it is not worth a compile
 MOST_COMPILES = 8
 
@@ -86,6 +87,7 @@ def propose_changes(config: Config, devices: int) -> Iterator[Change]:
 def _groups(config: Config, devices: int) -> list[list[Change]]:
     sizes, rules = make_pieces(config, devices)
     return [
+        _loss(config, rules["sequence"], sizes),
         _remat(config),
         _accumulation(config, sizes, rules),
         _sequence(config, sizes, rules),
@@ -93,6 +95,15 @@ def _groups(config: Config, devices: int) -> list[list[Change]]:
         _moments(config),
         _batch(config),
         _optimizer(config),
+    ]
+
+
+def _loss(config: Config, cut_by: tuple[str, ...], sizes: dict[str, int]) -> list[Change]:
+    """Logits of a quarter, or a sixteenth, of the sequences at a time: as much work as before."""
+    length = config.model.seq_len // math.prod(sizes[axis] for axis in cut_by)
+    counts = [config.train.loss_pieces * n for n in (4, 16)]
+    return [
+        Change((f"train.loss_pieces={count}",), f"the loss in {count} pieces") for count in counts if length % count == 0
     ]
 
 
@@ -114,9 +125,9 @@ def _accumulation(config: Config, sizes: dict[str, int], rules: dict[str, tuple[
 
 
 def _sequence(config: Config, sizes: dict[str, int], rules: dict[str, tuple[str, ...]]) -> list[Change]:
-    if sizes.get("tensor", 1) == 1 or rules["sequence"]:
+    if sizes.get("tensor", 1) == 1 or "tensor" in rules["stream"]:
         return []
-    return [Change(('mesh.rules.sequence="tensor"',), "the residual stream cut over tensor")]
+    return [Change(("mesh.sequence_parallel=true",), "the residual stream cut over tensor between blocks")]
 
 
 def _mesh(config: Config, sizes: dict[str, int]) -> list[Change]:

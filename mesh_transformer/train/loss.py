@@ -1,12 +1,16 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""logits -> loss: cross entropy in float32, with the z-loss that keeps log Z near zero."""
+"""Hidden states -> loss: cross entropy in float32, with the z-loss that keeps log Z near zero."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
+
+from mesh_transformer.mesh import current_layout
 
 
 class TokenLosses(NamedTuple):
@@ -17,16 +21,139 @@ class TokenLosses(NamedTuple):
     tokens: Float[Array, ""]  # sum of the mask
 
 
-def cross_entropy(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) -> tuple[Array, Array]:
-    """-log p(target) in nats, and log Z, for every token; both [*batch] in float32."""
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return log_z - target_logits, log_z
+class Scored(NamedTuple):
+    """What the backward pass will multiply by one number; None where nothing is differentiated."""
+
+    dx: Float[Array, "B T D"]
+    dw: Float[Array, "D V"]
+    db: Float[Array, "V"] | None
 
 
-def sum_losses(
-    logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"], mask: Float[Array, "*batch"]
-) -> TokenLosses:
-    """The sums over a (micro)batch; tokens with mask 0 count for nothing."""
-    nats, log_z = cross_entropy(logits, targets)
-    return TokenLosses(jnp.sum(nats * mask), jnp.sum(jnp.square(log_z) * mask), jnp.sum(mask))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def score_tokens(
+    x: Float[Array, "B T D"],
+    w: Float[Array, "D V"],
+    b: Float[Array, "V"] | None,
+    targets: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    z_loss: float,
+    pieces: int,
+) -> tuple[Float[Array, ""], TokenLosses]:
+    """Cross entropy + z_loss x (log Z)^2 summed over the tokens, and the sums apart; only the first is differentiated.
+
+    The sequence is scored in `pieces` and the gradient of each is taken at once, so that logits of one piece exist at a
+    time and none is computed twice. Where the vocabulary is cut over devices, each scores its own part of it: what
+    moves are three numbers for each token and the sum of dx, never logits.
+    """
+    return _score(x, w, b, targets, mask, z_loss, pieces, differentiate=False)[0]
+
+
+def _score_forward(x: Array, w: Array, b: Any, targets: Array, mask: Array, z_loss: float, pieces: int) -> tuple:
+    return _score(x, w, b, targets, mask, z_loss, pieces, differentiate=True)
+
+
+def _score_backward(z_loss: float, pieces: int, scored: Scored, gradients: tuple) -> tuple:
+    grown = jax.tree.map(lambda d: d * gradients[0].astype(d.dtype), scored)
+    return (*grown, None, None)
+
+
+score_tokens.defvjp(_score_forward, _score_backward)
+
+
+def _score(
+    x: Array, w: Array, b: Any, targets: Array, mask: Array, z_loss: float, pieces: int, *, differentiate: bool
+) -> tuple[tuple[Array, TokenLosses], Scored | None]:
+    layout, w = current_layout(), w.astype(x.dtype)
+    options = dict(z_loss=z_loss, pieces=pieces, differentiate=differentiate)
+    if layout is None:
+        return _score_here(x, w, b, targets, mask, (), (), (), **options)
+    tokens = layout.spec(("batch", "sequence"), targets.shape, "activation [targets]")
+    stream = layout.spec(("batch", "sequence", "residual"), x.shape, "activation [hidden]")
+    whole = layout.spec(
+        ("residual", "vocab"), w.shape, "w_head"
+    )  # gathered along embed, which the batch may lie on too
+    vocab = layout.spec(("vocab",), w.shape[1:], "w_head")
+    rows_on, vocab_on = (tuple(a for part in spec for a in _axes(part)) for spec in (tokens, vocab))
+    own = layout.spec(("embed", "vocab"), w.shape, "w_head")
+    embed_on = _axes(own[0]) if len(own) else ()
+    if not set(embed_on) <= set(rows_on):
+        own, embed_on = whole, ()
+    losses = (P(), TokenLosses(P(), P(), P()))
+    scored = Scored(stream, own, None if b is None else vocab) if differentiate else None
+    return jax.shard_map(
+        partial(_score_here, rows_on=rows_on, vocab_on=vocab_on, embed_on=embed_on, **options),
+        mesh=layout.mesh,
+        in_specs=(stream, whole, vocab, tokens, tokens),
+        out_specs=(losses, scored),
+        check_vma=False,
+    )(x, w, b, targets, mask)
+
+
+def _axes(part: Any) -> tuple[str, ...]:
+    return () if part is None else (part,) if isinstance(part, str) else part
+
+
+def _score_here(
+    x: Array,
+    w: Array,
+    b: Any,
+    targets: Array,
+    mask: Array,
+    rows_on: tuple[str, ...],
+    vocab_on: tuple[str, ...],
+    embed_on: tuple[str, ...],
+    *,
+    z_loss: float,
+    pieces: int,
+    differentiate: bool,
+) -> tuple[tuple[Array, TokenLosses], Scored | None]:
+    """This device's tokens against its part of the vocabulary; sums over all devices."""
+    first = jax.lax.axis_index(vocab_on) * w.shape[1] if vocab_on else 0
+    over_vocab = partial(_add_up, axes=vocab_on)
+
+    def score(carry: tuple, piece: tuple) -> tuple[tuple, Array | None]:
+        x, targets, mask = (part.reshape(-1, *part.shape[2:]) for part in piece)
+        logits = jnp.matmul(x, w, preferred_element_type=jnp.float32)
+        if b is not None:
+            logits = logits + b[None]
+        high = jnp.max(logits, axis=-1)
+        high = jax.lax.pmax(high, vocab_on) if vocab_on else high
+        exps = jnp.exp(logits - high[:, None])
+        total = over_vocab(jnp.sum(exps, axis=-1))
+        is_target = (targets - first)[:, None] == jnp.arange(w.shape[1])[None]
+        log_z = high + jnp.log(total)
+        nats = log_z - over_vocab(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1))
+        sums = TokenLosses(jnp.sum(nats * mask), jnp.sum(jnp.square(log_z) * mask), jnp.sum(mask))
+        if not differentiate:
+            return (jax.tree.map(jnp.add, carry[0], sums), *carry[1:]), None
+        along = mask * (1.0 + 2.0 * z_loss * log_z) / total
+        d = exps * along[:, None] - jnp.where(is_target, mask[:, None], 0.0)
+        narrow = d.astype(x.dtype)
+        dx = over_vocab(jnp.matmul(narrow, w.T, preferred_element_type=jnp.float32)).astype(x.dtype)
+        dw = carry[1] + jnp.matmul(x.T, narrow, preferred_element_type=jnp.float32)
+        db = None if b is None else carry[2] + jnp.sum(d, axis=0)
+        return (jax.tree.map(jnp.add, carry[0], sums), dw, db), dx
+
+    zero = jnp.zeros(())
+    grads = (jnp.zeros(w.shape), None if b is None else jnp.zeros(b.shape)) if differentiate else (None, None)
+    carry = (TokenLosses(zero, zero, zero), *grads)
+    batch, length, width = x.shape
+    if pieces == 1:
+        (sums, dw, db), dx = score(carry, (x, targets, mask))
+    else:
+        cut = lambda x: x.reshape(batch, pieces, -1, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
+        (sums, dw, db), dx = jax.lax.scan(score, carry, (cut(x), cut(targets), cut(mask)))
+        dx = None if dx is None else dx.reshape(pieces, batch, -1, width).swapaxes(0, 1)
+    sums = _add_up(sums, rows_on)
+    losses = (sums.nats + z_loss * sums.z_squares, sums)
+    if dx is None:
+        return losses, None
+    # Added up once, each device keeping its own rows where the weight is cut along embed.
+    for axis in embed_on:
+        dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=0, tiled=True)
+    dw = _add_up(dw, tuple(axis for axis in rows_on if axis not in embed_on))
+    return losses, Scored(dx.reshape(batch, length, width), dw, _add_up(db, rows_on))
+
+
+def _add_up(tree: Any, axes: tuple[str, ...]) -> Any:
+    return jax.lax.psum(tree, axes) if axes else tree

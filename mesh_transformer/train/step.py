@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float
 from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
+from mesh_transformer.model.attention.blocks import to_ring_order
 from mesh_transformer.model.params import STACK, Params
-from mesh_transformer.model.transformer import make_model
-from mesh_transformer.train.loss import TokenLosses, sum_losses
+from mesh_transformer.model.transformer import Model, head_of, make_model
+from mesh_transformer.train.loss import TokenLosses, score_tokens
 from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale
 from mesh_transformer.train.optimizer import global_norm
 from mesh_transformer.train.schedule import make_schedule
@@ -36,7 +37,7 @@ def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, Met
     """The pure function (state, batch) -> (state, metrics) that training runs and the planner compiles."""
     optimizer = make_run_optimizer(config)
     schedule = make_schedule(config.optimizer, config.train.steps)
-    gradients = _make_gradients(config)
+    gradients = make_gradients(config)
     train = config.train
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -84,8 +85,7 @@ def make_eval_step(config: Config) -> Callable[[Params, Batch], TokenLosses]:
     model = make_model(config.model)
 
     def eval_step(params: Params, batch: Batch) -> TokenLosses:
-        logits, _ = model.apply(params, batch.tokens, **_context(config, batch))
-        return sum_losses(logits, batch.targets, batch.mask)
+        return _score_batch(config, model, params, batch, None)[1]
 
     return eval_step
 
@@ -95,14 +95,23 @@ def _context(config: Config, batch: Batch) -> dict[str, Any]:
     return {"positions": batch.positions, "segments": batch.segments} if config.data.isolate_documents else {}
 
 
-def _make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gradients]:
-    """Gradients of the mean loss, accumulated in float32 over `train.accumulation` microbatches."""
-    model, pieces, z_loss = make_model(config.model), config.train.accumulation, config.train.z_loss
+def _score_batch(
+    config: Config, model: Model, params: Params, batch: Batch, key: Array | None
+) -> tuple[Array, TokenLosses]:
+    """The loss summed over a batch, and its parts."""
+    x = model.hidden(params, batch.tokens, dropout_key=key, **_context(config, batch))
+    targets, mask = to_ring_order(batch.targets), to_ring_order(batch.mask)
+    head = head_of(params, config.model)
+    return score_tokens(x, head.w, head.b, targets, mask, config.train.z_loss, config.train.loss_pieces)
+
+
+def make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gradients]:
+    """(parameters, batch, dropout key) -> gradients of the mean loss, accumulated in float32 over the microbatches."""
+    model, pieces = make_model(config.model), config.train.accumulation
 
     def loss_of(params: Params, part: Batch, key: Array | None, tokens: Array) -> tuple[Array, TokenLosses]:
-        logits, _ = model.apply(params, part.tokens, dropout_key=key, **_context(config, part))
-        sums = sum_losses(logits, part.targets, part.mask)
-        return (sums.nats + z_loss * sums.z_squares) / tokens, sums
+        total, sums = _score_batch(config, model, params, part, key)
+        return total / tokens, sums
 
     def gradients(params: Params, batch: Batch, key: Array | None) -> Gradients:
         tokens = jnp.sum(batch.mask)  # of the whole batch, so that parts add up to its mean whatever their masks
