@@ -50,7 +50,7 @@ def run_plan(config: Config, options: argparse.Namespace) -> None:
         missing, measured = str(error), _estimate(job)
     verdict = judged(config, measured)
     if verdict.memory.fits is False and topology.chip and not missing and not options.sample:
-        remedy = find_remedy(job, compile_one, report=_say)
+        remedy = find_remedy(job, measured, compile_one, report=_say)
     if options.json:
         table = verdict_to_json(verdict) | ({"missing": missing} if missing else {})
         if verdict.memory.fits is False:

@@ -20,7 +20,7 @@ from mesh_transformer.plan.topologies import parse_topology
 from mesh_transformer.plan.verdict import judge_memory
 
 REMAT_ORDER = ("none", "attention", "dots", "full", "offload")  # the more to the right, the less is kept
-HOPELESS = 1.35  # times what is usable: an estimate above it is not worth a compile
+HOPELESS = 1.05  # times what is usable: an estimate above it, scaled by how far the first was off, is not compiled
 MOST_COMPILES = 8
 
 
@@ -48,18 +48,27 @@ def change_config(config: Config, overrides: tuple[str, ...]) -> Config:
 
 
 def find_remedy(
-    job: Job, compile_one: Callable[[Job], Measured], *, report: Callable[[str], None] = lambda line: None
+    job: Job,
+    measured: Measured,
+    compile_one: Callable[[Job], Measured],
+    *,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Remedy | None:
-    """The first candidate that compiles within the memory of the topology; None if none of those tried does."""
+    """The first candidate that compiles within the memory of the topology; None if none of those tried does.
+
+    `measured` is of the job itself, which does not fit.
+    """
     topology = parse_topology(job.topology)
     assert topology.chip is not None
     params, tried = describe_model(job.config.model), 0
+    needed = judge_memory(measured, topology.chip).peak
+    scale = needed / estimate_training(job.config, job.topology, params).peak_bytes if needed else 1.0
     for change in propose_changes(job.config, topology.devices):
         if tried == MOST_COMPILES:
             break
         try:
             config = change_config(job.config, change.overrides)
-            guess = estimate_training(config, job.topology, params).peak_bytes
+            guess = scale * estimate_training(config, job.topology, params).peak_bytes
             if guess > HOPELESS * topology.chip.memory:
                 continue
             report(f"trying {change.words}")

@@ -45,7 +45,8 @@ def _times(equation: Any) -> int:
         case "scan":
             return params["length"]
         case "shard_map":
-            return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+            axes = params.get("newly_manual_axes", params.get("manual_axes"))  # by the version of JAX
+            return math.prod(params["mesh"].shape[axis] for axis in axes)
         case "pallas_call":
             return math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
     return 1
