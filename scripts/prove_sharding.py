@@ -95,7 +95,9 @@ def main(arguments: list[str]) -> int:
     """Run the rows and print the table."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="rows whose name contains this")
-    parser.add_argument("--processes", type=int, default=1, help="processes that share the devices; default: %(default)s")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes that share the devices; default: %(default)s"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--worker", nargs=2, metavar=("ADDRESS", "INDEX"), help="used by --processes")
     options = parser.parse_args(arguments)
@@ -113,7 +115,9 @@ def main(arguments: list[str]) -> int:
         failed += max(difference) > TOLERANCE
         if jax.process_index() == 0:
             words = " ".join(f"{number:9.1e}" for number in difference)
-            print(json.dumps({"row": name, **difference._asdict()}) if options.json else f"{name:<88}{words}", flush=True)
+            print(
+                json.dumps({"row": name, **difference._asdict()}) if options.json else f"{name:<88}{words}", flush=True
+            )
     if jax.process_index() == 0 and not options.json:
         print(f"largest relative difference of loss, gradient, parameter; {failed} row(s) above {TOLERANCE:g}")
     return int(failed > 0)
@@ -209,7 +213,9 @@ def make_config(mesh: str, feature: str) -> Config:
         "model": dict(dict(n_layers=8, d_model=16, n_heads=8, n_vocab=N_VOCAB, seq_len=SEQ_LEN), **model),
         "mesh": sizes,
         "data": {"train": {"numbers": {"path": "made-up"}}, "isolate_documents": isolated},
-        "optimizer": dict(learning_rate=1e-3, end_learning_rate=1e-4, warmup_steps=1, beta1=0.0, clip_norm=0.0, eps=1e-6),
+        "optimizer": dict(
+            learning_rate=1e-3, end_learning_rate=1e-4, warmup_steps=1, beta1=0.0, clip_norm=0.0, eps=1e-6
+        ),
         "train": dict(train, steps=40, batch_size=BATCH),
     }
     return parse_config(table, where="row")

@@ -124,7 +124,10 @@ def _mesh_members(mesh: str, order: str | None, axes: str, devices: int) -> np.n
         else:
             source, turned = (tuple(int(n) for n in part.split(",")) if part else None for part in iota.groups())
             numbers = numbers.reshape(source).transpose(turned)
-    chosen = {name: (int(before or 1), int(size or 0)) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
+    chosen = {
+        name: (int(before or 1), int(size or 0))
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    }
     shape, along = [], []
     for name, size in sizes.items():
         before, part = chosen.get(name, (1, 1))
@@ -136,9 +139,7 @@ def _mesh_members(mesh: str, order: str | None, axes: str, devices: int) -> np.n
     return split.reshape(-1, math.prod(split.shape[-len(along) :]))
 
 
-def _axes_of(
-    members: np.ndarray, sizes: Sequence[int], axes: Sequence[str], kind: str
-) -> tuple[tuple[str, ...], int]:
+def _axes_of(members: np.ndarray, sizes: Sequence[int], axes: Sequence[str], kind: str) -> tuple[tuple[str, ...], int]:
     """Axes along which members of a group differ, and how many members there are."""
     if not members.size:
         return (), 0

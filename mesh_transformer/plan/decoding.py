@@ -24,7 +24,8 @@ STOP_TOKENS = 8
 def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
     """The program that draws tokens for `job.batch` rows with caches of `job.context` tokens.
 
-    The figures are of one token of every row: the program's loop over tokens counts once. Raises ConfigError where rows or context do not fit.
+    The figures are of one token of every row: the program's loop over tokens counts once. Raises ConfigError where rows
+    or context do not fit.
     """
     model = job.config.model
     if job.batch % layout.batch_pieces:

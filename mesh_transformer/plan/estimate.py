@@ -52,9 +52,7 @@ def make_pieces(config: Config, devices: int) -> Pieces:
     return Pieces(sizes, rules)
 
 
-def estimate_training(
-    config: Config, topology_name: str, params: dict[str, ParamInfo] | None = None
-) -> Measured:
+def estimate_training(config: Config, topology_name: str, params: dict[str, ParamInfo] | None = None) -> Measured:
     """What a compile would measure, estimated; `params` as `describe_model` gives them, if known already."""
     topology = parse_topology(topology_name)
     pieces = make_pieces(config, topology.devices)
@@ -182,9 +180,7 @@ def _hbm_bytes(config: Config, held: float, own: float, item: int, pieces: Piece
     return state + weights + stream + scores + logits
 
 
-def _traffic(
-    config: Config, pieces: Pieces, held: float, own: float, item: int, topology: Topology
-) -> list[Traffic]:
+def _traffic(config: Config, pieces: Pieces, held: float, own: float, item: int, topology: Topology) -> list[Traffic]:
     model, micro = config.model, config.train.accumulation
     sizes, rows = pieces.sizes, []
 
@@ -199,7 +195,12 @@ def _traffic(
     add("data", "all-reduce", model.n_layers, 2 * 4 * held * (data - 1) / data)
     sums = (2 if model.residual != "serial" else 4) * (1.5 if model.remat not in ("none", "dots") else 1)
     stream = own * model.d_model * item
-    add("tensor", "all-reduce", int(sums * model.n_layers * micro), sums * model.n_layers * micro * 2 * stream * (tensor - 1) / tensor)
+    add(
+        "tensor",
+        "all-reduce",
+        int(sums * model.n_layers * micro),
+        sums * model.n_layers * micro * 2 * stream * (tensor - 1) / tensor,
+    )
     return rows
 
 

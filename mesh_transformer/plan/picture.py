@@ -59,9 +59,7 @@ def _place(one: Candidate, chip: Chip) -> tuple[float, float]:
     return middle_seconds(one, chip) * 1e3, judge_memory(one.measured, chip).peak / GIB
 
 
-def _draw_compiled(
-    compiled: list[tuple[Candidate, float, float]], across: Axis, up: Axis, chip: Chip
-) -> list[str]:
+def _draw_compiled(compiled: list[tuple[Candidate, float, float]], across: Axis, up: Axis, chip: Chip) -> list[str]:
     """Dots with names beside them, moved apart where they would lie on each other."""
     parts, taken = [], []
     for one, x, y in sorted(compiled, key=lambda row: row[2]):
@@ -77,7 +75,9 @@ def _draw_compiled(
         tx = px - 12 if right else px + 12
         if abs(ty - py) > LABEL_HEIGHT:
             parts.append(f'<line class="leader" x1="{px:.1f}" y1="{py:.1f}" x2="{tx:.1f}" y2="{ty - 4:.1f}"/>')
-        parts.append(f'<text x="{tx:.1f}" y="{ty:.1f}" text-anchor="{"end" if right else "start"}">{escape(words)}</text>')
+        parts.append(
+            f'<text x="{tx:.1f}" y="{ty:.1f}" text-anchor="{"end" if right else "start"}">{escape(words)}</text>'
+        )
     return parts
 
 
@@ -90,7 +90,9 @@ def _draw_grid(across: Axis, up: Axis) -> str:
     for tick, label in zip(across.ticks, format_ticks(across.ticks), strict=True):
         if across.low <= tick <= across.high:
             x = _x(across, tick)
-            parts.append(f'<text class="axis" x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{label}</text>')
+            parts.append(
+                f'<text class="axis" x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{label}</text>'
+            )
     parts.append(
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">'
         "milliseconds of a step, middle of the two bounds</text>"

@@ -23,7 +23,7 @@ AMOUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_amount(text: str) -> float:
-    """"300B" -> 3e11. Raises ConfigError for what is no such number."""
+    """ "300B" -> 3e11. Raises ConfigError for what is no such number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMBT]?)", text)
     if match is None or not float(match[1]):
         raise ConfigError(f"--tokens {text}: expected a number such as 300B, 1.5T or 2e9")

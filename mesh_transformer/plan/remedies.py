@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The smallest change to a run with which it fits: candidates in the order of what they cost, each compiled.
 
-First what leaves the trained function as it is and costs time alone: score fewer logits at a time, recompute more, cut the batch into more
-microbatches, cut the residual stream over `tensor`, move replicas into `fsdp`, then devices into `tensor`. Then what
-changes it a little: moments in bfloat16, a smaller batch, an optimizer that keeps less. One change is tried before two.
+First what leaves the trained function as it is and costs time alone: score fewer logits at a time, recompute more, cut
+the batch into more microbatches, cut the residual stream over `tensor`, move replicas into `fsdp`, then devices into
+`tensor`. Then what changes it a little: moments in bfloat16, a smaller batch, an optimizer that keeps less. One change
+is tried before two.
 """
 
 import dataclasses
@@ -112,7 +113,9 @@ def _loss(config: Config, cut_by: tuple[str, ...], sizes: dict[str, int]) -> lis
     length = config.model.seq_len // math.prod(sizes[axis] for axis in cut_by)
     counts = [config.train.loss_pieces * n for n in (4, 16)]
     return [
-        Change((f"train.loss_pieces={count}",), f"the loss in {count} pieces") for count in counts if length % count == 0
+        Change((f"train.loss_pieces={count}",), f"the loss in {count} pieces")
+        for count in counts
+        if length % count == 0
     ]
 
 

@@ -64,7 +64,9 @@ def _heading(measured: Measured) -> str:
     how = measured.compiler if measured.compiler == LABEL else f"compiled by {measured.compiler}"
     how += f" in {measured.compile_seconds:.0f} s" if measured.compile_seconds else ""
     mesh = describe_mesh(measured.mesh)
-    return f"{measured.topology}: {measured.devices:,} device(s), mesh {mesh}; {measured.parameters:,} parameters\n{how}"
+    return (
+        f"{measured.topology}: {measured.devices:,} device(s), mesh {mesh}; {measured.parameters:,} parameters\n{how}"
+    )
 
 
 def _memory(verdict: Verdict) -> str:

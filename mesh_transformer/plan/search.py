@@ -60,7 +60,9 @@ def search(
     """Estimate every candidate, compile the `count` most promising. ConfigError if none can be tried at all."""
     considered = sorted(list_candidates(job, chip), key=lambda one: one.seconds)
     if not considered:
-        raise ConfigError(f"{job.topology}: no mesh of its devices divides the model and a batch of {job.config.train.batch_size}")
+        raise ConfigError(
+            f"{job.topology}: no mesh of its devices divides the model and a batch of {job.config.train.batch_size}"
+        )
     promising = [one for one in considered if one.guess.peak_bytes <= MARGIN * chip.memory]
     promising = promising or sorted(considered, key=lambda one: one.guess.peak_bytes)
     compiled: list[Candidate] = []
@@ -148,15 +150,13 @@ def _fits(one: Candidate, chip: Chip) -> bool:
 def find_frontier(points: Sequence[tuple[float, float]]) -> list[int]:
     """Places of the points (seconds, bytes) that no other beats in both."""
     return [
-        i
-        for i, (x, y) in enumerate(points)
-        if not any((a <= x and b <= y) and (a < x or b < y) for a, b in points)
+        i for i, (x, y) in enumerate(points) if not any((a <= x and b <= y) and (a < x or b < y) for a, b in points)
     ]
 
 
 def format_found(found: Found, chip: Chip) -> str:
     """The compiled candidates as a table, the fastest that fits first, frontier marked."""
-    rows = [("mesh", "remat", "micro", "peak GiB", "estimate", "step ms", "MFU", "bound", "fits", "frontier")]
+    rows = [["mesh", "remat", "micro", "peak GiB", "estimate", "step ms", "MFU", "bound", "fits", "frontier"]]
     points = [
         (middle_seconds(one, chip), float(judge_memory(one.measured, chip).peak))
         for one in found.compiled
@@ -164,31 +164,36 @@ def format_found(found: Found, chip: Chip) -> str:
     ]
     frontier = find_frontier(points)
     for i, one in enumerate(found.compiled):
-        assert one.measured is not None
-        memory = judge_memory(one.measured, chip)
-        cells = [describe_mesh(one.mesh), one.remat, str(one.accumulation), f"{memory.peak / GIB:.2f}", f"{one.guess.peak_bytes / GIB:.2f}"]
-        if one.measured.refused:
-            rows.append((*cells, "-", "-", "-", "no", ""))  # type: ignore[arg-type]
-            continue
-        roofline = make_roofline(one.measured, chip)
-        mfus = [model_flops_utilization(one.measured, chip, s) for s in (roofline.longest, roofline.shortest)]
-        rows.append(
-            (
-                *cells,
-                f"{roofline.shortest * 1e3:,.0f}-{roofline.longest * 1e3:,.0f}",
-                f"{mfus[0]:.0%}-{mfus[1]:.0%}",
-                roofline.bound,
-                "yes" if memory.fits else "no",
-                "*" if i in frontier and memory.fits else "",
-            )  # type: ignore[arg-type]
-        )
+        rows.append([*_describe_memory(one, chip), *_describe_time(one, chip)])
+        fits = _fits(one, chip)
+        rows[-1] += ["yes" if fits else "no", "*" if i in frontier and fits else ""]
     best = found.compiled[0] if found.compiled and _fits(found.compiled[0], chip) else None
-    lines = [format_table(rows, left=2), "", f"{len(found.considered):,} candidates by formula, {len(found.compiled)} compiled"]
+    lines = [format_table(rows, left=2), ""]
+    lines.append(f"{len(found.considered):,} candidates by formula, {len(found.compiled)} compiled")
     if best:
         lines.append("best    " + " ".join(f"--set {_quote(o)}" for o in best.overrides))
     else:
         lines.append("none of those compiled fits; a larger topology, a smaller batch, or bfloat16 moments")
     return "\n".join(lines)
+
+
+def _describe_memory(one: Candidate, chip: Chip) -> list[str]:
+    assert one.measured is not None
+    peak, guess = judge_memory(one.measured, chip).peak, one.guess.peak_bytes
+    return [describe_mesh(one.mesh), one.remat, str(one.accumulation), f"{peak / GIB:.2f}", f"{guess / GIB:.2f}"]
+
+
+def _describe_time(one: Candidate, chip: Chip) -> list[str]:
+    assert one.measured is not None
+    if one.measured.refused:
+        return ["-", "-", "-"]
+    roofline = make_roofline(one.measured, chip)
+    slow, fast = (model_flops_utilization(one.measured, chip, s) for s in (roofline.longest, roofline.shortest))
+    return [
+        f"{roofline.shortest * 1e3:,.3g}-{roofline.longest * 1e3:,.3g}",
+        f"{slow:.0%}-{fast:.0%}",
+        roofline.bound,
+    ]
 
 
 def _quote(override: str) -> str:

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A product's name as people say it -> how many chips of which kind, and devices of it to compile for.
 
-    v3-8, v4-2048, v5p-1024, v7x-128      number of cores; two of them are a chip
-    v5e-256 (v5litepod-256), v6e-8        number of chips
-    2xv5e-256                             two slices, joined by the data-centre network
-    H100, 8xH100, 128x8xH100              GPUs; GPUs of one host; hosts x GPUs
-    cpu-8                                 this machine's CPU as eight devices
-    local                                 the devices at hand
+v3-8, v4-2048, v5p-1024, v7x-128      number of cores; two of them are a chip
+v5e-256 (v5litepod-256), v6e-8        number of chips
+2xv5e-256                             two slices, joined by the data-centre network
+H100, 8xH100, 128x8xH100              GPUs; GPUs of one host; hosts x GPUs
+cpu-8                                 this machine's CPU as eight devices
+local                                 the devices at hand
 """
 
 import difflib

@@ -42,9 +42,7 @@ def _moved(module: Module, instruction: Instruction) -> float:
     operands = module.operand_arrays(instruction)
     if opcode == "fusion":
         callee = next(name for _, name in instruction.called())
-        reads = sum(
-            min(_read_of(module, callee, place), _size(arrays)) for place, arrays in enumerate(operands)
-        )
+        reads = sum(min(_read_of(module, callee, place), _size(arrays)) for place, arrays in enumerate(operands))
         return reads + _written(module, callee, instruction)
     match opcode:
         case "dynamic-slice" | "slice" | "gather":
@@ -151,4 +149,7 @@ def _is_new(module: Module, name: str) -> bool:
     made = module.by_name.get(name)
     while made is not None and made.opcode in ("copy", "bitcast") and made.operands:
         made = module.by_name.get(made.operands[0])
-    return made is not None and made.opcode != "get-tuple-element"
+    if made is not None and made.opcode == "get-tuple-element":  # of what goes into the body, or of a fusion's results
+        made = module.by_name.get(made.operands[0])
+        return made is not None and made.opcode != "parameter"
+    return made is not None

@@ -75,9 +75,7 @@ class Verdict(NamedTuple):
     notes: list[str]
 
 
-def judge(
-    config: Config, measured: Measured, *, tokens: float | None = None, price: float | None = None
-) -> Verdict:
+def judge(config: Config, measured: Measured, *, tokens: float | None = None, price: float | None = None) -> Verdict:
     """The plan that follows from what was measured; `tokens` to train on (default: the run's own), `price` of a chip-hour."""
     topology = parse_topology(measured.topology)
     chip = topology.chip
@@ -117,9 +115,7 @@ def judge(
     )
 
 
-def _cost(
-    tokens: float, measured: Measured, roofline: Roofline, chip: Chip, chips: int, price: float | None
-) -> Cost:
+def _cost(tokens: float, measured: Measured, roofline: Roofline, chip: Chip, chips: int, price: float | None) -> Cost:
     seconds = tokens / measured.tokens * roofline.shortest
     chip_hours = chips * seconds / 3600
     energy = chip_hours * chip.watts * OVERHEAD / 1e6

@@ -54,7 +54,8 @@ def test_the_best_of_eight_cpu_devices():
 
 def test_a_batch_that_never_divides_is_an_error():
     job = make_job()
-    odd = dataclasses.replace(job, config=dataclasses.replace(job.config, train=dataclasses.replace(job.config.train, batch_size=7)))
+    train = dataclasses.replace(job.config.train, batch_size=7)
+    odd = dataclasses.replace(job, config=dataclasses.replace(job.config, train=train))
     with pytest.raises(ConfigError, match="a batch of 7"):
         search(odd, measure, chip=TPUS["v5e"])
 

@@ -35,5 +35,7 @@ def test_one_devices_shapes_are_multiplied():
     mesh = make_layout(MeshConfig(data=2, fsdp=2, tensor=2)).mesh
     x, w = jnp.ones((ROWS, DIM)), jnp.ones((DIM, DIM))
     cut = P(("data", "fsdp"), None)
-    sharded = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(cut, P(None, "tensor")), out_specs=P(cut[0], "tensor"))
+    sharded = jax.shard_map(
+        lambda x, w: x @ w, mesh=mesh, in_specs=(cut, P(None, "tensor")), out_specs=P(cut[0], "tensor")
+    )
     assert count_flops(sharded, x, w) == PRODUCT
