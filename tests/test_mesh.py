@@ -63,7 +63,8 @@ def test_unknown_rules_are_refused():
     with pytest.raises(ConfigError, match=r"mesh\.rules\.embd: no such logical axis; there are layers, embed"):
         make_rules({"embd": "fsdp"})
     with pytest.raises(
-        ConfigError, match=r"mesh\.rules\.embed: no such mesh axis 'model'; there are data, fsdp, tensor"
+        ConfigError,
+        match=r"mesh\.rules\.embed: no such mesh axis 'model'; there are data, pipeline, fsdp, context, tensor",
     ):
         make_rules({"embed": ["fsdp", "model"]})
     assert (
@@ -83,7 +84,7 @@ def test_mesh_that_does_not_fit_is_refused(sizes):
 
 
 def test_mesh_takes_what_is_left_over_or_the_first_devices():
-    assert dict(make(-1, 2, 2).mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make(-1, 2, 2).mesh.shape) == {"data": 2, "pipeline": 1, "fsdp": 2, "context": 1, "tensor": 2}
     assert list(make(2, 1, 2).mesh.devices.flat) == jax.devices()[:4]
     layout = make(2, 2, 2)
     assert layout.batch_pieces == 4
@@ -187,7 +188,7 @@ def alone():
         ((1, 8, 1), "t5, tied", {}),
         ((1, 1, 8), "t5, tied", {}),
         ((2, 2, 2), "rotary, grouped", {}),
-        ((1, 2, 4), "t5, tied", {"sequence": "tensor", "vocab": ""}),
+        ((1, 2, 4), "t5, tied", {"stream": "tensor", "vocab": ""}),
         ((2, 1, 4), "rotary, grouped", {"kv_heads": "", "embed": ""}),
     ],
 )
@@ -217,7 +218,7 @@ def test_sharded_equals_one_device(alone, sizes, name, rules):
         piece = w_in.addressable_shards[0].data.shape
         assert piece == (w_in.shape[0], 16 // (1 if "embed" in rules else fsdp), 24 // tensor)
         assert len(w_in.addressable_shards) == 8
-    assert batch.shard_shape(tokens.shape) == (B // layout.batch_pieces, T // (tensor if rules.get("sequence") else 1))
+    assert batch.shard_shape(tokens.shape) == (B // layout.batch_pieces, T)
 
     np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
     found = flatten_names(sharded_gradients)

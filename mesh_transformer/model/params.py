@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.mesh import use_layout
 
 Params = dict[str, dict[str, Array]]
 STACK = "layers"  # name of the layer scan, and of the leading axis of what is in it
@@ -68,7 +69,8 @@ def describe(init: Callable[[Array], Params]) -> dict[str, dict[str, ParamInfo]]
     record: dict[str, tuple[str, ...]] = {}
     token = _record.set(record)
     try:
-        shapes = jax.eval_shape(init, jax.random.key(0))
+        with use_layout(None):  # a description, also while a program for some mesh is traced
+            shapes = jax.eval_shape(init, jax.random.key(0))
     finally:
         _record.reset(token)
     described: dict[str, dict[str, ParamInfo]] = {}

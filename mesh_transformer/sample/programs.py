@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mesh_transformer.config import ModelConfig
+from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import Layout, constrain, use_layout
 from mesh_transformer.model.params import STACK, Params
 from mesh_transformer.model.transformer import describe_params, init_cache, make_model
@@ -52,7 +52,11 @@ class Programs:
         """See Engine."""
         # All layers in one piece; a sequence of one token cannot be cut, and nothing is differentiated.
         self.config = dataclasses.replace(config, unroll=config.n_layers, remat="none", dropout=0.0)
-        self.layout = layout and layout._replace(rules={**layout.rules, "sequence": ()})
+        if layout and (layout.mesh.shape["context"] > 1 or layout.mesh.shape["pipeline"] > 1):
+            raise ConfigError(
+                "sampling one token at a time cuts neither sequences nor layers: set mesh.context and mesh.pipeline to 1"
+            )
+        self.layout = layout and layout._replace(rules={**layout.rules, "sequence": (), "stream": ()})
         self.compilations: Counter[str] = Counter()
         self._model = make_model(self.config)
         self._params = self._lay_out(params)

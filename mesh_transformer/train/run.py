@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "run.keep_optimizer",
     "mesh",
     "model.remat",
+    "model.attention_kernel",
     "model.unroll",
     "model.preset",
     "data.cache_dir",

@@ -19,6 +19,7 @@ from mesh_transformer.model.transformer import Model, head_of, make_model
 from mesh_transformer.train.loss import TokenLosses, score_tokens
 from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale
 from mesh_transformer.train.optimizer import global_norm
+from mesh_transformer.train.pipeline import Work, pipeline_gradients, pipeline_hidden
 from mesh_transformer.train.schedule import make_schedule
 from mesh_transformer.train.state import WINDOW, Guard, State, make_run_optimizer
 
@@ -99,10 +100,21 @@ def _score_batch(
     config: Config, model: Model, params: Params, batch: Batch, key: Array | None
 ) -> tuple[Array, TokenLosses]:
     """The loss summed over a batch, and its parts."""
-    x = model.hidden(params, batch.tokens, dropout_key=key, **_context(config, batch))
-    targets, mask = to_ring_order(batch.targets), to_ring_order(batch.mask)
+    if config.mesh.pipeline > 1:
+        work = _make_work(config, batch, key)
+        x, targets, mask = pipeline_hidden(config, params, work), work.batch.targets, work.batch.mask
+        # Microbatches are interleaved rows of the batch, so that nothing moves; put back in the same way.
+        x, targets, mask = (y.swapaxes(0, 1).reshape(-1, *y.shape[2:]) for y in (x, targets, mask))
+    else:
+        x = model.hidden(params, batch.tokens, dropout_key=key, **_context(config, batch))
+        targets, mask = to_ring_order(batch.targets), to_ring_order(batch.mask)
     head = head_of(params, config.model)
     return score_tokens(x, head.w, head.b, targets, mask, config.train.z_loss, config.train.loss_pieces)
+
+
+def _make_work(config: Config, batch: Batch, key: Array | None) -> Work:
+    parts = _cut(jax.tree.map(to_ring_order, batch), config.train.accumulation)
+    return Work(parts, config.data.isolate_documents, key)
 
 
 def make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gradients]:
@@ -115,7 +127,10 @@ def make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gr
 
     def gradients(params: Params, batch: Batch, key: Array | None) -> Gradients:
         tokens = jnp.sum(batch.mask)  # of the whole batch, so that parts add up to its mean whatever their masks
-        if pieces == 1:
+        if config.mesh.pipeline > 1 and config.mesh.pipeline_schedule == "1f1b":
+            grads, sums = pipeline_gradients(config, params, _make_work(config, batch, key), tokens)
+            return Gradients(grads, sums, jnp.zeros(()))
+        if pieces == 1 or config.mesh.pipeline > 1:
             grads, sums = jax.grad(loss_of, has_aux=True)(params, batch, key, tokens)
             return Gradients(grads, sums, jnp.zeros(()))
 
