@@ -23,6 +23,7 @@ from mesh_transformer.plan.verdict import judge_memory
 REMAT_ORDER = ("none", "attention", "dots", "full", "offload")  # the more to the right, the less is kept
 HOPELESS = 1.05  # times what is usable: an estimate above it, scaled by how far the first was off, is not compiled
 MOST_COMPILES = 8
+MOST_TOGETHER = 3  # changes
 
 
 class Change(NamedTuple):
@@ -83,13 +84,13 @@ def find_remedy(
 
 
 def propose_changes(config: Config, devices: int) -> Iterator[Change]:
-    """Single changes from the smallest to the largest, then all pairs and triples that go together, in that order."""
+    """Single changes from the smallest to the largest, then pairs, then triples; of each, the mildest first."""
     groups = [group for group in _groups(config, devices) if group]
-    for count in range(1, len(groups) + 1):
+    for count in range(1, MOST_TOGETHER + 1):
         for chosen in itertools.combinations(groups, count):
-            # One alternative of each group alone; together only the strongest of each, which save the most.
-            choices = [[change] for change in chosen[0]] if count == 1 else [[group[-1] for group in chosen]]
-            for changes in choices:
+            places = itertools.product(*(range(len(group)) for group in chosen))
+            for place in sorted(places, key=sum):
+                changes = [group[i] for group, i in zip(chosen, place, strict=True)]
                 overrides = tuple(override for change in changes for override in change.overrides)
                 yield Change(overrides, " and ".join(change.words for change in changes))
 
@@ -130,6 +131,8 @@ def _accumulation(config: Config, sizes: dict[str, int], rules: dict[str, tuple[
     for axis in rules["batch"]:
         rows //= sizes[axis]
     found, now = [], config.train.accumulation
+    if now > 1:  # a sum of gradients beside those of a microbatch may be larger than what the microbatches save
+        found.append(Change(("train.accumulation=1",), f"the batch in one piece instead of {now} microbatches"))
     for count in (now * 2**n for n in range(1, 12)):
         if rows % count == 0:
             found.append(Change((f"train.accumulation={count}",), f"{count} microbatches instead of {now}"))
@@ -160,13 +163,13 @@ def _moments(config: Config) -> list[Change]:
 
 
 def _batch(config: Config) -> list[Change]:
-    """Where microbatches cannot be smaller any more, without a carry of gradients beside the others."""
+    """One microbatch and no more: no sum of gradients beside its own."""
     train = config.train
     if train.accumulation == 1:
         return []
     size = train.batch_size // train.accumulation
     overrides = (f"train.batch_size={size}", "train.accumulation=1")
-    return [Change(overrides, f"batches of {size} in one piece")]
+    return [Change(overrides, f"batches of {size} instead of {train.batch_size}, in one piece")]
 
 
 def _optimizer(config: Config) -> list[Change]:
