@@ -16,6 +16,7 @@ once for each; tensor adds up the residual stream four times a layer (twice wher
 parallel); data adds up gradients. How far this is from what compilers find: docs/plans.md.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -100,7 +101,7 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
 
 def describe_model(model: ModelConfig) -> dict[str, ParamInfo]:
     """Shape and logical axes of every parameter by name."""
-    return flatten_names(describe_params(model))
+    return flatten_names(describe_params(dataclasses.replace(model, remat="none")))
 
 
 def _moment_bytes(config: Config) -> float:

@@ -1,23 +1,23 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A search as one SVG file: step time against memory of every candidate, the compiled ones named, the limit drawn."""
+"""A search as one SVG file: step time against memory of every candidate, the compiled ones numbered, the limit drawn."""
 
 from html import escape
 
 from mesh_transformer.plan.chips import Chip
-from mesh_transformer.plan.report import describe_mesh
+from mesh_transformer.plan.report import describe_mesh, format_ms
 from mesh_transformer.plan.search import Candidate, Found, find_frontier, middle_seconds
 from mesh_transformer.plan.verdict import judge_memory
 from mesh_transformer.train.plot import Axis, format_ticks, make_axis
 
-WIDTH, HEIGHT = 900, 520
-LEFT, RIGHT, TOP, BOTTOM = 70, 30, 56, 52
+WIDTH, HEIGHT = 1080, 520
+LEFT, RIGHT, TOP, BOTTOM = 70, 320, 56, 52
 GIB = 2**30
-LABEL_HEIGHT = 15
+LINE = 40  # of the list beside the plot: two rows of text
 STYLE = """
 svg{background:#fff;color:#1b1f24;font:13px system-ui,sans-serif}.grid{stroke:#e3e6ea}.axis{fill:#57606a}
 .guess{fill:#c3c9d1}.fits{fill:#1f6feb}.over{fill:#cf222e}.limit{stroke:#cf222e;stroke-dasharray:6 4}
-.frontier{fill:none;stroke:#1f6feb;stroke-width:2}.leader{stroke:#8b949e}text{fill:currentColor}.title{font-weight:600;font-size:15px}
+.frontier{fill:none;stroke:#1f6feb;stroke-width:2}.number{fill:#fff;font-size:11px;font-weight:600}text{fill:currentColor}.title{font-weight:600;font-size:15px}
 @media (prefers-color-scheme:dark){svg{background:#0d1117;color:#e6edf3}.grid{stroke:#262c36}.guess{fill:#484f58}
 .fits{fill:#58a6ff}.frontier{stroke:#58a6ff}.over{fill:#ff7b72}.limit{stroke:#ff7b72}.axis{fill:#9198a1}}
 """
@@ -60,24 +60,18 @@ def _place(one: Candidate, chip: Chip) -> tuple[float, float]:
 
 
 def _draw_compiled(compiled: list[tuple[Candidate, float, float]], across: Axis, up: Axis, chip: Chip) -> list[str]:
-    """Dots with names beside them, moved apart where they would lie on each other."""
-    parts, taken = [], []
-    for one, x, y in sorted(compiled, key=lambda row: row[2]):
-        px, py = _x(across, x), _y(up, y)
+    """Numbered dots, the best last and on top, and the list that names them."""
+    parts = []
+    for number, (one, x, y) in reversed(list(enumerate(compiled, start=1))):
         fits = one.measured is not None and judge_memory(one.measured, chip).fits
-        parts.append(f'<circle class="{"fits" if fits else "over"}" cx="{px:.1f}" cy="{py:.1f}" r="5"/>')
-        right = px > WIDTH * 0.6
+        style, row = "fits" if fits else "over", TOP + 12 + (number - 1) * LINE
+        for px, py in ((_x(across, x), _y(up, y)), (WIDTH - RIGHT + 34, row)):
+            parts.append(f'<circle class="{style}" cx="{px:.1f}" cy="{py:.1f}" r="9"/>')
+            parts.append(f'<text class="number" x="{px:.1f}" y="{py + 4:.1f}" text-anchor="middle">{number}</text>')
         words = f"{describe_mesh(one.mesh)}, {one.remat}, {one.accumulation}x"
-        ty = py + 4
-        while any(abs(ty - other) < LABEL_HEIGHT for other in taken):
-            ty -= LABEL_HEIGHT
-        taken.append(ty)
-        tx = px - 12 if right else px + 12
-        if abs(ty - py) > LABEL_HEIGHT:
-            parts.append(f'<line class="leader" x1="{px:.1f}" y1="{py:.1f}" x2="{tx:.1f}" y2="{ty - 4:.1f}"/>')
-        parts.append(
-            f'<text x="{tx:.1f}" y="{ty:.1f}" text-anchor="{"end" if right else "start"}">{escape(words)}</text>'
-        )
+        parts.append(f'<text x="{WIDTH - RIGHT + 52}" y="{row + 4}">{escape(words)}</text>')
+        figures = f"{y:.2f} GiB, {format_ms(x / 1e3)} ms"
+        parts.append(f'<text class="axis" x="{WIDTH - RIGHT + 52}" y="{row + 20}">{figures}</text>')
     return parts
 
 

@@ -43,6 +43,11 @@ def format_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     return "\n".join(lines)
 
 
+def format_ms(seconds: float) -> str:
+    """Milliseconds with three digits, or all that lie before the point."""
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
+
+
 def describe_mesh(sizes: dict[str, int]) -> str:
     """The axes of more than one device."""
     return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
@@ -112,9 +117,9 @@ def _times(verdict: Verdict) -> str:
     assert roofline is not None
     rows = [("roofline of a step", "ms", "")]
     for name, seconds in sorted(roofline.terms.items(), key=lambda term: -term[1]):
-        rows.append((name, f"{seconds * 1e3:,.1f}", "<- bound" if name == roofline.bound else ""))
-    rows.append(("at least, all else hidden", f"{roofline.shortest * 1e3:,.1f}", f"MFU {verdict.mfu:.0%}"))
-    rows.append(("if nothing overlaps", f"{roofline.longest * 1e3:,.1f}", f"MFU {verdict.mfu_unhidden:.0%}"))
+        rows.append((name, format_ms(seconds), "<- bound" if name == roofline.bound else ""))
+    rows.append(("at least, all else hidden", format_ms(roofline.shortest), f"MFU {verdict.mfu:.0%}"))
+    rows.append(("if nothing overlaps", format_ms(roofline.longest), f"MFU {verdict.mfu_unhidden:.0%}"))
     text = format_table(rows)
     if cost is None or verdict.measured.kinds.get("cache") is not None:
         return text

@@ -18,7 +18,7 @@ from mesh_transformer.plan.compile import CompileError
 from mesh_transformer.plan.estimate import describe_model, estimate_training, make_pieces
 from mesh_transformer.plan.job import Job, Measured
 from mesh_transformer.plan.remedies import change_config
-from mesh_transformer.plan.report import describe_mesh, format_table
+from mesh_transformer.plan.report import describe_mesh, format_ms, format_table
 from mesh_transformer.plan.roofline import make_roofline, model_flops_utilization
 from mesh_transformer.plan.topologies import parse_topology
 from mesh_transformer.plan.verdict import judge_memory
@@ -190,7 +190,7 @@ def _describe_time(one: Candidate, chip: Chip) -> list[str]:
     roofline = make_roofline(one.measured, chip)
     slow, fast = (model_flops_utilization(one.measured, chip, s) for s in (roofline.longest, roofline.shortest))
     return [
-        f"{roofline.shortest * 1e3:,.3g}-{roofline.longest * 1e3:,.3g}",
+        f"{format_ms(roofline.shortest)}-{format_ms(roofline.longest)}",
         f"{slow:.0%}-{fast:.0%}",
         roofline.bound,
     ]

@@ -207,6 +207,10 @@ def main(arguments: Sequence[str]) -> int:
         answer: dict[str, Any] = {"measured": json.loads(measured.to_json())}
     except (ConfigError, MissingCompilerError) as error:
         answer = {"error": type(error).__name__, "message": str(error)}
+    except RuntimeError as error:
+        if "cudnn" not in str(error).lower() or isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        answer = {"error": "MissingCompilerError", "message": f"{error} (pip install -e '.[plan]' brings cuDNN)"}
     Path(arguments[0]).write_text(json.dumps(answer), encoding="utf-8")
     return 0
 
