@@ -125,3 +125,9 @@ FAMILIES = {
     "v6e": Family("v6e", ("v6e", "trillium"), FLAT),
     "v7x": Family("tpu7x", ("v7x", "tpu7x", "ironwood"), {2: (1, 1, 1), **_up_to(4096)}),
 }
+
+# As JAX names the devices of a machine.
+KINDS = {
+    "TPU v2": TPU_V2, "TPU v3": TPU_V3, "TPU v4": TPU_V4, "TPU v5 lite": TPU_V5E, "TPU v5e": TPU_V5E, "TPU v5": TPU_V5P,
+    "TPU v5p": TPU_V5P, "TPU v6 lite": TPU_V6E, "TPU v6e": TPU_V6E, "TPU7x": TPU_V7X,
+} | {gpu.product: GPUS[name] for name, gpu in SILICON.items()}  # fmt: skip

@@ -8,7 +8,7 @@ Of an operation on groups of g devices, each of which puts in O bytes, every dev
     reduce-scatter      O (g - 1) / g    what it has of the others' pieces
     all-reduce          2 O (g - 1) / g  the two of them, one after the other
     all-to-all          O (g - 1) / g
-    collective-permute  O                (also send, and broadcast)
+    collective-permute  O                (also send, to another slice, and broadcast)
 
 which is what rings and tori reach. Operations in loops count as often as the loop runs. An asynchronous operation
 appears several times (its start, its done, and on TPUs the steps between them); it is counted once.
@@ -30,7 +30,7 @@ _KIND = re.compile(rf"(?:ragged-)?({'|'.join(KINDS)})(?:-start)?$")
 class Collective(NamedTuple):
     """Collective operations of one kind on one set of axes, over a whole step."""
 
-    axes: tuple[str, ...]  # mesh axes along which the members of a group differ
+    axes: tuple[str, ...]  # mesh axes along which the members of a group differ; none for what goes to other slices
     kind: str
     group: int  # members of a group
     count: int  # operations in a step
@@ -50,8 +50,9 @@ def read_collectives(module: Module, sizes: Sequence[int], axes: Sequence[str]) 
             kind = _kind(instruction, computation)
             if kind is None or _repeated(instruction, seen):
                 continue
-            members = _members(instruction, math.prod(sizes))
-            over, group = _axes_of(members, sizes, axes, kind)
+            over, group = (), 2  # between slices the program names no devices, only what leaves this one
+            if kind != "send":
+                over, group = _axes_of(_members(instruction, math.prod(sizes)), sizes, axes, kind)
             if group < 2:
                 continue
             put_in = sum(array.size for arrays in module.operand_arrays(instruction) for array in arrays)
@@ -98,8 +99,6 @@ def _repeated(instruction: Instruction, seen: set[str]) -> bool:
 def _members(instruction: Instruction, devices: int) -> np.ndarray:
     """[groups, members] of device numbers; of permutations the pairs [pairs, 2]. ValueError for a form not known."""
     text = instruction.attributes
-    if instruction.opcode == "send":
-        return np.zeros((0, 0), int)
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
         return np.array([[int(n) for n in pair] for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]).reshape(-1, 2)
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):

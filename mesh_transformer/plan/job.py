@@ -79,6 +79,7 @@ class Measured:
     refused: str = ""  # the compiler's words where the program does not fit
     needed_bytes: int = 0  # its figures
     limit_bytes: int = 0
+    device_kind: str = ""  # of devices that are here, as their maker names them
     compile_seconds: float = 0.0
     compiler: str = ""  # versions
     fast: bool = False

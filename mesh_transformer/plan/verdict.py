@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from mesh_transformer.config import Config
-from mesh_transformer.plan.chips import Chip
+from mesh_transformer.plan.chips import KINDS, Chip
 from mesh_transformer.plan.job import Measured
 from mesh_transformer.plan.roofline import Roofline, make_roofline, model_flops_utilization
 from mesh_transformer.plan.topologies import parse_topology
@@ -78,7 +78,7 @@ class Verdict(NamedTuple):
 def judge(config: Config, measured: Measured, *, tokens: float | None = None, price: float | None = None) -> Verdict:
     """The plan that follows from what was measured; `tokens` to train on (default: the run's own), `price` of a chip-hour."""
     topology = parse_topology(measured.topology)
-    chip = topology.chip
+    chip = topology.chip or KINDS.get(measured.device_kind)
     memory = judge_memory(measured, chip)
     roofline = make_roofline(measured, chip) if chip and not measured.refused else None
     notes = [topology.note] if topology.note else []
@@ -96,7 +96,14 @@ def judge(config: Config, measured: Measured, *, tokens: float | None = None, pr
     if roofline and chip:
         mfu = model_flops_utilization(measured, chip, roofline.shortest)
         slow = model_flops_utilization(measured, chip, roofline.longest)
-        cost = _cost(budget, measured, roofline, chip, topology.chips, price)
+        cost = _cost(
+            budget,
+            measured,
+            roofline,
+            chip,
+            topology.chips if topology.shape else measured.devices // chip.devices,
+            price,
+        )
     on_device = sum(measured.kinds.get(kind, 0) for kind in ("parameters", "moments", "other state"))
     return Verdict(
         config=config,

@@ -101,6 +101,10 @@ def measure(job: Job, keep: Path | None = None) -> Measured:
     """
     layout = make_topology_layout(job)
     lowered, measured = lower_decoding(job, layout) if job.batch else lower_training(job, layout)
+    if job.topology == "local" and measured.platform != "cpu":
+        device = layout.mesh.devices.flat[0]
+        measured.device_kind, stats = device.device_kind, device.memory_stats() or {}
+        measured.limit_bytes = stats.get("bytes_limit", 0)
     measured.compiler = f"jax {jax.__version__}, {_compiler_version(measured.platform)}"
     start = time.monotonic()
     options = FAST if job.fast and measured.platform == "tpu" else None
@@ -110,7 +114,8 @@ def measure(job: Job, keep: Path | None = None) -> Measured:
         if "hbm" not in str(error).lower():
             raise
         measured.refused = str(error).splitlines()[0]
-        measured.needed_bytes, measured.limit_bytes = parse_refusal(str(error))
+        measured.needed_bytes, limit = parse_refusal(str(error))
+        measured.limit_bytes = limit or measured.limit_bytes
         return measured
     finally:
         measured.compile_seconds = time.monotonic() - start

@@ -41,7 +41,7 @@ def test_sums_in_a_loop_count_as_often_as_it_runs(mesh):
         return jax.lax.scan(layer, x, None, length=LAYERS)[0]
 
     text = compile_text(layers, shaped(mesh, (ROWS, DIM), "data", "tensor"), shaped(mesh, (DIM, DIM), "tensor"))
-    (row,) = read_collectives(Module(text), mesh.devices.shape, MESH_AXES[:3])
+    (row,) = read_collectives(Module(text), mesh.devices.shape, MESH_AXES)
     assert (row.axes, row.kind, row.group, row.count) == (("tensor",), "all-reduce", 2, LAYERS)
     put_in = (ROWS // 2) * DIM * 4
     assert row.sent == LAYERS * 2 * put_in * (2 - 1) / 2
@@ -55,7 +55,7 @@ def test_gathers_and_sums_name_their_axes(mesh):
         return jnp.sum(jnp.square(x @ w), axis=0)
 
     text = compile_text(loss, shaped(mesh, (ROWS, DIM), ("data", "fsdp")), shaped(mesh, (DIM, DIM), "fsdp"))
-    rows = {row.kind: row for row in read_collectives(Module(text), mesh.devices.shape, MESH_AXES[:3])}
+    rows = {row.kind: row for row in read_collectives(Module(text), mesh.devices.shape, MESH_AXES)}
     assert set(rows) == {"all-gather", "all-reduce"}
     assert rows["all-gather"].axes == ("fsdp",)
     assert rows["all-gather"].sent == DIM * DIM * 4 / 2 * (2 - 1)
@@ -97,6 +97,9 @@ HLO = """HloModule step, is_scheduled=true
   %end = bf16[8,128]{1,0} fusion(%w), kind=kCustom, calls=%done
   %pieces = f32[8,8]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
   %ring = f32[16,8]{1,0} collective-permute(%g), channel_id=3, source_target_pairs={{0,2},{2,4},{4,6},{6,0},{1,3},{3,5},{5,7},{7,1}}
+  %token = token[] after-all()
+  %away = (f32[16,8]{1,0}, u32[], token[]) send(%g, %token), channel_id=4, MEGASCALE
+  %sent = token[] send-done(%away), channel_id=4, MEGASCALE
   %one = s32[] constant(1)
   %next = s32[] add(%i, %one)
   ROOT %out = (s32[], bf16[4,128]{1,0}, f32[16,8]{1,0}) tuple(%next, %w, %ring)
@@ -117,7 +120,9 @@ ENTRY %main (x: bf16[4,128], y: f32[16,8]) -> f32[16,8] {
   %loop = (s32[], bf16[4,128]{1,0}, f32[16,8]{1,0}) while(%begun), condition=%condition, body=%body
   ROOT %last = f32[16,8]{1,0} get-tuple-element(%loop), index=2
 }
-""".replace("GROUPS", "replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}")
+"""
+HLO = HLO.replace("GROUPS", "replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}")
+HLO = HLO.replace("MEGASCALE", 'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}')
 
 
 def test_text_of_a_tpu_program():
@@ -125,7 +130,8 @@ def test_text_of_a_tpu_program():
     module = Module(HLO)
     assert module.times["body"] == 9 - 2
     rows = {row.kind: row for row in read_collectives(module, (4, 2), ("data", "tensor"))}
-    assert set(rows) == {"all-gather", "reduce-scatter", "collective-permute"}
+    assert set(rows) == {"all-gather", "reduce-scatter", "collective-permute", "send"}
+    assert (rows["send"].axes, rows["send"].sent) == ((), 7 * 16 * 8 * 4)
     gather, scatter, ring = rows["all-gather"], rows["reduce-scatter"], rows["collective-permute"]
     # [2,4] transposed: 0 4 | 1 5 | ...: devices two rows of the mesh apart
     assert (gather.axes, gather.group, gather.count, gather.sent) == (("data",), 2, 7, 7 * 4 * 128 * 2)
