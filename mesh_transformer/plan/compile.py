@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from mesh_transformer.config import ConfigError
+from mesh_transformer.plan.hardware.topologies import MissingCompilerError, parse_topology
 from mesh_transformer.plan.job import Job, Measured
-from mesh_transformer.plan.topologies import MissingCompilerError, parse_topology
 
 # Several processes may load libtpu at once where no TPU is; and it says less.
 ABSENT_TPU = {

@@ -24,8 +24,8 @@ from mesh_transformer.config import Config, ModelConfig
 from mesh_transformer.mesh import MESH_AXES, make_rules
 from mesh_transformer.model.params import ParamInfo, flatten_names
 from mesh_transformer.model.transformer import describe_params
+from mesh_transformer.plan.hardware.topologies import Topology, parse_topology
 from mesh_transformer.plan.job import Measured, Traffic
-from mesh_transformer.plan.topologies import Topology, parse_topology
 
 SCORE_BYTES, LOGIT_BYTES, HIDDEN_BYTES = 10, 14, 6
 LABEL = "estimate from formulas, nothing compiled"

@@ -4,7 +4,7 @@
 
 from html import escape
 
-from mesh_transformer.plan.chips import Chip
+from mesh_transformer.plan.hardware.chips import Chip
 from mesh_transformer.plan.report import describe_mesh, format_ms
 from mesh_transformer.plan.search import Candidate, Found, find_frontier, middle_seconds
 from mesh_transformer.plan.verdict import judge_memory

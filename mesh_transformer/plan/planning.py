@@ -13,10 +13,10 @@ from typing import Any
 
 from mesh_transformer.config import Config, ConfigError
 from mesh_transformer.plan.compile import compile_job
+from mesh_transformer.plan.hardware.topologies import MissingCompilerError, parse_topology
 from mesh_transformer.plan.job import Job, Measured
 from mesh_transformer.plan.remedies import Remedy, find_remedy
 from mesh_transformer.plan.report import format_verdict, verdict_to_json
-from mesh_transformer.plan.topologies import MissingCompilerError, parse_topology
 from mesh_transformer.plan.verdict import judge
 
 AMOUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -72,7 +72,7 @@ def _estimate(job: Job) -> Measured:
 
 
 def _print_search(job: Job, compile_one: Callable[[Job], Measured], options: argparse.Namespace) -> None:
-    from mesh_transformer.plan.chips import CPU
+    from mesh_transformer.plan.hardware.chips import CPU
     from mesh_transformer.plan.picture import draw_search
     from mesh_transformer.plan.search import format_found, search
 

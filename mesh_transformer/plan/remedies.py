@@ -16,8 +16,8 @@ from typing import NamedTuple, get_args, get_type_hints
 
 from mesh_transformer.config import Config, ConfigError, ModelConfig, config_to_dict, merge_override, parse_config
 from mesh_transformer.plan.estimate import describe_model, estimate_training, make_pieces
+from mesh_transformer.plan.hardware.topologies import parse_topology
 from mesh_transformer.plan.job import Job, Measured
-from mesh_transformer.plan.topologies import parse_topology
 from mesh_transformer.plan.verdict import judge_memory
 
 REMAT_ORDER = ("none", "attention", "dots", "full", "offload")  # the more to the right, the less is kept

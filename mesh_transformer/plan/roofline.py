@@ -16,7 +16,7 @@ one once; a group over several directions uses all of them. Devices that share a
 
 from typing import NamedTuple
 
-from mesh_transformer.plan.chips import Chip
+from mesh_transformer.plan.hardware.chips import Chip
 from mesh_transformer.plan.job import Measured, Traffic
 
 

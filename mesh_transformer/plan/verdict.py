@@ -6,10 +6,10 @@ import math
 from typing import NamedTuple
 
 from mesh_transformer.config import Config
-from mesh_transformer.plan.chips import KINDS, Chip
+from mesh_transformer.plan.hardware.chips import KINDS, Chip
+from mesh_transformer.plan.hardware.topologies import parse_topology
 from mesh_transformer.plan.job import Measured
 from mesh_transformer.plan.roofline import Roofline, make_roofline, model_flops_utilization
-from mesh_transformer.plan.topologies import parse_topology
 
 DAY = 86_400
 OVERHEAD = 1.1  # of a data centre: energy drawn for each unit that reaches the chips

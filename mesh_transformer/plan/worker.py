@@ -22,13 +22,13 @@ import numpy as np
 
 from mesh_transformer.config import ConfigError
 from mesh_transformer.mesh import Layout, make_layout, start_devices
-from mesh_transformer.plan.chips import FAMILIES
-from mesh_transformer.plan.collectives import Collective, read_collectives
+from mesh_transformer.plan.compiled.collectives import Collective, read_collectives
+from mesh_transformer.plan.compiled.hlo import Module
+from mesh_transformer.plan.compiled.traffic import hbm_bytes, read_stacked
 from mesh_transformer.plan.decoding import lower_decoding
-from mesh_transformer.plan.hlo import Module
+from mesh_transformer.plan.hardware.chips import FAMILIES
+from mesh_transformer.plan.hardware.topologies import MissingCompilerError, Topology, make_devices, parse_topology
 from mesh_transformer.plan.job import Job, Measured, Traffic
-from mesh_transformer.plan.topologies import MissingCompilerError, Topology, make_devices, parse_topology
-from mesh_transformer.plan.traffic import hbm_bytes, read_stacked
 from mesh_transformer.train.flops import count_flops, count_jaxpr_flops
 from mesh_transformer.train.run import (
     abstract_batch,

@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from mesh_transformer.config import ConfigError, parse_config
-from mesh_transformer.plan.chips import CPU, TPUS
 from mesh_transformer.plan.estimate import estimate_training
+from mesh_transformer.plan.hardware.chips import CPU, TPUS
 from mesh_transformer.plan.job import Job
 from mesh_transformer.plan.picture import draw_search
 from mesh_transformer.plan.roofline import make_roofline

@@ -13,10 +13,10 @@ from mesh_transformer.data.sources import open_data
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.plan.compile import compile_job
 from mesh_transformer.plan.estimate import LABEL, estimate_training
+from mesh_transformer.plan.hardware.topologies import MissingCompilerError
 from mesh_transformer.plan.job import Job, Measured
 from mesh_transformer.plan.remedies import change_config, find_remedy, propose_changes
 from mesh_transformer.plan.report import format_verdict, verdict_to_json
-from mesh_transformer.plan.topologies import MissingCompilerError
 from mesh_transformer.plan.verdict import judge
 from mesh_transformer.plan.worker import lower_training, make_topology_layout, measure, parse_refusal
 from mesh_transformer.train.run import open_run

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import ConfigError
-from mesh_transformer.plan.chips import FAMILIES, GPUS, SILICON, TPUS, Chip, Silicon
+from mesh_transformer.plan.hardware.chips import FAMILIES, GPUS, SILICON, TPUS, Chip, Silicon
 
 NVLINK_HOST = 8  # GPUs that NVLink joins
 DEFAULT_A100 = "A100-80"

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mesh_transformer.plan.hlo import Instruction, Module
+from mesh_transformer.plan.compiled.hlo import Instruction, Module
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
 _KIND = re.compile(rf"(?:ragged-)?({'|'.join(KINDS)})(?:-start)?$")

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from mesh_transformer.config import MeshConfig
 from mesh_transformer.mesh import MESH_AXES, make_layout
-from mesh_transformer.plan.collectives import read_collectives, sent_bytes
-from mesh_transformer.plan.hlo import Module
-from mesh_transformer.plan.traffic import hbm_bytes, read_stacked
+from mesh_transformer.plan.compiled.collectives import read_collectives, sent_bytes
+from mesh_transformer.plan.compiled.hlo import Module
+from mesh_transformer.plan.compiled.traffic import hbm_bytes, read_stacked
 
 LAYERS, ROWS, DIM = 5, 16, 32
 
