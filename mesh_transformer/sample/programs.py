@@ -79,6 +79,11 @@ class Programs:
         """See _draw_burst; the state that goes in is gone."""
         return self._decode(self._params, *arguments)
 
+    def lower_decode(self, params: Any, state: State, request: Request) -> Any:
+        """The program of `decode` for weights, state and request given as shapes, lowered and not compiled."""
+        steps, cancelled = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct(state.token.shape, jnp.bool_)
+        return self._decode.lower(params, state, request, steps, cancelled)
+
     def _program(self, name: str, function: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
         def counted(*arguments: Any) -> Any:
             self.compilations[name] += 1

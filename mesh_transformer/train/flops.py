@@ -18,19 +18,38 @@ from jax.extend import core
 
 def count_flops(function: Callable[..., Any], *args: Any) -> float:
     """FLOPs of one call of `function` on arguments of these shapes, over all devices; loops are multiplied out."""
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return count_jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _count(jaxpr: Any) -> float:
+def count_jaxpr_flops(jaxpr: Any) -> float:
+    """The same of a program traced already.
+
+    Inside a `shard_map` shapes are one device's, and a kernel's body is that of one block: both are multiplied by how
+    many there are. Blocks that a kernel skips (causal attention) count as if it did not. A loop of unknown length
+    counts once.
+    """
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, out = equation.invars[0].aval, equation.outvars[0].aval
             total += 2.0 * math.prod(out.shape) * math.prod(left.shape[axis] for axis in contracted)
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(_count(inner) for inner in _inner_jaxprs(equation.params))
+        total += _times(equation) * sum(count_jaxpr_flops(inner) for inner in _inner_jaxprs(equation.params))
     return total
+
+
+def _times(equation: Any) -> int:
+    """How often the jaxprs inside an equation run."""
+    params = equation.params
+    match equation.primitive.name:
+        case "scan":
+            return params["length"]
+        case "shard_map":
+            axes = params.get("newly_manual_axes", params.get("manual_axes"))  # by the version of JAX
+            return math.prod(params["mesh"].shape[axis] for axis in axes)
+        case "pallas_call":
+            return math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
+    return 1
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
@@ -38,7 +57,7 @@ def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     found = []
     for name, value in params.items():
         if name == "branches":
-            found.append(max((branch.jaxpr for branch in value), key=_count))
+            found.append(max((branch.jaxpr for branch in value), key=count_jaxpr_flops))
         elif isinstance(value, core.ClosedJaxpr):
             found.append(value.jaxpr)
         elif isinstance(value, core.Jaxpr):

@@ -152,16 +152,6 @@ def open_run(
             state = start_from(config, state, shardings, notes)
     batch = abstract_batch(config, layout)
     flops = count_flops(make_train_step(without_remat(config)), shapes, batch) / config.train.batch_size
-    train_step, eval_step = make_train_step(config), make_eval_step(config)
-    everywhere = NamedSharding(layout.mesh, PartitionSpec())
-
-    def traced(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any) -> Any:
-            with use_layout(layout):
-                return function(*args)
-
-        return wrapped
-
     return Run(
         config=config,
         layout=layout,
@@ -169,12 +159,39 @@ def open_run(
         store=store,
         axes=flatten_state(axes),
         state=state,
-        # What the host looks at lies whole on every device, so that every process has it.
-        train_step=jax.jit(traced(train_step), donate_argnums=0, out_shardings=(shardings, everywhere)),
-        eval_step=jax.jit(traced(eval_step), out_shardings=everywhere),
+        train_step=jit_train_step(config, layout, shardings),
+        eval_step=jax.jit(_traced(make_eval_step(config), layout), out_shardings=_everywhere(layout)),
         flops_per_sequence=flops,
         notes=notes,
         start=describe_start(layout),
+    )
+
+
+def jit_train_step(config: Config, layout: Layout, shardings: State) -> Any:
+    """The training step, ready to run or to be compiled from shapes alone: the one program of training and planning."""
+    step = _traced(make_train_step(config), layout)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, _everywhere(layout)))
+
+
+def _everywhere(layout: Layout) -> NamedSharding:
+    """What the host looks at lies whole on every device, so that every process has it."""
+    return NamedSharding(layout.mesh, PartitionSpec())
+
+
+def _traced(function: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+    """`function`, traced under `layout` whenever it is."""
+
+    def wrapped(*args: Any) -> Any:
+        with use_layout(layout):
+            return function(*args)
+
+    return wrapped
+
+
+def abstract_state(shapes: State, shardings: State) -> State:
+    """A state as shapes and shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
 
 
@@ -243,10 +260,7 @@ def _restore(
             f"{where} was trained on other data than data.train now holds (fingerprint {meta['data_fingerprint']}, "
             f"now {data.train.fingerprint}); restore the data, use another run.dir, or start over with --fresh"
         )
-    like = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-    )
-    named = store.restore(step, flatten_state(like))
+    named = store.restore(step, flatten_state(abstract_state(shapes, shardings)))
     notes.append(f"resumed from {where}")
     return unflatten_state(named, shapes)
 

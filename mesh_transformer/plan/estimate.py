@@ -1,0 +1,221 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A training step's memory, FLOPs and traffic from formulas, for choosing what to compile and where nothing can compile.
+
+Memory of one device:
+
+    state         every array of it, cut as the rules say
+    gradients     float32, of the parameters' shapes; twice where microbatches add up
+    activations   for each layer what remat leaves (`_kept_per_token`)
+    working set   the larger of the loss (14 bytes for each logit of a piece, and the whole gradient of its weights)
+                  and one layer: attention scores (10 bytes an entry, where they are made at all), the feed-forward's
+                  hidden units (6 bytes) and its gathered weights
+
+Traffic: fsdp gathers bfloat16 weights for the forward and the backward pass of every microbatch and reduces gradients
+once for each; tensor adds up the residual stream four times a layer (twice where attention and feed-forward are
+parallel); data adds up gradients. How far this is from what compilers find: docs/plans.md.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from mesh_transformer.config import Config, ModelConfig
+from mesh_transformer.mesh import MESH_AXES, make_rules
+from mesh_transformer.model.params import ParamInfo, flatten_names
+from mesh_transformer.model.transformer import describe_params
+from mesh_transformer.plan.hardware.topologies import Topology, parse_topology
+from mesh_transformer.plan.job import Measured, Traffic
+
+SCORE_BYTES, LOGIT_BYTES, HIDDEN_BYTES = 10, 14, 6
+LABEL = "estimate from formulas, nothing compiled"
+
+
+class Pieces(NamedTuple):
+    """A mesh's sizes and into how many pieces each logical axis is cut."""
+
+    sizes: dict[str, int]
+    rules: dict[str, tuple[str, ...]]
+
+    def cut(self, *axes: str) -> int:
+        """Pieces of an array with these logical axes."""
+        return math.prod(self.sizes[mesh_axis] for axis in axes for mesh_axis in self.rules[axis])
+
+
+def make_pieces(config: Config, devices: int) -> Pieces:
+    """The run's mesh over so many devices."""
+    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+    if sizes["data"] == -1:
+        sizes["data"] = max(devices // math.prod(size for axis, size in sizes.items() if axis != "data"), 1)
+    rules = make_rules(config.mesh.rules)
+    if config.mesh.sequence_parallel and "stream" not in config.mesh.rules:
+        rules["stream"] = (*rules["sequence"], "tensor")
+    return Pieces(sizes, rules)
+
+
+def estimate_training(config: Config, topology_name: str, params: dict[str, ParamInfo] | None = None) -> Measured:
+    """What a compile would measure, estimated; `params` as `describe_model` gives them, if known already."""
+    topology = parse_topology(topology_name)
+    pieces = make_pieces(config, topology.devices)
+    params = params or describe_model(config.model)
+    model, train = config.model, config.train
+    item = 2 if model.dtype == "bfloat16" else 4
+    held = sum(math.prod(info.shape) / pieces.cut(*info.axes) for info in params.values())
+    total = sum(math.prod(info.shape) for info in params.values())
+    tokens = train.batch_size * model.seq_len
+    own = tokens / train.accumulation / pieces.cut("batch")  # tokens of a device's microbatch
+    moments = held * _moment_bytes(config)
+    gradients = 4 * held
+    plain = _makes_scores(model, topology)
+    kept = model.n_layers * own / pieces.cut("sequence") * _kept_per_token(model, pieces, item, plain)
+    logits = own / pieces.cut("sequence") / train.loss_pieces * model.n_vocab / pieces.cut("vocab")
+    head = 4 * model.d_model * model.n_vocab / pieces.cut("vocab")
+    working = max(LOGIT_BYTES * logits + head, _layer_bytes(model, pieces, own, item, plain))
+    peak = 4 * held + moments + gradients * (2 if train.accumulation > 1 else 1) + kept + working
+    flops, again = _flops(model, total, tokens)
+    return Measured(
+        topology=topology_name,
+        platform=topology.chip.platform if topology.chip else "cpu",
+        devices=math.prod(pieces.sizes.values()),
+        mesh=pieces.sizes,
+        parameters=total,
+        tokens=tokens,
+        flops=flops,
+        hardware_flops=flops + again,
+        kinds={
+            "parameters": int(4 * held),
+            "moments": int(moments),
+            "batch": int(20 * tokens / pieces.cut("batch")),
+        },
+        gradients=int(gradients),
+        argument_bytes=int(4 * held + moments + 20 * tokens / pieces.cut("batch")),
+        peak_bytes=int(peak),
+        kept_bytes=int(kept),
+        logits_bytes=int(4 * logits),
+        hbm_bytes=_hbm_bytes(config, held, own, item, pieces, plain),
+        traffic=list(_traffic(config, pieces, held, own, item, topology)),
+        compiler=LABEL,
+        state_bytes=int(total * (4 + moments / held)),
+    )
+
+
+def describe_model(model: ModelConfig) -> dict[str, ParamInfo]:
+    """Shape and logical axes of every parameter by name."""
+    return flatten_names(describe_params(dataclasses.replace(model, remat="none")))
+
+
+def _moment_bytes(config: Config) -> float:
+    """Of each parameter."""
+    first = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
+    match config.optimizer.name:
+        case "adamw":
+            return first + 4
+        case "adafactor":
+            return first if config.optimizer.beta1 else 0.0
+        case _:
+            return first
+
+
+def _makes_scores(model: ModelConfig, topology: Topology) -> bool:
+    """Whether attention writes all its scores: not on accelerators, where kernels go by blocks, nor with long CPU rows."""
+    if model.attention_kernel != "auto":
+        return model.attention_kernel == "plain"
+    return topology.chip is None and model.seq_len <= 1024
+
+
+def _kept_per_token(model: ModelConfig, pieces: Pieces, item: int, plain: bool) -> float:
+    """Bytes that one layer keeps for each token's backward pass; with full remat, one period of layers its input."""
+    period = len(model.attention_pattern)
+    stream = model.d_model * item / (pieces.cut("stream") / pieces.cut("sequence"))
+    mixed = model.n_heads * model.head_dim * item / pieces.cut("heads")
+    heads = mixed + 2 * model.kv_heads * model.head_dim * item / pieces.cut("kv_heads")
+    hidden = model.ff_dim * item * (2 if model.gated else 1) / pieces.cut("ff")
+    scores = 6 * model.n_heads / pieces.cut("heads") * model.seq_len if plain else mixed
+    match model.remat:
+        case "none":
+            return 5 * stream + 2 * heads + hidden + scores
+        case "dots":
+            return stream / period + 2 * stream + heads + hidden
+        case "attention":
+            return 4 * stream + heads + hidden
+        case "offload":
+            return 0.0
+        case _:
+            return stream / period
+
+
+def _layer_bytes(model: ModelConfig, pieces: Pieces, own: float, item: int, plain: bool) -> float:
+    """One period of layers at work: scores or the heads' arrays, hidden units, and a layer's gathered weights."""
+    own /= pieces.cut("sequence")
+    mixed = 6 * item * model.n_heads * model.head_dim / pieces.cut("heads")
+    scores = SCORE_BYTES * model.n_heads / pieces.cut("heads") * model.seq_len if plain else mixed
+    hidden = HIDDEN_BYTES * model.ff_dim / pieces.cut("ff") * (2 if model.gated else 1)
+    layers = own * (scores + hidden + 4 * item * model.d_model) * len(model.attention_pattern)
+    return layers + 2 * item * _layer_weights(model) / pieces.cut("ff")
+
+
+def _layer_weights(model: ModelConfig) -> int:
+    attention = 2 * model.d_model * (model.n_heads + model.kv_heads) * model.head_dim
+    return attention + model.d_model * model.ff_dim * (3 if model.gated else 2)
+
+
+def _flops(model: ModelConfig, parameters: int, tokens: int) -> tuple[float, float]:
+    """The model's own, and what remat computes again."""
+    table = model.n_vocab * model.d_model * (1 if not model.tied_embeddings else 0)
+    products = 2.0 * (parameters - table) * tokens
+    attention = 4.0 * model.n_layers * model.n_heads * model.head_dim * model.seq_len * tokens
+    layers = 2.0 * model.n_layers * _layer_weights(model) * tokens + attention
+    again = {"none": 0.0, "dots": attention, "attention": attention}.get(model.remat, layers)
+    return 3.0 * (products + attention), again
+
+
+def _hbm_bytes(config: Config, held: float, own: float, item: int, pieces: Pieces, plain: bool) -> float:
+    """State read and written, weights read three times, and about thirty passes over each layer's activations."""
+    model, micro = config.model, config.train.accumulation
+    state = held * (2 * (4 + _moment_bytes(config)) + 8)
+    weights = 3 * item * held * pieces.sizes["fsdp"] * micro
+    stream = 30 * item * model.d_model * own * model.n_layers * micro
+    scores = 4 * SCORE_BYTES * own * model.n_heads / pieces.cut("heads") * model.seq_len * model.n_layers * micro
+    scores *= plain
+    logits = 2 * LOGIT_BYTES * own * model.n_vocab / pieces.cut("vocab") * micro
+    return state + weights + stream + scores + logits
+
+
+def _traffic(config: Config, pieces: Pieces, held: float, own: float, item: int, topology: Topology) -> list[Traffic]:
+    model, micro = config.model, config.train.accumulation
+    sizes, rows = pieces.sizes, []
+
+    def add(axis: str, kind: str, count: int, sent: float) -> None:
+        if sizes.get(axis, 1) > 1:
+            outer, dims, wrapped = _guess_place(axis, sizes, topology)
+            rows.append(Traffic([axis], kind, sizes[axis], count, sent, dims, wrapped, outer))
+
+    fsdp, data, tensor = sizes["fsdp"], sizes["data"], sizes["tensor"]
+    add("fsdp", "all-gather", 2 * model.n_layers * micro, 2 * micro * item * held * (fsdp - 1))
+    add("fsdp", "reduce-scatter", model.n_layers * micro, micro * item * held * (fsdp - 1))
+    add("data", "all-reduce", model.n_layers, 2 * 4 * held * (data - 1) / data)
+    sums = (2 if model.residual != "serial" else 4) * (1.5 if model.remat not in ("none", "dots") else 1)
+    stream = own * model.d_model * item
+    add(
+        "tensor",
+        "all-reduce",
+        int(sums * model.n_layers * micro),
+        sums * model.n_layers * micro * 2 * stream * (tensor - 1) / tensor,
+    )
+    return rows
+
+
+def _guess_place(axis: str, sizes: dict[str, int], topology: Topology) -> tuple[int, int, bool]:
+    """(slices or hosts spanned, directions of the torus, whether they close), without the devices themselves."""
+    chip = topology.chip
+    if chip is None:
+        return 1, 1, False
+    axes = list(sizes)
+    inner = math.prod(sizes[a] for a in axes[axes.index(axis) + 1 :])
+    span = sizes[axis] * inner
+    if chip.platform == "gpu":
+        return max(1, min(sizes[axis], math.ceil(span / chip.per_host))), 1, False
+    outer = topology.slices if axis == "data" and topology.slices > 1 else 1
+    within = sizes[axis] / outer / (chip.devices if axis == axes[-1] else 1)
+    dims = 0 if within <= 1 else next((n for n in (1, 2) if within <= max(topology.shape) ** n), 3)
+    return outer, dims, len(topology.shape) == 3 and math.prod(topology.shape) >= 64

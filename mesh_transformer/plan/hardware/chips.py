@@ -1,0 +1,133 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What one chip of every kind can do, and the products they are sold in.
+
+Rates and sizes are the makers' published ones, of dense products in bfloat16. Usable memory of a TPU is what its
+compiler names when a program does not fit; of a GPU, 95% of what its driver reports, the share that a process can be
+given (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; JAX takes 0.75 unless told). Marked `~`: not published, our assumption.
+"""
+
+from typing import NamedTuple
+
+GIB, GB = 2**30, 10**9
+GPU_SHARE = 0.95  # of a GPU's memory, for one process
+
+
+class Chip(NamedTuple):
+    """One chip. Bandwidths are bytes per second in one direction."""
+
+    name: str
+    platform: str  # tpu or gpu
+    flops: float  # peak, bfloat16 products with float32 sums
+    memory: int  # bytes a program can use, of each device
+    memory_bandwidth: float
+    links: int  # of the fast network (ICI, NVLink counted as one)
+    link_bandwidth: float  # of each link
+    dcn_bandwidth: float  # to other hosts or slices, the chip's share of its host's network
+    per_host: int  # chips
+    host_memory: int  # bytes
+    watts: float
+    devices: int = 1  # that JAX sees in one chip
+
+
+TPU_V2 = Chip("v2", "tpu", 45e12, int(7.48 * GIB), 700e9, 4, 62e9, 3.1e9, 4, 334 * GB, 280, 2)
+TPU_V3 = Chip("v3", "tpu", 123e12, int(15.48 * GIB), 900e9, 4, 82e9, 3.1e9, 4, 335 * GB, 450, 2)
+TPU_V4 = Chip("v4", "tpu", 275e12, int(30.75 * GIB), 1228e9, 6, 45e9, 6.25e9, 4, 407 * GB, 192)
+TPU_V5E = Chip("v5e", "tpu", 197e12, int(15.75 * GIB), 819e9, 4, 45e9, 3.1e9, 8, 384 * GB, 200)  # ~ watts
+TPU_V5P = Chip("v5p", "tpu", 459e12, int(95.74 * GIB), 2765e9, 6, 90e9, 6.25e9, 4, 448 * GB, 450)  # ~ watts
+TPU_V6E = Chip("v6e", "tpu", 918e12, int(31.25 * GIB), 1640e9, 4, 90e9, 12.5e9, 8, 1440 * GB, 300)  # ~ watts
+TPU_V7X = Chip("v7x", "tpu", 2307e12, int(94.75 * GIB), 7370e9, 6, 100e9, 12.5e9, 4, 960 * GB, 960, 2)  # ~ watts
+TPUS = {chip.name: chip for chip in (TPU_V2, TPU_V3, TPU_V4, TPU_V5E, TPU_V5P, TPU_V6E, TPU_V7X)}
+
+
+# A CPU made into devices: rates of no one's machine, so that a search can rank meshes on a laptop.
+CPU = Chip("cpu", "cpu", 50e9, 4 * GIB, 10e9, 1, 5e9, 5e9, 1_000_000, 16 * GB, 0)
+
+
+class Silicon(NamedTuple):
+    """What XLA wants to know of a GPU before it compiles for one; sizes in bytes."""
+
+    product: str
+    capability: tuple[int, int]
+    cores: int  # streaming multiprocessors
+    fpus: int  # float32 units of each
+    clock_ghz: float
+    memory: int  # as the driver reports it
+    cache: int  # level 2
+    shared: int  # of each multiprocessor
+    shared_optin: int  # of one block that asks for it
+    accelerated: bool  # has instructions of its architecture alone (sm_90a)
+
+
+A100_CORE = dict(capability=(8, 0), cores=108, fpus=64, clock_ghz=1.41, cache=41_943_040, shared=167_936)
+HOPPER_CORE = dict(capability=(9, 0), cores=132, fpus=128, clock_ghz=1.98, cache=52_428_800, shared=233_472)
+SILICON = {
+    "A100-40": Silicon("NVIDIA A100-SXM4-40GB", memory=42_298_834_944, shared_optin=166_912, accelerated=False, **A100_CORE),
+    "A100-80": Silicon("NVIDIA A100-SXM4-80GB", memory=85_100_068_864, shared_optin=166_912, accelerated=False, **A100_CORE),
+    "H100": Silicon("NVIDIA H100 80GB HBM3", memory=84_942_979_072, shared_optin=232_448, accelerated=True, **HOPPER_CORE),
+    "H200": Silicon("NVIDIA H200 141GB HBM3e", memory=151_397_597_184, shared_optin=232_448, accelerated=True, **HOPPER_CORE),
+    "B200": Silicon(
+        "NVIDIA B200", (10, 0), 148, 128, 1.965, 191_514_411_008, 132_644_864, 233_472, 232_448, accelerated=True
+    ),
+}  # fmt: skip
+
+
+def _gpu(
+    name: str, flops: float, bandwidth: float, nvlink: float, network: float, host_memory: int, watts: float
+) -> Chip:
+    memory = int(SILICON[name].memory * GPU_SHARE)
+    return Chip(name, "gpu", flops, memory, bandwidth, 1, nvlink, network, 8, host_memory, watts)
+
+
+GPUS = {
+    chip.name: chip
+    for chip in (
+        _gpu("A100-40", 312e12, 1555e9, 300e9, 25e9, 1000 * GB, 400),
+        _gpu("A100-80", 312e12, 2039e9, 300e9, 25e9, 2000 * GB, 400),
+        _gpu("H100", 989e12, 3352e9, 450e9, 50e9, 2000 * GB, 700),
+        _gpu("H200", 989e12, 4800e9, 450e9, 50e9, 2000 * GB, 700),
+        _gpu("B200", 2250e12, 7672e9, 900e9, 50e9, 2000 * GB, 1000),
+    )
+}
+
+
+class Family(NamedTuple):
+    """How a kind of TPU is sold: the number in a product's name, and the torus of chips it means."""
+
+    libtpu: str  # its name in a topology of libtpu
+    names: tuple[str, ...]  # what people write before the number; the first is ours
+    slices: dict[int, tuple[int, ...]]
+
+
+FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
+CUBES = {
+    8: (2, 2, 1), 16: (2, 2, 2), 32: (2, 2, 4), 64: (2, 4, 4), 128: (4, 4, 4), 256: (4, 4, 8), 384: (4, 4, 12),
+    512: (4, 8, 8), 768: (4, 8, 12), 1024: (8, 8, 8), 1152: (4, 12, 12), 1536: (8, 8, 12), 2048: (8, 8, 16),
+    2304: (8, 12, 12), 3072: (8, 12, 16), 4096: (8, 16, 16), 4608: (12, 12, 16), 6144: (12, 16, 16),
+    8192: (16, 16, 16), 9216: (12, 16, 24), 12288: (16, 16, 24),
+}  # fmt: skip
+
+
+def _up_to(limit: int) -> dict[int, tuple[int, ...]]:
+    return {number: shape for number, shape in CUBES.items() if number <= limit}
+
+
+FAMILIES = {
+    "v2": Family("v2", ("v2",), {8: (2, 2), 32: (4, 4), 128: (8, 8), 256: (8, 16), 512: (16, 16)}),
+    "v3": Family(
+        "v3",
+        ("v3",),
+        {8: (2, 2), 32: (4, 4), 64: (4, 8), 128: (8, 8), 256: (8, 16), 512: (16, 16), 1024: (16, 32), 2048: (32, 32)},
+    ),
+    "v4": Family("v4", ("v4",), _up_to(4096)),
+    "v5e": Family("v5e", ("v5e", "v5litepod", "v5lite"), FLAT),
+    "v5p": Family("v5p", ("v5p",), CUBES),
+    "v6e": Family("v6e", ("v6e", "trillium"), FLAT),
+    "v7x": Family("tpu7x", ("v7x", "tpu7x", "ironwood"), {2: (1, 1, 1), **_up_to(4096)}),
+}
+
+# As JAX names the devices of a machine.
+KINDS = {
+    "TPU v2": TPU_V2, "TPU v3": TPU_V3, "TPU v4": TPU_V4, "TPU v5 lite": TPU_V5E, "TPU v5e": TPU_V5E, "TPU v5": TPU_V5P,
+    "TPU v5p": TPU_V5P, "TPU v6 lite": TPU_V6E, "TPU v6e": TPU_V6E, "TPU7x": TPU_V7X,
+} | {gpu.product: GPUS[name] for name, gpu in SILICON.items()}  # fmt: skip

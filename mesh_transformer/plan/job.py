@@ -1,0 +1,97 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What is to be compiled, and what was measured of it: records that travel between processes as JSON."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+from mesh_transformer.config import Config, config_to_dict, parse_config
+
+FORMAT = 3  # of these records: a result stored by another number is not used
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One program of a run on one topology."""
+
+    config: Config
+    topology: str
+    fast: bool = False  # least compiler effort: a fifth of the time, memory off by some percent either way
+    batch: int = 0  # rows to sample for; 0: the program is the training step
+    context: int = 0  # tokens of each row in the cache
+
+    def to_json(self) -> str:
+        """As text for another process."""
+        return json.dumps({**dataclasses.asdict(self), "config": config_to_dict(self.config)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        """From `to_json`."""
+        table = json.loads(text)
+        return cls(**{**table, "config": parse_config(table["config"], where="job")})
+
+    def digest(self) -> str:
+        """Equal for jobs whose program is the same: where a run lives, its data and its samples do not matter."""
+        table = json.loads(self.to_json())
+        for name in ("run", "checkpoint", "sample", "track"):
+            table["config"].pop(name, None)
+        table["config"]["data"] = table["config"]["data"].get("isolate_documents")
+        return hashlib.blake2b(f"{FORMAT} {json.dumps(table, sort_keys=True)}".encode(), digest_size=12).hexdigest()
+
+
+class Traffic(NamedTuple):
+    """Collective operations over some axes of the mesh in one step; see collectives.py."""
+
+    axes: list[str]
+    kind: str
+    group: int
+    count: int
+    sent: float  # bytes, by every device
+    torus_dims: int = 1  # directions of the torus that members of a group are spread over
+    wrapped: bool = False  # whether those directions close to rings
+    outer: int = 1  # slices, or hosts of GPUs, that a group is spread over
+
+
+@dataclasses.dataclass(kw_only=True)
+class Measured:
+    """What tracing and compiling found. Bytes are of one device, FLOPs of all together."""
+
+    topology: str
+    platform: str
+    devices: int
+    mesh: dict[str, int]
+    parameters: int
+    tokens: int  # in one step; drawn in one step where sampling
+    flops: float  # the model's own
+    hardware_flops: float  # with what is computed again
+    kinds: dict[str, int]  # bytes of what goes into the program, from shapes: parameters, moments, other, batch, ...
+    gradients: int  # bytes of all gradients at once, from shapes
+    state_bytes: int = 0  # of all devices together, replicas once: what a checkpoint holds
+    argument_bytes: int = 0
+    temporary_bytes: int = 0
+    peak_bytes: int = 0
+    kept_bytes: int = 0  # activations that the forward pass leaves to the backward pass
+    logits_bytes: int = 0  # the largest array over the vocabulary
+    hbm_bytes: float = 0.0  # moved in a step
+    traffic: list[Traffic] = dataclasses.field(default_factory=list)
+    refused: str = ""  # the compiler's words where the program does not fit
+    needed_bytes: int = 0  # its figures
+    limit_bytes: int = 0
+    device_kind: str = ""  # of devices that are here, as their maker names them
+    compile_seconds: float = 0.0
+    compiler: str = ""  # versions
+    fast: bool = False
+    sharding_table: str = ""
+
+    def to_json(self) -> str:
+        """As text."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Measured":
+        """From `to_json`."""
+        table: dict[str, Any] = json.loads(text)
+        table["traffic"] = [Traffic(*row) for row in table["traffic"]]
+        return cls(**table)

@@ -1,0 +1,87 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The search looks at everything that divides, compiles the best, and draws what it found."""
+
+import dataclasses
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from mesh_transformer.config import ConfigError, parse_config
+from mesh_transformer.plan.estimate import estimate_training
+from mesh_transformer.plan.hardware.chips import CPU, TPUS
+from mesh_transformer.plan.job import Job
+from mesh_transformer.plan.picture import draw_search
+from mesh_transformer.plan.roofline import make_roofline
+from mesh_transformer.plan.search import find_frontier, format_found, list_candidates, list_meshes, search
+from mesh_transformer.plan.verdict import judge
+from mesh_transformer.plan.worker import measure
+
+
+def make_job(topology: str = "cpu-8", **model: object) -> Job:
+    table = {
+        "model": dict(n_layers=2, d_model=64, n_heads=4, n_vocab=264, seq_len=32) | model,
+        "data": {"train": {"numbers": {"path": "made-up"}}},
+        "train": dict(steps=10, batch_size=16),
+    }
+    return Job(config=parse_config(table, where="test"), topology=topology)
+
+
+def test_meshes_are_those_that_divide():
+    job = make_job()
+    meshes = list(list_meshes(job.config, 8))
+    sizes = {(mesh["data"], mesh["fsdp"], mesh["tensor"]) for mesh in meshes}
+    assert sizes == {(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (2, 1, 4), (1, 2, 4)}
+    remats = {one.remat for one in list_candidates(job, CPU)}
+    assert {"none", "full", "dots"} <= remats
+
+
+def test_the_best_of_eight_cpu_devices():
+    job = make_job()
+    said: list[str] = []
+    found = search(job, measure, chip=CPU, count=2, report=said.append)
+    assert len(found.compiled) == 2
+    assert len(found.considered) > 20
+    assert [line for line in said if line.startswith("compiling")] == said
+    table = format_found(found, CPU)
+    assert "--set mesh.fsdp=" in table
+    assert table.splitlines()[1].rstrip().endswith("*")
+    picture = ElementTree.fromstring(draw_search(found, CPU, "a <small> model"))
+    circles = [node.get("class") for node in picture.iter("{http://www.w3.org/2000/svg}circle")]
+    assert circles.count("fits") == 2 * 2  # in the plot and in the list beside it
+    assert circles.count("guess") == len(found.considered)
+
+
+def test_a_batch_that_never_divides_is_an_error():
+    job = make_job()
+    train = dataclasses.replace(job.config.train, batch_size=7)
+    odd = dataclasses.replace(job, config=dataclasses.replace(job.config, train=train))
+    with pytest.raises(ConfigError, match="a batch of 7"):
+        search(odd, measure, chip=TPUS["v5e"])
+
+
+def test_frontier():
+    assert find_frontier([(1.0, 9.0), (2.0, 5.0), (3.0, 5.0), (4.0, 1.0), (5.0, 2.0)]) == [0, 1, 3]
+
+
+def test_sampling_is_planned_by_the_engines_own_program():
+    job = dataclasses.replace(make_job(n_heads=4, n_kv_heads=2), batch=8, context=16)
+    measured = measure(job)
+    cache_of_all = 2 * 8 * 2 * 16 * 16 * 2 * 4  # layers, rows, key-value heads, places, channels, k and v, float32
+    assert measured.kinds["cache"] * 8 == cache_of_all
+    assert measured.hbm_bytes > measured.kinds["weights"]  # every token reads every weight
+    assert judge(job.config, measured).checkpoint_bytes == 0
+    with pytest.raises(ConfigError, match="use a multiple of 8"):
+        measure(dataclasses.replace(job, batch=3))
+    with pytest.raises(ConfigError, match="seq_len = 32"):
+        measure(dataclasses.replace(job, context=64))
+
+
+def test_the_roofline_of_known_work():
+    """Ten times the peak's FLOPs take ten seconds; a bound is never above the sum."""
+    chip, job = TPUS["v5e"], make_job("v5e-8")
+    measured = dataclasses.replace(estimate_training(job.config, job.topology), hardware_flops=8 * chip.flops * 10)
+    roofline = make_roofline(measured, chip)
+    assert roofline.terms["products"] == pytest.approx(10)
+    assert roofline.bound == "products"
+    assert roofline.shortest == roofline.terms["products"] < roofline.longest
