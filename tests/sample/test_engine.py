@@ -218,7 +218,7 @@ def test_sharded_is_one_device(mesh):
     sharded = Engine(config, params, layout=layout)
     generation = sharded.start(prompts, WARM, max_tokens=12, n=3)
     tokens, events = [[] for _ in range(9)], generation.draw(1)
-    cache = jax.tree.leaves(sharded._state.caches)[0]
+    cache = jax.tree.leaves(sharded._seats.state.caches)[0]
     assert cache.sharding.shard_shape(cache.shape)[:2] == (cache.shape[0] // 2, 4 // mesh["tensor"])
     for event in (*events, *generation.events()):
         tokens[event.row].append(event.token)
