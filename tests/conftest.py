@@ -2,11 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every test sees eight CPU devices, checked shapes, and errors where JAX would promote ranks or warn."""
 
+import atexit
 import os
 import shutil
 import subprocess
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What one test has compiled, others and the programs they start find: set before workers and programs inherit it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

@@ -12,13 +12,12 @@ import numpy as np
 from mesh_transformer.config import ConfigError, ModelConfig, SampleConfig
 from mesh_transformer.mesh import Layout
 from mesh_transformer.model.params import STACK
-from mesh_transformer.model.transformer import describe_params, init_cache
+from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.plan.job import Job, Measured
-from mesh_transformer.sample.programs import Programs, Request, State
-from mesh_transformer.sample.sampling import stack_options
+from mesh_transformer.sample.programs import Programs
+from mesh_transformer.sample.requests import Row, stack_rows
+from mesh_transformer.sample.state import State
 from mesh_transformer.train.state import describe_state, format_parameters
-
-STOP_TOKENS = 8
 
 
 def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
@@ -37,8 +36,8 @@ def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
         raise ConfigError(f"--context {job.context}: the model reads at most model.seq_len = {model.seq_len} tokens")
     programs = Programs(model, {}, layout)
     params = _abstract_params(programs.config, layout)
-    state, request = _abstract_request(programs, job, layout)
-    lowered = programs.lower_decode(params, state, request)
+    state = _abstract_state(programs, job, layout)
+    lowered = programs.lower_decode(params, state)
     weights = sum(_held(leaf) for leaf in jax.tree.leaves(params))
     caches = sum(_held(leaf) for leaf in jax.tree.leaves(state.caches))
     shapes, axes = describe_state(job.config)
@@ -54,7 +53,11 @@ def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
         tokens=job.batch,
         flops=(per_token + attention) * job.batch,
         hardware_flops=(per_token + attention) * job.batch,
-        kinds={"weights": weights, "cache": caches, "request": _size_of(state, request) - caches},
+        kinds={
+            "weights": weights,
+            "cache": caches,
+            "request": sum(_held(leaf) for leaf in jax.tree.leaves(state)) - caches,
+        },
         gradients=0,
         fast=job.fast,
         sharding_table=format_parameters(shapes, axes, layout),
@@ -77,36 +80,20 @@ def _abstract_params(model: ModelConfig, layout: Layout) -> Any:
     }
 
 
-def _abstract_request(programs: Programs, job: Job, layout: Layout) -> tuple[State, Request]:
-    model, rows = programs.config, job.batch
-
-    def batched(dtype: Any, *rest: int) -> jax.ShapeDtypeStruct:
-        axes = ("batch", *["residual"] * len(rest))
-        return jax.ShapeDtypeStruct((rows, *rest), dtype, sharding=layout.sharding(axes, (rows, *rest), "request"))
-
-    shape = (rows, model.kv_heads, job.context, model.head_dim)
-    where = layout.sharding(("batch", "kv_heads", "position", "head_dim"), shape, "cache")
-    layer = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype), sharding=where)
-    stacked = jax.eval_shape(lambda: init_cache(model, rows, job.context))
-    caches = jax.tree.map(lambda leaf: (layer,) * leaf.shape[0], stacked)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    options = jax.eval_shape(lambda: stack_options([SampleConfig()] * rows))
-    options = jax.tree.map(lambda leaf: batched(leaf.dtype), options)
-    request = Request(
-        keys=jax.ShapeDtypeStruct((rows,), keys.dtype, sharding=layout.sharding(("batch",), (rows,), "keys")),
-        options=options,
-        prompt=batched(bool, model.n_vocab),
-        limit=batched(np.int32),
-        stop_tokens=jax.ShapeDtypeStruct((STOP_TOKENS,), np.int32),
+def _abstract_state(programs: Programs, job: Job, layout: Layout) -> State:
+    """`job.batch` seated rows, as shapes and places."""
+    asked = jax.eval_shape(
+        lambda: stack_rows([Row(0, np.zeros(1, np.int32), SampleConfig(), 1)], programs.config.n_vocab)
     )
-    state = State(caches, batched(np.int32), batched(np.int32), batched(bool), batched(np.int32, model.n_vocab))
-    return state, request
+    state = jax.eval_shape(lambda like: programs.empty_state(like, job.batch, job.context), asked)
+
+    def place(leaf: jax.ShapeDtypeStruct, *axes: str) -> jax.ShapeDtypeStruct:
+        axes = axes or ("batch", *["residual"] * (leaf.ndim - 1))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(axes, leaf.shape, "state"))
+
+    caches = jax.tree.map(lambda leaf: place(leaf, "batch", "kv_heads", "position", "head_dim"), state.caches)
+    return jax.tree.map(place, state._replace(caches=None))._replace(caches=caches)
 
 
 def _held(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
-def _size_of(state: State, request: Request) -> int:
-    leaves = [leaf for leaf in jax.tree.leaves((state, request)) if leaf.sharding is not None]
-    return sum(_held(leaf) for leaf in leaves)

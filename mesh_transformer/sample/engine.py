@@ -1,47 +1,39 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens in, tokens out: batched prefill, and decoding in bursts, as a handful of programs of fixed shapes.
+"""Tokens in, tokens out: rows join and leave a batch between bursts of decoding, as a handful of programs of fixed shapes.
 
-Lengths are rounded up to buckets, prompts to powers of two from 16 and caches to powers of two from 256, so that a
-program compiled for one request serves all of nearby length. A prompt is padded on the right: whatever its padding
-leaves in the cache is overwritten before a query can see it. A cache that fills up is copied into the next bucket.
+A row is one sample of one prompt. It waits; its prompt is read in pieces, together with others of nearby length and
+beside the decoding of the rows before it; it gets a seat in the batch; it leaves at its last token. Lengths are rounded
+up to buckets, prompts to powers of two from 16 and caches to powers of two from 256, and the number of seats to a few
+sizes, so that a program compiled for one request serves all like it. A prompt is padded on the right: whatever its
+padding leaves in the cache is overwritten before a query can see it.
 
 A token at place p of sample i of a prompt is drawn with fold_in(fold_in(key(seed), i), p), so it does not depend on
-what else is in the batch, on the buckets, or on how many tokens a burst has.
+what else is in the batch, on the buckets, on how many tokens a burst has, or on what was proposed for it.
 """
 
+import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
 
 from mesh_transformer.config import ModelConfig, SampleConfig
 from mesh_transformer.mesh import Layout
 from mesh_transformer.model.params import Params
-from mesh_transformer.sample.programs import BURST, Programs, Request, State
-from mesh_transformer.sample.sampling import Drawn, stack_options
+from mesh_transformer.sample.prefixes import Prefixes
+from mesh_transformer.sample.programs import BURST, Programs
+from mesh_transformer.sample.proposals import Proposer
+from mesh_transformer.sample.reading import Reading, bucket
+from mesh_transformer.sample.requests import Constraint, Event, PromptError, Row
+from mesh_transformer.sample.seats import Seats
 
-SHORTEST_PROMPT, SHORTEST_CACHE = 16, 256  # smallest buckets
-STOP_TOKENS = 8  # their number is rounded up to a multiple of this
-
-
-class PromptError(ValueError):
-    """A prompt the model cannot continue; the message says why and what would fit."""
-
-
-class Event(NamedTuple):
-    """One token that was drawn. Rows count samples: sample i of prompt j is row j n + i."""
-
-    row: int
-    token: int
-    logprob: float  # natural log, in the model's own distribution
-    finish: Literal["stop", "length"] | None  # why this is the row's last token, if it is
+SHORTEST_CACHE = 256  # smallest bucket
+BESIDE_READING = 4  # tokens of a burst while prompts are being read
+READINGS = 2  # batches of prompts read in turn, so that a long one does not hold up short ones
 
 
 class Completion(NamedTuple):
@@ -55,40 +47,71 @@ class Completion(NamedTuple):
 class Engine:
     """One model on its devices, ready to continue prompts. Not for several threads at once."""
 
-    def __init__(self, config: ModelConfig, params: Params, *, layout: Layout | None = None, prefill_chunk: int = 512):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        layout: Layout | None = None,
+        slots: int = 32,
+        prefill_chunk: int = 512,
+        prefix_bytes: int = 1 << 28,
+        proposer: Proposer | None = None,
+    ):
         """`params` as `make_model(config).init` gives them, placed anywhere; they may be deleted afterwards.
 
-        `layout` places weights and cache; without it everything stays on the default device. Prompts longer than
-        `prefill_chunk` are read in pieces of it. Raises ConfigError if an array does not divide over the mesh.
+        `layout` places weights and cache; without it everything stays on the default device. At most `slots` rows are
+        decoded at once. Prompts longer than `prefill_chunk` are read in pieces of it. Caches of read prompts are kept
+        up to `prefix_bytes` for prompts that begin alike (not where a mesh cuts the batch). `proposer` guesses tokens
+        that are then checked several at a time. Raises ConfigError if an array does not divide over the mesh.
         """
         self.config = config
         self.programs = Programs(config, params, layout)
-        self._chunk = _bucket(prefill_chunk, SHORTEST_PROMPT, config.seq_len)
         self._pieces = layout.batch_pieces if layout else 1
+        self.slots = -(-slots // self._pieces) * self._pieces
+        self.prefixes = Prefixes(prefix_bytes if self._pieces == 1 else 0)
+        self._prefill_chunk = prefill_chunk
+        self._ids = itertools.count()
+        self._waiting: deque[Row] = deque()
+        self._readings: deque[Reading] = deque()
+        self._seats = Seats(self.programs, self._pieces, self.cache_len, proposer)
+        self._turns = 0
 
     @property
     def compilations(self) -> dict[str, int]:
         """How many programs of each kind were compiled so far."""
         return dict(self.programs.compilations)
 
+    @property
+    def seated(self) -> list[Row]:
+        """Rows that are being decoded."""
+        return self._seats.rows
+
+    @property
+    def queued(self) -> list[Row]:
+        """Rows that have drawn nothing yet: those whose prompts are being read, and those that wait."""
+        return [row for reading in self._readings for row in reading.rows] + list(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self._readings or self.seated)
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         options: SampleConfig | Sequence[SampleConfig],
-        *,
-        max_tokens: int | None = None,
-        stop_tokens: Sequence[int] = (),
-        seed: int = 0,
-        n: int = 1,
+        **wishes: Any,
     ) -> list[list[Completion]]:
-        """`n` completions of every prompt; see `start`."""
-        generation = self.start(prompts, options, max_tokens=max_tokens, stop_tokens=stop_tokens, seed=seed, n=n)
-        rows: list[list[Event]] = [[] for _ in range(len(prompts) * n)]
+        """The completions of every prompt; see `start`."""
+        generation = self.start(prompts, options, **wishes)
+        rows: list[list[Event]] = [[] for _ in range(generation.n_rows)]
         for event in generation.events(pause=math.inf):
             rows[event.row].append(event)
         done = [
             Completion([e.token for e in row], [e.logprob for e in row], row[-1].finish or "length") for row in rows
         ]
+        n = generation.n_rows // len(prompts)
         return [done[first : first + n] for first in range(0, len(done), n)]
 
     def start(
@@ -101,7 +124,7 @@ class Engine:
         seed: int = 0,
         n: int = 1,
     ) -> "Generation":
-        """Read the prompts and draw the first token of each of their `n` samples, which share the reading.
+        """`n` samples of every prompt on their way: sample i of prompt j is row j n + i.
 
         `options` are for all prompts or one for each; `max_tokens` (default: theirs) counts drawn tokens. A row ends
         behind a token of `stop_tokens`, or at max_tokens. Raises PromptError for a prompt that is empty, has ids outside
@@ -112,149 +135,165 @@ class Engine:
             raise PromptError(
                 f"{len(prompts)} prompts with {len(each)} options and n={n}: give one or more of each, matching"
             )
-        room = [max_tokens or option.max_tokens for option in each]
-        for number, (prompt, limit) in enumerate(zip(prompts, room, strict=True), start=1):
-            self._check_prompt(prompt, limit, f"prompt {number}" if len(prompts) > 1 else "the prompt")
-        read = [np.asarray(prompt, np.int32) for prompt in prompts]
-        read += [read[0]] * (-len(read) % self._pieces)
-        rows = np.repeat(np.arange(len(prompts)), n)
-        real = len(rows)
-        rows = np.concatenate([rows, np.zeros(-real % self._pieces, rows.dtype)])
-        lengths = np.array([len(read[row]) for row in rows])
-        request = Request(
-            keys=_make_keys(seed, np.arange(len(rows)) % n),
-            options=stack_options([each[row] for row in rows]),
-            prompt=jnp.asarray(self._mark_tokens(read)[rows]),
-            limit=jnp.asarray([length + room[row] - 1 for length, row in zip(lengths, rows, strict=True)], jnp.int32),
-            stop_tokens=_pad_stop_tokens(stop_tokens),
+        wishes = dict(max_tokens=max_tokens, stop_tokens=stop_tokens, seed=seed)
+        rows = []
+        for number, (prompt, option) in enumerate(zip(prompts, each, strict=True), start=1):
+            name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            rows += [self.make_row(prompt, option, **wishes, sample=i, name=name) for i in range(n)]
+        return Generation(self, [self.submit(row) for row in rows])
+
+    def make_row(
+        self,
+        prompt: Sequence[int],
+        options: SampleConfig,
+        *,
+        max_tokens: int | None = None,
+        stop_tokens: Sequence[int] = (),
+        seed: int = 0,
+        sample: int = 0,
+        logit_bias: Mapping[int, float] | None = None,
+        n_top: int = 0,
+        score_prompt: bool = False,
+        constraint: Constraint | None = None,
+        name: str = "the prompt",
+    ) -> Row:
+        """A row to submit; PromptError says what of it cannot be done."""
+        bad = next((token for token in prompt if not -(2**31) <= token < 2**31), None)
+        if bad is not None:
+            raise PromptError(f"{name} has the token {bad}, but the model's vocabulary is 0..{self.config.n_vocab - 1}")
+        row = Row(
+            id=next(self._ids),
+            prompt=np.asarray(prompt, np.int32),
+            options=options,
+            max_tokens=options.max_tokens if max_tokens is None else max_tokens,
+            seed=seed,
+            sample=sample,
+            stop_tokens=list(dict.fromkeys(stop_tokens)),
+            logit_bias=dict(logit_bias or {}),
+            n_top=n_top,
+            score_prompt=score_prompt,
+            constraint=constraint,
         )
-        caches, logits = self._read_prompts(read)
-        live = np.arange(len(rows)) < real
-        arrays = (jnp.asarray(x) for x in (rows.astype(np.int32), lengths.astype(np.int32), ~live))
-        state, drawn = self.programs.begin(caches, logits, *arrays, request)
-        return Generation(self, request, state, drawn, lengths, real)
+        row.check(self.config, name)
+        return row
 
-    def _check_prompt(self, prompt: Sequence[int], max_tokens: int, name: str) -> None:
-        length, longest = len(prompt), self.config.seq_len
-        if not length:
-            raise PromptError(f"{name} is empty; begin with the end-of-text token")
-        if outside := [token for token in prompt if not 0 <= token < self.config.n_vocab]:
-            raise PromptError(
-                f"{name} has the token {outside[0]}, but the model's vocabulary is 0..{self.config.n_vocab - 1}"
-            )
-        if length >= longest:
-            raise PromptError(
-                f"{name} has {length} tokens, but the model reads at most seq_len={longest} with the answer; shorten it"
-            )
-        if length + max_tokens > longest:
-            raise PromptError(
-                f"{name} has {length} tokens and max_tokens={max_tokens} more exceed the model's seq_len={longest}; "
-                f"ask for at most max_tokens={longest - length}, or shorten it"
-            )
+    def submit(self, row: Row) -> Row:
+        """Queue a row; its events come from `step`."""
+        self._waiting.append(row)
+        return row
 
-    def _mark_tokens(self, prompts: list[np.ndarray]) -> np.ndarray:
-        seen = np.zeros((len(prompts), self.config.n_vocab), bool)
-        for row, prompt in zip(seen, prompts, strict=True):
-            row[prompt] = True
-        return seen
+    def cancel(self, row: Row) -> None:
+        """Draw no more for this row: no event of it comes from later steps, and its place is free for another."""
+        row.cancelled = True
 
-    def _read_prompts(self, prompts: list[np.ndarray]) -> tuple[Any, Float[Array, "B V"]]:
-        """Caches that hold the prompts, and the logits behind the last token of each."""
-        lengths = np.array([len(prompt) for prompt in prompts])
-        longest = int(lengths.max())
-        caches = self.programs.make_caches(len(prompts), self.cache_len(longest + 1))
-        logits = jnp.zeros((len(prompts), self.config.n_vocab), jnp.float32)
-        for first in range(0, longest, self._chunk):
-            size = _bucket(min(longest - first, self._chunk), SHORTEST_PROMPT, self._chunk)
-            tokens = np.zeros((len(prompts), size), np.int32)
-            for row, prompt in zip(tokens, prompts, strict=True):
-                piece = prompt[first : first + size]
-                row[: len(piece)] = piece
-            caches, logits = self.programs.read(caches, logits, tokens, np.int32(first), (lengths - 1).astype(np.int32))
-        return caches, logits
+    def step(self, steps: int = BURST) -> list[Event]:
+        """One turn: admit, read one piece of prompts, draw up to `steps` tokens for all that have a seat."""
+        self._turns += 1
+        self._drop_cancelled()
+        self._admit()
+        events = self._read_on() if self._readings else []
+        if self.seated:
+            busy = bool(self._readings or self._waiting)
+            events += self._seats.draw(min(steps, BESIDE_READING if busy else BURST))
+        return events
 
     def cache_len(self, length: int) -> int:
         """Size of the cache's bucket for sequences of `length` tokens."""
-        return _bucket(length, SHORTEST_CACHE, self.config.seq_len)
+        return bucket(length, SHORTEST_CACHE, self.config.seq_len)
+
+    def _drop_cancelled(self) -> None:
+        self._waiting = deque(row for row in self._waiting if not row.cancelled)
+        for reading in list(self._readings):
+            if all(row.cancelled for row in reading.rows):
+                self._readings.remove(reading)
+
+    def _admit(self) -> None:
+        """Begin to read the prompts of rows for which there is a seat, those of one length together."""
+        while self._waiting and len(self._readings) < READINGS:
+            free = self.slots - len(self.seated) - sum(len(reading.rows) for reading in self._readings)
+            if free <= 0:
+                return
+            kind = _reading_kind(self._waiting[0], self._prefill_chunk)
+            rows = [row for row in self._waiting if _reading_kind(row, self._prefill_chunk) == kind][:free]
+            chosen = {row.id for row in rows}
+            self._waiting = deque(row for row in self._waiting if row.id not in chosen)
+            self._readings.append(
+                Reading(self.programs, self.prefixes, rows, self._prefill_chunk, self._pieces, self.cache_len)
+            )
+
+    def _read_on(self) -> list[Event]:
+        """A piece of the prompts that are nearest their end, every second time of those that have waited longest."""
+        reading = self._readings[0] if self._turns % 2 else min(self._readings, key=lambda reading: reading.left)
+        reading.read_on()
+        if reading.left:
+            return []
+        self._readings.remove(reading)
+        rows = [row for row in reading.rows if not row.cancelled]
+        return self._seats.take_in(reading, rows) if rows else []
 
 
 class Generation:
-    """A batch on its way: rows that draw until they finish or are stopped."""
+    """Some rows on their way, from an engine that does nothing else meanwhile."""
 
-    def __init__(self, engine: Engine, request: Request, state: State, drawn: Drawn, lengths: np.ndarray, rows: int):
-        """`drawn` are the first tokens, and `rows` of the batch's rows real; see Engine.start."""
-        self._engine, self._request, self._state = engine, request, state
-        self._stop_tokens = set(np.asarray(request.stop_tokens).tolist())
-        self._longest = int(lengths.max()) + 1  # tokens of the longest sequence
-        self._live = np.arange(len(lengths)) < rows
-        self._stopped = np.zeros(len(lengths), bool)
-        self._ready: list[Event] = []
-        first = {"token": drawn.token[:, None], "logprob": drawn.logprob[:, None], "live": self._live[:, None]}
-        self._keep(first | {"finished": state.finished})
+    def __init__(self, engine: Engine, rows: list[Row]):
+        """See Engine.start."""
+        self._engine, self._rows = engine, rows
+        self._numbers = {row.id: number for number, row in enumerate(rows)}
+        self._unfinished = set(self._numbers)
+
+    @property
+    def n_rows(self) -> int:
+        """Samples of all prompts together."""
+        return len(self._rows)
 
     @property
     def done(self) -> bool:
-        """Whether all rows are finished and all their events taken."""
-        return not self._ready and not self._live.any()
+        """Whether all rows have ended and all their events are taken."""
+        return not self._unfinished
 
     def stop(self, row: int) -> None:
-        """Draw no more tokens for this row; events of it that wait already are dropped."""
-        self._stopped[row], self._live[row] = True, False
-        self._ready = [event for event in self._ready if event.row != row]
+        """Draw no more tokens for this row."""
+        self._engine.cancel(self._rows[row])
+        self._unfinished.discard(self._rows[row].id)
 
     def draw(self, steps: int) -> list[Event]:
-        """Events that wait, or else those of the next `steps` tokens of every row (at most BURST)."""
-        if not self._ready and self._live.any():
-            steps = min(steps, BURST)
-            wanted = self._engine.cache_len(self._longest + steps)
-            caches = self._state.caches
-            if wanted > jax.tree.leaves(caches)[0].shape[2]:
-                self._state = self._state._replace(caches=self._engine.programs.grow(caches, wanted))
-            self._state, record = self._engine.programs.decode(
-                self._state, self._request, np.int32(steps), self._stopped
-            )
-            self._longest += steps
-            self._keep(record)
-        events, self._ready = self._ready, []
-        return events
+        """Events of the next turn of the engine, with at most `steps` tokens of every row."""
+        if self.done:
+            return []
+        events = [event for event in self._engine.step(steps) if event.row in self._unfinished]
+        self._unfinished -= {event.row for event in events if event.finish}
+        return [event._replace(row=self._numbers[event.row]) for event in events]
 
     def events(self, *, pause: float = 0.1) -> Iterator[Event]:
         """All events, in bursts of so many tokens that about `pause` seconds lie between them."""
-        steps = BURST if math.isinf(pause) else 1
+        pace = Pace(pause)
         while not self.done:
-            start = time.monotonic()
-            events = self.draw(steps)
-            elapsed = time.monotonic() - start
-            if steps < BURST and elapsed < pause:
-                steps = min(2 * steps, BURST) if 2 * elapsed < pause else steps
-            elif not math.isinf(pause) and elapsed > pause:
-                steps = max(steps // 2, 1)
+            with pace:
+                events = self.draw(pace.steps)
             for event in events:
-                if not self._stopped[event.row]:
+                if not self._rows[event.row].cancelled:
                     yield event
 
-    def _keep(self, record: dict[str, Any]) -> None:
-        """Turn what a program drew into events, one token of every row after the other."""
-        got = jax.device_get(record)
-        self._live &= ~got["finished"]
-        last = got["live"].shape[1] - 1 - np.argmax(got["live"][:, ::-1], axis=1)
-        for step, row in zip(*np.nonzero(got["live"].T), strict=True):
-            token = int(got["token"][row, step])
-            finish = None
-            if got["finished"][row] and step == last[row] and not self._stopped[row]:
-                finish = "stop" if token in self._stop_tokens else "length"
-            self._ready.append(Event(int(row), token, float(got["logprob"][row, step]), finish))
+
+class Pace:
+    """How many tokens a burst may have, so that one takes about `pause` seconds: `with pace:` times it."""
+
+    def __init__(self, pause: float):
+        """As many as there can be for an infinite pause."""
+        self._pause, self.steps = pause, BURST if math.isinf(pause) else 1
+        self._start = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+
+    def __exit__(self, *failure: object) -> None:
+        elapsed = time.monotonic() - self._start
+        if elapsed > self._pause:
+            self.steps = max(self.steps // 2, 1)
+        elif 2 * elapsed < self._pause:
+            self.steps = min(2 * self.steps, BURST)
 
 
-def _bucket(length: int, shortest: int, longest: int) -> int:
-    """The smallest power of two from `shortest` that holds `length`, but at most `longest`."""
-    return min(max(shortest, 1 << (length - 1).bit_length()), longest)
-
-
-def _make_keys(seed: int, samples: np.ndarray) -> Key[Array, "B"]:
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(samples, jnp.uint32))
-
-
-def _pad_stop_tokens(tokens: Sequence[int]) -> Int[Array, "Z"]:
-    kept = list(dict.fromkeys(tokens))
-    return jnp.asarray(kept + [-1] * (-len(kept) % STOP_TOKENS or (0 if kept else STOP_TOKENS)), jnp.int32)
+def _reading_kind(row: Row, chunk: int) -> tuple[int, bool]:
+    """Rows of one kind are read together: the number of pieces of their prompts, and whether every token is scored."""
+    return -(-len(row.prompt) // chunk), row.score_prompt

@@ -4,7 +4,8 @@
 
 Everything is an array per request, so requests with different options share one compiled program. The order is
 
-    repetition penalty -> presence and frequency penalties -> temperature -> top-k -> top-p -> min-p -> draw
+    repetition penalty -> presence and frequency penalties -> bias -> what is allowed -> temperature -> top-k -> top-p
+    -> min-p -> draw
 
 where each filter sees the distribution the one before it left, renormalised. Tokens are ranked by probability, equal
 ones by id, the lowest first; every filter keeps the first. Rows do not influence each other: a request draws the same
@@ -66,15 +67,22 @@ def sample(
     keys: Key[Array, "B"],
     *,
     prompt: Bool[Array, "B V"] | None = None,
+    bias: Float[Array, "B V"] | None = None,
+    allowed: Bool[Array, "B V"] | None = None,
 ) -> Drawn:
     """One token per request.
 
     `counts` says how often each request has drawn each token so far; `prompt` which tokens its prompt has, which only
-    the repetition penalty regards. `keys` [B] are used up: fold in the position (`position_keys`).
+    the repetition penalty regards; `bias` is added to the logits; no token is drawn that is not `allowed` (each row must
+    allow one). `keys` [B] are used up: fold in the position (`position_keys`).
     """
     raw = logits.astype(jnp.float32)
     penalised = penalise_repetition(raw, counts > 0 if prompt is None else prompt | (counts > 0), options)
     penalised = penalise_counts(penalised, counts, options)
+    if bias is not None:
+        penalised = penalised + bias
+    if allowed is not None:
+        penalised = jnp.where(allowed, penalised, -jnp.inf)
     greedy = options.temperature <= 0.0
     best = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
 

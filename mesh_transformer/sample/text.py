@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.data.tokenizers import StreamDecoder, Tokenizer
-from mesh_transformer.sample.engine import Engine, Event
+from mesh_transformer.sample.engine import Engine
+from mesh_transformer.sample.requests import Event
 
 Finish = Literal["stop", "length", "interrupted"]
 

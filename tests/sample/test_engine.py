@@ -13,7 +13,9 @@ import pytest
 from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig, SampleConfig
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.transformer import describe_params, make_model
-from mesh_transformer.sample.engine import Engine, PromptError
+from mesh_transformer.sample.engine import Engine
+from mesh_transformer.sample.proposals import DraftProposer, NgramProposer
+from mesh_transformer.sample.requests import PromptError
 
 BASE = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_vocab=97, seq_len=96)
 GREEDY, WARM = SampleConfig(temperature=0.0), SampleConfig(temperature=1.0, top_p=0.95)
@@ -145,10 +147,10 @@ def test_logprobs_are_of_the_models_own_distribution(shared):
 
 
 def test_nearby_lengths_compile_nothing():
-    engine = Engine(*make(n_layers=1))
+    engine = Engine(*make(n_layers=1), prefix_bytes=0)
     engine.generate(random_prompts(17, 18), WARM, max_tokens=10)
     before = engine.compilations
-    assert before == {"make_caches": 1, "read": 1, "begin": 1, "decode": 1}
+    assert before == dict.fromkeys(("make_caches", "read", "make_state", "seat", "decode"), 1)
     engine.generate(random_prompts(32, 3), GREEDY, max_tokens=31, seed=9, stop_tokens=[1, 2, 3])
     assert engine.compilations == before
     engine.generate(random_prompts(33, 3), GREEDY, max_tokens=31)
@@ -162,7 +164,7 @@ def test_growing_the_cache_changes_nothing(monkeypatch):
     monkeypatch.setattr("mesh_transformer.sample.engine.SHORTEST_CACHE", 16)
     growing = Engine(config, params)
     assert [c.tokens for [c] in growing.generate(prompts, WARM, max_tokens=60)] == [c.tokens for [c] in expected]
-    assert growing.compilations["grow"] == 3  # 32, 64, 96
+    assert growing.compilations["resize"] == 3  # 32, 64, 96
 
 
 def test_stop_tokens_end_rows_one_by_one(shared):
@@ -215,10 +217,10 @@ def test_sharded_is_one_device(mesh):
     layout = make_layout(MeshConfig(**mesh, rules={"sequence": "tensor", "vocab": ""}))
     sharded = Engine(config, params, layout=layout)
     generation = sharded.start(prompts, WARM, max_tokens=12, n=3)
-    cache = jax.tree.leaves(generation._state.caches)[0]
+    tokens, events = [[] for _ in range(9)], generation.draw(1)
+    cache = jax.tree.leaves(sharded._seats.state.caches)[0]
     assert cache.sharding.shard_shape(cache.shape)[:2] == (cache.shape[0] // 2, 4 // mesh["tensor"])
-    tokens = [[] for _ in range(9)]
-    for event in generation.events():
+    for event in (*events, *generation.events()):
         tokens[event.row].append(event.token)
     assert tokens == [c.tokens for row in expected for c in row]
 
@@ -248,3 +250,181 @@ def test_the_last_place_can_be_filled(shared):
     [prompt] = random_prompts(90)
     [[done]] = engine.generate([prompt], GREEDY, max_tokens=6)
     assert done.tokens == forward_logprobs(config, params, prompt + done.tokens)[89:-1].argmax(axis=1).tolist()
+
+
+def run(engine, rows, *, until=None):
+    """Events of all rows by id, until the engine is idle or `until(events)`."""
+    events = {row.id: [] for row in rows}
+    while not engine.idle and not (until and until(events)):
+        for event in engine.step(3):
+            events[event.row].append(event)
+    return events
+
+
+def test_alone_is_among_31_others_that_come_and_go():
+    config, params = make()
+    engine = Engine(config, params, slots=6, prefill_chunk=16)  # fewer seats than rows: they queue
+    rng = np.random.default_rng(2)
+    prompts = random_prompts(*rng.integers(1, 60, 32), seed=7)
+    lengths = rng.integers(1, 30, 32).tolist()
+    rows = [
+        engine.make_row(prompt, WARM, max_tokens=n, seed=i)
+        for i, (prompt, n) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    events = {row.id: [] for row in rows}
+    coming = list(rows)
+    widths = set()
+    while coming or not engine.idle:
+        for row in coming[:2]:
+            engine.submit(row)
+        coming = coming[2:]
+        for event in engine.step(2):
+            events[event.row].append(event)
+        widths.add(len(engine.seated))
+        assert len(engine.seated) <= 6
+    assert len(widths) > 3, "rows should have joined and left"
+    alone = Engine(config, params)
+    for i in (0, 9, 21, 31):
+        [[expected]] = alone.generate([prompts[i]], WARM, max_tokens=lengths[i], seed=i)
+        assert [event.token for event in events[rows[i].id]] == expected.tokens
+    assert all(len(found) == n for found, n in zip(events.values(), lengths, strict=True))
+    assert all(found[-1].finish == "length" for found in events.values())
+
+
+def test_long_prompt_does_not_hold_up_a_short_one(shared):
+    config, params, _ = shared
+    engine = Engine(config, params, prefill_chunk=16)
+    [long, short] = random_prompts(80, 4)
+    first = engine.submit(engine.make_row(long, WARM, max_tokens=4))
+    engine.step(1)
+    second = engine.submit(engine.make_row(short, WARM, max_tokens=4))
+    events = run(engine, [first, second], until=lambda events: events[first.id])
+    assert len(events[second.id]) == 4, "the short one should be done before the long one has its first token"
+
+
+def test_what_begins_alike_is_read_once(shared):
+    config, params, _ = shared
+    [start, a, b] = random_prompts(40, 9, 5)
+    plain = Engine(config, params, prefix_bytes=0)
+    engine = Engine(config, params)
+    for prompt in (start + a, start + b, start[:30] + b, start + a):
+        [[expected]] = plain.generate([prompt], WARM, max_tokens=12)
+        [[found]] = engine.generate([prompt], WARM, max_tokens=12)
+        assert found.tokens == expected.tokens
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
+    assert plain.prefixes.reused_tokens == 0
+    assert engine.prefixes.reused_tokens == 40 + 30 + 48
+    small = Engine(config, params, prefix_bytes=3 * engine.prefixes.nbytes // 4)
+    for prompt in (start + a, start + b, start[:30] + b, start + a):
+        small.generate([prompt], WARM, max_tokens=2)
+    assert 0 < small.prefixes.nbytes <= 3 * engine.prefixes.nbytes // 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ngram", WARM),
+        ("same", GREEDY),
+        ("same", WARM),
+        ("other", SampleConfig(temperature=0.9, repetition_penalty=1.3)),
+    ],
+)
+def test_proposals_change_no_token(shared, kind, options):
+    config, params, engine = shared
+    small = make(seed=3, n_layers=1)
+    proposer = {
+        "ngram": lambda: NgramProposer(2, 3),
+        "same": lambda: DraftProposer(config, params, guesses=3),
+        "other": lambda: DraftProposer(*small, guesses=3),
+    }[kind]()
+    prompts = [[5, 6, 7, 8] * 4, *random_prompts(20, 3)]
+    expected = engine.generate(prompts, options, max_tokens=30, seed=2, n=2)
+    guessing = Engine(config, params, proposer=proposer)
+    generation = guessing.start(prompts, options, max_tokens=30, seed=2, n=2)
+    tokens, turns = [[] for _ in range(6)], 0
+    while not generation.done:
+        turns += 1
+        for event in generation.draw(1):
+            tokens[event.row].append(event.token)
+    assert tokens == [c.tokens for row in expected for c in row]
+    assert guessing.compilations["verify"], "nothing was proposed"
+    if kind == "same":
+        assert turns <= 9, "a model that guesses for itself is always right: 1 + 29 / 4 turns"
+
+
+def test_scores_of_a_prompt_and_likeliest_tokens(shared):
+    config, params, _ = shared
+    engine = Engine(config, params)
+    [prompt] = random_prompts(60)
+    row = engine.submit(engine.make_row(prompt, WARM, max_tokens=3, n_top=4, score_prompt=True))
+    events = run(engine, [row])[row.id]
+    own = forward_logprobs(config, params, prompt + row.tokens)
+    scores = events[0].prompt_scores
+    np.testing.assert_allclose([s.logprob for s in scores], own[np.arange(59), prompt[1:]], atol=2e-4)
+    for place, top in [*enumerate(s.top for s in scores), *((59 + i, e.top) for i, e in enumerate(events))]:
+        ids, logprobs = zip(*top, strict=True)
+        assert list(ids) == np.argsort(-own[place], kind="stable")[:4].tolist()
+        np.testing.assert_allclose(logprobs, own[place, list(ids)], atol=2e-4)
+    assert events[1].prompt_scores is None
+    [[plain]] = Engine(config, params).generate([prompt], WARM, max_tokens=3)
+    assert plain.tokens == row.tokens
+
+
+class OnlyEven:
+    """Even tokens, none twice in a row."""
+
+    def __init__(self, n_vocab):
+        self.n_vocab, self.last = n_vocab, None
+
+    def allowed(self):
+        mask = np.arange(self.n_vocab) % 2 == 0
+        if self.last is not None:
+            mask[self.last] = False
+        return mask
+
+    def accept(self, token):
+        self.last = token
+
+
+def test_constraint_bias_and_free_rows_beside_each_other(shared):
+    config, _, engine = shared
+    [prompt] = random_prompts(7)
+    constrained = engine.make_row(prompt, WARM, max_tokens=20, constraint=OnlyEven(config.n_vocab))
+    biased = engine.make_row(prompt, WARM, max_tokens=20, logit_bias={11: 100.0})
+    free = engine.make_row(prompt, WARM, max_tokens=20)
+    events = run(engine, [engine.submit(row) for row in (constrained, biased, free)])
+    assert all(token % 2 == 0 for token in constrained.tokens)
+    assert all(a != b for a, b in zip(constrained.tokens, constrained.tokens[1:], strict=False))
+    assert biased.tokens == [11] * 20
+    assert free.tokens == engine.generate([prompt], WARM, max_tokens=20)[0][0].tokens
+    assert any(token % 2 for token in free.tokens)
+    assert all(np.isfinite([event.logprob for event in found]).all() for found in events.values())
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (dict(logit_bias={97: 1.0}), "logit_bias has the token 97"),
+        (dict(n_top=21), "there can be 20"),
+        (dict(stop_tokens=range(9)), "there can be 8"),
+        (dict(max_tokens=0), "at least one"),
+    ],
+)
+def test_wish_that_cannot_be_granted_is_refused(shared, wish, message):
+    with pytest.raises(PromptError, match=message):
+        shared[2].make_row([1, 2], GREEDY, **(dict(max_tokens=9) | wish))
+
+
+def test_cancelled_rows_make_room_at_once(shared):
+    config, params, _ = shared
+    engine = Engine(config, params, slots=2)
+    rows = [engine.submit(engine.make_row(prompt, WARM, max_tokens=50)) for prompt in random_prompts(3, 4, 5, 6)]
+    engine.step(1)
+    engine.step(1)
+    assert [row.id for row in engine.seated] == [rows[0].id, rows[1].id]
+    for row in (rows[0], rows[2]):  # one seated, one waiting
+        engine.cancel(row)
+    for _ in range(3):
+        events = engine.step(1)
+        assert not {event.row for event in events} & {rows[0].id, rows[2].id}
+    assert {row.id for row in engine.seated} == {rows[1].id, rows[3].id}
