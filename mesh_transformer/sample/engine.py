@@ -252,9 +252,7 @@ class Engine:
         )
         events = self._take(record, rows)
         scores = {row.id: reading.scores(row) for row in rows if row.score_prompt}
-        return [
-            event._replace(prompt_scores=scores[event.row]) if event.row in scores else event for event in events
-        ]
+        return [event._replace(prompt_scores=scores[event.row]) if event.row in scores else event for event in events]
 
     def _make_room(self, n: int, length: int) -> None:
         """Seats for `n` more rows and cache for `length` tokens; seats nobody uses go when there are four times too many."""

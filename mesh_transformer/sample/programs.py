@@ -245,9 +245,7 @@ class Programs:
         """The next token of every `live` row; the record has no dim of tokens yet."""
         place, asked = state.place + 1, state.asked
         keys = position_keys(asked.keys, place)
-        drawn = sample(
-            logits, asked.options, state.counts, keys, prompt=asked.prompt, bias=asked.bias, allowed=allowed
-        )
+        drawn = sample(logits, asked.options, state.counts, keys, prompt=asked.prompt, bias=asked.bias, allowed=allowed)
         stopped = jnp.any(drawn.token[:, None] == asked.stop_tokens, axis=1)
         rows = jnp.arange(live.size)
         updated = state._replace(

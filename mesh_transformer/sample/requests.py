@@ -83,7 +83,9 @@ class Row:
         named = {name: self.prompt.tolist(), "logit_bias": self.logit_bias, "stop_tokens": self.stop_tokens}
         for what, tokens in named.items():
             if outside := [token for token in tokens if not 0 <= token < config.n_vocab]:
-                raise PromptError(f"{what} has the token {outside[0]}, but the model's vocabulary is 0..{config.n_vocab - 1}")
+                raise PromptError(
+                    f"{what} has the token {outside[0]}, but the model's vocabulary is 0..{config.n_vocab - 1}"
+                )
         if self.max_tokens < 1:
             raise PromptError(f"max_tokens={self.max_tokens}: ask for at least one")
         if length >= longest:
