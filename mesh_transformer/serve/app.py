@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from mesh_transformer.serve.completions import Service, error_json, start_completion
 from mesh_transformer.serve.protocol import (
+    ApiError,
     CompleteAnswer,
     CompleteRequest,
     CompletionAnswer,
@@ -28,7 +29,6 @@ from mesh_transformer.serve.protocol import (
     HealthAnswer,
     ModelAnswer,
     ModelsAnswer,
-    ApiError,
     explain,
 )
 

@@ -48,9 +48,8 @@ class Grammars:
 
     def _make(self, grammar: str, what: str) -> "Grammar":
         library = self._load()
-        if wrong := library.LLMatcher.validate_grammar(grammar, self._library):
-            if not wrong.startswith("WARNING"):
-                raise PromptError(f"{what}: {' '.join(wrong.split())[:300]}")
+        if (wrong := library.LLMatcher.validate_grammar(grammar, self._library)) and not wrong.startswith("WARNING"):
+            raise PromptError(f"{what}: {' '.join(wrong.split())[:300]}")
         return Grammar(library.LLMatcher(self._library, grammar, log_level=0), self._tokenizer, self._n_vocab)
 
 

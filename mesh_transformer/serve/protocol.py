@@ -214,9 +214,12 @@ class HealthAnswer(BaseModel):
 
 def explain(errors: list[Any], known: Mapping[str, Any]) -> tuple[str, str | None]:
     """One sentence for what pydantic found wrong in a body, which it never quotes at length, and the field's name."""
-    error = min(errors, key=lambda error: error["type"] == "missing")  # what is there but wrong says more
+    # What is there but wrong says more than what is missing, and in a union a value out of bounds more than a wrong type.
+    error = min(errors, key=lambda error: (error["type"] == "missing", error["type"].endswith("_type")))
     place = [str(part) for part in error["loc"] if part != "body"]
-    names = [part for part in place if not ("[" in part or part in ("str", "int", "list"))]
+    names = [part for part in place if part in known] or place[:1]
+    if error["type"] == "extra_forbidden":
+        names = place[-1:]
     field = ".".join(names)[:SHOWN] or None
     message = str(error["msg"]).removeprefix("Value error, ")[: 2 * SHOWN]
     if error["type"] == "extra_forbidden":
