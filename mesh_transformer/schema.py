@@ -266,6 +266,18 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ServeConfig:
+    """What device_serve.py grants its clients."""
+
+    slots: Positive = 32  # samples that are decoded at once
+    queue: NonNegative = 256  # samples that may wait for a slot; requests beyond are answered 429
+    max_body: Positive = 1 << 20  # bytes of a request
+    body_seconds: Rate = 10.0  # time for a request to arrive whole
+    timeout_seconds: Rate = 600.0  # time for a request to be answered
+    drain_seconds: Rate = 8.0  # after SIGTERM: time for what is being answered to end
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrackConfig:
     """Where metrics go besides metrics.jsonl and report.html."""
 
@@ -286,6 +298,7 @@ class Config:
     train: TrainConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     sample: SampleConfig = Field(default_factory=SampleConfig)
+    serve: ServeConfig = Field(default_factory=ServeConfig)
     track: TrackConfig = Field(default_factory=TrackConfig)
 
     @model_validator(mode="after")

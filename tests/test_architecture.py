@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "convert": GROUND | {"model", "checkpoint"},
     "train": GROUND | {"data", "model", "checkpoint"},
     "sample": GROUND | {"data", "model", "checkpoint", "train"},
+    "serve": GROUND | {"data", "sample"},
     "plan": GROUND | {"data", "model", "checkpoint", "train", "sample"},
 }
 

@@ -66,7 +66,9 @@ class StopStrings:
 
 
 @dataclasses.dataclass
-class _Row:
+class TextRow:
+    """One sample's text as its tokens arrive: whole characters, up to the first stop string."""
+
     prompt: str
     decoder: StreamDecoder
     stops: StopStrings
@@ -74,11 +76,15 @@ class _Row:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finish: Finish = "interrupted"
+    decoded: int = 0  # whole characters so far, held back or not
 
     def push(self, event: Event) -> str:
+        """Take one token; what may be shown now. Once `finish` says why, there is no more to come."""
         self.tokens.append(event.token)
         self.logprobs.append(event.logprob)
-        shown = self.stops.push(self.decoder.push([event.token]))
+        piece = self.decoder.push([event.token])
+        self.decoded += len(piece)
+        shown = self.stops.push(piece)
         if self.stops.complete:
             self.finish = "stop"
         elif event.finish:
@@ -88,6 +94,7 @@ class _Row:
         return shown
 
     def close(self) -> str:
+        """What was held back, where no more tokens come."""
         shown = self.stops.push(self.decoder.finish())
         return shown if self.stops.complete else shown + self.stops.finish()
 
@@ -114,7 +121,7 @@ class TextGeneration:
         rooms = [max(min(options.max_tokens, engine.config.seq_len - len(prompt)), 1) for prompt in ids]
         each = [dataclasses.replace(options, max_tokens=room) for room in rooms]
         self._rows = [
-            _Row(prompt, StreamDecoder(tokenizer, continues=bool(prompt)), StopStrings(stops))
+            TextRow(prompt, StreamDecoder(tokenizer, continues=bool(prompt)), StopStrings(stops))
             for prompt in prompts
             for _ in range(n)
         ]

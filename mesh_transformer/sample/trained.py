@@ -17,7 +17,7 @@ from mesh_transformer.model.params import STACK, ParamInfo, Params, flatten_name
 from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.sample.engine import Engine
 
-SETTABLE = ("sample.", "mesh.", "model.dtype")
+SETTABLE = ("sample.", "serve.", "mesh.", "model.dtype")
 # Sections that a model brought from elsewhere has not, for it was not trained by a run of ours.
 NO_TRAINING = {"data": {"train": {"unknown": {"path": ""}}}, "train": {"steps": 1, "batch_size": 1}}
 ONE_DEVICE = {"data": 1}  # a checkpoint's mesh is that of its training; sampling starts from one device
@@ -54,7 +54,7 @@ def load_trained(path: str | Path, overrides: Iterable[str] = ()) -> Trained:
     keep_freed_memory(False, one_arena=True)  # a weight is mapped by itself, and what reading it took goes back
     named = store.restore(step, describe_arrays(config, layout, dtypes), only="params/", rows=stacks)
     keep_freed_memory(jax.default_backend() == "cpu")
-    engine = Engine(config.model, _to_params(named), layout=layout)
+    engine = Engine(config.model, _to_params(named), layout=layout, slots=config.serve.slots)
     return Trained(engine, tokenizer_from_json(meta["tokenizer"], where=where), config, step, where)
 
 
@@ -81,7 +81,7 @@ def _read_config(meta: dict[str, Any], where: str, overrides: Iterable[str]) -> 
         key = override.partition("=")[0].strip()
         if not key.startswith(SETTABLE):
             raise ConfigError(
-                f"--set {override}: a checkpoint's {key} is fixed; sampling can set sample.*, mesh.* and model.dtype"
+                f"--set {override}: a checkpoint's {key} is fixed; sampling can set sample.*, serve.*, mesh.* and model.dtype"
             )
         merge_override(table, override)
     return parse_config(table, where=where)

@@ -1,0 +1,257 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The routes, and what every answer has in common."""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+
+from mesh_transformer.serve.completions import Service, error_json, start_completion
+from mesh_transformer.serve.protocol import (
+    ApiError,
+    CompleteAnswer,
+    CompleteRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    ErrorAnswer,
+    HealthAnswer,
+    ModelAnswer,
+    ModelsAnswer,
+    explain,
+)
+
+ORIGINAL_TOKENS = 256  # that mesh-transformer-jax's server drew
+ERRORS = {
+    400: "what is asked cannot be done",
+    401: "no token, or a wrong one",
+    403: "asked under another name than this machine's",
+    404: "no such thing",
+    405: "no such method",
+    408: "the request arrived too slowly",
+    413: "the request is too large",
+    429: "no place left; Retry-After says when to try again",
+    503: "it took too long, or the server is going down",
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text} for status, text in ERRORS.items()
+}
+STREAM = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "the answer, or its stream"}
+}
+
+
+class Left(Exception):
+    """The client has gone."""
+
+
+def make_app(service: Service, *, timeout_seconds: float) -> FastAPI:
+    """The application without what stands in front of it. `app.state.draining` becomes true when the server goes down."""
+    app = FastAPI(title="Mesh Transformer", docs_url=None, redoc_url=None, responses=RESPONSES)
+    app.state.draining = False
+    _add_errors(app)
+    _add_information(app, service)
+    _add_page(app)
+
+    @app.post("/v1/completions", response_model=CompletionAnswer, responses=STREAM)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue texts: OpenAI's format."""
+        if body.stream:
+            return EventStream(service, body, timeout_seconds)
+
+        async def whole() -> dict[str, Any]:
+            async with start_completion(service, body) as completion:
+                return await completion.whole()
+
+        return JSONResponse(await unless_left(whole(), request, timeout_seconds))
+
+    @app.post("/complete", response_model=CompleteAnswer)
+    async def complete(body: CompleteRequest, request: Request) -> Response:
+        """Continue a text by 256 tokens: the format of mesh-transformer-jax's server."""
+        wanted = CompletionRequest(prompt=body.context, top_p=body.top_p, temperature=body.temp)
+
+        async def whole() -> dict[str, Any]:
+            async with start_completion(service, wanted, default_tokens=ORIGINAL_TOKENS) as completion:
+                return await completion.whole()
+
+        answer = await unless_left(whole(), request, timeout_seconds)
+        return JSONResponse({"completion": answer["choices"][0]["text"]})
+
+    @app.post("/v1/chat/completions", response_model=ErrorAnswer)
+    async def chat(request: Request) -> Response:
+        """Chats need a template, and no model here carries one."""
+        raise ApiError(
+            404,
+            f"{service.name} has no chat template: it continues texts; ask /v1/completions",
+            code="no_chat_template",
+        )
+
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = plain()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)  # it is 400 here
+        return schema
+
+    app.openapi = openapi
+    return app
+
+
+async def unless_left(work: Any, request: Request, seconds: float) -> Any:
+    """The result of `work`, which is cancelled when the client leaves (Left) or time is up (ApiError 503)."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_until_gone(request.receive))
+    try:
+        done, _ = await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task in done:
+            return task.result()
+        raise Left if gone in done else _too_long(seconds)
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.wait((task, gone))
+
+
+async def wait_until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events of a completion. What is wrong before the first one is an ordinary error."""
+
+    def __init__(self, service: Service, body: CompletionRequest, seconds: float):
+        super().__init__()
+        self._service, self._body, self._seconds = service, body, seconds
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """See ASGI."""
+        gone = asyncio.ensure_future(wait_until_gone(receive))
+        writing = asyncio.ensure_future(self._write(send))
+        try:
+            await asyncio.wait((gone, writing), return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+        finally:
+            for each in (gone, writing):
+                each.cancel()
+            await asyncio.wait((gone, writing))
+
+    async def _write(self, send: Any) -> None:
+        async with start_completion(self._service, self._body) as completion:
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            events = completion.stream()
+            try:
+                async with asyncio.timeout(self._seconds), contextlib.aclosing(events):
+                    async for event in events:
+                        await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+            except TimeoutError:
+                body = f"data: {json.dumps(error_json(_too_long(self._seconds)))}\n\ndata: [DONE]\n\n".encode()
+                with contextlib.suppress(TimeoutError):  # of a reader that does not read
+                    await asyncio.wait_for(send({"type": "http.response.body", "body": body, "more_body": True}), 1.0)
+            await send({"type": "http.response.body", "body": b""})
+
+
+def _too_long(seconds: float) -> ApiError:
+    return ApiError(503, f"no answer within {seconds:g} s; ask for fewer tokens, or stream", code="timeout")
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    trained, created = service.trained, int(time.time())
+    model = dict(
+        id=service.name,
+        object="model",
+        created=created,
+        owned_by="mesh-transformer",
+        max_model_len=trained.config.model.seq_len,
+        n_vocab=trained.config.model.n_vocab,
+        step=trained.step,
+        defaults={
+            name: getattr(trained.config.sample, name)
+            for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        },
+    )
+
+    @app.get("/v1/models", response_model=ModelsAnswer)
+    async def models() -> Response:
+        """The model that is served."""
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}", response_model=ModelAnswer)
+    async def one_model(name: str) -> Response:
+        """The same by its name."""
+        if name != service.name:
+            raise ApiError(404, f"the model served here is {service.name}", param="model", code="model_not_found")
+        return JSONResponse(model)
+
+    @app.get("/health", response_model=HealthAnswer)
+    async def health() -> Response:
+        """Whether requests are taken: 200, or 503 while the server goes down. The one route that needs no token."""
+        status = "failed" if service.worker.failure else "draining" if app.state.draining else "ok"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Numbers for Prometheus."""
+        return Response(service.measures.show(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_page(app: FastAPI) -> None:
+    page = resources.files("mesh_transformer.serve").joinpath("page.html").read_text(encoding="utf-8")
+    hashes = {
+        tag: " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            for text in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        )
+        for tag in ("script", "style")
+    }
+    headers = {
+        "Content-Security-Policy": f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+    @app.get("/", response_class=HTMLResponse)
+    async def index() -> Response:
+        """A page to try the model with."""
+        return HTMLResponse(page, headers=headers)
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return JSONResponse(error_json(error), error.status, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        known = (CompleteRequest if request.url.path == "/complete" else CompletionRequest).model_fields
+        message, field = explain(list(error.errors()), known)
+        return JSONResponse(error_json(ApiError(400, message, param=field)), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> Response:
+        wrong = ApiError(error.status_code, str(error.detail)[:200])
+        return JSONResponse(error_json(wrong), error.status_code, headers=error.headers)
+
+    @app.exception_handler(Left)
+    async def left(_: Request, error: Left) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        return JSONResponse(error_json(ApiError(500, "the server made a mistake", code="internal_error")), 500)

@@ -1,0 +1,231 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What clients may ask, strictly typed, and the shape of what they get: OpenAI's wire format and a few extensions."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mesh_transformer.sample.programs import N_TOP
+
+MOST_SAMPLES = 128  # of one prompt
+MOST_STOPS = 16
+MOST_REGEX = 4096  # characters
+SHOWN = 200  # characters of a client's own words at most in an error, so that answers stay small
+
+Text = Annotated[str, Field()]
+Texts = Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=2048, fail_fast=True)]
+Prompt = Text | Texts | Tokens | TokenLists
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stops = Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+
+
+class ApiError(Exception):
+    """A request that is not granted: HTTP status, one sentence, and which field it is about."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers: dict[str, str] = {}
+
+
+class Strict(BaseModel):
+    """No field that is not known, no number written as a text, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    """What a stream ends with."""
+
+    include_usage: bool = False  # one more chunk, with the numbers of tokens
+    include_obfuscation: bool = False  # accepted; nothing is padded
+
+
+class NamedSchema(Strict):
+    """A JSON schema under a name."""
+
+    name: Annotated[str, Field(max_length=64)] = "answer"
+    description: Annotated[str, Field(max_length=2000)] | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # it always is
+
+
+class ResponseFormat(Strict):
+    """What the answer must be: any text, any JSON object, or JSON that a schema admits."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def check(self) -> "ResponseFormat":
+        """A schema comes with its type."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('json_schema goes with type "json_schema": give both or neither')
+        return self
+
+
+class CompletionRequest(Strict):
+    """POST /v1/completions. Without `seed` every prompt draws its own."""
+
+    model: Annotated[str, Field(max_length=256)] | None = None  # the one that is served, if given
+    prompt: Prompt = ""
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # None: 16, or as many as fit; 0 only with echo
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None  # None: 1; 0: greedy
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None  # drawn, of which the n likeliest are answered
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, Field(ge=0, le=N_TOP)] | None = None  # likeliest tokens shown at each place
+    echo: bool | None = None  # the prompt is part of the text
+    stop: Stops | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # equal seeds draw equal texts
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = None  # token id -> added to its logit
+    user: Annotated[str, Field(max_length=1000)] | None = None  # accepted and not kept
+    suffix: Annotated[str, Field(max_length=1000)] | None = None  # refused: models here do not fill in
+    # beyond OpenAI's
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # 0: off
+    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = None
+    guided_regex: Annotated[str, Field(min_length=1, max_length=MOST_REGEX)] | None = None  # the whole text matches it
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def check(self) -> "CompletionRequest":
+        """Rules across fields."""
+        if self.suffix:
+            raise ValueError("suffix is not supported: this model continues texts, it does not fill in")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError("best_of must be at least n")
+        if self.stream and (self.best_of or 0) > (self.n or 1):
+            raise ValueError("best_of greater than n cannot be streamed: the best are known at the end only")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens=0 needs echo: there would be nothing to answer")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream")
+        if self.guided_regex is not None and self.response_format and self.response_format.type != "text":
+            raise ValueError("guided_regex and response_format both constrain the answer: give one")
+        return self
+
+
+class CompleteRequest(Strict):
+    """POST /complete, as mesh-transformer-jax's device_serve.py took it."""
+
+    context: str
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)]
+    temp: Annotated[float, Field(ge=0.0, le=10.0)]
+
+
+class CompleteAnswer(BaseModel):
+    """What it gave."""
+
+    completion: str
+
+
+class Logprobs(BaseModel):
+    """Token by token, natural logarithms in the model's own distribution; offsets count characters of the answer's text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class ChoiceAnswer(BaseModel):
+    """One sample."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Usage(BaseModel):
+    """Tokens read, every prompt once, and drawn, those of stop strings and of rejected samples included."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionAnswer(BaseModel):
+    """The answer, or one chunk of its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChoiceAnswer]
+    usage: Usage | None = None
+
+
+class ModelAnswer(BaseModel):
+    """One model; the fields from max_model_len on are extensions."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    n_vocab: int
+    step: int
+    defaults: dict[str, Any]
+
+
+class ModelsAnswer(BaseModel):
+    """All models: one."""
+
+    object: Literal["list"]
+    data: list[ModelAnswer]
+
+
+class ErrorBody(BaseModel):
+    """What is wrong, in words; `param` names the field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The envelope of every error."""
+
+    error: ErrorBody
+
+
+class HealthAnswer(BaseModel):
+    """Whether requests are taken."""
+
+    status: Literal["ok", "draining", "failed"]
+
+
+def explain(errors: list[Any], known: Mapping[str, Any]) -> tuple[str, str | None]:
+    """One sentence for what pydantic found wrong in a body, which it never quotes at length, and the field's name."""
+    # What is there but wrong says more than what is missing, and in a union a value out of bounds more than a wrong type.
+    error = min(errors, key=lambda error: (error["type"] == "missing", error["type"].endswith("_type")))
+    place = [str(part) for part in error["loc"] if part != "body"]
+    names = [part for part in place if part in known] or place[:1]
+    if error["type"] == "extra_forbidden":
+        names = place[-1:]
+    field = ".".join(names)[:SHOWN] or None
+    message = str(error["msg"]).removeprefix("Value error, ")[: 2 * SHOWN]
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(names[-1][:SHOWN], known, n=1, cutoff=0.6)
+        message = "no such field" + (f"; did you mean {near[0]}?" if near else "")
+    if field == "prompt" or (names[:1] == ["prompt"]):
+        message = "a text, a list of texts, a list of token ids or a list of such lists is wanted, none of them empty"
+        field = "prompt"
+    return (f"{field}: {message}" if field else message), field

@@ -1,0 +1,143 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The process: one engine thread, one event loop, an orderly end."""
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mesh_transformer.config import ConfigError, SampleConfig
+from mesh_transformer.sample.trained import Trained
+from mesh_transformer.serve.app import make_app
+from mesh_transformer.serve.completions import Service
+from mesh_transformer.serve.constraints import Grammars
+from mesh_transformer.serve.limits import Guard
+from mesh_transformer.serve.measures import Measures
+from mesh_transformer.serve.protocol import ApiError
+from mesh_transformer.serve.worker import Worker
+
+SHORTEST_TOKEN = 16  # characters
+LAST_WORDS = 1.5  # seconds to send what is left once answers have been cut off
+
+
+def serve(trained: Trained, *, name: str, host: str, port: int, token: str | None) -> bool:
+    """Answer until SIGTERM or SIGINT; whether the engine lived. Prints the address once requests are taken.
+
+    Raises ConfigError if others could reach `host` and there is no `token`.
+    """
+    check_host(host, token)
+    limits = trained.config.serve
+    # Compile what the first request needs before anybody waits for it.
+    trained.engine.generate([[trained.tokenizer.end_of_text]], SampleConfig(), max_tokens=2)
+    worker = Worker(trained.engine, places=limits.slots + limits.queue)
+    measures = Measures(worker)
+    longest = max(len(trained.tokenizer.decode_bytes([i])) for i in range(trained.tokenizer.n_vocab))
+    grammars = Grammars(trained.tokenizer, trained.config.model.n_vocab)
+    app = make_app(Service(trained, worker, measures, grammars, name, longest), timeout_seconds=limits.timeout_seconds)
+    guard = Guard(
+        app,
+        token=token,
+        max_body=limits.max_body,
+        body_seconds=limits.body_seconds,
+        count=lambda path, status: measures.requests.labels(path, str(status)).inc(),
+    )
+
+    class Protocol(H11Protocol):
+        """HTTP that does not wait for ever for a request's first lines."""
+
+        def connection_made(self, transport):  # pyright: ignore[reportIncompatibleMethodOverride]
+            super().connection_made(transport)
+            self.loop.call_later(limits.body_seconds, lambda: self.cycle is None and transport.close())
+
+    config = uvicorn.Config(
+        guard,
+        host=host,
+        port=port,
+        http=Protocol,
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(limits.drain_seconds + LAST_WORDS + 0.5),
+    )
+    server = _Server(config)
+
+    def drain() -> None:
+        if app.state.draining:
+            server.force_exit = True  # asked twice
+            return
+        print("draining: no new requests; what is being answered may end", file=sys.stderr, flush=True)
+        app.state.draining = server.should_exit = True
+        asyncio.get_running_loop().call_later(
+            limits.drain_seconds, worker.abandon, ApiError(503, "the server is going down", code="draining")
+        )
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, drain)
+        worker.start(loop)
+        watching = asyncio.ensure_future(_watch(server, worker))
+        try:
+            await server.serve()
+        finally:
+            watching.cancel()
+
+    asyncio.run(run())
+    worker.stop()
+    if worker.failure:
+        print(f"error: the engine failed: {worker.failure}", file=sys.stderr)
+    return worker.failure is None
+
+
+def read_token(path: Path) -> str:
+    """The token a file consists of. Raises ConfigError if it is too short to be secret."""
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {path}: cannot be read: {error}") from None
+    if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(
+            f"--token-file {path}: at least {SHORTEST_TOKEN} visible ASCII characters are wanted, "
+            f"for example from: python -c 'import secrets; print(secrets.token_urlsafe())'"
+        )
+    return token
+
+
+def check_host(host: str, token: str | None) -> None:
+    """ConfigError if a server without a token could be reached from elsewhere."""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local and token is None:
+        raise ConfigError(f"--host {host}: others can reach this address; give --token-file, or stay with 127.0.0.1")
+
+
+async def _watch(server: uvicorn.Server, worker: Worker) -> None:
+    """Say where the server is, and end it should its engine fail."""
+    while not server.started:
+        await asyncio.sleep(0.02)
+    where = server.servers[0].sockets[0].getsockname()
+    shown = f"[{where[0]}]" if ":" in where[0] else where[0]
+    print(f"serving on http://{shown}:{where[1]}", flush=True)
+    while not worker.failure:
+        await asyncio.sleep(0.2)
+    server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """Without uvicorn's signal handlers, which end the process by the signal once it has shut down."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing."""
+        yield
