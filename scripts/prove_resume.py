@@ -74,7 +74,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--terms", type=int, default=2, help="stops by SIGTERM, SIGINT and SIGUSR1, so many in all")
     parser.add_argument("--mesh-after", metavar="AXES", help="the mesh of every other attempt: fsdp=2,cpu_devices=4")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of losses on another mesh, relative")
-    parser.add_argument("--minutes", type=float, default=1e6, help="after these no more kills, whatever is still to come")
+    parser.add_argument(
+        "--minutes", type=float, default=1e6, help="after these no more kills, whatever is still to come"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--work", type=Path, help="folder for the runs; by default a passing one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

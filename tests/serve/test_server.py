@@ -192,9 +192,7 @@ def test_scores_of_a_prompt_are_those_of_drawing_it(server):
     assert echoed["tokens"][:3] == ["S", "a", "y"]
     assert len(echoed["tokens"]) == 14
     only = server.complete(**{**body, "max_tokens": 0})
-    assert only["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(
-        [*echoed["token_logprobs"][:-1]], abs=1e-4
-    )
+    assert only["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx([*echoed["token_logprobs"][:-1]], abs=1e-4)
     assert only["usage"]["completion_tokens"] == 0
 
 
@@ -331,7 +329,12 @@ def test_every_route_needs_the_token(server):
 
 
 def test_no_way_to_files_and_no_other_origin(server):
-    for path in ("/v1/models/../../../etc/passwd", "/v1/models/%2e%2e%2fetc%2fpasswd", "/..%2f..%2fetc/passwd", "//etc"):
+    for path in (
+        "/v1/models/../../../etc/passwd",
+        "/v1/models/%2e%2e%2fetc%2fpasswd",
+        "/..%2f..%2fetc/passwd",
+        "//etc",
+    ):
         status, _, answer = server.call("GET", path)
         assert status == 404, path
         assert b"root:" not in str(answer).encode()
