@@ -51,7 +51,9 @@ def main(arguments: list[str]) -> int:
         return 0
     print(f"{found['bytes']:,} bytes of weights, opened in {found['seconds']:.1f} s")
     for what in ("open", "tokens"):
-        print(f"{what:<7} peak {found[f'{what}_peak']:,} bytes, {found[f'{what}_peak'] / found['bytes']:.3f} of the size")
+        print(
+            f"{what:<7} peak {found[f'{what}_peak']:,} bytes, {found[f'{what}_peak'] / found['bytes']:.3f} of the size"
+        )
     return 0
 
 

@@ -94,7 +94,9 @@ def convert_original(new: Import, devices: int | None) -> None:
     kind, bias = NORMS.get(norm, NORMS["layernorm"])
     new.update("model", **keys.ORIGINAL_MODEL, positions=POSITIONS[pe], norm=kind, norm_bias=bias)
     if norm == "layernorm-desync":
-        new.verdicts["norm"] = keys.DANGER + "each shard had a norm of its own; here all have one, and weights cannot come"
+        new.verdicts["norm"] = (
+            keys.DANGER + "each shard had a norm of its own; here all have one, and weights cannot come"
+        )
     if pe == "rotary":
         dims = old.get("pe_rotary_dims", d_head)
         new.update("model", rotary_dims=min(dims, d_head))

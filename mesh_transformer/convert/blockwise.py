@@ -63,10 +63,8 @@ class Layer:
         """As model.feed_forward.FeedForward."""
         act = lambda y: np.asarray(ACTIVATIONS[self.config.activation](jnp.asarray(y)))  # noqa: E731
         hidden = self.multiply(x, "feed_forward/w_in", "feed_forward/b_in")
-        if self.config.gated:
-            hidden = act(self.multiply(x, "feed_forward/w_gate", "feed_forward/b_gate")) * hidden
-        else:
-            hidden = act(hidden)
+        gate = self.multiply(x, "feed_forward/w_gate", "feed_forward/b_gate") if self.config.gated else hidden
+        hidden = act(gate) * hidden if self.config.gated else act(hidden)
         return self.multiply(hidden, "feed_forward/w_out", "feed_forward/b_out")
 
     def norm(self, name: str, x: Array, kind: Any = Norm) -> Array:

@@ -62,7 +62,9 @@ def run_source(source: Source, tokens: np.ndarray, ceiling: int) -> np.ndarray:
         case "gptj-v1":
             return run_v1(find_weights(source.path, source.settings), source.settings, tokens)
         case _:
-            return run_native(make_model_config(source.foreign.model, source.path), source.foreign.arrays, tokens, ceiling)
+            return run_native(
+                make_model_config(source.foreign.model, source.path), source.foreign.arrays, tokens, ceiling
+            )
 
 
 def run_native(

@@ -89,7 +89,9 @@ class Programs:
         Otherwise XLA widens all of them first, before a burst's loop as well: in three times the memory.
         """
         widest = jnp.dtype(self.config.dtype).itemsize
-        has_narrow = any(leaf.dtype.itemsize < max(widest, 4) for leaf in jax.tree.leaves(self._params) if leaf.ndim > 1)
+        has_narrow = any(
+            leaf.dtype.itemsize < max(widest, 4) for leaf in jax.tree.leaves(self._params) if leaf.ndim > 1
+        )
         return WIDEN_LATE if has_narrow and jax.default_backend() == "cpu" else None
 
     def _lay_out(self, params: Params) -> Any:
