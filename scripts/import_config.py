@@ -214,7 +214,7 @@ FORMATS = {
 class _Yaml(yaml.SafeLoader):
     """YAML without keys that are there twice, and with 1e-4 as a number, which YAML 1.1 takes for a text."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise ConfigError(f"the key {twice[0]} is there twice")

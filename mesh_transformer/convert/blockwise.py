@@ -55,8 +55,8 @@ class Layer:
         if c.positions.startswith("rotary"):
             q, k = (rotate(jnp.asarray(y), sight.positions, c) for y in (q, k))
         scale = c.head_dim**-0.5 if c.attention_scale == "sqrt" else 1.0
-        parts = (jnp.asarray(y) for y in (q, k, v))
-        mixed = attend(*parts, sight.near if self.local else sight.visible, sight.bias, scale=scale)
+        q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+        mixed = attend(q, k, v, sight.near if self.local else sight.visible, sight.bias, scale=scale)
         return self.multiply(np.asarray(mixed), "attention/w_o", "attention/b_o", inputs=2)
 
     def feed_forward(self, x: Array) -> Array:
