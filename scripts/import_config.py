@@ -232,7 +232,7 @@ def read_old(paths: list[Path]) -> dict[str, Any]:
     for path in paths:
         text = path.read_text(encoding="utf-8").replace("\t", " ")  # JSON may be indented by tabs, YAML may not
         try:
-            table = yaml.load(text, _Yaml)
+            table = _Yaml(text).get_single_data()
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{path}:{mark.line + 1}" if mark else str(path)
