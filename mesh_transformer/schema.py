@@ -127,7 +127,8 @@ class ModelConfig:
         rotates = self.positions.startswith("rotary")
         table |= dict(rotary_dims=self.rotary_channels if rotates else None)
         unused = dict(
-            rotary_base=not rotates, attention_window="local" not in self.attention_pattern, norm_bias=self.norm in ("rmsnorm", "scalenorm")
+            rotary_base=not rotates, attention_window="local" not in self.attention_pattern,
+            norm_bias=self.norm in ("rmsnorm", "scalenorm"),
         )  # fmt: skip
         return table | {key: None for key, is_unused in unused.items() if is_unused}
 

@@ -214,7 +214,7 @@ FORMATS = {
 class _Yaml(yaml.SafeLoader):
     """YAML without keys that are there twice, and with 1e-4 as a number, which YAML 1.1 takes for a text."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise ConfigError(f"the key {twice[0]} is there twice")
@@ -232,7 +232,7 @@ def read_old(paths: list[Path]) -> dict[str, Any]:
     for path in paths:
         text = path.read_text(encoding="utf-8").replace("\t", " ")  # JSON may be indented by tabs, YAML may not
         try:
-            table = yaml.load(text, _Yaml)
+            table = _Yaml(text).get_single_data()
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{path}:{mark.line + 1}" if mark else str(path)

@@ -55,18 +55,16 @@ class Layer:
         if c.positions.startswith("rotary"):
             q, k = (rotate(jnp.asarray(y), sight.positions, c) for y in (q, k))
         scale = c.head_dim**-0.5 if c.attention_scale == "sqrt" else 1.0
-        parts = (jnp.asarray(y) for y in (q, k, v))
-        mixed = attend(*parts, sight.near if self.local else sight.visible, sight.bias, scale=scale)
+        q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+        mixed = attend(q, k, v, sight.near if self.local else sight.visible, sight.bias, scale=scale)
         return self.multiply(np.asarray(mixed), "attention/w_o", "attention/b_o", inputs=2)
 
     def feed_forward(self, x: Array) -> Array:
         """As model.feed_forward.FeedForward."""
         act = lambda y: np.asarray(ACTIVATIONS[self.config.activation](jnp.asarray(y)))  # noqa: E731
         hidden = self.multiply(x, "feed_forward/w_in", "feed_forward/b_in")
-        if self.config.gated:
-            hidden = act(self.multiply(x, "feed_forward/w_gate", "feed_forward/b_gate")) * hidden
-        else:
-            hidden = act(hidden)
+        gate = self.multiply(x, "feed_forward/w_gate", "feed_forward/b_gate") if self.config.gated else hidden
+        hidden = act(gate) * hidden if self.config.gated else act(hidden)
         return self.multiply(hidden, "feed_forward/w_out", "feed_forward/b_out")
 
     def norm(self, name: str, x: Array, kind: Any = Norm) -> Array:

@@ -173,10 +173,8 @@ def list_slots(config: ModelConfig) -> list[Slot]:
     before = [POSITION] if config.positions == "learned" else []
     after = [RELATIVE] if config.positions == "t5" else []
     layers = sorted(range(config.n_layers), key=lambda layer: f"layer_{layer}")
-    layer_entries, head = (
-        (*LAYER, *_list_norms("", "norm_1", config)),
-        (*HEAD, *_list_norms("projection_shard/", "norm_out", config)),
-    )
+    layer_entries = (*LAYER, *_list_norms("", "norm_1", config))
+    head = (*HEAD, *_list_norms("projection_shard/", "norm_out", config))
     return [
         *(Slot(entry, None) for entry in (*before, EMBEDDING_BIAS, EMBEDDING)),
         *(Slot(entry, layer) for layer in layers for entry in layer_entries),

@@ -73,10 +73,10 @@ def write_gptj(
 ) -> None:
     """Weights as a slim checkpoint folder/step_<step>, with the config.json and meta.json that their programs read.
 
-    Biases of which each shard has its own go to shard 0, norms of which only shard 0's is used too; the others get zeros
-    and ones, so that merging gives back the same bits. A piece has its name once it is complete: those that are there stay, so that the same call goes
-    on where it was killed. `report(bytes written, bytes in all)`. CheckpointError if the model, the number of shards or
-    the type cannot be.
+    What is added up, or used of shard 0 alone, goes to shard 0; the others get zeros, and ones as norms' scales, so that
+    merging gives back the same bits. A piece has its name once it is complete: those that are there stay, so that the
+    same call goes on where it was killed. `report(bytes written, bytes in all)`. CheckpointError if the model, the number
+    of shards or the type cannot be.
     """
     old = old_config(config, shards)
     if dtype not in KINDS:

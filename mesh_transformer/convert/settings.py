@@ -196,7 +196,8 @@ def read_llama(s: Settings) -> dict[str, Any]:
         seq_len=s.get("max_position_embeddings"), d_ff=s.get("intermediate_size"), norm="rmsnorm",
         n_kv_heads=s.get("num_key_value_heads", default=heads), d_head=s.get("head_dim", default=s.get("hidden_size") // heads),
         positions="rotary-halves", **fields, activation=s.choose(ACTIVATIONS, "hidden_act", default="silu"),
-        gated=True, qkv_bias=True if kind == "qwen2" else out_bias, attention_out_bias=out_bias, ff_bias=s.table.get("mlp_bias", False),
+        gated=True, qkv_bias=True if kind == "qwen2" else out_bias, attention_out_bias=out_bias,
+        ff_bias=s.table.get("mlp_bias", False),
         norm_eps=s.get("rms_norm_eps", default=1e-6), tied_embeddings=s.table.get("tie_word_embeddings", False),
         qk_norm=kind == "qwen3",
     )  # fmt: skip

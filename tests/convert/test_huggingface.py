@@ -160,7 +160,7 @@ def test_windows_are_on_the_layers_that_transformers_puts_them(tmp_path):
     absent = family.read_config(Settings(settings.table | {"model_type": "mistral"}, "test"))
     assert (absent["attention_pattern"], absent["attention_window"]) == (["local"], 4096), "its configuration's default"
     edit_config(tmp_path / "theirs", use_sliding_window=True, layer_types=["sliding_attention"])
-    with pytest.raises(CheckpointError, match="layer_types must be .* for each of 2 layers"):
+    with pytest.raises(CheckpointError, match=r"layer_types must be .* for each of 2 layers"):
         open_huggingface(tmp_path / "theirs")
 
 
