@@ -48,7 +48,9 @@ class Place(NamedTuple):
 def main(arguments: list[str]) -> int:
     """Parse, damage, print."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("path", metavar="PATH", nargs="?", help="a run folder or a checkpoint; by default one made here")
+    parser.add_argument(
+        "path", metavar="PATH", nargs="?", help="a run folder or a checkpoint; by default one made here"
+    )
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the places")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -74,7 +74,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--terms", type=int, default=2, help="stops by SIGTERM, SIGINT and SIGUSR1, so many in all")
     parser.add_argument("--mesh-after", metavar="AXES", help="the mesh of every other attempt: fsdp=2,cpu_devices=4")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of losses on another mesh, relative")
-    parser.add_argument("--minutes", type=float, default=1e6, help="after these no more kills, whatever is still to come")
+    parser.add_argument(
+        "--minutes", type=float, default=1e6, help="after these no more kills, whatever is still to come"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--work", type=Path, help="folder for the runs; by default a passing one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -111,7 +113,9 @@ def format_tally(tally: Tally, other_mesh: bool) -> str:
         f"first differing leaf: {tally.first_differing or 'none'}, {tally.ulps} ulps; largest relative difference of a loss: "
         f"{tally.loss_difference:.3g}" + (" (two meshes)" if other_mesh else ""),
     ]
-    return "\n".join([*lines, *(f"PROBLEM: {problem}" for problem in tally.problems), *([] if tally.problems else ["proved"])])
+    return "\n".join(
+        [*lines, *(f"PROBLEM: {problem}" for problem in tally.problems), *([] if tally.problems else ["proved"])]
+    )
 
 
 class Proof:
@@ -263,7 +267,9 @@ class Proof:
 
     def compare_data(self, there: dict[int, Given], here: dict[int, Given], name: str) -> None:
         """Every sequence as often as the uninterrupted run saw it, and in the same step."""
-        counts = [collections.Counter(one for given in side.values() for one in given.sequences) for side in (there, here)]
+        counts = [
+            collections.Counter(one for given in side.values() for one in given.sequences) for side in (there, here)
+        ]
         twice, never = counts[1] - counts[0], counts[0] - counts[1]
         self.tally.seen_twice += sum(twice.values())
         self.tally.never_seen += sum(never.values())

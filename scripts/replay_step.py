@@ -38,7 +38,9 @@ def main(arguments: list[str]) -> int:
     """Parse, replay, print."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
-    parser.add_argument("step", metavar="STEP", type=int, help="as in metrics.jsonl: the step that made STEP steps taken")
+    parser.add_argument(
+        "step", metavar="STEP", type=int, help="as in metrics.jsonl: the step that made STEP steps taken"
+    )
     parser.add_argument("--worst", type=int, default=3, help="sequences shown, those with the highest loss first")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
@@ -62,7 +64,11 @@ def look_at_step(run_dir: Path, step: int, worst: int) -> dict[str, Any]:
     sequences = score_sequences(run, batch, step)[:worst]
     (taken,) = replay(run, step)
     logged = read_losses(run_dir).get(step)
-    equal = None if logged is None else bool(taken.loss.tobytes() == logged.tobytes() or (np.isnan(logged) and np.isnan(taken.loss)))
+    equal = (
+        None
+        if logged is None
+        else bool(taken.loss.tobytes() == logged.tobytes() or (np.isnan(logged) and np.isnan(taken.loss)))
+    )
     return {
         "run": str(run_dir),
         "step": step,
@@ -139,7 +145,9 @@ def format_result(result: dict[str, Any]) -> str:
     """A page for a person."""
     words = {None: "it was not logged", True: "equal to the logged one", False: f"NOT the logged {result['logged']!r}"}
     lines = [f"changed since: {change}" for change in result["changed"]]
-    lines.append(f"step {result['step']}, replayed from step {result['from_checkpoint']}: loss {result['loss']!r}, {words[result['equal']]}")
+    lines.append(
+        f"step {result['step']}, replayed from step {result['from_checkpoint']}: loss {result['loss']!r}, {words[result['equal']]}"
+    )
     width = max(len(row["where"]) for row in result["norms"])
     lines.append(f"\n{'norm of':{width}}  parameters   gradients")
     lines += [f"{row['where']:{width}}  {row['parameters']:10.4g}  {row['gradients']:10.4g}" for row in result["norms"]]

@@ -85,7 +85,9 @@ def main(arguments: list[str]) -> int:
     disk = work / "disk"
     disk.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
-    mounted = not os.geteuid() and bool(shutil.which("mount")) and not subprocess.run(mount, capture_output=True).returncode
+    mounted = (
+        not os.geteuid() and bool(shutil.which("mount")) and not subprocess.run(mount, capture_output=True).returncode
+    )
     try:
         result = Soak(options, work, disk, mounted).run()
     finally:
@@ -218,7 +220,9 @@ class Soak:
         step = newest(clean / "checkpoints")
         result = compare_steps(clean / "checkpoints", run_dir / "checkpoints", step)
         if result["different"]:
-            self.problem(f"{name}: {result['different']} of {result['leaves']} leaves differ, the first {result['first']}")
+            self.problem(
+                f"{name}: {result['different']} of {result['leaves']} leaves differ, the first {result['first']}"
+            )
         if read_losses(clean) != read_losses(run_dir):
             self.problem(f"{name}: its losses are others")
         if what_counts(read_attempts(clean)) != what_counts(read_attempts(run_dir)):

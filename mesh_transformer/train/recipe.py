@@ -92,7 +92,9 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         if before.get(name) != now.get(name):
             changes.append(f"{name}: {before.get(name)} then, {now.get(name)} now")
     old, new = before.get("versions", {}), now["versions"]
-    changes += [f"{name}: {old.get(name)} then, {new.get(name)} now" for name in {*old, *new} if old.get(name) != new.get(name)]
+    changes += [
+        f"{name}: {old.get(name)} then, {new.get(name)} now" for name in {*old, *new} if old.get(name) != new.get(name)
+    ]
     return sorted(changes)
 
 

@@ -105,8 +105,9 @@ def open_run(
 ) -> Run:
     """Everything in place to train `config`: the newest checkpoint of its run folder restored, or a new state.
 
-    With `at` it is the checkpoint of that step, or for 0 a new state, and the run folder is only read. Raises ConfigError where batch and mesh, or checkpoint and configuration, contradict each other, and
-    CheckpointError for a damaged checkpoint (unless checkpoint.resume allows an older one).
+    With `at` it is the checkpoint of that step, or for 0 a new state, and the run folder is only read. Raises ConfigError
+    where batch and mesh, or checkpoint and configuration, contradict each other, and CheckpointError for a damaged
+    checkpoint (unless checkpoint.resume allows an older one).
     """
     check_batches(config, layout)
     shapes, axes = describe_state(config)
@@ -120,10 +121,8 @@ def open_run(
         writable=at is None,
     )
     notes: list[str] = []
-    if at is not None:
-        step = at or None
-    else:
-        step = store.newest_intact(report) if keep.resume == "newest-intact" else store.newest()
+    newest = store.newest if keep.resume == "newest" else lambda: store.newest_intact(report)
+    step = newest() if at is None else at or None
     state = None if step is None else _restore(config, data, store, step, shapes, shardings, notes)
     if state is None:
         init = jax.jit(make_init_state(config), out_shardings=shardings)

@@ -36,7 +36,10 @@ def test_repeated_signals_break_nothing_but_a_second_ctrl_c_does(capfd):
 
 def test_what_may_be_broken_off_is(capfd):
     with StopRequest() as stop:
-        with pytest.raises(Preempted, match="SIGTERM while the data was made: nothing is lost"), stop.at_once("the data was made"):
+        with (
+            pytest.raises(Preempted, match="SIGTERM while the data was made: nothing is lost"),
+            stop.at_once("the data was made"),
+        ):
             signal.raise_signal(signal.SIGTERM)
             pytest.fail("went on")
         with pytest.raises(Preempted), stop.at_once("more data was made"):
