@@ -64,11 +64,8 @@ def look_at_step(run_dir: Path, step: int, worst: int) -> dict[str, Any]:
     sequences = score_sequences(run, batch, step)[:worst]
     (taken,) = replay(run, step)
     logged = read_losses(run_dir).get(step)
-    equal = (
-        None
-        if logged is None
-        else bool(taken.loss.tobytes() == logged.tobytes() or (np.isnan(logged) and np.isnan(taken.loss)))
-    )
+    both_nan = logged is not None and np.isnan(logged) and np.isnan(taken.loss)
+    equal = None if logged is None else bool(both_nan or taken.loss.tobytes() == logged.tobytes())
     return {
         "run": str(run_dir),
         "step": step,
@@ -143,10 +140,11 @@ def score_sequences(run: Run, batch: Any, step: int) -> list[dict[str, Any]]:
 
 def format_result(result: dict[str, Any]) -> str:
     """A page for a person."""
-    words = {None: "it was not logged", True: "equal to the logged one", False: f"NOT the logged {result['logged']!r}"}
+    word = f"NOT the logged {result['logged']!r}" if result["equal"] is False else "equal to the logged one"
+    word = "it was not logged" if result["equal"] is None else word
     lines = [f"changed since: {change}" for change in result["changed"]]
     lines.append(
-        f"step {result['step']}, replayed from step {result['from_checkpoint']}: loss {result['loss']!r}, {words[result['equal']]}"
+        f"step {result['step']}, replayed from step {result['from_checkpoint']}: loss {result['loss']!r}, {word}"
     )
     width = max(len(row["where"]) for row in result["norms"])
     lines.append(f"\n{'norm of':{width}}  parameters   gradients")

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file is replaced whole or not at all; a log goes on where a full disk stopped it, without a gap."""
 
-import errno
+import contextlib
 import os
 
 import pytest
@@ -15,11 +15,9 @@ def fill(folder):
     ballast = folder / "ballast"
     with open(ballast, "wb", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
-            try:
+            with contextlib.suppress(OSError):
                 while file.write(bytes(size)) == size:
                     pass
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
     return ballast
 
 

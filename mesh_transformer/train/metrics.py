@@ -12,8 +12,9 @@ One JSON object a line, in order of steps, one history however often the run was
     {"step": 100, "kind": "event", "event": "started" | "resumed" | "checkpoint" | "save failed" | "skipped" | "stopped" |
      "samples" | "done", "text": ...}
 
-`step` counts steps taken; the event of a checkpoint comes once it is on disk, a few lines late. A number that is not finite is null, and `"not_finite": {"loss": "nan"}` says what it was. An
-event may carry values as well: `parameters`, the number of learned values, belongs to the headline of the report.
+`step` counts steps taken; the event of a checkpoint comes once it is on disk, a few lines late. A number that is not
+finite is null, and `"not_finite": {"loss": "nan"}` says what it was. An event may carry values as well: `parameters`, the
+number of learned values, belongs to the headline of the report.
 """
 
 import importlib

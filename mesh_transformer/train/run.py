@@ -139,11 +139,8 @@ def open_run(
         writable=at is None,
     )
     notes: list[str] = []
-    if at is not None:
-        step = at or None
-    else:
-        find = (lambda: store.newest_intact(report)) if keep.resume == "newest-intact" else store.newest
-        step = from_first("newest step", find)
+    newest = store.newest if keep.resume == "newest" else lambda: store.newest_intact(report)
+    step = from_first("newest step", newest) if at is None else at or None
     state = None if step is None else _restore(config, data, store, step, shapes, shardings, notes)
     if state is None:
         init = jax.jit(make_init_state(config), out_shardings=shardings)

@@ -189,7 +189,10 @@ def _update_guard(guard: Guard, ok: Bool[Array, ""], loss: Float[Array, ""], gra
 
 
 def layer_norms(grads: Params) -> Float[Array, "L"]:
-    """Norm of each layer of gradients, or of what has their structure, from the arrays stacked over the scan; order within a period is the pattern's."""
+    """Norm of each layer of gradients, or of what has their structure, from the arrays stacked over the scan.
+
+    Order within a period is the pattern's.
+    """
     squares: dict[str, Array] = {}
     for module, arrays in grads.items():
         _, _, inner = module.partition(f"/{STACK}/")

@@ -394,3 +394,21 @@ def test_find_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="is not a folder"):
         find_checkpoint(tmp_path / "empty/notes.txt")
     assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["notes.txt"]  # reading makes nothing
+
+
+def test_a_hundred_saves_hold_what_was_there_when_the_next_step_took_the_buffers(tmp_path):
+    store = Store(tmp_path, keep_last=100)
+    advance = jax.jit(lambda state: {"w": jnp.sin(state["w"]) + 1, "step": state["step"] + 1}, donate_argnums=0)
+    state, expected, reused = {"w": jnp.arange(300_000, dtype=jnp.float32), "step": jnp.int32(0)}, {}, 0
+    for step in range(1, 101):
+        before = state["w"]
+        state = advance(state)
+        reused += before.is_deleted()
+        expected[step] = np.array(state["w"])
+        store.save(step, state, axes={"w": ("embed",), "step": ()}, meta={})
+    store.wait()
+    assert reused == 100
+    assert store.steps() == list(expected)
+    for step, values in expected.items():
+        np.testing.assert_array_equal(store.read_slice(step, "w", (slice(None),)), values)
+        assert store.read_slice(step, "step", ()) == step

@@ -151,7 +151,7 @@ def test_training_outlives_its_disk(config_file, undisturbed, small_disk, monkey
     assert sorted(os.listdir(run.dir)) == ["checkpoints", "metrics.jsonl", "report.html", "sequences.jsonl"]
     assert sorted(os.listdir(run.dir / "checkpoints")) == ["step_14", "step_16"]
     assert losses(run.dir) == losses(undisturbed.dir), "nothing is missing, nothing is there twice"
-    assert [line["step"] for line in events(run.dir, "slow disk")] == [14]
+    assert 14 in [line["step"] for line in events(run.dir, "slow disk")]
     assert "<details open>" in (run.dir / "report.html").read_text()
     assert "<details open>" not in (undisturbed.dir / "report.html").read_text()
     counted = what_counts(read_attempts(run.dir))

@@ -87,30 +87,30 @@ def test_what_a_recipe_says(run_dir):
     assert find_changes(start, dict(start)) == []
 
 
-def test_made_again_it_is_equal_and_a_changed_log_is_found(run_dir, programs, capsys, tmp_path):
-    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    assert programs["reproduce"].main([str(run_dir), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert (result["equal"], result["compared"], result["differing_arrays"]) == (True, 6, [])
-    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before, "the run was only read"
-
+def test_made_again_it_is_equal_but_for_the_loss_that_was_changed(run_dir, programs, capsys, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
     lines = (copy / "metrics.jsonl").read_text().splitlines()
-    place = next(i for i, line in enumerate(lines) if json.loads(line).get("step") == 2 and "loss" in json.loads(line))
+    place = next(i for i, line in enumerate(map(json.loads, lines)) if line["step"] == 2 and "loss" in line)
     line = json.loads(lines[place])
     lines[place] = json.dumps({**line, "loss": float(np.nextafter(np.float32(line["loss"]), np.float32(np.inf)))})
     (copy / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert programs["reproduce"].main([str(copy), "--steps", "2"]) == 1
-    assert "step 2 is the first that differs" in (out := capsys.readouterr().out)
-    assert "at most 1 ulps in 2 losses" in out
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
 
-
-@pytest.mark.parametrize(("step", "start"), [(6, 4), (3, 0)])
-def test_a_step_taken_again(run_dir, programs, capsys, step, start):
-    assert programs["replay_step"].main([str(run_dir), str(step), "--json", "--worst", "2"]) == 0
+    assert programs["reproduce"].main([str(copy), "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
-    assert (result["equal"], result["from_checkpoint"]) == (True, start)
+    assert (result["compared"], result["first_differing_step"], result["ulps"]) == (6, 2, 1)
+    assert result["differing_arrays"] == [], "the checkpoint of the last step was not tampered with"
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before, "the run was only read"
+    assert "step 2 is the first that differs" in programs["reproduce"].format_result(result)
+    untouched = {**result, "first_differing_step": None}
+    assert "6 losses up to step 6 are equal, bit for bit" in programs["reproduce"].format_result(untouched)
+
+
+def test_a_step_taken_again(run_dir, programs, capsys):
+    assert programs["replay_step"].main([str(run_dir), "6", "--json", "--worst", "2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["equal"], result["from_checkpoint"]) == (True, 4)
     assert result["loss"] == result["logged"]
     norms = {row["where"]: row for row in result["norms"]}
     assert {"all", "layer 0", "layer 1"} <= norms.keys()
@@ -119,10 +119,11 @@ def test_a_step_taken_again(run_dir, programs, capsys, step, start):
         assert parts == pytest.approx(norms["all"][side] ** 2, rel=1e-4)
     worst, next_worst = result["worst"]
     assert worst["loss"] >= next_worst["loss"]
-    assert 8 * (step - 1) <= worst["sequence"] < 8 * step
+    assert 8 * 5 <= worst["sequence"] < 8 * 6
     assert len(worst["text"]) == 16
     assert worst["text"] in (run_dir.parent / "text.txt").read_text()
     assert "equal to the logged one" in programs["replay_step"].format_result(result)
+    assert "NOT the logged" in programs["replay_step"].format_result({**result, "equal": False})
 
 
 def test_without_a_recipe_or_its_data_nothing_is_made_up(run_dir, programs, tmp_path):

@@ -34,26 +34,31 @@ def test_repeated_signals_break_nothing_but_a_second_ctrl_c_does(capfd):
             signal.raise_signal(signal.SIGINT)
 
 
+def break_off(stop, doing, act):
+    """`act` in a place where it may be broken off, and must be."""
+    with stop.at_once(doing):
+        act()
+        pytest.fail("went on")
+
+
 def test_what_may_be_broken_off_is(capfd):
     with StopRequest() as stop:
-        with (
-            pytest.raises(Preempted, match="SIGTERM while the data was made: nothing is lost"),
-            stop.at_once("the data was made"),
-        ):
-            signal.raise_signal(signal.SIGTERM)
-            pytest.fail("went on")
-        with pytest.raises(Preempted), stop.at_once("more data was made"):
-            pytest.fail("begun in spite of the request")
+        with pytest.raises(Preempted, match="SIGTERM while the data was made: nothing is lost"):
+            break_off(stop, "the data was made", lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Preempted, match="while more data was made"):
+            break_off(stop, "more data was made", lambda: pytest.fail("begun in spite of the request"))
         with pytest.raises(Preempted, match="while the run was opened"):
             stop.check("the run was opened")
         signal.raise_signal(signal.SIGTERM)  # outside it is only noted
 
 
 def test_a_notice_from_another_thread_breaks_it_off_too(capfd):
+    def wait():
+        threading.Timer(0.1, stop.request, ["notice preempted = TRUE"]).start()
+        for _ in range(1000):
+            time.sleep(0.01)
+
     with StopRequest() as stop:
-        thread = threading.Timer(0.1, stop.request, ["notice preempted = TRUE"])
-        with pytest.raises(Preempted, match="notice preempted = TRUE while"), stop.at_once("the data was made"):
-            thread.start()
-            for _ in range(1000):
-                time.sleep(0.01)
+        with pytest.raises(Preempted, match="notice preempted = TRUE while"):
+            break_off(stop, "the data was made", wait)
         assert stop.requested == "notice preempted = TRUE"
