@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -324,7 +324,7 @@ def run_child(examples: Path, arguments: list[str]) -> int:
     read = Loader.batch
 
     @functools.wraps(read)
-    def noting(self: Loader, first: int, size: int, rows: Sequence[int] | None = None) -> Batch:
+    def noting(self: Loader, first: int, size: int, rows: Iterable[int] | None = None) -> Batch:
         own = list(range(size) if rows is None else rows)
         line = json.dumps({"attempt": attempt, "first": first, "examples": [first + row for row in own]})
         with open(examples, "a", encoding="utf-8") as file:
