@@ -34,7 +34,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cpus", type=float, default=1.0, help="of each node to reserve; default: %(default)s")
     parser.add_argument("--gpus", type=float, default=0.0, help="of each node to reserve; default: %(default)s")
     parser.add_argument("--port", type=int, default=PORT, help="of process 0; default: %(default)s")
-    parser.add_argument("--same-node", action="store_true", help="processes may share a node, to try it on one machine")
     parser.add_argument("--dry-run", action="store_true", help="print the command of each node and stop")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, train = parser.parse_args(arguments[:split]), arguments[split + 1 :]
@@ -69,8 +68,7 @@ def describe_part(host: str, port: int, nodes: int, number: int) -> dict[str, st
 def run_on_nodes(ray: Any, command: list[str], nodes: int, port: int, options: Any) -> list[int]:
     """The exit status of every process."""
     resources = {"CPU": options.cpus} | ({"GPU": options.gpus} if options.gpus else {})
-    strategy = "SPREAD" if options.same_node else "STRICT_SPREAD"
-    group = ray.util.placement_group([resources] * nodes, strategy=strategy)
+    group = ray.util.placement_group([resources] * nodes, strategy="STRICT_SPREAD")
     ray.get(group.ready())
     folder = os.getcwd()
 
