@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
             run_dir = train_config(config, start_devices(config.mesh), stop, fresh=options.fresh, profile=profile)
             is_alone, is_first = process_count() == 1, process_index() == 0
         if is_alone:  # else the model may be too large for one host
-            show_samples(run_dir)
+            show_samples(config)
     if not is_first:
         return 0
     same = shlex.join(["python", Path(sys.argv[0]).name, options.config, *(f"--set={item}" for item in options.set)])

@@ -120,8 +120,8 @@ def poison_batches(every: int) -> None:
 
     whole = Loader.batch
 
-    def batch(self: Loader, first: int, size: int, **process: int) -> Batch:
-        made = whole(self, first, size, **process)
+    def batch(self: Loader, first: int, size: int, rows: Iterable[int] | None = None) -> Batch:
+        made = whole(self, first, size, rows)
         is_bad = first // size % every == every - 1
         return made._replace(mask=made.mask * np.float32(np.nan)) if is_bad else made
 

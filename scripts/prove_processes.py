@@ -13,7 +13,7 @@ examples:
   python scripts/prove_processes.py --processes 2 --trials 30
       30 kills, the state at the end bit-equal
   python scripts/prove_processes.py --moves 4:data=4,fsdp=2 2:fsdp=4 1:tensor=2,fsdp=2 4:tensor=4
-      processes:mesh of each leg, the first of which is also that of the run to compare with
+      processes:mesh of each leg, the first of which is also that of kills and of the run to compare with
 
 exit status: 0 nothing was lost, 1 something was
 """
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,16 +87,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    if bool(options.trials) == bool(options.moves):
-        parser.error("say either --trials or --moves")
+    if not (options.trials or options.moves):
+        parser.error("say --trials, --moves or both")
+    legs = [parse_topology(text) for text in options.moves or [f"{options.processes}:fsdp=2"]]
     with tempfile.TemporaryDirectory() as temporary:
-        proof = Proof(Path(temporary), random.Random(options.seed), quiet=options.json)
+        proof, first = Proof(Path(temporary), random.Random(options.seed), quiet=options.json), legs[0]
+        report: dict[str, Any] = {}
         if options.trials:
-            first, report = Topology(options.processes, ("fsdp=2",)), {}
-            report = proof.kill(first, options.trials)
-        else:
-            legs = [parse_topology(text) for text in options.moves]
-            first, report = legs[0], proof.move(legs, options.leg_steps)
+            report |= proof.kill(first, options.trials)
+        if options.moves:
+            report |= proof.move(legs, options.leg_steps)
         report |= proof.compare(first)
     is_moved = first != proof.last
     good = report["wrong"] == [] and report["examples seen twice"] == report["examples never seen"] == 0
@@ -324,7 +324,7 @@ def run_child(examples: Path, arguments: list[str]) -> int:
     read = Loader.batch
 
     @functools.wraps(read)
-    def noting(self: Loader, first: int, size: int, rows: Sequence[int] | None = None) -> Batch:
+    def noting(self: Loader, first: int, size: int, rows: Iterable[int] | None = None) -> Batch:
         own = list(range(size) if rows is None else rows)
         line = json.dumps({"attempt": attempt, "first": first, "examples": [first + row for row in own]})
         with open(examples, "a", encoding="utf-8") as file:

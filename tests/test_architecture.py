@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "mesh": {"config"},
     "agreement": set(),
     "processes": {"agreement", "command", "config"},
-    "data": GROUND,
+    "data": GROUND | {"checkpoint.failures", "checkpoint.objects", "checkpoint.places"},  # what reaches object stores
     "model": GROUND,
     "checkpoint": GROUND | {"model"},
     "convert": GROUND | {"model", "checkpoint"},

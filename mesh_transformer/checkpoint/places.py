@@ -294,6 +294,9 @@ def _filesystem(scheme: str, _environment: tuple[str | None, ...]) -> Any:
         if scheme == "gs":
             logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what we say in a line
             return fsspec.filesystem("gs", use_listings_cache=False, skip_instance_cache=True)
+        import s3fs.core
+
+        s3fs.core.set_custom_error_handler(lambda error: "(429)" in str(error))  # too many requests: known by code only
         found = _find_s3()
         client = {"endpoint_url": found["endpoint"], "region_name": found["aws_region"]}
         files = fsspec.filesystem(

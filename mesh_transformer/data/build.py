@@ -34,6 +34,7 @@ import numpy as np
 import xxhash
 
 from mesh_transformer.data.documents import BadDocuments, DataError
+from mesh_transformer.data.fetched import fetch_source, is_remote
 from mesh_transformer.data.readers import OnBad, find_files, find_root, is_tfrecords, read_file
 from mesh_transformer.data.shards import ShardWriter, TokenShard, is_shard, token_dtype
 from mesh_transformer.data.tfrecords import cut_documents, read_sequences
@@ -84,8 +85,12 @@ def build_shards(
     """The shards of a source by side ("train", and "heldout" if `holdout`), from the cache or made now.
 
     A path that is a shard's prefix is used as it is; its text is taken to have the bytes its tokens decode to.
-    Raises DataError for damaged documents (or counts them, see `on_bad`) and for a side without documents.
+    A URL is fetched first. Raises DataError for damaged documents (or counts them, see `on_bad`), for a side without
+    documents, and for a store that cannot be reached.
     """
+    if is_remote(path):
+        start = time.perf_counter()
+        path = fetch_source(path, cache_dir, lambda done, total: report(done, total, time.perf_counter() - start))
     given = os.path.expanduser(path).removesuffix(".bin").removesuffix(".idx")
     if is_shard(given):
         return {"train": _use_shard(Path(given), tokenizer, holdout)}

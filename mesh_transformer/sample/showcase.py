@@ -7,19 +7,24 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from mesh_transformer.config import Config
 from mesh_transformer.sample.text import complete_texts
-from mesh_transformer.sample.trained import load_trained
+from mesh_transformer.sample.trained import Trained, load_trained
+from mesh_transformer.train.folder import RunFolder
 from mesh_transformer.train.metrics import MetricsLog
 from mesh_transformer.train.report import write_report
 
 
-def show_samples(run_dir: Path) -> None:
-    """Complete `sample.prompts` with the newest checkpoint in `run_dir`; nothing if there are no prompts."""
-    trained = load_trained(run_dir)
-    options = trained.config.sample
-    if not options.prompts:
+def show_samples(config: Config) -> None:
+    """Complete `sample.prompts` with the newest checkpoint of the run that `config` describes; nothing without prompts."""
+    if not config.sample.prompts:
         return
-    seed = trained.config.run.seed
+    with RunFolder(config, print) as folder:
+        _show(load_trained(folder.place), folder.path)
+
+
+def _show(trained: Trained, run_dir: Path) -> None:
+    options, seed = trained.config.sample, trained.config.run.seed
     completions = complete_texts(trained.engine, trained.tokenizer, options.prompts, options, seed=seed)
     console = Console()
     console.print(Text(f"\nsamples of step {trained.step}, temperature {options.temperature}", style="bold"))

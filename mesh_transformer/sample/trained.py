@@ -4,11 +4,11 @@
 
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from mesh_transformer.checkpoint.places import Place
 from mesh_transformer.checkpoint.store import find_checkpoint
 from mesh_transformer.config import Config, ConfigError, merge_override, parse_config
 from mesh_transformer.data.tokenizers import Tokenizer, tokenizer_from_json
@@ -33,7 +33,7 @@ class Trained(NamedTuple):
     where: str  # folder of the checkpoint
 
 
-def load_trained(path: str | Path, overrides: Iterable[str] = ()) -> Trained:
+def load_trained(path: str | Place, overrides: Iterable[str] = ()) -> Trained:
     """The newest intact checkpoint in `path`, or `path` itself, on the devices of `mesh.*` in `overrides` (default: one).
 
     Only weights are read, each device its own slices. Raises ConfigError or CheckpointError: no such run, damage, an

@@ -166,6 +166,7 @@ class Recorder:
                 if last:
                     raise
         self.settle(wait=last, last=last)
+        self.run.folder.put_soon()
         self.pause(time.perf_counter() - started)
 
     def settle(self, *, wait: bool = False, last: bool = False) -> None:

@@ -21,6 +21,7 @@ from mesh_transformer.data.loader import Batch
 from mesh_transformer.data.sources import Data
 from mesh_transformer.mesh import Layout, use_layout
 from mesh_transformer.train.flops import count_flops
+from mesh_transformer.train.folder import RunFolder
 from mesh_transformer.train.loss import TokenLosses
 from mesh_transformer.train.recipe import describe_start
 from mesh_transformer.train.schedule import batch_ramp
@@ -57,6 +58,7 @@ class Run:
     """A run that is ready to train. `state` is the only thing that changes."""
 
     config: Config
+    folder: RunFolder
     layout: Layout
     data: Data
     store: Store
@@ -70,8 +72,8 @@ class Run:
 
     @property
     def dir(self) -> Path:
-        """The run folder."""
-        return Path(self.config.run.dir)
+        """Where metrics, configuration and report are written: the run folder, or its mirror on this machine."""
+        return self.folder.path
 
     @property
     def step(self) -> int:
@@ -93,7 +95,8 @@ class Run:
         sharding, own = self._batch_sharding(size), self.rows(size)
 
         def put(values: np.ndarray) -> jax.Array:
-            def find(index: tuple[slice, ...]) -> np.ndarray:
+            def find(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None, "it is of a device of this process"
                 first, last, _ = index[0].indices(size)
                 start = bisect.bisect_left(own, first)
                 return values[start : start + last - first, *index[1:]]
@@ -118,7 +121,13 @@ class Run:
 
 
 def open_run(
-    config: Config, data: Data, layout: Layout, *, report: Callable[[str], None] = print, at: int | None = None
+    config: Config,
+    data: Data,
+    layout: Layout,
+    *,
+    report: Callable[[str], None] = print,
+    folder: RunFolder | None = None,
+    at: int | None = None,
 ) -> Run:
     """Everything in place to train `config`: the newest checkpoint of its run folder restored, or a new state.
 
@@ -131,8 +140,9 @@ def open_run(
     shapes, axes = describe_state(config)
     shardings = state_shardings(layout, shapes, axes)
     keep = config.checkpoint
+    folder = folder or RunFolder(config, report)
     store = Store(
-        Path(config.run.dir) / "checkpoints",
+        folder.checkpoints,
         keep_last=keep.keep_last,
         keep_every=keep.keep_every,
         asynchronous=keep.asynchronous,
@@ -151,6 +161,7 @@ def open_run(
     flops = count_flops(make_train_step(without_remat(config)), shapes, batch) / config.train.batch_size
     return Run(
         config=config,
+        folder=folder,
         layout=layout,
         data=data,
         store=store,

@@ -13,10 +13,12 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedCo
 from rich.progress import Progress as Bar
 
 from mesh_transformer.agreement import process_count, process_index, run_everywhere
+from mesh_transformer.checkpoint.places import Place, RemotePath
 from mesh_transformer.config import Config, ConfigError, config_to_dict, config_to_toml
 from mesh_transformer.data.sources import Data, open_data
 from mesh_transformer.files import replace_file
 from mesh_transformer.mesh import Layout
+from mesh_transformer.train.folder import RunFolder
 from mesh_transformer.train.loop import Recorder, train
 from mesh_transformer.train.metrics import FILE, MetricsLog, read_metrics
 from mesh_transformer.train.pipeline import bubble_share
@@ -35,7 +37,7 @@ def train_config(
     *,
     fresh: bool = False,
     profile: tuple[int, int] | None = None,
-) -> Path:
+) -> Place:
     """Train, with display, metrics and report; the run folder. Raises what `open_data`, `open_run` and `train` raise."""
     if jax.process_count() != process_count():
         raise ConfigError(
@@ -43,32 +45,32 @@ def train_config(
         )
     speaks = process_index() == 0
     console = Console(quiet=not speaks)
-    run_dir = Path(config.run.dir)
-    if fresh:
-        run_everywhere("put aside", lambda: _put_aside(run_dir, console), first=True)
-    with stop.at_once("the data was made"), show_building(console) as report:
-        data = open_data(config, report=report)
-    run = open_run(config, data, layout, report=console.print)
-    stop.check("the run was opened")
-    first = run.step
-    if speaks:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        replace_file(run_dir / "config.toml", config_to_toml(config).encode())
-        write_recipe(run_dir, config, data, run.start, first)
-    _introduce(run, data, console)
-    with (
-        MetricsLog(run_dir, config.track, config=config_to_dict(config), first_step=first) as log,
-        Progress(run_dir.name, config.train.steps, first, console=console) as progress,
-    ):
-        log.event(first, "started", f"from step {first}", {"parameters": run.n_params})
-        for note in run.notes:
-            log.event(first, "resumed", note)
-        train(run, Recorder(run, log, progress), stop, profile=profile)
-        log.event(run.step, "done", f"trained to step {run.step}")
-    if speaks:
-        write_report(run_dir)
-        print_scores(console, _last_scores(run_dir))
-    return run_dir
+    with RunFolder(config, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) as folder:
+        if fresh:
+            run_everywhere("put aside", lambda: _put_aside(folder.place, console), first=True)
+        with stop.at_once("the data was made"), show_building(console) as report:
+            data = open_data(config, report=report)
+        run = open_run(config, data, layout, report=console.print, folder=folder)
+        stop.check("the run was opened")
+        first = run.step
+        if speaks:
+            run.dir.mkdir(parents=True, exist_ok=True)
+            replace_file(run.dir / "config.toml", config_to_toml(config).encode())
+            write_recipe(run.dir, config, data, run.start, first)
+        _introduce(run, data, console)
+        with (
+            MetricsLog(run.dir, config.track, config=config_to_dict(config), first_step=first) as log,
+            Progress(run.dir.name, config.train.steps, first, console=console) as progress,
+        ):
+            log.event(first, "started", f"from step {first}", {"parameters": run.n_params})
+            for note in run.notes:
+                log.event(first, "resumed", note)
+            train(run, Recorder(run, log, progress), stop, profile=profile)
+            log.event(run.step, "done", f"trained to step {run.step}")
+        if speaks:
+            write_report(run.dir)
+            print_scores(console, _last_scores(run.dir))
+    return folder.place
 
 
 @contextmanager
@@ -86,9 +88,14 @@ def show_building(console: Console) -> Iterator:
         yield report
 
 
-def _put_aside(run_dir: Path, console: Console) -> None:
+def _put_aside(run_dir: Place, console: Console) -> None:
     """Rename an earlier run's folder to the first free name."""
-    if run_dir.exists():
+    if isinstance(run_dir, RemotePath):
+        if run_dir.exists():
+            raise ConfigError(
+                f"--fresh: {run_dir} holds a run, and an object store renames nothing; use another run.dir"
+            )
+    elif run_dir.exists():
         number = next(n for n in range(1, 10_000) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
         kept = run_dir.with_name(f"{run_dir.name}.{number}")
         os.rename(run_dir, kept)
@@ -101,7 +108,7 @@ def _introduce(run: Run, data: Data, console: Console) -> None:
     console.print(format_parameters(shapes, axes, run.layout), highlight=False, markup=False, soft_wrap=True)
     per_step = config.train.batch_size * config.model.seq_len
     rows = {
-        "run": str(run.dir),
+        "run": str(run.folder.place),
         "model": f"{run.n_params:,} parameters, {config.model.n_layers} layers, d_model {config.model.d_model}",
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 
 from mesh_transformer.agreement import common_stop
@@ -16,6 +17,9 @@ from mesh_transformer.command import Preempted
 
 # Ctrl-C; what machines and schedulers send; what Slurm is asked to send ahead of them (sbatch --signal=USR1@120).
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+PROGRESS = "MESH_TRANSFORMER_PROGRESS"  # in the environment: a file to be touched where a run gets on
 
 
 class StopRequest:
@@ -51,6 +55,8 @@ class StopRequest:
 
         `other` is a reason of the caller's, such as a limit of time. One process that has a reason stops all, at one point.
         """
+        if path := os.environ.get(PROGRESS):
+            Path(path).touch()
         self.agreed = self.agreed or common_stop().reached(self.requested or other)
         return self.agreed
 

@@ -26,8 +26,7 @@ from collections.abc import Sequence
 from typing import IO
 
 from mesh_transformer.command import FAILED, PREEMPTED, make_parser, run_command
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from mesh_transformer.train.stop import SIGNALS
 
 
 def main(arguments: list[str]) -> int:

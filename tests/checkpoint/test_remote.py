@@ -3,6 +3,7 @@
 """Checkpoints in an object store: a real server that speaks S3's language, and between us and it a proxy that counts,
 fails and cuts connections."""
 
+import collections
 import dataclasses
 import http.client
 import http.server
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -27,13 +29,19 @@ from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
 from mesh_transformer.checkpoint.objects import RemoteFolder
 from mesh_transformer.checkpoint.places import to_place
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
-from mesh_transformer.config import ModelConfig
+from mesh_transformer.config import ConfigError, ModelConfig, load_config
 from mesh_transformer.convert import reshard
 from mesh_transformer.convert.foreign import Foreign
 from mesh_transformer.convert.lazy import FileArray, Held, whole
 from mesh_transformer.convert.upload import upload_folder
+from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.fetched import fetch_source
+from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import describe_params
+from mesh_transformer.train.metrics import read_metrics
+from mesh_transformer.train.session import train_config
+from mesh_transformer.train.stop import StopRequest
 
 boto3 = pytest.importorskip("boto3", reason="needs moto[server], which brings boto3")
 pytest.importorskip("moto", reason="needs moto[server], an S3 server for tests")
@@ -51,7 +59,7 @@ sys.stdin.read()
 server.stop()
 """
 ERROR = "<?xml version='1.0' encoding='utf-8'?><Error><Code>{0}</Code><Message>{0}</Message></Error>"
-CODES = {403: "AccessDenied", 500: "InternalError", 503: "ServiceUnavailable"}
+CODES = {403: "AccessDenied", 429: "SlowDown", 500: "InternalError", 503: "ServiceUnavailable"}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -72,11 +80,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def pass_on(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         action = self.server.rule(self.command, self.path)
-        if action == "cut":
+        if action == "stall":
+            time.sleep(0.3)
+        if action in ("cut", "stall"):
             self.server.log.append((self.command, self.path, action, 0))
             self.close_connection = True
             return
-        if action:
+        if action in CODES:
             status, headers, data = action, {}, ERROR.format(CODES[action]).encode()
         else:
             connection = http.client.HTTPConnection("127.0.0.1", self.server.behind)
@@ -93,7 +103,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(length))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if action == "half" else data)
+        self.close_connection = action == "half"
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
 
@@ -556,3 +567,124 @@ def test_a_part_of_an_object_is_read(proxy, url, client):
     empty = FileArray(place, 8, (0, 48), values.dtype).read((slice(0, 0), slice(0, 48)))
     assert empty.shape == (0, 48)
     np.testing.assert_array_equal(FileArray(place, 12, (), values.dtype).read(()), 1.0)
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Pauses before a request is made again are short."""
+    monkeypatch.setattr(places, "FIRST_PAUSE", "5ms")
+    places._make_context.cache_clear()
+    yield
+    places._make_context.cache_clear()
+
+
+@pytest.mark.usefixtures("hasty")
+def test_fifty_faults_lose_nothing(proxy, url):
+    """Refusals, overload, broken connections, halves of answers and stalls, at random; never one that all tries meet."""
+    draw, met, last = np.random.default_rng(0), collections.Counter(), {}
+
+    def fault(method, path):
+        path = path.partition("?")[0]
+        may = last.get((method, path), 0) < 2 and sum(met.values()) < 60
+        kind = draw.choice(
+            ["503", "429", "500", "cut", "half", "stall", ""], p=[0.06, 0.06, 0.06, 0.06, 0.06, 0.01, 0.69]
+        )
+        if not may or not kind or (kind == "half" and method != "GET"):
+            last[method, path] = 0
+            return None
+        last[method, path] = last.get((method, path), 0) + 1
+        met[str(kind)] += 1
+        return int(kind) if kind.isdigit() else str(kind)
+
+    proxy.rule = fault
+    store, step = Store(url), 0
+    while sum(met.values()) < 50:
+        step += 1
+        save(store, step)
+        np.testing.assert_array_equal(restore(store, step)["w"], step)
+        assert store.steps()[-1] == step
+    assert set(met) == {"503", "429", "500", "cut", "half", "stall"}
+    proxy.reset()
+    assert Store(url).steps() == [step - 1, step]
+    assert store.verify(step) == store.verify(step - 1) == []
+    assert {key.split("/")[0] for key in keys(url)} == {f"step_{step - 1}", f"step_{step}"}
+
+
+@pytest.fixture
+def remote_run(url, client, tmp_path):
+    """A run all of whose files are in the store, and so is its text."""
+    for i in range(3):
+        text = " ".join(f"{i}.{j}" for j in range(400))
+        client.put_object(Bucket=BUCKET, Key=path_of(url, f"texts/{i}.txt"), Body=text.encode())
+    path = tmp_path / "tiny.toml"
+    path.write_text(f"""
+[run]
+dir = "{url}/run"
+[model]
+n_layers = 1
+d_model = 16
+n_heads = 2
+n_vocab = 264
+seq_len = 16
+[data]
+cache_dir = "{tmp_path / "cache"}"
+[data.train.texts]
+path = "{url}/texts"
+[train]
+steps = 3
+batch_size = 2
+log_every = 1
+[checkpoint]
+every = 2
+""")
+    return path
+
+
+def test_a_run_lives_in_the_store(proxy, url, client, remote_run, tmp_path):
+    """Text, checkpoints, metrics, report; it goes on elsewhere, and a store that fails costs no step."""
+
+    def go(steps, cache):
+        config = load_config(remote_run, [f"train.steps={steps}", f'data.cache_dir="{tmp_path / cache}"'])
+        layout = make_layout(config.mesh, jax.devices()[:1])
+        assert str(train_config(config, layout, StopRequest(()))) == f"{url}/run"
+        return [line["step"] for line in read_metrics(next((tmp_path / cache / "runs").glob("*/run")) / "metrics.jsonl")
+                if line["kind"] == "train"]  # fmt: skip
+
+    proxy.rule = lambda method, path: 403 if method == "PUT" and path.endswith("metrics.jsonl") else None
+    assert go(3, "here") == [1, 2, 3]
+    assert "run/metrics.jsonl" not in keys(url)
+    proxy.reset()
+    assert go(4, "here") == [1, 2, 3, 4], "the mirror has what could not be put"
+    assert {"run/metrics.jsonl", "run/report.html", "run/config.toml", "run/checkpoints/step_4/COMMIT"} <= set(
+        keys(url)
+    )
+    assert go(5, "there") == [1, 2, 3, 4, 5], "elsewhere it goes on from what the store has"
+    proxy.log.clear()
+    assert go(6, "there") == [1, 2, 3, 4, 5, 6]
+    assert not proxy.count("GET", "texts/.*txt"), "fetched again, though nothing changed"
+    config = load_config(remote_run)
+    with pytest.raises(ConfigError, match=r"use another run\.dir"):
+        train_config(config, make_layout(config.mesh, jax.devices()[:1]), StopRequest(()), fresh=True)
+
+
+def test_sources_are_fetched_whole(proxy, url, client, tmp_path):
+    put = lambda name, body: client.put_object(Bucket=BUCKET, Key=path_of(url, name), Body=body)  # noqa: E731
+    for name in ("a/one.txt", "a/b/two.txt", "shard.bin", "shard.idx", "half.bin"):
+        put(name, name.encode())
+    folder = Path(fetch_source(f"{url}/a", tmp_path))
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.txt")} == {"one.txt", "b/two.txt"}
+    shard = fetch_source(f"{url}/shard", tmp_path)
+    assert Path(f"{shard}.bin").read_bytes() == b"shard.bin"
+    assert fetch_source(f"{url}/shard.idx", tmp_path).endswith("/shard")
+    put("a/one.txt", b"changed")
+    client.delete_object(Bucket=BUCKET, Key=path_of(url, "a/b/two.txt"))
+    assert [path.read_bytes() for path in Path(fetch_source(f"{url}/a", tmp_path)).rglob("*.txt")] == [b"changed"]
+    with pytest.raises(DataError, match=r"a pair of \.bin and \.idx"):
+        fetch_source(f"{url}/half", tmp_path)
+    with pytest.raises(DataError, match=rf"{url}/none: no such object or folder; {url} holds: a, half.bin, shard"):
+        fetch_source(f"{url}/none", tmp_path)
+    put("a/one.txt", b"newer and longer")
+    proxy.rule = lambda method, path: 403 if method == "GET" and path.endswith("one.txt") else None
+    with pytest.raises(DataError, match=rf"{url}/a: cannot be fetched: .*permission denied"):
+        fetch_source(f"{url}/a", tmp_path)
+    assert (folder / "one.txt").read_bytes() == b"changed", "a file is there whole, or as it was"
