@@ -14,11 +14,10 @@ from mesh_transformer.mesh import Layout
 from mesh_transformer.model.params import STACK
 from mesh_transformer.model.transformer import describe_params, init_cache
 from mesh_transformer.plan.job import Job, Measured
+from mesh_transformer.sample.engine import STOP_TOKENS
 from mesh_transformer.sample.programs import Programs, Request, State
 from mesh_transformer.sample.sampling import stack_options
 from mesh_transformer.train.state import describe_state, format_parameters
-
-STOP_TOKENS = 8
 
 
 def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
@@ -80,7 +79,7 @@ def _abstract_params(model: ModelConfig, layout: Layout) -> Any:
 def _abstract_request(programs: Programs, job: Job, layout: Layout) -> tuple[State, Request]:
     model, rows = programs.config, job.batch
 
-    def batched(dtype: Any, *rest: int) -> jax.ShapeDtypeStruct:
+    def batched(dtype: Any, *rest: int) -> Any:
         axes = ("batch", *["residual"] * len(rest))
         return jax.ShapeDtypeStruct((rows, *rest), dtype, sharding=layout.sharding(axes, (rows, *rest), "request"))
 
@@ -92,12 +91,13 @@ def _abstract_request(programs: Programs, job: Job, layout: Layout) -> tuple[Sta
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     options = jax.eval_shape(lambda: stack_options([SampleConfig()] * rows))
     options = jax.tree.map(lambda leaf: batched(leaf.dtype), options)
+    stop_tokens: Any = jax.ShapeDtypeStruct((STOP_TOKENS,), np.int32)
     request = Request(
-        keys=jax.ShapeDtypeStruct((rows,), keys.dtype, sharding=layout.sharding(("batch",), (rows,), "keys")),
+        keys=batched(keys.dtype),
         options=options,
         prompt=batched(bool, model.n_vocab),
         limit=batched(np.int32),
-        stop_tokens=jax.ShapeDtypeStruct((STOP_TOKENS,), np.int32),
+        stop_tokens=stop_tokens,
     )
     state = State(caches, batched(np.int32), batched(np.int32), batched(bool), batched(np.int32, model.n_vocab))
     return state, request

@@ -59,17 +59,25 @@ class Silicon(NamedTuple):
     accelerated: bool  # has instructions of its architecture alone (sm_90a)
 
 
-A100_CORE = dict(capability=(8, 0), cores=108, fpus=64, clock_ghz=1.41, cache=41_943_040, shared=167_936)
-HOPPER_CORE = dict(capability=(9, 0), cores=132, fpus=128, clock_ghz=1.98, cache=52_428_800, shared=233_472)
+def _ampere(product: str, memory: int) -> Silicon:
+    return Silicon(product, (8, 0), 108, 64, 1.41, memory, 41_943_040, 167_936, 166_912, accelerated=False)
+
+
+def _hopper(product: str, memory: int) -> Silicon:
+    return Silicon(product, (9, 0), 132, 128, 1.98, memory, 52_428_800, 233_472, 232_448, accelerated=True)
+
+
+def _blackwell(product: str, memory: int) -> Silicon:
+    return Silicon(product, (10, 0), 148, 128, 1.965, memory, 132_644_864, 233_472, 232_448, accelerated=True)
+
+
 SILICON = {
-    "A100-40": Silicon("NVIDIA A100-SXM4-40GB", memory=42_298_834_944, shared_optin=166_912, accelerated=False, **A100_CORE),
-    "A100-80": Silicon("NVIDIA A100-SXM4-80GB", memory=85_100_068_864, shared_optin=166_912, accelerated=False, **A100_CORE),
-    "H100": Silicon("NVIDIA H100 80GB HBM3", memory=84_942_979_072, shared_optin=232_448, accelerated=True, **HOPPER_CORE),
-    "H200": Silicon("NVIDIA H200 141GB HBM3e", memory=151_397_597_184, shared_optin=232_448, accelerated=True, **HOPPER_CORE),
-    "B200": Silicon(
-        "NVIDIA B200", (10, 0), 148, 128, 1.965, 191_514_411_008, 132_644_864, 233_472, 232_448, accelerated=True
-    ),
-}  # fmt: skip
+    "A100-40": _ampere("NVIDIA A100-SXM4-40GB", 42_298_834_944),
+    "A100-80": _ampere("NVIDIA A100-SXM4-80GB", 85_100_068_864),
+    "H100": _hopper("NVIDIA H100 80GB HBM3", 84_942_979_072),
+    "H200": _hopper("NVIDIA H200 141GB HBM3e", 151_397_597_184),
+    "B200": _blackwell("NVIDIA B200", 191_514_411_008),
+}
 
 
 def _gpu(
