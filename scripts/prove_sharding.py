@@ -8,15 +8,18 @@ the difference over norm of the array), and of every parameter. Exit status 1 if
 
 examples:
   python scripts/prove_sharding.py
-      the whole grid on 8 and 16 devices
+      the whole grid on 4, 8 and 16 devices
   python scripts/prove_sharding.py --only "context=4" --only "tensor=2"
       rows whose name contains all of these
   python scripts/prove_sharding.py --processes 4 --only "tensor=2 context=2"
       the devices of each row belong to four processes of this machine (Gloo)
+  python scripts/prove_sharding.py --processes 4 --only "4 devices"
+      one device in each process, so that every axis spans processes
 """
 
 import functools
 import json
+import math
 import os
 import socket
 import subprocess
@@ -30,7 +33,7 @@ import numpy as np
 from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import Config, parse_config
 from mesh_transformer.data.loader import Batch
-from mesh_transformer.mesh import Layout, make_layout, use_layout
+from mesh_transformer.mesh import MESH_AXES, Layout, make_layout, use_layout
 from mesh_transformer.train.state import describe_state, flatten_state, make_init_state, state_shardings
 from mesh_transformer.train.step import make_train_step
 
@@ -52,6 +55,7 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "accumulated": (LOCAL, dict(accumulation=4), True),
 }
 MESHES = {
+    4: ("pipeline=2 tensor=2", "fsdp=2 context=2"),
     8: (
         "data=8",
         "fsdp=8",
@@ -111,9 +115,10 @@ def main(arguments: list[str]) -> int:
         jax.distributed.initialize(options.worker[0], options.processes, int(options.worker[1]))
     failed = 0
     for name, mesh, feature in list_rows(options.only):
-        difference = prove(mesh, feature)
-        failed += max(difference) > TOLERANCE
+        found = train(mesh, feature)  # by all processes together
         if jax.process_index() == 0:
+            difference = compare(found, _alone(feature))
+            failed += max(difference) > TOLERANCE
             words = " ".join(f"{number:9.1e}" for number in difference)
             print(
                 json.dumps({"row": name, **difference._asdict()}) if options.json else f"{name:<88}{words}", flush=True
@@ -135,11 +140,6 @@ def list_rows(only: Sequence[str]) -> list[tuple[str, str, str]]:
     return [row for row in rows if all(text in row[0] for text in only)]
 
 
-def prove(mesh: str, feature: str) -> Difference:
-    """Train a feature's model on a mesh ("fsdp=2 tensor=2 gpipe") and on one device; how far they are apart."""
-    return compare(train(mesh, feature), _alone(feature))
-
-
 def compare(found: Found, wanted: Found) -> Difference:
     """The largest relative differences: of the losses, and by norm of each array's gradient and value."""
     apart = {"gradient": 0.0, "parameter": 0.0}
@@ -159,11 +159,8 @@ def _alone(feature: str) -> Found:
 def train(mesh: str, feature: str) -> Found:
     """Five steps of a feature's model from the same start on the same batches."""
     config = make_config(mesh, feature)
-    sizes = config.mesh.data * config.mesh.fsdp * config.mesh.context * config.mesh.tensor * config.mesh.pipeline
-    devices = jax.devices() if sizes > 1 else jax.local_devices()
-    # As many devices of every process as of any other.
-    devices = sorted(devices, key=lambda d: (d.id % max(sizes // jax.process_count(), 1), d.process_index))[:sizes]
-    layout = make_layout(config.mesh, sorted(devices, key=lambda d: d.id))
+    size = math.prod(config.mesh.data if axis == "data" else getattr(config.mesh, axis) for axis in MESH_AXES)
+    layout = make_layout(config.mesh, choose_devices(size))
     state, axes = _start(feature)
     shardings = state_shardings(layout, state, axes)
     state = jax.tree.map(_put, state, shardings)
@@ -183,6 +180,15 @@ def train(mesh: str, feature: str) -> Found:
     moments = flatten_state(state.opt_state)
     arrays |= {f"gradient/{name.partition('/mu/')[2]}": leaf for name, leaf in moments.items() if "/mu/" in name}
     return Found(np.array(losses), {name: whole(leaf) for name, leaf in arrays.items()})
+
+
+def choose_devices(size: int) -> list[jax.Device]:
+    """This many devices, as many of every process as of any other; one: this process's own."""
+    if size == 1:
+        return jax.local_devices()[:1]
+    each = size // jax.process_count()
+    owned = [[d for d in jax.devices() if d.process_index == index][:each] for index in range(jax.process_count())]
+    return [device for devices in owned for device in devices]
 
 
 @functools.cache

@@ -259,8 +259,9 @@ def abstract_batch(config: Config, layout: Layout) -> Batch:
 
 
 def without_remat(config: Config) -> Config:
-    """The same run with nothing computed twice: its FLOPs are the model's own."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+    """The same run with nothing computed twice, or for nothing while a pipeline fills: its FLOPs are the model's own."""
+    model = dataclasses.replace(config.model, remat="none", attention_kernel="auto")
+    return dataclasses.replace(config, model=model, mesh=dataclasses.replace(config.mesh, pipeline=1))
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

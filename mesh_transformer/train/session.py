@@ -17,6 +17,7 @@ from mesh_transformer.data.sources import Data, open_data
 from mesh_transformer.mesh import Layout
 from mesh_transformer.train.loop import Recorder, train
 from mesh_transformer.train.metrics import FILE, MetricsLog, read_metrics
+from mesh_transformer.train.pipeline import bubble_share
 from mesh_transformer.train.progress import Progress, print_rows, print_scores
 from mesh_transformer.train.report import write_report
 from mesh_transformer.train.run import Run, open_run
@@ -92,6 +93,8 @@ def _introduce(run: Run, data: Data, console: Console) -> None:
         f"{run.flops_per_sequence * config.train.batch_size:.3g} FLOPs each",
         "jax": f"{jax.__version__} on {jax.default_backend()}",
     }
+    if config.mesh.pipeline > 1:
+        rows["pipeline"] = f"{config.mesh.pipeline_schedule}, {bubble_share(config):.0%} of the time idle"
     print_rows(console, "", rows)
     for note in [*data.notes, *run.notes]:
         console.print(note, highlight=False, markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ again and their gradients in float32 with one step more. All of it overlaps with
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -71,9 +71,10 @@ def _reorder(x: Array, order: Callable[[int, int], np.ndarray]) -> Array:
             f"a sequence of {x.shape[1]} does not make 2 pieces for each of {size} devices; change mesh.context or seq_len"
         )
     axes = ("batch", "sequence", *["residual"] * (x.ndim - 2))
-    return constrain(jnp.take(x, order(x.shape[1], size), axis=1), *axes)
+    return constrain(x[:, order(x.shape[1], size)], *axes)
 
 
+@cache
 def make_steps(length: int, ring: Ring) -> list[Step]:
     """The table for `length` places on each device: every pair of blocks of which something is visible, once."""
     n, block = ring.size, ring.block

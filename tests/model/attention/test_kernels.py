@@ -1,0 +1,189 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel is chosen by the target, every kernel equals the plain one, and what it cannot do is refused with a remedy."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig
+from mesh_transformer.mesh import RULES, Layout, make_layout, use_layout
+from mesh_transformer.model.attention.kernels import attend_by, choose_kernel
+from mesh_transformer.model.attention.sight import Masks, Sight
+
+ROOT = Path(__file__).parents[3]
+T = 128
+MODEL = ModelConfig(
+    n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, n_vocab=32, seq_len=T, positions="rotary-halves", d_head=16,
+    attention_pattern=("global", "local"), attention_window=40,
+)  # fmt: skip
+GLOBAL = dataclasses.replace(MODEL, attention_pattern=("global",))
+
+
+def on(platform: str, kind: str) -> Layout:
+    """The layout of one device that is not there."""
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, device_kind=kind)]), size=1, shape={})
+    return Layout(mesh, RULES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "changes", "segmented", "kernel"),
+    [
+        ("tpu", "TPU v4", {}, True, "splash"),
+        ("tpu", "TPU v5p", {}, False, "splash"),
+        ("tpu", "TPU v3", {}, True, "blocked"),
+        ("tpu", "TPU v4", dict(positions="alibi"), False, "blocked"),
+        ("tpu", "TPU v4", dict(positions="t5"), False, "plain"),
+        ("tpu", "TPU v4", dict(dropout=0.1), False, "plain"),
+        ("gpu", "NVIDIA H100", dict(dtype="bfloat16"), False, "cudnn"),
+        ("gpu", "NVIDIA H100", dict(dtype="bfloat16"), True, "blocked"),
+        ("gpu", "NVIDIA H100", dict(dtype="bfloat16", attention_pattern=("global",)), True, "triton"),
+        ("gpu", "NVIDIA H100", dict(attention_pattern=("global",)), False, "triton"),
+        ("cpu", "cpu", {}, True, "plain"),
+    ],
+)
+def test_kernel_follows_the_target(platform, kind, changes, segmented, kernel):
+    config = dataclasses.replace(MODEL, **changes)
+    with use_layout(on(platform, kind)):
+        assert choose_kernel(config, T, segmented=segmented, cached=False) == kernel
+        assert choose_kernel(config, T, segmented=segmented, cached=True) == "plain"
+    if platform == "cpu":
+        assert choose_kernel(config, 2048, segmented=segmented, cached=False) == "blocked"
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "length", "reason"),
+    [
+        ("cpu", dict(attention_kernel="blocked", positions="t5"), T, "no T5 bias"),
+        ("cpu", dict(attention_kernel="splash", dropout=0.1), T, "no dropout"),
+        ("cpu", dict(attention_kernel="splash"), 100, "no multiple of 128"),
+        ("gpu", dict(attention_kernel="splash"), T, "for TPUs"),
+        ("tpu", dict(attention_kernel="triton"), T, "for GPUs"),
+        ("gpu", dict(attention_kernel="triton"), T, "no windows"),
+        ("gpu", dict(attention_kernel="cudnn"), T, "bfloat16"),
+        ("cpu", dict(attention_kernel="blocked"), 127 * 31, "even blocks"),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_refused(platform, changes, length, reason):
+    config = dataclasses.replace(MODEL, **changes)
+    with (
+        use_layout(on(platform, platform)),
+        pytest.raises(ConfigError, match=rf'attention_kernel = .*{reason}.*"plain"'),
+    ):
+        choose_kernel(config, length, segmented=False, cached=False)
+
+
+def test_a_ring_is_not_left_silently():
+    with use_layout(make_layout(MeshConfig(data=1, context=4))):
+        assert choose_kernel(MODEL, T, segmented=True, cached=False) == "blocked"
+        with pytest.raises(ConfigError, match='no dropout; "plain" can do it'):
+            choose_kernel(dataclasses.replace(MODEL, dropout=0.1), T, segmented=True, cached=False)
+        with pytest.raises(ConfigError, match="only blocks go round a ring"):
+            choose_kernel(dataclasses.replace(MODEL, attention_kernel="splash"), T, segmented=True, cached=False)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "local", "tensor"),
+    [("splash", False, 4), ("splash", True, 1), ("triton", False, 1), ("blocked", True, 4)],
+)
+def test_kernels_equal_the_plain_one_forward_and_backward(kernel, local, tensor):
+    """Interpreted on this CPU; two key-value heads on four devices are replicated."""
+    config = MODEL if local else GLOBAL
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, gradient = (jax.random.normal(key, (2, T, 4, 16)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, T, 2, 16)) for key in keys[2:])
+    segments = jnp.asarray(np.repeat([[1, 2, 3, 3], [1, 1, 2, 2]], T // 4, axis=1), jnp.int32)
+    distance = jnp.arange(T)[:, None] - jnp.arange(T)[None]
+    visible = (distance >= 0)[None] & (segments[:, :, None] == segments[:, None])
+    masks = Masks(visible, visible & (distance < 40)[None], None)
+    positions = jnp.zeros((2, T), jnp.int32)
+    plain, other = Sight("plain", positions, segments, masks), Sight(kernel, positions, segments, None)
+
+    def run(sight: Sight, layout: Layout | None):
+        def both(q, k, v):
+            with use_layout(layout):
+                out, back = jax.vjp(lambda q, k, v: attend_by(q, k, v, config, local, sight), q, k, v)
+                return out, back(gradient)
+
+        return jax.jit(both)(q, k, v)
+
+    layout = make_layout(MeshConfig(data=1, tensor=tensor, rules={"kv_heads": ""}))
+    wanted, found = run(plain, None), run(other, layout if tensor > 1 else None)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+# What XLA must know of an H100 to compile for it.
+H100 = """
+gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 threads_per_core_limit: 2048 core_count: 132
+  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from mesh_transformer.config import MeshConfig, ModelConfig
+from mesh_transformer.mesh import make_layout, use_layout
+from mesh_transformer.model.transformer import describe_params, make_model
+
+platform, kernel, target = sys.argv[1:]
+try:
+    if platform == "tpu":
+        devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+    else:
+        devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x4").devices
+except (RuntimeError, NotImplementedError) as error:
+    print("absent:", error)
+    sys.exit()
+layout = make_layout(MeshConfig(data=2, tensor=2), devices)
+config = ModelConfig(
+    n_layers=1, d_model=128, n_heads=4, n_kv_heads=2, n_vocab=128, seq_len=256, positions="rotary-halves",
+    dtype="bfloat16", attention_kernel=kernel,
+)
+
+def place(axes, shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes, shape, "x"))
+
+params = {
+    module: {name: place(info.axes, info.shape, jnp.float32) for name, info in infos.items()}
+    for module, infos in describe_params(config).items()
+}
+tokens = place(("batch", "sequence"), (4, 256), jnp.int32)
+with use_layout(layout):
+    def loss(params, tokens, segments):
+        return jnp.sum(make_model(config).hidden(params, tokens, segments=segments).astype(jnp.float32))
+
+    fast = {"exec_time_optimization_effort": -1.0} if platform == "tpu" else {}
+    program = jax.jit(jax.grad(loss)).lower(params, tokens, tokens).compile(compiler_options=fast).as_text()
+print("calls:", program.count('custom_call_target="tpu_custom_call"'), program.count("__gpu$xla.gpu.triton"))
+"""
+
+
+@pytest.mark.parametrize(("platform", "kernel"), [("tpu", "auto"), ("cuda", "triton")])
+def test_kernels_compile_for_a_chip_that_is_not_here(platform, kernel):
+    """On a TPU v5p the choice itself is tested: this process sees a CPU, the program gets the TPU's kernel."""
+    pytest.importorskip("libtpu" if platform == "tpu" else "jax_cuda13_plugin")
+    places = dict(TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
+    environment = {**os.environ, **places, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"}
+    command = [sys.executable, "-c", PROGRAM, platform, kernel, H100]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**environment, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    if done.stdout.startswith("absent:"):
+        pytest.skip(done.stdout)
+    tpu_calls, gpu_calls = map(int, done.stdout.split()[1:])
+    assert (tpu_calls if platform == "tpu" else gpu_calls) >= 2, "forward and backward are not this kernel's"

@@ -1,0 +1,32 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A few rows of scripts/prove_sharding.py: sharded = one device after five steps, in one process and in several."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("processes", "mesh", "features"),
+    [
+        (1, "8 devices: fsdp=2 context=2 tensor=2 sequence_parallel", "local, packed, remat"),
+        (1, "8 devices: pipeline=2 context=2 tensor=2 sequence_parallel", "local, packed, remat"),
+        (2, "4 devices: pipeline=2 tensor=2", "tied"),
+    ],
+)
+def test_rows_of_the_grid(processes, mesh, features):
+    command = [sys.executable, str(ROOT / "scripts/prove_sharding.py"), "--json", "--processes", str(processes)]
+    done = subprocess.run(
+        [*command, "--only", mesh + " ", "--only", f" {features}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    (row,) = map(json.loads, done.stdout.splitlines())
+    assert 0 < row["gradient"] < 1e-5, row  # not zero: another program
+    assert row["loss"] < 1e-5
+    assert row["parameter"] < 1e-5
