@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mesh_transformer.config import Config, ConfigError
 from mesh_transformer.plan.compile import compile_job
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError, parse_topology
@@ -33,6 +35,8 @@ def parse_amount(text: str) -> float:
 def run_plan(config: Config, options: argparse.Namespace) -> None:
     """Plan as asked, and print."""
     topology = parse_topology(options.topology)  # a wrong name is said before anything else
+    if topology.name != "local":
+        jax.config.update("jax_platforms", "cpu")  # whatever devices are here, they are not what is planned for
     batch, context = (options.batch, options.context or config.model.seq_len) if options.sample else (0, 0)
     job = Job(config=config, topology=options.topology, fast=options.fast, batch=batch, context=context)
     compile_one = functools.partial(compile_job, cache=Path(options.cache) if options.cache else None)

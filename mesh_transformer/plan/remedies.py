@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, get_args, get_type_hints
 
 from mesh_transformer.config import Config, ConfigError, ModelConfig, config_to_dict, merge_override, parse_config
+from mesh_transformer.plan.compile import CompileError
 from mesh_transformer.plan.estimate import describe_model, estimate_training, make_pieces
 from mesh_transformer.plan.hardware.topologies import parse_topology
 from mesh_transformer.plan.job import Job, Measured
@@ -76,6 +77,9 @@ def find_remedy(
             report(f"trying {change.words}")
             measured = compile_one(dataclasses.replace(job, config=config))
         except ConfigError:
+            continue
+        except CompileError as error:
+            report(f"  left out: {error}")
             continue
         if judge_memory(measured, topology.chip).fits:
             return Remedy(change, measured, tried)

@@ -48,12 +48,13 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 def make_topology_layout(job: Job) -> Layout:
     """The run's mesh over the devices of its topology."""
     topology, mesh = parse_topology(job.topology), job.config.mesh
-    if topology.chip is None:
-        devices = topology.devices or mesh.cpu_devices
-        if devices and len(jax.devices("cpu")) >= devices and jax.default_backend() == "cpu":
-            return make_layout(mesh, jax.devices("cpu")[:devices])
+    if topology.chip is not None:
+        return make_layout(mesh, make_devices(topology))
+    if not topology.devices:
         return start_devices(mesh)
-    return make_layout(mesh, make_devices(topology))
+    if len(jax.devices("cpu")) < topology.devices:
+        raise ConfigError(f"{topology.name}: this process has {len(jax.devices('cpu'))} CPU device(s)")
+    return make_layout(mesh, jax.devices("cpu")[: topology.devices])
 
 
 def lower_training(job: Job, layout: Layout) -> tuple[Any, Measured]:

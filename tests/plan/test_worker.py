@@ -84,8 +84,8 @@ def test_digests_are_of_the_program():
 @needs_libtpu
 def test_a_tpu_that_is_not_here_and_the_smallest_change_that_fits(tmp_path):
     """Eight cores of a v2: what eight layers keep is too much, what they begin with is not."""
-    model = dict(n_layers=8, d_model=64, seq_len=2048, dtype="bfloat16")
-    config = make_config(model=model, mesh=dict(fsdp=8, tensor=1), train=dict(batch_size=2048))
+    model = dict(n_layers=8, d_model=64, seq_len=128, dtype="bfloat16")
+    config = make_config(model=model, mesh=dict(fsdp=8, tensor=1), train=dict(batch_size=32_768))
     job = Job(config=config, topology="v2-8", fast=True)
     refused = compile_job(job, cache=tmp_path)
     verdict = judge(config, refused)

@@ -105,7 +105,7 @@ def _members(instruction: Instruction, devices: int) -> np.ndarray:
         shape, source, order = (tuple(int(n) for n in part.split(",")) if part else None for part in iota.groups())
         return np.arange(devices).reshape(source).transpose(order).reshape(shape)
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}", text):
-        return _mesh_members(*named.groups(), devices)
+        return _mesh_members(named[1], named[2], named[3], devices)
     if listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text):
         groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
         return np.array(groups) if groups else np.arange(devices)[None]

@@ -33,9 +33,9 @@ class Chip(NamedTuple):
 TPU_V2 = Chip("v2", "tpu", 45e12, int(7.48 * GIB), 700e9, 4, 62e9, 3.1e9, 4, 334 * GB, 280, 2)
 TPU_V3 = Chip("v3", "tpu", 123e12, int(15.48 * GIB), 900e9, 4, 82e9, 3.1e9, 4, 335 * GB, 450, 2)
 TPU_V4 = Chip("v4", "tpu", 275e12, int(30.75 * GIB), 1228e9, 6, 45e9, 6.25e9, 4, 407 * GB, 192)
-TPU_V5E = Chip("v5e", "tpu", 197e12, int(15.75 * GIB), 819e9, 4, 45e9, 3.1e9, 8, 384 * GB, 200)  # ~ watts
+TPU_V5E = Chip("v5e", "tpu", 197e12, int(15.75 * GIB), 819e9, 4, 45e9, 3.1e9, 4, 192 * GB, 200)  # ~ watts
 TPU_V5P = Chip("v5p", "tpu", 459e12, int(95.74 * GIB), 2765e9, 6, 90e9, 6.25e9, 4, 448 * GB, 450)  # ~ watts
-TPU_V6E = Chip("v6e", "tpu", 918e12, int(31.25 * GIB), 1640e9, 4, 90e9, 12.5e9, 8, 1440 * GB, 300)  # ~ watts
+TPU_V6E = Chip("v6e", "tpu", 918e12, int(31.25 * GIB), 1640e9, 4, 90e9, 12.5e9, 4, 720 * GB, 300)  # ~ watts
 TPU_V7X = Chip("v7x", "tpu", 2307e12, int(94.75 * GIB), 7370e9, 6, 100e9, 12.5e9, 4, 960 * GB, 960, 2)  # ~ watts
 TPUS = {chip.name: chip for chip in (TPU_V2, TPU_V3, TPU_V4, TPU_V5E, TPU_V5P, TPU_V6E, TPU_V7X)}
 
@@ -59,17 +59,25 @@ class Silicon(NamedTuple):
     accelerated: bool  # has instructions of its architecture alone (sm_90a)
 
 
-A100_CORE = dict(capability=(8, 0), cores=108, fpus=64, clock_ghz=1.41, cache=41_943_040, shared=167_936)
-HOPPER_CORE = dict(capability=(9, 0), cores=132, fpus=128, clock_ghz=1.98, cache=52_428_800, shared=233_472)
+def _ampere(product: str, memory: int) -> Silicon:
+    return Silicon(product, (8, 0), 108, 64, 1.41, memory, 41_943_040, 167_936, 166_912, accelerated=False)
+
+
+def _hopper(product: str, memory: int) -> Silicon:
+    return Silicon(product, (9, 0), 132, 128, 1.98, memory, 52_428_800, 233_472, 232_448, accelerated=True)
+
+
+def _blackwell(product: str, memory: int) -> Silicon:
+    return Silicon(product, (10, 0), 148, 128, 1.965, memory, 132_644_864, 233_472, 232_448, accelerated=True)
+
+
 SILICON = {
-    "A100-40": Silicon("NVIDIA A100-SXM4-40GB", memory=42_298_834_944, shared_optin=166_912, accelerated=False, **A100_CORE),
-    "A100-80": Silicon("NVIDIA A100-SXM4-80GB", memory=85_100_068_864, shared_optin=166_912, accelerated=False, **A100_CORE),
-    "H100": Silicon("NVIDIA H100 80GB HBM3", memory=84_942_979_072, shared_optin=232_448, accelerated=True, **HOPPER_CORE),
-    "H200": Silicon("NVIDIA H200 141GB HBM3e", memory=151_397_597_184, shared_optin=232_448, accelerated=True, **HOPPER_CORE),
-    "B200": Silicon(
-        "NVIDIA B200", (10, 0), 148, 128, 1.965, 191_514_411_008, 132_644_864, 233_472, 232_448, accelerated=True
-    ),
-}  # fmt: skip
+    "A100-40": _ampere("NVIDIA A100-SXM4-40GB", 42_298_834_944),
+    "A100-80": _ampere("NVIDIA A100-SXM4-80GB", 85_100_068_864),
+    "H100": _hopper("NVIDIA H100 80GB HBM3", 84_942_979_072),
+    "H200": _hopper("NVIDIA H200 141GB HBM3e", 151_397_597_184),
+    "B200": _blackwell("NVIDIA B200", 191_514_411_008),
+}
 
 
 def _gpu(
