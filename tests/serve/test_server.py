@@ -6,9 +6,11 @@ import base64
 import contextlib
 import http.client
 import json
+import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +23,10 @@ import jax
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from selenium import webdriver
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
 
 from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.config import config_to_dict, parse_config
@@ -82,11 +88,13 @@ class Server:
 
     def raw(self, data: bytes, wait: float = 5.0) -> bytes:
         """Whatever comes back for some bytes."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection:
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                connection.sendall(data)
-                connection.shutdown(socket.SHUT_WR)
-                return b"".join(iter(lambda: connection.recv(65536), b""))
+        with (
+            socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection,
+            contextlib.suppress(ConnectionError, TimeoutError),
+        ):
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
         return b""
 
     def wait_until_free(self) -> float:
@@ -130,13 +138,16 @@ def test_openai_client(server):
     done = client.completions.create(**wishes, n=2, stop=["\0\0"])
     assert [choice.index for choice in done.choices] == [0, 1]
     assert done.choices[0].text != done.choices[1].text
-    assert done.usage and (done.usage.prompt_tokens, done.usage.completion_tokens) == (6, 24)
+    assert done.usage
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (6, 24)
     chunks = list(client.completions.create(**wishes, n=2, stream=True, stream_options={"include_usage": True}))
     for choice in done.choices:
         pieces = [piece for chunk in chunks for piece in chunk.choices if piece.index == choice.index]
         assert "".join(piece.text for piece in pieces) == choice.text
         assert [piece.finish_reason for piece in pieces][-1] == choice.finish_reason == "length"
-        assert choice.logprobs and choice.logprobs.tokens and len(choice.logprobs.tokens) == 12
+        assert choice.logprobs
+        assert choice.logprobs.tokens
+        assert len(choice.logprobs.tokens) == 12
         for name in ("tokens", "text_offset", "top_logprobs"):
             streamed = [x for piece in pieces if piece.logprobs for x in getattr(piece.logprobs, name)]
             assert streamed == getattr(choice.logprobs, name)
@@ -161,7 +172,7 @@ def test_a_prompt_in_four_forms(server):
     for prompts in (["one", "two"], list(tokens)):
         both = server.complete(prompt=prompts, **wishes)
         assert [choice["text"] for choice in both["choices"]] == texts
-    unseeded = server.complete(prompt=["one", "one"], max_tokens=12)["choices"]
+    unseeded = server.complete(prompt=["one", "one"], max_tokens=12, temperature=5.0)["choices"]
     assert unseeded[0]["text"] != unseeded[1]["text"]
 
 
@@ -192,9 +203,7 @@ def test_scores_of_a_prompt_are_those_of_drawing_it(server):
     assert echoed["tokens"][:3] == ["S", "a", "y"]
     assert len(echoed["tokens"]) == 14
     only = server.complete(**{**body, "max_tokens": 0})
-    assert only["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(
-        [*echoed["token_logprobs"][:-1]], abs=1e-4
-    )
+    assert only["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx([*echoed["token_logprobs"][:-1]], abs=1e-4)
     assert only["usage"]["completion_tokens"] == 0
 
 
@@ -331,7 +340,12 @@ def test_every_route_needs_the_token(server):
 
 
 def test_no_way_to_files_and_no_other_origin(server):
-    for path in ("/v1/models/../../../etc/passwd", "/v1/models/%2e%2e%2fetc%2fpasswd", "/..%2f..%2fetc/passwd", "//etc"):
+    for path in (
+        "/v1/models/../../../etc/passwd",
+        "/v1/models/%2e%2e%2fetc%2fpasswd",
+        "/..%2f..%2fetc/passwd",
+        "//etc",
+    ):
         status, _, answer = server.call("GET", path)
         assert status == 404, path
         assert b"root:" not in str(answer).encode()
@@ -395,6 +409,85 @@ def test_malformed_requests(server):
         assert not re.match(rb"HTTP/1.1 5", answer), (data, answer)
         assert len(answer) < 4096
     assert server.call("GET", "/health")[2] == {"status": "ok"}
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Chromium without a window, at the size of a desk."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("the page is tried in Chromium where chromium and chromedriver are installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for name in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"):
+        options.add_argument(f"--{name}")
+    for name in ("disable-background-networking", "disable-component-update", "disable-dev-shm-usage"):
+        options.add_argument(f"--{name}")
+    options.add_argument(f"--user-data-dir={tmp_path}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+def _resize(browser, width, height):
+    sizes = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+
+
+def test_page(server, browser):
+    find = lambda name: browser.find_element("css selector", name)  # noqa: E731
+    wait = WebDriverWait(browser, 60, poll_frequency=0.1)
+    address = f"http://anybody:{TOKEN}@127.0.0.1:{server.port}/"
+    browser.get(address)
+    wait.until(lambda _: "tiny, step 7" in find("#model").text)
+    for name, value in dict(prompt="def f(", n="2", max_tokens="20", seed="3").items():
+        find(f"#{name}").clear()
+        find(f"#{name}").send_keys(value)
+    find("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+    wait.until(lambda _: find("#go").is_enabled() and "first after" in find("#status").text)
+    shown = [element.get_property("textContent") for element in browser.find_elements("css selector", ".text")]
+    choices = server.complete(prompt="def f(", n=2, max_tokens=20, seed=3, temperature=0.8, logprobs=1)["choices"]
+    assert shown == ["def f(" + choice["text"] for choice in choices]
+    # Probabilities, by keyboard.
+    find(".text").send_keys(Keys.HOME)
+    first = find("#tip").text
+    assert f"{100 * math.exp(choices[0]['logprobs']['token_logprobs'][0]):.1f}"[:3] in first
+    find(".text").send_keys(Keys.ARROW_RIGHT)
+    assert find("#tip").text != first
+    ActionChains(browser).move_to_element(find(".token")).perform()
+    assert find("#tip").text == first
+    # The address holds the settings.
+    shared = browser.current_url
+    assert "seed=3" in shared
+    browser.get("about:blank")
+    browser.get(shared)
+    wait.until(lambda _: "tiny" in find("#model").text)
+    wanted = [find(f"#{name}").get_property("value") for name in ("prompt", "n", "max_tokens", "seed")]
+    assert wanted == ["def f(", "2", "20", "3"]
+    # It stops.
+    find("#guided_regex").send_keys("[a-z]*")
+    find("#max_tokens").clear()
+    find("#max_tokens").send_keys("200")
+    find("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+    wait.until(lambda _: browser.find_elements("css selector", ".token"))
+    find("#prompt").send_keys(Keys.ESCAPE)
+    wait.until(lambda _: "stopped after" in find("#status").text)
+    server.wait_until_free()
+    # Wrong wishes are told, the page fits a phone, and both themes are there.
+    find("#guided_regex").send_keys("([")
+    find("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+    wait.until(lambda _: "guided_regex" in find("#status").text)
+    paper = lambda: browser.execute_script("return getComputedStyle(document.body).backgroundColor")  # noqa: E731
+    before = paper()
+    find("#theme").click()
+    assert paper() != before
+    _resize(browser, 360, 740)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 360
+    severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert all("400 (Bad Request)" in message for message in severe), severe
 
 
 def test_sigterm_lets_answers_end(server):
