@@ -62,9 +62,9 @@ def test_what_cannot_be_followed_is_refused_at_once():
     grammars = Grammars(ByteTokenizer(), 257)
     with pytest.raises(PromptError, match=r"guided_regex: .*unclosed"):
         grammars.from_regex("([")
-    with pytest.raises(PromptError, match="response_format: .*nonsense"):
+    with pytest.raises(PromptError, match=r"response_format: .*nonsense"):
         grammars.from_schema({"type": "nonsense"})
-    with pytest.raises(PromptError, match="response_format: .*retriev"):
+    with pytest.raises(PromptError, match=r"response_format: .*retriev"):
         grammars.from_schema({"$ref": "file:///etc/passwd"})
     with pytest.raises(PromptError, match="a schema of 70"):
         grammars.from_schema({"const": "x" * 70_000})

@@ -443,18 +443,21 @@ def test_page(server, browser):
     address = f"http://anybody:{TOKEN}@127.0.0.1:{server.port}/"
     browser.get(address)
     wait.until(lambda _: "tiny, step 7" in find("#model").text)
-    for name, value in dict(prompt="def f(", n="2", max_tokens="20", seed="3").items():
+    for name, value in dict(prompt="def f(", n="2", max_tokens="20", seed="3", guided_regex="[a-z]*").items():
         find(f"#{name}").clear()
         find(f"#{name}").send_keys(value)
     find("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
     wait.until(lambda _: find("#go").is_enabled() and "first after" in find("#status").text)
     shown = [element.get_property("textContent") for element in browser.find_elements("css selector", ".text")]
-    choices = server.complete(prompt="def f(", n=2, max_tokens=20, seed=3, temperature=0.8, logprobs=1)["choices"]
+    wishes = dict(prompt="def f(", n=2, max_tokens=20, seed=3, temperature=0.8, guided_regex="[a-z]*", logprobs=1)
+    choices = server.complete(**wishes)["choices"]
     assert shown == ["def f(" + choice["text"] for choice in choices]
     # Probabilities, by keyboard.
     find(".text").send_keys(Keys.HOME)
     first = find("#tip").text
-    assert f"{100 * math.exp(choices[0]['logprobs']['token_logprobs'][0]):.1f}"[:3] in first
+    scores = choices[0]["logprobs"]
+    assert f"\N{BLACK RIGHT-POINTING SMALL TRIANGLE} {scores['tokens'][0]} " in first
+    assert f" {100 * math.exp(max(scores['top_logprobs'][0].values())):.1f} %" in first
     find(".text").send_keys(Keys.ARROW_RIGHT)
     assert find("#tip").text != first
     ActionChains(browser).move_to_element(find(".token")).perform()
@@ -468,7 +471,6 @@ def test_page(server, browser):
     wanted = [find(f"#{name}").get_property("value") for name in ("prompt", "n", "max_tokens", "seed")]
     assert wanted == ["def f(", "2", "20", "3"]
     # It stops.
-    find("#guided_regex").send_keys("[a-z]*")
     find("#max_tokens").clear()
     find("#max_tokens").send_keys("200")
     find("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
