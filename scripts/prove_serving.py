@@ -7,7 +7,7 @@ answer is an error of the server's (5xx), no slot stays taken, nothing hangs, an
 
 examples:
   python scripts/prove_serving.py runs/quickstart
-      all trials at full length: 10,000 malformed requests, 200 requests at once, 20 that leave, 10,000 over 30 minutes
+      all trials at full length: 10,000 malformed requests, 200 requests at once, 20 clients that leave, 10,000 over 30 minutes
   python scripts/prove_serving.py runs/quickstart --trial soak --requests 500 --minutes 2 --json
       one of them, shortened, as one JSON object
   python scripts/prove_serving.py runs/quickstart --trial schema --schemathesis ~/st/bin/st --requests 5000
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,14 @@ async def malformed(served: Served, options: Any) -> dict[str, Any]:
         nonlocal longest
         answer = await exchange(served.port, data)
         statuses[_status(answer)] += 1
-        longest = max(longest, len(answer))
+        longest = max(longest, len(answer) if _status(answer) >= 400 else 0)
 
     for first in range(0, options.requests, 8):
         await asyncio.gather(*(one(mangle(rng)) for _ in range(min(8, options.requests - first))))
     growth = served.memory() - before
     return {
         **_report(statuses, start),
-        "longest_answer": longest,
+        "longest_error": longest,
         "memory_growth_mb": round(growth, 1),
         "held": _sound(statuses) and longest <= 4096 and growth < MOST_GROWTH and await still_serves(served),
     }
@@ -144,16 +145,27 @@ async def overload(served: Served, options: Any) -> dict[str, Any]:
 
 
 async def leave(served: Served, options: Any) -> dict[str, Any]:
-    """20 clients that go after 50 ms, half of them with a stream."""
+    """20 clients that go as soon as all have a slot, half of them with a stream."""
     body = dict(prompt="a", max_tokens=200, logit_bias={"256": -100}, guided_regex="[a-z]*")
     await asyncio.gather(*(ask(served.port, {**body, "max_tokens": 5}) for _ in range(20)))
     before = await measure(served.port)
-    await asyncio.gather(*(ask(served.port, {**body, "stream": i % 2 == 0}, leave_after=0.05) for i in range(20)))
+    seated = asyncio.Event()
+    asked = [ask(served.port, {**body, "stream": i % 2 == 0}, leave=seated.wait()) for i in range(20)]
+    going = asyncio.gather(*asked)
+    while (await measure(served.port))["slots_used"] < 20:
+        await asyncio.sleep(0.01)
+    seated.set()
+    await going
     start = time.monotonic()
     after = await wait_until_free(served.port)
     seconds = time.monotonic() - start
     drawn = after["drawn_tokens_total"] - before["drawn_tokens_total"]
-    return {"seconds_until_free": round(seconds, 2), "drawn_tokens": drawn, "of": 20 * 200, "held": seconds < 1.0}
+    return {
+        "seconds_until_free": round(seconds, 2),
+        "drawn_tokens": drawn,
+        "of": 20 * 200,
+        "held": seconds < 1.0 and drawn < 20 * 200,
+    }
 
 
 async def soak(served: Served, options: Any) -> dict[str, Any]:
@@ -162,7 +174,7 @@ async def soak(served: Served, options: Any) -> dict[str, Any]:
     start, memory = time.monotonic(), []
 
     async def one(body: dict[str, Any], leave_after: float | None) -> None:
-        answer = await ask(served.port, body, leave_after=leave_after)
+        answer = await ask(served.port, body, leave=None if leave_after is None else asyncio.sleep(leave_after))
         statuses["left" if leave_after is not None else _status(answer)] += 1
 
     for number in range(options.requests):
@@ -217,22 +229,22 @@ TRIALS = {
 }
 
 
-async def ask(port: int, body: dict[str, Any], leave_after: float | None = None) -> bytes:
+async def ask(port: int, body: dict[str, Any], leave: Awaitable[Any] | None = None) -> bytes:
     """All bytes of the answer to a completion, or nothing from a client that leaves."""
     data = json.dumps(body).encode()
     head = (
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     )
-    return await exchange(port, head + b"Content-Length: %d\r\n\r\n%s" % (len(data), data), leave_after=leave_after)
+    return await exchange(port, head + b"Content-Length: %d\r\n\r\n%s" % (len(data), data), leave=leave)
 
 
-async def exchange(port: int, data: bytes, leave_after: float | None = None) -> bytes:
+async def exchange(port: int, data: bytes, leave: Awaitable[Any] | None = None) -> bytes:
     """Send bytes and read until the server closes; b"" if it resets. TimeoutError if it never does."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(data)
-        if leave_after is not None:
-            await asyncio.sleep(leave_after)
+        if leave is not None:
+            await leave
             return b""
         await writer.drain()
         if b"\r\nConnection: close\r\n" not in data:
