@@ -275,7 +275,7 @@ class ServeConfig:
     max_body: Positive = 1 << 20  # bytes of a request
     body_seconds: Rate = 10.0  # time for a request to arrive whole
     timeout_seconds: Rate = 600.0  # time for a request to be answered
-    drain_seconds: Rate = 8.0  # after SIGTERM: time for what is being answered to end
+    drain_seconds: Rate = 7.0  # after SIGTERM: time for what is being answered to end
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

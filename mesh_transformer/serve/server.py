@@ -5,6 +5,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mesh_transformer.command import DONE
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.sample.trained import Trained
 from mesh_transformer.serve.app import make_app
@@ -91,10 +93,16 @@ def serve(trained: Trained, *, name: str, host: str, port: int, token: str | Non
         finally:
             watching.cancel()
 
+    # The event loop answers between the engine's steps: let it have the interpreter soon.
+    sys.setswitchinterval(0.001)
     asyncio.run(run())
-    worker.stop()
     if worker.failure:
         print(f"error: the engine failed: {worker.failure}", file=sys.stderr)
+    if not worker.stop():
+        # In the middle of a compilation, which nothing interrupts; to take the interpreter down around it would abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(DONE)
     return worker.failure is None
 
 

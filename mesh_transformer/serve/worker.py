@@ -72,10 +72,11 @@ class Worker:
         self._loop = loop
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread after its current turn."""
+    def stop(self) -> bool:
+        """End the thread after its current turn; whether it did within a second."""
         self._inbox.put(None)
-        self._thread.join(timeout=5)
+        self._thread.join(timeout=1.0)
+        return not self._thread.is_alive()
 
     @property
     def n_open(self) -> int:

@@ -6,9 +6,11 @@ import base64
 import contextlib
 import http.client
 import json
+import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +23,10 @@ import jax
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from selenium import webdriver
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
 
 from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.config import config_to_dict, parse_config
@@ -80,13 +86,23 @@ class Server:
         families = text_string_to_metric_families(text.decode())
         return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
-    def raw(self, data: bytes, wait: float = 5.0) -> bytes:
-        """Whatever comes back for some bytes."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection:
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                connection.sendall(data)
-                connection.shutdown(socket.SHUT_WR)
-                return b"".join(iter(lambda: connection.recv(65536), b""))
+    def raw(self, data: bytes):
+        """Status and length of the answer to some bytes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as connection:
+            connection.sendall(data)
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            return response.status, len(response.read())
+
+    def noise(self, data: bytes) -> bytes:
+        """Whatever comes back for some bytes and the end of them, perhaps nothing."""
+        with (
+            socket.create_connection(("127.0.0.1", self.port), timeout=20) as connection,
+            contextlib.suppress(ConnectionError),
+        ):
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
         return b""
 
     def wait_until_free(self) -> float:
@@ -130,13 +146,16 @@ def test_openai_client(server):
     done = client.completions.create(**wishes, n=2, stop=["\0\0"])
     assert [choice.index for choice in done.choices] == [0, 1]
     assert done.choices[0].text != done.choices[1].text
-    assert done.usage and (done.usage.prompt_tokens, done.usage.completion_tokens) == (6, 24)
+    assert done.usage
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (6, 24)
     chunks = list(client.completions.create(**wishes, n=2, stream=True, stream_options={"include_usage": True}))
     for choice in done.choices:
         pieces = [piece for chunk in chunks for piece in chunk.choices if piece.index == choice.index]
         assert "".join(piece.text for piece in pieces) == choice.text
         assert [piece.finish_reason for piece in pieces][-1] == choice.finish_reason == "length"
-        assert choice.logprobs and choice.logprobs.tokens and len(choice.logprobs.tokens) == 12
+        assert choice.logprobs
+        assert choice.logprobs.tokens
+        assert len(choice.logprobs.tokens) == 12
         for name in ("tokens", "text_offset", "top_logprobs"):
             streamed = [x for piece in pieces if piece.logprobs for x in getattr(piece.logprobs, name)]
             assert streamed == getattr(choice.logprobs, name)
@@ -161,7 +180,7 @@ def test_a_prompt_in_four_forms(server):
     for prompts in (["one", "two"], list(tokens)):
         both = server.complete(prompt=prompts, **wishes)
         assert [choice["text"] for choice in both["choices"]] == texts
-    unseeded = server.complete(prompt=["one", "one"], max_tokens=12)["choices"]
+    unseeded = server.complete(prompt=["one", "one"], max_tokens=12, temperature=5.0)["choices"]
     assert unseeded[0]["text"] != unseeded[1]["text"]
 
 
@@ -291,14 +310,14 @@ def test_sizes_and_slowness(server):
     post = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + TOKEN.encode()
     post += b"\r\nContent-Type: application/json\r\n"
     assert server.call("POST", "/v1/completions", dict(prompt="a" * MAX_BODY))[0] == 413
-    assert b" 413 " in server.raw(post + b"Content-Length: 99999999999\r\n\r\n{}")
+    assert server.raw(post + b"Content-Length: 99999999999\r\n\r\n{}")[0] == 413
     chunk = b"4000\r\n" + b" " * 0x4000 + b"\r\n"
-    assert b" 413 " in server.raw(post + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 4 + b"0\r\n\r\n")
+    assert server.raw(post + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 4 + b"0\r\n\r\n")[0] == 413
     deep = b"[" * (MAX_BODY // 2)
     for body in (deep, b'{"prompt":' * 1500, b'{"prompt": "\xff"}', b"", b"null", b"1" * 9000, b'{"prompt": 1e999}'):
-        answer = server.raw(post + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        assert b" 400 " in answer[:20], (body[:20], answer[:100])
-        assert len(answer) < 1000
+        status, length = server.raw(post + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert status == 400, body[:20]
+        assert length < 1000
     start = time.monotonic()
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
         slow.sendall(post + b"Content-Length: 100\r\n\r\n{")
@@ -394,10 +413,91 @@ def test_malformed_requests(server):
         data = bytearray(rng.choice(seeds))
         for _ in range(rng.randint(0, 8)):
             data[rng.randrange(len(data))] = rng.randrange(256)
-        answer = server.raw(bytes(data[: rng.randint(1, len(data))]) + rng.randbytes(rng.choice([0, 0, 50])))
+        answer = server.noise(bytes(data[: rng.randint(1, len(data))]) + rng.randbytes(rng.choice([0, 0, 50])))
         assert not re.match(rb"HTTP/1.1 5", answer), (data, answer)
         assert len(answer) < 4096
     assert server.call("GET", "/health")[2] == {"status": "ok"}
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Chromium without a window, at the size of a desk."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("the page is tried in Chromium where chromium and chromedriver are installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for name in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"):
+        options.add_argument(f"--{name}")
+    for name in ("disable-background-networking", "disable-component-update", "disable-dev-shm-usage"):
+        options.add_argument(f"--{name}")
+    options.add_argument(f"--user-data-dir={tmp_path}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+def _resize(browser, width, height):
+    sizes = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+
+
+def test_page(server, browser):
+    find = lambda name: browser.find_element("css selector", name)  # noqa: E731
+    wait = WebDriverWait(browser, 60, poll_frequency=0.1)
+    address = f"http://anybody:{TOKEN}@127.0.0.1:{server.port}/"
+    browser.get(address)
+    wait.until(lambda _: "tiny, step 7" in find("#model").text)
+    for name, value in dict(prompt="def f(", n="2", max_tokens="20", seed="3", guided_regex="[a-z]*").items():
+        find(f"#{name}").clear()
+        find(f"#{name}").send_keys(value)
+    find("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+    wait.until(lambda _: find("#go").is_enabled() and "first after" in find("#status").text)
+    shown = [element.get_property("textContent") for element in browser.find_elements("css selector", ".text")]
+    wishes = dict(prompt="def f(", n=2, max_tokens=20, seed=3, temperature=0.8, guided_regex="[a-z]*", logprobs=1)
+    choices = server.complete(**wishes)["choices"]
+    assert shown == ["def f(" + choice["text"] for choice in choices]
+    # Probabilities, by keyboard.
+    find(".text").send_keys(Keys.HOME)
+    first = find("#tip").text
+    scores = choices[0]["logprobs"]
+    assert f"\N{BLACK RIGHT-POINTING SMALL TRIANGLE} {scores['tokens'][0]} " in first
+    assert f" {100 * math.exp(max(scores['top_logprobs'][0].values())):.1f} %" in first
+    find(".text").send_keys(Keys.ARROW_RIGHT)
+    assert find("#tip").text != first
+    ActionChains(browser).move_to_element(find(".token")).perform()
+    assert find("#tip").text == first
+    # The address holds the settings.
+    shared = browser.current_url
+    assert "seed=3" in shared
+    browser.get("about:blank")
+    browser.get(shared)
+    wait.until(lambda _: "tiny" in find("#model").text)
+    wanted = [find(f"#{name}").get_property("value") for name in ("prompt", "n", "max_tokens", "seed")]
+    assert wanted == ["def f(", "2", "20", "3"]
+    # It stops.
+    find("#max_tokens").clear()
+    find("#max_tokens").send_keys("200")
+    find("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+    wait.until(lambda _: browser.find_elements("css selector", ".token"))
+    find("#prompt").send_keys(Keys.ESCAPE)
+    wait.until(lambda _: "stopped after" in find("#status").text)
+    server.wait_until_free()
+    # Wrong wishes are told, the page fits a phone, and both themes are there.
+    find("#guided_regex").send_keys("([")
+    find("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+    wait.until(lambda _: "guided_regex" in find("#status").text)
+    paper = lambda: browser.execute_script("return getComputedStyle(document.body).backgroundColor")  # noqa: E731
+    before = paper()
+    find("#theme").click()
+    assert paper() != before
+    _resize(browser, 360, 740)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 360
+    severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert all("400 (Bad Request)" in message for message in severe), severe
 
 
 def test_sigterm_lets_answers_end(server):
