@@ -5,7 +5,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from pydantic import ValidationError
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
@@ -15,6 +14,7 @@ from mesh_transformer.model.params import STACK, ParamInfo, flatten_names
 from mesh_transformer.model.transformer import describe_params
 
 PREFIX = "params/"  # of weights among a checkpoint's arrays
+FLOATS = ("float32", "bfloat16", "float16")  # what weights can be
 
 
 class Foreign(NamedTuple):
@@ -57,7 +57,7 @@ def describe_leaves(config: ModelConfig) -> dict[str, list[Leaf]]:
 def assemble(config: ModelConfig, find: Callable[[Leaf], Lazy], where: object) -> dict[str, Lazy]:
     """Our arrays, each leaf as `find` gives it (KeyError: not there; ValueError: not of that shape).
 
-    CheckpointError lists everything that is missing or misshapen.
+    CheckpointError lists everything that is missing, misshapen or no floats.
     """
     arrays: dict[str, Lazy] = {}
     problems: list[str] = []
@@ -66,6 +66,8 @@ def assemble(config: ModelConfig, find: Callable[[Leaf], Lazy], where: object) -
         for leaf in leaves:
             try:
                 row = find(leaf)
+                if row.dtype.name not in FLOATS:
+                    raise TypeError(f"{leaf.name} is {row.dtype.name}, where weights are {', '.join(FLOATS)}")
                 if row.shape != leaf.shape:
                     raise ValueError(f"{leaf.name}: shape {row.shape}, where the configuration says {leaf.shape}")
                 rows.append(row)
@@ -73,6 +75,8 @@ def assemble(config: ModelConfig, find: Callable[[Leaf], Lazy], where: object) -
                 problems.append(f"missing: {error.args[0]}")
             except ValueError as error:
                 problems.append(f"misshapen: {error}")
+            except TypeError as error:
+                problems.append(f"of a wrong type: {error}")
         if len(rows) == len(leaves):
             arrays[name] = rows[0] if leaves[0].layer is None else Stack(rows)
     check(problems, where)
@@ -88,11 +92,6 @@ def check(problems: Sequence[str], where: object) -> None:
 def check_all_used(found: set[str], used: set[str], ignored: Callable[[str], bool], where: object) -> None:
     """CheckpointError with every array of the other program that no array of ours was made of."""
     check([f"unexpected: {name}" for name in sorted(found - used) if not ignored(name)], where)
-
-
-def is_float(dtype: np.dtype) -> bool:
-    """Whether values of this kind can be weights."""
-    return dtype.name in ("float16", "bfloat16", "float32", "float64")
 
 
 def _split_layers(name: str, info: ParamInfo, config: ModelConfig) -> list[Leaf]:

@@ -125,19 +125,20 @@ class Concat:
 
 
 class Stack:
-    """Arrays of one shape, one for each place of a new first dim."""
+    """Arrays of one shape, one for each place of a new first dim; float32 if they are of several types."""
 
     def __init__(self, rows: Sequence[Lazy]):
-        """ValueError if the rows differ in shape or dtype."""
-        if len({(row.shape, row.dtype) for row in rows}) != 1:
-            raise ValueError(f"rows differ: {[(row.shape, str(row.dtype)) for row in rows]}")
-        self.rows, self.dtype, self.shape = rows, rows[0].dtype, (len(rows), *rows[0].shape)
+        """ValueError if the rows differ in shape."""
+        if len({row.shape for row in rows}) != 1:
+            raise ValueError(f"rows differ: {[row.shape for row in rows]}")
+        self.rows, self.shape = rows, (len(rows), *rows[0].shape)
+        self.dtype = rows[0].dtype if len({row.dtype for row in rows}) == 1 else FLOAT32
 
     def read(self, index: Slices) -> np.ndarray:
         """Only the rows of the slice."""
         rows = self.rows[index[0]]
         if len(rows) == 1:  # without one more copy
-            return rows[0].read(index[1:])[None]
+            return rows[0].read(index[1:])[None].astype(self.dtype, copy=False)
         values = np.empty((len(rows), *(s.stop - s.start for s in index[1:])), self.dtype)
         for place, row in enumerate(rows):
             values[place] = row.read(index[1:])

@@ -115,6 +115,25 @@ def test_everything_wrong_with_the_names_is_listed(tmp_path):
         open_huggingface(tmp_path / "more")
 
 
+def test_integers_are_no_weights_and_several_types_become_the_widest(tmp_path):
+    weights = make_folder(tmp_path / "theirs", "llama-gqa")
+    path = tmp_path / "theirs" / "model.safetensors"
+    up = "model.layers.1.mlp.up_proj.weight"
+    save_file(
+        weights | {up: weights[up].astype(np.int8), "lm_head.weight": weights["lm_head.weight"].astype(float)}, path
+    )
+    with pytest.raises(CheckpointError, match=r"(?s)of a wrong type: w_head is float64.*feed_forward/w_in is int8"):
+        open_huggingface(tmp_path / "theirs")
+    save_file(weights | {up: weights[up].astype(np.float16)}, path)
+    arrays = open_huggingface(tmp_path / "theirs").arrays
+    stack = arrays["params/transformer/layers/block_0/feed_forward/w_in"]
+    assert stack.dtype == np.float32
+    for layer in range(2):
+        wanted = weights[up.replace("1", str(layer))].T
+        part = (slice(layer, layer + 1), *(slice(0, dim) for dim in stack.shape[1:]))
+        np.testing.assert_array_equal(stack.read(part)[0], wanted.astype(np.float16) if layer else wanted)
+
+
 def test_a_layer_count_that_fits_the_shapes_is_still_refused(tmp_path):
     make_folder(tmp_path / "theirs", "gpt2")
     edit_config(tmp_path / "theirs", n_layer=1)
