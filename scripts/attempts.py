@@ -56,7 +56,8 @@ class Attempt:
     process: Any
     log: Path  # everything it prints
     started: float
-    samples: list[tuple[float, int]] = dataclasses.field(default_factory=list)  # seconds, bytes of memory
+    # seconds since its start, bytes of memory, bytes of its log
+    samples: list[tuple[float, int, int]] = dataclasses.field(default_factory=list)
 
     @property
     def pid(self) -> int:
@@ -92,6 +93,7 @@ def start_attempt(
     """
     arguments = [str(config), *(word for item in overrides for word in ("--set", item))]
     process = start_server().Process(target=run_attempt, args=(arguments, str(log), user, nan_every))
+    log.touch()
     process.start()
     return Attempt(process, log, time.monotonic())
 
