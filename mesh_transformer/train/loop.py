@@ -127,7 +127,8 @@ class Recorder:
         self._interval_steps = self._interval_sequences = 0
         self.peak = measure_product_peak(run.config.model.dtype)
         self._saving: int | None = None  # the step that is on its way to disk
-        self._sequences = SequenceLog(run.dir, run.step) if run.config.track.sequences else None
+        is_kept = run.config.track.sequences and jax.process_index() == 0
+        self._sequences = SequenceLog(run.dir, run.step) if is_kept else None
 
     def given(self, step: int, batch: Batch) -> None:
         """This batch is what `step` is about to be given."""
