@@ -111,7 +111,8 @@ def format_tally(tally: Tally, other_mesh: bool) -> str:
         f"{tally.resumes} resumes, {tally.not_newest} of them not from the newest committed step",
         f"{tally.equal_checkpoints} of {tally.checkpoints} checkpoints left behind equal the uninterrupted run's, bit for bit",
         f"sequences seen twice: {tally.seen_twice}, never: {tally.never_seen}",
-        f"first differing leaf: {tally.first_differing or 'none'}, {tally.ulps} ulps, {tally.difference:.3g} of its values; largest relative difference of a loss: "
+        f"first differing leaf: {tally.first_differing or 'none'}, {tally.ulps} ulps, {tally.difference:.3g} of its values; "
+        "largest relative difference of a loss: "
         f"{tally.loss_difference:.3g}" + (" (two meshes)" if other_mesh else ""),
     ]
     return "\n".join(
