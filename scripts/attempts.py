@@ -56,7 +56,8 @@ class Attempt:
     process: Any
     log: Path  # everything it prints
     started: float
-    samples: list[tuple[float, int]] = dataclasses.field(default_factory=list)  # seconds, bytes of memory
+    # seconds since its start, bytes of memory, bytes of its log
+    samples: list[tuple[float, int, int]] = dataclasses.field(default_factory=list)
 
     @property
     def pid(self) -> int:
@@ -92,6 +93,7 @@ def start_attempt(
     """
     arguments = [str(config), *(word for item in overrides for word in ("--set", item))]
     process = start_server().Process(target=run_attempt, args=(arguments, str(log), user, nan_every))
+    log.touch()
     process.start()
     return Attempt(process, log, time.monotonic())
 
@@ -147,9 +149,19 @@ def read_resident_bytes(pid: int) -> int | None:
 
 
 def compare_steps(left: Path, right: Path, step: int) -> dict[str, Any]:
-    """Two checkpoints of one step in two folders: leaves, those that differ, the first of them, and units in the last place."""
+    """Two checkpoints of one step in two folders: leaves, those that differ, the first of them, and by how much.
+
+    `ulps` is the largest distance in units in the last place, `difference` the largest in shares of a leaf's largest value.
+    """
     sides = [Store(root, writable=False).open_arrays(step) for root in (left, right)]
-    result: dict[str, Any] = {"step": step, "leaves": len(sides[0]), "different": 0, "first": None, "ulps": 0}
+    result: dict[str, Any] = {
+        "step": step,
+        "leaves": len(sides[0]),
+        "different": 0,
+        "first": None,
+        "ulps": 0,
+        "difference": 0.0,
+    }
     for name in sorted(sides[0].keys() | sides[1].keys()):
         if not (name in sides[0] and name in sides[1]):
             distance = -1
@@ -158,6 +170,9 @@ def compare_steps(left: Path, right: Path, step: int) -> dict[str, Any]:
             if values[0].tobytes() == values[1].tobytes():
                 continue
             distance = count_ulps(*values)
+            wide = [value.astype(np.float64) for value in values]
+            scale = max(float(np.abs(wide[0]).max()), np.finfo(np.float64).tiny)
+            result["difference"] = max(result["difference"], float(np.abs(wide[0] - wide[1]).max()) / scale)
         result["different"] += 1
         result["first"] = result["first"] or name
         result["ulps"] = max(result["ulps"], distance)

@@ -102,7 +102,9 @@ def prove(root: Path, trials: int, chance: random.Random) -> dict[str, Any]:
 
 def find_fault(store: Store, older: int, newer: int, path: Path) -> str:
     """What went wrong in answer to a damaged file; empty if everything is as it should be."""
-    array = path.parent.relative_to(store.folder(newer) / "arrays").as_posix() if "arrays" in path.parts else ""
+    array = (
+        path.parent.relative_to(Path(str(store.folder(newer))) / "arrays").as_posix() if "arrays" in path.parts else ""
+    )
     names = [str(path), *([array] if array else [])]
     try:
         restore(store, newer)

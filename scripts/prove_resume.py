@@ -60,6 +60,7 @@ class Tally:
     never_seen: int = 0
     first_differing: str = ""
     ulps: int = 0
+    difference: float = 0.0  # the largest of a leaf, in shares of its largest value
     loss_difference: float = 0.0  # largest relative one
     problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -110,7 +111,8 @@ def format_tally(tally: Tally, other_mesh: bool) -> str:
         f"{tally.resumes} resumes, {tally.not_newest} of them not from the newest committed step",
         f"{tally.equal_checkpoints} of {tally.checkpoints} checkpoints left behind equal the uninterrupted run's, bit for bit",
         f"sequences seen twice: {tally.seen_twice}, never: {tally.never_seen}",
-        f"first differing leaf: {tally.first_differing or 'none'}, {tally.ulps} ulps; largest relative difference of a loss: "
+        f"first differing leaf: {tally.first_differing or 'none'}, {tally.ulps} ulps, {tally.difference:.3g} of its values; "
+        "largest relative difference of a loss: "
         f"{tally.loss_difference:.3g}" + (" (two meshes)" if other_mesh else ""),
     ]
     return "\n".join(
@@ -252,6 +254,7 @@ class Proof:
         if not same_mesh:
             self.tally.first_differing = self.tally.first_differing or result["first"] or ""
             self.tally.ulps = max(self.tally.ulps, result["ulps"])
+            self.tally.difference = max(self.tally.difference, result["difference"])
         else:
             self.note_difference(result, run_dir.name)
         there, here = (read_losses(path) for path in (self.straight, run_dir))

@@ -59,7 +59,7 @@ def reproduce(run_dir: Path, steps: int | None = None) -> dict[str, Any]:
         result["compared"] += 1
         if taken.loss.tobytes() == logged[taken.step].tobytes():
             continue
-        result["ulps"] = max(result["ulps"], count_ulps(taken.loss, logged[taken.step]))
+        result["ulps"] = max(result["ulps"], count_ulps(np.asarray(taken.loss), np.asarray(logged[taken.step])))
         if result["first_differing_step"] is None:
             both = {"logged": float(logged[taken.step]), "here": float(taken.loss)}
             result |= {"first_differing_step": taken.step, **both}

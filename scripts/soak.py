@@ -18,6 +18,7 @@ exit status: 0 nothing lost, 1 something was, 2 wrong usage
 
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -43,7 +44,7 @@ from mesh_transformer.train.sequences import read_attempts, what_counts
 NAN_EVERY = 50
 DISK_BYTES = 200_000_000
 SAMPLE_SECONDS = 5.0
-SETTLED_SECONDS = 60.0  # after which a process's memory should stay as it is
+SETTLING = 4  # samples of a process that trains, after which its memory should stay as it is
 FAULTS = ("kill", "stop", "damage", "full disk")
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -205,14 +206,15 @@ class Soak:
         while attempt.is_running() and time.monotonic() < until:
             resident = read_resident_bytes(attempt.pid)
             if resident:
-                samples.append((time.monotonic() - attempt.started, resident))
+                samples.append((time.monotonic() - attempt.started, resident, attempt.log.stat().st_size))
             attempt.wait(min(SAMPLE_SECONDS, max(until - time.monotonic(), 0.0)))
-        settled = [sample for sample in samples if sample[0] > SETTLED_SECONDS]
-        if not attempt.is_running() and len(settled) > 5:
-            self.result.peak_bytes.append(max(size for _, size in settled))
-            self.result.growth.append(60 * find_slope(settled))
+        # Every step is told: where the log has grown, it was training, and not compiling or evaluating.
+        training = [after[:2] for before, after in itertools.pairwise(samples) if after[2] > before[2]][SETTLING:]
+        if not attempt.is_running() and len(training) > 5:
+            self.result.peak_bytes.append(max(size for _, size in training))
+            self.result.growth.append(60 * find_slope(training))
         if into is not None:
-            into += [(round(at, 1), size) for at, size in samples]
+            into += [(round(at, 1), size) for at, size, _ in samples]
 
     def compare(self, name: str, run_dir: Path) -> None:
         """A disturbed run that has ended, beside the undisturbed one."""

@@ -186,8 +186,11 @@ class Recorder:
 
     def close(self) -> None:
         """No more steps."""
-        if self._sequences:
-            self._sequences.close()
+        try:
+            if self._sequences:
+                self._sequences.close()
+        except OSError as lost:  # how the run ended is told by its own error
+            self.progress.note(str(lost))
 
     def write_report(self) -> None:
         """report.html, by process 0; a full disk costs the page, not the run."""

@@ -62,7 +62,7 @@ def replay(run: Run, until: int) -> Iterator[Replayed]:
     """Take the steps up to `until`, one at a time."""
     for step in range(run.step, until):
         run.state, metrics = run.train_step(run.state, run.place(batch_of(run, step)))
-        yield Replayed(step + 1, np.asarray(metrics["loss"]))
+        yield Replayed(step + 1, np.float32(metrics["loss"]))
 
 
 def read_losses(run_dir: Path) -> dict[int, np.float32]:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -46,7 +46,8 @@ class StopRequest:
             return
         self.requested = reason
         if self._message:  # not print: a signal may come while somebody prints
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{reason}: {self._message}\n".encode())
+            with suppress(OSError):  # nobody reads it any more
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{reason}: {self._message}\n".encode())
         if self._waiting and threading.current_thread() is not threading.main_thread():
             _thread.interrupt_main(signal.SIGTERM)
 
