@@ -53,18 +53,28 @@ class Block(hk.Module):
         """The stream after this layer, and the cache with its keys and values."""
         c, inits = self.config, make_inits(self.config)
         attention, feed_forward = Attention(c, inits, local=self.local), FeedForward(c, inits)
-        normed = Norm(c, name="norm_1")(x)
+        normed = _enter(Norm(c, name="norm_1")(x))
         mixed, cache = attention(normed, sight, cache)
-        mixed = dropout(constrain(mixed, "batch", "stream", "residual"), c.dropout)
+        mixed = dropout(_leave(mixed), c.dropout)
         match c.residual:
             case "serial":
                 x = x + mixed
-                x = x + dropout(feed_forward(Norm(c, name="norm_2")(x)), c.dropout)
+                x = x + dropout(_leave(feed_forward(_enter(Norm(c, name="norm_2")(x)))), c.dropout)
             case "parallel":  # GPT-J: both read the same norm
-                x = x + mixed + dropout(feed_forward(normed), c.dropout)
+                x = x + mixed + dropout(_leave(feed_forward(normed)), c.dropout)
             case "parallel-two-norms":  # GPT-NeoX
-                x = x + mixed + dropout(feed_forward(Norm(c, name="norm_2")(x)), c.dropout)
+                x = x + mixed + dropout(_leave(feed_forward(_enter(Norm(c, name="norm_2")(x)))), c.dropout)
         return constrain(x, "batch", "stream", "residual"), cache
+
+
+# Where the stream is cut along `tensor` too, it is gathered on its way into products and reduced on its way out. Said
+# twice: in one step from partial sums to the finer cut, the partitioner gathers the sequence over `context` as well.
+def _enter(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return constrain(constrain(x, "batch", "stream", "residual"), "batch", "sequence", "residual")
+
+
+def _leave(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return constrain(constrain(x, "batch", "sequence", "residual"), "batch", "stream", "residual")
 
 
 class Transformer(hk.Module):
@@ -131,7 +141,7 @@ class Transformer(hk.Module):
     @hk.experimental.name_like("__call__")
     def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The stream after the last layer, as the head reads it: whole along `tensor`, whose devices score other tokens."""
-        return constrain(Norm(self.config, name="norm_out")(x), "batch", "sequence", "residual")
+        return _enter(Norm(self.config, name="norm_out")(x))
 
     @hk.experimental.name_like("__call__")
     def see(self, positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Caches | None) -> Sight:

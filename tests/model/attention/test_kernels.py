@@ -69,7 +69,7 @@ def test_kernel_follows_the_target(platform, kind, changes, segmented, kernel):
         ("tpu", dict(attention_kernel="triton"), T, "for GPUs"),
         ("gpu", dict(attention_kernel="triton"), T, "no windows"),
         ("gpu", dict(attention_kernel="cudnn"), T, "bfloat16"),
-        ("cpu", dict(attention_kernel="blocked"), 127 * 31, "even blocks"),
+        ("cpu", dict(attention_kernel="blocked"), 4099, "even blocks"),
     ],
 )
 def test_what_a_kernel_cannot_do_is_refused(platform, changes, length, reason):
