@@ -182,7 +182,7 @@ def train(mesh: str, feature: str) -> Found:
     return Found(np.array(losses), {name: whole(leaf) for name, leaf in arrays.items()})
 
 
-def choose_devices(size: int) -> list[jax.Device]:
+def choose_devices(size: int) -> list[Any]:
     """This many devices, as many of every process as of any other; one: this process's own."""
     if size == 1:
         return jax.local_devices()[:1]

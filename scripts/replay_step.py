@@ -96,7 +96,7 @@ def measure_norms(run: Run, batch: Any) -> list[dict[str, Any]]:
                 for name, side in sides.items()
             }
 
-    found = jax.tree.map(np.asarray, jax.jit(measure)(run.state, run.place(batch)))
+    found = jax.tree.map(np.asarray, jax.jit(measure)(run.state, run.place(batch, len(batch.tokens))))
     params, grads = found["parameters"], found["gradients"]
     rows = [("all", params["all"], grads["all"])]
     rows += [(module, params["outside"][module], grads["outside"][module]) for module in params["outside"]]
@@ -115,7 +115,7 @@ def score_sequences(run: Run, batch: Any, step: int) -> list[dict[str, Any]]:
             logits, _ = model.apply(params, placed.tokens, **more)
             return optax.losses.softmax_cross_entropy_with_integer_labels(logits, placed.targets) * placed.mask
 
-    nats = np.asarray(jax.jit(score)(run.state.params, run.place(batch)))
+    nats = np.asarray(jax.jit(score)(run.state.params, run.place(batch, len(batch.tokens))))
     first = first_sequence(run.config.train, step - 1)
     rows = []
     for row in np.argsort(-nats.mean(axis=1)):

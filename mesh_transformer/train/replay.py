@@ -58,11 +58,16 @@ def batch_of(run: Run, step: int) -> Batch:
     return run.data.train.batch(first_sequence(run.config.train, step), batch_size_at(run.config.train, step))
 
 
+def place_batch(run: Run, step: int) -> Batch:
+    """`batch_of` on the mesh."""
+    return run.place(batch_of(run, step), batch_size_at(run.config.train, step))
+
+
 def replay(run: Run, until: int) -> Iterator[Replayed]:
     """Take the steps up to `until`, one at a time."""
     for step in range(run.step, until):
-        run.state, metrics = run.train_step(run.state, run.place(batch_of(run, step)))
-        yield Replayed(step + 1, np.float32(metrics["loss"]))
+        run.state, metrics = run.train_step(run.state, place_batch(run, step))
+        yield Replayed(step + 1, np.float32(float(metrics["loss"])))
 
 
 def read_losses(run_dir: Path) -> dict[int, np.float32]:
