@@ -189,5 +189,5 @@ def test_the_record_of_sequences_is_what_the_steps_were_given(undisturbed):
 def test_what_counts_of_several_attempts():
     first = (0, {1: "a", 2: "b", 3: "c"})
     assert what_counts([first]) == {1: "a", 2: "b", 3: "c"}
-    assert what_counts([first, (2, {3: "d"}), (2, {}), (3, {4: "e"})]) == {1: "a", 2: "b", 3: "d", 4: "e"}
+    assert what_counts([first, (2, {3: "d"}), (3, {}), (3, {4: "e"})]) == {1: "a", 2: "b", 3: "d", 4: "e"}
     assert what_counts([first, (1, {})]) == {1: "a"}
