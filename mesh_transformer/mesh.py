@@ -228,6 +228,19 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape, f"activation [{', '.join(axes)}]"))
 
 
+def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Mesh axes of one dimension of a PartitionSpec."""
+    return () if part is None else (part,) if isinstance(part, str) else part
+
+
+def add_up(tree: Any, axes: tuple[str, ...], *, scattered: tuple[str, ...] = (), dim: int = 0) -> Any:
+    """Sums over mesh axes, inside shard_map; over those of `scattered` each device keeps its own piece of dimension `dim`."""
+    for axis in scattered:
+        tree = jax.tree.map(lambda x, a=axis: jax.lax.psum_scatter(x, a, scatter_dimension=dim, tiled=True), tree)
+    rest = tuple(axis for axis in axes if axis not in scattered)
+    return jax.lax.psum(tree, rest) if rest else tree
+
+
 def format_sharding_table(rows: Mapping[str, tuple[Sequence[int], Sequence[str], int]], layout: Layout) -> str:
     """One line per array of `rows` (name -> shape, logical axes, bytes per element): what lies where, and how much of it."""
     lines = [("parameter", "shape", "axes", "spec", "bytes/device")]

@@ -18,6 +18,7 @@ from mesh_transformer.model.attention.blocks import from_ring_order, to_ring_ord
 from mesh_transformer.model.attention.kernels import choose_kernel
 from mesh_transformer.model.attention.layer import Attention
 from mesh_transformer.model.attention.sight import Cache, Masks, Sight
+from mesh_transformer.model.embedding import look_up
 from mesh_transformer.model.feed_forward import FeedForward
 from mesh_transformer.model.linear import dropout, linear
 from mesh_transformer.model.norms import Norm
@@ -130,9 +131,7 @@ class Transformer(hk.Module):
         """The stream before the first layer."""
         c, inits = self.config, make_inits(self.config)
         table = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model)
-        # Gathered before the cast: the gradient adds up every use of a token in float32. Gathered from whole rows: pieces
-        # of rows would replicate the batch.
-        x = constrain(table, "vocab", "residual")[tokens].astype(c.dtype)
+        x = look_up(table, tokens, c.dtype)
         if c.positions == "learned":
             w_positions = param("w_positions", inits.position, position=c.seq_len, embed=c.d_model)
             x = x + constrain(w_positions, "position", "residual")[positions].astype(c.dtype)

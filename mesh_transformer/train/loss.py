@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from mesh_transformer.mesh import current_layout
+from mesh_transformer.mesh import add_up, axes_of, current_layout
 
 
 class TokenLosses(NamedTuple):
@@ -73,9 +73,9 @@ def _score(
         ("residual", "vocab"), w.shape, "w_head"
     )  # gathered along embed, which the batch may lie on too
     vocab = layout.spec(("vocab",), w.shape[1:], "w_head")
-    rows_on, vocab_on = (tuple(a for part in spec for a in _axes(part)) for spec in (tokens, vocab))
+    rows_on, vocab_on = (tuple(a for part in spec for a in axes_of(part)) for spec in (tokens, vocab))
     own = layout.spec(("embed", "vocab"), w.shape, "w_head")
-    embed_on = _axes(own[0]) if len(own) else ()
+    embed_on = axes_of(own[0]) if len(own) else ()
     if not set(embed_on) <= set(rows_on):
         own, embed_on = whole, ()
     losses = (P(), TokenLosses(P(), P(), P()))
@@ -87,10 +87,6 @@ def _score(
         out_specs=(losses, scored),
         check_vma=False,
     )(x, w, b, targets, mask)
-
-
-def _axes(part: Any) -> tuple[str, ...]:
-    return () if part is None else (part,) if isinstance(part, str) else part
 
 
 def _score_here(
@@ -109,7 +105,7 @@ def _score_here(
 ) -> tuple[tuple[Array, TokenLosses], Scored | None]:
     """This device's tokens against its part of the vocabulary; sums over all devices."""
     first = jax.lax.axis_index(vocab_on) * w.shape[1] if vocab_on else 0
-    over_vocab = partial(_add_up, axes=vocab_on)
+    over_vocab = partial(add_up, axes=vocab_on)
 
     def score(carry: tuple, piece: tuple) -> tuple[tuple, Array | None]:
         x, targets, mask = (part.reshape(-1, *part.shape[2:]) for part in piece)
@@ -144,16 +140,10 @@ def _score_here(
         cut = lambda x: x.reshape(batch, pieces, -1, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
         (sums, dw, db), dx = jax.lax.scan(score, carry, (cut(x), cut(targets), cut(mask)))
         dx = None if dx is None else dx.reshape(pieces, batch, -1, width).swapaxes(0, 1)
-    sums = _add_up(sums, rows_on)
+    sums = add_up(sums, rows_on)
     losses = (sums.nats + z_loss * sums.z_squares, sums)
     if dx is None:
         return losses, None
     # Added up once, each device keeping its own rows where the weight is cut along embed.
-    for axis in embed_on:
-        dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=0, tiled=True)
-    dw = _add_up(dw, tuple(axis for axis in rows_on if axis not in embed_on))
-    return losses, Scored(dx.reshape(batch, length, width), dw, _add_up(db, rows_on))
-
-
-def _add_up(tree: Any, axes: tuple[str, ...]) -> Any:
-    return jax.lax.psum(tree, axes) if axes else tree
+    dw = add_up(dw, rows_on, scattered=embed_on)
+    return losses, Scored(dx.reshape(batch, length, width), dw, add_up(db, rows_on))
