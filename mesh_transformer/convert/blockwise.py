@@ -18,7 +18,8 @@ import numpy as np
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.lazy import Lazy, Row, whole
 from mesh_transformer.convert.originals import BLOCK_BYTES
-from mesh_transformer.model.attention import Sight, attend
+from mesh_transformer.model.attention.plain import attend
+from mesh_transformer.model.attention.sight import Sight
 from mesh_transformer.model.feed_forward import ACTIVATIONS
 from mesh_transformer.model.norms import HeadNorm, Norm
 from mesh_transformer.model.positions import rotate
@@ -56,7 +57,9 @@ class Layer:
             q, k = (rotate(jnp.asarray(y), sight.positions, c) for y in (q, k))
         scale = c.head_dim**-0.5 if c.attention_scale == "sqrt" else 1.0
         q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
-        mixed = attend(q, k, v, sight.near if self.local else sight.visible, sight.bias, scale=scale)
+        masks = sight.masks
+        assert masks is not None, "the kernel here is the plain one"
+        mixed = attend(q, k, v, masks.near if self.local else masks.visible, masks.bias, scale=scale)
         return self.multiply(np.asarray(mixed), "attention/w_o", "attention/b_o", inputs=2)
 
     def feed_forward(self, x: Array) -> Array:

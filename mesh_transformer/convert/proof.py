@@ -20,7 +20,7 @@ from mesh_transformer.convert.lazy import Lazy, whole
 from mesh_transformer.convert.originals import product, read_rows, run_huggingface, run_v1
 from mesh_transformer.convert.reshard import Source
 from mesh_transformer.convert.tensor_files import find_tensors
-from mesh_transformer.model.attention import Sight
+from mesh_transformer.model.attention.sight import Sight
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK
 from mesh_transformer.model.transformer import Transformer
@@ -71,7 +71,7 @@ def run_native(
     config: ModelConfig, arrays: Mapping[str, Lazy], tokens: np.ndarray, ceiling: int | None = None
 ) -> np.ndarray:
     """Logits [B, T, V] of our model, float32; one period of its layers in memory at a time, or less to keep a ceiling."""
-    config = dataclasses.replace(config, dtype="float32", dropout=0.0, preset=None)
+    config = dataclasses.replace(config, dtype="float32", dropout=0.0, attention_kernel="plain", preset=None)
     pattern = len(config.attention_pattern)
     period = dataclasses.replace(config, n_layers=pattern)
     layers = jax.jit(hk.without_apply_rng(hk.transform(lambda x: _run_period(period, x))).apply)

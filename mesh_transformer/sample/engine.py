@@ -135,7 +135,7 @@ class Engine:
             raise PromptError(
                 f"{len(prompts)} prompts with {len(each)} options and n={n}: give one or more of each, matching"
             )
-        wishes = dict(max_tokens=max_tokens, stop_tokens=stop_tokens, seed=seed)
+        wishes: dict[str, Any] = dict(max_tokens=max_tokens, stop_tokens=stop_tokens, seed=seed)
         rows = []
         for number, (prompt, option) in enumerate(zip(prompts, each, strict=True), start=1):
             name = f"prompt {number}" if len(prompts) > 1 else "the prompt"

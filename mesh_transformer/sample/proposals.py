@@ -9,7 +9,7 @@ agree they mostly draw the same token, at any temperature.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +66,7 @@ class DraftProposer:
         """`params` of the small model, as for an Engine."""
         self._programs, self._guesses = Programs(config, params, layout), guesses
         self.config = config
-        self._caches = None
+        self._caches: Any = None
         self._rows: list[Row | None] = []  # whose tokens are in which row of the caches
         self._seen = np.zeros(0, np.int32)  # and how many
 
@@ -83,7 +83,7 @@ class DraftProposer:
         cache_len = bucket(longest, 256, self.config.seq_len)
         if self._caches is None or len(self._rows) != len(rows) or _cache_len(self._caches) < cache_len:
             self._caches = self._programs.make_caches(len(rows), cache_len)
-            self._rows, self._seen = [None] * len(rows), np.zeros(len(rows), np.int32)
+            self._rows, self._seen = [None for _ in rows], np.zeros(len(rows), np.int32)
         for i, row in enumerate(rows):
             if row is not self._rows[i]:
                 self._rows[i], self._seen[i] = row, 0
@@ -102,5 +102,5 @@ class DraftProposer:
         return np.asarray(proposed)
 
 
-def _cache_len(caches) -> int:
+def _cache_len(caches: Any) -> int:
     return caches[0].k[0].shape[2]

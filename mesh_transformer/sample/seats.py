@@ -94,6 +94,7 @@ class Seats:
         rows = self._seats
         if not self.rows:
             return []
+        assert self._state is not None, "rows have a seat"
         allowed = stack_allowed(rows, self._programs.config.n_vocab)
         proposed = self._proposer.propose(rows, self._state) if self._proposer and allowed is None else None
         steps = 1 if allowed is not None else steps if proposed is None else proposed.shape[1] + 1

@@ -47,7 +47,7 @@ ERRORS = {
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in ERRORS.items()
 }
-STREAM = {
+STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "the answer, or its stream"}
 }
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import SampleConfig
@@ -83,7 +83,7 @@ class Completion:
             choices += [self._to_json(len(choices) + i, wholes[number]) for i, number in enumerate(order)]
         return {**self._head(), "choices": choices, "usage": self._usage()}
 
-    async def stream(self) -> AsyncIterator[str]:
+    async def stream(self) -> AsyncGenerator[str, None]:
         """Server-sent events; an error on the way is one as well."""
         options = self._request.stream_options
         wants_usage = options is not None and options.include_usage
@@ -98,7 +98,7 @@ class Completion:
             yield _event(error_json(error))
         yield "data: [DONE]\n\n"
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """(sample, what is new of it); a burst of tokens is one piece."""
         first = True
         async for events in self._ticket.events():
@@ -184,7 +184,7 @@ class Completion:
 @contextlib.asynccontextmanager
 async def start_completion(
     service: Service, request: CompletionRequest, *, default_tokens: int = DEFAULT_TOKENS
-) -> AsyncIterator[Completion]:
+) -> AsyncGenerator[Completion, None]:
     """A request on its way. Without max_tokens there are `default_tokens`, or as many as fit.
 
     ApiError says what cannot be granted.

@@ -25,7 +25,7 @@ class Guard:
 
     def __init__(
         self,
-        app: Callable[[Message, Receive, Send], Awaitable[None]],
+        app: Any,  # an ASGI application
         *,
         token: str | None,
         max_body: int,

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers for Prometheus, in a registry of the server's own."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mesh_transformer.serve.worker import Worker
@@ -15,7 +17,7 @@ class Measures:
 
     def __init__(self, worker: Worker):
         self._registry = CollectorRegistry()
-        make = dict(namespace=PREFIX, registry=self._registry)
+        make: dict[str, Any] = dict(namespace=PREFIX, registry=self._registry)
         self.requests = Counter("requests", "Answered requests", ["path", "status"], **make)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts", **make)
         self.tokens = Counter("drawn_tokens", "Tokens drawn for requests", **make)

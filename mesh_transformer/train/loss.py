@@ -64,7 +64,7 @@ def _score(
     x: Array, w: Array, b: Any, targets: Array, mask: Array, z_loss: float, pieces: int, *, differentiate: bool
 ) -> tuple[tuple[Array, TokenLosses], Scored | None]:
     layout, w = current_layout(), w.astype(x.dtype)
-    options = dict(z_loss=z_loss, pieces=pieces, differentiate=differentiate)
+    options: dict[str, Any] = dict(z_loss=z_loss, pieces=pieces, differentiate=differentiate)
     if layout is None:
         return _score_here(x, w, b, targets, mask, (), (), (), **options)
     tokens = layout.spec(("batch", "sequence"), targets.shape, "activation [targets]")
@@ -78,8 +78,9 @@ def _score(
     embed_on = axes_of(own[0]) if len(own) else ()
     if not set(embed_on) <= set(rows_on):
         own, embed_on = whole, ()
-    losses = (P(), TokenLosses(P(), P(), P()))
-    scored = Scored(stream, own, None if b is None else vocab) if differentiate else None
+    place: Any = P()  # records of places have the types of what lies there
+    losses = (place, TokenLosses(place, place, place))
+    scored: Any = Scored(stream, own, None if b is None else vocab) if differentiate else None
     return jax.shard_map(
         partial(_score_here, rows_on=rows_on, vocab_on=vocab_on, embed_on=embed_on, **options),
         mesh=layout.mesh,

@@ -69,9 +69,9 @@ class Work(NamedTuple):
 
     def keys(self, index: Array, place: Any) -> Array | None:
         """Dropout key of microbatch `index` (or of each) at a place: 0 is the embedding, p + 1 stage p."""
-        if self.key is None:
+        if (key := self.key) is None:
             return None
-        fold = lambda i, j: jax.random.fold_in(jax.random.fold_in(self.key, i), j)  # noqa: E731
+        fold = lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j)  # noqa: E731
         return jax.vmap(fold)(index, place) if index.ndim else fold(index, place)
 
 
@@ -246,9 +246,10 @@ def _score(
     """The loss per token that a microbatch adds, and its sums."""
     head = head_of(outer, config.model)
     x = parts.finish(outer, None, x)
-    total, sums = score_tokens(
+    scored: Any = score_tokens(
         x, head.w, head.b, part.targets, part.mask, config.train.z_loss, config.train.loss_pieces
     )
+    total, sums = scored
     return total / tokens, sums
 
 

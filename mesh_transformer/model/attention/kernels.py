@@ -167,7 +167,7 @@ def _blocked(q: Array, k: Array, v: Array, segments: Any, slopes: Any, window: i
     q = q.reshape(batch, length, kv_heads, -1, channels).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     slopes = None if slopes is None else slopes.reshape(kv_heads, -1)
-    mixed = attend_in_ring(q, k, v, segments, slopes, ring)
+    mixed: Any = attend_in_ring(q, k, v, segments, slopes, ring)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
 
 
@@ -180,9 +180,10 @@ def _splash(q: Array, k: Array, v: Array, segments: Any, slopes: Any, window: in
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)
     block = next(size for size in (512, 256, 128) if length % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    kernel = splash.make_splash_mha_single_device(
+    blocks: Any = {f"block_{name}": block for name in names}
+    kernel: Any = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=splash.BlockSizes(**blocks),
         interpret=target_platform() == "cpu",  # only ever asked for in order to compare
     )
     ids = None if segments is None else splash.SegmentIds(segments, segments)
