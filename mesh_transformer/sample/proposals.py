@@ -83,7 +83,8 @@ class DraftProposer:
         cache_len = bucket(longest, 256, self.config.seq_len)
         if self._caches is None or len(self._rows) != len(rows) or _cache_len(self._caches) < cache_len:
             self._caches = self._programs.make_caches(len(rows), cache_len)
-            self._rows, self._seen = [None for _ in rows], np.zeros(len(rows), np.int32)
+            self._rows = list[Row | None]([None] * len(rows))
+            self._seen = np.zeros(len(rows), np.int32)
         for i, row in enumerate(rows):
             if row is not self._rows[i]:
                 self._rows[i], self._seen[i] = row, 0

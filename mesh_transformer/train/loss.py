@@ -3,7 +3,7 @@
 """Hidden states -> loss: cross entropy in float32, with the z-loss that keeps log Z near zero."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -78,9 +78,10 @@ def _score(
     embed_on = axes_of(own[0]) if len(own) else ()
     if not set(embed_on) <= set(rows_on):
         own, embed_on = whole, ()
-    place: Any = P()  # records of places have the types of what lies there
-    losses = (place, TokenLosses(place, place, place))
-    scored: Any = Scored(stream, own, None if b is None else vocab) if differentiate else None
+    # As trees of places these have the types of what lies there.
+    losses = (P(), TokenLosses(*[cast(Any, P())] * 3))
+    places = [cast(Any, place) for place in (stream, own, None if b is None else vocab)]
+    scored = Scored(*places) if differentiate else None
     return jax.shard_map(
         partial(_score_here, rows_on=rows_on, vocab_on=vocab_on, embed_on=embed_on, **options),
         mesh=layout.mesh,
