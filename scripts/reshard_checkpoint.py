@@ -37,6 +37,8 @@ from mesh_transformer.config import ConfigError
 CARRIED_TEXTS = (
     "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a config.json
+GPT2_END = 50256
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -184,6 +186,9 @@ def make_meta(source: Any, options: Any) -> dict[str, Any]:
     if source.kind == "huggingface":
         files = [source.path / name for name in CARRIED_TEXTS]
         meta["carried"] = {file.name: file.read_bytes().decode() for file in files if file.is_file()}
+        meta["special_ids"] = {key: source.settings[key] for key in SPECIAL_IDS if key in source.settings}
+    if source.kind == "gptj-v1" and source.foreign.model["n_vocab"] > GPT2_END:  # its tokenizer was always GPT-2's
+        meta["special_ids"] = {"bos_token_id": GPT2_END, "eos_token_id": GPT2_END}
     spec = options.tokenizer or (source.foreign.tokenizer if source.kind == "huggingface" else None)
     if spec:
         tokenizer, rows = load_tokenizer(spec), source.foreign.model["n_vocab"]
@@ -283,9 +288,18 @@ def _format_upload(sent: dict[str, Any] | None) -> list[str]:
 
 
 def _write_carried(folder: Path, meta: dict[str, Any]) -> None:
-    """The tokenizer and the files that once came with the weights, unless they are there."""
+    """The tokenizer and the files that once came with the weights, unless they are there; ids of special tokens.
+
+    transformers would take its own for those that config.json does not name.
+    """
+    from mesh_transformer.data.tokenizers import tokenizer_from_json
+
     texts = dict(meta.get("carried", {}))
     tokenizer = meta.get("tokenizer", {})
+    end = tokenizer_from_json(tokenizer).end_of_text if tokenizer else None
+    table = json.loads((folder / "config.json").read_bytes())
+    table |= meta.get("special_ids", {"bos_token_id": end, "eos_token_id": end})
+    (folder / "config.json").write_text(json.dumps(table, indent=1))
     if tokenizer.get("type") == "file":
         texts["tokenizer.json"] = json.dumps(tokenizer["tokenizer"], ensure_ascii=False)
     for name in texts.keys() & {*CARRIED_TEXTS, "tokenizer.json"}:

@@ -106,6 +106,8 @@ def test_what_came_with_the_weights_goes_with_them(theirs, tmp_path):
     }
     for name, text in texts.items():
         (source / name).write_text(text)
+    settings = json.loads((source / "config.json").read_text()) | {"eos_token_id": [7, 8], "pad_token_id": 9}
+    (source / "config.json").write_text(json.dumps(settings))
     tokenizer = make_tokenizer(257)
     tokenizer.save(str(source / "tokenizer.json"))
     call(source, tmp_path / "ours")
@@ -114,6 +116,8 @@ def test_what_came_with_the_weights_goes_with_them(theirs, tmp_path):
     assert again["generation_config.json"].read_text() == texts["generation_config.json"]
     assert again["chat_template.jinja"].read_text() == texts["chat_template.jinja"]
     assert "secret" not in again
+    found = json.loads(again["config.json"].read_text())
+    assert (found["eos_token_id"], found["pad_token_id"], "bos_token_id" in found) == ([7, 8], 9, False)
     assert Tokenizer.from_file(str(again["tokenizer.json"])).get_vocab() == tokenizer.get_vocab()
     make_tokenizer(301).save(str(source / "tokenizer.json"))
     refused = call(source, tmp_path / "more", expect=2).err
