@@ -88,6 +88,7 @@ def prepare(options: Any) -> Prepared:
     from mesh_transformer.convert.huggingface import find_family
 
     ceiling, destination = parse_bytes(options.max_memory), to_place(options.destination)
+    options.rounds = bool(options.dtype)
     settings = to_place(options.source_config) if options.source_config else None
     source = reshard.open_source(to_place(options.source), settings)
     if options.weights_only or options.format != "native":
@@ -99,6 +100,8 @@ def prepare(options: Any) -> Prepared:
             find_family(config)
         case "gptj-v1":
             old_config(config, options.shards)
+            if not options.dtype:  # all its leaves have one type
+                options.dtype = reshard.common_dtype(source.foreign.arrays)
     nbytes = reshard.count_bytes(source.foreign.arrays, options.dtype)
     reshard.check_destination(destination, options.overwrite, nbytes, options.staging)
     return Prepared(source, destination, reshard.partial_folder(destination, options.staging), nbytes, ceiling)
@@ -215,7 +218,7 @@ def prove(source: Any, made: Path, options: Any, ceiling: int, progress: Any) ->
     difference = compare_logits(source, result, ceiling, progress)
     proof = "every array read back from the result equals the source bit by bit, after the cast if there was one"
     report = {"arrays": len(digests), "proof": proof, "digests": digests}
-    if not options.dtype and difference.largest > TOLERANCE * difference.scale:
+    if not options.rounds and difference.largest > TOLERANCE * difference.scale:
         raise CheckpointError(
             f"the logits of {source.path} and of the result differ by {difference.largest:.3g} (the largest is "
             f"{difference.scale:.3g}): nothing was kept. This is an error of this program; please report it"

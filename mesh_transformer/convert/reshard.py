@@ -30,7 +30,7 @@ from mesh_transformer.checkpoint.failures import CheckpointError
 from mesh_transformer.checkpoint.manifest import MANIFEST, ArrayRecord
 from mesh_transformer.checkpoint.places import Place, RemotePath
 from mesh_transformer.checkpoint.store import find_checkpoint
-from mesh_transformer.convert.foreign import PREFIX, Foreign, make_model_config
+from mesh_transformer.convert.foreign import FLOATS, PREFIX, Foreign, make_model_config
 from mesh_transformer.convert.gptj import open_gptj
 from mesh_transformer.convert.gptj_writer import write_gptj
 from mesh_transformer.convert.huggingface import (
@@ -122,6 +122,12 @@ def target_dtype(array: Lazy, name: str, dtype: str | None) -> np.dtype:
     return to_dtype(dtype) if dtype and name.startswith(PREFIX) else array.dtype
 
 
+def common_dtype(arrays: Mapping[str, Lazy]) -> str:
+    """The type that all weights have, or float32, which holds the values of each."""
+    kinds = {array.dtype.name for name, array in arrays.items() if name.startswith(PREFIX)}
+    return kinds.pop() if len(kinds) == 1 else "float32"
+
+
 def count_bytes(arrays: Mapping[str, Lazy], dtype: str | None) -> int:
     """Size of the result's values."""
     return sum(math.prod(a.shape) * target_dtype(a, name, dtype).itemsize for name, a in arrays.items())
@@ -191,7 +197,7 @@ def write_huggingface(
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in files.items() for n in names}}
         (partial / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1))
-    theirs = next(iter({plan.dtype.name for plan in planned.values()}))
+    theirs = dtype or common_dtype(source.foreign.arrays)
     (partial / CONFIG).write_text(json.dumps(table | {"torch_dtype": theirs}, indent=1))
     if source.kind == "huggingface":
         for name in CARRIED:
@@ -203,12 +209,11 @@ def write_huggingface(
 def write_original(partial: Path, source: Source, *, shards: int, dtype: str | None, progress: Progress) -> Path:
     """A mesh-transformer-jax checkpoint in `partial`; the step's folder."""
     foreign = source.foreign
-    kinds = {array.dtype.name for array in foreign.arrays.values()}
     config = make_model_config(foreign.model, source.path)
     for name in ("config.json", "meta.json"):  # of a conversion that was killed while it was proved
         (partial / name).unlink(missing_ok=True)
     write_gptj(
-        partial, config, foreign.arrays, foreign.step, shards=shards, dtype=dtype or kinds.pop(),
+        partial, config, foreign.arrays, foreign.step, shards=shards, dtype=dtype or common_dtype(foreign.arrays),
         report=lambda done, total: progress("writing", done, total),
     )  # fmt: skip
     return partial / f"step_{foreign.step}"
@@ -223,6 +228,10 @@ def prove(source: Foreign, result: Foreign, dtype: str | None, progress: Progres
     def compare(name: str, index: Slices) -> np.ndarray:
         wanted = np.ascontiguousarray(source.arrays[name].read(index), target_dtype(source.arrays[name], name, dtype))
         found = np.ascontiguousarray(result.arrays[name].read(index))
+        if (
+            found.dtype == np.float32 != wanted.dtype and wanted.dtype.name in FLOATS
+        ):  # a sum of what was written narrow
+            wanted = wanted.astype(np.float32)
         if found.dtype != wanted.dtype or not np.array_equal(_bits(found), _bits(wanted)):
             raise CheckpointError(f"{name} at {index}: the result differs from the source; nothing was kept")
         return _bits(wanted)

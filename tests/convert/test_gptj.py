@@ -114,6 +114,29 @@ def test_bfloat16_survives_a_round_trip(tmp_path):
 
 
 @needs_fixture
+def test_slim_shards_are_recut_as_the_program_does_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    import reshard_checkpoint
+
+    source, settings = str(FIXTURE / "slim/step_1234"), str(FIXTURE / "config.json")
+    kinds = {}
+    for name, dtype in (("exact", []), ("narrow", ["--dtype", "bfloat16"])):
+        arguments = [source, str(tmp_path / name), "--source-config", settings, "--format", "gptj-v1", "--shards", "2"]
+        assert reshard_checkpoint.main([*arguments, *dtype, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["dtype"] == ("bfloat16" if dtype else "float32")
+        assert 0 < report["max_logit_difference"] < (0.1 if dtype else 1e-5)
+        kinds[name] = {leaf.dtype.str for leaf in read_piece(tmp_path / name / "step_1234/shard_1/3.npz")}
+        assert json.loads((tmp_path / name / "config.json").read_text())["cores_per_replica"] == 2
+    assert kinds == {"exact": {"<f4"}, "narrow": {"|V2"}}
+    assert (
+        reshard_checkpoint.main([source, str(tmp_path / "hf"), "--source-config", settings, "--format", "huggingface"])
+        == 0
+    )
+    assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "float32"
+
+
+@needs_fixture
 def test_adams_state_comes_under_the_names_of_a_run():
     foreign = open_gptj(FIXTURE / "full/step_1234", ORIGINAL)
     sections = dict(data={"train": {"a": {"path": "x"}}}, train={"steps": 10, "batch_size": 4})
