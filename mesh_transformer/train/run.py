@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mesh_transformer.agreement import from_first, gather
+from mesh_transformer.agreement import from_first, gather, process_count
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import Config, ConfigError, config_to_dict, parse_model
 from mesh_transformer.data.loader import Batch
@@ -169,11 +169,30 @@ def open_run(
         axes=flatten_state(axes),
         state=state,
         # What the host looks at lies whole on every device, so that every process has it.
-        train_step=jax.jit(traced(train_step), donate_argnums=0, out_shardings=(shardings, everywhere)),
-        eval_step=jax.jit(traced(eval_step), out_shardings=everywhere),
+        train_step=_meet_compiled(jax.jit(traced(train_step), donate_argnums=0, out_shardings=(shardings, everywhere))),
+        eval_step=_meet_compiled(jax.jit(traced(eval_step), out_shardings=everywhere)),
         flops_per_sequence=flops,
         notes=notes,
     )
+
+
+def _meet_compiled(step: Any) -> Callable[..., Any]:
+    """`step`, a jitted function of something and a batch, such that no process of several runs it before all can.
+
+    Else one may wait in its first collective while another still compiles, which XLA endures for 30 s on a CPU.
+    """
+    if process_count() == 1:
+        return step
+    compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def meet(first: Any, batch: Batch) -> Any:
+        shape = batch.tokens.shape
+        if shape not in compiled:
+            compiled[shape] = step.lower(first, batch).compile()
+            gather("compiled", "")
+        return compiled[shape](first, batch)
+
+    return meet
 
 
 def check_batches(config: Config, layout: Layout) -> None:
