@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mesh_transformer.agreement import from_first, gather
+from mesh_transformer.agreement import from_first, gather, process_count
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import Config, ConfigError, config_to_dict, parse_model
 from mesh_transformer.data.loader import Batch
@@ -167,8 +167,8 @@ def open_run(
         store=store,
         axes=flatten_state(axes),
         state=state,
-        train_step=jit_train_step(config, layout, shardings),
-        eval_step=jax.jit(_traced(make_eval_step(config), layout), out_shardings=_everywhere(layout)),
+        train_step=_meet_compiled(jit_train_step(config, layout, shardings)),
+        eval_step=_meet_compiled(jax.jit(_traced(make_eval_step(config), layout), out_shardings=_everywhere(layout))),
         flops_per_sequence=flops,
         notes=notes,
         start=describe_start(layout),
@@ -201,6 +201,25 @@ def abstract_state(shapes: State, shardings: State) -> State:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
+
+
+def _meet_compiled(step: Any) -> Callable[..., Any]:
+    """`step`, a jitted function of something and a batch, such that no process of several runs it before all can.
+
+    Else one may wait in its first collective while another still compiles, which XLA endures for 30 s on a CPU.
+    """
+    if process_count() == 1:
+        return step
+    compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def meet(first: Any, batch: Batch) -> Any:
+        shape = batch.tokens.shape
+        if shape not in compiled:
+            compiled[shape] = step.lower(first, batch).compile()
+            gather("compiled", "")
+        return compiled[shape](first, batch)
+
+    return meet
 
 
 def check_batches(config: Config, layout: Layout) -> None:
