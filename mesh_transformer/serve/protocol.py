@@ -15,12 +15,11 @@ MOST_STOPS = 16
 MOST_REGEX = 4096  # characters
 SHOWN = 200  # characters of a client's own words at most in an error, so that answers stay small
 
-Text = Annotated[str, Field()]
 Texts = Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=2048, fail_fast=True)]
-Prompt = Text | Texts | Tokens | TokenLists
+Prompt = str | Texts | Tokens | TokenLists
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
