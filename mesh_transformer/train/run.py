@@ -229,8 +229,7 @@ def check_batches(config: Config, layout: Layout) -> None:
         if size % pieces:
             raise ConfigError(
                 f"train.batch_size: {size} sequences do not divide over {layout.batch_pieces} device(s) along the batch x "
-                f"train.accumulation={config.train.accumulation}; use a multiple of {pieces}, "
-                f"such as {max(size // pieces, 1) * pieces}"
+                f"train.accumulation={config.train.accumulation}; use, for example, {max(size // pieces, 1) * pieces}"
             )
 
 
