@@ -136,11 +136,14 @@ def compare(store: Store, step: int, other_store: Store, other_step: int) -> dic
     arrays: dict[str, Any] = {}
     for name in sorted(left.keys() & right.keys()):
         kinds = [f"{side.record.dtype}{list(side.shape)}" for side in (left[name], right[name])]
-        if kinds[0] != kinds[1]:
-            arrays[name] = {"equal": False, "left": kinds[0], "right": kinds[1]}
-            continue
-        blocks = (tuple(side.read(index) for side in (left[name], right[name])) for index in _blocks(left[name].record))
-        arrays[name] = _compare_blocks(blocks)
+        arrays[name] = {"equal": False, "left": kinds[0], "right": kinds[1]} if kinds[0] != kinds[1] else {}
+        if left[name].shape == right[name].shape:  # of two types: as float64, in which each has its value
+            wide = np.float64 if arrays[name] else None
+            blocks = (
+                tuple(np.asarray(side.read(index), wide) for side in (left[name], right[name]))
+                for index in _blocks(left[name].record)
+            )
+            arrays[name] = _compare_blocks(blocks) | arrays[name]
     only = {"left_only": sorted(left.keys() - right.keys()), "right_only": sorted(right.keys() - left.keys())}
     same = not any(only.values()) and all(array["equal"] for array in arrays.values())
     paths = {"left": str(store.folder(step)), "right": str(other_store.folder(other_step))}
@@ -153,12 +156,13 @@ def format_comparison(result: Mapping[str, Any]) -> str:
     lines += [f"only left   {name}" for name in result["left_only"]]
     lines += [f"only right  {name}" for name in result["right_only"]]
     for name, array in result["arrays"].items():
-        if "left" in array:
-            lines.append(f"differs     {name}: {array['left']} and {array['right']}")
-        elif not array["equal"]:
-            largest = f"max |difference| {array['max_difference']:.6g}"
-            strange = f", {array['not_a_number']} not a number on one side" if array["not_a_number"] else ""
-            lines.append(f"differs     {name}: {array['different']:,} of {array['size']:,} values, {largest}{strange}")
+        words = [f"{array['left']} and {array['right']}"] if "left" in array else []
+        if not array["equal"] and "size" in array:
+            words += [f"{array['different']:,} of {array['size']:,} values"]
+            words += [f"max |difference| {array['max_difference']:.6g}"]
+            words += [f"{array['not_a_number']} not a number on one side"] if array["not_a_number"] else []
+        if words:
+            lines.append(f"differs     {name}: {', '.join(words)}")
     equal = sum(array["equal"] for array in result["arrays"].values())
     return "\n".join([*lines, f"{equal} of {len(result['arrays'])} common arrays are equal bit for bit"])
 

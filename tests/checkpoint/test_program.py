@@ -109,6 +109,17 @@ def test_diff(program, runs, capsys):
         program.main(["diff", str(runs / "a"), str(runs / "b")])
 
 
+def test_diff_of_two_types_says_by_how_much(program, tmp_path, capsys):
+    values = np.array([[1.0, 1 + 2**-9], [3.0, 4.0]], np.float32)
+    for name, dtype in (("a", jnp.float32), ("b", jnp.bfloat16)):
+        store = Store(tmp_path / name)
+        store.save(1, {"params/w": jnp.asarray(values, dtype)}, axes={"params/w": ("embed", "ff")}, meta={})
+        store.wait()
+    assert program.main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    expected = "params/w: float32[2, 2] and bfloat16[2, 2], 1 of 4 values, max |difference| 0.00195312"
+    assert expected in capsys.readouterr().out
+
+
 def test_diff_in_small_blocks_sees_everything(program, runs, capsys, monkeypatch):
     monkeypatch.setattr(program, "BLOCK_BYTES", 8)
     assert program.main(["diff", str(runs / "a"), str(runs / "b"), "--json"]) == 0
