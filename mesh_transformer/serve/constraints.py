@@ -50,14 +50,20 @@ class Grammars:
         library = self._load()
         if (wrong := library.LLMatcher.validate_grammar(grammar, self._library)) and not wrong.startswith("WARNING"):
             raise PromptError(f"{what}: {' '.join(wrong.split())[:300]}")
-        return Grammar(library.LLMatcher(self._library, grammar, log_level=0), self._tokenizer, self._n_vocab)
+        return Grammar(
+            library.LLMatcher(self._library, grammar, log_level=0), self._tokenizer.end_of_text, self._n_vocab
+        )
 
 
 class Grammar:
-    """One row's place in its grammar; a Constraint of the engine."""
+    """One row's place in its grammar; a Constraint of the engine.
 
-    def __init__(self, matcher: Any, tokenizer: Tokenizer, n_vocab: int):
-        self._matcher, self._end, self._n_vocab = matcher, tokenizer.end_of_text, n_vocab
+    The matcher is not for two threads at once: once a row is seated, only the engine's thread touches it.
+    """
+
+    def __init__(self, matcher: Any, end_of_text: int, n_vocab: int):
+        self._matcher, self._end, self._n_vocab = matcher, end_of_text, n_vocab
+        self.error = ""  # why the grammar could not be followed to its end, if it could not
 
     def allowed(self) -> np.ndarray:
         """bool [V]; the end of the text alone where nothing else can follow, or the grammar asks too much work."""
@@ -66,6 +72,7 @@ class Grammar:
             bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
             size = min(len(bits), self._n_vocab)
             allowed[:size] = bits[:size]
+        self.error = self._matcher.get_error()
         if not allowed.any():
             allowed[self._end] = True
         return allowed
@@ -74,17 +81,11 @@ class Grammar:
         """See Constraint."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
-
-    @property
-    def error(self) -> str:
-        """Why the grammar could not be followed to its end; empty if it could."""
-        return self._matcher.get_error()
+        self.error = self._matcher.get_error()
 
     def fork(self) -> "Grammar":
         """The same place for another row."""
-        other = object.__new__(Grammar)
-        other._matcher, other._end, other._n_vocab = self._matcher.deep_copy(), self._end, self._n_vocab
-        return other
+        return Grammar(self._matcher.deep_copy(), self._end, self._n_vocab)
 
 
 class _Vocabulary:

@@ -158,7 +158,10 @@ def test_openai_client(server):
         assert len(choice.logprobs.tokens) == 12
         for name in ("tokens", "text_offset", "top_logprobs"):
             streamed = [x for piece in pieces if piece.logprobs for x in getattr(piece.logprobs, name)]
-            assert streamed == getattr(choice.logprobs, name)
+            expected = getattr(choice.logprobs, name)
+            if name == "top_logprobs":  # the last bits depend on how many rows are decoded together
+                expected = [pytest.approx(top, abs=1e-4) for top in expected]
+            assert streamed == expected
     assert chunks[-1].choices == []
     assert chunks[-1].usage == done.usage
     with pytest.raises(openai.NotFoundError, match="served here is tiny"):
@@ -447,7 +450,7 @@ def _resize(browser, width, height):
 
 def test_page(server, browser):
     find = lambda name: browser.find_element("css selector", name)  # noqa: E731
-    wait = WebDriverWait(browser, 60, poll_frequency=0.1)
+    wait = WebDriverWait(browser, 180, poll_frequency=0.1)
     address = f"http://anybody:{TOKEN}@127.0.0.1:{server.port}/"
     browser.get(address)
     wait.until(lambda _: "tiny, step 7" in find("#model").text)
