@@ -25,6 +25,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable
@@ -209,7 +210,8 @@ async def schema(served: Served, options: Any) -> dict[str, Any]:
     command += ["--max-examples", str(-(-options.requests // operations)), "--no-color", "--continue-on-failure"]
     command += ["--request-timeout", str(HANG), "--workers", "2", "--seed", "1", "--no-shrink"]
     start = time.monotonic()
-    ran = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:  # it leaves a cache where it runs
+        ran = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, cwd=folder)
     cases = sum(int(n) for n in re.findall(r"(\d+) generated", ran.stdout))
     print(ran.stdout[-6000:], file=sys.stderr)
     return {

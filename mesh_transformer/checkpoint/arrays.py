@@ -68,12 +68,18 @@ class StoredArray(NamedTuple):
 
         Chunks are decoded whole, so that a few columns of a large array are read some rows of chunks at a time.
         """
+        index = self._bound(index)
         parts = self._cut(index, DECODED_BYTES)
         return read_slice(self.folder, self.name, self.record, index) if len(parts) < 2 else self._fill(index, parts)
 
     def read_aligned(self, index: Slices) -> np.ndarray:
         """The same at an address that a CPU device takes as it is, with little else in memory on the way."""
+        index = self._bound(index)
         return self._fill(index, self._cut(index, PART_BYTES))
+
+    def _bound(self, index: Slices) -> Slices:
+        """`index` with a start and a stop for every dim."""
+        return tuple(slice(*part.indices(dim)[:2]) for part, dim in zip(index, self.shape, strict=True))
 
     def _fill(self, index: Slices, parts: list[Slices]) -> np.ndarray:
         values = make_aligned([part.stop - part.start for part in index], self.dtype)

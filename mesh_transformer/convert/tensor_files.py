@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import struct
+import threading
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ STORAGES = {
     "ByteStorage": "uint8", "BoolStorage": "bool",
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000
+# NumPy reads headers with ast, which several threads of Python 3.11 cannot do at once (python/cpython#106905).
+_ONE_HEADER = threading.Lock()
 
 
 def find_tensors(folder: Place) -> dict[str, FileArray]:
@@ -127,7 +130,8 @@ def read_npz(path: Place) -> list[FileArray]:
             version = np.lib.format.read_magic(file) if mark == b"PK\3\4" else None
             if version != (1, 0):
                 raise ValueError(f"{name} is not an array in .npy format 1.0")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            with _ONE_HEADER:
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
             if dtype.hasobject:
                 raise ValueError(f"{name} is pickled, which is refused and was not run")
             if fortran:

@@ -114,7 +114,7 @@ class Programs:
         """`params` with every layer an array of its own, in the type and place they are used in."""
         described, dtype = describe_params(self.config), self.config.dtype
 
-        def place(module: str, name: str, array: Array) -> Any:
+        def place(module: str, name: str, array: Any) -> Any:
             # Products and tables cast weights to the activations' type wherever they use them; the rest stays as it is,
             # and so do weights that were saved in a narrower type: twice as wide they would not fit where they did.
             axes, saved = described[module][name].axes, (array[0] if isinstance(array, tuple) else array).dtype

@@ -484,6 +484,8 @@ def test_page(server, browser):
     # It stops.
     find("#max_tokens").clear()
     find("#max_tokens").send_keys("200")
+    find("#guided_regex").clear()
+    find("#guided_regex").send_keys("[a-z]{200}")  # it does not end by itself before it is stopped
     find("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
     wait.until(lambda _: browser.find_elements("css selector", ".token"))
     find("#prompt").send_keys(Keys.ESCAPE)
