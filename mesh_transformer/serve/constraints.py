@@ -50,7 +50,9 @@ class Grammars:
         library = self._load()
         if (wrong := library.LLMatcher.validate_grammar(grammar, self._library)) and not wrong.startswith("WARNING"):
             raise PromptError(f"{what}: {' '.join(wrong.split())[:300]}")
-        return Grammar(library.LLMatcher(self._library, grammar, log_level=0), self._tokenizer.end_of_text, self._n_vocab)
+        return Grammar(
+            library.LLMatcher(self._library, grammar, log_level=0), self._tokenizer.end_of_text, self._n_vocab
+        )
 
 
 class Grammar:
