@@ -31,9 +31,12 @@ install_import_hook(
 )
 
 
+LONGEST = ("test_proofs", "test_processes", "test_journey", "test_engine", "test_sharding", "test_step", "test_server")
+
+
 def pytest_collection_modifyitems(items: list) -> None:
-    """The longest file comes first, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_journey.py")
+    """The longest files come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture
