@@ -145,6 +145,8 @@ def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Lay
     # Auto axes: the partitioner propagates shardings from parameters, batch and `constrain`; JAX's default is Explicit.
     mesh = Mesh(_place(sizes, devices[:wanted], config.slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     rules = make_rules(config.rules)
+    if len(ring := [axis for axis in rules["sequence"] if sizes[axis] > 1]) > 1:
+        raise ConfigError(f"mesh.rules.sequence: {' and '.join(ring)} do not make one ring; name one mesh axis")
     if config.sequence_parallel and "stream" not in config.rules:
         rules["stream"] = (*rules["sequence"], "tensor")
     return Layout(mesh, rules)

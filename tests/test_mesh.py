@@ -91,6 +91,22 @@ def test_mesh_takes_what_is_left_over_or_the_first_devices():
     assert layout.spec(("batch", "sequence"), (8, 3), "tokens") == P(("data", "fsdp"))
 
 
+def test_a_ring_is_one_axis():
+    with pytest.raises(ConfigError, match=r"mesh\.rules\.sequence: fsdp and context do not make one ring"):
+        make_layout(MeshConfig(data=1, fsdp=2, context=2, rules={"sequence": "fsdp context"}))
+
+
+def test_slices_lie_apart_along_one_axis():
+    """Devices 0-3 are one machine, 4-7 another: groups along every axis but `data` (or `pipeline`) stay inside one."""
+    for sizes, outer in ((dict(data=2, tensor=4), "data"), (dict(pipeline=2, fsdp=2, tensor=2), "pipeline")):
+        mesh = make_layout(MeshConfig(**{"data": 1, **sizes}, slices=2)).mesh
+        ids = np.vectorize(lambda device: device.id)(mesh.devices)
+        for half, part in enumerate(np.split(ids, 2, axis=mesh.axis_names.index(outer))):
+            assert set(part.flat) == set(range(4 * half, 4 * half + 4))
+    with pytest.raises(ConfigError, match=r"do not make slices=2 that lie along data=1 or pipeline=1"):
+        make_layout(MeshConfig(data=1, tensor=8, slices=2))
+
+
 def test_layout_is_put_back_after_use():
     x = jnp.zeros((8, 4))
     with use_layout(make(data=8)):

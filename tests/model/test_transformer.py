@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from mesh_transformer.config import ModelConfig
+from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import RULES
 from mesh_transformer.model.attention.plain import attend, attend_in_blocks
 from mesh_transformer.model.linear import dropout
@@ -82,7 +82,7 @@ def plain():
     return params, jax.jit(make_loss(PLAIN), compiler_options=QUICK)(params, TOKENS, TARGETS)
 
 
-@pytest.mark.parametrize("choice", [dict(unroll=2), dict(remat="full"), dict(remat="dots")], ids=str)
+@pytest.mark.parametrize("choice", [dict(unroll=2), *(dict(remat=name) for name in ("full", "dots", "attention"))], ids=str)
 def test_unrolled_and_recomputed_equal_scanned(plain, choice):
     params, (loss, gradients) = plain
     other = dataclasses.replace(PLAIN, **choice)
@@ -93,6 +93,11 @@ def test_unrolled_and_recomputed_equal_scanned(plain, choice):
     other_loss, other_gradients = jax.jit(make_loss(other), compiler_options=QUICK)(params, TOKENS, TARGETS)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
     assert_close(other_gradients, gradients, 1e-5)
+
+
+def test_offloading_needs_a_host_beside_the_device():
+    with pytest.raises(ConfigError, match=r'remat = "offload" needs a GPU or TPU .*use "full"'):
+        jax.make_jaxpr(make_loss(dataclasses.replace(PLAIN, remat="offload")))(draw_params(PLAIN), TOKENS, TARGETS)
 
 
 # What depends on what

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a layer's queries over keys and values, its own or those kept in the cache."""
 
+from functools import partial
+
 import haiku as hk
-import jax
 from jaxtyping import Array, Float
 
 from mesh_transformer.config import ModelConfig
@@ -37,10 +38,10 @@ class Attention(hk.Module):
         if cache is not None:
             cache = store(cache, k, v, sight.positions)
             k, v = cache.k.swapaxes(1, 2).astype(x.dtype), cache.v.swapaxes(1, 2).astype(x.dtype)
-        attend = attend_by
+        attend = partial(attend_by, config=c, local=self.local, sight=sight)
         if c.remat == "attention" and cache is None:
-            attend = jax.checkpoint(attend_by, static_argnums=(3, 4))
-        mixed = attend(q, k, v, c, self.local, sight)
+            attend = hk.remat(attend)
+        mixed = attend(q, k, v)
         w_o = param("w_o", self.inits.residual, heads=c.n_heads, head_dim=c.head_dim, embed=c.d_model)
         b_o = param("b_o", hk.initializers.Constant(0.0), embed=c.d_model) if c.attention_out_bias else None
         return linear(mixed, w_o, b_o, inputs=2), cache
