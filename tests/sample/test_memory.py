@@ -1,0 +1,62 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint opens for sampling in little more memory than its weights have bytes, and is as wide in memory as on disk."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from mesh_transformer.checkpoint.store import Store
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.data.tokenizers import ByteTokenizer
+from mesh_transformer.model.params import flatten_names
+from mesh_transformer.model.transformer import describe_params
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import json, re, sys
+from pathlib import Path
+from mesh_transformer.config import SampleConfig
+from mesh_transformer.sample.trained import load_trained
+
+def read(key):
+    return 1024 * int(re.search(key + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
+small, large = sys.argv[1:]
+load_trained(small)  # what imports and compilation take is no part of this
+before = read("VmRSS")
+trained = load_trained(large)
+opened = read("VmHWM") - before
+[[done]] = trained.engine.generate([[1, 2, 3]], SampleConfig(), max_tokens=2)
+print(json.dumps({"opened": opened, "sampled": read("VmHWM") - before, "tokens": len(done.tokens)}))
+"""
+
+
+def save(folder: Path, **sizes: int) -> int:
+    """A checkpoint of zeros in bfloat16; bytes of its weights."""
+    model = dict(n_heads=8, n_vocab=264, seq_len=32, positions="rotary-pairs", **sizes)
+    described = flatten_names(describe_params(ModelConfig(**model)))
+    store = Store(folder / "checkpoints")
+    arrays = {f"params/{name}": jnp.zeros(info.shape, jnp.bfloat16) for name, info in described.items()}
+    axes = {f"params/{name}": info.axes for name, info in described.items()}
+    store.save(1, arrays, axes=axes, meta={"config": {"model": model}, "tokenizer": ByteTokenizer().to_json()})
+    store.wait()
+    return sum(array.nbytes for array in arrays.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_opening_takes_little_more_than_the_weights(tmp_path):
+    save(tmp_path / "small", n_layers=1, d_model=64)
+    size = save(tmp_path / "large", n_layers=16, d_model=1024)
+    assert size > 400_000_000
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "small"), str(tmp_path / "large")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tokens"] == 2
+    assert size * 0.9 < found["opened"] < size * 1.15
+    assert found["sampled"] < size * 1.6, "all weights were widened at once"
