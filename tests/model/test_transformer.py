@@ -82,7 +82,9 @@ def plain():
     return params, jax.jit(make_loss(PLAIN), compiler_options=QUICK)(params, TOKENS, TARGETS)
 
 
-@pytest.mark.parametrize("choice", [dict(unroll=2), *(dict(remat=name) for name in ("full", "dots", "attention"))], ids=str)
+@pytest.mark.parametrize(
+    "choice", [dict(unroll=2), *(dict(remat=name) for name in ("full", "dots", "attention"))], ids=str
+)
 def test_unrolled_and_recomputed_equal_scanned(plain, choice):
     params, (loss, gradients) = plain
     other = dataclasses.replace(PLAIN, **choice)
