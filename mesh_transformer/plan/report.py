@@ -126,17 +126,22 @@ def _times(verdict: Verdict) -> str:
     return text + "\n\n" + format_table(_cost_rows(verdict, cost), left=2)
 
 
+def _amount(value: float) -> str:
+    """Three digits, or all that lie before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _cost_rows(verdict: Verdict, cost: Cost) -> list[tuple[str, str]]:
     assert verdict.roofline is not None
     slow = verdict.roofline.longest / verdict.roofline.shortest
     rows = [
         ("tokens a day", f"{cost.tokens / cost.days:.4g} (or {cost.tokens / cost.days / slow:.4g})"),
-        (f"days for {cost.tokens:.4g} tokens", f"{cost.days:,.2f} (or {cost.days * slow:,.2f})"),
-        ("chip-hours", f"{cost.chip_hours:,.0f} (or {cost.chip_hours * slow:,.0f})"),
-        ("energy", f"{cost.megawatt_hours:,.3g} MWh (or {cost.megawatt_hours * slow:,.3g})"),
+        (f"days for {cost.tokens:.4g} tokens", f"{_amount(cost.days)} (or {_amount(cost.days * slow)})"),
+        ("chip-hours", f"{_amount(cost.chip_hours)} (or {_amount(cost.chip_hours * slow)})"),
+        ("energy", f"{_amount(cost.megawatt_hours)} MWh (or {_amount(cost.megawatt_hours * slow)})"),
     ]
     if cost.money is not None:
-        rows.append(("money", f"{cost.money:,.0f} (or {cost.money * slow:,.0f})"))
+        rows.append(("money", f"{_amount(cost.money)} (or {_amount(cost.money * slow)})"))
     return rows
 
 

@@ -50,10 +50,9 @@ def make_roofline(measured: Measured, chip: Chip) -> Roofline:
     }
     for traffic in measured.traffic:
         name = "+".join(traffic.axes) or "dcn"
-        inner, outer = _traffic_seconds(traffic, chip)
-        terms[name] = terms.get(name, 0.0) + inner
-        if outer:
-            terms["dcn"] = terms.get("dcn", 0.0) + outer
+        for place, seconds in zip((name, "dcn"), _traffic_seconds(traffic, chip), strict=True):
+            if seconds:
+                terms[place] = terms.get(place, 0.0) + seconds
     return Roofline(terms)
 
 

@@ -86,7 +86,7 @@ def judge(config: Config, measured: Measured, *, tokens: float | None = None, pr
         notes.append("compiled with --fast: memory is approximate, by some percent either way; decide without it")
     if measured.platform == "gpu" and chip:
         notes.append(
-            f"usable is 95% of a {chip.name}'s memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX takes 0.75 unless told)"
+            f"usable is 95% of the memory of each {chip.name}: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX takes 0.75 unless told)"
         )
     unused = topology.devices - measured.devices
     if unused > 0:

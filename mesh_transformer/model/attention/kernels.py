@@ -67,6 +67,7 @@ def _refuse(kernel: str, config: ModelConfig, length: int, *, segmented: bool) -
         (kernel == "triton" and local, "it has no windows"),
         (kernel == "triton" and length % 128 != 0, f"{length} places are no multiple of 128"),
         (kernel == "triton" and head_dim & (head_dim - 1) != 0, f"d_head={head_dim} is no power of two"),
+        (kernel == "triton" and head_dim > 128, f"d_head={head_dim} needs more shared memory than GPUs have"),
         (kernel == "cudnn" and platform == "cpu", "it needs a GPU"),
         (kernel == "cudnn" and segmented, "it cannot isolate documents"),
         (kernel == "cudnn" and config.dtype == "float32", 'it needs model.dtype = "bfloat16"'),
