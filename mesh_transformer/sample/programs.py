@@ -114,15 +114,17 @@ class Programs:
         """`params` with every layer an array of its own, in the type and place they are used in."""
         described, dtype = describe_params(self.config), self.config.dtype
 
-        def place(module: str, name: str, array: Any) -> Any:
+        def place_one(module: str, name: str, array: Any, axes: tuple[str, ...]) -> Array:
             # Products and tables cast weights to the activations' type wherever they use them; the rest stays as it is,
             # and so do weights that were saved in a narrower type: twice as wide they would not fit where they did.
-            axes, saved = described[module][name].axes, (array[0] if isinstance(array, tuple) else array).dtype
-            narrower = name.startswith("w_") and jnp.dtype(dtype).itemsize < saved.itemsize
-            wanted = dtype if narrower else saved
+            narrower = name.startswith("w_") and jnp.dtype(dtype).itemsize < array.dtype.itemsize
+            return self._place(array.astype(dtype if narrower else array.dtype), axes, f"{module}/{name}")
+
+        def place(module: str, name: str, array: Any) -> Any:
+            axes = described[module][name].axes
             if axes[:1] != (STACK,):
-                return self._place(array.astype(wanted), axes, f"{module}/{name}")
-            return tuple(self._place(layer.astype(wanted), axes[1:], f"{module}/{name}") for layer in array)
+                return place_one(module, name, array, axes)
+            return tuple(place_one(module, name, layer, axes[1:]) for layer in array)
 
         return {
             module: {name: place(module, name, a) for name, a in arrays.items()} for module, arrays in params.items()
