@@ -268,8 +268,10 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ServeConfig:
-    """What device_serve.py grants its clients."""
+    """How device_sample.py and device_serve.py hold a trained model, and what the latter grants its clients."""
 
+    weights: Literal["saved", "bfloat16", "int8"] = "saved"  # int8: a quarter of float32, one scale for each output
+    cache: Literal["model", "float32", "bfloat16", "int8"] = "model"  # keys and values; model: as model.dtype
     slots: Positive = 32  # samples that are decoded at once
     queue: NonNegative = 256  # samples that may wait for a slot; requests beyond are answered 429
     max_body: Positive = 1 << 20  # bytes of a request

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How fast tokens are drawn at GPT-2's size (124M random weights, float32, greedy), next to transformers' generate.
+"""How fast tokens are drawn at GPT-2's size (124M random weights, greedy), next to transformers' generate in float32.
 
 examples:
   python scripts/bench_sample.py
@@ -8,10 +8,11 @@ examples:
   python scripts/bench_sample.py --batch 1 --rounds 9 --json
       one JSON object
 
-Without torch and transformers the ratio is to the limit that memory sets: every token reads all weights once, so at
-most (bytes read a second) / (bytes of the weights) steps a second.
+Every token reads all weights once, so memory allows (bytes read a second) / (bytes of the weights) steps a second; without
+torch and transformers the ratio is to that.
 """
 
+import functools
 import json
 import statistics
 import sys
@@ -25,8 +26,10 @@ import numpy as np
 from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import ModelConfig, SampleConfig
 from mesh_transformer.model.families import PRESETS
-from mesh_transformer.model.transformer import count_params, make_model
+from mesh_transformer.model.transformer import make_model
 from mesh_transformer.sample.engine import Engine
+
+TORCH = "transformers"
 
 
 def main(arguments: list[str]) -> int:
@@ -35,30 +38,52 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes; default: 1 8")
     parser.add_argument("--prompt-len", type=int, default=32, help="tokens of a prompt; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=64, help="tokens drawn; default: %(default)s")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=["saved", "int8"],
+        choices=["saved", "bfloat16", "int8"],
+        help="ours; default: saved int8",
+    )
+    parser.add_argument("--cache", default="model", help="type of keys and values; default: that of the model, float32")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of all programs in turn; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
 
     config = ModelConfig(preset="gpt2", **PRESETS["gpt2"])
-    engine = Engine(config, jax.jit(make_model(config).init)(jax.random.key(0)))
+    params = jax.jit(make_model(config).init)(jax.random.key(0))
+    engines = {
+        weights: Engine(config, params, weights=weights, cache=options.cache, slots=max(options.batch), prefix_bytes=0)
+        for weights in options.weights
+    }
     rng = np.random.default_rng(0)
     prompts = {size: rng.integers(0, config.n_vocab, (size, options.prompt_len)) for size in options.batch}
     programs: dict[str, Callable[[np.ndarray], int]] = {
-        "ours": lambda tokens: _draw_ours(engine, tokens, options.tokens)
+        f"ours, {weights}": functools.partial(_draw_ours, engine, max_tokens=options.tokens)
+        for weights, engine in engines.items()
     }
     torch_draw = _make_torch(options.tokens)
     if torch_draw:
-        programs["transformers"] = torch_draw
+        programs[TORCH] = torch_draw
     rates = _measure(programs, prompts, options.tokens, options.rounds)
     bandwidth = _measure_read_bandwidth()
-    limits = {size: size * bandwidth / (4 * count_params(config)) for size in options.batch}
+    limits = {
+        (name, size): size * bandwidth / sum(leaf.nbytes for leaf in jax.tree.leaves(engine.programs.weights))
+        for name, engine in zip(programs, engines.values(), strict=False)
+        for size in options.batch
+    }
     result = {
         "tokens_per_s": {f"{name} batch {size}": round(rate, 1) for (name, size), rate in rates.items()},
         "read_bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
-        "against": "transformers" if torch_draw else "bandwidth",
+        "share_of_bandwidth": {
+            f"{name} batch {size}": round(rates[name, size] / limits[name, size], 2) for name, size in limits
+        },
+        "against": TORCH if torch_draw else "memory's limit",
         "ratio": {
-            str(size): round(rates["ours", size] / (rates["transformers", size] if torch_draw else limits[size]), 2)
-            for size in options.batch
+            f"{name} batch {size}": round(
+                rates[name, size] / (rates[TORCH, size] if torch_draw else limits[name, size]), 2
+            )
+            for name, size in limits
         },
     }
     print(json.dumps(result) if options.json else _format(result, rates, limits))
@@ -129,14 +154,18 @@ def _measure_read_bandwidth() -> float:
     return matrix.nbytes / statistics.median(times)
 
 
-def _format(result: dict[str, Any], rates: dict[tuple[str, int], float], limits: dict[int, float]) -> str:
-    lines = [f"{'batch':>5}  {'ours':>9}  {'transformers':>12}  {'memory limit':>12}   tokens/s"]
-    for size, limit in limits.items():
-        other = f"{rates['transformers', size]:12.1f}" if ("transformers", size) in rates else f"{'-':>12}"
-        lines.append(f"{size:>5}  {rates['ours', size]:9.1f}  {other}  {limit:12.1f}")
+def _format(result: dict[str, Any], rates: dict[tuple[str, int], float], limits: dict[tuple[str, int], float]) -> str:
+    lines = [
+        f"{'':<16} {'batch':>5} {'tokens/s':>9} {'of what memory allows':>22} {'ratio to ' + result['against']:>22}"
+    ]
+    for (name, size), rate in rates.items():
+        if (name, size) in limits:
+            ratio = result["ratio"][f"{name} batch {size}"]
+            lines.append(f"{name:<16} {size:>5} {rate:9.1f} {rate / limits[name, size]:22.0%} {ratio:22.2f}")
+        else:
+            lines.append(f"{name:<16} {size:>5} {rate:9.1f}")
     lines.append(f"memory: {result['read_bandwidth_gb_per_s']} GB/s read by a product with a vector")
-    ratios = ", ".join(f"{ratio:.2f} at batch {size}" for size, ratio in result["ratio"].items())
-    return "\n".join([*lines, f"ratio ours / {result['against']}: {ratios}"])
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mesh_transformer.mesh import Layout, add_up, axes_of, current_layout
+from mesh_transformer.model.quantized import Quantized
 
 
-def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str) -> Float[Array, "B T D"]:
+def look_up(table: Float[Array, "V D"] | Quantized, tokens: Int[Array, "B T"], dtype: str) -> Float[Array, "B T D"]:
     """table[tokens] in `dtype`; the gradient adds up every use of a token in float32.
 
     Over devices, each looks up the tokens whose rows it has and the results are added up: B T D elements in `dtype` over
     the axes of the vocabulary. The table is gathered along embed alone, and its gradient scattered along it again.
     """
+    if isinstance(table, Quantized):
+        return table.rows(tokens, dtype)
     layout = current_layout()
     if layout is None:
         # Gathered before the cast, so that the gradient is added up before it too.

@@ -24,6 +24,7 @@ from mesh_transformer.model.linear import dropout, linear
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK, ParamInfo, Params, describe, make_inits, param
 from mesh_transformer.model.positions import RelativeBias
+from mesh_transformer.model.quantized import Quantized
 
 Caches = tuple[
     Cache, ...
@@ -101,10 +102,10 @@ class Transformer(hk.Module):
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
         if c.tied_embeddings:
-            w_head = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model).T
+            w_head = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model)
         else:
             w_head = param("w_head", inits.inner, embed=c.d_model, vocab=c.n_vocab)
-        logits = linear(x, w_head, dtype="float32")
+        logits = linear(x, w_head, flipped=c.tied_embeddings, dtype="float32")
         if c.head_bias:
             logits = logits + param("b_head", hk.initializers.Constant(0.0), vocab=c.n_vocab)[None, None]
         return logits, cache
@@ -252,7 +253,15 @@ def count_params(config: ModelConfig) -> int:
 
 
 def init_cache(config: ModelConfig, batch_size: int, cache_len: int, dtype: str | None = None) -> Caches:
-    """An empty cache for `batch_size` rows of `cache_len` tokens, in `dtype` (default: that of the activations)."""
+    """An empty cache for `batch_size` rows of `cache_len` tokens, in `dtype` (default: that of the activations).
+
+    "int8" keeps a float32 scale beside the values of each token and head.
+    """
     pattern = config.attention_pattern
     shape = (config.n_layers // len(pattern), batch_size, config.kv_heads, cache_len, config.head_dim)
-    return tuple(Cache(*[jnp.zeros(shape, dtype or config.dtype) for _ in "kv"]) for _ in pattern)
+
+    def empty() -> Array | Quantized:
+        values = jnp.zeros(shape, dtype or config.dtype)
+        return Quantized(values, jnp.zeros((*shape[:-1], 1), jnp.float32)) if dtype == "int8" else values
+
+    return tuple(Cache(empty(), empty()) for _ in pattern)

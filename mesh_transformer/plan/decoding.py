@@ -12,11 +12,13 @@ import numpy as np
 from mesh_transformer.config import ConfigError, ModelConfig, SampleConfig
 from mesh_transformer.mesh import Layout
 from mesh_transformer.model.params import STACK
+from mesh_transformer.model.quantized import Quantized
 from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.plan.job import Job, Measured
 from mesh_transformer.sample.programs import Programs
 from mesh_transformer.sample.requests import Row, stack_rows
 from mesh_transformer.sample.state import State
+from mesh_transformer.sample.weights import contracted_dims
 from mesh_transformer.train.state import describe_state, format_parameters
 
 
@@ -34,8 +36,9 @@ def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
         )
     if job.context > model.seq_len:
         raise ConfigError(f"--context {job.context}: the model reads at most model.seq_len = {model.seq_len} tokens")
-    programs = Programs(model, {}, layout)
-    params = _abstract_params(programs.config, layout)
+    serve = job.config.serve
+    programs = Programs(model, {}, layout, weights=serve.weights, cache=serve.cache)
+    params = _abstract_params(programs.config, layout, serve.weights)
     state = _abstract_state(programs, job, layout)
     lowered = programs.lower_decode(params, state)
     weights = sum(_held(leaf) for leaf in jax.tree.leaves(params))
@@ -64,15 +67,21 @@ def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
     )
 
 
-def _abstract_params(model: ModelConfig, layout: Layout) -> Any:
-    """Weights as the engine lays them out: every layer an array of its own, matrices in the activations' type."""
+def _abstract_params(model: ModelConfig, layout: Layout, weights: str) -> Any:
+    """Weights as sample/weights.py lays them out; as saved means in the activations' type, or narrower."""
 
     def place(module: str, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
-        dtype = jnp.dtype(model.dtype if name.startswith("w_") else "float32")
         stacked = axes[:1] == (STACK,)
         shape, axes, count = (shape[1:], axes[1:], shape[0]) if stacked else (shape, axes, 1)
-        leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes, shape, f"{module}/{name}"))
-        return (leaf,) * count if stacked else leaf
+        contracted = contracted_dims(name, axes)
+        dtype = jnp.dtype("float32" if not contracted else model.dtype if weights == "saved" else weights)
+        leaf: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes, shape, f"{module}/{name}"))
+        if contracted and weights == "int8":
+            axes = tuple("window" if dim in contracted else axis for dim, axis in enumerate(axes))
+            scales = tuple(1 if dim in contracted else size for dim, size in enumerate(shape))
+            place_of = layout.sharding(axes, scales, f"{module}/{name}")
+            leaf = Quantized(leaf, jax.ShapeDtypeStruct(scales, jnp.float32, sharding=place_of))
+        return jax.tree.map(lambda x: (x,) * count, leaf) if stacked else leaf
 
     return {
         module: {name: place(module, name, info.shape, info.axes) for name, info in arrays.items()}

@@ -35,10 +35,11 @@ class Job:
     def digest(self) -> str:
         """Equal for jobs whose program is the same: where a run lives, its data and its samples do not matter."""
         table = json.loads(self.to_json())
-        for name in ("run", "checkpoint", "sample", "serve", "track"):
+        for name in ("run", "checkpoint", "sample", "track"):
             table["config"].pop(name, None)
         for name in ("processes", "process_id", "coordinator", "heartbeat_seconds"):
             table["config"]["mesh"].pop(name, None)
+        table["config"]["serve"] = {name: table["config"]["serve"][name] for name in ("weights", "cache")}
         table["config"]["data"] = table["config"]["data"].get("isolate_documents")
         return hashlib.blake2b(f"{FORMAT} {json.dumps(table, sort_keys=True)}".encode(), digest_size=12).hexdigest()
 

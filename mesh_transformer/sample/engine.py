@@ -57,16 +57,19 @@ class Engine:
         prefill_chunk: int = 512,
         prefix_bytes: int = 1 << 28,
         proposer: Proposer | None = None,
+        weights: str = "saved",
+        cache: str = "model",
     ):
         """`params` as `make_model(config).init` gives them, placed anywhere; they may be deleted afterwards.
 
         `layout` places weights and cache; without it everything stays on the default device. At most `slots` rows are
         decoded at once. Prompts longer than `prefill_chunk` are read in pieces of it. Caches of read prompts are kept
         up to `prefix_bytes` for prompts that begin alike (not where a mesh cuts the batch). `proposer` guesses tokens
-        that are then checked several at a time. Raises ConfigError if an array does not divide over the mesh.
+        that are then checked several at a time. `weights` and `cache` are of the types that ServeConfig says. Raises
+        ConfigError if an array does not divide over the mesh.
         """
         self.config = config
-        self.programs = Programs(config, params, layout)
+        self.programs = Programs(config, params, layout, weights=weights, cache=cache)
         self._pieces = layout.batch_pieces if layout else 1
         self.slots = -(-slots // self._pieces) * self._pieces
         self.prefixes = Prefixes(prefix_bytes if self._pieces == 1 else 0)

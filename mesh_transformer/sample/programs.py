@@ -2,9 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled programs of the engine: read a piece of prompts, seat rows, draw a burst of tokens, check proposed ones.
 
-Decoding one token reads every weight once, and takes as long as that. Two things keep it from taking longer: layers
-are separate arrays and laid out one after the other (slicing stacked weights copies them, which doubles the traffic
-or worse), and weights are cast to the type they are used in once, here.
+Decoding one token reads every weight once, and takes as long as that; weights.py lays them out so that it takes no longer.
 """
 
 import dataclasses
@@ -18,15 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import Layout, constrain, use_layout
-from mesh_transformer.model.params import STACK, Params
-from mesh_transformer.model.transformer import describe_params, init_cache, make_model
+from mesh_transformer.model.params import Params
+from mesh_transformer.model.transformer import init_cache, make_model
 from mesh_transformer.sample.sampling import position_keys, sample, top_logprobs
 from mesh_transformer.sample.state import Asked, Record, State
+from mesh_transformer.sample.weights import choose_compiler_options, lay_out, split_layers, stack_layers
 
-WIDEN_LATE = {
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion",
-}
 BURST = 16  # tokens at most that one call of the decoding program draws for every row
 N_TOP = 20  # alternatives reported for a token where a row asks for any
 
@@ -34,7 +29,15 @@ N_TOP = 20  # alternatives reported for a token where a row asks for any
 class Programs:
     """What the engine calls: jitted functions of one model, its weights bound, which count their compilations."""
 
-    def __init__(self, config: ModelConfig, params: Params, layout: Layout | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        layout: Layout | None,
+        *,
+        weights: str = "saved",
+        cache: str = "model",
+    ):
         """See Engine."""
         # All layers in one piece; a sequence of one token cannot be cut, and nothing is differentiated.
         self.config = dataclasses.replace(config, unroll=config.n_layers, remat="none", dropout=0.0)
@@ -42,11 +45,12 @@ class Programs:
             raise ConfigError(
                 "sampling one token at a time cuts neither sequences nor layers: set mesh.context and mesh.pipeline to 1"
             )
+        self._cache_dtype = None if cache == "model" else cache
         self.layout = layout and layout._replace(rules={**layout.rules, "sequence": (), "stream": ()})
         self.compilations: Counter[str] = Counter()
         self._model = make_model(self.config)
-        self._params = self._lay_out(params)
-        self._compiler_options = self._choose_compiler_options()
+        self.weights = lay_out(params, self.config, self.layout, weights)
+        self._compiler_options = choose_compiler_options(self.weights, self.config)
         self.make_caches = self._program("make_caches", self._empty_caches, static_argnums=(0, 1))
         self.make_state = self._program("make_state", self.empty_state, static_argnums=(1, 2))
         self.take_row = self._program("take_row", self._take_row)
@@ -61,15 +65,15 @@ class Programs:
 
     def read(self, *arguments: Any) -> tuple[Any, Float[Array, "B V"]]:
         """See _read_chunk; caches and logits that go in are gone."""
-        return self._read(self._params, *arguments)
+        return self._read(self.weights, *arguments)
 
     def score(self, *arguments: Any) -> tuple[Any, Float[Array, "B V"], tuple[Array, Array, Array]]:
         """See _score_chunk; caches and logits that go in are gone."""
-        return self._score(self._params, *arguments)
+        return self._score(self.weights, *arguments)
 
     def decode(self, *arguments: Any) -> tuple[State, Record]:
         """See _draw_burst; the state that goes in is gone."""
-        return self._decode(self._params, *arguments)
+        return self._decode(self.weights, *arguments)
 
     def lower_decode(self, params: Any, state: State) -> Any:
         """The program of `decode` for weights and state given as shapes, lowered and not compiled."""
@@ -85,11 +89,11 @@ class Programs:
 
     def verify(self, *arguments: Any) -> tuple[State, Record]:
         """See _verify_proposed; the state that goes in is gone."""
-        return self._verify(self._params, *arguments)
+        return self._verify(self.weights, *arguments)
 
     def propose(self, *arguments: Any) -> tuple[Any, Int[Array, "B N"]]:
         """See _draw_proposals; the caches that go in are gone."""
-        return self._propose(self._params, *arguments)
+        return self._propose(self.weights, *arguments)
 
     def _program(self, name: str, function: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
         def counted(*arguments: Any) -> Any:
@@ -99,42 +103,8 @@ class Programs:
 
         return jax.jit(counted, compiler_options=self._compiler_options, **jit_options)
 
-    def _choose_compiler_options(self) -> dict[str, Any] | None:
-        """On a CPU weights narrower than the activations are widened one by one, where they are used.
-
-        Otherwise XLA widens all of them first, before a burst's loop as well: in three times the memory.
-        """
-        widest = jnp.dtype(self.config.dtype).itemsize
-        has_narrow = any(
-            leaf.dtype.itemsize < max(widest, 4) for leaf in jax.tree.leaves(self._params) if leaf.ndim > 1
-        )
-        return WIDEN_LATE if has_narrow and jax.default_backend() == "cpu" else None
-
-    def _lay_out(self, params: Params) -> Any:
-        """`params` with every layer an array of its own, in the type and place they are used in."""
-        described, dtype = describe_params(self.config), self.config.dtype
-
-        def place_one(module: str, name: str, array: Any, axes: tuple[str, ...]) -> Array:
-            # Products and tables cast weights to the activations' type wherever they use them; the rest stays as it is,
-            # and so do weights that were saved in a narrower type: twice as wide they would not fit where they did.
-            narrower = name.startswith("w_") and jnp.dtype(dtype).itemsize < array.dtype.itemsize
-            return self._place(array.astype(dtype if narrower else array.dtype), axes, f"{module}/{name}")
-
-        def place(module: str, name: str, array: Any) -> Any:
-            axes = described[module][name].axes
-            if axes[:1] != (STACK,):
-                return place_one(module, name, array, axes)
-            return tuple(place_one(module, name, layer, axes[1:]) for layer in array)
-
-        return {
-            module: {name: place(module, name, a) for name, a in arrays.items()} for module, arrays in params.items()
-        }
-
-    def _place(self, array: Array, axes: tuple[str, ...], name: str) -> Array:
-        return array if self.layout is None else jax.device_put(array, self.layout.sharding(axes, array.shape, name))
-
     def _empty_caches(self, rows: int, cache_len: int) -> Any:
-        return _constrain_caches(_split_layers(init_cache(self.config, rows, cache_len)))
+        return _constrain_caches(split_layers(init_cache(self.config, rows, cache_len, self._cache_dtype)))
 
     def _resize(self, state: State, order: Int[Array, "B"], cache_len: int) -> State:
         """Row i of the result is row order[i] of `state`, or an empty seat where that is negative."""
@@ -158,9 +128,9 @@ class Programs:
         self, params: Any, tokens: Int[Array, "B T"], places: Int[Array, "B T"], caches: Any, logits_at: Any = None
     ) -> tuple[Float[Array, "B U V"], Any]:
         logits, stacked = self._model.apply(
-            _stack_layers(params), tokens, positions=places, cache=_stack_layers(caches), logits_at=logits_at
+            stack_layers(params), tokens, positions=places, cache=stack_layers(caches), logits_at=logits_at
         )
-        return constrain(logits, "batch", "sequence", "residual"), _constrain_caches(_split_layers(stacked))
+        return constrain(logits, "batch", "sequence", "residual"), _constrain_caches(split_layers(stacked))
 
     def _read_chunk(
         self,
@@ -331,17 +301,6 @@ class Programs:
                 found, caches = self._forward(params, state.token[:, None], state.place[:, None], caches)
                 logits = found[:, 0]
         return caches, jnp.stack(proposed, axis=1)
-
-
-def _split_layers(stacked: Any) -> Any:
-    """Every array [L, ...] as a tuple of its layers."""
-    return jax.tree.map(lambda x: tuple(x[i] for i in range(x.shape[0])), stacked)
-
-
-def _stack_layers(split: Any) -> Any:
-    """Tuples of arrays stacked again, which costs nothing: XLA takes a slice of a concatenation from its operand."""
-    is_split = lambda x: type(x) is tuple and bool(x) and isinstance(x[0], jax.Array)  # noqa: E731
-    return jax.tree.map(lambda x: jnp.stack(x) if is_split(x) else x, split, is_leaf=is_split)
 
 
 def _constrain_caches(caches: Any) -> Any:

@@ -54,7 +54,10 @@ def load_trained(path: str | Place, overrides: Iterable[str] = ()) -> Trained:
     keep_freed_memory(False, one_arena=True)  # a weight is mapped by itself, and what reading it took goes back
     named = store.restore(step, describe_arrays(config, layout, dtypes), only="params/", rows=stacks)
     keep_freed_memory(jax.default_backend() == "cpu")
-    engine = Engine(config.model, _to_params(named), layout=layout, slots=config.serve.slots)
+    serve = config.serve
+    engine = Engine(
+        config.model, _to_params(named), layout=layout, slots=serve.slots, weights=serve.weights, cache=serve.cache
+    )
     return Trained(engine, tokenizer_from_json(meta["tokenizer"], where=where), config, step, where)
 
 

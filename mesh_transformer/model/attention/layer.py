@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention.kernels import attend_by
-from mesh_transformer.model.attention.sight import Cache, Sight, store
+from mesh_transformer.model.attention.sight import Cache, Sight, recall, store
 from mesh_transformer.model.linear import linear
 from mesh_transformer.model.norms import HeadNorm
 from mesh_transformer.model.params import Inits, param
@@ -37,7 +37,7 @@ class Attention(hk.Module):
             q, k = rotate(q, sight.positions, c), rotate(k, sight.positions, c)
         if cache is not None:
             cache = store(cache, k, v, sight.positions)
-            k, v = cache.k.swapaxes(1, 2).astype(x.dtype), cache.v.swapaxes(1, 2).astype(x.dtype)
+            k, v = recall(cache, x.dtype)
         attend = partial(attend_by, config=c, local=self.local, sight=sight)
         if c.remat == "attention" and cache is None:
             attend = hk.remat(attend)

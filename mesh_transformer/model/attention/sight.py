@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each query may see, the cache of keys and values it may see them in, and the kernel that looks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from mesh_transformer.model.quantized import Quantized, quantize
 
 
 class Cache(NamedTuple):
@@ -14,8 +17,8 @@ class Cache(NamedTuple):
     Heads come before places, so that the keys of a head are one matrix and attention's products read them as they lie.
     """
 
-    k: Float[Array, "*L B K S C"]
-    v: Float[Array, "*L B K S C"]
+    k: Float[Array, "*L B K S C"] | Quantized
+    v: Float[Array, "*L B K S C"] | Quantized
 
 
 class Masks(NamedTuple):
@@ -42,7 +45,16 @@ def store(cache: Cache, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], 
         # whole cache four times a layer; writing the same values twice keeps it a scatter in place.
         k, v, positions = jnp.tile(k, (1, 2, 1, 1)), jnp.tile(v, (1, 2, 1, 1)), jnp.tile(positions, (1, 2))
     rows = jnp.arange(k.shape[0])[:, None]
-    return Cache(
-        cache.k.at[rows, :, positions].set(k.astype(cache.k.dtype)),
-        cache.v.at[rows, :, positions].set(v.astype(cache.v.dtype)),
-    )
+
+    def put(kept: Any, new: Any) -> Any:
+        if isinstance(kept, Quantized):
+            new = quantize(new, (-1,))
+        return jax.tree.map(lambda x, y: x.at[rows, :, positions].set(y.astype(x.dtype)), kept, new)
+
+    return Cache(put(cache.k, k), put(cache.v, v))
+
+
+def recall(cache: Cache, dtype: Any) -> tuple[Float[Array, "B S K C"], Float[Array, "B S K C"]]:
+    """One layer's keys and values in the type and order that attention takes."""
+    k, v = (x.widen(dtype) if isinstance(x, Quantized) else x.astype(dtype) for x in cache)
+    return k.swapaxes(1, 2), v.swapaxes(1, 2)
