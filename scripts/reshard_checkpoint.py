@@ -152,7 +152,13 @@ def convert(options: Any) -> dict[str, Any]:
             )
         elif options.format == "native":
             made = reshard.write_native(
-                partial, source, meta, dtype=options.dtype, block_bytes=ceiling // 8, journal=journal, progress=progress
+                partial,
+                source,
+                meta,
+                dtype=options.dtype,
+                block_bytes=ceiling // 16,
+                journal=journal,
+                progress=progress,
             )
         else:
             made = reshard.write_huggingface(partial, source, dtype=options.dtype, journal=journal, progress=progress)

@@ -35,7 +35,7 @@ from mesh_transformer.checkpoint.storage import folder_at
 
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorstore")
 PARTS = "parts"
-BLOCKS_IN_FLIGHT = 2
+BLOCKS_IN_FLIGHT = 3  # one waits for the disk while two cores make others
 BLOCKS = "blocks"  # instead of an owner, of a checkpoint made block by block
 
 Written = dict[str, dict[str, FileRecord]]  # array -> file -> what was written
@@ -82,13 +82,14 @@ def write_blocks(
     root: Place,
     step: int,
     records: Mapping[str, ArrayRecord],
-    blocks: Iterable[tuple[str, Piece]],
+    blocks: Iterable[tuple[str, Callable[[], Piece]]],
     meta: Mapping[str, Any],
     done: Mapping[str, Mapping[str, FileRecord]],
     log: Callable[[str, dict[str, FileRecord]], None],
 ) -> None:
-    """A checkpoint from blocks made one after the other, none of which crosses a shard; committed and durable on return.
+    """A checkpoint from blocks, none of which crosses a shard; committed and durable on return.
 
+    Blocks are begun in their order, and BLOCKS_IN_FLIGHT at a time are made and written side by side.
     `log` hears of every block that is on disk. What it heard before an interruption is `done` the next time: those
     blocks must not come again. The folder's temporary name is always the same, so only one process may do this.
     """
@@ -105,11 +106,13 @@ def write_blocks(
         written[name] |= files
         log(name, files)
 
-    # The next block is made while others are on their way to the disk.
+    def write(name: str, make: Callable[[], Piece]) -> dict[str, FileRecord]:
+        return write_pieces(draft, name, records[name], [make()])
+
     with futures.ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as writers:
-        for name, piece in blocks:
-            flying.append((name, writers.submit(write_pieces, draft, name, records[name], [piece])))
-            if len(flying) > BLOCKS_IN_FLIGHT:
+        for name, make in blocks:
+            flying.append((name, writers.submit(write, name, make)))
+            if len(flying) >= 2 * BLOCKS_IN_FLIGHT:
                 land()
         while flying:
             land()

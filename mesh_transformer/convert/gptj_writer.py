@@ -6,13 +6,16 @@ import itertools
 import json
 import math
 import os
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mesh_transformer.checkpoint.commit import BLOCKS_IN_FLIGHT
 from mesh_transformer.checkpoint.folders import write_synced
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
@@ -30,7 +33,7 @@ from mesh_transformer.convert.gptj import (
 )
 from mesh_transformer.convert.lazy import Composed, Held, Lazy, Part, Row, parse_pattern, to_dtype
 
-BLOCK_BYTES = 32_000_000  # of a leaf, in memory at once
+BLOCK_BYTES = 16_000_000  # of a leaf, in memory at once
 
 
 def old_config(config: ModelConfig, shards: int) -> dict[str, Any]:
@@ -85,6 +88,7 @@ def write_gptj(
     found = _find_rows(config, arrays)
     plan = [[(slot.name, _cut(slot, found, s, shards, config.d_model)) for slot in slots] for s in range(shards)]
     total, done = sum(math.prod(leaf.shape) * kind.itemsize for leaves in plan for _, leaf in leaves), 0
+    pieces: list[tuple[Path, list[tuple[str, Composed | Held]]]] = []
     for s, leaves in enumerate(plan):
         shard = folder / f"step_{step}" / f"shard_{s}"
         shard.mkdir(parents=True, exist_ok=True)
@@ -92,15 +96,20 @@ def write_gptj(
         rest = iter([*leaves, ("step", Held(np.array(step, np.int32)))])
         for piece in range(PIECES):
             own, path = list(itertools.islice(rest, size + (piece < more))), shard / f"{piece}.npz"
-            if path.exists():
-                written = iter(
-                    [sum(math.prod(leaf.shape) * kind.itemsize for _, leaf in own if not isinstance(leaf, Held))]
-                )
-            else:
-                written = _write_piece(path, own, kind)
-            for nbytes in written:
+            pieces.append((path, own))
+    counting = threading.Lock()
+
+    def write(path: Path, leaves: list[tuple[str, Composed | Held]]) -> None:
+        nonlocal done
+        there = sum(math.prod(leaf.shape) * kind.itemsize for _, leaf in leaves if not isinstance(leaf, Held))
+        for nbytes in [there] if path.exists() else _write_piece(path, leaves, kind):
+            with counting:
                 done += nbytes
                 report(done, total)
+
+    with ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as writers:
+        for future in [writers.submit(write, *piece) for piece in pieces]:
+            future.result()
     meta = {"step": step, "checkpoints": [step], "aux": {str(step): {}}}
     for name, table in (("config.json", old), ("meta.json", meta)):
         write_synced(folder / name, json.dumps(table, indent=1).encode())
@@ -162,6 +171,9 @@ def _read_blocks(name: str, leaf: Composed, kind: np.dtype) -> Iterator[np.ndarr
     step = max(BLOCK_BYTES // row // leaf.unit, 1) * leaf.unit
     for first in range(0, leaf.shape[0], step):
         values = leaf.read_rows(first, min(first + step, leaf.shape[0]))
+        if values.dtype == kind:
+            yield values
+            continue
         with np.errstate(over="ignore"):
             narrow = values.astype(kind)
         if np.isfinite(values).sum() != np.isfinite(narrow).sum():

@@ -5,7 +5,7 @@
 import collections
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,16 +46,16 @@ class Journal:
 
 
 class RowWriter:
-    """Writes rows of tensors and syncs them to disk while the next ones are made; the journal hears of what is on disk."""
+    """Makes rows of tensors, writes and syncs them, several blocks side by side; the journal hears of what is on disk."""
 
     def __init__(self, journal: Journal):
         self._journal, self._flying = journal, collections.deque[tuple[str, Future[None]]]()
-        self._writer = ThreadPoolExecutor(1)
+        self._writers = ThreadPoolExecutor(BLOCKS_IN_FLIGHT)
 
-    def write(self, key: str, place: FileArray, first: int, values: np.ndarray) -> None:
-        """Returns before it is done, with at most two blocks on their way."""
-        self._flying.append((key, self._writer.submit(write_values, place, first, values)))
-        while len(self._flying) > BLOCKS_IN_FLIGHT:
+    def write(self, key: str, place: FileArray, first: int, make: Callable[[], np.ndarray]) -> None:
+        """Returns before it is done, with some blocks on their way."""
+        self._flying.append((key, self._writers.submit(lambda: write_values(place, first, make()))))
+        while len(self._flying) >= 2 * BLOCKS_IN_FLIGHT:
             self._land()
 
     def finish(self) -> None:

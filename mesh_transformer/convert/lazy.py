@@ -37,7 +37,7 @@ class Lazy(Protocol):
         ...
 
     def read(self, index: Slices) -> np.ndarray:
-        """The values at `index`, in memory of their own."""
+        """The values at `index`, in memory of their own and in any order there (see `pack`)."""
         ...
 
 
@@ -260,7 +260,7 @@ class View:
         values = values.squeeze(tuple(i for i, word in enumerate(words) if word.isdigit()))
         ours = [word for word in words if not word.isdigit()]
         values = values.transpose([ours.index(axis) for axis in self.axes if axis in ours])
-        return pack(values).reshape([part.stop - part.start for part in index])
+        return values.reshape([part.stop - part.start for part in index])  # dims of size 1 come in: nothing is copied
 
     def _size(self, word: str) -> int:
         return int(word) if word.isdigit() else self._sizes[word]

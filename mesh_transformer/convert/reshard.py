@@ -8,6 +8,7 @@ folder of this machine, and then it is uploaded (upload.py).
 """
 
 import collections
+import functools
 import json
 import math
 import os
@@ -44,7 +45,7 @@ from mesh_transformer.convert.huggingface import (
     read_settings,
 )
 from mesh_transformer.convert.journal import JOURNAL, Journal, RowWriter
-from mesh_transformer.convert.lazy import Lazy, Slices, to_dtype
+from mesh_transformer.convert.lazy import Lazy, Slices, pack, to_dtype
 from mesh_transformer.convert.names import FAMILIES
 from mesh_transformer.convert.slices import cut, shard_slices, shrink
 from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors
@@ -151,14 +152,16 @@ def write_native(
         for name, key, size, digest in files:
             finished.setdefault(name, {})[key] = FileRecord(size, digest)
 
-    def blocks() -> Iterator[tuple[str, Piece]]:
+    def make(name: str, index: Slices) -> Piece:
+        return Piece(index, pack(arrays[name].read(index).astype(to_dtype(records[name].dtype), copy=False)))
+
+    def blocks() -> Iterator[tuple[str, Callable[[], Piece]]]:
         nonlocal done
         for name, record in records.items():
             for index in shard_slices(record):
                 key = shard_key([part.start // step_ for part, step_ in zip(index, record.shard, strict=True)])
                 if key not in finished.get(name, {}):
-                    values = np.asarray(arrays[name].read(index), to_dtype(record.dtype))
-                    yield name, Piece(index, values)
+                    yield name, functools.partial(make, name, index)
                 done += math.prod(part.stop - part.start for part in index) * DTYPES[record.dtype]
                 progress("writing", done, total)
 
@@ -190,7 +193,8 @@ def write_huggingface(
             for first in range(0, tensor.shape[0], rows):
                 last = min(first + rows, tensor.shape[0])
                 if f"{name} {first}" not in journal.done:
-                    writer.write(f"{name} {first}", places[name], first, tensor.read_rows(first, last))
+                    make = functools.partial(tensor.read_rows, first, last)
+                    writer.write(f"{name} {first}", places[name], first, make)
                 done += (last - first) * row
                 progress("writing", done, total)
         writer.finish()
@@ -226,8 +230,9 @@ def prove(source: Foreign, result: Foreign, dtype: str | None, progress: Progres
     total, done = count_bytes(source.arrays, dtype), 0
 
     def compare(name: str, index: Slices) -> np.ndarray:
-        wanted = np.ascontiguousarray(source.arrays[name].read(index), target_dtype(source.arrays[name], name, dtype))
-        found = np.ascontiguousarray(result.arrays[name].read(index))
+        kind = target_dtype(source.arrays[name], name, dtype)
+        wanted = pack(source.arrays[name].read(index).astype(kind, copy=False))
+        found = pack(result.arrays[name].read(index))
         if (
             found.dtype == np.float32 != wanted.dtype and wanted.dtype.name in FLOATS
         ):  # a sum of what was written narrow

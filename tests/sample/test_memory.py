@@ -59,4 +59,4 @@ def test_opening_takes_little_more_than_the_weights(tmp_path):
     found = json.loads(done.stdout)
     assert found["tokens"] == 2
     assert size * 0.9 < found["opened"] < size * 1.15
-    assert found["sampled"] < size * 1.6, "all weights were widened at once"
+    assert found["sampled"] < size * 2, "all weights were widened at once"
