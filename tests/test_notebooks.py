@@ -29,15 +29,17 @@ def find_parameters(notebook: nbformat.NotebookNode) -> int:
     return index
 
 
-def execute(name: str, folder: Path, parameters: dict[str, Any], found: str) -> tuple[dict[str, Any], str, int]:
-    """What a last cell with the expression `found` says; all text that was printed; the number of pictures.
+def execute(
+    name: str, folder: Path, parameters: dict[str, Any], found: str, *, then: str = ""
+) -> tuple[dict[str, Any], str, int]:
+    """What the expression `found` is behind the last cell and `then`; all text that was printed; the number of pictures.
 
     The cell tagged "parameters" is followed by one that sets others, as papermill does.
     """
     notebook = read(name)
     lines = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
     notebook.cells.insert(find_parameters(notebook) + 1, nbformat.v4.new_code_cell(lines))
-    notebook.cells.append(nbformat.v4.new_code_cell(f"import json\n\nprint(json.dumps({found}))"))
+    notebook.cells.append(nbformat.v4.new_code_cell(f"import json\n\n{then}\nprint(json.dumps({found}))"))
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     client.execute(env={key: value for key, value in os.environ.items() if key != "MPLBACKEND"} | ENVIRONMENT)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -124,7 +126,7 @@ def test_sharding_explained(tmp_path):
     found, text, pictures = execute(
         "sharding_explained",
         tmp_path,
-        {"RUNS": str(tmp_path / "runs"), "STEPS": 2, "MESHES": [mesh]},
+        {"RUNS": str(tmp_path / "runs"), "STEPS": 3, "MESHES": [mesh]},
         """dict(
             shares={mesh: {name: str(share) for name, share in own.items()} for mesh, own in shares.items()},
             ring={device: own.tolist() for device, own in ring.items()}, seen=list(seen.values()), losses=losses,
@@ -149,7 +151,7 @@ def test_sharding_explained(tmp_path):
     assert 0.25 <= found["state_bytes"][mesh] / found["state_bytes"]["data=1"] * 2 < 1.1
     assert found["same_bits"]
     assert found["moved"] > 20
-    assert found["step"] == 3
+    assert found["step"] == 4
     assert found["next_losses"][0] == pytest.approx(found["next_losses"][1], abs=1e-5)
     assert any("resumed from" in note for note in found["notes"])
     assert "queries: heads = 4 does not divide over tensor = 8" in text
@@ -157,7 +159,7 @@ def test_sharding_explained(tmp_path):
 
 
 def test_sample(tmp_path):
-    """A model trained on the spot, continued by the cell and, with the same seed, by the form's button."""
+    """A model trained on the spot, continued by the cell and, with the same seed, by the form; and GPT-J's files of it."""
     rng = np.random.default_rng(0)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "words.txt").write_text(" ".join(rng.choice(WORDS, 2000)) + "\n")
@@ -165,19 +167,40 @@ def test_sample(tmp_path):
         f'data.train.stdlib.path="{tmp_path / "texts"}"', f'data.cache_dir="{tmp_path / "cache"}"', "data.holdout=0",
         "model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.seq_len=64", 'optimizer.name="adamw"',
         "train.steps=30", "optimizer.warmup_steps=2", "train.evaluate_every=0",
+        'model.positions="rotary-pairs"', 'model.norm="layernorm"', 'model.residual="parallel"', "model.ff_bias=true",
+        "model.head_bias=true", "model.tied_embeddings=false",
     ]  # fmt: skip
     found, text, _ = execute(
         "sample_gptj",
         tmp_path,
         {"RUNS": str(tmp_path / "runs"), "TRAINING": training},
-        """[go.click(), dict(
+        """dict(
             text=completion.text, tokens=len(completion.tokens), form=answer.value, status=status.value,
-            prompt=completion.prompt, logprobs=completion.logprobs, vocabulary=model.n_vocab)][1]""",
+            prompt=completion.prompt, logprobs=completion.logprobs, vocabulary=model.n_vocab,
+            types=sorted({record.dtype for record in theirs.read_manifest(at).arrays.values()}), equal=equal)""",
+        then="""
+import jax.numpy as jnp
+import numpy as np
+
+go.click()
+export = [sys.executable, "scripts/reshard_checkpoint.py", run, f"{RUNS}/gptj", "--format", "huggingface"]
+subprocess.run(export, check=True, capture_output=True)
+TOKENIZER = "bytes"
+theirs, at = find_checkpoint(convert(f"{RUNS}/gptj"))
+equal = {}
+for name, record in theirs.read_manifest(at).arrays.items():
+    everything = tuple(slice(0, dim) for dim in record.shape)
+    ours = store.read_slice(step, name, everything).astype(jnp.bfloat16)
+    equal[name] = bool(np.array_equal(ours, theirs.read_slice(at, name, everything)))
+""",
     )
     assert "runs on 1 x cpu (CPU)" in text
     assert found["prompt"] == "def main("
     assert 1 <= found["tokens"] <= 64
     assert found["form"] == found["text"]
     assert found["status"].startswith(("length", "stop"))
+    assert found["types"] == ["bfloat16"]
+    assert len(found["equal"]) > 10
+    assert all(found["equal"].values()), found["equal"]
     # It learned something: better than a guess among all tokens.
     assert np.mean(found["logprobs"]) > -np.log(found["vocabulary"]) + 1
