@@ -175,7 +175,7 @@ def test_sample(tmp_path):
         tmp_path,
         {"RUNS": str(tmp_path / "runs"), "TRAINING": training},
         """dict(
-            text=completion.text, tokens=len(completion.tokens), form=answer.value, status=status.value,
+            text=completion.text.translate(VISIBLE), tokens=len(completion.tokens), form=answer.value, status=status.value,
             prompt=completion.prompt, logprobs=completion.logprobs, vocabulary=model.n_vocab,
             types=sorted({record.dtype for record in theirs.read_manifest(at).arrays.values()}), equal=equal)""",
         then="""
