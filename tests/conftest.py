@@ -31,7 +31,16 @@ install_import_hook(
 )
 
 
-LONGEST = ("test_proofs", "test_processes", "test_journey", "test_engine", "test_sharding", "test_step", "test_server")
+LONGEST = (
+    "test_proofs",
+    "test_processes",
+    "test_journey",
+    "test_engine",
+    "test_sharding",
+    "test_step",
+    "test_server",
+    "test_notebooks",
+)
 
 
 def pytest_collection_modifyitems(items: list) -> None:
