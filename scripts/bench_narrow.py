@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     for weights, cache in KINDS:
         trained = load_trained(options.run, [f'serve.weights="{weights}"', f'serve.cache="{cache}"'])
         windows = windows or find_windows(trained, options.text, options.windows)
-        row = {"weights": weights, "cache": cache} | measure(trained, windows, options.tokens)
+        row: dict[str, Any] = {"weights": weights, "cache": cache} | measure(trained, windows, options.tokens)
         rows.append(row | {"ratio": row["perplexity"] / (rows[0] if rows else row)["perplexity"]})
     print(json.dumps(rows) if options.json else format_rows(rows))
     return 0

@@ -88,7 +88,7 @@ def write_gptj(
     found = _find_rows(config, arrays)
     plan = [[(slot.name, _cut(slot, found, s, shards, config.d_model)) for slot in slots] for s in range(shards)]
     total, done = sum(math.prod(leaf.shape) * kind.itemsize for leaves in plan for _, leaf in leaves), 0
-    pieces: list[tuple[Path, list[tuple[str, Composed | Held]]]] = []
+    pieces: list[tuple[Path, Sequence[tuple[str, Composed | Held]]]] = []
     for s, leaves in enumerate(plan):
         shard = folder / f"step_{step}" / f"shard_{s}"
         shard.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def write_gptj(
             pieces.append((path, own))
     counting = threading.Lock()
 
-    def write(path: Path, leaves: list[tuple[str, Composed | Held]]) -> None:
+    def write(path: Path, leaves: Sequence[tuple[str, Composed | Held]]) -> None:
         nonlocal done
         there = sum(math.prod(leaf.shape) * kind.itemsize for _, leaf in leaves if not isinstance(leaf, Held))
         for nbytes in [there] if path.exists() else _write_piece(path, leaves, kind):

@@ -52,8 +52,11 @@ def make_inits(config: ModelConfig) -> Inits:
 _record: ContextVar[dict[str, tuple[str, ...]] | None] = ContextVar("record", default=None)
 
 
-def param(name: str, init: hk.initializers.Initializer, **axes: int) -> Array:
-    """A float32 learned array of the current module; keywords are its logical axes, values their sizes."""
+def param(name: str, init: hk.initializers.Initializer, **axes: int) -> Any:
+    """A float32 learned array of the current module; keywords are its logical axes, values their sizes.
+
+    While sampling it may be narrower, or Quantized, where it is a factor of a product.
+    """
     record = _record.get()
     if record is not None:
         record[f"{hk.experimental.current_name()}/{name}"] = tuple(axes)

@@ -80,7 +80,8 @@ def _abstract_params(model: ModelConfig, layout: Layout, weights: str) -> Any:
             axes = tuple("window" if dim in contracted else axis for dim, axis in enumerate(axes))
             scales = tuple(1 if dim in contracted else size for dim, size in enumerate(shape))
             place_of = layout.sharding(axes, scales, f"{module}/{name}")
-            leaf = Quantized(leaf, jax.ShapeDtypeStruct(scales, jnp.float32, sharding=place_of))
+            scale: Any = jax.ShapeDtypeStruct(scales, jnp.float32, sharding=place_of)
+            leaf = Quantized(leaf, scale)
         return jax.tree.map(lambda x: (x,) * count, leaf) if stacked else leaf
 
     return {
