@@ -19,7 +19,7 @@ from mesh_transformer.checkpoint.places import Place, map_bytes, read_into
 
 FLOAT32 = np.dtype(np.float32)
 TILE = 32
-MAPPED_BYTES = 1 << 25  # of a file at once, where only some columns of its rows are wanted
+MAPPED_BYTES = 1 << 23  # of a file at once, where only some columns of its rows are wanted
 Slices = tuple[slice, ...]  # with step 1, one for each dim
 
 
