@@ -11,7 +11,8 @@ What is read, by suffix; every kind but Parquet also as `.gz` or `.zst`:
 
 A byte order mark is dropped. Text files get Unix line ends (CRLF becomes LF, a lone CR stays); strings inside JSON and
 Parquet stay as they are. Empty text is no document: it is counted, never an error, unless a source has nothing else.
-Folders are read recursively in the order of their paths, without hidden files; links are followed, each folder once.
+Folders are read recursively in the order of their paths, without hidden files and __pycache__; links are followed,
+each folder once.
 
 Damage is bad UTF-8, a lone surrogate, NUL, JSON that is not an object with text under `text_key`, an archive that
 breaks off, fails its checksum or has something behind its end, and any file that cannot be read. It raises DataError,
@@ -146,7 +147,7 @@ def _suggest(path: Path) -> str:
     return f"; did you mean {near[0] if near[0] == STDLIB else path.parent / near[0]}?" if near else ""
 
 
-def _walk(root: Path, *, without: Set[str] = frozenset(), suffix: str = "") -> list[Path]:
+def _walk(root: Path, *, without: Set[str] = frozenset({"__pycache__"}), suffix: str = "") -> list[Path]:
     """Files below `root` whose names end in `suffix`, outside folders named in `without`; no folder twice."""
     found: dict[str, Path] = {}
     seen: set[str] = set()
