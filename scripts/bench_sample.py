@@ -53,14 +53,15 @@ def main(arguments: list[str]) -> int:
     config = ModelConfig(preset="gpt2", **PRESETS["gpt2"])
     params = jax.jit(make_model(config).init)(jax.random.key(0))
     engines = {
-        weights: Engine(config, params, weights=weights, cache=options.cache, slots=max(options.batch), prefix_bytes=0)
+        f"ours, {weights}": Engine(
+            config, params, weights=weights, cache=options.cache, slots=max(options.batch), prefix_bytes=0
+        )
         for weights in options.weights
     }
     rng = np.random.default_rng(0)
     prompts = {size: rng.integers(0, config.n_vocab, (size, options.prompt_len)) for size in options.batch}
     programs: dict[str, Callable[[np.ndarray], int]] = {
-        f"ours, {weights}": functools.partial(_draw_ours, engine, max_tokens=options.tokens)
-        for weights, engine in engines.items()
+        name: functools.partial(_draw_ours, engine, max_tokens=options.tokens) for name, engine in engines.items()
     }
     torch_draw = _make_torch(options.tokens)
     if torch_draw:
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
     bandwidth = _measure_read_bandwidth()
     limits = {
         (name, size): size * bandwidth / sum(leaf.nbytes for leaf in jax.tree.leaves(engine.programs.weights))
-        for name, engine in zip(programs, engines.values(), strict=False)
+        for name, engine in engines.items()
         for size in options.batch
     }
     result = {

@@ -7,14 +7,13 @@ list of its files (parts/<process>.json), process 0 merges the lists into the ma
 agree (agreement.py), so that all raise or none does. No device takes part in that: training may go on meanwhile.
 """
 
-import collections
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping
-from concurrent import futures
 from importlib.metadata import version
 from typing import Any
 
@@ -31,11 +30,11 @@ from mesh_transformer.checkpoint.manifest import (
     write_manifest,
 )
 from mesh_transformer.checkpoint.places import Place
+from mesh_transformer.checkpoint.side_by_side import run_side_by_side
 from mesh_transformer.checkpoint.storage import folder_at
 
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorstore")
 PARTS = "parts"
-BLOCKS_IN_FLIGHT = 3  # one waits for the disk while two cores make others
 BLOCKS = "blocks"  # instead of an owner, of a checkpoint made block by block
 
 Written = dict[str, dict[str, FileRecord]]  # array -> file -> what was written
@@ -89,7 +88,7 @@ def write_blocks(
 ) -> None:
     """A checkpoint from blocks, none of which crosses a shard; committed and durable on return.
 
-    Blocks are begun in their order, and BLOCKS_IN_FLIGHT at a time are made and written side by side.
+    Blocks are begun in their order, and some at a time are made and written side by side.
     `log` hears of every block that is on disk. What it heard before an interruption is `done` the next time: those
     blocks must not come again. The folder's temporary name is always the same, so only one process may do this.
     """
@@ -98,24 +97,13 @@ def write_blocks(
     written: Written = {name: dict(done.get(name, {})) for name in records}
     if not draft.is_dir():
         _begin(root, save)
-    flying: collections.deque[tuple[str, futures.Future[dict[str, FileRecord]]]] = collections.deque()
 
-    def land() -> None:
-        name, future = flying.popleft()
-        files = future.result()
+    def write(name: str, make: Callable[[], Piece]) -> tuple[str, dict[str, FileRecord]]:
+        return name, write_pieces(draft, name, records[name], [make()])
+
+    for name, files in run_side_by_side(functools.partial(write, *block) for block in blocks):
         written[name] |= files
         log(name, files)
-
-    def write(name: str, make: Callable[[], Piece]) -> dict[str, FileRecord]:
-        return write_pieces(draft, name, records[name], [make()])
-
-    with futures.ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as writers:
-        for name, make in blocks:
-            flying.append((name, writers.submit(write, name, make)))
-            if len(flying) >= 2 * BLOCKS_IN_FLIGHT:
-                land()
-        while flying:
-            land()
     _commit(root, save, written)
 
 

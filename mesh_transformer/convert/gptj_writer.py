@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of ours as a checkpoint of mesh-transformer-jax, for any number of shards; gptj.py says how one lies on disk."""
 
+import functools
 import itertools
 import json
 import math
@@ -9,15 +10,14 @@ import os
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mesh_transformer.checkpoint.commit import BLOCKS_IN_FLIGHT
 from mesh_transformer.checkpoint.folders import write_synced
 from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.checkpoint.side_by_side import run_side_by_side
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.foreign import Leaf, describe_leaves
 from mesh_transformer.convert.gptj import (
@@ -32,8 +32,7 @@ from mesh_transformer.convert.gptj import (
     list_slots,
 )
 from mesh_transformer.convert.lazy import Composed, Held, Lazy, Part, Row, parse_pattern, to_dtype
-
-BLOCK_BYTES = 16_000_000  # of a leaf, in memory at once
+from mesh_transformer.convert.slices import CUT_BYTES
 
 
 def old_config(config: ModelConfig, shards: int) -> dict[str, Any]:
@@ -107,9 +106,8 @@ def write_gptj(
                 done += nbytes
                 report(done, total)
 
-    with ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as writers:
-        for future in [writers.submit(write, *piece) for piece in pieces]:
-            future.result()
+    for _ in run_side_by_side(functools.partial(write, *piece) for piece in pieces):
+        pass
     meta = {"step": step, "checkpoints": [step], "aux": {str(step): {}}}
     for name, table in (("config.json", old), ("meta.json", meta)):
         write_synced(folder / name, json.dumps(table, indent=1).encode())
@@ -168,7 +166,7 @@ def _read_blocks(name: str, leaf: Composed, kind: np.dtype) -> Iterator[np.ndarr
         yield leaf.parts[0].read(()).astype(kind)
         return
     row = math.prod(leaf.shape[1:]) * 4
-    step = max(BLOCK_BYTES // row // leaf.unit, 1) * leaf.unit
+    step = max(CUT_BYTES // row // leaf.unit, 1) * leaf.unit
     for first in range(0, leaf.shape[0], step):
         values = leaf.read_rows(first, min(first + step, leaf.shape[0]))
         if values.dtype == kind:

@@ -28,7 +28,6 @@ from mesh_transformer.convert.tensor_files import find_tensors
 CONFIG = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 CARRIED = (*TOKENIZER_FILES, "generation_config.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model")
-ROWS_BYTES = 16_000_000  # of a tensor, read at once
 
 
 def is_huggingface(folder: Place) -> bool:

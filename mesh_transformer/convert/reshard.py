@@ -7,7 +7,6 @@ conversion that was killed goes on where it was. Then one rename makes it DST. I
 folder of this machine, and then it is uploaded (upload.py).
 """
 
-import collections
 import functools
 import json
 import math
@@ -15,7 +14,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +23,12 @@ import xxhash
 from mesh_transformer.checkpoint import folders
 from mesh_transformer.checkpoint.arrays import Piece
 from mesh_transformer.checkpoint.chunks import DTYPES, plan_chunks, shard_key
-from mesh_transformer.checkpoint.commit import BLOCKS, BLOCKS_IN_FLIGHT, write_blocks
+from mesh_transformer.checkpoint.commit import BLOCKS, write_blocks
 from mesh_transformer.checkpoint.digests import FileRecord
 from mesh_transformer.checkpoint.failures import CheckpointError
 from mesh_transformer.checkpoint.manifest import MANIFEST, ArrayRecord
 from mesh_transformer.checkpoint.places import Place, RemotePath
+from mesh_transformer.checkpoint.side_by_side import run_side_by_side
 from mesh_transformer.checkpoint.store import find_checkpoint
 from mesh_transformer.convert.foreign import FLOATS, PREFIX, Foreign, make_model_config
 from mesh_transformer.convert.gptj import open_gptj
@@ -37,18 +36,17 @@ from mesh_transformer.convert.gptj_writer import write_gptj
 from mesh_transformer.convert.huggingface import (
     CARRIED,
     CONFIG,
-    ROWS_BYTES,
     compose_tensors,
     find_family,
     is_huggingface,
     open_huggingface,
     read_settings,
 )
-from mesh_transformer.convert.journal import JOURNAL, Journal, RowWriter
-from mesh_transformer.convert.lazy import Lazy, Slices, pack, to_dtype
+from mesh_transformer.convert.journal import JOURNAL, Journal
+from mesh_transformer.convert.lazy import FileArray, Lazy, Slices, pack, to_dtype
 from mesh_transformer.convert.names import FAMILIES
-from mesh_transformer.convert.slices import cut, shard_slices, shrink
-from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors
+from mesh_transformer.convert.slices import CUT_BYTES, cut, shard_slices, shrink
+from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
 from mesh_transformer.convert.upload import Upload, check_remote, upload_folder
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import describe_params
@@ -183,21 +181,28 @@ def write_huggingface(
     planned = {name: Planned(t.shape, to_dtype(dtype) if dtype else t.dtype) for name, t in tensors.items()}
     files = _split_files(planned)
     total, done = sum(_nbytes(plan) for plan in planned.values()), 0
-    writer = RowWriter(journal)
-    for file, names in files.items():
-        places = create_safetensors(partial / file, {name: planned[name] for name in names})
-        for name in names:
-            tensor = tensors[name]
-            row = max(_nbytes(planned[name]) // max(tensor.shape[0], 1), 1)
-            rows = max(min(ROWS_BYTES, 10**12) // row // tensor.unit, 1) * tensor.unit
-            for first in range(0, tensor.shape[0], rows):
-                last = min(first + rows, tensor.shape[0])
-                if f"{name} {first}" not in journal.done:
-                    make = functools.partial(tensor.read_rows, first, last)
-                    writer.write(f"{name} {first}", places[name], first, make)
-                done += (last - first) * row
-                progress("writing", done, total)
-        writer.finish()
+
+    def write(key: str, name: str, place: FileArray, first: int, last: int) -> str:
+        write_values(place, first, tensors[name].read_rows(first, last))
+        return key
+
+    def blocks() -> Iterator[Callable[[], str]]:
+        nonlocal done
+        for file, names in files.items():
+            places = create_safetensors(partial / file, {name: planned[name] for name in names})
+            for name in names:
+                tensor = tensors[name]
+                row = max(_nbytes(planned[name]) // max(tensor.shape[0], 1), 1)
+                rows = max(CUT_BYTES // row // tensor.unit, 1) * tensor.unit
+                for first in range(0, tensor.shape[0], rows):
+                    last, key = min(first + rows, tensor.shape[0]), f"{name} {first}"
+                    if key not in journal.done:
+                        yield functools.partial(write, key, name, places[name], first, last)
+                    done += (last - first) * row
+                    progress("writing", done, total)
+
+    for key in run_side_by_side(blocks()):
+        journal.add(key, True)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in files.items() for n in names}}
         (partial / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1))
@@ -229,7 +234,7 @@ def prove(source: Foreign, result: Foreign, dtype: str | None, progress: Progres
         raise CheckpointError(f"the result has other arrays: {sorted(source.arrays.keys() ^ result.arrays.keys())[:5]}")
     total, done = count_bytes(source.arrays, dtype), 0
 
-    def compare(name: str, index: Slices) -> np.ndarray:
+    def compare(name: str, index: Slices) -> tuple[str, np.ndarray]:
         kind = target_dtype(source.arrays[name], name, dtype)
         wanted = pack(source.arrays[name].read(index).astype(kind, copy=False))
         found = pack(result.arrays[name].read(index))
@@ -239,22 +244,19 @@ def prove(source: Foreign, result: Foreign, dtype: str | None, progress: Progres
             wanted = wanted.astype(np.float32)
         if found.dtype != wanted.dtype or not np.array_equal(_bits(found), _bits(wanted)):
             raise CheckpointError(f"{name} at {index}: the result differs from the source; nothing was kept")
-        return _bits(wanted)
+        return name, _bits(wanted)
 
-    digests = {}
-    with ThreadPoolExecutor(BLOCKS_IN_FLIGHT) as readers:
-        for name, array in source.arrays.items():
-            digest, flying = xxhash.xxh3_128(), collections.deque[Future[np.ndarray]]()
-            for index in [*cut(array.shape, target_dtype(array, name, dtype).itemsize), None]:
-                if index is not None:
-                    flying.append(readers.submit(compare, name, index))
-                while len(flying) > (BLOCKS_IN_FLIGHT if index is not None else 0):
-                    values = flying.popleft().result()
-                    digest.update(values.tobytes())
-                    done += values.nbytes
-                    progress("proving", done, total)
-            digests[name] = digest.hexdigest()
-    return digests
+    digests = {name: xxhash.xxh3_128() for name in source.arrays}
+    blocks = (
+        functools.partial(compare, name, index)
+        for name, array in source.arrays.items()
+        for index in cut(array.shape, target_dtype(array, name, dtype).itemsize)
+    )
+    for name, values in run_side_by_side(blocks):
+        digests[name].update(values.data)
+        done += values.nbytes
+        progress("proving", done, total)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

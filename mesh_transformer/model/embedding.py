@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mesh_transformer.mesh import Layout, add_up, axes_of, current_layout
-from mesh_transformer.model.quantized import Quantized
+from mesh_transformer.model.quantized import Quantized, widen
 
 
 def look_up(table: Float[Array, "V D"] | Quantized, tokens: Int[Array, "B T"], dtype: str) -> Float[Array, "B T D"]:
@@ -20,7 +20,7 @@ def look_up(table: Float[Array, "V D"] | Quantized, tokens: Int[Array, "B T"], d
     the axes of the vocabulary. The table is gathered along embed alone, and its gradient scattered along it again.
     """
     if isinstance(table, Quantized):
-        return table.rows(tokens, dtype)
+        return widen(jax.tree.map(lambda x: x[tokens], table), dtype)
     layout = current_layout()
     if layout is None:
         # Gathered before the cast, so that the gradient is added up before it too.

@@ -28,14 +28,6 @@ class Quantized(NamedTuple):
         """Of the weight that this stands for."""
         return self.values.shape
 
-    def widen(self, dtype: Any) -> Float[Array, "..."]:
-        """The weight as an ordinary array."""
-        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
-
-    def rows(self, index: Array, dtype: str) -> Float[Array, "... D"]:
-        """Rows of a table."""
-        return Quantized(self.values[index], self.scale[index]).widen(dtype)
-
 
 def quantize(w: Float[Array, "..."], contracted: tuple[int, ...]) -> Quantized:
     """`w` rounded to 255 steps between minus and plus its largest value, for each output by itself."""
@@ -43,6 +35,11 @@ def quantize(w: Float[Array, "..."], contracted: tuple[int, ...]) -> Quantized:
     scale = jnp.max(jnp.abs(wide), axis=contracted, keepdims=True) / MOST
     values = jnp.round(wide / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8)
     return Quantized(values, scale)
+
+
+def widen(w: Float[Array, "..."] | Quantized, dtype: Any) -> Float[Array, "..."]:
+    """What is used as it is, whatever it was kept as."""
+    return (w.values.astype(jnp.float32) * w.scale if isinstance(w, Quantized) else w).astype(dtype)
 
 
 def multiply(
@@ -56,10 +53,10 @@ def multiply(
     values, scale = w if isinstance(w, Quantized) else (w, None)
     k = math.prod(w.shape[:inputs])
     if target_platform() != "cpu" or x.shape[0] > FEW_ROWS:
-        wide = w.widen(x.dtype) if isinstance(w, Quantized) else w.astype(x.dtype)
+        wide = widen(w, x.dtype)
         return jnp.matmul(x, wide.T if flipped else wide.reshape(k, -1), preferred_element_type=jnp.float32)
-    wide = x.astype(jnp.float32)
-    y = _by_output(wide, values) if flipped else _by_input(wide, values.reshape(k, -1))
+    x = x.astype(jnp.float32)
+    y = _by_output(x, values) if flipped else _by_input(x, values.reshape(k, -1))
     return y if scale is None else y * scale.reshape(1, -1)
 
 

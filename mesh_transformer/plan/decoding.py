@@ -6,19 +6,14 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mesh_transformer.config import ConfigError, ModelConfig, SampleConfig
+from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.mesh import Layout
-from mesh_transformer.model.params import STACK
-from mesh_transformer.model.quantized import Quantized
-from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.plan.job import Job, Measured
 from mesh_transformer.sample.programs import Programs
 from mesh_transformer.sample.requests import Row, stack_rows
 from mesh_transformer.sample.state import State
-from mesh_transformer.sample.weights import contracted_dims
 from mesh_transformer.train.state import describe_state, format_parameters
 
 
@@ -37,13 +32,12 @@ def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
     if job.context > model.seq_len:
         raise ConfigError(f"--context {job.context}: the model reads at most model.seq_len = {model.seq_len} tokens")
     serve = job.config.serve
-    programs = Programs(model, {}, layout, weights=serve.weights, cache=serve.cache)
-    params = _abstract_params(programs.config, layout, serve.weights)
-    state = _abstract_state(programs, job, layout)
-    lowered = programs.lower_decode(params, state)
-    weights = sum(_held(leaf) for leaf in jax.tree.leaves(params))
-    caches = sum(_held(leaf) for leaf in jax.tree.leaves(state.caches))
     shapes, axes = describe_state(job.config)
+    programs = Programs(model, shapes.params, layout, weights=serve.weights, cache=serve.cache)
+    state = _abstract_state(programs, job, layout)
+    lowered = programs.lower_decode(state)
+    weights = sum(_held(leaf) for leaf in jax.tree.leaves(programs.weights))
+    caches = sum(_held(leaf) for leaf in jax.tree.leaves(state.caches))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
     per_token = 2.0 * (count - model.n_vocab * model.d_model * (not model.tied_embeddings))
     attention = 4.0 * model.n_layers * model.n_heads * model.head_dim * job.context
@@ -65,29 +59,6 @@ def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
         fast=job.fast,
         sharding_table=format_parameters(shapes, axes, layout),
     )
-
-
-def _abstract_params(model: ModelConfig, layout: Layout, weights: str) -> Any:
-    """Weights as sample/weights.py lays them out; as saved means in the activations' type, or narrower."""
-
-    def place(module: str, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
-        stacked = axes[:1] == (STACK,)
-        shape, axes, count = (shape[1:], axes[1:], shape[0]) if stacked else (shape, axes, 1)
-        contracted = contracted_dims(name, axes)
-        dtype = jnp.dtype("float32" if not contracted else model.dtype if weights == "saved" else weights)
-        leaf: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes, shape, f"{module}/{name}"))
-        if contracted and weights == "int8":
-            axes = tuple("window" if dim in contracted else axis for dim, axis in enumerate(axes))
-            scales = tuple(1 if dim in contracted else size for dim, size in enumerate(shape))
-            place_of = layout.sharding(axes, scales, f"{module}/{name}")
-            scale: Any = jax.ShapeDtypeStruct(scales, jnp.float32, sharding=place_of)
-            leaf = Quantized(leaf, scale)
-        return jax.tree.map(lambda x: (x,) * count, leaf) if stacked else leaf
-
-    return {
-        module: {name: place(module, name, info.shape, info.axes) for name, info in arrays.items()}
-        for module, arrays in describe_params(model).items()
-    }
 
 
 def _abstract_state(programs: Programs, job: Job, layout: Layout) -> State:

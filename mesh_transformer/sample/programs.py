@@ -7,7 +7,7 @@ Decoding one token reads every weight once, and takes as long as that; weights.p
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import Layout, constrain, use_layout
-from mesh_transformer.model.params import Params
 from mesh_transformer.model.transformer import init_cache, make_model
 from mesh_transformer.sample.sampling import position_keys, sample, top_logprobs
 from mesh_transformer.sample.state import Asked, Record, State
@@ -32,13 +31,13 @@ class Programs:
     def __init__(
         self,
         config: ModelConfig,
-        params: Params,
+        params: Mapping[str, Mapping[str, Any]],
         layout: Layout | None,
         *,
         weights: str = "saved",
         cache: str = "model",
     ):
-        """See Engine."""
+        """See Engine; of weights given as shapes, programs can only be lowered."""
         # All layers in one piece; a sequence of one token cannot be cut, and nothing is differentiated.
         self.config = dataclasses.replace(config, unroll=config.n_layers, remat="none", dropout=0.0)
         if layout and (layout.mesh.shape["context"] > 1 or layout.mesh.shape["pipeline"] > 1):
@@ -50,7 +49,8 @@ class Programs:
         self.compilations: Counter[str] = Counter()
         self._model = make_model(self.config)
         self.weights = lay_out(params, self.config, self.layout, weights)
-        self._compiler_options = choose_compiler_options(self.weights, self.config)
+        with use_layout(self.layout):
+            self._compiler_options = choose_compiler_options(self.weights, self.config)
         self.make_caches = self._program("make_caches", self._empty_caches, static_argnums=(0, 1))
         self.make_state = self._program("make_state", self.empty_state, static_argnums=(1, 2))
         self.take_row = self._program("take_row", self._take_row)
@@ -75,10 +75,10 @@ class Programs:
         """See _draw_burst; the state that goes in is gone."""
         return self._decode(self.weights, *arguments)
 
-    def lower_decode(self, params: Any, state: State) -> Any:
-        """The program of `decode` for weights and state given as shapes, lowered and not compiled."""
+    def lower_decode(self, state: State) -> Any:
+        """The program of `decode` for a state given as shapes, lowered and not compiled; weights may be shapes as well."""
         steps, cancelled = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct(state.token.shape, jnp.bool_)
-        return self._decode.lower(params, state, steps, cancelled, None, 0)
+        return self._decode.lower(self.weights, state, steps, cancelled, None, 0)
 
     def empty_state(self, like: Asked, rows: int, cache_len: int) -> State:
         """All seats empty; `like` gives the kinds and widths of what rows ask for."""

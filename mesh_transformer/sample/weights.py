@@ -6,15 +6,16 @@ Slicing stacked weights would copy them, which doubles the traffic or worse. Wei
 once, here; narrower ones stay as they are and are widened where they are used (model/quantized.py).
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.mesh import Layout
-from mesh_transformer.model.params import STACK, Params
+from mesh_transformer.mesh import Layout, target_platform
+from mesh_transformer.model.params import STACK
 from mesh_transformer.model.quantized import Quantized, quantize
 from mesh_transformer.model.transformer import describe_params
 
@@ -24,28 +25,38 @@ WIDEN_LATE = {
 }
 
 
-def lay_out(params: Params, config: ModelConfig, layout: Layout | None, weights: str) -> Any:
-    """`params` with every layer by itself, its arrays in tuples, on `layout`'s devices; `weights` as in ServeConfig."""
+def lay_out(params: Mapping[str, Mapping[str, Any]], config: ModelConfig, layout: Layout | None, weights: str) -> Any:
+    """`params` with every layer by itself, its arrays in tuples, on `layout`'s devices; `weights` as in ServeConfig.
+
+    Of shapes (jax.ShapeDtypeStruct) instead of arrays it makes shapes, with their places.
+    """
     described = describe_params(config)
 
-    def place(array: Array, axes: tuple[str, ...], name: str) -> Array:
-        return array if layout is None else jax.device_put(array, layout.sharding(axes, array.shape, name))
+    def place(array: Any, axes: tuple[str, ...], name: str) -> Any:
+        sharding = layout and layout.sharding(axes, array.shape, name)
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+        return array if sharding is None else jax.device_put(array, sharding)
+
+    def apply(function: Callable[[Any], Any], array: Any) -> Any:
+        return jax.eval_shape(function, array) if isinstance(array, jax.ShapeDtypeStruct) else function(array)
 
     def shape_one(array: Any, axes: tuple[str, ...], name: str) -> Any:
         contracted = contracted_dims(name, axes)
         if not contracted:
             return place(array, axes, name)
         if weights == "int8":
-            small = jax.jit(quantize, static_argnums=1)(array, contracted)
+            small = apply(jax.jit(partial(quantize, contracted=contracted)), array)
             scale_axes = tuple("window" if dim in contracted else axis for dim, axis in enumerate(axes))
             return Quantized(place(small.values, axes, name), place(small.scale, scale_axes, name))
         widest = jnp.dtype(config.dtype if weights == "saved" else weights)
-        return place(array.astype(widest) if widest.itemsize < array.dtype.itemsize else array, axes, name)
+        narrowed = apply(lambda x: x.astype(widest), array) if widest.itemsize < array.dtype.itemsize else array
+        return place(narrowed, axes, name)
 
     def shape_layers(array: Any, axes: tuple[str, ...], name: str) -> Any:
         if axes[:1] != (STACK,):
             return shape_one(array, axes, name)
-        layers = [shape_one(layer, axes[1:], name) for layer in array]
+        layers = [shape_one(layer, axes[1:], name) for layer in apply(tuple, array)]
         return jax.tree.map(lambda *parts: parts, *layers)
 
     return {
@@ -64,14 +75,14 @@ def contracted_dims(name: str, axes: tuple[str, ...]) -> tuple[int, ...]:
     return (0,) if axes[0] == "embed" else tuple(range(len(axes) - 1))
 
 
-def choose_compiler_options(weights: Any, config: ModelConfig) -> dict[str, Any] | None:
+def choose_compiler_options(weights: Any, config: ModelConfig) -> dict[str, str] | None:
     """On a CPU weights narrower than the activations are widened one by one, where they are used.
 
     Otherwise XLA widens all of them first, before a burst's loop as well: in three times the memory.
     """
     widest = max(jnp.dtype(config.dtype).itemsize, 4)
     has_narrow = any(leaf.dtype.itemsize < widest for leaf in jax.tree.leaves(weights) if leaf.ndim > 1)
-    return WIDEN_LATE if has_narrow and jax.default_backend() == "cpu" else None
+    return WIDEN_LATE if has_narrow and target_platform() == "cpu" else None
 
 
 def split_layers(stacked: Any) -> Any:

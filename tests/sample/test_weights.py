@@ -9,7 +9,7 @@ import pytest
 from mesh_transformer.config import MeshConfig, ModelConfig, SampleConfig
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.params import STACK
-from mesh_transformer.model.quantized import quantize
+from mesh_transformer.model.quantized import quantize, widen
 from mesh_transformer.model.transformer import describe_params, make_model
 from mesh_transformer.sample.engine import Engine
 from mesh_transformer.sample.weights import contracted_dims
@@ -39,7 +39,7 @@ def round_weights(params):
         for name, info in infos.items():
             array, stacked = params[module][name], info.axes[:1] == (STACK,)
             if contracted := contracted_dims(name, info.axes[stacked:]):
-                array = quantize(array, tuple(dim + stacked for dim in contracted)).widen("float32")
+                array = widen(quantize(array, tuple(dim + stacked for dim in contracted)), "float32")
             rounded.setdefault(module, {})[name] = array
     return rounded
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mesh_transformer.model.quantized import Quantized, quantize
+from mesh_transformer.model.quantized import Quantized, quantize, widen
 
 
 class Cache(NamedTuple):
@@ -56,5 +56,4 @@ def store(cache: Cache, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], 
 
 def recall(cache: Cache, dtype: Any) -> tuple[Float[Array, "B S K C"], Float[Array, "B S K C"]]:
     """One layer's keys and values in the type and order that attention takes."""
-    k, v = (x.widen(dtype) if isinstance(x, Quantized) else x.astype(dtype) for x in cache)
-    return k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return widen(cache.k, dtype).swapaxes(1, 2), widen(cache.v, dtype).swapaxes(1, 2)
