@@ -1,20 +1,22 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One array <-> its files: Zarr 3 through TensorStore, written in the slices a process owns, read in those a device needs.
+"""One array <-> its files: Zarr 3, written in the slices a process owns, read in those a device needs.
 
-Codecs: `sharding_indexed` (index at the end, crc32c) over chunks of `bytes` (little endian) and crc32c; no compression.
-Keys are "c.<i>.<j>". `fill_missing_data_reads: false`, else a lost file reads as zeros, and with it
-`store_data_equal_to_fill_value: true`, else zeros are not stored and look lost. Reading takes shape, dtype and codecs
-from the checked manifest, never from zarr.json, which is there for other programs.
+Codecs: `sharding_indexed` (index at the end, crc32c) over chunks of `bytes` (little endian) and crc32c; no compression;
+chunks of zeros are stored as any other, else they would look lost. Keys are "c.<i>.<j>". Files are read by
+shard_files.py, objects by TensorStore. Both take shape, dtype and codecs from the checked manifest, never from
+zarr.json, which is there for other programs.
 """
 
 import collections
+import functools
 import itertools
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,18 +27,17 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from mesh_transformer.checkpoint.chunks import DTYPES, plan_chunks, shard_key
 from mesh_transformer.checkpoint.digests import FileRecord
 from mesh_transformer.checkpoint.failures import CheckpointError, StorageError, explain
+from mesh_transformer.checkpoint.folders import LocalFolder
 from mesh_transformer.checkpoint.manifest import ArrayRecord, array_folder
-from mesh_transformer.checkpoint.places import Place, kvstore_context, kvstore_spec
+from mesh_transformer.checkpoint.objects import RemoteFolder
+from mesh_transformer.checkpoint.places import Place, RemotePath, kvstore_context, kvstore_spec, read_blocks
+from mesh_transformer.checkpoint.shard_files import DamageError, Slices, encode_shard, read_shards
 from mesh_transformer.checkpoint.storage import folder_at
 
-DECODED_BYTES = 1 << 25  # of a slice of a checkpoint, decoded at once
-PART_BYTES = 1 << 23  # the same where memory is short: on the way to a device
-SHARDS_IN_FLIGHT = 4  # files encoded and written at once
+PART_BYTES = 1 << 23  # of a slice of a checkpoint in an object store, fetched at once
 READ_AHEAD_BYTES = 1 << 29  # of slices on their way from disk to devices
 READERS = 2  # slices read at once
 ALIGNMENT = 64  # bytes; host memory that begins so becomes an array of a CPU device without a copy
-
-Slices = tuple[slice, ...]
 
 
 class Piece(NamedTuple):
@@ -64,38 +65,36 @@ class StoredArray(NamedTuple):
         return jax.numpy.dtype(self.record.dtype)
 
     def read(self, index: Slices) -> np.ndarray:
-        """The values at `index` (slices with step 1), checked; CheckpointError if they are damaged.
+        """The values at `index` (slices with step 1), checked, at an address that a CPU device takes as it is.
 
-        Chunks are decoded whole, so that a few columns of a large array are read some rows of chunks at a time.
+        CheckpointError if they are damaged. Little else is in memory on the way: of files one chunk, of objects, which
+        TensorStore fetches side by side, the chunks of some rows.
         """
-        index = self._bound(index)
-        parts = self._cut(index, DECODED_BYTES)
-        return read_slice(self.folder, self.name, self.record, index) if len(parts) < 2 else self._fill(index, parts)
-
-    def read_aligned(self, index: Slices) -> np.ndarray:
-        """The same at an address that a CPU device takes as it is, with little else in memory on the way."""
-        index = self._bound(index)
-        return self._fill(index, self._cut(index, PART_BYTES))
-
-    def _bound(self, index: Slices) -> Slices:
-        """`index` with a start and a stop for every dim."""
-        return tuple(slice(*part.indices(dim)[:2]) for part, dim in zip(index, self.shape, strict=True))
-
-    def _fill(self, index: Slices, parts: list[Slices]) -> np.ndarray:
+        index = tuple(slice(*part.indices(dim)[:2]) for part, dim in zip(index, self.shape, strict=True))
         values = make_aligned([part.stop - part.start for part in index], self.dtype)
-        for part in parts:
+        where = array_folder(self.folder, self.name)
+        if isinstance(where, Path):
+            try:
+                read_shards(where, self.record.shard, self.record.chunk, index, values)
+            except DamageError as error:
+                path, reason = error.args
+                raise CheckpointError(f"{path}: damaged or unreadable, a file of {self.name}: {reason}") from error
+            return values
+        for part in self._cut(index):
             place = tuple(slice(p.start - i.start, p.stop - i.start) for p, i in zip(part, index, strict=True))
-            values[place] = read_slice(self.folder, self.name, self.record, part)
+            values[place] = _fetch(where, self.name, self.record, part)
         return values
 
-    def _cut(self, index: Slices, most: int) -> list[Slices]:
-        """`index` in parts whose chunks are at most about `most` bytes, along the first axis that has several of them."""
+    def _cut(self, index: Slices) -> list[Slices]:
+        """`index` in parts whose chunks are about PART_BYTES, along the first axis that has several of them."""
         chunks = self.record.chunk
         cover = [-(-i.stop // c) * c - i.start // c * c for i, c in zip(index, chunks, strict=True)]
         axis = next((i for i, chunk in enumerate(chunks) if cover[i] > chunk), None)
         if axis is None:
             return [index]
-        rows = max(most * chunks[axis] // (math.prod(cover) // cover[axis] * chunks[axis] * self.dtype.itemsize), 1)
+        rows = max(
+            PART_BYTES * chunks[axis] // (math.prod(cover) // cover[axis] * chunks[axis] * self.dtype.itemsize), 1
+        )
         step, (low, high) = max(rows // chunks[axis], 1) * chunks[axis], (index[axis].start, index[axis].stop)
         starts = range(low // chunks[axis] * chunks[axis], high, step)
         parts = [slice(max(first, low), min(first + step, high)) for first in starts]
@@ -139,36 +138,33 @@ def copy_to_host(arrays: Mapping[str, jax.Array]) -> dict[str, list[Piece]]:
     return {name: [Piece(shard.index, _copy(shard.data)) for shard in shards] for name, shards in owned.items()}
 
 
-def write_pieces(folder: Place, name: str, record: ArrayRecord, pieces: list[Piece]) -> dict[str, FileRecord]:
-    """Write slices into the array's folder, emptying `pieces`; what was written. Files are synced, folders are not."""
-    sink = folder_at(array_folder(folder, name)).open_sink()
-    array = _open(record, sink.kvstore, sink.context)
-    flying: collections.deque[tuple[str, Any]] = collections.deque()
+def list_shards(
+    folder: Place, name: str, record: ArrayRecord, pieces: list[Piece]
+) -> Iterator[Callable[[], tuple[str, str, FileRecord]]]:
+    """What writes each file of some slices of an array and returns (array, file, what was written); `pieces` is emptied.
 
-    def land() -> None:
-        key, future = flying.popleft()
-        future.result()
-        sink.take(key)
-
-    try:
-        while pieces:
-            for key, target, values in _cut(record, pieces.pop()):
-                flying.append((key, array[target].write(values, can_reference_source_data_indefinitely=True)))
-                if len(flying) >= SHARDS_IN_FLIGHT:
-                    land()
-        while flying:
-            land()
-        sink.drain()
-    finally:  # after a failure: nothing may still be writing into a folder that is about to be deleted
-        for _, future in flying:
-            future.exception()
-        sink.settle()
-    return sink.written
+    The files are durable, their names in their folder are not.
+    """
+    target = folder_at(array_folder(folder, name))
+    while pieces:
+        for key, values in _cut(record, pieces.pop()):
+            yield functools.partial(_write_shard, target, name, record, key, values)
 
 
-def read_slice(folder: Place, name: str, record: ArrayRecord, index: Slices) -> np.ndarray:
-    """The values of an array at `index` (slices with step 1), reading no more chunks than those hold."""
-    return _wait(folder, name, _open_stored(folder, name, record)[index].read())
+def _write_shard(
+    target: LocalFolder | RemoteFolder, name: str, record: ArrayRecord, key: str, values: np.ndarray
+) -> tuple[str, str, FileRecord]:
+    return name, key, target.put(key, encode_shard(values, record.shard, record.chunk))
+
+
+def copy_file(array: StoredArray, key: str, folder: Place) -> dict[str, FileRecord]:
+    """Copy one file of an array into the checkpoint in `folder`; CheckpointError if it is not what the array's record says."""
+    source = array_folder(array.folder, array.name) / key
+    wanted = array.record.files[key]
+    found = folder_at(array_folder(folder, array.name)).put(key, read_blocks(source, wanted.size))
+    if found != wanted:
+        raise CheckpointError(f"{source}: damaged: {found} is not {wanted}")
+    return {key: found}
 
 
 def restore_arrays(
@@ -201,7 +197,7 @@ def restore_arrays(
                     while flying and ahead + size > READ_AHEAD_BYTES:
                         ahead -= land()
                     index = (*lead, *(slice(*pair) for pair in ends))
-                    flying.append((name, first, places, size, readers.submit(array.read_aligned, index)))
+                    flying.append((name, first, places, size, readers.submit(array.read, index)))
                     ahead += size
         while flying:
             land()
@@ -239,21 +235,16 @@ def _is_host_memory(sharding: Sharding) -> bool:
     return on_cpu or sharding.memory_kind in ("pinned_host", "unpinned_host")
 
 
-def _cut(record: ArrayRecord, piece: Piece) -> Iterator[tuple[str, Slices, np.ndarray]]:
-    """File name, slices in the array, and values of each shard of a piece."""
+def _cut(record: ArrayRecord, piece: Piece) -> Iterator[tuple[str, np.ndarray]]:
+    """File name and values of each shard of a piece."""
     bounds = [part.indices(dim)[:2] for part, dim in zip(piece.index, record.shape, strict=True)]
     starts = [range(start, stop, step) for (start, stop), step in zip(bounds, record.shard, strict=True)]
     for corner in itertools.product(*starts):
-        ends = [min(low + step, stop) for low, step, (_, stop) in zip(corner, record.shard, bounds, strict=True)]
-        target = tuple(slice(low, end) for low, end in zip(corner, ends, strict=True))
-        source = tuple(
-            slice(low - start, end - start) for low, end, (start, _) in zip(corner, ends, bounds, strict=True)
+        index = tuple(
+            slice(low - start, min(low + step, stop) - start)
+            for low, step, (start, stop) in zip(corner, record.shard, bounds, strict=True)
         )
-        yield (
-            shard_key([low // step for low, step in zip(corner, record.shard, strict=True)]),
-            target,
-            piece.values[source],
-        )
+        yield shard_key([low // step for low, step in zip(corner, record.shard, strict=True)]), piece.values[index]
 
 
 def _places(sharding: Sharding, shape: tuple[int, ...]) -> dict[tuple[tuple[int, int], ...], list[Sharding]]:
@@ -266,27 +257,34 @@ def _places(sharding: Sharding, shape: tuple[int, ...]) -> dict[tuple[tuple[int,
     return places
 
 
-def _open_stored(folder: Place, name: str, record: ArrayRecord) -> Any:
-    return _open(record, kvstore_spec(array_folder(folder, name)), kvstore_context(folder))
-
-
-def _open(record: ArrayRecord, kvstore: dict[str, Any], context: ts.Context | None) -> Any:
+def _fetch(where: RemotePath, name: str, record: ArrayRecord, index: Slices) -> np.ndarray:
+    """What TensorStore finds at `index`; its errors as CheckpointError with array and file."""
     spec = {
         "driver": "zarr3",
-        "kvstore": kvstore,
-        "metadata": _metadata(record),
+        "kvstore": kvstore_spec(where),
+        "metadata": make_metadata(record),
         "fill_missing_data_reads": False,
-        "store_data_equal_to_fill_value": True,
     }
-    return ts.open(spec, open=True, assume_metadata=True, context=context).result()
+    try:
+        array = ts.open(spec, open=True, assume_metadata=True, context=kvstore_context(where)).result()
+        return array[index].read().result()
+    except Exception as error:  # TensorStore raises by status code, DATA_LOSS as ValueError, others as builtin kinds
+        message = str(error)
+        found = re.search(r'"[^"]*/(c[.0-9]*)"', message)
+        file = where / found[1] if found else where
+        if unreachable := explain(file, error):
+            raise StorageError(f"{file}: {unreachable}") from error
+        reason = re.sub(r"\s*\[(source locations|tensorstore_spec|domain).*", "", message, flags=re.DOTALL)
+        raise CheckpointError(f"{file}: damaged or unreadable, a file of {name}: {reason}") from error
 
 
 def format_metadata(record: ArrayRecord) -> bytes:
     """The zarr.json of an array."""
-    return json.dumps(_metadata(record), indent=1).encode()
+    return json.dumps(make_metadata(record), indent=1).encode()
 
 
-def _metadata(record: ArrayRecord) -> dict[str, Any]:
+def make_metadata(record: ArrayRecord) -> dict[str, Any]:
+    """What zarr.json says of an array."""
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     plain = {"name": "bytes"} if DTYPES[record.dtype] == 1 else little
     checksum = {"name": "crc32c"}
@@ -307,17 +305,3 @@ def _metadata(record: ArrayRecord) -> dict[str, Any]:
         "fill_value": False if record.dtype == "bool" else 0,
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
-
-
-def _wait(folder: Place, name: str, future: Any) -> np.ndarray:
-    """The result of a read; TensorStore's errors as CheckpointError with array and file."""
-    try:
-        return future.result()
-    except Exception as error:  # TensorStore raises by status code, DATA_LOSS as ValueError, others as builtin kinds
-        message = str(error)
-        file = re.search(r'"[^"]*/(c[.0-9]*)"', message)
-        where = array_folder(folder, name) / file[1] if file else array_folder(folder, name)
-        if unreachable := explain(where, error):
-            raise StorageError(f"{where}: {unreachable}") from error
-        reason = re.sub(r"\s*\[(source locations|tensorstore_spec|domain).*", "", message, flags=re.DOTALL)
-        raise CheckpointError(f"{where}: damaged or unreadable, a file of {name}: {reason}") from error

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,7 @@ from importlib.metadata import version
 from typing import Any
 
 from mesh_transformer.agreement import gather, process_count, process_index, run_everywhere
-from mesh_transformer.checkpoint.arrays import Piece, format_metadata, write_pieces
+from mesh_transformer.checkpoint.arrays import Piece, format_metadata, list_shards
 from mesh_transformer.checkpoint.chunks import shard_keys
 from mesh_transformer.checkpoint.digests import FileRecord, digest_bytes
 from mesh_transformer.checkpoint.manifest import (
@@ -37,7 +38,8 @@ PACKAGES = ("jax", "jaxlib", "numpy", "tensorstore")
 PARTS = "parts"
 BLOCKS = "blocks"  # instead of an owner, of a checkpoint made block by block
 
-Written = dict[str, dict[str, FileRecord]]  # array -> file -> what was written
+Files = dict[str, FileRecord]  # by their names in the array's folder
+Written = dict[str, Files]  # by array
 
 
 @dataclasses.dataclass
@@ -81,14 +83,15 @@ def write_blocks(
     root: Place,
     step: int,
     records: Mapping[str, ArrayRecord],
-    blocks: Iterable[tuple[str, Callable[[], Piece]]],
+    blocks: Iterable[tuple[str, Callable[[Place], Files]]],
     meta: Mapping[str, Any],
-    done: Mapping[str, Mapping[str, FileRecord]],
-    log: Callable[[str, dict[str, FileRecord]], None],
+    done: Mapping[str, Files],
+    log: Callable[[str, Files], None],
 ) -> None:
-    """A checkpoint from blocks, none of which crosses a shard; committed and durable on return.
+    """A checkpoint from blocks, each a file of an array or several; committed and durable on return.
 
-    Blocks are begun in their order, and some at a time are made and written side by side.
+    A block is an array's name and what writes files of it into the draft's folder (`write_piece`, `copy_file`). They are
+    begun in their order, some at a time side by side.
     `log` hears of every block that is on disk. What it heard before an interruption is `done` the next time: those
     blocks must not come again. The folder's temporary name is always the same, so only one process may do this.
     """
@@ -98,13 +101,18 @@ def write_blocks(
     if not draft.is_dir():
         _begin(root, save)
 
-    def write(name: str, make: Callable[[], Piece]) -> tuple[str, dict[str, FileRecord]]:
-        return name, write_pieces(draft, name, records[name], [make()])
+    def write(name: str, block: Callable[[Place], Files]) -> tuple[str, Files]:
+        return name, block(draft)
 
     for name, files in run_side_by_side(functools.partial(write, *block) for block in blocks):
         written[name] |= files
         log(name, files)
     _commit(root, save, written)
+
+
+def write_piece(name: str, record: ArrayRecord, make: Callable[[], Piece], folder: Place) -> Files:
+    """Write the files of a slice, which is made now, into the checkpoint in `folder`."""
+    return {key: file for _, key, file in (job() for job in list_shards(folder, name, record, [make()]))}
 
 
 def _begin(root: Place, save: Save) -> None:
@@ -120,8 +128,11 @@ def _write_slices(root: Place, save: Save, written: Written) -> None:
             f"{draft}: process 0 has made it, and process {process_index()} does not see it; run.dir must lie where "
             "all hosts see the same files, or in an object store"
         )
-    for name in list(save.pieces):
-        written[name] = write_pieces(draft, name, save.records[name], save.pieces.pop(name))
+    written |= {name: {} for name in save.pieces}
+    names = list(save.pieces)
+    jobs = (list_shards(draft, name, save.records[name], save.pieces.pop(name)) for name in names)
+    for name, key, file in run_side_by_side(itertools.chain.from_iterable(jobs)):
+        written[name][key] = file
     if process_index() > 0:
         folder_at(draft).write({f"{PARTS}/{process_index()}.json": json.dumps(written).encode()})
 

@@ -27,10 +27,11 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from mesh_transformer.checkpoint.digests import FileRecord, digest_file
-from mesh_transformer.checkpoint.places import Place, kvstore_spec
+import xxhash
+
+from mesh_transformer.checkpoint.digests import FileRecord
+from mesh_transformer.checkpoint.places import Place
 
 COMMIT = "COMMIT"
 STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})")
@@ -91,7 +92,7 @@ class LocalFolder:
         shutil.rmtree(self.path / name)
 
     def sync(self, *, deep: bool) -> None:
-        """Make the names in it durable; with `deep` also those in the folders below."""
+        """Make the names in it durable; with `deep` also all files and folders below."""
         sync_tree(self.path) if deep else sync_folder(self.path)
 
     def measure(self, names: Iterable[str]) -> Iterator[int | str]:
@@ -118,27 +119,16 @@ class LocalFolder:
         found = [(path, path.stat()) for path in sorted(self.path.rglob("*")) if path.is_file()]
         return {path.relative_to(self.path).as_posix(): (status.st_size, status.st_mtime) for path, status in found}
 
-    def open_sink(self) -> "FileSink":
-        """Where an array's files are written, if this is an array's folder."""
-        return FileSink(self.path)
-
-
-class FileSink:
-    """The files of one array on their way to disk, where TensorStore itself writes them."""
-
-    def __init__(self, path: Path):
-        self._path, self.written, self.context = path, dict[str, FileRecord](), None
-        self.kvstore: dict[str, Any] = kvstore_spec(path)
-
-    def take(self, key: str) -> None:
-        """TensorStore has written this file."""
-        self.written[key] = digest_file(self._path / key)  # out of the page cache, while the next files are written
-
-    def drain(self) -> None:
-        """Wait for what is on its way: nothing is."""
-
-    def settle(self) -> None:
-        """The same after a failure."""
+    def put(self, name: str, blocks: Iterable[bytes | memoryview]) -> FileRecord:
+        """Write a file of blocks, one after the other; durable once the folder is synced, deep."""
+        digest, size = xxhash.xxh3_128(), 0
+        with open(self.path / name, "wb") as file:
+            for block in blocks:
+                digest.update(block)
+                size += file.write(block)
+            file.flush()
+            begin_writeback(file.fileno())
+        return FileRecord(size, digest.hexdigest())
 
 
 def step_folder(root: Place, step: int) -> Place:
@@ -234,9 +224,27 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Make the names in a folder and in every folder below it durable."""
-    for folder, _, _ in os.walk(path, topdown=False):
+    """Make all files and names in a folder and in every folder below it durable."""
+    for folder, _, files in os.walk(path, topdown=False):
+        for name in files:
+            sync_file(Path(folder, name))
         sync_folder(Path(folder))
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written into a file durable."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
+def begin_writeback(descriptor: int, start: int = 0, size: int = 0) -> None:
+    """Have the kernel begin to write bytes of a file (all after `start` if `size` is 0) to disk, without waiting for it.
+
+    Else it waits until much has gathered, and a sync at the end waits for all of that. The advice that these bytes are not
+    needed in memory does it on Linux; they stay there while they are being written.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def _start_ticks(pid: int) -> int:

@@ -14,7 +14,6 @@ A second save of a step deletes the first one before it begins, COMMIT first: if
 others are as they were.
 """
 
-import collections
 import contextlib
 import datetime
 import re
@@ -31,7 +30,6 @@ from mesh_transformer.checkpoint.places import RemotePath, kvstore_context, kvst
 
 OWNER = "OWNER"
 MARK = re.compile(rf"{OWNER}\.(.+)-([0-9]+)-([0-9]+)-[0-9a-f]+")
-UPLOADS = 4  # objects of an array on their way at once
 
 
 class RemoteFolder:
@@ -112,9 +110,11 @@ class RemoteFolder:
         found = self.list_files()
         return (found[name][0] if name in found else "missing (no such object)" for name in names)
 
-    def open_sink(self) -> "ObjectSink":
-        """Where an array's objects are written, if this is an array's folder."""
-        return ObjectSink(self.path)
+    def put(self, name: str, blocks: Iterable[bytes | memoryview]) -> FileRecord:
+        """Put an object of the blocks, one after the other."""
+        data = b"".join(blocks)
+        self.write({name: data})
+        return digest_bytes(data)
 
     def list_files(self) -> dict[str, tuple[int, float]]:
         """Size in bytes and time of change of every object below, by its name from here."""
@@ -140,43 +140,6 @@ class RemoteFolder:
         marks = {name for name in names if MARK.fullmatch(name)}
         for group in ({COMMIT} & names, names - marks - {COMMIT}, marks):
             self.delete(sorted(group))
-
-
-class ObjectSink:
-    """The objects of one array on their way: TensorStore encodes each in memory, where it is digested and then put."""
-
-    def __init__(self, path: RemotePath):
-        self._path, self.written = path, dict[str, FileRecord]()
-        self.kvstore: dict[str, Any] = {"driver": "memory"}
-        self.context = ts.Context()
-        self._memory = ts.KvStore.open(self.kvstore, context=self.context).result()
-        with path.reaching():
-            self._store = _open_store(path)
-        self._flying: collections.deque[tuple[str, Any]] = collections.deque()
-
-    def take(self, key: str) -> None:
-        """TensorStore has encoded this one."""
-        data = self._memory.read(key).result().value
-        self._memory.write(key, None).result()
-        self.written[key] = digest_bytes(data)
-        self._flying.append((key, self._store.write(key, data)))
-        while len(self._flying) >= UPLOADS:
-            self._land()
-
-    def drain(self) -> None:
-        """Wait for what is on its way."""
-        while self._flying:
-            self._land()
-
-    def settle(self) -> None:
-        """The same after a failure: nothing may still be put where all is about to be deleted."""
-        for _, future in self._flying:
-            future.exception()
-
-    def _land(self) -> None:
-        key, future = self._flying.popleft()
-        with (self._path / key).reaching():
-            future.result()
 
 
 def _open_store(path: RemotePath) -> Any:

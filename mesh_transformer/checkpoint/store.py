@@ -22,7 +22,6 @@ from mesh_transformer.checkpoint.arrays import (
     StoredArray,
     copy_to_host,
     describe_array,
-    read_slice,
     restore_arrays,
 )
 from mesh_transformer.checkpoint.commit import Save, commit_save
@@ -184,7 +183,7 @@ class Store:
         """The values of one array at `index` in host memory, checked; CheckpointError if they are damaged."""
         record = self.read_manifest(step).arrays[name]
         _check_files(self.folder(step), {name: record})
-        return read_slice(self.folder(step), name, record, index)
+        return StoredArray(self.folder(step), name, record).read(index)
 
     def open_arrays(self, step: int) -> dict[str, StoredArray]:
         """Every array, to be read a slice at a time; manifest and files are looked at now, and not again for each slice."""

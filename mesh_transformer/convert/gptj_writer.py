@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of ours as a checkpoint of mesh-transformer-jax, for any number of shards; gptj.py says how one lies on disk."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -11,11 +12,11 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from mesh_transformer.checkpoint.folders import write_synced
+from mesh_transformer.checkpoint.folders import begin_writeback, sync_tree, write_synced
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.checkpoint.side_by_side import run_side_by_side
 from mesh_transformer.config import ModelConfig
@@ -31,7 +32,7 @@ from mesh_transformer.convert.gptj import (
     find_uneven,
     list_slots,
 )
-from mesh_transformer.convert.lazy import Composed, Held, Lazy, Part, Row, parse_pattern, to_dtype
+from mesh_transformer.convert.lazy import Composed, Held, Lazy, Row, pack, to_dtype
 from mesh_transformer.convert.slices import CUT_BYTES
 
 
@@ -83,31 +84,31 @@ def write_gptj(
     old = old_config(config, shards)
     if dtype not in KINDS:
         raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(KINDS)}")
-    slots, kind = list_slots(config), to_dtype(dtype)
+    kind = to_dtype(dtype)
     found = _find_rows(config, arrays)
-    plan = [[(slot.name, _cut(slot, found, s, shards, config.d_model)) for slot in slots] for s in range(shards)]
-    total, done = sum(math.prod(leaf.shape) * kind.itemsize for leaves in plan for _, leaf in leaves), 0
-    pieces: list[tuple[Path, Sequence[tuple[str, Composed | Held]]]] = []
-    for s, leaves in enumerate(plan):
-        shard = folder / f"step_{step}" / f"shard_{s}"
+    leaves = [_find_leaf(slot, found, config.d_model) for slot in list_slots(config)]
+    leaves.append(Placed("step", Held(np.array(step, np.int32)), "same"))
+    total, done = sum(leaf.count(kind) for leaf in leaves), 0
+    folders = [folder / f"step_{step}" / f"shard_{s}" for s in range(shards)]
+    for shard in folders:
         shard.mkdir(parents=True, exist_ok=True)
-        size, more = divmod(len(leaves) + 1, PIECES)
-        rest = iter([*leaves, ("step", Held(np.array(step, np.int32)))])
-        for piece in range(PIECES):
-            own, path = list(itertools.islice(rest, size + (piece < more))), shard / f"{piece}.npz"
-            pieces.append((path, own))
-    counting = threading.Lock()
+    size, more = divmod(len(leaves), PIECES)
+    rest, counting = iter(leaves), threading.Lock()
 
-    def write(path: Path, leaves: Sequence[tuple[str, Composed | Held]]) -> None:
+    def write(paths: Sequence[Path], leaves: Sequence[Placed]) -> None:
         nonlocal done
-        there = sum(math.prod(leaf.shape) * kind.itemsize for _, leaf in leaves if not isinstance(leaf, Held))
-        for nbytes in [there] if path.exists() else _write_piece(path, leaves, kind):
+        there = [leaf.count(kind) for leaf in leaves]
+        for nbytes in there if all(path.exists() for path in paths) else _write_piece(paths, leaves, kind):
             with counting:
                 done += nbytes
                 report(done, total)
 
+    sizes = [size + (piece < more) for piece in range(PIECES)]
+    pieces = [([shard / f"{i}.npz" for shard in folders], list(itertools.islice(rest, n))) for i, n in enumerate(sizes)]
+    pieces.sort(key=lambda piece: -sum(leaf.count(kind) for leaf in piece[1]))  # the last to end should be small
     for _ in run_side_by_side(functools.partial(write, *piece) for piece in pieces):
         pass
+    sync_tree(folder)
     meta = {"step": step, "checkpoints": [step], "aux": {str(step): {}}}
     for name, table in (("config.json", old), ("meta.json", meta)):
         write_synced(folder / name, json.dumps(table, indent=1).encode())
@@ -127,53 +128,110 @@ def _find_rows(config: ModelConfig, arrays: Mapping[str, Lazy]) -> dict[tuple[st
     return found
 
 
-def _cut(slot: Slot, found: Mapping[Any, tuple[Lazy, Leaf]], s: int, shards: int, d_model: int) -> Composed:
-    """What shard `s` holds there."""
-    entry = slot.entry
-    if (entry.ours, slot.layer) not in found or (s > 0 and entry.merge in ("sum", "first")):
-        fill = 1 if entry.theirs.endswith("/scale") else 0
-        return Composed([Held(np.full(d_model, fill, np.float32))], "embed", [("embed",)])
+class Placed(NamedTuple):
+    """An array of theirs, of all shards together, and how it is spread over them."""
+
+    name: str
+    values: Composed | Held
+    spread: int | str  # the dim that is cut; "same" in each; else all of it in shard 0, with `fill` in the others
+    fill: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all shards together."""
+        return self.values.shape
+
+    def count(self, kind: np.dtype) -> int:
+        """Bytes that are read for it; none of what is in memory."""
+        return 0 if isinstance(self.values, Held) else math.prod(self.shape) * kind.itemsize
+
+
+def _find_leaf(slot: Slot, found: Mapping[Any, tuple[Lazy, Leaf]], d_model: int) -> Placed:
+    """What the shards hold there; what we have not are zeros, or the ones of a norm that does nothing."""
+    entry, fill = slot.entry, 1 if slot.entry.theirs.endswith("/scale") else 0
+    if (entry.ours, slot.layer) not in found:
+        nothing = Composed([Held(np.full(d_model, fill, np.float32))], "embed", [("embed",)])
+        return Placed(slot.name, nothing, "same")
     array, leaf = found[entry.ours, slot.layer]
-    if isinstance(entry.merge, int):
-        axis = leaf.axes.index(parse_pattern(entry.pattern)[entry.merge][0])
-        size = leaf.shape[axis] // shards
-        array = Part(array, axis, s * size, (s + 1) * size)
-    return Composed([array], entry.pattern, [leaf.axes])
+    spread = "same" if entry.merge == "mean" else entry.merge
+    return Placed(slot.name, Composed([array], entry.pattern, [leaf.axes]), spread, fill)
 
 
-def _write_piece(path: Path, leaves: Sequence[tuple[str, Composed | Held]], kind: np.dtype) -> Iterator[int]:
-    """Write one .npz, durably, then give it its name; yields the number of bytes as they are written."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for i, (name, leaf) in enumerate(leaves):
-                with archive.open(zipfile.ZipInfo(f"arr_{i}.npy"), "w", force_zip64=True) as member:
-                    blocks = [leaf.values] if isinstance(leaf, Held) else _read_blocks(name, leaf, kind)
-                    descr = leaf.dtype.str if isinstance(leaf, Held) else kind.str
-                    header = {"descr": descr, "fortran_order": False, "shape": leaf.shape}
-                    np.lib.format.write_array_header_1_0(member, header)
-                    for rows in blocks:
-                        member.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
-                        yield 0 if isinstance(leaf, Held) else rows.nbytes
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _write_piece(paths: Sequence[Path], leaves: Sequence[Placed], kind: np.dtype) -> Iterator[int]:
+    """Write the same .npz of every shard, then give them their names; yields numbers of bytes read for it.
+
+    All at once, for a matrix that is cut by columns would else be read as often as there are shards.
+    """
+    temporary = [path.with_suffix(".tmp") for path in paths]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(path, "wb")) for path in temporary]
+        archives = [stack.enter_context(zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)) for file in files]
+        for i, leaf in enumerate(leaves):
+            with contextlib.ExitStack() as inside:
+                info = f"arr_{i}.npy"
+                members = [
+                    inside.enter_context(archive.open(zipfile.ZipInfo(info), "w", force_zip64=True))
+                    for archive in archives
+                ]
+                yield from _write_leaf(members, leaf, leaf.values.dtype if isinstance(leaf.values, Held) else kind)
+        for archive in archives:
+            archive.close()
+        for file in files:
+            file.flush()
+            begin_writeback(file.fileno())
+    for path, written in zip(paths, temporary, strict=True):
+        os.replace(written, path)
 
 
-def _read_blocks(name: str, leaf: Composed, kind: np.dtype) -> Iterator[np.ndarray]:
-    """The rows of a leaf, some at a time; CheckpointError if float16 is too small for one."""
-    if not leaf.shape:  # a norm with one length
-        yield leaf.parts[0].read(()).astype(kind)
+def _write_leaf(members: Sequence[IO[bytes]], leaf: Placed, kind: np.dtype) -> Iterator[int]:
+    shape = list(leaf.shape)
+    if isinstance(leaf.spread, int):
+        shape[leaf.spread] //= len(members)
+    for member in members:
+        header = {"descr": kind.str, "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(member, header)
+    for first, values in _read_blocks(leaf, kind):
+        for member, part in _spread(leaf, first, values, members):
+            member.write(pack(part).reshape(-1).view(np.uint8).data)
+        yield min(values.nbytes, leaf.count(kind))
+
+
+def _spread(
+    leaf: Placed, first: int, values: np.ndarray, members: Sequence[IO[bytes]]
+) -> Iterator[tuple[IO[bytes], np.ndarray]]:
+    """Which of some rows each shard gets, in the order of its bytes."""
+    match leaf.spread:
+        case 0:
+            size = leaf.shape[0] // len(members)
+            for s in range(first // size, -(-(first + len(values)) // size)):
+                yield members[s], values[max(s * size - first, 0) : (s + 1) * size - first]
+        case int(axis):
+            yield from zip(members, np.split(values, len(members), axis), strict=True)
+        case "same":
+            yield from ((member, values) for member in members)
+        case _:
+            rest = np.full_like(values, leaf.fill)
+            yield from zip(members, [values, *[rest] * (len(members) - 1)], strict=True)
+
+
+def _read_blocks(leaf: Placed, kind: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows of a leaf with the place of the first, some at a time; CheckpointError if float16 is too small for one."""
+    if isinstance(leaf.values, Held):
+        yield 0, leaf.values.values
         return
-    row = math.prod(leaf.shape[1:]) * 4
-    step = max(CUT_BYTES // row // leaf.unit, 1) * leaf.unit
-    for first in range(0, leaf.shape[0], step):
-        values = leaf.read_rows(first, min(first + step, leaf.shape[0]))
+    if not leaf.shape:  # a norm with one length
+        yield 0, leaf.values.parts[0].read(()).astype(kind)
+        return
+    dim, _ = leaf.values.cut
+    if dim:
+        raise ValueError(f"{leaf.name}: {leaf.values.pattern} does not begin as our own arrays do")
+    for first, last in leaf.values.list_parts(CUT_BYTES):
+        values = leaf.values.read_part(0, first, last)
         if values.dtype == kind:
-            yield values
+            yield first, values
             continue
         with np.errstate(over="ignore"):
             narrow = values.astype(kind)
         if np.isfinite(values).sum() != np.isfinite(narrow).sum():
-            raise CheckpointError(f"{name}: a value is too large for {kind}; write float32 or bfloat16")
-        yield narrow
+            raise CheckpointError(f"{leaf.name}: a value is too large for {kind}; write float32 or bfloat16")
+        yield first, narrow

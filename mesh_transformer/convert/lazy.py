@@ -8,17 +8,18 @@ slice asked for needs, so that a conversion's memory is bounded by its slices.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from mesh_transformer.checkpoint.arrays import StoredArray
 from mesh_transformer.checkpoint.places import Place, map_bytes, read_into
 
 FLOAT32 = np.dtype(np.float32)
-TILE = 32
+TILE = 16
 MAPPED_BYTES = 1 << 23  # of a file at once, where only some columns of its rows are wanted
 Slices = tuple[slice, ...]  # with step 1, one for each dim
 
@@ -44,6 +45,17 @@ class Lazy(Protocol):
 def whole(array: Lazy) -> Slices:
     """The index of everything."""
     return tuple(slice(0, dim) for dim in array.shape)
+
+
+def grain_of(array: Lazy) -> tuple[int, ...]:
+    """How many places of each dim are decoded together; 1 where each place can be read by itself."""
+    match array:
+        case StoredArray():
+            return array.record.chunk
+        case Row():
+            return grain_of(array.base)[1:]
+        case _:
+            return (1,) * len(array.shape)
 
 
 class FileArray(NamedTuple):
@@ -203,31 +215,6 @@ class AddRow(NamedTuple):
         return self.table.read(index).astype(FLOAT32) + self.row.read(index[1:]).astype(FLOAT32)
 
 
-class Part(NamedTuple):
-    """Places `first` to `last` of one axis of an array."""
-
-    base: Lazy
-    axis: int
-    first: int
-    last: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The array's, with a shorter axis."""
-        return (*self.base.shape[: self.axis], self.last - self.first, *self.base.shape[self.axis + 1 :])
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The array's."""
-        return self.base.dtype
-
-    def read(self, index: Slices) -> np.ndarray:
-        """The array's values."""
-        own = index[self.axis]
-        moved = slice(own.start + self.first, own.stop + self.first)
-        return self.base.read((*index[: self.axis], moved, *index[self.axis + 1 :]))
-
-
 class View:
     """An array of ours inside another one, in its layout.
 
@@ -284,25 +271,52 @@ class Composed:
         )
 
     @property
-    def unit(self) -> int:
-        """Rows that belong together: `read_rows` takes multiples of it."""
-        lead = self.pattern[0][0]
-        return self.shape[0] if lead.isdigit() else self.shape[0] // max(self._sizes[lead], 1)
+    def cut(self) -> tuple[int, int]:
+        """The dim along which it is read in parts, and what these must be multiples of.
 
-    def read_rows(self, first: int, last: int) -> np.ndarray:
-        """Rows `first` to `last` of the first dim, multiples of `unit`."""
-        lead, words = self.pattern[0][0], [word for group in self.pattern for word in group]
-        place = next((i for i, word in enumerate(words) if word.isdigit()), None)
+        The first dim of ours that is decoded in several chunks says which, so that none is decoded twice; of what is
+        not decoded it is the first of theirs, whose parts lie in one piece in their files.
+        """
+        for part, axes in zip(self.parts, self.axes, strict=True):
+            for size, grain, axis in zip(part.shape, grain_of(part), axes, strict=True):
+                dims = [dim for dim in range(len(self.pattern)) if _same_heads(self.pattern[dim][0], axes) == axis]
+                if 1 < grain < size and dims:
+                    return dims[0], grain * self._rest(dims[0])
+        lead = self.pattern[0][0]
+        return 0, self.shape[0] if lead.isdigit() else self._rest(0)
+
+    def _rest(self, dim: int) -> int:
+        """Places of `dim` for one of its first word."""
+        return self.shape[dim] // max(self._sizes[self.pattern[dim][0]], 1)
+
+    def read_part(self, dim: int, first: int, last: int) -> np.ndarray:
+        """Places `first` to `last` of one of its dims, all of the others, in any order in memory; see `cut`, `pack`."""
+        words = [word for group in self.pattern for word in group]
+        lead, place = self.pattern[dim][0], next((i for i, word in enumerate(words) if word.isdigit()), None)
         found = []
         for part, axes in zip(self.parts, self.axes, strict=True):
             ours = [_same_heads(word, axes) for word in words if not word.isdigit()]
             index = list(whole(part))
             if not lead.isdigit():
-                index[list(axes).index(ours[0])] = slice(first // self.unit, last // self.unit)
+                rest = self._rest(dim)
+                index[list(axes).index(_same_heads(lead, axes))] = slice(first // rest, last // rest)
             values = part.read(tuple(index)).transpose([list(axes).index(word) for word in ours])
             found.append(values if place is None else np.expand_dims(values, place))
         joined = found[0] if place is None else np.concatenate(found, axis=place)
-        return pack(joined).reshape(last - first, *self.shape[1:])
+        shape = list(self.shape)
+        shape[dim] = last - first
+        return joined.reshape(shape)
+
+    def list_parts(self, most: int) -> Iterator[tuple[int, int]]:
+        """(first, last) of parts of about `most` bytes along the dim of `cut`; one, if it has no dims."""
+        if not self.shape:
+            yield 0, 1
+            return
+        dim, unit = self.cut
+        place = math.prod(self.shape) * self.dtype.itemsize // max(self.shape[dim], 1)
+        step = max(most // max(place, 1) // unit, 1) * unit
+        for first in range(0, self.shape[dim], step):
+            yield first, min(first + step, self.shape[dim])
 
 
 def _same_heads(word: str, axes: Sequence[str]) -> str:

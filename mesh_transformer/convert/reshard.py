@@ -7,13 +7,14 @@ conversion that was killed goes on where it was. Then one rename makes it DST. I
 folder of this machine, and then it is uploaded (upload.py).
 """
 
+import dataclasses
 import functools
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ import numpy as np
 import xxhash
 
 from mesh_transformer.checkpoint import folders
-from mesh_transformer.checkpoint.arrays import Piece
+from mesh_transformer.checkpoint.arrays import Piece, StoredArray, copy_file
 from mesh_transformer.checkpoint.chunks import DTYPES, plan_chunks, shard_key
-from mesh_transformer.checkpoint.commit import BLOCKS, write_blocks
+from mesh_transformer.checkpoint.commit import BLOCKS, Files, write_blocks, write_piece
 from mesh_transformer.checkpoint.digests import FileRecord
 from mesh_transformer.checkpoint.failures import CheckpointError
 from mesh_transformer.checkpoint.manifest import MANIFEST, ArrayRecord
@@ -43,7 +44,7 @@ from mesh_transformer.convert.huggingface import (
     read_settings,
 )
 from mesh_transformer.convert.journal import JOURNAL, Journal
-from mesh_transformer.convert.lazy import FileArray, Lazy, Slices, pack, to_dtype
+from mesh_transformer.convert.lazy import Composed, FileArray, Lazy, Slices, pack, to_dtype
 from mesh_transformer.convert.names import FAMILIES
 from mesh_transformer.convert.slices import CUT_BYTES, cut, shard_slices, shrink
 from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
@@ -142,6 +143,9 @@ def write_native(
     records = {}
     for name, array in sorted(arrays.items()):
         kind = target_dtype(array, name, dtype)
+        if isinstance(array, StoredArray) and array.dtype == kind:  # its files stay as they are
+            records[name] = dataclasses.replace(array.record, files={})
+            continue
         shard, chunk = plan_chunks(array.shape, array.shape, kind.name)
         records[name] = ArrayRecord(array.shape, kind.name, axes[name], shrink(shard, chunk, kind, block_bytes), chunk)
     total, done = count_bytes(arrays, dtype), 0
@@ -153,13 +157,17 @@ def write_native(
     def make(name: str, index: Slices) -> Piece:
         return Piece(index, pack(arrays[name].read(index).astype(to_dtype(records[name].dtype), copy=False)))
 
-    def blocks() -> Iterator[tuple[str, Callable[[], Piece]]]:
+    def blocks() -> Iterator[tuple[str, Callable[[Place], Files]]]:
         nonlocal done
         for name, record in records.items():
+            array = arrays[name]
             for index in shard_slices(record):
                 key = shard_key([part.start // step_ for part, step_ in zip(index, record.shard, strict=True)])
                 if key not in finished.get(name, {}):
-                    yield name, functools.partial(make, name, index)
+                    if isinstance(array, StoredArray) and array.record.dtype == record.dtype:
+                        yield name, functools.partial(copy_file, array, key)
+                    else:
+                        yield name, functools.partial(write_piece, name, record, functools.partial(make, name, index))
                 done += math.prod(part.stop - part.start for part in index) * DTYPES[record.dtype]
                 progress("writing", done, total)
 
@@ -182,27 +190,30 @@ def write_huggingface(
     files = _split_files(planned)
     total, done = sum(_nbytes(plan) for plan in planned.values()), 0
 
-    def write(key: str, name: str, place: FileArray, first: int, last: int) -> str:
-        write_values(place, first, tensors[name].read_rows(first, last))
-        return key
+    def write(keys: Sequence[str], name: str, place: FileArray, parts: Sequence[tuple[int, int]]) -> Sequence[str]:
+        dim = tensors[name].cut[0] if tensors[name].shape else 0
+        for first, last in parts:
+            values = tensors[name].read_part(dim, first, last)
+            write_values(place, first, values, dim)
+        return keys
 
-    def blocks() -> Iterator[Callable[[], str]]:
+    def blocks() -> Iterator[Callable[[], Sequence[str]]]:
         nonlocal done
         for file, names in files.items():
             places = create_safetensors(partial / file, {name: planned[name] for name in names})
             for name in names:
-                tensor = tensors[name]
-                row = max(_nbytes(planned[name]) // max(tensor.shape[0], 1), 1)
-                rows = max(CUT_BYTES // row // tensor.unit, 1) * tensor.unit
-                for first in range(0, tensor.shape[0], rows):
-                    last, key = min(first + rows, tensor.shape[0]), f"{name} {first}"
-                    if key not in journal.done:
-                        yield functools.partial(write, key, name, places[name], first, last)
-                    done += (last - first) * row
+                groups = list(_group_parts(tensors[name]))
+                for parts in groups:
+                    keys = [f"{name} {first}" for first, _ in parts]
+                    if any(key not in journal.done for key in keys):
+                        yield functools.partial(write, keys, name, places[name], parts)
+                    done += _nbytes(planned[name]) * (parts[-1][1] - parts[0][0]) // groups[-1][-1][1]
                     progress("writing", done, total)
 
-    for key in run_side_by_side(blocks()):
-        journal.add(key, True)
+    for keys in run_side_by_side(blocks()):
+        for key in keys:
+            journal.add(key, True)
+    folders.sync_tree(partial)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in files.items() for n in names}}
         (partial / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1))
@@ -308,6 +319,16 @@ def _split_files(planned: Mapping[str, Planned]) -> dict[str, list[str]]:
     if len(groups) == 1:
         return {SAFETENSORS: groups[0]}
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def _group_parts(tensor: Composed) -> Iterator[list[tuple[int, int]]]:
+    """The parts of a tensor that are written one after the other: each by itself, or all where they lie among each other.
+
+    The latter are twice as large, for they are turned some rows at a time and not as a whole.
+    """
+    among = bool(tensor.shape and tensor.cut[0])
+    parts = list(tensor.list_parts(CUT_BYTES * (1 + among)))
+    yield from [parts] if among else [[part] for part in parts]
 
 
 def _nbytes(plan: Planned) -> int:

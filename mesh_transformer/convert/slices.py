@@ -11,7 +11,7 @@ import numpy as np
 from mesh_transformer.checkpoint.manifest import ArrayRecord
 from mesh_transformer.convert.lazy import Slices
 
-CUT_BYTES = 16_000_000  # of an array, read, written or compared at once
+CUT_BYTES = 44_000_000  # of an array, read, written or compared at once
 MIN_BLOCK_BYTES = 16_000_000  # of a file of a checkpoint, written at once
 
 

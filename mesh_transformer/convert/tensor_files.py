@@ -24,10 +24,13 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
+from mesh_transformer.checkpoint.folders import begin_writeback
 from mesh_transformer.checkpoint.places import Place
-from mesh_transformer.convert.lazy import FileArray, to_dtype
+from mesh_transformer.convert.lazy import FileArray, pack, to_dtype
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+ROWS = 512  # of a tensor that are turned at once before parts of them are written
+_WRITING = threading.Lock()  # the kernel lets one write into a file at a time, and others spin until then
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
@@ -173,14 +176,34 @@ def create_safetensors(path: Path, tensors: Mapping[str, Planned]) -> dict[str, 
     }
 
 
-def write_values(place: FileArray, first_row: int, values: np.ndarray) -> None:
-    """Rows from `first_row` on of a tensor in a created file (all of it, where it has no dims), durable on return."""
-    row = math.prod(place.shape[1:]) * place.dtype.itemsize
-    with open(str(place.path), "r+b") as file:
-        file.seek(place.offset + first_row * row)
-        file.write(np.ascontiguousarray(values, place.dtype).reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+def write_values(place: FileArray, first: int, values: np.ndarray, dim: int = 0) -> None:
+    """Places from `first` on of one dim of a tensor in a created file (all of it, where it has no dims).
+
+    Only along the first dim do they lie in one piece; along another one each row of what is before it is written by
+    itself. They are durable once the file is synced.
+    """
+    if dim and values.shape[dim] == place.shape[dim]:
+        dim = 0
+    if dim == 0:
+        values = pack(values)
+    rows = math.prod(place.shape[:dim])
+    inner = math.prod(place.shape[dim + 1 :]) * place.dtype.itemsize
+    start, stride = place.offset + first * inner, inner * place.shape[dim] if dim else 0
+    values = values.astype(place.dtype, copy=False).reshape(rows, -1)
+    with open(str(place.path), "r+b", buffering=0) as file:
+        for low in range(0, rows, ROWS):
+            block = pack(values[low : low + ROWS]).view(np.uint8)
+            with _WRITING:
+                for row, data in enumerate(block, low):
+                    _write_all(file.fileno(), data.data, start + row * stride)
+        if not dim:  # else other rows' parts follow in the same pages
+            begin_writeback(file.fileno(), start, values.nbytes)
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
 
 
 class _Tensor(NamedTuple):
