@@ -143,12 +143,13 @@ def convert(options: Any) -> dict[str, Any]:
     identity = {"source": str(source.path.absolute()), "stamp": _stamp(source.path), "format": options.format,
                 "dtype": options.dtype, "shards": options.shards, "arrays": sorted(source.foreign.arrays),
                 "memory": ceiling}  # fmt: skip
+    part_bytes = ceiling // 6  # three workers have one as it is read and one as it is written
     start = time.perf_counter()
     with show_progress(sys.stderr.isatty()) as progress:
         journal = reshard.Journal(partial, identity)
         if options.format == "gptj-v1":
             made = reshard.write_original(
-                partial, source, shards=options.shards, dtype=options.dtype, progress=progress
+                partial, source, shards=options.shards, dtype=options.dtype, part_bytes=part_bytes, progress=progress
             )
         elif options.format == "native":
             made = reshard.write_native(
@@ -156,12 +157,14 @@ def convert(options: Any) -> dict[str, Any]:
                 source,
                 meta,
                 dtype=options.dtype,
-                block_bytes=ceiling // 16,
+                part_bytes=part_bytes,
                 journal=journal,
                 progress=progress,
             )
         else:
-            made = reshard.write_huggingface(partial, source, dtype=options.dtype, journal=journal, progress=progress)
+            made = reshard.write_huggingface(
+                partial, source, dtype=options.dtype, part_bytes=part_bytes, journal=journal, progress=progress
+            )
             _write_carried(partial, meta)
         write_seconds = time.perf_counter() - start
         try:

@@ -33,7 +33,7 @@ from mesh_transformer.convert.gptj import (
     list_slots,
 )
 from mesh_transformer.convert.lazy import Composed, Held, Lazy, Row, pack, to_dtype
-from mesh_transformer.convert.slices import CUT_BYTES
+from mesh_transformer.convert.slices import PART_BYTES
 
 
 def old_config(config: ModelConfig, shards: int) -> dict[str, Any]:
@@ -72,14 +72,15 @@ def write_gptj(
     *,
     shards: int,
     dtype: str = "bfloat16",
+    part_bytes: int = PART_BYTES,
     report: Callable[[int, int], object] = lambda done, total: None,
 ) -> None:
     """Weights as a slim checkpoint folder/step_<step>, with the config.json and meta.json that their programs read.
 
     What is added up, or used of shard 0 alone, goes to shard 0; the others get zeros, and ones as norms' scales, so that
-    merging gives back the same bits. A piece has its name once it is complete: those that are there stay, so that the
-    same call goes on where it was killed. `report(bytes written, bytes in all)`. CheckpointError if the model, the number
-    of shards or the type cannot be.
+    merging gives back the same bits. About `part_bytes` of an array are in memory at once, a few times. A piece has its
+    name once it is complete: those that are there stay, so that the same call goes on where it was killed.
+    `report(bytes written, bytes in all)`. CheckpointError if the model, the number of shards or the type cannot be.
     """
     old = old_config(config, shards)
     if dtype not in KINDS:
@@ -98,7 +99,7 @@ def write_gptj(
     def write(paths: Sequence[Path], leaves: Sequence[Placed]) -> None:
         nonlocal done
         there = [leaf.count(kind) for leaf in leaves]
-        for nbytes in there if all(path.exists() for path in paths) else _write_piece(paths, leaves, kind):
+        for nbytes in there if all(path.exists() for path in paths) else _write_piece(paths, leaves, kind, part_bytes):
             with counting:
                 done += nbytes
                 report(done, total)
@@ -157,7 +158,7 @@ def _find_leaf(slot: Slot, found: Mapping[Any, tuple[Lazy, Leaf]], d_model: int)
     return Placed(slot.name, Composed([array], entry.pattern, [leaf.axes]), spread, fill)
 
 
-def _write_piece(paths: Sequence[Path], leaves: Sequence[Placed], kind: np.dtype) -> Iterator[int]:
+def _write_piece(paths: Sequence[Path], leaves: Sequence[Placed], kind: np.dtype, part_bytes: int) -> Iterator[int]:
     """Write the same .npz of every shard, then give them their names; yields numbers of bytes read for it.
 
     All at once, for a matrix that is cut by columns would else be read as often as there are shards.
@@ -173,7 +174,7 @@ def _write_piece(paths: Sequence[Path], leaves: Sequence[Placed], kind: np.dtype
                     inside.enter_context(archive.open(zipfile.ZipInfo(info), "w", force_zip64=True))
                     for archive in archives
                 ]
-                yield from _write_leaf(members, leaf, leaf.values.dtype if isinstance(leaf.values, Held) else kind)
+                yield from _write_leaf(members, leaf, kind, part_bytes)
         for archive in archives:
             archive.close()
         for file in files:
@@ -183,14 +184,15 @@ def _write_piece(paths: Sequence[Path], leaves: Sequence[Placed], kind: np.dtype
         os.replace(written, path)
 
 
-def _write_leaf(members: Sequence[IO[bytes]], leaf: Placed, kind: np.dtype) -> Iterator[int]:
+def _write_leaf(members: Sequence[IO[bytes]], leaf: Placed, kind: np.dtype, part_bytes: int) -> Iterator[int]:
+    kind = leaf.values.dtype if isinstance(leaf.values, Held) else kind
     shape = list(leaf.shape)
     if isinstance(leaf.spread, int):
         shape[leaf.spread] //= len(members)
     for member in members:
         header = {"descr": kind.str, "fortran_order": False, "shape": tuple(shape)}
         np.lib.format.write_array_header_1_0(member, header)
-    for first, values in _read_blocks(leaf, kind):
+    for first, values in _read_blocks(leaf, kind, part_bytes):
         for member, part in _spread(leaf, first, values, members):
             member.write(pack(part).reshape(-1).view(np.uint8).data)
         yield min(values.nbytes, leaf.count(kind))
@@ -214,7 +216,7 @@ def _spread(
             yield from zip(members, [values, *[rest] * (len(members) - 1)], strict=True)
 
 
-def _read_blocks(leaf: Placed, kind: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
+def _read_blocks(leaf: Placed, kind: np.dtype, part_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
     """Rows of a leaf with the place of the first, some at a time; CheckpointError if float16 is too small for one."""
     if isinstance(leaf.values, Held):
         yield 0, leaf.values.values
@@ -225,7 +227,7 @@ def _read_blocks(leaf: Placed, kind: np.dtype) -> Iterator[tuple[int, np.ndarray
     dim, _ = leaf.values.cut
     if dim:
         raise ValueError(f"{leaf.name}: {leaf.values.pattern} does not begin as our own arrays do")
-    for first, last in leaf.values.list_parts(CUT_BYTES):
+    for first, last in leaf.values.list_parts(part_bytes):
         values = leaf.values.read_part(0, first, last)
         if values.dtype == kind:
             yield first, values

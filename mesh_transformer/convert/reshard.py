@@ -46,7 +46,7 @@ from mesh_transformer.convert.huggingface import (
 from mesh_transformer.convert.journal import JOURNAL, Journal
 from mesh_transformer.convert.lazy import Composed, FileArray, Lazy, Slices, pack, to_dtype
 from mesh_transformer.convert.names import FAMILIES
-from mesh_transformer.convert.slices import CUT_BYTES, cut, shard_slices, shrink
+from mesh_transformer.convert.slices import cut, shard_slices, shrink
 from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
 from mesh_transformer.convert.upload import Upload, check_remote, upload_folder
 from mesh_transformer.model.params import flatten_names
@@ -134,7 +134,7 @@ def count_bytes(arrays: Mapping[str, Lazy], dtype: str | None) -> int:
 
 
 def write_native(
-    partial: Path, source: Source, meta: Mapping[str, Any], *, dtype: str | None, block_bytes: int, journal: Journal,
+    partial: Path, source: Source, meta: Mapping[str, Any], *, dtype: str | None, part_bytes: int, journal: Journal,
     progress: Progress,
 ) -> Path:  # fmt: skip
     """A checkpoint of ours in `partial`; the step's folder."""
@@ -147,7 +147,7 @@ def write_native(
             records[name] = dataclasses.replace(array.record, files={})
             continue
         shard, chunk = plan_chunks(array.shape, array.shape, kind.name)
-        records[name] = ArrayRecord(array.shape, kind.name, axes[name], shrink(shard, chunk, kind, block_bytes), chunk)
+        records[name] = ArrayRecord(array.shape, kind.name, axes[name], shrink(shard, chunk, kind, part_bytes), chunk)
     total, done = count_bytes(arrays, dtype), 0
     finished: dict[str, dict[str, FileRecord]] = {}
     for files in journal.done.values():
@@ -180,7 +180,7 @@ def write_native(
 
 
 def write_huggingface(
-    partial: Path, source: Source, *, dtype: str | None, journal: Journal, progress: Progress
+    partial: Path, source: Source, *, dtype: str | None, part_bytes: int, journal: Journal, progress: Progress
 ) -> Path:
     """A model folder of transformers in `partial`, without tokenizer; `partial`."""
     config = make_model_config(source.foreign.model, source.path)
@@ -202,7 +202,7 @@ def write_huggingface(
         for file, names in files.items():
             places = create_safetensors(partial / file, {name: planned[name] for name in names})
             for name in names:
-                groups = list(_group_parts(tensors[name]))
+                groups = list(_group_parts(tensors[name], part_bytes))
                 for parts in groups:
                     keys = [f"{name} {first}" for first, _ in parts]
                     if any(key not in journal.done for key in keys):
@@ -226,7 +226,9 @@ def write_huggingface(
     return partial
 
 
-def write_original(partial: Path, source: Source, *, shards: int, dtype: str | None, progress: Progress) -> Path:
+def write_original(
+    partial: Path, source: Source, *, shards: int, dtype: str | None, part_bytes: int, progress: Progress
+) -> Path:
     """A mesh-transformer-jax checkpoint in `partial`; the step's folder."""
     foreign = source.foreign
     config = make_model_config(foreign.model, source.path)
@@ -234,7 +236,7 @@ def write_original(partial: Path, source: Source, *, shards: int, dtype: str | N
         (partial / name).unlink(missing_ok=True)
     write_gptj(
         partial, config, foreign.arrays, foreign.step, shards=shards, dtype=dtype or common_dtype(foreign.arrays),
-        report=lambda done, total: progress("writing", done, total),
+        part_bytes=part_bytes, report=lambda done, total: progress("writing", done, total),
     )  # fmt: skip
     return partial / f"step_{foreign.step}"
 
@@ -321,13 +323,13 @@ def _split_files(planned: Mapping[str, Planned]) -> dict[str, list[str]]:
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def _group_parts(tensor: Composed) -> Iterator[list[tuple[int, int]]]:
+def _group_parts(tensor: Composed, part_bytes: int) -> Iterator[list[tuple[int, int]]]:
     """The parts of a tensor that are written one after the other: each by itself, or all where they lie among each other.
 
     The latter are twice as large, for they are turned some rows at a time and not as a whole.
     """
     among = bool(tensor.shape and tensor.cut[0])
-    parts = list(tensor.list_parts(CUT_BYTES * (1 + among)))
+    parts = list(tensor.list_parts(part_bytes * (1 + among)))
     yield from [parts] if among else [[part] for part in parts]
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from mesh_transformer.checkpoint.manifest import ArrayRecord
 from mesh_transformer.convert.lazy import Slices
 
-CUT_BYTES = 44_000_000  # of an array, read, written or compared at once
+CUT_BYTES = 16_000_000  # of an array, compared at once
+PART_BYTES = 40_000_000  # of an array, read and written at once, where nothing else is said
 MIN_BLOCK_BYTES = 16_000_000  # of a file of a checkpoint, written at once
 
 
@@ -38,10 +39,10 @@ def slices_of(shape: tuple[int, ...], part: tuple[int, ...] | list[int]) -> Iter
         yield tuple(slice(low, min(low + size, dim)) for low, size, dim in zip(corner, part, shape, strict=True))
 
 
-def shrink(shard: tuple[int, ...], chunk: tuple[int, ...], kind: np.dtype, block_bytes: int) -> tuple[int, ...]:
+def shrink(shard: tuple[int, ...], chunk: tuple[int, ...], kind: np.dtype, part_bytes: int) -> tuple[int, ...]:
     """Files small enough that one is a block."""
     parts = list(shard)
     for axis in range(len(parts)):
-        while math.prod(parts) * kind.itemsize > max(block_bytes, MIN_BLOCK_BYTES) and parts[axis] > chunk[axis]:
+        while math.prod(parts) * kind.itemsize > max(part_bytes, MIN_BLOCK_BYTES) and parts[axis] > chunk[axis]:
             parts[axis] -= chunk[axis]
     return tuple(parts)
