@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import load_config
 from mesh_transformer.plan.compile import CompileError, compile_job
@@ -156,6 +158,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/mesh-transformer/plans").expanduser())
     parser.add_argument("--fresh", action="store_true", help="use nothing that was compiled before")
     options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")  # whatever devices are here, they are not what is planned for
     cache = options.cache / f"fresh-{int(time.time())}" if options.fresh else options.cache
     paths = options.configs or sorted((ROOT / "configs").glob("*.toml"))
     rows, failed = [], 0

@@ -46,7 +46,7 @@ from mesh_transformer.convert.huggingface import (
 from mesh_transformer.convert.journal import JOURNAL, Journal
 from mesh_transformer.convert.lazy import Composed, FileArray, Lazy, Slices, pack, to_dtype
 from mesh_transformer.convert.names import FAMILIES
-from mesh_transformer.convert.slices import cut, shard_slices, shrink
+from mesh_transformer.convert.slices import PART_BYTES, cut, shard_slices, shrink
 from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
 from mesh_transformer.convert.upload import Upload, check_remote, upload_folder
 from mesh_transformer.model.params import flatten_names
@@ -134,8 +134,8 @@ def count_bytes(arrays: Mapping[str, Lazy], dtype: str | None) -> int:
 
 
 def write_native(
-    partial: Path, source: Source, meta: Mapping[str, Any], *, dtype: str | None, part_bytes: int, journal: Journal,
-    progress: Progress,
+    partial: Path, source: Source, meta: Mapping[str, Any], *, dtype: str | None, part_bytes: int = PART_BYTES,
+    journal: Journal, progress: Progress,
 ) -> Path:  # fmt: skip
     """A checkpoint of ours in `partial`; the step's folder."""
     arrays, step = source.foreign.arrays, source.foreign.step
@@ -180,8 +180,9 @@ def write_native(
 
 
 def write_huggingface(
-    partial: Path, source: Source, *, dtype: str | None, part_bytes: int, journal: Journal, progress: Progress
-) -> Path:
+    partial: Path, source: Source, *, dtype: str | None, part_bytes: int = PART_BYTES, journal: Journal,
+    progress: Progress,
+) -> Path:  # fmt: skip
     """A model folder of transformers in `partial`, without tokenizer; `partial`."""
     config = make_model_config(source.foreign.model, source.path)
     kind, table = find_family(config)
@@ -227,7 +228,7 @@ def write_huggingface(
 
 
 def write_original(
-    partial: Path, source: Source, *, shards: int, dtype: str | None, part_bytes: int, progress: Progress
+    partial: Path, source: Source, *, shards: int, dtype: str | None, part_bytes: int = PART_BYTES, progress: Progress
 ) -> Path:
     """A mesh-transformer-jax checkpoint in `partial`; the step's folder."""
     foreign = source.foreign
