@@ -52,7 +52,7 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "blocked": (dict(LOCAL, attention_kernel="blocked"), {}, True),
     "alibi, dots": (dict(positions="alibi", remat="dots"), {}, False),
     "remat attention": (dict(GROUPED, remat="attention"), {}, False),
-    "accumulated": (LOCAL, dict(accumulation=4), True),
+    "accumulated": (LOCAL, dict(accumulation=2), True),
 }
 MESHES = {
     4: ("pipeline=2 tensor=2", "fsdp=2 context=2"),
