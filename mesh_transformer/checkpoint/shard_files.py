@@ -80,7 +80,7 @@ def _read_shard(file: int, counts: Sequence[int], chunk: Sequence[int], index: S
         target = _inside(values, index, part)
         fits = target.shape == tuple(chunk) and target.flags.c_contiguous
         block = target if fits else np.empty(chunk, values.dtype)
-        if offset == MISSING or nbytes != block.nbytes + CHECKSUM:
+        if offset + nbytes > size or nbytes != block.nbytes + CHECKSUM:  # MISSING is larger than any file
             raise ValueError(f"chunk {place} is not there, or not of {block.nbytes} bytes")
         _read_checked(file, offset, block, f"chunk {place}")
         if not fits:
