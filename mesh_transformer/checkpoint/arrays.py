@@ -266,7 +266,7 @@ def _fetch(where: RemotePath, name: str, record: ArrayRecord, index: Slices) -> 
         "fill_missing_data_reads": False,
     }
     try:
-        array = ts.open(spec, open=True, assume_metadata=True, context=kvstore_context(where)).result()
+        array = ts.open(spec, open=True, assume_metadata=True, context=kvstore_context()).result()
         return array[index].read().result()
     except Exception as error:  # TensorStore raises by status code, DATA_LOSS as ValueError, others as builtin kinds
         message = str(error)

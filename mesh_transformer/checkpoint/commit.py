@@ -31,7 +31,7 @@ from mesh_transformer.checkpoint.manifest import (
     write_manifest,
 )
 from mesh_transformer.checkpoint.places import Place
-from mesh_transformer.checkpoint.side_by_side import run_side_by_side
+from mesh_transformer.checkpoint.side_by_side import Workers, run_side_by_side
 from mesh_transformer.checkpoint.storage import folder_at
 
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorstore")
@@ -51,6 +51,7 @@ class Save:
     records: dict[str, ArrayRecord]
     pieces: dict[str, list[Piece]]  # what this process owns; emptied while it is written
     meta: dict[str, Any]
+    workers: Workers = dataclasses.field(default_factory=Workers)  # closed when it ends
 
 
 def commit_save(root: Place, save: Save) -> None:
@@ -77,6 +78,8 @@ def commit_save(root: Place, save: Save) -> None:
             f"step {save.step} was not saved in {root} ({size} bytes{room}): "
             f"{type(error).__name__}: {error}; earlier checkpoints are as they were"
         ) from error
+    finally:
+        save.workers.close()
 
 
 def write_blocks(
@@ -98,16 +101,17 @@ def write_blocks(
     save = Save(step, BLOCKS, dict(records), {}, dict(meta))
     draft = folder_at(root).draft(step, save.owner)
     written: Written = {name: dict(done.get(name, {})) for name in records}
-    if not draft.is_dir():
-        _begin(root, save)
 
     def write(name: str, block: Callable[[Place], Files]) -> tuple[str, Files]:
         return name, block(draft)
 
-    for name, files in run_side_by_side(functools.partial(write, *block) for block in blocks):
-        written[name] |= files
-        log(name, files)
-    _commit(root, save, written)
+    with save.workers:
+        if not draft.is_dir():
+            _begin(root, save)
+        for name, files in run_side_by_side((functools.partial(write, *block) for block in blocks), save.workers):
+            written[name] |= files
+            log(name, files)
+        _commit(root, save, written)
 
 
 def write_piece(name: str, record: ArrayRecord, make: Callable[[], Piece], folder: Place) -> Files:
@@ -131,7 +135,7 @@ def _write_slices(root: Place, save: Save, written: Written) -> None:
     written |= {name: {} for name in save.pieces}
     names = list(save.pieces)
     jobs = (list_shards(draft, name, save.records[name], save.pieces.pop(name)) for name in names)
-    for name, key, file in run_side_by_side(itertools.chain.from_iterable(jobs)):
+    for name, key, file in run_side_by_side(itertools.chain.from_iterable(jobs), save.workers):
         written[name][key] = file
     if process_index() > 0:
         folder_at(draft).write({f"{PARTS}/{process_index()}.json": json.dumps(written).encode()})

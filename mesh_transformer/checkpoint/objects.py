@@ -143,7 +143,7 @@ class RemoteFolder:
 
 
 def _open_store(path: RemotePath) -> Any:
-    return ts.KvStore.open(kvstore_spec(path), context=kvstore_context(path)).result()
+    return ts.KvStore.open(kvstore_spec(path), context=kvstore_context()).result()
 
 
 def _may_be_alive(found: Mapping[str, tuple[int, float]]) -> bool:

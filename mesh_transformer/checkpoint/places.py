@@ -254,10 +254,8 @@ def local_copy(folder: Place, names: tuple[str, ...]) -> Path:
     return copy
 
 
-def kvstore_spec(folder: Place) -> dict[str, Any]:
-    """Where TensorStore finds the files of `folder`."""
-    if isinstance(folder, Path):
-        return {"driver": "file", "path": f"{folder.absolute()}/", "file_io_sync": True}
+def kvstore_spec(folder: RemotePath) -> dict[str, Any]:
+    """Where TensorStore finds the objects of `folder`."""
     bucket, *key = folder.parts
     spec: dict[str, Any] = {"bucket": bucket, "path": "".join(f"{part}/" for part in key)}
     if folder.scheme == "gs":
@@ -265,9 +263,9 @@ def kvstore_spec(folder: Place) -> dict[str, Any]:
     return {"driver": "s3", **spec, **{key: value for key, value in _find_s3().items() if value}}
 
 
-def kvstore_context(folder: Place) -> ts.Context:
+def kvstore_context() -> ts.Context:
     """How patiently, and as whom; the same object for the same answer, so that connections are shared."""
-    return _make_context(isinstance(folder, RemotePath) and "AWS_ACCESS_KEY_ID" in os.environ)
+    return _make_context("AWS_ACCESS_KEY_ID" in os.environ)
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import tensorstore as ts
 
 from mesh_transformer.checkpoint.arrays import Piece, StoredArray, list_shards, make_metadata
 from mesh_transformer.checkpoint.manifest import ArrayRecord, CheckpointError, array_folder
-from mesh_transformer.checkpoint.places import kvstore_spec
 
 DTYPES = ("float32", "bfloat16", "bool", "int8", "uint16", "float64")
 
@@ -44,8 +43,8 @@ def test_the_files_are_tensorstores(dtype, tmp_path):
         array = write(ours, record, values)
         array_folder(theirs, "x").mkdir(parents=True)
         spec = {
-            "driver": "zarr3", "kvstore": kvstore_spec(array_folder(theirs, "x")), "metadata": make_metadata(record),
-            "store_data_equal_to_fill_value": True,
+            "driver": "zarr3", "kvstore": {"driver": "file", "path": f"{array_folder(theirs, 'x')}/"},
+            "metadata": make_metadata(record),            "store_data_equal_to_fill_value": True,
         }  # fmt: skip
         ts.open(spec, open=True, assume_metadata=True).result()[...].write(values).result()
         files = [{p.name: p.read_bytes() for p in array_folder(place, "x").iterdir()} for place in (ours, theirs)]
