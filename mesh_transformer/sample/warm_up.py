@@ -32,20 +32,26 @@ def _make_prompts(engine: Engine, longest: int) -> Iterator[tuple[list[int], int
     """(prompt, max_tokens, n_top) for every size of the cache, and within it for every size of a piece that is read last."""
     n_vocab, seq_len = engine.config.n_vocab, engine.config.seq_len
     fresh = (number % n_vocab for number in itertools.count())  # a token each, lest prompts begin alike
-    size, before = engine.cache_len(1), 0
-    while longest > before:
+    size, last = (
+        engine.cache_len(1),
+        engine.cache_len(min(longest + BURST, seq_len)),
+    )  # a burst may end behind the answer
+    before: list[int] = []
+    while longest:
+        if size < last:  # an answer that grows into the next size
+            yield [next(fresh)] * (size - 2), 4, 0
         whole = [next(fresh)] * max(size - 2 * BURST, 1)  # so that the answer needs no larger cache
-        room = seq_len - len(whole)
-        pieces = [SHORTEST_PIECE << i for i in range(size.bit_length()) if SHORTEST_PIECE << i <= size // 2]
-        yield whole, min(2, room), 0
-        yield whole, min(2, room), 1  # with the likeliest tokens, as the page asks
-        for piece in pieces:
-            if before:  # what begins as `whole` does, of which only a piece is left to be read
+        for n_top in (0, 1):  # without and with the likeliest tokens, as the page asks
+            yield whole, min(2, seq_len - len(whole)), n_top
+        if before:  # what goes on from something shorter
+            yield before + [next(fresh)] * (2 * BURST + SHORTEST_PIECE), 1, 0
+        for piece in (SHORTEST_PIECE << i for i in range(size.bit_length())):
+            if 2 * piece > size:
+                break
+            if before:  # what begins as `whole` does, so that no more than a piece is left to be read
                 yield whole[: size // 2] + [next(fresh)] * min(piece, size // 2 - 2 * BURST), 1, 0
             else:
                 yield [next(fresh)] * piece, 1, 0
-        if size < min(longest, seq_len):  # an answer that grows into the next size
-            yield [next(fresh)] * (size - 2), 4, 0
-        if size == seq_len:
+        if size == last:
             return
-        size, before = engine.cache_len(size + 1), size
+        size, before = engine.cache_len(size + 1), whole

@@ -37,7 +37,8 @@ RICH = """{% if tools %}{{ raise_exception('no tools here') }}{% endif %}
 {% endfor %}
 {{ strftime_now('%d %b %Y') }}{{ unk_token }}
 {% if add_generation_prompt %}>> {% endif %}"""
-LLAMA = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% else %}{% set loop_messages = messages %}
+LLAMA = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% else %}
+{% set loop_messages = messages %}
 {% endif %}{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
 {{ raise_exception('Roles must alternate user/assistant') }}{% endif %}{% if message['role'] == 'user' %}
 {{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}

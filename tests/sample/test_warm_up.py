@@ -27,7 +27,7 @@ def draw(engine, length, max_tokens, n_top=0):
     return row.tokens
 
 
-@pytest.mark.parametrize(("longest", "lengths"), [(256, (1, 16, 17, 60, 100, 200)), (512, (3, 33, 129, 250, 300, 480))])
+@pytest.mark.parametrize(("longest", "lengths"), [(240, (1, 16, 17, 60, 100, 210)), (496, (3, 33, 129, 250, 300, 466))])
 def test_requests_compile_nothing(params, longest, lengths):
     cold, warm = Engine(CONFIG, params, prefill_chunk=128), Engine(CONFIG, params, prefill_chunk=128)
     steps = list(warm_up(warm, longest))
@@ -48,7 +48,7 @@ def test_requests_compile_nothing(params, longest, lengths):
 def test_a_conversation_compiles_nothing(params):
     """Every turn begins with what was read before."""
     engine = Engine(CONFIG, params)
-    list(warm_up(engine, 512))
+    list(warm_up(engine, 496))
     before, prompt = engine.compilations, list(range(30))
     for turn in range(5):
         prompt += draw_behind(engine, prompt) + [turn] * (40 + 7 * turn)
