@@ -4,10 +4,12 @@
 
 examples:
   python device_serve.py runs/quickstart
-      a page at http://127.0.0.1:8000, POST /v1/completions for programs, GET /metrics for Prometheus
+      a page at http://127.0.0.1:8000, POST /v1/completions for programs, GET /metrics for Prometheus;
+      POST /v1/chat/completions for a model that brought a chat template (scripts/reshard_checkpoint.py carries it along)
   python device_serve.py runs/quickstart --host 0.0.0.0 --token-file secret --set serve.slots=64 --set mesh.tensor=4
       for other machines, which must send "Authorization: Bearer ..." with the file's content
 
+It compiles first what requests of up to serve.warm_up tokens need: until then GET /health answers 503, and requests wait.
 SIGTERM and Ctrl-C: no new requests, up to serve.drain_seconds for those being answered, then the end.
 exit status: 0 done, 1 failed, 2 wrong usage or configuration
 """
@@ -19,7 +21,7 @@ from pathlib import Path
 from mesh_transformer.command import DONE, FAILED, add_set_option, make_parser, run_command
 from mesh_transformer.config import ConfigError
 
-EXTRA = ("fastapi", "starlette", "uvicorn", "h11", "prometheus_client")
+EXTRA = ("fastapi", "starlette", "uvicorn", "h11", "jinja2", "prometheus_client")
 
 
 def main(arguments: list[str]) -> int:

@@ -277,6 +277,7 @@ class ServeConfig:
     max_body: Positive = 1 << 20  # bytes of a request
     body_seconds: Rate = 10.0  # time for a request to arrive whole
     timeout_seconds: Rate = 600.0  # time for a request to be answered
+    warm_up: NonNegative = 240  # before it is ready, compile for prompt and answer of so many tokens; 0: nothing
     drain_seconds: Rate = 7.0  # after SIGTERM: time for what is being answered to end
 
 

@@ -39,6 +39,7 @@ LONGEST = (
     "test_sharding",
     "test_step",
     "test_server",
+    "test_chat_server",
     "test_notebooks",
 )
 

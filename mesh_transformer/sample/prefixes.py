@@ -47,6 +47,11 @@ class Prefixes:
             _, oldest = self._kept.popitem(last=False)
             self.nbytes -= _nbytes(oldest)
 
+    def forget(self) -> None:
+        """All of them, and that any were of use."""
+        self._kept.clear()
+        self.nbytes = self.reused_tokens = 0
+
     def find(self, prompt: np.ndarray) -> Prefix | None:
         """The longest start that `prompt` shares with a kept one; its last token must be read in any case."""
         best, best_key = 0, None

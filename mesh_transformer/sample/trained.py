@@ -61,6 +61,12 @@ def load_trained(path: str | Place, overrides: Iterable[str] = ()) -> Trained:
     return Trained(engine, tokenizer_from_json(meta["tokenizer"], where=where), config, step, where)
 
 
+def read_meta(trained: Trained) -> dict[str, Any]:
+    """What the checkpoint says of itself, files that came along with its weights included (`carried`, texts by their names)."""
+    store, step = find_checkpoint(trained.where)
+    return store.read_meta(step)
+
+
 def describe_arrays(config: Config, layout: Layout, dtypes: Mapping[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, dtype (as saved: a bfloat16 checkpoint stays one) and place of every weight under its name in a checkpoint."""
     described = flatten_names(describe_params(config.model))

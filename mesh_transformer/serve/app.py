@@ -10,6 +10,8 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -18,9 +20,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
-from mesh_transformer.serve.completions import Service, error_json, start_completion
+from mesh_transformer.serve.chats import start_chat
+from mesh_transformer.serve.completions import Completion, Service, Wire, error_json, start_completion
 from mesh_transformer.serve.protocol import (
     ApiError,
+    ChatAnswer,
+    ChatRequest,
     CompleteAnswer,
     CompleteRequest,
     CompletionAnswer,
@@ -32,7 +37,8 @@ from mesh_transformer.serve.protocol import (
     explain,
 )
 
-ORIGINAL_TOKENS = 256  # that mesh-transformer-jax's server drew
+ORIGINAL = Wire(default_tokens=256)  # as many as mesh-transformer-jax's server drew
+BODIES = {"/complete": CompleteRequest, "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 ERRORS = {
     400: "what is asked cannot be done",
     401: "no token, or a wrong one",
@@ -52,6 +58,9 @@ STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
+Start = Callable[[], AbstractAsyncContextManager[Completion]]  # begins a request's work
+
+
 class Left(Exception):
     """The client has gone."""
 
@@ -67,35 +76,24 @@ def make_app(service: Service, *, timeout_seconds: float) -> FastAPI:
     @app.post("/v1/completions", response_model=CompletionAnswer, responses=STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts: OpenAI's format."""
-        if body.stream:
-            return EventStream(service, body, timeout_seconds)
+        return await answer(partial(start_completion, service, body), bool(body.stream), request)
 
-        async def whole() -> dict[str, Any]:
-            async with start_completion(service, body) as completion:
-                return await completion.whole()
-
-        return JSONResponse(await unless_left(whole(), request, timeout_seconds))
+    @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=STREAM)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer messages: OpenAI's format, for models whose tokenizer has a chat template."""
+        return await answer(partial(start_chat, service, body), bool(body.stream), request)
 
     @app.post("/complete", response_model=CompleteAnswer)
     async def complete(body: CompleteRequest, request: Request) -> Response:
         """Continue a text by 256 tokens: the format of mesh-transformer-jax's server."""
         wanted = CompletionRequest(prompt=body.context, top_p=body.top_p, temperature=body.temp)
+        found = await unless_left(whole(partial(start_completion, service, wanted, ORIGINAL)), request, timeout_seconds)
+        return JSONResponse({"completion": found["choices"][0]["text"]})
 
-        async def whole() -> dict[str, Any]:
-            async with start_completion(service, wanted, default_tokens=ORIGINAL_TOKENS) as completion:
-                return await completion.whole()
-
-        answer = await unless_left(whole(), request, timeout_seconds)
-        return JSONResponse({"completion": answer["choices"][0]["text"]})
-
-    @app.post("/v1/chat/completions", response_model=ErrorAnswer)
-    async def chat(request: Request) -> Response:
-        """Chats need a template, and no model here carries one."""
-        raise ApiError(
-            404,
-            f"{service.name} has no chat template: it continues texts; ask /v1/completions",
-            code="no_chat_template",
-        )
+    async def answer(start: Start, stream: bool, request: Request) -> Response:
+        if stream:
+            return EventStream(start, timeout_seconds)
+        return JSONResponse(await unless_left(whole(start), request, timeout_seconds))
 
     plain = app.openapi
 
@@ -108,6 +106,12 @@ def make_app(service: Service, *, timeout_seconds: float) -> FastAPI:
 
     app.openapi = openapi
     return app
+
+
+async def whole(start: Start) -> dict[str, Any]:
+    """An answer in one piece."""
+    async with start() as completion:
+        return await completion.whole()
 
 
 async def unless_left(work: Any, request: Request, seconds: float) -> Any:
@@ -133,9 +137,9 @@ async def wait_until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
 class EventStream(Response):
     """Server-sent events of a completion. What is wrong before the first one is an ordinary error."""
 
-    def __init__(self, service: Service, body: CompletionRequest, seconds: float):
+    def __init__(self, start: Start, seconds: float):
         super().__init__()
-        self._service, self._body, self._seconds = service, body, seconds
+        self._start, self._seconds = start, seconds
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See ASGI."""
@@ -151,7 +155,7 @@ class EventStream(Response):
             await asyncio.wait((gone, writing))
 
     async def _write(self, send: Any) -> None:
-        async with start_completion(self._service, self._body) as completion:
+        async with self._start() as completion:
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             events = completion.stream()
@@ -200,9 +204,17 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", response_model=HealthAnswer)
     async def health() -> Response:
-        """Whether requests are taken: 200, or 503 while the server goes down. The one route that needs no token."""
-        status = "failed" if service.worker.failure else "draining" if app.state.draining else "ok"
-        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+        """Whether requests are answered at once: 200, or 503 with the reason. The one route that needs no token."""
+        worker = service.worker
+        if worker.failure:
+            status, reason = "failed", "the engine has failed"
+        elif app.state.draining:
+            status, reason = "draining", "the server is going down"
+        elif compiling := worker.compiling:
+            status, reason = "compiling", compiling
+        else:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": status, "reason": reason}, 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -239,7 +251,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        known = (CompleteRequest if request.url.path == "/complete" else CompletionRequest).model_fields
+        known = BODIES[request.url.path].model_fields
         message, field = explain(list(error.errors()), known)
         return JSONResponse(error_json(ApiError(400, message, param=field)), 400)
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One sample as the wire shows it: events of the engine -> pieces of text, with the numbers of the tokens they consist of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mesh_transformer.data.tokenizers import StreamDecoder, Tokenizer
@@ -18,11 +18,16 @@ class Piece(NamedTuple):
     finish: str | None
 
 
-class _Token(NamedTuple):
+class ShownToken(NamedTuple):
+    """One token of a sample, or with echo of its prompt."""
+
     start: int  # in the answer's text
     id: int
     logprob: float | None
     top: list[tuple[int, float]] | None
+
+
+Show = Callable[[Tokenizer, Sequence[ShownToken], int], dict[str, list[Any]]]
 
 
 class Choice:
@@ -38,16 +43,17 @@ class Choice:
         n_top: int | None,
         echo: bool,
         empty: bool = False,
+        show: Show | None = None,
     ):
-        """`prompt` is `prompt_tokens` as text. `n_top` likeliest tokens are shown, none at all if it is None.
+        """`prompt` is `prompt_tokens` as text. `n_top` likeliest tokens are shown, by `show`, none at all if it is None.
 
         With `echo` the prompt comes first. `empty`: the one token that is drawn all the same is not shown.
         """
-        self._tokenizer, self._n_top, self._empty = tokenizer, n_top, empty
+        self._tokenizer, self._n_top, self._empty, self._show = tokenizer, n_top, empty, show or show_logprobs
         self._prompt_tokens = list(prompt_tokens) if echo else []
         self._prompt = prompt if echo else ""
         self.row = TextRow(prompt, StreamDecoder(tokenizer, continues=bool(prompt)), StopStrings(stops))
-        self._pending: list[_Token] = []  # not shown yet, for their text is not
+        self._pending: list[ShownToken] = []  # not shown yet, for their text is not
         self.done = self._begun = False
 
     @property
@@ -69,7 +75,7 @@ class Choice:
                 break
             start = len(self._prompt) + self.row.decoded
             if self._n_top is not None:
-                self._pending.append(_Token(start, event.token, event.logprob, event.top))
+                self._pending.append(ShownToken(start, event.token, event.logprob, event.top))
             text += self.row.push(event)
             self.done = self.row.finish != "interrupted"
         return Piece(text, self._release(), self.row.finish if self.done else None)
@@ -80,7 +86,7 @@ class Choice:
         decoder, start = StreamDecoder(self._tokenizer), 0
         found = [None, *(scores or [])]
         for token, score in zip(self._prompt_tokens, found, strict=True):
-            self._pending.append(_Token(start, token, score and score.logprob, score and score.top))
+            self._pending.append(ShownToken(start, token, score and score.logprob, score and score.top))
             start += len(decoder.push([token]))
 
     def _release(self) -> dict[str, list[Any]] | None:
@@ -91,20 +97,41 @@ class Choice:
         cut = self.row.finish != "length"
         shown = [token for token in self._pending if token.start < length or not cut]
         self._pending = [] if self.done else self._pending[len(shown) :]
-        return {
-            "tokens": [name_token(self._tokenizer, token.id) for token in shown],
-            "token_logprobs": [token.logprob for token in shown],
-            "top_logprobs": [self._name_top(token.top) for token in shown],
-            "text_offset": [token.start for token in shown],
-        }
+        return self._show(self._tokenizer, shown, self._n_top)
 
-    def _name_top(self, top: list[tuple[int, float]] | None) -> dict[str, float] | None:
+
+def show_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken], n_top: int) -> dict[str, list[Any]]:
+    """The form of /v1/completions: what is known of the tokens, a list for each kind of it."""
+
+    def name_top(top: list[tuple[int, float]] | None) -> dict[str, float] | None:
         if top is None:
             return None
         named: dict[str, float] = {}
-        for token, logprob in top[: self._n_top]:
-            named.setdefault(name_token(self._tokenizer, token), logprob)  # of equal names the likelier
+        for token, logprob in top[:n_top]:
+            named.setdefault(name_token(tokenizer, token), logprob)  # of equal names the likelier
         return named
+
+    return {
+        "tokens": [name_token(tokenizer, token.id) for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [name_top(token.top) for token in tokens],
+        "text_offset": [token.start for token in tokens],
+    }
+
+
+def show_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken], n_top: int) -> dict[str, list[Any]]:
+    """The form of chats: one list, an entry for each token, with its bytes."""
+
+    def show(token: int, logprob: float | None) -> dict[str, Any]:
+        data = tokenizer.decode_bytes([token])
+        return {"token": name_token(tokenizer, token), "logprob": logprob, "bytes": list(data) or None}
+
+    return {
+        "content": [
+            {**show(token.id, token.logprob), "top_logprobs": [show(*pair) for pair in (token.top or [])[:n_top]]}
+            for token in tokens
+        ]
+    }
 
 
 def name_token(tokenizer: Tokenizer, token: int) -> str:

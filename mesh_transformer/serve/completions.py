@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""POST /v1/completions: a request becomes rows of the engine, and what it draws a JSON object or a stream of chunks."""
+"""A request becomes rows of the engine, and what it draws a JSON object or a stream of chunks: all of POST /v1/completions."""
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import secrets
 import time
@@ -11,10 +12,11 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import SampleConfig
+from mesh_transformer.data.chats import Chats
 from mesh_transformer.data.tokenizers import TokenizerError
 from mesh_transformer.sample.requests import PromptError, Row
 from mesh_transformer.sample.trained import Trained
-from mesh_transformer.serve.choices import Choice, Piece, join_pieces
+from mesh_transformer.serve.choices import Choice, Piece, Show, join_pieces, show_logprobs
 from mesh_transformer.serve.constraints import Grammar, Grammars
 from mesh_transformer.serve.measures import Measures
 from mesh_transformer.serve.protocol import ApiError, CompletionRequest
@@ -32,6 +34,33 @@ class Service(NamedTuple):
     grammars: Grammars
     name: str  # of the model
     longest_token: int  # bytes
+    chats: Chats
+
+
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """What answers look like, and what else differs between /v1/completions, which is this one, and chats (chats.py)."""
+
+    default_tokens: int = DEFAULT_TOKENS  # without max_tokens, or as many as fit
+    stop_tokens: Sequence[int] = ()  # besides the end of the text
+    kind: str = "cmpl"  # what an answer's id begins with
+    whole_object: str = "text_completion"
+    chunk_object: str = "text_completion"
+    prompt_field: str = "prompt"  # of the request
+    continues: bool = True  # the answer goes on with the prompt's text, and is not one of its own
+    show: Show = show_logprobs
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a stream has of sample `index` before its first token, if anything."""
+        return None
+
+    def whole(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A sample."""
+        return {"index": index, "text": piece.text, "logprobs": piece.logprobs, "finish_reason": piece.finish}
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A piece of one in a stream."""
+        return self.whole(index, piece)
 
 
 class Completion:
@@ -43,17 +72,17 @@ class Completion:
         request: CompletionRequest,
         prompts: list[list[int]],
         grammar: Grammar | None,
-        default_tokens: int,
+        wire: Wire,
     ):
         """Queues the rows; see `start_completion`."""
-        self._service, self._request, self._default_tokens = service, request, default_tokens
+        self._service, self._request, self._wire = service, request, wire
         self._start = time.monotonic()
-        self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+        self._id, self._created = f"{wire.kind}-{secrets.token_hex(12)}", int(time.time())
         self._n, self._drawn = request.n or 1, max(request.best_of or 0, request.n or 1)
         self._n_prompt_tokens = sum(map(len, prompts))
         rows = [row for j, prompt in enumerate(prompts) for row in self._make_rows(prompt, j, len(prompts), grammar)]
         self._choices = [
-            self._make_choice(prompts[j], _text_of(service, request, j, prompts[j]))
+            self._make_choice(prompts[j], _text_of(service, request, j, prompts[j]) if wire.continues else "")
             for j in range(len(prompts))
             for _ in range(self._drawn)
         ]
@@ -80,20 +109,23 @@ class Completion:
             order = range(first, first + self._drawn)
             if self._drawn > self._n:
                 order = sorted(order, key=lambda number: -self._choices[number].score)[: self._n]
-            choices += [self._to_json(len(choices) + i, wholes[number]) for i, number in enumerate(order)]
-        return {**self._head(), "choices": choices, "usage": self._usage()}
+            choices += [self._wire.whole(len(choices) + i, wholes[number]) for i, number in enumerate(order)]
+        return {**self._head(self._wire.whole_object), "choices": choices, "usage": self._usage()}
 
     async def stream(self) -> AsyncGenerator[str, None]:
         """Server-sent events; an error on the way is one as well."""
         options = self._request.stream_options
         wants_usage = options is not None and options.include_usage
-        extra = {"usage": None} if wants_usage else {}
+        head = self._head(self._wire.chunk_object) | ({"usage": None} if wants_usage else {})
+        for number in range(len(self._choices)):
+            if opening := self._wire.opening(number):
+                yield _event({**head, "choices": [opening]})
         try:
             async for number, piece in self._pieces():
-                if piece.text or piece.finish or (piece.logprobs and piece.logprobs["tokens"]):
-                    yield _event({**self._head(), "choices": [self._to_json(number, piece)], **extra})
+                if piece.text or piece.finish or any((piece.logprobs or {}).values()):
+                    yield _event({**head, "choices": [self._wire.chunk(number, piece)]})
             if wants_usage:
-                yield _event({**self._head(), "choices": [], "usage": self._usage()})
+                yield _event({**head, "choices": [], "usage": self._usage()})
         except ApiError as error:
             yield _event(error_json(error))
         yield "data: [DONE]\n\n"
@@ -124,11 +156,11 @@ class Completion:
         request, trained = self._request, self._service.trained
         engine, seq_len = trained.engine, trained.config.model.seq_len
         asked = request.max_tokens
-        room = max(min(self._default_tokens, seq_len - len(prompt)), 1) if asked is None else max(asked, 1)
+        room = max(min(self._wire.default_tokens, seq_len - len(prompt)), 1) if asked is None else max(asked, 1)
         seed = secrets.randbits(32) if request.seed is None else request.seed % 2**32
         wishes: dict[str, Any] = dict(
             max_tokens=room,
-            stop_tokens=[trained.tokenizer.end_of_text],
+            stop_tokens=[trained.tokenizer.end_of_text, *self._wire.stop_tokens],
             seed=seed,
             logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
             n_top=request.logprobs or 0,
@@ -142,7 +174,7 @@ class Completion:
                 for i in range(self._drawn)
             ]
         except PromptError as error:
-            param = "logit_bias" if str(error).startswith("logit_bias") else "prompt"
+            param = "logit_bias" if str(error).startswith("logit_bias") else self._wire.prompt_field
             code = "context_length_exceeded" if "seq_len" in str(error) else None
             raise ApiError(400, str(error)[:400], param=param, code=code) from None
 
@@ -157,13 +189,14 @@ class Completion:
             n_top=request.logprobs,
             echo=bool(request.echo),
             empty=request.max_tokens == 0,
+            show=self._wire.show,
         )
 
-    def _head(self) -> dict[str, Any]:
+    def _head(self, kind: str) -> dict[str, Any]:
         service = self._service
         return {
             "id": self._id,
-            "object": "text_completion",
+            "object": kind,
             "created": self._created,
             "model": service.name,
             "system_fingerprint": f"step_{service.trained.step}",
@@ -177,30 +210,29 @@ class Completion:
             "total_tokens": self._n_prompt_tokens + drawn,
         }
 
-    def _to_json(self, index: int, piece: Piece) -> dict[str, Any]:
-        return {"index": index, "text": piece.text, "logprobs": piece.logprobs, "finish_reason": piece.finish}
-
 
 @contextlib.asynccontextmanager
 async def start_completion(
-    service: Service, request: CompletionRequest, *, default_tokens: int = DEFAULT_TOKENS
+    service: Service, request: CompletionRequest, wire: Wire = Wire()
 ) -> AsyncGenerator[Completion, None]:
-    """A request on its way. Without max_tokens there are `default_tokens`, or as many as fit.
-
-    ApiError says what cannot be granted.
-    """
-    if request.model is not None and request.model != service.name:
-        raise ApiError(404, f"the model served here is {service.name}", param="model", code="model_not_found")
+    """A request on its way. ApiError says what cannot be granted."""
+    check_model(service, request.model)
     texts = list_prompts(request)
     service.worker.check_room(len(texts) * max(request.best_of or 0, request.n or 1))
     # Both may take long, and the event loop answers others.
     prompts = await asyncio.to_thread(_encode, service, texts)
     grammar = await asyncio.to_thread(_make_grammar, service.grammars, request)
-    completion = Completion(service, request, prompts, grammar, default_tokens)
+    completion = Completion(service, request, prompts, grammar, wire)
     try:
         yield completion
     finally:
         completion.close()
+
+
+def check_model(service: Service, name: str | None) -> None:
+    """ApiError 404 unless it is the model that is served, or none was named."""
+    if name is not None and name != service.name:
+        raise ApiError(404, f"the model served here is {service.name}", param="model", code="model_not_found")
 
 
 def list_prompts(request: CompletionRequest) -> list[str | list[int]]:
@@ -222,20 +254,25 @@ def error_json(error: ApiError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
+def check_length(service: Service, prompt: str | list[int], field: str) -> None:
+    """ApiError 400 for a prompt that has too many tokens, whatever they are; `field` is the request's."""
+    seq_len = service.trained.config.model.seq_len
+    # Most text of any seq_len tokens is shorter; what is longer even than the longest need not be encoded.
+    size = len(prompt) if isinstance(prompt, list) else -(-len(prompt) // service.longest_token)
+    if size > seq_len:
+        raise ApiError(
+            400,
+            f"a prompt of {len(prompt)} {'tokens' if isinstance(prompt, list) else 'characters'} is longer than the "
+            f"model reads (seq_len={seq_len} tokens, the answer included); shorten it",
+            param=field,
+            code="context_length_exceeded",
+        )
+
+
 def _encode(service: Service, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    tokenizer, seq_len = service.trained.tokenizer, service.trained.config.model.seq_len
-    encoded = []
+    tokenizer, encoded = service.trained.tokenizer, []
     for prompt in prompts:
-        # Most text of any seq_len tokens is shorter; what is longer even than the longest need not be encoded.
-        size = len(prompt) if isinstance(prompt, list) else -(-len(prompt) // service.longest_token)
-        if size > seq_len:
-            raise ApiError(
-                400,
-                f"a prompt of {len(prompt)} {'tokens' if isinstance(prompt, list) else 'characters'} is longer than the "
-                f"model reads (seq_len={seq_len} tokens, the answer included); shorten it",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        check_length(service, prompt, "prompt")
         try:
             encoded.append(prompt if isinstance(prompt, list) else tokenizer.encode(prompt) or [tokenizer.end_of_text])
         except TokenizerError as error:

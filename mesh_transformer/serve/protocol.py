@@ -72,33 +72,47 @@ class ResponseFormat(Strict):
         return self
 
 
-class CompletionRequest(Strict):
-    """POST /v1/completions. Without `seed` every prompt draws its own."""
+class Asking(Strict):
+    """What completions and chats share. Without `seed` every prompt draws its own."""
 
     model: Annotated[str, Field(max_length=256)] | None = None  # the one that is served, if given
-    prompt: Prompt = ""
-    max_tokens: Annotated[int, Field(ge=0)] | None = None  # None: 16, or as many as fit; 0 only with echo
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None  # None: 1; 0: greedy
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None  # drawn, of which the n likeliest are answered
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Field(ge=0, le=N_TOP)] | None = None  # likeliest tokens shown at each place
-    echo: bool | None = None  # the prompt is part of the text
     stop: Stops | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # equal seeds draw equal texts
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = None  # token id -> added to its logit
     user: Annotated[str, Field(max_length=1000)] | None = None  # accepted and not kept
-    suffix: Annotated[str, Field(max_length=1000)] | None = None  # refused: models here do not fill in
+    response_format: ResponseFormat | None = None
     # beyond OpenAI's
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # 0: off
     min_p: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = None
     guided_regex: Annotated[str, Field(min_length=1, max_length=MOST_REGEX)] | None = None  # the whole text matches it
-    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def check_shared(self) -> "Asking":
+        """Rules across these fields."""
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream")
+        if self.guided_regex is not None and self.response_format and self.response_format.type != "text":
+            raise ValueError("guided_regex and response_format both constrain the answer: give one")
+        return self
+
+
+class CompletionRequest(Asking):
+    """POST /v1/completions."""
+
+    prompt: Prompt = ""
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # None: 16, or as many as fit; 0 only with echo
+    best_of: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None  # drawn, of which the n likeliest are answered
+    logprobs: Annotated[int, Field(ge=0, le=N_TOP)] | None = None  # likeliest tokens shown at each place
+    echo: bool | None = None  # the prompt is part of the text
+    suffix: Annotated[str, Field(max_length=1000)] | None = None  # refused: models here do not fill in
 
     @model_validator(mode="after")
     def check(self) -> "CompletionRequest":
@@ -111,10 +125,54 @@ class CompletionRequest(Strict):
             raise ValueError("best_of greater than n cannot be streamed: the best are known at the end only")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens=0 needs echo: there would be nothing to answer")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream")
-        if self.guided_regex is not None and self.response_format and self.response_format.type != "text":
-            raise ValueError("guided_regex and response_format both constrain the answer: give one")
+        return self
+
+
+class TextPart(Strict):
+    """A part of a message; there are no others than text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """What somebody said. An answer's message can be sent back as it came; models here call no tools."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=2048)]  # parts: a line each
+    name: Annotated[str, Field(max_length=64)] | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+    def to_template(self) -> dict[str, str]:
+        """What templates know of it."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        named = {"role": self.role, "content": content, "name": self.name}
+        return {name: text for name, text in named.items() if text is not None}
+
+
+class ChatRequest(Asking):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # None: as many as fit
+    max_tokens: Annotated[int, Field(ge=1)] | None = None  # its older name
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=N_TOP)] | None = None  # likeliest tokens shown at each place
+    tools: list[Any] | None = None  # refused: answers are text
+
+    @model_validator(mode="after")
+    def check(self) -> "ChatRequest":
+        """Rules across fields."""
+        if self.tools:
+            raise ValueError("tools are not supported: this server answers with text")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens is the older name of max_completion_tokens: give one")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs")
         return self
 
 
@@ -170,6 +228,55 @@ class CompletionAnswer(BaseModel):
     usage: Usage | None = None
 
 
+class TokenScore(BaseModel):
+    """A token, its natural logarithm in the model's own distribution, and its bytes, if it has any."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatToken(TokenScore):
+    """One that was drawn."""
+
+    top_logprobs: list[TokenScore]
+
+
+class ChatLogprobs(BaseModel):
+    """Token by token."""
+
+    content: list[ChatToken]
+
+
+class ChatMessage(BaseModel):
+    """What the model says; `refusal` is there for clients that look for it."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    """One sample."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatAnswer(BaseModel):
+    """The answer. In its stream, of chat.completion.chunk, choices have `delta` for `message`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
 class ModelAnswer(BaseModel):
     """One model; the fields from max_model_len on are extensions."""
 
@@ -206,9 +313,10 @@ class ErrorAnswer(BaseModel):
 
 
 class HealthAnswer(BaseModel):
-    """Whether requests are taken."""
+    """Whether requests are answered at once, and if not, why."""
 
-    status: Literal["ok", "draining", "failed"]
+    status: Literal["ok", "compiling", "draining", "failed"]
+    reason: str | None = None
 
 
 def explain(errors: list[Any], known: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -219,6 +327,8 @@ def explain(errors: list[Any], known: Mapping[str, Any]) -> tuple[str, str | Non
     names = [part for part in place if part in known] or place[:1]
     if error["type"] == "extra_forbidden":
         names = place[-1:]
+    elif place[:1] == ["messages"]:
+        names = place[:3]  # such as messages.0.role; what follows is which type of several was tried
     field = ".".join(names)[:SHOWN] or None
     message = str(error["msg"]).removeprefix("Value error, ")[: 2 * SHOWN]
     if error["type"] == "extra_forbidden":

@@ -15,8 +15,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mesh_transformer.command import DONE
-from mesh_transformer.config import ConfigError, SampleConfig
-from mesh_transformer.sample.trained import Trained
+from mesh_transformer.config import ConfigError
+from mesh_transformer.data.chats import Chats
+from mesh_transformer.sample.trained import Trained, read_meta
 from mesh_transformer.serve.app import make_app
 from mesh_transformer.serve.completions import Service
 from mesh_transformer.serve.constraints import Grammars
@@ -30,19 +31,19 @@ LAST_WORDS = 1.5  # seconds to send what is left once answers have been cut off
 
 
 def serve(trained: Trained, *, name: str, host: str, port: int, token: str | None) -> bool:
-    """Answer until SIGTERM or SIGINT; whether the engine lived. Prints the address once requests are taken.
+    """Answer until SIGTERM or SIGINT; whether the engine lived. Prints the address once programs are compiled.
 
     Raises ConfigError if others could reach `host` and there is no `token`.
     """
     check_host(host, token)
     limits = trained.config.serve
-    # Compile what the first request needs before anybody waits for it.
-    trained.engine.generate([[trained.tokenizer.end_of_text]], SampleConfig(), max_tokens=2)
-    worker = Worker(trained.engine, places=limits.slots + limits.queue)
+    worker = Worker(trained.engine, places=limits.slots + limits.queue, longest_warm=limits.warm_up)
     measures = Measures(worker)
     longest = max(len(trained.tokenizer.decode_bytes([i])) for i in range(trained.tokenizer.n_vocab))
     grammars = Grammars(trained.tokenizer, trained.config.model.n_vocab)
-    app = make_app(Service(trained, worker, measures, grammars, name, longest), timeout_seconds=limits.timeout_seconds)
+    chats = Chats(trained.tokenizer, read_meta(trained), n_vocab=trained.config.model.n_vocab)
+    service = Service(trained, worker, measures, grammars, name, longest, chats)
+    app = make_app(service, timeout_seconds=limits.timeout_seconds)
     guard = Guard(
         app,
         token=token,
@@ -136,7 +137,15 @@ async def _watch(server: uvicorn.Server, worker: Worker) -> None:
         await asyncio.sleep(0.02)
     where = server.servers[0].sockets[0].getsockname()
     shown = f"[{where[0]}]" if ":" in where[0] else where[0]
-    print(f"serving on http://{shown}:{where[1]}", flush=True)
+    address = f"http://{shown}:{where[1]}"
+    if worker.compiling:
+        print(
+            f"compiling; until it is done requests wait, and {address}/health answers 503", file=sys.stderr, flush=True
+        )
+    while worker.compiling and not worker.failure:
+        await asyncio.sleep(0.02)
+    if not worker.failure:
+        print(f"serving on {address}", flush=True)
     while not worker.failure:
         await asyncio.sleep(0.2)
     server.should_exit = True

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from mesh_transformer.sample.engine import Engine, Pace
 from mesh_transformer.sample.requests import Event, Row
+from mesh_transformer.sample.warm_up import warm_up
 from mesh_transformer.serve.protocol import ApiError
 
 PAUSE = 0.05  # seconds between events
@@ -56,9 +57,13 @@ class Ticket:
 class Worker:
     """Runs the engine, which is not for several threads, and keeps count of who waits."""
 
-    def __init__(self, engine: Engine, *, places: int):
-        """At most `places` rows are waiting or being decoded."""
-        self.engine, self.places = engine, places
+    def __init__(self, engine: Engine, *, places: int, longest_warm: int = 0):
+        """At most `places` rows are waiting or being decoded.
+
+        First of all it compiles what sequences of up to `longest_warm` tokens need; rows wait meanwhile.
+        """
+        self.engine, self.places, self._longest_warm = engine, places, longest_warm
+        self.compiling = "programs are being compiled" if longest_warm else ""  # why rows wait, if they do
         self.seated = self.queued = 0  # rows, as of the last turn
         self.failure: str | None = None
         self._open: dict[int, Ticket] = {}  # by row id; the event loop's
@@ -66,6 +71,7 @@ class Worker:
         self._turns: deque[tuple[float, int]] = deque()  # when, and how many tokens
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = False
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin; tickets are for tasks of `loop`."""
@@ -74,6 +80,7 @@ class Worker:
 
     def stop(self) -> bool:
         """End the thread after its current turn; whether it did within a second."""
+        self._stopping = True
         self._inbox.put(None)
         self._thread.join(timeout=1.0)
         return not self._thread.is_alive()
@@ -130,10 +137,19 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            self._warm_up()
             self._serve()
         except Exception as error:  # whatever it is, nobody may wait for ever
             self.failure = f"{type(error).__name__}: {error}"
             self._call(self.abandon, ApiError(500, "the engine has failed", code="engine_failed"))
+
+    def _warm_up(self) -> None:
+        if self._longest_warm:
+            for done, total in warm_up(self.engine, self._longest_warm):
+                self.compiling = f"programs are being compiled: {done} of {total} parts are done"
+                if self._stopping:
+                    return
+        self.compiling = ""
 
     def _serve(self) -> None:
         pace = Pace(PAUSE)
