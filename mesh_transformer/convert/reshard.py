@@ -44,9 +44,9 @@ from mesh_transformer.convert.huggingface import (
     read_settings,
 )
 from mesh_transformer.convert.journal import JOURNAL, Journal
-from mesh_transformer.convert.lazy import Composed, FileArray, Lazy, Slices, pack, to_dtype
+from mesh_transformer.convert.lazy import FileArray, Lazy, Slices, pack, to_dtype
 from mesh_transformer.convert.names import FAMILIES
-from mesh_transformer.convert.slices import PART_BYTES, cut, shard_slices, shrink
+from mesh_transformer.convert.slices import PART_BYTES, cut, group_parts, shard_slices, shrink
 from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
 from mesh_transformer.convert.upload import Upload, check_remote, upload_folder
 from mesh_transformer.model.params import flatten_names
@@ -203,7 +203,7 @@ def write_huggingface(
         for file, names in files.items():
             places = create_safetensors(partial / file, {name: planned[name] for name in names})
             for name in names:
-                groups = list(_group_parts(tensors[name], part_bytes))
+                groups = list(group_parts(tensors[name], part_bytes))
                 for parts in groups:
                     keys = [f"{name} {first}" for first, _ in parts]
                     if any(key not in journal.done for key in keys):
@@ -322,16 +322,6 @@ def _split_files(planned: Mapping[str, Planned]) -> dict[str, list[str]]:
     if len(groups) == 1:
         return {SAFETENSORS: groups[0]}
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
-
-
-def _group_parts(tensor: Composed, part_bytes: int) -> Iterator[list[tuple[int, int]]]:
-    """The parts of a tensor that are written one after the other: each by itself, or all where they lie among each other.
-
-    The latter are twice as large, for they are turned some rows at a time and not as a whole.
-    """
-    among = bool(tensor.shape and tensor.cut[0])
-    parts = list(tensor.list_parts(part_bytes * (1 + among)))
-    yield from [parts] if among else [[part] for part in parts]
 
 
 def _nbytes(plan: Planned) -> int:

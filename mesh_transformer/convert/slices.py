@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mesh_transformer.checkpoint.manifest import ArrayRecord
-from mesh_transformer.convert.lazy import Slices
+from mesh_transformer.convert.lazy import Composed, Slices
 
 CUT_BYTES = 16_000_000  # of an array, compared at once
 PART_BYTES = 40_000_000  # of an array, read and written at once, where nothing else is said
@@ -46,3 +46,13 @@ def shrink(shard: tuple[int, ...], chunk: tuple[int, ...], kind: np.dtype, part_
         while math.prod(parts) * kind.itemsize > max(part_bytes, MIN_BLOCK_BYTES) and parts[axis] > chunk[axis]:
             parts[axis] -= chunk[axis]
     return tuple(parts)
+
+
+def group_parts(tensor: Composed, part_bytes: int) -> Iterator[list[tuple[int, int]]]:
+    """The parts of a tensor that are written one after the other: each by itself, or all where they lie among each other.
+
+    The latter are twice as large, for they are turned some rows at a time and not as a whole.
+    """
+    among = bool(tensor.shape and tensor.cut[0])
+    parts = list(tensor.list_parts(part_bytes * (1 + among)))
+    yield from [parts] if among else [[part] for part in parts]
