@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mesh_transformer.mesh import add_up, axes_of, current_layout
+from mesh_transformer.model.moe import Routing
 
 
 class TokenLosses(NamedTuple):
@@ -19,6 +20,7 @@ class TokenLosses(NamedTuple):
     nats: Float[Array, ""]  # cross entropy
     z_squares: Float[Array, ""]  # (log Z)^2
     tokens: Float[Array, ""]  # sum of the mask
+    routing: Routing | None = None  # of a model with experts in training: means over a microbatch, summed over these
 
 
 class Scored(NamedTuple):
