@@ -135,7 +135,7 @@ def keep_freed_memory(keep: bool, *, one_arena: bool | None = None) -> None:
 def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Layout:
     """The mesh `config` asks for over `devices` (all, if not given), with its rules; ConfigError if sizes do not fit."""
     devices = list(jax.devices() if devices is None else devices)
-    inner = math.prod(getattr(config, axis) for axis in MESH_AXES if axis != "data")
+    inner = config.fsdp * config.expert * config.tensor * config.context * config.pipeline
     data = config.data if config.data > 0 else len(devices) // inner
     wanted = data * inner
     sizes = {axis: data if axis == "data" else getattr(config, axis) for axis in MESH_AXES}

@@ -64,7 +64,7 @@ def test_unknown_rules_are_refused():
         make_rules({"embd": "fsdp"})
     with pytest.raises(
         ConfigError,
-        match=r"mesh\.rules\.embed: no such mesh axis 'model'; there are data, pipeline, fsdp, context, tensor",
+        match=r"mesh\.rules\.embed: no such mesh axis 'model'; there are data, pipeline, fsdp, expert, context, tensor",
     ):
         make_rules({"embed": ["fsdp", "model"]})
     assert (

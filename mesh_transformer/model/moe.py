@@ -206,10 +206,8 @@ def _find_places(layout: Layout, x: Array, weights: Weights) -> tuple[Places, An
 
 def _feed(rows: Array, weights: Weights, product: Callable[..., Array], activation: Callable[[Array], Array]) -> Array:
     hidden = product(rows, weights.w_in)
-    if weights.w_gate is None:
-        hidden = activation(hidden)
-    else:
-        hidden = activation(product(rows, weights.w_gate)) * hidden
+    gated = weights.w_gate is not None
+    hidden = activation(product(rows, weights.w_gate)) * hidden if gated else activation(hidden)
     return product(hidden, weights.w_out)
 
 
@@ -231,7 +229,7 @@ def _run_seated(
     keeps one piece of them), the same along `context` where sequences are cut (reduce-scatter, all-gather), and the sum
     over `tensor` of B T D elements that a dense layer has too.
     """
-    batch, length, width = x.shape
+    batch, _, width = x.shape
     pieces = jax.lax.axis_size(places.sequence) if places.sequence else 1
     seats = -(-capacity // pieces) * pieces  # as many for each piece of the sequence; the last ones stay empty
     seat = jnp.where(turns < capacity, chosen * seats + turns, n_experts * seats).reshape(batch, -1)

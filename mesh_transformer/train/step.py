@@ -133,7 +133,8 @@ def _score_batch(
         x, routing = model.hidden(params, batch.tokens, dropout_key=key, **_context(config, batch))
         targets, mask = to_ring_order(batch.targets), to_ring_order(batch.mask)
     head = head_of(params, config.model)
-    total, sums = score_tokens(x, head.w, head.b, targets, mask, config.train.z_loss, config.train.loss_pieces)
+    scored: Any = score_tokens(x, head.w, head.b, targets, mask, config.train.z_loss, config.train.loss_pieces)
+    total, sums = scored
     return total, sums._replace(routing=routing)
 
 
@@ -172,7 +173,8 @@ def make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gr
             return Gradients(grads, losses, carry.micro_square_norm + jnp.square(own_mean) / pieces), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        no_losses = TokenLosses(*[jnp.zeros(())] * 3, empty_routing(config.model))
+        zero = jnp.zeros(())
+        no_losses = TokenLosses(zero, zero, zero, empty_routing(config.model))
         start = Gradients(zeros, no_losses, jnp.zeros(()))
         return jax.lax.scan(accumulate, start, (jnp.arange(pieces), _cut(batch, pieces)))[0]
 
