@@ -161,16 +161,6 @@ def test_accumulated_equals_one_batch_where_sequences_are_balanced():
     assert_states_close(whole.state, parts.state, rtol=1e-5, atol=1e-5)
 
 
-def test_balance_loss_evens_the_load():
-    def largest(**weights: float) -> float:
-        optimizer = dict(learning_rate=3e-2, end_learning_rate=1e-3)
-        experts = dict(EXPERTS, per_token=1, jitter=0.0, **weights)
-        runner = Runner(make_config(model=dict(experts=experts), optimizer=optimizer))
-        return np.mean([float(runner.step(make_batch(i))["largest_expert_load"]) for i in range(20)][-5:]).item()
-
-    assert largest(balance_loss=1.0) < 1.25 < largest(balance_loss=0.0)
-
-
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_optimizers_take_each_expert_for_a_matrix(name):
     runner = Runner(make_config(model=dict(experts=dict(EXPERTS, every=1)), optimizer=dict(name=name)))
