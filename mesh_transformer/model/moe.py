@@ -77,7 +77,8 @@ class Experts(hk.Module):
         w_in = param("w_in", inits.inner, expert=e.n_experts, embed=c.d_model, ff=c.ff_dim)
         w_gate = param("w_gate", inits.inner, expert=e.n_experts, embed=c.d_model, ff=c.ff_dim) if c.gated else None
         w_out = param("w_out", inits.residual, expert=e.n_experts, ff=c.ff_dim, embed=c.d_model)
-        weights = Weights(*(None if w is None else widen(w, x.dtype) for w in (w_in, w_gate, w_out)))
+        wide_gate = None if w_gate is None else widen(w_gate, x.dtype)
+        weights = Weights(widen(w_in, x.dtype), wide_gate, widen(w_out, x.dtype))
 
         logits = _score_experts(x, w_router, key, e.jitter)
         gates, chosen = jax.lax.top_k(jax.nn.softmax(logits), e.per_token)
@@ -86,7 +87,7 @@ class Experts(hk.Module):
         factor = e.evaluation_capacity_factor if key is None else e.capacity_factor
         capacity = None if factor is None or decoding else find_capacity(factor, x.shape[1], e.per_token, e.n_experts)
         turns = None if capacity is None else _take_turns(chosen)
-        taken = jnp.ones(chosen.shape, bool) if turns is None else turns < capacity
+        taken = jnp.ones(chosen.shape, bool) if turns is None or capacity is None else turns < capacity
         y = _run_experts(x, gates, chosen, turns, weights, capacity, ACTIVATIONS[c.activation])
         return y, _describe_routing(logits, chosen, taken, over_batch=e.balance_over == "batch")
 

@@ -81,7 +81,8 @@ def _score(
     if not set(embed_on) <= set(rows_on):
         own, embed_on = whole, ()
     # As trees of places these have the types of what lies there.
-    losses = (P(), TokenLosses(*[cast(Any, P())] * 3, None))
+    whole_number = cast(Any, P())
+    losses = (P(), TokenLosses(whole_number, whole_number, whole_number))
     places = [cast(Any, place) for place in (stream, own, None if b is None else vocab)]
     scored = Scored(*places) if differentiate else None
     return jax.shard_map(
