@@ -94,7 +94,9 @@ def parse_config(table: Mapping[str, Any], *, where: str, run_dir: str = "runs/u
     table = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
     model = table.get("model")
     if isinstance(model, dict) and isinstance(model.get("preset"), str):
-        table["model"] = {**_preset(model["preset"], where), **model}
+        row = _preset(model["preset"], where)
+        experts = {**row.get("experts", {}), **inner} if isinstance(inner := model.get("experts"), dict) else inner
+        table["model"] = row | model | ({} if experts is None else {"experts": experts})
     run = table.setdefault("run", {})
     if isinstance(run, dict) and not run.get("dir"):
         run["dir"] = run_dir

@@ -5,7 +5,8 @@
 Model code names the role of every dimension ("embed", "heads", ...). One rules table maps roles to mesh axes:
 
     weights      embed -> fsdp    heads, kv_heads, ff -> tensor    vocab -> tensor and pipeline    layers -> pipeline
-    activations  batch -> data and fsdp    sequence -> context    stream -> context (and tensor: sequence_parallel)
+                 expert -> expert
+    activations  batch -> data, fsdp and expert    sequence -> context    stream -> context (and tensor: sequence_parallel)
 
 and XLA's partitioner inserts the communication. The table is strict: a name without a rule, a mesh axis used twice on
 one array, or a size that does not divide is an error that names the array.
@@ -27,7 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mesh_transformer.config import ConfigError, MeshConfig
 
 # From the slowest connection to the fastest: neighbours on the last axis are neighbours in the machine.
-MESH_AXES = ("data", "pipeline", "fsdp", "context", "tensor")
+MESH_AXES = ("data", "pipeline", "fsdp", "expert", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     # weights
     "layers": ("pipeline",),
@@ -36,13 +37,15 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "ff": ("tensor",),
+    "expert": ("expert",),  # weights of experts; the tokens come to them
+    "routes": (),  # a router's outputs: one for each expert, wherever that is
     "vocab": ("tensor", "pipeline"),  # every stage takes part in scoring
     "position": (),
     "buckets": (),
     # statistics
     "window": (),
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "pieces": (),  # microbatches of a batch
     "stages": ("pipeline",),
     "sequence": ("context",),  # inside a block
@@ -132,7 +135,7 @@ def keep_freed_memory(keep: bool, *, one_arena: bool | None = None) -> None:
 def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Layout:
     """The mesh `config` asks for over `devices` (all, if not given), with its rules; ConfigError if sizes do not fit."""
     devices = list(jax.devices() if devices is None else devices)
-    inner = config.fsdp * config.tensor * config.context * config.pipeline
+    inner = config.fsdp * config.expert * config.tensor * config.context * config.pipeline
     data = config.data if config.data > 0 else len(devices) // inner
     wanted = data * inner
     sizes = {axis: data if axis == "data" else getattr(config, axis) for axis in MESH_AXES}

@@ -3,19 +3,14 @@
 """What a run is made of: one frozen, strictly typed record for each section of its file, with a comment for every field."""
 
 import dataclasses
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
-Amount = Annotated[float, Field(ge=0.0)]
-Rate = Annotated[float, Field(gt=0.0)]
-Four = Annotated[tuple[Rate, ...], Field(min_length=4, max_length=4)]
+from mesh_transformer.field_types import STRICT, Amount, Four, Fraction, NonNegative, Positive, Rate, Share
+from mesh_transformer.model.expert_choices import ExpertsConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -65,6 +60,8 @@ class ModelConfig:
     head_bias: bool = False
     tied_embeddings: bool = True
     init: Literal["gpt2", "gptj", "neox"] = "gpt2"
+    init_scale: Rate = 1.0  # variance of all weights at the start, as a multiple of init's (Switch: 0.1)
+    experts: ExpertsConfig | None = None  # a router and experts in some layers; None: every feed-forward layer is dense
     dropout: Fraction = 0.0  # on embeddings, attention probabilities and both residual branches
     # how it is computed; the function does not depend on it
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and of weights in products
@@ -86,6 +83,9 @@ class ModelConfig:
         if not self.attention_pattern or self.n_layers % len(self.attention_pattern):
             length = len(self.attention_pattern)
             raise ValueError(f"n_layers={self.n_layers} is not a multiple of the attention_pattern's length {length}")
+        if self.experts is not None and self.n_layers % len(self.pattern):
+            every = f"attention_pattern and experts.every={self.experts.every} repeat together"
+            raise ValueError(f"n_layers={self.n_layers} is not a multiple of {len(self.pattern)}, after which {every}")
         rotates = self.positions.startswith("rotary")
         if self.rotary_dims is not None and not rotates:
             raise ValueError(
@@ -98,6 +98,14 @@ class ModelConfig:
         if rotates and (self.rotary_channels > self.head_dim or self.rotary_channels % 2):
             raise ValueError(f"rotary_dims={self.rotary_channels} must be even and at most d_head={self.head_dim}")
         return self
+
+    @property
+    def pattern(self) -> tuple[tuple[bool, bool], ...]:
+        """The layers of one period, which repeats: whether each attends locally, and whether it has experts."""
+        attention, every = self.attention_pattern, 1 if self.experts is None else self.experts.every
+        places = range(math.lcm(len(attention), every))
+        has_experts = [self.experts is not None and (i + 1) % every == 0 for i in places]
+        return tuple((attention[i % len(attention)] == "local", has_experts[i]) for i in places)
 
     @property
     def head_dim(self) -> int:
@@ -121,8 +129,9 @@ class ModelConfig:
 
     def describe_function(self) -> dict[str, Any]:
         """What determines the function computed, with every default spelled out; equal for equal functions of the weights."""
-        free = ("preset", "init", "dropout", "dtype", "remat", "attention_kernel", "unroll")
+        free = ("preset", "init", "init_scale", "dropout", "dtype", "remat", "attention_kernel", "unroll")
         table = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
+        table["experts"] = self.experts and self.experts.describe_function()
         table |= dict(d_head=self.head_dim, n_kv_heads=self.kv_heads, d_ff=self.ff_dim)
         rotates = self.positions.startswith("rotary")
         table |= dict(rotary_dims=self.rotary_channels if rotates else None)
@@ -140,6 +149,7 @@ class MeshConfig:
     data: Annotated[int, Field(ge=-1)] = -1  # replicas; -1: all devices the other axes leave over
     fsdp: Positive = 1  # parameters and optimizer state sharded, batch too
     tensor: Positive = 1  # heads, feed-forward and vocabulary sharded
+    expert: Positive = 1  # experts sharded, batch too
     context: Positive = 1  # sequences cut: attention goes round a ring
     pipeline: Positive = 1  # layers cut into stages; microbatches (train.accumulation) follow one another through them
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"  # gpipe keeps every microbatch's activations until the end
@@ -316,12 +326,14 @@ class Config:
             raise ValueError(f"optimizer.end_learning_rate={end} exceeds optimizer.learning_rate={peak}")
         if self.run.keep_optimizer and not self.run.start_from:
             raise ValueError("run.keep_optimizer needs run.start_from, the checkpoint whose optimizer it is")
-        stages, periods = self.mesh.pipeline, self.model.n_layers // len(self.model.attention_pattern)
+        stages, periods = self.mesh.pipeline, self.model.n_layers // len(self.model.pattern)
         if periods % stages:
             raise ValueError(
                 f"mesh.pipeline={stages} does not divide model.n_layers={self.model.n_layers} into stages of whole "
                 f"attention patterns; use a divisor of {periods}"
             )
+        if stages > 1 and self.model.experts is not None:
+            raise ValueError("model.experts needs mesh.pipeline=1: stages do not hand on the routers' losses")
         if stages > 1 and self.train.noise_scale:
             raise ValueError("train.noise_scale looks at each microbatch's own gradient; it needs mesh.pipeline=1")
         pieces = self.train.loss_pieces * self.mesh.context

@@ -64,7 +64,7 @@ def test_unknown_rules_are_refused():
         make_rules({"embd": "fsdp"})
     with pytest.raises(
         ConfigError,
-        match=r"mesh\.rules\.embed: no such mesh axis 'model'; there are data, pipeline, fsdp, context, tensor",
+        match=r"mesh\.rules\.embed: no such mesh axis 'model'; there are data, pipeline, fsdp, expert, context, tensor",
     ):
         make_rules({"embed": ["fsdp", "model"]})
     assert (
@@ -84,7 +84,14 @@ def test_mesh_that_does_not_fit_is_refused(sizes):
 
 
 def test_mesh_takes_what_is_left_over_or_the_first_devices():
-    assert dict(make(-1, 2, 2).mesh.shape) == {"data": 2, "pipeline": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    assert dict(make(-1, 2, 2).mesh.shape) == {
+        "data": 2,
+        "pipeline": 1,
+        "fsdp": 2,
+        "expert": 1,
+        "context": 1,
+        "tensor": 2,
+    }
     assert list(make(2, 1, 2).mesh.devices.flat) == jax.devices()[:4]
     layout = make(2, 2, 2)
     assert layout.batch_pieces == 4

@@ -36,8 +36,14 @@ class Inits(NamedTuple):
 
 def make_inits(config: ModelConfig) -> Inits:
     """Initialisers by name: GPT-2 paper section 2.3; mesh-transformer-jax layers.py; GPT-NeoX small_init and wang_init."""
-    normal, truncated = hk.initializers.RandomNormal, hk.initializers.TruncatedNormal
-    d, layers = config.d_model, config.n_layers
+    d, layers, scale = config.d_model, config.n_layers, config.init_scale**0.5
+
+    def normal(deviation: float) -> hk.initializers.Initializer:
+        return hk.initializers.RandomNormal(deviation * scale)
+
+    def truncated(deviation: float) -> hk.initializers.Initializer:
+        return hk.initializers.TruncatedNormal(deviation * scale)
+
     match config.init:
         case "gpt2":
             return Inits(normal(0.02), normal(0.01), normal(0.02), normal(0.02 / (2 * layers) ** 0.5))

@@ -21,14 +21,13 @@ from mesh_transformer.model.attention.sight import Cache, Masks, Sight
 from mesh_transformer.model.embedding import look_up
 from mesh_transformer.model.feed_forward import FeedForward
 from mesh_transformer.model.linear import dropout, linear
+from mesh_transformer.model.moe import Experts, Routing
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK, ParamInfo, Params, describe, make_inits, param
 from mesh_transformer.model.positions import RelativeBias
 from mesh_transformer.model.quantized import Quantized
 
-Caches = tuple[
-    Cache, ...
-]  # of every block in a period of the attention pattern, stacked over the periods as parameters are
+Caches = tuple[Cache, ...]  # of every block in a period of the pattern, stacked over the periods as parameters are
 POLICIES = jax.checkpoint_policies
 REMAT = {
     "full": POLICIES.nothing_saveable,
@@ -45,16 +44,26 @@ REMAT = {
 class Block(hk.Module):
     """One layer: attention and feed-forward around the residual stream, one after the other or side by side."""
 
-    def __init__(self, config: ModelConfig, *, local: bool, name: str):
+    def __init__(self, config: ModelConfig, *, local: bool, has_experts: bool, name: str):
         super().__init__(name=name)
-        self.config, self.local = config, local
+        self.config, self.local, self.has_experts = config, local, has_experts
 
     def __call__(
         self, x: Float[Array, "B T D"], sight: Sight, cache: Cache | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """The stream after this layer, and the cache with its keys and values."""
-        c, inits = self.config, make_inits(self.config)
-        attention, feed_forward = Attention(c, inits, local=self.local), FeedForward(c, inits)
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Routing | None]:
+        """The stream after this layer, the cache with its keys and values, and what a router did."""
+        c, decoding, routing = self.config, cache is not None, None
+        inits = make_inits(c)
+        attention, dense = Attention(c, inits, local=self.local), FeedForward(c, inits)
+        experts = Experts(c, inits) if self.has_experts else None
+
+        def feed_forward(x: Array) -> Array:
+            nonlocal routing
+            if experts is None:
+                return dense(x)
+            y, routing = experts(x, decoding=decoding)
+            return y + dense(x) if c.experts and c.experts.shared else y
+
         normed = _enter(Norm(c, name="norm_1")(x))
         mixed, cache = attention(normed, sight, cache)
         mixed = dropout(_leave(mixed), c.dropout)
@@ -66,7 +75,7 @@ class Block(hk.Module):
                 x = x + mixed + dropout(_leave(feed_forward(normed)), c.dropout)
             case "parallel-two-norms":  # GPT-NeoX
                 x = x + mixed + dropout(_leave(feed_forward(_enter(Norm(c, name="norm_2")(x)))), c.dropout)
-        return constrain(x, "batch", "stream", "residual"), cache
+        return constrain(x, "batch", "stream", "residual"), cache, routing
 
 
 # Where the stream is cut along `tensor` too, it is gathered on its way into products and reduced on its way out. Said
@@ -96,7 +105,7 @@ class Transformer(hk.Module):
     ) -> tuple[Float[Array, "B U V"], Caches | None]:
         """Logits in float32 (U = T, or 1 with `logits_at`) and the cache, updated."""
         c, inits = self.config, make_inits(self.config)
-        x, cache = self.hidden(tokens, positions, segments, cache)
+        x, cache, _ = self.hidden(tokens, positions, segments, cache)
         if cache is None:
             x = from_ring_order(x)
         if logits_at is not None:
@@ -117,15 +126,16 @@ class Transformer(hk.Module):
         positions: Int[Array, "B T"] | None,
         segments: Int[Array, "B T"] | None,
         cache: Caches | None,
-    ) -> tuple[Float[Array, "B T D"], Caches | None]:
-        """What the head scores: the normalised stream, in ring order without a cache, and the cache, updated."""
+    ) -> tuple[Float[Array, "B T D"], Caches | None, Routing | None]:
+        """What the head scores: the normalised stream, in ring order without a cache; the cache, updated; the routing."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if cache is None:
             tokens, positions = to_ring_order(tokens), to_ring_order(positions)
             segments = None if segments is None else to_ring_order(segments)
-        x, cache = self.run_layers(self.embed(tokens, positions), self.see(positions, segments, cache), cache)
-        return self.normalise(x), cache
+        sight = self.see(positions, segments, cache)
+        x, cache, routing = self.run_layers(self.embed(tokens, positions), sight, cache)
+        return self.normalise(x), cache, routing
 
     @hk.experimental.name_like("__call__")
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -166,17 +176,18 @@ class Transformer(hk.Module):
     @hk.experimental.name_like("__call__")
     def run_layers(
         self, x: Float[Array, "B T D"], sight: Sight, caches: Caches | None
-    ) -> tuple[Float[Array, "B T D"], Caches | None]:
-        """All layers, as a scan over periods of the attention pattern."""
-        c, pattern = self.config, self.config.attention_pattern
+    ) -> tuple[Float[Array, "B T D"], Caches | None, Routing | None]:
+        """All layers, as a scan over periods of the pattern; what routers did, by layer that has one."""
+        c, pattern = self.config, self.config.pattern
 
-        def period(x: Array, caches: Caches | None) -> tuple[Array, Caches | None]:
-            x, updated = checkpoint_name(x, "stream"), []
-            for i, kind in enumerate(pattern):
-                block = Block(c, local=kind == "local", name=f"block_{i}")
-                x, own = block(x, sight, None if caches is None else caches[i])
+        def period(x: Array, caches: Caches | None) -> tuple[Array, tuple[Caches | None, list[Routing]]]:
+            x, updated, routings = checkpoint_name(x, "stream"), [], []
+            for i, (local, has_experts) in enumerate(pattern):
+                block = Block(c, local=local, has_experts=has_experts, name=f"block_{i}")
+                x, own, routing = block(x, sight, None if caches is None else caches[i])
                 updated.append(own)
-            return x, None if caches is None else tuple(updated)
+                routings += [] if routing is None else [routing]
+            return x, (None if caches is None else tuple(updated), routings)
 
         if c.remat in REMAT and caches is None:
             if c.remat == "offload" and target_platform() == "cpu":
@@ -186,7 +197,11 @@ class Transformer(hk.Module):
         stack = hk.experimental.layer_stack(
             n_periods, with_per_layer_inputs=True, unroll=min(c.unroll, n_periods), name=STACK
         )
-        return stack(period)(x, caches)
+        x, (caches, routings) = stack(period)(x, caches)
+        if not routings:
+            return x, caches, None
+        by_layer = jax.tree.map(lambda *of: jnp.stack(of, 1).reshape(-1, *of[0].shape[1:]), *routings)
+        return x, caches, by_layer
 
 
 class Head(NamedTuple):
@@ -201,7 +216,7 @@ class Model(NamedTuple):
 
     init: Callable[[PRNGKeyArray], Params]
     apply: Callable[..., tuple[Float[Array, "B U V"], Caches | None]]
-    hidden: Callable[..., Float[Array, "B T D"]]
+    hidden: Callable[..., tuple[Float[Array, "B T D"], Routing | None]]
 
 
 def make_model(config: ModelConfig) -> Model:
@@ -209,15 +224,17 @@ def make_model(config: ModelConfig) -> Model:
 
     apply takes tokens [B, T] and, by keyword: `positions` [B, T] (default 0..T-1), `segments` [B, T] (attention stays
     within equal ones), `cache` (keys and values are stored at `positions` and all earlier ones are seen), `logits_at`
-    [B] (score only this place of each row), `dropout_key` (none: no dropout). `hidden`, with the first three of these,
-    gives what the head scores (see `head_of`) in ring order: compare it with `to_ring_order(targets)`.
+    [B] (score only this place of each row), `dropout_key` (in training: for dropout and routers; none: not training).
+    `hidden`, with the first two and the last of these, gives what the head scores (see `head_of`) in ring order, to be
+    compared with `to_ring_order(targets)`, and what the routers did.
     """
 
     def forward(tokens, positions=None, segments=None, cache=None, logits_at=None):
         return Transformer(config)(tokens, positions, segments, cache, logits_at)
 
     def forward_hidden(tokens, positions=None, segments=None):
-        return Transformer(config).hidden(tokens, positions, segments, None)[0]
+        x, _, routing = Transformer(config).hidden(tokens, positions, segments, None)
+        return x, routing
 
     transformed, transformed_hidden = hk.transform(forward), hk.transform(forward_hidden)
 
@@ -257,7 +274,7 @@ def init_cache(config: ModelConfig, batch_size: int, cache_len: int, dtype: str 
 
     "int8" keeps a float32 scale beside the values of each token and head.
     """
-    pattern = config.attention_pattern
+    pattern = config.pattern
     shape = (config.n_layers // len(pattern), batch_size, config.kv_heads, cache_len, config.head_dim)
 
     def empty() -> Array | Quantized:

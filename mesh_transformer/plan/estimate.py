@@ -125,7 +125,7 @@ def _makes_scores(model: ModelConfig, topology: Topology) -> bool:
 
 def _kept_per_token(model: ModelConfig, pieces: Pieces, item: int, plain: bool) -> float:
     """Bytes that one layer keeps for each token's backward pass; with full remat, one period of layers its input."""
-    period = len(model.attention_pattern)
+    period = len(model.pattern)
     stream = model.d_model * item / (pieces.cut("stream") / pieces.cut("sequence"))
     mixed = model.n_heads * model.head_dim * item / pieces.cut("heads")
     heads = mixed + 2 * model.kv_heads * model.head_dim * item / pieces.cut("kv_heads")
@@ -150,7 +150,7 @@ def _layer_bytes(model: ModelConfig, pieces: Pieces, own: float, item: int, plai
     mixed = 6 * item * model.n_heads * model.head_dim / pieces.cut("heads")
     scores = SCORE_BYTES * model.n_heads / pieces.cut("heads") * model.seq_len if plain else mixed
     hidden = HIDDEN_BYTES * model.ff_dim / pieces.cut("ff") * (2 if model.gated else 1)
-    layers = own * (scores + hidden + 4 * item * model.d_model) * len(model.attention_pattern)
+    layers = own * (scores + hidden + 4 * item * model.d_model) * len(model.pattern)
     return layers + 2 * item * _layer_weights(model) / pieces.cut("ff")
 
 

@@ -68,9 +68,9 @@ def lay_out(params: Mapping[str, Mapping[str, Any]], config: ModelConfig, layout
 def contracted_dims(name: str, axes: tuple[str, ...]) -> tuple[int, ...]:
     """The dimensions of a weight over which products add up; none for what is no factor of a product, such as a norm's scale."""
     short = name.rpartition("/")[2]
-    if not short.startswith("w_") or short == "w_positions":
+    if not short.startswith("w_") or short in ("w_positions", "w_router"):  # which expert is chosen stays as trained
         return ()
-    if short == "w_tokens":
+    if short == "w_tokens" or axes[0] == "expert":
         return (1,)
     return (0,) if axes[0] == "embed" else tuple(range(len(axes) - 1))
 

@@ -26,7 +26,7 @@ def count_jaxpr_flops(jaxpr: Any) -> float:
 
     Inside a `shard_map` shapes are one device's, and a kernel's body is that of one block: both are multiplied by how
     many there are. Blocks that a kernel skips (causal attention) count as if it did not. A loop of unknown length
-    counts once.
+    counts once. Without a capacity, experts on several devices count the rows of all of them on each.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -34,8 +34,20 @@ def count_jaxpr_flops(jaxpr: Any) -> float:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, out = equation.invars[0].aval, equation.outvars[0].aval
             total += 2.0 * math.prod(out.shape) * math.prod(left.shape[axis] for axis in contracted)
+        if equation.primitive.name == "ragged_dot_general":
+            total += _ragged_flops(equation)
         total += _times(equation) * sum(count_jaxpr_flops(inner) for inner in _inner_jaxprs(equation.params))
     return total
+
+
+def _ragged_flops(equation: Any) -> float:
+    """Of a product whose rows belong to groups (experts): every row meets the weight of one group alone."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    left, out = equation.invars[0].aval, equation.outvars[0].aval
+    # A weight's gradient has a leading dimension of groups, among which the contracted rows are divided.
+    kept = out.shape[1:] if set(numbers.lhs_ragged_dimensions) & set(contracted) else out.shape
+    return 2.0 * math.prod(kept) * math.prod(left.shape[axis] for axis in contracted)
 
 
 def _times(equation: Any) -> int:

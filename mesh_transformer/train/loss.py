@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mesh_transformer.mesh import add_up, axes_of, current_layout
+from mesh_transformer.model.moe import Routing
 
 
 class TokenLosses(NamedTuple):
@@ -19,6 +20,7 @@ class TokenLosses(NamedTuple):
     nats: Float[Array, ""]  # cross entropy
     z_squares: Float[Array, ""]  # (log Z)^2
     tokens: Float[Array, ""]  # sum of the mask
+    routing: Routing | None = None  # of a model with experts in training: means over a microbatch, summed over these
 
 
 class Scored(NamedTuple):
@@ -79,7 +81,8 @@ def _score(
     if not set(embed_on) <= set(rows_on):
         own, embed_on = whole, ()
     # As trees of places these have the types of what lies there.
-    losses = (P(), TokenLosses(*[cast(Any, P())] * 3))
+    whole_number = cast(Any, P())
+    losses = (P(), TokenLosses(whole_number, whole_number, whole_number))
     places = [cast(Any, place) for place in (stream, own, None if b is None else vocab)]
     scored = Scored(*places) if differentiate else None
     return jax.shard_map(

@@ -7,6 +7,8 @@ One JSON object a line, in order of steps, one history however often the run was
     {"step": 10, "kind": "train", "time": <unix seconds>, "loss": ..., "grad_norm": ..., "learning_rate": ...,
      "tokens_per_s": ..., "mfu": <share of the measured product peak>, "step_ms": ..., "skipped": <so far>,
      "batch_size": ..., "epoch": ..., "noise_scale": ..., "layer_grad_norms": [...]}
+     with experts: "balance_loss": <1 where even>, "router_z_loss": ..., "router_entropy": <nats>, "dropped_share": ...,
+     "expert_load": [<multiples of an even load>], "largest_expert_load": <of any layer>, "unused_experts": <in all layers>
     {"step": 100, "kind": "evaluation", "set": "stdlib", "loss": ..., "perplexity": ..., "bits_per_byte": ...,
      "gzip_bits_per_byte": ..., "xz_bits_per_byte": ...}
     {"step": 100, "kind": "event", "event": "started" | "resumed" | "checkpoint" | "save failed" | "skipped" | "stopped" |

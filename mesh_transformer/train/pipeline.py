@@ -194,7 +194,8 @@ def pipeline_gradients(
     kept = constrain(jnp.zeros((slots, *empty.shape), empty.dtype), "pieces", "stages", *STREAM)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), split)
     zeros = (split_params(_join(zeros[0]), parts)[0], *zeros[1:])
-    flow = Flow(empty, empty, kept, zeros, TokenLosses(*[jnp.zeros(())] * 3))
+    zero = jnp.zeros(())
+    flow = Flow(empty, empty, kept, zeros, TokenLosses(zero, zero, zero))
     half = parts.stages - 1
     phases = ((0, half, True, False), (half, half + count, True, True), (half + count, 2 * half + count, False, True))
     for first, end, forward, backward in phases:

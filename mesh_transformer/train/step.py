@@ -14,6 +14,7 @@ from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
 from mesh_transformer.model.attention.blocks import to_ring_order
+from mesh_transformer.model.moe import Routing, empty_routing, router_losses
 from mesh_transformer.model.params import STACK, Params
 from mesh_transformer.model.transformer import Model, head_of, make_model
 from mesh_transformer.train.loss import TokenLosses, score_tokens
@@ -71,6 +72,8 @@ def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, Met
             "skipped": guard.skipped,
             "skipped_in_a_row": guard.in_a_row,
         }
+        if found.losses.routing is not None:
+            metrics |= describe_routing(jax.tree.map(lambda x: x / train.accumulation, found.losses.routing))
         if kept[2] is not None:
             metrics["noise_scale"] = noise_scale(kept[2])
         if train.layer_norms:
@@ -82,8 +85,23 @@ def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, Met
 
 
 def dropout_key(config: Config, step: Int[Array, ""]) -> PRNGKeyArray | None:
-    """What the dropout of a step follows from; None without dropout."""
-    return jax.random.fold_in(jax.random.key(config.run.seed), step) if config.model.dropout else None
+    """What dropout and routers of a step follow from; None without either."""
+    draws = config.model.dropout or config.model.experts
+    return jax.random.fold_in(jax.random.key(config.run.seed), step) if draws else None
+
+
+def describe_routing(routing: Routing) -> Metrics:
+    """What the metrics say of routers: means over the layers that have one, but for the worst of them."""
+    shares = routing.load * routing.load.shape[1]  # of an even load
+    return {
+        "balance_loss": jnp.mean(routing.balance),
+        "router_z_loss": jnp.mean(routing.z_square),
+        "router_entropy": jnp.mean(routing.entropy),
+        "dropped_share": jnp.mean(routing.dropped),
+        "expert_load": jnp.mean(shares, axis=0),
+        "largest_expert_load": jnp.max(shares),
+        "unused_experts": jnp.sum(routing.load == 0),
+    }
 
 
 def make_eval_step(config: Config) -> Callable[[Params, Batch], TokenLosses]:
@@ -91,7 +109,7 @@ def make_eval_step(config: Config) -> Callable[[Params, Batch], TokenLosses]:
     model = make_model(config.model)
 
     def eval_step(params: Params, batch: Batch) -> TokenLosses:
-        return _score_batch(config, model, params, batch, None)[1]
+        return _score_batch(config, model, params, batch, None)[1]._replace(routing=None)
 
     return eval_step
 
@@ -104,17 +122,20 @@ def _context(config: Config, batch: Batch) -> dict[str, Any]:
 def _score_batch(
     config: Config, model: Model, params: Params, batch: Batch, key: Array | None
 ) -> tuple[Array, TokenLosses]:
-    """The loss summed over a batch, and its parts."""
+    """The loss of the head, summed over a batch; and its parts, with what routers did."""
+    routing = None
     if config.mesh.pipeline > 1:
         work = _make_work(config, batch, key)
         x, targets, mask = pipeline_hidden(config, params, work), work.batch.targets, work.batch.mask
         # Microbatches are interleaved rows of the batch, so that nothing moves; put back in the same way.
         x, targets, mask = (y.swapaxes(0, 1).reshape(-1, *y.shape[2:]) for y in (x, targets, mask))
     else:
-        x = model.hidden(params, batch.tokens, dropout_key=key, **_context(config, batch))
+        x, routing = model.hidden(params, batch.tokens, dropout_key=key, **_context(config, batch))
         targets, mask = to_ring_order(batch.targets), to_ring_order(batch.mask)
     head = head_of(params, config.model)
-    return score_tokens(x, head.w, head.b, targets, mask, config.train.z_loss, config.train.loss_pieces)
+    scored: Any = score_tokens(x, head.w, head.b, targets, mask, config.train.z_loss, config.train.loss_pieces)
+    total, sums = scored
+    return total, sums._replace(routing=routing)
 
 
 def _make_work(config: Config, batch: Batch, key: Array | None) -> Work:
@@ -128,7 +149,10 @@ def make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gr
 
     def loss_of(params: Params, part: Batch, key: Array | None, tokens: Array) -> tuple[Array, TokenLosses]:
         total, sums = _score_batch(config, model, params, part, key)
-        return total / tokens, sums
+        if sums.routing is None:
+            return total / tokens, sums
+        # Of means over a microbatch, which count alike: padding is routed like everything else.
+        return total / tokens + router_losses(config.model, sums.routing) / pieces, sums
 
     def gradients(params: Params, batch: Batch, key: Array | None) -> Gradients:
         tokens = jnp.sum(batch.mask)  # of the whole batch, so that parts add up to its mean whatever their masks
@@ -149,7 +173,9 @@ def make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gr
             return Gradients(grads, losses, carry.micro_square_norm + jnp.square(own_mean) / pieces), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        start = Gradients(zeros, TokenLosses(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())), jnp.zeros(()))
+        zero = jnp.zeros(())
+        no_losses = TokenLosses(zero, zero, zero, empty_routing(config.model))
+        start = Gradients(zeros, no_losses, jnp.zeros(()))
         return jax.lax.scan(accumulate, start, (jnp.arange(pieces), _cut(batch, pieces)))[0]
 
     return gradients

@@ -51,7 +51,7 @@ _compiled: dict[str, tuple] = {}
 def compile_config(config: Config) -> tuple[Layout, State, Callable]:
     """Layout, initial state and step of a configuration; compiled once for all tests."""
     if repr(config) not in _compiled:
-        count = max(config.mesh.data, 1) * config.mesh.fsdp * config.mesh.tensor
+        count = max(config.mesh.data, 1) * config.mesh.fsdp * config.mesh.tensor * config.mesh.expert
         layout = make_layout(config.mesh, jax.devices()[:count])
         shapes, axes = describe_state(config)
         shardings = state_shardings(layout, shapes, axes)
@@ -125,6 +125,59 @@ def test_accumulated_equals_one_batch(mesh):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
         np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-5)
     assert_states_close(whole.state, parts.state, rtol=1e-5, atol=1e-5)
+
+
+# The last of every two layers; capacities at which some choices pass by
+EXPERTS = dict(n_experts=4, per_token=2, every=2, capacity_factor=0.8, jitter=0.1, balance_loss=0.1)
+
+
+@pytest.mark.parametrize("form", [{}, dict(capacity_factor=1e-9), dict(shared=True)], ids=str)
+@pytest.mark.parametrize("mesh", [dict(data=2, expert=4), dict(fsdp=2, expert=2, tensor=2)], ids=str)
+def test_five_steps_with_experts_equal_one_device(mesh, form):
+    experts = EXPERTS | form
+    if form.get("capacity_factor"):
+        del experts["capacity_factor"]  # none: every token is taken
+    model = dict(experts=experts)
+    alone, runner = Runner(make_config(model=model)), Runner(make_config(model=model, mesh=mesh))
+    w_in = runner.state.params["transformer/layers/block_1/experts"]["w_in"]
+    pieces = mesh["expert"] * mesh.get("fsdp", 1) * mesh.get("tensor", 1)
+    assert w_in.addressable_shards[0].data.size * pieces == w_in.size
+    for step in range(5):
+        wanted, found = alone.step(make_batch(step)), runner.step(make_batch(step))
+        assert (float(wanted["dropped_share"]) > 0) == ("capacity_factor" in experts)
+        assert wanted["expert_load"].shape == (4,)
+        for name, value in wanted.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+    assert_states_close(runner.state, alone.state, rtol=1e-5, atol=1e-5)
+
+
+def test_accumulated_equals_one_batch_where_sequences_are_balanced():
+    model = dict(experts=dict(EXPERTS, jitter=0.0, balance_over="sequence"))
+    whole, parts = Runner(make_config(model=model)), Runner(make_config(model=model, train=dict(accumulation=4)))
+    for step in range(3):
+        a, b = whole.step(make_batch(step)), parts.step(make_batch(step))
+        for name, value in a.items():
+            np.testing.assert_allclose(b[name], value, rtol=1e-5, err_msg=name)
+    assert_states_close(whole.state, parts.state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_optimizers_take_each_expert_for_a_matrix(name):
+    runner = Runner(make_config(model=dict(experts=dict(EXPERTS, every=1)), optimizer=dict(name=name)))
+    before = runner.state.params["transformer/layers/block_0/experts"]
+    losses = runner.run(8)
+    after = runner.state.params["transformer/layers/block_0/experts"]
+    assert losses[-1] < losses[0]
+    assert all(bool(jnp.any(after[key] != before[key])) for key in before)
+    if name == "adafactor":
+        factored = {
+            key: leaf.shape for key, leaf in flatten_state(runner.state.opt_state).items() if "experts/w_in" in key
+        }
+        assert (2, 4, 32) in factored.values(), factored  # layers, experts, embed
+
+
+def test_a_dense_model_reports_no_routing():
+    assert not {"balance_loss", "expert_load"} & set(Runner(make_config()).step(make_batch(0)))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

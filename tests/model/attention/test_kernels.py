@@ -164,7 +164,7 @@ params = {
 tokens = place(("batch", "sequence"), (4, 256), jnp.int32)
 with use_layout(layout):
     def loss(params, tokens, segments):
-        return jnp.sum(make_model(config).hidden(params, tokens, segments=segments).astype(jnp.float32))
+        return jnp.sum(make_model(config).hidden(params, tokens, segments=segments)[0].astype(jnp.float32))
 
     fast = {"exec_time_optimization_effort": -1.0} if platform == "tpu" else {}
     program = jax.jit(jax.grad(loss)).lower(params, tokens, tokens).compile(compiler_options=fast).as_text()
