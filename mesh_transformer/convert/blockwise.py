@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mesh_transformer.checkpoint.failures import CheckpointError
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.lazy import Lazy, Row, whole
 from mesh_transformer.convert.originals import BLOCK_BYTES
@@ -98,11 +99,13 @@ class Layer:
 
 def run_layers(config: ModelConfig, arrays: Mapping[str, Lazy], x: Array, sight: Sight) -> Array:
     """All layers over the stream [B, T, D]; `arrays` by their names in the stack ("block_0/attention/w_q")."""
-    period = len(config.attention_pattern)
+    if config.experts is not None:
+        raise CheckpointError("a model with experts is run a period of its layers at a time: raise --max-memory")
+    period = len(config.pattern)
     for i in range(config.n_layers):
         block = f"block_{i % period}/"
         own = {name.removeprefix(block): array for name, array in arrays.items() if name.startswith(block)}
-        local = config.attention_pattern[i % period] == "local"
+        local = config.pattern[i % period][0]
         with jax.default_matmul_precision("highest"):
             x = Layer(config, own, i // period, local=local).run(x, sight)
     return x

@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint of another program, seen as arrays of ours; how each of them is put together, and that none is left over."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
@@ -38,9 +39,8 @@ class Leaf(NamedTuple):
 
 def make_model_config(model: Mapping[str, Any], where: object) -> ModelConfig:
     """The configuration of a model; CheckpointError with the reason if there can be none."""
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
     try:
-        return ModelConfig(**fields)
+        return TypeAdapter(ModelConfig).validate_json(json.dumps(dict(model)))
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise CheckpointError(f"{where}: not a model of ours: {reasons}") from None
@@ -99,5 +99,5 @@ def _split_layers(name: str, info: ParamInfo, config: ModelConfig) -> list[Leaf]
     if info.axes[:1] != (STACK,):
         return [Leaf(short, None, info.axes, info.shape)]
     _, block, inner = short.split("/", 2)
-    first, period = int(block.removeprefix("block_")), len(config.attention_pattern)
+    first, period = int(block.removeprefix("block_")), len(config.pattern)
     return [Leaf(inner, i, info.axes[1:], info.shape[1:]) for i in range(first, config.n_layers, period)]

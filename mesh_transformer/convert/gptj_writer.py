@@ -56,6 +56,8 @@ def old_config(config: ModelConfig, shards: int) -> dict[str, Any]:
         problems.append(f"norm = {config.norm!r}, not one of {sorted({norm for norm, _ in norms})}")
     if "local" in config.attention_pattern:
         problems.append("attention_pattern has local layers")
+    if config.experts is not None:
+        problems.append("it has experts")
     check_problems("the v1 format of mesh-transformer-jax cannot express this model", problems)
     check_problems("the model cannot be cut", find_uneven(config, shards))
     norm = norms[config.norm, config.norm_bias]

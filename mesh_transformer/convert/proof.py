@@ -72,7 +72,7 @@ def run_native(
 ) -> np.ndarray:
     """Logits [B, T, V] of our model, float32; one period of its layers in memory at a time, or less to keep a ceiling."""
     config = dataclasses.replace(config, dtype="float32", dropout=0.0, attention_kernel="plain", preset=None)
-    pattern = len(config.attention_pattern)
+    pattern = len(config.pattern)
     period = dataclasses.replace(config, n_layers=pattern)
     layers = jax.jit(hk.without_apply_rng(hk.transform(lambda x: _run_period(period, x))).apply)
     see = hk.without_apply_rng(hk.transform(lambda x: _see(Transformer(config), x)))
@@ -120,7 +120,7 @@ def _read(arrays: Mapping[str, Lazy], place: int | None = None) -> dict[str, dic
 def _count_period(config: ModelConfig, stacked: Mapping[str, Lazy]) -> int:
     """Bytes of one period of layers, as read and in float32."""
     sizes = [(4 + array.dtype.itemsize) * math.prod(array.shape) for array in stacked.values()]
-    return sum(sizes) * len(config.attention_pattern) // config.n_layers
+    return sum(sizes) * len(config.pattern) // config.n_layers
 
 
 def _nbytes(array: Lazy) -> int:
