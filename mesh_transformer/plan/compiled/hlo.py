@@ -75,12 +75,12 @@ class Module:
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         current: list[Instruction] | None = None
-        for line in text.splitlines():
+        for line in _join_lines(text):
             if line.startswith(("ENTRY ", "%")) and line.rstrip().endswith("{"):
                 name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
                 self.entry = name if line.startswith("ENTRY ") else self.entry
                 current = self.computations.setdefault(name, [])
-            elif line.startswith("}"):
+            elif line.rstrip() == "}":
                 current = None
             elif current is not None and (instruction := parse_instruction(line)):
                 current.append(instruction)
@@ -142,6 +142,18 @@ class Module:
     def operand_arrays(self, instruction: Instruction) -> list[list[Array]]:
         """The arrays of every operand's result."""
         return [self.by_name[name].arrays if name in self.by_name else [] for name in instruction.operands]
+
+
+def _join_lines(text: str) -> Iterator[str]:
+    """Lines of the text, an instruction whose attributes hold a table of several lines as one."""
+    whole = ""
+    for line in text.splitlines():
+        if line.startswith((" ", "%", "ENTRY ", "HloModule")) or line.rstrip() in ("}", ""):
+            yield whole
+            whole = line
+        else:
+            whole += line
+    yield whole
 
 
 def _constant(instruction: Instruction) -> int | None:

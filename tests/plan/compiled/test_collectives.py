@@ -139,6 +139,19 @@ def test_text_of_a_tpu_program():
     assert (ring.axes, ring.sent) == (("data",), 7 * 16 * 8 * 4)
 
 
+def test_attributes_of_several_lines_end_no_computation():
+    """A kernel's notes may hold a table; its closing brackets stand at the beginnings of lines."""
+    table = 'frontend_attributes={kernel_metadata={\n"xprof_metadata": {"blocks": "{\n}"\n}}}, metadata={op_name="a"}\n'
+    noted = HLO.replace(
+        "%begin = bf16[8,128]{1,0} fusion(%w), kind=kCustom, calls=%start\n",
+        f"%begin = bf16[8,128]{{1,0}} fusion(%w), kind=kCustom, calls=%start, {table}",
+    )
+    assert noted.count("\n") == HLO.count("\n") + 3
+    rows = [read_collectives(Module(text), (4, 2), ("data", "tensor")) for text in (HLO, noted)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 4
+
+
 def test_groups_that_cannot_be_read_are_an_error():
     module = Module(HLO.replace("replica_groups=[4,2]<=[2,4]T(1,0)", "replica_groups=by_magic"))
     with pytest.raises(ValueError, match="cannot read its groups"):
