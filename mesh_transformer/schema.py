@@ -84,7 +84,7 @@ class ModelConfig:
             length = len(self.attention_pattern)
             raise ValueError(f"n_layers={self.n_layers} is not a multiple of the attention_pattern's length {length}")
         if self.experts is not None and self.n_layers % len(self.pattern):
-            raise ValueError(f"n_layers={self.n_layers} is no multiple of {len(self.pattern)}: see experts.every")
+            raise ValueError(f"n_layers={self.n_layers} is not a multiple of {len(self.pattern)}: see experts.every")
         rotates = self.positions.startswith("rotary")
         if self.rotary_dims is not None and not rotates:
             raise ValueError(

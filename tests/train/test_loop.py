@@ -113,20 +113,25 @@ def test_training_outlives_its_disk(config_file, undisturbed, small_disk, monkey
     folder.mkdir()
     small_disk.chmod(0o755)
 
+    def await_save():
+        if run.store._pending:
+            futures.wait([run.store._pending])  # the save before has its own fault, or none
+
     def fill_disk():
+        await_save()
         with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(4096)):
                 pass
 
     def use_up_files():
+        await_save()
         ballast.unlink()
         with contextlib.suppress(OSError):
             for i in range(10**6):
                 (folder / str(i)).touch()
 
     def forbid():
-        if run.store._pending:
-            futures.wait([run.store._pending])  # the save before has its own fault
+        await_save()
         for path in folder.iterdir():
             path.unlink()
         os.seteuid(65534)
