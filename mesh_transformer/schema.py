@@ -83,8 +83,8 @@ class ModelConfig:
         if not self.attention_pattern or self.n_layers % len(self.attention_pattern):
             length = len(self.attention_pattern)
             raise ValueError(f"n_layers={self.n_layers} is not a multiple of the attention_pattern's length {length}")
-        if self.experts is not None and self.n_layers % len(self.pattern):
-            raise ValueError(f"n_layers={self.n_layers} is not a multiple of {len(self.pattern)}: see experts.every")
+        if self.experts is not None and self.n_layers % (n := len(self.pattern)):
+            raise ValueError(f"n_layers={self.n_layers} is not a multiple of {n}: experts.every={self.experts.every}")
         rotates = self.positions.startswith("rotary")
         if self.rotary_dims is not None and not rotates:
             raise ValueError(
