@@ -143,7 +143,7 @@ def list_shards(
 ) -> Iterator[Callable[[], tuple[str, str, FileRecord]]]:
     """What writes each file of some slices of an array and returns (array, file, what was written); `pieces` is emptied.
 
-    The files are durable, their names in their folder are not.
+    `settle` of the array's folder makes them durable.
     """
     target = folder_at(array_folder(folder, name))
     while pieces:

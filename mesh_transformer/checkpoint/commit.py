@@ -28,6 +28,7 @@ from mesh_transformer.checkpoint.manifest import (
     ArrayRecord,
     CheckpointError,
     Manifest,
+    array_folder,
     write_manifest,
 )
 from mesh_transformer.checkpoint.places import Place
@@ -95,8 +96,9 @@ def write_blocks(
 
     A block is an array's name and what writes files of it into the draft's folder (`write_piece`, `copy_file`). They are
     begun in their order, some at a time side by side.
-    `log` hears of every block that is on disk. What it heard before an interruption is `done` the next time: those
-    blocks must not come again. The folder's temporary name is always the same, so only one process may do this.
+    `log` hears of every block that is written, which a killed process does not undo and a power cut may. What it heard
+    before an interruption is `done` the next time: those blocks must not come again. The folder's temporary name is
+    always the same, so only one process may do this.
     """
     save = Save(step, BLOCKS, dict(records), {}, dict(meta))
     draft = folder_at(root).draft(step, save.owner)
@@ -111,6 +113,7 @@ def write_blocks(
         for name, files in run_side_by_side((functools.partial(write, *block) for block in blocks), save.workers):
             written[name] |= files
             log(name, files)
+        _settle(draft, written)
         _commit(root, save, written)
 
 
@@ -137,8 +140,15 @@ def _write_slices(root: Place, save: Save, written: Written) -> None:
     jobs = (list_shards(draft, name, save.records[name], save.pieces.pop(name)) for name in names)
     for name, key, file in run_side_by_side(itertools.chain.from_iterable(jobs), save.workers):
         written[name][key] = file
+    _settle(draft, written)
     if process_index() > 0:
         folder_at(draft).write({f"{PARTS}/{process_index()}.json": json.dumps(written).encode()})
+
+
+def _settle(draft: Place, written: Written) -> None:
+    """Make the files that this process has written durable."""
+    for name, files in written.items():
+        folder_at(array_folder(draft, name)).settle(files)
 
 
 def _commit(root: Place, save: Save, written: Written) -> None:

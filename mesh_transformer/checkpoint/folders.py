@@ -92,7 +92,7 @@ class LocalFolder:
         shutil.rmtree(self.path / name)
 
     def sync(self, *, deep: bool) -> None:
-        """Make the names in it durable; with `deep` also all files and folders below."""
+        """Make the names in it durable; with `deep` also those in the folders below."""
         sync_tree(self.path) if deep else sync_folder(self.path)
 
     def measure(self, names: Iterable[str]) -> Iterator[int | str]:
@@ -120,7 +120,7 @@ class LocalFolder:
         return {path.relative_to(self.path).as_posix(): (status.st_size, status.st_mtime) for path, status in found}
 
     def put(self, name: str, blocks: Iterable[bytes | memoryview]) -> FileRecord:
-        """Write a file of blocks, one after the other; durable once the folder is synced, deep."""
+        """Write a file of blocks, one after the other; `settle` makes it durable."""
         digest, size = xxhash.xxh3_128(), 0
         with open(self.path / name, "wb") as file:
             for block in blocks:
@@ -129,6 +129,11 @@ class LocalFolder:
             file.flush()
             begin_writeback(file.fileno())
         return FileRecord(size, digest.hexdigest())
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Make what was put durable, but for the names; by who put it, for another host cannot."""
+        for name in names:
+            sync_file(self.path / name)
 
 
 def step_folder(root: Place, step: int) -> Place:
@@ -224,10 +229,8 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Make all files and names in a folder and in every folder below it durable."""
-    for folder, _, files in os.walk(path, topdown=False):
-        for name in files:
-            sync_file(Path(folder, name))
+    """Make the names in a folder and in every folder below it durable."""
+    for folder, _, _ in os.walk(path, topdown=False):
         sync_folder(Path(folder))
 
 

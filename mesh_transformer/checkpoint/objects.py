@@ -116,6 +116,9 @@ class RemoteFolder:
         self.write({name: data})
         return digest_bytes(data)
 
+    def settle(self, names: Iterable[str]) -> None:
+        """An object that was put is durable."""
+
     def list_files(self) -> dict[str, tuple[int, float]]:
         """Size in bytes and time of change of every object below, by its name from here."""
         with self.path.reaching() as files:

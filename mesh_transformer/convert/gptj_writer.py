@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from mesh_transformer.checkpoint.folders import begin_writeback, sync_tree, write_synced
+from mesh_transformer.checkpoint.folders import begin_writeback, write_synced
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.checkpoint.side_by_side import run_side_by_side
 from mesh_transformer.config import ModelConfig
@@ -111,7 +111,6 @@ def write_gptj(
     pieces.sort(key=lambda piece: -sum(leaf.count(kind) for leaf in piece[1]))  # the last to end should be small
     for _ in run_side_by_side(functools.partial(write, *piece) for piece in pieces):
         pass
-    sync_tree(folder)
     meta = {"step": step, "checkpoints": [step], "aux": {str(step): {}}}
     for name, table in (("config.json", old), ("meta.json", meta)):
         write_synced(folder / name, json.dumps(table, indent=1).encode())
@@ -161,7 +160,7 @@ def _find_leaf(slot: Slot, found: Mapping[Any, tuple[Lazy, Leaf]], d_model: int)
 
 
 def _write_piece(paths: Sequence[Path], leaves: Sequence[Placed], kind: np.dtype, part_bytes: int) -> Iterator[int]:
-    """Write the same .npz of every shard, then give them their names; yields numbers of bytes read for it.
+    """Write the same .npz of every shard, durably, then give them their names; yields numbers of bytes read for it.
 
     All at once, for a matrix that is cut by columns would else be read as often as there are shards.
     """
@@ -182,6 +181,8 @@ def _write_piece(paths: Sequence[Path], leaves: Sequence[Placed], kind: np.dtype
         for file in files:
             file.flush()
             begin_writeback(file.fileno())
+        for file in files:
+            os.fsync(file.fileno())
     for path, written in zip(paths, temporary, strict=True):
         os.replace(written, path)
 
@@ -197,7 +198,7 @@ def _write_leaf(members: Sequence[IO[bytes]], leaf: Placed, kind: np.dtype, part
     for first, values in _read_blocks(leaf, kind, part_bytes):
         for member, part in _spread(leaf, first, values, members):
             member.write(pack(part).reshape(-1).view(np.uint8).data)
-        yield min(values.nbytes, leaf.count(kind))
+        yield 0 if isinstance(leaf.values, Held) else values.nbytes
 
 
 def _spread(

@@ -31,7 +31,7 @@ class Journal:
             self.done[key] = value
 
     def add(self, key: str, value: Any) -> None:
-        """A block is on disk."""
+        """A block is written; should a power cut undo that, the proof finds it."""
         self.done[key] = value
         with open(self.path, "a") as file:
             file.write(json.dumps([key, value]) + "\n")

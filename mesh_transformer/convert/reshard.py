@@ -214,7 +214,8 @@ def write_huggingface(
     for keys in run_side_by_side(blocks()):
         for key in keys:
             journal.add(key, True)
-    folders.sync_tree(partial)
+    for file in files:
+        folders.sync_file(partial / file)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in files.items() for n in names}}
         (partial / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1))
