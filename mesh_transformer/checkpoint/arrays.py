@@ -31,7 +31,7 @@ from mesh_transformer.checkpoint.folders import LocalFolder
 from mesh_transformer.checkpoint.manifest import ArrayRecord, array_folder
 from mesh_transformer.checkpoint.objects import RemoteFolder
 from mesh_transformer.checkpoint.places import Place, RemotePath, kvstore_context, kvstore_spec, read_blocks
-from mesh_transformer.checkpoint.shard_files import DamageError, Slices, encode_shard, read_shards
+from mesh_transformer.checkpoint.shard_files import DamageError, Slices, encode_shard, meet, part_of, read_shards
 from mesh_transformer.checkpoint.storage import folder_at
 
 PART_BYTES = 1 << 23  # of a slice of a checkpoint in an object store, fetched at once
@@ -81,8 +81,7 @@ class StoredArray(NamedTuple):
                 raise CheckpointError(f"{path}: damaged or unreadable, a file of {self.name}: {reason}") from error
             return values
         for part in self._cut(index):
-            place = tuple(slice(p.start - i.start, p.stop - i.start) for p, i in zip(part, index, strict=True))
-            values[place] = _fetch(where, self.name, self.record, part)
+            part_of(values, index, part)[...] = _fetch(where, self.name, self.record, part)
         return values
 
     def _cut(self, index: Slices) -> list[Slices]:
@@ -237,14 +236,9 @@ def _is_host_memory(sharding: Sharding) -> bool:
 
 def _cut(record: ArrayRecord, piece: Piece) -> Iterator[tuple[str, np.ndarray]]:
     """File name and values of each shard of a piece."""
-    bounds = [part.indices(dim)[:2] for part, dim in zip(piece.index, record.shape, strict=True)]
-    starts = [range(start, stop, step) for (start, stop), step in zip(bounds, record.shard, strict=True)]
-    for corner in itertools.product(*starts):
-        index = tuple(
-            slice(low - start, min(low + step, stop) - start)
-            for low, step, (start, stop) in zip(corner, record.shard, bounds, strict=True)
-        )
-        yield shard_key([low // step for low, step in zip(corner, record.shard, strict=True)]), piece.values[index]
+    index = tuple(slice(*part.indices(dim)[:2]) for part, dim in zip(piece.index, record.shape, strict=True))
+    for place, part in meet(index, record.shard):
+        yield shard_key(place), part_of(piece.values, index, part)
 
 
 def _places(sharding: Sharding, shape: tuple[int, ...]) -> dict[tuple[tuple[int, int], ...], list[Sharding]]:

@@ -18,7 +18,7 @@ from mesh_transformer.checkpoint.chunks import shard_key
 
 MISSING = np.iinfo(np.uint64).max  # where a chunk that lies outside the array would be
 CHECKSUM = 4  # bytes, little endian
-Slices = tuple[slice, ...]
+Slices = tuple[slice, ...]  # with step 1, one for each dim
 
 
 class DamageError(Exception):
@@ -58,9 +58,9 @@ def read_shards(folder: Path, shard: Sequence[int], chunk: Sequence[int], index:
     Only the chunks that it meets are read, those that lie in one piece in `values` straight into it, each checked.
     DamageError if a file is damaged, lost or cannot be read.
     """
-    for place, part in _meet(index, shard):
+    for place, part in meet(index, shard):
         path = folder / shard_key(place)
-        target = _inside(values, index, part)
+        target = part_of(values, index, part)
         inside = tuple(slice(p.start - at * n, p.stop - at * n) for p, at, n in zip(part, place, shard, strict=True))
         try:
             with open(path, "rb", buffering=0) as file:
@@ -75,9 +75,9 @@ def _read_shard(file: int, counts: Sequence[int], chunk: Sequence[int], index: S
     table = np.empty((*counts, 2), np.dtype("<u8"))
     size = os.fstat(file).st_size
     _read_checked(file, max(size - table.nbytes - CHECKSUM, 0), table, "its index")
-    for place, part in _meet(index, chunk):
+    for place, part in meet(index, chunk):
         offset, nbytes = (int(number) for number in table[place])
-        target = _inside(values, index, part)
+        target = part_of(values, index, part)
         fits = target.shape == tuple(chunk) and target.flags.c_contiguous
         block = target if fits else np.empty(chunk, values.dtype)
         if offset + nbytes > size or nbytes != block.nbytes + CHECKSUM:  # MISSING is larger than any file
@@ -107,12 +107,12 @@ def _read_checked(file: int, offset: int, values: np.ndarray, what: str) -> None
         raise ValueError(f"{what} has another checksum")
 
 
-def _inside(values: np.ndarray, index: Slices, part: Slices) -> np.ndarray:
+def part_of(values: np.ndarray, index: Slices, part: Slices) -> np.ndarray:
     """Where `part` of an array is in `values`, which are those at `index`; always a view."""
     return values[(*(slice(p.start - i.start, p.stop - i.start) for p, i in zip(part, index, strict=True)), ...)]
 
 
-def _meet(index: Slices, grid: Sequence[int]) -> Iterator[tuple[tuple[int, ...], Slices]]:
+def meet(index: Slices, grid: Sequence[int]) -> Iterator[tuple[tuple[int, ...], Slices]]:
     """The cells of a grid that `index` meets, each with its part of it."""
     cells = [range(i.start // n, -(-i.stop // n)) for i, n in zip(index, grid, strict=True)]
     for place in itertools.product(*cells):

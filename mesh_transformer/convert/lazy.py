@@ -17,11 +17,11 @@ import numpy as np
 
 from mesh_transformer.checkpoint.arrays import StoredArray
 from mesh_transformer.checkpoint.places import Place, map_bytes, read_into
+from mesh_transformer.checkpoint.shard_files import Slices
 
 FLOAT32 = np.dtype(np.float32)
 TILE = 16
 MAPPED_BYTES = 1 << 23  # of a file at once, where only some columns of its rows are wanted
-Slices = tuple[slice, ...]  # with step 1, one for each dim
 
 
 class Lazy(Protocol):
