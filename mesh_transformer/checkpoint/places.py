@@ -5,7 +5,8 @@
 A local place is a pathlib.Path. A remote one is a RemotePath, which has as much of Path's vocabulary as reading needs,
 so that whoever only reads does not ask which it is. What it takes to reach a store is taken from where the stores' own
 programs take it: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL (a store that speaks
-S3's language elsewhere); GOOGLE_APPLICATION_CREDENTIALS. Small objects and byte ranges are read through fsspec (the
+S3's language elsewhere); GOOGLE_APPLICATION_CREDENTIALS (and, for another server that speaks
+its language, both STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL). Small objects and byte ranges are read through fsspec (the
 extra `remote`), arrays through TensorStore; both try again a few times, with growing pauses, before an error is one.
 """
 
