@@ -16,7 +16,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from mesh_transformer.checkpoint.folders import begin_writeback, write_synced
+from mesh_transformer.checkpoint.direct_files import DirectFile
+from mesh_transformer.checkpoint.folders import write_synced
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.checkpoint.side_by_side import run_side_by_side
 from mesh_transformer.config import ModelConfig
@@ -166,7 +167,9 @@ def _write_piece(paths: Sequence[Path], leaves: Sequence[Placed], kind: np.dtype
     """
     temporary = [path.with_suffix(".tmp") for path in paths]
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(path, "wb")) for path in temporary]
+        for path in temporary:
+            path.unlink(missing_ok=True)
+        files = [stack.enter_context(DirectFile(path)) for path in temporary]
         archives = [stack.enter_context(zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)) for file in files]
         for i, leaf in enumerate(leaves):
             with contextlib.ExitStack() as inside:
@@ -179,10 +182,7 @@ def _write_piece(paths: Sequence[Path], leaves: Sequence[Placed], kind: np.dtype
         for archive in archives:
             archive.close()
         for file in files:
-            file.flush()
-            begin_writeback(file.fileno())
-        for file in files:
-            os.fsync(file.fileno())
+            file.sync()
     for path, written in zip(paths, temporary, strict=True):
         os.replace(written, path)
 

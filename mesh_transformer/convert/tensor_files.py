@@ -23,8 +23,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from mesh_transformer.checkpoint.direct_files import DirectFile
 from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
-from mesh_transformer.checkpoint.folders import begin_writeback
 from mesh_transformer.checkpoint.places import Place
 from mesh_transformer.convert.lazy import FileArray, pack, to_dtype
 
@@ -190,20 +190,15 @@ def write_values(place: FileArray, first: int, values: np.ndarray, dim: int = 0)
     inner = math.prod(place.shape[dim + 1 :]) * place.dtype.itemsize
     start, stride = place.offset + first * inner, inner * place.shape[dim] if dim else 0
     values = values.astype(place.dtype, copy=False).reshape(rows, -1)
-    with open(str(place.path), "r+b", buffering=0) as file:
+    with DirectFile(Path(str(place.path))) as file:
+        if not dim:
+            file.write_at(values.view(np.uint8).data, start)
+            return
         for low in range(0, rows, ROWS):
             block = pack(values[low : low + ROWS]).view(np.uint8)
             with _WRITING:
                 for row, data in enumerate(block, low):
-                    _write_all(file.fileno(), data.data, start + row * stride)
-        if not dim:  # else other rows' parts follow in the same pages
-            begin_writeback(file.fileno(), start, values.nbytes)
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
+                    file.write_at(data.data, start + row * stride)
 
 
 class _Tensor(NamedTuple):
