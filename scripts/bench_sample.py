@@ -7,6 +7,9 @@ examples:
       batches of 1 and 8 prompts, rounds of both programs in turn, medians
   python scripts/bench_sample.py --batch 1 --rounds 9 --json
       one JSON object
+  python scripts/bench_sample.py --concurrent 1 8 32
+      the time to the first token instead: of so many requests that come at once, and of one that comes while the others
+      are being answered; transformers takes those that come at once as one batch, and has no other way
 
 Every token reads all weights once, so memory allows (bytes read a second) / (bytes of the weights) steps a second; without
 torch and transformers the ratio is to that.
@@ -46,6 +49,9 @@ def main(arguments: list[str]) -> int:
         help="ours; default: saved int8",
     )
     parser.add_argument("--cache", default="model", help="type of keys and values; default: that of the model, float32")
+    parser.add_argument(
+        "--concurrent", type=int, nargs="+", help="requests at once: measure the time to the first token"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of all programs in turn; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
@@ -54,10 +60,19 @@ def main(arguments: list[str]) -> int:
     params = jax.jit(make_model(config).init)(jax.random.key(0))
     engines = {
         f"ours, {weights}": Engine(
-            config, params, weights=weights, cache=options.cache, slots=max(options.batch), prefix_bytes=0
+            config,
+            params,
+            weights=weights,
+            cache=options.cache,
+            slots=max(options.concurrent or options.batch),
+            prefix_bytes=0,
         )
         for weights in options.weights
     }
+    if options.concurrent:
+        rows = _measure_requests(engines, options)
+        print(json.dumps(rows) if options.json else _format_requests(rows))
+        return 0
     rng = np.random.default_rng(0)
     prompts = {size: rng.integers(0, config.n_vocab, (size, options.prompt_len)) for size in options.batch}
     programs: dict[str, Callable[[np.ndarray], int]] = {
@@ -94,6 +109,78 @@ def main(arguments: list[str]) -> int:
 def _draw_ours(engine: Engine, tokens: np.ndarray, max_tokens: int) -> int:
     done = engine.generate([row.tolist() for row in tokens], SampleConfig(temperature=0.0), max_tokens=max_tokens)
     return sum(len(completion.tokens) for samples in done for completion in samples)
+
+
+def _measure_requests(engines: dict[str, Engine], options: Any) -> list[dict[str, Any]]:
+    """For each number of requests the medians over rounds of all programs in turn, seconds; see `_answer`."""
+    first, whole = _make_torch(1), _make_torch(options.tokens)
+    rng, found = np.random.default_rng(0), {}
+    for turn in range(options.rounds + 1):
+        for size in options.concurrent:
+            tokens = rng.integers(0, 50_257, (size, options.prompt_len))
+            measured = {name: _answer(engine, tokens, options.tokens) for name, engine in engines.items()}
+            if first and whole:
+                seconds = [_time(draw, tokens) for draw in (first, whole)]
+                measured[TORCH] = {"first": seconds[0], "slowest first": seconds[0], "all": seconds[1]}
+            for name, values in measured.items():
+                for key, value in values.items() if turn else ():  # the first compiles
+                    found.setdefault((name, size), {}).setdefault(key, []).append(value)
+    return [
+        {"program": name, "requests": size, "tokens_per_s": size * options.tokens / statistics.median(values["all"])}
+        | {key.replace(" ", "_"): statistics.median(each) for key, each in values.items()}
+        for (name, size), values in found.items()
+    ]
+
+
+def _answer(engine: Engine, tokens: np.ndarray, max_tokens: int) -> dict[str, float]:
+    """Seconds to the first token of requests that come at once, median and longest, and to the last token of all.
+
+    Where there are several, also those of one that comes when the others have a quarter of their tokens.
+    """
+
+    def submit(prompt: np.ndarray) -> int:
+        row = engine.make_row(prompt.tolist(), SampleConfig(temperature=0.0), max_tokens=max_tokens)
+        return engine.submit(row).id
+
+    def run(prompts: np.ndarray, late: np.ndarray | None = None) -> tuple[list[float], float, float]:
+        start, firsts, drawn, came, waited = time.perf_counter(), {}, 0, None, 0.0
+        for prompt in prompts:
+            submit(prompt)
+        latecomer = -1
+        while not engine.idle:
+            for event in engine.step():
+                now, drawn = time.perf_counter(), drawn + 1
+                if event.row == latecomer and came is not None and not waited:
+                    waited = now - came
+                firsts.setdefault(event.row, now - start)
+            if late is not None and came is None and 4 * drawn >= len(prompts) * max_tokens:
+                came, latecomer = time.perf_counter(), submit(late)
+        return list(firsts.values()), time.perf_counter() - start, waited
+
+    firsts, seconds, _ = run(tokens)
+    found = {"first": statistics.median(firsts), "slowest first": max(firsts), "all": seconds}
+    if len(tokens) > 1:
+        found["late first"] = run(tokens[1:], tokens[0])[2]
+    return found
+
+
+def _time(draw: Callable[[np.ndarray], int], tokens: np.ndarray) -> float:
+    start = time.perf_counter()
+    draw(tokens)
+    return time.perf_counter() - start
+
+
+def _format_requests(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'':<16} {'requests':>8} {'first s':>8} {'slowest':>8} {'one late':>8} {'tokens/s':>9} {'ratio':>6}"]
+    peers = {row["requests"]: row["tokens_per_s"] for row in rows if row["program"] == TORCH}
+    for row in rows:
+        late = f"{row['late_first']:8.2f}" if "late_first" in row else f"{'':>8}"
+        ratio = f"{row['tokens_per_s'] / peers[row['requests']]:6.2f}" if row["requests"] in peers else ""
+        lines.append(
+            f"{row['program']:<16} {row['requests']:>8} {row['first']:8.2f} {row['slowest_first']:8.2f} {late} "
+            f"{row['tokens_per_s']:9.1f} {ratio}"
+        )
+    return "\n".join(lines)
 
 
 def _make_torch(max_tokens: int) -> Callable[[np.ndarray], int] | None:

@@ -175,7 +175,11 @@ async def soak(served: Served, options: Any) -> dict[str, Any]:
     start, memory = time.monotonic(), []
 
     async def one(body: dict[str, Any], leave_after: float | None) -> None:
-        answer = await ask(served.port, body, leave=None if leave_after is None else asyncio.sleep(leave_after))
+        try:
+            answer = await ask(served.port, body, leave=None if leave_after is None else asyncio.sleep(leave_after))
+        except TimeoutError:
+            statuses["never answered"] += 1
+            return
         statuses["left" if leave_after is not None else _status(answer)] += 1
 
     for number in range(options.requests):
@@ -265,7 +269,17 @@ def mangle(rng: random.Random) -> bytes:
     """A request with some of its bytes changed, cut short, or with noise behind it."""
     body = json.dumps(make_body(rng)).encode()
     path = rng.choice(
-        ["/v1/completions", "/complete", "/v1/models", "/", "/metrics", "/../" * rng.randint(1, 9), "*", ""]
+        [
+            "/v1/completions",
+            "/v1/chat/completions",
+            "/complete",
+            "/v1/models",
+            "/",
+            "/metrics",
+            "/../" * rng.randint(1, 9),
+            "*",
+            "",
+        ]
     )
     method = rng.choice(["POST", "POST", "GET", "PUT", "OPTIONS", "PO ST", ""])
     length = rng.choice([len(body), len(body), 0, len(body) + 5, 10**12, -1, "x"])
@@ -320,7 +334,7 @@ def _status(answer: bytes) -> int:
 
 
 def _sound(statuses: Counter) -> bool:
-    return not any(isinstance(status, int) and status >= 500 for status in statuses)
+    return not any(status == "never answered" or (isinstance(status, int) and status >= 500) for status in statuses)
 
 
 def _report(statuses: Counter, start: float) -> dict[str, Any]:

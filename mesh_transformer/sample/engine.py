@@ -4,7 +4,7 @@
 
 A row is one sample of one prompt. It waits; its prompt is read in pieces, together with others of nearby length and
 beside the decoding of the rows before it; it gets a seat in the batch; it leaves at its last token. Lengths are rounded
-up to buckets, prompts to powers of two from 16 and caches to powers of two from 256, and the number of seats to a few
+up to buckets, prompts to powers of two from 16 and caches to powers of two from 128, and the number of seats to a few
 sizes, so that a program compiled for one request serves all like it. A prompt is padded on the right: whatever its
 padding leaves in the cache is overwritten before a query can see it.
 
@@ -27,11 +27,10 @@ from mesh_transformer.model.params import Params
 from mesh_transformer.sample.prefixes import Prefixes
 from mesh_transformer.sample.programs import BURST, Programs
 from mesh_transformer.sample.proposals import Proposer
-from mesh_transformer.sample.reading import Reading, bucket
+from mesh_transformer.sample.reading import SHORTEST_CACHE, Reading, bucket
 from mesh_transformer.sample.requests import Constraint, Event, PromptError, Row
 from mesh_transformer.sample.seats import Seats
 
-SHORTEST_CACHE = 256  # smallest bucket
 BESIDE_READING = 4  # tokens of a burst while prompts are being read
 READINGS = 2  # batches of prompts read in turn, so that a long one does not hold up short ones
 

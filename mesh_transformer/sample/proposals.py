@@ -18,7 +18,7 @@ from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import Layout
 from mesh_transformer.model.params import Params
 from mesh_transformer.sample.programs import Programs
-from mesh_transformer.sample.reading import SHORTEST_PIECE, bucket
+from mesh_transformer.sample.reading import SHORTEST_CACHE, SHORTEST_PIECE, bucket
 from mesh_transformer.sample.requests import Row
 from mesh_transformer.sample.state import State
 
@@ -80,7 +80,7 @@ class DraftProposer:
             raise ConfigError(
                 f"the small model's n_vocab={self.config.n_vocab} is not the large one's {state.counts.shape[1]}"
             )
-        cache_len = bucket(longest, 256, self.config.seq_len)
+        cache_len = bucket(longest, SHORTEST_CACHE, self.config.seq_len)
         if self._caches is None or len(self._rows) != len(rows) or _cache_len(self._caches) < cache_len:
             self._caches = self._programs.make_caches(len(rows), cache_len)
             self._rows = list[Row | None]([None] * len(rows))

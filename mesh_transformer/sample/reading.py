@@ -14,6 +14,7 @@ from mesh_transformer.sample.programs import Programs
 from mesh_transformer.sample.requests import Row, Score
 
 SHORTEST_PIECE = 16  # smallest bucket
+SHORTEST_CACHE = 128  # smallest bucket of caches: on a CPU what is empty is read, too
 SCORED_PIECE = 128  # most tokens whose logits are all held at once
 
 
