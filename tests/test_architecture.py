@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "mesh": {"config"},
     "agreement": set(),
     "processes": {"agreement", "command", "config"},
+    "corpus": GROUND | {"data", "field_types"},
     "data": GROUND | {"checkpoint.failures", "checkpoint.objects", "checkpoint.places"},  # what reaches object stores
     "model": GROUND | {"field_types"},
     "checkpoint": GROUND | {"model"},
