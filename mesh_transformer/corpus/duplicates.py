@@ -6,7 +6,9 @@ Near duplicates go through DataTrove's MinHash blocks: signatures by part, equal
 ones and lines are hashes of 64 bits: every part writes them sorted, and each task takes the same range of all parts.
 """
 
+import contextlib
 import dataclasses
+import io
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,9 +231,11 @@ class Decide:
         if self.recipe.duplicates.near == "none":
             return np.zeros((0, 4), np.int64)
         folder = self.folder / "clusters"
-        MinhashDedupCluster(
+        block = MinhashDedupCluster(
             str(self.bands / "pairs"), str(folder), config=make_minhash(self.recipe), save_cluster_id=True
-        ).run(None, 0, 1)
+        )
+        with contextlib.redirect_stderr(io.StringIO()):  # its own progress bar
+            block.run(None, 0, 1)
         found = [np.zeros((0, 4), np.int64)]
         for part in range(len(self.components)):
             path = folder / f"{part:06d}.clusters"

@@ -1,32 +1,39 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The Pile's quality classifier: fastText with word 2-grams, trained on own positives (appendix C and its code)."""
+"""The Pile's quality classifier: linear in word 2-grams, trained on own positives (appendix C and its code).
 
-import os
+The Pile used fastText. Its Python package gave other bytes on the same text with one thread and a seed, and now and then
+stopped at a NaN; scikit-learn's logistic regression over hashed 1- and 2-grams is as linear, and repeatable.
+"""
+
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import scipy.special
 import xxhash
 
 from mesh_transformer.corpus.markup import install_hint
 from mesh_transformer.data.documents import DataError
+from mesh_transformer.files import replace_file
 
 CHARACTERS, LAST = 4000, 1500  # of the first so many characters, the last so many are looked at
 SHORTEST = 100  # shorter training lines are left out
+FEATURES = 1 << 18  # that 1- and 2-grams of words are hashed to
 
 
 def _view(text: str) -> str:
     return " ".join(text[:CHARACTERS][-LAST:].split())
 
 
-def _library() -> Any:
+def _vectorizer() -> Any:
     try:
-        import fasttext
+        from sklearn.feature_extraction.text import HashingVectorizer
     except ImportError:
-        raise install_hint("fasttext-numpy2") from None
-    return fasttext
+        raise install_hint("scikit-learn") from None
+    return HashingVectorizer(ngram_range=(1, 2), n_features=FEATURES, alternate_sign=False, norm="l2")
 
 
 def sample_texts(texts: Iterable[tuple[str, str]], count: int, seed: int) -> list[str]:
@@ -43,33 +50,27 @@ def sample_texts(texts: Iterable[tuple[str, str]], count: int, seed: int) -> lis
 
 def train_classifier(positives: list[str], negatives: list[str], path: Path, seed: int) -> None:
     """A model in `path`, whole or not at all; DataError if either side has too little."""
-    lines = [f"__label__{label} {text}" for label, texts in (("yes", positives), ("no", negatives)) for text in texts]
-    lines = [line for line in lines if len(line) >= SHORTEST + len("__label__no ")]
-    for label, what in (("yes", "positives"), ("no", "negatives")):
-        if sum(line.startswith(f"__label__{label}") for line in lines) < 10:
+    vectorizer = _vectorizer()
+    from sklearn.linear_model import LogisticRegression
+
+    sides = [[text for text in texts if len(text) >= SHORTEST] for texts in (negatives, positives)]
+    for texts, what in zip(sides, ("negatives", "positives"), strict=True):
+        if len(texts) < 10:
             raise DataError(f"quality: fewer than 10 {what} of {SHORTEST} characters to train on; add components to it")
-    random.Random(seed).shuffle(lines)
+    labels = np.repeat([0, 1], [len(texts) for texts in sides])
+    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=200, random_state=seed)
+    model.fit(vectorizer.transform(sides[0] + sides[1]), labels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    examples = path.with_suffix(".txt")
-    examples.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    # one thread and a seed: the same file every time
-    model = _library().train_supervised(
-        str(examples), wordNgrams=2, bucket=200_000, dim=32, thread=1, seed=seed, verbose=0
-    )
-    temporary = path.with_name(f"{path.name}.tmp")
-    model.save_model(str(temporary))
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    weights = np.append(model.coef_[0], model.intercept_[0]).astype(np.float32)  # [features + 1]
+    replace_file(path, weights.tobytes())
 
 
 def load_classifier(path: Path) -> Callable[[str], float]:
     """A function from a text to the probability that it is like the positives."""
-    model = _library().load_model(str(path))
+    vectorizer, weights = _vectorizer(), np.fromfile(path, np.float32)
 
     def score(text: str) -> float:
-        # not model.predict, which numpy 2 refuses in some releases of fastText
-        found = {label: value for value, label in model.f.predict(_view(text) + "\n", 2, 0.0, "strict")}
-        return min(found.get("__label__yes", 0.0), 1.0)
+        row = vectorizer.transform([_view(text)])
+        return float(scipy.special.expit(row.data @ weights[row.indices] + weights[-1]))
 
     return score

@@ -136,7 +136,7 @@ class MaskPII(StepConfig):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Quality(StepConfig):
-    """A fastText classifier trained on own positives; kept if a Pareto draw exceeds 1 - score (The Pile, appendix C)."""
+    """A classifier trained on own positives; kept if a Pareto draw exceeds 1 - score (The Pile, appendix C)."""
 
     kind: Literal["quality"]
     positives: Names  # components whose documents are what is wanted
