@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mesh_transformer.config import config_to_dict
 from mesh_transformer.corpus.duplicates import RANGE_ENTRIES, Decide, MatchBands, MatchExact, Sign
 from mesh_transformer.corpus.filtering import SIDES, Filter, TrainClassifiers
 from mesh_transformer.corpus.mixture import Tokenise, WriteShards, describe_tokenizer
-from mesh_transformer.corpus.recipe import Quality, Recipe, resolve_epochs, subset
+from mesh_transformer.corpus.recipe import Quality, Recipe, resolve_epochs, subset, text_settings
 from mesh_transformer.corpus.selection import Select, prove_disjoint
 from mesh_transformer.corpus.sources import Part, digest_file, find_parts
 from mesh_transformer.corpus.stages import CorpusError, Machines, Report, run_stage
@@ -81,7 +82,10 @@ def build_corpus(
         (out / "manifest.json").unlink(missing_ok=True)  # until this build is whole, there is no corpus
         builder = Builder(recipe, out, machines, report)
         parts, missing = find_parts(recipe)
-        corpus, selected, shards = _run_stages(builder, parts, missing)
+        try:
+            corpus, selected, shards = _run_stages(builder, parts, missing)
+        finally:
+            machines.close()
         _publish(selected, out / "documents", SIDES)
         _publish(shards, out / "tokens", None)
         for folder in (out / "work").iterdir():  # of recipes before this one
@@ -95,7 +99,7 @@ def build_corpus(
 def _run_stages(builder: Builder, parts: list[Part], missing: list[str]) -> tuple[Corpus, Path, Path]:
     recipe, components = builder.recipe, tuple(part.component for part in parts)
     plan = hashlib.sha256(repr(parts).encode()).hexdigest()
-    text = subset(recipe, "corpus", "components", "heldout", "steps", "evaluation")
+    text = text_settings(recipe)
     places = tuple(i for i, step in enumerate(recipe.steps) if isinstance(step, Quality))
     trained = builder.folder("train-quality", plan, text)
     builder.run(TrainClassifiers(recipe, tuple(parts), places, trained), len(places))
@@ -171,8 +175,7 @@ def _manifest(builder: Builder, read: Records, kept: Records, shards: Path) -> d
     for path in sorted(shards.glob("*.bin")) + sorted(shards.glob("*.idx")):
         outputs[f"tokens/{path.name}"] = {"size": path.stat().st_size, "digest": digest_file(path)}
     inputs = {name: digest for record in read for name, digest in record["source_digests"].items()}
-    recipe = subset(builder.recipe, *(field for field in ("corpus", "components", "heldout", "steps", "evaluation")))
-    recipe |= subset(builder.recipe, "duplicates", "lines", "mixture", "tokens")
+    recipe = config_to_dict(builder.recipe)
     table: dict[str, Any] = {"version": VERSION, "recipe": recipe, "inputs": inputs, "outputs": outputs}
     return table | {"digest": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()}
 

@@ -302,3 +302,13 @@ def subset(recipe: Recipe, *sections: str) -> dict:
     known = {field.name for field in dataclasses.fields(Recipe)}
     assert set(sections) <= known, sections
     return {section: table.get(section) for section in sections}
+
+
+def text_settings(recipe: Recipe) -> dict:
+    """What the text of documents depends on: not on what is said of them, nor on how many copies the mixture has."""
+    said = ("name", "about", "gaps", "licence", "consent", "origin", "optional", "published", "epochs", "weight")
+    tables = subset(recipe, "corpus", "components", "heldout", "steps", "evaluation")
+    for table in (tables["corpus"], *tables["components"].values()):
+        for field in said:
+            table.pop(field, None)
+    return tables

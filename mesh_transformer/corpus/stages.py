@@ -8,7 +8,6 @@ stage every part must have its record, and every file the size that its record s
 executors by themselves end well when a rank was lost on Ray, and wait for ever when a local worker was killed.
 """
 
-import dataclasses
 import json
 import logging
 import multiprocessing
@@ -43,12 +42,25 @@ class CorpusError(ValueError):
     """A corpus that is not complete, and why."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Machines:
-    """Where tasks run."""
+    """Where tasks run: in this process, in processes of this machine, or on a Ray cluster whose nodes all see the output."""
 
-    workers: int = 1
-    ray: str = ""  # address of a cluster whose nodes all see the output's folder; empty: this machine
+    def __init__(self, workers: int = 1, ray: str = ""):
+        self.workers, self.ray = workers, ray
+        self._pool: ProcessPoolExecutor | None = None
+
+    def pool(self) -> ProcessPoolExecutor:
+        """Processes that end with this one; the same ones for all stages, for starting them takes seconds."""
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=end_with_parent)
+        return self._pool
+
+    def close(self) -> None:
+        """End the processes; what they have begun they finish."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
 class _Part(PipelineStep):
@@ -79,29 +91,25 @@ def _note(path: Path, error: Exception) -> None:
         return
 
 
-class CarefulExecutor(LocalPipelineExecutor):
-    """DataTrove's local executor on processes whose death is noticed, and that end with this one."""
-
-    def run(self) -> None:
-        """Make all parts that are not made; raises what the first failing one raised, and begins no further ones."""
-        ranks = self.get_incomplete_ranks(range(self.tasks))
-        if self.workers == 1:
-            for rank in ranks:
-                self._run_for_rank(rank, local_rank=1)
-            return
-        context = multiprocessing.get_context("spawn")
-        workers = min(self.workers, max(len(ranks), 1))
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-            futures = [pool.submit(self._run_for_rank, rank, 1) for rank in ranks]
-            try:
-                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
-            except BrokenProcessPool:
-                raise CorpusError(
-                    "a worker was killed, most likely for want of memory; lower --workers or corpus.part_mb, and build again"
-                ) from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+def _run_here(executor: LocalPipelineExecutor, machines: Machines) -> None:
+    """All parts of a local executor that are not made; raises what the first failing one raised and begins no others."""
+    ranks = executor.get_incomplete_ranks(range(executor.tasks))
+    if machines.workers == 1 or len(ranks) < 2:
+        for rank in ranks:
+            executor._run_for_rank(rank, local_rank=1)
+        return
+    futures = [machines.pool().submit(executor._run_for_rank, rank, 1) for rank in ranks]
+    try:
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
+    except BrokenProcessPool:
+        machines.close()
+        raise CorpusError(
+            "a worker was killed, most likely for want of memory; lower --workers or corpus.part_mb, and build again"
+        ) from None
+    except BaseException:
+        machines.close()
+        raise
 
 
 def run_stage(
@@ -121,9 +129,8 @@ def run_stage(
         if machines.ray:
             _run_on_ray(pipeline, tasks, folder, machines)
         else:
-            CarefulExecutor(
-                pipeline=pipeline, tasks=tasks, workers=machines.workers, logging_dir=str(folder / "log")
-            ).run()
+            executor = LocalPipelineExecutor(pipeline=pipeline, tasks=tasks, workers=1, logging_dir=str(folder / "log"))
+            _run_here(executor, machines)
     records = [_read_record(folder, rank) for rank in range(tasks)]
     lost = [rank for rank, record in enumerate(records) if record is None]
     if lost:
