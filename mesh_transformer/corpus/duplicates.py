@@ -256,9 +256,11 @@ class Decide:
             return np.zeros(0, REMOVAL)
         names = sorted(set(self.components))
         component = np.array([names.index(name) for name in self.components])[groups[:, 1]]
+        only = self.recipe.duplicates.components or names
+        spared = ~np.isin(component, [names.index(name) for name in only if name in names])
         if self.recipe.duplicates.across:
             component = np.zeros_like(component)
-        kept = _first_of(groups, component)
+        kept = np.where(spared, np.arange(len(groups)), _first_of(groups, component))
         # Held-out text must not be trained on, whatever component it is from.
         anywhere = _first_of(groups, np.zeros_like(component))
         leaks = (groups[:, 3] == 0) & (groups[anywhere, 3] == 1)

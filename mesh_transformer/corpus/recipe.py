@@ -188,6 +188,7 @@ class DuplicatesConfig:
     rows: Positive = 8
     n_gram: Positive = 5  # words in a shingle
     across: bool = True  # also between components; false: only inside each
+    components: Names = ()  # only these lose documents, but for what is held out elsewhere; empty: all
 
     @property
     def bands_and_rows(self) -> tuple[int, int]:
@@ -244,6 +245,9 @@ class Recipe:
                     if name not in known:
                         there = ", ".join(known) or "none"
                         raise ValueError(f"steps.{place}.{field}: {name!r} is not declared; there are: {there}")
+        if unknown := [name for name in self.duplicates.components if name not in self.components]:
+            there = ", ".join(self.components)
+            raise ValueError(f"duplicates.components: {unknown[0]!r} is not declared; there are: {there}")
         weighted = [name for name, component in self.components.items() if component.weight is not None]
         if weighted and len(weighted) < len(self.components):
             missing = next(name for name in self.components if name not in weighted)

@@ -44,6 +44,12 @@ def test_duplicates_inside_components_alone(remove):
     assert kept == {"a": [0, 1], "b": [0, 1]}
 
 
+def test_only_some_components_lose_documents(remove):
+    a, b = [prose(1), prose(1)], [prose(2), prose(2), prose(1)]
+    kept, _ = remove({"a": a, "b": b}, duplicates={"near": "none", "components": ["b"]})
+    assert kept == {"a": [0, 1], "b": [0]}
+
+
 @pytest.mark.parametrize("near", ["pile", "fineweb"])
 def test_near_duplicates(remove, near):
     changed = prose(1, 300).split(" ")
