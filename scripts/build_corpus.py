@@ -18,21 +18,26 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mesh_transformer.command import add_set_option, make_parser, run_command
 from mesh_transformer.config import ConfigError
-from mesh_transformer.corpus.build import Corpus, build_corpus
-from mesh_transformer.corpus.datasheet import write_datasheet
-from mesh_transformer.corpus.recipe import load_recipe
-from mesh_transformer.corpus.stages import Machines
+
+if TYPE_CHECKING:
+    from mesh_transformer.corpus.build import Corpus
 
 
 def main(arguments: list[str]) -> int:
     """Build, document, and say what came out."""
     options = parse(arguments)
+    from mesh_transformer.corpus.build import build_corpus  # here, so that missing libraries are said in one line
+    from mesh_transformer.corpus.datasheet import write_datasheet
+    from mesh_transformer.corpus.recipe import load_recipe
+    from mesh_transformer.corpus.stages import Machines
+
     recipe = load_recipe(options.corpus, options.set)
     started = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -68,7 +73,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def describe(corpus: Corpus, out: Path, seconds: float) -> str:
+def describe(corpus: "Corpus", out: Path, seconds: float) -> str:
     """A few lines: what went in, what came out, how fast, and its digest."""
     raw = sum(record["raw"]["bytes"] for record in corpus.filtered)
     train = sum(record["sides"]["train"]["bytes"] for record in corpus.selected)

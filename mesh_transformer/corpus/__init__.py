@@ -8,3 +8,8 @@ document at a time: a new step is a row there and a record in `recipe`. `duplica
 are there already. `mixture` repeats, shuffles and tokenises. `build` is the order of all that; `stages` runs each
 in parts, on this machine or a Ray cluster, and never takes a lost part for a whole. `datasheet` says what came out.
 """
+
+import importlib.util
+
+if importlib.util.find_spec("datatrove") is None:
+    raise ImportError("building corpora needs more libraries: pip install 'mesh-transformer[corpus]'")

@@ -114,21 +114,26 @@ def _composition(sheet: dict[str, Any]) -> str:
 
 
 def _removals(sheet: dict[str, Any]) -> str:
+    """A row for every step that took or changed something."""
     rows = []
     for name, part in sheet["components"].items():
         for step in part["steps"]:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in list(step["dropped"].items())[:4])
-            rows.append([
-                name, step["name"], f"{step['documents_in']:,}", f"{step['documents_out']:,}",
-                f"{(step['bytes_in'] - step['bytes_out']) / MB:.2f}", reasons,
-            ])  # fmt: skip
-        rows.append(
-            [name, "duplicates", "", "", "", f"exact {part['exact_duplicates']:,}, near {part['near_duplicates']:,}"]
-        )
+            less = step["bytes_in"] - step["bytes_out"]
+            if less or reasons:
+                sizes = [f"{step['documents_in']:,}", f"{step['documents_out']:,}", f"{-less / MB:+.2f}"]
+                rows.append([name, step["name"], *sizes, reasons or "no document; texts were changed"])
+        gone = part["exact_duplicates"] + part["near_duplicates"]
+        if gone:
+            entered = part["train_documents"] + part["heldout_documents"] + part["documents_emptied"] + gone
+            reasons = f"exact duplicate {part['exact_duplicates']:,}, near duplicate {part['near_duplicates']:,}"
+            less = f"{-part['duplicate_bytes'] / MB:+.2f}"
+            rows.append([name, "duplicates", f"{entered:,}", f"{entered - gone:,}", less, reasons])
         if part["lines_cut"]:
-            cut = f"{part['line_bytes_cut'] / MB:.2f}"
+            cut = f"{-part['line_bytes_cut'] / MB:+.2f}"
             rows.append([name, "lines", "", "", cut, f"{part['lines_cut']:,} recurring lines"])
-    return _table(["component", "step", "documents in", "out", "MB less", "dropped because"], rows, left=True)
+    note = "<p>Steps of a component in their order, those that changed nothing left out.</p>"
+    return note + _table(["component", "step", "documents in", "out", "MB", "dropped because"], rows, left=True)
 
 
 def _duplicates(sheet: dict[str, Any]) -> str:

@@ -33,7 +33,8 @@ class Select:
         component = self.components[rank]
         removals = self._removals(rank)
         repeated = self._repeated()
-        count = {"documents_in": 0, "bytes_in": 0, "exact": 0, "near": 0, "emptied": 0, "lines": 0, "line_bytes": 0}
+        fields = ("documents_in", "bytes_in", "exact", "near", "duplicate_bytes", "emptied", "lines", "line_bytes")
+        count = dict.fromkeys(fields, 0)
         lengths: dict[str, Counter[int]] = {side: Counter() for side in SIDES}
         hashes: dict[str, list[int]] = {side: [] for side in SIDES}
         names = {side: f"{side}/{component}-{rank:05d}.jsonl.zst" for side in SIDES}
@@ -49,6 +50,7 @@ class Select:
                 if number in removals:
                     kind, kept = removals[number]
                     count[kind] += 1
+                    count["duplicate_bytes"] += size
                     why |= {"step": "duplicates", "reason": f"{kind} duplicate", "of": kept}
                     dropped.add(text[:SHOWN], record["id"], why)
                     continue

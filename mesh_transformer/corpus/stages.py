@@ -19,17 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mesh_transformer.corpus.markup import install_hint
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import logger
+
 from mesh_transformer.data.build import end_with_parent
 from mesh_transformer.data.documents import DataError
 from mesh_transformer.files import replace_file
-
-try:
-    from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.base import PipelineStep
-    from datatrove.utils.logging import logger
-except ImportError:
-    raise install_hint("datatrove") from None
 
 logger.disable("datatrove")  # its log goes to the terminal, in every worker; a failed task says what is wrong itself
 
@@ -147,7 +143,7 @@ def _run_on_ray(pipeline: list[Any], tasks: int, folder: Path, machines: Machine
         import ray
         from datatrove.executor import RayPipelineExecutor
     except ImportError:
-        raise install_hint("ray") from None
+        raise DataError("--ray needs ray: pip install 'mesh-transformer[ray]'") from None
     if not ray.is_initialized():
         ray.init(address=machines.ray, log_to_driver=False, logging_level=logging.ERROR)
     RayPipelineExecutor(
