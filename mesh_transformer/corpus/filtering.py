@@ -117,9 +117,9 @@ class TrainClassifiers:
         place = self.places[rank]
         step = self.recipe.steps[place]
         assert isinstance(step, Quality), "place is of one"
-        samples = [self._sample(names, step.documents) for names in (step.positives, step.negatives)]
+        positives, negatives = (self._sample(names, step.documents) for names in (step.positives, step.negatives))
         path = self.folder / f"quality-{place}.bin"
-        train_classifier(*samples, path, self.recipe.corpus.seed)
+        train_classifier(positives, negatives, path, self.recipe.corpus.seed)
         return {"outputs": {path.name: {"size": path.stat().st_size}}}
 
     def _sample(self, names: tuple[str, ...], count: int) -> list[str]:

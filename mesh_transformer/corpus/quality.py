@@ -61,7 +61,7 @@ def train_classifier(positives: list[str], negatives: list[str], path: Path, see
     model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=200, random_state=seed)
     model.fit(vectorizer.transform(sides[0] + sides[1]), labels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = np.append(model.coef_[0], model.intercept_[0]).astype(np.float32)  # [features + 1]
+    weights = np.append(np.ravel(model.coef_), np.ravel(model.intercept_)).astype(np.float32)  # [features + 1]
     replace_file(path, weights.tobytes())
 
 

@@ -34,7 +34,7 @@ class Select:
         removals = self._removals(rank)
         repeated = self._repeated()
         fields = ("documents_in", "bytes_in", "exact", "near", "duplicate_bytes", "emptied", "lines", "line_bytes")
-        count = dict.fromkeys(fields, 0)
+        count: dict[str, int] = dict.fromkeys(fields, 0)
         lengths: dict[str, Counter[int]] = {side: Counter() for side in SIDES}
         hashes: dict[str, list[int]] = {side: [] for side in SIDES}
         names = {side: f"{side}/{component}-{rank:05d}.jsonl.zst" for side in SIDES}

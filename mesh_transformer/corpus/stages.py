@@ -112,6 +112,8 @@ def run_stage(
     name: str, task: Task, tasks: int, folder: Path, machines: Machines, report: Report = lambda name, done, total: None
 ) -> list[dict[str, Any]]:
     """Records of all parts of a stage, made now or before. Raises CorpusError if one is missing in the end."""
+    if not tasks:
+        return []
     for below in ("records", "failures", "log/completions"):
         (folder / below).mkdir(parents=True, exist_ok=True)
     for rank in range(tasks):

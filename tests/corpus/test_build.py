@@ -164,6 +164,20 @@ def test_weights_that_cannot_be_met_and_components_that_come_to_nothing(tmp_path
     assert not (tmp_path / "out/manifest.json").exists()
 
 
+def test_a_quality_step_trains_its_own_classifier(tmp_path, sources, make_recipe):
+    odd = [prose(2000 + i).replace("an", "xx") for i in range(30)]
+    for number, text in enumerate(odd):
+        (tmp_path / "notes" / f"odd-{number}.txt").write_text(text)
+    step = {"kind": "quality", "positives": ["books"], "negatives": ["notes"], "components": ["notes"], "alpha": 2.0}
+    corpus = build_corpus(make_recipe(sources, steps=[step], duplicates={"near": "none"}), tmp_path / "out", Machines())
+    counts = [record["steps"] for record in corpus.filtered]
+    assert [len(steps) for steps in counts] == [1, 0]
+    dropped = counts[0][0]["dropped"]
+    assert set(dropped) == {"low quality"}
+    kept = texts_of(tmp_path / "out/documents/train")
+    assert dropped["low quality"] + len(kept) == 90 + 40
+
+
 def test_a_source_that_disappears_midway(tmp_path, sources, make_recipe, monkeypatch):
     from mesh_transformer.corpus import build
 
