@@ -32,7 +32,7 @@ from mesh_transformer.corpus.stages import Machines
 WORDS, N_GRAM = 150, 5
 LEVELS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 VOCABULARY = 50_000
-_LETTERS = str.maketrans("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyzäöüßéèàçñõ")
+_LETTERS = str.maketrans("0123456789ABCDEFGHIJKLMNOP", "abcdefghijklmnopqrstuvwxyz")
 
 
 def main(arguments: list[str]) -> int:
@@ -77,7 +77,7 @@ def plant(options: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
 
 def write(words: np.ndarray) -> str:
     """A text of words that are numbers in letters: digits are all one to DataTrove's shingles."""
-    return " ".join(np.base_repr(word, 36).translate(_LETTERS) for word in words)
+    return " ".join(np.base_repr(word, 26).translate(_LETTERS) for word in words)
 
 
 def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
