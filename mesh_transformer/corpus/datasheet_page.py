@@ -19,11 +19,13 @@ h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th { color: var(--dim); font-weight: 600; } th:first-child, td:first-child, .left { text-align: left; }
+td:first-child { white-space: nowrap; }
 tr.sum td { font-weight: 650; border-top: 2px solid var(--line); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 12.5px/1.45 ui-monospace, Menlo, monospace;
   margin: .3rem 0 .8rem; padding: .5rem .7rem; border: 1px solid var(--line);
   border-radius: .4rem; max-height: 24rem; overflow-y: auto; }
-svg text { fill: var(--ink); font: 11px system-ui, sans-serif; } svg .faint { fill: var(--dim); } svg .bar { fill: var(--bar); }
+svg text { fill: var(--ink); font: 11px system-ui, sans-serif; } svg .faint { fill: var(--dim); } svg .on { fill: var(--paper); }
+svg .bar { fill: var(--bar); }
 svg .cell { fill: var(--bar); stroke: var(--line); } details { margin: .2rem 0; } summary { cursor: pointer; }
 code { overflow-wrap: anywhere; }
 """
@@ -120,7 +122,7 @@ def _removals(sheet: dict[str, Any]) -> str:
         for step in part["steps"]:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in list(step["dropped"].items())[:4])
             less = step["bytes_in"] - step["bytes_out"]
-            if less or reasons:
+            if reasons or abs(less) >= 5000:
                 sizes = [f"{step['documents_in']:,}", f"{step['documents_out']:,}", f"{-less / MB:+.2f}"]
                 rows.append([name, step["name"], *sizes, reasons or "no document; texts were changed"])
         gone = part["exact_duplicates"] + part["near_duplicates"]
@@ -175,7 +177,8 @@ def _matrix(names: list[str], counts: dict[tuple[str, str], int]) -> str:
                 f'<rect class="cell" x="{x}" y="{y}" width="{side}" height="{side}" fill-opacity="{opacity:.2f}">{tip}</rect>'
             )
             if count:
-                body.append(f'<text x="{x + side / 2}" y="{y + 28}" text-anchor="middle">{_short(count)}</text>')
+                css = ' class="on"' if opacity > 0.6 else ""
+                body.append(f'<text{css} x="{x + side / 2}" y="{y + 28}" text-anchor="middle">{_short(count)}</text>')
     width, height = left + side * len(names) + 90, top + side * len(names) + 8
     picture = f'<svg role="img" aria-label="duplicates" width="{width}" height="{height}">{"".join(body)}</svg>'
     return f"<div class=scroll>{picture}</div>"
