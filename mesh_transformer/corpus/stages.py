@@ -124,7 +124,7 @@ def run_stage(
         (folder / "failures" / f"{rank:05d}.txt").unlink(missing_ok=True)
     pipeline = [_Part(task, folder)]
     with _watched(name, folder, tasks, report):
-        if machines.ray:
+        if machines.ray and tasks > 1:  # one part alone is not worth the way
             _run_on_ray(pipeline, tasks, folder, machines)
         else:
             executor = LocalPipelineExecutor(pipeline=pipeline, tasks=tasks, workers=1, logging_dir=str(folder / "log"))

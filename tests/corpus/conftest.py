@@ -2,30 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small sources, and recipes over them."""
 
-import random
 from pathlib import Path
 
 import pytest
 
 from mesh_transformer.config import check_table
 from mesh_transformer.corpus.recipe import Recipe
-
-WORDS = [
-    a + b
-    for a in ("ba", "ko", "mi", "tu", "re", "sal", "von", "pir")
-    for b in ("n", "ta", "do", "lex", "m", "ris", "gu", "ne")
-]
-
-
-def prose(seed: int, words: int = 120) -> str:
-    """Sentences of invented words; texts of different seeds have next to nothing in common."""
-    draw = random.Random(seed)
-    sentences = []
-    while words > 0:
-        length = min(draw.randint(6, 12), words)
-        words -= length
-        sentences.append(" ".join(draw.choice(WORDS) for _ in range(length)).capitalize() + ".")
-    return "\n".join(sentences) + "\n"
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
 
 import numpy as np
 import pytest
-from conftest import prose
+from invented_text import prose
 
 pytest.importorskip("datatrove")
 from mesh_transformer.corpus.build import build_corpus

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import prose
+from invented_text import prose
 
 ROOT = Path(__file__).parents[2]
 

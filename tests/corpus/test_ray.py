@@ -5,7 +5,7 @@
 import logging
 
 import pytest
-from conftest import prose
+from invented_text import prose
 
 pytest.importorskip("datatrove")
 pytest.importorskip("ray")

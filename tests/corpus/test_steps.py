@@ -5,7 +5,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import prose
+from invented_text import prose
 
 pytest.importorskip("datatrove")
 from datatrove.data import Document

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import prose
+from invented_text import prose
 
 pytest.importorskip("datatrove")
 from mesh_transformer.config import ConfigError
