@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Words and sentences as DataTrove's blocks want them, by two patterns: no model, no download, 20 MB/s."""
+"""Words and sentences as DataTrove's blocks want them, by two patterns: no model, no download."""
 
 import re
 
