@@ -8,6 +8,7 @@ The sections themselves are in schema.py; this module is where everything else t
 import dataclasses
 import datetime
 import difflib
+import functools
 import json
 import math
 import re
@@ -50,12 +51,14 @@ __all__ = [
     "SourceConfig",
     "TrackConfig",
     "TrainConfig",
+    "check_table",
     "config_to_dict",
     "config_to_toml",
     "find_preset_changes",
     "load_config",
     "parse_config",
     "parse_model",
+    "read_toml",
 ]
 
 
@@ -63,7 +66,8 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the path, the value and the remedy."""
 
 
-_ADAPTER = TypeAdapter(Config)
+Table = typing.TypeVar("Table")
+_adapt = functools.cache(TypeAdapter)  # making one takes longer than using it
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -72,6 +76,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises ConfigError, naming the file, the path in it, the value and what would be allowed.
     """
     path = Path(path)
+    return parse_config(read_toml(path, overrides), where=str(path), run_dir=f"runs/{path.stem}")
+
+
+def read_toml(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The tables of a file with `overrides` merged in, not yet checked; ConfigError, naming the file, if it has none."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -86,7 +95,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
         merge_override(table, override)
-    return parse_config(table, where=str(path), run_dir=f"runs/{path.stem}")
+    return table
 
 
 def parse_config(table: Mapping[str, Any], *, where: str, run_dir: str = "runs/unnamed") -> Config:
@@ -100,21 +109,25 @@ def parse_config(table: Mapping[str, Any], *, where: str, run_dir: str = "runs/u
     run = table.setdefault("run", {})
     if isinstance(run, dict) and not run.get("dir"):
         run["dir"] = run_dir
+    return check_table(Config, table, where=where)
+
+
+def check_table(kind: type[Table], table: Mapping[str, Any], *, where: str, prefix: str = "") -> Table:
+    """A record of `kind` (a strict dataclass) from nested dictionaries; ConfigError with a line for every mistake.
+
+    Every line begins with `where`; `prefix` is put before the path of what is wrong.
+    """
     _refuse_dates_and_infinities(table, where, ())
     try:
-        return _ADAPTER.validate_json(json.dumps(table))
+        return _adapt(kind).validate_json(json.dumps(table))
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors(include_url=False)]
+        problems = [f"{prefix}{_explain(problem, kind)}" for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in dict.fromkeys(problems))) from None
 
 
 def parse_model(table: Mapping[str, Any], *, where: str) -> ModelConfig:
     """A validated [model] section from a dictionary, such as a checkpoint carries."""
-    try:
-        return TypeAdapter(ModelConfig).validate_json(json.dumps(table))
-    except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors(include_url=False)]
-        raise ConfigError("\n".join(f"{where}: model.{problem}" for problem in dict.fromkeys(problems))) from None
+    return check_table(ModelConfig, table, where=where, prefix="model.")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -188,18 +201,24 @@ def _refuse_dates_and_infinities(value: Any, where: str, path: tuple[str, ...]) 
         raise ConfigError(f"{where}: {'.'.join(path)} = {value}: dates, nan and inf are not allowed")
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
+def _explain(problem: Mapping[str, Any], root: Any) -> str:
     """One line for one pydantic error: path, value, what is allowed, nearest name."""
     location, value, kind = [str(part) for part in problem["loc"]], problem.get("input"), problem["type"]
     if location[:2] == ["mesh", "rules"] and len(location) > 3:  # one error for each alternative
         return f"{'.'.join(location[:3])} must be a mesh axis or a list of them"
     path = ".".join(location)
     if kind == "unexpected_keyword_argument":
-        fields = _fields_at(location[:-1])
+        fields = _fields_at(root, location[:-1])
         hint = _nearest(location[-1], fields)
         return f"{path} is not a field; {hint}" if hint else f"{path} is not a field; fields there: {', '.join(fields)}"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{path} is missing and has no default"
+    if kind == "union_tag_not_found":
+        return f"{path}.kind is missing and has no default"
+    if kind == "union_tag_invalid":
+        tag, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
+        hint = _nearest(tag, re.findall(r"'([^']+)'", known))
+        return f"{path}.kind = {json.dumps(tag)}: must be one of {known}" + (f"; {hint}" if hint else "")
     if kind == "value_error":
         message = problem["msg"].removeprefix("Value error, ")
         return f"{path}: {message}" if path else message
@@ -219,15 +238,20 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
-def _fields_at(path: list[str]) -> list[str]:
-    """Field names of the section at `path`; names inside a dictionary of sections are skipped over."""
-    kind: Any = Config
+def _fields_at(kind: Any, path: list[str]) -> list[str]:
+    """Field names of the section at `path` of `kind`; names in a dictionary and places in a list are skipped over.
+
+    Of a union that a field `kind` tells apart, `path` has the tag after the place.
+    """
     for part in path:
+        arguments = typing.get_args(kind)
         if dataclasses.is_dataclass(kind):
             kind = typing.get_type_hints(kind).get(part)
-        elif typing.get_origin(kind) is dict:
-            kind = typing.get_args(kind)[1]
-        if isinstance(kind, types.UnionType):
+        elif typing.get_origin(kind) in (dict, tuple):
+            kind = arguments[1 if typing.get_origin(kind) is dict else 0]
+        elif isinstance(kind, types.UnionType):
+            kind = next(one for one in arguments if part in typing.get_args(typing.get_type_hints(one)["kind"]))
+        if isinstance(kind, types.UnionType) and types.NoneType in typing.get_args(kind):
             kind = next(iter(typing.get_args(kind)))
     return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 

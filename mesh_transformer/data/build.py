@@ -172,7 +172,7 @@ def _run(jobs: list[Work], workers: int) -> Generator[Callable[[], Any], None, N
     pool: Executor
     over = context.Event()
     with ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=context, initializer=_end_with_parent, initargs=(over,)
+        min(workers, len(jobs)), mp_context=context, initializer=end_with_parent, initargs=(over,)
     ) as pool:
         futures: list[Future[None]] = [pool.submit(_make_part, job) for job in jobs]
         try:
@@ -185,13 +185,13 @@ def _run(jobs: list[Work], workers: int) -> Generator[Callable[[], Any], None, N
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent(over: Event) -> None:
+def end_with_parent(over: Event | None = None) -> None:
     """Have this worker end when the builder does, even by kill -9, or says so; it would go on writing parts."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
-        while parent.is_alive() and not over.wait(0.5):
+        while parent.is_alive() and not (over or threading.Event()).wait(0.5):
             pass
         os._exit(1)
 

@@ -53,8 +53,8 @@ def _read_text(chunks: Iterator[bytes], *, is_python: bool) -> Iterator[Item]:
     for chunk in chunks:
         data += chunk
         check_length(len(data))
-    text = _decode_python(bytes(data)) if is_python else _decode(bytes(data).removeprefix(b"\xef\xbb\xbf"))
-    _check_characters(text)
+    text = decode_python(bytes(data)) if is_python else decode_utf8(bytes(data).removeprefix(b"\xef\xbb\xbf"))
+    check_characters(text)
     yield None, text.replace("\r\n", "\n")
 
 
@@ -109,7 +109,7 @@ def _check_value(value: Any) -> str | Flaw:
 
 def _parse_line(line: bytes, text_key: str) -> str:
     """The text in one line of JSON."""
-    source = _decode(line)
+    source = decode_utf8(line)
     try:
         record = json.loads(source)
     except RecursionError:
@@ -129,11 +129,12 @@ def _parse_line(line: bytes, text_key: str) -> str:
 def _check_text(text: object) -> str:
     if not isinstance(text, str):
         raise Flaw("not text", f"{'null' if text is None else type(text).__name__} where text is wanted")
-    _check_characters(text)
+    check_characters(text)
     return text
 
 
-def _check_characters(text: str) -> None:
+def check_characters(text: str) -> None:
+    """Raises Flaw at NUL and at a lone surrogate."""
     nul = text.find("\0")
     if nul >= 0:
         line = text.count("\n", 0, nul) + 1
@@ -145,7 +146,8 @@ def _check_characters(text: str) -> None:
         raise Flaw("lone surrogate", f"lone surrogate {code} at character {error.start}: not Unicode") from None
 
 
-def _decode(data: bytes) -> str:
+def decode_utf8(data: bytes) -> str:
+    """Text of UTF-8; raises Flaw with the line of what is not."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -155,7 +157,7 @@ def _decode(data: bytes) -> str:
         raise Flaw("bad UTF-8", detail, line if b"\n" in data else None) from None
 
 
-def _decode_python(data: bytes) -> str:
+def decode_python(data: bytes) -> str:
     """Source code in the encoding that it declares, as the interpreter would read it."""
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)

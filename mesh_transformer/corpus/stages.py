@@ -1,0 +1,194 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A stage of a build, run in parts by DataTrove's executors, here or on a Ray cluster, with what they lack round them.
+
+A task makes one part: it writes its files whole and durable, and returns a record of them, which is written last. A
+part with a record is done, whatever happened to the process; every other one is made again from its beginning. After a
+stage every part must have its record, and every file the size that its record says, or the stage has failed: the
+executors by themselves end well when a rank was lost on Ray, and wait for ever when a local worker was killed.
+"""
+
+import json
+import logging
+import multiprocessing
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import logger
+
+from mesh_transformer.data.build import end_with_parent
+from mesh_transformer.data.documents import DataError
+from mesh_transformer.files import replace_file
+
+logger.disable("datatrove")  # its log goes to the terminal, in every worker; a failed task says what is wrong itself
+
+Task = Callable[[int], dict[str, Any]]  # number of a part -> record; "outputs": {path below the stage: size, digest}
+Report = Callable[[str, int, int], None]  # name of the stage, parts done, parts in all
+GB_PER_TASK = 2.0  # that a Ray node must have free for a part
+
+
+class CorpusError(ValueError):
+    """A corpus that is not complete, and why."""
+
+
+class Machines:
+    """Where tasks run: in this process, in processes of this machine, or on a Ray cluster whose nodes all see the output."""
+
+    def __init__(self, workers: int = 1, ray: str = ""):
+        self.workers, self.ray = workers, ray
+        self._pool: ProcessPoolExecutor | None = None
+
+    def pool(self) -> ProcessPoolExecutor:
+        """Processes that end with this one; the same ones for all stages, for starting them takes seconds."""
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=end_with_parent)
+        return self._pool
+
+    def close(self) -> None:
+        """End the processes; what they have begun they finish."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+
+class _Part(PipelineStep):
+    """DataTrove's view of a task."""
+
+    type, name = "corpus", "part"
+
+    def __init__(self, task: Task, folder: Path):
+        super().__init__()
+        self.task, self.folder = task, folder
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
+        """Make part `rank`; the record is the last thing written, a failure is written for who waits elsewhere."""
+        failure = self.folder / "failures" / f"{rank:05d}.txt"
+        try:
+            record = self.task(rank)
+            replace_file(_record_path(self.folder, rank), json.dumps(record, ensure_ascii=False).encode())
+        except Exception as error:
+            _note(failure, error)
+            raise
+        return None
+
+
+def _note(path: Path, error: Exception) -> None:
+    try:
+        path.write_text(f"{type(error).__name__}: {error}"[:2000], encoding="utf-8")
+    except OSError:  # the disk is full: that no record is there says enough
+        return
+
+
+def _run_here(executor: LocalPipelineExecutor, machines: Machines) -> None:
+    """All parts of a local executor that are not made; raises what the first failing one raised and begins no others."""
+    ranks = executor.get_incomplete_ranks(range(executor.tasks))
+    if machines.workers == 1 or len(ranks) < 2:
+        for rank in ranks:
+            executor._run_for_rank(rank, local_rank=1)
+        return
+    futures = [machines.pool().submit(executor._run_for_rank, rank, 1) for rank in ranks]
+    try:
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
+    except BrokenProcessPool:
+        machines.close()
+        raise CorpusError(
+            "a worker was killed, most likely for want of memory; lower --workers or corpus.part_mb, and build again"
+        ) from None
+    except BaseException:
+        machines.close()
+        raise
+
+
+def run_stage(
+    name: str, task: Task, tasks: int, folder: Path, machines: Machines, report: Report = lambda name, done, total: None
+) -> list[dict[str, Any]]:
+    """Records of all parts of a stage, made now or before. Raises CorpusError if one is missing in the end."""
+    if not tasks:
+        return []
+    for below in ("records", "failures", "log/completions"):
+        (folder / below).mkdir(parents=True, exist_ok=True)
+    for rank in range(tasks):
+        if _read_record(folder, rank) is None:
+            (folder / "log" / "completions" / f"{rank:05d}").unlink(missing_ok=True)
+        else:  # done, but killed before DataTrove noted it
+            (folder / "log" / "completions" / f"{rank:05d}").touch()
+        (folder / "failures" / f"{rank:05d}.txt").unlink(missing_ok=True)
+    pipeline = [_Part(task, folder)]
+    with _watched(name, folder, tasks, report):
+        if machines.ray and tasks > 1:  # one part alone is not worth the way
+            _run_on_ray(pipeline, tasks, folder, machines)
+        else:
+            executor = LocalPipelineExecutor(pipeline=pipeline, tasks=tasks, workers=1, logging_dir=str(folder / "log"))
+            _run_here(executor, machines)
+    records = [_read_record(folder, rank) for rank in range(tasks)]
+    lost = [rank for rank, record in enumerate(records) if record is None]
+    if lost:
+        reasons = sorted({path.read_text(encoding="utf-8") for path in (folder / "failures").glob("*.txt")})
+        raise CorpusError(
+            f"stage {name}: {len(lost)} of {tasks} parts have no whole result ({', '.join(map(str, lost[:5]))}"
+            f"{', ...' if len(lost) > 5 else ''}); {'; '.join(reasons[:3]) or 'no worker said why'}; build again to go on"
+        )
+    return [record for record in records if record is not None]
+
+
+def _run_on_ray(pipeline: list[Any], tasks: int, folder: Path, machines: Machines) -> None:
+    try:
+        import ray
+        from datatrove.executor import RayPipelineExecutor
+    except ImportError:
+        raise DataError("--ray needs ray: pip install 'mesh-transformer[ray]'") from None
+    if not ray.is_initialized():
+        ray.init(address=machines.ray, log_to_driver=False, logging_level=logging.ERROR)
+    RayPipelineExecutor(
+        pipeline=pipeline,
+        tasks=tasks,
+        workers=machines.workers,
+        logging_dir=str(folder / "log"),
+        mem_per_cpu_gb=GB_PER_TASK,
+    ).run()
+
+
+@contextmanager
+def _watched(name: str, folder: Path, tasks: int, report: Report) -> Iterator[None]:
+    """Reports how many parts have their records while the block runs."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            report(name, sum(1 for _ in (folder / "records").glob("*.json")), tasks)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    report(name, tasks, tasks)
+
+
+def _record_path(folder: Path, rank: int) -> Path:
+    return folder / "records" / f"{rank:05d}.json"
+
+
+def _read_record(folder: Path, rank: int) -> dict[str, Any] | None:
+    """The record of a part, if it and every file that it names are whole."""
+    path = _record_path(folder, rank)
+    try:
+        record = json.loads(path.read_bytes())
+        sizes = {name: (folder / name).stat().st_size for name in record.get("outputs", {})}
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise DataError(f"{path}: a record that cannot be read; remove it and build again") from None
+    whole = all(sizes[name] == output["size"] for name, output in record.get("outputs", {}).items())
+    return record if whole else None

@@ -1,0 +1,203 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""From sources to shards: the same bytes for any number of workers and stops, mixed as asked, and trainable."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from invented_text import prose
+
+pytest.importorskip("datatrove")
+from mesh_transformer.config import ConfigError
+from mesh_transformer.corpus.build import build_corpus
+from mesh_transformer.corpus.datasheet import write_datasheet
+from mesh_transformer.corpus.filtering import side_of
+from mesh_transformer.corpus.parts import read_documents
+from mesh_transformer.corpus.stages import CorpusError, Machines
+from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.shards import TokenShard
+from mesh_transformer.data.tokenizers import ByteTokenizer
+
+ROOT = Path(__file__).parents[2]
+LEAST = 650  # bytes: some of the notes have fewer
+
+
+@pytest.fixture
+def sources(write_texts):
+    """Two components: 60 short texts, and 40 longer ones in two files of JSON lines, one with a broken line."""
+    books = write_texts("books", [])
+    for half in (0, 1):
+        lines = [json.dumps({"text": prose(1000 + half * 20 + i, 200)}) for i in range(20)]
+        (books / f"{half}.jsonl").write_text("\n".join([*lines, '{"text": ' * half]) + "\n")
+    return {
+        "notes": {"kind": "text", "paths": [str(write_texts("notes", [prose(i) for i in range(60)]))]},
+        "books": {"kind": "jsonl", "paths": [str(books)], "epochs": 2.5},
+    }
+
+
+def texts_of(folder: Path) -> dict[str, str]:
+    return {record["id"]: record["text"] for path in sorted(folder.iterdir()) for record in read_documents(path)}
+
+
+def test_a_corpus_end_to_end(tmp_path, sources, make_recipe):
+    recipe = make_recipe(
+        sources, heldout={"one_in": 8}, steps=[{"kind": "language"}, {"kind": "length", "min_bytes": LEAST}]
+    )
+    corpus = build_corpus(recipe, tmp_path / "out", Machines())
+    train, heldout = (texts_of(tmp_path / "out/documents" / side) for side in ("train", "heldout"))
+    dropped = [r for path in (tmp_path / "out/work").glob("*/dropped/*") for r in read_documents(path)]
+    assert len(train) + len(heldout) + len(dropped) == 100
+    assert {record["meta"]["reason"] for record in dropped} == {f"under {LEAST} bytes"}
+    assert len(heldout) > 4
+    assert all(side_of(name, recipe) == "heldout" for name in heldout)
+    assert not set(train.values()) & set(heldout.values())
+    assert corpus.proof["in_both"] == 0
+    assert corpus.proof["heldout_texts"] == len(heldout)
+
+    # the shard holds every copy of every document, in another order than the sources
+    shard, tokenizer = TokenShard(tmp_path / "out/tokens/train"), ByteTokenizer()
+    copies = [tokenizer.decode(shard.document(i)) for i in range(shard.n_documents)]
+    counts = {name: copies.count(text) for name, text in train.items()}
+    assert len(copies) == sum(counts.values())
+    notes, books = ([count for name, count in counts.items() if part in name] for part in ("/notes/", "/books/"))
+    assert set(notes) == {1}
+    assert set(books) == {2, 3}
+    assert 2.2 < np.mean(books) < 2.8
+    assert all(shard.document(i)[-1] == tokenizer.end_of_text for i in range(shard.n_documents))
+    order = [next(name for name, text in train.items() if text == copy) for copy in copies]
+    assert order != sorted(order)
+    for component in sources:
+        held = TokenShard(tmp_path / f"out/tokens/heldout-{component}")
+        assert [tokenizer.decode(held.document(i)) for i in range(held.n_documents)] == [
+            text for name, text in heldout.items() if f"/{component}/" in name
+        ]
+
+    sheet = write_datasheet(corpus, tmp_path / "out")
+    parts = sheet["components"]
+    assert parts["books"]["raw_documents"] == 40
+    assert parts["books"]["left_out"] == {"broken JSON": 1}
+    assert parts["books"]["weight"] + parts["notes"]["weight"] == pytest.approx(1)
+    assert parts["books"]["effective_bytes"] / parts["books"]["train_bytes"] == pytest.approx(np.mean(books), rel=0.02)
+    assert sum(part["train_documents"] for part in parts.values()) == len(train)
+    page = (tmp_path / "out/datasheet.html").read_text()
+    assert not re.search(r"""(src|href)=["']?http|@import|url\(""", page), "a page that asks nobody for anything"
+    for word in ("Composition", f"under {LEAST} bytes", sheet["digest"], "broken JSON", "<svg"):
+        assert word in page
+
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert set(manifest["outputs"]) == {
+        path.relative_to(tmp_path / "out").as_posix()
+        for kind in ("documents", "tokens")
+        for path in (tmp_path / "out" / kind).rglob("*")
+        if path.is_file()
+    }
+    assert len(manifest["inputs"]) == 62
+
+    # a change of the mixture alone makes no document anew
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/work").glob("select*/*/*.zst")}
+    fewer = make_recipe(
+        {name: own | {"epochs": 1} for name, own in sources.items()},
+        heldout={"one_in": 8},
+        steps=[{"kind": "language"}, {"kind": "length", "min_bytes": LEAST}],
+    )
+    again = build_corpus(fewer, tmp_path / "out", Machines())
+    assert TokenShard(tmp_path / "out/tokens/train").n_documents == len(train)
+    assert again.manifest["digest"] != corpus.manifest["digest"]
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/work").glob("select*/*/*.zst")}
+
+
+def test_killed_at_any_moment_and_begun_again_it_gives_the_same_bytes(tmp_path, sources, make_recipe):
+    whole = build_corpus(make_recipe(sources), tmp_path / "whole", Machines()).manifest
+    tables = [
+        f'[components.{name}]\nkind = "{own["kind"]}"\npaths = {own["paths"]}\nlicence = "none"\n'
+        f"epochs = {own.get('epochs', 1)}\n"
+        for name, own in sources.items()
+    ]
+    (tmp_path / "small.toml").write_text(f'[corpus]\nname = "small"\n{"".join(tables)}')
+    command = [
+        sys.executable,
+        "scripts/build_corpus.py",
+        str(tmp_path / "small.toml"),
+        str(tmp_path / "out"),
+        "--workers",
+        "2",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for stage in ("filter", "sign"):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+        while process.poll() is None and not list((tmp_path / "out/work").glob(f"{stage}-*/records/*.json")):
+            time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "out/manifest.json").exists(), "a corpus with lost parts is called whole"
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert json.loads((tmp_path / "out/manifest.json").read_text()) == whole
+
+
+def test_weights_that_cannot_be_met_and_components_that_come_to_nothing(tmp_path, sources, make_recipe):
+    weighted = {
+        name: {k: v for k, v in own.items() if k != "epochs"} | {"weight": 1.0} for name, own in sources.items()
+    }
+    with pytest.raises(
+        ConfigError, match=r"components.notes.weight = 1.0 asks for 0.5 MB.*lower the weight or mixture.bytes"
+    ):
+        build_corpus(make_recipe(weighted, mixture={"bytes": 1_000_000}), tmp_path / "out", Machines())
+    assert not (tmp_path / "out/manifest.json").exists()
+    corpus = build_corpus(make_recipe(weighted, mixture={"bytes": 100_000}), tmp_path / "out", Machines())
+    shares = [sum(r["train"]["copied_bytes"] for r in corpus.tokenised if r["component"] == name) for name in sources]
+    assert shares == pytest.approx([50_000, 50_000], rel=0.2)
+    with pytest.raises(CorpusError, match="component notes: nothing is left of it for training"):
+        build_corpus(
+            make_recipe(sources, steps=[{"kind": "length", "min_bytes": 1000, "components": ["notes"]}]),
+            tmp_path / "out",
+            Machines(),
+        )
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_a_quality_step_trains_its_own_classifier(tmp_path, sources, make_recipe):
+    odd = [prose(2000 + i).replace("an", "xx") for i in range(30)]
+    for number, text in enumerate(odd):
+        (tmp_path / "notes" / f"odd-{number}.txt").write_text(text)
+    step = {"kind": "quality", "positives": ["books"], "negatives": ["notes"], "components": ["notes"], "alpha": 2.0}
+    corpus = build_corpus(make_recipe(sources, steps=[step], duplicates={"near": "none"}), tmp_path / "out", Machines())
+    counts = [record["steps"] for record in corpus.filtered]
+    assert [len(steps) for steps in counts] == [1, 0]
+    dropped = counts[0][0]["dropped"]
+    assert set(dropped) == {"low quality"}
+    kept = texts_of(tmp_path / "out/documents/train")
+    assert dropped["low quality"] + len(kept) == 90 + 40
+
+
+def test_a_source_that_disappears_midway(tmp_path, sources, make_recipe, monkeypatch):
+    from mesh_transformer.corpus import build
+
+    def find_and_lose(recipe):
+        found = find_parts(recipe)
+        os.unlink(found[0][0].files[5].path)
+        return found
+
+    find_parts = build.find_parts
+    monkeypatch.setattr(build, "find_parts", find_and_lose)
+    with pytest.raises(DataError, match=r"005.txt: was there when the build began"):
+        build_corpus(make_recipe(sources), tmp_path / "out", Machines())
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_one_build_at_a_time(tmp_path, sources, make_recipe):
+    import fcntl
+
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CorpusError, match="another build is at work there"):
+            build_corpus(make_recipe(sources), tmp_path / "out", Machines())

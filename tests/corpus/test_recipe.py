@@ -1,0 +1,81 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes are read strictly; mistakes are named with their place and the nearest right word; weights become epochs."""
+
+from pathlib import Path
+
+import pytest
+
+from mesh_transformer.config import ConfigError
+from mesh_transformer.corpus.recipe import load_recipe, resolve_epochs, steps_of
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "corpus").glob("*.toml"))
+GOOD = """
+[corpus]
+name = "x"
+[components.a]
+kind = "text"
+paths = ["a"]
+licence = "MIT"
+[components.b-2]
+kind = "man"
+paths = ["b"]
+licence = "MIT"
+[[steps]]
+kind = "length"
+without = ["b-2"]
+[[steps]]
+kind = "gopher-quality"
+components = ["b-2"]
+"""
+
+
+def load(tmp_path, text, overrides=()):
+    path = tmp_path / "corpus.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path, overrides)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_recipes_load(path):
+    recipe = load_recipe(path)
+    assert len(recipe.components) >= 8
+    assert all(component.licence and component.consent and component.origin for component in recipe.components.values())
+
+
+def test_steps_go_to_their_components(tmp_path):
+    recipe = load(tmp_path, GOOD)
+    assert [step.kind for _, step in steps_of(recipe, "a")] == ["length"]
+    assert [(place, step.kind) for place, step in steps_of(recipe, "b-2")] == [(1, "gopher-quality")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('kind = "text"', 'kind = "txet"', "components.a.kind = .*did you mean 'text'"),
+        ('without = ["b-2"]', 'witout = ["b-2"]', "steps.0.length.witout is not a field; did you mean 'without'"),
+        ('kind = "gopher-quality"', 'kind = "gofer-quality"', "steps.1.kind = .*did you mean 'gopher-quality'"),
+        ('kind = "length"', "", "steps.0.kind is missing"),
+        ('without = ["b-2"]', 'without = ["b"]', "steps.0.without: 'b' is not declared; there are: a, b-2"),
+        ('licence = "MIT"\n[[steps]]', "[[steps]]", "components.b-2.licence is missing"),
+        ("[components.a]", '[components."a/b"]', "components.a/b: a name is letters"),
+        ('paths = ["a"]', 'paths = ["a"]\nweight = 1.0', "components.b-2 has no weight, but components.a has"),
+        ('paths = ["a"]', 'paths = ["a"]\nepochs = 0.0', "components.a.epochs = 0.0"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, old, new, message):
+    assert old in GOOD
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, GOOD.replace(old, new, 1))
+
+
+def test_weights_without_a_sum(tmp_path):
+    text = GOOD.replace('paths = ["a"]', 'paths = ["a"]\nweight = 1.0').replace(
+        'paths = ["b"]', 'paths = ["b"]\nweight = 3.0'
+    )
+    with pytest.raises(ConfigError, match="set both, or neither"):
+        load(tmp_path, text)
+    recipe = load(tmp_path, text, ["mixture.bytes=4000"])
+    assert resolve_epochs(recipe, {"a": 1000, "b-2": 1000}) == {"a": 1.0, "b-2": 3.0}
+    with pytest.raises(ConfigError, match=r"components.b-2.weight = 3.0 asks for 0.0 MB.*6.0 passes.*max_epochs = 4.0"):
+        resolve_epochs(recipe, {"a": 1000, "b-2": 500})

@@ -1,0 +1,204 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of source gives its texts; damage is a counted place with file and line, never a missing document."""
+
+import gzip
+import json
+import mailbox
+import os
+
+import pytest
+import zstandard
+
+from mesh_transformer.corpus.sources import KINDS, Reading, find_parts, read_part
+from mesh_transformer.data.documents import DataError
+
+pytest.importorskip("resiliparse")
+
+
+def read(recipe):
+    """Texts by name of the file, and what was left out."""
+    parts, _ = find_parts(recipe)
+    reading = Reading()
+    found = [document for part in parts for document in read_part(part, recipe, reading)]
+    return {document.name.rpartition("/")[2]: document.text for document in found}, reading
+
+
+@pytest.fixture
+def read_one(tmp_path, make_recipe):
+    """Write one file and read it as a kind."""
+
+    def read_it(kind, name, data, **component):
+        (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+        corpus = component.pop("corpus", {})
+        return read(make_recipe({"a": {"kind": kind, "paths": [str(tmp_path / name)], **component}}, corpus=corpus))
+
+    return read_it
+
+
+PAGE = (
+    "<html><body><nav><a href=x>menu</a></nav><main><h1>Head</h1><p>Cats &amp; dogs live here.</p></main></body></html>"
+)
+
+
+def warc(*pages: str) -> bytes:
+    data = b""
+    for page in pages:
+        http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + page.encode()
+        head = b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a/\r\nContent-Type: application/http\r\n"
+        data += head + b"Content-Length: %d\r\n\r\n" % len(http) + http + b"\r\n\r\n"
+    return data
+
+
+def parquet(texts: list[str]) -> bytes:
+    arrow, written = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    sink = arrow.BufferOutputStream()
+    written.write_table(arrow.table({"text": texts}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+MAN = """.TH LS 1
+.SH NAME
+ls \\- list \\fIfiles\\fR
+.SH OPTIONS
+.TP
+.BR \\-a ", " \\-\\-all
+all of
+them
+.nf
+one
+two
+.fi
+"""
+RST = """Title
+=====
+
+.. index:: hidden
+
+Use :func:`the_call` and `a link <http://a>`_ with ``code``::
+
+    kept as it is
+
+.. note:: Mind this.
+"""
+MAIL = """From a@b Thu Jan  1 00:00:00 2004
+Subject: One
+
+First body
+>From here
+
+From c@d Thu Jan  1 00:00:00 2004
+Subject: Two
+
+Second
+"""
+LATEX = r"\documentclass{a}\begin{document}Hello \emph{big} $x^2$ world.\end{document}"
+
+LINES = zstandard.compress(b'{"text": "one"}\n\n{"text": "two"}\n')
+MAN_TEXT = "NAME\n\nls - list files\n\nOPTIONS\n\n-a, --all all of them\n\none\ntwo"
+RST_TEXT = "Title\n=====\n\nUse the_call and a link with code:\n\n    kept as it is\n\nMind this."
+CASES = {
+    "text": ("a.txt", "Grüße\r\nzwei\n", {"a.txt": "Grüße\nzwei\n"}),
+    "source": ("a.py", b"# -*- coding: latin-1 -*-\nx = '\xe9'\n", {"a.py": "# -*- coding: latin-1 -*-\nx = 'é'\n"}),
+    "jsonl": ("a.jsonl.zst", LINES, {"a.jsonl.zst:1": "one", "a.jsonl.zst:3": "two"}),
+    "parquet": ("a.parquet", lambda: parquet(["one", "two"]), {"a.parquet:1": "one", "a.parquet:2": "two"}),
+    "warc": ("a.warc.gz", gzip.compress(warc(PAGE)), {"a.warc.gz:1": "Head\n\nCats & dogs live here."}),
+    "mbox": ("a.mbox", MAIL, {"a.mbox:1": "One\n\nFirst body\nFrom here\n", "a.mbox:2": "Two\n\nSecond\n"}),
+    "latex": ("a.tex", LATEX, {"a.tex": "Hello big $x^2$ world."}),
+    "html": ("a.html", PAGE, {"a.html": "Head\n\nCats & dogs live here."}),
+    "man": ("a.1.gz", gzip.compress(MAN.encode()), {"a.1.gz": MAN_TEXT}),
+    "rst": ("a.rst", RST, {"a.rst": RST_TEXT}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_its_texts(read_one, kind):
+    name, data, expected = CASES[kind]
+    texts, reading = read_one(kind, name, data() if callable(data) else data)
+    assert texts == expected
+    assert reading.bad.total == 0
+
+
+def test_mail_agrees_with_the_standard_library(tmp_path, read_one):
+    box = mailbox.mbox(tmp_path / "box.mbox")
+    for number in range(5):
+        message = mailbox.mboxMessage()
+        message["Subject"] = f"number {number}"
+        message.set_payload(f"line {number}\nFrom the start\n")
+        box.add(message)
+    box.close()
+    texts, _ = read_one("mbox", "box.mbox", (tmp_path / "box.mbox").read_bytes())
+    assert list(texts.values()) == [f"number {n}\n\nline {n}\nFrom the start\n" for n in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "data", "good", "message"),
+    [
+        ("text", "a.txt", b"PK\x03\x04\0\0rest", 0, "a.txt: has NUL bytes: binary"),
+        ("text", "a.txt", b"caf\xe9\n", 0, "a.txt:1: byte 3 .0xe9. is not UTF-8"),
+        ("text", "a.txt.gz", gzip.compress(b"x" * 99_999)[:-20], 0, "a.txt.gz: truncated archive"),
+        ("jsonl", "a.jsonl", b'{"text": "good"}\n{"text": 3}\n{"te', 1, "a.jsonl:2: int where text is wanted"),
+        ("jsonl", "a.txt", b"x", 0, "a.txt: not named like jsonl"),
+        ("mbox", "a.mbox", b"From a\nSubject: x\nContent-Type: image/png\n\nabc\n", 0, "a.mbox:1: a message without text"),
+        ("warc", "a.warc", warc(PAGE, PAGE)[:-60], 1, "a.warc:2: .* bytes of it are missing at the end"),
+        ("warc", "a.warc", b"no archive at all\n", 0, "a.warc: not a web archive"),
+    ],
+)  # fmt: skip
+def test_damage_is_counted_with_its_place(read_one, kind, name, data, good, message):
+    texts, reading = read_one(kind, name, data)
+    assert len(texts) == good
+    assert reading.bad.total >= 1
+    with pytest.raises(DataError, match=message):
+        read_one(kind, name, data, corpus={"on_bad_document": "error"})
+
+
+def test_empty_texts_are_counted(read_one):
+    texts, reading = read_one("text", "a.txt", b" \n", corpus={"on_bad_document": "error"})
+    assert not texts
+    assert reading.bad.counts == {"empty text": 1}
+
+
+def test_other_encodings_are_decoded_where_the_recipe_names_one(read_one):
+    texts, reading = read_one("text", "a.txt", b"caf\xe9\n", encoding="latin-1")
+    assert texts == {"a.txt": "café\n"}
+    assert reading.decoded == {"latin-1": 1}
+
+
+def test_long_lines_are_left_out(read_one):
+    line = json.dumps({"text": "x" * 1_100_000})
+    texts, reading = read_one(
+        "jsonl", "a.jsonl", f'{{"text": "a"}}\n{line}\n{{"text": "b"}}\n', corpus={"max_document_mb": 1}
+    )
+    assert list(texts) == ["a.jsonl:1", "a.jsonl:3"]
+    assert reading.bad.counts == {"too long": 1}
+    assert read_one("text", "a.txt", "x" * 1_100_000, corpus={"max_document_mb": 1})[1].bad.counts == {"too long": 1}
+
+
+def test_components_without_files(tmp_path, make_recipe):
+    there = {"kind": "text", "paths": [__file__]}
+    gone = {"kind": "text", "paths": [str(tmp_path / "*.txt")], "origin": "the library"}
+    with pytest.raises(DataError, match=r"component b: no file in .*where to get it: the library; or set its optional"):
+        find_parts(make_recipe({"a": there, "b": gone}))
+    assert find_parts(make_recipe({"a": there, "b": gone | {"optional": True}}))[1] == ["b"]
+    with pytest.raises(DataError, match="is in components a and b"):
+        find_parts(make_recipe({"a": there, "b": there}))
+
+
+def test_links_and_overlapping_patterns_count_once(tmp_path, write_texts, make_recipe):
+    folder = write_texts("texts", ["one", "two"])
+    (tmp_path / "link").symlink_to(folder)
+    paths = [str(folder), f"{tmp_path}/**/*.txt"]
+    parts, _ = find_parts(make_recipe({"a": {"kind": "text", "paths": paths, "exclude": ["*/001.txt"]}}))
+    assert [os.path.basename(file.path) for part in parts for file in part.files] == ["000.txt"]
+
+
+def test_sources_that_change_or_vanish_midway(write_texts, make_recipe):
+    folder = write_texts("texts", ["one", "two"])
+    recipe = make_recipe({"a": {"kind": "text", "paths": [str(folder)]}})
+    parts, _ = find_parts(recipe)
+    (folder / "001.txt").write_text("two, longer")
+    with pytest.raises(DataError, match=r"001.txt: has changed since the build began"):
+        list(read_part(parts[0], recipe, Reading()))
+    (folder / "001.txt").unlink()
+    with pytest.raises(DataError, match=r"001.txt: was there when the build began: No such file"):
+        list(read_part(parts[0], recipe, Reading()))
