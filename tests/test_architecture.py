@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "train": GROUND | {"data", "model", "checkpoint"},
     "sample": GROUND | {"data", "model", "checkpoint", "train"},
     "serve": GROUND | {"data", "sample"},
+    "evaluate": GROUND | {"data", "model", "checkpoint", "train", "sample"},
     "plan": GROUND | {"data", "model", "checkpoint", "train", "sample"},
 }
 
