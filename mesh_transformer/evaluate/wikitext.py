@@ -11,6 +11,7 @@ Words that are written together are found again by rules, with one exception: wh
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 from mesh_transformer.data.documents import DataError, Document
 from mesh_transformer.evaluate.perplexity import TextScore
@@ -21,6 +22,13 @@ CLOSING = set(".,;:!?)]%") | {"'"}
 QUOTE = '"'
 _SUFFIX = re.compile(r"'[a-z]{1,2}")
 _HEADING = re.compile(r" = [^=].* = \n")
+
+
+class Article(NamedTuple):
+    """Running text, and the number of words it was made of."""
+
+    document: Document
+    n_words: int  # ends of lines included: perplexities of this corpus are told by them
 
 
 class WikiText:
@@ -38,12 +46,7 @@ class WikiText:
         self._words = {word for line in self.lines for word in line.split(" ")}
         self.where = where
 
-    @property
-    def n_words(self) -> int:
-        """Words and ends of lines, by which perplexities of this corpus are told."""
-        return sum(len(line.split()) + 1 for line in self.lines)
-
-    def articles(self) -> Iterator[Document]:
+    def articles(self) -> Iterator["Article"]:
         """Every article as running text; what stands before the first heading belongs to the first."""
         start, seen = 0, False
         for i, line in enumerate(self.lines):
@@ -54,8 +57,10 @@ class WikiText:
                 seen = True
         yield self._article(start, len(self.lines))
 
-    def _article(self, first: int, end: int) -> Document:
-        return Document("".join(map(self.join, self.lines[first:end])), f"{self.where}:{first + 1}")
+    def _article(self, first: int, end: int) -> "Article":
+        lines = self.lines[first:end]
+        document = Document("".join(map(self.join, lines)), f"{self.where}:{first + 1}")
+        return Article(document, sum(len(line.split()) + 1 for line in lines))
 
     def join(self, line: str) -> str:
         """A line of words as running text."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh_transformer.files import replace_file
+from mesh_transformer.train.benchmarks import Evaluation, draw_evaluations, read_evaluations
 from mesh_transformer.train.metrics import FILE, read_metrics
 from mesh_transformer.train.plot import Series, format_number, plot
 from mesh_transformer.train.progress import format_time
@@ -37,13 +38,16 @@ def write_report(run_dir: Path) -> Path:
     """Write report.html into the run folder, whole or not at all; the path. Raises MetricsError for damaged metrics."""
     lines = read_metrics(run_dir / FILE)
     config = run_dir / "config.toml"
-    page = make_page(run_dir.name, lines, config.read_text(encoding="utf-8") if config.exists() else "")
+    text = config.read_text(encoding="utf-8") if config.exists() else ""
+    page = make_page(run_dir.name, lines, text, read_evaluations(run_dir))
     path = run_dir / "report.html"
     replace_file(path, page.encode("utf-8", errors="replace"))  # texts may hold lone surrogates
     return path
 
 
-def make_page(name: str, lines: Iterable[Line], config: str) -> str:
+def make_page(
+    name: str, lines: Iterable[Line], config: str, evaluations: Mapping[int, Evaluation] | None = None
+) -> str:
     """The page of a run; everything that came from outside is escaped, and no script but ours may run."""
     lines = list(lines)
     by_kind = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "evaluation", "event")}
@@ -54,6 +58,7 @@ def make_page(name: str, lines: Iterable[Line], config: str) -> str:
         _headline(lines, train, evaluation),
         _scores(evaluation),
         f'<section class="plots">{"".join(_plots(train, evaluation, events))}</section>',
+        draw_evaluations(evaluations or {}),
         _samples(str(samples[-1].get("text", "")) if samples else ""),
         _events([line for line in events if line.get("event") != "samples"]),
         _table(train),
@@ -284,6 +289,8 @@ output{margin-left:auto;color:var(--ink)}
 .samples{white-space:pre-wrap;overflow-wrap:anywhere}details{margin-top:16px}summary{cursor:pointer;font-weight:600}
 table{border-collapse:collapse;font-size:13px;width:100%}
 td,th{text-align:left;padding:3px 12px 3px 0;vertical-align:top;overflow-wrap:anywhere}
+.scores tr:nth-child(even){background:color-mix(in srgb,var(--rule) 35%,transparent)}
+.scores td:first-child,.scores th:first-child{text-align:left}
 .numbers{overflow-x:auto}.numbers td,.numbers th{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 :focus-visible{outline:2px solid var(--main);outline-offset:2px}
 @media(max-width:560px){svg text{font-size:19px}.plot{padding-left:24px}main{padding:18px 12px 40px}

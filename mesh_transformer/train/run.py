@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "data.cache_dir",
     "data.validation",
     "data.max_epochs",
+    "evaluate",
 )
 MAY_CHANGE_SECTIONS = ("optimizer", "train", "checkpoint", "sample", "track")  # said aloud
 MUST_STAY = ("train.batch_size", "train.ramp_from", "train.ramp_steps", "optimizer.name", "train.noise_scale")

@@ -124,8 +124,9 @@ def test_wikitext_reads_as_text_and_comes_back():
     assert joined[3] == 'He said, "It is 1,000 (or 3.5), Mr. Smith\'s"; then St. Paul and $5.\n'
     assert joined[4] == "Smith, Mr .\n", "together this would be the word Mr."
     assert [corpus.split(line) for line in joined] == LINES
-    assert corpus.n_words == len("".join(LINES).split()) + len(LINES)
-    assert [article.text for article in corpus.articles()] == ["".join(joined)]
+    (article,) = corpus.articles()
+    assert article.document.text == "".join(joined)
+    assert article.n_words == len("".join(LINES).split()) + len(LINES)
     with pytest.raises(DataError, match=r"my\.txt:2: .* no line of WikiText"):
         WikiText(" a b \nrunning text\n", "my.txt")
 
@@ -139,7 +140,8 @@ def test_all_of_wikitext_2_comes_back(name, n_words, articles):
     joined = [corpus.join(line) for line in corpus.lines]
     assert [corpus.split(line) for line in joined] == corpus.lines
     assert sum(line.count(" .") + line.count(" ,") for line in joined) < 60
-    assert (corpus.n_words, len(list(corpus.articles()))) == (n_words, articles)
+    found = [article.n_words for article in corpus.articles()]
+    assert (sum(found), len(found)) == (n_words, articles)
 
 
 def test_perplexity_of_words_spreads_the_nats_over_the_original():
