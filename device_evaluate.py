@@ -14,7 +14,7 @@ examples:
       tasks of lm-evaluation-harness from local files, and our own of held-out text (pip install 'mesh-transformer[evaluate]')
 
 tasks: text (the default), wikitext2; lambada, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq, boolq, cb, copa, rte,
-wic, each with --data TASK=FILE of its records; local (local_choice, local_cloze, local_line).
+wic, each with --data TASK=FILE of its records; local (local_choice, local_cloze), local_line.
 Results go into the run folder: evaluation_<step>.json in the harness's form, and its page report.html.
 exit status: 0 done, 1 failed, 2 wrong usage or configuration
 """

@@ -15,7 +15,7 @@ from rich.text import Text
 from mesh_transformer.config import Config, ConfigError, config_to_dict
 from mesh_transformer.data.documents import Document
 from mesh_transformer.data.tokenizers import Tokenizer
-from mesh_transformer.evaluate.harness import make_adapter, run_tasks
+from mesh_transformer.evaluate.harness import import_harness, make_adapter, run_tasks
 from mesh_transformer.evaluate.items import ITEMS
 from mesh_transformer.evaluate.likelihood import Scorer
 from mesh_transformer.evaluate.perplexity import TextScore, is_picked, score_documents, weigh
@@ -52,6 +52,8 @@ def check_tasks(config: Config, *, generates: bool = True) -> list[str]:
             )
         if name in TASKS and TASKS[name].kind == "generate_until" and not generates:
             raise ConfigError(f"task {name!r} generates text, which training does not; leave it to device_evaluate.py")
+    if any(name in TASKS for name in names):
+        import_harness()
     reads_texts = any(name == TEXT or (name in TASKS and TASKS[name].make) for name in names)
     for name in evaluate.data:
         known = name in TASKS or name == WIKITEXT

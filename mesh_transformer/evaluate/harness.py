@@ -47,6 +47,18 @@ def import_harness(name: str = "lm_eval") -> Any:
         raise
 
 
+def cut_continuation(context: Sequence[int], continuation: Sequence[int], longest: int) -> list[Query]:
+    """Queries for a continuation behind what fits before it: one, or more where it alone is longer than the model reads.
+
+    Each of several scores half of what the model reads, or the rest, and sees the other half.
+    """
+    whole, first = [*context, *continuation], len(context)
+    step = len(continuation) if len(continuation) <= longest else max(longest // 2, 1)
+    ends = [*range(first + step, len(whole), step), len(whole)]
+    starts = [first, *ends[:-1]]
+    return [Query(whole[max(end - longest - 1, 0) : end], end - start) for start, end in zip(starts, ends, strict=True)]
+
+
 def make_adapter(
     scorer: Scorer,
     tokenizer: Tokenizer,
@@ -81,16 +93,19 @@ def make_adapter(
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-            queries = []
-            for (context, continuation), context_ids, ids in requests:
-                if not 0 < len(ids) <= longest:
-                    raise ConfigError(
-                        f"a continuation of {len(ids)} tokens behind {context[-30:]!r}: {continuation[:30]!r}; "
-                        f"there are 1 to model.seq_len={longest}"
-                    )
-                queries.append(Query([*context_ids, *ids][-(longest + 1) :], len(ids)))
+            queries, owners = [], []
+            for number, ((context, continuation), context_ids, ids) in enumerate(requests):
+                if not ids:
+                    raise ConfigError(f"no tokens in the continuation {continuation!r} behind {context[-30:]!r}")
+                cut = cut_continuation(context_ids, ids, longest)
+                queries += cut
+                owners += [number] * len(cut)
             found = scorer.score(queries, lambda done, total: report("likelihoods", done, total))
-            return [(likelihood.total, bool(likelihood.greedy.all())) for likelihood in found]
+            totals = [(0.0, True)] * len(requests)
+            for number, likelihood in zip(owners, found, strict=True):
+                total, greedy = totals[number]
+                totals[number] = total + likelihood.total, greedy and bool(likelihood.greedy.all())
+            return totals
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
             queries, owners = [], []

@@ -38,7 +38,7 @@ def make_choices(documents: Iterable[Document], limit: int) -> list[dict[str, An
 def make_clozes(documents: Iterable[Document], limit: int) -> list[dict[str, Any]]:
     """Which word comes? One of at least three letters that the text shown has had before, as in LAMBADA most have."""
     items = []
-    for _, words in _pick(documents, 4 * limit):
+    for _, words in _pick(documents):
         for place in range(CONTEXT, CONTEXT + END):
             space, word = words[place][:1], words[place][1:]
             if space == " " and len(word) >= 3 and word.isalpha() and any(word == w.strip() for w in words[:place]):
@@ -54,7 +54,7 @@ def make_clozes(documents: Iterable[Document], limit: int) -> list[dict[str, Any
 def make_lines(documents: Iterable[Document], limit: int) -> list[dict[str, Any]]:
     """What is the rest of this line? Its second half, up to the line's end."""
     items = []
-    for _, words in _pick(documents, 8 * limit):
+    for _, words in _pick(documents):
         *before, line = "".join(words[:CONTEXT]).rpartition("\n")
         parts = _WORD.findall(line + "".join(words[CONTEXT:]).partition("\n")[0])
         if len(parts) >= 4 and before[0] and "\n" in "".join(words[CONTEXT:]):
@@ -68,8 +68,8 @@ def make_lines(documents: Iterable[Document], limit: int) -> list[dict[str, Any]
     return items
 
 
-def _pick(documents: Iterable[Document], count: int) -> list[tuple[str, list[str]]]:
-    """The `count` stretches of words with the lowest hash of their places, in that order, with these places."""
+def _pick(documents: Iterable[Document], count: int | None = None) -> list[tuple[str, list[str]]]:
+    """Stretches of words (`count` or all) in the order of a hash of their places, with these places."""
     found = sorted((xxhash.xxh3_64_intdigest(key.encode()), key, words) for key, words in _cut(documents))
     return [(key, words) for _, key, words in found[:count]]
 

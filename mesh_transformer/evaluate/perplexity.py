@@ -106,13 +106,16 @@ def score_documents(
         raise ConfigError(f"evaluate.context={context}: the model's seq_len is {scorer.config.seq_len}")
     sums: dict[str, _Sum] = {}
     waiting: list[tuple[_Sum, Query]] = []
-    scored_bytes = 0
+    scored_bytes = told = 0
 
     def score_waiting() -> None:
-        for (total, _), likelihood in zip(waiting, scorer.score([query for _, query in waiting]), strict=True):
+        nonlocal told
+        before, told = told, scored_bytes
+        queries = [query for _, query in waiting]
+        found = scorer.score(queries, lambda done, total: report(before + (told - before) * done // total))
+        for (total, _), likelihood in zip(waiting, found, strict=True):
             total.nats.append(-likelihood.total)
         waiting.clear()
-        report(scored_bytes)
 
     for component, document in documents:
         total = sums.setdefault(component, _Sum())

@@ -26,6 +26,7 @@ TEXT_COLUMNS = {
     "tokens_per_byte": ("tokens/byte", "{:.4f}"),
     "bytes": ("bytes", "{:,.0f}"),
 }
+COUNTS = ("documents", "bytes", "tokens", "words")
 STYLES = ("main", "accent", "second", "third", "fourth")
 
 
@@ -69,7 +70,8 @@ def metrics_of(evaluation: Evaluation) -> dict[str, float]:
     for task, values in evaluation["results"].items():
         for key, value in values.items():
             metric, comma, _ = key.partition(",")
-            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            is_measure = comma and not metric.endswith("_stderr") and metric not in COUNTS
+            if is_measure and isinstance(value, int | float):
                 found[f"{task}.{metric}"] = float(value)
     return found
 
@@ -92,7 +94,7 @@ def make_tables(evaluation: Evaluation) -> list[Table]:
             if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
                 error = values.get(f"{metric}_stderr,none")
                 is_number = isinstance(error, int | float)
-                rows.append([task, metric, f"{value:.4g}", f"{error:.2g}" if is_number else "", f"{n_items:,}"])
+                rows.append([task, metric, f"{value:.4g}", f"{error:.2g}" if is_number else "", f"{n_items}"])
     if rows:
         tables.append(Table("tasks", ["", "metric", "value", "standard error", "items"], rows))
     if evaluation.get("published"):

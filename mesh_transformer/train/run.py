@@ -37,19 +37,9 @@ from mesh_transformer.train.step import Metrics, make_eval_step, make_train_step
 
 # Settings that may change when a run is resumed without changing what it computes, or that are plainly meant to.
 MAY_CHANGE = (
-    "run.dir",
-    "run.start_from",
-    "run.keep_optimizer",
-    "mesh",
-    "model.remat",
-    "model.attention_kernel",
-    "model.unroll",
-    "model.preset",
-    "data.cache_dir",
-    "data.validation",
-    "data.max_epochs",
-    "evaluate",
-)
+    "run.dir", "run.start_from", "run.keep_optimizer", "mesh", "model.remat", "model.attention_kernel", "model.unroll",
+    "model.preset", "data.cache_dir", "data.validation", "data.max_epochs", "evaluate",
+)  # fmt: skip
 MAY_CHANGE_SECTIONS = ("optimizer", "train", "checkpoint", "sample", "track")  # said aloud
 MUST_STAY = ("train.batch_size", "train.ramp_from", "train.ramp_steps", "optimizer.name", "train.noise_scale")
 
