@@ -21,7 +21,7 @@ from mesh_transformer.evaluate.likelihood import Scorer
 from mesh_transformer.evaluate.perplexity import TextScore, is_picked, score_documents, weigh
 from mesh_transformer.evaluate.published import find_published, pile_components
 from mesh_transformer.evaluate.tasks import TASKS, TEXT, WIKITEXT, expand_names, read_items
-from mesh_transformer.evaluate.texts import read_texts
+from mesh_transformer.evaluate.texts import check_paths, read_texts
 from mesh_transformer.evaluate.wikitext import WikiText, describe
 from mesh_transformer.sample.engine import Engine
 from mesh_transformer.train.benchmarks import Evaluation, make_tables, metrics_of
@@ -41,7 +41,10 @@ class Subject(NamedTuple):
 
 
 def check_tasks(config: Config, *, generates: bool = True) -> list[str]:
-    """The names of the tasks that [evaluate] asks for; ConfigError for what cannot be done, before anything is computed."""
+    """The names of the tasks that [evaluate] asks for, before anything is computed.
+
+    Raises ConfigError for what cannot be done, DataError for a file that is not there.
+    """
     evaluate = config.evaluate
     names = expand_names(evaluate.tasks or (TEXT,))
     for name in names:
@@ -62,7 +65,13 @@ def check_tasks(config: Config, *, generates: bool = True) -> list[str]:
                 f"evaluate.data.{name} is read by none of the tasks {', '.join(names)}; add --task "
                 f"{name if known else TEXT}, or leave it out"
             )
+    check_paths(config, _components(config) if reads_texts else (TEXT,))
     return names
+
+
+def _components(config: Config) -> list[str]:
+    """What of evaluate.data is text to be scored, and not the file of a task."""
+    return [name for name in config.evaluate.data if name not in TASKS and name != WIKITEXT]
 
 
 def measure(subject: Subject, report: Report = lambda what, done, total: None) -> dict[str, Any]:
@@ -112,8 +121,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 
 
 def _read_texts(subject: Subject) -> Iterator[tuple[str, Document]]:
-    names = [name for name in subject.config.evaluate.data if name not in TASKS and name != WIKITEXT]
-    return read_texts(subject.config, subject.tokenizer, names)
+    return read_texts(subject.config, subject.tokenizer, _components(subject.config))
 
 
 def _score(

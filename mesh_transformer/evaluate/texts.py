@@ -21,7 +21,7 @@ from mesh_transformer.data.tokenizers import Tokenizer
 def read_texts(config: Config, tokenizer: Tokenizer, components: Iterable[str]) -> Iterator[tuple[str, Document]]:
     """Component and document, one after the other: of `components` of evaluate.data or, without any, what the run held out.
 
-    Raises DataError for damage, with file and line, and ConfigError where there is nothing to read.
+    Raises DataError for damage, with file and line.
     """
     evaluate, names = config.evaluate, list(components)
     for name in names:
@@ -40,7 +40,17 @@ def read_texts(config: Config, tokenizer: Tokenizer, components: Iterable[str]) 
     for name, source in config.data.validation.items():
         for document in _read(source.path, source.text_key, config, tokenizer):
             yield name, document
-    if not config.data.validation and not config.data.holdout:
+
+
+def check_paths(config: Config, components: Iterable[str]) -> None:
+    """That there is something under every path of evaluate.data, and text held out where no `components` are named.
+
+    Raises DataError for a path that is not there, ConfigError where there is no text.
+    """
+    for path in config.evaluate.data.values():
+        if not is_remote(path) and not is_shard(path.removesuffix(".bin").removesuffix(".idx")):
+            find_files(path)
+    if not list(components) and not config.data.validation and not config.data.holdout:
         raise ConfigError("the run held no text out of its training; name some: --data NAME=PATH")
 
 

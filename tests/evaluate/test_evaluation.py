@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 import device_evaluate
-from mesh_transformer.config import Config, ConfigError, load_config
+from mesh_transformer.config import Config, load_config
 from mesh_transformer.data.documents import DataError, Document
 from mesh_transformer.data.readers import read_documents
 from mesh_transformer.data.tokenizers import ByteTokenizer
@@ -223,12 +223,14 @@ def test_bad_records_are_named(tmp_path):
         (['evaluate.tasks=["wikitext2"]'], "'wikitext2' needs its file"),
         (['evaluate.data.piqa="x"'], r"evaluate\.data\.piqa is read by none of the tasks text; add --task piqa"),
         (['evaluate.data.mine="x"', 'evaluate.tasks=["wikitext2"]', 'evaluate.data.wikitext2="y"'], "add --task text"),
+        (["data.holdout=0"], "held no text out of its training; name some"),
+        (['evaluate.data.mine="/absent"'], "/absent: no such file or folder"),
         (["evaluate.limit=0"], "evaluate.limit = 0"),
         (['evaluate.tasks="text"'], "evaluate.tasks"),
     ],
 )
 def test_what_cannot_be_measured_is_said_at_once(tmp_path, overrides, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ValueError, match=words):
         check_tasks(load_config(write_config(tmp_path), overrides))
 
 

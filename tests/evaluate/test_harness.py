@@ -98,7 +98,7 @@ def test_rolling_likelihoods_are_those_of_the_harness_own_model(ours, theirs):
 
 
 def test_answers_are_those_of_the_harness_own_model(ours, theirs):
-    prompts = [(context, GREEDY) for context, _ in PAIRS if context]
+    prompts = [(context, GREEDY) for context, _ in PAIRS[:2]]
     answers = ask(ours, "generate_until", prompts)
     assert answers == ask(theirs, "generate_until", prompts)
     assert any(answers)
