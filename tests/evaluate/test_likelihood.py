@@ -89,7 +89,7 @@ def test_batch_size_changes_nothing(params, alone, batch_tokens):
     assert steps == sorted(set(steps)), "progress goes forward, a batch at a time"
 
 
-@pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}])
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2, "pipeline": 2}, {"data": 2, "fsdp": 2, "context": 2}])
 def test_mesh_changes_nothing(params, alone, sizes):
     layout = make_layout(MeshConfig(**sizes))
     described = describe_params(CONFIG)
