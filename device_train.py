@@ -42,18 +42,18 @@ def main(arguments: list[str]) -> int:
         # JAX and what needs it come after the options: --help and errors in them answer at once.
         from mesh_transformer.agreement import process_count, process_index
         from mesh_transformer.data.sources import look, open_data
+        from mesh_transformer.evaluate.training import train_measured
         from mesh_transformer.mesh import start_devices
         from mesh_transformer.processes import join_processes
         from mesh_transformer.sample.showcase import show_samples
         from mesh_transformer.train.notices import watch_notices
-        from mesh_transformer.train.session import train_config
 
         if options.look is not None:
             with stop.at_once("the data was made"):
                 print(look(config, open_data(config), options.look))
             return 0
         with join_processes(config.mesh), watch_notices(stop, print):
-            run_dir = train_config(config, start_devices(config.mesh), stop, fresh=options.fresh, profile=profile)
+            run_dir = train_measured(config, start_devices(config.mesh), stop, fresh=options.fresh, profile=profile)
             is_alone, is_first = process_count() == 1, process_index() == 0
         if is_alone:  # else the model may be too large for one host
             show_samples(config)

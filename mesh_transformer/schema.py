@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from mesh_transformer.evaluate.choices import EvaluateConfig
 from mesh_transformer.field_types import STRICT, Amount, Four, Fraction, NonNegative, Positive, Rate, Share
 from mesh_transformer.model.expert_choices import ExpertsConfig
 
@@ -86,12 +87,9 @@ class ModelConfig:
         if self.experts is not None and self.n_layers % (n := len(self.pattern)):
             raise ValueError(f"n_layers={self.n_layers} is not a multiple of {n}: experts.every={self.experts.every}")
         rotates = self.positions.startswith("rotary")
-        if self.rotary_dims is not None and not rotates:
-            raise ValueError(
-                f'rotary_dims={self.rotary_dims} has no effect with positions="{self.positions}"; remove it'
-            )
-        if self.rotary_scaling is not None and not rotates:
-            raise ValueError(f'rotary_scaling has no effect with positions="{self.positions}"; remove it')
+        for name in ("rotary_dims", "rotary_scaling"):
+            if (value := getattr(self, name)) is not None and not rotates:
+                raise ValueError(f'{name}={value} has no effect with positions="{self.positions}"; remove it')
         if self.rotary_scaling is not None and self.rotary_scaling[1] >= self.rotary_scaling[2]:
             raise ValueError(f"rotary_scaling={self.rotary_scaling}: the second number must be below the third")
         if rotates and (self.rotary_channels > self.head_dim or self.rotary_channels % 2):
@@ -312,6 +310,7 @@ class Config:
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     sample: SampleConfig = Field(default_factory=SampleConfig)
     serve: ServeConfig = Field(default_factory=ServeConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     track: TrackConfig = Field(default_factory=TrackConfig)
 
     @model_validator(mode="after")

@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.foreign import PREFIX, Leaf, assemble
+from mesh_transformer.convert.huggingface import find_name
+from mesh_transformer.convert.lazy import Held, View, whole
 from mesh_transformer.convert.names import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -139,3 +142,21 @@ def draw(case: Case, weights: Mapping[str, Any], seed: int) -> tuple[Arrays, np.
         )
     tokens, targets = rng.integers(0, case.used_vocab, size=(2, 3, case.config.seq_len - 1), dtype=np.int32)
     return drawn, tokens, targets
+
+
+def import_arrays(theirs: Mapping[str, np.ndarray], kind: str, config: ModelConfig) -> dict[str, Arrays]:
+    """Their weights (or gradients) as ours; each of theirs must be used, and each of ours found."""
+    family, used = FAMILIES[kind], set()
+
+    def find(leaf: Leaf) -> View:
+        entry = family.entries[leaf.name]
+        name = find_name(theirs, family, entry, leaf.layer)
+        used.add(name)
+        return View(Held(theirs[name]), entry.pattern, leaf.axes, leaf.shape, entry.pick)
+
+    ours: dict[str, Arrays] = {}
+    for name, array in assemble(config, find, kind).items():
+        module, _, leaf = name.removeprefix(PREFIX).rpartition("/")
+        ours.setdefault(module, {})[leaf] = array.read(whole(array))
+    assert used == set(theirs)
+    return ours

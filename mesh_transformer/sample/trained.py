@@ -17,7 +17,7 @@ from mesh_transformer.model.params import STACK, ParamInfo, Params, flatten_name
 from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.sample.engine import Engine
 
-SETTABLE = ("sample.", "serve.", "mesh.", "model.dtype")
+SETTABLE = ("sample.", "serve.", "evaluate.", "mesh.", "model.dtype")
 # Sections that a model brought from elsewhere has not, for it was not trained by a run of ours.
 NO_TRAINING = {"data": {"train": {"unknown": {"path": ""}}}, "train": {"steps": 1, "batch_size": 1}}
 ONE_DEVICE = {"data": 1}  # a checkpoint's mesh is that of its training; sampling starts from one device
@@ -43,7 +43,7 @@ def load_trained(path: str | Place, overrides: Iterable[str] = ()) -> Trained:
     store, step = find_checkpoint(path, report=lambda text: print(text, file=sys.stderr))
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
-    config = _read_config(meta, where, overrides)
+    config = read_trained_config(meta, where, overrides)
     if "tokenizer" not in meta:
         raise ConfigError(f"{where} carries no tokenizer; convert it again with --tokenizer PATH")
     layout = start_devices(config.mesh)
@@ -67,30 +67,35 @@ def read_meta(trained: Trained) -> dict[str, Any]:
     return store.read_meta(step)
 
 
-def describe_arrays(config: Config, layout: Layout, dtypes: Mapping[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype (as saved: a bfloat16 checkpoint stays one) and place of every weight under its name in a checkpoint."""
+def describe_arrays(
+    config: Config, layout: Layout, dtypes: Mapping[str, str], *, whole: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype (as saved: a bfloat16 checkpoint stays one) and place of every weight under its name in a checkpoint.
+
+    The place is that of one layer where an array is a stack of them, unless it is to be read `whole`.
+    """
     described = flatten_names(describe_params(config.model))
     return {
         f"params/{name}": jax.ShapeDtypeStruct(
-            info.shape, dtypes.get(f"params/{name}", "float32"), sharding=_place(layout, info, name)
+            info.shape, dtypes.get(f"params/{name}", "float32"), sharding=_place(layout, info, name, whole)
         )
         for name, info in described.items()
     }
 
 
-def _place(layout: Layout, info: ParamInfo, name: str) -> Any:
-    """Of an array, or of one layer where it is a stack of them."""
-    stacked = info.axes[:1] == (STACK,)
+def _place(layout: Layout, info: ParamInfo, name: str, whole: bool) -> Any:
+    stacked = 0 if whole else info.axes[:1] == (STACK,)
     return layout.sharding(info.axes[stacked:], info.shape[stacked:], name)
 
 
-def _read_config(meta: dict[str, Any], where: str, overrides: Iterable[str]) -> Config:
+def read_trained_config(meta: Mapping[str, Any], where: str, overrides: Iterable[str]) -> Config:
+    """The configuration that a checkpoint carries, with what sampling and evaluation may set; ConfigError for the rest."""
     table = {**NO_TRAINING, **meta["config"], "mesh": dict(ONE_DEVICE)}
     for override in overrides:
         key = override.partition("=")[0].strip()
         if not key.startswith(SETTABLE):
             raise ConfigError(
-                f"--set {override}: a checkpoint's {key} is fixed; sampling can set sample.*, serve.*, mesh.* and model.dtype"
+                f"--set {override}: a checkpoint's {key} is fixed; what can be set is {', '.join(SETTABLE[:-1])} and model.dtype"
             )
         merge_override(table, override)
     return parse_config(table, where=where)

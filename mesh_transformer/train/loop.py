@@ -4,7 +4,7 @@
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from mesh_transformer.agreement import process_index
 from mesh_transformer.checkpoint.failures import CheckpointError
 from mesh_transformer.command import Preempted
 from mesh_transformer.data.loader import Batch, Prefetcher
+from mesh_transformer.train.benchmarks import Evaluation, metrics_of, write_evaluation
 from mesh_transformer.train.flops import measure_product_peak
 from mesh_transformer.train.metrics import MetricsLog
 from mesh_transformer.train.progress import Progress
@@ -31,20 +32,34 @@ class TooManySkipped(RuntimeError):
     """Steps were skipped until train.max_skipped was reached."""
 
 
+class Interrupted(Exception):
+    """A measurement was broken off, because the run is to stop."""
+
+
+Tell = Callable[[str, int, int | None], None]  # what is being measured, how much is done, of how much
+Measure = Callable[[Run, Tell], Evaluation]  # the tasks of [evaluate], as evaluate/training.py makes it
+
+
 def train(
-    run: Run, recorder: "Recorder", stop: StopRequest | None = None, *, profile: tuple[int, int] | None = None
+    run: Run,
+    recorder: "Recorder",
+    stop: StopRequest | None = None,
+    *,
+    profile: tuple[int, int] | None = None,
+    measure: Measure | None = None,
 ) -> None:
-    """Train to the last step; afterwards `run.state` is final, saved and evaluated.
+    """Train to the last step; afterwards `run.state` is final, saved, evaluated, and measured if there is a `measure`.
 
     Nothing here waits for a device except the metrics of step n - 1, read after step n was handed over. A save that
     fails is reported, and tried again at the next interval. Raises Preempted after a request to stop or
     `train.max_minutes`, with a checkpoint committed; TooManySkipped likewise; CheckpointError if the last save fails.
     """
     with contextlib.closing(recorder), contextlib.nullcontext(stop) if stop else StopRequest() as stop:
-        train_steps(run, recorder, stop, profile)
+        train_steps(run, recorder, stop, profile, measure)
         recorder.save(last=True)
         if not stop.reached() and run.step == run.config.train.steps:
             _evaluate(run, recorder, stop, whole=True)
+            _measure(run, recorder, stop, measure)
         reason = stop.reached()
     recorder.write_report()
     if reason:
@@ -55,7 +70,13 @@ def train(
         )
 
 
-def train_steps(run: Run, recorder: "Recorder", stop: StopRequest, profile: tuple[int, int] | None = None) -> None:
+def train_steps(
+    run: Run,
+    recorder: "Recorder",
+    stop: StopRequest,
+    profile: tuple[int, int] | None = None,
+    measure: Measure | None = None,
+) -> None:
     """The steps from `run.step` to the last one, or to a request to stop, each recorded and saved as configured."""
     config, train = run.config, run.config.train
     first = run.step
@@ -89,6 +110,8 @@ def train_steps(run: Run, recorder: "Recorder", stop: StopRequest, profile: tupl
                 recorder.save()
             if train.evaluate_every and done % train.evaluate_every == 0 and done < train.steps:
                 _evaluate(run, recorder, stop, whole=False)
+            if config.evaluate.every and done % config.evaluate.every == 0 and done < train.steps:
+                _measure(run, recorder, stop, measure)
             if stop.reached(recorder.out_of_time() if done < train.steps else ""):
                 break
     if previous:
@@ -121,6 +144,29 @@ def _evaluate(run: Run, recorder: "Recorder", stop: StopRequest, *, whole: bool)
         }
         recorder.log.evaluation(step, name, values)
         recorder.progress.update(step, {f"{name}_bits_per_byte": score.bits_per_byte})
+    recorder.pause(time.perf_counter() - started)
+
+
+def _measure(run: Run, recorder: "Recorder", stop: StopRequest, measure: Measure | None) -> None:
+    """The tasks of [evaluate] on the state as it is, into the run folder and the metrics; nothing if the run is to stop."""
+    if measure is None or stop.reached():
+        return
+    started, step = time.perf_counter(), run.step
+
+    def tell(what: str, done: int, total: int | None) -> None:
+        recorder.progress.measuring(what, done, total)
+        if stop.reached():
+            raise Interrupted(what)
+
+    try:
+        evaluation = measure(run, tell)
+    except Interrupted:
+        return
+    values = metrics_of(evaluation)
+    recorder.log.benchmark(step, values)
+    recorder.progress.measured(step, values)
+    if process_index() == 0:
+        write_evaluation(run.dir, step, evaluation)
     recorder.pause(time.perf_counter() - started)
 
 

@@ -11,6 +11,7 @@ One JSON object a line, in order of steps, one history however often the run was
      "expert_load": [<multiples of an even load>], "largest_expert_load": <of any layer>, "unused_experts": <in all layers>
     {"step": 100, "kind": "evaluation", "set": "stdlib", "loss": ..., "perplexity": ..., "bits_per_byte": ...,
      "gzip_bits_per_byte": ..., "xz_bits_per_byte": ...}
+    {"step": 100, "kind": "benchmark", "hellaswag.acc": ..., "text:stdlib.bits_per_byte": ...}   TASK.METRIC of [evaluate]
     {"step": 100, "kind": "event", "event": "started" | "resumed" | "checkpoint" | "save failed" | "skipped" | "stopped" |
      "samples" | "done", "text": ...}
 
@@ -74,6 +75,10 @@ class MetricsLog:
     def evaluation(self, step: int, name: str, values: Mapping[str, Any]) -> None:
         """The score on validation set `name`."""
         self._write({"step": step, "kind": "evaluation", "set": name, **values})
+
+    def benchmark(self, step: int, values: Mapping[str, float]) -> None:
+        """Results of the tasks of [evaluate], "TASK.METRIC" -> value."""
+        self._write({"step": step, "kind": "benchmark", **values})
 
     def event(self, step: int, event: str, text: str, values: Mapping[str, Any] | None = None) -> None:
         """Something that happened."""

@@ -37,16 +37,29 @@ class Axis(NamedTuple):
         return (value - self.low) / (self.high - self.low)
 
 
-def plot(title: str, unit: str, series: Sequence[Series], *, log: bool = False, marks: Sequence[float] = ()) -> str:
-    """A figure with one plot; `marks` are steps to point out by a vertical line. Says so if there is nothing to draw."""
+def plot(
+    title: str,
+    unit: str,
+    series: Sequence[Series],
+    *,
+    log: bool = False,
+    log_x: bool = False,
+    marks: Sequence[float] = (),
+) -> str:
+    """A figure with one plot; `marks` are steps to point out by a vertical line. Says so if there is nothing to draw.
+
+    Values under the pointer are shown where the axis along is not logarithmic; there, points need a positive x.
+    """
     series = [one._replace(points=_thin(_finite(one.points, positive=log))) for one in series]
+    if log_x:
+        series = [one._replace(points=[(x, y) for x, y in one.points if x > 0]) for one in series]
     drawn = [one for one in series if one.points]
     heading = f"<figcaption><b>{escape(title)}</b><span>{escape(unit)}</span></figcaption>"
     if not drawn:
         return f'<figure class="plot">{heading}<p class="nothing">nothing recorded</p></figure>'
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points if y is not None]
-    across, up = make_axis(min(xs), max(xs)), make_axis(min(ys), max(ys), log=log)
+    across, up = make_axis(min(xs), max(xs), log=log_x), make_axis(min(ys), max(ys), log=log)
     across = across._replace(low=min(xs), high=max(xs)) if max(xs) > min(xs) else across
     body = [_draw_grid(across, up), *(_draw_mark(x, across) for x in marks if across.low <= x <= across.high)]
     body += [_draw_series(one, across, up) for one in drawn]
@@ -58,10 +71,11 @@ def plot(title: str, unit: str, series: Sequence[Series], *, log: bool = False, 
             for one in drawn
         ],
     }
+    pointed = "" if log_x else f"data-plot='{escape(json.dumps(data), quote=True)}'"
     summary = f"{title}, {unit}: from {format_number(drawn[0].points[0][1])} to {format_number(drawn[0].points[-1][1])}"
     return (
         f'<figure class="plot">{heading}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}" '
-        f"data-plot='{escape(json.dumps(data), quote=True)}'>{''.join(body)}"
+        f"{pointed}>{''.join(body)}"
         f'<line class="pointer" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
         f'<div class="legend">{legend}<output></output></div></figure>'
     )

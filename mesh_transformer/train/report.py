@@ -4,7 +4,6 @@
 
 import base64
 import hashlib
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh_transformer.files import replace_file
+from mesh_transformer.train.benchmarks import Evaluation, draw_evaluations, read_evaluations
 from mesh_transformer.train.metrics import FILE, read_metrics
 from mesh_transformer.train.plot import Series, format_number, plot
 from mesh_transformer.train.progress import format_time
@@ -37,13 +37,16 @@ def write_report(run_dir: Path) -> Path:
     """Write report.html into the run folder, whole or not at all; the path. Raises MetricsError for damaged metrics."""
     lines = read_metrics(run_dir / FILE)
     config = run_dir / "config.toml"
-    page = make_page(run_dir.name, lines, config.read_text(encoding="utf-8") if config.exists() else "")
+    text = config.read_text(encoding="utf-8") if config.exists() else ""
+    page = make_page(run_dir.name, lines, text, read_evaluations(run_dir))
     path = run_dir / "report.html"
     replace_file(path, page.encode("utf-8", errors="replace"))  # texts may hold lone surrogates
     return path
 
 
-def make_page(name: str, lines: Iterable[Line], config: str) -> str:
+def make_page(
+    name: str, lines: Iterable[Line], config: str, evaluations: Mapping[int, Evaluation] | None = None
+) -> str:
     """The page of a run; everything that came from outside is escaped, and no script but ours may run."""
     lines = list(lines)
     by_kind = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "evaluation", "event")}
@@ -54,6 +57,7 @@ def make_page(name: str, lines: Iterable[Line], config: str) -> str:
         _headline(lines, train, evaluation),
         _scores(evaluation),
         f'<section class="plots">{"".join(_plots(train, evaluation, events))}</section>',
+        draw_evaluations(evaluations or {}),
         _samples(str(samples[-1].get("text", "")) if samples else ""),
         _events([line for line in events if line.get("event") != "samples"]),
         _table(train),
@@ -83,7 +87,7 @@ def _headline(lines: list[Line], train: list[Line], evaluation: list[Line]) -> s
     figures.append(("of the product peak", _text(_number(last, "mfu"), "{:.0%}"), ""))
     if parameters:
         figures.append(("parameters", format_number(parameters[-1]), ""))
-    figures.append(("time", format_time(_active_seconds(lines)), "without interruptions"))
+    figures.append(("time", format_time(active_seconds(lines)[-1]), "without interruptions"))
     if _number(last, "skipped"):
         figures.append(("steps skipped", _text(_number(last, "skipped"), "{:,}"), ""))
     tiles = (
@@ -93,10 +97,15 @@ def _headline(lines: list[Line], train: list[Line], evaluation: list[Line]) -> s
     return f'<dl class="figures">{"".join(tiles)}</dl>'
 
 
-def _active_seconds(lines: list[Line]) -> float:
-    """From the first line to the last, less what passed between a line and the resumption after it."""
-    times = [(time, line.get("event") == "resumed") for line in lines if (time := _number(line, "time")) is not None]
-    return sum(max(after - before, 0.0) for (before, _), (after, resumed) in itertools.pairwise(times) if not resumed)
+def active_seconds(lines: Sequence[Line]) -> list[float]:
+    """For each line the seconds since the first, less what passed between a line and the resumption after it."""
+    passed, before = [0.0], None
+    for line in lines:
+        time = _number(line, "time")
+        more = 0.0 if before is None or time is None or line.get("event") == "resumed" else max(time - before, 0.0)
+        passed.append(passed[-1] + more)
+        before = before if time is None else time
+    return passed[1:] or passed
 
 
 def _last_scores(evaluation: list[Line]) -> dict[str, Line]:
@@ -140,7 +149,7 @@ def _plots(train: list[Line], evaluation: list[Line], events: list[Line]) -> lis
     if layers:
         picked = sorted({0, layers // 3, 2 * layers // 3, layers - 1})
         norms = [
-            Series(f"layer {i}", thin(_smooth(_points(train, "layer_grad_norms", i), log=True), SMOOTH_POINTS), style)
+            Series(f"layer {i}", thin(smooth(_points(train, "layer_grad_norms", i), log=True), SMOOTH_POINTS), style)
             for style, i in zip(STYLES, picked, strict=False)
         ]
         plots.append(plot("Gradient norm of layers", "smoothed, by step", norms, log=True))
@@ -151,8 +160,8 @@ def _trace(name: str, points: Points, *, log: bool = False) -> list[Series]:
     """A line as measured and, where that is a band rather than a line, smoothed on top of it."""
     if len(points) < 50 or name == "learning rate":
         return [Series(name, thin(points, RAW_POINTS), "main")]
-    smooth = thin(_smooth(points, log=log), SMOOTH_POINTS)
-    return [Series(name, thin(points, RAW_POINTS), "faint"), Series("smoothed", smooth, "main")]
+    smoothed = thin(smooth(points, log=log), SMOOTH_POINTS)
+    return [Series(name, thin(points, RAW_POINTS), "faint"), Series("smoothed", smoothed, "main")]
 
 
 def _samples(text: str) -> str:
@@ -213,7 +222,7 @@ def thin(points: Points, count: int) -> list[tuple[float, float | None]]:
     return [*kept, points[-1]]
 
 
-def _smooth(points: Points, *, log: bool = False) -> list[tuple[float, float | None]]:
+def smooth(points: Points, *, log: bool = False) -> list[tuple[float, float | None]]:
     """Mean (geometric if `log`) over about a fiftieth of the points around each, fewer near the start, which is steep."""
     reach = max(len(points) // 100, 2)
     totals, counts = [0.0], [0]
@@ -284,6 +293,8 @@ output{margin-left:auto;color:var(--ink)}
 .samples{white-space:pre-wrap;overflow-wrap:anywhere}details{margin-top:16px}summary{cursor:pointer;font-weight:600}
 table{border-collapse:collapse;font-size:13px;width:100%}
 td,th{text-align:left;padding:3px 12px 3px 0;vertical-align:top;overflow-wrap:anywhere}
+.scores tr:nth-child(even){background:color-mix(in srgb,var(--rule) 35%,transparent)}
+.scores td:first-child,.scores th:first-child{text-align:left}
 .numbers{overflow-x:auto}.numbers td,.numbers th{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 :focus-visible{outline:2px solid var(--main);outline-offset:2px}
 @media(max-width:560px){svg text{font-size:19px}.plot{padding-left:24px}main{padding:18px 12px 40px}

@@ -37,18 +37,9 @@ from mesh_transformer.train.step import Metrics, make_eval_step, make_train_step
 
 # Settings that may change when a run is resumed without changing what it computes, or that are plainly meant to.
 MAY_CHANGE = (
-    "run.dir",
-    "run.start_from",
-    "run.keep_optimizer",
-    "mesh",
-    "model.remat",
-    "model.attention_kernel",
-    "model.unroll",
-    "model.preset",
-    "data.cache_dir",
-    "data.validation",
-    "data.max_epochs",
-)
+    "run.dir", "run.start_from", "run.keep_optimizer", "mesh", "model.remat", "model.attention_kernel", "model.unroll",
+    "model.preset", "data.cache_dir", "data.validation", "data.max_epochs", "evaluate",
+)  # fmt: skip
 MAY_CHANGE_SECTIONS = ("optimizer", "train", "checkpoint", "sample", "track")  # said aloud
 MUST_STAY = ("train.batch_size", "train.ramp_from", "train.ramp_steps", "optimizer.name", "train.noise_scale")
 
@@ -167,8 +158,8 @@ def open_run(
         store=store,
         axes=flatten_state(axes),
         state=state,
-        train_step=_meet_compiled(jit_train_step(config, layout, shardings)),
-        eval_step=_meet_compiled(jax.jit(_traced(make_eval_step(config), layout), out_shardings=_everywhere(layout))),
+        train_step=meet_compiled(jit_train_step(config, layout, shardings)),
+        eval_step=meet_compiled(jax.jit(traced(make_eval_step(config), layout), out_shardings=everywhere(layout))),
         flops_per_sequence=flops,
         notes=notes,
         start=describe_start(layout),
@@ -177,16 +168,16 @@ def open_run(
 
 def jit_train_step(config: Config, layout: Layout, shardings: State) -> Any:
     """The training step, ready to run or to be compiled from shapes alone: the one program of training and planning."""
-    step = _traced(make_train_step(config), layout)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, _everywhere(layout)))
+    step = traced(make_train_step(config), layout)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere(layout)))
 
 
-def _everywhere(layout: Layout) -> NamedSharding:
+def everywhere(layout: Layout) -> NamedSharding:
     """What the host looks at lies whole on every device, so that every process has it."""
     return NamedSharding(layout.mesh, PartitionSpec())
 
 
-def _traced(function: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+def traced(function: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
     """`function`, traced under `layout` whenever it is."""
 
     def wrapped(*args: Any) -> Any:
@@ -203,7 +194,7 @@ def abstract_state(shapes: State, shardings: State) -> State:
     )
 
 
-def _meet_compiled(step: Any) -> Callable[..., Any]:
+def meet_compiled(step: Any) -> Callable[..., Any]:
     """`step`, a jitted function of something and a batch, such that no process of several runs it before all can.
 
     Else one may wait in its first collective while another still compiles, which XLA endures for 30 s on a CPU.

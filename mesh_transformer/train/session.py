@@ -19,7 +19,7 @@ from mesh_transformer.data.sources import Data, open_data
 from mesh_transformer.files import replace_file
 from mesh_transformer.mesh import Layout
 from mesh_transformer.train.folder import RunFolder
-from mesh_transformer.train.loop import Recorder, train
+from mesh_transformer.train.loop import Measure, Recorder, train
 from mesh_transformer.train.metrics import FILE, MetricsLog, read_metrics
 from mesh_transformer.train.pipeline import bubble_share
 from mesh_transformer.train.progress import Progress, print_rows, print_scores
@@ -37,6 +37,7 @@ def train_config(
     *,
     fresh: bool = False,
     profile: tuple[int, int] | None = None,
+    measure: Measure | None = None,
 ) -> Place:
     """Train, with display, metrics and report; the run folder. Raises what `open_data`, `open_run` and `train` raise."""
     if jax.process_count() != process_count():
@@ -65,7 +66,7 @@ def train_config(
             log.event(first, "started", f"from step {first}", {"parameters": run.n_params})
             for note in run.notes:
                 log.event(first, "resumed", note)
-            train(run, Recorder(run, log, progress), stop, profile=profile)
+            train(run, Recorder(run, log, progress), stop, profile=profile, measure=measure)
             log.event(run.step, "done", f"trained to step {run.step}")
         if speaks:
             write_report(run.dir)

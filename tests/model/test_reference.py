@@ -2,41 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ours = `transformers`, logits and gradients, for every family: against stored goldens always, and live where torch is."""
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference_models import CASES, GOLDEN, LIVE_CASES, Arrays, Case, draw, make_torch, read_golden
+from reference_models import CASES, GOLDEN, LIVE_CASES, Arrays, Case, draw, import_arrays, make_torch, read_golden
 
-from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.foreign import PREFIX, Leaf, assemble
-from mesh_transformer.convert.huggingface import find_name
-from mesh_transformer.convert.lazy import Held, View, whole
-from mesh_transformer.convert.names import FAMILIES
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import make_model
 
 LOGITS_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4  # absolute; relative to the largest entry of the array
-
-
-def import_arrays(theirs: Mapping[str, np.ndarray], kind: str, config: ModelConfig) -> dict[str, Arrays]:
-    """Their weights (or gradients) as ours; each of theirs must be used, and each of ours found."""
-    family, used = FAMILIES[kind], set()
-
-    def find(leaf: Leaf) -> View:
-        entry = family.entries[leaf.name]
-        name = find_name(theirs, family, entry, leaf.layer)
-        used.add(name)
-        return View(Held(theirs[name]), entry.pattern, leaf.axes, leaf.shape, entry.pick)
-
-    ours: dict[str, Arrays] = {}
-    for name, array in assemble(config, find, kind).items():
-        module, _, leaf = name.removeprefix(PREFIX).rpartition("/")
-        ours.setdefault(module, {})[leaf] = array.read(whole(array))
-    assert used == set(theirs)
-    return ours
 
 
 # Compiles in half the time; what is computed is the same.

@@ -1,0 +1,74 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Measure a trained model: RUN -> numbers that can be compared. RUN is a run folder, a checkpoint in it,
+or a model folder of Hugging Face.
+
+examples:
+  python device_evaluate.py runs/quickstart
+      bits per byte of the text that the run held out of its training, a segment of the context's length at a time
+  python device_evaluate.py runs/gpt2 --data pile=test.jsonl.zst --set 'evaluate.group_key="meta.pile_set_name"'
+      by component (with --set evaluate.share=0.1 as the Pile's paper measures GPT-2 and GPT-3), beside its table 2
+  python device_evaluate.py runs/gpt2 --task wikitext2 --data wikitext2=wiki.test.tokens --set evaluate.stride=512
+      perplexity per word of the original and per token, in windows that overlap
+  python device_evaluate.py runs/gpt2 --task hellaswag --data hellaswag=hellaswag_val.jsonl --task local --json
+      tasks of lm-evaluation-harness from local files, and our own of held-out text (pip install 'mesh-transformer[evaluate]')
+
+tasks: text (the default), wikitext2; lambada, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq, boolq, cb, copa, rte,
+wic, each with --data TASK=FILE of its records; local (local_choice, local_cloze), local_line.
+Results go into the run folder: evaluation_<step>.json in the harness's form, and its page report.html.
+exit status: 0 done, 1 failed, 2 wrong usage or configuration
+"""
+
+import argparse
+import json
+import re
+import sys
+
+from mesh_transformer.command import add_set_option, make_parser, run_command
+from mesh_transformer.config import ConfigError
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, load, measure, print, keep."""
+    options = parse(arguments)
+    # JAX and what needs it come after the options: --help and errors in them answer at once.
+    from mesh_transformer.evaluate.trained import evaluate_trained
+
+    evaluation = evaluate_trained(options.run, options.set, quiet=options.json)
+    if options.json:
+        print(json.dumps(evaluation, indent=2))
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line, with its flags turned into overrides of [evaluate]."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run folder, such as runs/quickstart, a checkpoint, or a model folder"
+    )
+    parser.add_argument("--task", action="append", default=[], metavar="NAME", help="what to measure; repeatable")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="the file of a task; with another name a component of text: file, folder or shard; repeatable",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="the same as --set evaluate.limit=N")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON, in the harness's form")
+    add_set_option(parser)
+    options = parser.parse_args(arguments)
+    if options.task:
+        options.set.append(f"evaluate.tasks={json.dumps(options.task)}")
+    for item in options.data:
+        name, equals, path = item.partition("=")
+        if not (equals and path and re.fullmatch(r"[A-Za-z0-9_-]+", name)):
+            raise ConfigError(f"--data {item}: expected NAME=PATH, for example --data hellaswag=hellaswag_val.jsonl")
+        options.set.append(f"evaluate.data.{name}={json.dumps(path)}")
+    if options.limit is not None:
+        options.set.append(f"evaluate.limit={options.limit}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

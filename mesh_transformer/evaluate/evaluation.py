@@ -1,0 +1,176 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A model and the tasks that [evaluate] names -> results in lm-evaluation-harness's form, for a person and for programs."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from mesh_transformer.config import Config, ConfigError, config_to_dict
+from mesh_transformer.data.documents import Document
+from mesh_transformer.data.tokenizers import Tokenizer
+from mesh_transformer.evaluate.harness import import_harness, make_adapter, run_tasks
+from mesh_transformer.evaluate.items import ITEMS
+from mesh_transformer.evaluate.likelihood import Scorer
+from mesh_transformer.evaluate.perplexity import TextScore, is_picked, score_documents, weigh
+from mesh_transformer.evaluate.published import find_published, pile_components
+from mesh_transformer.evaluate.tasks import TASKS, TEXT, WIKITEXT, expand_names, read_items
+from mesh_transformer.evaluate.texts import check_paths, read_texts
+from mesh_transformer.evaluate.wikitext import WikiText, describe
+from mesh_transformer.sample.engine import Engine
+from mesh_transformer.train.benchmarks import Evaluation, make_tables, metrics_of
+
+Report = Callable[[str, int, int | None], None]  # what is being done, how much of it, of how much if that is known
+
+
+class Subject(NamedTuple):
+    """What is measured."""
+
+    config: Config
+    tokenizer: Tokenizer
+    scorer: Scorer
+    engine: Engine | None  # to generate text; None while training
+    step: int
+    where: str  # the checkpoint, or the run
+
+
+def check_tasks(config: Config, *, generates: bool = True) -> list[str]:
+    """The names of the tasks that [evaluate] asks for, before anything is computed.
+
+    Raises ConfigError for what cannot be done, DataError for a file that is not there.
+    """
+    evaluate = config.evaluate
+    names = expand_names(evaluate.tasks or (TEXT,))
+    for name in names:
+        is_ours = name == TEXT or (name in TASKS and TASKS[name].make is not None)
+        if not is_ours and name not in evaluate.data:
+            raise ConfigError(
+                f"task {name!r} needs its file: --data {name}=PATH, or evaluate.data.{name} in the configuration"
+            )
+        if name in TASKS and TASKS[name].kind == "generate_until" and not generates:
+            raise ConfigError(f"task {name!r} generates text, which training does not; leave it to device_evaluate.py")
+    if any(name in TASKS for name in names):
+        import_harness()
+    reads_texts = any(name == TEXT or (name in TASKS and TASKS[name].make) for name in names)
+    for name in evaluate.data:
+        known = name in TASKS or name == WIKITEXT
+        if (known and name not in names) or (not known and not reads_texts):
+            raise ConfigError(
+                f"evaluate.data.{name} is read by none of the tasks {', '.join(names)}; add --task "
+                f"{name if known else TEXT}, or leave it out"
+            )
+    check_paths(config, _components(config) if reads_texts else (TEXT,))
+    return names
+
+
+def _components(config: Config) -> list[str]:
+    """What of evaluate.data is text to be scored, and not the file of a task."""
+    return [name for name in config.evaluate.data if name not in TASKS and name != WIKITEXT]
+
+
+def measure(subject: Subject, report: Report = lambda what, done, total: None) -> dict[str, Any]:
+    """Results of all tasks; see benchmarks.py for their form. Raises ConfigError, DataError and what scoring raises."""
+    evaluate = subject.config.evaluate
+    names = check_tasks(subject.config, generates=subject.engine is not None)
+    found: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}, "higher_is_better": {}}
+    if TEXT in names:
+        _add_texts(found, _score(subject, _read_texts(subject), TEXT, report))
+    if WIKITEXT in names:
+        path = Path(evaluate.data[WIKITEXT]).expanduser()
+        corpus = WikiText(path.read_text(encoding="utf-8"), str(path))
+        picked = [article for article in corpus.articles() if is_picked(article.document.name, evaluate.share)]
+        picked = picked[: evaluate.limit]
+        scores = _score(subject, ((WIKITEXT, article.document) for article in picked), WIKITEXT, report)
+        results = describe(scores[WIKITEXT], sum(article.n_words for article in picked))
+        _add(found, WIKITEXT, results, scores[WIKITEXT].documents)
+    if asked := [name for name in names if name in TASKS]:
+        items = {name: _find_items(subject, name) for name in asked}
+        adapter = make_adapter(subject.scorer, subject.tokenizer, subject.engine, report)
+        for key, values in run_tasks(adapter, items).items():
+            found[key] |= _to_plain(values)
+    found["config"] = {
+        "model": "mesh-transformer",
+        "model_args": subject.where,
+        "step": subject.step,
+        "evaluate": config_to_dict(evaluate),
+        "tokenizer": subject.tokenizer.fingerprint,
+        "jax": jax.__version__,
+    }
+    found["date"] = time.time()
+    found["published"] = find_published(metrics_of(found).keys())
+    return found
+
+
+def print_evaluation(evaluation: Evaluation, console: Console) -> None:
+    """The tables of benchmarks.py."""
+    for table in make_tables(evaluation):
+        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        for number, heading in enumerate(table.headings):
+            left = number == 0 or heading in ("metric", "source")
+            shown.add_column(heading, justify="left" if left else "right", overflow="fold")
+        for row in table.rows:
+            shown.add_row(*(Text(cell) for cell in row), style="bold" if row[0] == "this model" else "")
+        console.print(shown)
+        console.print()
+
+
+def _read_texts(subject: Subject) -> Iterator[tuple[str, Document]]:
+    return read_texts(subject.config, subject.tokenizer, _components(subject.config))
+
+
+def _score(
+    subject: Subject, documents: Iterator[tuple[str, Document]], what: str, report: Report
+) -> dict[str, TextScore]:
+    evaluate = subject.config.evaluate
+    return score_documents(
+        subject.scorer,
+        subject.tokenizer,
+        documents,
+        context=evaluate.context,
+        stride=evaluate.stride,
+        limit=evaluate.limit,
+        share=evaluate.share,
+        report=lambda n_bytes: report(f"{what}: bytes", n_bytes, None),
+    )
+
+
+def _add_texts(found: dict[str, Any], scores: dict[str, TextScore]) -> None:
+    """Every component, and the total where there are several; of the Pile's 22 the total is the Pile's."""
+    for name, score in scores.items():
+        _add(found, f"{TEXT}:{name}", score.to_results(), score.documents)
+    if len(scores) > 1:
+        total = "pile" if scores.keys() == pile_components() else TEXT
+        _add(found, total, weigh(scores), sum(score.documents for score in scores.values()))
+
+
+def _add(found: dict[str, Any], name: str, values: dict[str, float], n_items: int) -> None:
+    found["results"][name] = {"alias": name, **{f"{key},none": value for key, value in values.items()}}
+    found["versions"][name] = 1.0
+    found["n-samples"][name] = {"original": n_items, "effective": n_items}
+    found["higher_is_better"][name] = dict.fromkeys(values, False)
+
+
+def _find_items(subject: Subject, name: str) -> Sequence[dict[str, Any]]:
+    evaluate, make = subject.config.evaluate, TASKS[name].make
+    if make is None:
+        return read_items(name, evaluate.data[name], evaluate.limit)
+    return make((document for _, document in _read_texts(subject)), evaluate.limit or ITEMS)
+
+
+def _to_plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The harness's numbers as JSON has them: NumPy's as Python's, those that are not finite as text."""
+    plain: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            plain[key] = _to_plain(value)
+        else:
+            number = value.item() if hasattr(value, "item") else value
+            finite = not isinstance(number, float) or abs(number) < float("inf")
+            plain[key] = number if finite else str(number)
+    return plain

@@ -1,0 +1,102 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Where the documents to be scored come from: files that [evaluate] names, or what the run held out of its training."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mesh_transformer.config import Config, ConfigError, EvaluateConfig
+from mesh_transformer.data.archives import COMPRESSED, read_chunks, split_lines
+from mesh_transformer.data.build import is_held_out
+from mesh_transformer.data.documents import DataError, Document, Flaw
+from mesh_transformer.data.fetched import fetch_source, is_remote
+from mesh_transformer.data.readers import find_files, is_tfrecords, read_documents
+from mesh_transformer.data.shards import TokenShard, is_shard
+from mesh_transformer.data.tokenizers import Tokenizer
+
+
+def read_texts(config: Config, tokenizer: Tokenizer, components: Iterable[str]) -> Iterator[tuple[str, Document]]:
+    """Component and document, one after the other: of `components` of evaluate.data or, without any, what the run held out.
+
+    Raises DataError for damage, with file and line.
+    """
+    evaluate, names = config.evaluate, list(components)
+    for name in names:
+        if evaluate.group_key:
+            yield from _read_groups(evaluate.data[name], evaluate)
+        else:
+            documents = _read(evaluate.data[name], evaluate.text_key, config, tokenizer)
+            yield from ((name, document) for document in documents)
+    if names:
+        return
+    for name, source in config.data.train.items():
+        if config.data.holdout and source.path:
+            for document in _read(source.path, source.text_key, config, tokenizer):
+                if is_held_out(document.name, config.data.holdout):
+                    yield name, document
+    for name, source in config.data.validation.items():
+        for document in _read(source.path, source.text_key, config, tokenizer):
+            yield name, document
+
+
+def check_paths(config: Config, components: Iterable[str]) -> None:
+    """That there is something under every path of evaluate.data, and text held out where no `components` are named.
+
+    Raises DataError for a path that is not there, ConfigError where there is no text.
+    """
+    for path in config.evaluate.data.values():
+        if not is_remote(path) and not is_shard(path.removesuffix(".bin").removesuffix(".idx")):
+            find_files(path)
+    if not list(components) and not config.data.validation and not config.data.holdout:
+        raise ConfigError("the run held no text out of its training; name some: --data NAME=PATH")
+
+
+def _read(path: str, text_key: str, config: Config, tokenizer: Tokenizer) -> Iterator[Document]:
+    if is_remote(path):
+        path = fetch_source(path, config.data.cache_dir)
+    prefix = path.removesuffix(".bin").removesuffix(".idx")
+    if is_shard(prefix):
+        shard = TokenShard(prefix)
+        for index in range(shard.n_documents):
+            tokens = np.asarray(shard.document(index))
+            yield Document(tokenizer.decode(tokens[tokens != tokenizer.end_of_text].tolist()), f"{prefix}:{index}")
+        return
+    if any(map(is_tfrecords, find_files(path))):
+        raise DataError(
+            f"{path}: TFRecords hold tokens, whose text is not known; name the text itself: --data NAME=PATH"
+        )
+    yield from read_documents(path, text_key=text_key)
+
+
+def _read_groups(path: str, evaluate: EvaluateConfig) -> Iterator[tuple[str, Document]]:
+    """Documents of JSONL, compressed or not, by the value of a field that may lie within others ("meta.pile_set_name")."""
+    for file in find_files(path):
+        if ".jsonl" not in file.suffixes:
+            raise DataError(
+                f"{file}: evaluate.group_key divides lines of .jsonl, .jsonl.zst or .jsonl.gz, nothing else"
+            )
+        try:
+            yield from _read_lines(file, evaluate)
+        except Flaw as flaw:
+            raise DataError(f"{file}: {flaw.detail}") from None
+
+
+def _read_lines(file: Path, evaluate: EvaluateConfig) -> Iterator[tuple[str, Document]]:
+    suffix = file.suffix.lower()
+    for number, line in enumerate(split_lines(read_chunks(file, suffix if suffix in COMPRESSED else None)), 1):
+        if line.isspace() or not line:
+            continue
+        try:
+            record = json.loads(line)
+            group, text = record, record[evaluate.text_key]
+            for key in evaluate.group_key.split("."):
+                group = group[key]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{file}:{number}: no object with {evaluate.text_key!r} and {evaluate.group_key!r} in it "
+                f"({type(error).__name__}: {error}); evaluate.text_key and evaluate.group_key name the fields"
+            ) from None
+        yield str(group), Document(str(text), f"{file.name}:{number}")

@@ -1,0 +1,115 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A run, a checkpoint or a model folder of Hugging Face -> its results: printed, and kept in the run folder."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from mesh_transformer.checkpoint.places import Place, to_place
+from mesh_transformer.config import ConfigError
+from mesh_transformer.convert.huggingface import is_huggingface, open_huggingface
+from mesh_transformer.convert.lazy import Lazy
+from mesh_transformer.data.tokenizers import load_tokenizer
+from mesh_transformer.evaluate.evaluation import Report, Subject, check_tasks, measure, print_evaluation
+from mesh_transformer.evaluate.likelihood import make_scorer
+from mesh_transformer.mesh import start_devices
+from mesh_transformer.model.params import Params
+from mesh_transformer.sample.engine import Engine
+from mesh_transformer.sample.trained import Trained, describe_arrays, load_trained, read_trained_config
+from mesh_transformer.train.benchmarks import Evaluation, write_evaluation
+from mesh_transformer.train.folder import CHECKPOINTS, RunFolder
+from mesh_transformer.train.report import write_report
+
+WIDTH = 160  # of tables where nobody sees a terminal
+
+
+def evaluate_trained(run: str, overrides: Iterable[str] = (), *, quiet: bool = False) -> Evaluation:
+    """Measure the newest intact checkpoint of `run`, or `run` itself; tables on stdout unless `quiet`, progress on stderr.
+
+    Raises ConfigError and CheckpointError as opening a model does, and what `measure` raises.
+    """
+    trained = open_trained(run, overrides)
+    check_tasks(trained.config)
+    print(f"{trained.where}: step {trained.step}", file=sys.stderr)
+    scorer = make_scorer(trained.engine, batch_tokens=trained.config.evaluate.batch_tokens)
+    subject = Subject(trained.config, trained.tokenizer, scorer, trained.engine, trained.step, trained.where)
+    with show_progress() as report:
+        evaluation = measure(subject, report)
+    if not quiet:
+        print_evaluation(evaluation, Console(width=None if sys.stdout.isatty() else WIDTH))
+    _keep(trained, evaluation)
+    return evaluation
+
+
+def open_trained(path: str, overrides: Iterable[str] = ()) -> Trained:
+    """As load_trained, and also a model folder of Hugging Face, whose weights stay as they are."""
+    place = to_place(path)
+    if not is_huggingface(place):
+        return load_trained(path, overrides)
+    foreign, where = open_huggingface(place), str(place)
+    config = read_trained_config({"config": {"model": foreign.model}}, where, overrides)
+    if foreign.tokenizer is None:
+        raise ConfigError(f"{where}: no tokenizer in the folder; add its tokenizer.json, or vocab.json and merges.txt")
+    layout = start_devices(config.mesh)
+    params: Params = {}
+    for name, like in describe_arrays(config, layout, {}, whole=True).items():
+        module, _, leaf = name.removeprefix("params/").rpartition("/")
+        params.setdefault(module, {})[leaf] = _read(foreign.arrays[name], like)
+    serve = config.serve
+    engine = Engine(config.model, params, layout=layout, slots=serve.slots, weights=serve.weights, cache=serve.cache)
+    return Trained(engine, load_tokenizer(foreign.tokenizer), config, 0, where)
+
+
+def _read(array: Lazy, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """The values, each device's own; in the type in which they are saved."""
+
+    def read(index: tuple[slice, ...] | None):
+        assert index is not None, "it is of a device of this process"
+        return array.read(tuple(slice(*part.indices(n)[:2]) for part, n in zip(index, like.shape, strict=True)))
+
+    assert like.sharding is not None
+    return jax.make_array_from_callback(like.shape, like.sharding, read)
+
+
+@contextmanager
+def show_progress() -> Iterator[Report]:
+    """Bars on stderr, where a person looks."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks = {}
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def _keep(trained: Trained, evaluation: Evaluation) -> None:
+    """evaluation_<step>.json and the page, in the run folder."""
+    place = find_run_folder(to_place(trained.where))
+    if place is None:
+        print("no run folder, so the results are not kept; --json prints them as a program reads them", file=sys.stderr)
+        return
+    run = dataclasses.replace(trained.config.run, dir=str(place))
+    with RunFolder(dataclasses.replace(trained.config, run=run), lambda text: print(text, file=sys.stderr)) as folder:
+        path = write_evaluation(folder.path, trained.step, evaluation)
+        write_report(folder.path)
+    print(f"kept in {place / path.name}, and shown on {place / 'report.html'}", file=sys.stderr)
+
+
+def find_run_folder(checkpoint: Place) -> Place | None:
+    """The run folder that a step's folder is in: of RUN/checkpoints/step_N RUN, of RUN/step_N RUN; None for other folders."""
+    if not checkpoint.name.startswith("step_"):
+        return None
+    parent = checkpoint.parent
+    return parent.parent if parent.name == CHECKPOINTS else parent

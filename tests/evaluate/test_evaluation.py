@@ -1,0 +1,283 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""From a run to its numbers: the program, in training, on the page; what is asked of held-out text; what cannot be done."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import zstandard
+
+import device_evaluate
+from mesh_transformer.config import Config, load_config
+from mesh_transformer.data.documents import DataError, Document
+from mesh_transformer.data.readers import read_documents
+from mesh_transformer.data.tokenizers import ByteTokenizer
+from mesh_transformer.evaluate.evaluation import check_tasks
+from mesh_transformer.evaluate.items import CONTEXT, END, make_choices, make_clozes, make_lines
+from mesh_transformer.evaluate.published import find_published, pile_components, read_published
+from mesh_transformer.evaluate.tasks import TASKS, read_items
+from mesh_transformer.evaluate.texts import read_texts
+from mesh_transformer.evaluate.training import train_measured
+from mesh_transformer.mesh import make_layout
+from mesh_transformer.train.benchmarks import make_tables, metrics_of, read_evaluations, write_evaluation
+from mesh_transformer.train.metrics import read_metrics
+from mesh_transformer.train.stop import StopRequest
+
+HAS_HARNESS = True
+try:
+    import lm_eval  # noqa: F401
+except ImportError:
+    HAS_HARNESS = False
+needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="the harness needs pip install 'mesh-transformer[evaluate]'")
+
+
+def write_config(folder: Path) -> Path:
+    for i in range(12):
+        path = folder / "texts" / f"{i}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"Text {i} of a few.\n" + " ".join(f"word{chr(97 + (i * j) % 7)}" for j in range(300)) + "\n")
+    path = folder / "small.toml"
+    path.write_text(f"""
+[run]
+dir = "{folder / "run"}"
+[model]
+n_layers = 1
+d_model = 16
+n_heads = 2
+n_vocab = 264
+seq_len = 64
+[data]
+holdout = 4
+cache_dir = "{folder / "cache"}"
+[data.train.words]
+path = "{folder / "texts"}"
+[train]
+steps = 4
+batch_size = 8
+log_every = 1
+[checkpoint]
+every = 2
+[evaluate]
+tasks = ["text"]
+every = 2
+""")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Config]:
+    """A run that measured itself at steps 2 and 4."""
+    config = load_config(write_config(tmp_path_factory.mktemp("evaluate")))
+    train_measured(config, make_layout(config.mesh), StopRequest(message=""))
+    return Path(config.run.dir), config
+
+
+def run_program(capsys, *arguments: str) -> tuple[dict, str]:
+    assert device_evaluate.main([*arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
+def test_training_measures_itself_as_the_program_does(trained, capsys):
+    run_dir, _ = trained
+    evaluations = read_evaluations(run_dir)
+    assert list(evaluations) == [2, 4]
+    lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "benchmark"]
+    assert [line["step"] for line in lines] == [2, 4]
+    bits = [metrics_of(evaluation)["text:words.bits_per_byte"] for evaluation in evaluations.values()]
+    assert [line["text:words.bits_per_byte"] for line in lines] == bits
+    assert bits[0] != bits[1]
+    found, err = run_program(capsys, str(run_dir))
+    assert metrics_of(found)["text:words.bits_per_byte"] == pytest.approx(bits[1], rel=1e-5)
+    assert "kept in" in err
+    page = (run_dir / "report.html").read_text()
+    assert "Evaluation, step 4" in page
+    assert "Bits per byte of texts" in page, "two steps make a curve"
+
+
+def test_own_held_out_text_is_what_the_loss_is_of(trained):
+    """The validation loss packs documents and counts ends of text; of the same documents, bytes are the same."""
+    run_dir, config = trained
+    documents = list(read_texts(config, ByteTokenizer(), []))
+    assert {name for name, _ in documents} == {"words"}
+    n_bytes = read_evaluations(run_dir)[4]["results"]["text:words"]["bytes,none"]
+    assert n_bytes == sum(len(document.text.encode()) for _, document in documents) > 0
+    assert len(documents) < 12
+
+
+def test_components_are_told_apart_and_weighed(trained, tmp_path, capsys):
+    run_dir, _ = trained
+    records = [{"text": "one " * n, "meta": {"pile_set_name": name}} for name, n in (("A", 30), ("B", 9), ("A", 4))]
+    file = tmp_path / "part.jsonl.zst"
+    file.write_bytes(zstandard.compress("\n".join(map(json.dumps, records)).encode()))
+    found, _ = run_program(
+        capsys, str(run_dir), "--data", f"pile={file}", "--set", 'evaluate.group_key="meta.pile_set_name"'
+    )
+    results = found["results"]
+    a, b, total = (results[name]["bits_per_byte,none"] for name in ("text:A", "text:B", "text"))
+    assert results["text:A"]["documents,none"] == 2
+    assert total == pytest.approx((a * 4 * 34 + b * 4 * 9) / (4 * 43))
+    file.write_bytes(zstandard.compress(b'{"text": "a", "meta": {}}'))
+    with pytest.raises(DataError, match=r"part\.jsonl\.zst:1: .*pile_set_name"):
+        run_program(capsys, str(run_dir), "--data", f"pile={file}", "--set", 'evaluate.group_key="meta.pile_set_name"')
+
+
+@needs_harness
+@pytest.mark.filterwarnings("default")
+def test_own_items_need_no_data_set(trained, capsys):
+    run_dir, _ = trained
+    arguments = [str(run_dir), "--task", "local", "--task", "wikitext2", "--limit", "3"]
+    corpus = run_dir / "wiki.txt"
+    corpus.write_text(" = Title = \n A b , c . \n = Other = \n D . \n")
+    found, _ = run_program(capsys, *arguments, "--data", f"wikitext2={corpus}")
+    assert found["results"].keys() == {"local_choice", "local_cloze", "wikitext2"}
+    assert found["n-samples"]["local_choice"]["effective"] == 3
+    wiki = found["results"]["wikitext2"]
+    assert wiki["words,none"] == 3 + 1 + 5 + 1 + 3 + 1 + 2 + 1
+    assert math.log(wiki["word_perplexity,none"]) * wiki["words,none"] == pytest.approx(
+        wiki["nats_per_token,none"] * wiki["tokens,none"]
+    )
+    assert [row["model"] for row in found["published"]][:1] == ["GPT-2 117M"]
+    kept = json.loads((run_dir / "evaluation_4.json").read_text())
+    assert kept["results"].keys() >= found["results"].keys() | {"text:words"}, "what was measured before stays"
+
+
+DOCUMENTS = [
+    Document(
+        "\n".join(" ".join(f"w{(i * j) % 90} and{j}" for j in range(line, line + 9)) for line in range(90)), f"{i}"
+    )
+    for i in range(8)
+]
+
+
+def test_items_follow_from_the_documents_alone():
+    choices = make_choices(DOCUMENTS, 5)
+    assert choices == make_choices(DOCUMENTS[::-1], 5)
+    assert choices[:3] == make_choices(DOCUMENTS, 3)
+    for item in choices:
+        whole = item["query"] + item["choices"][item["gold"]]
+        assert any(whole in document.text for document in DOCUMENTS)
+        assert len(item["query"].split()) == CONTEXT
+        assert all(len(choice.split()) == END for choice in item["choices"])
+        wrong = [c for i, c in enumerate(item["choices"]) if i != item["gold"]]
+        assert not any(item["query"] + choice in document.text for choice in wrong for document in DOCUMENTS)
+    assert {item["gold"] for item in make_choices(DOCUMENTS, 30)} == {0, 1, 2, 3}
+
+
+def test_clozes_and_lines_are_of_the_text():
+    prose = [Document("The cat saw a dog. " * 40 + "\n", "prose")]
+    for item in make_clozes(prose, 4):
+        assert item["query"] + item["target"] in prose[0].text
+        assert item["target"].strip() in item["query"].split()
+    for item in make_lines(DOCUMENTS, 4):
+        assert any(f"{item['query']}{item['target']}\n" in document.text for document in DOCUMENTS)
+        assert "\n" not in item["target"]
+    for make in (make_choices, make_clozes, make_lines):
+        with pytest.raises(DataError, match="name"):
+            make([Document("too short", "0")], 3)
+
+
+def test_items_of_our_own_source_can_be_made():
+    documents = list(read_documents(Path(__file__).parents[2] / "mesh_transformer"))
+    assert all(len(make(documents, 10)) == 10 for make in (make_choices, make_clozes, make_lines))
+
+
+FEWGLUE = Path(__file__).parents[3] / "shared" / "data" / "fewglue"
+
+
+@pytest.mark.parametrize("name", ["boolq", "cb", "copa", "rte", "wic"])
+def test_fewglue_is_read(name):
+    files = {path.parent.name.lower(): path for path in FEWGLUE.glob("*/train.jsonl")}
+    if name not in files:
+        pytest.skip("FewGLUE lies beside the project in ../shared/data only where it was put")
+    items = read_items(name, str(files[name]))
+    assert len(items) == 32
+    assert {item["gold"] for item in items} == set(range(len(items[0]["choices"])))
+
+
+def test_bad_records_are_named(tmp_path):
+    file = tmp_path / "copa.jsonl"
+    good = dict(premise="It broke.", choice1="It fell.", choice2="It flew.", question="cause", label=0)
+    file.write_text(json.dumps(good) + "\n" + json.dumps(good | {"label": 2}) + "\n")
+    with pytest.raises(DataError, match=r"copa\.jsonl:2: not a record of copa .*label 2"):
+        read_items("copa", str(file))
+    with pytest.raises(DataError, match=r"copa\.jsonl:1: not a record of piqa .*goal.*it has premise"):
+        read_items("piqa", str(file))
+    assert len(read_items("copa", str(file), limit=1)) == 1
+    file.write_text("not JSON\n")
+    with pytest.raises(DataError, match="not a file of JSON"):
+        read_items("copa", str(file))
+    file.write_text("\n")
+    with pytest.raises(DataError, match="no records"):
+        read_items("copa", str(file))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (['evaluate.tasks=["hellaswg"]'], r"no task 'hellaswg'; there are text, wikitext2, local, lambada"),
+        (['evaluate.tasks=["hellaswag"]'], "'hellaswag' needs its file: --data hellaswag=PATH"),
+        (['evaluate.tasks=["wikitext2"]'], "'wikitext2' needs its file"),
+        (['evaluate.data.piqa="x"'], r"evaluate\.data\.piqa is read by none of the tasks text; add --task piqa"),
+        (['evaluate.data.mine="x"', 'evaluate.tasks=["wikitext2"]', 'evaluate.data.wikitext2="y"'], "add --task text"),
+        (["data.holdout=0"], "held no text out of its training; name some"),
+        (['evaluate.data.mine="/absent"'], "/absent: no such file or folder"),
+        (["evaluate.limit=0"], "evaluate.limit = 0"),
+        (['evaluate.tasks="text"'], "evaluate.tasks"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_at_once(tmp_path, overrides, words):
+    with pytest.raises(ValueError, match=words):
+        check_tasks(load_config(write_config(tmp_path), overrides))
+
+
+def test_wrong_use_of_the_program(trained, tmp_path):
+    run_dir, _ = trained
+    for arguments, words in (
+        (["--data", "hellaswag"], "expected NAME=PATH"),
+        (["--data", "a b=c"], "expected NAME=PATH"),
+        (["--set", "train.steps=3"], "what can be set is"),
+        (["--set", "evaluate.context=65"], r"evaluate\.context=65: the model's seq_len is 64"),
+        (["--data", f"mine={tmp_path}"], "no files in this folder"),
+        (["--data", f"mine={tmp_path / 'absent'}"], "no such file or folder"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            device_evaluate.main([str(run_dir), *arguments])
+
+
+def test_published_rows_are_whole():
+    rows = read_published()
+    assert len(rows) > 50
+    assert len(pile_components()) == 22
+    for row in rows:
+        assert row["model"]
+        assert row["source"]
+        for name, value in row["scores"].items():
+            task, metric = name.rsplit(".", 1)
+            assert task in TASKS or re.fullmatch(r"text:.*|pile|wikitext2?|wsc", task), name
+            assert value > 0
+            assert value < 1 or metric not in ("acc", "acc_norm"), f"{row['model']} {name} = {value} is no share"
+    davinci = next(row for row in find_published(["pile.bits_per_byte"]) if row["model"] == "GPT-3 davinci")
+    assert davinci["scores"] == {"pile.bits_per_byte": 0.7177}
+
+
+def test_results_are_kept_together(tmp_path):
+    first = {
+        "results": {"a": {"acc,none": 0.5}},
+        "published": [{"model": "m", "source": "s", "scores": {"a.acc": 0.6}}],
+    }
+    second = {"results": {"b": {"acc,none": 0.25, "acc_stderr,none": 0.1}}, "n-samples": {"b": {"effective": 8}},
+              "published": [{"model": "m", "source": "s", "scores": {"b.acc": 0.7}}]}  # fmt: skip
+    write_evaluation(tmp_path, 3, first)
+    write_evaluation(tmp_path, 3, second)
+    kept = read_evaluations(tmp_path)[3]
+    assert metrics_of(kept) == {"a.acc": 0.5, "b.acc": 0.25}
+    tasks, published = make_tables(kept)
+    assert tasks.rows == [["a", "acc", "0.5", "", ""], ["b", "acc", "0.25", "0.1", "8"]]
+    assert published.rows == [["this model", "0.5", "0.25", ""], ["m", "0.6", "0.7", "s"]]
+    (tmp_path / "evaluation_4.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"evaluation_4\.json: not the results"):
+        read_evaluations(tmp_path)
