@@ -16,6 +16,7 @@ import pytest
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.names import FAMILIES
+from mesh_transformer.model.expert_choices import ExpertsConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 Arrays = dict[str, np.ndarray]
@@ -64,6 +65,19 @@ CASES = {
         37,
         **SMALL | {"n_heads": 4},
     ),
+    "mixtral": make_case(
+        "mixtral",
+        dict(
+            LLAMA_CHOICES,
+            n_kv_heads=2,
+            d_head=4,
+            d_ff=20,
+            experts=ExpertsConfig(n_experts=4, per_token=2),
+            rotary_base=1e6,
+        ),
+        37,
+        **SMALL | {"n_heads": 4},
+    ),
 }
 # Odd sizes: three heads, layers whose numbers sort otherwise as text, one key-value head, a window that starts the pattern.
 ODD = dict(n_layers=12, d_model=24, n_heads=3, n_vocab=53, seq_len=40)
@@ -79,6 +93,25 @@ LIVE_CASES = {
         dict(LLAMA_CHOICES, n_kv_heads=1, attention_pattern=("local",), attention_window=7),
         53,
         **ODD,
+    ),
+    "mixtral-8-windows": make_case(
+        "mixtral",
+        dict(
+            LLAMA_CHOICES,
+            n_kv_heads=1,
+            d_ff=28,
+            attention_pattern=("local",),
+            attention_window=7,
+            experts=ExpertsConfig(n_experts=8, per_token=2),
+        ),
+        53,
+        **ODD,
+    ),
+    "mixtral-12-of-3-tied": make_case(
+        "mixtral",
+        dict(LLAMA_CHOICES, d_head=6, experts=ExpertsConfig(n_experts=12, per_token=3), tied_embeddings=True),
+        53,
+        **ODD | {"n_layers": 3},
     ),
     "qwen2": make_case("qwen2", dict(LLAMA_CHOICES, qkv_bias=True, rotary_base=1e6), 53, **ODD),
     "qwen3": make_case(
@@ -112,7 +145,7 @@ def read_golden(name: str) -> tuple[Arrays, np.ndarray, np.ndarray, np.ndarray, 
 
 
 def make_torch(case: Case):
-    """Their model, in evaluation mode, and its weights by name (tied ones once)."""
+    """Their model, in evaluation mode, and its weights by the names that they have in files (tied ones once)."""
     transformers = pytest.importorskip(
         "transformers", reason="the live comparison needs pip install transformers torch"
     )
@@ -124,7 +157,48 @@ def make_torch(case: Case):
     model = kind(kind.config_class(**sizes, **ids)).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
-    return model, dict(model.named_parameters())
+    parameters: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        parameters |= split_experts(name, parameter) if ".mlp.experts." in name else {name: parameter}
+    return model, {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): each for name, each in parameters.items()}
+
+
+class Part:
+    """A tensor in a file that is part of a parameter in memory, as far as a test uses either."""
+
+    def __init__(self, parameter: Any, index: tuple[Any, ...]):
+        self.parameter, self.index = parameter, index
+        self.shape = parameter[index].shape
+
+    @property
+    def data(self) -> Any:
+        return self.parameter.data[self.index]
+
+    @data.setter
+    def data(self, values: Any) -> None:
+        self.parameter.data[self.index] = values
+
+    @property
+    def grad(self) -> Any:
+        return self.parameter.grad[self.index]
+
+    @grad.setter
+    def grad(self, nothing: None) -> None:
+        self.parameter.grad = nothing
+
+
+def split_experts(name: str, fused: Any) -> dict[str, Part]:
+    """All experts of one of Mixtral's layers, [E, ...], as transformers since 5 keeps them; its files have one by one."""
+    start, _, end = name.partition(".mlp.experts.")
+    parts = {}
+    for e in range(fused.shape[0]):
+        theirs, half = f"{start}.block_sparse_moe.experts.{e}.w", fused.shape[1] // 2
+        if end == "down_proj":
+            parts[f"{theirs}2.weight"] = Part(fused, (e,))
+        else:
+            parts[f"{theirs}1.weight"] = Part(fused, (e, slice(half)))
+            parts[f"{theirs}3.weight"] = Part(fused, (e, slice(half, None)))
+    return parts
 
 
 def draw(case: Case, weights: Mapping[str, Any], seed: int) -> tuple[Arrays, np.ndarray, np.ndarray]:

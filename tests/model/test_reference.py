@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ours = `transformers`, logits and gradients, for every family: against stored goldens always, and live where torch is."""
 
+import sys
 from collections.abc import Mapping
 
 import jax
@@ -11,9 +12,9 @@ import pytest
 from reference_models import CASES, GOLDEN, LIVE_CASES, Arrays, Case, draw, make_torch, read_golden
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.foreign import PREFIX, Leaf, assemble
-from mesh_transformer.convert.huggingface import find_name
-from mesh_transformer.convert.lazy import Held, View, whole
+from mesh_transformer.convert.foreign import PREFIX, assemble
+from mesh_transformer.convert.huggingface import find_array
+from mesh_transformer.convert.lazy import Held, whole
 from mesh_transformer.convert.names import FAMILIES
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import make_model
@@ -25,14 +26,9 @@ def import_arrays(theirs: Mapping[str, np.ndarray], kind: str, config: ModelConf
     """Their weights (or gradients) as ours; each of theirs must be used, and each of ours found."""
     family, used = FAMILIES[kind], set()
 
-    def find(leaf: Leaf) -> View:
-        entry = family.entries[leaf.name]
-        name = find_name(theirs, family, entry, leaf.layer)
-        used.add(name)
-        return View(Held(theirs[name]), entry.pattern, leaf.axes, leaf.shape, entry.pick)
-
+    held = {name: Held(array) for name, array in theirs.items()}
     ours: dict[str, Arrays] = {}
-    for name, array in assemble(config, find, kind).items():
+    for name, array in assemble(config, lambda leaf: find_array(held, family, leaf, used), kind).items():
         module, _, leaf = name.removeprefix(PREFIX).rpartition("/")
         ours.setdefault(module, {})[leaf] = array.read(whole(array))
     assert used == set(theirs)
@@ -122,9 +118,12 @@ def test_ours_equals_transformers(name):
     assert_equal(case, run_ours(case, weights, tokens, targets), logits, gradients)
 
 
-def write_goldens() -> None:
+def write_goldens(names: list[str]) -> None:
+    """Those of all cases, or of `names`."""
     GOLDEN.mkdir(exist_ok=True)
     for seed, (name, case) in enumerate(CASES.items()):
+        if names and name not in names:
+            continue
         model, parameters = make_torch(case)
         weights, tokens, targets = draw(case, parameters, seed)
         logits, gradients = run_torch(model, parameters, weights, tokens, targets)
@@ -136,4 +135,4 @@ def write_goldens() -> None:
 
 
 if __name__ == "__main__":
-    write_goldens()
+    write_goldens(sys.argv[1:])
