@@ -39,6 +39,17 @@ def find_capacity(factor: float, seq_len: int, per_token: int, n_experts: int) -
     return min(math.ceil(factor * seq_len * per_token / n_experts), seq_len)
 
 
+def rows_per_token(config: ModelConfig, *, training: bool = True) -> float:
+    """Rows that the experts of a layer compute for each token of a sequence: its choices, or all seats, empty ones too."""
+    e = config.experts
+    if e is None:
+        return 0.0
+    factor = e.capacity_factor if training else e.evaluation_capacity_factor
+    if factor is None:
+        return float(e.per_token)
+    return find_capacity(factor, config.seq_len, e.per_token, e.n_experts) * e.n_experts / config.seq_len
+
+
 def count_expert_layers(config: ModelConfig) -> int:
     """Layers that have experts."""
     return config.n_layers // len(config.pattern) * sum(has_experts for _, has_experts in config.pattern)
