@@ -134,11 +134,8 @@ def rotate_halves(x: Array, r: int, frequencies: Array) -> Array:
 
 def run_gpt2(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
     """GPT2LMHeadModel."""
-    act, eps, p = (
-        ACTIVATIONS[c.get("activation_function", "gelu_new")],
-        c.get("layer_norm_epsilon", 1e-5),
-        "transformer.",
-    )
+    act, eps = ACTIVATIONS[c.get("activation_function", "gelu_new")], c.get("layer_norm_epsilon", 1e-5)
+    p = "transformer."
     x = t.rows(f"{p}wte.weight", tokens) + t.rows(f"{p}wpe.weight", np.arange(tokens.shape[1]))
     for i in range(c["n_layer"]):
         h = f"{p}h.{i}."
@@ -151,11 +148,8 @@ def run_gpt2(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
 
 def run_gpt_neo(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
     """GPTNeoForCausalLM: scores are not scaled."""
-    act, eps, p = (
-        ACTIVATIONS[c.get("activation_function", "gelu_new")],
-        c.get("layer_norm_epsilon", 1e-5),
-        "transformer.",
-    )
+    act, eps = ACTIVATIONS[c.get("activation_function", "gelu_new")], c.get("layer_norm_epsilon", 1e-5)
+    p = "transformer."
     kinds = [kind for group, times in c["attention_types"] for kind in group * times]
     x = t.rows(f"{p}wte.weight", tokens) + t.rows(f"{p}wpe.weight", np.arange(tokens.shape[1]))
     for i, kind in enumerate(kinds):
@@ -170,11 +164,8 @@ def run_gpt_neo(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
 
 def run_gptj(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
     """GPTJForCausalLM."""
-    act, eps, p = (
-        ACTIVATIONS[c.get("activation_function", "gelu_new")],
-        c.get("layer_norm_epsilon", 1e-5),
-        "transformer.",
-    )
+    act, eps = ACTIVATIONS[c.get("activation_function", "gelu_new")], c.get("layer_norm_epsilon", 1e-5)
+    p = "transformer."
     x = t.rows(f"{p}wte.weight", tokens)
     for i in range(c["n_layer"]):
         h = f"{p}h.{i}."
