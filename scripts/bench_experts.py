@@ -189,25 +189,25 @@ def format_runs(runs: dict[str, list[list[Point]]], tokens: int) -> str:
         step = rows[0][0].step
         cells = "".join(f"{point.loss:>12.4f} {spread:>6.4f} {point.seconds:>8.1f}" for point, spread in rows)
         lines.append(f"{step:>8,}{step * tokens:>12,}{cells}{rows[1][0].loss - rows[0][0].loss:>12.4f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "the last row is of all held-out text, the others of train.evaluate_batches of it"])
 
 
 def make_page(runs: dict[str, list[list[Point]]], tokens: int) -> str:
-    """Loss against steps, tokens and time; a thin line for each seed, a thick one for their mean."""
+    """Loss against steps, tokens and time, but for the last one, which is of more text; thin lines are single seeds."""
     figures = []
-    for title, unit, place in (
-        ("Held-out loss by step", "nats per token", lambda point: point.step),
-        ("by token", "nats per token", lambda point: point.step * tokens),
-        ("by second of steps", "nats per token", lambda point: point.seconds),
+    own_curves = {name: [points[:-1] for points in own] for name, own in runs.items()}
+    for title, place in (
+        ("Held-out loss by step", lambda point: point.step),
+        ("by token", lambda point: point.step * tokens),
+        ("by second of steps", lambda point: point.seconds),
     ):
         series = []
-        for name, own in runs.items():
-            mean = [(place(point), point.loss) for point, _ in average(own)]
-            series.append(Series(f"{name}, mean of {len(own)} seeds", mean, STYLES[name], markers=True))
-            series += [
-                Series(f"{name}, seed {i}", [(place(p), p.loss) for p in one], "faint") for i, one in enumerate(own)
-            ]
-        figures.append(plot(title, unit, series))
+        for name, curves in own_curves.items():
+            mean = [(place(point), point.loss) for point, _ in average(curves)]
+            series.append(Series(f"{name}, mean of {len(curves)} seed(s)", mean, STYLES[name], markers=True))
+            for seed, curve in enumerate(curves if len(curves) > 1 else ()):
+                series.append(Series(f"{name}, seed {seed}", [(place(p), p.loss) for p in curve], "faint"))
+        figures.append(plot(title, "nats per token", series))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>experts</title><style>{CSS}</style></head>'
         f'<body><main><h1>Experts beside a dense model of as many FLOPs per token</h1><section class="plots">'

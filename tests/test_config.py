@@ -210,8 +210,9 @@ def test_parsing_leaves_its_input_alone(tiny):
     assert table == before
 
 
-def make_preset_run(name: str) -> Config:
-    table = {"model": {"preset": name}, "data": {"train": {"a": {"path": "x"}}}, "train": {"steps": 1, "batch_size": 1}}
+def make_preset_run(name: str, **changes) -> Config:
+    model = {"preset": name, **changes}
+    table = {"model": model, "data": {"train": {"a": {"path": "x"}}}, "train": {"steps": 1, "batch_size": 1}}
     return parse_config(table, where=name)
 
 
@@ -273,6 +274,8 @@ def test_preset_changes_are_found():
         }
     )
     assert find_preset_changes(model) == {"n_layers": 2}
+    few = make_preset_run("mixtral-8x7b", experts={"n_experts": 4, "capacity_factor": 1.0})
+    assert find_preset_changes(few.model) == {"experts": {"n_experts": 4, "per_token": 2}}
 
 
 def allowed(kind) -> bool:
