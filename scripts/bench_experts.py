@@ -42,7 +42,8 @@ from mesh_transformer.train.state import make_init_state
 from mesh_transformer.train.step import make_train_step
 
 ROOT = Path(__file__).parents[1]
-EXPERTS = "model.experts={n_experts=8, capacity_factor=1.0, evaluation_capacity_factor=2.0}"
+# As many rows as a dense layer. Seats are a sequence's own, so its balance is what keeps them from overflowing.
+EXPERTS = 'model.experts={n_experts=8, capacity_factor=1.0, evaluation_capacity_factor=2.0, balance_over="sequence"}'
 # One optimizer that costs no more for several small weights than for a large one; Muon multiplies matrices for each.
 COMMON = ('optimizer.name="adamw"', "optimizer.learning_rate=3e-3", "sample.prompts=[]")
 POINTS = 10  # evaluations of a run
