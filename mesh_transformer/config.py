@@ -148,8 +148,14 @@ def config_to_toml(config: Config, *, mark_changes: bool = False) -> str:
 
 def find_preset_changes(model: ModelConfig) -> dict[str, Any]:
     """Fields of `model` that differ from its preset's row (empty without a preset)."""
-    row = PRESETS.get(model.preset or "", {})
-    return {key: getattr(model, key) for key, value in row.items() if _plain(getattr(model, key)) != _plain(value)}
+    own, changes = config_to_dict(model), {}
+    for key, value in PRESETS.get(model.preset or "", {}).items():
+        found = own.get(key)
+        if isinstance(value, dict) and isinstance(found, dict):  # of experts: as far as the row says
+            found = {inner: found.get(inner) for inner in value}
+        if found != value:
+            changes[key] = found
+    return changes
 
 
 def _preset(name: str, where: str) -> dict[str, Any]:

@@ -43,6 +43,8 @@ ROTARY = dict(positions="rotary-halves", qkv_bias=False, tied_embeddings=False, 
 GROUPED = dict(ROTARY, n_kv_heads=4, gated=True, norm="rmsnorm")
 LOCAL = dict(GROUPED, attention_pattern=["global", "local"], attention_window=5)
 
+EXPERTS = dict(n_experts=8, per_token=2, every=2, jitter=0.1)
+
 # name -> [model] keys, [train] keys, whether documents are kept apart
 FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "tied": ({}, {}, False),
@@ -53,9 +55,19 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "alibi, dots": (dict(positions="alibi", remat="dots"), {}, False),
     "remat attention": (dict(GROUPED, remat="attention"), {}, False),
     "accumulated": (LOCAL, dict(accumulation=2), True),
+    "experts with seats": (
+        dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, capacity_factor=0.9, expert_dropout=0.1)),
+        {},
+        True,
+    ),
+    "experts, all taken": (
+        dict(GROUPED, ff_bias=False, remat="full", experts=dict(EXPERTS, balance_over="sequence")),
+        dict(accumulation=2),
+        False,
+    ),
 }
 MESHES = {
-    4: ("pipeline=2 tensor=2", "fsdp=2 context=2"),
+    4: ("pipeline=2 tensor=2", "fsdp=2 context=2", "expert=2 tensor=2"),
     8: (
         "data=8",
         "fsdp=8",
@@ -70,12 +82,20 @@ MESHES = {
         "pipeline=2 context=2 tensor=2 sequence_parallel",
         "pipeline=2 fsdp=2 tensor=2 gpipe",
         "slices=2 data=2 fsdp=2 tensor=2",
+        "expert=8",
+        "data=2 expert=4",
+        "fsdp=2 expert=4",
+        "expert=4 tensor=2",
+        "expert=4 context=2",
+        "data=2 fsdp=2 expert=2",
+        "expert=2 context=2 tensor=2 sequence_parallel",
     ),
     16: (
         "data=2 fsdp=2 context=2 tensor=2 sequence_parallel",
         "pipeline=2 fsdp=2 context=2 tensor=2 sequence_parallel",
         "pipeline=4 data=2 tensor=2",
         "slices=2 data=4 context=4",
+        "data=2 fsdp=2 expert=2 tensor=2",
     ),
 }
 
@@ -134,8 +154,10 @@ def list_rows(only: Sequence[str]) -> list[tuple[str, str, str]]:
     for count, meshes in MESHES.items():
         for mesh in meshes:
             for feature in FEATURES:
-                # "accumulated" tells nothing new where microbatches go through stages anyway
-                if not ("pipeline" in mesh and feature == "accumulated"):
+                # "accumulated" tells nothing new where microbatches go through stages anyway; stages have no experts, and
+                # without experts their axis is one more of the batch
+                left_out = "pipeline" in mesh and (feature == "accumulated" or "experts" in feature)
+                if not left_out and ("expert" not in mesh or "experts" in feature):
                     rows.append((f"{count} devices: {mesh:<56} {feature}", mesh, feature))
     return [row for row in rows if all(text in row[0] for text in only)]
 

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.foreign import PREFIX, Leaf, assemble
-from mesh_transformer.convert.huggingface import find_name
-from mesh_transformer.convert.lazy import Held, View, whole
+from mesh_transformer.convert.foreign import PREFIX, assemble
+from mesh_transformer.convert.huggingface import find_array
+from mesh_transformer.convert.lazy import Held, whole
 from mesh_transformer.convert.names import FAMILIES
+from mesh_transformer.model.expert_choices import ExpertsConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 Arrays = dict[str, np.ndarray]
@@ -67,6 +68,19 @@ CASES = {
         37,
         **SMALL | {"n_heads": 4},
     ),
+    "mixtral": make_case(
+        "mixtral",
+        dict(
+            LLAMA_CHOICES,
+            n_kv_heads=2,
+            d_head=4,
+            d_ff=20,
+            experts=ExpertsConfig(n_experts=4, per_token=2),
+            rotary_base=1e6,
+        ),
+        37,
+        **SMALL | {"n_heads": 4},
+    ),
 }
 # Odd sizes: three heads, layers whose numbers sort otherwise as text, one key-value head, a window that starts the pattern.
 ODD = dict(n_layers=12, d_model=24, n_heads=3, n_vocab=53, seq_len=40)
@@ -82,6 +96,25 @@ LIVE_CASES = {
         dict(LLAMA_CHOICES, n_kv_heads=1, attention_pattern=("local",), attention_window=7),
         53,
         **ODD,
+    ),
+    "mixtral-8-windows": make_case(
+        "mixtral",
+        dict(
+            LLAMA_CHOICES,
+            n_kv_heads=1,
+            d_ff=28,
+            attention_pattern=("local",),
+            attention_window=7,
+            experts=ExpertsConfig(n_experts=8, per_token=2),
+        ),
+        53,
+        **ODD,
+    ),
+    "mixtral-12-of-3-tied": make_case(
+        "mixtral",
+        dict(LLAMA_CHOICES, d_head=6, experts=ExpertsConfig(n_experts=12, per_token=3), tied_embeddings=True),
+        53,
+        **ODD | {"n_layers": 3},
     ),
     "qwen2": make_case("qwen2", dict(LLAMA_CHOICES, qkv_bias=True, rotary_base=1e6), 53, **ODD),
     "qwen3": make_case(
@@ -115,7 +148,7 @@ def read_golden(name: str) -> tuple[Arrays, np.ndarray, np.ndarray, np.ndarray, 
 
 
 def make_torch(case: Case):
-    """Their model, in evaluation mode, and its weights by name (tied ones once)."""
+    """Their model, in evaluation mode, and its weights by the names that they have in files (tied ones once)."""
     transformers = pytest.importorskip(
         "transformers", reason="the live comparison needs pip install transformers torch"
     )
@@ -127,7 +160,48 @@ def make_torch(case: Case):
     model = kind(kind.config_class(**sizes, **ids)).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
-    return model, dict(model.named_parameters())
+    parameters: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        parameters |= split_experts(name, parameter) if ".mlp.experts." in name else {name: parameter}
+    return model, {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): each for name, each in parameters.items()}
+
+
+class Part:
+    """A tensor in a file that is part of a parameter in memory, as far as a test uses either."""
+
+    def __init__(self, parameter: Any, index: tuple[Any, ...]):
+        self.parameter, self.index = parameter, index
+        self.shape = parameter[index].shape
+
+    @property
+    def data(self) -> Any:
+        return self.parameter.data[self.index]
+
+    @data.setter
+    def data(self, values: Any) -> None:
+        self.parameter.data[self.index] = values
+
+    @property
+    def grad(self) -> Any:
+        return self.parameter.grad[self.index]
+
+    @grad.setter
+    def grad(self, nothing: None) -> None:
+        self.parameter.grad = nothing
+
+
+def split_experts(name: str, fused: Any) -> dict[str, Part]:
+    """All experts of one of Mixtral's layers, [E, ...], as transformers since 5 keeps them; its files have one by one."""
+    start, _, end = name.partition(".mlp.experts.")
+    parts = {}
+    for e in range(fused.shape[0]):
+        theirs, half = f"{start}.block_sparse_moe.experts.{e}.w", fused.shape[1] // 2
+        if end == "down_proj":
+            parts[f"{theirs}2.weight"] = Part(fused, (e,))
+        else:
+            parts[f"{theirs}1.weight"] = Part(fused, (e, slice(half)))
+            parts[f"{theirs}3.weight"] = Part(fused, (e, slice(half, None)))
+    return parts
 
 
 def draw(case: Case, weights: Mapping[str, Any], seed: int) -> tuple[Arrays, np.ndarray, np.ndarray]:
@@ -147,15 +221,9 @@ def draw(case: Case, weights: Mapping[str, Any], seed: int) -> tuple[Arrays, np.
 def import_arrays(theirs: Mapping[str, np.ndarray], kind: str, config: ModelConfig) -> dict[str, Arrays]:
     """Their weights (or gradients) as ours; each of theirs must be used, and each of ours found."""
     family, used = FAMILIES[kind], set()
-
-    def find(leaf: Leaf) -> View:
-        entry = family.entries[leaf.name]
-        name = find_name(theirs, family, entry, leaf.layer)
-        used.add(name)
-        return View(Held(theirs[name]), entry.pattern, leaf.axes, leaf.shape, entry.pick)
-
+    held = {name: Held(array) for name, array in theirs.items()}
     ours: dict[str, Arrays] = {}
-    for name, array in assemble(config, find, kind).items():
+    for name, array in assemble(config, lambda leaf: find_array(held, family, leaf, used), kind).items():
         module, _, leaf = name.removeprefix(PREFIX).rpartition("/")
         ours.setdefault(module, {})[leaf] = array.read(whole(array))
     assert used == set(theirs)

@@ -97,6 +97,14 @@ BAD_VALUES = {
     "model.experts={n_experts=4, per_token=5}": ["model.experts: per_token=5 exceeds n_experts=4", "lower it"],
     "model.experts={n_experts=4, capacity_factor=0.0}": ["model.experts.capacity_factor = 0.0", "greater than 0"],
     "model.experts={n_experts=4, every=3}": ["model: n_layers=2 is not a multiple of 3", "experts.every=3"],
+    'model.experts={n_experts=4, choice="expert"}': [
+        "tokens that are still to come",
+        "set noncausal=true",
+        'choice="token"',
+    ],
+    'model.experts={n_experts=4, choice="expert", noncausal=true}': ["needs capacity_factor and evaluation_capacity"],
+    "model.experts={n_experts=4, noncausal=true}": ['noncausal=true has no effect with choice="token"; remove it'],
+    'model.experts={n_experts=4, overflow="skip"}': ["model.experts.overflow", "'pass' or 'scale'"],
     "model.experts={per_token=1}": ["model.experts.n_experts is missing"],
     "model.experts={n_experts=4, top_k=2}": ["model.experts.top_k is not a field"],
     "mesh.data=0": ["mesh: data=0", "-1 for all"],
@@ -202,8 +210,9 @@ def test_parsing_leaves_its_input_alone(tiny):
     assert table == before
 
 
-def make_preset_run(name: str) -> Config:
-    table = {"model": {"preset": name}, "data": {"train": {"a": {"path": "x"}}}, "train": {"steps": 1, "batch_size": 1}}
+def make_preset_run(name: str, **changes) -> Config:
+    model = {"preset": name, **changes}
+    table = {"model": model, "data": {"train": {"a": {"path": "x"}}}, "train": {"steps": 1, "batch_size": 1}}
     return parse_config(table, where=name)
 
 
@@ -265,6 +274,8 @@ def test_preset_changes_are_found():
         }
     )
     assert find_preset_changes(model) == {"n_layers": 2}
+    few = make_preset_run("mixtral-8x7b", experts={"n_experts": 4, "capacity_factor": 1.0})
+    assert find_preset_changes(few.model) == {"experts": {"n_experts": 4, "per_token": 2}}
 
 
 def allowed(kind) -> bool:

@@ -31,9 +31,10 @@ Array = np.ndarray
 class Layer:
     """One layer, whose arrays stay where they are."""
 
-    def __init__(self, config: ModelConfig, arrays: Mapping[str, Lazy], place: int, *, local: bool):
+    def __init__(self, config: ModelConfig, arrays: Mapping[str, Lazy], place: int, *, local: bool, has_experts: bool):
         """`arrays` by their names inside a block ("attention/w_q"), each a stack of which `place` is this layer's."""
         self.config, self.local = config, local
+        self.experts = config.experts if has_experts else None
         self.arrays = {name: Row(array, place) for name, array in arrays.items()}
 
     def run(self, x: Array, sight: Sight) -> Array:
@@ -64,12 +65,34 @@ class Layer:
         return self.multiply(np.asarray(mixed), "attention/w_o", "attention/b_o", inputs=2)
 
     def feed_forward(self, x: Array) -> Array:
+        """As in model.transformer.Block: dense, of experts, or both."""
+        if self.experts is None:
+            return self.run_dense(x, "feed_forward")
+        mixed = self.mix_experts(x, self.experts.per_token)
+        return mixed + self.run_dense(x, "feed_forward") if self.experts.shared else mixed
+
+    def run_dense(self, x: Array, module: str) -> Array:
         """As model.feed_forward.FeedForward."""
         act = lambda y: np.asarray(ACTIVATIONS[self.config.activation](jnp.asarray(y)))  # noqa: E731
-        hidden = self.multiply(x, "feed_forward/w_in", "feed_forward/b_in")
-        gate = self.multiply(x, "feed_forward/w_gate", "feed_forward/b_gate") if self.config.gated else hidden
+        hidden = self.multiply(x, f"{module}/w_in", f"{module}/b_in")
+        gate = self.multiply(x, f"{module}/w_gate", f"{module}/b_gate") if self.config.gated else hidden
         hidden = act(gate) * hidden if self.config.gated else act(hidden)
-        return self.multiply(hidden, "feed_forward/w_out", "feed_forward/b_out")
+        return self.multiply(hidden, f"{module}/w_out", f"{module}/b_out")
+
+    def mix_experts(self, x: Array, per_token: int) -> Array:
+        """As model.moe.Experts without a capacity: each expert meets the tokens that chose it."""
+        p = np.asarray(jax.nn.softmax(jnp.asarray(self.multiply(x, "experts/w_router", ""))))
+        chosen = np.argsort(-p, axis=-1, kind="stable")[..., :per_token]
+        gates = np.take_along_axis(p, chosen, axis=-1)
+        gates = gates / gates.sum(axis=-1, keepdims=True) if per_token > 1 else gates
+        y = np.zeros_like(x)
+        for e in range(p.shape[-1]):
+            own = (chosen == e).any(axis=-1)
+            for name in [name for name in self.arrays if name.startswith("experts/") and name != "experts/w_router"]:
+                self.arrays[f"expert/{name.rpartition('/')[2]}"] = Row(self.arrays[name], e)
+            if own.any():
+                y[own] += gates[chosen == e][:, None] * self.run_dense(x[own], "expert")
+        return y
 
     def norm(self, name: str, x: Array, kind: Any = Norm) -> Array:
         """One of the layer's norms."""
@@ -99,13 +122,13 @@ class Layer:
 
 def run_layers(config: ModelConfig, arrays: Mapping[str, Lazy], x: Array, sight: Sight) -> Array:
     """All layers over the stream [B, T, D]; `arrays` by their names in the stack ("block_0/attention/w_q")."""
-    if config.experts is not None:
-        raise CheckpointError("a model with experts is run a period of its layers at a time: raise --max-memory")
+    if config.experts is not None and config.experts.evaluation_capacity_factor is not None:
+        raise CheckpointError("experts with a capacity are run a period of the layers at a time: raise --max-memory")
     period = len(config.pattern)
     for i in range(config.n_layers):
         block = f"block_{i % period}/"
         own = {name.removeprefix(block): array for name, array in arrays.items() if name.startswith(block)}
-        local = config.pattern[i % period][0]
+        local, has_experts = config.pattern[i % period]
         with jax.default_matmul_precision("highest"):
-            x = Layer(config, own, i // period, local=local).run(x, sight)
+            x = Layer(config, own, i // period, local=local, has_experts=has_experts).run(x, sight)
     return x

@@ -20,7 +20,7 @@ from mesh_transformer.convert.foreign import (
     describe_leaves,
     make_model_config,
 )
-from mesh_transformer.convert.lazy import Composed, FileArray, Lazy, Row, View, whole
+from mesh_transformer.convert.lazy import Composed, FileArray, Lazy, Row, Stack, View, whole
 from mesh_transformer.convert.names import FAMILIES, Entry, Family
 from mesh_transformer.convert.settings import Settings
 from mesh_transformer.convert.tensor_files import find_tensors
@@ -43,15 +43,7 @@ def open_huggingface(folder: Place) -> Foreign:
     tensors = find_tensors(folder)
     used: set[str] = set()
 
-    def find(leaf: Leaf) -> Lazy:
-        if leaf.name not in family.entries:
-            raise KeyError(f"{leaf.name}, which {family.architecture} does not have")
-        entry = family.entries[leaf.name]
-        name = find_name(tensors, family, entry, leaf.layer)
-        used.add(name)
-        return View(tensors[name], entry.pattern, leaf.axes, leaf.shape, entry.pick)
-
-    arrays = assemble(config, find, folder)
+    arrays = assemble(config, lambda leaf: find_array(tensors, family, leaf, used), folder)
     notes = []
     if config.tied_embeddings:
         notes += _check_tied(tensors, family, used, folder)
@@ -107,7 +99,13 @@ def compose_tensors(config: ModelConfig, arrays: Mapping[str, Lazy], family: Fam
         for place, leaf in enumerate(leaves):
             entry = family.entries[leaf.name]
             array = arrays[name] if leaf.layer is None else Row(arrays[name], place)
-            pieces.setdefault(entry.theirs.replace("{i}", str(leaf.layer)), []).append((entry, array, leaf))
+            theirs = entry.theirs.replace("{i}", str(leaf.layer))
+            if "{e}" not in theirs:
+                pieces.setdefault(theirs, []).append((entry, array, leaf))
+                continue
+            one = leaf._replace(axes=leaf.axes[1:], shape=leaf.shape[1:])
+            for e in range(leaf.shape[0]):
+                pieces.setdefault(theirs.replace("{e}", str(e)), []).append((entry, Row(array, e), one))
     tensors = {}
     for name, found in pieces.items():
         found.sort(key=lambda piece: piece[0].pick)
@@ -116,14 +114,44 @@ def compose_tensors(config: ModelConfig, arrays: Mapping[str, Lazy], family: Fam
     return tensors
 
 
-def find_name(tensors: Mapping[str, Any], family: Family, entry: Entry, layer: int | None) -> str:
+def find_array(tensors: Mapping[str, Lazy], family: Family, leaf: Leaf, used: set[str]) -> Lazy:
+    """An array of ours, made of tensors of theirs, whose names `used` takes up.
+
+    KeyError with a name that is not there; ValueError if a shape, or the number of experts, is another.
+    """
+    if leaf.name not in family.entries:
+        raise KeyError(f"{leaf.name}, which {family.architecture} does not have")
+    entry = family.entries[leaf.name]
+
+    def view(leaf: Leaf, expert: int | None = None) -> Lazy:
+        name = find_name(tensors, family, entry, leaf.layer, expert)
+        used.add(name)
+        return View(tensors[name], entry.pattern, leaf.axes, leaf.shape, entry.pick)
+
+    if "{e}" not in entry.theirs:
+        return view(leaf)
+    start = entry.theirs.replace("{i}", str(leaf.layer)).partition("{e}")[0].removeprefix(family.prefix)
+    found = {name.removeprefix(family.prefix) for name in tensors}
+    places = {int(name.removeprefix(start).partition(".")[0]) for name in found if name.startswith(start)}
+    if places and max(places) + 1 != leaf.shape[0]:
+        raise ValueError(
+            f"{CONFIG} says {leaf.shape[0]} experts, the files hold {max(places) + 1} in a layer; "
+            "correct num_local_experts if the files are right, otherwise fetch those that belong to it"
+        )
+    one = leaf._replace(axes=leaf.axes[1:], shape=leaf.shape[1:])
+    return Stack([view(one, e) for e in range(leaf.shape[0])])
+
+
+def find_name(
+    tensors: Mapping[str, Any], family: Family, entry: Entry, layer: int | None, expert: int | None = None
+) -> str:
     """What an array is called in these files; KeyError with its usual name if it is not there."""
-    for name in (entry.theirs, *entry.aliases):
-        full = name.replace("{i}", str(layer))
+    names = [name.replace("{i}", str(layer)).replace("{e}", str(expert)) for name in (entry.theirs, *entry.aliases)]
+    for full in names:
         for candidate in (full, full.removeprefix(family.prefix)):
             if candidate in tensors:
                 return candidate
-    raise KeyError(entry.theirs.replace("{i}", str(layer)))
+    raise KeyError(names[0])
 
 
 def _check_tied(tensors: Mapping[str, FileArray], family: Family, used: set[str], folder: Place) -> list[str]:

@@ -13,7 +13,7 @@ from mesh_transformer.convert import settings
 
 
 class Entry(NamedTuple):
-    """Where an array of ours is in a file of theirs; {i} is the layer."""
+    """Where an array of ours is in a file of theirs; {i} is the layer. With {e} each expert is a tensor by itself."""
 
     theirs: str
     pattern: str
@@ -121,6 +121,13 @@ LLAMA = {
     **linear("feed_forward/w_out", f"{M}.mlp.down_proj", "embed", "ff", "feed_forward/b_out"),
     "w_head": HEAD,
 }
+W = f"{M}.block_sparse_moe.experts.{{e}}.w"  # in files; in memory newer versions keep all experts of a layer as one
+MIXTRAL = {name: entry for name, entry in LLAMA.items() if not name.startswith("feed_forward/")} | {
+    "experts/w_router": Entry(f"{M}.block_sparse_moe.gate.weight", "routes embed"),
+    **linear("experts/w_gate", f"{W}1", "ff", "embed"),
+    **linear("experts/w_in", f"{W}3", "ff", "embed"),
+    **linear("experts/w_out", f"{W}2", "embed", "ff"),
+}
 QWEN3 = LLAMA | {f"attention/norm_{x}/scale": Entry(f"{M}.self_attn.{x}_norm.weight", "head_dim") for x in "qk"}
 
 LLAMA_SETTINGS = (settings.read_llama, settings.write_llama, "model.", (".rotary_emb.inv_freq",))
@@ -141,6 +148,7 @@ FAMILIES = {
     ),
     "llama": Family("LlamaForCausalLM", LLAMA, *LLAMA_SETTINGS),
     "mistral": Family("MistralForCausalLM", LLAMA, *LLAMA_SETTINGS),
+    "mixtral": Family("MixtralForCausalLM", MIXTRAL, settings.read_mixtral, settings.write_mixtral, *LLAMA_SETTINGS[2:]),
     "qwen2": Family("Qwen2ForCausalLM", LLAMA, *LLAMA_SETTINGS),
     "qwen3": Family("Qwen3ForCausalLM", QWEN3, *LLAMA_SETTINGS),
 }  # fmt: skip

@@ -134,11 +134,8 @@ def rotate_halves(x: Array, r: int, frequencies: Array) -> Array:
 
 def run_gpt2(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
     """GPT2LMHeadModel."""
-    act, eps, p = (
-        ACTIVATIONS[c.get("activation_function", "gelu_new")],
-        c.get("layer_norm_epsilon", 1e-5),
-        "transformer.",
-    )
+    act, eps = ACTIVATIONS[c.get("activation_function", "gelu_new")], c.get("layer_norm_epsilon", 1e-5)
+    p = "transformer."
     x = t.rows(f"{p}wte.weight", tokens) + t.rows(f"{p}wpe.weight", np.arange(tokens.shape[1]))
     for i in range(c["n_layer"]):
         h = f"{p}h.{i}."
@@ -151,11 +148,8 @@ def run_gpt2(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
 
 def run_gpt_neo(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
     """GPTNeoForCausalLM: scores are not scaled."""
-    act, eps, p = (
-        ACTIVATIONS[c.get("activation_function", "gelu_new")],
-        c.get("layer_norm_epsilon", 1e-5),
-        "transformer.",
-    )
+    act, eps = ACTIVATIONS[c.get("activation_function", "gelu_new")], c.get("layer_norm_epsilon", 1e-5)
+    p = "transformer."
     kinds = [kind for group, times in c["attention_types"] for kind in group * times]
     x = t.rows(f"{p}wte.weight", tokens) + t.rows(f"{p}wpe.weight", np.arange(tokens.shape[1]))
     for i, kind in enumerate(kinds):
@@ -170,11 +164,8 @@ def run_gpt_neo(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
 
 def run_gptj(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
     """GPTJForCausalLM."""
-    act, eps, p = (
-        ACTIVATIONS[c.get("activation_function", "gelu_new")],
-        c.get("layer_norm_epsilon", 1e-5),
-        "transformer.",
-    )
+    act, eps = ACTIVATIONS[c.get("activation_function", "gelu_new")], c.get("layer_norm_epsilon", 1e-5)
+    p = "transformer."
     x = t.rows(f"{p}wte.weight", tokens)
     for i in range(c["n_layer"]):
         h = f"{p}h.{i}."
@@ -213,7 +204,7 @@ def run_gpt_neox(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
 
 
 def run_llama(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
-    """LlamaForCausalLM, and Mistral, Qwen2 and Qwen3, which differ in windows, biases and norms of heads."""
+    """LlamaForCausalLM, and Mistral, Mixtral, Qwen2 and Qwen3, which differ in windows, experts, biases and norms of heads."""
     act, eps, p, kind = ACTIVATIONS[c.get("hidden_act", "silu")], c.get("rms_norm_eps", 1e-6), "model.", c["model_type"]
     frequencies, windows = None, _llama_windows(c, kind)
     x = t.rows(f"{p}embed_tokens.weight", tokens)
@@ -231,16 +222,36 @@ def run_llama(t: Tensors, c: Mapping[str, Any], tokens: Array) -> Array:
         q, k = rotate_halves(q, q.shape[-1], frequencies), rotate_halves(k, q.shape[-1], frequencies)
         x = x + t.linear(f"{h}self_attn.o_proj", attend(q, k, v, scale=q.shape[-1] ** -0.5, window=windows[i]))
         normed = t.rms(f"{h}post_attention_layernorm", x, eps)
-        wide = act(t.linear(f"{h}mlp.gate_proj", normed)) * t.linear(f"{h}mlp.up_proj", normed)
-        x = x + t.linear(f"{h}mlp.down_proj", wide)
+        if kind == "mixtral":
+            x = x + _mix_experts(t, c, f"{h}block_sparse_moe.", normed, act)
+        else:
+            x = x + _gated(t, normed, act, *(f"{h}mlp.{y}_proj" for y in ("gate", "up", "down")))
     return _head(t, c, t.rms(f"{p}norm", x, eps), "lm_head", f"{p}embed_tokens.weight", tied=False)
 
 
+def _gated(t: Tensors, x: Array, act: Callable[[Array], Array], gate: str, up: str, down: str) -> Array:
+    return t.linear(down, act(t.linear(gate, x)) * t.linear(up, x))
+
+
+def _mix_experts(t: Tensors, c: Mapping[str, Any], prefix: str, x: Array, act: Callable[[Array], Array]) -> Array:
+    """Mixtral: the likeliest experts of each token, weighted by their probabilities among themselves."""
+    scores = t.linear(f"{prefix}gate", x)
+    lowest = np.sort(scores, axis=-1)[..., -c.get("num_experts_per_tok", 2), None]
+    weights = np.where(scores < lowest, 0, np.exp(scores - scores.max(axis=-1, keepdims=True)))
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    y = np.zeros_like(x)
+    for e in range(scores.shape[-1]):
+        if (own := weights[..., e] > 0).any():
+            out = _gated(t, x[own], act, *(f"{prefix}experts.{e}.w{n}" for n in (1, 3, 2)))
+            y[own] += weights[own][:, e, None] * out
+    return y
+
+
 def _llama_windows(c: Mapping[str, Any], kind: str) -> list[int | None]:
-    """Each layer's window: Mistral has one on all, Qwen on the layers that are named or from max_window_layers on."""
+    """Each layer's window: Mistral and Mixtral have one on all, Qwen on the layers that are named or from max_window_layers on."""
     layers = range(c["num_hidden_layers"])
-    if kind == "mistral":
-        return [c.get("sliding_window", 4096) for _ in layers]
+    if kind in ("mistral", "mixtral"):
+        return [c.get("sliding_window", 4096 if kind == "mistral" else None) for _ in layers]
     if kind == "llama" or not c.get("use_sliding_window"):
         return [None for _ in layers]
     if c.get("layer_types"):
@@ -269,7 +280,7 @@ def _head(t: Tensors, c: Mapping[str, Any], x: Array, head: str, table: str, *, 
 
 RUNS = {
     "gpt2": run_gpt2, "gpt_neo": run_gpt_neo, "gptj": run_gptj, "gpt_neox": run_gpt_neox,
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), run_llama),
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3"), run_llama),
 }  # fmt: skip
 
 

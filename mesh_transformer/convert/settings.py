@@ -185,7 +185,7 @@ def write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
 
 
 def read_llama(s: Settings) -> dict[str, Any]:
-    """LlamaConfig, MistralConfig, Qwen2Config and Qwen3Config."""
+    """LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config and Qwen3Config."""
     s.expect("partial_rotary_factor", 1)
     _, fields = _read_rope(s, "rope_theta")
     kind = s.table.get("model_type")
@@ -205,12 +205,13 @@ def read_llama(s: Settings) -> dict[str, Any]:
 
 
 def _read_windows(s: Settings, n_layers: int) -> dict[str, Any]:
-    """Which layers see only near tokens: all of Mistral; of Qwen those that layer_types names, or the last ones."""
+    """Which layers see only near tokens: all of Mistral, Mixtral; of Qwen those that layer_types names, or the last ones."""
     kind = s.table.get("model_type")
+    everywhere = kind in ("mistral", "mixtral")
     window = s.table.get("sliding_window", 4096 if kind == "mistral" else None)  # null: none; absent: its default
-    if not window or not (kind == "mistral" or (kind in ("qwen2", "qwen3") and s.table.get("use_sliding_window"))):
+    if not window or not (everywhere or (kind in ("qwen2", "qwen3") and s.table.get("use_sliding_window"))):
         return {}
-    if kind == "mistral":
+    if everywhere:
         kinds = ["sliding_attention"] * n_layers
     else:
         first = s.get("max_window_layers", default=28)  # transformers' own default
@@ -229,7 +230,7 @@ def _shorten(kinds: list[str]) -> list[str]:
 
 
 def write_llama(c: ModelConfig) -> dict[str, Any]:
-    """LlamaConfig, MistralConfig, Qwen2Config or Qwen3Config."""
+    """LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config or Qwen3Config."""
     table = dict(
         num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
         max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, num_key_value_heads=c.kv_heads,
@@ -245,3 +246,28 @@ def write_llama(c: ModelConfig) -> dict[str, Any]:
     elif "global" in c.attention_pattern:
         table |= dict(sliding_window=None)
     return table
+
+
+def read_mixtral(s: Settings) -> dict[str, Any]:
+    """MixtralConfig: every token is taken, by experts whose gates are scaled to add up to 1."""
+    per_token = s.get("num_experts_per_tok", default=2)
+    if per_token < 2:
+        raise CheckpointError(
+            f"{s.where}: num_experts_per_tok = {per_token} is not supported: its gate would be 1, where ours is the "
+            "expert's probability; supported: 2 and more"
+        )
+    experts = dict(n_experts=s.get("num_local_experts", default=8), per_token=per_token)
+    own_defaults = {"rope_theta": 1e6, "rms_norm_eps": 1e-5}
+    return read_llama(Settings(own_defaults | dict(s.table), s.where)) | dict(experts=experts)
+
+
+def write_mixtral(c: ModelConfig) -> dict[str, Any]:
+    """MixtralConfig."""
+    experts = {} if c.experts is None else vars(c.experts)
+    table = write_llama(c) | {
+        "num_local_experts": experts.get("n_experts"),
+        "num_experts_per_tok": experts.get("per_token"),
+    }
+    return {
+        key: value for key, value in table.items() if key not in ("mlp_bias", "attention_bias", "use_sliding_window")
+    }

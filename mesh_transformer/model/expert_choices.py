@@ -10,7 +10,15 @@ from pydantic.dataclasses import dataclass
 
 from mesh_transformer.field_types import STRICT, Amount, Fraction, Positive, Rate
 
-TRAINING_ONLY = ("capacity_factor", "balance_loss", "balance_over", "router_z_loss", "jitter")
+TRAINING_ONLY = (
+    "capacity_factor",
+    "balance_loss",
+    "balance_over",
+    "router_z_loss",
+    "jitter",
+    "expert_dropout",
+    "noncausal",
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -21,25 +29,53 @@ class ExpertsConfig:
     per_token: Positive = (
         1  # 1: as in Switch, by its probability; more: by the chosen probabilities, scaled to add up to 1
     )
+    # Who chooses: tokens their experts, or experts their tokens (capacity_factor x per_token of each sequence's tokens,
+    # divided evenly), which looks at tokens to come: a text cannot be generated in that way, see noncausal
+    choice: Literal["token", "expert"] = "token"
+    noncausal: bool = False  # choice = "expert" all the same; in decoding tokens choose, which is another function
     every: Positive = 1  # the last of so many layers has experts, the others are dense
     shared: bool = False  # a dense feed-forward layer beside the experts, which every token passes through
     # Tokens that an expert takes of a sequence, as a multiple of its even share; those beyond pass by. None: it takes all
     capacity_factor: Rate | None = None  # in training
     evaluation_capacity_factor: Rate | None = None  # elsewhere; not in decoding, where every token is taken
+    # What a choice that finds its expert full adds to the stream: nothing (Switch, section 2.2), or the layer's input times
+    # its gate (SwitchTransformers in transformers 4)
+    overflow: Literal["pass", "scale"] = "pass"
     balance_loss: Amount = 1e-2  # weight of n_experts x (share of tokens) x (mean probability), summed over experts
     balance_over: Literal["batch", "sequence"] = (
         "batch"  # what these are means of: a microbatch, or each of its sequences
     )
     router_z_loss: Amount = 1e-3  # weight of (log of the router's partition function)^2
+    expert_dropout: Fraction = 0.0  # on the hidden units of experts (Switch, section 3: 0.4 in fine-tuning)
     jitter: Fraction = 0.0  # in training the router's inputs are multiplied by values in [1 - jitter, 1 + jitter]
 
     @model_validator(mode="after")
     def check(self) -> "ExpertsConfig":
-        """A token cannot go to more experts than there are."""
+        """A token cannot go to more experts than there are; experts that choose must know how many tokens."""
         if self.per_token > self.n_experts:
             raise ValueError(f"per_token={self.per_token} exceeds n_experts={self.n_experts}; lower it, or add experts")
+        if self.choice == "expert":
+            if not self.noncausal:
+                raise ValueError(
+                    'choice="expert" looks at tokens that are still to come; set noncausal=true to train such a model all '
+                    'the same (in decoding its tokens then choose), or take choice="token"'
+                )
+            if self.capacity_factor is None or self.evaluation_capacity_factor is None:
+                raise ValueError(
+                    'choice="expert" needs capacity_factor and evaluation_capacity_factor: how many tokens each takes'
+                )
+            if self.overflow == "scale":
+                raise ValueError('overflow="scale" has no effect with choice="expert", where none is full; remove it')
+        elif self.noncausal:
+            raise ValueError('noncausal=true has no effect with choice="token"; remove it')
         return self
+
+    @property
+    def scales_gates(self) -> bool:
+        """Whether the gates of a token's experts are made to add up to 1."""
+        return self.choice == "token" and self.per_token > 1
 
     def describe_function(self) -> dict[str, Any]:
         """What of this determines the function that is sampled from."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in TRAINING_ONLY}
+        table = {key: value for key, value in dataclasses.asdict(self).items() if key not in TRAINING_ONLY}
+        return table | ({"overflow": "pass"} if self.evaluation_capacity_factor is None else {})

@@ -47,6 +47,33 @@ LLAMA = dict(
     ff_bias=False,
     tied_embeddings=False,
 )
+MIXTRAL = dict(LLAMA, seq_len=32768, rotary_base=1e6, n_kv_heads=8)
+# Switch's choices (2101.03961; 30 heads, 128 experts of XXL and ReLU as its released code says) in a decoder alone: T5's
+# attention and norms, ReLU, no biases, weights that start with a tenth of the variance.
+SWITCH = dict(
+    n_vocab=32128,
+    seq_len=512,
+    norm="rmsnorm",
+    norm_eps=1e-6,
+    positions="t5",
+    attention_scale="none",
+    activation="relu",
+    qkv_bias=False,
+    attention_out_bias=False,
+    ff_bias=False,
+    init_scale=0.1,
+)
+
+
+def _switch(n_experts: int, every: int, capacity_factor: float) -> dict[str, Any]:
+    return dict(
+        n_experts=n_experts,
+        every=every,
+        capacity_factor=capacity_factor,
+        evaluation_capacity_factor=2.0,
+        router_z_loss=0.0,
+        jitter=1e-2,
+    )
 
 
 def _size(family: dict[str, Any], n_layers: int, d_model: int, n_heads: int, **rest: Any) -> dict[str, Any]:
@@ -99,4 +126,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-33b": _size(LLAMA, 60, 6656, 52, d_ff=17920, seq_len=2048, norm_eps=1e-6),
     "llama-65b": _size(LLAMA, 80, 8192, 64, d_ff=22016, seq_len=2048, norm_eps=1e-6),
     "llama2-7b": _size(LLAMA, 32, 4096, 32, d_ff=11008, seq_len=4096),
+    "mixtral-8x7b": _size(MIXTRAL, 32, 4096, 32, d_ff=14336, experts=dict(n_experts=8, per_token=2)),
+    "mixtral-8x22b": _size(MIXTRAL, 56, 6144, 48, d_ff=16384, seq_len=65536, experts=dict(n_experts=8, per_token=2)),
+    "switch-decoder-base-8": _size(SWITCH, 12, 768, 12, d_ff=3072, experts=_switch(8, 2, 1.25)),
+    "switch-decoder-base-128": _size(SWITCH, 12, 768, 12, d_ff=3072, experts=_switch(128, 2, 1.25)),
+    "switch-decoder-c": _size(
+        SWITCH, 15, 2080, 30, d_head=64, d_ff=6144, tied_embeddings=False, experts=_switch(2048, 1, 1.0)
+    ),
 }

@@ -5,7 +5,9 @@
 Shazeer et al. 2017 (arXiv 1701.06538), GShard (2006.16668), Switch (2101.03961) and, for renormalised gates without a
 capacity, Mixtral (2401.04088). What is routed together, as far as anything depends on it, is one sequence: the function
 is the same however a batch lies on devices. A sequence's choices are taken in its order, all of a token before the next
-one's, so that no token is crowded out by a later one (GShard takes everyone's first choice first).
+one's, so that no token is crowded out by a later one (GShard takes everyone's first choice first). Where experts choose
+instead (Zhou et al. 2022, 2202.09368), each takes the tokens of a sequence that it is likeliest for, wherever they are:
+what becomes of a token then depends on those after it.
 
 Nothing here has a [tokens, experts, capacity] array: with f the capacity factor and k choices, it would hold T^2 k f
 elements for each sequence of T tokens, where the tokens at their experts, which are gathered by index, are T k f D.
@@ -20,24 +22,23 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import Layout, axes_of, current_layout
-from mesh_transformer.model.attention.blocks import from_ring_order, to_ring_order
+from mesh_transformer.model.attention.blocks import to_ring_order
 from mesh_transformer.model.feed_forward import ACTIVATIONS
 from mesh_transformer.model.params import Inits, param
 from mesh_transformer.model.quantized import widen
-
-
-class Routing(NamedTuple):
-    """What a router did with the tokens of a batch; arrays have a leading dimension of layers outside a layer."""
-
-    load: Float[Array, "*L E"]  # share of all choices that fell on each expert, before any passes by
-    balance: Float[Array, "*L"]  # n_experts x sum of share x mean probability; 1 where either is even
-    z_square: Float[Array, "*L"]  # mean of (log of the partition function)^2
-    entropy: Float[Array, "*L"]  # mean, in nats; log(n_experts) where all are equally likely
-    dropped: Float[Array, "*L"]  # share of choices that found their expert full
+from mesh_transformer.model.routing import (
+    Choices,
+    Routing,
+    describe_routing,
+    find_capacity,
+    rank_tokens,
+    score_experts,
+    take_turns,
+)
 
 
 class Weights(NamedTuple):
@@ -67,9 +68,10 @@ class Experts(hk.Module):
         self.choices = config.experts
 
     def __call__(self, x: Float[Array, "B T D"], *, decoding: bool) -> tuple[Float[Array, "B T D"], Routing]:
-        """The layer's contribution to the residual stream: zero for a token whose experts are full.
+        """The layer's contribution to the residual stream.
 
-        A random key is given in training alone. While `decoding`, every token is taken, for it comes alone.
+        A random key is given in training alone. While `decoding`, a token goes to its likeliest experts, which take it:
+        it comes alone.
         """
         c, e, inits = self.config, self.choices, self.inits
         key = hk.maybe_next_rng_key()
@@ -80,111 +82,77 @@ class Experts(hk.Module):
         wide_gate = None if w_gate is None else widen(w_gate, x.dtype)
         weights = Weights(widen(w_in, x.dtype), wide_gate, widen(w_out, x.dtype))
 
-        logits = _score_experts(x, w_router, key, e.jitter)
-        gates, chosen = jax.lax.top_k(jax.nn.softmax(logits), e.per_token)
-        if e.per_token > 1:
-            gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
+        logits = score_experts(x, w_router, key, e.jitter)
         factor = e.evaluation_capacity_factor if key is None else e.capacity_factor
         capacity = None if factor is None or decoding else find_capacity(factor, x.shape[1], e.per_token, e.n_experts)
-        turns = None if capacity is None else _take_turns(chosen)
-        taken = jnp.ones(chosen.shape, bool) if turns is None or capacity is None else turns < capacity
-        y = _run_experts(x, gates, chosen, turns, weights, capacity, ACTIVATIONS[c.activation])
-        return y, _describe_routing(logits, chosen, taken, over_batch=e.balance_over == "batch")
+        by_expert, probabilities = e.choice == "expert" and not decoding, jax.nn.softmax(logits)
+        if by_expert:
+            gates, turns = probabilities, rank_tokens(probabilities)
+            experts = jnp.broadcast_to(jnp.arange(e.n_experts), gates.shape)
+        else:
+            gates, experts = jax.lax.top_k(probabilities, e.per_token)
+            gates = gates / jnp.sum(gates, axis=-1, keepdims=True) if e.scales_gates else gates
+            turns = None if capacity is None else take_turns(experts)
+        taken = jnp.ones(experts.shape, bool) if turns is None or capacity is None else turns < capacity
+        kept = _draw_kept(c, key, experts.shape, capacity)
+        feed = partial(_feed, activation=ACTIVATIONS[c.activation], dropout=e.expert_dropout)
+        y = _run_experts(x, Choices(gates, experts, turns, kept), weights, capacity, feed, by_expert=by_expert)
+        if e.overflow == "scale":
+            y = y + (x * jnp.sum(jnp.where(taken, 0.0, gates), axis=-1, keepdims=True)).astype(y.dtype)
+        over_batch = e.balance_over == "batch"
+        if by_expert:
+            return y, describe_routing(logits, taken, ~jnp.any(taken, axis=-1), over_batch=over_batch)
+        counts = jnp.sum(jax.nn.one_hot(experts, e.n_experts), axis=2)  # summed where it is made
+        return y, describe_routing(logits, counts, ~taken, over_batch=over_batch)
 
 
-def find_capacity(factor: float, seq_len: int, per_token: int, n_experts: int) -> int:
-    """Tokens that an expert takes of a sequence: `factor` times its even share, rounded up; never more than all."""
-    return min(math.ceil(factor * seq_len * per_token / n_experts), seq_len)
-
-
-def count_expert_layers(config: ModelConfig) -> int:
-    """Layers that have experts."""
-    return config.n_layers // len(config.pattern) * sum(has_experts for _, has_experts in config.pattern)
-
-
-def empty_routing(config: ModelConfig) -> Routing | None:
-    """Zeros of the shapes that a model's routers report, to add to; None for a dense one."""
-    if config.experts is None:
+def _draw_kept(
+    c: ModelConfig, key: Array | None, shape: tuple[int, ...], capacity: int | None
+) -> Bool[Array, "..."] | None:
+    """Hidden units that dropout keeps, drawn in the sequence's order as jitter is; None without it."""
+    assert c.experts is not None
+    if key is None or not c.experts.expert_dropout:
         return None
-    none = jnp.zeros(count_expert_layers(config))
-    return Routing(jnp.zeros((none.size, config.experts.n_experts)), none, none, none, none)
-
-
-def router_losses(config: ModelConfig, routing: Routing) -> Float[Array, ""]:
-    """What the routers add to the training loss: balance (Switch, equation 4) and z (ST-MoE, arXiv 2202.08906, 5)."""
-    assert config.experts is not None
-    weights = config.experts
-    return weights.balance_loss * jnp.sum(routing.balance) + weights.router_z_loss * jnp.sum(routing.z_square)
-
-
-def _score_experts(x: Float[Array, "B T D"], w: Float[Array, "D E"], key: Array | None, jitter: float) -> Array:
-    """A router's logits, in float32 throughout: Switch, section 2.4."""
-    x = x.astype(jnp.float32)
-    if jitter and key is not None:
-        # In the sequence's order, so that a token meets the same noise wherever it lies.
-        x = x * to_ring_order(jax.random.uniform(key, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter))
-    return jnp.einsum("btd,de->bte", x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-
-
-def _describe_routing(
-    logits: Float[Array, "B T E"], chosen: Int[Array, "B T K"], taken: Array, *, over_batch: bool
-) -> Routing:
-    """Means over all tokens, on whichever device they are."""
-    n_experts, tokens = logits.shape[-1], (0, 1) if over_batch else (1,)
-    probabilities = jax.nn.softmax(logits)
-    is_chosen = jax.nn.one_hot(chosen, n_experts)  # summed where it is made
-    share = jnp.mean(is_chosen, axis=(*tokens, 2))
-    balance = n_experts * jnp.sum(share * jnp.mean(probabilities, axis=tokens), axis=-1)
-    entropy = -jnp.sum(probabilities * jax.nn.log_softmax(logits), axis=-1)
-    return Routing(
-        load=share if over_batch else jnp.mean(share, axis=0),
-        balance=jnp.mean(balance),
-        z_square=jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))),
-        entropy=jnp.mean(entropy),
-        dropped=jnp.mean(~taken, dtype=jnp.float32),
-    )
-
-
-def _take_turns(chosen: Int[Array, "B T K"]) -> Int[Array, "B T K"]:
-    """How many of the same sequence chose the same expert before.
-
-    By sorting: T k numbers for each sequence, which devices that share it exchange, instead of sums over [T k, E].
-    """
-    flat = from_ring_order(chosen).reshape(chosen.shape[0], -1)
-    order = jnp.argsort(flat, axis=1, stable=True)
-    experts, places = jnp.take_along_axis(flat, order, axis=1), jnp.arange(flat.shape[1])[None]
-    is_first = jnp.concatenate([jnp.ones_like(experts[:, :1], bool), experts[:, 1:] != experts[:, :-1]], axis=1)
-    turns = places - jax.lax.cummax(jnp.where(is_first, places, 0), axis=1)
-    turns = jnp.take_along_axis(turns, jnp.argsort(order, axis=1), axis=1)
-    return to_ring_order(turns.reshape(chosen.shape))
+    key, keep = jax.random.fold_in(key, 1), 1.0 - c.experts.expert_dropout
+    if capacity is None:
+        return to_ring_order(jax.random.bernoulli(key, keep, (*shape, c.ff_dim)))
+    return jax.random.bernoulli(key, keep, (c.experts.n_experts, shape[0], capacity, c.ff_dim))
 
 
 def _run_experts(
     x: Float[Array, "B T D"],
-    gates: Float[Array, "B T K"],
-    chosen: Int[Array, "B T K"],
-    turns: Int[Array, "B T K"] | None,
+    choices: Choices,
     weights: Weights,
     capacity: int | None,
-    activation: Callable[[Array], Array],
+    feed: Callable[..., Array],
+    *,
+    by_expert: bool,
 ) -> Float[Array, "B T D"]:
     """The experts' outputs, weighted and added up; each device runs the experts it has."""
-    run = partial(_run_all, activation=activation)
+    run = partial(_run_all, feed=feed)
     if capacity is not None:
-        run = partial(_run_seated, capacity=capacity, n_experts=weights.w_in.shape[0], activation=activation)
-    inputs = (x, gates, chosen) if turns is None else (x, gates, chosen, turns)
+        n_experts = weights.w_in.shape[0]
+        run = partial(_run_seated, capacity=capacity, n_experts=n_experts, feed=feed, by_expert=by_expert)
     layout = current_layout()
     if layout is None:
-        return run(weights, *inputs, places=Places())
+        return run(weights, x, choices, places=Places())
     places, specs = _find_places(layout, x, weights)
     stream = P(places.batch or None, places.sequence or None)
+    kept = None
+    if choices.kept is not None:  # where the experts' inputs will be
+        rows = tuple(axis for axis in places.batch if axis not in places.expert) or None
+        kept = P(rows, places.sequence or None, None, places.ff or None)
+        if capacity is not None:
+            kept = P(places.expert or None, rows, places.sequence or None, places.ff or None)
+            more = -capacity % math.prod(layout.mesh.shape[axis] for axis in places.sequence)
+            choices = choices._replace(kept=jnp.pad(choices.kept, ((0, 0), (0, 0), (0, more), (0, 0))))
     return jax.shard_map(
         partial(run, places=places),
         mesh=layout.mesh,
-        in_specs=(specs, *[stream] * len(inputs)),
+        in_specs=(specs, stream, Choices(stream, stream, None if choices.turns is None else stream, kept)),  # type: ignore[arg-type]
         out_specs=stream,
         check_vma=False,
-    )(weights, *inputs)
+    )(weights, x, choices)
 
 
 def _find_places(layout: Layout, x: Array, weights: Weights) -> tuple[Places, Any]:
@@ -205,23 +173,31 @@ def _find_places(layout: Layout, x: Array, weights: Weights) -> tuple[Places, An
     return Places(batch, sequence, expert, ff), Weights(inward, None if weights.w_gate is None else inward, outward)  # type: ignore[arg-type]
 
 
-def _feed(rows: Array, weights: Weights, product: Callable[..., Array], activation: Callable[[Array], Array]) -> Array:
+def _feed(
+    rows: Array,
+    weights: Weights,
+    product: Callable[..., Array],
+    kept: Bool[Array, "..."] | None,
+    *,
+    activation: Callable[[Array], Array],
+    dropout: float,
+) -> Array:
     hidden = product(rows, weights.w_in)
     gated = weights.w_gate is not None
     hidden = activation(product(rows, weights.w_gate)) * hidden if gated else activation(hidden)
+    hidden = hidden if kept is None else jnp.where(kept, hidden / (1.0 - dropout), 0).astype(hidden.dtype)
     return product(hidden, weights.w_out)
 
 
 def _run_seated(
     weights: Weights,
     x: Array,
-    gates: Array,
-    chosen: Array,
-    turns: Array,
+    choices: Choices,
     *,
     capacity: int,
     n_experts: int,
-    activation: Callable[[Array], Array],
+    feed: Callable[..., Array],
+    by_expert: bool,
     places: Places,
 ) -> Array:
     """Every expert has `capacity` seats for each sequence; a choice whose turn comes later contributes nothing.
@@ -230,7 +206,9 @@ def _run_seated(
     keeps one piece of them), the same along `context` where sequences are cut (reduce-scatter, all-gather), and the sum
     over `tensor` of B T D elements that a dense layer has too.
     """
-    batch, _, width = x.shape
+    gates, chosen, turns, kept = choices
+    assert turns is not None
+    batch, length, width = x.shape
     pieces = jax.lax.axis_size(places.sequence) if places.sequence else 1
     seats = -(-capacity // pieces) * pieces  # as many for each piece of the sequence; the last ones stay empty
     seat = jnp.where(turns < capacity, chosen * seats + turns, n_experts * seats).reshape(batch, -1)
@@ -244,25 +222,30 @@ def _run_seated(
     if places.expert:
         seated = jax.lax.all_to_all(seated, places.expert, split_axis=0, concat_axis=1, tiled=True)
     product = partial(jnp.einsum, "ebci,eio->ebco", preferred_element_type=x.dtype)
-    out = _feed(seated, weights, product, activation)
+    out = feed(seated, weights, product, kept)
     if places.expert:
         out = jax.lax.all_to_all(out, places.expert, split_axis=1, concat_axis=0, tiled=True)
     if places.sequence:
         out = jax.lax.all_gather(out, places.sequence, axis=2, tiled=True)
-    out = jnp.pad(out.swapaxes(0, 1).reshape(batch, -1, width), ((0, 0), (0, 1), (0, 0)))  # the last seat: nobody's
-    y = _weigh(out[row, seat].reshape(*gates.shape, width), gates, x.dtype)
+    out = out.swapaxes(0, 1).reshape(batch, -1, width)
+    if by_expert:  # from every seat to its token: there are fewer of them than of tokens times experts
+        seat_gates = jnp.zeros(taken.shape, jnp.float32).at[row, seat].set(gates.reshape(batch, -1), mode="drop")
+        weighed = out.astype(jnp.float32) * seat_gates[..., None]
+        y = jnp.zeros((batch, length + 1, width)).at[row, taken].add(weighed)[:, 1:].astype(x.dtype)
+    else:
+        out = jnp.pad(out, ((0, 0), (0, 1), (0, 0)))  # the last seat: nobody's
+        y = _weigh(out[row, seat].reshape(*gates.shape, width), gates, x.dtype)
     return jax.lax.psum(y, places.ff) if places.ff else y
 
 
-def _run_all(
-    weights: Weights, x: Array, gates: Array, chosen: Array, *, activation: Callable[[Array], Array], places: Places
-) -> Array:
+def _run_all(weights: Weights, x: Array, choices: Choices, *, feed: Callable[..., Array], places: Places) -> Array:
     """Every token is taken: sorted by expert, each run of equal ones meets its expert's weights (jax.lax.ragged_dot).
 
     How many tokens an expert gets is known only then, so devices along `expert` gather each other's B T D elements
     (all-gather), apply their own experts and add up (reduce-scatter): n_expert_pieces / (2 k) of what an all-to-all with
     room for every token moves. On a CPU XLA multiplies every token by every expert: right, but slow with many of them.
     """
+    gates, chosen, _, kept = choices
     own, per_token = weights.w_in.shape[0], gates.shape[2]
     first = 0
     if places.expert:
@@ -274,7 +257,7 @@ def _run_all(
     sizes = jnp.sum(local[None] == jnp.arange(own)[:, None], axis=1, dtype=jnp.int32)
     rows = x.reshape(-1, x.shape[2])[order // per_token]
     product = partial(jax.lax.ragged_dot, group_sizes=sizes, preferred_element_type=x.dtype)
-    out = _feed(rows, weights, product, activation)
+    out = feed(rows, weights, product, None if kept is None else kept.reshape(order.size, -1)[order])
     out = jnp.where((local[order] < own)[:, None], out, 0)[jnp.argsort(order)]
     y = _weigh(out.reshape(*gates.shape, -1), gates, x.dtype)
     if places.expert:

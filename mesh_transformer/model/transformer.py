@@ -21,11 +21,12 @@ from mesh_transformer.model.attention.sight import Cache, Masks, Sight
 from mesh_transformer.model.embedding import look_up
 from mesh_transformer.model.feed_forward import FeedForward
 from mesh_transformer.model.linear import dropout, linear
-from mesh_transformer.model.moe import Experts, Routing
+from mesh_transformer.model.moe import Experts
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK, ParamInfo, Params, describe, make_inits, param
 from mesh_transformer.model.positions import RelativeBias
 from mesh_transformer.model.quantized import Quantized
+from mesh_transformer.model.routing import Routing
 
 Caches = tuple[Cache, ...]  # of every block in a period of the pattern, stacked over the periods as parameters are
 POLICIES = jax.checkpoint_policies

@@ -10,6 +10,7 @@ import numpy as np
 
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.mesh import Layout
+from mesh_transformer.plan.estimate import count_active, describe_model
 from mesh_transformer.plan.job import Job, Measured
 from mesh_transformer.sample.programs import Programs
 from mesh_transformer.sample.requests import Row, stack_rows
@@ -39,7 +40,9 @@ def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
     weights = sum(_held(leaf) for leaf in jax.tree.leaves(programs.weights))
     caches = sum(_held(leaf) for leaf in jax.tree.leaves(state.caches))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
-    per_token = 2.0 * (count - model.n_vocab * model.d_model * (not model.tied_embeddings))
+    chosen = model.experts.per_token if model.experts else 0.0
+    active = count_active(describe_model(job.config.model), chosen, model)
+    per_token = 2.0 * (active - model.n_vocab * model.d_model * (not model.tied_embeddings))
     attention = 4.0 * model.n_layers * model.n_heads * model.head_dim * job.context
     return lowered, Measured(
         topology=job.topology,

@@ -13,16 +13,20 @@ Memory of one device:
 
 Traffic: fsdp gathers bfloat16 weights for the forward and the backward pass of every microbatch and reduces gradients
 once for each; tensor adds up the residual stream four times a layer (twice where attention and feed-forward are
-parallel); data adds up gradients. How far this is from what compilers find: docs/plans.md.
+parallel); data adds up gradients. Of experts only the rows count that they are given (model.routing.rows_per_token):
+expert sends these there and back, forwards and backwards, and adds up gradients of all else. How far this is from what
+compilers find: docs/plans.md.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from mesh_transformer.config import Config, ModelConfig
 from mesh_transformer.mesh import MESH_AXES, make_rules
 from mesh_transformer.model.params import ParamInfo, flatten_names
+from mesh_transformer.model.routing import count_expert_layers, rows_per_token
 from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.plan.hardware.topologies import Topology, parse_topology
 from mesh_transformer.plan.job import Measured, Traffic
@@ -60,7 +64,9 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
     params = params or describe_model(config.model)
     model, train = config.model, config.train
     item = 2 if model.dtype == "bfloat16" else 4
-    held = sum(math.prod(info.shape) / pieces.cut(*info.axes) for info in params.values())
+    sizes = {name: math.prod(info.shape) / pieces.cut(*info.axes) for name, info in params.items()}
+    held = sum(sizes.values())
+    own_experts = sum(size for name, size in sizes.items() if "expert" in params[name].axes)
     total = sum(math.prod(info.shape) for info in params.values())
     tokens = train.batch_size * model.seq_len
     own = tokens / train.accumulation / pieces.cut("batch")  # tokens of a device's microbatch
@@ -72,7 +78,7 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
     head = 4 * model.d_model * model.n_vocab / pieces.cut("vocab")
     working = max(LOGIT_BYTES * logits + head, _layer_bytes(model, pieces, own, item, plain))
     peak = 4 * held + moments + gradients * (2 if train.accumulation > 1 else 1) + kept + working
-    flops, again = _flops(model, total, tokens)
+    flops, again = _flops(model, count_active(params, rows_per_token(model), model), tokens)
     return Measured(
         topology=topology_name,
         platform=topology.chip.platform if topology.chip else "cpu",
@@ -93,7 +99,7 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
         kept_bytes=int(kept),
         logits_bytes=int(4 * logits),
         hbm_bytes=_hbm_bytes(config, held, own, item, pieces, plain),
-        traffic=list(_traffic(config, pieces, held, own, item, topology)),
+        traffic=list(_traffic(config, pieces, held, own_experts, own, item, topology)),
         compiler=LABEL,
         state_bytes=int(total * (4 + moments / held)),
     )
@@ -102,6 +108,12 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
 def describe_model(model: ModelConfig) -> dict[str, ParamInfo]:
     """Shape and logical axes of every parameter by name."""
     return flatten_names(describe_params(dataclasses.replace(model, remat="none")))
+
+
+def count_active(params: Mapping[str, ParamInfo], rows: float, model: ModelConfig) -> float:
+    """Parameters that a token meets, if experts compute `rows` for each token."""
+    share = rows / model.experts.n_experts if model.experts else 1.0
+    return sum(math.prod(info.shape) * (share if "expert" in info.axes else 1.0) for info in params.values())
 
 
 def _moment_bytes(config: Config) -> float:
@@ -129,7 +141,7 @@ def _kept_per_token(model: ModelConfig, pieces: Pieces, item: int, plain: bool) 
     stream = model.d_model * item / (pieces.cut("stream") / pieces.cut("sequence"))
     mixed = model.n_heads * model.head_dim * item / pieces.cut("heads")
     heads = mixed + 2 * model.kv_heads * model.head_dim * item / pieces.cut("kv_heads")
-    hidden = model.ff_dim * item * (2 if model.gated else 1) / pieces.cut("ff")
+    hidden = _hidden_rows(model) / period * model.ff_dim * item * (2 if model.gated else 1) / pieces.cut("ff")
     scores = 6 * model.n_heads / pieces.cut("heads") * model.seq_len if plain else mixed
     match model.remat:
         case "none":
@@ -149,22 +161,32 @@ def _layer_bytes(model: ModelConfig, pieces: Pieces, own: float, item: int, plai
     own /= pieces.cut("sequence")
     mixed = 6 * item * model.n_heads * model.head_dim / pieces.cut("heads")
     scores = SCORE_BYTES * model.n_heads / pieces.cut("heads") * model.seq_len if plain else mixed
-    hidden = HIDDEN_BYTES * model.ff_dim / pieces.cut("ff") * (2 if model.gated else 1)
-    layers = own * (scores + hidden + 4 * item * model.d_model) * len(model.pattern)
-    return layers + 2 * item * _layer_weights(model) / pieces.cut("ff")
+    rows = _hidden_rows(model)
+    hidden = HIDDEN_BYTES * rows * model.ff_dim / pieces.cut("ff") * (2 if model.gated else 1)
+    layers = own * ((scores + 4 * item * model.d_model) * len(model.pattern) + hidden)
+    n_experts = model.experts.n_experts / pieces.cut("expert") if model.experts else 1.0
+    return layers + 2 * item * _layer_weights(model, max(n_experts, 1.0)) / pieces.cut("ff")
 
 
-def _layer_weights(model: ModelConfig) -> int:
+def _hidden_rows(model: ModelConfig) -> float:
+    """Rows of hidden units that a period of layers computes for each token."""
+    rows = rows_per_token(model) + (1.0 if model.experts and model.experts.shared else 0.0)
+    return sum(rows if has_experts else 1.0 for _, has_experts in model.pattern)
+
+
+def _layer_weights(model: ModelConfig, feed_forwards: float) -> float:
+    """Of attention and so many feed-forward layers."""
     attention = 2 * model.d_model * (model.n_heads + model.kv_heads) * model.head_dim
-    return attention + model.d_model * model.ff_dim * (3 if model.gated else 2)
+    return attention + feed_forwards * model.d_model * model.ff_dim * (3 if model.gated else 2)
 
 
-def _flops(model: ModelConfig, parameters: int, tokens: int) -> tuple[float, float]:
+def _flops(model: ModelConfig, parameters: float, tokens: int) -> tuple[float, float]:
     """The model's own, and what remat computes again."""
     table = model.n_vocab * model.d_model * (1 if not model.tied_embeddings else 0)
     products = 2.0 * (parameters - table) * tokens
     attention = 4.0 * model.n_layers * model.n_heads * model.head_dim * model.seq_len * tokens
-    layers = 2.0 * model.n_layers * _layer_weights(model) * tokens + attention
+    mean_rows = _hidden_rows(model) / len(model.pattern)
+    layers = 2.0 * model.n_layers * _layer_weights(model, mean_rows) * tokens + attention
     again = {"none": 0.0, "dots": attention, "attention": attention}.get(model.remat, layers)
     return 3.0 * (products + attention), again
 
@@ -181,7 +203,9 @@ def _hbm_bytes(config: Config, held: float, own: float, item: int, pieces: Piece
     return state + weights + stream + scores + logits
 
 
-def _traffic(config: Config, pieces: Pieces, held: float, own: float, item: int, topology: Topology) -> list[Traffic]:
+def _traffic(
+    config: Config, pieces: Pieces, held: float, own_experts: float, own: float, item: int, topology: Topology
+) -> list[Traffic]:
     model, micro = config.model, config.train.accumulation
     sizes, rows = pieces.sizes, []
 
@@ -196,6 +220,14 @@ def _traffic(config: Config, pieces: Pieces, held: float, own: float, item: int,
     add("data", "all-reduce", model.n_layers, 2 * 4 * held * (data - 1) / data)
     sums = (2 if model.residual != "serial" else 4) * (1.5 if model.remat not in ("none", "dots") else 1)
     stream = own * model.d_model * item
+    if model.experts is not None:
+        expert, passes = sizes["expert"], 4 + 2 * (model.remat not in ("none", "dots"))
+        moved, count = (
+            stream * rows_per_token(model) * (expert - 1) / expert,
+            passes * count_expert_layers(model) * micro,
+        )
+        add("expert", "all-to-all", count, count * moved)
+        add("expert", "all-reduce", model.n_layers, 2 * 4 * (held - own_experts) * (expert - 1) / expert)
     add(
         "tensor",
         "all-reduce",

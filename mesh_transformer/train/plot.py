@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Line plots as inline SVG: readable in light and dark, with ticks a person would choose and values under the pointer."""
+"""Line plots and heat maps as inline SVG: readable in light and dark, ticks as people choose them, values under the pointer."""
 
 import json
 import math
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
+HEAT_COLUMNS, HEAT_ROWS = 80, 32  # of a heat map at most
+CLIPPED = 8  # quarters of a doubling: a fourth and four times
 MAX_POINTS = 1200  # of a series; more are thinned to the extremes of each stretch
 
 
@@ -81,6 +83,74 @@ def plot(
     )
 
 
+def heat_map(
+    title: str, unit: str, steps: Sequence[float], rows: Sequence[Sequence[float | None]], *, row_name: str
+) -> str:
+    """A figure of multiples of an even share: a row for each of `rows`, whose values are at `steps`, the first row on top.
+
+    Colours tell how many times more or less, by quarters of a doubling up to CLIPPED of them; nothing at all is the
+    darkest of the low ones. Many steps and many rows are averaged.
+    """
+    heading = f"<figcaption><b>{escape(title)}</b><span>{escape(unit)}</span></figcaption>"
+    cells = [_average_cells(rows, row, HEAT_ROWS, len(steps)) for row in _starts(len(rows), HEAT_ROWS)]
+    if not any(value is not None for line in cells for value in line):
+        return f'<figure class="plot">{heading}<p class="nothing">nothing recorded</p></figure>'
+    width, height = (WIDTH - LEFT - RIGHT) / len(cells[0]), (HEIGHT - TOP - BOTTOM) / len(cells)
+    levels: dict[int, list[str]] = {}
+    for i, line in enumerate(cells):
+        for j, value in enumerate(line):
+            level = 0 if value is None else _find_level(value)
+            if level:
+                x, y = LEFT + j * width, TOP + i * height
+                levels.setdefault(level, []).append(f"M{x:.1f} {y:.1f}h{width:.1f}v{height:.1f}h{-width:.1f}z")
+    body = [
+        f'<path class="{"more" if level > 0 else "less"}" fill-opacity="{abs(level) / CLIPPED:.3f}" d="{"".join(paths)}"/>'
+        for level, paths in sorted(levels.items())
+    ]
+    every = math.ceil(len(rows) / len(cells))
+    for i in range(0, len(cells), math.ceil(len(cells) / 8)):
+        y = TOP + (i + 0.5) * height + 4
+        body.append(f'<text x="{LEFT - 7}" y="{y:.1f}" text-anchor="end">{i * every}</text>')
+    across = make_axis(min(steps), max(steps))
+    across = across._replace(low=min(steps), high=max(steps)) if max(steps) > min(steps) else across
+    body.append(_draw_ticks(across))
+    frame = (
+        f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/>'
+    )
+    scale = "".join(
+        f'<span class="heat {"more" if level > 0 else "less"}" style="--share:{abs(level) / CLIPPED:.3f}">{text}</span>'
+        for level, text in ((-CLIPPED, "none, or a quarter"), (-CLIPPED // 2, "half"), (0, "even"), (CLIPPED // 2, "twice"),
+                            (CLIPPED, "four times and more"))
+    )  # fmt: skip
+    summary = f"{title}, {unit}: {len(rows)} rows, the first {row_name} on top, at {len(steps)} steps"
+    return (
+        f'<figure class="plot">{heading}<svg class="map" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(summary)}">{frame}{"".join(body)}</svg><div class="legend">{scale}</div></figure>'
+    )
+
+
+def _starts(count: int, most: int) -> range:
+    """Where each of at most `most` equal stretches of `count` things begins."""
+    return range(0, count, max(math.ceil(count / most), 1))
+
+
+def _average_cells(rows: Sequence[Sequence[float | None]], first: int, most: int, length: int) -> list[float | None]:
+    """Of a stretch of rows that begins at `first`, its mean over each stretch of steps."""
+    own = rows[first : first + max(math.ceil(len(rows) / most), 1)]
+    averaged: list[float | None] = []
+    for start in _starts(length, HEAT_COLUMNS):
+        part = [v for row in own for v in row[start : start + math.ceil(length / HEAT_COLUMNS)] if v is not None]
+        averaged.append(math.fsum(part) / len(part) if part else None)
+    return averaged
+
+
+def _find_level(value: float) -> int:
+    """Quarters of a doubling away from 1, at most CLIPPED."""
+    if value <= 0:
+        return -CLIPPED
+    return max(min(round(4 * math.log2(value)), CLIPPED), -CLIPPED)
+
+
 def make_axis(low: float, high: float, *, log: bool = False) -> Axis:
     """A range that holds low to high with about five round ticks (powers of ten and their halves if `log`)."""
     if log:
@@ -133,6 +203,11 @@ def _draw_grid(across: Axis, up: Axis) -> str:
         y = _y(up, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    return "".join(parts) + _draw_ticks(across)
+
+
+def _draw_ticks(across: Axis) -> str:
+    parts = []
     for tick, label in zip(across.ticks, format_ticks(across.ticks), strict=True):
         if across.low <= tick <= across.high:
             x = _x(across, tick)

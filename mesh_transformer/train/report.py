@@ -13,7 +13,7 @@ from typing import Any
 from mesh_transformer.files import replace_file
 from mesh_transformer.train.benchmarks import Evaluation, draw_evaluations, read_evaluations
 from mesh_transformer.train.metrics import FILE, read_metrics
-from mesh_transformer.train.plot import Series, format_number, plot
+from mesh_transformer.train.plot import Series, format_number, heat_map, plot
 from mesh_transformer.train.progress import format_time
 
 EVENTS_SHOWN = 200
@@ -27,8 +27,17 @@ TRACES = (
     ("tokens_per_s", "Throughput", "tokens per second, by step", "tokens/s", False),
     ("mfu", "Share of the product peak", "model FLOPs, by step", "share", False),
     ("noise_scale", "Noise scale", "sequences, by step", "noise scale", True),
+    ("dropped_share", "Choices that found their expert full", "share, by step", "dropped", False),
+    ("largest_expert_load", "Largest load of an expert", "multiples of an even one, any layer, by step", "load", False),
+    ("unused_experts", "Experts without a token", "in all layers together, by step", "experts", False),
+    ("router_entropy", "Entropy of the routers", "nats, mean over layers, by step", "entropy", False),
+    ("balance_loss", "Balance loss", "1 where even, mean over layers, by step", "loss", False),
+    ("router_z_loss", "z loss of the routers", "mean over layers, by step", "loss", False),
 )
-OPTIONAL = {"noise_scale"}  # no empty plot where it was not measured
+# No empty plot where it was not measured.
+OPTIONAL = {
+    "noise_scale", "dropped_share", "largest_expert_load", "unused_experts", "router_entropy", "balance_loss", "router_z_loss",
+}  # fmt: skip
 Line = Mapping[str, Any]
 Points = Sequence[tuple[float, float | None]]
 
@@ -88,6 +97,9 @@ def _headline(lines: list[Line], train: list[Line], evaluation: list[Line]) -> s
     if parameters:
         figures.append(("parameters", format_number(parameters[-1]), ""))
     figures.append(("time", format_time(active_seconds(lines)[-1]), "without interruptions"))
+    if loads := _expert_loads(train):
+        unused = sum(all(not load for load in own) for own in loads)
+        figures.append(("experts never used", f"{unused} of {len(loads)}", "in any layer, at any step told of"))
     if _number(last, "skipped"):
         figures.append(("steps skipped", _text(_number(last, "skipped"), "{:,}"), ""))
     tiles = (
@@ -153,7 +165,16 @@ def _plots(train: list[Line], evaluation: list[Line], events: list[Line]) -> lis
             for style, i in zip(STYLES, picked, strict=False)
         ]
         plots.append(plot("Gradient norm of layers", "smoothed, by step", norms, log=True))
+    if loads := _expert_loads(train):
+        title, steps = "Load of experts", [line["step"] for line in train]
+        plots.append(heat_map(title, "by expert and step, mean over layers", steps, loads, row_name="expert"))
     return plots
+
+
+def _expert_loads(train: list[Line]) -> list[list[float | None]]:
+    """Of each expert at each step, as a multiple of an even load; none without experts."""
+    count = max((len(loads) for line in train if isinstance(loads := line.get("expert_load"), list)), default=0)
+    return [[_number(line, "expert_load", i) for line in train] for i in range(count)]
 
 
 def _trace(name: str, points: Points, *, log: bool = False) -> list[Series]:
@@ -274,7 +295,12 @@ figcaption span{color:var(--dim);font-size:13px}
 svg{display:block;width:100%;height:auto;overflow:visible}
 svg text{fill:var(--dim);font-size:12px;font-variant-numeric:tabular-nums}
 .pointer[x1="-9"]{display:none}
-svg path{fill:none;stroke-width:1.8;stroke-linejoin:round}.grid{stroke:var(--rule)}
+svg path{fill:none;stroke-width:1.8;stroke-linejoin:round}
+.map path{stroke:none}path.more{fill:var(--accent)}path.less{fill:var(--main)}.frame{fill:none;stroke:var(--rule)}
+.heat::before{content:"";display:inline-block;width:12px;height:12px;border:1px solid var(--rule);margin-right:6px;
+vertical-align:-2px;background:color-mix(in srgb,var(--main) calc(100%*var(--share)),transparent)}
+.heat.more::before{background:color-mix(in srgb,var(--accent) calc(100%*var(--share)),transparent)}
+.grid{stroke:var(--rule)}
 .mark{stroke:var(--mark);stroke-dasharray:3 3}
 .pointer{stroke:var(--dim);stroke-width:1}path.faint{stroke:var(--faint);stroke-width:1}
 path.main{stroke:var(--main)}path.accent{stroke:var(--accent)}path.second{stroke:var(--second)}

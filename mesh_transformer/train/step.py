@@ -14,8 +14,8 @@ from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
 from mesh_transformer.model.attention.blocks import to_ring_order
-from mesh_transformer.model.moe import Routing, empty_routing, router_losses
 from mesh_transformer.model.params import STACK, Params
+from mesh_transformer.model.routing import Routing, empty_routing, router_losses
 from mesh_transformer.model.transformer import Model, head_of, make_model
 from mesh_transformer.train.loss import TokenLosses, score_tokens
 from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale

@@ -13,12 +13,15 @@ from mesh_transformer.convert import blockwise, originals
 from mesh_transformer.convert.foreign import describe_leaves
 from mesh_transformer.convert.lazy import Held
 from mesh_transformer.convert.proof import run_native
+from mesh_transformer.model.expert_choices import ExpertsConfig
 
 SMALL = dict(n_layers=2, d_model=12, n_heads=4, n_vocab=19, seq_len=16)
 MODELS = {
     "gpt-neo": CASES["gpt-neo"].config,
     "llama-gqa": CASES["llama-gqa"].config,
     "qwen3": dataclasses.replace(LIVE_CASES["qwen3"].config, n_layers=3),
+    "mixtral": CASES["mixtral"].config,
+    "experts-in-turn": ModelConfig(**SMALL, ff_bias=False, experts=ExpertsConfig(n_experts=3, every=2)),
     "neox": CASES["gpt-neox"].config,
     "t5-parallel": ModelConfig(**SMALL, positions="t5", residual="parallel", norm="gptj-scalenorm", head_bias=True),
     "alibi": ModelConfig(**SMALL, positions="alibi", norm="scalenorm", activation="relu"),

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face folders: read and written back to the bit, and everything that is wrong with one is said."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -22,6 +23,7 @@ from mesh_transformer.convert.huggingface import find_family, open_huggingface, 
 from mesh_transformer.convert.lazy import whole
 from mesh_transformer.convert.settings import Settings
 from mesh_transformer.convert.tensor_files import read_safetensors, read_torch
+from mesh_transformer.model.expert_choices import ExpertsConfig
 from mesh_transformer.model.families import LLAMA
 
 SILENT = lambda *_: None  # noqa: E731
@@ -134,6 +136,14 @@ def test_integers_are_no_weights_and_several_types_become_the_widest(tmp_path):
         np.testing.assert_array_equal(stack.read(part)[0], wanted.astype(np.float16) if layer else wanted)
 
 
+def test_one_expert_that_is_not_there_is_named(tmp_path):
+    weights = make_folder(tmp_path / "theirs", "mixtral")
+    del weights["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(weights, tmp_path / "theirs" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: model\.layers\.1\.block_sparse_moe\.experts\.2\.w3\.weight$"):
+        open_huggingface(tmp_path / "theirs")
+
+
 def test_a_layer_count_that_fits_the_shapes_is_still_refused(tmp_path):
     make_folder(tmp_path / "theirs", "gpt2")
     edit_config(tmp_path / "theirs", n_layer=1)
@@ -152,6 +162,10 @@ def test_a_layer_count_that_fits_the_shapes_is_still_refused(tmp_path):
         ("llama-gqa", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "type 'yarn'"),
         ("llama-gqa", dict(mlp_bias=True), r"missing: model\.layers\.0\.mlp\.up_proj\.bias"),
         ("llama-gqa", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
+        ("mixtral", dict(num_local_experts=8), "8 experts, the files hold 4 in a layer; correct num_local_experts if"),
+        ("mixtral", dict(num_local_experts=3), "3 experts, the files hold 4 in a layer"),
+        ("mixtral", dict(num_experts_per_tok=1), "num_experts_per_tok = 1 is not supported: its gate would be 1"),
+        ("mixtral", dict(num_experts_per_tok=5), "per_token=5 exceeds n_experts=4"),
     ],
 )
 def test_choices_that_are_another_function_are_refused(tmp_path, name, changes, reason):
@@ -166,6 +180,7 @@ def test_windows_are_on_the_layers_that_transformers_puts_them(tmp_path):
     for changes, pattern, window in (
         (dict(model_type="mistral"), ("global",), 256),  # null: none
         (dict(model_type="mistral", sliding_window=3), ("local",), 3),
+        (dict(model_type="mixtral", sliding_window=3), ("local",), 3),
         (dict(model_type="llama", use_sliding_window=True), ("global",), 256),
         (dict(model_type="qwen3", use_sliding_window=True, max_window_layers=1), ("global", "local"), 3),
         (dict(layer_types=["sliding_attention", "full_attention"]), ("local", "global"), 3),
@@ -188,6 +203,12 @@ def test_a_model_of_no_family_is_refused_with_what_is_missing():
     find_family(ModelConfig(**fields))
     with pytest.raises(CheckpointError, match=r"nearest is llama, which has not: positions = 'alibi'"):
         find_family(ModelConfig(**fields | {"positions": "alibi"}))
+    experts = ExpertsConfig(n_experts=4, per_token=2)
+    assert find_family(ModelConfig(**fields, experts=experts))[0] == "mixtral"
+    for changes in (dict(every=2), dict(shared=True), dict(evaluation_capacity_factor=2.0), dict(per_token=1)):
+        config = ModelConfig(**fields | {"n_layers": 2}, experts=dataclasses.replace(experts, **changes))
+        with pytest.raises(CheckpointError, match=r"which has not: .*experts = "):
+            find_family(config)
 
 
 # Files

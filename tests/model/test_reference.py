@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ours = `transformers`, logits and gradients, for every family: against stored goldens always, and live where torch is."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,9 +99,12 @@ def test_ours_equals_transformers(name):
     assert_equal(case, run_ours(case, weights, tokens, targets), logits, gradients)
 
 
-def write_goldens() -> None:
+def write_goldens(names: list[str]) -> None:
+    """Those of all cases, or of `names`."""
     GOLDEN.mkdir(exist_ok=True)
     for seed, (name, case) in enumerate(CASES.items()):
+        if names and name not in names:
+            continue
         model, parameters = make_torch(case)
         weights, tokens, targets = draw(case, parameters, seed)
         logits, gradients = run_torch(model, parameters, weights, tokens, targets)
@@ -111,4 +116,4 @@ def write_goldens() -> None:
 
 
 if __name__ == "__main__":
-    write_goldens()
+    write_goldens(sys.argv[1:])

@@ -14,7 +14,7 @@ from mesh_transformer.train.metrics import FILE, MetricsError
 from mesh_transformer.train.report import make_page, thin, write_report
 
 HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(1)>\"' onload='alert(1) & \ud800\x00"
-VOID = {"meta", "line", "circle", "path", "img", "td", "th", "tr", "br"}
+VOID = {"meta", "line", "circle", "path", "rect", "img", "td", "th", "tr", "br"}
 
 
 class Page(HTMLParser):
@@ -179,6 +179,19 @@ def test_any_numbers_make_a_page_of_finite_coordinates(values):
     assert not re.search(r"nan|inf", drawn, re.IGNORECASE)
     for number in re.findall(r'(?:cx|cy|x1|x2|y1|y2)="(-?[\d.]+)"', text):
         assert -10 <= float(number) <= 641
+
+
+def test_experts_have_a_map_and_the_unused_are_counted():
+    loads = [[2.0, 1.0, 1.0, 0.0], [1.5, 1.5, 1.0, 0.0], [HOSTILE, None, 1e400]]
+    lines = [train_line(i + 1, expert_load=load, dropped_share=0.1, router_entropy=1.2) for i, load in enumerate(loads)]
+    text = make_page("run", lines, "")
+    page = Page(text)
+    assert text.count('class="map"') == 1
+    assert "1 of 4" in page.text["dd"]
+    for title in ("Load of experts", "Choices that found their expert full", "Entropy of the routers"):
+        assert title in page.text["b"]
+    assert "Balance loss" not in page.text["b"], "none was told of"
+    assert "Load of experts" not in Page(make_page("run", [train_line(1)], "")).text["b"]
 
 
 def test_a_skipped_step_is_marked_but_does_not_set_the_scale():
