@@ -67,15 +67,16 @@ class DirectFile(io.RawIOBase):
         values = np.frombuffer(data, np.uint8)
         first = -offset % BLOCK
         last = first + (len(values) - first) // BLOCK * BLOCK
-        if self._direct is None or last - first < LEAST_BYTES:
+        direct = self._direct
+        if direct is None or last - first < LEAST_BYTES:
             first = last = 0
         _write_all(self._plain, values[:first], offset)
-        if first < last:
+        if direct is not None and first < last:
             stage = _find_stage()
             for start in range(first, last, STAGE_BYTES):
                 part = stage[: min(STAGE_BYTES, last - start)]
                 np.copyto(part, values[start : start + len(part)])
-                _write_all(self._direct, part, offset + start, or_else=self._plain)
+                _write_all(direct, part, offset + start, or_else=self._plain)
         _write_all(self._plain, values[last:], offset + last)
         return len(values)
 

@@ -54,7 +54,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in ERRORS.items()
 }
 STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "the answer, or its stream"}
+    200: {"content": {"text/event-stream": {"schema": {}}}, "description": "the answer, or its stream"}
 }
 
 

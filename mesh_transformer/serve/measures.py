@@ -32,6 +32,7 @@ class Measures:
             ("slots_used", "Samples being decoded", lambda: worker.seated),
             ("queue", "Samples that wait for a slot or whose prompts are being read", lambda: worker.queued),
             ("open_samples", "Samples somebody waits for", lambda: worker.n_open),
+            ("programs", "Programs compiled so far", lambda: sum(worker.engine.compilations.values())),
             ("tokens_per_second", "Tokens drawn, over the last ten seconds", worker.tokens_per_second),
             (
                 "reused_prompt_tokens",
