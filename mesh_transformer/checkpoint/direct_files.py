@@ -24,15 +24,13 @@ _stages = threading.local()
 
 
 class DirectFile(io.RawIOBase):
-    """A file to write in, made if it is not there; several threads may use `write_at` together.
+    """A file to write in; several threads may use `write_at` together. What was written is durable after `sync`."""
 
-    What was written is durable after `sync`.
-    """
-
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, empty: bool = True):
+        """It is made if it is not there, and emptied if it is, unless it is to stay as it was."""
         super().__init__()
         self._at = 0
-        self._plain = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._plain = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if empty else 0), 0o666)
         try:
             self._direct = os.open(path, os.O_RDWR | getattr(os, "O_DIRECT", 0)) if hasattr(os, "O_DIRECT") else None
         except OSError:  # the file system cannot
@@ -64,21 +62,20 @@ class DirectFile(io.RawIOBase):
 
     def write_at(self, data: Any, offset: int) -> int:
         """All of it, at `offset`."""
-        values = np.frombuffer(data, np.uint8)
+        view, direct = memoryview(data).cast("B"), self._direct
+        if direct is None or len(view) < LEAST_BYTES + BLOCK:
+            _write_all(self._plain, view, offset)
+            return len(view)
         first = -offset % BLOCK
-        last = first + (len(values) - first) // BLOCK * BLOCK
-        direct = self._direct
-        if direct is None or last - first < LEAST_BYTES:
-            first = last = 0
-        _write_all(self._plain, values[:first], offset)
-        if direct is not None and first < last:
-            stage = _find_stage()
-            for start in range(first, last, STAGE_BYTES):
-                part = stage[: min(STAGE_BYTES, last - start)]
-                np.copyto(part, values[start : start + len(part)])
-                _write_all(direct, part, offset + start, or_else=self._plain)
-        _write_all(self._plain, values[last:], offset + last)
-        return len(values)
+        last = first + (len(view) - first) // BLOCK * BLOCK
+        values, stage = np.frombuffer(view, np.uint8), _find_stage()
+        _write_all(self._plain, view[:first], offset)
+        for start in range(first, last, STAGE_BYTES):
+            part = stage[: min(STAGE_BYTES, last - start)]
+            np.copyto(part, values[start : start + len(part)])
+            _write_all(direct, part.data, offset + start, or_else=self._plain)
+        _write_all(self._plain, view[last:], offset + last)
+        return len(view)
 
     def sync(self) -> None:
         """Make all that was written durable."""
@@ -100,10 +97,10 @@ def _find_stage() -> np.ndarray:
     return _stages.values
 
 
-def _write_all(descriptor: int, values: np.ndarray, offset: int, or_else: int | None = None) -> None:
+def _write_all(descriptor: int, data: memoryview, offset: int, or_else: int | None = None) -> None:
     """`or_else` takes over where a write ended inside a block."""
-    while len(values):
-        count = os.pwrite(descriptor, values.data, offset)
-        values, offset = values[count:], offset + count
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
         if count % BLOCK and or_else is not None:
             descriptor = or_else

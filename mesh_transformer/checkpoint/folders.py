@@ -31,6 +31,7 @@ from pathlib import Path
 import xxhash
 
 from mesh_transformer.checkpoint.digests import FileRecord
+from mesh_transformer.checkpoint.direct_files import DirectFile
 from mesh_transformer.checkpoint.places import Place
 
 COMMIT = "COMMIT"
@@ -122,12 +123,10 @@ class LocalFolder:
     def put(self, name: str, blocks: Iterable[bytes | memoryview]) -> FileRecord:
         """Write a file of blocks, one after the other; `settle` makes it durable."""
         digest, size = xxhash.xxh3_128(), 0
-        with open(self.path / name, "wb") as file:
+        with DirectFile(self.path / name) as file:
             for block in blocks:
                 digest.update(block)
                 size += file.write(block)
-            file.flush()
-            begin_writeback(file.fileno())
         return FileRecord(size, digest.hexdigest())
 
     def settle(self, names: Iterable[str]) -> None:
@@ -238,16 +237,6 @@ def sync_file(path: Path) -> None:
     """Make what was written into a file durable."""
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
-
-
-def begin_writeback(descriptor: int, start: int = 0, size: int = 0) -> None:
-    """Have the kernel begin to write bytes of a file (all after `start` if `size` is 0) to disk, without waiting for it.
-
-    Else it waits until much has gathered, and a sync at the end waits for all of that. The advice that these bytes are not
-    needed in memory does it on Linux; they stay there while they are being written.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def _start_ticks(pid: int) -> int:

@@ -167,8 +167,6 @@ def _write_piece(paths: Sequence[Path], leaves: Sequence[Placed], kind: np.dtype
     """
     temporary = [path.with_suffix(".tmp") for path in paths]
     with contextlib.ExitStack() as stack:
-        for path in temporary:
-            path.unlink(missing_ok=True)
         files = [stack.enter_context(DirectFile(path)) for path in temporary]
         archives = [stack.enter_context(zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)) for file in files]
         for i, leaf in enumerate(leaves):

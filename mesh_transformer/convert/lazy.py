@@ -58,6 +58,17 @@ def grain_of(array: Lazy) -> tuple[int, ...]:
             return (1,) * len(array.shape)
 
 
+def is_here(array: Lazy) -> bool:
+    """Whether its values can be read again for little: not those of a checkpoint in an object store."""
+    match array:
+        case StoredArray():
+            return isinstance(array.folder, Path)
+        case Row():
+            return is_here(array.base)
+        case _:
+            return True
+
+
 class FileArray(NamedTuple):
     """Values that lie in a file one after the other, the last dim fastest."""
 
@@ -274,13 +285,14 @@ class Composed:
     def cut(self) -> tuple[int, int]:
         """The dim along which it is read in parts, and what these must be multiples of.
 
-        The first dim of ours that is decoded in several chunks says which, so that none is decoded twice; of what is
-        not decoded it is the first of theirs, whose parts lie in one piece in their files.
+        It is the first of theirs, whose parts lie in one piece in their files. Only where chunks are fetched from an
+        object store the first dim of ours that has several of them says which, so that none is fetched twice: here, to
+        decode them again costs less than to write each row of theirs in pieces.
         """
         for part, axes in zip(self.parts, self.axes, strict=True):
             for size, grain, axis in zip(part.shape, grain_of(part), axes, strict=True):
                 dims = [dim for dim in range(len(self.pattern)) if _same_heads(self.pattern[dim][0], axes) == axis]
-                if 1 < grain < size and dims:
+                if 1 < grain < size and dims and (dims[0] == 0 or not is_here(part)):
                     return dims[0], grain * self._rest(dims[0])
         lead = self.pattern[0][0]
         return 0, self.shape[0] if lead.isdigit() else self._rest(0)

@@ -190,7 +190,7 @@ def write_values(place: FileArray, first: int, values: np.ndarray, dim: int = 0)
     inner = math.prod(place.shape[dim + 1 :]) * place.dtype.itemsize
     start, stride = place.offset + first * inner, inner * place.shape[dim] if dim else 0
     values = values.astype(place.dtype, copy=False).reshape(rows, -1)
-    with DirectFile(Path(str(place.path))) as file:
+    with DirectFile(Path(str(place.path)), empty=False) as file:
         if not dim:
             file.write_at(values.view(np.uint8).data, start)
             return

@@ -63,9 +63,11 @@ def test_what_is_there_stays_around_a_part(tmp_path):
     path.write_bytes(before.tobytes())
     after = before.copy()
     after[1001 : 1001 + 3 * LEAST_BYTES] = 7
-    with DirectFile(path) as file:
+    with DirectFile(path, empty=False) as file:
         file.write_at(bytes([7]) * (3 * LEAST_BYTES), 1001)
     assert path.read_bytes() == after.tobytes()
+    DirectFile(path).close()
+    assert path.read_bytes() == b""
 
 
 @pytest.mark.usefixtures("pasts")
