@@ -60,13 +60,9 @@ def grain_of(array: Lazy) -> tuple[int, ...]:
 
 def is_here(array: Lazy) -> bool:
     """Whether its values can be read again for little: not those of a checkpoint in an object store."""
-    match array:
-        case StoredArray():
-            return isinstance(array.folder, Path)
-        case Row():
-            return is_here(array.base)
-        case _:
-            return True
+    if isinstance(array, Row):
+        return is_here(array.base)
+    return not isinstance(array, StoredArray) or isinstance(array.folder, Path)
 
 
 class FileArray(NamedTuple):
@@ -85,13 +81,11 @@ class FileArray(NamedTuple):
         if not self.shape:
             return np.array(map_bytes(self.path, self.offset, self.offset + self.dtype.itemsize).view(self.dtype)[0])
         first, last, _ = index[0].indices(self.shape[0])
-        values = np.empty(
-            [len(range(*part.indices(dim))) for part, dim in zip(index, self.shape, strict=True)], self.dtype
-        )
+        dims = [len(range(*part.indices(dim))) for part, dim in zip(index, self.shape, strict=True)]
+        values = np.empty(dims, self.dtype)
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        if (
-            isinstance(self.path, Path) and values.size and values.shape[1:] == self.shape[1:]
-        ):  # whole rows lie in one piece
+        are_whole = values.size and values.shape[1:] == self.shape[1:]
+        if isinstance(self.path, Path) and are_whole:  # they lie in one piece
             read_into(self.path, self.offset + first * row, values)
             return values
         step = max(MAPPED_BYTES // max(row, 1), 1)
@@ -285,9 +279,8 @@ class Composed:
     def cut(self) -> tuple[int, int]:
         """The dim along which it is read in parts, and what these must be multiples of.
 
-        It is the first of theirs, whose parts lie in one piece in their files. Only where chunks are fetched from an
-        object store the first dim of ours that has several of them says which, so that none is fetched twice: here, to
-        decode them again costs less than to write each row of theirs in pieces.
+        It is the first of theirs, whose parts lie in one piece in their files: to decode chunks again costs less than to
+        write rows in pieces. Of objects, which are fetched, the first dim of ours with several chunks says which.
         """
         for part, axes in zip(self.parts, self.axes, strict=True):
             for size, grain, axis in zip(part.shape, grain_of(part), axes, strict=True):

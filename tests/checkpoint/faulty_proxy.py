@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A proxy between us and the server of an object store: it counts, fails and cuts connections by a rule."""
 
+import contextlib
 import http.client
 import http.server
 import re
@@ -83,3 +84,14 @@ class Proxy(http.server.ThreadingHTTPServer):
 
     def count(self, method, pattern):
         return sum(entry[0] == method and bool(re.search(pattern, entry[1])) for entry in self.log)
+
+
+@contextlib.contextmanager
+def run_proxy(behind):
+    """A proxy to that port, in a thread."""
+    with Proxy(behind) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+        thread.start()
+        yield proxy
+        proxy.shutdown()
+        thread.join()

@@ -10,7 +10,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from faulty_proxy import Proxy
+from faulty_proxy import run_proxy
 
 from mesh_transformer.checkpoint import places
 from mesh_transformer.checkpoint.failures import StorageError
@@ -60,12 +59,8 @@ def behind():
 
 @pytest.fixture(scope="module")
 def running_proxy(behind):
-    with Proxy(behind) as proxy:
-        thread = threading.Thread(target=proxy.serve_forever, daemon=True)
-        thread.start()
+    with run_proxy(behind) as proxy:
         yield proxy
-        proxy.shutdown()
-        thread.join()
 
 
 @pytest.fixture

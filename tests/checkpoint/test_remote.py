@@ -12,14 +12,13 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faulty_proxy import Proxy
+from faulty_proxy import run_proxy
 from safetensors.numpy import load, load_file
 
 from mesh_transformer.checkpoint import folders, places
@@ -86,12 +85,8 @@ def client(behind):
 
 @pytest.fixture(scope="module")
 def running_proxy(behind):
-    with Proxy(behind) as proxy:
-        thread = threading.Thread(target=proxy.serve_forever, daemon=True)
-        thread.start()
+    with run_proxy(behind) as proxy:
         yield proxy
-        proxy.shutdown()
-        thread.join()
 
 
 @pytest.fixture
