@@ -32,7 +32,7 @@ class DirectFile(io.RawIOBase):
         self._at = 0
         self._plain = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if empty else 0), 0o666)
         try:
-            self._direct = os.open(path, os.O_RDWR | getattr(os, "O_DIRECT", 0)) if hasattr(os, "O_DIRECT") else None
+            self._direct = os.open(path, os.O_RDWR | os.O_DIRECT) if hasattr(os, "O_DIRECT") else None
         except OSError:  # the file system cannot
             self._direct = None
 
