@@ -206,6 +206,17 @@ def untie(model: Any) -> None:
     model.set_input_embeddings(model.shared)
 
 
+def run_model(case: Case, model: Any, tokens: np.ndarray) -> Any:
+    """The logits of their model, of an encoder and decoder beside `make_sources`."""
+    import torch
+
+    words, read = torch.tensor(tokens, dtype=torch.long), make_sources(case, tokens)
+    if read is None:
+        return model(words).logits
+    sources, mask = (torch.tensor(x.copy(), dtype=torch.long) for x in read)
+    return model(input_ids=sources, attention_mask=mask, decoder_input_ids=words, use_cache=False).logits
+
+
 class Part:
     """A tensor in a file that is part of a parameter in memory, as far as a test uses either."""
 

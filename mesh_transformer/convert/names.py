@@ -190,3 +190,4 @@ FAMILIES = {
         copies=COPIES, experts_key="num_experts",
     ),
 }  # fmt: skip
+WITH_ENCODER = ("t5", "switch_transformers")

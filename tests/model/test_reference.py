@@ -19,6 +19,7 @@ from reference_models import (
     make_sources,
     make_torch,
     read_golden,
+    run_model,
 )
 
 from mesh_transformer.model.params import flatten_names
@@ -81,15 +82,12 @@ def run_torch(
     for name, parameter in parameters.items():
         parameter.data = torch.tensor(weights[name])
         parameter.grad = None
-    words, read = torch.tensor(tokens, dtype=torch.long), make_sources(case, tokens)
-    if read is None:
-        logits = model(words).logits
-    else:
-        sources, mask = (torch.tensor(x.copy(), dtype=torch.long) for x in read)
-        logits = model(input_ids=sources, attention_mask=mask, decoder_input_ids=words, use_cache=False).logits
+    logits = run_model(case, model, tokens)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(targets, dtype=torch.long).flatten())
     loss.backward()
-    return logits.detach().numpy(), {name: parameter.grad.numpy() for name, parameter in parameters.items()}
+    zeros = torch.zeros  # of an expert that nobody chose
+    gradients = {name: zeros(p.shape) if p.grad is None else p.grad for name, p in parameters.items()}
+    return logits.detach().numpy(), {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
