@@ -113,7 +113,7 @@ def compose_tensors(config: ModelConfig, arrays: Mapping[str, Lazy], family: Fam
         found.sort(key=lambda piece: piece[0].pick)
         pattern = found[0][0].pattern
         tensors[name] = Composed([array for _, array, _ in found], pattern, [leaf.axes for _, _, leaf in found])
-    if not config.tied_embeddings:
+    if family.needs_copies and not config.tied_embeddings:
         tensors.update(dict.fromkeys(family.copies, tensors[family.entries["w_tokens"].theirs]))
     return tensors
 

@@ -31,7 +31,8 @@ class Family(NamedTuple):
     write_config: Callable[[ModelConfig], dict[str, Any]]
     prefix: str  # of names, which files of the bare model lack
     buffers: tuple[str, ...] = ()  # ends of names that are no weights
-    copies: tuple[str, ...] = ()  # other names of the embedding, which files may hold and models without tying need
+    copies: tuple[str, ...] = ()  # other names of the embedding, which files may hold
+    needs_copies: bool = False  # and must, where the head is not tied: transformers then ties nothing
     experts_key: str = "num_local_experts"  # of config.json
 
 
@@ -187,7 +188,7 @@ FAMILIES = {
     ),
     "switch_transformers": Family(
         "SwitchTransformersForConditionalGeneration", SWITCH, settings_t5.read_switch, settings_t5.write_switch, "", UNUSED,
-        copies=COPIES, experts_key="num_experts",
+        copies=COPIES, needs_copies=True, experts_key="num_experts",
     ),
 }  # fmt: skip
 WITH_ENCODER = ("t5", "switch_transformers")

@@ -38,10 +38,9 @@ def run_t5(tensors: Mapping[str, Lazy], c: Mapping[str, Any], tokens: Array, sou
             x = x + _feed(t, c, last, t.rms(f"{last}layer_norm", x, eps))
         memory = t.rms(f"{stack}.final_layer_norm", x, eps)
     assert memory is not None
-    tied = c.get("tie_word_embeddings", True)
-    if c.get("scale_decoder_outputs", tied):
+    if c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True)):
         memory = memory * c["d_model"] ** -0.5
-    head = "shared.weight" if tied and "lm_head.weight" not in t else "lm_head.weight"
+    head = "lm_head.weight" if "lm_head.weight" in t else "shared.weight"
     return product(memory, t.find(head), transposed=True)
 
 

@@ -17,14 +17,14 @@ def _read(s: Settings) -> dict[str, Any]:
     """What both have in common."""
     s.expect("relative_attention_num_buckets", T5_BUCKETS)
     s.expect("relative_attention_max_distance", T5_MAX_DISTANCE)
-    tied = s.table.get("tie_word_embeddings", True)
-    scaled = s.table.get("scale_decoder_outputs", tied)  # of T5 since transformers 5
+    # Since transformers 5 T5 says that it is tied whatever it is, and keeps a head that differs; this key tells.
+    tied = s.table.get("scale_decoder_outputs", s.table.get("tie_word_embeddings", True))
     layers = s.get("num_layers")
     return T5 | dict(
         n_layers=s.get("num_decoder_layers", default=layers), encoder_layers=layers, d_model=s.get("d_model"),
         n_heads=s.get("num_heads"), d_head=s.get("d_kv", default=64), d_ff=s.get("d_ff"), n_vocab=s.get("vocab_size"),
         seq_len=s.get("n_positions", default=READS), norm_eps=s.get("layer_norm_epsilon", default=1e-6),
-        tied_embeddings=tied, head_scale="sqrt" if scaled else "none",
+        tied_embeddings=tied, head_scale="sqrt" if tied else "none",
     )  # fmt: skip
 
 

@@ -93,13 +93,13 @@ def test_what_cannot_be_is_refused():
     refuse('encoder_layers=4 needs residual="serial"', residual="parallel")
     refuse("encoder_layers=3 is not a multiple of 2", encoder_layers=3, experts=ExpertsConfig(n_experts=4, every=2))
     with pytest.raises(ConfigError, match="the encoder has nothing to read; give sources"):
-        make_model(CONFIG).apply(draw_params(CONFIG), TOKENS)
+        make_model(CONFIG).apply(draw_params(CONFIG), jnp.asarray(TOKENS))
     alone = ModelConfig(**T5 | SIZES | dict(encoder_layers=None))
     with pytest.raises(ConfigError, match=r"sources are for a model with an encoder; set model\.encoder_layers"):
-        make_model(alone).apply(draw_params(alone), TOKENS, sources=SOURCES)
+        make_model(alone).apply(draw_params(alone), jnp.asarray(TOKENS), sources=jnp.asarray(SOURCES))
     encoder = dataclasses.replace(alone, causal=False)
     with pytest.raises(ConfigError, match=r"model\.causal=false: an encoder sees all of a text at once"):
-        make_model(encoder).apply(draw_params(encoder), TOKENS, cache=init_cache(encoder, 3, 8))
+        make_model(encoder).apply(draw_params(encoder), jnp.asarray(TOKENS), cache=init_cache(encoder, 3, 8))
 
 
 @pytest.mark.parametrize(
