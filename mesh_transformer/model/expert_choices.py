@@ -38,8 +38,11 @@ class ExpertsConfig:
     # Tokens that an expert takes of a sequence, as a multiple of its even share; those beyond pass by. None: it takes all
     capacity_factor: Rate | None = None  # in training
     evaluation_capacity_factor: Rate | None = None  # elsewhere; not in decoding, where every token is taken
+    evaluation_capacity: Positive | None = (
+        None  # so many, however long the sequence is (SwitchTransformers in transformers)
+    )
     # What a choice that finds its expert full adds to the stream: nothing (Switch, section 2.2), or the layer's input times
-    # its gate (SwitchTransformers in transformers 4)
+    # its gate (SwitchTransformers in transformers 4; since 5 it passes)
     overflow: Literal["pass", "scale"] = "pass"
     balance_loss: Amount = 1e-2  # weight of n_experts x (share of tokens) x (mean probability), summed over experts
     balance_over: Literal["batch", "sequence"] = (
@@ -54,6 +57,8 @@ class ExpertsConfig:
         """A token cannot go to more experts than there are; experts that choose must know how many tokens."""
         if self.per_token > self.n_experts:
             raise ValueError(f"per_token={self.per_token} exceeds n_experts={self.n_experts}; lower it, or add experts")
+        if self.evaluation_capacity is not None and self.evaluation_capacity_factor is not None:
+            raise ValueError("evaluation_capacity and evaluation_capacity_factor say the same thing twice; remove one")
         if self.choice == "expert":
             if not self.noncausal:
                 raise ValueError(
@@ -78,4 +83,5 @@ class ExpertsConfig:
     def describe_function(self) -> dict[str, Any]:
         """What of this determines the function that is sampled from."""
         table = {key: value for key, value in dataclasses.asdict(self).items() if key not in TRAINING_ONLY}
-        return table | ({"overflow": "pass"} if self.evaluation_capacity_factor is None else {})
+        takes_all = self.evaluation_capacity_factor is None and self.evaluation_capacity is None
+        return table | ({"overflow": "pass"} if takes_all else {})

@@ -85,6 +85,8 @@ class Experts(hk.Module):
         logits = score_experts(x, w_router, key, e.jitter)
         factor = e.evaluation_capacity_factor if key is None else e.capacity_factor
         capacity = None if factor is None or decoding else find_capacity(factor, x.shape[1], e.per_token, e.n_experts)
+        if e.evaluation_capacity is not None and key is None and not decoding:
+            capacity = min(e.evaluation_capacity, x.shape[1])
         by_expert, probabilities = e.choice == "expert" and not decoding, jax.nn.softmax(logits)
         if by_expert:
             gates, turns = probabilities, rank_tokens(probabilities)

@@ -40,6 +40,11 @@ class Programs:
         """See Engine; of weights given as shapes, programs can only be lowered."""
         # All layers in one piece; a sequence of one token cannot be cut, and nothing is differentiated.
         self.config = dataclasses.replace(config, unroll=config.n_layers, remat="none", dropout=0.0)
+        if not config.causal or config.encoder_layers is not None:
+            raise ConfigError(
+                "this engine continues texts with a decoder alone; one with an encoder is sampled by RewritingEngine "
+                "(device_sample.py), and an encoder alone (model.causal=false) writes nothing"
+            )
         if layout and (layout.mesh.shape["context"] > 1 or layout.mesh.shape["pipeline"] > 1):
             raise ConfigError(
                 "sampling one token at a time cuts neither sequences nor layers: set mesh.context and mesh.pipeline to 1"

@@ -94,7 +94,7 @@ class Run:
 
             return jax.make_array_from_callback((size, *values.shape[1:]), sharding, find)
 
-        return Batch(*map(put, batch))
+        return jax.tree.map(put, batch)
 
     def _batch_sharding(self, size: int) -> NamedSharding:
         return self.layout.sharding(("batch", "sequence"), (size, self.config.model.seq_len), "batch")
@@ -318,12 +318,17 @@ def start_from(config: Config, state: State, shardings: State, notes: list[str])
     return found.replace(opt_state=fresh)
 
 
-def abstract_batch(config: Config, layout: Layout) -> Batch:
-    """A whole batch as shapes and shardings."""
-    shape = (config.train.batch_size, config.model.seq_len)
-    sharding = layout.sharding(("batch", "sequence"), shape, "batch")
-    integers = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
-    return Batch(integers, integers, integers, integers, jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding))
+def abstract_batch(config: Config, layout: Layout | None = None) -> Batch:
+    """A whole batch as shapes, with a layout and shardings."""
+
+    def describe(length: int, dtype: type = np.int32) -> jax.ShapeDtypeStruct:
+        shape = (config.train.batch_size, length)
+        sharding = layout and layout.sharding(("batch", "sequence"), shape, "batch")
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    integers, mask = describe(config.target_len), describe(config.target_len, np.float32)
+    sources = None if config.model.encoder_layers is None else describe(config.model.seq_len)
+    return Batch(integers, integers, integers, integers, mask, sources)
 
 
 def without_remat(config: Config) -> Config:
