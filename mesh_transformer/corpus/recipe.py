@@ -54,6 +54,7 @@ class ComponentConfig:
     optional: bool = False  # without any file it is left out, and said to be; otherwise that is an error
     text_key: str = "text"  # field or column of JSON lines and Parquet
     encoding: str = ""  # of text files that are not UTF-8, for example "latin-1"; empty: they are damaged
+    pieces_kb: NonNegative = 0  # of kind text: longer files are cut between paragraphs into documents of this size
     min_bytes: NonNegative = 0  # a shorter document is left out
     epochs: Rate = 1.0  # copies of every document in the mixture; a fraction copies this share of them once more
     weight: Rate | None = None  # instead of epochs: share of mixture.bytes, relative to the other weights
@@ -248,6 +249,8 @@ class Recipe:
         if unknown := [name for name in self.duplicates.components if name not in self.components]:
             there = ", ".join(self.components)
             raise ValueError(f"duplicates.components: {unknown[0]!r} is not declared; there are: {there}")
+        if uncut := [name for name, one in self.components.items() if one.pieces_kb and one.kind != "text"]:
+            raise ValueError(f"components.{uncut[0]}.pieces_kb: only files of kind text are cut; take it out")
         weighted = [name for name, component in self.components.items() if component.weight is not None]
         if weighted and len(weighted) < len(self.components):
             missing = next(name for name in self.components if name not in weighted)

@@ -205,7 +205,23 @@ def _decode(data: bytes, file: Path, component: ComponentConfig, reading: Readin
 
 
 def _read_text(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
-    yield None, _read_whole(file, component, limit, reading)
+    text, most = _read_whole(file, component, limit, reading), component.pieces_kb * 1000
+    if most and len(text) > most:
+        yield from enumerate(_cut(text, most), 1)
+    else:
+        yield None, text
+
+
+def _cut(text: str, most: int) -> Iterator[str]:
+    """Pieces of at most so many characters that together are the text, ended by an empty line, else a line, else anywhere."""
+    start = 0
+    while start < len(text):
+        end = start + most
+        if end < len(text):
+            ends = (text.rfind(mark, start, end) + len(mark) for mark in ("\n\n", "\n"))
+            end = next((place for place in ends if place > start + most // 2), end)
+        yield text[start:end]
+        start = end
 
 
 def _read_markup(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:

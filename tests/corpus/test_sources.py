@@ -202,3 +202,15 @@ def test_sources_that_change_or_vanish_midway(write_texts, make_recipe):
     (folder / "001.txt").unlink()
     with pytest.raises(DataError, match=r"001.txt: was there when the build began: No such file"):
         list(read_part(parts[0], recipe, Reading()))
+
+
+def test_long_texts_become_pieces(read_one):
+    text = "".join(f"word {n}\nmore of it\n\n" for n in range(200)) + "x" * 2500
+    texts, _ = read_one("text", "a.txt", text, pieces_kb=1)
+    assert "".join(texts.values()) == text
+    assert list(texts) == [f"a.txt:{n}" for n in range(1, len(texts) + 1)]
+    assert all(len(piece) <= 1000 for piece in texts.values())
+    assert [piece.endswith("\n\n") for piece in texts.values()] == [True] * (len(texts) - 3) + [False] * 3
+    assert read_one("text", "a.txt", text, pieces_kb=10)[0] == {"a.txt": text}
+    with pytest.raises(ValueError, match=r"components.a.pieces_kb: only files of kind text are cut"):
+        read_one("html", "a.html", PAGE, pieces_kb=1)
