@@ -25,6 +25,7 @@ from mesh_transformer.corpus.recipe import Quality, Recipe, resolve_epochs, subs
 from mesh_transformer.corpus.selection import Select, prove_disjoint
 from mesh_transformer.corpus.sources import Part, digest_file, find_parts
 from mesh_transformer.corpus.stages import CorpusError, Machines, Report, run_stage
+from mesh_transformer.corpus.survey import Survey, describe_survey
 from mesh_transformer.files import replace_file
 
 VERSION = 1  # of what stages write; a change of it makes all of them anew
@@ -43,6 +44,7 @@ class Corpus(NamedTuple):
     selected: Records
     tokenised: Records
     epochs: dict[str, float]
+    survey: dict[str, Any]  # what the text speaks of
     proof: dict[str, int]
     manifest: dict[str, Any]
 
@@ -123,6 +125,8 @@ def _run_stages(builder: Builder, parts: list[Part], missing: list[str]) -> tupl
     selected = builder.folder("select", decided)
     kept = builder.run(Select(recipe, components, filtered, equal, decided, ranges, selected), len(parts))
     proof = prove_disjoint(selected, len(parts))
+    surveyed = builder.folder("survey", selected)
+    survey = describe_survey(builder.run(Survey(recipe, components, selected, surveyed), len(parts)), surveyed)
     epochs = resolve_epochs(recipe, _sizes(recipe, missing, kept))
     tokenised = builder.folder(
         "tokenise", selected, describe_tokenizer(recipe), sorted(epochs.items()), recipe.corpus.seed
@@ -133,7 +137,7 @@ def _run_stages(builder: Builder, parts: list[Part], missing: list[str]) -> tupl
 
     manifest = _manifest(builder, read, kept, shards)
     matrix = decision[0]["matrix"]
-    return Corpus(recipe, missing, parts, read, matrix, kept, counts, epochs, proof, manifest), selected, shards
+    return Corpus(recipe, missing, parts, read, matrix, kept, counts, epochs, survey, proof, manifest), selected, shards
 
 
 def _sizes(recipe: Recipe, missing: list[str], selected: Records) -> dict[str, int]:

@@ -221,6 +221,21 @@ class TokensConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class DatasheetConfig:
+    """Answers that only who makes the corpus can give; the datasheet says which of them are not given."""
+
+    made_by: str = ""
+    paid_by: str = ""
+    timeframe: str = ""  # of the texts, and of collecting them
+    people: str = ""  # who is named or can be recognised, what is sensitive in it
+    review: str = ""  # ethical review, what it may do to those who wrote or are named
+    used_for: str = ""
+    not_for: str = ""
+    given_to: str = ""  # who gets it, how and under which terms
+    kept_by: str = ""  # whom to ask, how mistakes are mended, whether there will be other versions
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
     """A corpus."""
 
@@ -233,6 +248,7 @@ class Recipe:
     lines: LinesConfig = Field(default_factory=LinesConfig)
     mixture: MixtureConfig = Field(default_factory=MixtureConfig)
     tokens: TokensConfig = Field(default_factory=TokensConfig)
+    datasheet: DatasheetConfig = Field(default_factory=DatasheetConfig)
 
     @model_validator(mode="after")
     def check(self) -> "Recipe":
