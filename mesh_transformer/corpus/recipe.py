@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from mesh_transformer.config import ConfigError, check_table, config_to_dict, read_toml
 from mesh_transformer.field_types import STRICT, NonNegative, Positive, Rate
 
-Kind = Literal["text", "source", "jsonl", "parquet", "warc", "mbox", "latex", "html", "man", "rst"]
+Kind = Literal["text", "source", "jsonl", "parquet", "warc", "mbox", "latex", "html", "man", "rst", "info"]
 Names = tuple[str, ...]
 
 
@@ -54,7 +54,9 @@ class ComponentConfig:
     optional: bool = False  # without any file it is left out, and said to be; otherwise that is an error
     text_key: str = "text"  # field or column of JSON lines and Parquet
     encoding: str = ""  # of text files that are not UTF-8, for example "latin-1"; empty: they are damaged
-    pieces_kb: NonNegative = 0  # of kind text: longer files are cut between paragraphs into documents of this size
+    pieces_kb: NonNegative = (
+        0  # files with a longer text are cut between paragraphs into documents of this size; 0: never
+    )
     min_bytes: NonNegative = 0  # a shorter document is left out
     epochs: Rate = 1.0  # copies of every document in the mixture; a fraction copies this share of them once more
     weight: Rate | None = None  # instead of epochs: share of mixture.bytes, relative to the other weights
@@ -265,8 +267,11 @@ class Recipe:
         if unknown := [name for name in self.duplicates.components if name not in self.components]:
             there = ", ".join(self.components)
             raise ValueError(f"duplicates.components: {unknown[0]!r} is not declared; there are: {there}")
-        if uncut := [name for name, one in self.components.items() if one.pieces_kb and one.kind != "text"]:
-            raise ValueError(f"components.{uncut[0]}.pieces_kb: only files of kind text are cut; take it out")
+        several = ("jsonl", "parquet", "warc", "mbox")
+        if uncut := [name for name, one in self.components.items() if one.pieces_kb and one.kind in several]:
+            raise ValueError(
+                f"components.{uncut[0]}.pieces_kb: files of this kind are many documents already; take it out"
+            )
         weighted = [name for name, component in self.components.items() if component.weight is not None]
         if weighted and len(weighted) < len(self.components):
             missing = next(name for name in self.components if name not in weighted)

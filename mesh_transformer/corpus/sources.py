@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from mesh_transformer.corpus.markup import TO_TEXT, html_to_text, install_hint, mail_to_text
+from mesh_transformer.corpus.markup import INFO_MARK, TO_TEXT, html_to_text, install_hint, mail_to_text
 from mesh_transformer.corpus.recipe import ComponentConfig, Recipe
 from mesh_transformer.data.archives import read_chunks, split_lines
 from mesh_transformer.data.documents import BadDocuments, DataError, Document, Flaw
@@ -181,6 +181,8 @@ def _read_whole(file: Path, component: ComponentConfig, limit: int, reading: Rea
         data += chunk
         if len(data) > limit:
             raise Flaw("too long", f"more than {limit:,} bytes in one document (corpus.max_document_mb)")
+    if component.kind == "info":  # whose marks for readers begin with a NUL byte
+        data = bytearray(INFO_MARK.sub(b"", data))
     if b"\0" in data[:8192]:
         raise Flaw("binary", "has NUL bytes: binary, not text")
     text = _decode(bytes(data), file, component, reading)
@@ -205,7 +207,11 @@ def _decode(data: bytes, file: Path, component: ComponentConfig, reading: Readin
 
 
 def _read_text(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
-    text, most = _read_whole(file, component, limit, reading), component.pieces_kb * 1000
+    yield from _pieces(_read_whole(file, component, limit, reading), component)
+
+
+def _pieces(text: str, component: ComponentConfig) -> Iterator[Item]:
+    most = component.pieces_kb * 1000
     if most and len(text) > most:
         yield from enumerate(_cut(text, most), 1)
     else:
@@ -225,7 +231,7 @@ def _cut(text: str, most: int) -> Iterator[str]:
 
 
 def _read_markup(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
-    yield None, TO_TEXT[component.kind](_read_whole(file, component, limit, reading))
+    yield from _pieces(TO_TEXT[component.kind](_read_whole(file, component, limit, reading)), component)
 
 
 def _read_rows(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
@@ -321,4 +327,5 @@ KINDS: dict[str, Reader] = {
     "html": _read_markup,
     "man": _read_markup,
     "rst": _read_markup,
+    "info": _read_markup,
 }

@@ -21,6 +21,7 @@ from typing import Any
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
+from threadpoolctl import threadpool_limits
 
 from mesh_transformer.corpus.clusters import Slurm, run_on_ray, run_on_slurm
 from mesh_transformer.data.build import end_with_parent
@@ -71,7 +72,8 @@ class _Part(PipelineStep):
         """Make part `rank`; the record is the last thing written, a failure is written for who waits elsewhere."""
         failure = self.folder / "failures" / f"{rank:05d}.txt"
         try:
-            record = self.task(rank)
+            with threadpool_limits(1):  # NumPy's own threads and those of other workers would wait for one another
+                record = self.task(rank)
             replace_file(_record_path(self.folder, rank), json.dumps(record, ensure_ascii=False).encode())
         except Exception as error:
             _note(failure, error)

@@ -81,6 +81,31 @@ Use :func:`the_call` and `a link <http://a>`_ with ``code``::
 
 .. note:: Mind this.
 """
+INFO = """This is a.info, made by hand.
+\x1f
+File: a.info,  Node: Top,  Next: One,  Up: (dir)
+
+The top
+*******
+
+* Menu:
+
+* One::                       What one
+                              is.
+* Index: The index.           Words
+
+\x1f
+File: a.info,  Node: One,  Prev: Top,  Up: Top
+
+One is this.\0\x08[image src="a.png"\0\x08]
+
+* it counts
+\x1f
+Tag Table:
+Node: Top\x7f31
+\x1f
+End Tag Table
+"""
 MAIL = """From a@b Thu Jan  1 00:00:00 2004
 Subject: One
 
@@ -108,6 +133,7 @@ CASES = {
     "html": ("a.html", PAGE, {"a.html": "Head\n\nCats & dogs live here."}),
     "man": ("a.1.gz", gzip.compress(MAN.encode()), {"a.1.gz": MAN_TEXT}),
     "rst": ("a.rst", RST, {"a.rst": RST_TEXT}),
+    "info": ("a.info", INFO, {"a.info": "The top\n*******\n\nOne is this.\n\n* it counts"}),
 }
 
 
@@ -212,5 +238,5 @@ def test_long_texts_become_pieces(read_one):
     assert all(len(piece) <= 1000 for piece in texts.values())
     assert [piece.endswith("\n\n") for piece in texts.values()] == [True] * (len(texts) - 3) + [False] * 3
     assert read_one("text", "a.txt", text, pieces_kb=10)[0] == {"a.txt": text}
-    with pytest.raises(ValueError, match=r"components.a.pieces_kb: only files of kind text are cut"):
-        read_one("html", "a.html", PAGE, pieces_kb=1)
+    with pytest.raises(ValueError, match=r"components.a.pieces_kb: files of this kind are many documents already"):
+        read_one("warc", "a.warc", warc(PAGE), pieces_kb=1)
