@@ -31,7 +31,6 @@ from typing import Any
 import tokenizers
 import zstandard
 from datatrove.data import Document
-from datatrove.pipeline.dedup import MinhashDedupSignature
 from train_tokenizer import train_vocabulary, write_atomically
 
 from mesh_transformer.command import make_parser, run_command
@@ -98,20 +97,27 @@ class Bench:
             if part.component == component:
                 for document in read_part(part, self.recipe, Reading()):
                     if len(document.text) < LONGEST:
-                        yield document
+                        yield document.name, document.text
 
     def read_sources(self) -> list[Row]:
         """An equal share of every component becomes the text of the steps; MB of text a second from its files."""
-        names = list(dict.fromkeys(part.component for part in self.parts))
         rows = []
-        for name in names:
-            start, found = time.perf_counter(), take(self.documents(name), self.options.mb / len(names))
-            seconds = time.perf_counter() - start
-            size = sum(len(text.encode()) for _, text in found) / MB
-            self.texts += found
-            kind = self.recipe.components[name].kind
-            rows.append({"step": f"read {kind}: {name}", "mb_per_s": size / seconds})
+        for name in dict.fromkeys(part.component for part in self.parts):
+            rows.append(self._read_source(name, self.options.mb / len(self.recipe.components)))
         return rows
+
+    def _read_source(self, name: str, mb: float) -> Row:
+        """Whole files until there are so many MB; of these no more become text of the steps."""
+        start, size, last = time.perf_counter(), 0, ""
+        for place, text in self.documents(name):
+            file = place.rpartition(":")[0] or place
+            if size >= mb * MB and file != last:
+                break
+            if size < mb * MB:
+                self.texts.append((place, text))
+            size, last = size + len(text.encode()), file
+        rate = size / MB / (time.perf_counter() - start)
+        return {"step": f"read {self.recipe.components[name].kind}: {name}", "mb_per_s": rate}
 
     def rate(self, run: Callable[[str], Any]) -> float:
         """MB a second of a function of one text."""
@@ -147,12 +153,8 @@ class Bench:
         for near in ("pile", "fineweb"):
             table = dataclasses.replace(self.recipe.duplicates, near=near)
             config = make_minhash(dataclasses.replace(self.recipe, duplicates=table))
-            blocks = [
-                block(str(self.folder), config, language=language)
-                for block in (BoundedSignature, MinhashDedupSignature)
-            ]
-            ours, theirs = (self.rate(partial(sign, block)) for block in blocks)
-            rows.append({"step": f"MinHash, {near}", "mb_per_s": ours, "bare": "datatrove", "ratio": ours / theirs})
+            block = BoundedSignature(str(self.folder), config, language=language)
+            rows.append({"step": f"MinHash, {near}", "mb_per_s": self.rate(partial(sign, block))})
         return [*rows, *self._measure_files(), *self._measure_tokens()]
 
     def _measure_files(self) -> list[Row]:
@@ -251,7 +253,7 @@ def take_step(step: Apply, text: str) -> str:
     return step(Document(text, "x"))
 
 
-def sign(block: MinhashDedupSignature, text: str) -> None:
+def sign(block: BoundedSignature, text: str) -> None:
     """A document's MinHash signature, if it has any n-gram."""
     shingles = block.get_shingles(text)
     if len(shingles):
@@ -298,15 +300,18 @@ BY_DOCUMENT = ("match-bands", "match-exact", "decide")
 
 
 def project(builds: list[Row]) -> list[Row]:
-    """Hours for The Pile's raw text, from the largest build; see `describe` for what is assumed."""
-    if not builds:
+    """Hours for The Pile's raw text, from the smallest and the largest build; see `describe` for what is assumed."""
+    if len(builds) < 2:
         return []
-    build, rows = builds[-1], []
+    small, large, rows = builds[0], builds[-1], []
     for machines in MACHINES:
         hours: dict[str, float] = {}
-        for stage, seconds in build["stages"].items():
-            more = PILE_DOCUMENTS / build["documents"] if stage in BY_DOCUMENT else PILE_MB / build["mb"]
-            hours[stage] = seconds * more / min(machines * CORES, ALONE.get(stage, machines * CORES)) / 3600
+        for stage, seconds in large["stages"].items():
+            unit, whole = ("documents", PILE_DOCUMENTS) if stage in BY_DOCUMENT else ("mb", PILE_MB)
+            slope = max(seconds - small["stages"][stage], 0.0) / (
+                large[unit] - small[unit]
+            )  # what starts once cancels out
+            hours[stage] = slope * whole / min(machines * CORES, ALONE.get(stage, machines * CORES)) / 3600
         rows.append({"machines": machines, "cores": machines * CORES, "hours": sum(hours.values()), "stages": hours})
     return rows
 

@@ -132,11 +132,11 @@ def _fill(lines: list[str]) -> str:
             paragraphs[-1].append("\n")
         else:
             paragraphs[-1].append(line)
-    texts = [re.sub(r" *\n *", "\n", " ".join(parts)).strip() for parts in paragraphs]
+    texts = [re.sub(r"(?<! ) *\n *", "\n", " ".join(parts)).strip() for parts in paragraphs]
     return "\n\n".join(text for text in texts if text)
 
 
-_RST_ROLE = re.compile(r":[\w:.+-]+:`(?:~|!)?([^`<]*?)\s*(?:<[^`>]*>)?`")
+_RST_ROLE = re.compile(r":[\w:.+-]{1,80}:`(?:~|!)?([^`<]*?)\s*(?:<[^`>]*>)?`")
 _RST_LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?")
 _RST_SHOWN = re.compile(
     r"^\s*\.\. (?:(?:c|py|cpp|js|std):)?(?:note|warning|tip|seealso|versionadded|versionchanged|deprecated|function|class|method|"
@@ -197,7 +197,7 @@ def mail_to_text(data: bytes) -> str:
 
 
 def _squeeze(text: str) -> str:
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip()
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?<![ \t])[ \t]+\n", "\n", text)).strip()
 
 
 TO_TEXT: dict[str, Callable[[str], str]] = {
