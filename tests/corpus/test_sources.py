@@ -240,3 +240,32 @@ def test_long_texts_become_pieces(read_one):
     assert read_one("text", "a.txt", text, pieces_kb=10)[0] == {"a.txt": text}
     with pytest.raises(ValueError, match=r"components.a.pieces_kb: files of this kind are many documents already"):
         read_one("warc", "a.warc", warc(PAGE), pieces_kb=1)
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.txt"])
+def test_links_that_lead_nowhere_are_counted(tmp_path, write_texts, make_recipe, pattern):
+    folder = write_texts("texts", ["one"])
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    component = {"kind": "text", "paths": [f"{folder}{pattern}"]}
+    texts, reading = read(make_recipe({"a": component}))
+    assert list(texts) == ["000.txt"]
+    assert reading.bad.counts == {"broken link": 1}
+    assert list(reading.digests) == [str(folder / "000.txt")]
+    with pytest.raises(DataError, match=r"component a: .*gone.txt: a link that leads nowhere; exclude it"):
+        read(make_recipe({"a": component}, corpus={"on_bad_document": "error"}))
+    assert list(read(make_recipe({"a": component | {"exclude": ["*/gone.txt"]}}))[0]) == ["000.txt"]
+
+
+def test_files_that_cannot_be_read_are_counted(write_texts, make_recipe, monkeypatch):
+    folder = write_texts("texts", ["one", "two"])
+    monkeypatch.setattr("mesh_transformer.corpus.sources.digest_file", refuse_second)
+    texts, reading = read(make_recipe({"a": {"kind": "text", "paths": [str(folder)]}}))
+    assert list(texts) == ["000.txt"]
+    assert reading.bad.examples == {"unreadable file": [f"{folder}/001.txt: cannot be read: Permission denied"]}
+
+
+def refuse_second(path: str) -> str:
+    """As the system does to who may not read it; root may read all."""
+    if path.endswith("001.txt"):
+        raise PermissionError(13, "Permission denied")
+    return "0" * 32
