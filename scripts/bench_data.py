@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Building a corpus in figures: MB/s of every step and of the whole on one core, peak memory as the input grows.
 
+Seconds are those of the processor, so that other work on the machine does not count; waiting for the disk does not either.
+
 The text is real: documents of a recipe's components in turn, as their sources give them. Each step goes over all of it by
 itself, and beside it the bare call of the library that it stands on, where that is another. Whole builds of 1, 4 and 16
 times --whole-mb follow, in processes of their own, and from the largest of them a projection to The Pile's 825 GiB.
@@ -108,7 +110,7 @@ class Bench:
 
     def _read_source(self, name: str, mb: float) -> Row:
         """Whole files until there are so many MB; of these no more become text of the steps."""
-        start, size, last = time.perf_counter(), 0, ""
+        start, size, last = time.process_time(), 0, ""
         for place, text in self.documents(name):
             file = place.rpartition(":")[0] or place
             if size >= mb * MB and file != last:
@@ -116,15 +118,15 @@ class Bench:
             if size < mb * MB:
                 self.texts.append((place, text))
             size, last = size + len(text.encode()), file
-        rate = size / MB / (time.perf_counter() - start)
+        rate = size / MB / (time.process_time() - start)
         return {"step": f"read {self.recipe.components[name].kind}: {name}", "mb_per_s": rate}
 
     def rate(self, run: Callable[[str], Any]) -> float:
         """MB a second of a function of one text."""
-        start = time.perf_counter()
+        start = time.process_time()
         for _, text in self.texts:
             run(text)
-        return self.size / (time.perf_counter() - start)
+        return self.size / (time.process_time() - start)
 
     def measure_steps(self) -> list[Row]:
         """Every kind of [[steps]]."""
@@ -159,19 +161,19 @@ class Bench:
 
     def _measure_files(self) -> list[Row]:
         path = self.folder / "part.jsonl.zst"
-        start = time.perf_counter()
+        start = time.process_time()
         with PartWriter(path) as part:
             for name, text in self.texts:
                 part.add(text, name, {})
-        written = self.size / (time.perf_counter() - start)
-        start = time.perf_counter()
+        written = self.size / (time.process_time() - start)
+        start = time.process_time()
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for _, text in self.texts)
         zstandard.ZstdCompressor(level=3).compress(lines.encode())
-        bare = self.size / (time.perf_counter() - start)
-        start = time.perf_counter()
+        bare = self.size / (time.process_time() - start)
+        start = time.process_time()
         for _ in read_documents(path):
             pass
-        read = self.size / (time.perf_counter() - start)
+        read = self.size / (time.process_time() - start)
         return [
             {"step": "write a part", "mb_per_s": written, "bare": "json, zstd", "ratio": written / bare},
             {"step": "read a part", "mb_per_s": read},
@@ -185,9 +187,9 @@ class Bench:
         rates: dict[str, list[float]] = {"ours": [], "theirs": []}
         for _ in range(3):
             for name, encode in (("ours", ours.encode_batch), ("theirs", theirs.encode_batch)):
-                start = time.perf_counter()
+                start = time.process_time()
                 encode(texts)
-                rates[name].append(self.size / (time.perf_counter() - start))
+                rates[name].append(self.size / (time.process_time() - start))
         best = max(rates["ours"])
         return [{"step": "tokens", "mb_per_s": best, "bare": "tokenizers", "ratio": best / max(rates["theirs"])}]
 
@@ -267,11 +269,11 @@ def find_tokenizer(path: str) -> str:
 
 def build_alone(recipe: Recipe, out: Path) -> Row:
     """Build in this process and say what it took."""
-    before, marks = peak_memory(), [("", time.perf_counter())]
+    before, marks, clock = peak_memory(), [("", time.process_time())], time.perf_counter()
 
     def report(name: str, done: int, total: int) -> None:
         if done == total:
-            marks.append((name, time.perf_counter()))
+            marks.append((name, time.process_time()))
 
     corpus = build_corpus(recipe, out, Machines(), report)
     seconds: dict[str, float] = {}
@@ -282,7 +284,8 @@ def build_alone(recipe: Recipe, out: Path) -> Row:
         "mb": size,
         "documents": sum(record["raw"]["documents"] for record in corpus.filtered),
         "parts": len(corpus.parts),
-        "mb_per_s": size / (time.perf_counter() - marks[0][1]),
+        "mb_per_s": size / (time.process_time() - marks[0][1]),
+        "wall_s": time.perf_counter() - clock,
         "stages": seconds,
         "imports_mb": before,
         "peak_mb": peak_memory(),
@@ -325,7 +328,7 @@ def describe(result: Row) -> str:
     for build in result["builds"]:
         lines.append(
             f"build x{build['growth']:<3} {build['mb']:8.1f} MB {build['parts']:4} parts {build['mb_per_s']:6.2f} MB/s, peak "
-            f"{build['peak_mb']:.0f} MB, of these {build['imports_mb']:.0f} MB before it began"
+            f"{build['peak_mb']:.0f} MB, of these {build['imports_mb']:.0f} MB before it began; {build['wall_s']:.0f} s by clock"
         )
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in build["stages"].items())
         lines.append(f"           seconds: {stages}")
