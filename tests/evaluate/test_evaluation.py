@@ -145,6 +145,29 @@ def test_own_items_need_no_data_set(trained, capsys):
     assert kept["results"].keys() >= found["results"].keys() | {"text:words"}, "what was measured before stays"
 
 
+@needs_harness
+@pytest.mark.filterwarnings("default")
+def test_training_writes_answers_as_the_program_does(tmp_path, capsys):
+    """A task that generates, with shots: measured twice while training, and afterwards of the checkpoint."""
+    tasks = ['evaluate.tasks=["local_line", "local_choice"]', "evaluate.limit=4", "evaluate.shots_of.local_line=1"]
+    config = load_config(write_config(tmp_path), [*tasks, "model.seq_len=256", "data.holdout=2"])
+    for file in (tmp_path / "texts").iterdir():
+        file.write_text("".join(line + "\n" for line in re.findall(r"(?:\S+\s+){10}", file.read_text())))
+    train_measured(config, make_layout(config.mesh), StopRequest(message=""))
+    evaluations = read_evaluations(Path(config.run.dir))
+    assert list(evaluations) == [2, 4]
+    capsys.readouterr()
+    arguments = ["--task", "local_line", "--task", "local_choice", "--limit", "4", "--shots", "local_line=1"]
+    found, _ = run_program(capsys, config.run.dir, *arguments)
+    for name in ("results", "n-shot", "n-samples"):
+        assert found[name].keys() == {"local_line", "local_choice"}
+    assert found["n-shot"] == {"local_line": 1, "local_choice": 0} == evaluations[2]["n-shot"]
+    assert found["results"] == evaluations[4]["results"]
+    row = next(row for row in make_tables(found)[0].rows if row[0] == "local_line")
+    assert row[1:3] == ["exact_match", "0"]
+    assert row[5] == "1"
+
+
 DOCUMENTS = [
     Document(
         "\n".join(" ".join(f"w{(i * j) % 90} and{j}" for j in range(line, line + 9)) for line in range(90)), f"{i}"
@@ -188,14 +211,26 @@ def test_items_of_our_own_source_can_be_made():
 FEWGLUE = Path(__file__).parents[3] / "shared" / "data" / "fewglue"
 
 
-@pytest.mark.parametrize("name", ["boolq", "cb", "copa", "rte", "wic"])
-def test_fewglue_is_read(name):
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("boolq", 32), ("cb", 32), ("copa", 32), ("rte", 32), ("wic", 32), ("wsc", 32), ("record", 32), ("multirc", 0)],
+)
+def test_fewglue_is_read(name, count):
+    """In the form in which its authors publish it; a passage of MultiRC has several items."""
     files = {path.parent.name.lower(): path for path in FEWGLUE.glob("*/train.jsonl")}
     if name not in files:
         pytest.skip("FewGLUE lies beside the project in ../shared/data only where it was put")
     items = read_items(name, str(files[name]))
-    assert len(items) == 32
-    assert {item["gold"] for item in items} == set(range(len(items[0]["choices"])))
+    assert len(items) == count or (not count and len(items) > 32)
+    records = [item.record for item in items]
+    if name == "record":
+        assert all(set(record["answers"]) <= set(record["entities"]) for record in records)
+    elif name != "wsc":  # of which FewGLUE has right ones alone
+        assert {record["label"] for record in records} == set(range(3 if name == "cb" else 2))
+    if name == "wsc":
+        assert all(record[f"span{i}_text"] in record["text"] for record in records for i in (1, 2))
+    assert items[1].where.endswith("train.jsonl:2") or not count
+    assert read_items(name, str(files[name]), limit=3) == items[:3]
 
 
 def test_bad_records_are_named(tmp_path):
@@ -208,7 +243,7 @@ def test_bad_records_are_named(tmp_path):
         read_items("piqa", str(file))
     assert len(read_items("copa", str(file), limit=1)) == 1
     file.write_text("not JSON\n")
-    with pytest.raises(DataError, match="not a file of JSON"):
+    with pytest.raises(DataError, match=r"copa\.jsonl:1: not JSON"):
         read_items("copa", str(file))
     file.write_text("\n")
     with pytest.raises(DataError, match="no records"):
@@ -218,9 +253,13 @@ def test_bad_records_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (['evaluate.tasks=["hellaswg"]'], r"no task 'hellaswg'; there are text, wikitext2, local, lambada"),
+        (['evaluate.tasks=["hellaswg"]'], r"no task 'hellaswg'; there are text, wikitext2, local, superglue, lambada"),
         (['evaluate.tasks=["hellaswag"]'], "'hellaswag' needs its file: --data hellaswag=PATH"),
         (['evaluate.tasks=["wikitext2"]'], "'wikitext2' needs its file"),
+        (["evaluate.examples.piqa='x'"], r"evaluate\.examples\.piqa: 'piqa' is none of the tasks text"),
+        (["evaluate.shots_of.local_line=1"], r"evaluate\.shots_of\.local_line"),
+        (['evaluate.tasks=["absent.yaml"]', 'evaluate.data.absent="x"'], "no such file here, nor among the tasks"),
+        (['evaluate.tasks=["a/x.yaml", "b/x.yaml"]'], "two tasks are called 'x'"),
         (['evaluate.data.piqa="x"'], r"evaluate\.data\.piqa is read by none of the tasks text; add --task piqa"),
         (['evaluate.data.mine="x"', 'evaluate.tasks=["wikitext2"]', 'evaluate.data.wikitext2="y"'], "add --task text"),
         (["data.holdout=0"], "held no text out of its training; name some"),
@@ -239,6 +278,9 @@ def test_wrong_use_of_the_program(trained, tmp_path):
     for arguments, words in (
         (["--data", "hellaswag"], "expected NAME=PATH"),
         (["--data", "a b=c"], "expected NAME=PATH"),
+        (["--examples", "rte"], "--examples rte: expected NAME=PATH"),
+        (["--shots", "rte=many"], "--shots rte=many: expected N or NAME=N"),
+        (["--shots", "-1"], "--shots -1: expected N or NAME=N"),
         (["--set", "train.steps=3"], "what can be set is"),
         (["--set", "evaluate.context=65"], r"evaluate\.context=65: the model's seq_len is 64"),
         (["--data", f"mine={tmp_path}"], "no files in this folder"),
@@ -276,7 +318,7 @@ def test_results_are_kept_together(tmp_path):
     kept = read_evaluations(tmp_path)[3]
     assert metrics_of(kept) == {"a.acc": 0.5, "b.acc": 0.25}
     tasks, published = make_tables(kept)
-    assert tasks.rows == [["a", "acc", "0.5", "", ""], ["b", "acc", "0.25", "0.1", "8"]]
+    assert tasks.rows == [["a", "acc", "0.5", "", "", "0"], ["b", "acc", "0.25", "0.1", "8", "0"]]
     assert published.rows == [["this model", "0.5", "0.25", ""], ["m", "0.6", "0.7", "s"]]
     (tmp_path / "evaluation_4.json").write_text("{}")
     with pytest.raises(ValueError, match=r"evaluation_4\.json: not the results"):
