@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import xxhash
+
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.evaluate.likelihood import Query, Scorer
@@ -20,7 +22,7 @@ from mesh_transformer.sample.engine import Engine
 from mesh_transformer.sample.text import complete_texts
 
 MAX_TOKENS = 256  # of an answer, where the task does not say
-ANSWERS = 256  # that are drawn before their number is told
+ANSWERS = 64  # that are drawn before they are kept and their number is told
 Report = Callable[[str, int, int | None], None]  # kind of request, done, in all
 
 
@@ -102,11 +104,11 @@ def make_adapter(
                 cut = cut_continuation(context_ids, ids, longest)
                 queries += cut
                 owners += [number] * len(cut)
-            found = scorer.score(queries, lambda done, total: report("likelihoods", done, total))
+            found = scorer.total(queries, lambda done, total: report("likelihoods", done, total))
             totals = [(0.0, True)] * len(requests)
-            for number, likelihood in zip(owners, found, strict=True):
+            for number, (logprob, is_likeliest) in zip(owners, found, strict=True):
                 total, greedy = totals[number]
-                totals[number] = total + likelihood.total, greedy and bool(likelihood.greedy.all())
+                totals[number] = total + logprob, greedy and is_likeliest
             return totals
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -117,34 +119,41 @@ def make_adapter(
                     context, scored = windows.make_disjoint_window(window)
                     queries.append(Query([*context, *scored], len(scored)))
                     owners.append(number)
-            found = scorer.score(queries, lambda done, total: report("windows of texts", done, total))
+            found = scorer.total(queries, lambda done, total: report("windows of texts", done, total))
             totals = [0.0] * len(requests)
-            for number, likelihood in zip(owners, found, strict=True):
-                totals[number] += likelihood.total
+            for number, (logprob, _) in zip(owners, found, strict=True):
+                totals[number] += logprob
             return totals
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             if engine is None:
                 raise ConfigError("generating text needs an engine")
+            journal, answers = scorer.journal, [""] * len(requests)
+            keys = [xxhash.xxh3_128_hexdigest(json.dumps(one.args, sort_keys=True).encode()) for one in requests]
             alike: dict[str, list[int]] = defaultdict(list)  # requests that want the same are answered together
             for number, request in enumerate(requests):
                 alike[json.dumps(request.args[1], sort_keys=True)].append(number)
-            answers, done = [""] * len(requests), 0
+            done = 0
             for numbers in alike.values():
                 options, stops = _read_wishes(requests[numbers[0]].args[1], longest)
                 for first in range(0, len(numbers), ANSWERS):
-                    some = numbers[first : first + ANSWERS]
-                    prompts = []
-                    for number in some:
+                    prompts = {}
+                    for number in numbers[first : first + ANSWERS]:
                         prompt, is_cut = _fit(tokenizer, requests[number].args[0], longest - options.max_tokens)
-                        prompts.append(prompt)
                         if is_cut:
                             self.cut[requests[number].task_name].add(requests[number].doc_id)
-                    for number, found in zip(
-                        some, complete_texts(engine, tokenizer, prompts, options, stops=stops), strict=True
-                    ):
-                        answers[number] = found.text
-                    done += len(some)
+                        known = journal.get(keys[number]) if journal else None
+                        if known is None:
+                            prompts[number] = prompt
+                        else:
+                            answers[number] = known
+                    if prompts:
+                        found = complete_texts(engine, tokenizer, list(prompts.values()), options, stops=stops)
+                        for number, completion in zip(prompts, found, strict=True):
+                            answers[number] = completion.text
+                            if journal:
+                                journal.put(keys[number], completion.text)
+                    done += len(numbers[first : first + ANSWERS])
                     report("answers", done, len(requests))
             return answers
 

@@ -5,12 +5,15 @@
 import json
 import math
 import re
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import zstandard
 
 import device_evaluate
+import mesh_transformer.evaluate.trained as evaluate_module
 from mesh_transformer.config import Config, load_config
 from mesh_transformer.data.documents import DataError, Document
 from mesh_transformer.data.readers import read_documents
@@ -166,6 +169,48 @@ def test_training_writes_answers_as_the_program_does(tmp_path, capsys):
     row = next(row for row in make_tables(found)[0].rows if row[0] == "local_line")
     assert row[1:3] == ["exact_match", "0"]
     assert row[5] == "1"
+
+
+@needs_harness
+@pytest.mark.filterwarnings("default")
+def test_a_stopped_evaluation_goes_on(trained, tmp_path, capsys, monkeypatch):
+    """Nothing that was answered is asked again, of text, choices and lines; the results are those of one go."""
+    run_dir = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    (tmp_path / "lines.txt").write_text("".join(f"line {i} is a line of {i % 7} words or so\n" for i in range(200)))
+    arguments = ["--task", "text", "--task", "local_choice", "--task", "local_line", "--limit", "3"]
+    arguments += ["--data", f"lines={tmp_path / 'lines.txt'}", "--set", "evaluate.batch_tokens=64"]
+    whole, _ = run_program(capsys, str(run_dir), *arguments)
+    partial = run_dir / "evaluation_4.partial.jsonl"
+    assert not partial.exists()
+
+    @contextmanager
+    def stop_at(what: str, done: int):
+        def report(now: str, n: int, total: int | None) -> None:
+            if now == what and n >= done:
+                raise KeyboardInterrupt
+
+        yield report
+
+    counts = [0]
+    for what, done in (("text: bytes", 500), ("likelihoods", 2), ("answers", 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate_module, "show_progress", lambda what=what, done=done: stop_at(what, done))
+            with pytest.raises(KeyboardInterrupt):
+                device_evaluate.main([str(run_dir), *arguments])
+        counts.append(len(partial.read_bytes().splitlines()) - 1)
+        assert counts[-1] > counts[-2]
+    with open(partial, "ab") as file:
+        file.write(b'{"key": "half a li')
+    capsys.readouterr()
+    found, err = run_program(capsys, str(run_dir), *arguments)
+    assert f"going on with {counts[-1]:,} answers" in err
+    assert metrics_of(found) == pytest.approx(metrics_of(whole), rel=1e-5)
+    assert not partial.exists()
+    for text in ('{"model": "another"}\n{"key": "a", "is": [0.0, true]}\n', "no JSON\n", '{"model": "another"}\n[]\n'):
+        partial.write_text(text)
+        found, err = run_program(capsys, str(run_dir), *arguments)
+        assert "going on" not in err
+        assert metrics_of(found) == pytest.approx(metrics_of(whole), rel=1e-6)
 
 
 DOCUMENTS = [
