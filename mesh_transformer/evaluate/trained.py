@@ -5,6 +5,7 @@
 import dataclasses
 import hashlib
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,7 @@ from mesh_transformer.train.benchmarks import Evaluation, evaluation_file, write
 from mesh_transformer.train.folder import CHECKPOINTS, RunFolder
 from mesh_transformer.train.report import write_report
 
+TELL_SECONDS = 30.0  # between lines of progress where nobody sees a terminal
 WIDTH = 160  # of tables where nobody sees a terminal
 
 
@@ -112,16 +114,21 @@ def _read(array: Lazy, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 @contextmanager
 def show_progress() -> Iterator[Report]:
-    """Bars on stderr, where a person looks."""
+    """Bars on stderr where a person looks, else a line now and then."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks = {}
+        told = time.monotonic()
 
         def report(what: str, done: int, total: int | None) -> None:
+            nonlocal told
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - told >= TELL_SECONDS:
+                print(f"{what}: {done:,}{f' of {total:,}' if total else ''}", file=sys.stderr, flush=True)
+                told = time.monotonic()
 
         yield report
 

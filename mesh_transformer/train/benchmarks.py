@@ -138,7 +138,7 @@ def _plots(evaluations: Mapping[int, Evaluation]) -> Iterable[str]:
             Series(
                 name.removesuffix(f".{ending}"),
                 [(step, metrics_of(e).get(name)) for step, e in evaluations.items()],
-                STYLES[number % len(STYLES)],
+                STYLES[number % len(STYLES)] + " dashed" * (number // len(STYLES) % 2),
                 markers=True,
             )
             for number, name in enumerate(names)
