@@ -36,7 +36,7 @@ from mesh_transformer.files import replace_file
 from mesh_transformer.train.benchmarks import metrics_of, read_evaluations
 from mesh_transformer.train.flops import count_flops
 from mesh_transformer.train.metrics import FILE, read_metrics
-from mesh_transformer.train.plot import Series, format_number, plot
+from mesh_transformer.train.plot import DASHES, Series, format_number, plot
 from mesh_transformer.train.progress import format_time
 from mesh_transformer.train.report import CSS, active_seconds, smooth, thin
 from mesh_transformer.train.run import without_remat
@@ -248,7 +248,7 @@ def _tell_law(law: Fit | None, n_runs: int) -> str:
 
 
 def _style(number: int) -> str:
-    return f"c{number % len(COLORS)}" + " dashed" * (number // len(COLORS) % 2)
+    return f"c{number % len(COLORS)}" + DASHES[number // len(COLORS) % len(DASHES)]
 
 
 def _short_names(runs: Sequence[Path]) -> list[str]:

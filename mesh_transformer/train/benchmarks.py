@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mesh_transformer.files import replace_file
-from mesh_transformer.train.plot import Series, plot
+from mesh_transformer.train.plot import DASHES, Series, plot
 
 Evaluation = Mapping[str, Any]
 MERGED = ("results", "versions", "n-samples", "n-shot", "higher_is_better")
@@ -138,7 +138,7 @@ def _plots(evaluations: Mapping[int, Evaluation]) -> Iterable[str]:
             Series(
                 name.removesuffix(f".{ending}"),
                 [(step, metrics_of(e).get(name)) for step, e in evaluations.items()],
-                STYLES[number % len(STYLES)] + " dashed" * (number // len(STYLES) % 2),
+                STYLES[number % len(STYLES)] + DASHES[number // len(STYLES) % len(DASHES)],
                 markers=True,
             )
             for number, name in enumerate(names)

@@ -12,6 +12,7 @@ WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
 HEAT_COLUMNS, HEAT_ROWS = 80, 32  # of a heat map at most
 CLIPPED = 8  # quarters of a doubling: a fourth and four times
+DASHES = ("", " dashed", " dotted")  # for more lines than there are colours
 MAX_POINTS = 1200  # of a series; more are thinned to the extremes of each stretch
 
 
@@ -20,7 +21,7 @@ class Series(NamedTuple):
 
     name: str
     points: Sequence[tuple[float, float | None]]
-    style: str  # CSS class: faint, main, accent, second, third, fourth; with dashed behind it for more lines than these
+    style: str  # CSS class: faint, main, accent, second, third, fourth; and behind it one of DASHES
     markers: bool = False
 
 

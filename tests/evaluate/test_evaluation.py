@@ -25,7 +25,13 @@ from mesh_transformer.evaluate.tasks import TASKS, read_items
 from mesh_transformer.evaluate.texts import read_texts
 from mesh_transformer.evaluate.training import train_measured
 from mesh_transformer.mesh import make_layout
-from mesh_transformer.train.benchmarks import make_tables, metrics_of, read_evaluations, write_evaluation
+from mesh_transformer.train.benchmarks import (
+    draw_evaluations,
+    make_tables,
+    metrics_of,
+    read_evaluations,
+    write_evaluation,
+)
 from mesh_transformer.train.metrics import read_metrics
 from mesh_transformer.train.stop import StopRequest
 
@@ -368,3 +374,19 @@ def test_results_are_kept_together(tmp_path):
     (tmp_path / "evaluation_4.json").write_text("{}")
     with pytest.raises(ValueError, match=r"evaluation_4\.json: not the results"):
         read_evaluations(tmp_path)
+
+
+def test_every_line_of_a_plot_looks_different():
+    results = {f"text:{i}": {"bits_per_byte,none": 1.0 + i} for i in range(12)}
+    drawn = draw_evaluations({step: {"results": results} for step in (1, 2)})
+    looks = re.findall('class="key ([^"]+)"', drawn)
+    assert len(looks) == len(set(looks)) == 12
+
+
+def test_answers_read_in_several_ways_are_told_apart():
+    results = {"sums": {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1, "exact_match,loose": 0.75}}
+    evaluation = {"results": results, "n-shot": {"sums": 5}, "n-samples": {"sums": {"effective": 8, "cut": 2}}}
+    assert metrics_of(evaluation) == {"sums.exact_match_strict": 0.5, "sums.exact_match_loose": 0.75}
+    (table,) = make_tables(evaluation)
+    assert table.headings[-3:] == ["items", "shots", "prompts cut"]
+    assert table.rows[0] == ["sums", "exact_match (strict)", "0.5", "0.1", "8", "5", "2"]
