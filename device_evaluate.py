@@ -22,20 +22,16 @@ Results go into the run folder: evaluation_<step>.json in the harness's form, an
 exit status: 0 done, 1 failed, 2 wrong usage or configuration
 """
 
-import argparse
 import json
-import re
 import sys
 
-from mesh_transformer.command import add_set_option, make_parser, run_command
-from mesh_transformer.config import ConfigError
-
-NAME = "[A-Za-z0-9_-]+"  # of a task or a component
+from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.evaluate.options import parse
 
 
 def main(arguments: list[str]) -> int:
     """Parse, load, measure, print, keep."""
-    options = parse(arguments)
+    options = parse(make_parser(__doc__ or ""), arguments)
     # JAX and what needs it come after the options: --help and errors in them answer at once.
     from mesh_transformer.evaluate.trained import evaluate_trained
 
@@ -43,54 +39,6 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(evaluation, indent=2))
     return 0
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line, with its flags turned into overrides of [evaluate]."""
-    parser = make_parser(__doc__ or "")
-    parser.add_argument(
-        "run", metavar="RUN", help="a run folder, such as runs/quickstart, a checkpoint, or a model folder"
-    )
-    parser.add_argument("--task", action="append", default=[], metavar="NAME", help="what to measure; repeatable")
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="the file of a task; with another name a component of text: file, folder or shard; repeatable",
-    )
-    parser.add_argument(
-        "--shots", action="append", default=[], metavar="N|NAME=N", help="examples before every question; repeatable"
-    )
-    parser.add_argument(
-        "--examples",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="what a task's shots are drawn from; repeatable",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="the same as --set evaluate.limit=N")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON, in the harness's form")
-    add_set_option(parser)
-    options = parser.parse_args(arguments)
-    if options.task:
-        options.set.append(f"evaluate.tasks={json.dumps(options.task)}")
-    for flag in ("data", "examples"):
-        for item in getattr(options, flag):
-            name, equals, path = item.partition("=")
-            if not (equals and path and re.fullmatch(NAME, name)):
-                raise ConfigError(
-                    f"--{flag} {item}: expected NAME=PATH, for example --{flag} hellaswag=hellaswag.jsonl"
-                )
-            options.set.append(f"evaluate.{flag}.{name}={json.dumps(path)}")
-    for item in options.shots:
-        name, _, count = item.rpartition("=")
-        if not count.isdigit() or not re.fullmatch(f"({NAME})?", name):
-            raise ConfigError(f"--shots {item}: expected N or NAME=N, for example --shots hellaswag=10")
-        options.set.append(f"evaluate.shots_of.{name}={count}" if name else f"evaluate.shots={count}")
-    if options.limit is not None:
-        options.set.append(f"evaluate.limit={options.limit}")
-    return options
 
 
 if __name__ == "__main__":

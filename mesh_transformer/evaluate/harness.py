@@ -17,6 +17,7 @@ import xxhash
 
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.data.tokenizers import Tokenizer
+from mesh_transformer.evaluate.journal import Journal
 from mesh_transformer.evaluate.likelihood import Query, Scorer
 from mesh_transformer.sample.engine import Engine
 from mesh_transformer.sample.text import complete_texts
@@ -128,39 +129,51 @@ def make_adapter(
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             if engine is None:
                 raise ConfigError("generating text needs an engine")
-            journal, answers = scorer.journal, [""] * len(requests)
-            keys = [xxhash.xxh3_128_hexdigest(json.dumps(one.args, sort_keys=True).encode()) for one in requests]
-            alike: dict[str, list[int]] = defaultdict(list)  # requests that want the same are answered together
-            for number, request in enumerate(requests):
-                alike[json.dumps(request.args[1], sort_keys=True)].append(number)
-            done = 0
-            for numbers in alike.values():
-                options, stops = _read_wishes(requests[numbers[0]].args[1], longest)
-                for first in range(0, len(numbers), ANSWERS):
-                    prompts = {}
-                    for number in numbers[first : first + ANSWERS]:
-                        prompt, is_cut = _fit(tokenizer, requests[number].args[0], longest - options.max_tokens)
-                        if is_cut:
-                            self.cut[requests[number].task_name].add(requests[number].doc_id)
-                        known = journal.get(keys[number]) if journal else None
-                        if known is None:
-                            prompts[number] = prompt
-                        else:
-                            answers[number] = known
-                    if prompts:
-                        found = complete_texts(engine, tokenizer, list(prompts.values()), options, stops=stops)
-                        for number, completion in zip(prompts, found, strict=True):
-                            answers[number] = completion.text
-                            if journal:
-                                journal.put(keys[number], completion.text)
-                    done += len(numbers[first : first + ANSWERS])
-                    report("answers", done, len(requests))
-            return answers
+            return _answer(engine, tokenizer, requests, self.cut, scorer.journal, report)
 
         def get_model_info(self) -> dict[str, Any]:
             return {"model": "mesh-transformer", "max_length": longest}
 
     return MeshTransformer()
+
+
+def _answer(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    requests: Sequence[Any],
+    cut: Mapping[Any, set[Any]],
+    journal: Journal | None,
+    report: Report,
+) -> list[str]:
+    """The answer to every request; those that want the same are drawn together. `cut` gets the items that are too long."""
+    answers, done, longest = [""] * len(requests), 0, engine.config.seq_len
+    keys = [xxhash.xxh3_128_hexdigest(json.dumps(request.args, sort_keys=True).encode()) for request in requests]
+    alike: dict[str, list[int]] = defaultdict(list)
+    for number, request in enumerate(requests):
+        alike[json.dumps(request.args[1], sort_keys=True)].append(number)
+    for numbers in alike.values():
+        options, stops = _read_wishes(requests[numbers[0]].args[1], longest)
+        for first in range(0, len(numbers), ANSWERS):
+            some, prompts = numbers[first : first + ANSWERS], {}
+            for number in some:
+                request = requests[number]
+                prompt, is_cut = _fit(tokenizer, request.args[0], longest - options.max_tokens)
+                if is_cut:
+                    cut[request.task_name].add(request.doc_id)
+                known = journal.get(keys[number]) if journal else None
+                if known is None:
+                    prompts[number] = prompt
+                else:
+                    answers[number] = known
+            if prompts:
+                found = complete_texts(engine, tokenizer, list(prompts.values()), options, stops=stops)
+                for number, completion in zip(prompts, found, strict=True):
+                    answers[number] = completion.text
+                    if journal:
+                        journal.put(keys[number], completion.text)
+            done += len(some)
+            report("answers", done, len(requests))
+    return answers
 
 
 def _read_wishes(wishes: Mapping[str, Any], longest: int) -> tuple[SampleConfig, list[str]]:
