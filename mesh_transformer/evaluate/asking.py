@@ -46,6 +46,18 @@ def load_definition(name: str) -> dict[str, Any]:
     return settings | row.settings
 
 
+def count_shots(name: str, settings: Mapping[str, Any], shots: int | None, there: int) -> int:
+    """Examples before every question, as asked for or else as the definition says; ConfigError if fewer are `there`."""
+    count = shots if shots is not None else settings.get("num_fewshot") or 0
+    if there < count and not (settings.get("fewshot_config") or {}).get("samples"):
+        key = to_key(name)
+        raise ConfigError(
+            f"task {name}: {count} shots need as many examples, and there are {there or 'none'}: --examples {key}=FILE of "
+            f"its training records, or --shots {key}=0"
+        )
+    return count
+
+
 def make_task(name: str, questions: Questions) -> Any:
     """A task of the harness, ready to ask.
 
@@ -59,7 +71,7 @@ def make_task(name: str, questions: Questions) -> Any:
     asked = settings.get("test_split") or settings.get("validation_split")
     if asked is None:
         raise ConfigError(f"task {name}: its definition names neither test_split nor validation_split")
-    shots = questions.shots if questions.shots is not None else settings.get("num_fewshot") or 0
+    shots = count_shots(name, settings, questions.shots, len(questions.examples))
     own_examples = dict(settings.get("fewshot_config") or {})
     drawn_from = own_examples.pop("split", None) or settings.get("fewshot_split")
     splits = {asked: questions.items}
@@ -74,12 +86,6 @@ def make_task(name: str, questions: Questions) -> Any:
         settings |= {"training_split": None, "fewshot_split": None}
     if settings.get("test_split"):
         settings["validation_split"] = None  # what is asked is one file
-    if len(questions.examples) < shots and not own_examples.get("samples"):
-        key, there = to_key(name), len(questions.examples) or "none"
-        raise ConfigError(
-            f"task {name}: {shots} shots need as many examples, and there are {there}: --examples {key}=FILE of its "
-            f"training records, or --shots {key}=0"
-        )
     sets = {split: dataset.from_list([item.record for item in items]) for split, items in splits.items()}
     settings |= {"task": to_key(name), "custom_dataset": lambda **_: sets, "num_fewshot": shots}
     settings["fewshot_config"] = own_examples or None

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model and the tasks that [evaluate] names -> results in lm-evaluation-harness's form, for a person and for programs."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.text import Text
 from mesh_transformer.config import Config, ConfigError, config_to_dict
 from mesh_transformer.data.documents import Document
 from mesh_transformer.data.tokenizers import Tokenizer
-from mesh_transformer.evaluate.asking import Questions, load_definition, run_tasks
+from mesh_transformer.evaluate.asking import Questions, count_shots, load_definition, run_tasks
 from mesh_transformer.evaluate.harness import import_harness, make_adapter
 from mesh_transformer.evaluate.items import ITEMS
 from mesh_transformer.evaluate.likelihood import Scorer
@@ -60,7 +61,8 @@ def check_tasks(config: Config) -> list[str]:
     if asked:
         import_harness()
     for name in asked:
-        load_definition(name)
+        has_some = to_key(name) in {**evaluate.examples, **dict.fromkeys(made)}
+        count_shots(name, load_definition(name), _shots_of(name, config), sys.maxsize if has_some else 0)
     reads_texts = TEXT in names or bool(made)
     for name in evaluate.data:
         is_task = _is_task(name, config)
@@ -80,6 +82,10 @@ def check_tasks(config: Config) -> list[str]:
 def _components(config: Config) -> list[str]:
     """What of evaluate.data is text to be scored, and not the file of a task."""
     return [name for name in config.evaluate.data if not _is_task(name, config)]
+
+
+def _shots_of(name: str, config: Config) -> int | None:
+    return config.evaluate.shots_of.get(to_key(name), config.evaluate.shots)
 
 
 def _is_task(name: str, config: Config) -> bool:
@@ -171,7 +177,7 @@ def _add(found: dict[str, Any], name: str, values: dict[str, float], n_items: in
 def _find_questions(subject: Subject, name: str) -> Questions:
     """What a task asks and shows: records of its files, or items of held-out text, of which some are shown, not asked."""
     evaluate, make, key = subject.config.evaluate, find_task(name).make, to_key(name)
-    shots = evaluate.shots_of.get(key, evaluate.shots)
+    shots = _shots_of(name, subject.config)
     examples = read_items(name, evaluate.examples[key]) if key in evaluate.examples else []
     if make is None:
         return Questions(read_items(name, evaluate.data[key], evaluate.limit), examples, shots)

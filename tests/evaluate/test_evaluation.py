@@ -310,6 +310,11 @@ def test_bad_records_are_named(tmp_path):
         (["evaluate.examples.piqa='x'"], r"evaluate\.examples\.piqa: 'piqa' is none of the tasks text"),
         (["evaluate.shots_of.local_line=1"], r"evaluate\.shots_of\.local_line"),
         (['evaluate.tasks=["absent.yaml"]', 'evaluate.data.absent="x"'], "no such file here, nor among the tasks"),
+        (
+            ['evaluate.tasks=["rte"]', 'evaluate.data.rte="x"', "evaluate.shots=4"],
+            "4 shots need as many examples, and there are none",
+        ),
+        (['evaluate.tasks=["local_line"]', 'evaluate.examples.local_line="/absent"'], "/absent: no such file"),
         (['evaluate.tasks=["a/x.yaml", "b/x.yaml"]'], "two tasks are called 'x'"),
         (['evaluate.data.piqa="x"'], r"evaluate\.data\.piqa is read by none of the tasks text; add --task piqa"),
         (['evaluate.data.mine="x"', 'evaluate.tasks=["wikitext2"]', 'evaluate.data.wikitext2="y"'], "add --task text"),
