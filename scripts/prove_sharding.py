@@ -65,6 +65,17 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
         dict(accumulation=2),
         False,
     ),
+    "experts, seats shared": (
+        dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, capacity_factor=0.9, expert_dropout=0.1, group=BATCH)),
+        {},
+        False,
+    ),
+    # Balance is that of a microbatch, so that one device takes as many; stages draw noise of their own, so there is none.
+    "experts in stages": (
+        dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, jitter=0.0, capacity_factor=0.9, group=4)),
+        dict(accumulation=4),
+        True,
+    ),
 }
 MESHES = {
     4: ("pipeline=2 tensor=2", "fsdp=2 context=2", "expert=2 tensor=2"),
@@ -89,6 +100,8 @@ MESHES = {
         "expert=4 context=2",
         "data=2 fsdp=2 expert=2",
         "expert=2 context=2 tensor=2 sequence_parallel",
+        "pipeline=2 expert=4",
+        "pipeline=2 expert=2 tensor=2 gpipe",
     ),
     16: (
         "data=2 fsdp=2 context=2 tensor=2 sequence_parallel",
@@ -96,6 +109,7 @@ MESHES = {
         "pipeline=4 data=2 tensor=2",
         "slices=2 data=4 context=4",
         "data=2 fsdp=2 expert=2 tensor=2",
+        "pipeline=2 fsdp=2 expert=2 context=2",
     ),
 }
 
@@ -154,10 +168,11 @@ def list_rows(only: Sequence[str]) -> list[tuple[str, str, str]]:
     for count, meshes in MESHES.items():
         for mesh in meshes:
             for feature in FEATURES:
-                # "accumulated" tells nothing new where microbatches go through stages anyway; stages have no experts, and
-                # without experts their axis is one more of the batch
-                left_out = "pipeline" in mesh and (feature == "accumulated" or "experts" in feature)
-                if not left_out and ("expert" not in mesh or "experts" in feature):
+                # "accumulated" tells nothing new where microbatches go through stages anyway, and without experts their
+                # axis is one more of the batch
+                fits = feature == "experts in stages" or (feature != "accumulated" and "experts" not in feature)
+                fits = fits if "pipeline" in mesh else feature != "experts in stages"
+                if fits and ("expert" not in mesh or "experts" in feature):
                     rows.append((f"{count} devices: {mesh:<56} {feature}", mesh, feature))
     return [row for row in rows if all(text in row[0] for text in only)]
 
