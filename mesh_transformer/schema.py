@@ -237,8 +237,8 @@ class Config:
                 f"mesh.pipeline={stages} does not divide model.n_layers={self.model.n_layers} into stages of whole "
                 f"attention patterns; use a divisor of {periods}"
             )
-        if stages > 1 and self.model.experts is not None:
-            raise ValueError("model.experts needs mesh.pipeline=1: stages do not hand on the routers' losses")
+        if self.model.experts and "expert" not in self.mesh.rules:
+            self.model.experts.check_pieces(self.mesh.expert)
         if stages > 1 and self.train.noise_scale:
             raise ValueError("train.noise_scale looks at each microbatch's own gradient; it needs mesh.pipeline=1")
         self._check_encoder()

@@ -73,6 +73,17 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
         {},
         False,
     ),
+    "experts, seats shared": (
+        dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, capacity_factor=0.9, expert_dropout=0.1, group=BATCH)),
+        {},
+        False,
+    ),
+    # Balance is that of a microbatch, so that one device takes as many; stages draw noise of their own, so there is none.
+    "experts in stages": (
+        dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, jitter=0.0, capacity_factor=0.9, group=4)),
+        dict(accumulation=4),
+        True,
+    ),
 }
 MESHES = {
     4: ("pipeline=2 tensor=2", "fsdp=2 context=2", "expert=2 tensor=2"),
@@ -97,6 +108,8 @@ MESHES = {
         "expert=4 context=2",
         "data=2 fsdp=2 expert=2",
         "expert=2 context=2 tensor=2 sequence_parallel",
+        "pipeline=2 expert=4",
+        "pipeline=2 expert=2 tensor=2 gpipe",
     ),
     16: (
         "data=2 fsdp=2 context=2 tensor=2 sequence_parallel",
@@ -104,6 +117,7 @@ MESHES = {
         "pipeline=4 data=2 tensor=2",
         "slices=2 data=4 context=4",
         "data=2 fsdp=2 expert=2 tensor=2",
+        "pipeline=2 fsdp=2 expert=2 context=2",
     ),
 }
 
@@ -162,11 +176,12 @@ def list_rows(only: Sequence[str]) -> list[tuple[str, str, str]]:
     for count, meshes in MESHES.items():
         for mesh in meshes:
             for feature in FEATURES:
-                # "accumulated" tells nothing new where microbatches go through stages anyway; stages have no experts, and
-                # without experts their axis is one more of the batch
-                left_out = "pipeline" in mesh and (feature == "accumulated" or "experts" in feature)
-                left_out |= "encoder" in feature and ("pipeline" in mesh or "context" in mesh)  # which refuse one
-                if not left_out and ("expert" not in mesh or "experts" in feature):
+                # "accumulated" tells nothing new where microbatches go through stages anyway, and without experts their
+                # axis is one more of the batch
+                fits = feature == "experts in stages" or (feature != "accumulated" and "experts" not in feature)
+                fits = fits if "pipeline" in mesh else feature != "experts in stages"
+                fits &= "encoder" not in feature or not ("pipeline" in mesh or "context" in mesh)  # which refuse one
+                if fits and ("expert" not in mesh or "experts" in feature):
                     rows.append((f"{count} devices: {mesh:<56} {feature}", mesh, feature))
     return [row for row in rows if all(text in row[0] for text in only)]
 

@@ -248,7 +248,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, where: str) -> list[s
     before, now = _flatten(saved), _flatten(config_to_dict(config))
     notes = []
     for path in sorted(before.keys() | now.keys()):
-        old, new = before.get(path), now.get(path)
+        old, new = _value(before, path), _value(now, path)
         if old == new or any(path == free or path.startswith(free + ".") for free in MAY_CHANGE):
             continue
         if path in MUST_STAY or path.split(".")[0] not in MAY_CHANGE_SECTIONS:
@@ -335,6 +335,12 @@ def without_remat(config: Config) -> Config:
     """The same run with nothing computed twice, or for nothing while a pipeline fills: its FLOPs are the model's own."""
     model = dataclasses.replace(config.model, remat="none", attention_kernel="auto")
     return dataclasses.replace(config, model=model, mesh=dataclasses.replace(config.mesh, pipeline=1))
+
+
+def _value(flat: Mapping[str, Any], path: str) -> Any:
+    """What a flattened table has at `path`: a value, or the values below it."""
+    below = {key.removeprefix(f"{path}."): value for key, value in flat.items() if key.startswith(f"{path}.")}
+    return below or flat.get(path)
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

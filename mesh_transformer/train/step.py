@@ -18,6 +18,7 @@ from mesh_transformer.model.params import STACK, Params
 from mesh_transformer.model.routing import Routing, empty_routing, router_losses
 from mesh_transformer.model.transformer import Model, head_of, make_model
 from mesh_transformer.train.loss import TokenLosses, score_tokens
+from mesh_transformer.train.metrics import pick_layers
 from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale
 from mesh_transformer.train.optimizer import global_norm
 from mesh_transformer.train.pipeline import Work, pipeline_gradients, pipeline_hidden
@@ -98,7 +99,7 @@ def describe_routing(routing: Routing) -> Metrics:
         "router_z_loss": jnp.mean(routing.z_square),
         "router_entropy": jnp.mean(routing.entropy),
         "dropped_share": jnp.mean(routing.dropped),
-        "expert_load": jnp.mean(shares, axis=0),
+        "expert_load": shares[jnp.array(pick_layers(shares.shape[0]))],
         "largest_expert_load": jnp.max(shares),
         "unused_experts": jnp.sum(routing.load == 0),
     }
@@ -127,11 +128,10 @@ def model_inputs(config: Config, batch: Batch) -> dict[str, Any]:
 def _score_batch(
     config: Config, model: Model, params: Params, batch: Batch, key: Array | None
 ) -> tuple[Array, TokenLosses]:
-    """The loss of the head, summed over a batch; and its parts, with what routers did."""
-    routing = None
+    """The loss of the head, summed over a batch; and its parts, with what routers did, summed over microbatches."""
     if config.mesh.pipeline > 1:
         work = _make_work(config, batch, key)
-        x, targets, mask = pipeline_hidden(config, params, work), work.batch.targets, work.batch.mask
+        (x, routing), targets, mask = pipeline_hidden(config, params, work), work.batch.targets, work.batch.mask
         # Microbatches are interleaved rows of the batch, so that nothing moves; put back in the same way.
         x, targets, mask = (y.swapaxes(0, 1).reshape(-1, *y.shape[2:]) for y in (x, targets, mask))
     else:
