@@ -275,6 +275,8 @@ class Config:
                 )
         if self.data.isolate_documents:
             raise ValueError("data.isolate_documents has no effect with model.encoder_layers; remove it")
+        if self.evaluate.tasks:
+            raise ValueError("evaluate.tasks are for a decoder alone; remove them, or model.encoder_layers")
 
     @property
     def target_len(self) -> int:
