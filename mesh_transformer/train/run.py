@@ -326,9 +326,8 @@ def abstract_batch(config: Config, layout: Layout | None = None) -> Batch:
         sharding = layout and layout.sharding(("batch", "sequence"), shape, "batch")
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    integers, mask = describe(config.target_len), describe(config.target_len, np.float32)
-    sources = None if config.model.encoder_layers is None else describe(config.model.seq_len)
-    return Batch(integers, integers, integers, integers, mask, sources)
+    integers, sources = describe(config.target_len), config.model.encoder_layers and describe(config.model.seq_len)
+    return Batch(integers, integers, integers, integers, describe(config.target_len, np.float32), sources)
 
 
 def without_remat(config: Config) -> Config:
@@ -339,8 +338,7 @@ def without_remat(config: Config) -> Config:
 
 def _value(flat: Mapping[str, Any], path: str) -> Any:
     """What a flattened table has at `path`: a value, or the values below it."""
-    below = {key.removeprefix(f"{path}."): value for key, value in flat.items() if key.startswith(f"{path}.")}
-    return below or flat.get(path)
+    return {key[len(path) + 1 :]: value for key, value in flat.items() if key.startswith(f"{path}.")} or flat.get(path)
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
