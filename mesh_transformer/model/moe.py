@@ -211,9 +211,8 @@ def _find_places(layout: Layout, x: Array, weights: Weights, group: int) -> tupl
             f"nor do they span whole devices along {' and '.join(batch)}; use a divisor of {own}, or one of {sorted(set(count))}"
         )
     spanned = () if own % group == 0 else spans[count.index(group)]
-    return Places(batch, sequence, expert, ff, spanned), Weights(
-        inward, None if weights.w_gate is None else inward, outward
-    )  # type: ignore[arg-type]
+    specs: Any = (inward, None if weights.w_gate is None else inward, outward)
+    return Places(batch, sequence, expert, ff, spanned), Weights(*specs)
 
 
 def _feed(
