@@ -12,25 +12,26 @@ examples:
       perplexity per word of the original and per token, in windows that overlap
   python device_evaluate.py runs/gpt2 --task hellaswag --data hellaswag=hellaswag_val.jsonl --task local --json
       tasks of lm-evaluation-harness from local files, and our own of held-out text (pip install 'mesh-transformer[evaluate]')
+  python device_evaluate.py runs/gpt2 --task rte --data rte=val.jsonl --shots 32 --examples rte=train.jsonl
+      with 32 examples before every question, drawn as the harness draws them
 
-tasks: text (the default), wikitext2; lambada, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq, boolq, cb, copa, rte,
-wic, each with --data TASK=FILE of its records; local (local_choice, local_cloze), local_line.
+tasks: text (the default), wikitext2; lambada, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq; superglue (boolq, cb,
+copa, rte, wic, wsc, multirc, record), each with --data TASK=FILE of its records; local (local_choice, local_cloze),
+local_line; and any definition of the harness by its file, its own (gsm8k/gsm8k.yaml) or yours, with --data gsm8k=FILE.
 Results go into the run folder: evaluation_<step>.json in the harness's form, and its page report.html.
 exit status: 0 done, 1 failed, 2 wrong usage or configuration
 """
 
-import argparse
 import json
-import re
 import sys
 
-from mesh_transformer.command import add_set_option, make_parser, run_command
-from mesh_transformer.config import ConfigError
+from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.evaluate.options import parse
 
 
 def main(arguments: list[str]) -> int:
     """Parse, load, measure, print, keep."""
-    options = parse(arguments)
+    options = parse(make_parser(__doc__ or ""), arguments)
     # JAX and what needs it come after the options: --help and errors in them answer at once.
     from mesh_transformer.evaluate.trained import evaluate_trained
 
@@ -38,36 +39,6 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(evaluation, indent=2))
     return 0
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line, with its flags turned into overrides of [evaluate]."""
-    parser = make_parser(__doc__ or "")
-    parser.add_argument(
-        "run", metavar="RUN", help="a run folder, such as runs/quickstart, a checkpoint, or a model folder"
-    )
-    parser.add_argument("--task", action="append", default=[], metavar="NAME", help="what to measure; repeatable")
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="the file of a task; with another name a component of text: file, folder or shard; repeatable",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="the same as --set evaluate.limit=N")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON, in the harness's form")
-    add_set_option(parser)
-    options = parser.parse_args(arguments)
-    if options.task:
-        options.set.append(f"evaluate.tasks={json.dumps(options.task)}")
-    for item in options.data:
-        name, equals, path = item.partition("=")
-        if not (equals and path and re.fullmatch(r"[A-Za-z0-9_-]+", name)):
-            raise ConfigError(f"--data {item}: expected NAME=PATH, for example --data hellaswag=hellaswag_val.jsonl")
-        options.set.append(f"evaluate.data.{name}={json.dumps(path)}")
-    if options.limit is not None:
-        options.set.append(f"evaluate.limit={options.limit}")
-    return options
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -30,21 +29,21 @@ from rich.text import Text
 
 from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import Config, ConfigError, load_config
-from mesh_transformer.data.loader import Batch
 from mesh_transformer.evaluate.scaling import Fit, fit_law
 from mesh_transformer.files import replace_file
 from mesh_transformer.train.benchmarks import metrics_of, read_evaluations
 from mesh_transformer.train.flops import count_flops
 from mesh_transformer.train.metrics import FILE, read_metrics
-from mesh_transformer.train.plot import Series, format_number, plot
+from mesh_transformer.train.plot import DASHES, Series, format_number, plot
 from mesh_transformer.train.progress import format_time
 from mesh_transformer.train.report import CSS, active_seconds, smooth, thin
-from mesh_transformer.train.run import without_remat
+from mesh_transformer.train.run import abstract_batch, without_remat
 from mesh_transformer.train.schedule import first_sequence
 from mesh_transformer.train.state import describe_state
 from mesh_transformer.train.step import make_train_step
 
 COLORS = ("#3056d3", "#d1495b", "#0f8b6d", "#b7791f", "#7b4fb5", "#00838f", "#ad1457", "#546e7a")
+CURVES = "b and c of a run's own curve are those of the same law fitted to its training loss: how it went on, not how sizes compare"
 LAST = 20  # logged steps whose median is the last training loss
 
 
@@ -78,7 +77,7 @@ def main(arguments: list[str]) -> int:
     law, points = fit_across(histories)
     fits = [fit_law(history.flops, history.losses) for history in histories]
     headings, rows = make_table(histories, fits)
-    replace_file(options.output, make_page(histories, law, points, headings, rows).encode())
+    replace_file(options.output, make_page(histories, fits, law, points, headings, rows).encode())
     if options.json:
         runs = [describe(history, fit) for history, fit in zip(histories, fits, strict=True)]
         print(json.dumps({"runs": runs, "law": law and law._asdict(), "points": points}, indent=2))
@@ -117,20 +116,18 @@ def read_history(run: Path, name: str) -> History:
 def flops_per_sequence(config: Config) -> float:
     """Of one sequence through the training step, nothing computed twice; the step is traced, not compiled."""
     shapes, _ = describe_state(config)
-    shape = (config.train.batch_size, config.model.seq_len)
-    integers = jax.ShapeDtypeStruct(shape, np.int32)
-    batch = Batch(integers, integers, integers, integers, jax.ShapeDtypeStruct(shape, np.float32))
-    return count_flops(make_train_step(without_remat(config)), shapes, batch) / config.train.batch_size
+    step = make_train_step(without_remat(config))
+    return count_flops(step, shapes, abstract_batch(config)) / config.train.batch_size
 
 
 def fit_across(histories: Sequence[History]) -> tuple[Fit | None, list[tuple[float, float]]]:
-    """The law over the runs' last losses, held out if all have a set of one name; and the points (FLOPs, loss)."""
+    """The law over the runs' last losses, held out if all have a set of one name; and each run's point (FLOPs, loss)."""
     common = set.intersection(*(set(history.held_out) for history in histories))
     name = min(common, default=None)
     points = [
         (history.flops[-1], history.held_out[name][1][-1] if name else history.last_loss) for history in histories
     ]
-    return fit_law(*zip(*points, strict=True)), sorted(points)
+    return fit_law(*zip(*points, strict=True)), points
 
 
 def describe(history: History, fit: Fit | None) -> dict[str, Any]:
@@ -172,7 +169,7 @@ def make_table(histories: Sequence[History], fits: Sequence[Fit | None]) -> tupl
                 *(f"{history.results[key]:.4g}" if key in history.results else "" for key in shown),
             ]
         )  # fmt: skip
-    headings.append("its own curve: b, c")
+    headings.append("own curve's b, c")
     for row, fit in zip(rows, fits, strict=True):
         row.append("" if fit is None else f"{fit.b:.3f} ± {fit.errors[1]:.2g}, {fit.c:.3f} ± {fit.errors[2]:.2g}")
     return headings, rows
@@ -180,6 +177,7 @@ def make_table(histories: Sequence[History], fits: Sequence[Fit | None]) -> tupl
 
 def make_page(
     histories: Sequence[History],
+    fits: Sequence[Fit | None],
     law: Fit | None,
     points: Sequence[tuple[float, float]],
     headings: Sequence[str],
@@ -206,10 +204,11 @@ def make_page(
         ]
         plots.append(plot(f"Held-out bits per byte, {name}", "by tokens", series, log_x=True))
     if law is not None:
-        grid = np.geomspace(points[0][0], 4 * points[-1][0], 60)
+        compute = [x for x, _ in points]
+        grid = np.geomspace(min(compute), 4 * max(compute), 60)
         series = [
-            Series("the law, and four times further", [(float(x), law(float(x))) for x in grid], _style(0)),
-            *(Series(f"run at {x:.2g} FLOPs", [(x, y)], _style(1), markers=True) for x, y in points),
+            Series("the law, to four times the FLOPs", [(float(x), law(float(x))) for x in grid], "main dashed"),
+            *(Series(h.name, [point], _style(i)) for i, (h, point) in enumerate(zip(histories, points, strict=True))),
         ]
         plots.append(plot("Last loss against FLOPs", "nats per token", series, log_x=True))
     body = "".join(
@@ -224,10 +223,11 @@ def make_page(
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>runs side by side</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<style>{CSS}{colors}.scores b.key::before{{content:none}}</style></head><body><main><h1>Runs side by side</h1>"
         f"<div class=numbers><table class=scores><tr>{head}{body}</table></div>"
-        f"<p>{escape(_tell_law(law, len(histories)))}</p>"
+        f"<p>{escape(_tell_law(law, len(histories)))}</p><p>{CURVES if any(fits) else ''}</p>"
         f'<section class="plots">{"".join(plots)}</section></main></body></html>\n'
     )
 
@@ -244,7 +244,7 @@ def _tell_law(law: Fit | None, n_runs: int) -> str:
 
 
 def _style(number: int) -> str:
-    return f"c{number % len(COLORS)}"
+    return f"c{number % len(COLORS)}" + DASHES[number // len(COLORS) % len(DASHES)]
 
 
 def _short_names(runs: Sequence[Path]) -> list[str]:

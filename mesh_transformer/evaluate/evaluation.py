@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model and the tasks that [evaluate] names -> results in lm-evaluation-harness's form, for a person and for programs."""
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +16,19 @@ from rich.text import Text
 from mesh_transformer.config import Config, ConfigError, config_to_dict
 from mesh_transformer.data.documents import Document
 from mesh_transformer.data.tokenizers import Tokenizer
-from mesh_transformer.evaluate.harness import import_harness, make_adapter, run_tasks
+from mesh_transformer.evaluate.asking import Questions, count_shots, load_definition, run_tasks
+from mesh_transformer.evaluate.harness import import_harness, make_adapter
 from mesh_transformer.evaluate.items import ITEMS
 from mesh_transformer.evaluate.likelihood import Scorer
 from mesh_transformer.evaluate.perplexity import TextScore, is_picked, score_documents, weigh
 from mesh_transformer.evaluate.published import find_published, pile_components
-from mesh_transformer.evaluate.tasks import TASKS, TEXT, WIKITEXT, expand_names, read_items
+from mesh_transformer.evaluate.tasks import TASKS, TEXT, WIKITEXT, Item, expand_names, find_task, read_items, to_key
 from mesh_transformer.evaluate.texts import check_paths, read_texts
 from mesh_transformer.evaluate.wikitext import WikiText, describe
 from mesh_transformer.sample.engine import Engine
 from mesh_transformer.train.benchmarks import Evaluation, make_tables, metrics_of
 
+EXAMPLES = 100  # items of held-out text that are shown and not asked, where shots are asked for
 Report = Callable[[str, int, int | None], None]  # what is being done, how much of it, of how much if that is known
 
 
@@ -40,45 +43,60 @@ class Subject(NamedTuple):
     where: str  # the checkpoint, or the run
 
 
-def check_tasks(config: Config, *, generates: bool = True) -> list[str]:
+def check_tasks(config: Config) -> list[str]:
     """The names of the tasks that [evaluate] asks for, before anything is computed.
 
     Raises ConfigError for what cannot be done, DataError for a file that is not there.
     """
     evaluate = config.evaluate
     names = expand_names(evaluate.tasks or (TEXT,))
-    for name in names:
-        is_ours = name == TEXT or (name in TASKS and TASKS[name].make is not None)
-        if not is_ours and name not in evaluate.data:
+    asked = [name for name in names if name not in (TEXT, WIKITEXT)]
+    made = [to_key(name) for name in asked if find_task(name).make]
+    keys = [to_key(name) for name in names]
+    for key in keys:
+        if key not in (TEXT, *made) and key not in evaluate.data:
             raise ConfigError(
-                f"task {name!r} needs its file: --data {name}=PATH, or evaluate.data.{name} in the configuration"
+                f"task {key!r} needs its file: --data {key}=PATH, or evaluate.data.{key} in the configuration"
             )
-        if name in TASKS and TASKS[name].kind == "generate_until" and not generates:
-            raise ConfigError(f"task {name!r} generates text, which training does not; leave it to device_evaluate.py")
-    if any(name in TASKS for name in names):
+    if asked:
         import_harness()
-    reads_texts = any(name == TEXT or (name in TASKS and TASKS[name].make) for name in names)
+    for name in asked:
+        has_some = to_key(name) in {**evaluate.examples, **dict.fromkeys(made)}
+        count_shots(name, load_definition(name), _shots_of(name, config), sys.maxsize if has_some else 0)
+    reads_texts = TEXT in names or bool(made)
     for name in evaluate.data:
-        known = name in TASKS or name == WIKITEXT
-        if (known and name not in names) or (not known and not reads_texts):
+        is_task = _is_task(name, config)
+        if (is_task and name not in keys) or (not is_task and not reads_texts):
             raise ConfigError(
                 f"evaluate.data.{name} is read by none of the tasks {', '.join(names)}; add --task "
-                f"{name if known else TEXT}, or leave it out"
+                f"{name if is_task else TEXT}, or leave it out"
             )
+    for field in ("examples", "shots_of"):
+        for name in getattr(evaluate, field):
+            if name not in map(to_key, asked):
+                raise ConfigError(f"evaluate.{field}.{name}: {name!r} is none of the tasks {', '.join(names)}")
     check_paths(config, _components(config) if reads_texts else (TEXT,))
     return names
 
 
 def _components(config: Config) -> list[str]:
     """What of evaluate.data is text to be scored, and not the file of a task."""
-    return [name for name in config.evaluate.data if name not in TASKS and name != WIKITEXT]
+    return [name for name in config.evaluate.data if not _is_task(name, config)]
+
+
+def _shots_of(name: str, config: Config) -> int | None:
+    return config.evaluate.shots_of.get(to_key(name), config.evaluate.shots)
+
+
+def _is_task(name: str, config: Config) -> bool:
+    return name in TASKS or name == WIKITEXT or name in map(to_key, config.evaluate.tasks)
 
 
 def measure(subject: Subject, report: Report = lambda what, done, total: None) -> dict[str, Any]:
     """Results of all tasks; see benchmarks.py for their form. Raises ConfigError, DataError and what scoring raises."""
     evaluate = subject.config.evaluate
-    names = check_tasks(subject.config, generates=subject.engine is not None)
-    found: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}, "higher_is_better": {}}
+    names = check_tasks(subject.config)
+    found: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}, "n-shot": {}, "higher_is_better": {}}
     if TEXT in names:
         _add_texts(found, _score(subject, _read_texts(subject), TEXT, report))
     if WIKITEXT in names:
@@ -89,8 +107,8 @@ def measure(subject: Subject, report: Report = lambda what, done, total: None) -
         scores = _score(subject, ((WIKITEXT, article.document) for article in picked), WIKITEXT, report)
         results = describe(scores[WIKITEXT], sum(article.n_words for article in picked))
         _add(found, WIKITEXT, results, scores[WIKITEXT].documents)
-    if asked := [name for name in names if name in TASKS]:
-        items = {name: _find_items(subject, name) for name in asked}
+    if asked := [name for name in names if name not in (TEXT, WIKITEXT)]:
+        items = {name: _find_questions(subject, name) for name in asked}
         adapter = make_adapter(subject.scorer, subject.tokenizer, subject.engine, report)
         for key, values in run_tasks(adapter, items).items():
             found[key] |= _to_plain(values)
@@ -156,11 +174,18 @@ def _add(found: dict[str, Any], name: str, values: dict[str, float], n_items: in
     found["higher_is_better"][name] = dict.fromkeys(values, False)
 
 
-def _find_items(subject: Subject, name: str) -> Sequence[dict[str, Any]]:
-    evaluate, make = subject.config.evaluate, TASKS[name].make
+def _find_questions(subject: Subject, name: str) -> Questions:
+    """What a task asks and shows: records of its files, or items of held-out text, of which some are shown, not asked."""
+    evaluate, make, key = subject.config.evaluate, find_task(name).make, to_key(name)
+    shots = _shots_of(name, subject.config)
+    examples = read_items(name, evaluate.examples[key]) if key in evaluate.examples else []
     if make is None:
-        return read_items(name, evaluate.data[name], evaluate.limit)
-    return make((document for _, document in _read_texts(subject)), evaluate.limit or ITEMS)
+        return Questions(read_items(name, evaluate.data[key], evaluate.limit), examples, shots)
+    count, spare = evaluate.limit or ITEMS, EXAMPLES if shots and not examples else 0
+    made = make((document for _, document in _read_texts(subject)), count + spare)
+    items = [Item(record, f"item {number} of held-out text") for number, record in enumerate(made)]
+    n_asked = min(count, max(len(items) - spare, len(items) // 2))  # of little text half is asked
+    return Questions(items[:n_asked], examples or items[n_asked:], shots)
 
 
 def _to_plain(values: dict[str, Any]) -> dict[str, Any]:

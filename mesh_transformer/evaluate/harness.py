@@ -1,33 +1,29 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Our models as lm-evaluation-harness wants them (its TemplateLM), and its tasks from items in memory: nothing is fetched.
+"""Our models as lm-evaluation-harness wants them (its TemplateLM); nothing is ever fetched.
 
 Import it where tasks are asked for, through `import_harness`: the harness is an optional part of an installation.
 """
 
-import contextlib
-import dataclasses
 import importlib
-import io
+import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import xxhash
+
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.data.tokenizers import Tokenizer
+from mesh_transformer.evaluate.journal import Journal
 from mesh_transformer.evaluate.likelihood import Query, Scorer
-from mesh_transformer.evaluate.tasks import TASKS
 from mesh_transformer.sample.engine import Engine
 from mesh_transformer.sample.text import complete_texts
 
 MAX_TOKENS = 256  # of an answer, where the task does not say
-METRICS: dict[str, dict[str, Any]] = {
-    "acc": dict(aggregation="mean", higher_is_better=True),
-    "acc_norm": dict(aggregation="mean", higher_is_better=True),
-    "exact_match": dict(aggregation="mean", higher_is_better=True),
-    "perplexity": dict(aggregation="perplexity", higher_is_better=False),
-}
+ANSWERS = 64  # that are drawn before they are kept and their number is told
 Report = Callable[[str, int, int | None], None]  # kind of request, done, in all
 
 
@@ -74,6 +70,11 @@ def make_adapter(
 
         batch_size, max_length, tokenizer_name = 1, longest, tokenizer.fingerprint
 
+        def __init__(self) -> None:
+            super().__init__()
+            self._asked: list[tuple[Any, Any]] = []
+            self.cut: dict[Any, set[Any]] = defaultdict(set)  # task -> its items whose prompts lost their beginning
+
         @property
         def eot_token_id(self) -> int:
             return tokenizer.end_of_text
@@ -90,6 +91,7 @@ def make_adapter(
             return tokenizer.encode(string)
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+            self._asked = [(request.task_name, request.doc_id) for request in requests]
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
@@ -97,14 +99,17 @@ def make_adapter(
             for number, ((context, continuation), context_ids, ids) in enumerate(requests):
                 if not ids:
                     raise ConfigError(f"no tokens in the continuation {continuation!r} behind {context[-30:]!r}")
+                if len(context_ids) + len(ids) > longest + 1:
+                    task, item = self._asked[number]
+                    self.cut[task].add(item)
                 cut = cut_continuation(context_ids, ids, longest)
                 queries += cut
                 owners += [number] * len(cut)
-            found = scorer.score(queries, lambda done, total: report("likelihoods", done, total))
+            found = scorer.total(queries, lambda done, total: report("likelihoods", done, total))
             totals = [(0.0, True)] * len(requests)
-            for number, likelihood in zip(owners, found, strict=True):
+            for number, (logprob, is_likeliest) in zip(owners, found, strict=True):
                 total, greedy = totals[number]
-                totals[number] = total + likelihood.total, greedy and bool(likelihood.greedy.all())
+                totals[number] = total + logprob, greedy and is_likeliest
             return totals
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -115,21 +120,16 @@ def make_adapter(
                     context, scored = windows.make_disjoint_window(window)
                     queries.append(Query([*context, *scored], len(scored)))
                     owners.append(number)
-            found = scorer.score(queries, lambda done, total: report("windows of texts", done, total))
+            found = scorer.total(queries, lambda done, total: report("windows of texts", done, total))
             totals = [0.0] * len(requests)
-            for number, likelihood in zip(owners, found, strict=True):
-                totals[number] += likelihood.total
+            for number, (logprob, _) in zip(owners, found, strict=True):
+                totals[number] += logprob
             return totals
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             if engine is None:
-                raise ConfigError("generating text needs an engine of its own; while training, leave such tasks out")
-            answers = []
-            for done, request in enumerate(requests):
-                prompt, wishes = request.args
-                answers.append(_generate(engine, tokenizer, prompt, wishes))
-                report("answers", done + 1, len(requests))
-            return answers
+                raise ConfigError("generating text needs an engine")
+            return _answer(engine, tokenizer, requests, self.cut, scorer.journal, report)
 
         def get_model_info(self) -> dict[str, Any]:
             return {"model": "mesh-transformer", "max_length": longest}
@@ -137,74 +137,57 @@ def make_adapter(
     return MeshTransformer()
 
 
-def _generate(engine: Engine, tokenizer: Tokenizer, prompt: str, wishes: Mapping[str, Any]) -> str:
-    """One answer, up to the first of the strings that end it; greedy unless the task says do_sample."""
-    stops = wishes.get("until") or []
+def _answer(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    requests: Sequence[Any],
+    cut: Mapping[Any, set[Any]],
+    journal: Journal | None,
+    report: Report,
+) -> list[str]:
+    """The answer to every request; those that want the same are drawn together. `cut` gets the items that are too long."""
+    answers, done, longest = [""] * len(requests), 0, engine.config.seq_len
+    keys = [xxhash.xxh3_128_hexdigest(json.dumps(request.args, sort_keys=True).encode()) for request in requests]
+    alike: dict[str, list[int]] = defaultdict(list)
+    for number, request in enumerate(requests):
+        alike[json.dumps(request.args[1], sort_keys=True)].append(number)
+    for numbers in alike.values():
+        options, stops = _read_wishes(requests[numbers[0]].args[1], longest)
+        for first in range(0, len(numbers), ANSWERS):
+            some, prompts = numbers[first : first + ANSWERS], {}
+            for number in some:
+                request = requests[number]
+                prompt, is_cut = _fit(tokenizer, request.args[0], longest - options.max_tokens)
+                if is_cut:
+                    cut[request.task_name].add(request.doc_id)
+                known = journal.get(keys[number]) if journal else None
+                if known is None:
+                    prompts[number] = prompt
+                else:
+                    answers[number] = known
+            if prompts:
+                found = complete_texts(engine, tokenizer, list(prompts.values()), options, stops=stops)
+                for number, completion in zip(prompts, found, strict=True):
+                    answers[number] = completion.text
+                    if journal:
+                        journal.put(keys[number], completion.text)
+            done += len(some)
+            report("answers", done, len(requests))
+    return answers
+
+
+def _read_wishes(wishes: Mapping[str, Any], longest: int) -> tuple[SampleConfig, list[str]]:
+    """How a task wants its answers, and the strings that end one; greedy unless it says do_sample."""
+    is_drawn, stops = bool(wishes.get("do_sample")), wishes.get("until") or []
     options = SampleConfig(
-        temperature=float(wishes.get("temperature", 1.0)) if wishes.get("do_sample") else 0.0,
-        top_p=float(wishes.get("top_p", 1.0)) if wishes.get("do_sample") else 1.0,
-        max_tokens=int(wishes.get("max_gen_toks", MAX_TOKENS)),
+        temperature=float(wishes.get("temperature", 1.0)) if is_drawn else 0.0,
+        top_p=float(wishes.get("top_p", 1.0)) if is_drawn else 1.0,
+        max_tokens=min(int(wishes.get("max_gen_toks", MAX_TOKENS)), max(longest // 2, 1)),
     )
-    longest = engine.config.seq_len
-    room = min(options.max_tokens, max(longest // 2, 1))
+    return options, [stops] if isinstance(stops, str) else list(stops)
+
+
+def _fit(tokenizer: Tokenizer, prompt: str, room: int) -> tuple[str, bool]:
+    """The prompt, or its end where it is too long, as in the harness's own models; and whether that is so."""
     ids = tokenizer.encode(prompt)
-    if len(ids) > longest - room:  # the beginning goes, as in the harness's own models
-        prompt = tokenizer.decode(ids[-(longest - room) :])
-    options = dataclasses.replace(options, max_tokens=room)
-    (completion,) = complete_texts(
-        engine, tokenizer, [prompt], options, stops=[stops] if isinstance(stops, str) else list(stops)
-    )
-    return completion.text
-
-
-def make_task(name: str, items: Sequence[Mapping[str, Any]]) -> Any:
-    """A task of the harness over these items of the row `name`."""
-    row = TASKS[name]
-    dataset, tasks = import_harness("datasets").Dataset, import_harness("lm_eval.api.task")
-    split = dataset.from_list([dict(item) for item in items])
-    config: dict[str, Any] = {
-        "task": name,
-        "custom_dataset": lambda **_: {"test": split},
-        "test_split": "test",
-        "output_type": "multiple_choice" if row.kind == "contexts" else row.kind,
-        "target_delimiter": row.delimiter,
-        "metadata": {"version": row.version},
-        "metric_list": [dict(METRICS[metric], metric=metric) for metric in row.metrics],
-    }
-    match row.kind:
-        case "multiple_choice":
-            config |= dict(
-                doc_to_text=lambda doc: doc["query"],
-                doc_to_choice=lambda doc: list(doc["choices"]),
-                doc_to_target=lambda doc: doc["gold"],
-            )
-        case "contexts":
-            config |= dict(
-                doc_to_text=lambda doc: doc["gold"],
-                doc_to_choice=lambda doc: list(doc["choices"]),
-                doc_to_target=lambda doc: doc["query"],
-            )
-        case "loglikelihood":
-            config |= dict(
-                doc_to_text=lambda doc: doc["query"], doc_to_target=lambda doc: row.delimiter + doc["target"]
-            )
-            config["target_delimiter"] = ""
-        case "generate_until":
-            config |= dict(doc_to_text=lambda doc: doc["query"], doc_to_target=lambda doc: doc["target"])
-            config["generation_kwargs"] = {"until": ["\n"], "do_sample": False, "max_gen_toks": 64}
-    return tasks.ConfigurableTask(config=config)
-
-
-def run_tasks(adapter: Any, items: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The harness's results of tasks by name, each over its items; one model is asked all of them."""
-    evaluator = import_harness("lm_eval.evaluator")
-    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for results
-        found = evaluator.evaluate(
-            adapter,
-            {name: make_task(name, of_it) for name, of_it in items.items()},
-            log_samples=False,
-            bootstrap_iters=1000,
-        )
-    return {
-        key: value for key, value in found.items() if key in ("results", "versions", "n-samples", "higher_is_better")
-    }
+    return (tokenizer.decode(ids[-room:]), True) if len(ids) > room else (prompt, False)

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 from jaxtyping import Array, Bool, Float, Int
 
-from mesh_transformer.config import ModelConfig
+from mesh_transformer.config import ConfigError, ModelConfig
+from mesh_transformer.evaluate.journal import Journal
 from mesh_transformer.mesh import Layout, constrain
 from mesh_transformer.model.attention.blocks import from_ring_order, to_ring_order
 from mesh_transformer.model.linear import linear
@@ -42,6 +44,10 @@ class Query(NamedTuple):
 
     tokens: Sequence[int]
     n_scored: int
+
+    def key(self) -> str:
+        """A digest that no other query has."""
+        return xxhash.xxh3_128_hexdigest(np.array([self.n_scored, *self.tokens], "<i4").tobytes())
 
 
 class Likelihood(NamedTuple):
@@ -71,20 +77,51 @@ class Scorer:
 
         A batch has about `batch_tokens` tokens, padding included.
         """
-        experts = config.experts and dataclasses.replace(config.experts, evaluation_capacity_factor=None)
+        if config.encoder_layers is not None or not config.causal:
+            raise ConfigError(
+                "evaluation scores what a decoder alone expects next; of a model with model.encoder_layers, or "
+                "model.causal=false, only training's own validation sets are measured"
+            )
+        takes_all: dict[str, None] = dict(evaluation_capacity_factor=None, evaluation_capacity=None)
+        experts = config.experts and dataclasses.replace(config.experts, **takes_all)
         self.config = dataclasses.replace(config, remat="none", dropout=0.0, experts=experts)
         self.params, self.layout, self._batch_tokens = params, layout, batch_tokens
         self._pieces = layout.batch_pieces if layout else 1
+        self.journal: Journal | None = None  # what `total` has found already, and what it finds
         program = functools.partial(_score_rows, self.config, make_model(self.config))
         if layout is None:
             self._score = jax.jit(program)
         else:
             self._score = meet_compiled(jax.jit(traced(program, layout), out_shardings=everywhere(layout)))
 
-    def score(
+    def total(
         self, queries: Sequence[Query], report: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[tuple[float, bool]]:
+        """Of every query the log-probability of all scored tokens, and whether each was the likeliest; as `score` else.
+
+        What the journal has is not computed again.
+        """
+        keys = [query.key() if self.journal else "" for query in queries]
+        found: list[Any] = [self.journal.get(key) if self.journal else None for key in keys]
+        missing = [i for i, answer in enumerate(found) if answer is None]
+        n_known = len(queries) - len(missing)
+
+        def keep(number: int, likelihood: Likelihood) -> None:
+            i = missing[number]
+            found[i] = likelihood.total, bool(likelihood.greedy.all())
+            if self.journal:
+                self.journal.put(keys[i], found[i])
+
+        self.score([queries[i] for i in missing], lambda done, _: report(n_known + done, len(queries)), keep)
+        return [(total, greedy) for total, greedy in found]
+
+    def score(
+        self,
+        queries: Sequence[Query],
+        report: Callable[[int, int], None] = lambda done, total: None,
+        keep: Callable[[int, Likelihood], None] = lambda number, likelihood: None,
     ) -> list[Likelihood]:
-        """The likelihood of every query, in order; `report` gets (queries done, in all) after each batch.
+        """The likelihood of every query, in order; `report` gets (queries done, in all) after each batch, `keep` each one.
 
         Raises ScoringError for a query that is longer than the model's seq_len allows (one token more than it reads), has
         nothing before its first scored token, or ids outside the vocabulary.
@@ -108,7 +145,8 @@ class Scorer:
                 for row, i in enumerate(batch):
                     end = len(queries[i].tokens) - 1
                     place = slice(end - queries[i].n_scored, end)
-                    found[i] = Likelihood(logprobs[row, place], greedy[row, place])
+                    found[i] = likelihood = Likelihood(logprobs[row, place], greedy[row, place])
+                    keep(i, likelihood)
                 done += len(batch)
                 report(done, len(queries))
         return [likelihood for likelihood in found if likelihood is not None]

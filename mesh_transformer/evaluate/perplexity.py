@@ -112,9 +112,9 @@ def score_documents(
         nonlocal told
         before, told = told, scored_bytes
         queries = [query for _, query in waiting]
-        found = scorer.score(queries, lambda done, total: report(before + (told - before) * done // total))
-        for (total, _), likelihood in zip(waiting, found, strict=True):
-            total.nats.append(-likelihood.total)
+        found = scorer.total(queries, lambda done, total: report(before + (told - before) * done // total))
+        for (total, _), (logprob, _) in zip(waiting, found, strict=True):
+            total.nats.append(-logprob)
         waiting.clear()
 
     for component, document in documents:

@@ -1,160 +1,166 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks as rows: how a record of a data set, in the form in which it is published, becomes what a model is asked.
+"""Tasks as rows: which definition of lm-evaluation-harness asks and counts, and how a file's records become what it reads.
 
-Prompts are those of lm-evaluation-harness 0.4 (of its tasks of these names), so that numbers are comparable. A record
-may have the form in which its authors published it, or that of the Hugging Face Hub; where these differ (ARC's choices,
-labels in words) both are read. Labels that the authors keep in a file of their own (PIQA's) have to be in the records,
-under "label".
+The harness's own definitions read the records of the Hugging Face Hub. A record may have that form or the one in which
+its authors published it (labels in words or as truth values, MultiRC's and ReCoRD's passages with all their questions,
+WSC's spans): each row gives it the Hub's. Labels that the authors keep in a file of their own (PIQA's) have to be in the
+records, under "label". A definition that is no row here is named by its file, of the harness or of one's own.
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from mesh_transformer.config import ConfigError
 from mesh_transformer.data.archives import COMPRESSED, read_chunks, split_lines
 from mesh_transformer.data.documents import DataError, Document, Flaw
 from mesh_transformer.data.readers import find_files
 from mesh_transformer.evaluate.items import make_choices, make_clozes, make_lines
+from mesh_transformer.evaluate.superglue import MULTIRC, RECORD, read_multirc, read_record, read_wsc
 
 Record = Mapping[str, Any]
-Kind = Literal["multiple_choice", "contexts", "loglikelihood", "generate_until"]
 
 
 class Task(NamedTuple):
-    """One task: what a model is asked, and how answers are counted."""
+    """One task: what asks and counts, and where its items come from."""
 
-    kind: Kind  # contexts: one continuation behind several contexts (WinoGrande)
-    convert: Callable[[Record], dict[str, Any]]  # record -> query, and choices and gold or target
-    metrics: tuple[str, ...] = ("acc",)
-    delimiter: str = " "  # between query and choice
-    version: float = 1.0  # of the harness's task, or of ours
+    definition: str  # a file of the harness's tasks, or of one's own; empty: `settings` are all of it
+    convert: Callable[
+        [Record], Iterable[dict[str, Any]]
+    ]  # a record as published -> one as the definition reads it, or many
+    settings: Mapping[str, Any] = {}  # what differs from the definition, in its terms
     make: Callable[[Iterable[Document], int], list[dict[str, Any]]] | None = (
-        None  # of held-out text, instead of records
+        None  # items of held-out text, not of a file
     )
 
 
-def _label(record: Record, names: tuple[str, ...]) -> int:
-    """A label as its number, or as one of `names`, or as a truth value."""
-    label = record["label"]
+class Item(NamedTuple):
+    """A record as the definition reads it, and its file and line."""
+
+    record: dict[str, Any]
+    where: str
+
+
+def _pick(*fields: str, **labels: tuple[str, ...]) -> Callable[[Record], Iterable[dict[str, Any]]]:
+    """Records of these fields; a label as its number, given so, as one of these names, or as a truth value."""
+
+    def convert(record: Record) -> Iterable[dict[str, Any]]:
+        picked = {field: record[field] for field in fields}
+        yield picked | {field: _number(field, record[field], names) for field, names in labels.items()}
+
+    return convert
+
+
+def _number(field: str, label: Any, names: Sequence[str]) -> int:
     if isinstance(label, str) and label in names:
         return names.index(label)
     number = int(label)
     if not 0 <= number < len(names):
-        raise ValueError(f"label {label!r} is none of {', '.join(names)}")
+        raise ValueError(f"{field} {label!r} is none of {', '.join(names)}")
     return number
 
 
-def _choice(query: str, choices: list[str], gold: int) -> dict[str, Any]:
-    if not 0 <= gold < len(choices):
-        raise ValueError(f"answer {gold} of {len(choices)} choices")
-    return {"query": query, "choices": choices, "gold": gold}
+def _hellaswag(record: Record) -> Iterable[dict[str, Any]]:
+    label, n_endings = int(record["label"]), len(record["endings"])
+    if not 0 <= label < n_endings:
+        raise ValueError(f"label {label} of {n_endings} endings")
+    yield {name: record[name] for name in ("activity_label", "ctx_a", "ctx_b", "endings")} | {"label": str(label)}
 
 
-def _lambada(record: Record) -> dict[str, Any]:
-    context, _, word = record["text"].rpartition(" ")
-    return {"query": context, "target": word}
+def _winogrande(record: Record) -> Iterable[dict[str, Any]]:
+    if "_" not in record["sentence"] or str(record["answer"]) not in ("1", "2"):
+        raise ValueError(f"a sentence has a _, and an answer is 1 or 2, not {record['answer']!r}")
+    yield {name: record[name] for name in ("sentence", "option1", "option2")} | {"answer": str(record["answer"])}
 
 
-def _clean_wikihow(text: str) -> str:
-    """Without the marks that WikiHow's pages left in HellaSwag."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-
-def _hellaswag(record: Record) -> dict[str, Any]:
-    context = f"{record['ctx_a']} {record['ctx_b'].capitalize()}"
-    query = _clean_wikihow(f"{record['activity_label']}: {context}")
-    return _choice(query, [_clean_wikihow(ending) for ending in record["endings"]], int(record["label"]))
-
-
-def _piqa(record: Record) -> dict[str, Any]:
-    return _choice(
-        f"Question: {record['goal']}\nAnswer:", [record["sol1"], record["sol2"]], _label(record, ("sol1", "sol2"))
-    )
-
-
-def _winogrande(record: Record) -> dict[str, Any]:
-    before, _, behind = record["sentence"].partition("_")
-    contexts = [before + record["option1"], before + record["option2"]]
-    return {"query": behind.strip(), "choices": contexts, "gold": int(record["answer"]) - 1}
-
-
-def _arc(record: Record) -> dict[str, Any]:
+def _arc(record: Record) -> Iterable[dict[str, Any]]:
     question, choices = record["question"], record.get("choices")
     if isinstance(question, Mapping):
         question, choices = question["stem"], question["choices"]
-    if isinstance(choices, Mapping):
-        texts, labels = choices["text"], choices["label"]
-    else:
-        assert choices is not None
-        texts, labels = [c["text"] for c in choices], [c["label"] for c in choices]
-    return _choice(f"Question: {question}\nAnswer:", list(texts), list(labels).index(record["answerKey"]))
+    if not isinstance(choices, Mapping):
+        choices = {key: [choice[key] for choice in choices or ()] for key in ("text", "label")}
+    if record["answerKey"] not in choices["label"]:
+        raise ValueError(f"answerKey {record['answerKey']!r} is none of {choices['label']}")
+    texts = {"text": list(choices["text"]), "label": list(choices["label"])}
+    yield {"question": question, "choices": texts, "answerKey": record["answerKey"]}
 
 
-def _sciq(record: Record) -> dict[str, Any]:
-    choices = [record[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
-    return _choice(f"{record['support'].lstrip()}\nQuestion: {record['question']}\nAnswer:", choices, 3)
+def _as_it_is(record: Record) -> Iterable[dict[str, Any]]:
+    yield dict(record)
 
 
-def _boolq(record: Record) -> dict[str, Any]:
-    query = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
-    return _choice(query, ["no", "yes"], _label(record, ("false", "true")))
-
-
-def _cb(record: Record) -> dict[str, Any]:
-    query = f"{record['premise']}\nQuestion: {record['hypothesis']}. True, False, or Neither?\nAnswer:"
-    return _choice(query, ["True", "False", "Neither"], _label(record, ("entailment", "contradiction", "neutral")))
-
-
-def _copa(record: Record) -> dict[str, Any]:
-    word = {"cause": "because", "effect": "therefore"}[record["question"]]
-    # Behind two spaces, for so the harness asks: its choices begin with the one that it also puts between.
-    choices = [f" {text[0].lower()}{text[1:]}" for text in (record["choice1"], record["choice2"])]
-    return _choice(f"{record['premise'].strip()[:-1]} {word}", choices, _label(record, ("choice1", "choice2")))
-
-
-def _rte(record: Record) -> dict[str, Any]:
-    query = f"{record['premise']}\nQuestion: {record['hypothesis']} True or False?\nAnswer:"
-    return _choice(query, ["True", "False"], _label(record, ("entailment", "not_entailment")))
-
-
-def _wic(record: Record) -> dict[str, Any]:
-    word = record["sentence1"][int(record["start1"]) : int(record["end1"])]
-    query = (
-        f"Sentence 1: {record['sentence1']}\nSentence 2: {record['sentence2']}\nQuestion: Is the word '{word}' used in "
-        "the same way in the two sentences above?\nAnswer:"
-    )
-    return _choice(query, ["no", "yes"], _label(record, ("false", "true")))
-
-
-def _as_it_is(record: Record) -> dict[str, Any]:
-    return dict(record)
-
-
-BOTH = ("acc", "acc_norm")
-TASKS = {
-    "lambada": Task("loglikelihood", _lambada, ("perplexity", "acc")),  # lambada_openai of the harness
-    "hellaswag": Task("multiple_choice", _hellaswag, BOTH),
-    "piqa": Task("multiple_choice", _piqa, BOTH),
-    "winogrande": Task("contexts", _winogrande),
-    "arc_easy": Task("multiple_choice", _arc, BOTH),
-    "arc_challenge": Task("multiple_choice", _arc, BOTH),
-    "sciq": Task("multiple_choice", _sciq, BOTH),
-    "boolq": Task("multiple_choice", _boolq, version=2.0),
-    "cb": Task("multiple_choice", _cb),
-    "copa": Task("multiple_choice", _copa),
-    "rte": Task("multiple_choice", _rte, version=0.0),
-    "wic": Task("multiple_choice", _wic),
-    # made from held-out text, so that there is something to ask where nothing can be downloaded
-    "local_choice": Task("multiple_choice", _as_it_is, BOTH, delimiter="", make=make_choices),
-    "local_cloze": Task("loglikelihood", _as_it_is, ("perplexity", "acc"), delimiter="", make=make_clozes),
-    "local_line": Task("generate_until", _as_it_is, ("exact_match",), make=make_lines),
+FALSE_TRUE = ("false", "true")
+METRICS: dict[str, dict[str, Any]] = {
+    "acc": dict(aggregation="mean", higher_is_better=True),
+    "acc_norm": dict(aggregation="mean", higher_is_better=True),
+    "exact_match": dict(aggregation="mean", higher_is_better=True),
+    "perplexity": dict(aggregation="perplexity", higher_is_better=False),
 }
-GROUPS = {"local": ("local_choice", "local_cloze")}
+
+
+def _own(kind: str, *metrics: str, **settings: Any) -> dict[str, Any]:
+    """Settings of a task of ours: a query, and a target or choices with the number of the right one."""
+    right = (
+        {"doc_to_choice": "choices", "doc_to_target": "gold"}
+        if kind == "multiple_choice"
+        else {"doc_to_target": "target"}
+    )
+    metric_list = [dict(METRICS[metric], metric=metric) for metric in metrics]
+    common = {"output_type": kind, "test_split": "test", "doc_to_text": "query", "metric_list": metric_list}
+    return common | right | {"target_delimiter": "", "metadata": {"version": 1.0}} | settings
+
+
+_LINE = {"until": ["\n"], "do_sample": False, "max_gen_toks": 64}
+_SCIQ = ("support", "question", "distractor1", "distractor2", "distractor3", "correct_answer")
+TASKS = {
+    "lambada": Task("lambada/lambada_openai.yaml", _pick("text")),
+    "hellaswag": Task("hellaswag/hellaswag.yaml", _hellaswag),
+    "piqa": Task("piqa/piqa.yaml", _pick("goal", "sol1", "sol2", label=("sol1", "sol2"))),
+    "winogrande": Task("winogrande/default.yaml", _winogrande),
+    "arc_easy": Task("arc/arc_easy.yaml", _arc),
+    "arc_challenge": Task("arc/arc_challenge.yaml", _arc),
+    "sciq": Task("sciq/sciq.yaml", _pick(*_SCIQ)),
+    "boolq": Task("super_glue/boolq/default.yaml", _pick("passage", "question", label=FALSE_TRUE)),
+    "cb": Task(
+        "super_glue/cb/default.yaml",
+        _pick("premise", "hypothesis", label=("entailment", "contradiction", "neutral")),
+    ),
+    "copa": Task(
+        "super_glue/copa/default.yaml",
+        _pick("premise", "choice1", "choice2", "question", label=("choice1", "choice2")),
+    ),
+    "rte": Task("super_glue/rte/default.yaml", _pick("premise", "hypothesis", label=("entailment", "not_entailment"))),
+    "wic": Task("super_glue/wic/default.yaml", _pick("sentence1", "sentence2", "start1", "end1", label=FALSE_TRUE)),
+    "wsc": Task("super_glue/wsc/default.yaml", read_wsc),
+    "multirc": Task("super_glue/multirc/default.yaml", read_multirc, MULTIRC),
+    "record": Task("", read_record, RECORD),
+    # made from held-out text, so that there is something to ask where nothing can be downloaded
+    "local_choice": Task("", _as_it_is, _own("multiple_choice", "acc", "acc_norm"), make_choices),
+    "local_cloze": Task("", _as_it_is, _own("loglikelihood", "perplexity", "acc"), make_clozes),
+    "local_line": Task("", _as_it_is, _own("generate_until", "exact_match", generation_kwargs=_LINE), make_lines),
+}  # fmt: skip
+GROUPS = {
+    "local": ("local_choice", "local_cloze"),
+    "superglue": ("boolq", "cb", "copa", "rte", "wic", "wsc", "multirc", "record"),
+}
 TEXT, WIKITEXT = "text", "wikitext2"  # measured without the harness
+
+
+def is_file(name: str) -> bool:
+    """Whether a task is named by the file of its definition."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def find_task(name: str) -> Task:
+    """A row, or a definition named by its file, whose records are taken as they are."""
+    return Task(name, _as_it_is) if is_file(name) else TASKS[name]
+
+
+def to_key(name: str) -> str:
+    """By what a task's data and results are called: of a file its name without ending."""
+    return Path(name).stem if is_file(name) else name
 
 
 def expand_names(names: Iterable[str]) -> list[str]:
@@ -162,33 +168,38 @@ def expand_names(names: Iterable[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         for one in GROUPS.get(name, (name,)):
-            if one not in TASKS and one not in (TEXT, WIKITEXT):
+            if one not in TASKS and one not in (TEXT, WIKITEXT) and not is_file(one):
                 every = ", ".join([TEXT, WIKITEXT, *GROUPS, *TASKS])
-                raise ConfigError(f"no task {one!r}; there are {every}")
+                raise ConfigError(f"no task {one!r}; there are {every}, and files of the harness (gsm8k/gsm8k.yaml)")
             if one not in found:
                 found.append(one)
+    keys = [to_key(name) for name in found]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ConfigError(f"two tasks are called {twice[0]!r}; give one's file another name, or measure them apart")
     return found
 
 
-def read_items(name: str, path: str, limit: int | None = None) -> list[dict[str, Any]]:
+def read_items(name: str, path: str, limit: int | None = None) -> list[Item]:
     """The items of task `name` in a file or folder of JSONL (.gz, .zst) or Parquet; the first `limit` of them.
 
     Raises DataError, with file and line, for a record that is no such item.
     """
-    items: list[dict[str, Any]] = []
+    items: list[Item] = []
+    convert = find_task(name).convert
     for where, record in _read_records(path):
-        if len(items) == limit:
+        if limit is not None and len(items) >= limit:
             break
         try:
-            items.append(TASKS[name].convert(record))
+            if not isinstance(record, Mapping):
+                raise TypeError("not an object")
+            items += [Item(one, where) for one in convert(record)]
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             fields = ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
-            raise DataError(
-                f"{where}: not a record of {name} ({type(error).__name__}: {error}); it has {fields}"
-            ) from None
+            kind = "no field" if isinstance(error, KeyError) else type(error).__name__
+            raise DataError(f"{where}: not a record of {name} ({kind}: {error}); it has {fields}") from None
     if not items:
         raise DataError(f"{path}: no records of {name} in it")
-    return items
+    return items[:limit]
 
 
 def _read_records(path: str) -> Iterator[tuple[str, Any]]:
@@ -196,15 +207,20 @@ def _read_records(path: str) -> Iterator[tuple[str, Any]]:
         if file.suffix == ".parquet":
             yield from _read_parquet(file)
             continue
+        suffix = file.suffix.lower()
         try:
-            suffix = file.suffix.lower()
             for number, line in enumerate(split_lines(read_chunks(file, suffix if suffix in COMPRESSED else None)), 1):
                 if line and not line.isspace():
-                    yield f"{file}:{number}", json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{file}: not a file of JSON, one object a line: {error}") from None
+                    yield f"{file}:{number}", _parse(line, f"{file}:{number}")
         except Flaw as flaw:
             raise DataError(f"{file}: {flaw.detail}") from None
+
+
+def _parse(line: str | bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON, of which a task's file has one object a line: {error}") from None
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:

@@ -43,11 +43,11 @@ def read_texts(config: Config, tokenizer: Tokenizer, components: Iterable[str]) 
 
 
 def check_paths(config: Config, components: Iterable[str]) -> None:
-    """That there is something under every path of evaluate.data, and text held out where no `components` are named.
+    """That there is something under every path of evaluate.data and examples, and text held out without `components`.
 
     Raises DataError for a path that is not there, ConfigError where there is no text.
     """
-    for path in config.evaluate.data.values():
+    for path in (*config.evaluate.data.values(), *config.evaluate.examples.values()):
         if not is_remote(path) and not is_shard(path.removesuffix(".bin").removesuffix(".idx")):
             find_files(path)
     if not list(components) and not config.data.validation and not config.data.holdout:

@@ -3,7 +3,9 @@
 """A run, a checkpoint or a model folder of Hugging Face -> its results: printed, and kept in the run folder."""
 
 import dataclasses
+import hashlib
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -13,39 +15,71 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from mesh_transformer.checkpoint.places import Place, to_place
+from mesh_transformer.checkpoint.store import find_checkpoint
 from mesh_transformer.config import ConfigError
 from mesh_transformer.convert.huggingface import is_huggingface, open_huggingface
 from mesh_transformer.convert.lazy import Lazy
 from mesh_transformer.data.tokenizers import load_tokenizer
 from mesh_transformer.evaluate.evaluation import Report, Subject, check_tasks, measure, print_evaluation
+from mesh_transformer.evaluate.journal import Journal
 from mesh_transformer.evaluate.likelihood import make_scorer
 from mesh_transformer.mesh import start_devices
 from mesh_transformer.model.params import Params
 from mesh_transformer.sample.engine import Engine
 from mesh_transformer.sample.trained import Trained, describe_arrays, load_trained, read_trained_config
-from mesh_transformer.train.benchmarks import Evaluation, write_evaluation
+from mesh_transformer.train.benchmarks import Evaluation, evaluation_file, write_evaluation
 from mesh_transformer.train.folder import CHECKPOINTS, RunFolder
 from mesh_transformer.train.report import write_report
 
+TELL_SECONDS = 30.0  # between lines of progress where nobody sees a terminal
 WIDTH = 160  # of tables where nobody sees a terminal
 
 
 def evaluate_trained(run: str, overrides: Iterable[str] = (), *, quiet: bool = False) -> Evaluation:
     """Measure the newest intact checkpoint of `run`, or `run` itself; tables on stdout unless `quiet`, progress on stderr.
 
-    Raises ConfigError and CheckpointError as opening a model does, and what `measure` raises.
+    Killed, the same call goes on where it was, if there is a run folder. Raises ConfigError and CheckpointError as
+    opening a model does, and what `measure` raises.
     """
     trained = open_trained(run, overrides)
     check_tasks(trained.config)
     print(f"{trained.where}: step {trained.step}", file=sys.stderr)
     scorer = make_scorer(trained.engine, batch_tokens=trained.config.evaluate.batch_tokens)
     subject = Subject(trained.config, trained.tokenizer, scorer, trained.engine, trained.step, trained.where)
-    with show_progress() as report:
-        evaluation = measure(subject, report)
+    place = find_run_folder(to_place(trained.where))
+    if place is None:
+        with show_progress() as report:
+            evaluation = measure(subject, report)
+        _show(evaluation, quiet=quiet)
+        print("no run folder, so the results are not kept; --json prints them as a program reads them", file=sys.stderr)
+        return evaluation
+    config = dataclasses.replace(trained.config, run=dataclasses.replace(trained.config.run, dir=str(place)))
+    with RunFolder(config, lambda text: print(text, file=sys.stderr)) as folder:
+        partial = evaluation_file(folder.path, trained.step).with_suffix(".partial.jsonl")
+        with Journal(partial, _identify(trained)) as journal:
+            if journal.taken:
+                print(f"going on with {journal.taken:,} answers of an evaluation that was stopped", file=sys.stderr)
+            scorer.journal = journal
+            with show_progress() as report:
+                evaluation = measure(subject, report)
+            path = write_evaluation(folder.path, trained.step, evaluation)
+            journal.finish()
+        _show(evaluation, quiet=quiet)
+        write_report(folder.path)
+    print(f"kept in {place / path.name}, and shown on {place / 'report.html'}", file=sys.stderr)
+    return evaluation
+
+
+def _show(evaluation: Evaluation, *, quiet: bool) -> None:
     if not quiet:
         print_evaluation(evaluation, Console(width=None if sys.stdout.isatty() else WIDTH))
-    _keep(trained, evaluation)
-    return evaluation
+
+
+def _identify(trained: Trained) -> str:
+    """A digest of all that answers depend on besides what is asked: the weights, and how they are computed with."""
+    manifest = find_checkpoint(trained.where)[0].read_manifest(trained.step)
+    parts = [sorted(manifest.arrays.items()), trained.config.model, trained.config.serve]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def open_trained(path: str, overrides: Iterable[str] = ()) -> Trained:
@@ -80,31 +114,23 @@ def _read(array: Lazy, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 @contextmanager
 def show_progress() -> Iterator[Report]:
-    """Bars on stderr, where a person looks."""
+    """Bars on stderr where a person looks, else a line now and then."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks = {}
+        told = time.monotonic()
 
         def report(what: str, done: int, total: int | None) -> None:
+            nonlocal told
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - told >= TELL_SECONDS:
+                print(f"{what}: {done:,}{f' of {total:,}' if total else ''}", file=sys.stderr, flush=True)
+                told = time.monotonic()
 
         yield report
-
-
-def _keep(trained: Trained, evaluation: Evaluation) -> None:
-    """evaluation_<step>.json and the page, in the run folder."""
-    place = find_run_folder(to_place(trained.where))
-    if place is None:
-        print("no run folder, so the results are not kept; --json prints them as a program reads them", file=sys.stderr)
-        return
-    run = dataclasses.replace(trained.config.run, dir=str(place))
-    with RunFolder(dataclasses.replace(trained.config, run=run), lambda text: print(text, file=sys.stderr)) as folder:
-        path = write_evaluation(folder.path, trained.step, evaluation)
-        write_report(folder.path)
-    print(f"kept in {place / path.name}, and shown on {place / 'report.html'}", file=sys.stderr)
 
 
 def find_run_folder(checkpoint: Place) -> Place | None:

@@ -40,11 +40,13 @@ class ExpertsConfig:
     # Tokens that an expert takes of a group, as a multiple of its even share; those beyond pass by. None: it takes all
     capacity_factor: Amount | None = None  # in training
     evaluation_capacity_factor: Amount | None = None  # elsewhere; not in decoding, where every token is taken
+    # Instead of the last: so many of every sequence, however long it is (SwitchTransformers in transformers)
+    evaluation_capacity: Positive | None = None
     # Sequences of a microbatch that share these seats, the first of them served first; a smaller batch is one group. Tokens
     # of one kind come in bursts: a sequence's own seats overflow at one expert while those of others stay empty
     group: Positive = 1
     # What a choice that finds its expert full adds to the stream: nothing (Switch, section 2.2), or the layer's input times
-    # its gate (SwitchTransformers in transformers 4)
+    # its gate (SwitchTransformers in transformers 4; since 5 it passes)
     overflow: Literal["pass", "scale"] = "pass"
     balance_loss: Amount = 1e-2  # weight of n_experts x (share of tokens) x (mean probability), summed over experts
     balance_over: Literal["batch", "sequence"] = (
@@ -59,6 +61,8 @@ class ExpertsConfig:
         """A token cannot go to more experts than there are, nor to one without seats; experts that choose must have some."""
         if self.per_token > self.n_experts:
             raise ValueError(f"per_token={self.per_token} exceeds n_experts={self.n_experts}; lower it, or add experts")
+        if self.evaluation_capacity is not None and self.evaluation_capacity_factor is not None:
+            raise ValueError("evaluation_capacity and evaluation_capacity_factor say the same thing twice; remove one")
         for field in ("capacity_factor", "evaluation_capacity_factor"):
             if getattr(self, field) == 0:
                 raise ValueError(
@@ -96,4 +100,5 @@ class ExpertsConfig:
     def describe_function(self) -> dict[str, Any]:
         """What of this determines the function that is sampled from."""
         table = {key: value for key, value in dataclasses.asdict(self).items() if key not in TRAINING_ONLY}
-        return table | (WITH_CAPACITY if self.evaluation_capacity_factor is None else {})
+        takes_all = self.evaluation_capacity_factor is None and self.evaluation_capacity is None
+        return table | (WITH_CAPACITY if takes_all else {})

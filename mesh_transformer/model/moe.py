@@ -97,7 +97,9 @@ class Experts(hk.Module):
         logits = score_experts(x, w_router, key, e.jitter)
         factor = e.evaluation_capacity_factor if key is None else e.capacity_factor
         capacity, group = None, 1
-        if factor is not None and not decoding:
+        if e.evaluation_capacity is not None and key is None and not decoding:
+            capacity = min(e.evaluation_capacity, x.shape[1])
+        elif factor is not None and not decoding:
             group = _find_group(e.group, x.shape[0])
             capacity = find_capacity(factor, group * x.shape[1], e.per_token, e.n_experts)
         by_expert, probabilities = e.choice == "expert" and not decoding, jax.nn.softmax(logits)

@@ -44,6 +44,8 @@ def rows_per_token(config: ModelConfig, *, training: bool = True) -> float:
     e = config.experts
     if e is None:
         return 0.0
+    if not training and e.evaluation_capacity is not None:
+        return min(e.evaluation_capacity, config.seq_len) * e.n_experts / config.seq_len
     factor = e.capacity_factor if training else e.evaluation_capacity_factor
     if factor is None:
         return float(e.per_token)
@@ -52,8 +54,9 @@ def rows_per_token(config: ModelConfig, *, training: bool = True) -> float:
 
 
 def count_expert_layers(config: ModelConfig) -> int:
-    """Layers that have experts."""
-    return config.n_layers // len(config.pattern) * sum(has_experts for _, has_experts in config.pattern)
+    """Layers that have experts, in the encoder too."""
+    layers = config.n_layers + (config.encoder_layers or 0)
+    return layers // len(config.pattern) * sum(has_experts for _, has_experts in config.pattern)
 
 
 def empty_routing(config: ModelConfig) -> Routing | None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mesh_transformer.files import replace_file
-from mesh_transformer.train.plot import Series, plot
+from mesh_transformer.train.plot import DASHES, Series, plot
 
 Evaluation = Mapping[str, Any]
-MERGED = ("results", "versions", "n-samples", "higher_is_better")
+MERGED = ("results", "versions", "n-samples", "n-shot", "higher_is_better")
 TEXT_COLUMNS = {
     "bits_per_byte": ("bits/byte", "{:.4f}"),
     "word_perplexity": ("perplexity/word", "{:.3f}"),
@@ -65,15 +65,21 @@ def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, float]:
-    """ "TASK.METRIC" -> value, without standard errors and counts."""
+    """ "TASK.METRIC" -> value, without standard errors and counts; METRIC_FILTER where an answer is read in several ways."""
     found = {}
     for task, values in evaluation["results"].items():
-        for key, value in values.items():
-            metric, comma, _ = key.partition(",")
-            is_measure = comma and not metric.endswith("_stderr") and metric not in COUNTS
-            if is_measure and isinstance(value, int | float):
-                found[f"{task}.{metric}"] = float(value)
+        for metric, reading, value in _measures(values):
+            if metric not in COUNTS:
+                found[f"{task}.{metric}{reading and f'_{reading}'}"] = float(value)
     return found
+
+
+def _measures(values: Mapping[str, Any]) -> Iterable[tuple[str, str, float]]:
+    """Metric, how the answer was read ("" for as it is), and value; without standard errors and what is no number."""
+    for key, value in values.items():
+        metric, comma, reading = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            yield metric, "" if reading == "none" else reading, value
 
 
 def make_tables(evaluation: Evaluation) -> list[Table]:
@@ -88,15 +94,21 @@ def make_tables(evaluation: Evaluation) -> list[Table]:
     for task, values in results.items():
         if task in texts:
             continue
-        n_items = evaluation.get("n-samples", {}).get(task, {}).get("effective", "")
-        for key, value in values.items():
-            metric, comma, _ = key.partition(",")
-            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
-                error = values.get(f"{metric}_stderr,none")
-                is_number = isinstance(error, int | float)
-                rows.append([task, metric, f"{value:.4g}", f"{error:.2g}" if is_number else "", f"{n_items}"])
+        counts = evaluation.get("n-samples", {}).get(task, {})
+        of_it = [
+            str(counts.get("effective", "")),
+            str(evaluation.get("n-shot", {}).get(task, 0)),
+            str(counts.get("cut", "")),
+        ]
+        for metric, reading, value in _measures(values):
+            error = values.get(f"{metric}_stderr,{reading or 'none'}")
+            is_number = isinstance(error, int | float)
+            name = f"{metric} ({reading})" if reading else metric
+            rows.append([task, name, f"{value:.4g}", f"{error:.2g}" if is_number else "", *of_it])
     if rows:
-        tables.append(Table("tasks", ["", "metric", "value", "standard error", "items"], rows))
+        headings = ["", "metric", "value", "standard error", "items", "shots", "prompts cut"]
+        shown = len(headings) if any(row[-1] for row in rows) else len(headings) - 1
+        tables.append(Table("tasks", headings[:shown], [row[:shown] for row in rows]))
     if evaluation.get("published"):
         tables.append(_compare(evaluation))
     return tables
@@ -126,7 +138,7 @@ def _plots(evaluations: Mapping[int, Evaluation]) -> Iterable[str]:
             Series(
                 name.removesuffix(f".{ending}"),
                 [(step, metrics_of(e).get(name)) for step, e in evaluations.items()],
-                STYLES[number % len(STYLES)],
+                STYLES[number % len(STYLES)] + DASHES[number // len(STYLES) % len(DASHES)],
                 markers=True,
             )
             for number, name in enumerate(names)

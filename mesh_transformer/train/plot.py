@@ -12,6 +12,7 @@ WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
 HEAT_COLUMNS, HEAT_ROWS = 80, 32  # of a heat map at most
 CLIPPED = 8  # quarters of a doubling: a fourth and four times
+DASHES = ("", " dashed", " dotted")  # for more lines than there are colours
 MAX_POINTS = 1200  # of a series; more are thinned to the extremes of each stretch
 
 
@@ -20,7 +21,7 @@ class Series(NamedTuple):
 
     name: str
     points: Sequence[tuple[float, float | None]]
-    style: str  # CSS class: faint, main, accent, second
+    style: str  # CSS class: faint, main, accent, second, third, fourth; and behind it one of DASHES
     markers: bool = False
 
 
@@ -182,13 +183,13 @@ def _make_log_axis(low: float, high: float) -> Axis:
 
 
 def format_number(value: float | None) -> str:
-    """A tick as people write it: 1.2k, 3.4M, 0.05, 6e-05."""
+    """A tick as people write it: 1.2k, 3.4M, 5T, 6e+15, 0.05, 6e-05."""
     if value is None:
         return "-"
     size = abs(value)
-    if size >= 1e12:
+    if size >= 1e15:
         return f"{value:.3g}"
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= limit:
             return f"{value / limit:.4g}{suffix}"
     return "0" if value == 0 else f"{value:.3g}"

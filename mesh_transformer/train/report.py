@@ -293,7 +293,7 @@ vertical-align:-2px;background:color-mix(in srgb,var(--main) calc(100%*var(--sha
 .mark{stroke:var(--mark);stroke-dasharray:3 3}
 .pointer{stroke:var(--dim);stroke-width:1}path.faint{stroke:var(--faint);stroke-width:1}
 path.main{stroke:var(--main)}path.accent{stroke:var(--accent)}path.second{stroke:var(--second)}
-path.third{stroke:var(--third)}
+path.third{stroke:var(--third)}path.dashed{stroke-dasharray:6 4}path.dotted{stroke-dasharray:2 3}
 path.fourth{stroke:var(--fourth)}circle.faint,circle.main{fill:var(--main)}circle.accent{fill:var(--accent)}
 circle.second{fill:var(--second)}circle.third{fill:var(--third)}circle.fourth{fill:var(--fourth)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:13px;color:var(--dim);min-height:21px}
@@ -302,6 +302,8 @@ background:var(--main)}
 .key.faint::before{background:var(--faint)}.key.accent::before{background:var(--accent)}
 .key.second::before{background:var(--second)}
 .key.third::before{background:var(--third)}.key.fourth::before{background:var(--fourth)}
+.key.dashed::before{mask:linear-gradient(90deg,#000 5px,#0000 5px 7px,#000 7px)}
+.key.dotted::before{mask:repeating-linear-gradient(90deg,#000 0 2px,#0000 2px 5px)}
 output{margin-left:auto;color:var(--ink)}
 .nothing{color:var(--dim);text-align:center;padding:70px 0}pre{overflow:auto;font-size:13px;line-height:1.45}
 .samples,details{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 16px}

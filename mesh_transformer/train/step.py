@@ -115,8 +115,13 @@ def make_eval_step(config: Config) -> Callable[[Params, Batch], TokenLosses]:
     return eval_step
 
 
-def _context(config: Config, batch: Batch) -> dict[str, Any]:
-    """Positions and segments where documents are kept apart; otherwise the model's own defaults, which cost nothing."""
+def model_inputs(config: Config, batch: Batch) -> dict[str, Any]:
+    """What a model reads beside tokens: an encoder's sources; positions and segments where documents are kept apart.
+
+    Elsewhere the model's own defaults cost nothing.
+    """
+    if config.model.encoder_layers is not None:
+        return {"sources": batch.sources}
     return {"positions": batch.positions, "segments": batch.segments} if config.data.isolate_documents else {}
 
 
@@ -130,7 +135,7 @@ def _score_batch(
         # Microbatches are interleaved rows of the batch, so that nothing moves; put back in the same way.
         x, targets, mask = (y.swapaxes(0, 1).reshape(-1, *y.shape[2:]) for y in (x, targets, mask))
     else:
-        x, routing = model.hidden(params, batch.tokens, dropout_key=key, **_context(config, batch))
+        x, routing = model.hidden(params, batch.tokens, dropout_key=key, **model_inputs(config, batch))
         targets, mask = to_ring_order(batch.targets), to_ring_order(batch.mask)
     head = head_of(params, config.model)
     scored: Any = score_tokens(x, head.w, head.b, targets, mask, config.train.z_loss, config.train.loss_pieces)
@@ -217,14 +222,18 @@ def _update_guard(guard: Guard, ok: Bool[Array, ""], loss: Float[Array, ""], gra
 def layer_norms(grads: Params) -> Float[Array, "L"]:
     """Norm of each layer of gradients, or of what has their structure, from the arrays stacked over the scan.
 
-    Order within a period is the pattern's.
+    Order within a period is the pattern's; an encoder's layers come first.
     """
-    squares: dict[str, Array] = {}
+    stacks: dict[str, dict[str, Array]] = {}
     for module, arrays in grads.items():
-        _, _, inner = module.partition(f"/{STACK}/")
+        stack, _, inner = module.partition(f"/{STACK}/")
         if inner:
-            block = inner.split("/")[0]
+            block, squares = inner.split("/")[0], stacks.setdefault(stack, {})
             for grad in arrays.values():
                 square = jnp.sum(jnp.square(grad.astype(jnp.float32)), axis=tuple(range(1, grad.ndim)))
                 squares[block] = squares.get(block, 0.0) + square
-    return jnp.sqrt(jnp.stack([squares[block] for block in sorted(squares)], axis=1).reshape(-1))
+    by_layer = [
+        jnp.stack([squares[block] for block in sorted(squares)], axis=1).reshape(-1)
+        for _, squares in sorted(stacks.items(), reverse=True)  # "transformer/encoder", "transformer"
+    ]
+    return jnp.sqrt(jnp.concatenate(by_layer))

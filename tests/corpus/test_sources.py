@@ -81,6 +81,31 @@ Use :func:`the_call` and `a link <http://a>`_ with ``code``::
 
 .. note:: Mind this.
 """
+INFO = """This is a.info, made by hand.
+\x1f
+File: a.info,  Node: Top,  Next: One,  Up: (dir)
+
+The top
+*******
+
+* Menu:
+
+* One::                       What one
+                              is.
+* Index: The index.           Words
+
+\x1f
+File: a.info,  Node: One,  Prev: Top,  Up: Top
+
+One is this.\0\x08[image src="a.png"\0\x08]
+
+* it counts
+\x1f
+Tag Table:
+Node: Top\x7f31
+\x1f
+End Tag Table
+"""
 MAIL = """From a@b Thu Jan  1 00:00:00 2004
 Subject: One
 
@@ -108,6 +133,7 @@ CASES = {
     "html": ("a.html", PAGE, {"a.html": "Head\n\nCats & dogs live here."}),
     "man": ("a.1.gz", gzip.compress(MAN.encode()), {"a.1.gz": MAN_TEXT}),
     "rst": ("a.rst", RST, {"a.rst": RST_TEXT}),
+    "info": ("a.info", INFO, {"a.info": "The top\n*******\n\nOne is this.\n\n* it counts"}),
 }
 
 
@@ -202,3 +228,44 @@ def test_sources_that_change_or_vanish_midway(write_texts, make_recipe):
     (folder / "001.txt").unlink()
     with pytest.raises(DataError, match=r"001.txt: was there when the build began: No such file"):
         list(read_part(parts[0], recipe, Reading()))
+
+
+def test_long_texts_become_pieces(read_one):
+    text = "".join(f"word {n}\nmore of it\n\n" for n in range(200)) + "x" * 2500
+    texts, _ = read_one("text", "a.txt", text, pieces_kb=1)
+    assert "".join(texts.values()) == text
+    assert list(texts) == [f"a.txt:{n}" for n in range(1, len(texts) + 1)]
+    assert all(len(piece) <= 1000 for piece in texts.values())
+    assert [piece.endswith("\n\n") for piece in texts.values()] == [True] * (len(texts) - 3) + [False] * 3
+    assert read_one("text", "a.txt", text, pieces_kb=10)[0] == {"a.txt": text}
+    with pytest.raises(ValueError, match=r"components.a.pieces_kb: files of this kind are many documents already"):
+        read_one("warc", "a.warc", warc(PAGE), pieces_kb=1)
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.txt"])
+def test_links_that_lead_nowhere_are_counted(tmp_path, write_texts, make_recipe, pattern):
+    folder = write_texts("texts", ["one"])
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    component = {"kind": "text", "paths": [f"{folder}{pattern}"]}
+    texts, reading = read(make_recipe({"a": component}))
+    assert list(texts) == ["000.txt"]
+    assert reading.bad.counts == {"broken link": 1}
+    assert list(reading.digests) == [str(folder / "000.txt")]
+    with pytest.raises(DataError, match=r"component a: .*gone.txt: a link that leads nowhere; exclude it"):
+        read(make_recipe({"a": component}, corpus={"on_bad_document": "error"}))
+    assert list(read(make_recipe({"a": component | {"exclude": ["*/gone.txt"]}}))[0]) == ["000.txt"]
+
+
+def test_files_that_cannot_be_read_are_counted(write_texts, make_recipe, monkeypatch):
+    folder = write_texts("texts", ["one", "two"])
+    monkeypatch.setattr("mesh_transformer.corpus.sources.digest_file", refuse_second)
+    texts, reading = read(make_recipe({"a": {"kind": "text", "paths": [str(folder)]}}))
+    assert list(texts) == ["000.txt"]
+    assert reading.bad.examples == {"unreadable file": [f"{folder}/001.txt: cannot be read: Permission denied"]}
+
+
+def refuse_second(path: str) -> str:
+    """As the system does to who may not read it; root may read all."""
+    if path.endswith("001.txt"):
+        raise PermissionError(13, "Permission denied")
+    return "0" * 32

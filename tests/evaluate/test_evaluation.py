@@ -5,12 +5,15 @@
 import json
 import math
 import re
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import zstandard
 
 import device_evaluate
+import mesh_transformer.evaluate.trained as evaluate_module
 from mesh_transformer.config import Config, load_config
 from mesh_transformer.data.documents import DataError, Document
 from mesh_transformer.data.readers import read_documents
@@ -22,7 +25,13 @@ from mesh_transformer.evaluate.tasks import TASKS, read_items
 from mesh_transformer.evaluate.texts import read_texts
 from mesh_transformer.evaluate.training import train_measured
 from mesh_transformer.mesh import make_layout
-from mesh_transformer.train.benchmarks import make_tables, metrics_of, read_evaluations, write_evaluation
+from mesh_transformer.train.benchmarks import (
+    draw_evaluations,
+    make_tables,
+    metrics_of,
+    read_evaluations,
+    write_evaluation,
+)
 from mesh_transformer.train.metrics import read_metrics
 from mesh_transformer.train.stop import StopRequest
 
@@ -145,6 +154,71 @@ def test_own_items_need_no_data_set(trained, capsys):
     assert kept["results"].keys() >= found["results"].keys() | {"text:words"}, "what was measured before stays"
 
 
+@needs_harness
+@pytest.mark.filterwarnings("default")
+def test_training_writes_answers_as_the_program_does(tmp_path, capsys):
+    """A task that generates, with shots: measured twice while training, and afterwards of the checkpoint."""
+    tasks = ['evaluate.tasks=["local_line", "local_choice"]', "evaluate.limit=4", "evaluate.shots_of.local_line=1"]
+    config = load_config(write_config(tmp_path), [*tasks, "model.seq_len=256", "data.holdout=2"])
+    for file in (tmp_path / "texts").iterdir():
+        file.write_text("".join(line + "\n" for line in re.findall(r"(?:\S+\s+){10}", file.read_text())))
+    train_measured(config, make_layout(config.mesh), StopRequest(message=""))
+    evaluations = read_evaluations(Path(config.run.dir))
+    assert list(evaluations) == [2, 4]
+    capsys.readouterr()
+    arguments = ["--task", "local_line", "--task", "local_choice", "--limit", "4", "--shots", "local_line=1"]
+    found, _ = run_program(capsys, config.run.dir, *arguments)
+    for name in ("results", "n-shot", "n-samples"):
+        assert found[name].keys() == {"local_line", "local_choice"}
+    assert found["n-shot"] == {"local_line": 1, "local_choice": 0} == evaluations[2]["n-shot"]
+    assert found["results"] == evaluations[4]["results"]
+    row = next(row for row in make_tables(found)[0].rows if row[0] == "local_line")
+    assert row[1:3] == ["exact_match", "0"]
+    assert row[5] == "1"
+
+
+@needs_harness
+@pytest.mark.filterwarnings("default")
+def test_a_stopped_evaluation_goes_on(trained, tmp_path, capsys, monkeypatch):
+    """Nothing that was answered is asked again, of text, choices and lines; the results are those of one go."""
+    run_dir = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    (tmp_path / "lines.txt").write_text("".join(f"line {i} is a line of {i % 7} words or so\n" for i in range(200)))
+    arguments = ["--task", "text", "--task", "local_choice", "--task", "local_line", "--limit", "3"]
+    arguments += ["--data", f"lines={tmp_path / 'lines.txt'}", "--set", "evaluate.batch_tokens=64"]
+    whole, _ = run_program(capsys, str(run_dir), *arguments)
+    partial = run_dir / "evaluation_4.partial.jsonl"
+    assert not partial.exists()
+
+    @contextmanager
+    def stop_at(what: str, done: int):
+        def report(now: str, n: int, total: int | None) -> None:
+            if now == what and n >= done:
+                raise KeyboardInterrupt
+
+        yield report
+
+    counts = [0]
+    for what, done in (("text: bytes", 500), ("likelihoods", 2), ("answers", 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate_module, "show_progress", lambda what=what, done=done: stop_at(what, done))
+            with pytest.raises(KeyboardInterrupt):
+                device_evaluate.main([str(run_dir), *arguments])
+        counts.append(len(partial.read_bytes().splitlines()) - 1)
+        assert counts[-1] > counts[-2]
+    with open(partial, "ab") as file:
+        file.write(b'{"key": "half a li')
+    capsys.readouterr()
+    found, err = run_program(capsys, str(run_dir), *arguments)
+    assert f"going on with {counts[-1]:,} answers" in err
+    assert metrics_of(found) == pytest.approx(metrics_of(whole), rel=1e-5)
+    assert not partial.exists()
+    for text in ('{"model": "another"}\n{"key": "a", "is": [0.0, true]}\n', "no JSON\n", '{"model": "another"}\n[]\n'):
+        partial.write_text(text)
+        found, err = run_program(capsys, str(run_dir), *arguments)
+        assert "going on" not in err
+        assert metrics_of(found) == pytest.approx(metrics_of(whole), rel=1e-6)
+
+
 DOCUMENTS = [
     Document(
         "\n".join(" ".join(f"w{(i * j) % 90} and{j}" for j in range(line, line + 9)) for line in range(90)), f"{i}"
@@ -188,14 +262,26 @@ def test_items_of_our_own_source_can_be_made():
 FEWGLUE = Path(__file__).parents[3] / "shared" / "data" / "fewglue"
 
 
-@pytest.mark.parametrize("name", ["boolq", "cb", "copa", "rte", "wic"])
-def test_fewglue_is_read(name):
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("boolq", 32), ("cb", 32), ("copa", 32), ("rte", 32), ("wic", 32), ("wsc", 32), ("record", 32), ("multirc", 0)],
+)
+def test_fewglue_is_read(name, count):
+    """In the form in which its authors publish it; a passage of MultiRC has several items."""
     files = {path.parent.name.lower(): path for path in FEWGLUE.glob("*/train.jsonl")}
     if name not in files:
         pytest.skip("FewGLUE lies beside the project in ../shared/data only where it was put")
     items = read_items(name, str(files[name]))
-    assert len(items) == 32
-    assert {item["gold"] for item in items} == set(range(len(items[0]["choices"])))
+    assert len(items) == count or (not count and len(items) > 32)
+    records = [item.record for item in items]
+    if name == "record":
+        assert all(set(record["answers"]) <= set(record["entities"]) for record in records)
+    elif name != "wsc":  # of which FewGLUE has right ones alone
+        assert {record["label"] for record in records} == set(range(3 if name == "cb" else 2))
+    if name == "wsc":
+        assert all(record[f"span{i}_text"] in record["text"] for record in records for i in (1, 2))
+    assert items[1].where.endswith("train.jsonl:2") or not count
+    assert read_items(name, str(files[name]), limit=3) == items[:3]
 
 
 def test_bad_records_are_named(tmp_path):
@@ -208,7 +294,7 @@ def test_bad_records_are_named(tmp_path):
         read_items("piqa", str(file))
     assert len(read_items("copa", str(file), limit=1)) == 1
     file.write_text("not JSON\n")
-    with pytest.raises(DataError, match="not a file of JSON"):
+    with pytest.raises(DataError, match=r"copa\.jsonl:1: not JSON"):
         read_items("copa", str(file))
     file.write_text("\n")
     with pytest.raises(DataError, match="no records"):
@@ -218,9 +304,18 @@ def test_bad_records_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (['evaluate.tasks=["hellaswg"]'], r"no task 'hellaswg'; there are text, wikitext2, local, lambada"),
+        (['evaluate.tasks=["hellaswg"]'], r"no task 'hellaswg'; there are text, wikitext2, local, superglue, lambada"),
         (['evaluate.tasks=["hellaswag"]'], "'hellaswag' needs its file: --data hellaswag=PATH"),
         (['evaluate.tasks=["wikitext2"]'], "'wikitext2' needs its file"),
+        (["evaluate.examples.piqa='x'"], r"evaluate\.examples\.piqa: 'piqa' is none of the tasks text"),
+        (["evaluate.shots_of.local_line=1"], r"evaluate\.shots_of\.local_line"),
+        (['evaluate.tasks=["absent.yaml"]', 'evaluate.data.absent="x"'], "no such file here, nor among the tasks"),
+        (
+            ['evaluate.tasks=["rte"]', 'evaluate.data.rte="x"', "evaluate.shots=4"],
+            "4 shots need as many examples, and there are none",
+        ),
+        (['evaluate.tasks=["local_line"]', 'evaluate.examples.local_line="/absent"'], "/absent: no such file"),
+        (['evaluate.tasks=["a/x.yaml", "b/x.yaml"]'], "two tasks are called 'x'"),
         (['evaluate.data.piqa="x"'], r"evaluate\.data\.piqa is read by none of the tasks text; add --task piqa"),
         (['evaluate.data.mine="x"', 'evaluate.tasks=["wikitext2"]', 'evaluate.data.wikitext2="y"'], "add --task text"),
         (["data.holdout=0"], "held no text out of its training; name some"),
@@ -239,6 +334,9 @@ def test_wrong_use_of_the_program(trained, tmp_path):
     for arguments, words in (
         (["--data", "hellaswag"], "expected NAME=PATH"),
         (["--data", "a b=c"], "expected NAME=PATH"),
+        (["--examples", "rte"], "--examples rte: expected NAME=PATH"),
+        (["--shots", "rte=many"], "--shots rte=many: expected N or NAME=N"),
+        (["--shots", "-1"], "--shots -1: expected N or NAME=N"),
         (["--set", "train.steps=3"], "what can be set is"),
         (["--set", "evaluate.context=65"], r"evaluate\.context=65: the model's seq_len is 64"),
         (["--data", f"mine={tmp_path}"], "no files in this folder"),
@@ -276,8 +374,24 @@ def test_results_are_kept_together(tmp_path):
     kept = read_evaluations(tmp_path)[3]
     assert metrics_of(kept) == {"a.acc": 0.5, "b.acc": 0.25}
     tasks, published = make_tables(kept)
-    assert tasks.rows == [["a", "acc", "0.5", "", ""], ["b", "acc", "0.25", "0.1", "8"]]
+    assert tasks.rows == [["a", "acc", "0.5", "", "", "0"], ["b", "acc", "0.25", "0.1", "8", "0"]]
     assert published.rows == [["this model", "0.5", "0.25", ""], ["m", "0.6", "0.7", "s"]]
     (tmp_path / "evaluation_4.json").write_text("{}")
     with pytest.raises(ValueError, match=r"evaluation_4\.json: not the results"):
         read_evaluations(tmp_path)
+
+
+def test_every_line_of_a_plot_looks_different():
+    results = {f"text:{i}": {"bits_per_byte,none": 1.0 + i} for i in range(12)}
+    drawn = draw_evaluations({step: {"results": results} for step in (1, 2)})
+    looks = re.findall('class="key ([^"]+)"', drawn)
+    assert len(looks) == len(set(looks)) == 12
+
+
+def test_answers_read_in_several_ways_are_told_apart():
+    results = {"sums": {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1, "exact_match,loose": 0.75}}
+    evaluation = {"results": results, "n-shot": {"sums": 5}, "n-samples": {"sums": {"effective": 8, "cut": 2}}}
+    assert metrics_of(evaluation) == {"sums.exact_match_strict": 0.5, "sums.exact_match_loose": 0.75}
+    (table,) = make_tables(evaluation)
+    assert table.headings[-3:] == ["items", "shots", "prompts cut"]
+    assert table.rows[0] == ["sums", "exact_match (strict)", "0.5", "0.1", "8", "5", "2"]

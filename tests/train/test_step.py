@@ -73,7 +73,9 @@ class Runner:
         self.layout, self.state, self._step = compile_config(config)
 
     def place(self, batch: Batch) -> Batch:
-        return Batch(*(jax.device_put(x, self.layout.sharding(("batch", "sequence"), x.shape, "batch")) for x in batch))
+        return jax.tree.map(
+            lambda x: jax.device_put(x, self.layout.sharding(("batch", "sequence"), x.shape, "batch")), batch
+        )
 
     def step(self, batch: Batch) -> dict[str, jax.Array]:
         self.state, metrics = self._step(self.state, self.place(batch))
