@@ -43,7 +43,7 @@ def run_on_ray(pipeline: list[Any], tasks: int, folder: Path, workers: int, addr
         import ray
         from datatrove.executor import RayPipelineExecutor
     except ImportError:
-        raise DataError("--ray needs ray: pip install 'mesh-transformer[ray]'") from None
+        raise DataError("--ray needs ray: pip install 'mesh-transformer[corpus,ray]'") from None
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     RayPipelineExecutor(

@@ -55,7 +55,8 @@ def show_profanity(sheet: dict[str, Any]) -> str:
     rows.sort(key=lambda row: -float(row[3].rstrip("%")))
     note = (
         f"<p>Sentences of the same {SAMPLE} documents that profanity-check takes for profane, as in The Pile's paper. It was "
-        "trained on posts of people: of text on computers it also marks what kills a process or names a slave device.</p>"
+        "trained on English posts: of text on computers it also marks what kills a process or names a slave device, and in other "
+        "languages whatever looks like an English word it knows.</p>"
     )
     return note + make_table(["component", "sentences", "profane", "share"], rows)
 

@@ -152,8 +152,25 @@ def _read_source(file: SourceFile, component: ComponentConfig, limit: int, readi
     except OSError as error:
         yield None, _unreadable(error)
         return
+    if damage := _find_damage(Path(file.path)):
+        yield None, damage
+        return
     yield from _read_file(Path(file.path), component, limit, reading)
     _check_unchanged(file)
+
+
+def _find_damage(path: Path) -> Flaw | None:
+    """What is wrong inside an archive, for gzip's check stands at its end; a truncated one is right as far as it goes."""
+    if suffix := _COMPRESSED.get(path.suffix.lower()):
+        try:
+            for _ in read_chunks(path, suffix):
+                pass
+        except Flaw as flaw:
+            if flaw.kind == "damaged archive":
+                return Flaw(flaw.kind, f"{flaw.detail}; nothing of it is read")
+        except OSError as error:
+            return _unreadable(error)
+    return None
 
 
 def _unreadable(error: OSError) -> Flaw:

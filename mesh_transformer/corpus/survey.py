@@ -38,6 +38,22 @@ NAMED = (
     "sexual",
     "happy",
 )  # in the paper: three he, four she
+PIECES = {
+    "don",
+    "didn",
+    "doesn",
+    "isn",
+    "wasn",
+    "won",
+    "wouldn",
+    "couldn",
+    "hasn",
+    "hadn",
+    "aren",
+    "com",
+    "org",
+    "www",
+}  # no words
 _PRONOUN = re.compile(rf"\b(?:{'|'.join(PRONOUNS)})\b")
 _WORD = re.compile(r"[a-z]+")
 _END = re.compile(r"[.!?][\"')\]]*\s+|\n\s*\n")
@@ -176,7 +192,8 @@ def compare_pronouns(records: list[dict[str, Any]]) -> dict[str, Any]:
         score = (he / totals["he"] - she / totals["she"]) * math.sqrt(he + she)
         return {"word": word, "he": he, "she": she, "lean": round(score, 4)}
 
-    words = [word for word in around["he"] | around["she"] if len(word) > 2 and word not in ENGLISH_STOP_WORDS]
+    left_out = ENGLISH_STOP_WORDS | PIECES
+    words = [word for word in around["he"] | around["she"] if len(word) > 2 and word not in left_out]
     leaning = [lean(word) for word in words if around["he"][word] + around["she"][word] >= LEAST]
     leaning.sort(key=lambda row: (-row["lean"], row["word"]))
     return {

@@ -70,11 +70,13 @@ SWITCH = dict(T5, init_scale=0.1)
 SWITCH_DECODER = dict(SWITCH, head_scale="none", init="gpt2")  # in a decoder alone, which nobody published
 
 
-def _switch(n_experts: int, every: int, capacity_factor: float) -> dict[str, Any]:
+def _switch(n_experts: int, every: int, capacity_factor: float, group: int = 1) -> dict[str, Any]:
+    """`group` sequences of 512 tokens are routed together, as its released code says (max_group_size)."""
     return dict(
         n_experts=n_experts,
         every=every,
         capacity_factor=capacity_factor,
+        group=group,
         evaluation_capacity_factor=2.0,
         router_z_loss=0.0,
         jitter=1e-2,
@@ -151,23 +153,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     "t5-v1.1-large": _t5(T5_V1_1, 24, 1024, 16, 2816),
     "t5-v1.1-xl": _t5(T5_V1_1, 24, 2048, 32, 5120),
     "t5-v1.1-xxl": _t5(T5_V1_1, 24, 4096, 64, 10240),
-    "switch-base-8": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(8, 2, 1.25)),
-    "switch-base-16": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(16, 2, 1.25)),
-    "switch-base-32": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(32, 2, 1.25)),
-    "switch-base-64": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(64, 2, 1.25)),
-    "switch-base-128": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(128, 2, 1.25)),
-    "switch-base-256": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(256, 2, 1.25)),
-    "switch-large-128": _t5(SWITCH, 24, 1024, 16, 4096, experts=_switch(128, 2, 1.25)),
+    "switch-base-8": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(8, 2, 1.25, 16)),
+    "switch-base-16": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(16, 2, 1.25, 16)),
+    "switch-base-32": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(32, 2, 1.25, 16)),
+    "switch-base-64": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(64, 2, 1.25, 16)),
+    "switch-base-128": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(128, 2, 1.25, 16)),
+    "switch-base-256": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(256, 2, 1.25, 16)),
+    "switch-large-128": _t5(SWITCH, 24, 1024, 16, 4096, experts=_switch(128, 2, 1.25, 8)),
     "switch-xxl": _t5(
         dict(T5_V1_1, init_scale=0.1),
         24,
         4096,
         64,
         10240,
-        experts=_switch(128, 2, 1.25) | {"evaluation_capacity_factor": 4.0},
+        experts=_switch(128, 2, 1.25, 8) | {"evaluation_capacity_factor": 4.0},
     ),
     "switch-c": _t5(
-        SWITCH, 15, 2080, 30, 6144, tied_embeddings=False, head_scale="none", experts=_switch(2048, 1, 1.0)
+        SWITCH, 15, 2080, 30, 6144, tied_embeddings=False, head_scale="none", experts=_switch(2048, 1, 1.0, 4)
     ),
     "switch-decoder-base-8": _size(SWITCH_DECODER, 12, 768, 12, d_ff=3072, experts=_switch(8, 2, 1.25)),
     "switch-decoder-base-128": _size(SWITCH_DECODER, 12, 768, 12, d_ff=3072, experts=_switch(128, 2, 1.25)),

@@ -330,9 +330,8 @@ def abstract_batch(config: Config, layout: Layout | None = None) -> Batch:
         sharding = layout and layout.sharding(("batch", "sequence"), shape, "batch")
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    integers, mask = describe(config.target_len), describe(config.target_len, np.float32)
-    sources = None if config.model.encoder_layers is None else describe(config.model.seq_len)
-    return Batch(integers, integers, integers, integers, mask, sources)
+    integers, sources = describe(config.target_len), config.model.encoder_layers and describe(config.model.seq_len)
+    return Batch(integers, integers, integers, integers, describe(config.target_len, np.float32), sources)
 
 
 def without_remat(config: Config) -> Config:

@@ -119,6 +119,8 @@ Second
 """
 LATEX = r"\documentclass{a}\begin{document}Hello \emph{big} $x^2$ world.\end{document}"
 
+FLIPPED = bytearray(gzip.compress(b"".join(b'{"text": "line %d"}\n' % n for n in range(9)), 0))  # stored as it is
+FLIPPED[FLIPPED.index(b"line 5")] ^= 2
 LINES = zstandard.compress(b'{"text": "one"}\n\n{"text": "two"}\n')
 MAN_TEXT = "NAME\n\nls - list files\n\nOPTIONS\n\n-a, --all all of them\n\none\ntwo"
 RST_TEXT = "Title\n=====\n\nUse the_call and a link with code:\n\n    kept as it is\n\nMind this."
@@ -164,6 +166,7 @@ def test_mail_agrees_with_the_standard_library(tmp_path, read_one):
         ("text", "a.txt", b"caf\xe9\n", 0, "a.txt:1: byte 3 .0xe9. is not UTF-8"),
         ("text", "a.txt.gz", gzip.compress(b"x" * 99_999)[:-20], 0, "a.txt.gz: truncated archive"),
         ("jsonl", "a.jsonl", b'{"text": "good"}\n{"text": 3}\n{"te', 1, "a.jsonl:2: int where text is wanted"),
+        ("jsonl", "a.jsonl.gz", bytes(FLIPPED), 0, "a.jsonl.gz: damaged archive .*; nothing of it is read"),
         ("jsonl", "a.txt", b"x", 0, "a.txt: not named like jsonl"),
         ("mbox", "a.mbox", b"From a\nSubject: x\nContent-Type: image/png\n\nabc\n", 0, "a.mbox:1: a message without text"),
         ("warc", "a.warc", warc(PAGE, PAGE)[:-60], 1, "a.warc:2: .* bytes of it are missing at the end"),
