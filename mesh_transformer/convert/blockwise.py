@@ -68,7 +68,7 @@ class Layer:
         """As in model.transformer.Block: dense, of experts, or both."""
         if self.experts is None:
             return self.run_dense(x, "feed_forward")
-        mixed = self.mix_experts(x, self.experts.per_token) * self.experts.gate_scale
+        mixed = self.mix_experts(x, self.experts.per_token)
         return mixed + self.run_dense(x, "feed_forward") if self.experts.shared else mixed
 
     def run_dense(self, x: Array, module: str) -> Array:

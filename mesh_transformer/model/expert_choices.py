@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from mesh_transformer.field_types import STRICT, Amount, Fraction, Positive, Rate
+from mesh_transformer.field_types import STRICT, Amount, Fraction, Positive
 
 TRAINING_ONLY = (
     "capacity_factor",
@@ -31,9 +31,6 @@ class ExpertsConfig:
     per_token: Positive = (
         1  # 1: as in Switch, by its probability; more: by the chosen probabilities, scaled to add up to 1
     )
-    # What gates are multiplied by (routed_scaling_factor of DeepSeek-V2). With one expert a token, gates begin near
-    # 1 / n_experts, and a short run ends before its router is surer: about n_experts makes experts learn like a dense layer
-    gate_scale: Rate = 1.0
     # Who chooses: tokens their experts, or experts their tokens (capacity_factor x per_token of each group's tokens,
     # divided evenly), which looks at tokens to come: a text cannot be generated in that way, see noncausal
     choice: Literal["token", "expert"] = "token"
@@ -45,8 +42,8 @@ class ExpertsConfig:
     evaluation_capacity_factor: Amount | None = None  # elsewhere; not in decoding, where every token is taken
     # Instead of the last: so many of every sequence, however long it is (SwitchTransformers in transformers)
     evaluation_capacity: Positive | None = None
-    # Sequences of a microbatch that share these seats, the first of them served first; a smaller batch is one group. In
-    # one sequence letters come in bursts, so that seats of its own overflow while others stay empty
+    # Sequences of a microbatch that share these seats, the first of them served first; a smaller batch is one group. Tokens
+    # of one kind come in bursts: a sequence's own seats overflow at one expert while those of others stay empty
     group: Positive = 1
     # What a choice that finds its expert full adds to the stream: nothing (Switch, section 2.2), or the layer's input times
     # its gate (SwitchTransformers in transformers 4; since 5 it passes)

@@ -71,7 +71,7 @@ class Places(NamedTuple):
 
 
 class Experts(hk.Module):
-    """sum over the chosen experts of gate x W_out activation(W_in x), or its gated form; gates times `gate_scale`."""
+    """sum over the chosen experts of gate x W_out activation(W_in x), or its gated form."""
 
     def __init__(self, config: ModelConfig, inits: Inits):
         super().__init__(name="experts")
@@ -110,7 +110,6 @@ class Experts(hk.Module):
             gates, experts = jax.lax.top_k(probabilities, e.per_token)
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True) if e.scales_gates else gates
             turns = None if capacity is None else take_turns(experts, group)
-        gates = gates * e.gate_scale
         taken = jnp.ones(experts.shape, bool) if turns is None or capacity is None else turns < capacity
         kept = _draw_kept(c, key, experts.shape, capacity, group)
         feed = partial(_feed, activation=ACTIVATIONS[c.activation], dropout=e.expert_dropout)

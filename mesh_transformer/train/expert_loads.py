@@ -11,7 +11,7 @@ LAYER_NAMES = {  # as many as metrics.pick_layers gives
     1: ("",),
     2: (", first layer", ", last layer"),
     3: (", first layer", ", second layer", ", last layer"),
-    4: (", first layer", ", a third of the layers on", ", two thirds of the layers on", ", last layer"),
+    4: (", first layer", ", at a third", ", at two thirds", ", last layer"),
 }
 
 

@@ -165,7 +165,7 @@ def make_axis(low: float, high: float, *, log: bool = False) -> Axis:
         return _make_log_axis(low, high)
     if high - low <= abs(high) * 1e-9:
         pad = abs(high) * 0.1 or 1.0
-        low, high = low - pad, high + pad
+        low, high = low - pad if low else 0.0, high + pad  # nothing at all is the lower end of what may be counted
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= 6)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -31,8 +31,8 @@ TRACES = (
     ("dropped_share", "Choices that found their expert full", "share, by step", "dropped", False),
     ("largest_expert_load", "Largest load of an expert", "multiples of an even one, any layer, by step", "load", False),
     ("unused_experts", "Experts without a token", "in all layers together, by step", "experts", False),
-    ("router_entropy", "Entropy of the routers", "nats, mean over layers, by step", "entropy", False),
-    ("balance_loss", "Balance loss", "1 where even, mean over layers, by step", "loss", False),
+    ("router_entropy", "Entropy of the routers", "nats; undecided: log of how many", "entropy", False),
+    ("balance_loss", "Balance loss", "1: even; mean over layers, by step", "loss", False),
     ("router_z_loss", "z loss of the routers", "mean over layers, by step", "loss", False),
 )
 # No empty plot where it was not measured.

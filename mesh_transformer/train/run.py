@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mesh_transformer.agreement import from_first, gather, process_count
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
-from mesh_transformer.config import Config, ConfigError, config_to_dict, parse_model
+from mesh_transformer.config import Config, ConfigError, config_to_dict, parse_config, parse_model
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.data.sources import Data
 from mesh_transformer.mesh import Layout, use_layout
@@ -248,12 +248,15 @@ def check_resume(saved: Mapping[str, Any], config: Config, where: str) -> list[s
     before, now = _flatten(saved), _flatten(config_to_dict(config))
     notes = []
     for path in sorted(before.keys() | now.keys()):
-        old, new = _value(before, path), _value(now, path)
+        old, new = before.get(path), now.get(path)
         if old == new or any(path == free or path.startswith(free + ".") for free in MAY_CHANGE):
             continue
         if path in MUST_STAY or path.split(".")[0] not in MAY_CHANGE_SECTIONS:
+            section = path.rpartition(".")[0]
+            has, other = (any(key.startswith(f"{section}.") for key in table) for table in (before, now))
+            was, says = (repr(old) if has else f"no {section}"), (repr(new) if other else f"no {section}")
             raise ConfigError(
-                f"{where} was made with {path} = {old!r}, but the configuration says {new!r}; "
+                f"{where} was made with {path} = {was}, but the configuration says {says}; "
                 "set it back, use another run.dir, or start over with --fresh"
             )
         notes.append(f"{path} = {new!r} (was {old!r})")
@@ -271,7 +274,8 @@ def _restore(
 ) -> State:
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
-    notes += check_resume(meta["config"], config, where)
+    saved = parse_config(meta["config"], where=where)  # a field that was not there yet has its default
+    notes += check_resume(config_to_dict(saved), config, where)
     if meta["data_fingerprint"] != data.train.fingerprint:
         raise ConfigError(
             f"{where} was trained on other data than data.train now holds (fingerprint {meta['data_fingerprint']}, "
@@ -334,11 +338,6 @@ def without_remat(config: Config) -> Config:
     """The same run with nothing computed twice, or for nothing while a pipeline fills: its FLOPs are the model's own."""
     model = dataclasses.replace(config.model, remat="none", attention_kernel="auto")
     return dataclasses.replace(config, model=model, mesh=dataclasses.replace(config.mesh, pipeline=1))
-
-
-def _value(flat: Mapping[str, Any], path: str) -> Any:
-    """What a flattened table has at `path`: a value, or the values below it."""
-    return {key[len(path) + 1 :]: value for key, value in flat.items() if key.startswith(f"{path}.")} or flat.get(path)
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -92,7 +92,6 @@ def loop_over_tokens(config: ModelConfig, params, x: np.ndarray, capacity: int |
                 hidden = silu(token @ w["w_gate"][expert]) * hidden if config.gated else silu(hidden)
                 y[row, place] += p[best][list(best).index(expert)] / total * (hidden @ w["w_out"][expert])
     load = count / count.sum()
-    y *= e.gate_scale
     balance = e.n_experts * (load * np.mean(every, axis=0)).sum()
     numbers = [balance, np.mean(squares), np.mean(entropies), dropped / count.sum()]
     return y, Routing(load, *map(np.asarray, numbers))  # type: ignore[arg-type]
@@ -127,7 +126,7 @@ def test_overflow_scales_the_input_where_said(per_token):
 
 @pytest.mark.parametrize("group", [2, 4, 64])
 def test_sequences_of_a_group_share_seats(group):
-    config = make_config(dict(per_token=2, evaluation_capacity_factor=1.0, group=group, gate_scale=3.0))
+    config = make_config(dict(per_token=2, evaluation_capacity_factor=1.0, group=group))
     params, x = draw_layer(config)
     wanted, routing = loop_over_tokens(config, params, x, find_capacity(1.0, T * min(group, B), 2, 4))
     found, found_routing = apply_layer(config, params, x)
