@@ -4,9 +4,11 @@
 
 import numpy as np
 import pytest
+import xxhash
 from invented_text import prose
 
 pytest.importorskip("datatrove")
+from mesh_transformer.corpus import duplicates
 from mesh_transformer.corpus.build import build_corpus
 from mesh_transformer.corpus.duplicates import BoundedSignature, Decide, make_minhash
 from mesh_transformer.corpus.stages import Machines
@@ -105,3 +107,11 @@ def test_long_documents_have_the_signature_of_all_their_pieces(make_recipe, tmp_
     assert len(shingles) > 2 * 8192
     assert block.get_signature(shingles) == super(BoundedSignature, block).get_signature(shingles)
     assert len(block.get_shingles("only four words here")) == 0
+
+
+def test_the_hash_of_a_long_text_is_that_of_its_words(monkeypatch):
+    texts = ["", " \n", "ΟΔΟΣ\u2003Der  WEG\x1czum\xa0Meer\n", "x" * 50, "Σ ΑΣ  " * 9, prose(5)]
+    for size in (1, 3, 8, 1 << 20):
+        monkeypatch.setattr(duplicates, "HASHED", size)
+        for text in texts:
+            assert duplicates.hash_text(text) == xxhash.xxh3_64_intdigest(" ".join(text.lower().split()).encode())
