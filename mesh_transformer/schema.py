@@ -2,16 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is made of: one frozen, strictly typed record for each section of its file, with a comment for every field."""
 
-import dataclasses
-import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from mesh_transformer.evaluate.choices import EvaluateConfig
-from mesh_transformer.field_types import STRICT, Amount, Four, Fraction, NonNegative, Positive, Rate, Share
-from mesh_transformer.model.expert_choices import ExpertsConfig
+from mesh_transformer.field_types import STRICT, Amount, Fraction, NonNegative, Positive, Rate, Share
+from mesh_transformer.model.choices import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -22,121 +20,6 @@ class RunConfig:
     start_from: str = ""  # run or checkpoint whose weights a new run begins with (fine-tuning); empty: random weights
     keep_optimizer: bool = False  # with start_from: its optimizer's moments too; the schedule begins anew either way
     seed: NonNegative = 0  # initialisation, data order and dropout follow from it
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ModelConfig:
-    """One decoder-only transformer, as a point in a grid of closed choices (sizes: `model/families.py`)."""
-
-    preset: str | None = None  # a row of families.py; every other key here overrides it
-    # sizes
-    n_layers: Positive
-    d_model: Positive
-    n_heads: Positive
-    n_vocab: Positive
-    seq_len: Positive
-    n_kv_heads: Positive | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
-    d_head: Positive | None = None  # None: d_model / n_heads
-    d_ff: Positive | None = None  # None: 4 d_model
-    # choices
-    # those of "gptj-" divide by a vector's length + norm_eps, as mesh-transformer-jax's of these names
-    norm: Literal["layernorm", "rmsnorm", "scalenorm", "gptj-rmsnorm", "gptj-scalenorm"] = "layernorm"
-    norm_eps: Rate = 1e-5
-    positions: Literal["none", "learned", "rotary-pairs", "rotary-halves", "t5", "alibi"] = "learned"
-    rotary_dims: Positive | None = None  # leading channels of a head that rotate; None: all
-    rotary_base: Rate = 10_000.0
-    # Llama 3.1: slow rotations are divided by the first number; then low and high frequency factor, and trained length
-    rotary_scaling: Four | None = None
-    residual: Literal["serial", "parallel", "parallel-two-norms"] = "serial"
-    activation: Literal["gelu-tanh", "gelu-erf", "relu", "silu"] = "gelu-tanh"
-    gated: bool = False  # activation(x W_gate) * (x W_in), as in SwiGLU
-    attention_pattern: tuple[Literal["global", "local"], ...] = ("global",)  # repeated over the layers
-    attention_window: Positive = 256  # a local layer sees this many keys, itself included
-    attention_scale: Literal["sqrt", "none"] = "sqrt"  # divide scores by sqrt(d_head), or not (GPT-Neo)
-    qk_norm: bool = False  # rmsnorm of every head's queries and keys before they rotate, as in Qwen 3
-    qkv_bias: bool = True
-    attention_out_bias: bool = True
-    ff_bias: bool = True
-    norm_bias: bool = True
-    head_bias: bool = False
-    tied_embeddings: bool = True
-    init: Literal["gpt2", "gptj", "neox"] = "gpt2"
-    init_scale: Rate = 1.0  # variance of all weights at the start, as a multiple of init's (Switch: 0.1)
-    experts: ExpertsConfig | None = None  # a router and experts in some layers; None: every feed-forward layer is dense
-    dropout: Fraction = 0.0  # on embeddings, attention probabilities and both residual branches
-    # how it is computed; the function does not depend on it
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and of weights in products
-    # What the backward pass recomputes: nothing; all but the residual stream; all but products with weights; the insides
-    # of attention; as "full", with the stream kept in the host's memory
-    remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
-    attention_kernel: Literal["auto", "plain", "blocked", "splash", "triton", "cudnn"] = "auto"  # auto: by platform
-    unroll: Positive = 1  # periods of the layer scan laid out in one piece (CPU likes all of them)
-
-    @model_validator(mode="after")
-    def check(self) -> "ModelConfig":
-        """Cross-field rules; raises ValueError with the remedy."""
-        if self.d_head is None and self.d_model % self.n_heads:
-            raise ValueError(
-                f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; set d_head to say so on purpose"
-            )
-        if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
-        if not self.attention_pattern or self.n_layers % len(self.attention_pattern):
-            length = len(self.attention_pattern)
-            raise ValueError(f"n_layers={self.n_layers} is not a multiple of the attention_pattern's length {length}")
-        if self.experts is not None and self.n_layers % (n := len(self.pattern)):
-            raise ValueError(f"n_layers={self.n_layers} is not a multiple of {n}: experts.every={self.experts.every}")
-        rotates = self.positions.startswith("rotary")
-        for name in ("rotary_dims", "rotary_scaling"):
-            if (value := getattr(self, name)) is not None and not rotates:
-                raise ValueError(f'{name}={value} has no effect with positions="{self.positions}"; remove it')
-        if self.rotary_scaling is not None and self.rotary_scaling[1] >= self.rotary_scaling[2]:
-            raise ValueError(f"rotary_scaling={self.rotary_scaling}: the second number must be below the third")
-        if rotates and (self.rotary_channels > self.head_dim or self.rotary_channels % 2):
-            raise ValueError(f"rotary_dims={self.rotary_channels} must be even and at most d_head={self.head_dim}")
-        return self
-
-    @property
-    def pattern(self) -> tuple[tuple[bool, bool], ...]:
-        """The layers of one period, which repeats: whether each attends locally, and whether it has experts."""
-        attention, every = self.attention_pattern, 1 if self.experts is None else self.experts.every
-        places = range(math.lcm(len(attention), every))
-        has_experts = [self.experts is not None and (i + 1) % every == 0 for i in places]
-        return tuple((attention[i % len(attention)] == "local", has_experts[i]) for i in places)
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one head."""
-        return self.d_head or self.d_model // self.n_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Key-value heads."""
-        return self.n_kv_heads or self.n_heads
-
-    @property
-    def ff_dim(self) -> int:
-        """Width of the feed-forward layer."""
-        return self.d_ff or 4 * self.d_model
-
-    @property
-    def rotary_channels(self) -> int:
-        """Leading channels of a head that rotate."""
-        return self.rotary_dims or self.head_dim
-
-    def describe_function(self) -> dict[str, Any]:
-        """What determines the function computed, with every default spelled out; equal for equal functions of the weights."""
-        free = ("preset", "init", "init_scale", "dropout", "dtype", "remat", "attention_kernel", "unroll")
-        table = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
-        table["experts"] = self.experts and self.experts.describe_function()
-        table |= dict(d_head=self.head_dim, n_kv_heads=self.kv_heads, d_ff=self.ff_dim)
-        rotates = self.positions.startswith("rotary")
-        table |= dict(rotary_dims=self.rotary_channels if rotates else None)
-        unused = dict(
-            rotary_base=not rotates, attention_window="local" not in self.attention_pattern,
-            norm_bias=self.norm in ("rmsnorm", "scalenorm"),
-        )  # fmt: skip
-        return table | {key: None for key, is_unused in unused.items() if is_unused}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -187,9 +70,33 @@ class DataConfig:
     tokenizer: str = "bytes"  # "bytes", or a tokenizer.json, or a folder with vocab.json and merges.txt
     shuffle: bool = True
     isolate_documents: bool = False  # no attention across documents packed into one sequence
+    # with model.encoder_layers, of the text that is hidden from the encoder and written by the decoder (data/spans.py)
+    noise_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    mean_span: Rate = 3.0  # tokens that are hidden in a row
     max_epochs: Rate | None = None  # refuse to run longer than this many passes over the data
     on_bad_document: Literal["error", "skip"] = "error"  # "skip" counts and reports what it leaves out
     cache_dir: str = "~/.cache/mesh-transformer"  # token shards made from the sources
+
+    def measure_spans(self, seq_len: int) -> tuple[int, int, int]:
+        """(tokens of text, how many of them are hidden, in how many spans) such that an encoder reads `seq_len` tokens.
+
+        These are what is not hidden, a sentinel for each span, and an end. ValueError where that cannot be.
+        """
+
+        def measure(length: int) -> tuple[int, int, int]:
+            hidden = min(max(round(length * self.noise_share), 1), length - 1)
+            return length, hidden, max(round(hidden / self.mean_span), 1)
+
+        length = 2
+        while (found := measure(length + 1))[0] - found[1] + found[2] + 1 <= seq_len:
+            length += 1
+        length, hidden, spans = measure(length)
+        if length - hidden + spans + 1 != seq_len or spans > min(hidden, length - hidden):
+            raise ValueError(
+                f"data.noise_share={self.noise_share} and data.mean_span={self.mean_span} cannot be had with "
+                f"model.seq_len={seq_len}; lower the share, raise the span or the length"
+            )
+        return length, hidden, spans
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -330,14 +237,18 @@ class Config:
                 f"mesh.pipeline={stages} does not divide model.n_layers={self.model.n_layers} into stages of whole "
                 f"attention patterns; use a divisor of {periods}"
             )
-        if stages > 1 and self.model.experts is not None:
-            raise ValueError("model.experts needs mesh.pipeline=1: stages do not hand on the routers' losses")
+        if self.model.experts and "expert" not in self.mesh.rules:
+            self.model.experts.check_pieces(self.mesh.expert)
         if stages > 1 and self.train.noise_scale:
             raise ValueError("train.noise_scale looks at each microbatch's own gradient; it needs mesh.pipeline=1")
+        self._check_encoder()
         pieces = self.train.loss_pieces * self.mesh.context
-        if self.model.seq_len % pieces:
+        if self.target_len % pieces:
+            name = (
+                "model.seq_len" if self.model.encoder_layers is None else "what the decoder writes (data.noise_share)"
+            )
             raise ValueError(
-                f"model.seq_len={self.model.seq_len} is not a multiple of train.loss_pieces x mesh.context = {pieces}"
+                f"{name}={self.target_len} is not a multiple of train.loss_pieces x mesh.context = {pieces}"
             )
         if not self.data.train:
             raise ValueError("data.train names no source; add a [data.train.NAME] table with a path")
@@ -347,3 +258,30 @@ class Config:
                 f"data.validation.{both[0]} and the held-out part of data.train.{both[0]} have the same name"
             )
         return self
+
+    def _check_encoder(self) -> None:
+        """What goes with an encoder, or with an encoder alone."""
+        if not self.model.causal:
+            raise ValueError(
+                "model.causal=false: next-token training would show a token what it is to predict; give the encoder a decoder "
+                "(model.encoder_layers), or use it through mesh_transformer.model"
+            )
+        if self.model.encoder_layers is None:
+            return
+        for name, value in (("context", self.mesh.context), ("pipeline", self.mesh.pipeline)):
+            if value > 1:
+                raise ValueError(
+                    f"model.encoder_layers needs mesh.{name}=1: cut along data, fsdp, tensor or expert instead"
+                )
+        if self.data.isolate_documents:
+            raise ValueError("data.isolate_documents has no effect with model.encoder_layers; remove it")
+        if self.evaluate.tasks:
+            raise ValueError("evaluate.tasks are for a decoder alone; remove them, or model.encoder_layers")
+
+    @property
+    def target_len(self) -> int:
+        """Tokens of a sequence that count in the loss, and that a decoder is given."""
+        if self.model.encoder_layers is None:
+            return self.model.seq_len
+        _, hidden, spans = self.data.measure_spans(self.model.seq_len)
+        return hidden + spans + 1

@@ -9,15 +9,17 @@ has so many times more weights to update.
 
 examples:
   python scripts/bench_experts.py
-      the quickstart's model and text, 8 experts that take one token each in turn, 3 seeds; about 15 minutes on two cores
+      the quickstart's model and text, 2 of 8 experts of half the width for each token, 3 seeds; about 15 minutes on two
+      quiet cores
   python scripts/bench_experts.py --seeds 0
       the speed alone
-  python scripts/bench_experts.py --steps 200 --seeds 2 --set 'model.experts={n_experts=4, capacity_factor=1.0}'
-      shorter runs with other experts
+  python scripts/bench_experts.py --steps 200 --experts 'model.experts={n_experts=8, group=64, capacity_factor=1.0}'
+      shorter runs with one expert a token, as in Switch
 
 exit status: 0 done, 1 failed, 2 wrong usage
 """
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -42,8 +44,12 @@ from mesh_transformer.train.state import make_init_state
 from mesh_transformer.train.step import make_train_step
 
 ROOT = Path(__file__).parents[1]
-# As many rows as a dense layer. Seats are a sequence's own, so its balance is what keeps them from overflowing.
-EXPERTS = 'model.experts={n_experts=8, capacity_factor=1.0, evaluation_capacity_factor=2.0, balance_over="sequence"}'
+# Each token's two experts are together as wide as the dense layer, and the whole batch shares their seats, of which there
+# are as many as choices. Gates of two add up to 1 from the start; Switch's own, the probability of one, begins near 1/8.
+EXPERTS = (
+    "model.experts={n_experts=8, per_token=2, group=64, capacity_factor=1.0, evaluation_capacity_factor=2.0}",
+    "model.d_ff=256",
+)
 # One optimizer that costs no more for several small weights than for a large one; Muon multiplies matrices for each.
 COMMON = ('optimizer.name="adamw"', "optimizer.learning_rate=3e-3", "sample.prompts=[]")
 POINTS = 10  # evaluations of a run
@@ -62,19 +68,25 @@ def main(arguments: list[str]) -> int:
     """Measure, train, print the table and draw the picture."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("config", nargs="?", default="configs/quickstart.toml", help="default: %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a change to both, or experts")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a change to both models")
+    parser.add_argument(
+        "--experts",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"a change to the one with experts; default: {' and '.join(EXPERTS)}".replace("%", "%%"),
+    )
     parser.add_argument("--steps", type=int, help="of a run; default: the configuration's")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=30.0, help="to measure the steps for; default: %(default)s")
     parser.add_argument("--output", type=Path, help="page with the picture, for example experts.html")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    common = [*COMMON, *(text for text in options.set if not text.startswith("model.experts"))]
-    own = [text for text in options.set if text.startswith("model.experts")] or [EXPERTS]
-    sets = {"dense": common, "experts": [*common, *own]}
+    common = [*COMMON, *options.set]
+    sets = {"dense": common, "experts": [*common, *(options.experts or EXPERTS)]}
     configs = {name: load_config(options.config, changes) for name, changes in sets.items()}
     if configs["dense"].model.experts is not None or configs["experts"].model.experts is None:
-        raise ConfigError(f"{options.config}: name a dense model; the experts come by --set model.experts={{...}}")
+        raise ConfigError(f"{options.config}: name a dense model; the experts come by --experts model.experts={{...}}")
     report: dict[str, Any] = {"speed": measure_speed(configs, options.seconds)}
     if not options.json:
         print(format_speed(report["speed"]), flush=True)
@@ -87,6 +99,7 @@ def main(arguments: list[str]) -> int:
             options.output.write_text(make_page(runs, tokens), encoding="utf-8")
         if not options.json:
             print(format_runs(runs, tokens))
+            print(format_gain(runs))
     if options.json:
         print(json.dumps(report))
     return 0
@@ -191,6 +204,22 @@ def format_runs(runs: dict[str, list[list[Point]]], tokens: int) -> str:
         cells = "".join(f"{point.loss:>12.4f} {spread:>6.4f} {point.seconds:>8.1f}" for point, spread in rows)
         lines.append(f"{step:>8,}{step * tokens:>12,}{cells}{rows[1][0].loss - rows[0][0].loss:>12.4f}")
     return "\n".join([*lines, "the last row is of all held-out text, the others of train.evaluate_batches of it"])
+
+
+def format_gain(runs: dict[str, list[list[Point]]]) -> str:
+    """Where the experts' mean curve passes the dense one's end; the last point is of more text, and no part of a curve."""
+    dense, experts = ([point for point, _ in average(own)][:-1] for own in runs.values())
+    end = dense[-1]
+    for before, after in itertools.pairwise(experts):
+        if after.loss <= end.loss < before.loss:
+            share = (before.loss - end.loss) / (before.loss - after.loss)
+            step = before.step + share * (after.step - before.step)
+            time = before.seconds + share * (after.seconds - before.seconds)
+            return (
+                f"the dense model's loss of step {end.step:,}, {end.loss:.4f}, the experts reach at step {step:,.0f}: "
+                f"{step / end.step:.2f} of its steps, {time / end.seconds:.2f} of its time"
+            )
+    return f"the experts do not reach the dense model's loss of step {end.step:,}, {end.loss:.4f}"
 
 
 def make_page(runs: dict[str, list[list[Point]]], tokens: int) -> str:

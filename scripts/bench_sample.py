@@ -30,7 +30,8 @@ from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import ModelConfig, SampleConfig
 from mesh_transformer.model.families import PRESETS
 from mesh_transformer.model.transformer import make_model
-from mesh_transformer.sample.engine import Engine
+from mesh_transformer.sample.engine import Engine, Pace
+from mesh_transformer.serve.worker import PAUSE
 
 TORCH = "transformers"
 
@@ -146,9 +147,11 @@ def _answer(engine: Engine, tokens: np.ndarray, max_tokens: int) -> dict[str, fl
         start, firsts, drawn, came, waited = time.perf_counter(), {}, 0, None, 0.0
         for prompt in prompts:
             submit(prompt)
-        latecomer = -1
+        latecomer, pace = -1, Pace(PAUSE)
         while not engine.idle:
-            for event in engine.step():
+            with pace:  # as a server does
+                events = engine.step(pace.steps)
+            for event in events:
                 now, drawn = time.perf_counter(), drawn + 1
                 if event.row == latecomer and came is not None and not waited:
                     waited = now - came

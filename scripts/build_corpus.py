@@ -11,6 +11,8 @@ examples:
       a small Pile from what a Debian machine has
   python scripts/build_corpus.py mine.toml corpora/mine --ray auto --workers 64 --set tokens.tokenizer='"tokenizer.json"'
       on a Ray cluster whose nodes all see corpora/mine
+  python scripts/build_corpus.py mine.toml corpora/mine --slurm cpu --workers 64 --slurm-option account=us
+      on Slurm, from a machine that submits jobs; parts of each stage are a job array
 """
 
 import argparse
@@ -34,6 +36,7 @@ def main(arguments: list[str]) -> int:
     """Build, document, and say what came out."""
     options = parse(arguments)
     from mesh_transformer.corpus.build import build_corpus  # here, so that missing libraries are said in one line
+    from mesh_transformer.corpus.clusters import Slurm
     from mesh_transformer.corpus.datasheet import write_datasheet
     from mesh_transformer.corpus.recipe import load_recipe
     from mesh_transformer.corpus.stages import Machines
@@ -52,7 +55,9 @@ def main(arguments: list[str]) -> int:
                 next(task for task in progress.task_ids if int(task) == rows[name]), completed=done, total=total
             )
 
-        corpus = build_corpus(recipe, options.out, Machines(options.workers, options.ray), report)
+        pairs = dict(one.split("=", 1) for one in options.slurm_option)
+        slurm = Slurm(options.slurm, pairs) if options.slurm else None
+        corpus = build_corpus(recipe, options.out, Machines(options.workers, options.ray, slurm), report)
     seconds = time.perf_counter() - started
     write_datasheet(corpus, options.out)
     print(describe(corpus, options.out, seconds))
@@ -66,10 +71,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the corpus, and of what a stop leaves")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="parts at once; default: %(default)s")
     parser.add_argument("--ray", default="", metavar="ADDRESS", help="a Ray cluster: host:port, or auto")
+    parser.add_argument("--slurm", default="", metavar="PARTITION", help="a partition of Slurm")
+    parser.add_argument(
+        "--slurm-option", action="append", default=[], metavar="KEY=VALUE", help="of sbatch, without --; repeatable"
+    )
     add_set_option(parser)
     options = parser.parse_args(arguments)
     if options.workers < 1:
         raise ConfigError("--workers is at least 1")
+    if options.ray and options.slurm:
+        raise ConfigError("--ray and --slurm: one of them")
+    if wrong := [one for one in options.slurm_option if "=" not in one or one.startswith("-")]:
+        raise ConfigError(f"--slurm-option {wrong[0]!r}: KEY=VALUE, for example account=us")
     return options
 
 

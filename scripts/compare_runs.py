@@ -22,7 +22,6 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +29,6 @@ from rich.text import Text
 
 from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import Config, ConfigError, load_config
-from mesh_transformer.data.loader import Batch
 from mesh_transformer.evaluate.scaling import Fit, fit_law
 from mesh_transformer.files import replace_file
 from mesh_transformer.train.benchmarks import metrics_of, read_evaluations
@@ -39,7 +37,7 @@ from mesh_transformer.train.metrics import FILE, read_metrics
 from mesh_transformer.train.plot import DASHES, Series, format_number, plot
 from mesh_transformer.train.progress import format_time
 from mesh_transformer.train.report import CSS, active_seconds, smooth, thin
-from mesh_transformer.train.run import without_remat
+from mesh_transformer.train.run import abstract_batch, without_remat
 from mesh_transformer.train.schedule import first_sequence
 from mesh_transformer.train.state import describe_state
 from mesh_transformer.train.step import make_train_step
@@ -118,10 +116,8 @@ def read_history(run: Path, name: str) -> History:
 def flops_per_sequence(config: Config) -> float:
     """Of one sequence through the training step, nothing computed twice; the step is traced, not compiled."""
     shapes, _ = describe_state(config)
-    shape = (config.train.batch_size, config.model.seq_len)
-    integers = jax.ShapeDtypeStruct(shape, np.int32)
-    batch = Batch(integers, integers, integers, integers, jax.ShapeDtypeStruct(shape, np.float32))
-    return count_flops(make_train_step(without_remat(config)), shapes, batch) / config.train.batch_size
+    step = make_train_step(without_remat(config))
+    return count_flops(step, shapes, abstract_batch(config)) / config.train.batch_size
 
 
 def fit_across(histories: Sequence[History]) -> tuple[Fit | None, list[tuple[float, float]]]:

@@ -34,6 +34,7 @@ from mesh_transformer.command import make_parser, run_command
 from mesh_transformer.config import Config, parse_config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import MESH_AXES, Layout, make_layout, use_layout
+from mesh_transformer.model.families import T5
 from mesh_transformer.train.state import describe_state, flatten_state, make_init_state, state_shardings
 from mesh_transformer.train.step import make_train_step
 
@@ -43,6 +44,7 @@ ROTARY = dict(positions="rotary-halves", qkv_bias=False, tied_embeddings=False, 
 GROUPED = dict(ROTARY, n_kv_heads=4, gated=True, norm="rmsnorm")
 LOCAL = dict(GROUPED, attention_pattern=["global", "local"], attention_window=5)
 
+READING = {key: value for key, value in T5.items() if key not in ("n_vocab", "seq_len")} | dict(encoder_layers=4)
 EXPERTS = dict(n_experts=8, per_token=2, every=2, jitter=0.1)
 
 # name -> [model] keys, [train] keys, whether documents are kept apart
@@ -64,6 +66,23 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
         dict(GROUPED, ff_bias=False, remat="full", experts=dict(EXPERTS, balance_over="sequence")),
         dict(accumulation=2),
         False,
+    ),
+    "encoder and decoder": (dict(READING, gated=True, remat="full"), dict(accumulation=2), False),
+    "encoder and decoder, experts with seats": (
+        dict(READING, experts=dict(EXPERTS, per_token=1, capacity_factor=0.9)),
+        {},
+        False,
+    ),
+    "experts, seats shared": (
+        dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, capacity_factor=0.9, expert_dropout=0.1, group=BATCH)),
+        {},
+        False,
+    ),
+    # Balance is that of a microbatch, so that one device takes as many; stages draw noise of their own, so there is none.
+    "experts in stages": (
+        dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, jitter=0.0, capacity_factor=0.9, group=4)),
+        dict(accumulation=4),
+        True,
     ),
 }
 MESHES = {
@@ -89,6 +108,8 @@ MESHES = {
         "expert=4 context=2",
         "data=2 fsdp=2 expert=2",
         "expert=2 context=2 tensor=2 sequence_parallel",
+        "pipeline=2 expert=4",
+        "pipeline=2 expert=2 tensor=2 gpipe",
     ),
     16: (
         "data=2 fsdp=2 context=2 tensor=2 sequence_parallel",
@@ -96,6 +117,7 @@ MESHES = {
         "pipeline=4 data=2 tensor=2",
         "slices=2 data=4 context=4",
         "data=2 fsdp=2 expert=2 tensor=2",
+        "pipeline=2 fsdp=2 expert=2 context=2",
     ),
 }
 
@@ -154,10 +176,12 @@ def list_rows(only: Sequence[str]) -> list[tuple[str, str, str]]:
     for count, meshes in MESHES.items():
         for mesh in meshes:
             for feature in FEATURES:
-                # "accumulated" tells nothing new where microbatches go through stages anyway; stages have no experts, and
-                # without experts their axis is one more of the batch
-                left_out = "pipeline" in mesh and (feature == "accumulated" or "experts" in feature)
-                if not left_out and ("expert" not in mesh or "experts" in feature):
+                # "accumulated" tells nothing new where microbatches go through stages anyway, and without experts their
+                # axis is one more of the batch
+                fits = feature == "experts in stages" or (feature != "accumulated" and "experts" not in feature)
+                fits = fits if "pipeline" in mesh else feature != "experts in stages"
+                fits &= "encoder" not in feature or not ("pipeline" in mesh or "context" in mesh)  # which refuse one
+                if fits and ("expert" not in mesh or "experts" in feature):
                     rows.append((f"{count} devices: {mesh:<56} {feature}", mesh, feature))
     return [row for row in rows if all(text in row[0] for text in only)]
 
@@ -251,7 +275,12 @@ def make_config(mesh: str, feature: str) -> Config:
 
 def make_batch(index: int, feature: str) -> Batch:
     """Random tokens; three documents of unequal length in a row where documents are kept apart, and some masked tokens."""
-    rng = np.random.default_rng(index)
+    rng, config = np.random.default_rng(index), make_config("data=1", feature)
+    if config.model.encoder_layers is not None:
+        tokens = rng.integers(0, N_VOCAB, (BATCH, config.target_len + 1), dtype=np.int32)
+        ones, mask = np.ones_like(tokens[:, 1:]), (rng.random(tokens[:, 1:].shape) < 0.9).astype(np.float32)
+        sources = rng.integers(0, N_VOCAB, (BATCH, SEQ_LEN), dtype=np.int32)
+        return Batch(tokens[:, :-1], tokens[:, 1:], ones, ones, mask, sources)
     tokens = rng.integers(0, N_VOCAB, (BATCH, SEQ_LEN + 1), dtype=np.int32)
     segments, positions = np.ones((BATCH, SEQ_LEN), np.int32), np.tile(np.arange(SEQ_LEN, dtype=np.int32), (BATCH, 1))
     if FEATURES[feature][2]:
@@ -266,7 +295,7 @@ def make_batch(index: int, feature: str) -> Batch:
 def place(batch: Batch, layout: Layout) -> Batch:
     """The batch on the mesh; every process has all of it and gives its devices their parts."""
 
-    return Batch(*(_put(x, layout.sharding(("batch", "sequence"), x.shape, "batch")) for x in batch))
+    return jax.tree.map(lambda x: _put(x, layout.sharding(("batch", "sequence"), x.shape, "batch")), batch)
 
 
 def whole(array: jax.Array) -> np.ndarray:

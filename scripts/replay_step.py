@@ -29,7 +29,7 @@ from mesh_transformer.train.optimizer import global_norm
 from mesh_transformer.train.replay import batch_of, open_replay, read_losses, replay
 from mesh_transformer.train.run import Run
 from mesh_transformer.train.schedule import first_sequence
-from mesh_transformer.train.step import dropout_key, layer_norms, make_gradients
+from mesh_transformer.train.step import dropout_key, layer_norms, make_gradients, model_inputs
 
 TEXT_CHARACTERS = 600  # shown of a sequence
 
@@ -107,12 +107,10 @@ def measure_norms(run: Run, batch: Any) -> list[dict[str, Any]]:
 def score_sequences(run: Run, batch: Any, step: int) -> list[dict[str, Any]]:
     """The sequences of a batch, the one with the highest mean loss (without dropout) first, with the worst token of each."""
     model, loader = make_model(run.config.model), run.data.train
-    context = run.config.data.isolate_documents
 
     def score(params: Any, placed: Any) -> jax.Array:
         with use_layout(run.layout):
-            more = {"positions": placed.positions, "segments": placed.segments} if context else {}
-            logits, _ = model.apply(params, placed.tokens, **more)
+            logits, _ = model.apply(params, placed.tokens, **model_inputs(run.config, placed))
             return optax.losses.softmax_cross_entropy_with_integer_labels(logits, placed.targets) * placed.mask
 
     nats = np.asarray(jax.jit(score)(run.state.params, run.place(batch, len(batch.tokens))))

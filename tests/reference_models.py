@@ -20,6 +20,7 @@ from mesh_transformer.convert.huggingface import find_array
 from mesh_transformer.convert.lazy import Held, whole
 from mesh_transformer.convert.names import FAMILIES
 from mesh_transformer.model.expert_choices import ExpertsConfig
+from mesh_transformer.model.families import T5, T5_V1_1
 
 GOLDEN = Path(__file__).parent / "golden"
 Arrays = dict[str, np.ndarray]
@@ -55,6 +56,7 @@ LLAMA_CHOICES = dict(
     ff_bias=False,
     tied_embeddings=False,
 )
+SWITCH_EXPERTS = dict(n_experts=4, every=2, evaluation_capacity=3)  # of 23 tokens: many are dropped
 SMALL = dict(n_layers=2, d_model=12, n_heads=2, n_vocab=37)
 CASES = {
     "gpt2": make_case("gpt2", {}, 37, **SMALL),
@@ -81,6 +83,12 @@ CASES = {
         37,
         **SMALL | {"n_heads": 4},
     ),
+}
+SMALL_T5 = SMALL | dict(encoder_layers=2, d_head=5, d_ff=20, seq_len=24)
+CASES |= {
+    "t5": make_case("t5", T5, 35, **SMALL_T5),
+    "t5-v1.1": make_case("t5", T5_V1_1, 35, **SMALL_T5),
+    "switch": make_case("switch_transformers", dict(T5, experts=ExpertsConfig(**SWITCH_EXPERTS)), 35, **SMALL_T5),
 }
 # Odd sizes: three heads, layers whose numbers sort otherwise as text, one key-value head, a window that starts the pattern.
 ODD = dict(n_layers=12, d_model=24, n_heads=3, n_vocab=53, seq_len=40)
@@ -136,6 +144,29 @@ LIVE_CASES = {
         **ODD,
     ),
 }
+ODD_T5 = ODD | dict(encoder_layers=3, n_layers=6, d_head=7, seq_len=190)  # sequences beyond the last bucket
+LIVE_CASES |= {
+    "t5": make_case("t5", T5, 53, **ODD_T5),
+    "t5-gated-silu": make_case("t5", dict(T5, gated=True, activation="silu"), 53, **ODD_T5),
+    "t5-v1.1-deep-encoder": make_case("t5", T5_V1_1, 53, **ODD_T5 | dict(encoder_layers=11, n_layers=2)),
+    "switch-every-layer-none-dropped": make_case(
+        "switch_transformers",
+        dict(T5, experts=ExpertsConfig(n_experts=5, evaluation_capacity=189), activation="gelu-tanh"),
+        53,
+        **ODD_T5,
+    ),
+    "switch-untied-dropped": make_case(
+        "switch_transformers",
+        dict(
+            T5,
+            experts=ExpertsConfig(n_experts=7, every=2, evaluation_capacity=11),
+            tied_embeddings=False,
+            head_scale="none",
+        ),
+        53,
+        **ODD_T5 | dict(encoder_layers=4),
+    ),
+}
 
 
 def read_golden(name: str) -> tuple[Arrays, np.ndarray, np.ndarray, np.ndarray, Arrays]:
@@ -157,13 +188,33 @@ def make_torch(case: Case):
     kind = getattr(transformers, family.architecture)
     sizes = family.write_config(case.config) | {"tie_word_embeddings": case.config.tied_embeddings}
     ids = dict(bos_token_id=0, eos_token_id=0, attn_implementation="eager")
-    model = kind(kind.config_class(**sizes, **ids)).eval()
+    model = kind(kind.config_class(**sizes | ids)).eval()
+    if case.config.encoder is not None and not case.config.tied_embeddings:
+        untie(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
     parameters: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
-        parameters |= split_experts(name, parameter) if ".mlp.experts." in name else {name: parameter}
+        fused = ".mlp.experts." in name and name.endswith("_proj")
+        parameters |= split_experts(name, parameter) if fused else {name: parameter}
     return model, {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): each for name, each in parameters.items()}
+
+
+def untie(model: Any) -> None:
+    """One table for both stacks and a head of its own, which not every class of transformers makes of its settings."""
+    model.lm_head.weight = type(model.lm_head.weight)(model.lm_head.weight.detach().clone())
+    model.set_input_embeddings(model.shared)
+
+
+def run_model(case: Case, model: Any, tokens: np.ndarray) -> Any:
+    """The logits of their model, of an encoder and decoder beside `make_sources`."""
+    import torch
+
+    words, read = torch.tensor(tokens, dtype=torch.long), make_sources(case, tokens)
+    if read is None:
+        return model(words).logits
+    sources, mask = (torch.tensor(x.copy(), dtype=torch.long) for x in read)
+    return model(input_ids=sources, attention_mask=mask, decoder_input_ids=words, use_cache=False).logits
 
 
 class Part:
@@ -216,6 +267,16 @@ def draw(case: Case, weights: Mapping[str, Any], seed: int) -> tuple[Arrays, np.
         )
     tokens, targets = rng.integers(0, case.used_vocab, size=(2, 3, case.config.seq_len - 1), dtype=np.int32)
     return drawn, tokens, targets
+
+
+def make_sources(case: Case, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """What an encoder reads beside these tokens, of another length, and which of it is no padding; None without one."""
+    if case.config.encoder is None:
+        return None
+    sources = np.flip(tokens, (0, 1))[:, : -tokens.shape[1] // 5]
+    return sources, (np.arange(sources.shape[1]) < sources.shape[1] - 3 * np.arange(len(sources))[:, None]).astype(
+        np.int32
+    )
 
 
 def import_arrays(theirs: Mapping[str, np.ndarray], kind: str, config: ModelConfig) -> dict[str, Arrays]:

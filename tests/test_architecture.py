@@ -33,7 +33,7 @@ every_source = pytest.mark.parametrize("path", SOURCES, ids=name_of)
 GROUND = {"agreement", "command", "config", "files", "mesh"}
 MAY_IMPORT = {
     "field_types": set(),
-    "schema": {"field_types", "model.families", "model.expert_choices", "evaluate.choices"},
+    "schema": {"field_types", "model.families", "model.choices", "evaluate.choices"},
     "config": {"schema", "model.families"},
     "files": set(),
     "command": {"config"},
@@ -80,8 +80,8 @@ def test_imports_go_down(path):
         assert not imported(path)
         return
     assert room in MAY_IMPORT, f"{name_of(path)}: give the room {room!r} a line in MAY_IMPORT"
-    if module in ("model.families", "model.expert_choices", "evaluate.choices"):
-        assert imported(path) <= {"field_types"}, (
+    if module in ("model.families", "model.choices", "model.expert_choices", "evaluate.choices"):
+        assert imported(path) <= {"field_types", "model.expert_choices"}, (
             "configuration reads it, so it imports nothing that needs configuration"
         )
     for other in imported(path):

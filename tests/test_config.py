@@ -95,7 +95,11 @@ BAD_VALUES = {
     "model.preset='gpt-j-6b'": ['model.preset = "gpt-j-6b"', "did you mean 'gptj-6b'?", "all presets: gpt2,"],
     "model.preset='zzz'": ['model.preset = "zzz"', "all presets: gpt2,"],
     "model.experts={n_experts=4, per_token=5}": ["model.experts: per_token=5 exceeds n_experts=4", "lower it"],
-    "model.experts={n_experts=4, capacity_factor=0.0}": ["model.experts.capacity_factor = 0.0", "greater than 0"],
+    "model.experts={n_experts=4, capacity_factor=0.0}": ["model.experts: capacity_factor=0", "remove it"],
+    "model.experts={n_experts=4, capacity_factor=-1.0}": [
+        "model.experts.capacity_factor = -1.0",
+        "greater than or equal",
+    ],
     "model.experts={n_experts=4, every=3}": ["model: n_layers=2 is not a multiple of 3", "experts.every=3"],
     'model.experts={n_experts=4, choice="expert"}': [
         "tokens that are still to come",

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
     [
         (1, "8 devices: fsdp=2 context=2 tensor=2 sequence_parallel", "local, packed, remat"),
         (1, "8 devices: pipeline=2 context=2 tensor=2 sequence_parallel", "local, packed, remat"),
+        (1, "8 devices: pipeline=2 expert=4", "experts in stages"),
         (2, "4 devices: pipeline=2 tensor=2", "tied"),
         (2, "4 devices: expert=2 tensor=2", "experts with seats"),
     ],

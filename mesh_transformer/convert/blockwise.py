@@ -68,7 +68,7 @@ class Layer:
         """As in model.transformer.Block: dense, of experts, or both."""
         if self.experts is None:
             return self.run_dense(x, "feed_forward")
-        mixed = self.mix_experts(x, self.experts.per_token)
+        mixed = self.mix_experts(x, self.experts.per_token) * self.experts.gate_scale
         return mixed + self.run_dense(x, "feed_forward") if self.experts.shared else mixed
 
     def run_dense(self, x: Array, module: str) -> Array:
@@ -122,7 +122,8 @@ class Layer:
 
 def run_layers(config: ModelConfig, arrays: Mapping[str, Lazy], x: Array, sight: Sight) -> Array:
     """All layers over the stream [B, T, D]; `arrays` by their names in the stack ("block_0/attention/w_q")."""
-    if config.experts is not None and config.experts.evaluation_capacity_factor is not None:
+    experts = config.experts
+    if experts and (experts.evaluation_capacity_factor or experts.evaluation_capacity):
         raise CheckpointError("experts with a capacity are run a period of the layers at a time: raise --max-memory")
     period = len(config.pattern)
     for i in range(config.n_layers):

@@ -31,7 +31,7 @@ class Foreign(NamedTuple):
 class Leaf(NamedTuple):
     """One of our arrays, or one layer of it, that a format has to find."""
 
-    name: str  # "attention/w_q", "w_tokens": without the stack and the layer
+    name: str  # "attention/w_q", "w_tokens", "encoder/attention/w_q": without the stack and the layer
     layer: int | None
     axes: tuple[str, ...]  # without "layers"
     shape: tuple[int, ...]
@@ -98,6 +98,8 @@ def _split_layers(name: str, info: ParamInfo, config: ModelConfig) -> list[Leaf]
     short = name.removeprefix("transformer/")
     if info.axes[:1] != (STACK,):
         return [Leaf(short, None, info.axes, info.shape)]
-    _, block, inner = short.split("/", 2)
+    encoder, _, inside = short.rpartition(f"{STACK}/")  # "encoder/", or nothing
+    block, inner = inside.split("/", 1)
     first, period = int(block.removeprefix("block_")), len(config.pattern)
-    return [Leaf(inner, i, info.axes[1:], info.shape[1:]) for i in range(first, config.n_layers, period)]
+    layers = info.shape[0] * period
+    return [Leaf(encoder + inner, i, info.axes[1:], info.shape[1:]) for i in range(first, layers, period)]

@@ -59,6 +59,10 @@ def old_config(config: ModelConfig, shards: int) -> dict[str, Any]:
         problems.append("attention_pattern has local layers")
     if config.experts is not None:
         problems.append("it has experts")
+    if config.encoder_layers is not None or not config.causal:
+        problems.append("it has an encoder")
+    if config.head_scale != "none":
+        problems.append(f"head_scale = {config.head_scale!r}, not 'none'")
     check_problems("the v1 format of mesh-transformer-jax cannot express this model", problems)
     check_problems("the model cannot be cut", find_uneven(config, shards))
     norm = norms[config.norm, config.norm_bias]

@@ -47,6 +47,8 @@ def open_huggingface(folder: Place) -> Foreign:
     notes = []
     if config.tied_embeddings:
         notes += _check_tied(tensors, family, used, folder)
+    for copy in family.copies:
+        notes += _check_copy(tensors, copy, find_name(tensors, family, family.entries["w_tokens"], None), used, folder)
     check_all_used(set(tensors), used, lambda name: name.endswith(family.buffers or ("\0",)), folder)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     tokenizer = str(local_copy(folder, TOKENIZER_FILES)) if has_tokenizer else None
@@ -99,18 +101,20 @@ def compose_tensors(config: ModelConfig, arrays: Mapping[str, Lazy], family: Fam
         for place, leaf in enumerate(leaves):
             entry = family.entries[leaf.name]
             array = arrays[name] if leaf.layer is None else Row(arrays[name], place)
-            theirs = entry.theirs.replace("{i}", str(leaf.layer))
+            theirs = (entry.gated if config.gated and entry.gated else entry.theirs).replace("{i}", str(leaf.layer))
             if "{e}" not in theirs:
                 pieces.setdefault(theirs, []).append((entry, array, leaf))
                 continue
             one = leaf._replace(axes=leaf.axes[1:], shape=leaf.shape[1:])
             for e in range(leaf.shape[0]):
                 pieces.setdefault(theirs.replace("{e}", str(e)), []).append((entry, Row(array, e), one))
-    tensors = {}
+    tensors: dict[str, Composed] = {}
     for name, found in pieces.items():
         found.sort(key=lambda piece: piece[0].pick)
         pattern = found[0][0].pattern
         tensors[name] = Composed([array for _, array, _ in found], pattern, [leaf.axes for _, _, leaf in found])
+    if family.needs_copies and not config.tied_embeddings:
+        tensors.update(dict.fromkeys(family.copies, tensors[family.entries["w_tokens"].theirs]))
     return tensors
 
 
@@ -136,7 +140,7 @@ def find_array(tensors: Mapping[str, Lazy], family: Family, leaf: Leaf, used: se
     if places and max(places) + 1 != leaf.shape[0]:
         raise ValueError(
             f"{CONFIG} says {leaf.shape[0]} experts, the files hold {max(places) + 1} in a layer; "
-            "correct num_local_experts if the files are right, otherwise fetch those that belong to it"
+            f"correct {family.experts_key} if the files are right, otherwise fetch those that belong to it"
         )
     one = leaf._replace(axes=leaf.axes[1:], shape=leaf.shape[1:])
     return Stack([view(one, e) for e in range(leaf.shape[0])])
@@ -146,7 +150,8 @@ def find_name(
     tensors: Mapping[str, Any], family: Family, entry: Entry, layer: int | None, expert: int | None = None
 ) -> str:
     """What an array is called in these files; KeyError with its usual name if it is not there."""
-    names = [name.replace("{i}", str(layer)).replace("{e}", str(expert)) for name in (entry.theirs, *entry.aliases)]
+    known = (entry.theirs, *entry.aliases, *filter(None, [entry.gated]))
+    names = [name.replace("{i}", str(layer)).replace("{e}", str(expert)) for name in known]
     for full in names:
         for candidate in (full, full.removeprefix(family.prefix)):
             if candidate in tensors:
@@ -161,11 +166,25 @@ def _check_tied(tensors: Mapping[str, FileArray], family: Family, used: set[str]
     except KeyError:
         return []
     table = find_name(tensors, family, family.entries["w_tokens"], None)
-    same = tensors[head].shape == tensors[table].shape
-    for first in range(0, tensors[head].shape[0] if same else 0, 4096):
-        index = (slice(first, min(first + 4096, tensors[head].shape[0])), whole(tensors[head])[1])
-        same = same and np.array_equal(tensors[head].read(index), tensors[table].read(index))
-    problem = f"{head} differs from {table}, though {CONFIG} says tie_word_embeddings; set it to false"
-    check([] if same else [problem], folder)
-    used.add(head)
-    return [f"{head} is {table}: stored once"]
+    reason = f"though {CONFIG} says tie_word_embeddings; set it to false"
+    return _check_copy(tensors, head, table, used, folder, reason)
+
+
+def _check_copy(
+    tensors: Mapping[str, FileArray],
+    copy: str,
+    table: str,
+    used: set[str],
+    folder: Place,
+    reason: str = "where one table serves for both",
+) -> list[str]:
+    """What is stored a second time must be the same."""
+    if copy not in tensors:
+        return []
+    same = tensors[copy].shape == tensors[table].shape
+    for first in range(0, tensors[copy].shape[0] if same else 0, 4096):
+        index = (slice(first, min(first + 4096, tensors[copy].shape[0])), whole(tensors[copy])[1])
+        same = same and np.array_equal(tensors[copy].read(index), tensors[table].read(index))
+    check([] if same else [f"{copy} differs from {table}, {reason}"], folder)
+    used.add(copy)
+    return [f"{copy} is {table}: stored once"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert import settings
+from mesh_transformer.convert import settings, settings_t5
 
 
 class Entry(NamedTuple):
@@ -19,6 +19,7 @@ class Entry(NamedTuple):
     pattern: str
     pick: int = 0  # place in the dim of the pattern that is a number
     aliases: tuple[str, ...] = ()  # names it has had
+    gated: str = ""  # its name where the feed-forward layer is gated, if that is another
 
 
 class Family(NamedTuple):
@@ -30,6 +31,9 @@ class Family(NamedTuple):
     write_config: Callable[[ModelConfig], dict[str, Any]]
     prefix: str  # of names, which files of the bare model lack
     buffers: tuple[str, ...] = ()  # ends of names that are no weights
+    copies: tuple[str, ...] = ()  # other names of the embedding, which files may hold
+    needs_copies: bool = False  # and must, where the head is not tied: transformers then ties nothing
+    experts_key: str = "num_local_experts"  # of config.json
 
 
 def linear(ours: str, theirs: str, outputs: str, inputs: str, bias: str = "") -> dict[str, Entry]:
@@ -130,6 +134,34 @@ MIXTRAL = {name: entry for name, entry in LLAMA.items() if not name.startswith("
 }
 QWEN3 = LLAMA | {f"attention/norm_{x}/scale": Entry(f"{M}.self_attn.{x}_norm.weight", "head_dim") for x in "qk"}
 
+
+def t5_stack(ours: str, theirs: str, feed_forward: str) -> dict[str, Entry]:
+    """An encoder, or the decoder, whose layers attend to it; `feed_forward` is what its module is called."""
+    block, is_decoder = f"{theirs}.block.{{i}}.layer", theirs == "decoder"
+    ff = f"{block}.{2 if is_decoder else 1}"
+    found = projections(f"{block}.0.SelfAttention", q="q", k="k", v="v", o="o")
+    found |= norms(norm_1=f"{block}.0.layer_norm", norm_2=f"{ff}.layer_norm", norm_out=f"{theirs}.final_layer_norm")
+    if is_decoder:
+        cross = projections(f"{block}.1.EncDecAttention", q="q", k="k", v="v", o="o")
+        found |= {f"cross_{name}": entry for name, entry in cross.items()} | norms(norm_cross=f"{block}.1.layer_norm")
+    for kind, path in (("feed_forward", f"{ff}.{feed_forward}"), ("experts", f"{ff}.mlp.experts.expert_{{e}}")):
+        found[f"{kind}/w_in"] = Entry(f"{path}.wi.weight", "ff embed", gated=f"{path}.wi_1.weight")
+        found |= linear(f"{kind}/w_gate", f"{path}.wi_0", "ff", "embed")
+        found |= linear(f"{kind}/w_out", f"{path}.wo", "embed", "ff")
+    found |= linear("experts/w_router", f"{ff}.mlp.router.classifier", "routes", "embed")
+    bias = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    found["relative_bias/table"] = Entry(bias, "buckets heads")
+    return {ours + name: entry for name, entry in found.items()}
+
+
+SHARED = {"w_tokens": Entry("shared.weight", "vocab embed"), "w_head": HEAD}
+T5, SWITCH = (
+    SHARED | t5_stack("", "decoder", dense) | t5_stack("encoder/", "encoder", dense)
+    for dense in ("DenseReluDense", "mlp")
+)
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+UNUSED = (".EncDecAttention.relative_attention_bias.weight",)  # T5's first files have one that nothing reads
+
 LLAMA_SETTINGS = (settings.read_llama, settings.write_llama, "model.", (".rotary_emb.inv_freq",))
 FAMILIES = {
     "gpt2": Family(
@@ -151,4 +183,12 @@ FAMILIES = {
     "mixtral": Family("MixtralForCausalLM", MIXTRAL, settings.read_mixtral, settings.write_mixtral, *LLAMA_SETTINGS[2:]),
     "qwen2": Family("Qwen2ForCausalLM", LLAMA, *LLAMA_SETTINGS),
     "qwen3": Family("Qwen3ForCausalLM", QWEN3, *LLAMA_SETTINGS),
+    "t5": Family(
+        "T5ForConditionalGeneration", T5, settings_t5.read_t5, settings_t5.write_t5, "", UNUSED, copies=COPIES
+    ),
+    "switch_transformers": Family(
+        "SwitchTransformersForConditionalGeneration", SWITCH, settings_t5.read_switch, settings_t5.write_switch, "", UNUSED,
+        copies=COPIES, needs_copies=True, experts_key="num_experts",
+    ),
 }  # fmt: skip
+WITH_ENCODER = ("t5", "switch_transformers")

@@ -12,15 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mesh_transformer.checkpoint.failures import CheckpointError
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.blockwise import run_layers
 from mesh_transformer.convert.foreign import PREFIX, make_model_config
 from mesh_transformer.convert.gptj import find_weights
 from mesh_transformer.convert.lazy import Lazy, whole
+from mesh_transformer.convert.names import WITH_ENCODER
 from mesh_transformer.convert.originals import product, read_rows, run_huggingface, run_v1
+from mesh_transformer.convert.originals_t5 import run_t5
 from mesh_transformer.convert.reshard import Source
 from mesh_transformer.convert.tensor_files import find_tensors
-from mesh_transformer.model.attention.sight import Sight
+from mesh_transformer.model.attention.sight import Memory, Sight
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK
 from mesh_transformer.model.transformer import Transformer
@@ -58,6 +61,9 @@ def run_source(source: Source, tokens: np.ndarray, ceiling: int) -> np.ndarray:
     """Logits [B, T, V], float32, of a checkpoint of any kind, by its own layout."""
     match source.kind:
         case "huggingface":
+            if source.settings["model_type"] in WITH_ENCODER:
+                sources = find_sources(tokens)
+                return run_t5(find_tensors(source.path), source.settings, tokens, sources, np.ones_like(sources))
             return run_huggingface(find_tensors(source.path), source.settings, tokens)
         case "gptj-v1":
             return run_v1(find_weights(source.path, source.settings), source.settings, tokens)
@@ -72,24 +78,20 @@ def run_native(
 ) -> np.ndarray:
     """Logits [B, T, V] of our model, float32; one period of its layers in memory at a time, or less to keep a ceiling."""
     config = dataclasses.replace(config, dtype="float32", dropout=0.0, attention_kernel="plain", preset=None)
-    pattern = len(config.pattern)
-    period = dataclasses.replace(config, n_layers=pattern)
-    layers = jax.jit(hk.without_apply_rng(hk.transform(lambda x: _run_period(period, x))).apply)
-    see = hk.without_apply_rng(hk.transform(lambda x: _see(Transformer(config), x)))
-    norm = hk.without_apply_rng(hk.transform(lambda x: Norm(config, name="norm_out")(x)))
     weights = {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
-    x = read_rows(weights["transformer/w_tokens"], tokens)
-    if config.positions == "learned":
-        x = x + read_rows(weights["transformer/w_positions"], np.arange(tokens.shape[1]))
-    outside = {name: array for name, array in weights.items() if "/norm_out/" in name or "/relative_bias/" in name}
-    rows = {name: array for name, array in weights.items() if name.startswith(f"transformer/{STACK}/")}
-    in_parts = ceiling is not None and OVERHEAD * _count_period(config, rows) > ceiling
-    if in_parts:
-        inside = {name.removeprefix(f"transformer/{STACK}/"): array for name, array in rows.items()}
-        x = run_layers(config, inside, x, see.apply(_read(outside), jnp.asarray(x)))
-    for i in range(0 if in_parts else config.n_layers // pattern):
-        x = np.asarray(layers(_read(rows, i) | _read(outside), jnp.asarray(x)))
-    x = np.asarray(norm.apply({"norm_out": _read(outside)["transformer/norm_out"]}, jnp.asarray(x)))
+
+    def embed(ids: np.ndarray) -> np.ndarray:
+        x = read_rows(weights["transformer/w_tokens"], ids)
+        learned = config.positions == "learned"
+        return x + read_rows(weights["transformer/w_positions"], np.arange(ids.shape[1])) if learned else x
+
+    memory = None
+    if config.encoder is not None:
+        start = "transformer/encoder/"
+        inside = {f"transformer/{name.removeprefix(start)}": a for name, a in weights.items() if name.startswith(start)}
+        memory = _run_stack(config.encoder, inside, embed(find_sources(tokens)), None, ceiling)
+    x = _run_stack(config, weights, embed(tokens), memory, ceiling)
+    x = x * config.d_model**-0.5 if config.head_scale == "sqrt" else x
     head = "transformer/w_tokens" if config.tied_embeddings else "transformer/w_head"
     logits = product(x, weights[head], transposed=config.tied_embeddings)
     if config.head_bias:
@@ -98,9 +100,45 @@ def run_native(
     return logits
 
 
-def _run_period(config: ModelConfig, x: jax.Array) -> jax.Array:
+def find_sources(tokens: np.ndarray) -> np.ndarray:
+    """What an encoder reads beside these prompts: other ones, as long."""
+    return np.ascontiguousarray(tokens[:, ::-1])
+
+
+def _run_stack(
+    config: ModelConfig, weights: Mapping[str, Lazy], x: np.ndarray, memory: np.ndarray | None, ceiling: int | None
+) -> np.ndarray:
+    """All layers of a decoder or an encoder over the stream [B, T, D], and the norm behind them."""
+    pattern = len(config.pattern)
+    period = dataclasses.replace(config, n_layers=pattern)
+    layers = jax.jit(hk.without_apply_rng(hk.transform(lambda x, memory: _run_period(period, x, memory))).apply)
+    see = hk.without_apply_rng(hk.transform(lambda x: _see(Transformer(config), x)))
+    norm = hk.without_apply_rng(hk.transform(lambda x: Norm(config, name="norm_out")(x)))
+    outside = {
+        name: a
+        for name, a in weights.items()
+        if name.startswith(("transformer/norm_out/", "transformer/relative_bias/"))
+    }
+    rows = {name: array for name, array in weights.items() if name.startswith(f"transformer/{STACK}/")}
+    in_parts = ceiling is not None and OVERHEAD * _count_period(config, rows) > ceiling
+    if in_parts:
+        if memory is not None:
+            raise CheckpointError(
+                "a decoder with an encoder is run a period of its layers at a time: raise --max-memory"
+            )
+        inside = {name.removeprefix(f"transformer/{STACK}/"): array for name, array in rows.items()}
+        x = run_layers(config, inside, x, see.apply(_read(outside), jnp.asarray(x)))
+    for i in range(0 if in_parts else config.n_layers // pattern):
+        x = np.asarray(layers(_read(rows, i) | _read(outside), jnp.asarray(x), memory))
+    return np.asarray(norm.apply({"norm_out": _read(outside)["transformer/norm_out"]}, jnp.asarray(x)))
+
+
+def _run_period(config: ModelConfig, x: jax.Array, memory: jax.Array | None) -> jax.Array:
     transformer = Transformer(config)
-    return transformer.run_layers(x, _see(transformer, x), None)[0]
+    sight = _see(transformer, x)
+    if memory is not None:
+        sight = sight._replace(memory=Memory(memory, jnp.ones((1, x.shape[1], memory.shape[1]), bool)))
+    return transformer.run_layers(x, sight, None)[0]
 
 
 def _see(transformer: Transformer, x: jax.Array) -> Sight:

@@ -6,7 +6,7 @@
 LaTeX, manual pages, reStructuredText and mail): a new kind of source is a row there. `steps` judges and mends one
 document at a time: a new step is a row there and a record in `recipe`. `duplicates` finds documents and lines that
 are there already. `mixture` repeats, shuffles and tokenises. `build` is the order of all that; `stages` runs each
-in parts, on this machine or a Ray cluster, and never takes a lost part for a whole. `datasheet` says what came out.
+in parts, on this machine or a cluster (`clusters`), and never takes a lost part for a whole. `datasheet` says what came out.
 """
 
 import importlib.util

@@ -7,6 +7,7 @@ was left out and why. OUT/manifest.json has the digest of every output and is wr
 corpus. Nothing in it depends on time, place or number of workers: the same sources and recipe give the same manifest.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,7 @@ from mesh_transformer.corpus.recipe import Quality, Recipe, resolve_epochs, subs
 from mesh_transformer.corpus.selection import Select, prove_disjoint
 from mesh_transformer.corpus.sources import Part, digest_file, find_parts
 from mesh_transformer.corpus.stages import CorpusError, Machines, Report, run_stage
+from mesh_transformer.corpus.survey import Survey, describe_survey
 from mesh_transformer.files import replace_file
 
 VERSION = 1  # of what stages write; a change of it makes all of them anew
@@ -43,6 +45,7 @@ class Corpus(NamedTuple):
     selected: Records
     tokenised: Records
     epochs: dict[str, float]
+    survey: dict[str, Any]  # what the text speaks of
     proof: dict[str, int]
     manifest: dict[str, Any]
 
@@ -84,10 +87,16 @@ def build_corpus(
         parts, missing = find_parts(recipe)
         try:
             corpus, selected, shards = _run_stages(builder, parts, missing)
+            _publish(selected, out / "documents", SIDES)
+            _publish(shards, out / "tokens", None)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CorpusError(
+                    f"{out}: its disk is full; free some room and build again, what is whole stays"
+                ) from None
+            raise
         finally:
             machines.close()
-        _publish(selected, out / "documents", SIDES)
-        _publish(shards, out / "tokens", None)
         for folder in (out / "work").iterdir():  # of recipes before this one
             if folder not in builder.used:
                 shutil.rmtree(folder)
@@ -123,7 +132,9 @@ def _run_stages(builder: Builder, parts: list[Part], missing: list[str]) -> tupl
     selected = builder.folder("select", decided)
     kept = builder.run(Select(recipe, components, filtered, equal, decided, ranges, selected), len(parts))
     proof = prove_disjoint(selected, len(parts))
-    epochs = resolve_epochs(recipe, _sizes(recipe, missing, kept))
+    surveyed = builder.folder("survey", selected)
+    survey = describe_survey(builder.run(Survey(recipe, components, selected, surveyed), len(parts)), surveyed)
+    epochs = resolve_epochs(recipe, _sizes(recipe, missing, read, kept))
     tokenised = builder.folder(
         "tokenise", selected, describe_tokenizer(recipe), sorted(epochs.items()), recipe.corpus.seed
     )
@@ -133,19 +144,24 @@ def _run_stages(builder: Builder, parts: list[Part], missing: list[str]) -> tupl
 
     manifest = _manifest(builder, read, kept, shards)
     matrix = decision[0]["matrix"]
-    return Corpus(recipe, missing, parts, read, matrix, kept, counts, epochs, proof, manifest), selected, shards
+    return Corpus(recipe, missing, parts, read, matrix, kept, counts, epochs, survey, proof, manifest), selected, shards
 
 
-def _sizes(recipe: Recipe, missing: list[str], selected: Records) -> dict[str, int]:
+def _sizes(recipe: Recipe, missing: list[str], read: Records, selected: Records) -> dict[str, int]:
     """Bytes of training text of every component; CorpusError for one that nothing is left of."""
     sizes = {name: 0 for name in recipe.components if name not in missing}
     for record in selected:
         sizes[record["component"]] += record["sides"]["train"]["bytes"]
-    empty = [name for name, size in sizes.items() if not size]
-    if empty:
+    for name in (name for name, size in sizes.items() if not size):
+        own = [record for record in read if record["component"] == name]
+        if any(record["raw"]["documents"] for record in own):
+            raise CorpusError(
+                f"component {name}: nothing is left of it for training; look at work/filter-*/dropped for the reasons, "
+                "and take steps off it with their `without`, or remove it"
+            )
+        first = next((found[0] for record in own for found in record["bad_examples"].values()), "its files are empty")
         raise CorpusError(
-            f"component {empty[0]}: nothing is left of it for training; look at work/filter-*/dropped for the reasons, "
-            "and take steps off it with their `without`, or remove it"
+            f"component {name}: no document of it could be read, first {first}; mend its files, or remove it"
         )
     return sizes
 

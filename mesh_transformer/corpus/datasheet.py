@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a corpus is, for who would use it: composition, what was removed with samples, duplicates, gaps, licences, digests.
 
-The questions are those of Datasheets for Datasets (Gebru et al.); the table is that of The Pile's paper, Table 1.
+The questions (datasheet_questions.py) are those of Datasheets for Datasets (Gebru et al.), the table is that of The
+Pile's paper, Table 1.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from typing import Any
 from mesh_transformer.config import config_to_dict
 from mesh_transformer.corpus.build import Corpus, Records
 from mesh_transformer.corpus.datasheet_page import make_page
+from mesh_transformer.corpus.datasheet_questions import answer_questions
 from mesh_transformer.corpus.parts import read_documents
 from mesh_transformer.files import replace_file
 
@@ -35,7 +37,7 @@ def describe_corpus(corpus: Corpus, out: Path) -> dict[str, Any]:
     names = [name for name in recipe.components if name not in corpus.missing]
     effective = sum(record["train"]["copied_bytes"] for record in corpus.tokenised)
     inputs = corpus.manifest["inputs"]
-    return {
+    sheet = {
         "name": recipe.corpus.name,
         "about": recipe.corpus.about,
         "gaps": recipe.corpus.gaps,
@@ -49,6 +51,7 @@ def describe_corpus(corpus: Corpus, out: Path) -> dict[str, Any]:
             "matrix": corpus.matrix,
         },
         "proof": corpus.proof,
+        "survey": corpus.survey,
         "samples": _collect_samples(out),
         "inputs": {
             "files": len(inputs),
@@ -57,6 +60,7 @@ def describe_corpus(corpus: Corpus, out: Path) -> dict[str, Any]:
         "outputs": corpus.manifest["outputs"],
         "recipe": config_to_dict(recipe),
     }
+    return sheet | {"answers": answer_questions(sheet, recipe)}
 
 
 def _describe_component(corpus: Corpus, name: str, effective: int) -> dict[str, Any]:

@@ -3,33 +3,11 @@
 """The datasheet as one HTML page without a request to anywhere: tables, and pictures as inline SVG."""
 
 import json
-from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #fbfaf7; --ink: #1d1f21; --dim: #5f666d; --line: #d9d7d0; --bar: #1f6f5c; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15181a; --ink: #e6e6e1; --dim: #9aa3a8; --line: #343a3e; --bar: #6fc3ab; }
-}
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
-.dim, td.dim { color: var(--dim); } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th { color: var(--dim); font-weight: 600; } th:first-child, td:first-child, .left { text-align: left; }
-td:first-child { white-space: nowrap; }
-tr.sum td { font-weight: 650; border-top: 2px solid var(--line); }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 12.5px/1.45 ui-monospace, Menlo, monospace;
-  margin: .3rem 0 .8rem; padding: .5rem .7rem; border: 1px solid var(--line);
-  border-radius: .4rem; max-height: 24rem; overflow-y: auto; }
-svg text { fill: var(--ink); font: 11px system-ui, sans-serif; } svg .faint { fill: var(--dim); } svg .on { fill: var(--paper); }
-svg .bar { fill: var(--bar); }
-svg .cell { fill: var(--bar); stroke: var(--line); } details { margin: .2rem 0; } summary { cursor: pointer; }
-code { overflow-wrap: anywhere; }
-"""
-MB = 1e6
+from mesh_transformer.corpus.datasheet_html import MB, STYLE, format_count, format_size, make_section, make_table
+from mesh_transformer.corpus.datasheet_survey import show_profanity, show_pronouns, show_topics
 
 
 def make_page(sheet: dict[str, Any]) -> str:
@@ -37,38 +15,28 @@ def make_page(sheet: dict[str, Any]) -> str:
     sections = [
         f"<h1>{escape(sheet['name'])}</h1><p>{escape(sheet['about'])}</p>",
         f"<p class=dim>digest <code>{sheet['digest']}</code></p>",
-        _section("Composition", _composition(sheet)),
-        _section("What each step took", _removals(sheet)),
-        _section("Duplicates", _duplicates(sheet)),
-        _section("Length of documents", _lengths(sheet)),
-        _section("Languages", _languages(sheet)),
-        _section("What could not be read", _left_out(sheet)),
-        _section("Training and held-out text", _split(sheet)),
-        _section("Gaps and biases", _gaps(sheet)),
-        _section("Licences, consent, and where it is from", _licences(sheet)),
-        _section("Samples of what was removed", _samples(sheet)),
-        _section("Inputs and outputs", _outputs(sheet)),
-        _section("Recipe", f"<pre>{escape(json.dumps(sheet['recipe'], indent=1, ensure_ascii=False))}</pre>"),
+        make_section("Composition", _composition(sheet)),
+        make_section("What each step took", _removals(sheet)),
+        make_section("Duplicates", _duplicates(sheet)),
+        make_section("Length of documents", _lengths(sheet)),
+        make_section("Languages", _languages(sheet)),
+        make_section("Topics", show_topics(sheet)),
+        make_section("Profanity", show_profanity(sheet)),
+        make_section("He and she", show_pronouns(sheet)),
+        make_section("What could not be read", _left_out(sheet)),
+        make_section("Training and held-out text", _split(sheet)),
+        make_section("Gaps and biases", _gaps(sheet)),
+        make_section("Licences, consent, and where it is from", _licences(sheet)),
+        make_section("Questions and answers", _answers(sheet)),
+        make_section("Samples of what was removed", _samples(sheet)),
+        make_section("Inputs and outputs", _outputs(sheet)),
+        make_section("Recipe", f"<pre>{escape(json.dumps(sheet['recipe'], indent=1, ensure_ascii=False))}</pre>"),
     ]
     title = f"{escape(sheet['name'])}: datasheet"
     return (
         f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style><main>{''.join(sections)}</main></html>\n"
     )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = (), *, left: bool = False) -> str:
-    """A table whose cells are text; the first column is a name, with `left` all are."""
-    css = " class=left" if left else ""
-    lines = ["<tr>" + "".join(f"<th{css}>{escape(cell)}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td{css}>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    if total:
-        lines.append("<tr class=sum>" + "".join(f"<td{css}>{escape(cell)}</td>" for cell in total) + "</tr>")
-    return f"<div class=scroll><table>{''.join(lines)}</table></div>"
 
 
 def _composition(sheet: dict[str, Any]) -> str:
@@ -91,7 +59,7 @@ def _composition(sheet: dict[str, Any]) -> str:
         row = [
             name, f"{part['raw_bytes'] / MB:.1f}", f"{part['train_bytes'] / MB:.1f}", f"{part['weight']:.2%}",
             f"{part['epochs']:.2f}", f"{part['effective_bytes'] / MB:.1f}", f"{part['train_documents']:,}",
-            _size(part["mean_document_bytes"]), f"{part['tokens_per_byte']:.4f}",
+            format_size(part["mean_document_bytes"]), f"{part['tokens_per_byte']:.4f}",
         ]  # fmt: skip
         if published:
             found = part["published"] or {}
@@ -100,7 +68,8 @@ def _composition(sheet: dict[str, Any]) -> str:
     kept, documents = (sum(part[key] for part in parts.values()) for key in ("train_bytes", "train_documents"))
     total = [
         "all", f"{sum(part['raw_bytes'] for part in parts.values()) / MB:.1f}", f"{kept / MB:.1f}", "100.00%", "",
-        f"{sum(part['effective_bytes'] for part in parts.values()) / MB:.1f}", f"{documents:,}", _size(kept / max(documents, 1)),
+        f"{sum(part['effective_bytes'] for part in parts.values()) / MB:.1f}", f"{documents:,}",
+        format_size(kept / max(documents, 1)),
         f"{sum(part['tokens'] for part in parts.values()) / max(kept, 1):.4f}", *[""] * 3 * published,
     ]  # fmt: skip
     note = (
@@ -110,7 +79,7 @@ def _composition(sheet: dict[str, Any]) -> str:
     gone = "".join(f"<li>{escape(name)}: {escape(where)}</li>" for name, where in sheet["missing"].items())
     return (
         note
-        + _table(head, rows, total)
+        + make_table(head, rows, total)
         + (f"<p>Declared, but without any file here:</p><ul>{gone}</ul>" if gone else "")
     )
 
@@ -135,7 +104,7 @@ def _removals(sheet: dict[str, Any]) -> str:
             cut = f"{-part['line_bytes_cut'] / MB:+.2f}"
             rows.append([name, "lines", "", "", cut, f"{part['lines_cut']:,} recurring lines"])
     note = "<p>Steps of a component in their order, those that changed nothing left out.</p>"
-    return note + _table(["component", "step", "documents in", "out", "MB", "dropped because"], rows, left=True)
+    return note + make_table(["component", "step", "documents in", "out", "MB", "dropped because"], rows, left=True)
 
 
 def _duplicates(sheet: dict[str, Any]) -> str:
@@ -178,7 +147,9 @@ def _matrix(names: list[str], counts: dict[tuple[str, str], int]) -> str:
             )
             if count:
                 css = ' class="on"' if opacity > 0.6 else ""
-                body.append(f'<text{css} x="{x + side / 2}" y="{y + 28}" text-anchor="middle">{_short(count)}</text>')
+                body.append(
+                    f'<text{css} x="{x + side / 2}" y="{y + 28}" text-anchor="middle">{format_count(count)}</text>'
+                )
     width, height = left + side * len(names) + 90, top + side * len(names) + 8
     picture = f'<svg role="img" aria-label="duplicates" width="{width}" height="{height}">{"".join(body)}</svg>'
     return f"<div class=scroll>{picture}</div>"
@@ -196,11 +167,11 @@ def _lengths(sheet: dict[str, Any]) -> str:
         for bit in range(low, high + 1):
             count = part["lengths"].get(str(bit), 0)
             height = 70 * count / most
-            tip = f"<title>under {_size(2**bit)}: {count:,} documents</title>"
+            tip = f"<title>under {format_size(2**bit)}: {count:,} documents</title>"
             x, y = 4 + (bit - low) * 12, 96 - height
             bars.append(f'<rect class="bar" x="{x}" y="{y:.1f}" width="10" height="{height:.1f}">{tip}</rect>')
         ticks = "".join(
-            f'<text class="faint" x="{4 + (bit - low) * 12}" y="110">{_size(2**bit)}</text>'
+            f'<text class="faint" x="{4 + (bit - low) * 12}" y="110">{format_size(2**bit)}</text>'
             for bit in range(low, high + 1) if bit % 5 == 0
         )  # fmt: skip
         width = 40 + (high - low + 1) * 12
@@ -242,7 +213,7 @@ def _left_out(sheet: dict[str, Any]) -> str:
         for name, part in sheet["components"].items()
         for encoding, count in part["decoded"].items()
     ]
-    return _table(["component", "damage", "places", "first"], rows, left=True) if rows else "<p>Nothing.</p>"
+    return make_table(["component", "damage", "places", "first"], rows, left=True) if rows else "<p>Nothing.</p>"
 
 
 def _split(sheet: dict[str, Any]) -> str:
@@ -257,7 +228,7 @@ def _split(sheet: dict[str, Any]) -> str:
         f"{proof['heldout_texts']:,} held-out texts, {proof['in_both']} are also among those for training, case and spaces "
         "apart.</p>"
     )
-    return text + _table(["component", "training documents", "held out", "MB"], rows)
+    return text + make_table(["component", "training documents", "held out", "MB"], rows)
 
 
 def _gaps(sheet: dict[str, Any]) -> str:
@@ -270,7 +241,21 @@ def _licences(sheet: dict[str, Any]) -> str:
         [name, part["licence"], part["consent"] or "not stated", part["origin"] or "not stated"]
         for name, part in sheet["components"].items()
     ]
-    return _table(["component", "licence", "consent", "origin"], rows, left=True)
+    return make_table(["component", "licence", "consent", "origin"], rows, left=True)
+
+
+def _answers(sheet: dict[str, Any]) -> str:
+    """The questions of Datasheets for Datasets, those without an answer marked."""
+    parts, open_ = [], 0
+    for chapter, rows in sheet["answers"].items():
+        items = []
+        for question, answer in rows:
+            open_ += not answer
+            said = escape(answer) if answer else "<em>The recipe does not say (section datasheet).</em>"
+            items.append(f"<dt>{escape(question)}</dt><dd>{said}</dd>")
+        parts.append(f"<h3>{escape(chapter)}</h3><dl>{''.join(items)}</dl>")
+    count = sum(len(rows) for rows in sheet["answers"].values())
+    return f"<p>Of {count} questions (Gebru et al.), {count - open_} are answered.</p>{''.join(parts)}"
 
 
 def _samples(sheet: dict[str, Any]) -> str:
@@ -289,16 +274,4 @@ def _outputs(sheet: dict[str, Any]) -> str:
         "manifest.json (xxh3, 128 bits).</p>"
     )
     rows = [[name, f"{found['size']:,}", found["digest"]] for name, found in sheet["outputs"].items()]
-    return f"{text}<details><summary>{len(rows)} output files</summary>{_table(['file', 'bytes', 'digest'], rows)}</details>"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"
-
-
-def _short(count: int) -> str:
-    return f"{count:,}" if count < 10_000 else f"{count / 1000:.0f}k"
+    return f"{text}<details><summary>{len(rows)} output files</summary>{make_table(['file', 'bytes', 'digest'], rows)}</details>"

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import resource
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -201,17 +202,15 @@ class Decide:
         """The record, with counts by component of what is removed (rows) and of what stays for it (columns)."""
         exact, near = self._equal_groups(), self._clusters()
         outputs, matrices = {}, {}
-        removed_before: set[tuple[int, int]] = set()
+        removed_before = np.zeros(0, np.uint64)
         for kind, groups in (("exact", exact), ("near", near)):
             removals = self._choose(groups)
-            fresh = [
-                i for i, row in enumerate(removals) if (int(row["rank"]), int(row["document"])) not in removed_before
-            ]
-            removals = removals[fresh]
-            removed_before |= {(int(row["rank"]), int(row["document"])) for row in removals}
+            places = removals["rank"].astype(np.uint64) << np.uint64(32) | removals["document"]
+            removals = removals[~np.isin(places, removed_before)]
+            removed_before = places
             outputs |= _save(self.folder, f"{kind}.npy", removals)
-            pairs = [(self.components[row["rank"]], self.components[row["kept_rank"]]) for row in removals]
-            matrices[kind] = [[a, b, pairs.count((a, b))] for a, b in sorted(set(pairs))]
+            pairs = Counter(zip(removals["rank"].tolist(), removals["kept_rank"].tolist(), strict=True))
+            matrices[kind] = _sum_components(pairs, self.components)
         return {"matrix": matrices, "outputs": outputs}
 
     def _equal_groups(self) -> np.ndarray:
@@ -270,6 +269,14 @@ class Decide:
         removals["rank"], removals["document"] = groups[gone, 1], groups[gone, 2]
         removals["kept_rank"], removals["kept_document"] = groups[kept[gone], 1], groups[kept[gone], 2]
         return np.sort(removals, order=["rank", "document"])
+
+
+def _sum_components(pairs: Counter[tuple[int, int]], components: tuple[str, ...]) -> list[list[Any]]:
+    """Pairs of parts -> component, component, count."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for (rank, kept), count in pairs.items():
+        sums[components[rank], components[kept]] += count
+    return [[a, b, count] for (a, b), count in sorted(sums.items())]
 
 
 def _first_of(groups: np.ndarray, component: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Plain text of documents written in HTML, LaTeX, roff (manual pages), reStructuredText and as e-mail."""
+"""Plain text of documents written in HTML, LaTeX, roff (manual pages), reStructuredText, Info and as e-mail."""
 
 import email
 import email.policy
@@ -132,11 +132,11 @@ def _fill(lines: list[str]) -> str:
             paragraphs[-1].append("\n")
         else:
             paragraphs[-1].append(line)
-    texts = [re.sub(r" *\n *", "\n", " ".join(parts)).strip() for parts in paragraphs]
+    texts = [re.sub(r"(?<! ) *\n *", "\n", " ".join(parts)).strip() for parts in paragraphs]
     return "\n\n".join(text for text in texts if text)
 
 
-_RST_ROLE = re.compile(r":[\w:.+-]+:`(?:~|!)?([^`<]*?)\s*(?:<[^`>]*>)?`")
+_RST_ROLE = re.compile(r":[\w:.+-]{1,80}:`(?:~|!)?([^`<]*?)\s*(?:<[^`>]*>)?`")
 _RST_LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?")
 _RST_SHOWN = re.compile(
     r"^\s*\.\. (?:(?:c|py|cpp|js|std):)?(?:note|warning|tip|seealso|versionadded|versionchanged|deprecated|function|class|method|"
@@ -168,6 +168,17 @@ def rst_to_text(source: str) -> str:
     return _squeeze("\n".join(lines))
 
 
+INFO_MARK = re.compile(rb"\0\x08\[[^\0]*\0\x08\]")  # around indexes and pictures
+_INFO_MENU = re.compile(r"^\* .*?::?.*\n(?:[ \t]{8,}\S.*\n)*", re.MULTILINE)
+
+
+def info_to_text(source: str) -> str:
+    """Text of the nodes of an Info file, without their heads, menus and the tables of places."""
+    nodes = [node.lstrip("\n\f").partition("\n") for node in source.split("\x1f")]
+    texts = [body for head, _, body in nodes if head.startswith("File: ")]
+    return _squeeze("\n".join(_INFO_MENU.sub("", text.replace("* Menu:\n", "")) for text in texts) if texts else source)
+
+
 def mail_to_text(data: bytes) -> str:
     """Subject and body of a message; of one in several forms the plain one. Flaw if no part of it is text."""
     message = email.message_from_bytes(data, policy=email.policy.default)
@@ -186,7 +197,7 @@ def mail_to_text(data: bytes) -> str:
 
 
 def _squeeze(text: str) -> str:
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip()
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?<![ \t])[ \t]+\n", "\n", text)).strip()
 
 
 TO_TEXT: dict[str, Callable[[str], str]] = {
@@ -194,4 +205,5 @@ TO_TEXT: dict[str, Callable[[str], str]] = {
     "latex": latex_to_text,
     "man": man_to_text,
     "rst": rst_to_text,
+    "info": info_to_text,
 }

@@ -23,7 +23,9 @@ from mesh_transformer.data.build import ENCODE_CHARACTERS
 from mesh_transformer.data.shards import ShardWriter, token_dtype
 from mesh_transformer.data.tokenizers import load_tokenizer
 
-RUN_TOKENS = 16_000_000  # in memory at once, of one part, and of one range of the order
+TOKENS_PER_MB = (
+    250_000  # of corpus.part_mb: tokens of one part, and of one range of the order, that are in memory at once
+)
 INDEX = np.dtype([("key", "<u8"), ("start", "<u8"), ("length", "<u4")])
 
 
@@ -47,7 +49,7 @@ class Tokenise:
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
         for side in SIDES:
             count = {"documents": 0, "tokens": 0, "bytes": 0, "copies": 0, "copied_tokens": 0, "copied_bytes": 0}
-            run = _Run(self.folder, f"runs/{side}-{rank:05d}", dtype)
+            run = _Run(self.folder, f"runs/{side}-{rank:05d}", dtype, self.recipe.corpus.part_mb * TOKENS_PER_MB)
             path = self.selected / f"{side}/{component}-{rank:05d}.jsonl.zst"
             for texts, names in _batches(path):
                 for text, name, ids in zip(texts, names, tokenizer.encode_batch(texts), strict=True):
@@ -76,8 +78,8 @@ class Tokenise:
 class _Run:
     """Collects documents and writes them sorted, whenever enough are there."""
 
-    def __init__(self, folder: Path, prefix: str, dtype: np.dtype):
-        self.folder, self.prefix, self.dtype = folder, prefix, dtype
+    def __init__(self, folder: Path, prefix: str, dtype: np.dtype, most: int):
+        self.folder, self.prefix, self.dtype, self.most = folder, prefix, dtype, most
         self.names: list[str] = []
         self._outputs: dict[str, dict[str, int]] = {}
         self._keys: list[int] = []
@@ -89,7 +91,7 @@ class _Run:
         self._keys.append(key)
         self._tokens.append(tokens)
         self._length += len(tokens)
-        if self._length >= RUN_TOKENS:
+        if self._length >= self.most:
             self._write()
 
     def finish(self) -> dict[str, dict[str, int]]:
@@ -146,7 +148,7 @@ class WriteShards:
         return {"outputs": {path.name: {"size": path.stat().st_size} for path in paths}}
 
     def _in_order(self, runs: tuple[str, ...], tokens: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-        ranges = max(1, math.ceil(tokens / RUN_TOKENS))
+        ranges = max(1, math.ceil(tokens / (self.recipe.corpus.part_mb * TOKENS_PER_MB)))
         for number in range(ranges):
             low, high = (number << 64) // ranges, ((number + 1) << 64) // ranges - 1
             keys: list[np.ndarray] = []

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from mesh_transformer.config import ConfigError, check_table, config_to_dict, read_toml
 from mesh_transformer.field_types import STRICT, NonNegative, Positive, Rate
 
-Kind = Literal["text", "source", "jsonl", "parquet", "warc", "mbox", "latex", "html", "man", "rst"]
+Kind = Literal["text", "source", "jsonl", "parquet", "warc", "mbox", "latex", "html", "man", "rst", "info"]
 Names = tuple[str, ...]
 
 
@@ -54,6 +54,9 @@ class ComponentConfig:
     optional: bool = False  # without any file it is left out, and said to be; otherwise that is an error
     text_key: str = "text"  # field or column of JSON lines and Parquet
     encoding: str = ""  # of text files that are not UTF-8, for example "latin-1"; empty: they are damaged
+    pieces_kb: NonNegative = (
+        0  # files with a longer text are cut between paragraphs into documents of this size; 0: never
+    )
     min_bytes: NonNegative = 0  # a shorter document is left out
     epochs: Rate = 1.0  # copies of every document in the mixture; a fraction copies this share of them once more
     weight: Rate | None = None  # instead of epochs: share of mixture.bytes, relative to the other weights
@@ -220,6 +223,21 @@ class TokensConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class DatasheetConfig:
+    """Answers that only who makes the corpus can give; the datasheet says which of them are not given."""
+
+    made_by: str = ""
+    paid_by: str = ""
+    timeframe: str = ""  # of the texts, and of collecting them
+    people: str = ""  # who is named or can be recognised, what is sensitive in it
+    review: str = ""  # ethical review, what it may do to those who wrote or are named
+    used_for: str = ""
+    not_for: str = ""
+    given_to: str = ""  # who gets it, how and under which terms
+    kept_by: str = ""  # whom to ask, how mistakes are mended, whether there will be other versions
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
     """A corpus."""
 
@@ -232,6 +250,7 @@ class Recipe:
     lines: LinesConfig = Field(default_factory=LinesConfig)
     mixture: MixtureConfig = Field(default_factory=MixtureConfig)
     tokens: TokensConfig = Field(default_factory=TokensConfig)
+    datasheet: DatasheetConfig = Field(default_factory=DatasheetConfig)
 
     @model_validator(mode="after")
     def check(self) -> "Recipe":
@@ -248,6 +267,11 @@ class Recipe:
         if unknown := [name for name in self.duplicates.components if name not in self.components]:
             there = ", ".join(self.components)
             raise ValueError(f"duplicates.components: {unknown[0]!r} is not declared; there are: {there}")
+        several = ("jsonl", "parquet", "warc", "mbox")
+        if uncut := [name for name, one in self.components.items() if one.pieces_kb and one.kind in several]:
+            raise ValueError(
+                f"components.{uncut[0]}.pieces_kb: files of this kind are many documents already; take it out"
+            )
         weighted = [name for name, component in self.components.items() if component.weight is not None]
         if weighted and len(weighted) < len(self.components):
             missing = next(name for name in self.components if name not in weighted)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from mesh_transformer.corpus.markup import TO_TEXT, html_to_text, install_hint, mail_to_text
+from mesh_transformer.corpus.markup import INFO_MARK, TO_TEXT, html_to_text, install_hint, mail_to_text
 from mesh_transformer.corpus.recipe import ComponentConfig, Recipe
 from mesh_transformer.data.archives import read_chunks, split_lines
 from mesh_transformer.data.documents import BadDocuments, DataError, Document, Flaw
@@ -36,7 +36,7 @@ class SourceFile(NamedTuple):
 
     path: str
     size: int
-    changed: int  # ns
+    changed: int  # ns; -1 of a link that leads nowhere
 
 
 class Part(NamedTuple):
@@ -85,8 +85,11 @@ def _find_files(name: str, component: ComponentConfig) -> list[SourceFile]:
         for path in sorted(_expand(name, component, pattern)):
             real = os.path.realpath(path)  # a file that is there twice by links is one file
             if real not in found and not any(fnmatch.fnmatch(path, one) for one in component.exclude):
-                status = os.stat(path)
-                found[real] = SourceFile(path, status.st_size, status.st_mtime_ns)
+                if os.path.exists(path):
+                    status = os.stat(path)
+                    found[real] = SourceFile(path, status.st_size, status.st_mtime_ns)
+                else:
+                    found[real] = SourceFile(path, 0, -1)
     if not found and not component.optional:
         where = f"; where to get it: {component.origin}" if component.origin else ""
         raise DataError(f"component {name}: no file in {', '.join(component.paths)}{where}; or set its optional = true")
@@ -95,7 +98,7 @@ def _find_files(name: str, component: ComponentConfig) -> list[SourceFile]:
 
 def _expand(name: str, component: ComponentConfig, pattern: str) -> list[str]:
     if glob.has_magic(pattern):
-        return [path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)]
+        return [path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if not os.path.isdir(path)]
     try:
         return [str(path) for path in find_files(pattern)]
     except DataError as error:
@@ -126,9 +129,7 @@ def read_part(part: Part, recipe: Recipe, reading: Reading) -> Iterator[Document
     component = recipe.components[part.component]
     limit = recipe.corpus.max_document_mb * MB
     for file in part.files:
-        _check_unchanged(file)
-        reading.digests[file.path] = digest_file(file.path)
-        for place, text in _read_file(Path(file.path), component, limit, reading):
+        for place, text in _read_source(file, component, limit, reading):
             name = file.path if place is None else f"{file.path}:{place}"
             if isinstance(text, Flaw):
                 if recipe.corpus.on_bad_document == "error":
@@ -138,7 +139,42 @@ def read_part(part: Part, recipe: Recipe, reading: Reading) -> Iterator[Document
                 yield Document(text, name)
             else:
                 reading.bad.add("empty text", f"{name}: empty text")
-        _check_unchanged(file)
+
+
+def _read_source(file: SourceFile, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
+    """Texts and damage of a file that is as it was when the build began."""
+    if file.changed < 0:
+        yield None, Flaw("broken link", "a link that leads nowhere; exclude it")
+        return
+    _check_unchanged(file)
+    try:
+        reading.digests[file.path] = digest_file(file.path)
+    except OSError as error:
+        yield None, _unreadable(error)
+        return
+    if damage := _find_damage(Path(file.path)):
+        yield None, damage
+        return
+    yield from _read_file(Path(file.path), component, limit, reading)
+    _check_unchanged(file)
+
+
+def _find_damage(path: Path) -> Flaw | None:
+    """What is wrong inside an archive, for gzip's check stands at its end; a truncated one is right as far as it goes."""
+    if suffix := _COMPRESSED.get(path.suffix.lower()):
+        try:
+            for _ in read_chunks(path, suffix):
+                pass
+        except Flaw as flaw:
+            if flaw.kind == "damaged archive":
+                return Flaw(flaw.kind, f"{flaw.detail}; nothing of it is read")
+        except OSError as error:
+            return _unreadable(error)
+    return None
+
+
+def _unreadable(error: OSError) -> Flaw:
+    return Flaw("unreadable file", f"cannot be read: {error.strerror or error}")
 
 
 def _check_unchanged(file: SourceFile) -> None:
@@ -168,7 +204,7 @@ def _read_file(file: Path, component: ComponentConfig, limit: int, reading: Read
     except Flaw as flaw:  # damage that ends the file
         yield flaw.line, flaw
     except OSError as error:
-        yield None, Flaw("unreadable file", f"cannot be read: {error.strerror or error}")
+        yield None, _unreadable(error)
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
@@ -181,6 +217,8 @@ def _read_whole(file: Path, component: ComponentConfig, limit: int, reading: Rea
         data += chunk
         if len(data) > limit:
             raise Flaw("too long", f"more than {limit:,} bytes in one document (corpus.max_document_mb)")
+    if component.kind == "info":  # whose marks for readers begin with a NUL byte
+        data = bytearray(INFO_MARK.sub(b"", data))
     if b"\0" in data[:8192]:
         raise Flaw("binary", "has NUL bytes: binary, not text")
     text = _decode(bytes(data), file, component, reading)
@@ -205,11 +243,31 @@ def _decode(data: bytes, file: Path, component: ComponentConfig, reading: Readin
 
 
 def _read_text(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
-    yield None, _read_whole(file, component, limit, reading)
+    yield from _pieces(_read_whole(file, component, limit, reading), component)
+
+
+def _pieces(text: str, component: ComponentConfig) -> Iterator[Item]:
+    most = component.pieces_kb * 1000
+    if most and len(text) > most:
+        yield from enumerate(_cut(text, most), 1)
+    else:
+        yield None, text
+
+
+def _cut(text: str, most: int) -> Iterator[str]:
+    """Pieces of at most so many characters that together are the text, ended by an empty line, else a line, else anywhere."""
+    start = 0
+    while start < len(text):
+        end = start + most
+        if end < len(text):
+            ends = (text.rfind(mark, start, end) + len(mark) for mark in ("\n\n", "\n"))
+            end = next((place for place in ends if place > start + most // 2), end)
+        yield text[start:end]
+        start = end
 
 
 def _read_markup(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
-    yield None, TO_TEXT[component.kind](_read_whole(file, component, limit, reading))
+    yield from _pieces(TO_TEXT[component.kind](_read_whole(file, component, limit, reading)), component)
 
 
 def _read_rows(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
@@ -305,4 +363,5 @@ KINDS: dict[str, Reader] = {
     "html": _read_markup,
     "man": _read_markup,
     "rst": _read_markup,
+    "info": _read_markup,
 }

@@ -1,15 +1,14 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A stage of a build, run in parts by DataTrove's executors, here or on a Ray cluster, with what they lack round them.
+"""A stage of a build, run in parts by DataTrove's executors, here, on Ray or on Slurm, with what they lack round them.
 
 A task makes one part: it writes its files whole and durable, and returns a record of them, which is written last. A
 part with a record is done, whatever happened to the process; every other one is made again from its beginning. After a
 stage every part must have its record, and every file the size that its record says, or the stage has failed: the
-executors by themselves end well when a rank was lost on Ray, and wait for ever when a local worker was killed.
+executors by themselves end well when a rank was lost on Ray or Slurm, and wait for ever when a local worker was killed.
 """
 
 import json
-import logging
 import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +21,9 @@ from typing import Any
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
+from threadpoolctl import threadpool_limits
 
+from mesh_transformer.corpus.clusters import Slurm, run_on_ray, run_on_slurm
 from mesh_transformer.data.build import end_with_parent
 from mesh_transformer.data.documents import DataError
 from mesh_transformer.files import replace_file
@@ -31,7 +32,6 @@ logger.disable("datatrove")  # its log goes to the terminal, in every worker; a 
 
 Task = Callable[[int], dict[str, Any]]  # number of a part -> record; "outputs": {path below the stage: size, digest}
 Report = Callable[[str, int, int], None]  # name of the stage, parts done, parts in all
-GB_PER_TASK = 2.0  # that a Ray node must have free for a part
 
 
 class CorpusError(ValueError):
@@ -39,10 +39,10 @@ class CorpusError(ValueError):
 
 
 class Machines:
-    """Where tasks run: in this process, in processes of this machine, or on a Ray cluster whose nodes all see the output."""
+    """Where tasks run: in this process, in processes of this machine, or on a cluster whose nodes all see the output."""
 
-    def __init__(self, workers: int = 1, ray: str = ""):
-        self.workers, self.ray = workers, ray
+    def __init__(self, workers: int = 1, ray: str = "", slurm: Slurm | None = None):
+        self.workers, self.ray, self.slurm = workers, ray, slurm
         self._pool: ProcessPoolExecutor | None = None
 
     def pool(self) -> ProcessPoolExecutor:
@@ -72,7 +72,8 @@ class _Part(PipelineStep):
         """Make part `rank`; the record is the last thing written, a failure is written for who waits elsewhere."""
         failure = self.folder / "failures" / f"{rank:05d}.txt"
         try:
-            record = self.task(rank)
+            with threadpool_limits(1):  # NumPy's own threads and those of other workers would wait for one another
+                record = self.task(rank)
             replace_file(_record_path(self.folder, rank), json.dumps(record, ensure_ascii=False).encode())
         except Exception as error:
             _note(failure, error)
@@ -124,8 +125,10 @@ def run_stage(
         (folder / "failures" / f"{rank:05d}.txt").unlink(missing_ok=True)
     pipeline = [_Part(task, folder)]
     with _watched(name, folder, tasks, report):
-        if machines.ray and tasks > 1:  # one part alone is not worth the way
-            _run_on_ray(pipeline, tasks, folder, machines)
+        if machines.slurm:
+            run_on_slurm(pipeline, tasks, folder, machines.workers, machines.slurm)
+        elif machines.ray and tasks > 1:  # one part alone is not worth the way
+            run_on_ray(pipeline, tasks, folder, machines.workers, machines.ray)
         else:
             executor = LocalPipelineExecutor(pipeline=pipeline, tasks=tasks, workers=1, logging_dir=str(folder / "log"))
             _run_here(executor, machines)
@@ -138,23 +141,6 @@ def run_stage(
             f"{', ...' if len(lost) > 5 else ''}); {'; '.join(reasons[:3]) or 'no worker said why'}; build again to go on"
         )
     return [record for record in records if record is not None]
-
-
-def _run_on_ray(pipeline: list[Any], tasks: int, folder: Path, machines: Machines) -> None:
-    try:
-        import ray
-        from datatrove.executor import RayPipelineExecutor
-    except ImportError:
-        raise DataError("--ray needs ray: pip install 'mesh-transformer[ray]'") from None
-    if not ray.is_initialized():
-        ray.init(address=machines.ray, log_to_driver=False, logging_level=logging.ERROR)
-    RayPipelineExecutor(
-        pipeline=pipeline,
-        tasks=tasks,
-        workers=machines.workers,
-        logging_dir=str(folder / "log"),
-        mem_per_cpu_gb=GB_PER_TASK,
-    ).run()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ one is a record in recipe.py and a row in MAKERS.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mesh_transformer.corpus.quality import load_classifier
 from mesh_transformer.corpus.words import WORDS
 
 Apply = Callable[[Document], str]
+ADDRESS = 320  # characters of an e-mail address at most, 64 before the @
 
 
 def make_steps(recipe: r.Recipe, component: str, classifiers: dict[int, Path]) -> list[tuple[str, Apply]]:
@@ -61,6 +62,34 @@ def _from_formatter(block: BaseFormatter) -> Apply:
         return ""
 
     return apply
+
+
+def _mask_pii(step: r.MaskPII, recipe: r.Recipe, model: Path | None) -> Apply:
+    block = PIIFormatter(remove_emails=False)  # IP addresses, whose pattern is bounded
+
+    def apply(document: Document) -> str:
+        text, pieces, done = document.text, [], 0
+        for start, end in _around_signs(text):
+            pieces += [text[done:start], block.emails_replacer.replace(text[start:end])]
+            done = end
+        document.text = block.format("".join([*pieces, text[done:]]) if pieces else text)
+        return ""
+
+    return apply
+
+
+def _around_signs(text: str) -> Iterator[tuple[int, int]]:
+    """Spans around every @: DataTrove's pattern for e-mail takes the square of a run like a-a-a, which may be a megabyte."""
+    start, end, at = 0, -1, text.find("@")
+    while at >= 0:
+        if end < at - ADDRESS:
+            if end > 0:
+                yield start, end
+            start = max(at - ADDRESS, 0)
+        end = min(at + ADDRESS, len(text))
+        at = text.find("@", at + 1)
+    if end > 0:
+        yield start, end
 
 
 def _length(step: r.Length, recipe: r.Recipe, model: Path | None) -> Apply:
@@ -135,7 +164,7 @@ MAKERS: dict[str, Callable[[Any, r.Recipe, Path | None], Apply]] = {
     "gopher-quality": _gopher_quality,
     "c4": _c4,
     "fineweb": lambda step, recipe, model: _from_filter(FineWebQualityFilter(language=_WORDS)),
-    "mask-pii": lambda step, recipe, model: _from_formatter(PIIFormatter()),
+    "mask-pii": _mask_pii,
     "quality": _quality,
     "decontaminate": _decontaminate,
 }

@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     segments: Any  # int32 [B, T], 1, 2, ... per document if documents are isolated, else 1
     positions: Any  # int32 [B, T], from 0 in every sequence, and in every document if isolated
     mask: Any  # float32 [B, T], weight in the loss
+    sources: Any = None  # int32 [B, S], what an encoder reads
 
 
 class Source(NamedTuple):

@@ -5,11 +5,13 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from mesh_transformer.config import Config, ConfigError, SourceConfig
+from mesh_transformer.data import spans
 from mesh_transformer.data.build import Built, build_shards
 from mesh_transformer.data.documents import DataError
 from mesh_transformer.data.loader import Batch, Loader, Source, count_evaluation_batches, evaluation_batches
@@ -62,9 +64,13 @@ def open_data(
     sources = [
         Source(name, TokenShard(built.prefix), config.data.train[name].weight) for name, built in training.items()
     ]
-    loader = Loader(
+    hiding = None
+    if config.model.encoder_layers is not None:
+        tokenizer = spans.SentinelTokenizer(tokenizer, config.model.n_vocab)
+        hiding = spans.make_spans(config, tokenizer)
+    loader = (Loader if hiding is None else partial(spans.SpanLoader, hiding))(
         sources,
-        seq_len=config.model.seq_len,
+        seq_len=config.model.seq_len if hiding is None else hiding.length,
         n_vocab=config.model.n_vocab,
         seed=config.run.seed,
         end_of_text=tokenizer.end_of_text,
@@ -73,7 +79,7 @@ def open_data(
     )
     _check_epochs(config, loader)
     notes = [f"{name}: {note}" for name, built in (training | heldout).items() for note in built.notes]
-    validation = {name: _open_validation(config, built, tokenizer) for name, built in heldout.items()}
+    validation = {name: _open_validation(config, built, tokenizer, hiding) for name, built in heldout.items()}
     return Data(tokenizer, loader, validation, training, notes)
 
 
@@ -82,8 +88,13 @@ def look(config: Config, data: Data, count: int) -> str:
     lines = []
     for index in range(count):
         source, sequence = data.train.find_sequence(index)
-        tokens = data.train.batch(index, 1).tokens[0]
+        batch = data.train.batch(index, 1)
+        tokens = batch.tokens[0]
         text = data.tokenizer.decode(tokens)
+        if isinstance(data.train, spans.SpanLoader):
+            tokens = batch.sources[0]
+            sides = (data.tokenizer.decode(side[0].tolist()) for side in (batch.sources, batch.targets))
+            text = "\n--- to write\n".join(sides)
         ends = int(np.sum(tokens == data.tokenizer.end_of_text))
         n_bytes = len(data.tokenizer.decode_bytes(token for token in tokens if token != data.tokenizer.end_of_text))
         lines.append(
@@ -137,8 +148,10 @@ def _check_epochs(config: Config, loader: Loader) -> None:
         )
 
 
-def _open_validation(config: Config, built: Built, tokenizer: Tokenizer) -> ValidationSet:
+def _open_validation(config: Config, built: Built, tokenizer: Tokenizer, hiding: spans.Spans | None) -> ValidationSet:
     shard = TokenShard(built.prefix)
+    if hiding is not None:
+        return _open_hidden(config, built, shard, hiding)
     sizes = dict(seq_len=config.model.seq_len, batch_size=config.train.batch_size)
 
     def text() -> bytes:
@@ -153,6 +166,23 @@ def _open_validation(config: Config, built: Built, tokenizer: Tokenizer) -> Vali
         n_tokens=shard.n_tokens - 1,
         n_bytes=built.n_bytes,
         text=text,
+    )
+
+
+def _open_hidden(config: Config, built: Built, shard: TokenShard, hiding: spans.Spans) -> ValidationSet:
+    """What is to be written counts, and the share of the bytes that it stands for; compressors see other text."""
+    sequences = shard.n_tokens // hiding.length
+    if sequences < 1:
+        raise DataError(
+            f"{built.prefix}: {shard.n_tokens:,} held-out tokens are less than one sequence of {hiding.length}; "
+            "lower data.holdout or model.seq_len"
+        )
+    return ValidationSet(
+        batches=lambda rows: spans.evaluation_batches(shard, hiding, batch_size=config.train.batch_size, rows=rows),
+        n_batches=math.ceil(sequences / config.train.batch_size),
+        n_tokens=sequences * hiding.target_len,
+        n_bytes=max(round(built.n_bytes * sequences * hiding.hidden / shard.n_tokens), 1),
+        text=lambda: b"",
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Array, Bool, Float, Int
 
-from mesh_transformer.config import ModelConfig
+from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.evaluate.journal import Journal
 from mesh_transformer.mesh import Layout, constrain
 from mesh_transformer.model.attention.blocks import from_ring_order, to_ring_order
@@ -77,7 +77,13 @@ class Scorer:
 
         A batch has about `batch_tokens` tokens, padding included.
         """
-        experts = config.experts and dataclasses.replace(config.experts, evaluation_capacity_factor=None)
+        if config.encoder_layers is not None or not config.causal:
+            raise ConfigError(
+                "evaluation scores what a decoder alone expects next; of a model with model.encoder_layers, or "
+                "model.causal=false, only training's own validation sets are measured"
+            )
+        takes_all: dict[str, None] = dict(evaluation_capacity_factor=None, evaluation_capacity=None)
+        experts = config.experts and dataclasses.replace(config.experts, **takes_all)
         self.config = dataclasses.replace(config, remat="none", dropout=0.0, experts=experts)
         self.params, self.layout, self._batch_tokens = params, layout, batch_tokens
         self._pieces = layout.batch_pieces if layout else 1

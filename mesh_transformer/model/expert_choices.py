@@ -3,6 +3,7 @@
 """The `[model.experts]` section of a run: how many experts there are, who is sent to them, and at what price."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -19,6 +20,7 @@ TRAINING_ONLY = (
     "expert_dropout",
     "noncausal",
 )
+WITH_CAPACITY = {"overflow": "pass", "group": 1}  # without one these say nothing
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -29,17 +31,25 @@ class ExpertsConfig:
     per_token: Positive = (
         1  # 1: as in Switch, by its probability; more: by the chosen probabilities, scaled to add up to 1
     )
-    # Who chooses: tokens their experts, or experts their tokens (capacity_factor x per_token of each sequence's tokens,
+    # What gates are multiplied by (routed_scaling_factor of DeepSeek-V2). With one expert a token, gates begin near
+    # 1 / n_experts, and a short run ends before its router is surer: about n_experts makes experts learn like a dense layer
+    gate_scale: Rate = 1.0
+    # Who chooses: tokens their experts, or experts their tokens (capacity_factor x per_token of each group's tokens,
     # divided evenly), which looks at tokens to come: a text cannot be generated in that way, see noncausal
     choice: Literal["token", "expert"] = "token"
     noncausal: bool = False  # choice = "expert" all the same; in decoding tokens choose, which is another function
     every: Positive = 1  # the last of so many layers has experts, the others are dense
     shared: bool = False  # a dense feed-forward layer beside the experts, which every token passes through
-    # Tokens that an expert takes of a sequence, as a multiple of its even share; those beyond pass by. None: it takes all
-    capacity_factor: Rate | None = None  # in training
-    evaluation_capacity_factor: Rate | None = None  # elsewhere; not in decoding, where every token is taken
+    # Tokens that an expert takes of a group, as a multiple of its even share; those beyond pass by. None: it takes all
+    capacity_factor: Amount | None = None  # in training
+    evaluation_capacity_factor: Amount | None = None  # elsewhere; not in decoding, where every token is taken
+    # Instead of the last: so many of every sequence, however long it is (SwitchTransformers in transformers)
+    evaluation_capacity: Positive | None = None
+    # Sequences of a microbatch that share these seats, the first of them served first; a smaller batch is one group. In
+    # one sequence letters come in bursts, so that seats of its own overflow while others stay empty
+    group: Positive = 1
     # What a choice that finds its expert full adds to the stream: nothing (Switch, section 2.2), or the layer's input times
-    # its gate (SwitchTransformers in transformers 4)
+    # its gate (SwitchTransformers in transformers 4; since 5 it passes)
     overflow: Literal["pass", "scale"] = "pass"
     balance_loss: Amount = 1e-2  # weight of n_experts x (share of tokens) x (mean probability), summed over experts
     balance_over: Literal["batch", "sequence"] = (
@@ -51,9 +61,16 @@ class ExpertsConfig:
 
     @model_validator(mode="after")
     def check(self) -> "ExpertsConfig":
-        """A token cannot go to more experts than there are; experts that choose must know how many tokens."""
+        """A token cannot go to more experts than there are, nor to one without seats; experts that choose must have some."""
         if self.per_token > self.n_experts:
             raise ValueError(f"per_token={self.per_token} exceeds n_experts={self.n_experts}; lower it, or add experts")
+        if self.evaluation_capacity is not None and self.evaluation_capacity_factor is not None:
+            raise ValueError("evaluation_capacity and evaluation_capacity_factor say the same thing twice; remove one")
+        for field in ("capacity_factor", "evaluation_capacity_factor"):
+            if getattr(self, field) == 0:
+                raise ValueError(
+                    f"{field}=0 leaves no expert a token; take 1 or more (1.25 is usual), or remove it: then all are taken"
+                )
         if self.choice == "expert":
             if not self.noncausal:
                 raise ValueError(
@@ -70,6 +87,14 @@ class ExpertsConfig:
             raise ValueError('noncausal=true has no effect with choice="token"; remove it')
         return self
 
+    def check_pieces(self, pieces: int) -> None:
+        """As many experts on each of `pieces` devices along the mesh axis `expert`; ValueError otherwise."""
+        if self.n_experts % pieces:
+            raise ValueError(
+                f"model.experts.n_experts={self.n_experts} does not divide over mesh.expert={pieces}; use a multiple of "
+                f"{pieces}, or mesh.expert={math.gcd(self.n_experts, pieces)}"
+            )
+
     @property
     def scales_gates(self) -> bool:
         """Whether the gates of a token's experts are made to add up to 1."""
@@ -78,4 +103,5 @@ class ExpertsConfig:
     def describe_function(self) -> dict[str, Any]:
         """What of this determines the function that is sampled from."""
         table = {key: value for key, value in dataclasses.asdict(self).items() if key not in TRAINING_ONLY}
-        return table | ({"overflow": "pass"} if self.evaluation_capacity_factor is None else {})
+        takes_all = self.evaluation_capacity_factor is None and self.evaluation_capacity is None
+        return table | (WITH_CAPACITY if takes_all else {})

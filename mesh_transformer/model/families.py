@@ -48,9 +48,8 @@ LLAMA = dict(
     tied_embeddings=False,
 )
 MIXTRAL = dict(LLAMA, seq_len=32768, rotary_base=1e6, n_kv_heads=8)
-# Switch's choices (2101.03961; 30 heads, 128 experts of XXL and ReLU as its released code says) in a decoder alone: T5's
-# attention and norms, ReLU, no biases, weights that start with a tenth of the variance.
-SWITCH = dict(
+# Encoder and decoder (1910.10683): one bias for all layers of a stack, scores that are not scaled, no biases.
+T5 = dict(
     n_vocab=32128,
     seq_len=512,
     norm="rmsnorm",
@@ -61,8 +60,14 @@ SWITCH = dict(
     qkv_bias=False,
     attention_out_bias=False,
     ff_bias=False,
-    init_scale=0.1,
+    head_scale="sqrt",
+    init="t5",
 )
+T5_V1_1 = dict(T5, activation="gelu-tanh", gated=True, tied_embeddings=False, head_scale="none")
+# Switch (2101.03961; 30 heads, 128 experts of XXL and ReLU as its released code says): T5 with experts, and weights that
+# start with a tenth of the variance.
+SWITCH = dict(T5, init_scale=0.1)
+SWITCH_DECODER = dict(SWITCH, head_scale="none", init="gpt2")  # in a decoder alone, which nobody published
 
 
 def _switch(n_experts: int, every: int, capacity_factor: float) -> dict[str, Any]:
@@ -78,6 +83,14 @@ def _switch(n_experts: int, every: int, capacity_factor: float) -> dict[str, Any
 
 def _size(family: dict[str, Any], n_layers: int, d_model: int, n_heads: int, **rest: Any) -> dict[str, Any]:
     return dict(family, n_layers=n_layers, d_model=d_model, n_heads=n_heads, **rest)
+
+
+def _t5(
+    family: dict[str, Any], n_layers: int, d_model: int, n_heads: int, d_ff: int, d_head: int = 64, **rest: Any
+) -> dict[str, Any]:
+    """As many layers in the encoder as in the decoder."""
+    sizes = dict(d_ff=d_ff, d_head=d_head, encoder_layers=n_layers)
+    return _size(family, n_layers, d_model, n_heads, **sizes, **rest)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -128,9 +141,37 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama2-7b": _size(LLAMA, 32, 4096, 32, d_ff=11008, seq_len=4096),
     "mixtral-8x7b": _size(MIXTRAL, 32, 4096, 32, d_ff=14336, experts=dict(n_experts=8, per_token=2)),
     "mixtral-8x22b": _size(MIXTRAL, 56, 6144, 48, d_ff=16384, seq_len=65536, experts=dict(n_experts=8, per_token=2)),
-    "switch-decoder-base-8": _size(SWITCH, 12, 768, 12, d_ff=3072, experts=_switch(8, 2, 1.25)),
-    "switch-decoder-base-128": _size(SWITCH, 12, 768, 12, d_ff=3072, experts=_switch(128, 2, 1.25)),
+    "t5-small": _t5(T5, 6, 512, 8, 2048),
+    "t5-base": _t5(T5, 12, 768, 12, 3072),
+    "t5-large": _t5(T5, 24, 1024, 16, 4096),
+    "t5-3b": _t5(T5, 24, 1024, 32, 16384, 128),
+    "t5-11b": _t5(T5, 24, 1024, 128, 65536, 128),
+    "t5-v1.1-small": _t5(T5_V1_1, 8, 512, 6, 1024),
+    "t5-v1.1-base": _t5(T5_V1_1, 12, 768, 12, 2048),
+    "t5-v1.1-large": _t5(T5_V1_1, 24, 1024, 16, 2816),
+    "t5-v1.1-xl": _t5(T5_V1_1, 24, 2048, 32, 5120),
+    "t5-v1.1-xxl": _t5(T5_V1_1, 24, 4096, 64, 10240),
+    "switch-base-8": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(8, 2, 1.25)),
+    "switch-base-16": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(16, 2, 1.25)),
+    "switch-base-32": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(32, 2, 1.25)),
+    "switch-base-64": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(64, 2, 1.25)),
+    "switch-base-128": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(128, 2, 1.25)),
+    "switch-base-256": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(256, 2, 1.25)),
+    "switch-large-128": _t5(SWITCH, 24, 1024, 16, 4096, experts=_switch(128, 2, 1.25)),
+    "switch-xxl": _t5(
+        dict(T5_V1_1, init_scale=0.1),
+        24,
+        4096,
+        64,
+        10240,
+        experts=_switch(128, 2, 1.25) | {"evaluation_capacity_factor": 4.0},
+    ),
+    "switch-c": _t5(
+        SWITCH, 15, 2080, 30, 6144, tied_embeddings=False, head_scale="none", experts=_switch(2048, 1, 1.0)
+    ),
+    "switch-decoder-base-8": _size(SWITCH_DECODER, 12, 768, 12, d_ff=3072, experts=_switch(8, 2, 1.25)),
+    "switch-decoder-base-128": _size(SWITCH_DECODER, 12, 768, 12, d_ff=3072, experts=_switch(128, 2, 1.25)),
     "switch-decoder-c": _size(
-        SWITCH, 15, 2080, 30, d_head=64, d_ff=6144, tied_embeddings=False, experts=_switch(2048, 1, 1.0)
+        SWITCH_DECODER, 15, 2080, 30, d_head=64, d_ff=6144, tied_embeddings=False, experts=_switch(2048, 1, 1.0)
     ),
 }

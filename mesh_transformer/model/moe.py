@@ -3,10 +3,11 @@
 """A feed-forward layer of experts: a router sends every token to a few of them.
 
 Shazeer et al. 2017 (arXiv 1701.06538), GShard (2006.16668), Switch (2101.03961) and, for renormalised gates without a
-capacity, Mixtral (2401.04088). What is routed together, as far as anything depends on it, is one sequence: the function
-is the same however a batch lies on devices. A sequence's choices are taken in its order, all of a token before the next
+capacity, Mixtral (2401.04088). What is routed together, as far as anything depends on it, is a group of sequences (one,
+unless experts.group says more), and never what a device happens to hold: the function is the same however a batch lies
+on devices. A group's choices are taken in its order, a sequence before the next one and all of a token before the next
 one's, so that no token is crowded out by a later one (GShard takes everyone's first choice first). Where experts choose
-instead (Zhou et al. 2022, 2202.09368), each takes the tokens of a sequence that it is likeliest for, wherever they are:
+instead (Zhou et al. 2022, 2202.09368), each takes the tokens of a group that it is likeliest for, wherever they are:
 what becomes of a token then depends on those after it.
 
 Nothing here has a [tokens, experts, capacity] array: with f the capacity factor and k choices, it would hold T^2 k f
@@ -56,10 +57,21 @@ class Places(NamedTuple):
     sequence: tuple[str, ...] = ()
     expert: tuple[str, ...] = ()
     ff: tuple[str, ...] = ()
+    group: tuple[str, ...] = ()  # the last of `batch`, over which the sequences of one group lie
+
+    @property
+    def seats(self) -> tuple[str, ...]:
+        """Whose devices have tokens for the same seats of an expert, and run a piece of these each."""
+        return tuple(axis for axis in self.group if axis not in self.expert) + self.sequence
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Whose devices have other groups, after the tokens went to their experts."""
+        return tuple(axis for axis in self.batch if axis not in (*self.group, *self.expert))
 
 
 class Experts(hk.Module):
-    """sum over the chosen experts of gate x W_out activation(W_in x), or its gated form."""
+    """sum over the chosen experts of gate x W_out activation(W_in x), or its gated form; gates times `gate_scale`."""
 
     def __init__(self, config: ModelConfig, inits: Inits):
         super().__init__(name="experts")
@@ -84,19 +96,25 @@ class Experts(hk.Module):
 
         logits = score_experts(x, w_router, key, e.jitter)
         factor = e.evaluation_capacity_factor if key is None else e.capacity_factor
-        capacity = None if factor is None or decoding else find_capacity(factor, x.shape[1], e.per_token, e.n_experts)
+        capacity, group = None, 1
+        if e.evaluation_capacity is not None and key is None and not decoding:
+            capacity = min(e.evaluation_capacity, x.shape[1])
+        elif factor is not None and not decoding:
+            group = _find_group(e.group, x.shape[0])
+            capacity = find_capacity(factor, group * x.shape[1], e.per_token, e.n_experts)
         by_expert, probabilities = e.choice == "expert" and not decoding, jax.nn.softmax(logits)
         if by_expert:
-            gates, turns = probabilities, rank_tokens(probabilities)
+            gates, turns = probabilities, rank_tokens(probabilities, group)
             experts = jnp.broadcast_to(jnp.arange(e.n_experts), gates.shape)
         else:
             gates, experts = jax.lax.top_k(probabilities, e.per_token)
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True) if e.scales_gates else gates
-            turns = None if capacity is None else take_turns(experts)
+            turns = None if capacity is None else take_turns(experts, group)
+        gates = gates * e.gate_scale
         taken = jnp.ones(experts.shape, bool) if turns is None or capacity is None else turns < capacity
-        kept = _draw_kept(c, key, experts.shape, capacity)
+        kept = _draw_kept(c, key, experts.shape, capacity, group)
         feed = partial(_feed, activation=ACTIVATIONS[c.activation], dropout=e.expert_dropout)
-        y = _run_experts(x, Choices(gates, experts, turns, kept), weights, capacity, feed, by_expert=by_expert)
+        y = _run_experts(x, Choices(gates, experts, turns, kept), weights, capacity, group, feed, by_expert=by_expert)
         if e.overflow == "scale":
             y = y + (x * jnp.sum(jnp.where(taken, 0.0, gates), axis=-1, keepdims=True)).astype(y.dtype)
         over_batch = e.balance_over == "batch"
@@ -106,8 +124,19 @@ class Experts(hk.Module):
         return y, describe_routing(logits, counts, ~taken, over_batch=over_batch)
 
 
+def _find_group(wanted: int, batch: int) -> int:
+    """Sequences that share seats; ConfigError if the batch does not divide into such groups."""
+    group = min(wanted, batch)
+    if batch % group:
+        raise ConfigError(
+            f"model.experts.group = {wanted} does not divide a batch of {batch} sequences, of which such groups share an "
+            f"expert's seats; use, for example, {math.gcd(wanted, batch)}, or another train.batch_size"
+        )
+    return group
+
+
 def _draw_kept(
-    c: ModelConfig, key: Array | None, shape: tuple[int, ...], capacity: int | None
+    c: ModelConfig, key: Array | None, shape: tuple[int, ...], capacity: int | None, group: int
 ) -> Bool[Array, "..."] | None:
     """Hidden units that dropout keeps, drawn in the sequence's order as jitter is; None without it."""
     assert c.experts is not None
@@ -116,7 +145,7 @@ def _draw_kept(
     key, keep = jax.random.fold_in(key, 1), 1.0 - c.experts.expert_dropout
     if capacity is None:
         return to_ring_order(jax.random.bernoulli(key, keep, (*shape, c.ff_dim)))
-    return jax.random.bernoulli(key, keep, (c.experts.n_experts, shape[0], capacity, c.ff_dim))
+    return jax.random.bernoulli(key, keep, (c.experts.n_experts, shape[0] // group, capacity, c.ff_dim))
 
 
 def _run_experts(
@@ -124,6 +153,7 @@ def _run_experts(
     choices: Choices,
     weights: Weights,
     capacity: int | None,
+    group: int,
     feed: Callable[..., Array],
     *,
     by_expert: bool,
@@ -132,19 +162,18 @@ def _run_experts(
     run = partial(_run_all, feed=feed)
     if capacity is not None:
         n_experts = weights.w_in.shape[0]
-        run = partial(_run_seated, capacity=capacity, n_experts=n_experts, feed=feed, by_expert=by_expert)
+        run = partial(_run_seated, capacity=capacity, group=group, n_experts=n_experts, feed=feed, by_expert=by_expert)
     layout = current_layout()
     if layout is None:
         return run(weights, x, choices, places=Places())
-    places, specs = _find_places(layout, x, weights)
+    places, specs = _find_places(layout, x, weights, group)
     stream = P(places.batch or None, places.sequence or None)
     kept = None
     if choices.kept is not None:  # where the experts' inputs will be
-        rows = tuple(axis for axis in places.batch if axis not in places.expert) or None
-        kept = P(rows, places.sequence or None, None, places.ff or None)
+        kept = P(places.groups or None, places.sequence or None, None, places.ff or None)
         if capacity is not None:
-            kept = P(places.expert or None, rows, places.sequence or None, places.ff or None)
-            more = -capacity % math.prod(layout.mesh.shape[axis] for axis in places.sequence)
+            kept = P(places.expert or None, places.groups or None, places.seats or None, places.ff or None)
+            more = -capacity % math.prod(layout.mesh.shape[axis] for axis in places.seats)
             choices = choices._replace(kept=jnp.pad(choices.kept, ((0, 0), (0, 0), (0, more), (0, 0))))
     return jax.shard_map(
         partial(run, places=places),
@@ -155,7 +184,7 @@ def _run_experts(
     )(weights, x, choices)
 
 
-def _find_places(layout: Layout, x: Array, weights: Weights) -> tuple[Places, Any]:
+def _find_places(layout: Layout, x: Array, weights: Weights, group: int) -> tuple[Places, Any]:
     """Where tokens and weights lie. Weights are gathered along embed: what they are cut into there moves once."""
 
     def axes(names: tuple[str, ...], shape: tuple[int, ...], name: str) -> list[tuple[str, ...]]:
@@ -170,7 +199,21 @@ def _find_places(layout: Layout, x: Array, weights: Weights) -> tuple[Places, An
             f"add it to mesh.rules.batch"
         )
     inward, outward = P(expert or None, None, ff or None), P(expert or None, ff or None)
-    return Places(batch, sequence, expert, ff), Weights(inward, None if weights.w_gate is None else inward, outward)  # type: ignore[arg-type]
+    own = x.shape[0] // math.prod(layout.mesh.shape[axis] for axis in batch)
+    spans: list[tuple[str, ...]] = [()]  # axes that a group may span, the last of the batch
+    count = [own]  # and the sequences that their devices hold
+    for axis in reversed(batch):
+        spans.append((axis, *spans[-1]))
+        count.append(count[-1] * layout.mesh.shape[axis])
+    if own % group and group not in count:
+        raise ConfigError(
+            f"model.experts.group = {group}: on this mesh a device has {own} sequence(s), which such groups do not divide, "
+            f"nor do they span whole devices along {' and '.join(batch)}; use a divisor of {own}, or one of {sorted(set(count))}"
+        )
+    spanned = () if own % group == 0 else spans[count.index(group)]
+    return Places(batch, sequence, expert, ff, spanned), Weights(
+        inward, None if weights.w_gate is None else inward, outward
+    )  # type: ignore[arg-type]
 
 
 def _feed(
@@ -195,38 +238,50 @@ def _run_seated(
     choices: Choices,
     *,
     capacity: int,
+    group: int,
     n_experts: int,
     feed: Callable[..., Array],
     by_expert: bool,
     places: Places,
 ) -> Array:
-    """Every expert has `capacity` seats for each sequence; a choice whose turn comes later contributes nothing.
+    """Every expert has `capacity` seats for each group; a choice whose turn comes later contributes nothing.
 
     Between devices: B T k f D elements are sent to the experts along `expert` and as many back (all-to-all; each device
     keeps one piece of them), the same along `context` where sequences are cut (reduce-scatter, all-gather), and the sum
-    over `tensor` of B T D elements that a dense layer has too.
+    over `tensor` of B T D elements that a dense layer has too. Devices that share a group have each all its seats, filled
+    where a token is their own, so that they send as many times more.
     """
     gates, chosen, turns, kept = choices
     assert turns is not None
+    shape, together = x.shape, min(group, x.shape[0])  # this device's sequences of a group
+    x, gates, chosen, turns = (
+        a.reshape(shape[0] // together, together * shape[1], -1) for a in (x, gates, chosen, turns)
+    )
     batch, length, width = x.shape
-    pieces = jax.lax.axis_size(places.sequence) if places.sequence else 1
-    seats = -(-capacity // pieces) * pieces  # as many for each piece of the sequence; the last ones stay empty
+    exchanged = tuple(axis for axis in places.expert if axis not in places.group)
+    summed = tuple(axis for axis in places.expert if axis in places.group)
+    pieces = jax.lax.axis_size(places.seats) if places.seats else 1
+    seats = -(-capacity // pieces) * pieces  # as many for each piece; the last ones stay empty
     seat = jnp.where(turns < capacity, chosen * seats + turns, n_experts * seats).reshape(batch, -1)
     row, token = jnp.arange(batch)[:, None], jnp.arange(seat.shape[1])[None] // gates.shape[2]
-    # Which token sits where (0: none, or one of another piece of the sequence): indices are scattered, tokens gathered.
+    # Which token sits where (0: none, or one of another device's): indices are scattered, tokens gathered.
     taken = jnp.zeros((batch, n_experts * seats), jnp.int32).at[row, seat].set(token + 1, mode="drop")
     padded = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
     seated = padded[row, taken].reshape(batch, n_experts, seats, width).swapaxes(0, 1)
-    if places.sequence:
-        seated = jax.lax.psum_scatter(seated, places.sequence, scatter_dimension=2, tiled=True)
-    if places.expert:
-        seated = jax.lax.all_to_all(seated, places.expert, split_axis=0, concat_axis=1, tiled=True)
+    if places.seats:
+        seated = jax.lax.psum_scatter(seated, places.seats, scatter_dimension=2, tiled=True)
+    if exchanged:
+        seated = jax.lax.all_to_all(seated, exchanged, split_axis=0, concat_axis=1, tiled=True)
+    if summed:
+        seated = jax.lax.psum_scatter(seated, summed, scatter_dimension=0, tiled=True)
     product = partial(jnp.einsum, "ebci,eio->ebco", preferred_element_type=x.dtype)
     out = feed(seated, weights, product, kept)
-    if places.expert:
-        out = jax.lax.all_to_all(out, places.expert, split_axis=1, concat_axis=0, tiled=True)
-    if places.sequence:
-        out = jax.lax.all_gather(out, places.sequence, axis=2, tiled=True)
+    if summed:
+        out = jax.lax.all_gather(out, summed, axis=0, tiled=True)
+    if exchanged:
+        out = jax.lax.all_to_all(out, exchanged, split_axis=1, concat_axis=0, tiled=True)
+    if places.seats:
+        out = jax.lax.all_gather(out, places.seats, axis=2, tiled=True)
     out = out.swapaxes(0, 1).reshape(batch, -1, width)
     if by_expert:  # from every seat to its token: there are fewer of them than of tokens times experts
         seat_gates = jnp.zeros(taken.shape, jnp.float32).at[row, seat].set(gates.reshape(batch, -1), mode="drop")
@@ -235,6 +290,7 @@ def _run_seated(
     else:
         out = jnp.pad(out, ((0, 0), (0, 1), (0, 0)))  # the last seat: nobody's
         y = _weigh(out[row, seat].reshape(*gates.shape, width), gates, x.dtype)
+    y = y.reshape(shape)
     return jax.lax.psum(y, places.ff) if places.ff else y
 
 

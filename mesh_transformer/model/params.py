@@ -32,10 +32,14 @@ class Inits(NamedTuple):
     position: hk.initializers.Initializer
     inner: hk.initializers.Initializer  # weights that read the residual stream
     residual: hk.initializers.Initializer  # weights that write to it
+    query: hk.initializers.Initializer  # as inner, of queries
+    mixed: hk.initializers.Initializer  # as residual, of attention
 
 
 def make_inits(config: ModelConfig) -> Inits:
-    """Initialisers by name: GPT-2 paper section 2.3; mesh-transformer-jax layers.py; GPT-NeoX small_init and wang_init."""
+    """Initialisers by name: GPT-2 paper section 2.3; mesh-transformer-jax layers.py; GPT-NeoX small_init and wang_init;
+    T5's in mesh_tensorflow, by fan-in, with queries that make up for scores that are not scaled.
+    """
     d, layers, scale = config.d_model, config.n_layers, config.init_scale**0.5
 
     def normal(deviation: float) -> hk.initializers.Initializer:
@@ -46,13 +50,19 @@ def make_inits(config: ModelConfig) -> Inits:
 
     match config.init:
         case "gpt2":
-            return Inits(normal(0.02), normal(0.01), normal(0.02), normal(0.02 / (2 * layers) ** 0.5))
+            embedding, position, inner, residual = 0.02, 0.01, 0.02, 0.02 / (2 * layers) ** 0.5
+            found = (normal(embedding), normal(position), normal(inner), normal(residual))
         case "gptj":
             inner = truncated(d**-0.5)
-            return Inits(truncated(config.n_vocab**-0.5), normal(0.02), inner, truncated(2 / layers / d**0.5))
+            found = (truncated(config.n_vocab**-0.5), normal(0.02), inner, truncated(2 / layers / d**0.5))
         case "neox":
             small = normal((2 / (5 * d)) ** 0.5)
-            return Inits(small, small, small, normal(2 / layers / d**0.5))
+            found = (small, small, small, normal(2 / layers / d**0.5))
+        case "t5":  # the embedding has variance 1 whatever the scale
+            one, mixed = hk.initializers.RandomNormal(1.0), truncated((config.n_heads * config.head_dim) ** -0.5)
+            inner, query = truncated(d**-0.5), truncated((d * config.head_dim) ** -0.5)
+            return Inits(one, one, inner, truncated(config.ff_dim**-0.5), query, mixed)
+    return Inits(*found, query=found[2], mixed=found[3])
 
 
 _record: ContextVar[dict[str, tuple[str, ...]] | None] = ContextVar("record", default=None)

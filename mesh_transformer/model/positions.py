@@ -59,17 +59,23 @@ def alibi_slopes(n_heads: int) -> np.ndarray:
     return np.concatenate([slopes, extra]).astype(np.float32)
 
 
-def t5_buckets(distance: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """Bucket of a distance query - key >= 0 (Raffel et al. 2019): exact up to 15, then logarithmic up to 128."""
-    exact = T5_BUCKETS // 2
-    distance = jnp.maximum(distance, 0)
+def t5_buckets(distance: Int[Array, "*shape"], *, causal: bool = True) -> Int[Array, "*shape"]:
+    """Bucket of a distance query - key (Raffel et al. 2019): each exact up to 15, then logarithmic up to 128.
+
+    Where keys come after queries too (not `causal`), half of the buckets are theirs: exact up to 7 on either side.
+    """
+    count, after = T5_BUCKETS, jnp.zeros_like(distance)
+    if not causal:
+        count, after = count // 2, jnp.where(distance < 0, count // 2, 0)
+        distance = jnp.abs(distance)
+    exact, distance = count // 2, jnp.maximum(distance, 0)
     ratio = jnp.log(jnp.maximum(distance, 1) / exact) / math.log(T5_MAX_DISTANCE / exact)
-    spread = exact + (ratio * (T5_BUCKETS - exact)).astype(jnp.int32)
-    return jnp.where(distance < exact, distance, jnp.minimum(spread, T5_BUCKETS - 1))
+    spread = exact + (ratio * (count - exact)).astype(jnp.int32)
+    return after + jnp.where(distance < exact, distance, jnp.minimum(spread, count - 1))
 
 
 class RelativeBias(hk.Module):
-    """Bias of every head on attention scores, from the distance between query and key; one table for all layers."""
+    """Bias of every head on attention scores, from the distance between query and key; one table for all layers of a stack."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(name="relative_bias")
@@ -81,8 +87,9 @@ class RelativeBias(hk.Module):
         match self.config.positions:
             case "t5":
                 table = param("table", hk.initializers.RandomNormal(0.02), buckets=T5_BUCKETS, heads=heads)
-                return jnp.moveaxis(table[t5_buckets(distance)], -1, 1)
+                return jnp.moveaxis(table[t5_buckets(distance, causal=self.config.causal)], -1, 1)
             case "alibi":
-                return -jnp.asarray(alibi_slopes(heads))[None, :, None, None] * distance[:, None].astype(jnp.float32)
+                apart = jnp.abs(distance[:, None]).astype(jnp.float32)
+                return -jnp.asarray(alibi_slopes(heads))[None, :, None, None] * apart
             case _:
                 return None

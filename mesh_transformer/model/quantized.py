@@ -12,7 +12,9 @@ from jaxtyping import Array, Float, Int8
 from mesh_transformer.mesh import target_platform
 
 MOST = 127  # of the whole numbers; -128 is not used, so that the range is symmetric
-BLOCK = 1 << 16  # values widened at once: 256 KB in float32, which stays in a core's own cache
+BLOCK = (
+    1 << 20
+)  # values widened at once: as many as XLA spreads over all cores, and no more than their shared cache holds
 COLUMNS = 1 << 12  # of a block at most
 FEW_ROWS = 32  # of x: with more, widening a whole weight first costs little beside the product
 

@@ -30,13 +30,13 @@ class Choices(NamedTuple):
 
     gates: Float[Array, "B T K"]
     experts: Int[Array, "B T K"]
-    turns: Int[Array, "B T K"] | None  # how many of the sequence come to this expert before; None: every token is taken
-    kept: Bool[Array, "..."] | None  # hidden units that dropout leaves: [E B C F], without a capacity [B T K F]
+    turns: Int[Array, "B T K"] | None  # how many of the group come to this expert before; None: every token is taken
+    kept: Bool[Array, "..."] | None  # hidden units that dropout leaves: [E groups C F], without a capacity [B T K F]
 
 
-def find_capacity(factor: float, seq_len: int, per_token: int, n_experts: int) -> int:
-    """Tokens that an expert takes of a sequence: `factor` times its even share, rounded up; never more than all."""
-    return min(math.ceil(factor * seq_len * per_token / n_experts), seq_len)
+def find_capacity(factor: float, tokens: int, per_token: int, n_experts: int) -> int:
+    """Tokens that an expert takes of a group: `factor` times its even share, rounded up; never more than all."""
+    return min(math.ceil(factor * tokens * per_token / n_experts), tokens)
 
 
 def rows_per_token(config: ModelConfig, *, training: bool = True) -> float:
@@ -44,15 +44,19 @@ def rows_per_token(config: ModelConfig, *, training: bool = True) -> float:
     e = config.experts
     if e is None:
         return 0.0
+    if not training and e.evaluation_capacity is not None:
+        return min(e.evaluation_capacity, config.seq_len) * e.n_experts / config.seq_len
     factor = e.capacity_factor if training else e.evaluation_capacity_factor
     if factor is None:
         return float(e.per_token)
-    return find_capacity(factor, config.seq_len, e.per_token, e.n_experts) * e.n_experts / config.seq_len
+    tokens = e.group * config.seq_len
+    return find_capacity(factor, tokens, e.per_token, e.n_experts) * e.n_experts / tokens
 
 
 def count_expert_layers(config: ModelConfig) -> int:
-    """Layers that have experts."""
-    return config.n_layers // len(config.pattern) * sum(has_experts for _, has_experts in config.pattern)
+    """Layers that have experts, in the encoder too."""
+    layers = config.n_layers + (config.encoder_layers or 0)
+    return layers // len(config.pattern) * sum(has_experts for _, has_experts in config.pattern)
 
 
 def empty_routing(config: ModelConfig) -> Routing | None:
@@ -98,12 +102,12 @@ def describe_routing(
     )
 
 
-def take_turns(chosen: Int[Array, "B T K"]) -> Int[Array, "B T K"]:
-    """How many of the same sequence chose the same expert before.
+def take_turns(chosen: Int[Array, "B T K"], group: int) -> Int[Array, "B T K"]:
+    """How many of the same group of `group` sequences chose the same expert before.
 
-    By sorting: T k numbers for each sequence, which devices that share it exchange, instead of sums over [T k, E].
+    By sorting: T k numbers for each sequence, which devices that share a group exchange, instead of sums over [T k, E].
     """
-    flat = from_ring_order(chosen).reshape(chosen.shape[0], -1)
+    flat = from_ring_order(chosen).reshape(chosen.shape[0] // group, -1)
     order = jnp.argsort(flat, axis=1, stable=True)
     experts, places = jnp.take_along_axis(flat, order, axis=1), jnp.arange(flat.shape[1])[None]
     is_first = jnp.concatenate([jnp.ones_like(experts[:, :1], bool), experts[:, 1:] != experts[:, :-1]], axis=1)
@@ -112,7 +116,8 @@ def take_turns(chosen: Int[Array, "B T K"]) -> Int[Array, "B T K"]:
     return to_ring_order(turns.reshape(chosen.shape))
 
 
-def rank_tokens(probabilities: Float[Array, "B T E"]) -> Int[Array, "B T E"]:
-    """How many of the same sequence an expert is likelier for; of equal ones the earlier comes first."""
-    wanted = -from_ring_order(jax.lax.stop_gradient(probabilities))
-    return to_ring_order(jnp.argsort(jnp.argsort(wanted, axis=1, stable=True), axis=1))
+def rank_tokens(probabilities: Float[Array, "B T E"], group: int) -> Int[Array, "B T E"]:
+    """How many of the same group of sequences an expert is likelier for; of equal ones the earlier comes first."""
+    shape = probabilities.shape
+    wanted = -from_ring_order(jax.lax.stop_gradient(probabilities)).reshape(shape[0] // group, -1, shape[2])
+    return to_ring_order(jnp.argsort(jnp.argsort(wanted, axis=1, stable=True), axis=1).reshape(shape))

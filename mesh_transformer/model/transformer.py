@@ -16,8 +16,8 @@ from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import constrain, target_platform
 from mesh_transformer.model.attention.blocks import from_ring_order, to_ring_order
 from mesh_transformer.model.attention.kernels import choose_kernel
-from mesh_transformer.model.attention.layer import Attention
-from mesh_transformer.model.attention.sight import Cache, Masks, Sight
+from mesh_transformer.model.attention.layer import Attention, CrossAttention
+from mesh_transformer.model.attention.sight import Cache, Masks, Memory, Sight
 from mesh_transformer.model.embedding import look_up
 from mesh_transformer.model.feed_forward import FeedForward
 from mesh_transformer.model.linear import dropout, linear
@@ -43,7 +43,7 @@ REMAT = {
 
 
 class Block(hk.Module):
-    """One layer: attention and feed-forward around the residual stream, one after the other or side by side."""
+    """One layer: attention (to an encoder too) and feed-forward around the stream, one after the other or side by side."""
 
     def __init__(self, config: ModelConfig, *, local: bool, has_experts: bool, name: str):
         super().__init__(name=name)
@@ -53,7 +53,7 @@ class Block(hk.Module):
         self, x: Float[Array, "B T D"], sight: Sight, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None, Routing | None]:
         """The stream after this layer, the cache with its keys and values, and what a router did."""
-        c, decoding, routing = self.config, cache is not None, None
+        c, routing = self.config, None
         inits = make_inits(c)
         attention, dense = Attention(c, inits, local=self.local), FeedForward(c, inits)
         experts = Experts(c, inits) if self.has_experts else None
@@ -62,7 +62,7 @@ class Block(hk.Module):
             nonlocal routing
             if experts is None:
                 return dense(x)
-            y, routing = experts(x, decoding=decoding)
+            y, routing = experts(x, decoding=sight.sampling)
             return y + dense(x) if c.experts and c.experts.shared else y
 
         normed = _enter(Norm(c, name="norm_1")(x))
@@ -71,6 +71,10 @@ class Block(hk.Module):
         match c.residual:
             case "serial":
                 x = x + mixed
+                if c.encoder is not None:
+                    normed = _enter(Norm(c, name="norm_cross")(x))
+                    mixed, cache = CrossAttention(c, inits)(normed, sight, cache)
+                    x = x + dropout(_leave(mixed), c.dropout)
                 x = x + dropout(_leave(feed_forward(_enter(Norm(c, name="norm_2")(x)))), c.dropout)
             case "parallel":  # GPT-J: both read the same norm
                 x = x + mixed + dropout(_leave(feed_forward(normed)), c.dropout)
@@ -92,8 +96,8 @@ def _leave(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 class Transformer(hk.Module):
     """Embed, apply the layers, normalise, score every vocabulary entry."""
 
-    def __init__(self, config: ModelConfig):
-        super().__init__(name="transformer")
+    def __init__(self, config: ModelConfig, name: str = "transformer"):
+        super().__init__(name=name)
         self.config = config
 
     def __call__(
@@ -103,10 +107,12 @@ class Transformer(hk.Module):
         segments: Int[Array, "B T"] | None,
         cache: Caches | None,
         logits_at: Int[Array, "B"] | None,
+        sources: Int[Array, "B S"] | None = None,
+        source_segments: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B U V"], Caches | None]:
         """Logits in float32 (U = T, or 1 with `logits_at`) and the cache, updated."""
         c, inits = self.config, make_inits(self.config)
-        x, cache, _ = self.hidden(tokens, positions, segments, cache)
+        x, cache, _ = self.hidden(tokens, positions, segments, cache, sources, source_segments)
         if cache is None:
             x = from_ring_order(x)
         if logits_at is not None:
@@ -127,16 +133,55 @@ class Transformer(hk.Module):
         positions: Int[Array, "B T"] | None,
         segments: Int[Array, "B T"] | None,
         cache: Caches | None,
+        sources: Int[Array, "B S"] | None = None,
+        source_segments: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches | None, Routing | None]:
-        """What the head scores: the normalised stream, in ring order without a cache; the cache, updated; the routing."""
+        """What the head scores: the normalised stream, in ring order without a cache; the cache, updated; the routing.
+
+        With an encoder that of both, the encoder's layers first.
+        """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if cache is None:
             tokens, positions = to_ring_order(tokens), to_ring_order(positions)
             segments = None if segments is None else to_ring_order(segments)
         sight = self.see(positions, segments, cache)
-        x, cache, routing = self.run_layers(self.embed(tokens, positions), sight, cache)
+        memory, read = self.read(sources, source_segments, sight, cache)
+        x, cache, routing = self.run_layers(self.embed(tokens, positions), sight._replace(memory=memory), cache)
+        if read is not None and routing is not None:
+            routing = jax.tree.map(lambda *of: jnp.concatenate(of), read, routing)
         return self.normalise(x), cache, routing
+
+    @hk.experimental.name_like("__call__")
+    def read(
+        self, sources: Int[Array, "B S"] | None, segments: Int[Array, "B S"] | None, sight: Sight, cache: Caches | None
+    ) -> tuple[Memory | None, Routing | None]:
+        """What the encoder makes of `sources`, or that it has read them before into the cache; None without an encoder.
+
+        A token sees those of its own segment; where only one of both sides has segments, the other's are all 1.
+        """
+        encoder = self.config.encoder
+        if encoder is None:
+            if sources is not None:
+                raise ConfigError(
+                    "sources are for a model with an encoder; set model.encoder_layers, or leave them out"
+                )
+            return None, None
+        if sources is None and cache is None:
+            raise ConfigError(f"model.encoder_layers={encoder.n_layers}: the encoder has nothing to read; give sources")
+        length = cache[0].memory.k.shape[-2] if sources is None else sources.shape[1]  # type: ignore[index]
+        visible = jnp.ones((1, sight.positions.shape[1], length), bool)
+        if segments is not None or sight.segments is not None:
+            own = jnp.ones_like(sight.positions) if sight.segments is None else sight.segments
+            there = jnp.ones((own.shape[0], length), jnp.int32) if segments is None else segments
+            visible = own[:, :, None] == there[:, None, :]
+        if sources is None:
+            return Memory(None, visible), None
+        stack = Transformer(encoder, name="encoder")
+        positions = jnp.broadcast_to(jnp.arange(length), sources.shape)
+        seen = stack.see(positions, segments, None)._replace(sampling=sight.sampling)
+        x, _, routing = stack.run_layers(self.embed(sources, positions), seen, None)
+        return Memory(dropout(stack.normalise(x), encoder.dropout), visible), routing
 
     @hk.experimental.name_like("__call__")
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -152,27 +197,32 @@ class Transformer(hk.Module):
     @hk.experimental.name_like("__call__")
     def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The stream after the last layer, as the head reads it: whole along `tensor`, whose devices score other tokens."""
-        return _enter(Norm(self.config, name="norm_out")(x))
+        x = _enter(Norm(self.config, name="norm_out")(x))
+        return x * self.config.d_model**-0.5 if self.config.head_scale == "sqrt" else x
 
     @hk.experimental.name_like("__call__")
     def see(self, positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Caches | None) -> Sight:
         """Causality is by place in the sequence; with a cache, place and position are the same."""
-        c, length = self.config, positions.shape[1]
+        c, length, sampling = self.config, positions.shape[1], cache is not None
+        if sampling and not c.causal:
+            raise ConfigError(
+                "model.causal=false: an encoder sees all of a text at once and writes none; use it without a cache"
+            )
         kernel = "plain"  # while arrays are made, at no particular length
         if not hk.running_init():
             kernel = choose_kernel(c, length, segmented=segments is not None, cached=cache is not None)
         if kernel != "plain":
-            return Sight(kernel, positions, segments, None)
+            return Sight(kernel, positions, segments, None, sampling)
         if cache is None:
             query = key = to_ring_order(jnp.arange(length)[None])
         else:
             query, key = positions, jnp.arange(cache[0].k.shape[-2])[None]
         distance = query[:, :, None] - key[:, None, :]
-        visible = distance >= 0
+        visible = distance >= 0 if c.causal else jnp.ones_like(distance, bool)
         if segments is not None:
             visible = visible & (segments[:, :, None] == segments[:, None, :])
-        near = visible & (distance < c.attention_window)
-        return Sight(kernel, positions, segments, Masks(visible, near, RelativeBias(c)(distance)))
+        near = visible & (jnp.abs(distance) < c.attention_window)
+        return Sight(kernel, positions, segments, Masks(visible, near, RelativeBias(c)(distance)), sampling)
 
     @hk.experimental.name_like("__call__")
     def run_layers(
@@ -226,21 +276,25 @@ def make_model(config: ModelConfig) -> Model:
     apply takes tokens [B, T] and, by keyword: `positions` [B, T] (default 0..T-1), `segments` [B, T] (attention stays
     within equal ones), `cache` (keys and values are stored at `positions` and all earlier ones are seen), `logits_at`
     [B] (score only this place of each row), `dropout_key` (in training: for dropout and routers; none: not training).
-    `hidden`, with the first two and the last of these, gives what the head scores (see `head_of`) in ring order, to be
+    With an encoder, `sources` [B, S], which it reads, and `source_segments` [B, S] (as segments; 0 for padding): where
+    there is a cache the sources are given once, their segments every time.
+    `hidden`, with all of these but cache and logits_at, gives what the head scores (see `head_of`) in ring order, to be
     compared with `to_ring_order(targets)`, and what the routers did.
     """
 
-    def forward(tokens, positions=None, segments=None, cache=None, logits_at=None):
-        return Transformer(config)(tokens, positions, segments, cache, logits_at)
+    def forward(tokens, positions=None, segments=None, cache=None, logits_at=None, sources=None, source_segments=None):
+        return Transformer(config)(tokens, positions, segments, cache, logits_at, sources, source_segments)
 
-    def forward_hidden(tokens, positions=None, segments=None):
-        x, _, routing = Transformer(config).hidden(tokens, positions, segments, None)
+    def forward_hidden(tokens, positions=None, segments=None, sources=None, source_segments=None):
+        x, _, routing = Transformer(config).hidden(tokens, positions, segments, None, sources, source_segments)
         return x, routing
 
     transformed, transformed_hidden = hk.transform(forward), hk.transform(forward_hidden)
 
     def init(key: PRNGKeyArray) -> Params:
-        return transformed.init(key, jnp.zeros((1, 1), jnp.int32))  # type: ignore[return-value]
+        one = jnp.zeros((1, 1), jnp.int32)
+        sources = {} if config.encoder is None else {"sources": one}
+        return transformed.init(key, one, **sources)  # type: ignore[return-value]
 
     def apply(params: Params, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
         return transformed.apply(params, dropout_key, tokens, **inputs)
@@ -270,16 +324,22 @@ def count_params(config: ModelConfig) -> int:
     return sum(math.prod(info.shape) for arrays in describe_params(config).values() for info in arrays.values())
 
 
-def init_cache(config: ModelConfig, batch_size: int, cache_len: int, dtype: str | None = None) -> Caches:
+def init_cache(
+    config: ModelConfig, batch_size: int, cache_len: int, dtype: str | None = None, *, source_len: int = 0
+) -> Caches:
     """An empty cache for `batch_size` rows of `cache_len` tokens, in `dtype` (default: that of the activations).
 
-    "int8" keeps a float32 scale beside the values of each token and head.
+    "int8" keeps a float32 scale beside the values of each token and head. With an encoder, which reads `source_len` tokens,
+    there is room for its keys and values.
     """
     pattern = config.pattern
-    shape = (config.n_layers // len(pattern), batch_size, config.kv_heads, cache_len, config.head_dim)
 
-    def empty() -> Array | Quantized:
+    def empty(length: int) -> Array | Quantized:
+        shape = (config.n_layers // len(pattern), batch_size, config.kv_heads, length, config.head_dim)
         values = jnp.zeros(shape, dtype or config.dtype)
         return Quantized(values, jnp.zeros((*shape[:-1], 1), jnp.float32)) if dtype == "int8" else values
 
-    return tuple(Cache(empty(), empty()) for _ in pattern)
+    def memory() -> Cache | None:
+        return None if config.encoder is None else Cache(empty(source_len), empty(source_len))
+
+    return tuple(Cache(empty(cache_len), empty(cache_len), memory()) for _ in pattern)

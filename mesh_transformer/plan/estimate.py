@@ -69,16 +69,23 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
     own_experts = sum(size for name, size in sizes.items() if "expert" in params[name].axes)
     total = sum(math.prod(info.shape) for info in params.values())
     tokens = train.batch_size * model.seq_len
-    own = tokens / train.accumulation / pieces.cut("batch")  # tokens of a device's microbatch
+    stacks = _find_stacks(config, params)
+    rows = train.batch_size / train.accumulation / pieces.cut("batch")  # of a device's microbatch
+    # Tokens of it that pass each of the decoder's layers; with an encoder as many as make up for its layers too.
+    own = rows * sum(stack.model.n_layers * stack.length for stack in stacks) / model.n_layers
     moments = held * _moment_bytes(config)
     gradients = 4 * held
     plain = _makes_scores(model, topology)
     kept = model.n_layers * own / pieces.cut("sequence") * _kept_per_token(model, pieces, item, plain)
-    logits = own / pieces.cut("sequence") / train.loss_pieces * model.n_vocab / pieces.cut("vocab")
+    logits = rows * config.target_len / pieces.cut("sequence") / train.loss_pieces * model.n_vocab / pieces.cut("vocab")
     head = 4 * model.d_model * model.n_vocab / pieces.cut("vocab")
-    working = max(LOGIT_BYTES * logits + head, _layer_bytes(model, pieces, own, item, plain))
+    working = max(LOGIT_BYTES * logits + head, _layer_bytes(model, pieces, rows * model.seq_len, item, plain))
     peak = 4 * held + moments + gradients * (2 if train.accumulation > 1 else 1) + kept + working
-    flops, again = _flops(model, count_active(params, rows_per_token(model), model), tokens)
+    counted = [
+        _flops(stack.model, count_active(stack.params, rows_per_token(model), model), train.batch_size * stack.length)
+        for stack in stacks
+    ]
+    flops, again = (sum(numbers) for numbers in zip(*counted, strict=True))
     return Measured(
         topology=topology_name,
         platform=topology.chip.platform if topology.chip else "cpu",
@@ -102,6 +109,25 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
         traffic=list(_traffic(config, pieces, held, own_experts, own, item, topology)),
         compiler=LABEL,
         state_bytes=int(total * (4 + moments / held)),
+    )
+
+
+class Stack(NamedTuple):
+    """An encoder or a decoder, what is learned in it, and how many tokens of a sequence pass through it."""
+
+    model: ModelConfig
+    params: Mapping[str, ParamInfo]
+    length: int
+
+
+def _find_stacks(config: Config, params: Mapping[str, ParamInfo]) -> list[Stack]:
+    """The decoder's with the head, which takes no part in looking tokens up; and the encoder's, if there is one."""
+    inside = {name: info for name, info in params.items() if name.startswith("transformer/encoder/")}
+    tables = set() if config.model.tied_embeddings else {"transformer/w_tokens"}
+    rest = {name: info for name, info in params.items() if name not in inside.keys() | tables}
+    found = [Stack(config.model, rest, config.target_len)]
+    return (
+        found if config.model.encoder is None else [*found, Stack(config.model.encoder, inside, config.model.seq_len)]
     )
 
 
@@ -182,8 +208,7 @@ def _layer_weights(model: ModelConfig, feed_forwards: float) -> float:
 
 def _flops(model: ModelConfig, parameters: float, tokens: int) -> tuple[float, float]:
     """The model's own, and what remat computes again."""
-    table = model.n_vocab * model.d_model * (1 if not model.tied_embeddings else 0)
-    products = 2.0 * (parameters - table) * tokens
+    products = 2.0 * parameters * tokens
     attention = 4.0 * model.n_layers * model.n_heads * model.head_dim * model.seq_len * tokens
     mean_rows = _hidden_rows(model) / len(model.pattern)
     layers = 2.0 * model.n_layers * _layer_weights(model, mean_rows) * tokens + attention

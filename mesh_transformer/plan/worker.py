@@ -72,7 +72,7 @@ def lower_training(job: Job, layout: Layout) -> tuple[Any, Measured]:
     names = {"params": "parameters", "opt_state": "moments"}
     for name, leaf in flatten_state(state).items():
         kinds[names.get(name.split("/")[0], "other state")] += _held(leaf)
-    kinds["batch"] = sum(_held(leaf) for leaf in batch)
+    kinds["batch"] = sum(_held(leaf) for leaf in jax.tree.leaves(batch))
     return traced.lower(), Measured(
         topology=job.topology,
         platform=layout.mesh.devices.flat[0].platform,

@@ -196,7 +196,8 @@ class Engine:
         events = self._read_on() if self._readings else []
         if self.seated:
             busy = bool(self._readings or self._waiting)
-            events += self._seats.draw(min(steps, BESIDE_READING if busy else BURST))
+            # A first token waits for no burst.
+            events += self._seats.draw(min(steps, 1 if events else BESIDE_READING if busy else BURST))
         return events
 
     def cache_len(self, length: int) -> int:

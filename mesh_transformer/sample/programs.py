@@ -40,6 +40,11 @@ class Programs:
         """See Engine; of weights given as shapes, programs can only be lowered."""
         # All layers in one piece; a sequence of one token cannot be cut, and nothing is differentiated.
         self.config = dataclasses.replace(config, unroll=config.n_layers, remat="none", dropout=0.0)
+        if not config.causal or config.encoder_layers is not None:
+            raise ConfigError(
+                "this engine continues texts with a decoder alone; one with an encoder is sampled by RewritingEngine "
+                "(device_sample.py), and an encoder alone (model.causal=false) writes nothing"
+            )
         if layout and (layout.mesh.shape["context"] > 1 or layout.mesh.shape["pipeline"] > 1):
             raise ConfigError(
                 "sampling one token at a time cuts neither sequences nor layers: set mesh.context and mesh.pipeline to 1"
@@ -56,7 +61,8 @@ class Programs:
         self.take_row = self._program("take_row", self._take_row)
         self.put_row = self._program("put_row", self._put_row, donate_argnums=(0,))
         self.resize = self._program("resize", self._resize, static_argnums=(2,))
-        self.seat = self._program("seat", self._seat, static_argnums=(6,), donate_argnums=(0,))
+        self.begin = self._program("begin", self._begin, static_argnums=(2,))
+        self.seat = self._program("seat", self._seat, donate_argnums=(0,))
         self._read = self._program("read", self._read_chunk, donate_argnums=(1, 2))
         self._score = self._program("score", self._score_chunk, donate_argnums=(1, 2))
         self._decode = self._program("decode", self._draw_burst, static_argnums=(5,), donate_argnums=(1,))
@@ -170,37 +176,26 @@ class Programs:
         scores = (chosen.reshape(targets.shape), best.reshape(*targets.shape, -1), ids.reshape(*targets.shape, -1))
         return caches, jnp.where(here[:, None], at_last, logits), scores
 
-    def _seat(
+    def _begin(
         self,
-        state: State,
-        caches: Any,
-        logits: Float[Array, "P V"],
-        source: Int[Array, "N"],
-        seats: Int[Array, "N"],
+        logits: Float[Array, "N V"],
         new: tuple[Asked, Int[Array, "N"], Bool[Array, "N V"] | None],
         n_top: int,
     ) -> tuple[State, Record]:
-        """Rows with `source`'s copy of the prompts' caches on `seats`, and their first tokens; seats beyond the last drop out.
+        """The first tokens of rows whose prompts have been read: their state, which has no caches yet.
 
         `new` has what they ask for, the lengths of their prompts, and the tokens they are allowed (None: all).
         """
         asked, lengths, allowed = new
-        zeros = jnp.zeros(source.shape, jnp.int32)
-        counts = jnp.zeros((source.size, self.config.n_vocab), jnp.int32)
+        zeros = jnp.zeros(lengths.shape, jnp.int32)
+        counts = jnp.zeros((lengths.size, self.config.n_vocab), jnp.int32)
         fresh = State(None, zeros, lengths - 1, zeros.astype(bool), counts, asked)
-        fresh, record = self._draw(fresh, logits[source], ~fresh.finished, allowed, n_top)
-        seated = jax.tree.map(
-            lambda x, y: x.at[seats].set(y, mode="drop"), state._replace(caches=None), fresh._replace(caches=None)
-        )
+        fresh, record = self._draw(fresh, logits, ~fresh.finished, allowed, n_top)
+        return fresh, jax.tree.map(lambda x: x[:, None], record)._replace(finished=fresh.finished)
 
-        def fill(x: Array, prompts: Array) -> Array:
-            size = min(x.shape[2], prompts.shape[2])
-            return x.at[seats, :, :size].set(prompts[source, :, :size].astype(x.dtype), mode="drop")
-
-        filled = _constrain_caches(jax.tree.map(fill, state.caches, caches))
-        return seated._replace(caches=filled), jax.tree.map(lambda x: x[:, None], record)._replace(
-            finished=fresh.finished
-        )
+    def _seat(self, state: State, fresh: State, seats: Int[Array, "N"]) -> State:
+        """`state` with the rows of `fresh` on `seats`, both without caches; seats beyond the last drop out."""
+        return jax.tree.map(lambda x, y: x.at[seats].set(y, mode="drop"), state, fresh)
 
     def _draw(
         self,

@@ -40,8 +40,9 @@ class Reading:
         order = {key: i for i, key in enumerate(prompts)}
         self.source = {row.id: order[row.prompt.tobytes()] for row in rows}  # which prompt is whose
         self._prompts = list(prompts.values())
-        count = bucket(len(self._prompts), 1, 1 << 30)
-        self._padded = self._prompts + [self._prompts[0]] * (-(-count // pieces) * pieces - len(self._prompts))
+        self._padded = self._prompts + [self._prompts[0]] * (
+            count_rows(len(self._prompts), pieces) - len(self._prompts)
+        )
         self._lengths = np.array([len(prompt) for prompt in self._padded], np.int32)
         self._first = np.zeros(len(self._padded), np.int32)  # place of the next token of each prompt
         self._chunk = bucket(chunk, SHORTEST_PIECE, config.seq_len)
@@ -97,6 +98,11 @@ class Reading:
         for i, prompt in enumerate(self._prompts):
             if self._prefixes.wants(prompt):
                 self._prefixes.keep(prompt, self._programs.take_row(self.caches, np.int32(i)))
+
+
+def count_rows(n: int, pieces: int) -> int:
+    """A power of two that holds `n` rows, or the next multiple of `pieces`: few sizes, as each has its own programs."""
+    return -(-bucket(n, 1, 1 << 30) // pieces) * pieces
 
 
 def bucket(length: int, shortest: int, longest: int) -> int:

@@ -79,6 +79,7 @@ class Row:
     def check(self, config: ModelConfig, name: str) -> None:
         """Raise PromptError where the model cannot do what is asked; `name` is what the person calls the prompt."""
         length, longest = len(self.prompt), config.seq_len
+        room = config.room_behind(length)
         if not length:
             raise PromptError(f"{name} is empty; begin with the end-of-text token")
         named = {name: self.prompt.tolist(), "logit_bias": self.logit_bias, "stop_tokens": self.stop_tokens}
@@ -93,10 +94,10 @@ class Row:
             raise PromptError(
                 f"{name} has {length} tokens, but the model reads at most seq_len={longest} with the answer; shorten it"
             )
-        if length + self.max_tokens > longest:
+        if self.max_tokens > room:
             raise PromptError(
                 f"{name} has {length} tokens and max_tokens={self.max_tokens} more exceed the model's seq_len={longest}; "
-                f"ask for at most max_tokens={longest - length}, or shorten it"
+                f"ask for at most max_tokens={room}, or shorten it"
             )
         if not 0 <= self.n_top <= N_TOP:
             raise PromptError(f"{self.n_top} likeliest tokens were asked for; there can be {N_TOP}")

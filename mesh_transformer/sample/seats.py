@@ -12,7 +12,7 @@ import numpy as np
 from mesh_transformer.config import SampleConfig
 from mesh_transformer.sample.programs import N_TOP, Programs
 from mesh_transformer.sample.proposals import Proposer
-from mesh_transformer.sample.reading import Reading
+from mesh_transformer.sample.reading import Reading, count_rows
 from mesh_transformer.sample.requests import Event, Row, stack_allowed, stack_rows
 from mesh_transformer.sample.state import Record, State
 
@@ -44,7 +44,7 @@ class Seats:
         for seat, row in zip(seats, rows, strict=True):
             self._seats[seat] = row
         # Padding repeats the last row and gives it a seat that is not there.
-        padding = _row_bucket(len(rows), self._pieces) - len(rows)
+        padding = count_rows(len(rows), self._pieces) - len(rows)
         padded = rows + rows[-1:] * padding
         source = np.array([reading.source[row.id] for row in padded], np.int32)
         places = np.array(seats + [len(self._seats)] * padding, np.int32)
@@ -54,9 +54,12 @@ class Seats:
             lengths,
             stack_allowed(padded, self._programs.config.n_vocab),
         )
-        self._state, record = self._programs.seat(
-            self._state, reading.caches, reading.logits, source, places, new, _n_top(rows)
-        )
+        # One row's cache after the other: a program for several would be compiled for every pair of batches.
+        fresh, record = self._programs.begin(reading.logits[source], new, _n_top(rows))
+        caches = self._state.caches
+        for prompt, seat in zip(source[: len(rows)], seats, strict=True):
+            caches = self._programs.put_row(caches, self._programs.take_row(reading.caches, prompt), np.int32(seat))
+        self._state = self._programs.seat(self._state._replace(caches=None), fresh, places)._replace(caches=caches)
         events = self._take(record, rows)
         scores = {row.id: reading.scores(row) for row in rows if row.score_prompt}
         return [event._replace(prompt_scores=scores[event.row]) if event.row in scores else event for event in events]
@@ -64,7 +67,7 @@ class Seats:
     def _make_room(self, n: int, length: int) -> None:
         """Seats for `n` more rows and cache for `length` tokens; seats nobody uses go when there are four times too many."""
         live = len(self.rows)
-        wanted, cache_len = _row_bucket(live + n, self._pieces), self._bucket(length)
+        wanted, cache_len = count_rows(live + n, self._pieces), self._bucket(length)
         if self._state is None or not live:
             if self._state is None or (wanted, cache_len) != (len(self._seats), self._cache_len):
                 # Arrays of the same kinds and widths as rows ask for, whatever they hold.
@@ -134,13 +137,6 @@ class Seats:
         ended = {event.row for event in events if event.finish}
         self._seats = [None if row and row.id in ended else row for row in self._seats]
         return events
-
-
-def _row_bucket(n: int, pieces: int) -> int:
-    """1, 2, 3, 4, 6, 8, 12, 16, ... rows: the fewest that hold `n` and divide into `pieces`."""
-    power = 1 << (max(n, 1) - 1).bit_length()
-    size = power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
-    return -(-size // pieces) * pieces
 
 
 def _n_top(rows: Sequence[Row | None]) -> int:

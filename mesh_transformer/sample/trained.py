@@ -11,11 +11,13 @@ import jax
 from mesh_transformer.checkpoint.places import Place
 from mesh_transformer.checkpoint.store import find_checkpoint
 from mesh_transformer.config import Config, ConfigError, merge_override, parse_config
+from mesh_transformer.data.spans import SentinelTokenizer
 from mesh_transformer.data.tokenizers import Tokenizer, tokenizer_from_json
 from mesh_transformer.mesh import Layout, keep_freed_memory, start_devices
 from mesh_transformer.model.params import STACK, ParamInfo, Params, flatten_names
 from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.sample.engine import Engine
+from mesh_transformer.sample.rewriting import RewritingEngine
 
 SETTABLE = ("sample.", "serve.", "evaluate.", "mesh.", "model.dtype")
 # Sections that a model brought from elsewhere has not, for it was not trained by a run of ours.
@@ -26,7 +28,7 @@ ONE_DEVICE = {"data": 1}  # a checkpoint's mesh is that of its training; samplin
 class Trained(NamedTuple):
     """What sampling needs of a run."""
 
-    engine: Engine
+    engine: Engine  # of a model with an encoder a RewritingEngine
     tokenizer: Tokenizer
     config: Config  # that of the training, with sections mesh and sample as they are now
     step: int
@@ -55,10 +57,13 @@ def load_trained(path: str | Place, overrides: Iterable[str] = ()) -> Trained:
     named = store.restore(step, describe_arrays(config, layout, dtypes), only="params/", rows=stacks)
     keep_freed_memory(jax.default_backend() == "cpu")
     serve = config.serve
-    engine = Engine(
-        config.model, _to_params(named), layout=layout, slots=serve.slots, weights=serve.weights, cache=serve.cache
-    )
-    return Trained(engine, tokenizer_from_json(meta["tokenizer"], where=where), config, step, where)
+    tokenizer = tokenizer_from_json(meta["tokenizer"], where=where)
+    how: dict[str, Any] = dict(layout=layout, slots=serve.slots, weights=serve.weights, cache=serve.cache)
+    if config.model.encoder_layers is None:
+        return Trained(Engine(config.model, _to_params(named), **how), tokenizer, config, step, where)
+    tokenizer = SentinelTokenizer(tokenizer, config.model.n_vocab)
+    how |= dict(start=tokenizer.start, end=tokenizer.end_of_text)
+    return Trained(RewritingEngine(config.model, _to_params(named), **how), tokenizer, config, step, where)
 
 
 def read_meta(trained: Trained) -> dict[str, Any]:

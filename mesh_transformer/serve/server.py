@@ -33,9 +33,11 @@ LAST_WORDS = 1.5  # seconds to send what is left once answers have been cut off
 def serve(trained: Trained, *, name: str, host: str, port: int, token: str | None) -> bool:
     """Answer until SIGTERM or SIGINT; whether the engine lived. Prints the address once programs are compiled.
 
-    Raises ConfigError if others could reach `host` and there is no `token`.
+    Raises ConfigError if others could reach `host` and there is no `token`, or if the model has an encoder.
     """
     check_host(host, token)
+    if trained.config.model.encoder_layers is not None:
+        raise ConfigError("model.encoder_layers: the server continues texts with a decoder alone; use device_sample.py")
     limits = trained.config.serve
     worker = Worker(trained.engine, places=limits.slots + limits.queue, longest_warm=limits.warm_up)
     measures = Measures(worker)

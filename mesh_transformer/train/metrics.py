@@ -8,7 +8,8 @@ One JSON object a line, in order of steps, one history however often the run was
      "tokens_per_s": ..., "mfu": <share of the measured product peak>, "step_ms": ..., "skipped": <so far>,
      "batch_size": ..., "epoch": ..., "noise_scale": ..., "layer_grad_norms": [...]}
      with experts: "balance_loss": <1 where even>, "router_z_loss": ..., "router_entropy": <nats>, "dropped_share": ...,
-     "expert_load": [<multiples of an even load>], "largest_expert_load": <of any layer>, "unused_experts": <in all layers>
+     "expert_load": [[<multiples of an even load>], ... <of `pick_layers`>], "largest_expert_load": <of any layer>,
+     "unused_experts": <in all layers>
     {"step": 100, "kind": "evaluation", "set": "stdlib", "loss": ..., "perplexity": ..., "bits_per_byte": ...,
      "gzip_bits_per_byte": ..., "xz_bits_per_byte": ...}
     {"step": 100, "kind": "benchmark", "hellaswag.acc": ..., "text:stdlib.bits_per_byte": ...}   TASK.METRIC of [evaluate]
@@ -42,6 +43,11 @@ FILE = "metrics.jsonl"
 QUEUE_LINES = 1000  # lines a tracker may lag behind before the newest are dropped
 CLOSE_SECONDS = 10.0  # a tracker has at the end of a run
 SYNC_SECONDS = 30.0  # of lines that a power failure may take; a crash of the program takes none
+
+
+def pick_layers(count: int) -> list[int]:
+    """Up to four of so many layers, the first and the last among them: those of which a page shows more than a mean."""
+    return sorted({0, count // 3, 2 * count // 3, count - 1})
 
 
 class MetricsError(ValueError):

@@ -14,6 +14,8 @@ B T D elements for each device, one collective permute.
 Both idle the same share of the time, (P - 1) / (M + P - 1). GPipe keeps what all M microbatches leave for the backward
 pass; 1F1B keeps only the inputs of 2 P - 1 at a stage and computes its layers again (once more than model.remat).
 Embedding and head belong to no stage: their tables are cut over `pipeline` as well, and all stages look up and score.
+What routers of experts did stays with their stage: sums over its microbatches, and the price of each is differentiated
+in that microbatch's own backward pass.
 """
 
 import dataclasses
@@ -30,6 +32,7 @@ from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
 from mesh_transformer.model.params import STACK, ParamInfo, Params
+from mesh_transformer.model.routing import Routing, empty_routing, router_losses
 from mesh_transformer.model.transformer import Transformer, describe_params, head_of
 from mesh_transformer.train.loss import TokenLosses, score_tokens
 
@@ -46,10 +49,11 @@ class Parts(NamedTuple):
     """The model cut where the pipeline needs it; all take parameters first and a dropout key (or None) second."""
 
     embed: Callable[..., Array]  # (outer, key, tokens, positions) -> [B, T, D]
-    stage: Callable[..., Array]  # ((own, shared), key, x, positions, segments) -> [B, T, D], one stage's layers
+    stage: Callable[..., tuple]  # ((own, shared), key, x, positions, segments) -> [B, T, D] and routing of its layers
     finish: Callable[..., Array]  # (outer, key, x) -> [B, T, D], what the head scores
     infos: dict[str, dict[str, ParamInfo]]
     stages: int
+    unrouted: Routing | None  # zeros of what the routers of all stages report, [P, L / P, ...]
 
 
 class Work(NamedTuple):
@@ -83,9 +87,10 @@ def make_parts(config: Config) -> Parts:
     def embed(tokens: Array, positions: Array) -> Array:
         return Transformer(model).embed(tokens, positions)
 
-    def run_stage(x: Array, positions: Array, segments: Array | None) -> Array:
+    def run_stage(x: Array, positions: Array, segments: Array | None) -> tuple[Array, Routing | None]:
         layers = Transformer(short)
-        return layers.run_layers(x, layers.see(positions, segments, None), None)[0]
+        x, _, routing = layers.run_layers(x, layers.see(positions, segments, None), None)
+        return x, routing
 
     apply = hk.transform(run_stage).apply
     return Parts(
@@ -94,6 +99,7 @@ def make_parts(config: Config) -> Parts:
         finish=hk.transform(lambda x: Transformer(model).normalise(x)).apply,
         infos=describe_params(model),
         stages=stages,
+        unrouted=jax.tree.map(lambda x: jnp.zeros((stages, *x.shape)), empty_routing(short)),
     )
 
 
@@ -113,7 +119,7 @@ def _constrain_own(x: Array, parts: Parts, module: str, name: str) -> Array:
     return constrain(x.reshape(parts.stages, -1, *info.shape[1:]), "stages", "pieces", *info.axes[1:])
 
 
-def _join(own: Params) -> Params:
+def _join(own: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), own)
 
 
@@ -139,8 +145,20 @@ def _put(x: Float[Array, "P B T D"], stage: int, value: Float[Array, "B T D"]) -
     return constrain(jnp.where(chosen, value[None], x), "stages", *STREAM)
 
 
-def _forward(parts: Parts, work: Work, split: tuple[Params, Params, Params], arriving: Array, tick: Array) -> tuple:
-    """What the stages compute in a tick, from what they received, and what they computed it from."""
+def _due(index: Array, work: Work) -> Array:
+    """Whether there is a microbatch of each number: while a pipeline fills, stages compute for nothing."""
+    return (index >= 0) & (index < work.batch.tokens.shape[0])
+
+
+def _forward(
+    parts: Parts,
+    work: Work,
+    split: tuple[Params, Params, Params],
+    arriving: Array,
+    routing: Routing | None,
+    tick: Array,
+) -> tuple[Array, Array, Routing | None]:
+    """What the stages compute in a tick, from what they received; what they computed it from; and the routing, added up."""
     own, shared, outer = split
     first = work.take(tick)
     x = parts.embed(outer, work.keys(tick, 0), first.tokens, first.positions)
@@ -149,8 +167,10 @@ def _forward(parts: Parts, work: Work, split: tuple[Params, Params, Params], arr
     index = tick - stage
     part = work.take(index)
     run = _over_stages(lambda own, *inputs: parts.stage((own, shared), *inputs), (0, 0, 0, 0, 0))
-    out = run(own, work.keys(index, stage + 1), arriving, part.positions, work.segments(part))
-    return constrain(out, "stages", *STREAM), arriving
+    out, routed = run(own, work.keys(index, stage + 1), arriving, part.positions, work.segments(part))
+    due = _due(index, work)
+    count = lambda total, x: total + jnp.where(due.reshape(-1, *[1] * (x.ndim - 1)), x, 0)  # noqa: E731
+    return constrain(out, "stages", *STREAM), arriving, jax.tree.map(count, routing, routed)
 
 
 def _empty(config: Config, parts: Parts, work: Work) -> Array:
@@ -158,19 +178,19 @@ def _empty(config: Config, parts: Parts, work: Work) -> Array:
     return constrain(jnp.zeros(shape, config.model.dtype), "stages", *STREAM)
 
 
-def pipeline_hidden(config: Config, params: Params, work: Work) -> Float[Array, "M B T D"]:
-    """What the head scores of every microbatch, differentiable (GPipe)."""
+def pipeline_hidden(config: Config, params: Params, work: Work) -> tuple[Float[Array, "M B T D"], Routing | None]:
+    """What the head scores of every microbatch, and the routing summed over these; differentiable (GPipe)."""
     parts = make_parts(config)
     split, count = split_params(params, parts), work.batch.tokens.shape[0]
 
-    def tick(arriving: Array, index: Array) -> tuple[Array, Array]:
-        out, _ = _forward(parts, work, split, arriving, index)
-        return _pass_on(out, 1), _at(out, parts.stages - 1)
+    def tick(carry: tuple[Array, Routing | None], index: Array) -> tuple[tuple[Array, Routing | None], Array]:
+        out, _, routing = _forward(parts, work, split, *carry, index)
+        return (_pass_on(out, 1), routing), _at(out, parts.stages - 1)
 
     ticks = jnp.arange(count + parts.stages - 1)
-    _, leaving = jax.lax.scan(tick, _empty(config, parts, work), ticks)
+    (_, routing), leaving = jax.lax.scan(tick, (_empty(config, parts, work), parts.unrouted), ticks)
     finish = lambda x: parts.finish(split[2], None, x)  # noqa: E731
-    return jax.lax.map(finish, leaving[parts.stages - 1 :])
+    return jax.lax.map(finish, leaving[parts.stages - 1 :]), _join(routing)
 
 
 class Flow(NamedTuple):
@@ -181,6 +201,7 @@ class Flow(NamedTuple):
     kept: Float[Array, "R P B T D"]  # inputs of the last R = 2 P - 1 ticks' forwards
     grads: tuple[Params, Params, Params]  # of own, shared, outer
     losses: TokenLosses
+    routing: Routing | None  # of all stages, [P, L / P, ...]
 
 
 def pipeline_gradients(
@@ -195,7 +216,7 @@ def pipeline_gradients(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), split)
     zeros = (split_params(_join(zeros[0]), parts)[0], *zeros[1:])
     zero = jnp.zeros(())
-    flow = Flow(empty, empty, kept, zeros, TokenLosses(zero, zero, zero))
+    flow = Flow(empty, empty, kept, zeros, TokenLosses(zero, zero, zero), parts.unrouted)
     half = parts.stages - 1
     phases = ((0, half, True, False), (half, half + count, True, True), (half + count, 2 * half + count, False, True))
     for first, end, forward, backward in phases:
@@ -203,7 +224,7 @@ def pipeline_gradients(
         flow, _ = jax.lax.scan(tick, flow, jnp.arange(first, end))
     own, shared, outer = flow.grads
     grads = {**_join(own), **shared, **outer}
-    return {module: grads[module] for module in params}, flow.losses
+    return {module: grads[module] for module in params}, flow.losses._replace(routing=_join(flow.routing))
 
 
 def _tick(
@@ -222,9 +243,10 @@ def _tick(
     outer, last = split[2], parts.stages - 1
     (d_own, d_shared, d_outer), add = flow.grads, partial(jax.tree.map, jnp.add)
     if forward:
-        out, taken = _forward(parts, work, split, flow.arriving, tick)
+        out, taken, routing = _forward(parts, work, split, flow.arriving, flow.routing, tick)
         kept = jax.lax.dynamic_update_index_in_dim(flow.kept, taken, tick % flow.kept.shape[0], 0)
-        flow = flow._replace(arriving=_pass_on(out, 1), kept=constrain(kept, "pieces", "stages", *STREAM))
+        kept = constrain(kept, "pieces", "stages", *STREAM)
+        flow = flow._replace(arriving=_pass_on(out, 1), kept=kept, routing=routing)
         if backward:
             part = work.take(tick - last)
             score = partial(_score, config, parts, part, tokens)
@@ -232,7 +254,7 @@ def _tick(
             d_outer = add(d_outer, d_head)
             flow = flow._replace(returning=_put(flow.returning, last, dy), losses=add(flow.losses, sums))
     if backward:
-        (own, shared, dx), first = _backward(parts, work, split, flow, tick), tick - 2 * last
+        (own, shared, dx), first = _backward(config, parts, work, split, flow, tick), tick - 2 * last
         part = work.take(first)
         embed = lambda outer: parts.embed(outer, work.keys(first, 0), part.tokens, part.positions)  # noqa: E731
         (d_table,) = jax.vjp(embed, outer)[1](_at(dx, 0))
@@ -254,24 +276,30 @@ def _score(
     return total / tokens, sums
 
 
-def _backward(parts: Parts, work: Work, split: tuple[Params, Params, Params], flow: Flow, tick: Array) -> tuple:
+def _backward(
+    config: Config, parts: Parts, work: Work, split: tuple[Params, Params, Params], flow: Flow, tick: Array
+) -> tuple:
     """Gradients of every stage's layers, of what they share, and of their inputs, for the microbatch that is due there."""
-    own, shared, _ = split
+    (own, shared, _), count = split, work.batch.tokens.shape[0]
     stage = jnp.arange(parts.stages)
     index = tick - 2 * (parts.stages - 1) + stage
     part = work.take(index)
-    due = (index >= 0) & (index < work.batch.tokens.shape[0])
+    due = _due(index, work)
     gradient = jnp.where(due[:, None, None, None], flow.returning, 0)
     slot = (index + stage) % flow.kept.shape[0]  # the tick of that microbatch's forward
 
     def back(
-        own: Params, kept: Array, slot: Array, key: Any, positions: Array, segments: Any, gradient: Array
+        own: Params, kept: Array, slot: Array, key: Any, positions: Array, segments: Any, gradients: tuple[Array, Array]
     ) -> tuple:
-        x = jax.lax.dynamic_index_in_dim(kept, slot, 0, keepdims=False)
-        run = lambda own, shared, x: parts.stage((own, shared), key, x, positions, segments)  # noqa: E731
-        return jax.vjp(run, own, shared, x)[1](gradient)
+        def run(own: Params, shared: Params, x: Array) -> tuple[Array, Array]:
+            x, routing = parts.stage((own, shared), key, x, positions, segments)
+            return x, jnp.zeros(()) if routing is None else router_losses(config.model, routing) / count
 
+        x = jax.lax.dynamic_index_in_dim(kept, slot, 0, keepdims=False)
+        return jax.vjp(run, own, shared, x)[1](gradients)
+
+    gradients = (gradient, due.astype(jnp.float32))
     d_own, d_shared, dx = _over_stages(back, (0, 1, 0, 0, 0, 0, 0))(
-        own, flow.kept, slot, work.keys(index, stage + 1), part.positions, work.segments(part), gradient
+        own, flow.kept, slot, work.keys(index, stage + 1), part.positions, work.segments(part), gradients
     )
     return d_own, jax.tree.map(lambda x: jnp.sum(x, axis=0), d_shared), constrain(dx, "stages", *STREAM)

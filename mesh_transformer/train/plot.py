@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
@@ -82,6 +82,13 @@ def plot(
         f'<line class="pointer" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
         f'<div class="legend">{legend}<output></output></div></figure>'
     )
+
+
+def drawable(value: Any) -> float | None:
+    """A value as a number that fits on an axis: None for what is none, or beyond any axis; never denormal."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e60:
+        return None
+    return value if abs(value) > 1e-60 else 0
 
 
 def heat_map(

@@ -12,8 +12,9 @@ from typing import Any
 
 from mesh_transformer.files import replace_file
 from mesh_transformer.train.benchmarks import Evaluation, draw_evaluations, read_evaluations
-from mesh_transformer.train.metrics import FILE, read_metrics
-from mesh_transformer.train.plot import Series, format_number, heat_map, plot
+from mesh_transformer.train.expert_loads import draw_loads, read_loads
+from mesh_transformer.train.metrics import FILE, pick_layers, read_metrics
+from mesh_transformer.train.plot import Series, drawable, format_number, plot
 from mesh_transformer.train.progress import format_time
 
 EVENTS_SHOWN = 200
@@ -97,9 +98,9 @@ def _headline(lines: list[Line], train: list[Line], evaluation: list[Line]) -> s
     if parameters:
         figures.append(("parameters", format_number(parameters[-1]), ""))
     figures.append(("time", format_time(active_seconds(lines)[-1]), "without interruptions"))
-    if loads := _expert_loads(train):
+    if loads := [own for layer in read_loads(train) for own in layer]:
         unused = sum(all(not load for load in own) for own in loads)
-        figures.append(("experts never used", f"{unused} of {len(loads)}", "in any layer, at any step told of"))
+        figures.append(("experts never used", f"{unused} of {len(loads)}", "in the layers drawn, at any step told of"))
     if _number(last, "skipped"):
         figures.append(("steps skipped", _text(_number(last, "skipped"), "{:,}"), ""))
     tiles = (
@@ -159,22 +160,12 @@ def _plots(train: list[Line], evaluation: list[Line], events: list[Line]) -> lis
             )
     layers = max((len(norms) for line in train if isinstance(norms := line.get("layer_grad_norms"), list)), default=0)
     if layers:
-        picked = sorted({0, layers // 3, 2 * layers // 3, layers - 1})
         norms = [
             Series(f"layer {i}", thin(smooth(_points(train, "layer_grad_norms", i), log=True), SMOOTH_POINTS), style)
-            for style, i in zip(STYLES, picked, strict=False)
+            for style, i in zip(STYLES, pick_layers(layers), strict=False)
         ]
         plots.append(plot("Gradient norm of layers", "smoothed, by step", norms, log=True))
-    if loads := _expert_loads(train):
-        title, steps = "Load of experts", [line["step"] for line in train]
-        plots.append(heat_map(title, "by expert and step, mean over layers", steps, loads, row_name="expert"))
-    return plots
-
-
-def _expert_loads(train: list[Line]) -> list[list[float | None]]:
-    """Of each expert at each step, as a multiple of an even load; none without experts."""
-    count = max((len(loads) for line in train if isinstance(loads := line.get("expert_load"), list)), default=0)
-    return [[_number(line, "expert_load", i) for line in train] for i in range(count)]
+    return plots + draw_loads(train)
 
 
 def _trace(name: str, points: Points, *, log: bool = False) -> list[Series]:
@@ -221,9 +212,7 @@ def _number(line: Line, name: str, item: int | None = None) -> float | None:
     value = line.get(name)
     if item is not None:
         value = value[item] if isinstance(value, list) and item < len(value) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e60:
-        return None
-    return value if abs(value) > 1e-60 else 0
+    return drawable(value)
 
 
 def _points(lines: Iterable[Line], name: str, item: int | None = None) -> list[tuple[float, float | None]]:

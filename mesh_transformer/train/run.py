@@ -94,7 +94,7 @@ class Run:
 
             return jax.make_array_from_callback((size, *values.shape[1:]), sharding, find)
 
-        return Batch(*map(put, batch))
+        return jax.tree.map(put, batch)
 
     def _batch_sharding(self, size: int) -> NamedSharding:
         return self.layout.sharding(("batch", "sequence"), (size, self.config.model.seq_len), "batch")
@@ -248,7 +248,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, where: str) -> list[s
     before, now = _flatten(saved), _flatten(config_to_dict(config))
     notes = []
     for path in sorted(before.keys() | now.keys()):
-        old, new = before.get(path), now.get(path)
+        old, new = _value(before, path), _value(now, path)
         if old == new or any(path == free or path.startswith(free + ".") for free in MAY_CHANGE):
             continue
         if path in MUST_STAY or path.split(".")[0] not in MAY_CHANGE_SECTIONS:
@@ -318,18 +318,29 @@ def start_from(config: Config, state: State, shardings: State, notes: list[str])
     return found.replace(opt_state=fresh)
 
 
-def abstract_batch(config: Config, layout: Layout) -> Batch:
-    """A whole batch as shapes and shardings."""
-    shape = (config.train.batch_size, config.model.seq_len)
-    sharding = layout.sharding(("batch", "sequence"), shape, "batch")
-    integers = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
-    return Batch(integers, integers, integers, integers, jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding))
+def abstract_batch(config: Config, layout: Layout | None = None) -> Batch:
+    """A whole batch as shapes, with a layout and shardings."""
+
+    def describe(length: int, dtype: type = np.int32) -> jax.ShapeDtypeStruct:
+        shape = (config.train.batch_size, length)
+        sharding = layout and layout.sharding(("batch", "sequence"), shape, "batch")
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    integers, mask = describe(config.target_len), describe(config.target_len, np.float32)
+    sources = None if config.model.encoder_layers is None else describe(config.model.seq_len)
+    return Batch(integers, integers, integers, integers, mask, sources)
 
 
 def without_remat(config: Config) -> Config:
     """The same run with nothing computed twice, or for nothing while a pipeline fills: its FLOPs are the model's own."""
     model = dataclasses.replace(config.model, remat="none", attention_kernel="auto")
     return dataclasses.replace(config, model=model, mesh=dataclasses.replace(config.mesh, pipeline=1))
+
+
+def _value(flat: Mapping[str, Any], path: str) -> Any:
+    """What a flattened table has at `path`: a value, or the values below it."""
+    below = {key.removeprefix(f"{path}."): value for key, value in flat.items() if key.startswith(f"{path}.")}
+    return below or flat.get(path)
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

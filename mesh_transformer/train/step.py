@@ -18,6 +18,7 @@ from mesh_transformer.model.params import STACK, Params
 from mesh_transformer.model.routing import Routing, empty_routing, router_losses
 from mesh_transformer.model.transformer import Model, head_of, make_model
 from mesh_transformer.train.loss import TokenLosses, score_tokens
+from mesh_transformer.train.metrics import pick_layers
 from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale
 from mesh_transformer.train.optimizer import global_norm
 from mesh_transformer.train.pipeline import Work, pipeline_gradients, pipeline_hidden
@@ -98,7 +99,7 @@ def describe_routing(routing: Routing) -> Metrics:
         "router_z_loss": jnp.mean(routing.z_square),
         "router_entropy": jnp.mean(routing.entropy),
         "dropped_share": jnp.mean(routing.dropped),
-        "expert_load": jnp.mean(shares, axis=0),
+        "expert_load": shares[jnp.array(pick_layers(shares.shape[0]))],
         "largest_expert_load": jnp.max(shares),
         "unused_experts": jnp.sum(routing.load == 0),
     }
@@ -114,23 +115,27 @@ def make_eval_step(config: Config) -> Callable[[Params, Batch], TokenLosses]:
     return eval_step
 
 
-def _context(config: Config, batch: Batch) -> dict[str, Any]:
-    """Positions and segments where documents are kept apart; otherwise the model's own defaults, which cost nothing."""
+def model_inputs(config: Config, batch: Batch) -> dict[str, Any]:
+    """What a model reads beside tokens: an encoder's sources; positions and segments where documents are kept apart.
+
+    Elsewhere the model's own defaults cost nothing.
+    """
+    if config.model.encoder_layers is not None:
+        return {"sources": batch.sources}
     return {"positions": batch.positions, "segments": batch.segments} if config.data.isolate_documents else {}
 
 
 def _score_batch(
     config: Config, model: Model, params: Params, batch: Batch, key: Array | None
 ) -> tuple[Array, TokenLosses]:
-    """The loss of the head, summed over a batch; and its parts, with what routers did."""
-    routing = None
+    """The loss of the head, summed over a batch; and its parts, with what routers did, summed over microbatches."""
     if config.mesh.pipeline > 1:
         work = _make_work(config, batch, key)
-        x, targets, mask = pipeline_hidden(config, params, work), work.batch.targets, work.batch.mask
+        (x, routing), targets, mask = pipeline_hidden(config, params, work), work.batch.targets, work.batch.mask
         # Microbatches are interleaved rows of the batch, so that nothing moves; put back in the same way.
         x, targets, mask = (y.swapaxes(0, 1).reshape(-1, *y.shape[2:]) for y in (x, targets, mask))
     else:
-        x, routing = model.hidden(params, batch.tokens, dropout_key=key, **_context(config, batch))
+        x, routing = model.hidden(params, batch.tokens, dropout_key=key, **model_inputs(config, batch))
         targets, mask = to_ring_order(batch.targets), to_ring_order(batch.mask)
     head = head_of(params, config.model)
     scored: Any = score_tokens(x, head.w, head.b, targets, mask, config.train.z_loss, config.train.loss_pieces)
@@ -217,14 +222,18 @@ def _update_guard(guard: Guard, ok: Bool[Array, ""], loss: Float[Array, ""], gra
 def layer_norms(grads: Params) -> Float[Array, "L"]:
     """Norm of each layer of gradients, or of what has their structure, from the arrays stacked over the scan.
 
-    Order within a period is the pattern's.
+    Order within a period is the pattern's; an encoder's layers come first.
     """
-    squares: dict[str, Array] = {}
+    stacks: dict[str, dict[str, Array]] = {}
     for module, arrays in grads.items():
-        _, _, inner = module.partition(f"/{STACK}/")
+        stack, _, inner = module.partition(f"/{STACK}/")
         if inner:
-            block = inner.split("/")[0]
+            block, squares = inner.split("/")[0], stacks.setdefault(stack, {})
             for grad in arrays.values():
                 square = jnp.sum(jnp.square(grad.astype(jnp.float32)), axis=tuple(range(1, grad.ndim)))
                 squares[block] = squares.get(block, 0.0) + square
-    return jnp.sqrt(jnp.stack([squares[block] for block in sorted(squares)], axis=1).reshape(-1))
+    by_layer = [
+        jnp.stack([squares[block] for block in sorted(squares)], axis=1).reshape(-1)
+        for _, squares in sorted(stacks.items(), reverse=True)  # "transformer/encoder", "transformer"
+    ]
+    return jnp.sqrt(jnp.concatenate(by_layer))

@@ -24,7 +24,7 @@ from mesh_transformer.convert.lazy import whole
 from mesh_transformer.convert.settings import Settings
 from mesh_transformer.convert.tensor_files import read_safetensors, read_torch
 from mesh_transformer.model.expert_choices import ExpertsConfig
-from mesh_transformer.model.families import LLAMA
+from mesh_transformer.model.families import LLAMA, T5
 
 SILENT = lambda *_: None  # noqa: E731
 
@@ -317,3 +317,37 @@ def test_a_bin_is_read_without_torchs_unpickler(tmp_path):
     torch.save({"a": torch.ones(3, 4).T}, tmp_path / "turned.bin")
     with pytest.raises(CheckpointError, match="a is not contiguous"):
         read_torch(tmp_path / "turned.bin")
+
+
+def test_settings_of_encoders_and_decoders(tmp_path):
+    make_folder(tmp_path / "switch", "switch")
+    edit_config(tmp_path / "switch", num_sparse_decoder_layers=2)
+    with pytest.raises(CheckpointError, match="every 2 layers of the encoder and every 1 of the decoder have experts"):
+        open_huggingface(tmp_path / "switch")
+    edit_config(tmp_path / "switch", num_sparse_decoder_layers=1, num_experts=5)
+    with pytest.raises(CheckpointError, match="5 experts, the files hold 4 in a layer; correct num_experts if"):
+        open_huggingface(tmp_path / "switch")
+    for key, value in (("router_bias", True), ("router_dtype", "bfloat16"), ("is_gated_act", True)):
+        make_folder(tmp_path / key, "switch")
+        edit_config(tmp_path / key, **{key: value})
+        with pytest.raises(CheckpointError, match=f"{key} = {value!r} is not supported"):
+            open_huggingface(tmp_path / key)
+    weights = make_folder(tmp_path / "t5", "t5-v1.1")
+    # As transformers 5 writes it: tied, it says, with a head that differs; and as old files have the table three times.
+    edit_config(tmp_path / "t5", tie_word_embeddings=True, scale_decoder_outputs=False)
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
+    weights["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.zeros((32, 2), np.float32)
+    save_file(weights, tmp_path / "t5" / "model.safetensors")
+    foreign = open_huggingface(tmp_path / "t5")
+    assert not foreign.model["tied_embeddings"]
+    assert foreign.notes == ("encoder.embed_tokens.weight is shared.weight: stored once",)
+    save_file(
+        weights | {"encoder.embed_tokens.weight": weights["shared.weight"] + 1}, tmp_path / "t5" / "model.safetensors"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"encoder\.embed_tokens\.weight differs from shared\.weight, where one table"
+    ):
+        open_huggingface(tmp_path / "t5")
+    alone = ModelConfig(**T5 | dict(n_layers=2, d_model=8, n_heads=2, n_vocab=9, seq_len=8))
+    with pytest.raises(CheckpointError, match="no Hugging Face family computes this model's function"):
+        find_family(alone)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference_models import CASES, LIVE_CASES, draw, make_torch, read_golden
+from reference_models import CASES, LIVE_CASES, draw, make_sources, make_torch, read_golden, run_model
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.convert import names, originals
@@ -17,9 +17,16 @@ from mesh_transformer.convert.gptj import find_weights, open_gptj
 from mesh_transformer.convert.huggingface import find_family
 from mesh_transformer.convert.lazy import Held
 from mesh_transformer.convert.originals import run_huggingface, run_v1
+from mesh_transformer.convert.originals_t5 import run_t5
 from mesh_transformer.convert.proof import run_native
 
 FIXTURE = Path(__file__).parents[2].parent / "shared" / "fixtures" / "gptj_v1_4shards"
+
+
+def run(case, weights, settings, tokens) -> np.ndarray:
+    """Their tensors through the forward pass of their kind."""
+    held, read = {key: Held(value) for key, value in weights.items()}, make_sources(case, tokens)
+    return run_huggingface(held, settings, tokens) if read is None else run_t5(held, settings, tokens, *read)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -29,7 +36,7 @@ def test_equals_golden(name, monkeypatch):
     weights, tokens, _, logits, _ = read_golden(name)
     settings = names.FAMILIES[case.kind].write_config(case.config)
     settings |= {"model_type": case.kind, "tie_word_embeddings": case.config.tied_embeddings}
-    found = run_huggingface({key: Held(value) for key, value in weights.items()}, settings, tokens)
+    found = run(case, weights, settings, tokens)
     assert np.std(logits) > 0.1
     np.testing.assert_allclose(found, logits, atol=2e-5, rtol=0)
 
@@ -43,8 +50,9 @@ def test_equals_transformers(name):
     weights, tokens, _ = draw(case, parameters, seed=1)
     for key, parameter in parameters.items():
         parameter.data = torch.tensor(weights[key])
-    logits = model(torch.tensor(tokens, dtype=torch.long)).logits.detach().numpy()
-    found = run_huggingface({key: Held(value) for key, value in weights.items()}, model.config.to_dict(), tokens)
+    logits = run_model(case, model, tokens).detach().numpy()
+    settings = model.config.to_dict() | {"tie_word_embeddings": case.config.tied_embeddings}
+    found = run(case, weights, settings, tokens)
     assert np.std(logits) > 0.1
     np.testing.assert_allclose(found, logits, atol=5e-5, rtol=0)
 
@@ -70,6 +78,6 @@ def test_an_unknown_kind_is_refused():
 
 
 def test_every_family_has_one():
-    assert originals.RUNS.keys() == names.FAMILIES.keys()
+    assert originals.RUNS.keys() | set(names.WITH_ENCODER) == names.FAMILIES.keys()
     for case in (CASES | LIVE_CASES).values():
-        assert find_family(dataclasses.replace(case.config, dropout=0.0))[0] in originals.RUNS
+        assert find_family(dataclasses.replace(case.config, dropout=0.0))[0] in names.FAMILIES

@@ -178,6 +178,29 @@ def test_a_quality_step_trains_its_own_classifier(tmp_path, sources, make_recipe
     assert dropped["low quality"] + len(kept) == 90 + 40
 
 
+def test_a_component_that_cannot_be_read_says_why(tmp_path, sources, make_recipe, write_texts):
+    sources["empty"] = {"kind": "text", "paths": [str(write_texts("empty", [" "]))]}
+    with pytest.raises(
+        CorpusError, match=r"component empty: no document of it could be read, first .*000.txt: empty text"
+    ):
+        build_corpus(make_recipe(sources), tmp_path / "out", Machines())
+
+
+def refuse_room(path: Path, mode: str):
+    """A file that has no room for a byte."""
+    return open("/dev/full", mode)
+
+
+def test_a_full_disk_says_so_and_the_next_build_goes_on(tmp_path, sources, make_recipe, monkeypatch):
+    recipe = make_recipe(sources, duplicates={"near": "none"})
+    with monkeypatch.context() as patch:
+        patch.setattr("mesh_transformer.corpus.parts.open", refuse_room, raising=False)
+        with pytest.raises(CorpusError, match=f"{tmp_path}/out: its disk is full; free some room and build again"):
+            build_corpus(recipe, tmp_path / "out", Machines())
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert build_corpus(recipe, tmp_path / "out", Machines()).manifest["outputs"]
+
+
 def test_a_source_that_disappears_midway(tmp_path, sources, make_recipe, monkeypatch):
     from mesh_transformer.corpus import build
 

@@ -81,6 +81,31 @@ Use :func:`the_call` and `a link <http://a>`_ with ``code``::
 
 .. note:: Mind this.
 """
+INFO = """This is a.info, made by hand.
+\x1f
+File: a.info,  Node: Top,  Next: One,  Up: (dir)
+
+The top
+*******
+
+* Menu:
+
+* One::                       What one
+                              is.
+* Index: The index.           Words
+
+\x1f
+File: a.info,  Node: One,  Prev: Top,  Up: Top
+
+One is this.\0\x08[image src="a.png"\0\x08]
+
+* it counts
+\x1f
+Tag Table:
+Node: Top\x7f31
+\x1f
+End Tag Table
+"""
 MAIL = """From a@b Thu Jan  1 00:00:00 2004
 Subject: One
 
@@ -94,6 +119,8 @@ Second
 """
 LATEX = r"\documentclass{a}\begin{document}Hello \emph{big} $x^2$ world.\end{document}"
 
+FLIPPED = bytearray(gzip.compress(b"".join(b'{"text": "line %d"}\n' % n for n in range(9)), 0))  # stored as it is
+FLIPPED[FLIPPED.index(b"line 5")] ^= 2
 LINES = zstandard.compress(b'{"text": "one"}\n\n{"text": "two"}\n')
 MAN_TEXT = "NAME\n\nls - list files\n\nOPTIONS\n\n-a, --all all of them\n\none\ntwo"
 RST_TEXT = "Title\n=====\n\nUse the_call and a link with code:\n\n    kept as it is\n\nMind this."
@@ -108,6 +135,7 @@ CASES = {
     "html": ("a.html", PAGE, {"a.html": "Head\n\nCats & dogs live here."}),
     "man": ("a.1.gz", gzip.compress(MAN.encode()), {"a.1.gz": MAN_TEXT}),
     "rst": ("a.rst", RST, {"a.rst": RST_TEXT}),
+    "info": ("a.info", INFO, {"a.info": "The top\n*******\n\nOne is this.\n\n* it counts"}),
 }
 
 
@@ -138,6 +166,7 @@ def test_mail_agrees_with_the_standard_library(tmp_path, read_one):
         ("text", "a.txt", b"caf\xe9\n", 0, "a.txt:1: byte 3 .0xe9. is not UTF-8"),
         ("text", "a.txt.gz", gzip.compress(b"x" * 99_999)[:-20], 0, "a.txt.gz: truncated archive"),
         ("jsonl", "a.jsonl", b'{"text": "good"}\n{"text": 3}\n{"te', 1, "a.jsonl:2: int where text is wanted"),
+        ("jsonl", "a.jsonl.gz", bytes(FLIPPED), 0, "a.jsonl.gz: damaged archive .*; nothing of it is read"),
         ("jsonl", "a.txt", b"x", 0, "a.txt: not named like jsonl"),
         ("mbox", "a.mbox", b"From a\nSubject: x\nContent-Type: image/png\n\nabc\n", 0, "a.mbox:1: a message without text"),
         ("warc", "a.warc", warc(PAGE, PAGE)[:-60], 1, "a.warc:2: .* bytes of it are missing at the end"),
@@ -202,3 +231,44 @@ def test_sources_that_change_or_vanish_midway(write_texts, make_recipe):
     (folder / "001.txt").unlink()
     with pytest.raises(DataError, match=r"001.txt: was there when the build began: No such file"):
         list(read_part(parts[0], recipe, Reading()))
+
+
+def test_long_texts_become_pieces(read_one):
+    text = "".join(f"word {n}\nmore of it\n\n" for n in range(200)) + "x" * 2500
+    texts, _ = read_one("text", "a.txt", text, pieces_kb=1)
+    assert "".join(texts.values()) == text
+    assert list(texts) == [f"a.txt:{n}" for n in range(1, len(texts) + 1)]
+    assert all(len(piece) <= 1000 for piece in texts.values())
+    assert [piece.endswith("\n\n") for piece in texts.values()] == [True] * (len(texts) - 3) + [False] * 3
+    assert read_one("text", "a.txt", text, pieces_kb=10)[0] == {"a.txt": text}
+    with pytest.raises(ValueError, match=r"components.a.pieces_kb: files of this kind are many documents already"):
+        read_one("warc", "a.warc", warc(PAGE), pieces_kb=1)
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.txt"])
+def test_links_that_lead_nowhere_are_counted(tmp_path, write_texts, make_recipe, pattern):
+    folder = write_texts("texts", ["one"])
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    component = {"kind": "text", "paths": [f"{folder}{pattern}"]}
+    texts, reading = read(make_recipe({"a": component}))
+    assert list(texts) == ["000.txt"]
+    assert reading.bad.counts == {"broken link": 1}
+    assert list(reading.digests) == [str(folder / "000.txt")]
+    with pytest.raises(DataError, match=r"component a: .*gone.txt: a link that leads nowhere; exclude it"):
+        read(make_recipe({"a": component}, corpus={"on_bad_document": "error"}))
+    assert list(read(make_recipe({"a": component | {"exclude": ["*/gone.txt"]}}))[0]) == ["000.txt"]
+
+
+def test_files_that_cannot_be_read_are_counted(write_texts, make_recipe, monkeypatch):
+    folder = write_texts("texts", ["one", "two"])
+    monkeypatch.setattr("mesh_transformer.corpus.sources.digest_file", refuse_second)
+    texts, reading = read(make_recipe({"a": {"kind": "text", "paths": [str(folder)]}}))
+    assert list(texts) == ["000.txt"]
+    assert reading.bad.examples == {"unreadable file": [f"{folder}/001.txt: cannot be read: Permission denied"]}
+
+
+def refuse_second(path: str) -> str:
+    """As the system does to who may not read it; root may read all."""
+    if path.endswith("001.txt"):
+        raise PermissionError(13, "Permission denied")
+    return "0" * 32

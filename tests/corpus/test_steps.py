@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every step keeps what it should and says why it drops the rest."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from invented_text import prose
 pytest.importorskip("datatrove")
 from datatrove.data import Document
 
+from mesh_transformer.corpus.markup import TO_TEXT
 from mesh_transformer.corpus.quality import load_classifier, train_classifier
 from mesh_transformer.corpus.recipe import Step
 from mesh_transformer.corpus.steps import MAKERS, make_steps
@@ -167,3 +169,25 @@ def test_evaluation_sets_that_cannot_be_read(make_recipe, tmp_path):
     )
     with pytest.raises(DataError, match=r"set.jsonl:2: no JSON object with text"):
         make_steps(recipe, "a", {})
+
+
+def test_addresses_are_found_wherever_they_stand(apply):
+    from datatrove.pipeline.formatters import PIIFormatter
+
+    many = [f"{'x' * gap} (anna-{gap}@mail.example{gap}.net) " for gap in (0, 1, 100, 318, 319, 320, 321, 641, 5000)]
+    text = "a@b " + "".join(many) + "3.4.5.6@ @x.y no@where " + "".join(many).replace("x", " ") + "last_one@a.org"
+    masked = apply(text, kind="mask-pii")[1].text
+    assert masked == PIIFormatter().format(text)
+    assert "anna" not in masked
+    assert apply("nothing here", kind="mask-pii")[1].text == "nothing here"
+
+
+@pytest.mark.parametrize("run", ["a-", " ", ":a", "\n", "a.", '"'])
+def test_long_runs_take_no_square(apply, run):
+    """What took the square of a run's length took over half a minute of these."""
+    text, start = run * (80_000 // len(run)), time.process_time()
+    for kind in ("mask-pii", "repair", "c4", "gopher-quality"):
+        apply(text, kind=kind)
+    for kind in set(TO_TEXT) - {"latex"}:  # which is linear, and slow
+        TO_TEXT[kind](text)
+    assert time.process_time() - start < 10

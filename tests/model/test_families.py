@@ -47,9 +47,29 @@ PUBLISHED = {
     "llama2-7b": 6_738_415_616,
     "mixtral-8x7b": 46_702_792_704,
     "mixtral-8x22b": 140_620_634_112,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "t5-v1.1-small": 76_961_152,
+    "t5-v1.1-base": 247_577_856,
+    "t5-v1.1-large": 783_150_080,
+    "t5-v1.1-xl": 2_849_757_184,
+    "t5-v1.1-xxl": 11_135_332_352,
+    "switch-base-8": 619_339_008,
+    "switch-base-16": 1_072_397_568,
+    "switch-base-32": 1_978_514_688,
+    "switch-base-64": 3_790_748_928,
+    "switch-base-128": 7_415_217_408,
+    "switch-base-256": 14_664_154_368,
+    "switch-large-128": 26_309_291_008,
 }
-# Of a decoder alone there is no published size: experts, as the released code has them, and little else.
+# Known to three or four digits: sizes that were published but not as files that transformers reads (Switch, table 9;
+# of XXL with the 128 experts of its code), and a decoder alone, which nobody published.
 OURS = {
+    "switch-xxl": 395_000_000_000,
+    "switch-c": 1_571_000_000_000,
     "switch-decoder-base-8": 309_000_000,
     "switch-decoder-base-128": 3_700_000_000,
     "switch-decoder-c": 786_000_000_000,
@@ -102,6 +122,20 @@ PUBLISHED_SHAPES = {
     "llama2-7b": (32, 4096, 32, 128),
     "mixtral-8x7b": (32, 4096, 32, 128),
     "mixtral-8x22b": (56, 6144, 48, 128),
+    "t5-small": (6, 512, 8, 64),
+    "t5-base": (12, 768, 12, 64),
+    "t5-large": (24, 1024, 16, 64),
+    "t5-3b": (24, 1024, 32, 128),
+    "t5-11b": (24, 1024, 128, 128),
+    "t5-v1.1-small": (8, 512, 6, 64),
+    "t5-v1.1-base": (12, 768, 12, 64),
+    "t5-v1.1-large": (24, 1024, 16, 64),
+    "t5-v1.1-xl": (24, 2048, 32, 64),
+    "t5-v1.1-xxl": (24, 4096, 64, 64),
+    **dict.fromkeys((f"switch-base-{2**i}" for i in range(3, 9)), (12, 768, 12, 64)),
+    "switch-large-128": (24, 1024, 16, 64),
+    "switch-xxl": (24, 4096, 64, 64),
+    "switch-c": (15, 2080, 30, 64),
     "switch-decoder-base-8": (12, 768, 12, 64),
     "switch-decoder-base-128": (12, 768, 12, 64),
     "switch-decoder-c": (15, 2080, 30, 64),
@@ -128,12 +162,18 @@ def closed_formula(name: str, c: ModelConfig) -> int:
     if name.startswith("mixtral"):
         attention = 2 * d * d + 2 * d * c.kv_heads * c.head_dim
         return 2 * v * d + layers * (attention + 8 * 3 * d * f + 8 * d + 2 * d) + d
-    if name.startswith("switch"):
-        assert c.experts is not None
-        e, sparse = c.experts.n_experts, layers // c.experts.every
+    if name.startswith(("switch", "t5")):
         attention, tables = 4 * d * c.n_heads * c.head_dim, (1 if c.tied_embeddings else 2) * v * d
-        ff = sparse * (e * 2 * d * f + e * d) + (layers - sparse) * 2 * d * f
-        return tables + 32 * c.n_heads + layers * (attention + 2 * d) + ff + d
+        dense = (3 if c.gated else 2) * d * f
+
+        def stack(layers: int, blocks: int) -> int:
+            """Each layer has so many attention and feed-forward blocks with a norm before each."""
+            sparse = 0 if c.experts is None else layers // c.experts.every
+            ff = (layers - sparse) * dense + (sparse * c.experts.n_experts * (dense + d) if c.experts else 0)
+            return layers * ((blocks - 1) * attention + blocks * d) + ff + 32 * c.n_heads + d
+
+        encoder = 0 if c.encoder_layers is None else stack(c.encoder_layers, 2)
+        return tables + encoder + stack(layers, 2 if c.encoder_layers is None else 3)
     raise AssertionError(f"{name}: add the family's formula")
 
 
@@ -190,7 +230,16 @@ CHOICES = {
     ),
     "llama2-7b": dict(norm_eps=1e-5, seq_len=4096),
     "mixtral-8x7b": dict(norm_eps=1e-5, kv_heads=8, ff_dim=14336, rotary_base=1e6, seq_len=32768),
-    "switch-decoder-c": dict(ff_dim=6144, attention_scale="none", positions="t5", tied_embeddings=False),
+    "t5-base": dict(
+        encoder_layers=12, ff_dim=3072, activation="relu", gated=False, tied_embeddings=True, head_scale="sqrt"
+    ),
+    "t5-v1.1-xxl": dict(ff_dim=10240, activation="gelu-tanh", gated=True, tied_embeddings=False, head_scale="none"),
+    "switch-base-8": dict(encoder_layers=12, ff_dim=3072, activation="relu", tied_embeddings=True, positions="t5"),
+    "switch-xxl": dict(ff_dim=10240, gated=True, tied_embeddings=False),
+    "switch-c": dict(encoder_layers=15, ff_dim=6144, gated=False, tied_embeddings=False, head_scale="none"),
+    "switch-decoder-c": dict(
+        encoder_layers=None, ff_dim=6144, attention_scale="none", positions="t5", tied_embeddings=False
+    ),
 }
 
 

@@ -67,10 +67,11 @@ def loop_over_tokens(config: ModelConfig, params, x: np.ndarray, capacity: int |
     assert e is not None
     w = {name: np.asarray(value, np.float64) for name, value in params["experts"].items()}
     silu = lambda v: v / (1 + np.exp(-v))  # noqa: E731
-    y, count, dropped = np.zeros(x.shape), np.zeros(e.n_experts), 0
+    y, count, seated, dropped = np.zeros(x.shape), np.zeros(e.n_experts), np.zeros(e.n_experts, int), 0
     every, squares, entropies = [], [], []
     for row in range(x.shape[0]):
-        seated = np.zeros(e.n_experts, int)
+        if row % min(e.group, B) == 0:
+            seated = np.zeros(e.n_experts, int)
         for place in range(x.shape[1]):
             token = x[row, place].astype(np.float64)
             logits = token @ w["w_router"]
@@ -91,6 +92,7 @@ def loop_over_tokens(config: ModelConfig, params, x: np.ndarray, capacity: int |
                 hidden = silu(token @ w["w_gate"][expert]) * hidden if config.gated else silu(hidden)
                 y[row, place] += p[best][list(best).index(expert)] / total * (hidden @ w["w_out"][expert])
     load = count / count.sum()
+    y *= e.gate_scale
     balance = e.n_experts * (load * np.mean(every, axis=0)).sum()
     numbers = [balance, np.mean(squares), np.mean(entropies), dropped / count.sum()]
     return y, Routing(load, *map(np.asarray, numbers))  # type: ignore[arg-type]
@@ -121,6 +123,18 @@ def test_overflow_scales_the_input_where_said(per_token):
     wanted, routing = loop_over_tokens(config, params, x, find_capacity(0.4, T, per_token, 4))
     assert routing.dropped > 0.2
     np.testing.assert_allclose(apply_layer(config, params, x)[0], wanted, atol=2e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("group", [2, 4, 64])
+def test_sequences_of_a_group_share_seats(group):
+    config = make_config(dict(per_token=2, evaluation_capacity_factor=1.0, group=group, gate_scale=3.0))
+    params, x = draw_layer(config)
+    wanted, routing = loop_over_tokens(config, params, x, find_capacity(1.0, T * min(group, B), 2, 4))
+    found, found_routing = apply_layer(config, params, x)
+    np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
+    np.testing.assert_allclose(found_routing.dropped, routing.dropped, rtol=1e-6)
+    alone = apply_layer(make_config(dict(per_token=2, evaluation_capacity_factor=1.0)), params, x)
+    assert float(alone[1].dropped) > float(found_routing.dropped) > 0
 
 
 def test_experts_choose_their_tokens():
@@ -371,11 +385,13 @@ MESHES = [
 ]  # fmt: skip
 FORMS = {
     "capacity": dict(per_token=2, capacity_factor=0.9, jitter=0.1, expert_dropout=0.2, overflow="scale"),
+    "group": dict(per_token=2, capacity_factor=0.9, jitter=0.1, expert_dropout=0.2, group=8),
     "dropless": dict(per_token=2, jitter=0.1, balance_over="sequence", expert_dropout=0.2),
     "by expert": dict(
         choice="expert", noncausal=True, per_token=2, capacity_factor=0.9, evaluation_capacity_factor=1.0, jitter=0.1
     ),
 }
+SIZES: dict[str, Any] = dict(gated=True, d_ff=16, n_heads=8)
 _alone: dict[str, Any] = {}
 
 
@@ -401,11 +417,13 @@ def run_on(config: ModelConfig, mesh: dict[str, Any] | None):
 
 @pytest.mark.parametrize(
     ("mesh", "form"),
-    [(mesh, form) for mesh in MESHES for form in FORMS if form != "by expert" or mesh == MESHES[6]],
+    [(mesh, form) for mesh in MESHES for form in FORMS if form != "by expert" or mesh == MESHES[6]]
+    + [(MESHES[3], "group of 4"), (MESHES[4], "group of 2"), (MESHES[4], "group of 4"), (MESHES[6], "group of 2")],
     ids=str,
 )
 def test_sharded_equals_one_device(mesh, form):
-    config = make_config(dict(FORMS[form], n_experts=8), gated=True, d_ff=16, n_heads=8)
+    name, _, group = form.partition(" of ")
+    config = make_config({**FORMS[name], "n_experts": 8, **({"group": int(group)} if group else {})}, **SIZES)
     if form not in _alone:
         _alone[form] = run_on(config, None)
     (loss, routing), gradients = _alone[form]
@@ -445,6 +463,8 @@ def test_experts_are_cut_and_exchanged():
             dict(n_experts=8), dict(data=2, expert=4, rules={"batch": ["data"]}),
             "mesh.rules.expert: experts lie on expert, along which the batch is not cut; add it to mesh.rules.batch",
         ),
+        (dict(group=3, evaluation_capacity_factor=1.0), dict(data=8), "group = 3 does not divide a batch of 8 .* for example, 1"),
+        (dict(group=2, evaluation_capacity_factor=1.0), dict(data=2, expert=4), r"group = 2: on this mesh .* one of \[1, 4, 8\]"),
     ],
 )  # fmt: skip
 def test_meshes_that_do_not_fit_are_refused(experts, mesh, message):

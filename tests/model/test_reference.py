@@ -8,7 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference_models import CASES, GOLDEN, LIVE_CASES, Arrays, Case, draw, import_arrays, make_torch, read_golden
+from reference_models import (
+    CASES,
+    GOLDEN,
+    LIVE_CASES,
+    Arrays,
+    Case,
+    draw,
+    import_arrays,
+    make_sources,
+    make_torch,
+    read_golden,
+    run_model,
+)
 
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import make_model
@@ -27,10 +39,11 @@ def run_ours(
     case: Case, weights: Arrays, tokens: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, dict[str, Arrays]]:
     """Logits, and gradients of the mean loss, of our model with their weights."""
-    model = make_model(case.config)
+    model, read = make_model(case.config), make_sources(case, tokens)
+    more = {} if read is None else dict(zip(("sources", "source_segments"), map(jnp.asarray, read), strict=True))
 
     def loss(params):
-        logits, _ = model.apply(params, jnp.asarray(tokens))
+        logits, _ = model.apply(params, jnp.asarray(tokens), **more)
         log_p = jax.nn.log_softmax(logits)
         return -jnp.mean(jnp.take_along_axis(log_p, jnp.asarray(targets)[..., None], axis=-1)), logits
 
@@ -60,24 +73,29 @@ def test_ours_equals_golden(name):
 
 
 # With torch
-def run_torch(model, parameters, weights: Arrays, tokens: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, Arrays]:
+def run_torch(
+    case: Case, model, parameters, weights: Arrays, tokens: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, Arrays]:
     import torch
 
     assert parameters.keys() == weights.keys()
     for name, parameter in parameters.items():
         parameter.data = torch.tensor(weights[name])
         parameter.grad = None
-    logits = model(torch.tensor(tokens, dtype=torch.long)).logits
+    logits = run_model(case, model, tokens)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(targets, dtype=torch.long).flatten())
     loss.backward()
-    return logits.detach().numpy(), {name: parameter.grad.numpy() for name, parameter in parameters.items()}
+    zeros = torch.zeros  # of an expert that nobody chose
+    gradients = {name: zeros(p.shape) if p.grad is None else p.grad for name, p in parameters.items()}
+    return logits.detach().numpy(), {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_golden_equals_transformers(name):
-    model, parameters = make_torch(CASES[name])
+    case = CASES[name]
+    model, parameters = make_torch(case)
     weights, tokens, targets, logits, gradients = read_golden(name)
-    live_logits, live_gradients = run_torch(model, parameters, weights, tokens, targets)
+    live_logits, live_gradients = run_torch(case, model, parameters, weights, tokens, targets)
     remedy = (
         "the installed transformers computes something else: if that is right, run python tests/model/test_reference.py"
     )
@@ -95,7 +113,7 @@ def test_ours_equals_transformers(name):
     case = LIVE_CASES[name]
     model, parameters = make_torch(case)
     weights, tokens, targets = draw(case, parameters, seed=len(name))
-    logits, gradients = run_torch(model, parameters, weights, tokens, targets)
+    logits, gradients = run_torch(case, model, parameters, weights, tokens, targets)
     assert_equal(case, run_ours(case, weights, tokens, targets), logits, gradients)
 
 
@@ -107,7 +125,7 @@ def write_goldens(names: list[str]) -> None:
             continue
         model, parameters = make_torch(case)
         weights, tokens, targets = draw(case, parameters, seed)
-        logits, gradients = run_torch(model, parameters, weights, tokens, targets)
+        logits, gradients = run_torch(case, model, parameters, weights, tokens, targets)
         arrays = {f"weight:{key}": weight.astype(np.float16) for key, weight in weights.items()}
         arrays |= {f"grad:{key}": gradient for key, gradient in gradients.items()}
         path = GOLDEN / f"reference_{name}.npz"

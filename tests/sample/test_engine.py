@@ -14,6 +14,7 @@ from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig, Sample
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.transformer import describe_params, make_model
 from mesh_transformer.sample.engine import Engine
+from mesh_transformer.sample.programs import BURST
 from mesh_transformer.sample.proposals import DraftProposer, NgramProposer
 from mesh_transformer.sample.requests import PromptError
 
@@ -125,6 +126,16 @@ def test_samples_share_the_prompt_and_differ(shared):
     assert engine.generate([prompts[1]], WARM, max_tokens=16, seed=3)[0][0].tokens == both[1][0].tokens
 
 
+def test_first_tokens_wait_for_no_burst(shared):
+    _, _, engine = shared
+    rows = [engine.submit(engine.make_row(prompt, WARM, max_tokens=30)) for prompt in random_prompts(9, 12)]
+    first, second = engine.step(), engine.step()
+    assert [event.row for event in first] == [rows[0].id, rows[1].id] * 2
+    assert len(second) == 2 * BURST
+    while not engine.idle:
+        engine.step()
+
+
 def test_prompt_in_pieces_is_at_once(shared):
     config, params, engine = shared
     prompts = random_prompts(70, 33, 32, 2)
@@ -150,7 +161,8 @@ def test_nearby_lengths_compile_nothing():
     engine = Engine(*make(n_layers=1), prefix_bytes=0)
     engine.generate(random_prompts(17, 18), WARM, max_tokens=10)
     before = engine.compilations
-    assert before == dict.fromkeys(("make_caches", "read", "make_state", "seat", "decode"), 1)
+    kinds = ("make_caches", "read", "make_state", "begin", "take_row", "put_row", "seat", "decode")
+    assert before == dict.fromkeys(kinds, 1)
     engine.generate(random_prompts(32, 3), GREEDY, max_tokens=31, seed=9, stop_tokens=[1, 2, 3])
     assert engine.compilations == before
     engine.generate(random_prompts(33, 3), GREEDY, max_tokens=31)

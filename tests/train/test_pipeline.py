@@ -1,16 +1,19 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Stages idle as little as the schedule says, and 1F1B keeps inputs of a few microbatches however many there are."""
+"""Stages idle as little as the schedule says, 1F1B keeps inputs of a few microbatches, and routers are heard of."""
 
 import jax
+import numpy as np
 import pytest
 
 from mesh_transformer.config import ConfigError, parse_config
+from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import make_layout, use_layout
+from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.train.pipeline import bubble_share
 from mesh_transformer.train.run import abstract_batch
 from mesh_transformer.train.state import describe_state, state_shardings
-from mesh_transformer.train.step import make_train_step
+from mesh_transformer.train.step import make_gradients, make_train_step
 
 
 def make_config(accumulation: int, schedule: str = "1f1b", **mesh):
@@ -52,3 +55,44 @@ def test_memory_of_1f1b_does_not_grow_with_the_microbatches():
     stream = 2 * 16 * 32 * 4  # bytes of a microbatch at a stage
     assert temporary(32, "1f1b") - temporary(8, "1f1b") < 8 * stream
     assert temporary(32, "gpipe") - temporary(8, "gpipe") > 24 * stream
+
+
+EXPERTS = dict(n_experts=4, capacity_factor=0.8, group=2, balance_loss=0.3)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_stages_hand_on_what_routers_did_and_its_gradients(schedule):
+    """As one device that accumulates as many microbatches: loads, shares and losses by layer, and the price of these."""
+    sizes = dict(
+        n_layers=2, d_model=8, n_heads=1, n_vocab=16, seq_len=8, d_ff=8, positions="rotary-halves", norm="rmsnorm"
+    )
+    rng = np.random.default_rng(0)
+    tokens, ones = rng.integers(0, 16, (6, 9), dtype=np.int32), np.ones((6, 8), np.int32)
+    places = np.tile(np.arange(8, dtype=np.int32), (6, 1))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], ones, places, ones.astype(np.float32))
+    params: dict = {}
+
+    def find(**mesh):
+        table = {
+            "model": dict(sizes, ff_bias=False, qkv_bias=False, experts=EXPERTS),
+            "mesh": {"data": 1, "pipeline_schedule": schedule, **mesh},
+            "data": {"train": {"numbers": {"path": "made-up"}}},
+            "train": dict(steps=10, batch_size=6, accumulation=3),
+        }
+        config = parse_config(table, where="test")
+        layout = make_layout(config.mesh, jax.devices()[: config.mesh.pipeline * config.mesh.expert])
+        for module, infos in () if params else describe_params(config.model).items():
+            params[module] = {name: 0.3 * rng.normal(size=i.shape).astype(np.float32) for name, i in infos.items()}
+
+        def traced(params, batch, key):
+            with use_layout(layout):
+                return make_gradients(config)(params, batch, key)
+
+        return jax.jit(traced)(params, batch, jax.random.key(1))
+
+    wanted, found = find(), find(pipeline=2, expert=2)
+    assert wanted.losses.routing is not None
+    assert float(wanted.losses.routing.dropped.min()) > 0
+    assert wanted.losses.routing.load.shape == (2, 4)
+    for one, other in zip(jax.tree.leaves(wanted[:2]), jax.tree.leaves(found[:2]), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * np.abs(one).max(), rtol=0)

@@ -182,16 +182,22 @@ def test_any_numbers_make_a_page_of_finite_coordinates(values):
 
 
 def test_experts_have_a_map_and_the_unused_are_counted():
-    loads = [[2.0, 1.0, 1.0, 0.0], [1.5, 1.5, 1.0, 0.0], [HOSTILE, None, 1e400]]
+    one, other = [[2.0, 1.0, 1.0, 0.0], [1.5, 1.5, 1.0, 0.0]], [[1.0] * 4, [4.0, 0.0, 0.0, 0.0]]
+    loads = [*map(list, zip(one, other, strict=True)), [[HOSTILE, None, 1e400], [0.0, 0.0, 0.0, 0.0]], HOSTILE, [2.0]]
     lines = [train_line(i + 1, expert_load=load, dropped_share=0.1, router_entropy=1.2) for i, load in enumerate(loads)]
     text = make_page("run", lines, "")
     page = Page(text)
-    assert text.count('class="map"') == 1
-    assert "1 of 4" in page.text["dd"]
-    for title in ("Load of experts", "Choices that found their expert full", "Entropy of the routers"):
+    assert text.count('class="map"') == 2
+    assert "1 of 8" in page.text["dd"], "in one layer, though used in the other"
+    for title in (
+        "Load of experts, first layer",
+        "Load of experts, last layer",
+        "Choices that found their expert full",
+        "Entropy of the routers",
+    ):
         assert title in page.text["b"]
     assert "Balance loss" not in page.text["b"], "none was told of"
-    assert "Load of experts" not in Page(make_page("run", [train_line(1)], "")).text["b"]
+    assert "Load of experts" not in " ".join(Page(make_page("run", [train_line(1)], "")).text["b"])
 
 
 def test_a_skipped_step_is_marked_but_does_not_set_the_scale():

@@ -55,6 +55,7 @@ def _refuse(kernel: str, config: ModelConfig, length: int, *, segmented: bool) -
     platform, pieces = target_platform(), _ring_size()
     local, head_dim = "local" in config.attention_pattern, config.head_dim
     checks = [
+        (not config.causal, "it hides from a token what comes after it (model.causal)"),
         (config.dropout > 0, "it has no dropout"),
         (config.positions == "t5", "it has no T5 bias"),
         (kernel != "blocked" and config.positions == "alibi", "it has no ALiBi bias"),
@@ -138,7 +139,7 @@ def _attend_plainly(
     visible, length = masks.near if local else masks.visible, q.shape[1]
     # On a CPU the work saved counts, as long as a block is long; on accelerators one large product is faster.
     n_blocks = next((n for n in (4, 2) if length % n == 0 and length >= 64 * n), 1)
-    if k.shape[1] == length and n_blocks > 1 and target_platform() == "cpu" and _ring_size() == 1:
+    if config.causal and k.shape[1] == length and n_blocks > 1 and target_platform() == "cpu" and _ring_size() == 1:
         return attend_in_blocks(q, k, v, visible, masks.bias, n_blocks=n_blocks, **options)
     return attend(q, k, v, visible, masks.bias, **options)
 

@@ -19,6 +19,7 @@ class Cache(NamedTuple):
 
     k: Float[Array, "*L B K S C"] | Quantized
     v: Float[Array, "*L B K S C"] | Quantized
+    memory: Any = None  # of a layer that attends to an encoder: a Cache of the encoder's places
 
 
 class Masks(NamedTuple):
@@ -29,6 +30,13 @@ class Masks(NamedTuple):
     bias: Float[Array, "#B H T S"] | None  # added to scores
 
 
+class Memory(NamedTuple):
+    """What an encoder read, for the layers of its decoder."""
+
+    x: Float[Array, "B S D"] | None  # None: its keys and values are in the cache
+    visible: Bool[Array, "#B T S"]  # which of its places each query sees
+
+
 class Sight(NamedTuple):
     """What is the same for all layers."""
 
@@ -36,6 +44,8 @@ class Sight(NamedTuple):
     positions: Int[Array, "B T"]  # for rotary embeddings
     segments: Int[Array, "B T"] | None  # attention stays within equal ones
     masks: Masks | None  # for the kernel "plain"; the others find out block by block
+    sampling: bool = False  # a text is being read or written: experts take every token
+    memory: Memory | None = None  # of a decoder that has an encoder
 
 
 def store(cache: Cache, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], positions: Int[Array, "B T"]) -> Cache:
@@ -51,7 +61,7 @@ def store(cache: Cache, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], 
             new = quantize(new, (-1,))
         return jax.tree.map(lambda x, y: x.at[rows, :, positions].set(y.astype(x.dtype)), kept, new)
 
-    return Cache(put(cache.k, k), put(cache.v, v))
+    return cache._replace(k=put(cache.k, k), v=put(cache.v, v))
 
 
 def recall(cache: Cache, dtype: Any) -> tuple[Float[Array, "B S K C"], Float[Array, "B S K C"]]:

@@ -1,0 +1,204 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What training text speaks of, for the datasheet: topics, profanity, and the words around he and she.
+
+The Pile's paper (section 6) is the model: profanity by the classifier that it used, he and she by its measure. Topics are
+by non-negative factors of tf-idf instead of its LDA, for these come out the same each time. Words are English ones: of
+other languages only their shares are known.
+"""
+
+import dataclasses
+import heapq
+import math
+import re
+from bisect import bisect_right
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mesh_transformer.corpus.markup import install_hint
+from mesh_transformer.corpus.parts import PartWriter, read_documents
+from mesh_transformer.corpus.recipe import Recipe
+
+SAMPLE = 300  # documents of a component, those whose names have the lowest hashes
+CHARACTERS = 4000  # of each of them
+PRONOUNS = ("he", "she")
+WORDS = 5000  # around them that a part keeps, the most frequent ones
+SENTENCE = 400  # characters of one that are looked at: what has no full stop is no sentence
+TOPICS, TOPIC_WORDS = 16, 8  # The Pile: 16
+LEAST = 10  # sentences with a word, fewer say nothing
+NAMED = (
+    "military",
+    "criminal",
+    "offensive",
+    "little",
+    "married",
+    "sexual",
+    "happy",
+)  # in the paper: three he, four she
+PIECES = {
+    "don",
+    "didn",
+    "doesn",
+    "isn",
+    "wasn",
+    "won",
+    "wouldn",
+    "couldn",
+    "hasn",
+    "hadn",
+    "aren",
+    "com",
+    "org",
+    "www",
+}  # no words
+_PRONOUN = re.compile(rf"\b(?:{'|'.join(PRONOUNS)})\b")
+_WORD = re.compile(r"[a-z]+")
+_END = re.compile(r"[.!?][\"')\]]*\s+|\n\s*\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """Task: the training documents of one part -> sample/RANK.jsonl.zst, and counts around pronouns in the record."""
+
+    recipe: Recipe
+    components: tuple[str, ...]  # of each part
+    selected: Path
+    folder: Path
+
+    def __call__(self, rank: int) -> dict[str, Any]:
+        """The record of part `rank`."""
+        component = self.components[rank]
+        lowest: list[tuple[int, str, str]] = []  # a heap whose first has the highest hash
+        sentences: Counter[str] = Counter()
+        around: dict[str, Counter[str]] = {pronoun: Counter() for pronoun in PRONOUNS}
+        for record in read_documents(self.selected / f"train/{component}-{rank:05d}.jsonl.zst"):
+            name, text = record["id"], record["text"]
+            add = heapq.heappush if len(lowest) < SAMPLE else heapq.heappushpop
+            add(lowest, (-xxhash.xxh3_64_intdigest(f"survey:{name}".encode()), name, text[:CHARACTERS]))
+            for pronouns, words in find_sentences(text):
+                for pronoun in pronouns:
+                    sentences[pronoun] += 1
+                    around[pronoun].update(words)
+        total = around["he"] + around["she"]
+        known = {word for word, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))[:WORDS]}
+        sample = f"sample/{rank:05d}.jsonl.zst"
+        with PartWriter(self.folder / sample) as part:
+            for negative, name, text in sorted(lowest, reverse=True):
+                part.add(text, name, {"hash": -negative})
+        return {
+            "component": component,
+            "sentences": sentences,
+            "around": {one: {word: n for word, n in counts.items() if word in known} for one, counts in around.items()},
+            "outputs": {sample: part.describe()},
+        }
+
+
+def find_sentences(text: str) -> list[tuple[set[str], set[str]]]:
+    """Pronouns and all words, lower case, of every sentence with one of PRONOUNS."""
+    lower = text.lower()
+    spots = [match.start() for match in _PRONOUN.finditer(lower)]
+    if not spots:
+        return []
+    ends = [match.end() for match in _END.finditer(lower)]
+    starts = [0, *ends]
+    places = sorted({bisect_right(ends, spot) for spot in spots})
+    found = []
+    for place in places:
+        sentence = lower[starts[place] : ends[place] if place < len(ends) else len(lower)][:SENTENCE]
+        words = set(_WORD.findall(sentence))
+        if pronouns := words.intersection(PRONOUNS):
+            found.append((pronouns, words))
+    return found
+
+
+def describe_survey(records: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Topics, profanity and pronouns of all parts; `folder` is the stage's."""
+    samples: dict[str, list[tuple[int, str]]] = {}
+    for rank, record in enumerate(records):
+        found = samples.setdefault(record["component"], [])
+        found += [(one["meta"]["hash"], one["text"]) for one in read_documents(folder / f"sample/{rank:05d}.jsonl.zst")]
+    texts = {name: [text for _, text in sorted(found)[:SAMPLE]] for name, found in samples.items()}
+    return {"topics": find_topics(texts), "profanity": measure_profanity(texts), "pronouns": compare_pronouns(records)}
+
+
+def find_topics(texts: dict[str, list[str]]) -> dict[str, Any]:
+    """Words of each topic, and the share of each in every component's sample."""
+    try:
+        from sklearn.decomposition import NMF
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    except ImportError:
+        raise install_hint("scikit-learn") from None
+    owners = [name for name, found in texts.items() for _ in found]
+    every = [text for found in texts.values() for text in found]
+    vectorizer = TfidfVectorizer(
+        max_features=4000,
+        min_df=min(3, len(every)),
+        max_df=0.5,
+        stop_words="english",
+        token_pattern=r"(?u)\b[^\W\d_]{3,}\b",
+    )
+    try:
+        table = vectorizer.fit_transform(every)
+    except ValueError:  # no word in as many documents, as in a corpus of a few
+        return {"words": [], "shares": {}}
+    count: Any = min(TOPICS, *table.shape)  # Any, for scikit-learn's types know but a word here
+    model = NMF(count, init="nndsvda", random_state=0, max_iter=300, tol=1e-3)
+    weights = model.fit_transform(table)  # [documents, topics]
+    weights = weights / weights.sum(axis=1, keepdims=True).clip(1e-9)
+    names = vectorizer.get_feature_names_out()
+    words = [[str(names[i]) for i in row.argsort()[::-1][:TOPIC_WORDS]] for row in model.components_]
+    shares = {}
+    for name in texts:
+        own = [i for i, owner in enumerate(owners) if owner == name]
+        shares[name] = [round(float(share), 4) for share in weights[own].mean(axis=0)] if own else [0.0] * count
+    return {"words": words, "shares": shares}
+
+
+def measure_profanity(texts: dict[str, list[str]]) -> dict[str, dict[str, int]]:
+    """Sentences of every component's sample, and how many of them the classifier takes for profane."""
+    try:
+        from profanity_check import predict
+    except ImportError:
+        raise install_hint("alt-profanity-check") from None
+    result = {}
+    for name, found in texts.items():
+        pieces = [piece.strip()[:SENTENCE] for text in found for piece in _END.split(text)]
+        sentences = [piece for piece in pieces if _WORD.search(piece.lower())]
+        result[name] = {"sentences": len(sentences), "profane": int(predict(sentences).sum()) if sentences else 0}
+    return result
+
+
+def compare_pronouns(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sentences with each pronoun by component, and the words that lean most to either.
+
+    Leaning is the paper's: the difference of the rates at which a word stands in sentences with he and with she, times
+    the square root of its frequency there. It counts adjectives and adverbs, this all but function words.
+    """
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    by_component: dict[str, Counter[str]] = {}
+    around = {pronoun: Counter[str]() for pronoun in PRONOUNS}
+    for record in records:
+        by_component.setdefault(record["component"], Counter()).update(record["sentences"])
+        for pronoun in PRONOUNS:
+            around[pronoun].update(record["around"][pronoun])
+    totals = {one: max(sum(counts[one] for counts in by_component.values()), 1) for one in PRONOUNS}
+
+    def lean(word: str) -> dict[str, Any]:
+        he, she = (around[pronoun][word] for pronoun in PRONOUNS)
+        score = (he / totals["he"] - she / totals["she"]) * math.sqrt(he + she)
+        return {"word": word, "he": he, "she": she, "lean": round(score, 4)}
+
+    left_out = ENGLISH_STOP_WORDS | PIECES
+    words = [word for word in around["he"] | around["she"] if len(word) > 2 and word not in left_out]
+    leaning = [lean(word) for word in words if around["he"][word] + around["she"][word] >= LEAST]
+    leaning.sort(key=lambda row: (-row["lean"], row["word"]))
+    return {
+        "sentences": {name: {one: counts[one] for one in PRONOUNS} for name, counts in by_component.items()},
+        "he": [row for row in leaning[:15] if row["lean"] > 0],
+        "she": [row for row in leaning[::-1][:15] if row["lean"] < 0],
+        "named": [lean(word) for word in NAMED],
+    }

@@ -1,0 +1,114 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of a stage as a job array: on Slurm where there is one, else on three programs that do as its commands do."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("datatrove")
+from test_stages import Write, made
+
+from mesh_transformer.corpus import clusters
+from mesh_transformer.corpus.clusters import Slurm
+from mesh_transformer.corpus.stages import CorpusError, Machines, run_stage
+from mesh_transformer.data.documents import DataError
+
+ROOT = Path(__file__).parents[2]
+SBATCH = r"""#!/bin/bash
+# runs the array's parts one after the other in the background, and says their number as sbatch does
+for last; do :; done
+grep -q -- '--partition=cpu$' "$last" || { echo "invalid partition specified" >&2; exit 1; }
+script=$JOBS/script; cp "$last" "$script"
+count=$(sed -n 's/^#SBATCH --array=0-\([0-9]*\).*/\1/p' "$script")
+( for i in $(seq 0 "$count"); do SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here RUN_OFFSET=0 setsid bash "$script"; done
+  rm -f "$JOBS/7" ) >/dev/null 2>&1 &
+echo $! >"$JOBS/7"
+echo "Submitted batch job 7"
+"""
+SQUEUE = '#!/bin/bash\n[ -f "$JOBS/7" ] && echo RUNNING\nexit 0\n'
+SCANCEL = '#!/bin/bash\nkill $(cat "$JOBS/7"); rm -f "$JOBS/7"; echo "$1" >>"$JOBS/cancelled"\n'
+SRUN = '#!/bin/bash\nwhile [[ $1 == -* ]]; do [ "$1" = -n ] && shift; shift; done\nexec "$@"\n'
+
+
+def answers() -> bool:
+    """Whether there is a real Slurm with a partition named cpu."""
+    if not shutil.which("sinfo"):
+        return False
+    done = subprocess.run(["sinfo", "--noheader", "--partition", "cpu"], capture_output=True, text=True, timeout=20)
+    return bool(done.stdout.strip())
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A partition; jobs find this project and these tests."""
+    monkeypatch.setattr(clusters, "POLL_SECONDS", 0.1)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{Path(__file__).parent}")
+    if not answers():
+        programs = {
+            "sbatch": SBATCH,
+            "squeue": SQUEUE,
+            "scancel": SCANCEL,
+            "srun": SRUN,
+            "scontrol": "#!/bin/sh\necho here\n",
+        }
+        (tmp_path / "bin").mkdir()
+        for name, text in programs.items():
+            (tmp_path / "bin" / name).write_text(text)
+            (tmp_path / "bin" / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        monkeypatch.setenv("JOBS", str(tmp_path))
+    return Slurm("cpu", {"time": "5"})
+
+
+def test_parts_of_a_job_array(tmp_path, slurm):
+    folder = tmp_path / "write-0"
+    folder.mkdir()
+    machines = Machines(2, slurm=slurm)
+    with pytest.raises(
+        CorpusError, match=r"stage write: 1 of 2 parts have no whole result \(1\); DataError: the source is"
+    ):
+        run_stage("write", Write(folder, "raise"), 2, folder, machines)
+    assert [record["number"] for record in run_stage("write", Write(folder), 2, folder, machines)] == [0, 1]
+    assert made(folder) == [0, 1, 1], "a part that was whole is made again"
+    script = (folder / "log" / "launch_script.slurm").read_text()
+    assert "#SBATCH --partition=cpu\n" in script
+    assert "#SBATCH --time=5\n" in script
+    assert f'export PATH="{Path(sys.executable).parent}:$PATH"' in script
+    assert not (folder / "slurm-job").exists()
+    run_stage("write", Write(folder), 2, folder, machines)  # nothing is left to submit
+
+
+def test_a_job_is_cancelled_with_its_build(tmp_path, slurm, monkeypatch):
+    folder = tmp_path / "write-0"
+    folder.mkdir()
+
+    def stop(seconds: float) -> None:
+        monkeypatch.setattr(time, "sleep", lambda seconds: threading.Event().wait(seconds))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("write", Write(folder), 2, folder, Machines(2, slurm=slurm))
+    number = (folder / "slurm-job").read_text()
+    assert not clusters._is_there(number)
+    assert len(run_stage("write", Write(folder), 2, folder, Machines(2, slurm=slurm))) == 2
+
+
+def test_a_job_that_slurm_does_not_take(tmp_path, slurm):
+    folder = tmp_path / "write-0"
+    folder.mkdir()
+    with pytest.raises(DataError, match="sbatch refused with status 1"):
+        run_stage("write", Write(folder), 2, folder, Machines(2, slurm=slurm._replace(partition="nowhere")))
+
+
+def test_without_slurm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(DataError, match="there is no sbatch here; start this on a machine that submits jobs"):
+        run_stage("write", Write(tmp_path), 2, tmp_path, Machines(2, slurm=Slurm("cpu", {})))

@@ -1,0 +1,91 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling with an encoder: what is drawn is what the full forward pass says, alone and among others, narrow or on a mesh."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig, SampleConfig
+from mesh_transformer.mesh import make_layout
+from mesh_transformer.model.expert_choices import ExpertsConfig
+from mesh_transformer.model.families import T5
+from mesh_transformer.model.transformer import describe_params, make_model
+from mesh_transformer.sample.engine import Engine
+from mesh_transformer.sample.requests import PromptError
+from mesh_transformer.sample.rewriting import RewritingEngine
+
+CONFIG = ModelConfig(
+    **T5 | dict(n_layers=2, encoder_layers=2, d_model=16, n_heads=2, n_vocab=40, seq_len=32),
+    experts=ExpertsConfig(n_experts=4, every=2),
+)
+PROMPTS = [[3, 4, 5], list(range(6, 26)), [30]]
+START, END = 0, 1
+GREEDY = SampleConfig(temperature=0.0, max_tokens=7)
+
+
+def draw_params(config: ModelConfig):
+    rng = np.random.default_rng(0)
+    return {
+        module: {name: jnp.asarray(rng.normal(size=info.shape) / 2, jnp.float32) for name, info in arrays.items()}
+        for module, arrays in describe_params(config).items()
+    }
+
+
+PARAMS = draw_params(CONFIG)
+
+
+def make_engine(**options) -> RewritingEngine:
+    return RewritingEngine(CONFIG, PARAMS, start=START, end=END, **options)
+
+
+def test_greedy_is_the_full_forward_pass():
+    model = make_model(CONFIG)
+    for prompt, (found,) in zip(PROMPTS, make_engine().generate(PROMPTS, GREEDY), strict=True):
+        given = [START, *found.tokens[:-1]]
+        logits, _ = model.apply(PARAMS, jnp.asarray([given]), sources=jnp.asarray([[*prompt, END]]))
+        assert np.asarray(logits[0]).argmax(axis=-1).tolist() == found.tokens
+        assert len(set(found.tokens)) > 1
+        log_p = np.asarray(logits[0] - np.logaddexp.reduce(np.asarray(logits[0]), axis=-1, keepdims=True))
+        np.testing.assert_allclose(found.logprobs, [log_p[i, t] for i, t in enumerate(found.tokens)], atol=1e-4)
+
+
+def test_alone_is_among_others():
+    options, wishes = SampleConfig(temperature=1.0, max_tokens=9), dict(seed=5, n=2)
+    together = make_engine(slots=4).generate(PROMPTS, options, **wishes)
+    apart = [make_engine().generate([prompt], options, **wishes)[0] for prompt in PROMPTS]
+    assert [[s.tokens for s in samples] for samples in together] == [[s.tokens for s in samples] for samples in apart]
+    assert together[0][0].tokens != together[0][1].tokens
+
+
+def test_a_mesh_and_narrow_weights_draw_the_same():
+    wanted = [found.tokens for (found,) in make_engine().generate(PROMPTS, GREEDY)]
+    layout = make_layout(MeshConfig(data=2, tensor=2, expert=2))
+    assert [found.tokens for (found,) in make_engine(layout=layout).generate(PROMPTS, GREEDY)] == wanted
+    assert [
+        len(found.tokens) for (found,) in make_engine(weights="bfloat16", cache="int8").generate(PROMPTS, GREEDY)
+    ] == [7] * 3
+
+
+def test_a_stop_token_ends_a_row():
+    (found,) = make_engine().generate(PROMPTS[:1], GREEDY)[0]
+    stop = found.tokens[3]
+    (cut,) = make_engine().generate(PROMPTS[:1], GREEDY, stop_tokens=[stop])[0]
+    assert (cut.tokens, cut.finish) == (found.tokens[: found.tokens.index(stop) + 1], "stop")
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match=r"sampled by RewritingEngine \(device_sample\.py\)"):
+        Engine(CONFIG, PARAMS)
+    alone = dataclasses.replace(CONFIG, encoder_layers=None)
+    with pytest.raises(ConfigError, match=r"model\.encoder_layers is not set"):
+        RewritingEngine(alone, draw_params(alone), start=START, end=END)
+    engine = make_engine()
+    with pytest.raises(ConfigError, match="serving and scoring are for decoders alone"):
+        _ = engine.programs
+    with pytest.raises(PromptError, match="no bias, scores or constraint"):
+        engine.submit(engine.make_row([3], GREEDY, n_top=2))
+    with pytest.raises(PromptError, match="max_tokens=33 more exceed"):
+        engine.make_row([3], GREEDY, max_tokens=33)
