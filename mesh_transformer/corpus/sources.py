@@ -13,13 +13,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import xxhash
 
 from mesh_transformer.corpus.markup import INFO_MARK, TO_TEXT, html_to_text, install_hint, mail_to_text
 from mesh_transformer.corpus.recipe import ComponentConfig, Recipe
-from mesh_transformer.data.archives import read_chunks, split_lines
+from mesh_transformer.data.archives import ChunkStream, read_chunks, split_lines
 from mesh_transformer.data.documents import BadDocuments, DataError, Document, Flaw
 from mesh_transformer.data.formats import check_characters, decode_python, decode_utf8, read_items
 from mesh_transformer.data.readers import find_files
@@ -307,25 +307,6 @@ def _parse_mail(message: list[bytes], size: int, limit: int) -> str | Flaw:
         return flaw
 
 
-class _Stream(io.RawIOBase):
-    """A file to read from, of chunks."""
-
-    def __init__(self, chunks: Iterator[bytes]):
-        self._chunks, self._rest = chunks, b""
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Bytes read; 0 at the end."""
-        if not self._rest:
-            self._rest = next((chunk for chunk in self._chunks if chunk), b"")
-        count = min(len(buffer), len(self._rest))
-        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
-        return count
-
-
 def _read_warc(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
     """Pages among the responses of a web archive."""
     try:
@@ -336,7 +317,7 @@ def _read_warc(file: Path, component: ComponentConfig, limit: int, reading: Read
         raise install_hint("warcio and resiliparse") from None
     number = 0
     try:
-        for number, record in enumerate(ArchiveIterator(io.BufferedReader(_Stream(_chunks(file)))), 1):
+        for number, record in enumerate(ArchiveIterator(io.BufferedReader(ChunkStream(_chunks(file)))), 1):
             headers = record.http_headers
             if record.rec_type != "response" or headers is None or "html" not in (headers["Content-Type"] or ""):
                 continue

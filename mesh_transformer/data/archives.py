@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes of plain, .gz and .zst files in bounded memory, where every archive must come to its own end."""
 
+import io
 import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -80,3 +82,22 @@ def _decompress(pieces: Iterator[bytes], suffix: str) -> Iterator[bytes]:
         raise Flaw("truncated archive", detail)
     if not offset:
         raise Flaw("empty file", "an empty archive; was it written to its end?")
+
+
+class ChunkStream(io.RawIOBase):
+    """A file to read from, of chunks."""
+
+    def __init__(self, chunks: Iterator[bytes]):
+        self._chunks, self._rest = chunks, b""
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Bytes read; 0 at the end."""
+        if not self._rest:
+            self._rest = next((chunk for chunk in self._chunks if chunk), b"")
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
