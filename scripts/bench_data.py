@@ -43,7 +43,7 @@ from mesh_transformer.corpus.quality import sample_texts, train_classifier
 from mesh_transformer.corpus.recipe import Recipe, load_recipe
 from mesh_transformer.corpus.sources import Reading, find_parts, read_part
 from mesh_transformer.corpus.stages import Machines
-from mesh_transformer.corpus.steps import MAKERS, Apply, make_steps
+from mesh_transformer.corpus.steps import MAKERS, make_steps
 from mesh_transformer.corpus.words import WORDS
 from mesh_transformer.data.tokenizers import FileTokenizer, load_tokenizer
 
@@ -137,7 +137,7 @@ class Bench:
         train_classifier(positives, negatives, model, 0)
         steps = make_steps(recipe, "text", dict.fromkeys(range(len(MAKERS)), model))
         return [
-            {"step": name.partition("-")[2], "mb_per_s": self.rate(partial(take_step, step))} for name, step in steps
+            {"step": name.partition("-")[2], "mb_per_s": self.rate(partial(lambda step, text: step(Document(text, "x")), step))} for name, step in steps
         ]
 
     def _train_tokenizer(self) -> str:
@@ -250,11 +250,6 @@ def make_recipe(folder: Path, kinds: list[str], tokenizer: str, texts: Texts, pa
         "tokens": {"tokenizer": tokenizer},
     }
     return check_table(Recipe, table, where="bench")
-
-
-def take_step(step: Apply, text: str) -> str:
-    """One document through one step."""
-    return step(Document(text, "x"))
 
 
 def sign(block: BoundedSignature, text: str) -> None:
