@@ -136,9 +136,9 @@ class Bench:
         positives, negatives = (sample_texts(self.texts[half::2], 1000, 0) for half in (0, 1))
         train_classifier(positives, negatives, model, 0)
         steps = make_steps(recipe, "text", dict.fromkeys(range(len(MAKERS)), model))
-        return [
-            {"step": name.partition("-")[2], "mb_per_s": self.rate(partial(lambda step, text: step(Document(text, "x")), step))} for name, step in steps
-        ]
+        rates = [self.rate(partial(lambda one, text: one(Document(text, "x")), step)) for _, step in steps]
+        names = [name.partition("-")[2] for name, _ in steps]
+        return [{"step": name, "mb_per_s": rate} for name, rate in zip(names, rates, strict=True)]
 
     def _train_tokenizer(self) -> str:
         path = self.folder / "tokenizer.json"
