@@ -43,7 +43,7 @@ from mesh_transformer.corpus.quality import sample_texts, train_classifier
 from mesh_transformer.corpus.recipe import Recipe, load_recipe
 from mesh_transformer.corpus.sources import Reading, find_parts, read_part
 from mesh_transformer.corpus.stages import Machines
-from mesh_transformer.corpus.steps import MAKERS, Apply, make_steps
+from mesh_transformer.corpus.steps import MAKERS, make_steps
 from mesh_transformer.corpus.words import WORDS
 from mesh_transformer.data.tokenizers import FileTokenizer, load_tokenizer
 
@@ -51,7 +51,7 @@ MB = 1e6
 LONGEST = (
     100_000  # characters of a document: memory goes with the longest one, and is to be seen to go with nothing else
 )
-GROWTH = (1, 4, 16)
+GROWTH = (1, 4, 16)  # times --whole-mb
 PILE_MB, PILE_DOCUMENTS = 825.18 * 2**30 / MB, 146_340_692  # The Pile, table 1
 MACHINES, CORES = (1, 16, 128), 32
 Row = dict[str, Any]  # step, mb_per_s, and of the bare library: bare (its name), ratio
@@ -66,7 +66,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokenizer", default="", help="default: 8,192 tokens trained on the text")
     parser.add_argument("--mb", type=int, default=8, help="of text for the steps; default: %(default)s")
     parser.add_argument("--whole-mb", type=int, default=4, help="of the smallest build; 0: none; default: %(default)s")
-    parser.add_argument("--growth", type=int, nargs="+", default=GROWTH, help="times that; default: %(default)s")
     parser.add_argument("--folder", type=Path, help="where builds have room; default: a temporary one")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     options = parser.parse_args(arguments)
@@ -103,10 +102,11 @@ class Bench:
 
     def read_sources(self) -> list[Row]:
         """An equal share of every component becomes the text of the steps; MB of text a second from its files."""
-        rows = []
-        for name in dict.fromkeys(part.component for part in self.parts):
-            rows.append(self._read_source(name, self.options.mb / len(self.recipe.components)))
-        return rows
+        names, share = (
+            dict.fromkeys(part.component for part in self.parts),
+            self.options.mb / len(self.recipe.components),
+        )
+        return [self._read_source(name, share) for name in names]
 
     def _read_source(self, name: str, mb: float) -> Row:
         """Whole files until there are so many MB; of these no more become text of the steps."""
@@ -136,9 +136,9 @@ class Bench:
         positives, negatives = (sample_texts(self.texts[half::2], 1000, 0) for half in (0, 1))
         train_classifier(positives, negatives, model, 0)
         steps = make_steps(recipe, "text", dict.fromkeys(range(len(MAKERS)), model))
-        return [
-            {"step": name.partition("-")[2], "mb_per_s": self.rate(partial(take_step, step))} for name, step in steps
-        ]
+        rates = [self.rate(partial(lambda one, text: one(Document(text, "x")), step)) for _, step in steps]
+        names = [name.partition("-")[2] for name, _ in steps]
+        return [{"step": name, "mb_per_s": rate} for name, rate in zip(names, rates, strict=True)]
 
     def _train_tokenizer(self) -> str:
         path = self.folder / "tokenizer.json"
@@ -183,7 +183,7 @@ class Bench:
         """Ours and the library's own batch encoding by turns, the better of three each."""
         ours, texts = load_tokenizer(self.tokenizer), [text for _, text in self.texts]
         assert isinstance(ours, FileTokenizer), "a tokenizer.json"
-        theirs = tokenizers.Tokenizer.from_file(find_tokenizer(self.tokenizer))
+        theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.to_json()["tokenizer"]))
         calls = {"ours": ours.encode_batch, "batch": theirs.encode_batch, "fast": theirs.encode_batch_fast}
         rates: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(3):
@@ -204,7 +204,7 @@ class Bench:
         documents = (one for turn in turns for one in turn if one is not None)
         kinds = [kind for kind in MAKERS if kind not in ("c4", "fineweb", "quality")]  # which would leave little
         builds, there = [], 0
-        for growth in self.options.growth:
+        for growth in GROWTH:
             for number in range(there, growth):
                 lines = [json.dumps({"text": text}) for _, text in take(documents, self.options.whole_mb)]
                 (sources / f"{number:04d}.jsonl").write_text("\n".join(lines))
@@ -252,11 +252,6 @@ def make_recipe(folder: Path, kinds: list[str], tokenizer: str, texts: Texts, pa
     return check_table(Recipe, table, where="bench")
 
 
-def take_step(step: Apply, text: str) -> str:
-    """One document through one step."""
-    return step(Document(text, "x"))
-
-
 def sign(block: BoundedSignature, text: str) -> None:
     """A document's MinHash signature, if it has any n-gram."""
     shingles = block.get_shingles(text)
@@ -264,20 +259,13 @@ def sign(block: BoundedSignature, text: str) -> None:
         block.get_signature(shingles)
 
 
-def find_tokenizer(path: str) -> str:
-    """The file itself, of a folder its tokenizer.json."""
-    return str(Path(path) / "tokenizer.json") if Path(path).is_dir() else path
-
-
 def build_alone(recipe: Recipe, out: Path) -> Row:
     """Build in this process and say what it took."""
     before, marks, clock = peak_memory(), [("", time.process_time())], time.perf_counter()
-    peaks: dict[str, float] = {}
 
     def report(name: str, done: int, total: int) -> None:
         if done == total:
             marks.append((name, time.process_time()))
-            peaks[name] = peak_memory()
 
     corpus = build_corpus(recipe, out, Machines(), report)
     seconds: dict[str, float] = {}
@@ -292,7 +280,6 @@ def build_alone(recipe: Recipe, out: Path) -> Row:
         "wall_s": time.perf_counter() - clock,
         "stages": seconds,
         "imports_mb": before,
-        "peaks_mb": peaks,
         "peak_mb": peak_memory(),
     }
 
