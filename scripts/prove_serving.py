@@ -82,6 +82,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--requests", type=int, default=10_000, help="of soak, malformed and schema; default: 10000")
     parser.add_argument("--minutes", type=float, default=30.0, help="of soak; default: %(default)g")
     parser.add_argument("--schemathesis", default="st", help="its program; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1, help="of what is asked; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_set_option(parser)
     options = parser.parse_args(arguments)
@@ -101,7 +102,7 @@ def main(arguments: list[str]) -> int:
 
 async def malformed(served: Served, options: Any) -> dict[str, Any]:
     """Bytes that are nearly requests, on raw sockets, 8 at a time."""
-    rng, statuses, longest = random.Random(0), Counter(), 0
+    rng, statuses, longest = random.Random(options.seed), Counter(), 0
     await ask(served.port, dict(prompt="a", max_tokens=2))
     before, start = served.memory(), time.monotonic()
 
@@ -176,7 +177,7 @@ async def leave(served: Served, options: Any) -> dict[str, Any]:
 
 async def soak(served: Served, options: Any) -> dict[str, Any]:
     """Traffic of mixed sizes spread over the given time, of which every fourth client leaves early."""
-    rng, statuses, pending = random.Random(0), Counter(), set()
+    rng, statuses, pending = random.Random(options.seed), Counter(), set()
     start, memory = time.monotonic(), []
 
     async def one(body: dict[str, Any], leave_after: float | None) -> None:
@@ -219,7 +220,7 @@ async def schema(served: Served, options: Any) -> dict[str, Any]:
     command += ["--checks", checks + ",negative_data_rejection", "--phases", "examples,coverage,fuzzing"]
     operations = 8
     command += ["--max-examples", str(-(-options.requests // operations)), "--no-color", "--continue-on-failure"]
-    command += ["--request-timeout", str(HANG), "--workers", "2", "--seed", "1", "--no-shrink"]
+    command += ["--request-timeout", str(HANG), "--workers", "2", "--seed", str(options.seed), "--no-shrink"]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:  # it leaves a cache where it runs
         ran = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, cwd=folder)
