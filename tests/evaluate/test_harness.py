@@ -253,6 +253,7 @@ def vary(record: dict, number: int) -> dict:
 def test_tasks_ask_what_the_harness_asks(name, tmp_path, monkeypatch):
     """Its own task of this name, given the same records, has the same requests, examples and right answers."""
     if name == "record":  # it imports what newer transformers have no more; what it asks does without
+        pytest.importorskip("transformers", reason="the harness's ReCoRD imports transformers")
         for module in ("transformers.data.metrics", "transformers.data.metrics.squad_metrics"):
             monkeypatch.setitem(sys.modules, module, ModuleType(module))
     record, file = RECORDS[name][1], tmp_path / "records.jsonl"
