@@ -12,9 +12,7 @@ from jaxtyping import Array, Float, Int8
 from mesh_transformer.mesh import target_platform
 
 MOST = 127  # of the whole numbers; -128 is not used, so that the range is symmetric
-BLOCK = (
-    1 << 20
-)  # values widened at once: as many as XLA spreads over all cores, and no more than their shared cache holds
+BLOCK = 1 << 20  # values widened at once: so many XLA spreads over all cores, whose shared cache holds them
 COLUMNS = 1 << 12  # of a block at most
 FEW_ROWS = 32  # of x: with more, widening a whole weight first costs little beside the product
 

@@ -25,7 +25,7 @@ from mesh_transformer.mesh import Layout, use_layout
 from mesh_transformer.model.transformer import init_cache, make_model
 from mesh_transformer.sample.engine import Engine
 from mesh_transformer.sample.programs import BURST
-from mesh_transformer.sample.reading import SHORTEST_CACHE, bucket
+from mesh_transformer.sample.reading import SHORTEST_CACHE, bucket, count_rows
 from mesh_transformer.sample.requests import Event, PromptError, Row
 from mesh_transformer.sample.sampling import Drawn, position_keys, sample, stack_options
 from mesh_transformer.sample.weights import lay_out, stack_layers
@@ -132,7 +132,7 @@ class RewritingEngine(Engine):
             return None
         texts = [[*row.prompt.tolist(), self.end_token][: self.config.seq_len] for row in rows]
         length = bucket(max(map(len, texts)), SHORTEST_SOURCE, self.config.seq_len)
-        size = bucket(-(-len(rows) // self._pieces), 1, 1 << 30) * self._pieces
+        size = count_rows(len(rows), self._pieces)
         padded = np.zeros((2, size, length), np.int32)  # tokens, and 1 where there is one
         for i in range(size):
             text = texts[min(i, len(texts) - 1)]
