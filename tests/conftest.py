@@ -3,10 +3,12 @@
 """Every test sees eight CPU devices, checked shapes, and errors where JAX would promote ranks or warn."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What one test has compiled, others and the programs they start find: set before workers and programs inherit it.
@@ -47,6 +49,21 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list) -> None:
     """The longest files come first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """A function from the name of a program in scripts/ to its module, made anew by every call."""
+
+    def load(name: str):
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a corpus is worth: the texts that are trained on share nothing with the held-out ones, whichever they are."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -17,18 +16,12 @@ from mesh_transformer.corpus.datasheet import write_datasheet
 from mesh_transformer.corpus.parts import read_documents
 from mesh_transformer.corpus.stages import Machines
 
-ROOT = Path(__file__).parents[2]
 WORDS = 13
 
 
 @pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_corpus", ROOT / "scripts" / "bench_corpus.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench(load_script):
+    return load_script("bench_corpus")
 
 
 def grams(texts) -> set[tuple[str, ...]]:

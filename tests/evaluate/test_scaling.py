@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A known law is found again, with errors that mean something; runs side by side, from their own files."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -15,7 +14,6 @@ from mesh_transformer.evaluate.scaling import fit_law
 from mesh_transformer.train.metrics import MetricsLog
 from mesh_transformer.train.plot import Series, plot
 
-ROOT = Path(__file__).parents[2]
 COMPUTE = np.geomspace(1e15, 1e19, 9)
 
 
@@ -82,13 +80,8 @@ batch_size = 4
 
 
 @pytest.fixture(scope="module")
-def compare():
-    spec = importlib.util.spec_from_file_location("compare_runs", ROOT / "scripts" / "compare_runs.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def compare(load_script):
+    return load_script("compare_runs")
 
 
 def test_runs_side_by_side(compare, tmp_path, capsys):
