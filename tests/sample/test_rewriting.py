@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference_models import CASES, LIVE_CASES, draw, import_arrays, make_torch
 
 from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig, SampleConfig
 from mesh_transformer.mesh import make_layout
@@ -50,6 +51,35 @@ def test_greedy_is_the_full_forward_pass():
         assert len(set(found.tokens)) > 1
         log_p = np.asarray(logits[0] - np.logaddexp.reduce(np.asarray(logits[0]), axis=-1, keepdims=True))
         np.testing.assert_allclose(found.logprobs, [log_p[i, t] for i, t in enumerate(found.tokens)], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["t5", "t5-v1.1", "switch-every-layer-none-dropped"])
+def test_greedy_is_what_transformers_generates(name):
+    """Prompts of different lengths, padded there on the right and here with their batch."""
+    case = (LIVE_CASES | CASES)[name]
+    theirs, parameters = make_torch(case)
+    import torch
+
+    weights, tokens, _ = draw(case, parameters, seed=len(name))
+    for key, parameter in parameters.items():
+        parameter.data = torch.tensor(weights[key])
+    texts = [[*row[: 8 + 7 * i].tolist(), END] for i, row in enumerate(tokens)]
+    longest = max(map(len, texts))
+    sources, mask = (
+        torch.tensor([[*map(value, text), *[0] * (longest - len(text))] for text in texts])
+        for value in (int, lambda _: 1)
+    )
+    theirs.generation_config.eos_token_id = None  # none ends early
+    wanted = theirs.generate(
+        sources, attention_mask=mask, do_sample=False, use_cache=False, max_new_tokens=12, decoder_start_token_id=START
+    )[:, 1:]
+    engine = RewritingEngine(
+        case.config, import_arrays(weights, case.kind, case.config), start=START, end=END, slots=len(texts)
+    )
+    options = SampleConfig(temperature=0.0, max_tokens=12)
+    found = [sample.tokens for (sample,) in engine.generate([text[:-1] for text in texts], options)]
+    assert found == wanted.tolist()
+    assert len({tuple(row) for row in found}) > 1
 
 
 def test_alone_is_among_others():
