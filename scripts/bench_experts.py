@@ -229,12 +229,12 @@ def make_page(runs: dict[str, list[list[Point]]], tokens: int) -> str:
         ("by token", lambda point: point.step * tokens),
         ("by second of steps", lambda point: point.seconds),
     ):
-        series = []
+        means, single = [], []
         for name, curves in own_curves.items():
             mean = [(place(point), point.loss) for point, _ in average(curves)]
-            series.append(Series(f"{name}, mean of {len(curves)} seed(s)", mean, STYLES[name], markers=True))
-            for seed, curve in enumerate(curves if len(curves) > 1 else ()):
-                series.append(Series(f"{name}, seed {seed}", [(place(p), p.loss) for p in curve], "faint"))
+            means.append(Series(f"{name}, mean of {len(curves)} seed(s)", mean, STYLES[name], markers=True))
+            single += [Series("a seed", [(place(p), p.loss) for p in curve], "faint") for curve in curves]
+        series = [*(single if len(single) > len(means) else ()), *means]
         figures.append(plot(title, "nats per token", series))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>experts</title><style>{CSS}</style></head>'

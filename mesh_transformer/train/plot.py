@@ -66,7 +66,8 @@ def plot(
     across = across._replace(low=min(xs), high=max(xs)) if max(xs) > min(xs) else across
     body = [_draw_grid(across, up), *(_draw_mark(x, across) for x in marks if across.low <= x <= across.high)]
     body += [_draw_series(one, across, up) for one in drawn]
-    legend = "".join(f'<span class="key {one.style}">{escape(one.name)}</span>' for one in drawn)
+    keys = dict.fromkeys((one.style, one.name) for one in drawn)
+    legend = "".join(f'<span class="key {style}">{escape(name)}</span>' for style, name in keys)
     data = {
         "x": [across.low, across.high],
         "series": [
