@@ -298,8 +298,9 @@ def start_from(config: Config, state: State, shardings: State, notes: list[str])
     now = config.model.describe_function()
     if config.model.positions != "learned":  # nothing learned depends on the length
         before["seq_len"] = now["seq_len"]
-    if changed := [key for key in now if now[key] != before[key]]:
-        words = ", ".join(f"model.{key} = {now[key]!r} (there {before[key]!r})" for key in changed)
+    before, now = _flatten({"model": before}), _flatten({"model": now})
+    if changed := [key for key in sorted(before.keys() | now.keys()) if now.get(key) != before.get(key)]:
+        words = ", ".join(f"{key} = {now.get(key)!r} (there {before.get(key)!r})" for key in changed)
         raise ConfigError(f"run.start_from: {where} is of another model: {words}; set these as they are there")
     named, places, records = flatten_state(state), flatten_state(shardings), store.read_manifest(step).arrays
     parts = ("params/", "opt_state/") if config.run.keep_optimizer else ("params/",)
