@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -54,16 +55,20 @@ def pytest_collection_modifyitems(items: list) -> None:
 @pytest.fixture(scope="session")
 def load_script():
     """A function from the name of a program in scripts/ to its module, made anew by every call."""
+    scripts = Path(__file__).parents[1] / "scripts"
+    sys.path.insert(0, str(scripts))  # programs import each other
 
     def load(name: str):
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(f"{name}_program", scripts / f"{name}.py")
         assert spec
         assert spec.loader
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where its classes are looked for when they are pickled
         spec.loader.exec_module(module)
         return module
 
-    return load
+    yield load
+    sys.path.remove(str(scripts))
 
 
 @pytest.fixture

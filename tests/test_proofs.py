@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The counted proofs, with few trials: killed runs end in the same bits, damage is never restored, a soak finds its faults."""
 
-import importlib.util
 import json
 import os
 import random
@@ -15,22 +14,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
-
-
-@pytest.fixture(scope="module")
-def programs():
-    """Modules of scripts/, by name."""
-    sys.path.insert(0, str(SCRIPTS))
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"{name}_program", SCRIPTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
-    sys.path.remove(str(SCRIPTS))
 
 
 def test_killed_and_stopped_runs_end_in_the_same_bits(tmp_path):
@@ -64,8 +47,8 @@ every = 3
     assert tally["equal_checkpoints"] == tally["checkpoints"] > 0
 
 
-def test_a_proof_that_fails_says_so(programs):
-    program = programs("prove_resume")
+def test_a_proof_that_fails_says_so(load_script):
+    program = load_script("prove_resume")
     assert program.parse_axes("fsdp=2,cpu_devices=4") == ["mesh.fsdp=2", "mesh.cpu_devices=4"]
     with pytest.raises(ValueError, match="expected AXIS=SIZE"):
         program.parse_axes("fsdp:2")
@@ -73,8 +56,8 @@ def test_a_proof_that_fails_says_so(programs):
     assert "PROBLEM: a loss" in program.format_tally(program.Tally(problems=["a loss"]), False)
 
 
-def test_damage_is_found_named_and_answered_with_the_older_checkpoint(programs, capsys, monkeypatch):
-    program = programs("prove_damage")
+def test_damage_is_found_named_and_answered_with_the_older_checkpoint(load_script, capsys, monkeypatch):
+    program = load_script("prove_damage")
     assert program.main(["--trials", "30", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["found"], result["missed"]) == (30, [])
@@ -86,8 +69,8 @@ def test_damage_is_found_named_and_answered_with_the_older_checkpoint(programs, 
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
-def test_damage_is_damage(programs, tmp_path, how):
-    program, path = programs("prove_damage"), tmp_path / "file"
+def test_damage_is_damage(load_script, tmp_path, how):
+    program, path = load_script("prove_damage"), tmp_path / "file"
     for seed in range(20):
         path.write_bytes(bytes(100))
         said = program.damage_file(path, how, random.Random(seed), 40, 60)
@@ -100,8 +83,8 @@ def test_damage_is_damage(programs, tmp_path, how):
             assert 40 <= len(left) < 60
 
 
-def test_ulps_and_slopes(programs):
-    count, slope = programs("attempts").count_ulps, programs("soak").find_slope
+def test_ulps_and_slopes(load_script):
+    count, slope = load_script("attempts").count_ulps, load_script("soak").find_slope
     one = np.float32(1)
     assert count(one, np.nextafter(one, np.float32(2))) == 1
     assert count(np.float32(0.0), np.float32(-0.0)) == 0

@@ -2,9 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """scripts/checkpoint.py: inspect, verify, diff, for people and for programs."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,17 +12,10 @@ from mesh_transformer.checkpoint.manifest import ArrayRecord, CheckpointError
 from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.config import ConfigError
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "checkpoint.py"
-
 
 @pytest.fixture(scope="module")
-def program():
-    spec = importlib.util.spec_from_file_location("checkpoint_program", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def program(load_script):
+    return load_script("checkpoint")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ fails and cuts connections."""
 
 import collections
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -122,15 +121,8 @@ def impatient(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def program():
-    return {name: load_program(ROOT / "scripts" / f"{name}.py") for name in ("checkpoint", "reshard_checkpoint")}
-
-
-def load_program(path):
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_program", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def program(load_script):
+    return {name: load_script(name) for name in ("checkpoint", "reshard_checkpoint")}
 
 
 AXES = {"w": ("embed", "ff"), "step": ()}

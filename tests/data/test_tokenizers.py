@@ -4,7 +4,6 @@
 
 import copy
 import functools
-import importlib.util
 import json
 import pickle
 import random
@@ -395,18 +394,8 @@ def test_unusable_files(tmp_path: Path) -> None:
         tokenizer_from_json({"type": "words"})
 
 
-def load_script() -> Any:
-    path = Path(__file__).parents[2] / "scripts" / "train_tokenizer.py"
-    spec = importlib.util.spec_from_file_location("train_tokenizer", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_training_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = load_script()
+def test_training_one(load_script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script("train_tokenizer")
     for i in range(120):
         (tmp_path / f"{i}.txt").write_text(f"The number {i} is followed by the number {i + 1}. {END}\n" * 5)
     (tmp_path / "bad.jsonl").write_text("[]\n")
@@ -438,13 +427,15 @@ def test_training_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("size", ["256", "many"])
-def test_wrong_vocabulary_sizes(tmp_path: Path, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_vocabulary_sizes(
+    load_script: Any, tmp_path: Path, size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
-        load_script().main([str(tmp_path), str(tmp_path / "out"), "--vocab-size", size])
+        load_script("train_tokenizer").main([str(tmp_path), str(tmp_path / "out"), "--vocab-size", size])
     assert "--vocab-size" in capsys.readouterr().err
 
 
-def test_help_shows_two_examples(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_two_examples(load_script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        load_script().main(["--help"])
+        load_script("train_tokenizer").main(["--help"])
     assert capsys.readouterr().out.count("  python scripts/train_tokenizer.py") == 2

@@ -2,11 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recorded run made again equals itself, a step taken again its logged loss; what was tampered with does not."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,19 +15,10 @@ from mesh_transformer.train.recipe import RecipeError, find_changes, read_recipe
 from mesh_transformer.train.session import train_config
 from mesh_transformer.train.stop import StopRequest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
 
 @pytest.fixture(scope="module")
-def programs():
-    sys.path.insert(0, str(SCRIPTS))
-    found = {}
-    for name in ("reproduce", "replay_step"):
-        spec = importlib.util.spec_from_file_location(f"{name}_program", SCRIPTS / f"{name}.py")
-        found[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found[name])
-    yield found
-    sys.path.remove(str(SCRIPTS))
+def programs(load_script):
+    return {name: load_script(name) for name in ("reproduce", "replay_step")}
 
 
 @pytest.fixture(scope="module")
