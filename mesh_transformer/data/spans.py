@@ -10,8 +10,8 @@ Of a stretch of text, what the encoder reads (S = model.seq_len tokens) and what
 
 Number and lengths of all of them follow from S, so that nothing is padded: with 512, 568 tokens of text make 512 and
 114. Sentinels <X>, <Y>, ... are the vocabulary's topmost rows, downwards, or a T5 tokenizer's <extra_id_0>, ... Which
-tokens are hidden follows from the seed and the sequence's place in its source, so that it is the same on every mesh, in
-every pass over the data, and after a resumption.
+tokens are hidden follows from the seed, the sequence's place in its source and the pass over it, so that it is the same on
+every mesh and after a resumption, and another one when a text comes again.
 """
 
 import hashlib
@@ -123,7 +123,8 @@ def make_spans(config: Config, tokenizer: SentinelTokenizer) -> Spans:
 
 
 def hide_spans(tokens: np.ndarray, spans: Spans, source: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
-    """(sources [S], targets [U]) of `spans.length` tokens: sequence number `sequence` of source number `source`.
+    """(sources [S], targets [U]) of `spans.length` tokens: sequence number `sequence` of source number `source`, counted
+    on from pass to pass.
 
     Every division of the hidden tokens into runs, and of the others into what lies before each, is equally likely; a
     sequence begins with what is seen and ends with what is hidden.
@@ -161,11 +162,18 @@ class SpanLoader(Loader):
         """`options` as Loader's, with the length of a stretch of text for seq_len."""
         super().__init__(sources, **options)
         self.spans = spans
-        self.fingerprint = hashlib.sha256(json.dumps([self.fingerprint, spans]).encode()).hexdigest()[:16]
+        identity = [self.fingerprint, spans, "anew in every pass"]
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+    def find_sequence(self, index: int) -> tuple[int, int]:
+        """As Loader's, but a sequence's number grows by the source's length with every pass."""
+        source, sequence = super().find_sequence(index)
+        _, place = self._find_place(index)
+        return source, sequence + place // self.lengths[source] * self.lengths[source]
 
     def read_sequences(self, sequences: Iterable[tuple[int, int]]) -> Batch:
         """The batch of these: (source, its sequence) of each."""
-        rows = [(self._read(*row).tokens[:-1], row) for row in sequences]
+        rows = [(self._read(source, n % self.lengths[source]).tokens[:-1], (source, n)) for source, n in sequences]
         return make_span_batch([hide_spans(tokens, self.spans, *row) for tokens, row in rows], self.spans)
 
 

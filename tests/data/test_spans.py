@@ -81,6 +81,21 @@ def test_batches_are_a_function_of_the_sequences_alone(tmp_path):
     assert again.fingerprint == loader.fingerprint != other.fingerprint
 
 
+def test_a_text_that_comes_again_has_other_spans_hidden(tmp_path):
+    loader = open_data(make_config(tmp_path)).train
+    count = loader.lengths[0]
+    passes = [[loader.find_sequence(i) for i in range(start, start + count)] for start in (0, count)]
+    assert [sorted(n for _, n in one) for one in passes] == [list(range(count)), list(range(count, 2 * count))]
+    first, again = (
+        loader.read_sequences(sorted(one, key=lambda row: row[1] % count)) for one in passes
+    )  # the same texts in the same order
+    hidden = [
+        (restore(a.sources[i], a.targets[i], loader.spans)).tolist() for a in (first, again) for i in range(count)
+    ]
+    assert hidden[:count] == hidden[count:]
+    assert np.mean(np.any(first.sources != again.sources, axis=1)) > 0.9
+
+
 def test_every_held_out_sequence_counts_once(tmp_path):
     config = make_config(tmp_path)
     data = open_data(config)
