@@ -87,6 +87,7 @@ class Measured:
     compiler: str = ""  # versions
     fast: bool = False
     sharding_table: str = ""
+    reading: "Measured | None" = None  # where a model with an encoder is sampled: the program that reads texts
 
     def to_json(self) -> str:
         """As text."""
@@ -97,4 +98,6 @@ class Measured:
         """From `to_json`."""
         table: dict[str, Any] = json.loads(text)
         table["traffic"] = [Traffic(*row) for row in table["traffic"]]
+        if table.get("reading"):
+            table["reading"] = cls.from_json(json.dumps(table["reading"]))
         return cls(**table)
