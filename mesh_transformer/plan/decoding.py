@@ -50,8 +50,10 @@ def lower_writing(job: Job, layout: Layout) -> tuple[Any, Measured]:
     What the encoder read has `job.context` tokens, and so has the cache of what is written.
     """
     writer, writing = _make_writer(job, layout)
-    flops = _writing_flops(job) * job.batch
-    return writer.lower_write(writing), _describe(job, layout, writer.weights, writing, flops)
+    measured = _describe(job, layout, writer.weights, writing, _writing_flops(job) * job.batch)
+    named = {f"{module}/{name}": own for module, arrays in writer.weights.items() for name, own in arrays.items()}
+    measured.idle_bytes = sum(_held(own) for name, own in named.items() if _is_of_reading(name))
+    return writer.lower_write(writing), measured
 
 
 def lower_reading(job: Job, layout: Layout) -> tuple[Any, Measured]:

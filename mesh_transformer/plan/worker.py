@@ -135,6 +135,8 @@ def _compile(job: Job, layout: Layout, program: tuple[Any, Measured], keep: Path
     measured.temporary_bytes = memory.temp_size_in_bytes
     together = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     measured.peak_bytes = together if measured.platform == "cpu" else memory.peak_memory_in_bytes
+    measured.argument_bytes += measured.idle_bytes
+    measured.peak_bytes += measured.idle_bytes
     text = compiled.as_text()
     if keep is not None:
         keep.write_bytes(gzip.compress(text.encode(), 3))
