@@ -38,7 +38,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--price-per-chip-hour", type=float, metavar="X", help="for what the run costs")
     parser.add_argument("--sample", action="store_true", help="plan decoding instead of training")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="with --sample: rows; default: %(default)s")
-    parser.add_argument("--context", type=int, metavar="N", help="with --sample: tokens of a row; default: seq_len")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="with --sample: tokens of a row, with an encoder so many read and so many written; default: seq_len",
+    )
     parser.add_argument(
         "--search", type=int, nargs="?", const=4, metavar="N", help="find the best mesh, compiling N (4 if not given)"
     )

@@ -3,7 +3,7 @@
 """The one forward pass: tokens -> logits, for training, prefill and decoding alike."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import haiku as hk
@@ -28,6 +28,7 @@ from mesh_transformer.model.positions import RelativeBias
 from mesh_transformer.model.quantized import Quantized
 from mesh_transformer.model.routing import Routing
 
+NarrowParams = Mapping[str, Mapping[str, Array | Quantized]]  # Params, of which sampling may have narrowed some
 Caches = tuple[Cache, ...]  # of every block in a period of the pattern, stacked over the periods as parameters are
 POLICIES = jax.checkpoint_policies
 REMAT = {
@@ -296,8 +297,8 @@ def make_model(config: ModelConfig) -> Model:
         sources = {} if config.encoder is None else {"sources": one}
         return transformed.init(key, one, **sources)  # type: ignore[return-value]
 
-    def apply(params: Params, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
-        return transformed.apply(params, dropout_key, tokens, **inputs)
+    def apply(params: NarrowParams, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
+        return transformed.apply(params, dropout_key, tokens, **inputs)  # type: ignore[arg-type]
 
     def hidden(params: Params, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
         return transformed_hidden.apply(params, dropout_key, tokens, **inputs)

@@ -1,20 +1,29 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's decoding program, lowered from shapes alone: what sampling needs on hardware that is not there."""
+"""The engines' programs, lowered from shapes alone: what sampling needs on hardware that is not there.
+
+Of a decoder alone the program that draws tokens for rows with full caches. Of a model with an encoder the program that
+writes a token behind texts that were read, and the one that reads them.
+"""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mesh_transformer.config import ConfigError, SampleConfig
+from mesh_transformer.config import ConfigError, ModelConfig, SampleConfig
 from mesh_transformer.mesh import Layout
+from mesh_transformer.model.params import ParamInfo
 from mesh_transformer.plan.estimate import count_active, describe_model
 from mesh_transformer.plan.job import Job, Measured
 from mesh_transformer.sample.programs import Programs
 from mesh_transformer.sample.requests import Row, stack_rows
+from mesh_transformer.sample.sampling import make_options
 from mesh_transformer.sample.state import State
+from mesh_transformer.sample.writing import Writer, Writing
 from mesh_transformer.train.state import describe_state, format_parameters
 
 
@@ -24,60 +33,129 @@ def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
     The figures are of one token of every row: the program's loop over tokens counts once. Raises ConfigError where rows
     or context do not fit.
     """
+    _check(job, layout)
+    model, serve = job.config.model, job.config.serve
+    shapes, _ = describe_state(job.config)
+    programs = Programs(model, shapes.params, layout, weights=serve.weights, cache=serve.cache)
+    asked = jax.eval_shape(lambda: stack_rows([Row(0, np.zeros(1, np.int32), SampleConfig(), 1)], model.n_vocab))
+    state = jax.eval_shape(lambda like: programs.empty_state(like, job.batch, job.context), asked)
+    state = _place(state, layout)
+    flops = _product_flops(describe_model(model), model) + model.n_layers * _attention_flops(job)
+    return programs.lower_decode(state), _describe(job, layout, programs.weights, state, flops * job.batch)
+
+
+def lower_writing(job: Job, layout: Layout) -> tuple[Any, Measured]:
+    """Of a model with an encoder: the program that draws a token for `job.batch` rows, as `lower_decoding`.
+
+    What the encoder read has `job.context` tokens, and so has the cache of what is written.
+    """
+    writer, writing = _make_writer(job, layout)
+    measured = _describe(job, layout, writer.weights, writing, _writing_flops(job) * job.batch)
+    named = {f"{module}/{name}": own for module, arrays in writer.weights.items() for name, own in arrays.items()}
+    measured.idle_bytes = sum(_held(own) for name, own in named.items() if _is_of_reading(name))
+    return writer.lower_write(writing), measured
+
+
+def lower_reading(job: Job, layout: Layout) -> tuple[Any, Measured]:
+    """The program that comes before that of `lower_writing`: it reads the texts and draws the first tokens."""
+    writer, writing = _make_writer(job, layout)
+    sources = _place(jax.ShapeDtypeStruct((job.batch, job.context), jnp.int32), layout)
     model = job.config.model
+    assert model.encoder is not None
+    params = describe_model(model)
+    read = {name: info for name, info in params.items() if _is_of_reading(name)}
+    layers = model.encoder.n_layers * _attention_flops(job)
+    flops = _writing_flops(job) + job.context * (2.0 * count_active(read, _chosen(model), model) + layers)
+    return writer.lower_read(writing, sources), _describe(job, layout, writer.weights, writing, flops * job.batch)
+
+
+def _check(job: Job, layout: Layout) -> None:
     if job.batch % layout.batch_pieces:
         raise ConfigError(
             f"--batch {job.batch}: rows do not divide over {layout.batch_pieces} device(s) along the batch; "
             f"use a multiple of {layout.batch_pieces}, or another mesh (--set mesh.fsdp=1 --set mesh.tensor=...)"
         )
-    if job.context > model.seq_len:
-        raise ConfigError(f"--context {job.context}: the model reads at most model.seq_len = {model.seq_len} tokens")
+    if job.context > job.config.model.seq_len:
+        raise ConfigError(
+            f"--context {job.context}: the model reads at most model.seq_len = {job.config.model.seq_len} tokens"
+        )
+
+
+def _make_writer(job: Job, layout: Layout) -> tuple[Writer, Writing]:
+    """The engine's programs, and the answers of `job.batch` rows as shapes and places."""
+    _check(job, layout)
+    shapes, _ = describe_state(job.config)
     serve = job.config.serve
+    writer = Writer(job.config.model, shapes.params, layout, weights=serve.weights, cache=serve.cache)
+
+    def begin() -> Writing:
+        segments, keys = jnp.ones((job.batch, job.context), jnp.int32), jax.random.split(jax.random.key(0), job.batch)
+        return writer.empty_writing(segments, make_options(SampleConfig(), job.batch), keys, 0, job.context)
+
+    return writer, _place(jax.eval_shape(begin), layout)
+
+
+def _place(shapes: Any, layout: Layout) -> Any:
+    """Shapes with places: those of `caches` as caches lie, all else cut along the batch."""
+
+    def put(leaf: jax.ShapeDtypeStruct, *axes: str) -> jax.ShapeDtypeStruct:
+        axes = axes or ("batch", *["residual"] * leaf.ndim)[: leaf.ndim]
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(axes, leaf.shape, "state"))
+
+    if not isinstance(shapes, State | Writing):
+        return jax.tree.map(put, shapes)
+    caches = jax.tree.map(lambda leaf: put(leaf, "batch", "kv_heads", "position", "head_dim"), shapes.caches)
+    return jax.tree.map(put, shapes._replace(caches=None))._replace(caches=caches)
+
+
+def _describe(job: Job, layout: Layout, weights: Any, state: State | Writing, flops: float) -> Measured:
+    """What is known of a program before it is compiled."""
     shapes, axes = describe_state(job.config)
-    programs = Programs(model, shapes.params, layout, weights=serve.weights, cache=serve.cache)
-    state = _abstract_state(programs, job, layout)
-    lowered = programs.lower_decode(state)
-    weights = sum(_held(leaf) for leaf in jax.tree.leaves(programs.weights))
-    caches = sum(_held(leaf) for leaf in jax.tree.leaves(state.caches))
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
-    chosen = model.experts.per_token if model.experts else 0.0
-    active = count_active(describe_model(job.config.model), chosen, model)
-    per_token = 2.0 * (active - model.n_vocab * model.d_model * (not model.tied_embeddings))
-    attention = 4.0 * model.n_layers * model.n_heads * model.head_dim * job.context
-    return lowered, Measured(
+    held, caches = _held(state), _held(state.caches)
+    return Measured(
         topology=job.topology,
         platform=layout.mesh.devices.flat[0].platform,
         devices=layout.mesh.size,
         mesh=dict(layout.mesh.shape),
-        parameters=count,
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         tokens=job.batch,
-        flops=(per_token + attention) * job.batch,
-        hardware_flops=(per_token + attention) * job.batch,
-        kinds={
-            "weights": weights,
-            "cache": caches,
-            "request": sum(_held(leaf) for leaf in jax.tree.leaves(state)) - caches,
-        },
+        flops=flops,
+        hardware_flops=flops,
+        kinds={"weights": _held(weights), "cache": caches, "request": held - caches},
         gradients=0,
         fast=job.fast,
         sharding_table=format_parameters(shapes, axes, layout),
     )
 
 
-def _abstract_state(programs: Programs, job: Job, layout: Layout) -> State:
-    """`job.batch` seated rows, as shapes and places."""
-    asked = jax.eval_shape(
-        lambda: stack_rows([Row(0, np.zeros(1, np.int32), SampleConfig(), 1)], programs.config.n_vocab)
-    )
-    state = jax.eval_shape(lambda like: programs.empty_state(like, job.batch, job.context), asked)
-
-    def place(leaf: jax.ShapeDtypeStruct, *axes: str) -> jax.ShapeDtypeStruct:
-        axes = axes or ("batch", *["residual"] * (leaf.ndim - 1))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(axes, leaf.shape, "state"))
-
-    caches = jax.tree.map(lambda leaf: place(leaf, "batch", "kv_heads", "position", "head_dim"), state.caches)
-    return jax.tree.map(place, state._replace(caches=None))._replace(caches=caches)
+def _held(shapes: Any) -> int:
+    """Bytes of one device."""
+    leaves = jax.tree.leaves(shapes)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _held(leaf: Any) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def _chosen(model: ModelConfig) -> float:
+    return model.experts.per_token if model.experts else 0.0
+
+
+def _product_flops(params: Mapping[str, ParamInfo], model: ModelConfig) -> float:
+    """Of a token that meets `params`, one that is looked up first."""
+    looked_up = model.n_vocab * model.d_model * (not model.tied_embeddings)
+    return 2.0 * (count_active(params, _chosen(model), model) - looked_up)
+
+
+def _attention_flops(job: Job) -> float:
+    """Of a token that looks at all places of a cache, in one layer."""
+    return 4.0 * job.config.model.n_heads * job.config.model.head_dim * job.context
+
+
+def _writing_flops(job: Job) -> float:
+    """Of a token that is written: through the decoder, which looks at what is written and at what was read."""
+    model = job.config.model
+    params = {name: info for name, info in describe_model(model).items() if not _is_of_reading(name)}
+    return _product_flops(params, model) + 2 * model.n_layers * _attention_flops(job)
+
+
+def _is_of_reading(name: str) -> bool:
+    """Whether tokens that are read meet this parameter, and those that are written do not."""
+    return name.startswith("transformer/encoder/") or name.endswith(("/cross_attention/w_k", "/cross_attention/w_v"))

@@ -71,8 +71,9 @@ class Measured:
     hardware_flops: float  # with what is computed again
     kinds: dict[str, int]  # bytes of what goes into the program, from shapes: parameters, moments, other, batch, ...
     gradients: int  # bytes of all gradients at once, from shapes
+    idle_bytes: int = 0  # of `kinds`, what lies there and the program does not touch
     state_bytes: int = 0  # of all devices together, replicas once: what a checkpoint holds
-    argument_bytes: int = 0
+    argument_bytes: int = 0  # with what is idle, and so is the peak
     temporary_bytes: int = 0
     peak_bytes: int = 0
     kept_bytes: int = 0  # activations that the forward pass leaves to the backward pass
@@ -87,6 +88,7 @@ class Measured:
     compiler: str = ""  # versions
     fast: bool = False
     sharding_table: str = ""
+    reading: "Measured | None" = None  # where a model with an encoder is sampled: the program that reads texts
 
     def to_json(self) -> str:
         """As text."""
@@ -97,4 +99,6 @@ class Measured:
         """From `to_json`."""
         table: dict[str, Any] = json.loads(text)
         table["traffic"] = [Traffic(*row) for row in table["traffic"]]
+        if table.get("reading"):
+            table["reading"] = cls.from_json(json.dumps(table["reading"]))
         return cls(**table)

@@ -26,6 +26,12 @@ def format_verdict(verdict: Verdict) -> str:
         parts.append(_traffic(measured.traffic))
     if measured.state_bytes:
         parts.append(_around(verdict))
+    if verdict.reading:
+        parts += [
+            "before that, once for all rows, the encoder reads and the first tokens are drawn",
+            _memory(verdict.reading),
+        ]
+        parts += [_times(verdict.reading)] if verdict.reading.roofline else []
     parts += [f"note: {note}" for note in verdict.notes]
     return "\n\n".join(parts)
 
@@ -185,7 +191,7 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         "bytes_by_kind": memory.kinds,
         "peak_bytes": memory.peak,
         "usable_bytes": memory.usable,
-        "fits": memory.fits,
+        "fits": verdict.fits,
         "refused": measured.refused,
         "flops_per_step": measured.flops,
         "hardware_flops_per_step": measured.hardware_flops,
@@ -209,4 +215,6 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
     if cost:
         table |= {f"run_{name}": value for name, value in cost._asdict().items()}
         table["tokens_per_day"] = cost.tokens / cost.days
+    if verdict.reading:
+        table["reading"] = verdict_to_json(verdict.reading)
     return table

@@ -73,6 +73,12 @@ class Verdict(NamedTuple):
     host_memory: int | None
     hosts: int
     notes: list[str]
+    reading: "Verdict | None" = None  # of the program that reads texts, where a model with an encoder is sampled
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every program does; None where it is not known."""
+        return self.memory.fits if self.reading is None or not self.memory.fits else self.reading.memory.fits
 
 
 def judge(config: Config, measured: Measured, *, tokens: float | None = None, price: float | None = None) -> Verdict:
@@ -119,6 +125,7 @@ def judge(config: Config, measured: Measured, *, tokens: float | None = None, pr
         host_memory=chip.host_memory if chip else None,
         hosts=topology.hosts,
         notes=notes,
+        reading=None if measured.reading is None else judge(config, measured.reading, tokens=tokens, price=price),
     )
 
 

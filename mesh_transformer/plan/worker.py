@@ -25,7 +25,7 @@ from mesh_transformer.mesh import Layout, make_layout, start_devices
 from mesh_transformer.plan.compiled.collectives import Collective, read_collectives
 from mesh_transformer.plan.compiled.hlo import Module
 from mesh_transformer.plan.compiled.traffic import hbm_bytes, read_stacked
-from mesh_transformer.plan.decoding import lower_decoding
+from mesh_transformer.plan.decoding import lower_decoding, lower_reading, lower_writing
 from mesh_transformer.plan.hardware.chips import FAMILIES
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError, Topology, make_devices, parse_topology
 from mesh_transformer.plan.job import Job, Measured, Traffic
@@ -101,7 +101,17 @@ def measure(job: Job, keep: Path | None = None) -> Measured:
     The compiled program's text is written to `keep`, compressed.
     """
     layout = make_topology_layout(job)
-    lowered, measured = lower_decoding(job, layout) if job.batch else lower_training(job, layout)
+    if not job.batch:
+        return _compile(job, layout, lower_training(job, layout), keep)
+    if job.config.model.encoder is None:
+        return _compile(job, layout, lower_decoding(job, layout), keep)
+    measured = _compile(job, layout, lower_writing(job, layout), keep)
+    measured.reading = _compile(job, layout, lower_reading(job, layout), None)
+    return measured
+
+
+def _compile(job: Job, layout: Layout, program: tuple[Any, Measured], keep: Path | None) -> Measured:
+    lowered, measured = program
     if job.topology == "local" and measured.platform != "cpu":
         device = layout.mesh.devices.flat[0]
         measured.device_kind, stats = device.device_kind, device.memory_stats() or {}
@@ -125,6 +135,8 @@ def measure(job: Job, keep: Path | None = None) -> Measured:
     measured.temporary_bytes = memory.temp_size_in_bytes
     together = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     measured.peak_bytes = together if measured.platform == "cpu" else memory.peak_memory_in_bytes
+    measured.argument_bytes += measured.idle_bytes
+    measured.peak_bytes += measured.idle_bytes
     text = compiled.as_text()
     if keep is not None:
         keep.write_bytes(gzip.compress(text.encode(), 3))

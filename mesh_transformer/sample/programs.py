@@ -5,9 +5,7 @@
 Decoding one token reads every weight once, and takes as long as that; weights.py lays them out so that it takes no longer.
 """
 
-import dataclasses
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,17 +13,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.mesh import Layout, constrain, use_layout
-from mesh_transformer.model.transformer import init_cache, make_model
+from mesh_transformer.mesh import Layout, constrain
+from mesh_transformer.sample.bound import Bound, constrain_caches
 from mesh_transformer.sample.sampling import position_keys, sample, top_logprobs
 from mesh_transformer.sample.state import Asked, Record, State
-from mesh_transformer.sample.weights import choose_compiler_options, lay_out, split_layers, stack_layers
+from mesh_transformer.sample.weights import split_layers, stack_layers
 
 BURST = 16  # tokens at most that one call of the decoding program draws for every row
 N_TOP = 20  # alternatives reported for a token where a row asks for any
 
 
-class Programs:
+class Programs(Bound):
     """What the engine calls: jitted functions of one model, its weights bound, which count their compilations."""
 
     def __init__(
@@ -38,24 +36,12 @@ class Programs:
         cache: str = "model",
     ):
         """See Engine; of weights given as shapes, programs can only be lowered."""
-        # All layers in one piece; a sequence of one token cannot be cut, and nothing is differentiated.
-        self.config = dataclasses.replace(config, unroll=config.n_layers, remat="none", dropout=0.0)
         if not config.causal or config.encoder_layers is not None:
             raise ConfigError(
                 "this engine continues texts with a decoder alone; one with an encoder is sampled by RewritingEngine "
                 "(device_sample.py), and an encoder alone (model.causal=false) writes nothing"
             )
-        if layout and (layout.mesh.shape["context"] > 1 or layout.mesh.shape["pipeline"] > 1):
-            raise ConfigError(
-                "sampling one token at a time cuts neither sequences nor layers: set mesh.context and mesh.pipeline to 1"
-            )
-        self._cache_dtype = None if cache == "model" else cache
-        self.layout = layout and layout._replace(rules={**layout.rules, "sequence": (), "stream": ()})
-        self.compilations: Counter[str] = Counter()
-        self._model = make_model(self.config)
-        self.weights = lay_out(params, self.config, self.layout, weights)
-        with use_layout(self.layout):
-            self._compiler_options = choose_compiler_options(self.weights, self.config)
+        super().__init__(config, params, layout, weights=weights, cache=cache)
         self.make_caches = self._program("make_caches", self._empty_caches, static_argnums=(0, 1))
         self.make_state = self._program("make_state", self.empty_state, static_argnums=(1, 2))
         self.take_row = self._program("take_row", self._take_row)
@@ -101,17 +87,6 @@ class Programs:
         """See _draw_proposals; the caches that go in are gone."""
         return self._propose(self.weights, *arguments)
 
-    def _program(self, name: str, function: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
-        def counted(*arguments: Any) -> Any:
-            self.compilations[name] += 1
-            with use_layout(self.layout):
-                return function(*arguments)
-
-        return jax.jit(counted, compiler_options=self._compiler_options, **jit_options)
-
-    def _empty_caches(self, rows: int, cache_len: int) -> Any:
-        return _constrain_caches(split_layers(init_cache(self.config, rows, cache_len, self._cache_dtype)))
-
     def _resize(self, state: State, order: Int[Array, "B"], cache_len: int) -> State:
         """Row i of the result is row order[i] of `state`, or an empty seat where that is negative."""
         moved: State = jax.tree.map(lambda x: x[jnp.maximum(order, 0)], state)
@@ -119,7 +94,7 @@ class Programs:
         def fit(x: Array) -> Array:
             return jnp.pad(x[:, :, :cache_len], ((0, 0), (0, 0), (0, max(cache_len - x.shape[2], 0)), (0, 0)))
 
-        caches = _constrain_caches(jax.tree.map(fit, moved.caches))
+        caches = constrain_caches(jax.tree.map(fit, moved.caches))
         return moved._replace(caches=caches, finished=moved.finished | (order < 0))
 
     def _take_row(self, caches: Any, row: Int[Array, ""]) -> Any:
@@ -136,7 +111,7 @@ class Programs:
         logits, stacked = self._model.apply(
             stack_layers(params), tokens, positions=places, cache=stack_layers(caches), logits_at=logits_at
         )
-        return constrain(logits, "batch", "sequence", "residual"), _constrain_caches(split_layers(stacked))
+        return constrain(logits, "batch", "sequence", "residual"), constrain_caches(split_layers(stacked))
 
     def _read_chunk(
         self,
@@ -296,7 +271,3 @@ class Programs:
                 found, caches = self._forward(params, state.token[:, None], state.place[:, None], caches)
                 logits = found[:, 0]
         return caches, jnp.stack(proposed, axis=1)
-
-
-def _constrain_caches(caches: Any) -> Any:
-    return jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", "position", "head_dim"), caches)

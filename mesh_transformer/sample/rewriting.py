@@ -12,23 +12,21 @@ import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.mesh import Layout, use_layout
-from mesh_transformer.model.transformer import init_cache, make_model
+from mesh_transformer.mesh import Layout
 from mesh_transformer.sample.engine import Engine
 from mesh_transformer.sample.programs import BURST
 from mesh_transformer.sample.reading import SHORTEST_CACHE, bucket, count_rows
 from mesh_transformer.sample.requests import Event, PromptError, Row
-from mesh_transformer.sample.sampling import Drawn, position_keys, sample, stack_options
-from mesh_transformer.sample.weights import lay_out, stack_layers
+from mesh_transformer.sample.sampling import stack_options
+from mesh_transformer.sample.writing import Writer, Writing
 
 SHORTEST_SOURCE = 16
 
@@ -38,14 +36,8 @@ class Batch:
     """Rows that are being answered together."""
 
     rows: list[Row]
-    caches: Any
-    segments: Int[Array, "B S"]  # 1, and 0 for padding
+    writing: Writing
     sources: Int[Array, "B S"] | None  # until they are read
-    token: Int[Array, "B"]  # the last one
-    counts: Int[Array, "B V"]
-    options: Any
-    keys: Any
-    place: int = 0
     ended: set[int] = dataclasses.field(default_factory=set)  # rows, by id
 
     @property
@@ -73,20 +65,10 @@ class RewritingEngine(Engine):
 
         `start` is what the decoder is given first, `end` what follows a text that the encoder reads (data/spans.py).
         """
-        if config.encoder is None:
-            raise ConfigError("model.encoder_layers is not set: a decoder alone continues prompts with Engine")
-        if layout and (layout.mesh.shape["context"] > 1 or layout.mesh.shape["pipeline"] > 1):
-            raise ConfigError("model.encoder_layers: sampling needs mesh.context=1 and mesh.pipeline=1")
-        unroll = max(config.n_layers, config.encoder.n_layers)
-        self.config = dataclasses.replace(config, unroll=unroll, remat="none", dropout=0.0)
-        self.slots, self.start_token, self.end_token = slots, start, end
-        self.layout = layout and layout._replace(rules={**layout.rules, "sequence": (), "stream": ()})
-        self.weights = lay_out(params, self.config, self.layout, weights)
+        self.writer = Writer(config, params, layout, weights=weights, cache=cache)
+        self.config, self.slots, self.start_token, self.end_token = config, slots, start, end
         self._pieces = layout.batch_pieces if layout else 1
-        self._cache_dtype = None if cache == "model" else cache
         self._ids, self._waiting, self._batch = itertools.count(), deque[Row](), None
-        self._model = make_model(self.config)
-        self._draw = jax.jit(self._draw_token, donate_argnums=(1, 6))
 
     @property
     def programs(self) -> Any:  # type: ignore[override]
@@ -139,52 +121,25 @@ class RewritingEngine(Engine):
             padded[0, i, : len(text)], padded[1, i, : len(text)] = text, 1
         filled = [rows[min(i, len(rows) - 1)] for i in range(size)]
         room = bucket(max(row.max_tokens for row in rows), SHORTEST_CACHE, self.config.seq_len)
-        with use_layout(self.layout):
-            caches = init_cache(self.config, size, room, self._cache_dtype, source_len=length)
         keys = jnp.stack([jax.random.fold_in(jax.random.key(row.seed), row.sample) for row in filled])
         options = stack_options([row.options for row in filled])
-        token = jnp.full((size,), self.start_token, jnp.int32)
-        counts = jnp.zeros((size, self.config.n_vocab), jnp.int32)
-        return Batch(rows, caches, jnp.asarray(padded[1]), jnp.asarray(padded[0]), token, counts, options, keys)
+        sources, segments = map(self.writer.place, padded)
+        return Batch(rows, self.writer.begin(segments, options, keys, self.start_token, room), sources)
 
     def _advance(self, batch: Batch) -> list[Event]:
         """One token of every row."""
-        batch.caches, drawn, batch.counts = self._draw(
-            self.weights, batch.caches, batch.sources, batch.segments, batch.token, batch.place, batch.counts,
-            batch.options, batch.keys,
-        )  # fmt: skip
-        batch.sources, batch.token, batch.place = None, drawn.token, batch.place + 1
+        if batch.sources is None:
+            batch.writing, drawn = self.writer.write(batch.writing)
+        else:
+            batch.writing, drawn = self.writer.read(batch.writing, batch.sources)
+            batch.sources = None
         tokens, logprobs = np.asarray(drawn.token).tolist(), np.asarray(drawn.logprob).tolist()
         events = []
         for row, token, logprob in zip(batch.rows, tokens, logprobs, strict=False):
             if row.cancelled or row.id in batch.ended:
                 continue
             row.tokens.append(token)
-            finish = "stop" if token in row.stop_tokens else "length" if batch.place >= row.max_tokens else None
+            finish = "stop" if token in row.stop_tokens else "length" if len(row.tokens) >= row.max_tokens else None
             batch.ended |= {row.id} if finish else set()
             events.append(Event(row.id, token, logprob, finish))
         return events
-
-    def _draw_token(
-        self,
-        params: Any,
-        caches: Any,
-        sources: Int[Array, "B S"] | None,
-        segments: Int[Array, "B S"],
-        token: Int[Array, "B"],
-        place: Int[Array, ""],
-        counts: Int[Array, "B V"],
-        options: Any,
-        keys: Any,
-    ) -> tuple[Any, Drawn, Int[Array, "B V"]]:
-        """The caches, what was drawn behind `token` at `place`, and how often each row drew each token."""
-        places = jnp.broadcast_to(place, token.shape)
-        with use_layout(self.layout):
-            logits, caches = self._forward(params, token[:, None], places[:, None], caches, sources, segments)
-        drawn = sample(logits[:, 0], options, counts, position_keys(keys, places))
-        return caches, drawn, counts.at[jnp.arange(token.shape[0]), drawn.token].add(1)
-
-    def _forward(self, params: Any, tokens: Any, places: Any, caches: Any, sources: Any, segments: Any) -> Any:
-        apply = partial(self._model.apply, stack_layers(params), tokens, positions=places, cache=caches)
-        found: tuple[Float[Array, "B T V"], Any] = apply(sources=sources, source_segments=segments)
-        return found

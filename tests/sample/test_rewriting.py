@@ -112,6 +112,8 @@ def test_what_cannot_be_is_refused():
     alone = dataclasses.replace(CONFIG, encoder_layers=None)
     with pytest.raises(ConfigError, match=r"model\.encoder_layers is not set"):
         RewritingEngine(alone, draw_params(alone), start=START, end=END)
+    with pytest.raises(ConfigError, match=r"set mesh\.context and mesh\.pipeline to 1"):
+        make_engine(layout=make_layout(MeshConfig(context=8)))
     engine = make_engine()
     with pytest.raises(ConfigError, match="serving and scoring are for decoders alone"):
         _ = engine.programs
