@@ -6,6 +6,7 @@ import gzip
 import json
 import mailbox
 import os
+import tracemalloc
 
 import pytest
 import zstandard
@@ -201,6 +202,34 @@ def test_long_lines_are_left_out(read_one):
     assert list(texts) == ["a.jsonl:1", "a.jsonl:3"]
     assert reading.bad.counts == {"too long": 1}
     assert read_one("text", "a.txt", "x" * 1_100_000, corpus={"max_document_mb": 1})[1].bad.counts == {"too long": 1}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "mbox"])
+def test_of_a_long_line_no_more_is_held_than_a_document_may_have(tmp_path, read_one, kind):
+    with gzip.open(tmp_path / "a.gz", "wb", 1) as file:
+        file.write(b'From a\n\n{"text": "one"}\n\nFrom b\n\n{"text": "')
+        for _ in range(40):
+            file.write(b"x" * 1_000_000)
+        file.write(b'"}\n\nFrom c\n\n{"text": "three"}\n')
+    data = (tmp_path / "a.gz").read_bytes()
+    name = "a.jsonl.gz" if kind == "jsonl" else "a.mbox.gz"
+    tracemalloc.start()
+    texts, reading = read_one(kind, name, data, corpus={"max_document_mb": 1})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    places, lost = (["3", "11"], "7") if kind == "jsonl" else (["1", "3"], "2")
+    assert list(texts) == [f"{name}:{place}" for place in places]
+    assert reading.bad.counts["too long"] == 1
+    where = f"{tmp_path}/{name}:{lost}: more than 1,000,000 bytes in one document: more than corpus.max_document_mb"
+    assert reading.bad.examples["too long"][0].startswith(where)
+    assert peak < 12e6
+
+
+def test_a_long_file_that_is_cut_up_is_no_long_document(read_one):
+    text = "word " * 300_000
+    texts, reading = read_one("text", "a.txt", text, pieces_kb=500, corpus={"max_document_mb": 1})
+    assert "".join(texts.values()) == text
+    assert reading.bad.total == 0
 
 
 def test_components_without_files(tmp_path, make_recipe):
