@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import xxhash
-
 from mesh_transformer.corpus.markup import INFO_MARK, TO_TEXT, html_to_text, install_hint, mail_to_text
+from mesh_transformer.corpus.parts import digest_file
 from mesh_transformer.corpus.recipe import ComponentConfig, Recipe
 from mesh_transformer.data.archives import ChunkStream, check_length, read_chunks, split_lines
 from mesh_transformer.data.documents import BadDocuments, DataError, Document, Flaw
@@ -184,15 +183,6 @@ def _check_unchanged(file: SourceFile) -> None:
         raise DataError(f"{file.path}: was there when the build began: {error.strerror}; put it back") from None
     if (status.st_size, status.st_mtime_ns) != (file.size, file.changed):
         raise DataError(f"{file.path}: has changed since the build began; build again")
-
-
-def digest_file(path: str | Path) -> str:
-    """xxh3 of a file's bytes, 32 hexadecimal digits."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_file(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:

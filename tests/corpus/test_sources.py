@@ -6,6 +6,7 @@ import gzip
 import json
 import mailbox
 import os
+import random
 import tracemalloc
 
 import pytest
@@ -15,6 +16,8 @@ from mesh_transformer.corpus.sources import KINDS, Reading, find_parts, read_par
 from mesh_transformer.data.documents import DataError
 
 pytest.importorskip("resiliparse")
+pytest.importorskip("pylatexenc")
+from mesh_transformer.corpus.latex import nodes_to_text
 
 
 def read(recipe):
@@ -230,6 +233,46 @@ def test_a_long_file_that_is_cut_up_is_no_long_document(read_one):
     texts, reading = read_one("text", "a.txt", text, pieces_kb=500, corpus={"max_document_mb": 1})
     assert "".join(texts.values()) == text
     assert reading.bad.total == 0
+
+
+LATEX_BITS = [
+    "word ", " ", ", ", "\n", "\n\n", "\t", "*", "#1", "^", "_", "é", "\u2003", "&", "~", "``", "''", "`", "'", "-", "--", "---",
+    "!", "?", "!`", "?`", "\\", "{", "}", "[", "]", "$", "$$", "\\(", "\\)", "\\[", "\\]", "%", "% a\n", "\\\\[2pt]", "\\'e",
+    "\\begin{itemize}", "\\end{itemize}", "\\item", "\\item[x]", "\\begin {equation}", "\\end{equation}", "\\emph", "\\emph{b}",
+    "\\section*{T}", "\\verb+x%+", "\\begin{verbatim}", "\\end{verbatim}", "\\textbf", "\\begin", "\\cite[p. 3]{k}", "\\sqrt[3]{x}",
+]  # fmt: skip
+
+
+def test_latex_gives_what_the_library_alone_gives():
+    from pylatexenc.latex2text import LatexNodes2Text
+
+    draw, different = random.Random(0), set()
+    for _ in range(500):
+        source = "".join(draw.choices(LATEX_BITS, k=draw.randint(1, 40)))
+        alone = LatexNodes2Text(math_mode="verbatim", strict_latex_spaces=False)
+        try:
+            expected = alone.latex_to_text(source, tolerant_parsing=True)
+        except (LookupError, ValueError) as error:  # what neither can read
+            with pytest.raises(type(error)):
+                nodes_to_text(source)
+            continue
+        assert nodes_to_text(source) == expected, source
+        different.add(expected)
+    assert len(different) > 400
+
+
+@pytest.mark.parametrize("end", ["verb", "title", "sqrt"])  # IndexError, AttributeError, KeyError of the library
+def test_latex_that_breaks_off_is_counted(read_one, end):
+    texts, reading = read_one("latex", "a.tex", f"A text that ends in \\{end}")
+    assert not texts
+    assert reading.bad.counts == {"broken LaTeX": 1}
+
+
+def test_latex_has_no_date_of_the_day(read_one):
+    begin, end = r"\title{A}\begin{document}", r"It is \today.\end{document}"
+    assert read_one("latex", "a.tex", rf"{begin}\maketitle {end}")[0] == {"a.tex": "It is ."}
+    given = rf"{begin}\title{{One}}\date{{1991}}\maketitle {end}"
+    assert read_one("latex", "a.tex", given)[0] == {"a.tex": "One\n1991\n\nIt is ."}
 
 
 def test_components_without_files(tmp_path, make_recipe):
