@@ -3,6 +3,7 @@
 """Small files that are there whole or not at all, and logs that outlive a full disk."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def replace_file(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def link_file(path: Path, place: Path) -> None:
+    """Have a file under one more name, which must be free: a link, or a copy where the file system has none."""
+    try:
+        os.link(path, place)
+    except OSError:
+        shutil.copyfile(path, place)
 
 
 class LineFile:

@@ -22,14 +22,15 @@ from mesh_transformer.config import config_to_dict
 from mesh_transformer.corpus.duplicates import RANGE_ENTRIES, Decide, MatchBands, MatchExact, Sign
 from mesh_transformer.corpus.filtering import SIDES, Filter, TrainClassifiers
 from mesh_transformer.corpus.mixture import Tokenise, WriteShards, describe_tokenizer
-from mesh_transformer.corpus.recipe import Quality, Recipe, resolve_epochs, subset, text_settings
+from mesh_transformer.corpus.parts import digest_file
+from mesh_transformer.corpus.recipe import Quality, Recipe, resolve_epochs, steps_of, subset, text_settings
 from mesh_transformer.corpus.selection import Select, prove_disjoint
-from mesh_transformer.corpus.sources import Part, digest_file, find_parts
-from mesh_transformer.corpus.stages import CorpusError, Machines, Report, run_stage
+from mesh_transformer.corpus.sources import Part, find_parts
+from mesh_transformer.corpus.stages import CorpusError, Machines, Report, adopt_parts, run_stage
 from mesh_transformer.corpus.survey import Survey, describe_survey
-from mesh_transformer.files import replace_file
+from mesh_transformer.files import link_file, replace_file
 
-VERSION = 1  # of what stages write; a change of it makes all of them anew
+VERSION = 2  # of what stages write; a change of it makes all of them anew
 
 Records = list[dict[str, Any]]
 
@@ -115,7 +116,9 @@ def _run_stages(builder: Builder, parts: list[Part], missing: list[str]) -> tupl
     classifiers = {place: trained / f"quality-{place}.bin" for place in places}
     sets = {name: _fingerprint(config.path) for name, config in recipe.evaluation.items()}
     filtered = builder.folder("filter", plan, text, sets)
-    read = builder.run(Filter(recipe, tuple(parts), classifiers, filtered), len(parts))
+    inputs = _describe_inputs(recipe, parts, classifiers, sets)
+    adopt_parts(filtered, inputs, sorted(set(filtered.parent.glob("filter-*")) - {filtered}))
+    read = builder.run(Filter(recipe, tuple(parts), classifiers, inputs, filtered), len(parts))
 
     signed = builder.folder("sign", filtered, subset(recipe, "duplicates", "lines"))
     signatures = builder.run(Sign(recipe, filtered, signed), len(parts))
@@ -145,6 +148,21 @@ def _run_stages(builder: Builder, parts: list[Part], missing: list[str]) -> tupl
     manifest = _manifest(builder, read, kept, shards)
     matrix = decision[0]["matrix"]
     return Corpus(recipe, missing, parts, read, matrix, kept, counts, epochs, survey, proof, manifest), selected, shards
+
+
+def _describe_inputs(
+    recipe: Recipe, parts: list[Part], classifiers: dict[int, Path], sets: dict[str, str]
+) -> tuple[str, ...]:
+    """For every part of the filter stage a digest of its files, and of the settings of its component alone."""
+    text = text_settings(recipe)
+    inputs = []
+    for part in parts:
+        steps = steps_of(recipe, part.component)
+        models = [classifiers[place].parent.name for place, _ in steps if place in classifiers]
+        own = [part, text["components"][part.component], steps, models]
+        common = [VERSION, text["corpus"], text["heldout"], text["evaluation"], sets]
+        inputs.append(hashlib.sha256(repr([own, common]).encode()).hexdigest()[:32])
+    return tuple(inputs)
 
 
 def _sizes(recipe: Recipe, missing: list[str], read: Records, selected: Records) -> dict[str, int]:
@@ -204,10 +222,7 @@ def _publish(stage: Path, place: Path, folders: tuple[str, ...] | None) -> None:
         (fresh / folder).mkdir(parents=True, exist_ok=True)
         for path in sorted((stage / folder).iterdir()):
             if path.is_file():
-                try:
-                    os.link(path, fresh / folder / path.name)
-                except OSError:
-                    shutil.copyfile(path, fresh / folder / path.name)
+                link_file(path, fresh / folder / path.name)
     shutil.rmtree(place, ignore_errors=True)
     os.rename(fresh, place)
 

@@ -52,6 +52,7 @@ class Filter:
     recipe: Recipe
     parts: tuple[Part, ...]
     classifiers: dict[int, Path]
+    inputs: tuple[str, ...]  # of each part, a digest of what it depends on
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:
@@ -91,6 +92,7 @@ class Filter:
                     kept.add(document.text, document.id, {"pile_set_name": part.component, **document.metadata})
         return {
             "component": part.component,
+            "inputs": self.inputs[rank],
             "source_bytes": sum(file.size for file in part.files),
             "source_digests": reading.digests,
             "bad": reading.bad.counts,

@@ -26,20 +26,20 @@ def html_to_text(page: str) -> str:
 
 
 def latex_to_text(source: str) -> str:
-    """Text of a LaTeX document; formulas stay as they are written. Flaw if its braces do not close."""
+    """Text of a LaTeX document; formulas stay as they are written. Flaw for what pylatexenc cannot read."""
     try:
-        from pylatexenc.latex2text import LatexNodes2Text
         from pylatexenc.latexwalker import LatexWalkerError
+
+        from mesh_transformer.corpus.latex import nodes_to_text
     except ImportError:
         raise install_hint("pylatexenc") from None
     _, _, body = source.partition("\\begin{document}")
     body = (body or source).partition("\\end{document}")[0]
     try:
-        text = LatexNodes2Text(math_mode="verbatim", strict_latex_spaces=False).latex_to_text(
-            body, tolerant_parsing=True
-        )
-    except (LatexWalkerError, ValueError, IndexError, RecursionError) as error:
-        raise Flaw("broken LaTeX", f"not LaTeX that can be read: {' '.join(str(error).split())[:200]}") from None
+        text = nodes_to_text(body)
+    except (LatexWalkerError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # what a missing argument leads to is not said
+        raise Flaw("broken LaTeX", f"not LaTeX that can be read: {why}") from None
     return _squeeze(text)
 
 

@@ -74,3 +74,12 @@ def read_documents(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: {flaw.detail}; remove it and build again") from None
     except FileNotFoundError:
         raise DataError(f"{path}: a part of the corpus is gone; build again") from None
+
+
+def digest_file(path: str | Path) -> str:
+    """xxh3 of a file's bytes, 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -25,7 +25,8 @@ class CorpusConfig:
     about: str = ""  # for whom and what it was made; the first answer of its datasheet
     seed: NonNegative = 0  # of the order, of fractional epochs and of sampling by quality
     part_mb: Positive = 32  # of source files in one part, which is the unit of work and of going on after a stop
-    max_document_mb: Positive = 100  # a longer text, or line of JSON, is left out and counted
+    # A longer text, or line of JSON, is left out and counted; a step may hold 61 bytes of memory for each of its bytes.
+    max_document_mb: Positive = 10
     on_bad_document: Literal["skip", "error"] = "skip"  # damage is counted with file and line, or stops the build
     gaps: Names = ()  # what is known to be missing or one-sided, for the datasheet
 

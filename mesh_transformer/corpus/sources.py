@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import xxhash
-
 from mesh_transformer.corpus.markup import INFO_MARK, TO_TEXT, html_to_text, install_hint, mail_to_text
+from mesh_transformer.corpus.parts import digest_file
 from mesh_transformer.corpus.recipe import ComponentConfig, Recipe
-from mesh_transformer.data.archives import ChunkStream, read_chunks, split_lines
+from mesh_transformer.data.archives import ChunkStream, check_length, read_chunks, split_lines
 from mesh_transformer.data.documents import BadDocuments, DataError, Document, Flaw
 from mesh_transformer.data.formats import check_characters, decode_python, decode_utf8, read_items
 from mesh_transformer.data.readers import find_files
@@ -186,25 +185,18 @@ def _check_unchanged(file: SourceFile) -> None:
         raise DataError(f"{file.path}: has changed since the build began; build again")
 
 
-def digest_file(path: str | Path) -> str:
-    """xxh3 of a file's bytes, 32 hexadecimal digits."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _read_file(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
     try:
         for place, text in KINDS[component.kind](file, component, limit, reading):
-            if isinstance(text, str) and len(text) > limit:
-                text = Flaw("too long", f"{len(text):,} characters, more than corpus.max_document_mb allows")
-            yield place, text
+            yield place, _too_long(f"{len(text):,} characters") if isinstance(text, str) and len(text) > limit else text
     except Flaw as flaw:  # damage that ends the file
         yield flaw.line, flaw
     except OSError as error:
         yield None, _unreadable(error)
+
+
+def _too_long(what: str) -> Flaw:
+    return Flaw("too long", f"{what} in one document: more than corpus.max_document_mb; cut it up, or raise that")
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
@@ -212,16 +204,22 @@ def _chunks(file: Path) -> Iterator[bytes]:
 
 
 def _read_whole(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> str:
-    data = bytearray()
+    chunks: list[bytes] = []
+    size = 0
     for chunk in _chunks(file):
-        data += chunk
-        if len(data) > limit:
-            raise Flaw("too long", f"more than {limit:,} bytes in one document (corpus.max_document_mb)")
+        chunks.append(chunk)
+        size += len(chunk)
+        check_length(size)
+        if size > limit and not component.pieces_kb:  # what is cut up is no one document
+            raise _too_long(f"more than {limit:,} bytes")
+    data = b"".join(chunks)
+    del chunks  # a file of a gigabyte is no more than twice in memory
     if component.kind == "info":  # whose marks for readers begin with a NUL byte
-        data = bytearray(INFO_MARK.sub(b"", data))
+        data = INFO_MARK.sub(b"", data)
     if b"\0" in data[:8192]:
         raise Flaw("binary", "has NUL bytes: binary, not text")
-    text = _decode(bytes(data), file, component, reading)
+    text = _decode(data, file, component, reading)
+    del data
     check_characters(text)
     return text.replace("\r\n", "\n")
 
@@ -274,14 +272,15 @@ def _read_rows(file: Path, component: ComponentConfig, limit: int, reading: Read
     suffixes = {suffix.lower() for suffix in file.suffixes[-2:]}
     if not suffixes & ({".parquet"} if component.kind == "parquet" else set(_LINES)):
         raise Flaw("unreadable type", f"not named like {component.kind}; choose another kind, or exclude it")
-    yield from read_items(file, component.text_key)
+    for place, item in read_items(file, component.text_key, limit):
+        yield place, _too_long(item.detail) if isinstance(item, Flaw) and item.kind == "too long" else item
 
 
 def _read_mbox(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
     """Messages of a mailbox, each after a line "From ..."; a file without such lines is one message."""
     message: list[bytes] = []
     number, size, blank = 0, 0, True
-    for line in split_lines(_chunks(file)):
+    for line in split_lines(_chunks(file), limit):
         if blank and line.startswith(b"From "):
             if message:
                 number += 1
@@ -299,7 +298,7 @@ def _read_mbox(file: Path, component: ComponentConfig, limit: int, reading: Read
 def _parse_mail(message: list[bytes], size: int, limit: int) -> str | Flaw:
     try:
         if size > limit:
-            raise Flaw("too long", f"a message of {size:,} bytes (corpus.max_document_mb)")
+            raise _too_long(f"more than {limit:,} bytes")
         text = mail_to_text(b"\n".join(message))
         check_characters(text)
         return text
@@ -323,7 +322,7 @@ def _read_warc(file: Path, component: ComponentConfig, limit: int, reading: Read
                 continue
             body = record.content_stream().read(limit + 1)
             if len(body) > limit:
-                yield number, Flaw("too long", f"a page of more than {limit:,} bytes (corpus.max_document_mb)")
+                yield number, _too_long(f"more than {limit:,} bytes")
             elif record.raw_stream.limit > 0:
                 yield number, Flaw("truncated page", f"{record.raw_stream.limit:,} bytes of it are missing at the end")
             else:

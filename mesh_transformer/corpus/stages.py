@@ -11,7 +11,7 @@ executors by themselves end well when a rank was lost on Ray or Slurm, and wait 
 import json
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from mesh_transformer.corpus.clusters import Slurm, run_on_ray, run_on_slurm
 from mesh_transformer.data.build import end_with_parent
 from mesh_transformer.data.documents import DataError
-from mesh_transformer.files import replace_file
+from mesh_transformer.files import link_file, replace_file
 
 logger.disable("datatrove")  # its log goes to the terminal, in every worker; a failed task says what is wrong itself
 
@@ -74,7 +74,7 @@ class _Part(PipelineStep):
         try:
             with threadpool_limits(1):  # NumPy's own threads and those of other workers would wait for one another
                 record = self.task(rank)
-            replace_file(_record_path(self.folder, rank), json.dumps(record, ensure_ascii=False).encode())
+            _write_record(self.folder, rank, record)
         except Exception as error:
             _note(failure, error)
             raise
@@ -143,6 +143,31 @@ def run_stage(
     return [record for record in records if record is not None]
 
 
+def adopt_parts(folder: Path, inputs: Sequence[str], before: Sequence[Path]) -> None:
+    """Parts that a stage made `before`, in other folders, from the same inputs become parts of it, under their number.
+
+    Only of stages whose files are FOLDER/PART.SUFFIX, and whose records have "inputs".
+    """
+    made: dict[str, tuple[Path, str, dict[str, Any]]] = {}
+    for other in before:
+        for path in sorted((other / "records").glob("*.json")):
+            if record := _read_record(other, int(path.stem)):
+                made[record.get("inputs", "")] = (other, path.stem, record)
+    for rank, own in enumerate(inputs):
+        if own not in made or _read_record(folder, rank) is not None:
+            continue
+        other, number, record = made[own]
+        outputs = {}
+        (folder / "records").mkdir(exist_ok=True)
+        for name, output in record["outputs"].items():
+            place = name.replace(f"/{number}.", f"/{rank:05d}.")
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place).unlink(missing_ok=True)
+            link_file(other / name, folder / place)
+            outputs[place] = output
+        _write_record(folder, rank, record | {"outputs": outputs})
+
+
 @contextmanager
 def _watched(name: str, folder: Path, tasks: int, report: Report) -> Iterator[None]:
     """Reports how many parts have their records while the block runs."""
@@ -164,6 +189,10 @@ def _watched(name: str, folder: Path, tasks: int, report: Report) -> Iterator[No
 
 def _record_path(folder: Path, rank: int) -> Path:
     return folder / "records" / f"{rank:05d}.json"
+
+
+def _write_record(folder: Path, rank: int, record: dict[str, Any]) -> None:
+    replace_file(_record_path(folder, rank), json.dumps(record, ensure_ascii=False).encode())
 
 
 def _read_record(folder: Path, rank: int) -> dict[str, Any] | None:

@@ -28,19 +28,26 @@ def read_chunks(file: Path, compressed: str | None) -> Iterator[bytes]:
             yield from _decompress(iter(partial(stream.read, _PIECE), b""), compressed)
 
 
-def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their ends; the piece behind the last line end only if the chunks come to a good end."""
+def split_lines(chunks: Iterator[bytes], longest: int | None = None) -> Iterator[bytes]:
+    """Lines without their ends; the piece behind the last line end only if the chunks come to a good end.
+
+    Of a line with more than `longest` bytes the first longest + 1 come, and no more of it is ever held; without a
+    `longest` it raises Flaw if a line is longer than any real document.
+    """
     pending: list[bytes] = []
     length = 0
     for chunk in chunks:
         head, end, rest = chunk.partition(b"\n")
+        if longest is not None:
+            head = head[: longest + 1 - length]
         pending.append(head)
         length += len(head)
         check_length(length)
         if end:
             yield b"".join(pending)
             *whole, tail = rest.split(b"\n")
-            yield from whole
+            yield from whole if longest is None else (line[: longest + 1] for line in whole)
+            tail = tail if longest is None else tail[: longest + 1]
             pending, length = [tail], len(tail)
     check_length(length)
     if length:

@@ -23,17 +23,17 @@ _REMEDIES = {
 Item = tuple[int | None, str | Flaw]  # line or row, its text or what is wrong with it
 
 
-def read_items(file: Path, text_key: str) -> Iterator[Item]:
-    """Every item of a file; damage that ends the reading comes as the last one."""
+def read_items(file: Path, text_key: str, longest: int | None = None) -> Iterator[Item]:
+    """Every item of a file; damage that ends the reading comes as the last one, a line of more bytes as a Flaw."""
     try:
-        yield from _pick_reader(file, text_key)()
+        yield from _pick_reader(file, text_key, longest)()
     except Flaw as flaw:
         yield flaw.line, flaw
     except OSError as error:
         yield None, Flaw("unreadable file", f"cannot be read: {error.strerror or error}")
 
 
-def _pick_reader(file: Path, text_key: str) -> Callable[[], Iterator[Item]]:
+def _pick_reader(file: Path, text_key: str, longest: int | None) -> Callable[[], Iterator[Item]]:
     suffixes = [suffix.lower() for suffix in file.suffixes]
     compressed = suffixes[-1] if suffixes and suffixes[-1] in COMPRESSED else None
     kind = "".join((suffixes[:-1] if compressed else suffixes)[-1:])
@@ -44,7 +44,7 @@ def _pick_reader(file: Path, text_key: str) -> Callable[[], Iterator[Item]]:
             raise Flaw("unreadable type", "Parquet inside an archive; decompress it first")
         return partial(_read_parquet, file, text_key)
     if kind in _LINES:
-        return partial(_read_lines, read_chunks(file, compressed), text_key)
+        return partial(_read_lines, read_chunks(file, compressed), text_key, longest)
     return partial(_read_text, read_chunks(file, compressed), is_python=kind == ".py")
 
 
@@ -58,14 +58,16 @@ def _read_text(chunks: Iterator[bytes], *, is_python: bool) -> Iterator[Item]:
     yield None, text.replace("\r\n", "\n")
 
 
-def _read_lines(chunks: Iterator[bytes], text_key: str) -> Iterator[Item]:
+def _read_lines(chunks: Iterator[bytes], text_key: str, longest: int | None) -> Iterator[Item]:
     number = 0
-    for number, line in enumerate(split_lines(chunks), 1):
+    for number, line in enumerate(split_lines(chunks, longest), 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line or line.isspace():
             continue
         try:
+            if longest is not None and len(line) > longest:
+                raise Flaw("too long", f"more than {longest:,} bytes")
             item = _parse_line(line, text_key)
         except Flaw as flaw:
             item = flaw

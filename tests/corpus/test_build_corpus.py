@@ -143,6 +143,30 @@ def test_killed_at_any_moment_and_begun_again_it_gives_the_same_bytes(tmp_path, 
     assert json.loads((tmp_path / "out/manifest.json").read_text()) == whole
 
 
+def test_a_change_makes_the_parts_anew_that_it_concerns_and_no_others(tmp_path, write_texts, make_recipe):
+    """Each file is a part, for two of them are more than a megabyte."""
+    notes = write_texts("notes", [prose(i, 2000) * 50 for i in range(3)])
+    more = write_texts("more", [prose(9)])
+    components = {name: {"kind": "text", "paths": [str(folder)]} for name, folder in (("notes", notes), ("more", more))}
+    length = {"kind": "length", "components": ["notes"]}
+
+    def build(out: str, steps: list[dict]) -> tuple[str, list[int]]:
+        recipe = make_recipe(components, corpus={"part_mb": 1}, duplicates={"near": "none"}, steps=steps)
+        digest = build_corpus(recipe, tmp_path / out, Machines()).manifest["digest"]
+        kept = sorted((tmp_path / out / "work").glob("filter-*/documents/*"))
+        assert [path.name for path in kept] == [f"{rank:05d}.jsonl.zst" for rank in range(len(kept))]
+        return digest, [path.stat().st_ino for path in kept]
+
+    _, first = build("out", [length])
+    (notes / "001.txt").write_text(prose(7, 2000) * 50)
+    (notes / "000.txt").unlink()  # so that the others get other numbers
+    _, second = build("out", [length])
+    assert [new == old for new, old in zip(second, first[1:], strict=True)] == [False, True, True]
+    digest, third = build("out", [length | {"min_bytes": 9}])
+    assert [new == old for new, old in zip(third, second, strict=True)] == [False, False, True]
+    assert digest == build("again", [length | {"min_bytes": 9}])[0]
+
+
 def test_weights_that_cannot_be_met_and_components_that_come_to_nothing(tmp_path, sources, make_recipe):
     weighted = {
         name: {k: v for k, v in own.items() if k != "epochs"} | {"weight": 1.0} for name, own in sources.items()

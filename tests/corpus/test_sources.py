@@ -6,6 +6,8 @@ import gzip
 import json
 import mailbox
 import os
+import random
+import tracemalloc
 
 import pytest
 import zstandard
@@ -14,6 +16,8 @@ from mesh_transformer.corpus.sources import KINDS, Reading, find_parts, read_par
 from mesh_transformer.data.documents import DataError
 
 pytest.importorskip("resiliparse")
+pytest.importorskip("pylatexenc")
+from mesh_transformer.corpus.latex import nodes_to_text
 
 
 def read(recipe):
@@ -201,6 +205,74 @@ def test_long_lines_are_left_out(read_one):
     assert list(texts) == ["a.jsonl:1", "a.jsonl:3"]
     assert reading.bad.counts == {"too long": 1}
     assert read_one("text", "a.txt", "x" * 1_100_000, corpus={"max_document_mb": 1})[1].bad.counts == {"too long": 1}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "mbox"])
+def test_of_a_long_line_no_more_is_held_than_a_document_may_have(tmp_path, read_one, kind):
+    with gzip.open(tmp_path / "a.gz", "wb", 1) as file:
+        file.write(b'From a\n\n{"text": "one"}\n\nFrom b\n\n{"text": "')
+        for _ in range(40):
+            file.write(b"x" * 1_000_000)
+        file.write(b'"}\n\nFrom c\n\n{"text": "three"}\n')
+    data = (tmp_path / "a.gz").read_bytes()
+    name = "a.jsonl.gz" if kind == "jsonl" else "a.mbox.gz"
+    tracemalloc.start()
+    texts, reading = read_one(kind, name, data, corpus={"max_document_mb": 1})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    places, lost = (["3", "11"], "7") if kind == "jsonl" else (["1", "3"], "2")
+    assert list(texts) == [f"{name}:{place}" for place in places]
+    assert reading.bad.counts["too long"] == 1
+    where = f"{tmp_path}/{name}:{lost}: more than 1,000,000 bytes in one document: more than corpus.max_document_mb"
+    assert reading.bad.examples["too long"][0].startswith(where)
+    assert peak < 12e6
+
+
+def test_a_long_file_that_is_cut_up_is_no_long_document(read_one):
+    text = "word " * 300_000
+    texts, reading = read_one("text", "a.txt", text, pieces_kb=500, corpus={"max_document_mb": 1})
+    assert "".join(texts.values()) == text
+    assert reading.bad.total == 0
+
+
+LATEX_BITS = [
+    "word ", " ", ", ", "\n", "\n\n", "\t", "*", "#1", "^", "_", "é", "\u2003", "&", "~", "``", "''", "`", "'", "-", "--", "---",
+    "!", "?", "!`", "?`", "\\", "{", "}", "[", "]", "$", "$$", "\\(", "\\)", "\\[", "\\]", "%", "% a\n", "\\\\[2pt]", "\\'e",
+    "\\begin{itemize}", "\\end{itemize}", "\\item", "\\item[x]", "\\begin {equation}", "\\end{equation}", "\\emph", "\\emph{b}",
+    "\\section*{T}", "\\verb+x%+", "\\begin{verbatim}", "\\end{verbatim}", "\\textbf", "\\begin", "\\cite[p. 3]{k}", "\\sqrt[3]{x}",
+]  # fmt: skip
+
+
+def test_latex_gives_what_the_library_alone_gives():
+    from pylatexenc.latex2text import LatexNodes2Text
+
+    draw, different = random.Random(0), set()
+    for _ in range(500):
+        source = "".join(draw.choices(LATEX_BITS, k=draw.randint(1, 40)))
+        alone = LatexNodes2Text(math_mode="verbatim", strict_latex_spaces=False)
+        try:
+            expected = alone.latex_to_text(source, tolerant_parsing=True)
+        except (LookupError, ValueError) as error:  # what neither can read
+            with pytest.raises(type(error)):
+                nodes_to_text(source)
+            continue
+        assert nodes_to_text(source) == expected, source
+        different.add(expected)
+    assert len(different) > 400
+
+
+@pytest.mark.parametrize("end", ["verb", "title", "sqrt"])  # IndexError, AttributeError, KeyError of the library
+def test_latex_that_breaks_off_is_counted(read_one, end):
+    texts, reading = read_one("latex", "a.tex", f"A text that ends in \\{end}")
+    assert not texts
+    assert reading.bad.counts == {"broken LaTeX": 1}
+
+
+def test_latex_has_no_date_of_the_day(read_one):
+    begin, end = r"\title{A}\begin{document}", r"It is \today.\end{document}"
+    assert read_one("latex", "a.tex", rf"{begin}\maketitle {end}")[0] == {"a.tex": "It is ."}
+    given = rf"{begin}\title{{One}}\date{{1991}}\maketitle {end}"
+    assert read_one("latex", "a.tex", given)[0] == {"a.tex": "One\n1991\n\nIt is ."}
 
 
 def test_components_without_files(tmp_path, make_recipe):

@@ -196,6 +196,23 @@ def test_other_processes_get_the_same_rules(tokenizer: Tokenizer) -> None:
     assert sent.fingerprint == tokenizer.fingerprint
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+def test_a_process_that_gets_one_for_every_part_does_not_grow() -> None:
+    """The library keeps 5 MB of each of its objects that encoded these words."""
+
+    def held() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+    sent = pickle.dumps(FileTokenizer(small_table()))
+    texts = [" ".join(f"word{i}" for i in range(part, 40_000, 8)) for part in range(8)]
+    for _ in range(2):
+        pickle.loads(sent).encode_batch(texts)
+    before = held()
+    for _ in range(6):
+        pickle.loads(sent).encode_batch(texts)
+    assert held() - before < 8
+
+
 @pytest.mark.parametrize("tokenizer", ALL, indirect=True)
 def test_lone_surrogates_are_errors(tokenizer: Tokenizer) -> None:
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["good", text])):
