@@ -7,7 +7,7 @@ examples:
       three documents for training, the same ones for the same --seed
   python scripts/look.py corpora/machine --dropped gopher
       what steps or reasons with this word in them took
-  python scripts/look.py corpora/machine --near /usr/share/common-licenses/GPL-3
+  python scripts/look.py corpora/machine --near /usr/share/common-licenses/Apache-2.0
       documents that share a MinHash band with this one, also those that were removed, with their similarity
 """
 
