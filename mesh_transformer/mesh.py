@@ -26,6 +26,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mesh_transformer.config import ConfigError, MeshConfig
+from mesh_transformer.memory import trim_memory
 
 # From the slowest connection to the fastest: neighbours on the last axis are neighbours in the machine.
 MESH_AXES = ("data", "pipeline", "fsdp", "expert", "context", "tensor")
@@ -129,7 +130,7 @@ def keep_freed_memory(keep: bool, *, one_arena: bool | None = None) -> None:
         for parameter, values in _MALLOC.items():
             libc.mallopt(parameter, values[0 if keep else 1])
         if not keep:
-            libc.malloc_trim(0)
+            trim_memory()
 
 
 def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Layout:

@@ -91,7 +91,7 @@ def build_corpus(
             _publish(selected, out / "documents", SIDES)
             _publish(shards, out / "tokens", None)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if _is_disk_full(error):
                 raise CorpusError(
                     f"{out}: its disk is full; free some room and build again, what is whole stays"
                 ) from None
@@ -104,6 +104,11 @@ def build_corpus(
         manifest = corpus.manifest
         replace_file(out / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
     return corpus
+
+
+def _is_disk_full(error: OSError) -> bool:
+    """NumPy gives no number, but says how much was written."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "requested and" in str(error))
 
 
 def _run_stages(builder: Builder, parts: list[Part], missing: list[str]) -> tuple[Corpus, Path, Path]:

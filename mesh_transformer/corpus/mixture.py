@@ -19,13 +19,13 @@ import xxhash
 from mesh_transformer.corpus.filtering import SIDES
 from mesh_transformer.corpus.parts import read_documents
 from mesh_transformer.corpus.recipe import Recipe
-from mesh_transformer.data.build import ENCODE_CHARACTERS
 from mesh_transformer.data.shards import ShardWriter, token_dtype
 from mesh_transformer.data.tokenizers import load_tokenizer
 
 TOKENS_PER_MB = (
     250_000  # of corpus.part_mb: tokens of one part, and of one range of the order, that are in memory at once
 )
+ENCODE_CHARACTERS = 250_000  # of text that the tokenizer gets at once: with one thread more of it is no faster
 INDEX = np.dtype([("key", "<u8"), ("start", "<u8"), ("length", "<u4")])
 
 

@@ -10,6 +10,7 @@ executors by themselves end well when a rank was lost on Ray or Slurm, and wait 
 
 import json
 import multiprocessing
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -27,6 +28,7 @@ from mesh_transformer.corpus.clusters import Slurm, run_on_ray, run_on_slurm
 from mesh_transformer.data.build import end_with_parent
 from mesh_transformer.data.documents import DataError
 from mesh_transformer.files import link_file, replace_file
+from mesh_transformer.memory import trim_memory
 
 logger.disable("datatrove")  # its log goes to the terminal, in every worker; a failed task says what is wrong itself
 
@@ -72,13 +74,29 @@ class _Part(PipelineStep):
         """Make part `rank`; the record is the last thing written, a failure is written for who waits elsewhere."""
         failure = self.folder / "failures" / f"{rank:05d}.txt"
         try:
-            with threadpool_limits(1):  # NumPy's own threads and those of other workers would wait for one another
+            with _one_thread():
                 record = self.task(rank)
             _write_record(self.folder, rank, record)
+            trim_memory()  # so that the peak of one part does not come on top of what another has freed
         except Exception as error:
             _note(failure, error)
             raise
         return None
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """No threads of NumPy's and tokenizers' own: they and those of other workers would wait for one another."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _note(path: Path, error: Exception) -> None:

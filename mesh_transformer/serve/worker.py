@@ -3,13 +3,13 @@
 """The engine in a thread of its own: rows go in from an event loop, and their events come back to it."""
 
 import asyncio
-import ctypes
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
+from mesh_transformer.memory import trim_memory
 from mesh_transformer.sample.engine import Engine, Pace
 from mesh_transformer.sample.requests import Event, Row
 from mesh_transformer.sample.warm_up import warm_up
@@ -161,7 +161,7 @@ class Worker:
                 events = self.engine.step(pace.steps)
             if (count := sum(self.engine.compilations.values())) > compiled:
                 compiled = count
-                _trim_memory()
+                trim_memory()  # of what compiling freed, 20 to 100 MB for each program
             self._turns.append((time.monotonic(), len(events)))
             while self._turns[0][0] < time.monotonic() - WINDOW:
                 self._turns.popleft()
@@ -192,10 +192,3 @@ class Worker:
                 groups.setdefault(ticket, []).append(event)
         for ticket, group in groups.items():
             ticket.put(group)
-
-
-def _trim_memory() -> None:
-    """Give what compiling has freed back to the system: glibc keeps it, 20 to 100 MB for each program of the engine."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such function
-    if trim:
-        trim(0)

@@ -211,14 +211,26 @@ def test_a_component_that_cannot_be_read_says_why(tmp_path, sources, make_recipe
 
 
 def refuse_room(path: Path, mode: str):
-    """A file that has no room for a byte."""
-    return open("/dev/full", mode)
+    """A file that has no room for a byte, if it is to be written."""
+    return open("/dev/full" if "w" in mode else path, mode)
 
 
-def test_a_full_disk_says_so_and_the_next_build_goes_on(tmp_path, sources, make_recipe, monkeypatch):
+def refuse_array(run):
+    """NumPy's own error for a disk that is full."""
+    np.zeros(1 << 20, np.uint8).tofile("/dev/full")
+
+
+@pytest.mark.parametrize(
+    ("place", "refuse"),
+    [
+        ("mesh_transformer.corpus.parts.open", refuse_room),
+        ("mesh_transformer.corpus.mixture._Run._write", refuse_array),
+    ],
+)
+def test_a_full_disk_says_so_and_the_next_build_goes_on(tmp_path, sources, make_recipe, monkeypatch, place, refuse):
     recipe = make_recipe(sources, duplicates={"near": "none"})
     with monkeypatch.context() as patch:
-        patch.setattr("mesh_transformer.corpus.parts.open", refuse_room, raising=False)
+        patch.setattr(place, refuse, raising=False)
         with pytest.raises(CorpusError, match=f"{tmp_path}/out: its disk is full; free some room and build again"):
             build_corpus(recipe, tmp_path / "out", Machines())
     assert not (tmp_path / "out/manifest.json").exists()

@@ -209,7 +209,7 @@ def test_long_lines_are_left_out(read_one):
 
 @pytest.mark.parametrize("kind", ["jsonl", "mbox"])
 def test_of_a_long_line_no_more_is_held_than_a_document_may_have(tmp_path, read_one, kind):
-    with gzip.open(tmp_path / "a.gz", "wb", 1) as file:
+    with gzip.GzipFile(tmp_path / "a.gz", "wb", 1) as file:
         file.write(b'From a\n\n{"text": "one"}\n\nFrom b\n\n{"text": "')
         for _ in range(40):
             file.write(b"x" * 1_000_000)
