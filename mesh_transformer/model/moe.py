@@ -107,7 +107,7 @@ class Experts(hk.Module):
             gates, turns = probabilities, rank_tokens(probabilities, group)
             experts = jnp.broadcast_to(jnp.arange(e.n_experts), gates.shape)
         else:
-            gates, experts = jax.lax.top_k(probabilities, e.per_token)
+            gates, experts = _choose(probabilities, e.per_token)
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True) if e.scales_gates else gates
             turns = None if capacity is None else take_turns(experts, group)
         taken = jnp.ones(experts.shape, bool) if turns is None or capacity is None else turns < capacity
@@ -121,6 +121,21 @@ class Experts(hk.Module):
             return y, describe_routing(logits, taken, ~jnp.any(taken, axis=-1), over_batch=over_batch)
         counts = jnp.sum(jax.nn.one_hot(experts, e.n_experts), axis=2)  # summed where it is made
         return y, describe_routing(logits, counts, ~taken, over_batch=over_batch)
+
+
+def _choose(probabilities: Float[Array, "B T E"], k: int) -> list[Array]:
+    """The k likeliest experts of each token and their probabilities, on the device that has the token.
+
+    Left to itself, XLA gathers the probabilities of all tokens on every GPU where the mesh has another axis than theirs.
+    """
+    layout = current_layout()
+    if layout is None:
+        return jax.lax.top_k(probabilities, k)
+    spec = layout.spec(("batch", "sequence"), probabilities.shape[:2], "activation [experts]")
+    choose = jax.shard_map(
+        partial(jax.lax.top_k, k=k), mesh=layout.mesh, in_specs=spec, out_specs=[spec, spec], check_vma=False
+    )
+    return choose(probabilities)
 
 
 def _find_group(wanted: int, batch: int) -> int:
