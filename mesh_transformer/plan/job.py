@@ -3,13 +3,17 @@
 """What is to be compiled, and what was measured of it: records that travel between processes as JSON."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import Config, config_to_dict, parse_config
 
-FORMAT = 3  # of these records: a result stored by another number is not used
+ROOMS = ("model", "train", "sample", "plan")  # whose code, beside the modules above them, makes programs and records
+COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "dm-haiku", "optax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,9 @@ class Job:
         return cls(**{**table, "config": parse_config(table["config"], where="job")})
 
     def digest(self) -> str:
-        """Equal for jobs whose program is the same: where a run lives, its data and its samples do not matter."""
+        """Equal for jobs whose program is the same: where a run lives, its data and its samples do not matter, but the code
+        that makes the program does, and what compiles it.
+        """
         table = json.loads(self.to_json())
         for name in ("run", "checkpoint", "sample", "track"):
             table["config"].pop(name, None)
@@ -41,7 +47,23 @@ class Job:
             table["config"]["mesh"].pop(name, None)
         table["config"]["serve"] = {name: table["config"]["serve"][name] for name in ("weights", "cache")}
         table["config"]["data"] = table["config"]["data"].get("isolate_documents")
-        return hashlib.blake2b(f"{FORMAT} {json.dumps(table, sort_keys=True)}".encode(), digest_size=12).hexdigest()
+        return hashlib.blake2b(
+            f"{digest_code()} {json.dumps(table, sort_keys=True)}".encode(), digest_size=12
+        ).hexdigest()
+
+
+@functools.cache
+def digest_code(package: Path = Path(__file__).parents[1]) -> str:
+    """Of what makes a program beside its job: the package's code, and the libraries that compile it."""
+    digest = hashlib.blake2b(digest_size=12)
+    for file in sorted([*package.glob("*.py"), *(file for room in ROOMS for file in (package / room).rglob("*.py"))]):
+        digest.update(f"{file.relative_to(package).as_posix()} ".encode() + file.read_bytes())
+    for name in COMPILERS:
+        try:
+            digest.update(f"{name} {metadata.version(name)} ".encode())
+        except metadata.PackageNotFoundError:
+            continue
+    return digest.hexdigest()
 
 
 class Traffic(NamedTuple):

@@ -5,16 +5,19 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+import mesh_transformer
 from mesh_transformer.config import Config, ConfigError, parse_config
 from mesh_transformer.data.sources import open_data
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.plan.compile import compile_job
 from mesh_transformer.plan.estimate import LABEL, estimate_training
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError
-from mesh_transformer.plan.job import Job, Measured
+from mesh_transformer.plan.job import Job, Measured, digest_code
 from mesh_transformer.plan.remedies import change_config, find_remedy, propose_changes
 from mesh_transformer.plan.report import format_verdict, verdict_to_json
 from mesh_transformer.plan.verdict import judge
@@ -79,6 +82,18 @@ def test_digests_are_of_the_program():
     assert job.digest() == same.digest()
     for change in ({"topology": "cpu-4"}, {"fast": True}, {"config": change_config(job.config, ("model.d_model=32",))}):
         assert dataclasses.replace(job, **change).digest() != job.digest()
+
+
+def test_digests_are_of_the_code_too(tmp_path):
+    package = tmp_path / "package"
+    shutil.copytree(Path(mesh_transformer.__file__).parent, package)
+    same, before = tmp_path / "same", digest_code(package)
+    shutil.copytree(package, same)
+    with (package / "model" / "moe.py").open("a") as file:
+        file.write("# another program\n")
+    (same / "corpus" / "build.py").unlink()  # which no program is made of
+    digest_code.cache_clear()
+    assert digest_code(package) != before == digest_code(same) == digest_code()
 
 
 @needs_libtpu
