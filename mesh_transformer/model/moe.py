@@ -123,19 +123,23 @@ class Experts(hk.Module):
         return y, describe_routing(logits, counts, ~taken, over_batch=over_batch)
 
 
-def _choose(probabilities: Float[Array, "B T E"], k: int) -> list[Array]:
-    """The k likeliest experts of each token and their probabilities, on the device that has the token.
+def _choose(probabilities: Float[Array, "B T E"], k: int) -> tuple[Array, Array]:
+    """Probabilities of the k likeliest experts of each token and their numbers, on the device that has the token.
 
     Left to itself, XLA gathers the probabilities of all tokens on every GPU where the mesh has another axis than theirs.
     """
+
+    def choose(own: Array) -> tuple[Array, Array]:
+        gates, experts = jax.lax.top_k(own, k)
+        return gates, experts
+
     layout = current_layout()
     if layout is None:
-        return jax.lax.top_k(probabilities, k)
+        return choose(probabilities)
     spec = layout.spec(("batch", "sequence"), probabilities.shape[:2], "activation [experts]")
-    choose = jax.shard_map(
-        partial(jax.lax.top_k, k=k), mesh=layout.mesh, in_specs=spec, out_specs=[spec, spec], check_vma=False
+    return jax.shard_map(choose, mesh=layout.mesh, in_specs=spec, out_specs=(spec, spec), check_vma=False)(
+        probabilities
     )
-    return choose(probabilities)
 
 
 def _find_group(wanted: int, batch: int) -> int:
