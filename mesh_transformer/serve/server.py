@@ -5,6 +5,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import signal
 import sys
@@ -74,6 +75,8 @@ def serve(trained: Trained, *, name: str, host: str, port: int, token: str | Non
         timeout_graceful_shutdown=int(limits.drain_seconds + LAST_WORDS + 0.5),
     )
     server = _Server(config)
+    # What is still written to a client that left, before that is noticed; nobody's error.
+    logging.getLogger("asyncio").addFilter(lambda record: "socket.send() raised" not in record.getMessage())
 
     def drain() -> None:
         if app.state.draining:
