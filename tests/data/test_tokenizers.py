@@ -208,9 +208,9 @@ def test_a_process_that_gets_one_for_every_part_does_not_grow() -> None:
     for _ in range(2):
         pickle.loads(sent).encode_batch(texts)
     before = held()
-    for _ in range(6):
+    for _ in range(12):
         pickle.loads(sent).encode_batch(texts)
-    assert held() - before < 8
+    assert held() - before < 25  # of 60; what else a process of tests holds moves by ten
 
 
 @pytest.mark.parametrize("tokenizer", ALL, indirect=True)
