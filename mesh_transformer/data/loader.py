@@ -92,8 +92,9 @@ class Loader:
 
     def find_sequence(self, index: int) -> tuple[int, int]:
         """(source, its sequence) of sequence `index` of the run."""
-        source, place = self._find_place(index)
-        return source, _at(self._orders[source], place)
+        block, slot = divmod(index, MIX_SLOTS)
+        source = int(self._slots[slot])
+        return source, self._number_at(source, block * self._shares[source] + int(self._ranks[slot]))
 
     def epochs(self, n_sequences: int) -> float:
         """Passes over the source that has been seen most often, after so many sequences of the run."""
@@ -107,11 +108,9 @@ class Loader:
         """Tokens of all sources together."""
         return sum(source.shard.n_tokens for source in self.sources)
 
-    def _find_place(self, index: int) -> tuple[int, int]:
-        """(source, its place in the source's endless order) of sequence `index` of the run."""
-        block, slot = divmod(index, MIX_SLOTS)
-        source = int(self._slots[slot])
-        return source, block * self._shares[source] + int(self._ranks[slot])
+    def _number_at(self, source: int, place: int) -> int:
+        """The source's sequence at a place of its endless order."""
+        return _at(self._orders[source], place)
 
     def _read(self, source: int, sequence: int) -> "Row":
         shard, start = self.sources[source].shard, sequence * self.seq_len

@@ -165,11 +165,10 @@ class SpanLoader(Loader):
         identity = [self.fingerprint, spans, "anew in every pass"]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
-    def find_sequence(self, index: int) -> tuple[int, int]:
+    def _number_at(self, source: int, place: int) -> int:
         """As Loader's, but a sequence's number grows by the source's length with every pass."""
-        source, sequence = super().find_sequence(index)
-        _, place = self._find_place(index)
-        return source, sequence + place // self.lengths[source] * self.lengths[source]
+        length = self.lengths[source]
+        return place // length * length + super()._number_at(source, place)
 
     def read_sequences(self, sequences: Iterable[tuple[int, int]]) -> Batch:
         """The batch of these: (source, its sequence) of each."""
