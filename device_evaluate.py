@@ -25,7 +25,7 @@ exit status: 0 done, 1 failed, 2 wrong usage or configuration
 import json
 import sys
 
-from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.evaluate.options import parse
 
 
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     """Parse, load, measure, print, keep."""
     options = parse(make_parser(__doc__ or ""), arguments)
     # JAX and what needs it come after the options: --help and errors in them answer at once.
-    from mesh_transformer.evaluate.trained import evaluate_trained
+    from mesh_transformer.evaluate.checkpoint_eval import evaluate_trained
 
     evaluation = evaluate_trained(options.run, options.set, quiet=options.json)
     if options.json:

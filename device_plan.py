@@ -15,7 +15,7 @@ examples:
 
 import sys
 
-from mesh_transformer.command import add_set_option, make_parser, run_command
+from mesh_transformer.cli import add_set_option, make_parser, run_command
 from mesh_transformer.config import load_config
 
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cache", metavar="FOLDER", help="keep what was compiled, and take it from there")
     options = parser.parse_args(arguments)
 
-    from mesh_transformer.plan.planning import run_plan
+    from mesh_transformer.plan.run import run_plan
 
     run_plan(load_config(options.config, options.set), options)
     return 0

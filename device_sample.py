@@ -14,7 +14,7 @@ exit status: 0 done, 1 failed, 2 wrong usage or configuration
 import argparse
 import sys
 
-from mesh_transformer.command import add_set_option, make_parser, run_command
+from mesh_transformer.cli import add_set_option, make_parser, run_command
 from mesh_transformer.config import ConfigError
 
 FLAGS = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float}  # short for --set sample.NAME=VALUE
@@ -26,9 +26,9 @@ def main(arguments: list[str]) -> int:
     overrides = list(options.set)
     overrides += [f"sample.{name}={value}" for name in FLAGS if (value := getattr(options, name)) is not None]
     # JAX and what needs it come after the options: --help and errors in them answer at once.
-    from mesh_transformer.sample.terminal import Terminal
-    from mesh_transformer.sample.text import complete_texts
-    from mesh_transformer.sample.trained import load_trained
+    from mesh_transformer.sample.loading import load_trained
+    from mesh_transformer.sample.repl import Terminal
+    from mesh_transformer.sample.text_generation import complete_texts
 
     engine, tokenizer, config, step, where = load_trained(options.run, overrides)
     if options.prompt is None:

@@ -18,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mesh_transformer.command import DONE, FAILED, add_set_option, make_parser, run_command
+from mesh_transformer.cli import DONE, FAILED, add_set_option, make_parser, run_command
 from mesh_transformer.config import ConfigError
 
 EXTRA = ("fastapi", "starlette", "uvicorn", "h11", "jinja2", "prometheus_client")
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         raise
     token = read_token(options.token_file) if options.token_file else None
     check_host(options.host, token)
-    from mesh_transformer.sample.trained import load_trained
+    from mesh_transformer.sample.loading import load_trained
 
     trained = load_trained(options.run, options.set)
     print(f"{trained.where}: step {trained.step}", file=sys.stderr)

@@ -15,9 +15,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from mesh_transformer.command import add_set_option, make_parser, run_command
+from mesh_transformer.cli import add_set_option, make_parser, run_command
 from mesh_transformer.config import ConfigError, config_to_toml, load_config
-from mesh_transformer.train.stop import StopRequest
+from mesh_transformer.distributed.stop import StopRequest
 
 
 def main(arguments: list[str]) -> int:
@@ -40,13 +40,13 @@ def main(arguments: list[str]) -> int:
 
     with StopRequest() as stop:
         # JAX and what needs it come after the options: --help and errors in them answer at once.
-        from mesh_transformer.agreement import process_count, process_index
-        from mesh_transformer.data.sources import look, open_data
-        from mesh_transformer.evaluate.training import train_measured
+        from mesh_transformer.data.dataset import look, open_data
+        from mesh_transformer.distributed.bootstrap import join_processes
+        from mesh_transformer.distributed.coordination import process_count, process_index
+        from mesh_transformer.distributed.preemption import watch_notices
+        from mesh_transformer.evaluate.callback import train_measured
         from mesh_transformer.mesh import start_devices
-        from mesh_transformer.processes import join_processes
-        from mesh_transformer.sample.showcase import show_samples
-        from mesh_transformer.train.notices import watch_notices
+        from mesh_transformer.sample.training_samples import show_samples
 
         if options.look is not None:
             with stop.at_once("the data was made"):

@@ -26,7 +26,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mesh_transformer.config import ConfigError, MeshConfig
-from mesh_transformer.memory import trim_memory
+from mesh_transformer.host_memory import trim_memory
 
 # From the slowest connection to the fastest: neighbours on the last axis are neighbours in the machine.
 MESH_AXES = ("data", "pipeline", "fsdp", "expert", "context", "tensor")

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mesh_transformer.command import add_set_option, make_parser, run_command
+from mesh_transformer.cli import add_set_option, make_parser, run_command
 from mesh_transformer.config import ConfigError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def main(arguments: list[str]) -> int:
     """Build, document, and say what came out."""
     options = parse(arguments)
     from mesh_transformer.corpus.build import build_corpus  # here, so that missing libraries are said in one line
-    from mesh_transformer.corpus.clusters import Slurm
-    from mesh_transformer.corpus.datasheet import write_datasheet
+    from mesh_transformer.corpus.datasheet.content import write_datasheet
+    from mesh_transformer.corpus.executors import Slurm
     from mesh_transformer.corpus.recipe import load_recipe
     from mesh_transformer.corpus.stages import Machines
 

@@ -26,7 +26,7 @@ import xxhash
 
 from mesh_transformer.checkpoint.manifest import ArrayRecord
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
-from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ConfigError
 
 BLOCK_BYTES = 32_000_000  # of each side, compared at a time

@@ -27,16 +27,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import Config, ConfigError, load_config
 from mesh_transformer.evaluate.scaling import Fit, fit_law
-from mesh_transformer.files import replace_file
-from mesh_transformer.train.benchmarks import metrics_of, read_evaluations
+from mesh_transformer.reports.console import format_time
+from mesh_transformer.reports.evaluation_results import metrics_of, read_evaluations
+from mesh_transformer.reports.html_report import CSS, active_seconds, smooth, thin
+from mesh_transformer.reports.metrics_log import FILE, read_metrics
+from mesh_transformer.reports.svg import DASHES, Series, format_number, plot
+from mesh_transformer.storage.atomic_files import replace_file
 from mesh_transformer.train.flops import count_flops
-from mesh_transformer.train.metrics import FILE, read_metrics
-from mesh_transformer.train.plot import DASHES, Series, format_number, plot
-from mesh_transformer.train.progress import format_time
-from mesh_transformer.train.report import CSS, active_seconds, smooth, thin
 from mesh_transformer.train.run import abstract_batch, without_remat
 from mesh_transformer.train.schedule import first_sequence
 from mesh_transformer.train.state import describe_state

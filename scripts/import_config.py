@@ -23,10 +23,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import imported_keys as keys
+from mesh_transformer.scripts import import_config_tables as keys
 import yaml
 
-from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ConfigError, config_to_toml, parse_config
 
 
@@ -85,7 +85,7 @@ def _name(text: str) -> str:
 
 def convert_original(new: Import, devices: int | None) -> None:
     """What mesh-transformer-jax computes from several keys, or has in its code."""
-    from mesh_transformer.convert.gptj import NORMS, POSITIONS
+    from mesh_transformer.convert.gptj.reader import NORMS, POSITIONS
 
     old, count = new.old, new.count
     norm, pe, d_head = str(old["norm"]), old["pe"], count("d_model") // count("n_heads")

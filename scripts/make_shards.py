@@ -24,9 +24,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ConfigError
-from mesh_transformer.data.build import Built, build_shards
+from mesh_transformer.data.shard_builder import Built, build_shards
 from mesh_transformer.data.shards import ShardWriter, TokenShard, is_shard
 from mesh_transformer.data.tokenizers import load_tokenizer
 from mesh_transformer.train.session import show_building

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import optax
 
-from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ConfigError
 from mesh_transformer.mesh import use_layout
 from mesh_transformer.model.transformer import make_model

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ConfigError
 
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 def reproduce(run_dir: Path, steps: int | None = None) -> dict[str, Any]:
     """Losses of the run, of the repetition, and where they part."""
-    from attempts import count_ulps
+    from mesh_transformer.scripts.stress.fault_injection import count_ulps
 
     from mesh_transformer.checkpoint.store import Store
     from mesh_transformer.train.replay import open_replay, read_losses, replay

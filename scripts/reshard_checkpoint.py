@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ConfigError
 
 # Files of a Hugging Face folder that a checkpoint of ours carries along, to be written again on the way back.
@@ -81,11 +81,11 @@ class Prepared(NamedTuple):
 
 def prepare(options: Any) -> Prepared:
     """Open the source and check the destination; CheckpointError or ConfigError if it cannot be done."""
-    from mesh_transformer.checkpoint.places import to_place
     from mesh_transformer.convert import reshard
-    from mesh_transformer.convert.foreign import make_model_config
-    from mesh_transformer.convert.gptj_writer import old_config
-    from mesh_transformer.convert.huggingface import find_family
+    from mesh_transformer.convert.gptj.writer import old_config
+    from mesh_transformer.convert.huggingface.reader import find_family
+    from mesh_transformer.convert.import_plan import make_model_config
+    from mesh_transformer.storage.paths import to_place
 
     ceiling, destination = parse_bytes(options.max_memory), to_place(options.destination)
     options.rounds = bool(options.dtype)
@@ -133,9 +133,9 @@ def format_plan(found: dict[str, Any]) -> str:
 
 def convert(options: Any) -> dict[str, Any]:
     """Do it; the report, which is also written beside the result."""
-    from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
     from mesh_transformer.convert import reshard
     from mesh_transformer.mesh import keep_freed_memory
+    from mesh_transformer.storage.errors import CheckpointError, StorageError
 
     keep_freed_memory(True)  # blocks are all of a size
     source, destination, partial, nbytes, ceiling = prepare(options)
@@ -217,7 +217,7 @@ def prove(source: Any, made: Path, options: Any, ceiling: int, progress: Any) ->
     """Every array read back, and the same prompts through both sides; CheckpointError if anything differs."""
     from mesh_transformer.checkpoint.manifest import CheckpointError
     from mesh_transformer.convert import reshard
-    from mesh_transformer.convert.proof import TOLERANCE, compare_logits
+    from mesh_transformer.convert.logit_check import TOLERANCE, compare_logits
     from mesh_transformer.mesh import keep_freed_memory
 
     old = made.parent / "config.json" if options.format == "gptj-v1" else None
@@ -321,7 +321,7 @@ def _write_carried(folder: Path, meta: dict[str, Any]) -> None:
 
 def _stamp(path: Any) -> list[tuple[str, int, float]]:
     """Names, sizes and times of change: a conversion does not go on with another source."""
-    from mesh_transformer.checkpoint.storage import folder_at
+    from mesh_transformer.checkpoint.backends import folder_at
 
     return [(name, *status) for name, status in sorted(folder_at(path).list_files().items())]
 

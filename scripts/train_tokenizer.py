@@ -21,7 +21,7 @@ import tokenizers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mesh_transformer.command import make_parser, run_command
+from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.data.readers import BadDocuments, find_files, find_root, read_file
 from mesh_transformer.data.tokenizers import Tokenizer, load_tokenizer
 

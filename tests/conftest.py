@@ -59,7 +59,7 @@ def load_script():
     sys.path.insert(0, str(scripts))  # programs import each other
 
     def load(name: str):
-        spec = importlib.util.spec_from_file_location(f"{name}_program", scripts / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(f"{name.replace('/', '_')}_program", scripts / f"{name}.py")
         assert spec
         assert spec.loader
         module = importlib.util.module_from_spec(spec)

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.foreign import PREFIX, assemble
-from mesh_transformer.convert.huggingface import find_array
-from mesh_transformer.convert.lazy import Held, whole
-from mesh_transformer.convert.names import FAMILIES
-from mesh_transformer.model.expert_choices import ExpertsConfig
-from mesh_transformer.model.families import T5, T5_V1_1
+from mesh_transformer.config.moe import ExpertsConfig
+from mesh_transformer.config.presets import T5, T5_V1_1
+from mesh_transformer.convert.huggingface.reader import find_array
+from mesh_transformer.convert.huggingface.tensor_map import FAMILIES
+from mesh_transformer.convert.import_plan import PREFIX, assemble
+from mesh_transformer.convert.lazy_arrays import Held, whole
 
 GOLDEN = Path(__file__).parent / "golden"
 Arrays = dict[str, np.ndarray]

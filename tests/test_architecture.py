@@ -131,7 +131,7 @@ def test_functions_are_short(path):
 
 
 # A subclass of Unpickler that refuses all but tensors; the safe loader, for GPT-NeoX's configurations.
-ALLOWED = {"convert/tensor_files.py": {"pickle"}, "scripts/import_config.py": {"yaml"}}
+ALLOWED = {"convert/huggingface/tensor_files.py": {"pickle"}, "scripts/import_config.py": {"yaml"}}
 
 
 @every_source

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mesh_transformer.config import parse_config, parse_model
-from mesh_transformer.model.families import PRESETS
+from mesh_transformer.config.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 GPT_J = dict(

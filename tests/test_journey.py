@@ -16,13 +16,13 @@ import pytest
 from rich.console import Console
 
 from mesh_transformer.checkpoint.store import Store
-from mesh_transformer.command import Preempted
+from mesh_transformer.cli import Preempted
 from mesh_transformer.config import Config, ConfigError, load_config
-from mesh_transformer.data.sources import open_data
+from mesh_transformer.data.dataset import open_data
 from mesh_transformer.mesh import make_layout
+from mesh_transformer.reports.console import Progress
+from mesh_transformer.reports.metrics_log import MetricsLog, read_metrics
 from mesh_transformer.train.loop import Recorder, train
-from mesh_transformer.train.metrics import MetricsLog, read_metrics
-from mesh_transformer.train.progress import Progress
 from mesh_transformer.train.run import open_run
 from mesh_transformer.train.state import describe_state, flatten_state, state_shardings
 

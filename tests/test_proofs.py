@@ -48,7 +48,7 @@ every = 3
 
 
 def test_a_proof_that_fails_says_so(load_script):
-    program = load_script("prove_resume")
+    program = load_script("stress/resume")
     assert program.parse_axes("fsdp=2,cpu_devices=4") == ["mesh.fsdp=2", "mesh.cpu_devices=4"]
     with pytest.raises(ValueError, match="expected AXIS=SIZE"):
         program.parse_axes("fsdp:2")
@@ -57,7 +57,7 @@ def test_a_proof_that_fails_says_so(load_script):
 
 
 def test_damage_is_found_named_and_answered_with_the_older_checkpoint(load_script, capsys, monkeypatch):
-    program = load_script("prove_damage")
+    program = load_script("stress/corruption")
     assert program.main(["--trials", "30", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["found"], result["missed"]) == (30, [])
@@ -70,7 +70,7 @@ def test_damage_is_found_named_and_answered_with_the_older_checkpoint(load_scrip
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
 def test_damage_is_damage(load_script, tmp_path, how):
-    program, path = load_script("prove_damage"), tmp_path / "file"
+    program, path = load_script("stress/corruption"), tmp_path / "file"
     for seed in range(20):
         path.write_bytes(bytes(100))
         said = program.damage_file(path, how, random.Random(seed), 40, 60)
@@ -84,7 +84,7 @@ def test_damage_is_damage(load_script, tmp_path, how):
 
 
 def test_ulps_and_slopes(load_script):
-    count, slope = load_script("attempts").count_ulps, load_script("soak").find_slope
+    count, slope = load_script("stress/fault_injection").count_ulps, load_script("stress/soak").find_slope
     one = np.float32(1)
     assert count(one, np.nextafter(one, np.float32(2))) == 1
     assert count(np.float32(0.0), np.float32(-0.0)) == 0

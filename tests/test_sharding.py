@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A few rows of scripts/prove_sharding.py: sharded = one device after five steps, in one process and in several."""
+"""A few rows of scripts/stress/sharding.py: sharded = one device after five steps, in one process and in several."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
     ],
 )
 def test_rows_of_the_grid(processes, devices, mesh, feature):
-    command = [sys.executable, str(ROOT / "scripts/prove_sharding.py"), "--json", "--processes", str(processes)]
+    command = [sys.executable, str(ROOT / "scripts/stress/sharding.py"), "--json", "--processes", str(processes)]
     row_name = f"{devices} devices: {mesh:<56} {feature}"
     done = subprocess.run([*command, "--only", row_name], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

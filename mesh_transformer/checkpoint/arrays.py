@@ -24,15 +24,15 @@ import numpy as np
 import tensorstore as ts
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from mesh_transformer.checkpoint.chunks import DTYPES, plan_chunks, shard_key
-from mesh_transformer.checkpoint.digests import FileRecord
-from mesh_transformer.checkpoint.failures import CheckpointError, StorageError, explain
-from mesh_transformer.checkpoint.folders import LocalFolder
+from mesh_transformer.checkpoint.backends import folder_at
+from mesh_transformer.checkpoint.chunk_grid import DTYPES, plan_chunks, shard_key
+from mesh_transformer.checkpoint.local_backend import LocalFolder
 from mesh_transformer.checkpoint.manifest import ArrayRecord, array_folder
-from mesh_transformer.checkpoint.objects import RemoteFolder
-from mesh_transformer.checkpoint.places import Place, RemotePath, kvstore_context, kvstore_spec, read_blocks
-from mesh_transformer.checkpoint.shard_files import DamageError, Slices, encode_shard, meet, part_of, read_shards
-from mesh_transformer.checkpoint.storage import folder_at
+from mesh_transformer.checkpoint.object_store_backend import RemoteFolder
+from mesh_transformer.checkpoint.zarr_sharding import DamageError, Slices, encode_shard, meet, part_of, read_shards
+from mesh_transformer.storage.digests import FileRecord
+from mesh_transformer.storage.errors import CheckpointError, StorageError, explain
+from mesh_transformer.storage.paths import Place, RemotePath, kvstore_context, kvstore_spec, read_blocks
 
 PART_BYTES = 1 << 23  # of a slice of a checkpoint in an object store, fetched at once
 READ_AHEAD_BYTES = 1 << 29  # of slices on their way from disk to devices

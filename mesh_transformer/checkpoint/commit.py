@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
-from mesh_transformer.agreement import gather, process_count, process_index, run_everywhere
 from mesh_transformer.checkpoint.arrays import Piece, format_metadata, list_shards
-from mesh_transformer.checkpoint.chunks import shard_keys
-from mesh_transformer.checkpoint.digests import FileRecord, digest_bytes
+from mesh_transformer.checkpoint.backends import folder_at
+from mesh_transformer.checkpoint.bounded_pool import Workers, run_side_by_side
+from mesh_transformer.checkpoint.chunk_grid import shard_keys
 from mesh_transformer.checkpoint.manifest import (
     ARRAYS,
     METADATA,
@@ -31,9 +31,9 @@ from mesh_transformer.checkpoint.manifest import (
     array_folder,
     write_manifest,
 )
-from mesh_transformer.checkpoint.places import Place
-from mesh_transformer.checkpoint.side_by_side import Workers, run_side_by_side
-from mesh_transformer.checkpoint.storage import folder_at
+from mesh_transformer.distributed.coordination import gather, process_count, process_index, run_everywhere
+from mesh_transformer.storage.digests import FileRecord, digest_bytes
+from mesh_transformer.storage.paths import Place
 
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorstore")
 PARTS = "parts"

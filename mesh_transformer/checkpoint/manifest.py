@@ -36,7 +36,8 @@ from typing import Any
 
 import xxhash
 
-from mesh_transformer.checkpoint.chunks import (
+from mesh_transformer.checkpoint.backends import folder_at
+from mesh_transformer.checkpoint.chunk_grid import (
     DTYPES,
     MAX_CHUNK_BYTES,
     MAX_CHUNKS,
@@ -44,11 +45,10 @@ from mesh_transformer.checkpoint.chunks import (
     count_shards,
     shard_keys,
 )
-from mesh_transformer.checkpoint.digests import FileRecord, digest_file
-from mesh_transformer.checkpoint.failures import CheckpointError
-from mesh_transformer.checkpoint.folders import COMMIT
-from mesh_transformer.checkpoint.places import Place, read_small
-from mesh_transformer.checkpoint.storage import folder_at
+from mesh_transformer.checkpoint.local_backend import COMMIT
+from mesh_transformer.storage.digests import FileRecord, digest_file
+from mesh_transformer.storage.errors import CheckpointError
+from mesh_transformer.storage.paths import Place, read_small
 
 FORMAT = 1
 MANIFEST, ARRAYS, METADATA = "manifest.json", "arrays", "zarr.json"

@@ -16,16 +16,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from mesh_transformer.agreement import FailedElsewhere, run_everywhere
-from mesh_transformer.checkpoint import folders
+from mesh_transformer.checkpoint import local_backend
 from mesh_transformer.checkpoint.arrays import (
     StoredArray,
     copy_to_host,
     describe_array,
     restore_arrays,
 )
+from mesh_transformer.checkpoint.backends import folder_at
 from mesh_transformer.checkpoint.commit import Save, commit_save
-from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
 from mesh_transformer.checkpoint.manifest import (
     ArrayRecord,
     Manifest,
@@ -35,8 +34,9 @@ from mesh_transformer.checkpoint.manifest import (
     find_missing,
     read_manifest,
 )
-from mesh_transformer.checkpoint.places import Place, to_place
-from mesh_transformer.checkpoint.storage import folder_at
+from mesh_transformer.distributed.coordination import FailedElsewhere, run_everywhere
+from mesh_transformer.storage.errors import CheckpointError, StorageError
+from mesh_transformer.storage.paths import Place, to_place
 
 
 class Store:
@@ -97,7 +97,9 @@ class Store:
             plain = json.loads(json.dumps(meta))  # the caller's may change while this is written
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"meta of step {step} cannot be written as JSON: {error}") from error
-        save = Save(step, folders.make_owner(), records, copy_to_host({name: arrays[name] for name in records}), plain)
+        save = Save(
+            step, local_backend.make_owner(), records, copy_to_host({name: arrays[name] for name in records}), plain
+        )
         self._held.add(step)
         if self.asynchronous:
             self._pending = self._executor.submit(self._finish, save)
@@ -136,7 +138,7 @@ class Store:
         newest = max(found, default=None)
         if newest is not None and not found[newest]:
             raise CheckpointError(
-                f"{self.folder(newest) / folders.COMMIT}: missing; move the folder away to use an older step"
+                f"{self.folder(newest) / local_backend.COMMIT}: missing; move the folder away to use an older step"
             )
         return newest
 
@@ -220,7 +222,7 @@ class Store:
 
     def folder(self, step: int) -> Place:
         """Where the checkpoint of `step` lies, or would."""
-        return folders.step_folder(self.root, step)
+        return local_backend.step_folder(self.root, step)
 
     def _open(self) -> None:
         try:
@@ -278,7 +280,7 @@ def find_checkpoint(path: str | Place, *, report: Callable[[str], None] | None =
         near = sorted(other.name for other in path.parent.iterdir() if other.is_dir()) if path.parent.is_dir() else []
         kind = "is not a folder" if path.exists() else "no such folder"
         raise CheckpointError(f"{path}: {kind}; {path.parent} holds the folders: {', '.join(near[:10]) or 'none'}")
-    named = folders.STEP.fullmatch(path.resolve().name)
+    named = local_backend.STEP.fullmatch(path.resolve().name)
     if named and not (path / "checkpoints").is_dir():
         return Store(path.resolve().parent, writable=False), int(named[1])
     for root in (path / "checkpoints", path):

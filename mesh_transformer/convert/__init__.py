@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Other worlds' checkpoints <-> ours: lazy arrays, a row of names for each family, and any to any, proved."""
+"""Checkpoint conversion and resharding between native, Hugging Face and GPT-J v1 formats."""

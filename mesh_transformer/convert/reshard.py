@@ -21,20 +21,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from mesh_transformer.checkpoint import folders
+from mesh_transformer.checkpoint import local_backend
 from mesh_transformer.checkpoint.arrays import Piece, StoredArray, copy_file
-from mesh_transformer.checkpoint.chunks import DTYPES, plan_chunks, shard_key
+from mesh_transformer.checkpoint.bounded_pool import run_side_by_side
+from mesh_transformer.checkpoint.chunk_grid import DTYPES, plan_chunks, shard_key
 from mesh_transformer.checkpoint.commit import BLOCKS, Files, write_blocks, write_piece
-from mesh_transformer.checkpoint.digests import FileRecord
-from mesh_transformer.checkpoint.failures import CheckpointError
 from mesh_transformer.checkpoint.manifest import MANIFEST, ArrayRecord
-from mesh_transformer.checkpoint.places import Place, RemotePath
-from mesh_transformer.checkpoint.side_by_side import run_side_by_side
 from mesh_transformer.checkpoint.store import find_checkpoint
-from mesh_transformer.convert.foreign import FLOATS, PREFIX, Foreign, make_model_config
-from mesh_transformer.convert.gptj import open_gptj
-from mesh_transformer.convert.gptj_writer import write_gptj
-from mesh_transformer.convert.huggingface import (
+from mesh_transformer.convert.gptj.reader import open_gptj
+from mesh_transformer.convert.gptj.writer import write_gptj
+from mesh_transformer.convert.huggingface.reader import (
     CARRIED,
     CONFIG,
     compose_tensors,
@@ -43,14 +39,18 @@ from mesh_transformer.convert.huggingface import (
     open_huggingface,
     read_settings,
 )
-from mesh_transformer.convert.journal import JOURNAL, Journal
-from mesh_transformer.convert.lazy import FileArray, Lazy, Slices, pack, to_dtype
-from mesh_transformer.convert.names import FAMILIES
-from mesh_transformer.convert.slices import PART_BYTES, cut, group_parts, shard_slices, shrink
-from mesh_transformer.convert.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
+from mesh_transformer.convert.huggingface.tensor_files import SAFETENSORS, Planned, create_safetensors, write_values
+from mesh_transformer.convert.huggingface.tensor_map import FAMILIES
+from mesh_transformer.convert.import_plan import FLOATS, PREFIX, Foreign, make_model_config
+from mesh_transformer.convert.lazy_arrays import FileArray, Lazy, Slices, pack, to_dtype
+from mesh_transformer.convert.slicing import PART_BYTES, cut, group_parts, shard_slices, shrink
 from mesh_transformer.convert.upload import Upload, check_remote, upload_folder
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import describe_params
+from mesh_transformer.storage.digests import FileRecord
+from mesh_transformer.storage.errors import CheckpointError
+from mesh_transformer.storage.paths import Place, RemotePath
+from mesh_transformer.storage.resume_log import JOURNAL, Journal
 
 FILE_BYTES = 5_000_000_000  # of one safetensors file
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
@@ -215,7 +215,7 @@ def write_huggingface(
         for key in keys:
             journal.add(key, True)
     for file in files:
-        folders.sync_file(partial / file)
+        local_backend.sync_file(partial / file)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in files.items() for n in names}}
         (partial / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1))
@@ -284,12 +284,12 @@ def finish(partial: Path, destination: Place, progress: Progress = lambda *_: No
     if isinstance(destination, RemotePath):
         return _send(partial, destination, progress)
     (partial / JOURNAL).unlink(missing_ok=True)
-    folders.sync_tree(partial)
+    local_backend.sync_tree(partial)
     old = destination.with_name(destination.name + ".old")
     if destination.exists():
         os.rename(destination, old)
     os.rename(partial, destination)
-    folders.sync_folder(destination.parent)
+    local_backend.sync_folder(destination.parent)
     if old.exists():
         shutil.rmtree(old)
     return None
@@ -304,10 +304,10 @@ def _send(partial: Path, destination: RemotePath, progress: Progress) -> Upload:
 
 def _take_back(partial: Path, step: int) -> None:
     """The step of a conversion that was killed while it was proved or uploaded is a draft again."""
-    final, draft = partial / f"step_{step}", folders.temporary_folder(partial, step, BLOCKS)
+    final, draft = partial / f"step_{step}", local_backend.temporary_folder(partial, step, BLOCKS)
     if final.is_dir() and not draft.exists():
         os.rename(final, draft)
-        for name in (folders.COMMIT, MANIFEST):
+        for name in (local_backend.COMMIT, MANIFEST):
             (draft / name).unlink(missing_ok=True)
 
 

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mesh_transformer.checkpoint.digests import digest_file
-from mesh_transformer.checkpoint.failures import CheckpointError
-from mesh_transformer.checkpoint.folders import COMMIT
-from mesh_transformer.checkpoint.objects import RemoteFolder
-from mesh_transformer.checkpoint.places import RemotePath
+from mesh_transformer.checkpoint.local_backend import COMMIT
+from mesh_transformer.checkpoint.object_store_backend import RemoteFolder
+from mesh_transformer.storage.digests import digest_file
+from mesh_transformer.storage.errors import CheckpointError
+from mesh_transformer.storage.paths import RemotePath
 
 UPLOADING = "UPLOADING"
 MARKERS = ("config.json", "meta.json")  # in the folder itself, put in this order, and COMMIT wherever it is

@@ -1,12 +1,14 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Raw sources -> filtered, deduplicated, mixed, tokenised and documented corpus, from one file.
+"""Corpus building: raw sources to a filtered, deduplicated, mixed, tokenized and documented corpus, from one TOML file.
 
-`recipe` is that file. `sources` finds the files of a component and makes documents of them (`markup` makes text of HTML,
-LaTeX, manual pages, reStructuredText and mail): a new kind of source is a row there. `steps` judges and mends one
-document at a time: a new step is a row there and a record in `recipe`. `duplicates` finds documents and lines that
-are there already. `mixture` repeats, shuffles and tokenises. `build` is the order of all that; `stages` runs each
-in parts, on this machine or a cluster (`clusters`), and never takes a lost part for a whole. `datasheet` says what came out.
+- `recipe`: schema of the TOML file.
+- `sources`: finds the files of a component and extracts documents; `markup` and `latex` convert markup to text.
+  A new kind of source is one row in `sources`.
+- `filters`: per-document filters and edits. A new filter is one function here and one record in `recipe`.
+- `stage_filter`, `stage_dedup`, `stage_select`, `stage_mix`: the stages, in the order in which `build` runs them.
+- `stages`, `executors`: run a stage in parts on this machine, Slurm or Ray; a missing part is an error.
+- `datasheet`: measurements and documentation of the result.
 """
 
 import importlib.util

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import config_to_dict
-from mesh_transformer.corpus.duplicates import RANGE_ENTRIES, Decide, MatchBands, MatchExact, Sign
-from mesh_transformer.corpus.filtering import SIDES, Filter, TrainClassifiers
-from mesh_transformer.corpus.mixture import Tokenise, WriteShards, describe_tokenizer
 from mesh_transformer.corpus.parts import digest_file
 from mesh_transformer.corpus.recipe import Quality, Recipe, resolve_epochs, steps_of, subset, text_settings
-from mesh_transformer.corpus.selection import Select, prove_disjoint
 from mesh_transformer.corpus.sources import Part, find_parts
+from mesh_transformer.corpus.stage_dedup import RANGE_ENTRIES, Decide, MatchBands, MatchExact, Sign
+from mesh_transformer.corpus.stage_filter import SIDES, Filter, TrainClassifiers
+from mesh_transformer.corpus.stage_mix import Tokenise, WriteShards, describe_tokenizer
+from mesh_transformer.corpus.stage_select import Select, prove_disjoint
 from mesh_transformer.corpus.stages import CorpusError, Machines, Report, adopt_parts, run_stage
 from mesh_transformer.corpus.survey import Survey, describe_survey
-from mesh_transformer.files import link_file, replace_file
+from mesh_transformer.storage.atomic_files import link_file, replace_file
 
 VERSION = 2  # of what stages write; a change of it makes all of them anew
 

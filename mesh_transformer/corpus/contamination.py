@@ -17,7 +17,7 @@ import xxhash
 from datatrove.data import Document
 
 from mesh_transformer.corpus.recipe import Decontaminate, EvaluationConfig
-from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.errors import DataError
 from mesh_transformer.data.readers import find_files, find_root, read_file
 
 _WORD = re.compile(r"\w+")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from email.message import EmailMessage
 
-from mesh_transformer.data.documents import DataError, Flaw
+from mesh_transformer.data.errors import DataError, Flaw
 
 
 def install_hint(module: str) -> DataError:

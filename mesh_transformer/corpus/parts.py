@@ -12,8 +12,8 @@ from typing import Any
 import xxhash
 import zstandard
 
-from mesh_transformer.data.archives import read_chunks, split_lines
-from mesh_transformer.data.documents import DataError, Flaw
+from mesh_transformer.data.compression import read_chunks, split_lines
+from mesh_transformer.data.errors import DataError, Flaw
 
 LEVEL = 3  # as The Pile has it
 

@@ -16,8 +16,8 @@ import scipy.special
 import xxhash
 
 from mesh_transformer.corpus.markup import install_hint
-from mesh_transformer.data.documents import DataError
-from mesh_transformer.files import replace_file
+from mesh_transformer.data.errors import DataError
+from mesh_transformer.storage.atomic_files import replace_file
 
 CHARACTERS, LAST = 4000, 1500  # of the first so many characters, the last so many are looked at
 SHORTEST = 100  # shorter training lines are left out

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from mesh_transformer.config import ConfigError, check_table, config_to_dict, read_toml
-from mesh_transformer.field_types import STRICT, NonNegative, Positive, Rate
+from mesh_transformer.config.field_types import STRICT, NonNegative, Positive, Rate
 
 Kind = Literal["text", "source", "jsonl", "parquet", "warc", "mbox", "latex", "html", "man", "rst", "info"]
 Names = tuple[str, ...]

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from mesh_transformer.corpus.markup import INFO_MARK, TO_TEXT, html_to_text, install_hint, mail_to_text
 from mesh_transformer.corpus.parts import digest_file
 from mesh_transformer.corpus.recipe import ComponentConfig, Recipe
-from mesh_transformer.data.archives import ChunkStream, check_length, read_chunks, split_lines
-from mesh_transformer.data.documents import BadDocuments, DataError, Document, Flaw
+from mesh_transformer.data.compression import ChunkStream, check_length, read_chunks, split_lines
+from mesh_transformer.data.errors import BadDocuments, DataError, Document, Flaw
 from mesh_transformer.data.formats import check_characters, decode_python, decode_utf8, read_items
 from mesh_transformer.data.readers import find_files
 

@@ -24,11 +24,11 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 from threadpoolctl import threadpool_limits
 
-from mesh_transformer.corpus.clusters import Slurm, run_on_ray, run_on_slurm
-from mesh_transformer.data.build import end_with_parent
-from mesh_transformer.data.documents import DataError
-from mesh_transformer.files import link_file, replace_file
-from mesh_transformer.memory import trim_memory
+from mesh_transformer.corpus.executors import Slurm, run_on_ray, run_on_slurm
+from mesh_transformer.data.errors import DataError
+from mesh_transformer.data.shard_builder import end_with_parent
+from mesh_transformer.host_memory import trim_memory
+from mesh_transformer.storage.atomic_files import link_file, replace_file
 
 logger.disable("datatrove")  # its log goes to the terminal, in every worker; a failed task says what is wrong itself
 

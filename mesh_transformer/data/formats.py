@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mesh_transformer.data.archives import COMPRESSED, check_length, read_chunks, split_lines
-from mesh_transformer.data.documents import DataError, Flaw
+from mesh_transformer.data.compression import COMPRESSED, check_length, read_chunks, split_lines
+from mesh_transformer.data.errors import DataError, Flaw
 
 _LINES = {".jsonl", ".ndjson", ".json"}
 _REMEDIES = {

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.errors import DataError
 from mesh_transformer.data.shards import TokenShard
 
 MIX_SLOTS = 4096

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Literal
 
-from mesh_transformer.data.documents import BadDocuments, DataError, Document, Flaw
+from mesh_transformer.data.errors import BadDocuments, DataError, Document, Flaw
 from mesh_transformer.data.formats import read_items
 
 OnBad = Literal["error", "skip"]

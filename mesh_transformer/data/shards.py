@@ -23,7 +23,7 @@ from types import TracebackType
 
 import numpy as np
 
-from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.errors import DataError
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}

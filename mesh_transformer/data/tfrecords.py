@@ -21,7 +21,7 @@ from typing import IO
 
 import numpy as np
 
-from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.errors import DataError
 
 FEATURE = "text"
 MAX_RECORD_BYTES = 1 << 30

@@ -14,19 +14,19 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from mesh_transformer.config import Config, ConfigError, config_to_dict
-from mesh_transformer.data.documents import Document
+from mesh_transformer.data.errors import Document
 from mesh_transformer.data.tokenizers import Tokenizer
-from mesh_transformer.evaluate.asking import Questions, count_shots, load_definition, run_tasks
-from mesh_transformer.evaluate.harness import import_harness, make_adapter
-from mesh_transformer.evaluate.items import ITEMS
-from mesh_transformer.evaluate.likelihood import Scorer
+from mesh_transformer.evaluate.harness_model import import_harness, make_adapter
+from mesh_transformer.evaluate.harness_tasks import Questions, count_shots, load_definition, run_tasks
+from mesh_transformer.evaluate.loglikelihood import Scorer
 from mesh_transformer.evaluate.perplexity import TextScore, is_picked, score_documents, weigh
 from mesh_transformer.evaluate.published import find_published, pile_components
+from mesh_transformer.evaluate.synthetic_tasks import ITEMS
 from mesh_transformer.evaluate.tasks import TASKS, TEXT, WIKITEXT, Item, expand_names, find_task, read_items, to_key
 from mesh_transformer.evaluate.texts import check_paths, read_texts
 from mesh_transformer.evaluate.wikitext import WikiText, describe
-from mesh_transformer.sample.engine import Engine
-from mesh_transformer.train.benchmarks import Evaluation, make_tables, metrics_of
+from mesh_transformer.reports.evaluation_results import Evaluation, make_tables, metrics_of
+from mesh_transformer.sample.engine.engine import Engine
 
 EXAMPLES = 100  # items of held-out text that are shown and not asked, where shots are asked for
 Report = Callable[[str, int, int | None], None]  # what is being done, how much of it, of how much if that is known

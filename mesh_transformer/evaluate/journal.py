@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mesh_transformer.files import LineFile
+from mesh_transformer.storage.atomic_files import LineFile
 
 
 class Journal:

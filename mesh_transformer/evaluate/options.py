@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 
-from mesh_transformer.command import add_set_option
+from mesh_transformer.cli import add_set_option
 from mesh_transformer.config import ConfigError
 
 NAME = "[A-Za-z0-9_-]+"  # of a task or a component

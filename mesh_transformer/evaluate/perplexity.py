@@ -16,9 +16,9 @@ from typing import NamedTuple
 import xxhash
 
 from mesh_transformer.config import ConfigError
-from mesh_transformer.data.documents import DataError, Document
+from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.data.tokenizers import Tokenizer
-from mesh_transformer.evaluate.likelihood import Query, Scorer
+from mesh_transformer.evaluate.loglikelihood import Query, Scorer
 
 CHUNK_TOKENS = 1 << 18  # tokens that are held and scored at a time
 

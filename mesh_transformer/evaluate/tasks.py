@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import ConfigError
-from mesh_transformer.data.archives import COMPRESSED, read_chunks, split_lines
-from mesh_transformer.data.documents import DataError, Document, Flaw
+from mesh_transformer.data.compression import COMPRESSED, read_chunks, split_lines
+from mesh_transformer.data.errors import DataError, Document, Flaw
 from mesh_transformer.data.readers import find_files
-from mesh_transformer.evaluate.items import make_choices, make_clozes, make_lines
 from mesh_transformer.evaluate.superglue import MULTIRC, RECORD, read_multirc, read_record, read_wsc
+from mesh_transformer.evaluate.synthetic_tasks import make_choices, make_clozes, make_lines
 
 Record = Mapping[str, Any]
 

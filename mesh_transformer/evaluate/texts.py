@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from mesh_transformer.config import Config, ConfigError, EvaluateConfig
-from mesh_transformer.data.archives import COMPRESSED, read_chunks, split_lines
-from mesh_transformer.data.build import is_held_out
-from mesh_transformer.data.documents import DataError, Document, Flaw
-from mesh_transformer.data.fetched import fetch_source, is_remote
+from mesh_transformer.data.compression import COMPRESSED, read_chunks, split_lines
+from mesh_transformer.data.download import fetch_source, is_remote
+from mesh_transformer.data.errors import DataError, Document, Flaw
 from mesh_transformer.data.readers import find_files, is_tfrecords, read_documents
+from mesh_transformer.data.shard_builder import is_held_out
 from mesh_transformer.data.shards import TokenShard, is_shard
 from mesh_transformer.data.tokenizers import Tokenizer
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
-from mesh_transformer.data.documents import DataError, Document
+from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.evaluate.perplexity import TextScore
 
 WITHIN = {"@-@": "-", "@,@": ",", "@.@": "."}  # how the authors write what stands within a word

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mesh_transformer.mesh import Layout, add_up, axes_of, current_layout
-from mesh_transformer.model.quantized import Quantized, widen
+from mesh_transformer.model.quantization import Quantized, widen
 
 
 def look_up(table: Float[Array, "V D"] | Quantized, tokens: Int[Array, "B T"], dtype: str) -> Float[Array, "B T D"]:

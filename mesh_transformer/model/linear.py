@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mesh_transformer.mesh import current_layout
-from mesh_transformer.model.quantized import Quantized, multiply, widen
+from mesh_transformer.model.quantization import Quantized, multiply, widen
 
 
 def linear(

@@ -14,19 +14,19 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import constrain, target_platform
-from mesh_transformer.model.attention.blocks import from_ring_order, to_ring_order
 from mesh_transformer.model.attention.kernels import choose_kernel
 from mesh_transformer.model.attention.layer import Attention, CrossAttention
-from mesh_transformer.model.attention.sight import Cache, Masks, Memory, Sight
+from mesh_transformer.model.attention.masks import Cache, Masks, Memory, Sight
+from mesh_transformer.model.attention.ring import from_ring_order, to_ring_order
 from mesh_transformer.model.embedding import look_up
 from mesh_transformer.model.feed_forward import FeedForward
 from mesh_transformer.model.linear import dropout, linear
-from mesh_transformer.model.moe import Experts
+from mesh_transformer.model.moe.layer import Experts
+from mesh_transformer.model.moe.router import Routing
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK, ParamInfo, Params, describe, make_inits, param
 from mesh_transformer.model.positions import RelativeBias
-from mesh_transformer.model.quantized import Quantized
-from mesh_transformer.model.routing import Routing
+from mesh_transformer.model.quantization import Quantized
 
 NarrowParams = Mapping[str, Mapping[str, Array | Quantized]]  # Params, of which sampling may have narrowed some
 Caches = tuple[Cache, ...]  # of every block in a period of the pattern, stacked over the periods as parameters are

@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A run's programs compiled for hardware that need not be there: memory, FLOPs, traffic, time, and whether it fits."""
+"""Planner: compile a run for absent hardware and report memory, FLOPs, communication, step time and fit."""

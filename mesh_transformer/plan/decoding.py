@@ -19,11 +19,11 @@ from mesh_transformer.mesh import Layout
 from mesh_transformer.model.params import ParamInfo
 from mesh_transformer.plan.estimate import count_active, describe_model
 from mesh_transformer.plan.job import Job, Measured
-from mesh_transformer.sample.programs import Programs
-from mesh_transformer.sample.requests import Row, stack_rows
+from mesh_transformer.sample.engine.device_state import State
+from mesh_transformer.sample.engine.encoder_decoder_programs import Writer, Writing
+from mesh_transformer.sample.engine.programs import Programs
+from mesh_transformer.sample.engine.requests import Row, stack_rows
 from mesh_transformer.sample.sampling import make_options
-from mesh_transformer.sample.state import State
-from mesh_transformer.sample.writing import Writer, Writing
 from mesh_transformer.train.state import describe_state, format_parameters
 
 

@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 from mesh_transformer.config import Config, ModelConfig
 from mesh_transformer.mesh import MESH_AXES, make_rules
+from mesh_transformer.model.moe.router import count_expert_layers, rows_per_token
 from mesh_transformer.model.params import ParamInfo, flatten_names
-from mesh_transformer.model.routing import count_expert_layers, rows_per_token
 from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.plan.hardware.topologies import Topology, parse_topology
 from mesh_transformer.plan.job import Measured, Traffic

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mesh_transformer.plan.estimate import LABEL
+from mesh_transformer.plan.fit import Cost, Verdict
 from mesh_transformer.plan.job import Measured, Traffic
-from mesh_transformer.plan.verdict import Cost, Verdict
 
 MIB, GIB, GB = 2**20, 2**30, 10**9
 

@@ -13,15 +13,15 @@ from typing import NamedTuple, get_args, get_type_hints
 
 from mesh_transformer.config import Config, ConfigError, ModelConfig
 from mesh_transformer.mesh import MESH_AXES
-from mesh_transformer.plan.compile import CompileError
+from mesh_transformer.plan.compile_jobs import CompileError
 from mesh_transformer.plan.estimate import describe_model, estimate_training, make_pieces
+from mesh_transformer.plan.fit import judge_memory
 from mesh_transformer.plan.hardware.chips import Chip
 from mesh_transformer.plan.hardware.topologies import parse_topology
 from mesh_transformer.plan.job import Job, Measured
-from mesh_transformer.plan.remedies import change_config
 from mesh_transformer.plan.report import describe_mesh, format_ms, format_table
 from mesh_transformer.plan.roofline import make_roofline, model_flops_utilization
-from mesh_transformer.plan.verdict import judge_memory
+from mesh_transformer.plan.suggestions import change_config
 
 GIB = 2**30
 MARGIN = 1.15  # of the usable memory: an estimate above it is not worth a compile

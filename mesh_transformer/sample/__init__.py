@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""checkpoint -> prompt -> text."""
+"""Text generation: sampling, the generation engine, and model loading."""

@@ -20,7 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
-from mesh_transformer.serve.chats import start_chat
+from mesh_transformer.serve.chat_completions import start_chat
 from mesh_transformer.serve.completions import Completion, Service, Wire, error_json, start_completion
 from mesh_transformer.serve.protocol import (
     ApiError,

@@ -12,15 +12,15 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import SampleConfig
-from mesh_transformer.data.chats import Chats
+from mesh_transformer.data.chat_template import Chats
 from mesh_transformer.data.tokenizers import TokenizerError
-from mesh_transformer.sample.requests import PromptError, Row
-from mesh_transformer.sample.trained import Trained
-from mesh_transformer.serve.choices import Choice, Piece, Show, join_pieces, show_logprobs
-from mesh_transformer.serve.constraints import Grammar, Grammars
-from mesh_transformer.serve.measures import Measures
+from mesh_transformer.sample.engine.requests import PromptError, Row
+from mesh_transformer.sample.loading import Trained
+from mesh_transformer.serve.engine_thread import Ticket, Worker
+from mesh_transformer.serve.metrics import Measures
 from mesh_transformer.serve.protocol import ApiError, CompletionRequest
-from mesh_transformer.serve.worker import Ticket, Worker
+from mesh_transformer.serve.sample_stream import Choice, Piece, Show, join_pieces, show_logprobs
+from mesh_transformer.serve.structured_output import Grammar, Grammars
 
 DEFAULT_TOKENS = 16  # OpenAI's
 

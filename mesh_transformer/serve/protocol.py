@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mesh_transformer.sample.programs import N_TOP
+from mesh_transformer.sample.engine.programs import N_TOP
 
 MOST_SAMPLES = 128  # of one prompt
 MOST_STOPS = 16

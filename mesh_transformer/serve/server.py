@@ -15,17 +15,17 @@ from pathlib import Path
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mesh_transformer.command import DONE
+from mesh_transformer.cli import DONE
 from mesh_transformer.config import ConfigError
-from mesh_transformer.data.chats import Chats
-from mesh_transformer.sample.trained import Trained, read_meta
+from mesh_transformer.data.chat_template import Chats
+from mesh_transformer.sample.loading import Trained, read_meta
 from mesh_transformer.serve.app import make_app
 from mesh_transformer.serve.completions import Service
-from mesh_transformer.serve.constraints import Grammars
-from mesh_transformer.serve.limits import Guard
-from mesh_transformer.serve.measures import Measures
+from mesh_transformer.serve.engine_thread import Worker
+from mesh_transformer.serve.metrics import Measures
+from mesh_transformer.serve.middleware import Guard
 from mesh_transformer.serve.protocol import ApiError
-from mesh_transformer.serve.worker import Worker
+from mesh_transformer.serve.structured_output import Grammars
 
 SHORTEST_TOKEN = 16  # characters
 LAST_WORDS = 1.5  # seconds to send what is left once answers have been cut off

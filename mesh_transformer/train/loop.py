@@ -10,19 +10,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from mesh_transformer.agreement import process_index
-from mesh_transformer.checkpoint.failures import CheckpointError
-from mesh_transformer.command import Preempted
+from mesh_transformer.cli import Preempted
 from mesh_transformer.data.loader import Batch, Prefetcher
-from mesh_transformer.train.benchmarks import Evaluation, metrics_of, write_evaluation
+from mesh_transformer.distributed.coordination import process_index
+from mesh_transformer.distributed.stop import StopRequest
+from mesh_transformer.reports.console import Progress
+from mesh_transformer.reports.evaluation_results import Evaluation, metrics_of, write_evaluation
+from mesh_transformer.reports.html_report import write_report
+from mesh_transformer.reports.metrics_log import MetricsLog
+from mesh_transformer.storage.errors import CheckpointError
+from mesh_transformer.train.data_log import Given, SequenceLog, digest_tokens
 from mesh_transformer.train.flops import measure_product_peak
-from mesh_transformer.train.metrics import MetricsLog
-from mesh_transformer.train.progress import Progress
-from mesh_transformer.train.report import write_report
 from mesh_transformer.train.run import Run
 from mesh_transformer.train.schedule import batch_size_at, first_sequence
-from mesh_transformer.train.sequences import Given, SequenceLog, digest_tokens
-from mesh_transformer.train.stop import StopRequest
 from mesh_transformer.train.validation import compressed_bits_per_byte, evaluate
 
 SLOW_SECONDS = 10.0  # that training may wait for an earlier save without a word
@@ -37,7 +37,7 @@ class Interrupted(Exception):
 
 
 Tell = Callable[[str, int, int | None], None]  # what is being measured, how much is done, of how much
-Measure = Callable[[Run, Tell], Evaluation]  # the tasks of [evaluate], as evaluate/training.py makes it
+Measure = Callable[[Run, Tell], Evaluation]  # the tasks of [evaluate], as evaluate/callback.py makes it
 
 
 def train(

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mesh_transformer.mesh import add_up, axes_of, current_layout
-from mesh_transformer.model.routing import Routing
+from mesh_transformer.model.moe.router import Routing
 
 
 class TokenLosses(NamedTuple):

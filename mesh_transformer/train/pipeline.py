@@ -31,8 +31,8 @@ from jaxtyping import Array, Float
 from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
+from mesh_transformer.model.moe.router import Routing, empty_routing, router_losses
 from mesh_transformer.model.params import STACK, ParamInfo, Params
-from mesh_transformer.model.routing import Routing, empty_routing, router_losses
 from mesh_transformer.model.transformer import Transformer, describe_params, head_of
 from mesh_transformer.train.loss import TokenLosses, score_tokens
 

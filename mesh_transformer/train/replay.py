@@ -10,11 +10,11 @@ import numpy as np
 
 from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.config import Config, parse_config
+from mesh_transformer.data.dataset import open_data
 from mesh_transformer.data.loader import Batch
-from mesh_transformer.data.sources import open_data
 from mesh_transformer.mesh import start_devices
-from mesh_transformer.train.metrics import FILE, read_metrics
-from mesh_transformer.train.recipe import RecipeError, find_changes, read_recipe
+from mesh_transformer.reports.metrics_log import FILE, read_metrics
+from mesh_transformer.train.provenance import RecipeError, find_changes, read_recipe
 from mesh_transformer.train.run import Run, open_run
 from mesh_transformer.train.schedule import batch_size_at, first_sequence
 

@@ -14,16 +14,16 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mesh_transformer.agreement import from_first, gather, process_count
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import Config, ConfigError, config_to_dict, parse_config, parse_model
+from mesh_transformer.data.dataset import Data
 from mesh_transformer.data.loader import Batch
-from mesh_transformer.data.sources import Data
+from mesh_transformer.distributed.coordination import from_first, gather, process_count
 from mesh_transformer.mesh import Layout, use_layout
 from mesh_transformer.train.flops import count_flops
-from mesh_transformer.train.folder import RunFolder
 from mesh_transformer.train.loss import TokenLosses
-from mesh_transformer.train.recipe import describe_start
+from mesh_transformer.train.provenance import describe_start
+from mesh_transformer.train.run_folder import RunFolder
 from mesh_transformer.train.schedule import batch_ramp
 from mesh_transformer.train.state import (
     State,

@@ -12,22 +12,22 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
-from mesh_transformer.agreement import process_count, process_index, run_everywhere
-from mesh_transformer.checkpoint.places import Place, RemotePath
 from mesh_transformer.config import Config, ConfigError, config_to_dict, config_to_toml
-from mesh_transformer.data.sources import Data, open_data
-from mesh_transformer.files import replace_file
+from mesh_transformer.data.dataset import Data, open_data
+from mesh_transformer.distributed.coordination import process_count, process_index, run_everywhere
+from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.mesh import Layout
-from mesh_transformer.train.folder import RunFolder
+from mesh_transformer.reports.console import Progress, print_rows, print_scores
+from mesh_transformer.reports.html_report import write_report
+from mesh_transformer.reports.metrics_log import FILE, MetricsLog, read_metrics
+from mesh_transformer.storage.atomic_files import replace_file
+from mesh_transformer.storage.paths import Place, RemotePath
 from mesh_transformer.train.loop import Measure, Recorder, train
-from mesh_transformer.train.metrics import FILE, MetricsLog, read_metrics
 from mesh_transformer.train.pipeline import bubble_share
-from mesh_transformer.train.progress import Progress, print_rows, print_scores
-from mesh_transformer.train.recipe import write_recipe
-from mesh_transformer.train.report import write_report
+from mesh_transformer.train.provenance import write_recipe
 from mesh_transformer.train.run import Run, open_run
+from mesh_transformer.train.run_folder import RunFolder
 from mesh_transformer.train.state import describe_state, format_parameters
-from mesh_transformer.train.stop import StopRequest
 
 
 def train_config(

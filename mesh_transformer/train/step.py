@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
-from mesh_transformer.model.attention.blocks import to_ring_order
+from mesh_transformer.model.attention.ring import to_ring_order
+from mesh_transformer.model.moe.router import Routing, empty_routing, router_losses
 from mesh_transformer.model.params import STACK, Params
-from mesh_transformer.model.routing import Routing, empty_routing, router_losses
 from mesh_transformer.model.transformer import Model, head_of, make_model
+from mesh_transformer.reports.metrics_log import pick_layers
 from mesh_transformer.train.loss import TokenLosses, score_tokens
-from mesh_transformer.train.metrics import pick_layers
 from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale
 from mesh_transformer.train.optimizer import global_norm
 from mesh_transformer.train.pipeline import Work, pipeline_gradients, pipeline_hidden

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import jax
 
+from mesh_transformer.data.dataset import ValidationSet
 from mesh_transformer.data.loader import Batch
-from mesh_transformer.data.sources import ValidationSet
 from mesh_transformer.train.loss import TokenLosses
 
 MAX_COMPRESSED_BYTES = 64_000_000  # larger sets are not compressed for comparison: xz takes a second per megabyte

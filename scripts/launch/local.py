@@ -25,8 +25,8 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from mesh_transformer.command import FAILED, PREEMPTED, make_parser, run_command
-from mesh_transformer.train.stop import SIGNALS
+from mesh_transformer.cli import FAILED, PREEMPTED, make_parser, run_command
+from mesh_transformer.distributed.stop import SIGNALS
 
 
 def main(arguments: list[str]) -> int:

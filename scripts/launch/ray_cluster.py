@@ -21,7 +21,7 @@ import subprocess
 import sys
 from typing import Any
 
-from mesh_transformer.command import DONE, PREEMPTED, make_parser, run_command
+from mesh_transformer.cli import DONE, PREEMPTED, make_parser, run_command
 from mesh_transformer.config import ConfigError
 
 PORT = 8476

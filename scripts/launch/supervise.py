@@ -3,7 +3,7 @@
 """Keep a command going: start it again when it was preempted, crashed or hangs; every launcher here calls this.
 
 On each host the supervisor runs one process of a run. A process that is lost ends the others within a minute
-(mesh_transformer/processes.py), so that all supervisors start theirs again, and training goes on from the newest
+(mesh_transformer/distributed/bootstrap.py), so that all supervisors start theirs again, and training goes on from the newest
 checkpoint. After a crash it pauses, twice as long each time up to five minutes; attempts that come no further than
 starting are counted, and there are --tries of them. A run hangs when it passes no step for --hang-minutes: training
 touches the file that MESH_TRANSFORMER_PROGRESS names at every step.
@@ -29,8 +29,8 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-from mesh_transformer.command import DONE, FAILED, PREEMPTED, WRONG_USAGE, make_parser, run_command
-from mesh_transformer.train.stop import PROGRESS, SIGNALS
+from mesh_transformer.cli import DONE, FAILED, PREEMPTED, WRONG_USAGE, make_parser, run_command
+from mesh_transformer.distributed.stop import PROGRESS, SIGNALS
 
 LONGEST_PAUSE = 300.0
 KILL_SECONDS = 30.0  # after SIGTERM to a command that hangs

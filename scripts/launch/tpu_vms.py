@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 
-from mesh_transformer.command import DONE, make_parser, run_command
+from mesh_transformer.cli import DONE, make_parser, run_command
 
 SETUP = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,remote]'"
 

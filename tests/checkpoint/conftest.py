@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mesh_transformer.checkpoint import chunks
-
 SPECS = {
     "params/embed/w": PartitionSpec(("fsdp", "tensor")),
     "params/layers/w_q": PartitionSpec(None, "fsdp", "tensor"),

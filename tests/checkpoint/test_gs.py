@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 from faulty_proxy import run_proxy
 
-from mesh_transformer.checkpoint import places
-from mesh_transformer.checkpoint.failures import StorageError
-from mesh_transformer.checkpoint.objects import RemoteFolder
-from mesh_transformer.checkpoint.places import to_place
+from mesh_transformer.checkpoint.object_store_backend import RemoteFolder
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import load_config
+from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.mesh import make_layout
-from mesh_transformer.train.metrics import read_metrics
+from mesh_transformer.reports.metrics_log import read_metrics
+from mesh_transformer.storage import paths
+from mesh_transformer.storage.errors import StorageError
+from mesh_transformer.storage.paths import to_place
 from mesh_transformer.train.session import train_config
-from mesh_transformer.train.stop import StopRequest
 
 pytest.importorskip("gcsfs", reason="needs gcsfs (the extra `remote`)")
 pytest.importorskip("gcp_storage_emulator", reason="needs gcp-storage-emulator, a server for tests")
@@ -66,7 +66,7 @@ def running_proxy(behind):
 @pytest.fixture
 def proxy(running_proxy, monkeypatch):
     running_proxy.reset()
-    for name in places.VARIABLES:
+    for name in paths.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     address = f"http://127.0.0.1:{running_proxy.server_port}"
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)  # fsspec's word for it
@@ -114,7 +114,7 @@ def test_a_flipped_byte_is_found_and_named(url, arrays, axes):
 
 def test_faults_that_pass_lose_nothing(proxy, url, arrays, axes, like, shardings, digests, values, monkeypatch):
     monkeypatch.setattr(places, "FIRST_PAUSE", "5ms")
-    places._make_context.cache_clear()
+    paths._make_context.cache_clear()
     draw, met, last = np.random.default_rng(0), collections.Counter(), {}
 
     def fault(method, path):
@@ -135,7 +135,7 @@ def test_faults_that_pass_lose_nothing(proxy, url, arrays, axes, like, shardings
     proxy.reset()
     assert Store(url).steps() == [1]
     assert store.verify(1) == []
-    places._make_context.cache_clear()
+    paths._make_context.cache_clear()
 
 
 def test_what_does_not_pass_is_one_clear_line(proxy, url):

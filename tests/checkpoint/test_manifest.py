@@ -21,8 +21,8 @@ FLIPS = 200
 def two_steps(tmp_path_factory, arrays, axes):
     """A store with steps 1 and 2, in many small files."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("mesh_transformer.checkpoint.chunks.MAX_CHUNK_BYTES", 1024)
-        monkeypatch.setattr("mesh_transformer.checkpoint.chunks.MAX_SHARD_BYTES", 2048)
+        monkeypatch.setattr("mesh_transformer.checkpoint.chunk_grid.MAX_CHUNK_BYTES", 1024)
+        monkeypatch.setattr("mesh_transformer.checkpoint.chunk_grid.MAX_SHARD_BYTES", 2048)
         store = Store(tmp_path_factory.mktemp("checkpoints"))
         for step in (1, 2):
             store.save(step, arrays, axes=axes, meta={"cursor": step})

@@ -20,24 +20,25 @@ import pytest
 from faulty_proxy import run_proxy
 from safetensors.numpy import load, load_file
 
-from mesh_transformer.checkpoint import folders, places
-from mesh_transformer.checkpoint.failures import CheckpointError, StorageError
-from mesh_transformer.checkpoint.objects import RemoteFolder
-from mesh_transformer.checkpoint.places import to_place
+from mesh_transformer.checkpoint import local_backend
+from mesh_transformer.checkpoint.object_store_backend import RemoteFolder
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import ConfigError, ModelConfig, load_config
 from mesh_transformer.convert import reshard
-from mesh_transformer.convert.foreign import Foreign
-from mesh_transformer.convert.lazy import FileArray, Held, whole
+from mesh_transformer.convert.import_plan import Foreign
+from mesh_transformer.convert.lazy_arrays import FileArray, Held, whole
 from mesh_transformer.convert.upload import upload_folder
-from mesh_transformer.data.documents import DataError
-from mesh_transformer.data.fetched import fetch_source
+from mesh_transformer.data.download import fetch_source
+from mesh_transformer.data.errors import DataError
+from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import describe_params
-from mesh_transformer.train.metrics import read_metrics
+from mesh_transformer.reports.metrics_log import read_metrics
+from mesh_transformer.storage import paths
+from mesh_transformer.storage.errors import CheckpointError, StorageError
+from mesh_transformer.storage.paths import to_place
 from mesh_transformer.train.session import train_config
-from mesh_transformer.train.stop import StopRequest
 
 boto3 = pytest.importorskip("boto3", reason="needs moto[server], which brings boto3")
 pytest.importorskip("moto", reason="needs moto[server], an S3 server for tests")
@@ -91,7 +92,7 @@ def running_proxy(behind):
 @pytest.fixture
 def proxy(running_proxy, client, monkeypatch, tmp_path):
     running_proxy.reset()
-    for name in places.VARIABLES:
+    for name in paths.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running_proxy.server_port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
@@ -112,7 +113,7 @@ def impatient(monkeypatch):
     """An error is one at once."""
     for name, value in {"ATTEMPTS": 1, "BODY_ATTEMPTS": 1, "FIRST_PAUSE": "1ms"}.items():
         monkeypatch.setattr(places, name, value)
-    caches = (places._filesystem, places._make_context)
+    caches = (paths._filesystem, paths._make_context)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -163,7 +164,7 @@ def test_restores_on_another_mesh(proxy, url, arrays, axes, shardings, like, dig
     places = shardings(1, 4, 2)
     restored = found.restore(3, like(places))
     assert digests(restored) == digests(values)
-    assert {a.sharding for a in restored.values()} == set(places.values())
+    assert {a.sharding for a in restored.values()} == set(paths.values())
     assert found.verify(3) == []
     assert np.isnan(found.read_meta(3)["loss"])
     assert find_checkpoint(f"{url}/checkpoints/step_3")[1] == 3
@@ -248,9 +249,9 @@ def test_killed_before_its_commit(proxy, url, monkeypatch):
 
 def test_leftovers(url, client, monkeypatch):
     """What a live process of this host writes stays, and for an hour what may be of one elsewhere."""
-    host, pid, start, _ = folders.make_owner().rsplit("-", 3)
+    host, pid, start, _ = local_backend.make_owner().rsplit("-", 3)
     save(Store(url), 1)
-    marks = {2: folders.make_owner(), 3: f"{host}-{pid}-{int(start) + 1}-00", 4: "other.host-1-1-00", 5: None}
+    marks = {2: local_backend.make_owner(), 3: f"{host}-{pid}-{int(start) + 1}-00", 4: "other.host-1-1-00", 5: None}
     for step, owner in marks.items():
         for name in [f"OWNER.{owner}"] * bool(owner) + ["arrays/w/c.0.0"]:
             client.put_object(Bucket=BUCKET, Key=path_of(url, f"step_{step}/{name}"), Body=b"x")
@@ -491,9 +492,9 @@ def test_a_part_of_an_object_is_read(proxy, url, client):
 def hasty(monkeypatch):
     """Pauses before a request is made again are short."""
     monkeypatch.setattr(places, "FIRST_PAUSE", "5ms")
-    places._make_context.cache_clear()
+    paths._make_context.cache_clear()
     yield
-    places._make_context.cache_clear()
+    paths._make_context.cache_clear()
 
 
 @pytest.mark.usefixtures("hasty")

@@ -9,11 +9,11 @@ from reference_models import CASES
 from test_gptj import OLD, make_arrays
 from test_huggingface import SILENT, make_folder
 
-from mesh_transformer.checkpoint import arrays, chunks, manifest, shard_files
-from mesh_transformer.checkpoint.places import to_place
-from mesh_transformer.convert import lazy, reshard, slices
-from mesh_transformer.convert.foreign import Foreign, make_model_config
-from mesh_transformer.convert.gptj import read_model
+from mesh_transformer.checkpoint import arrays, manifest, zarr_sharding
+from mesh_transformer.convert import lazy_arrays, reshard
+from mesh_transformer.convert.gptj.reader import read_model
+from mesh_transformer.convert.import_plan import Foreign, make_model_config
+from mesh_transformer.storage.paths import to_place
 
 PART_BYTES = 3000
 
@@ -79,11 +79,11 @@ def test_no_chunk_is_fetched_twice(place, tmp_path, monkeypatch):
     write("native", make_source(tmp_path), tmp_path / "ours")
     source = reshard.open_source(tmp_path / "ours")
     read = collections.Counter()
-    original = shard_files._read_checked
+    original = zarr_sharding._read_checked
 
     def count(file, offset, values, what):
         if what.startswith("chunk"):
-            read[shard_files.os.readlink(f"/proc/self/fd/{file}"), offset] += 1
+            read[zarr_sharding.os.readlink(f"/proc/self/fd/{file}"), offset] += 1
         return original(file, offset, values, what)
 
     monkeypatch.setattr(shard_files, "_read_checked", count)
@@ -100,7 +100,9 @@ def test_no_chunk_is_fetched_twice(place, tmp_path, monkeypatch):
 def test_where_it_is_decides(tmp_path):
     record = manifest.ArrayRecord((64, 32), "float32", ("embed", "vocab"), (64, 32), (8, 32))
     for folder, dim in ((tmp_path, 0), (to_place("s3://bucket/run"), 1)):
-        assert lazy.Composed([arrays.StoredArray(folder, "w", record)], "vocab embed", [record.axes]).cut[0] == dim
+        assert (
+            lazy_arrays.Composed([arrays.StoredArray(folder, "w", record)], "vocab embed", [record.axes]).cut[0] == dim
+        )
 
 
 @pytest.mark.usefixtures("small")

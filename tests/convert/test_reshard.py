@@ -21,12 +21,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.checkpoint.store import find_checkpoint
 from mesh_transformer.config import ModelConfig, parse_model
+from mesh_transformer.config.presets import LLAMA, PRESETS
 from mesh_transformer.convert import reshard
-from mesh_transformer.convert.huggingface import compose_tensors, find_family
-from mesh_transformer.convert.lazy import whole
-from mesh_transformer.convert.names import FAMILIES
-from mesh_transformer.convert.tensor_files import Planned, create_safetensors
-from mesh_transformer.model.families import LLAMA, PRESETS
+from mesh_transformer.convert.huggingface.reader import compose_tensors, find_family
+from mesh_transformer.convert.huggingface.tensor_files import Planned, create_safetensors
+from mesh_transformer.convert.huggingface.tensor_map import FAMILIES
+from mesh_transformer.convert.lazy_arrays import whole
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import count_params, describe_params
 
@@ -232,9 +232,9 @@ def test_a_wrong_conversion_is_seen_and_nothing_is_kept(theirs, tmp_path):
 import sys
 sys.path.insert(0, "scripts")
 import reshard_checkpoint
-from mesh_transformer.convert import names
-up, gate = (names.LLAMA[f"feed_forward/w_{x}"] for x in ("in", "gate"))
-names.LLAMA |= {"feed_forward/w_in": gate, "feed_forward/w_gate": up}
+from mesh_transformer.convert.huggingface.reader import tensor_map
+up, gate = (tensor_map.LLAMA[f"feed_forward/w_{x}"] for x in ("in", "gate"))
+tensor_map.LLAMA |= {"feed_forward/w_in": gate, "feed_forward/w_gate": up}
 sys.exit(reshard_checkpoint.run_command(reshard_checkpoint.main))
 """
     command = [sys.executable, "-c", program, theirs, tmp_path / "ours"]

@@ -12,7 +12,7 @@ from invented_text import prose
 pytest.importorskip("datatrove")
 from mesh_transformer.config import ConfigError
 from mesh_transformer.corpus.build import build_corpus
-from mesh_transformer.corpus.datasheet import write_datasheet
+from mesh_transformer.corpus.datasheet.content import write_datasheet
 from mesh_transformer.corpus.parts import read_documents
 from mesh_transformer.corpus.stages import Machines
 
@@ -21,7 +21,7 @@ WORDS = 13
 
 @pytest.fixture(scope="module")
 def bench(load_script):
-    return load_script("bench_corpus")
+    return load_script("bench/corpus")
 
 
 def grams(texts) -> set[tuple[str, ...]]:

@@ -18,11 +18,11 @@ from invented_text import prose
 pytest.importorskip("datatrove")
 from mesh_transformer.config import ConfigError
 from mesh_transformer.corpus.build import build_corpus
-from mesh_transformer.corpus.datasheet import write_datasheet
-from mesh_transformer.corpus.filtering import side_of
+from mesh_transformer.corpus.datasheet.content import write_datasheet
 from mesh_transformer.corpus.parts import read_documents
+from mesh_transformer.corpus.stage_filter import side_of
 from mesh_transformer.corpus.stages import CorpusError, Machines
-from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.errors import DataError
 from mesh_transformer.data.shards import TokenShard
 from mesh_transformer.data.tokenizers import ByteTokenizer
 
@@ -224,7 +224,7 @@ def refuse_array(run):
     ("place", "refuse"),
     [
         ("mesh_transformer.corpus.parts.open", refuse_room),
-        ("mesh_transformer.corpus.mixture._Run._write", refuse_array),
+        ("mesh_transformer.corpus.stage_mix._Run._write", refuse_array),
     ],
 )
 def test_a_full_disk_says_so_and_the_next_build_goes_on(tmp_path, sources, make_recipe, monkeypatch, place, refuse):

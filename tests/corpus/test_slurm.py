@@ -15,10 +15,10 @@ import pytest
 pytest.importorskip("datatrove")
 from test_stages import Write, made
 
-from mesh_transformer.corpus import clusters
-from mesh_transformer.corpus.clusters import Slurm
+from mesh_transformer.corpus import executors
+from mesh_transformer.corpus.executors import Slurm
 from mesh_transformer.corpus.stages import CorpusError, Machines, run_stage
-from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 SBATCH = r"""#!/bin/bash
@@ -97,7 +97,7 @@ def test_a_job_is_cancelled_with_its_build(tmp_path, slurm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_stage("write", Write(folder), 2, folder, Machines(2, slurm=slurm))
     number = (folder / "slurm-job").read_text()
-    assert not clusters._is_there(number)
+    assert not executors._is_there(number)
     assert len(run_stage("write", Write(folder), 2, folder, Machines(2, slurm=slurm))) == 2
 
 

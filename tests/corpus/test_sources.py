@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from mesh_transformer.corpus.sources import KINDS, Reading, find_parts, read_part
-from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.errors import DataError
 
 pytest.importorskip("resiliparse")
 pytest.importorskip("pylatexenc")

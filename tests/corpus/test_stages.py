@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("datatrove")
 from mesh_transformer.corpus.parts import PartWriter, read_documents
 from mesh_transformer.corpus.stages import CorpusError, Machines, run_stage
-from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.errors import DataError
 from mesh_transformer.data.loader import MIX_SLOTS, Loader, Prefetcher, Source, evaluation_batches
 from mesh_transformer.data.shards import ShardWriter, TokenShard
 

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from mesh_transformer.data import archives, readers
+from mesh_transformer.data import readers
 from mesh_transformer.data.readers import (
     BadDocuments,
     DataError,

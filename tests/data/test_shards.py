@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.errors import DataError
 from mesh_transformer.data.shards import ShardWriter, TokenShard, is_shard, token_dtype
 
 DOCUMENTS = ([5, 6, 7], [1], [9, 9])

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mesh_transformer.data.build import build_shards
-from mesh_transformer.data.documents import DataError
+from mesh_transformer.data.errors import DataError
+from mesh_transformer.data.shard_builder import build_shards
 from mesh_transformer.data.shards import TokenShard
 from mesh_transformer.data.tfrecords import crc32c, masked_crc32c, read_sequences
 from mesh_transformer.data.tokenizers import load_tokenizer
@@ -261,7 +261,7 @@ def test_make_shards_and_a_run_take_them(tmp_path):
     assert TokenShard(tmp_path / "shard").n_documents == len(documents)
 
     from mesh_transformer.config import parse_config
-    from mesh_transformer.data.sources import open_data
+    from mesh_transformer.data.dataset import open_data
 
     table = {
         "model": {"n_layers": 1, "d_model": 8, "n_heads": 1, "n_vocab": 257, "seq_len": 16},

@@ -13,27 +13,27 @@ import pytest
 import zstandard
 
 import device_evaluate
-import mesh_transformer.evaluate.trained as evaluate_module
+import mesh_transformer.evaluate.checkpoint_eval as evaluate_module
 from mesh_transformer.config import Config, load_config
-from mesh_transformer.data.documents import DataError, Document
+from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.data.readers import read_documents
 from mesh_transformer.data.tokenizers import ByteTokenizer
+from mesh_transformer.distributed.stop import StopRequest
+from mesh_transformer.evaluate.callback import train_measured
 from mesh_transformer.evaluate.evaluation import check_tasks
-from mesh_transformer.evaluate.items import CONTEXT, END, make_choices, make_clozes, make_lines
 from mesh_transformer.evaluate.published import find_published, pile_components, read_published
+from mesh_transformer.evaluate.synthetic_tasks import CONTEXT, END, make_choices, make_clozes, make_lines
 from mesh_transformer.evaluate.tasks import TASKS, read_items
 from mesh_transformer.evaluate.texts import read_texts
-from mesh_transformer.evaluate.training import train_measured
 from mesh_transformer.mesh import make_layout
-from mesh_transformer.train.benchmarks import (
+from mesh_transformer.reports.evaluation_results import (
     draw_evaluations,
     make_tables,
     metrics_of,
     read_evaluations,
     write_evaluation,
 )
-from mesh_transformer.train.metrics import read_metrics
-from mesh_transformer.train.stop import StopRequest
+from mesh_transformer.reports.metrics_log import read_metrics
 
 HAS_HARNESS = True
 try:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.data.documents import DataError, Document
+from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.data.tokenizers import ByteTokenizer
-from mesh_transformer.evaluate.likelihood import Scorer
+from mesh_transformer.evaluate.loglikelihood import Scorer
 from mesh_transformer.evaluate.perplexity import TextScore, cut_windows, is_picked, score_documents, weigh
 from mesh_transformer.evaluate.wikitext import WikiText, describe
 from mesh_transformer.model.transformer import make_model

@@ -11,8 +11,8 @@ import pytest
 
 from mesh_transformer.config import ConfigError, TrackConfig, load_config
 from mesh_transformer.evaluate.scaling import fit_law
-from mesh_transformer.train.metrics import MetricsLog
-from mesh_transformer.train.plot import Series, plot
+from mesh_transformer.reports.metrics_log import MetricsLog
+from mesh_transformer.reports.svg import Series, plot
 
 COMPUTE = np.geomspace(1e15, 1e19, 9)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import ConfigError, ModelConfig, parse_config
-from mesh_transformer.model.expert_choices import ExpertsConfig
-from mesh_transformer.model.families import T5
+from mesh_transformer.config.moe import ExpertsConfig
+from mesh_transformer.config.presets import T5
 from mesh_transformer.model.transformer import describe_params, init_cache, make_model
 
 SIZES = dict(n_layers=2, encoder_layers=4, d_model=16, n_heads=2, n_vocab=37, seq_len=24)

@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import RULES
-from mesh_transformer.model.attention.plain import attend, attend_in_blocks
+from mesh_transformer.model.attention.dense import attend, attend_in_blocks
 from mesh_transformer.model.linear import dropout
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import count_params, describe_params, make_model

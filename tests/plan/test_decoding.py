@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import Config, ConfigError, SampleConfig, parse_config
-from mesh_transformer.model.families import T5
+from mesh_transformer.config.presets import T5
 from mesh_transformer.model.transformer import describe_params
+from mesh_transformer.plan.compile_worker import make_topology_layout, measure
 from mesh_transformer.plan.decoding import lower_reading, lower_writing
+from mesh_transformer.plan.fit import judge
 from mesh_transformer.plan.job import Job, Measured
 from mesh_transformer.plan.report import format_verdict, verdict_to_json
-from mesh_transformer.plan.verdict import judge
-from mesh_transformer.plan.worker import make_topology_layout, measure
-from mesh_transformer.sample.rewriting import RewritingEngine
+from mesh_transformer.sample.engine.encoder_decoder import RewritingEngine
 
 MESH = dict(data=2, tensor=2, expert=2)
 CONTEXT = 128  # the engine's shortest cache

@@ -8,14 +8,14 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from mesh_transformer.config import ConfigError, parse_config
+from mesh_transformer.plan.compile_worker import measure
 from mesh_transformer.plan.estimate import estimate_training
+from mesh_transformer.plan.fit import judge
 from mesh_transformer.plan.hardware.chips import CPU, TPUS
 from mesh_transformer.plan.job import Job
-from mesh_transformer.plan.picture import draw_search
 from mesh_transformer.plan.roofline import make_roofline
 from mesh_transformer.plan.search import find_frontier, format_found, list_candidates, list_meshes, search
-from mesh_transformer.plan.verdict import judge
-from mesh_transformer.plan.worker import measure
+from mesh_transformer.plan.search_plot import draw_search
 
 
 def make_job(topology: str = "cpu-8", **model: object) -> Job:

@@ -21,7 +21,7 @@ PROGRAM = """
 import json, re, sys
 from pathlib import Path
 from mesh_transformer.config import SampleConfig
-from mesh_transformer.sample.trained import load_trained
+from mesh_transformer.sample.loading import load_trained
 
 def read(key):
     return 1024 * int(re.search(key + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])

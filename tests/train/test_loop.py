@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mesh_transformer.checkpoint.failures import CheckpointError
 from mesh_transformer.config import load_config
-from mesh_transformer.data.sources import open_data
+from mesh_transformer.data.dataset import open_data
 from mesh_transformer.mesh import make_layout
+from mesh_transformer.reports.console import Progress
+from mesh_transformer.reports.metrics_log import MetricsLog, read_metrics
+from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.train import loop
+from mesh_transformer.train.data_log import digest_tokens, read_attempts, what_counts
 from mesh_transformer.train.loop import Recorder, train
-from mesh_transformer.train.metrics import MetricsLog, read_metrics
-from mesh_transformer.train.progress import Progress
 from mesh_transformer.train.run import open_run
-from mesh_transformer.train.sequences import digest_tokens, read_attempts, what_counts
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import load_config
+from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.train import replay
-from mesh_transformer.train.recipe import RecipeError, find_changes, read_recipe
+from mesh_transformer.train.provenance import RecipeError, find_changes, read_recipe
 from mesh_transformer.train.session import train_config
-from mesh_transformer.train.stop import StopRequest
 
 
 @pytest.fixture(scope="module")

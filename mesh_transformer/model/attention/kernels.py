@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import current_layout, target_chip, target_platform
-from mesh_transformer.model.attention.blocks import Ring, attend_in_ring
-from mesh_transformer.model.attention.plain import attend, attend_in_blocks
-from mesh_transformer.model.attention.sight import Sight
+from mesh_transformer.model.attention.dense import attend, attend_in_blocks
+from mesh_transformer.model.attention.masks import Sight
+from mesh_transformer.model.attention.ring import Ring, attend_in_ring
 from mesh_transformer.model.positions import alibi_slopes
 
 LONG = 1024  # on a CPU all scores at once are faster up to here; beyond, memory counts

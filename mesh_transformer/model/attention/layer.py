@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.model.attention.dense import attend
 from mesh_transformer.model.attention.kernels import attend_by
-from mesh_transformer.model.attention.plain import attend
-from mesh_transformer.model.attention.sight import Cache, Sight, recall, store
+from mesh_transformer.model.attention.masks import Cache, Sight, recall, store
 from mesh_transformer.model.linear import linear
 from mesh_transformer.model.norms import HeadNorm
 from mesh_transformer.model.params import Inits, param

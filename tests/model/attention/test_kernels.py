@@ -17,7 +17,7 @@ import pytest
 from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig
 from mesh_transformer.mesh import RULES, Layout, make_layout, use_layout
 from mesh_transformer.model.attention.kernels import attend_by, choose_kernel
-from mesh_transformer.model.attention.sight import Masks, Sight
+from mesh_transformer.model.attention.masks import Masks, Sight
 
 ROOT = Path(__file__).parents[3]
 T = 128

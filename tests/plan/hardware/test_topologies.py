@@ -10,7 +10,7 @@ import pytest
 from mesh_transformer.config import ConfigError
 from mesh_transformer.plan.hardware.chips import FAMILIES, GPUS, SILICON, TPUS
 from mesh_transformer.plan.hardware.topologies import gpu_target, parse_topology, product_names
-from mesh_transformer.plan.planning import parse_amount
+from mesh_transformer.plan.run import parse_amount
 
 
 @pytest.mark.parametrize(

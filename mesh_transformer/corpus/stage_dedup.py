@@ -1,0 +1,312 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Second stage: which documents and lines are there already, in the whole corpus, in bounded memory.
+
+Near duplicates go through DataTrove's MinHash blocks: signatures by part, equal bands over all parts, clusters. Exact
+ones and lines are hashes of 64 bits: every part writes them sorted, and each task takes the same range of all parts.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+import resource
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from datatrove.data import Document
+from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
+from datatrove.pipeline.dedup.minhash import MinhashConfig
+from datatrove.utils.text import simplify_text
+
+from mesh_transformer.corpus.parts import read_documents
+from mesh_transformer.corpus.recipe import Recipe
+from mesh_transformer.corpus.word_tokenizer import WORDS
+from mesh_transformer.data.errors import DataError
+
+RANGE_ENTRIES = 4_000_000  # of hashes that one task sorts in memory
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+HASHED = 1 << 20  # characters of a text whose words are in memory at once
+_SPACE = re.compile(r"\s")
+SHINGLES = 1 << 13  # that are hashed at once
+EXACT = np.dtype([("hash", "<u8"), ("heldout", "u1"), ("document", "<u4")])
+LINE = np.dtype([("hash", "<u8"), ("documents", "<u4")])
+REMOVAL = np.dtype([("rank", "<u4"), ("document", "<u4"), ("kept_rank", "<u4"), ("kept_document", "<u4")])
+
+
+def hash_text(text: str) -> int:
+    """Equal for texts that differ in case and spaces alone."""
+    digest, start, between = xxhash.xxh3_64(), 0, b""
+    while start < len(text):  # the words of a long text all at once take twelve times its size
+        space = _SPACE.search(text, start + HASHED)
+        end = space.start() if space else len(text)
+        words = " ".join(text[start:end].lower().split()).encode()
+        if words:
+            digest.update(between + words)
+            between = b" "
+        start = end
+    return digest.intdigest()
+
+
+def hash_line(line: str) -> int:
+    """Equal for lines that differ in case and in spaces at their ends alone."""
+    return xxhash.xxh3_64_intdigest(line.strip().lower().encode())
+
+
+class BoundedSignature(MinhashDedupSignature):
+    """DataTrove's signatures, with the shingles of a long document a few at a time: all at once take 1.8 kB for each."""
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        """[n-grams, 1] hash of every n-gram of words, of which each is hashed but once."""
+        words = self.word_tokenizer.word_tokenize(simplify_text(text, self.config.norm_config))
+        hashes = np.fromiter((xxhash.xxh3_64_intdigest(word.encode()) for word in words), np.uint64, len(words))
+        n = self.config.n_grams
+        if len(words) < n:
+            return np.zeros((0, 1), np.uint64)
+        grams = np.zeros(len(words) - n + 1, np.uint64)
+        for i in range(n):  # a polynomial in an odd number, modulo 2^64, so that the order of words counts
+            grams = grams * _ODD + hashes[i : len(words) - n + 1 + i]
+        grams ^= grams >> np.uint64(32)
+        return (grams * _ODD).reshape(-1, 1)
+
+    def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
+        """Hashes of every band: the least of each over all pieces."""
+        one = super().get_signature
+        pieces = [one(shingles[i : i + SHINGLES]) for i in range(0, len(shingles), SHINGLES)]
+        return pieces[0] if len(pieces) == 1 else np.min(np.array(pieces, np.uint64), axis=0).tolist()
+
+
+def make_minhash(recipe: Recipe) -> MinhashConfig:
+    """DataTrove's settings."""
+    bands, rows = recipe.duplicates.bands_and_rows
+    return MinhashConfig(n_grams=recipe.duplicates.n_gram, num_buckets=bands, hashes_per_bucket=rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sign:
+    """Task: one filtered part -> exact/RANK, lines/RANK, signatures/bucket_BAND/RANK."""
+
+    recipe: Recipe
+    filtered: Path
+    folder: Path
+
+    def __call__(self, rank: int) -> dict[str, Any]:
+        """The record of part `rank`."""
+        exact: list[tuple[int, int, int]] = []
+        lines: list[np.ndarray] = []
+        documents = self._documents(rank, exact, lines)
+        outputs = {}
+        if self.recipe.duplicates.near != "none":
+            config = make_minhash(self.recipe)
+            language: Any = WORDS
+            block = BoundedSignature(str(self.folder / "signatures"), config, language=language)
+            block.run(documents, rank)
+            for band in range(config.num_buckets):
+                name = f"signatures/bucket_{band:03d}/{rank:05d}.minhash.sig"
+                outputs[name] = {"size": (self.folder / name).stat().st_size}
+        else:
+            for _ in documents:
+                pass
+        found = np.sort(np.array(exact, EXACT), order=["hash", "document"])
+        outputs |= _save(self.folder, f"exact/{rank:05d}.npy", found)
+        hashes, counts = np.unique(np.concatenate([np.zeros(0, "<u8"), *lines]), return_counts=True)
+        table = np.zeros(len(hashes), LINE)
+        table["hash"], table["documents"] = hashes, counts
+        outputs |= _save(self.folder, f"lines/{rank:05d}.npy", table)
+        return {"documents": len(exact), "lines": len(table), "outputs": outputs}
+
+    def _documents(self, rank: int, exact: list[tuple[int, int, int]], lines: list[np.ndarray]) -> Iterator[Document]:
+        least, shortest = self.recipe.lines.min_documents, self.recipe.lines.min_characters
+        for number, record in enumerate(read_documents(self.filtered / f"documents/{rank:05d}.jsonl.zst")):
+            text, heldout = record["text"], record["meta"]["side"] == "heldout"
+            exact.append((hash_text(text), heldout, number))
+            if least and not heldout:
+                own = {hash_line(line) for line in text.split("\n") if len(line.strip()) >= shortest}
+                lines.append(np.fromiter(own, "<u8", len(own)))
+            yield Document(text, record["id"])
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchBands:
+    """Task: pairs of documents of all parts whose band with this number is equal -> pairs/BAND_00.dups."""
+
+    recipe: Recipe
+    signed: Path
+    parts: int
+    folder: Path
+
+    def __call__(self, rank: int) -> dict[str, Any]:
+        """The record of band `rank`."""
+        _allow_open_files(self.parts + 64)
+        config = make_minhash(self.recipe)
+        MinhashDedupBuckets(str(self.signed / "signatures"), str(self.folder / "pairs"), config=config).run(
+            None, rank, config.num_buckets
+        )
+        name = f"pairs/{rank:05d}_00.dups"
+        return {"outputs": {name: {"size": (self.folder / name).stat().st_size}}}
+
+
+def _allow_open_files(count: int) -> None:
+    """DataTrove opens the signatures of all parts at once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and count > hard:
+        raise DataError(
+            f"{count} files must be open at once, the system allows {hard}: raise ulimit -n or corpus.part_mb"
+        )
+    if count > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchExact:
+    """Task: a range of hashes of all parts -> equal/RANGE.npy (groups of equal documents), repeated/RANGE.npy (lines)."""
+
+    recipe: Recipe
+    signed: Path
+    parts: int
+    ranges: int
+    folder: Path
+
+    def __call__(self, rank: int) -> dict[str, Any]:
+        """The record of range `rank`."""
+        ranks, exact = self._slice("exact", EXACT, rank)
+        _, group, count = np.unique(exact["hash"], return_inverse=True, return_counts=True)
+        several = count[group] > 1 if len(group) else np.zeros(0, bool)
+        groups = np.column_stack([group, ranks, exact["document"], exact["heldout"]])[several].astype("<i8")
+        outputs = _save(self.folder, f"equal/{rank:05d}.npy", groups)
+        _, lines = self._slice("lines", LINE, rank)
+        hashes, inverse = np.unique(lines["hash"], return_inverse=True)
+        totals = np.bincount(inverse, lines["documents"], len(hashes)) if len(hashes) else np.zeros(0)
+        repeated = hashes[totals >= max(self.recipe.lines.min_documents, 1)].astype("<u8")
+        return {"outputs": outputs | _save(self.folder, f"repeated/{rank:05d}.npy", repeated)}
+
+    def _slice(self, kind: str, dtype: np.dtype, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the parts and entries, of all entries in this range."""
+        low = (rank << 64) // self.ranges
+        high = ((rank + 1) << 64) // self.ranges - 1
+        found, owners = [np.zeros(0, dtype)], [np.zeros(0, np.int64)]
+        for part in range(self.parts):
+            table = np.load(self.signed / f"{kind}/{part:05d}.npy", mmap_mode="r")
+            first = np.searchsorted(table["hash"], np.uint64(low), "left")
+            last = np.searchsorted(table["hash"], np.uint64(high), "right")
+            found.append(np.array(table[first:last]))
+            owners.append(np.full(last - first, part))
+        return np.concatenate(owners), np.concatenate(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decide:
+    """Task (one): pairs and groups of all documents -> removals.npy and near.npy, both sorted, and the matrix of components."""
+
+    recipe: Recipe
+    components: tuple[str, ...]  # of each part
+    signed: Path
+    bands: Path
+    equal: Path
+    ranges: int
+    folder: Path
+
+    def __call__(self, rank: int) -> dict[str, Any]:
+        """The record, with counts by component of what is removed (rows) and of what stays for it (columns)."""
+        exact, near = self._equal_groups(), self._clusters()
+        outputs, matrices = {}, {}
+        removed_before = np.zeros(0, np.uint64)
+        for kind, groups in (("exact", exact), ("near", near)):
+            removals = self._choose(groups)
+            places = removals["rank"].astype(np.uint64) << np.uint64(32) | removals["document"]
+            removals = removals[~np.isin(places, removed_before)]
+            removed_before = places
+            outputs |= _save(self.folder, f"{kind}.npy", removals)
+            pairs = Counter(zip(removals["rank"].tolist(), removals["kept_rank"].tolist(), strict=True))
+            matrices[kind] = _sum_components(pairs, self.components)
+        return {"matrix": matrices, "outputs": outputs}
+
+    def _equal_groups(self) -> np.ndarray:
+        """[documents, 4] group, rank, document, held out."""
+        if not self.recipe.duplicates.exact:
+            return np.zeros((0, 4), np.int64)
+        found, base = [np.zeros((0, 4), np.int64)], 0
+        for number in range(self.ranges):
+            groups = np.load(self.equal / f"equal/{number:05d}.npy")
+            groups[:, 0] += base
+            base = int(groups[:, 0].max()) + 1 if len(groups) else base
+            found.append(groups)
+        return np.concatenate(found)
+
+    def _clusters(self) -> np.ndarray:
+        """[documents, 4] as above, of DataTrove's clusters."""
+        if self.recipe.duplicates.near == "none":
+            return np.zeros((0, 4), np.int64)
+        folder = self.folder / "clusters"
+        block = MinhashDedupCluster(
+            str(self.bands / "pairs"), str(folder), config=make_minhash(self.recipe), save_cluster_id=True
+        )
+        with contextlib.redirect_stderr(io.StringIO()):  # its own progress bar
+            block.run(None, 0, 1)
+        found = [np.zeros((0, 4), np.int64)]
+        for part in range(len(self.components)):
+            path = folder / f"{part:06d}.clusters"
+            if path.is_file():
+                members = np.fromfile(path, "<u4").reshape(-1, 2).astype(np.int64)
+                exact = np.load(self.signed / f"exact/{part:05d}.npy")
+                heldout = np.zeros(len(exact), np.int64)
+                heldout[exact["document"]] = exact["heldout"]
+                documents = members[:, 0]
+                found.append(
+                    np.column_stack([members[:, 1], np.full(len(members), part), documents, heldout[documents]])
+                )
+        return np.concatenate(found)
+
+    def _choose(self, groups: np.ndarray) -> np.ndarray:
+        """Which documents go, and which stays for each: held-out ones first, then the first by part and place."""
+        if not len(groups):
+            return np.zeros(0, REMOVAL)
+        names = sorted(set(self.components))
+        component = np.array([names.index(name) for name in self.components])[groups[:, 1]]
+        only = self.recipe.duplicates.components or names
+        spared = ~np.isin(component, [names.index(name) for name in only if name in names])
+        if self.recipe.duplicates.across:
+            component = np.zeros_like(component)
+        kept = np.where(spared, np.arange(len(groups)), _first_of(groups, component))
+        # Held-out text must not be trained on, whatever component it is from.
+        anywhere = _first_of(groups, np.zeros_like(component))
+        leaks = (groups[:, 3] == 0) & (groups[anywhere, 3] == 1)
+        kept = np.where(leaks, anywhere, kept)
+        gone = np.flatnonzero(kept != np.arange(len(groups)))
+        removals = np.zeros(len(gone), REMOVAL)
+        removals["rank"], removals["document"] = groups[gone, 1], groups[gone, 2]
+        removals["kept_rank"], removals["kept_document"] = groups[kept[gone], 1], groups[kept[gone], 2]
+        return np.sort(removals, order=["rank", "document"])
+
+
+def _sum_components(pairs: Counter[tuple[int, int]], components: tuple[str, ...]) -> list[list[Any]]:
+    """Pairs of parts -> component, component, count."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for (rank, kept), count in pairs.items():
+        sums[components[rank], components[kept]] += count
+    return [[a, b, count] for (a, b), count in sorted(sums.items())]
+
+
+def _first_of(groups: np.ndarray, component: np.ndarray) -> np.ndarray:
+    """For every row, the row that stays of those with its group and component."""
+    order = np.lexsort((groups[:, 2], groups[:, 1], -groups[:, 3], component, groups[:, 0]))
+    keys = np.column_stack([groups[order, 0], component[order]])
+    starts = np.r_[True, (keys[1:] != keys[:-1]).any(axis=1)]
+    first = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
+    result = np.empty(len(order), np.int64)
+    result[order] = first
+    return result
+
+
+def _save(folder: Path, name: str, array: np.ndarray) -> dict[str, dict[str, int]]:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+    temporary.replace(path)
+    return {name: {"size": path.stat().st_size}}

@@ -1,0 +1,237 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""One job traced and compiled: `python -m mesh_transformer.plan.compile_worker RESULT < JOB`, in a process of its own.
+
+A process of its own because the environment must be right before JAX starts, because a compiler that is asked for too
+much may take its process with it, and because what it leaves behind in memory is then gone.
+"""
+
+import gzip
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mesh_transformer.config import ConfigError
+from mesh_transformer.mesh import Layout, make_layout, start_devices
+from mesh_transformer.plan.decoding import lower_decoding, lower_reading, lower_writing
+from mesh_transformer.plan.hardware.chips import FAMILIES
+from mesh_transformer.plan.hardware.topologies import MissingCompilerError, Topology, make_devices, parse_topology
+from mesh_transformer.plan.hlo.collectives import Collective, read_collectives
+from mesh_transformer.plan.hlo.parser import Module
+from mesh_transformer.plan.hlo.traffic import hbm_bytes, read_stacked
+from mesh_transformer.plan.job import Job, Measured, Traffic
+from mesh_transformer.train.flops import count_flops, count_jaxpr_flops
+from mesh_transformer.train.run import (
+    abstract_batch,
+    abstract_state,
+    check_batches,
+    jit_train_step,
+    without_remat,
+)
+from mesh_transformer.train.state import describe_state, flatten_state, format_parameters, state_shardings
+
+FAST = {"exec_time_optimization_effort": -1.0}
+OUT_OF_MEMORY = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
+USED_OF = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def make_topology_layout(job: Job) -> Layout:
+    """The run's mesh over the devices of its topology."""
+    topology, mesh = parse_topology(job.topology), job.config.mesh
+    if topology.chip is not None:
+        return make_layout(mesh, make_devices(topology))
+    if not topology.devices:
+        return start_devices(mesh)
+    if len(jax.devices("cpu")) < topology.devices:
+        raise ConfigError(f"{topology.name}: this process has {len(jax.devices('cpu'))} CPU device(s)")
+    return make_layout(mesh, jax.devices("cpu")[: topology.devices])
+
+
+def lower_training(job: Job, layout: Layout) -> tuple[Any, Measured]:
+    """The very step that training runs, lowered from shapes alone, and what is known before it is compiled."""
+    config = job.config
+    check_batches(config, layout)
+    shapes, axes = describe_state(config)
+    shardings = state_shardings(layout, shapes, axes)
+    state, batch = abstract_state(shapes, shardings), abstract_batch(config, layout)
+    traced = jit_train_step(config, layout, shardings).trace(state, batch)
+    hardware = count_jaxpr_flops(traced.jaxpr.jaxpr)
+    plain = without_remat(config)
+    own = hardware if plain == config else count_flops(jit_train_step(plain, layout, shardings), shapes, batch)
+    kinds = {"parameters": 0, "moments": 0, "other state": 0}
+    names = {"params": "parameters", "opt_state": "moments"}
+    for name, leaf in flatten_state(state).items():
+        kinds[names.get(name.split("/")[0], "other state")] += _held(leaf)
+    kinds["batch"] = sum(_held(leaf) for leaf in jax.tree.leaves(batch))
+    return traced.lower(), Measured(
+        topology=job.topology,
+        platform=layout.mesh.devices.flat[0].platform,
+        devices=layout.mesh.size,
+        mesh=dict(layout.mesh.shape),
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
+        tokens=config.train.batch_size * config.model.seq_len,
+        flops=own,
+        hardware_flops=hardware,
+        kinds=kinds,
+        gradients=sum(4 * _held(leaf) // leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)),
+        state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)),
+        fast=job.fast,
+        sharding_table=format_parameters(shapes, axes, layout),
+    )
+
+
+def _held(leaf: Any) -> int:
+    """Bytes of an array on one device, from its shape and sharding."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def measure(job: Job, keep: Path | None = None) -> Measured:
+    """Trace and compile a job. A program that the compiler refuses for its size is a result too, without the figures.
+
+    The compiled program's text is written to `keep`, compressed.
+    """
+    layout = make_topology_layout(job)
+    if not job.batch:
+        return _compile(job, layout, lower_training(job, layout), keep)
+    if job.config.model.encoder is None:
+        return _compile(job, layout, lower_decoding(job, layout), keep)
+    measured = _compile(job, layout, lower_writing(job, layout), keep)
+    measured.reading = _compile(job, layout, lower_reading(job, layout), None)
+    return measured
+
+
+def _compile(job: Job, layout: Layout, program: tuple[Any, Measured], keep: Path | None) -> Measured:
+    lowered, measured = program
+    if job.topology == "local" and measured.platform != "cpu":
+        device = layout.mesh.devices.flat[0]
+        measured.device_kind, stats = device.device_kind, device.memory_stats() or {}
+        measured.limit_bytes = stats.get("bytes_limit", 0)
+    measured.compiler = f"jax {jax.__version__}, {_compiler_version(measured.platform)}"
+    start = time.monotonic()
+    options = FAST if job.fast and measured.platform == "tpu" else None
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "hbm" not in str(error).lower():
+            raise
+        measured.refused = str(error).splitlines()[0]
+        measured.needed_bytes, limit = parse_refusal(str(error))
+        measured.limit_bytes = limit or measured.limit_bytes
+        return measured
+    finally:
+        measured.compile_seconds = time.monotonic() - start
+    memory = compiled.memory_analysis()
+    measured.argument_bytes = memory.argument_size_in_bytes
+    measured.temporary_bytes = memory.temp_size_in_bytes
+    together = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    measured.peak_bytes = together if measured.platform == "cpu" else memory.peak_memory_in_bytes
+    measured.argument_bytes += measured.idle_bytes
+    measured.peak_bytes += measured.idle_bytes
+    text = compiled.as_text()
+    if keep is not None:
+        keep.write_bytes(gzip.compress(text.encode(), 3))
+    module = Module(text)
+    stacked = read_stacked(module)
+    measured.kept_bytes = stacked.kept
+    measured.logits_bytes = _largest_logits(module, job, layout)
+    measured.hbm_bytes = hbm_bytes(module)
+    rows = read_collectives(module, layout.mesh.devices.shape, layout.mesh.axis_names)
+    measured.traffic = [place_traffic(row, layout, parse_topology(job.topology)) for row in rows]
+    return measured
+
+
+def parse_refusal(text: str) -> tuple[int, int]:
+    """Bytes needed and available, from XLA's message; zeros where it names none."""
+    match = OUT_OF_MEMORY.search(text) or USED_OF.search(text)
+    if match is None:
+        return 0, 0
+    needed, needed_unit, limit, limit_unit = match.groups()
+    return int(float(needed) * UNITS[needed_unit]), int(float(limit) * UNITS[limit_unit])
+
+
+def _largest_logits(module: Module, job: Job, layout: Layout) -> int:
+    """Bytes of the largest array that has the vocabulary for a side and is no weight."""
+    model = job.config.model
+    vocab = layout.sharding(("vocab",), (model.n_vocab,), "vocab").shard_shape((model.n_vocab,))[0]
+    embed = layout.sharding(("embed",), (model.d_model,), "embed").shard_shape((model.d_model,))[0]
+    weights = {(a, b) for a in (vocab, model.n_vocab) for b in (embed, model.d_model)}
+    weights |= {(b, a) for a, b in weights}
+    largest = 0
+    for name, instructions in module.computations.items():
+        for instruction in instructions if module.times.get(name) else ():
+            for array in instruction.arrays:
+                if vocab in array.shape and len(array.shape) > 1 and array.shape not in weights:
+                    largest = max(largest, array.size)
+    return largest
+
+
+def place_traffic(row: Collective, layout: Layout, topology: Topology) -> Traffic:
+    """A row with where its groups lie in the hardware: over slices or hosts, and over which directions of the torus."""
+    traffic = Traffic(list(row.axes), row.kind, row.group, row.count, row.sent)
+    if topology.chip is None:
+        return traffic
+    names = layout.mesh.axis_names
+    first = tuple(slice(None) if name in row.axes else 0 for name in names)
+    members = list(np.asarray(layout.mesh.devices[first]).flat)
+    if topology.chip.platform == "gpu":
+        return traffic._replace(outer=len({device.process_index for device in members}))
+    slices = [getattr(device, "slice_index", None) for device in members]
+    outer = len(set(slices))
+    coords = np.array([d.coords for d, own in zip(members, slices, strict=True) if own == slices[0]])
+    spread = [i for i in range(coords.shape[1]) if len(set(coords[:, i])) > 1]
+    shape = [*topology.shape, 1]
+    wrapped = bool(spread) and all(_closes(topology, shape[i], len(set(coords[:, i]))) for i in spread)
+    return traffic._replace(torus_dims=len(spread), wrapped=wrapped, outer=outer)
+
+
+def _closes(topology: Topology, size: int, used: int) -> bool:
+    """Whether a direction of the torus of `size` chips is a ring, of which a group takes all.
+
+    Cubes of 4 x 4 x 4 chips are joined by optical switches into rings; flat pods are rings at their full length only.
+    """
+    assert topology.chip is not None
+    if used < size:
+        return False
+    longest = max(max(shape) for shape in FAMILIES[topology.chip.name].slices.values())
+    return size % 4 == 0 if len(topology.shape) == 3 else size == longest
+
+
+def _compiler_version(platform: str) -> str:
+    package = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}.get(platform, "jaxlib")
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return package
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Read a job from standard input, write what was measured, or why it cannot be, to the file named first.
+
+    A second name is a place for the compiled program.
+    """
+    keep = Path(arguments[1]) if len(arguments) > 1 else None
+    try:
+        measured = measure(Job.from_json(sys.stdin.read()), keep)
+        answer: dict[str, Any] = {"measured": json.loads(measured.to_json())}
+    except (ConfigError, MissingCompilerError) as error:
+        answer = {"error": type(error).__name__, "message": str(error)}
+    except RuntimeError as error:
+        if "cudnn" not in str(error).lower() or isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        answer = {"error": "MissingCompilerError", "message": f"{error} (pip install -e '.[plan]' brings cuDNN)"}
+    Path(arguments[0]).write_text(json.dumps(answer), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

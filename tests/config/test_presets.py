@@ -1,0 +1,262 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Every row of the families table makes a model of exactly the published size."""
+
+import pytest
+
+from mesh_transformer.config import ModelConfig, parse_model
+from mesh_transformer.config.presets import PRESETS
+from mesh_transformer.model.transformer import count_params, describe_params
+
+# Counts of the released files as transformers instantiates them, except GPT-3 (never released: the paper's table 2.1 in
+# GPT-2's form) and neox-* (the library's yml files: by the closed formula below alone). GPT-J is the unique count, as
+# in transformers: its README's 6,053,381,344 also counts what each of eight shards keeps a copy of.
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "gpt3-small": 125_226_240,
+    "gpt3-medium": 355_871_744,
+    "gpt3-large": 760_300_032,
+    "gpt3-xl": 1_315_723_264,
+    "gpt3-2.7b": 2_651_553_280,
+    "gpt3-6.7b": 6_658_404_352,
+    "gpt3-13b": 12_853_386_240,
+    "gpt3-175b": 174_604_259_328,
+    "gpt-neo-125m": 125_198_592,
+    "gpt-neo-350m": 355_798_016,
+    "gpt-neo-1.3b": 1_315_575_808,
+    "gpt-neo-2.7b": 2_651_307_520,
+    "gptj-6b": 6_050_882_784,
+    "gpt-neox-20b": 20_554_567_680,
+    "pythia-14m": 14_067_712,
+    "pythia-31m": 30_494_720,
+    "pythia-70m": 70_426_624,
+    "pythia-160m": 162_322_944,
+    "pythia-410m": 405_334_016,
+    "pythia-1b": 1_011_781_632,
+    "pythia-1.4b": 1_414_647_808,
+    "pythia-2.8b": 2_775_208_960,
+    "pythia-6.9b": 6_857_302_016,
+    "pythia-12b": 11_846_072_320,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama2-7b": 6_738_415_616,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "t5-v1.1-small": 76_961_152,
+    "t5-v1.1-base": 247_577_856,
+    "t5-v1.1-large": 783_150_080,
+    "t5-v1.1-xl": 2_849_757_184,
+    "t5-v1.1-xxl": 11_135_332_352,
+    "switch-base-8": 619_339_008,
+    "switch-base-16": 1_072_397_568,
+    "switch-base-32": 1_978_514_688,
+    "switch-base-64": 3_790_748_928,
+    "switch-base-128": 7_415_217_408,
+    "switch-base-256": 14_664_154_368,
+    "switch-large-128": 26_309_291_008,
+}
+# Known to three or four digits: sizes that were published but not as files that transformers reads (Switch, table 9;
+# of XXL with the 128 experts of its code), and a decoder alone, which nobody published.
+OURS = {
+    "switch-xxl": 395_000_000_000,
+    "switch-c": 1_571_000_000_000,
+    "switch-decoder-base-8": 309_000_000,
+    "switch-decoder-base-128": 3_700_000_000,
+    "switch-decoder-c": 786_000_000_000,
+}
+# n_layers, d_model, n_heads, d_head of the papers' and libraries' tables: counts hardly notice the heads.
+PUBLISHED_SHAPES = {
+    "gpt2": (12, 768, 12, 64),
+    "gpt2-medium": (24, 1024, 16, 64),
+    "gpt2-large": (36, 1280, 20, 64),
+    "gpt2-xl": (48, 1600, 25, 64),
+    "gpt3-small": (12, 768, 12, 64),
+    "gpt3-medium": (24, 1024, 16, 64),
+    "gpt3-large": (24, 1536, 16, 96),
+    "gpt3-xl": (24, 2048, 16, 128),
+    "gpt3-2.7b": (32, 2560, 32, 80),
+    "gpt3-6.7b": (32, 4096, 32, 128),
+    "gpt3-13b": (40, 5120, 40, 128),
+    "gpt3-175b": (96, 12288, 96, 128),
+    "gpt-neo-125m": (12, 768, 12, 64),
+    "gpt-neo-350m": (24, 1024, 16, 64),
+    "gpt-neo-1.3b": (24, 2048, 16, 128),
+    "gpt-neo-2.7b": (32, 2560, 20, 128),
+    "gptj-6b": (28, 4096, 16, 256),
+    "gpt-neox-20b": (44, 6144, 64, 96),
+    "neox-19m": (6, 512, 8, 64),
+    "neox-49m": (10, 640, 10, 64),
+    "neox-125m": (12, 768, 12, 64),
+    "neox-350m": (24, 1024, 16, 64),
+    "neox-760m": (24, 1536, 16, 96),
+    "neox-800m": (16, 2048, 8, 256),
+    "neox-1.3b": (24, 2048, 16, 128),
+    "neox-2.7b": (32, 2560, 32, 80),
+    "neox-6.7b": (32, 4096, 32, 128),
+    "neox-13b": (40, 5120, 40, 128),
+    "neox-175b": (96, 12288, 96, 128),
+    "pythia-14m": (6, 128, 4, 32),
+    "pythia-31m": (6, 256, 8, 32),
+    "pythia-70m": (6, 512, 8, 64),
+    "pythia-160m": (12, 768, 12, 64),
+    "pythia-410m": (24, 1024, 16, 64),
+    "pythia-1b": (16, 2048, 8, 256),
+    "pythia-1.4b": (24, 2048, 16, 128),
+    "pythia-2.8b": (32, 2560, 32, 80),
+    "pythia-6.9b": (32, 4096, 32, 128),
+    "pythia-12b": (36, 5120, 40, 128),
+    "llama-7b": (32, 4096, 32, 128),
+    "llama-13b": (40, 5120, 40, 128),
+    "llama-33b": (60, 6656, 52, 128),
+    "llama-65b": (80, 8192, 64, 128),
+    "llama2-7b": (32, 4096, 32, 128),
+    "mixtral-8x7b": (32, 4096, 32, 128),
+    "mixtral-8x22b": (56, 6144, 48, 128),
+    "t5-small": (6, 512, 8, 64),
+    "t5-base": (12, 768, 12, 64),
+    "t5-large": (24, 1024, 16, 64),
+    "t5-3b": (24, 1024, 32, 128),
+    "t5-11b": (24, 1024, 128, 128),
+    "t5-v1.1-small": (8, 512, 6, 64),
+    "t5-v1.1-base": (12, 768, 12, 64),
+    "t5-v1.1-large": (24, 1024, 16, 64),
+    "t5-v1.1-xl": (24, 2048, 32, 64),
+    "t5-v1.1-xxl": (24, 4096, 64, 64),
+    **dict.fromkeys((f"switch-base-{2**i}" for i in range(3, 9)), (12, 768, 12, 64)),
+    "switch-large-128": (24, 1024, 16, 64),
+    "switch-xxl": (24, 4096, 64, 64),
+    "switch-c": (15, 2080, 30, 64),
+    "switch-decoder-base-8": (12, 768, 12, 64),
+    "switch-decoder-base-128": (12, 768, 12, 64),
+    "switch-decoder-c": (15, 2080, 30, 64),
+}
+
+
+def make_config(name: str) -> ModelConfig:
+    return parse_model(PRESETS[name] | {"preset": name}, where=name)
+
+
+def closed_formula(name: str, c: ModelConfig) -> int:
+    """Parameters by each family's closed formula (weights, then biases and norms, per layer)."""
+    v, t, d, layers, f = c.n_vocab, c.seq_len, c.d_model, c.n_layers, c.ff_dim
+    if name.startswith(("gpt2", "gpt3")):
+        return v * d + t * d + layers * (12 * d * d + 13 * d) + 2 * d
+    if name.startswith("gpt-neo-"):
+        return v * d + t * d + layers * (12 * d * d + 10 * d) + 2 * d
+    if name.startswith("gptj"):
+        return 2 * v * d + v + layers * (12 * d * d + 7 * d) + 2 * d
+    if name.startswith(("gpt-neox", "neox", "pythia")):
+        return 2 * v * d + layers * (12 * d * d + 13 * d) + 2 * d
+    if name.startswith("llama"):
+        return 2 * v * d + layers * (4 * d * d + 3 * d * f + 2 * d) + d
+    if name.startswith("mixtral"):
+        attention = 2 * d * d + 2 * d * c.kv_heads * c.head_dim
+        return 2 * v * d + layers * (attention + 8 * 3 * d * f + 8 * d + 2 * d) + d
+    if name.startswith(("switch", "t5")):
+        attention, tables = 4 * d * c.n_heads * c.head_dim, (1 if c.tied_embeddings else 2) * v * d
+        dense = (3 if c.gated else 2) * d * f
+
+        def stack(layers: int, blocks: int) -> int:
+            """Each layer has so many attention and feed-forward blocks with a norm before each."""
+            sparse = 0 if c.experts is None else layers // c.experts.every
+            ff = (layers - sparse) * dense + (sparse * c.experts.n_experts * (dense + d) if c.experts else 0)
+            return layers * ((blocks - 1) * attention + blocks * d) + ff + 32 * c.n_heads + d
+
+        encoder = 0 if c.encoder_layers is None else stack(c.encoder_layers, 2)
+        return tables + encoder + stack(layers, 2 if c.encoder_layers is None else 3)
+    raise AssertionError(f"{name}: add the family's formula")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_row_has_published_size(name):
+    config = make_config(name)
+    counted = count_params(config)
+    assert counted == closed_formula(name, config)
+    if name in OURS:
+        assert counted == pytest.approx(OURS[name], rel=0.01)
+    elif not name.startswith("neox-"):
+        assert counted == PUBLISHED[name]
+    assert (config.n_layers, config.d_model, config.n_heads, config.head_dim) == PUBLISHED_SHAPES[name]
+
+
+def test_gpt_j_readme_counts_eight_shards_copies():
+    """The original's 6,053,381,344 = the unique count, the embedding's bias, and what seven more shards repeat."""
+    c = make_config("gptj-6b")
+    copies = 7 * c.d_model * c.n_layers + 7 * 2 * c.d_model * (c.n_layers + 1) + 8 * c.d_model
+    assert count_params(c) + copies == 6_053_381_344
+
+
+# What separates the families besides sizes (transformers' configurations; the libraries' yml files).
+CHOICES = {
+    "gpt2": dict(
+        positions="learned", residual="serial", activation="gelu-tanh", n_vocab=50257, seq_len=1024, norm_eps=1e-5
+    ),
+    "gpt3-175b": dict(attention_pattern=("global", "local"), n_vocab=50257, seq_len=2048),
+    "gpt-neo-2.7b": dict(
+        attention_pattern=("global", "local"), attention_window=256, attention_scale="none", seq_len=2048
+    ),
+    "gptj-6b": dict(
+        positions="rotary-pairs", rotary_channels=64, residual="parallel", n_vocab=50400, activation="gelu-tanh"
+    ),
+    "gpt-neox-20b": dict(
+        positions="rotary-halves",
+        rotary_channels=24,
+        residual="parallel-two-norms",
+        activation="gelu-tanh",
+        n_vocab=50432,
+    ),
+    "neox-1.3b": dict(positions="rotary-halves", rotary_channels=128, residual="serial", n_vocab=50304),
+    "pythia-2.8b": dict(rotary_channels=20, residual="parallel-two-norms", activation="gelu-erf", n_vocab=50304),
+    "pythia-6.9b": dict(rotary_channels=32, n_vocab=50432),
+    "pythia-12b": dict(rotary_channels=32, n_vocab=50688),
+    "llama-7b": dict(
+        norm="rmsnorm",
+        norm_eps=1e-6,
+        gated=True,
+        activation="silu",
+        positions="rotary-halves",
+        rotary_channels=128,
+        ff_dim=11008,
+    ),
+    "llama2-7b": dict(norm_eps=1e-5, seq_len=4096),
+    "mixtral-8x7b": dict(norm_eps=1e-5, kv_heads=8, ff_dim=14336, rotary_base=1e6, seq_len=32768),
+    "t5-base": dict(
+        encoder_layers=12, ff_dim=3072, activation="relu", gated=False, tied_embeddings=True, head_scale="sqrt"
+    ),
+    "t5-v1.1-xxl": dict(ff_dim=10240, activation="gelu-tanh", gated=True, tied_embeddings=False, head_scale="none"),
+    "switch-base-8": dict(encoder_layers=12, ff_dim=3072, activation="relu", tied_embeddings=True, positions="t5"),
+    "switch-xxl": dict(ff_dim=10240, gated=True, tied_embeddings=False),
+    "switch-c": dict(encoder_layers=15, ff_dim=6144, gated=False, tied_embeddings=False, head_scale="none"),
+    "switch-decoder-c": dict(
+        encoder_layers=None, ff_dim=6144, attention_scale="none", positions="t5", tied_embeddings=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_row_makes_published_choices(name):
+    config = make_config(name)
+    assert {key: getattr(config, key) for key in CHOICES[name]} == CHOICES[name]
+
+
+def test_pythia_rotates_a_quarter_of_each_head():
+    for name in PRESETS:
+        config = make_config(name)
+        if name.startswith(("pythia", "gpt-neox")):
+            assert 4 * config.rotary_channels == config.head_dim, name
+
+
+def test_describing_175_billion_parameters_allocates_nothing():
+    infos = [info for arrays in describe_params(make_config("gpt3-175b")).values() for info in arrays.values()]
+    assert max(info.shape for info in infos)[0] == 50257
+    assert all(isinstance(size, int) for info in infos for size in info.shape)

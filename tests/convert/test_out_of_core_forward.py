@@ -1,0 +1,44 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Products over some rows of a weight at a time = the one forward pass, for every choice that a model can make."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from reference_models import CASES, LIVE_CASES
+
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.config.moe import ExpertsConfig
+from mesh_transformer.convert.import_plan import describe_leaves
+from mesh_transformer.convert.lazy_arrays import Held
+from mesh_transformer.convert.logit_check import run_native
+
+SMALL = dict(n_layers=2, d_model=12, n_heads=4, n_vocab=19, seq_len=16)
+MODELS = {
+    "gpt-neo": CASES["gpt-neo"].config,
+    "llama-gqa": CASES["llama-gqa"].config,
+    "qwen3": dataclasses.replace(LIVE_CASES["qwen3"].config, n_layers=3),
+    "mixtral": CASES["mixtral"].config,
+    "experts-in-turn": ModelConfig(**SMALL, ff_bias=False, experts=ExpertsConfig(n_experts=3, every=2)),
+    "neox": CASES["gpt-neox"].config,
+    "t5-parallel": ModelConfig(**SMALL, positions="t5", residual="parallel", norm="gptj-scalenorm", head_bias=True),
+    "alibi": ModelConfig(**SMALL, positions="alibi", norm="scalenorm", activation="relu"),
+    "pairs": ModelConfig(**SMALL, positions="rotary-pairs", d_head=8, rotary_dims=4, gated=True, tied_embeddings=False),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_forward_pass(name, monkeypatch):
+    monkeypatch.setattr(blockwise, "BLOCK_BYTES", 300)  # several blocks of every weight
+    monkeypatch.setattr(originals, "BLOCK_BYTES", 300)
+    config, rng = MODELS[name], np.random.default_rng(0)
+    arrays = {}
+    for full, leaves in describe_leaves(config).items():
+        shape = leaves[0].shape if leaves[0].layer is None else (len(leaves), *leaves[0].shape)
+        arrays[full] = Held(rng.normal(size=shape).astype(np.float32) / (2.0 if leaves[0].shape else 1.0))
+    tokens = rng.integers(0, config.n_vocab, (2, 15), dtype=np.int32)
+    whole, parts = run_native(config, arrays, tokens), run_native(config, arrays, tokens, ceiling=1)
+    assert np.std(whole) > 0.1
+    assert not np.array_equal(whole, parts), "the same program ran twice"
+    np.testing.assert_allclose(parts, whole, atol=1e-5 * np.abs(whole).max(), rtol=0)

@@ -1,0 +1,404 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""lm-evaluation-harness: our adapter = its own model of `transformers` = its own client before our server; tasks as it has them."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from reference_models import NEOX, draw, make_case, make_torch
+
+from mesh_transformer.config import ConfigError
+from mesh_transformer.data.errors import DataError
+from mesh_transformer.evaluate.checkpoint_eval import open_trained
+from mesh_transformer.evaluate.harness_model import cut_continuation, import_harness, make_adapter
+from mesh_transformer.evaluate.harness_tasks import Questions, make_task, run_tasks
+from mesh_transformer.evaluate.loglikelihood import make_scorer
+from mesh_transformer.evaluate.superglue import judge_record
+from mesh_transformer.evaluate.tasks import Item, read_items
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("lm_eval", reason="the harness needs pip install 'mesh-transformer[evaluate]'")
+pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to mend
+
+TOLERANCE = 1e-4  # nats of a continuation
+TEXT = (
+    "The mesh of devices holds every layer, and each token knows its place. Where are the tokens? Here they are, " * 3
+)
+PAIRS = [
+    ("The mesh of devices", " holds every layer"),
+    ("Where are the tokens?", " Here"),
+    ("", "each token knows"),
+    ("a context that ends in a space ", "and goes on"),
+    (TEXT, " The mesh"),  # its beginning has to go
+    ("é and ü", ", nothing known"),
+]
+GREEDY = {"until": ["."], "do_sample": False, "max_gen_toks": 12}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model of `transformers` with a small vocabulary of its own."""
+    path = tmp_path_factory.mktemp("neox")
+    library = tokenizers.ByteLevelBPETokenizer()
+    library.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    library.save(str(path / "tokenizer.json"))
+    n_vocab = library.get_vocab_size()
+    sizes = dict(n_layers=2, d_model=32, n_heads=4, n_vocab=n_vocab, seq_len=64)
+    case = make_case("gpt_neox", {**NEOX, "rotary_dims": 4}, n_vocab, **sizes)
+    model, parameters = make_torch(case)
+    torch = pytest.importorskip("torch", reason="the live comparison needs pip install transformers torch")
+    weights, _, _ = draw(case, parameters, seed=3)
+    for name, parameter in parameters.items():
+        parameter.data = torch.tensor(weights[name])
+    model.save_pretrained(path)
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    pytest.importorskip("accelerate", reason="the harness's own model needs pip install transformers torch accelerate")
+    return import_harness("lm_eval.models.huggingface").HFLM(
+        pretrained=str(folder), device="cpu", dtype="float32", batch_size=1
+    )
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    trained = open_trained(str(folder))
+    return make_adapter(make_scorer(trained.engine), trained.tokenizer, trained.engine)
+
+
+def ask(model: Any, kind: str, arguments: list[tuple]) -> list:
+    instance = import_harness("lm_eval.api.instance").Instance
+    return getattr(model, kind)([instance(kind, {}, of_it, i) for i, of_it in enumerate(arguments)])
+
+
+def test_likelihoods_are_those_of_the_harness_own_model(ours, theirs):
+    for (mine, greedy), (wanted, is_best) in zip(
+        ask(ours, "loglikelihood", PAIRS), ask(theirs, "loglikelihood", PAIRS), strict=True
+    ):
+        assert mine == pytest.approx(wanted, abs=TOLERANCE)
+        assert greedy == is_best
+
+
+def test_rolling_likelihoods_are_those_of_the_harness_own_model(ours, theirs):
+    texts = [(TEXT,), (TEXT * 2,), ("short",)]
+    assert len(ours.tok_encode(TEXT * 2)) > 2 * ours.max_length
+    np.testing.assert_allclose(
+        ask(ours, "loglikelihood_rolling", texts), ask(theirs, "loglikelihood_rolling", texts), rtol=1e-6
+    )
+
+
+def test_answers_are_those_of_the_harness_own_model(ours, theirs):
+    prompts = [(context, GREEDY) for context, _ in PAIRS[:2]]
+    answers = ask(ours, "generate_until", prompts)
+    assert answers == ask(theirs, "generate_until", prompts)
+    assert any(answers)
+
+
+def test_the_harness_client_gets_the_same_numbers_from_our_server(folder, ours, tmp_path):
+    """Its local-completions with token ids, echo and logprobs."""
+    pytest.importorskip("tenacity", reason="the harness's client needs pip install 'lm_eval[api]'")
+    subprocess.run(
+        [sys.executable, "scripts/reshard_checkpoint.py", str(folder), str(tmp_path / "run")], cwd=ROOT, check=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    command = [sys.executable, "device_serve.py", str(tmp_path / "run"), "--port", "0", "--set=serve.warm_up=0"]
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        try:
+            assert server.stdout
+            port = int(server.stdout.readline().rsplit(":", 1)[1])
+            client = import_harness("lm_eval.models.openai_completions").LocalCompletionsAPI(
+                model="run",
+                base_url=f"http://127.0.0.1:{port}/v1/completions",
+                tokenizer=str(folder),
+                max_length=ours.max_length - 1,  # it asks for one token more, which has to fit as well
+                batch_size=1,
+            )
+            pairs = [pair for pair in PAIRS if pair[0] != TEXT]
+            for (served, is_best), (mine, greedy) in zip(
+                ask(client, "loglikelihood", pairs), ask(ours, "loglikelihood", pairs), strict=True
+            ):
+                assert served == pytest.approx(mine, abs=TOLERANCE)
+                assert greedy == is_best
+        finally:
+            server.terminate()
+
+
+RECORDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hellaswag": (
+        "hellaswag/hellaswag.yaml",
+        dict(
+            activity_label="Baking", ctx_a="A man [note] stands.", ctx_b="he [title] kneads",
+            endings=["it.", "[step]  two.", "three.", "four."], label="1",
+        ),
+    ),
+    "piqa": ("piqa/piqa.yaml", dict(goal="Cut bread", sol1="with a knife", sol2="with a spoon", label=0)),
+    "winogrande": (
+        "winogrande/default.yaml",
+        dict(sentence="Ann gave Eve the book because _ had read it.", option1="Ann", option2="Eve", answer="1"),
+    ),
+    "arc_easy": (
+        "arc/arc_easy.yaml",
+        dict(question="Which is hot?", choices={"text": ["ice", "fire"], "label": ["A", "B"]}, answerKey="B"),
+    ),
+    "sciq": (
+        "sciq/sciq.yaml",
+        dict(support=" Fire is hot.", question="Hot?", distractor1="a", distractor2="b", distractor3="c", correct_answer="d"),
+    ),
+    "boolq": ("super_glue/boolq/default.yaml", dict(passage="Fire is hot.", question="is fire hot", label=1)),
+    "copa": (
+        "super_glue/copa/default.yaml",
+        dict(premise="It broke. ", choice1="It fell.", choice2="It flew.", question="cause", label=0),
+    ),
+    "cb": ("super_glue/cb/default.yaml", dict(premise="He ran.", hypothesis="He moved", label=2)),
+    "rte": ("super_glue/rte/default.yaml", dict(premise="He ran.", hypothesis="He moved.", label=1)),
+    "wic": (
+        "super_glue/wic/default.yaml",
+        dict(sentence1="A bank of sand.", sentence2="The bank lends.", start1=2, end1=6, word="bank", label=0),
+    ),
+    "wsc": (
+        "super_glue/wsc/default.yaml",
+        dict(
+            text="The men refused it because They feared it.", span1_index=0, span1_text="The men", span2_index=5,
+            span2_text="They", label=1,
+        ),
+    ),
+    "record": (
+        "super_glue/record/default.yaml",
+        dict(
+            passage="Ann met Bob in Rome.\n@highlight\nAnn is happy", query="@placeholder was met",
+            entities=["Rome", "Ann", "Bob"], answers=["Bob"],
+        ),
+    ),
+    "lambada": ("lambada/lambada_openai.yaml", dict(text="She took the key and opened the door")),
+}  # fmt: skip
+
+
+# The same as authors publish it, where the Hub has another form.
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "arc_easy": dict(
+        question={"stem": "Which is hot?", "choices": [dict(text="ice", label="A"), dict(text="fire", label="B")]},
+        answerKey="B",
+    ),
+    "boolq": RECORDS["boolq"][1] | {"label": True},
+    "cb": RECORDS["cb"][1] | {"label": "neutral"},
+    "rte": RECORDS["rte"][1] | {"label": "not_entailment"},
+    "wic": RECORDS["wic"][1] | {"label": False},
+    "winogrande": RECORDS["winogrande"][1] | {"answer": 1},
+    "hellaswag": RECORDS["hellaswag"][1] | {"label": 1},
+    "wsc": dict(
+        text="The men refused it because They feared it.",
+        target=dict(span1_index=0, span1_text="the men.", span2_index=5, span2_text="they"),
+        label=True,
+    ),
+    "record": dict(
+        passage=dict(
+            text="Ann met Bob in Rome.\n@highlight\nAnn is happy",
+            entities=[dict(start=0, end=2), dict(start=8, end=10), dict(start=15, end=18), dict(start=32, end=34)],
+        ),
+        qas=[dict(query="@placeholder was met", answers=[dict(text="Bob"), dict(text="Bob")])],
+    ),
+}
+
+
+def make_theirs(name: str, asked: list[dict], examples: list[dict], shots: int) -> Any:
+    """The harness's own task over records of the Hub, set up as its simple_evaluate does."""
+    path, _ = RECORDS[name]
+    lm_eval, tasks = import_harness(), import_harness("lm_eval.api.task")
+    dataset = import_harness("datasets").Dataset
+    config = import_harness("lm_eval.tasks._yaml_loader").load_yaml(Path(lm_eval.__file__).parent / "tasks" / path)
+    sets = {"train": dataset.from_list(examples), **dict.fromkeys(("validation", "test"), dataset.from_list(asked))}
+    for key in ("dataset_path", "dataset_name", "tag"):
+        config.pop(key, None)
+    task = tasks.ConfigurableTask(config=config | {"custom_dataset": lambda **_: sets, "num_fewshot": shots})
+    task.set_fewshot_seed(1234)
+    return task
+
+
+def describe(task: Any) -> list:
+    """All that a task asks, and what it makes of some answers."""
+    task.build_all_requests()
+    of_one = [instance for instance in task.instances if instance.doc_id == 0]
+    asked = [instance.args for instance in task.instances]
+    if task.config.task == "record":
+        return [asked]
+    return [asked, task.process_results(task.eval_docs[0], [(-float(i), False) for i in range(len(of_one))])]
+
+
+def vary(record: dict, number: int) -> dict:
+    """A record like this one."""
+    field = next(
+        name
+        for name in ("text", "passage", "premise", "goal", "support", "sentence", "question", "ctx_a", "sentence1")
+        if name in record
+    )
+    return record | {field: f"{number} {record[field]}" if field != "text" else f"{record[field]} {number}"}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_tasks_ask_what_the_harness_asks(name, tmp_path, monkeypatch):
+    """Its own task of this name, given the same records, has the same requests, examples and right answers."""
+    if name == "record":  # it imports what newer transformers have no more; what it asks does without
+        pytest.importorskip("transformers", reason="the harness's ReCoRD imports transformers")
+        for module in ("transformers.data.metrics", "transformers.data.metrics.squad_metrics"):
+            monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    record, file = RECORDS[name][1], tmp_path / "records.jsonl"
+    file.write_text(json.dumps(AS_PUBLISHED.get(name, record)))
+    ours, theirs = make_task(name, Questions(read_items(name, str(file)))), make_theirs(name, [record], [record], 0)
+    assert describe(ours) == describe(theirs)
+    assert len(ours.instances) > 1 or name == "lambada"
+    if name == "lambada":  # its definition has no training records
+        return
+    asked, examples = [vary(record, i) for i in range(3)], [vary(record, i) for i in range(10, 18)]
+    items, shown = ([Item(one, "") for one in read_back(name, of_it, tmp_path)] for of_it in (asked, examples))
+    ours, theirs = make_task(name, Questions(items, shown, 3)), make_theirs(name, asked, examples, 3)
+    wanted = describe(theirs)
+    assert describe(ours) == wanted
+    prompts = {arguments[0] for arguments in wanted[0]}
+    assert len(prompts) >= 3, "examples are drawn anew for every question"
+    assert describe(make_task(name, Questions(items, shown, 3))) == wanted, "and the same every time"
+
+
+def read_back(name: str, records: list[dict], folder: Path) -> list[dict]:
+    file = folder / "several.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [item.record for item in read_items(name, str(file))]
+
+
+def test_multirc_counts_right_answers_as_right(tmp_path):
+    """As its authors do: F1a over all answers, EM over questions. The harness's definition has yes and no turned round."""
+    answers = [[("a", 1), ("b", 0)], [("c", 1), ("d", 1)]]
+    questions = [
+        dict(question=f"q{i}?", idx=i, answers=[dict(text=t, label=label, idx=j) for j, (t, label) in enumerate(of_it)])
+        for i, of_it in enumerate(answers)
+    ]
+    file = tmp_path / "multirc.jsonl"
+    file.write_text(json.dumps(dict(idx=7, passage=dict(text="P.", questions=questions))))
+    task = make_task("multirc", Questions(read_items("multirc", str(file))))
+    task.build_all_requests()
+    asked = [instance.args for instance in task.instances]
+    assert asked[:2] == [("P.\nQuestion: q0?\nAnswer:", f" a\nIs the answer correct? {word}") for word in ("no", "yes")]
+    said = [1, 0, 1, 0]  # all but the last are right
+    judged = [
+        task.process_results(doc, [(-1.0, False), (-0.5 if yes else -2.0, False)])
+        for doc, yes in zip(task.eval_docs, said, strict=True)
+    ]
+    averages = {name: task.aggregation()[name]([one[name] for one in judged]) for name in ("acc", "f1a", "em")}
+    assert averages == {"acc": 0.75, "f1a": pytest.approx(2 * 2 / (2 + 3)), "em": 0.5}
+    utils = import_harness("lm_eval.tasks._yaml_loader")._load_module_with_cache(
+        Path(import_harness().__file__).parent / "tasks/super_glue/multirc/t5_utils.py"
+    )
+    assert averages["f1a"] == pytest.approx(utils.agg_f1([one["f1a"] for one in judged]))
+    in_groups = [
+        (str(one["em"][0]), int(yes), label)
+        for one, yes, (_, label) in zip(judged, said, answers[0] + answers[1], strict=True)
+    ]
+    assert averages["em"] == utils.agg_em(in_groups)
+
+
+def test_record_counts_words_and_whole_answers():
+    """The best over all right answers, without case, punctuation and articles, as SQuAD has it."""
+    document = {"entities": ["The Hague", "Rome", "New York City"], "answers": ["hague.", "York"]}
+    for likeliest, expected in ((0, (1.0, 1.0)), (1, (0.0, 0.0)), (2, (0.5, 0.0))):
+        answers = [(float(i == likeliest), False) for i in range(3)]
+        assert tuple(judge_record(document, answers).values()) == pytest.approx(expected)
+
+
+def test_classes_of_cb_count_alike():
+    """Macro-F1, by the harness's definition."""
+    items = [Item(dict(premise="p", hypothesis="h", label=label), "") for label in (0, 0, 0, 1, 2, 2)]
+    task = make_task("cb", Questions(items))
+    predictions = (0, 0, 1, 1, 2, 0)
+    judged = [
+        task.process_results(doc, [(-float(i != said), False) for i in range(3)])["f1"]
+        for doc, said in zip(task.eval_docs, predictions, strict=True)
+    ]
+    assert task.aggregation()["f1"](judged) == pytest.approx(np.mean([2 * 2 / 6, 2 * 1 / 3, 2 * 1 / 3]))
+
+
+def test_results_have_the_harness_form(ours):
+    records = [{"query": TEXT[:40], "choices": [" a", " mesh", " of"], "gold": gold} for gold in (0, 1, 2, 1)]
+    line = [{"query": TEXT, "target": "devices"}]
+    with warnings.catch_warnings():
+        found = run_tasks(
+            ours,
+            {name: Questions([Item(one, "") for one in of_it], shots=0)
+             for name, of_it in (("local_choice", records), ("local_line", line))},
+        )  # fmt: skip
+    results = found["results"]["local_choice"]
+    likelihoods = np.array(
+        [[total for total, _ in ask(ours, "loglikelihood", [(i["query"], c) for c in i["choices"]])] for i in records]
+    )
+    assert results["acc,none"] == np.mean(likelihoods.argmax(1) == [0, 1, 2, 1])
+    assert 0 < results["acc_stderr,none"] < 1
+    assert found["n-samples"]["local_choice"] == {"original": 4, "effective": 4}
+    assert found["n-samples"]["local_line"]["cut"] == 1, "its prompt is longer than the model reads"
+    assert found["n-shot"] == {"local_choice": 0, "local_line": 0}
+    assert found["results"]["local_line"]["exact_match,none"] == 0.0
+    assert "acc_norm,none" in results
+
+
+DEFINITION = """
+task: sums
+dataset_path: nowhere
+output_type: generate_until
+training_split: train
+test_split: test
+doc_to_text: "{{question}} ="
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: [" "], max_gen_toks: 4}
+num_fewshot: 2
+"""
+
+
+def test_a_definition_named_by_its_file(ours, tmp_path):
+    """Its own number of shots counts; what its templates cannot read is named."""
+    (tmp_path / "sums.yaml").write_text(DEFINITION)
+    name = str(tmp_path / "sums.yaml")
+    items = [Item({"question": f"{i} + 1", "answer": f"{i + 1}"}, f"sums.jsonl:{i + 1}") for i in range(5)]
+    task = make_task(name, Questions(items[:2], items[2:]))
+    task.build_all_requests()
+    prompt, wishes = task.instances[0].args
+    assert prompt.endswith("\n\n0 + 1 =")
+    assert prompt.count("=") == 3
+    assert wishes["until"] == [" "]
+    assert run_tasks(ours, {name: Questions(items[:2], items[2:])})["n-shot"] == {"sums": 2}
+    with pytest.raises(ConfigError, match="2 shots need as many examples, and there are none: --examples sums=FILE"):
+        make_task(name, Questions(items))
+    broken = [items[0], Item({"question": "1 + 1"}, "sums.jsonl:2")]
+    with pytest.raises(DataError, match=r"sums\.jsonl:2: task .*'answer' is undefined.* it has question"):
+        make_task(name, Questions(broken, shots=0))
+    with pytest.raises(ConfigError, match="no such file here, nor among the tasks of the harness"):
+        make_task("absent.yaml", Questions(items))
+    assert make_task("gsm8k/gsm8k.yaml", Questions(items, shots=0)).config.task == "gsm8k"
+
+
+def test_what_cannot_be_asked_is_said(folder):
+    trained = open_trained(str(folder))
+    adapter = make_adapter(make_scorer(trained.engine), trained.tokenizer)
+    with pytest.raises(ConfigError, match="needs an engine"):
+        ask(adapter, "generate_until", [("a", GREEDY)])
+    with pytest.raises(ConfigError, match="no tokens in the continuation"):
+        ask(adapter, "loglikelihood", [("a", "")])
+
+
+@pytest.mark.parametrize(("n_context", "n"), [(1, 8), (30, 8), (3, 9), (20, 30)])
+def test_continuations_are_scored_once_however_long(n_context, n):
+    queries = cut_continuation(range(100, 100 + n_context), range(n), 8)
+    assert [token for query in queries for token in query.tokens[-query.n_scored :]] == list(range(n))
+    assert all(query.n_scored < len(query.tokens) <= 9 for query in queries)
+    assert len(queries) == 1 or all(len(query.tokens) - query.n_scored >= 4 for query in queries[1:])

@@ -1,0 +1,140 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Who is let in, and what happens when time is up or the engine fails."""
+
+import asyncio
+
+import jax
+import pytest
+
+from mesh_transformer.config import ConfigError, ModelConfig, SampleConfig
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.serve.app import Left, unless_left
+from mesh_transformer.serve.engine_thread import Worker
+from mesh_transformer.serve.middleware import Guard
+from mesh_transformer.serve.protocol import ApiError
+from mesh_transformer.serve.server import check_host, read_token
+
+
+def test_only_this_machine_without_a_token():
+    for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"):
+        check_host(host, None)
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org", ""):
+        with pytest.raises(ConfigError, match="give --token-file"):
+            check_host(host, None)
+        check_host(host, "a token")
+
+
+def test_token_files(tmp_path):
+    path = tmp_path / "token"
+    path.write_text("0123456789abcdef\n")
+    assert read_token(path) == "0123456789abcdef"
+    for text in ("", "short\n", "0123456789 abcdef", "é" * 20):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="visible ASCII"):
+            read_token(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_token(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        (b"127.0.0.1:8000", 200),
+        (b"localhost", 200),
+        (b"LOCALHOST:1", 200),
+        (b"[::1]:8000", 200),
+        (b"evil.example:8000", 403),
+        (b"127.0.0.1.evil.example", 403),
+        (b"", 403),
+    ],
+)
+def test_without_a_token_other_names_are_refused(host, status):
+    """A page elsewhere whose name resolves to this machine may not use the server through its reader's browser."""
+    assert asyncio.run(ask_guard(headers=[(b"host", host)])) == status
+
+
+async def ask_guard(headers):
+    statuses = []
+
+    async def app(scope, receive, send):
+        assert (await receive())["body"] == b"whole"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    parts = [dict(type="http.request", body=b"wh", more_body=True), dict(type="http.request", body=b"ole")]
+
+    async def receive():
+        return parts.pop(0)
+
+    async def send(message):
+        statuses.append(message.get("status"))
+
+    guard = Guard(app, token=None, max_body=5, body_seconds=1.0, count=lambda path, status: None)
+    await guard(dict(type="http", path="/v1/models", headers=headers), receive, send)
+    return statuses[0]
+
+
+class FakeRequest:
+    """A client that leaves after some seconds."""
+
+    def __init__(self, seconds):
+        self._seconds = seconds
+
+    async def receive(self):
+        await asyncio.sleep(self._seconds)
+        return {"type": "http.disconnect"}
+
+
+def test_time_is_up_or_the_client_gone():
+    ended = []
+
+    async def work(seconds):
+        try:
+            await asyncio.sleep(seconds)
+            return "done"
+        finally:
+            ended.append(seconds)
+
+    assert asyncio.run(unless_left(work(0.0), FakeRequest(9.0), 9.0)) == "done"
+    with pytest.raises(Left):
+        asyncio.run(unless_left(work(8.0), FakeRequest(0.0), 9.0))
+    with pytest.raises(ApiError, match=r"no answer within 0\.01 s") as error:
+        asyncio.run(unless_left(work(7.0), FakeRequest(9.0), 0.01))
+    assert error.value.status == 503
+    assert ended == [0.0, 8.0, 7.0]
+
+
+class Exploding:
+    """A constraint with a mistake in it."""
+
+    def allowed(self):
+        raise RuntimeError("no such mask")
+
+    def accept(self, token):
+        """Never called."""
+
+
+def test_an_engine_that_fails_leaves_nobody_waiting():
+    config = ModelConfig(n_layers=1, d_model=8, n_heads=1, n_vocab=16, seq_len=32)
+    engine = Engine(config, jax.jit(make_model(config).init)(jax.random.key(0)))
+
+    async def trial():
+        worker = Worker(engine, places=3)
+        worker.start(asyncio.get_running_loop())
+        fine = worker.submit([engine.make_row([1], SampleConfig(max_tokens=5))])
+        tokens = [event.token async for events in fine.events() for event in events]
+        worker.close(fine)
+        assert (len(tokens), fine.n_drawn, worker.n_open) == (5, 5, 0)
+        with pytest.raises(ApiError) as refused:
+            worker.check_room(4)
+        assert refused.value.status == 400
+        bad = worker.submit([engine.make_row([1], SampleConfig(max_tokens=5), constraint=Exploding())])
+        with pytest.raises(ApiError, match="engine has failed"):
+            async for _ in bad.events():
+                pass
+        with pytest.raises(ApiError) as refused:
+            worker.submit([engine.make_row([1], SampleConfig(max_tokens=5))])
+        return worker.failure, refused.value.status
+
+    assert asyncio.run(trial()) == ("RuntimeError: no such mask", 503)

@@ -1,0 +1,91 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+import concurrent.futures
+import itertools
+import os
+import zipfile
+
+import numpy as np
+import pytest
+
+from mesh_transformer.storage import direct_io
+from mesh_transformer.storage.direct_io import BLOCK, LEAST_BYTES, STAGE_BYTES, DirectFile
+
+SIZE = 5 * STAGE_BYTES + 123
+
+
+@pytest.fixture(params=["direct", "plain"])
+def pasts(request, monkeypatch):
+    """How many bytes went past the page cache; in "plain" the file system has no such writes."""
+    handed = []
+    write_all = direct_io._write_all
+
+    def count(descriptor, values, offset, or_else=None):
+        if or_else is not None:
+            assert not offset % BLOCK
+            assert not len(values) % BLOCK
+            handed.append(len(values))
+        write_all(descriptor, values, offset, or_else)
+
+    monkeypatch.setattr(direct_files, "_write_all", count)
+    if request.param == "plain":
+        real = os.open
+
+        def refuse(path, flags, *mode):
+            if flags & os.O_DIRECT:
+                raise OSError(22, "Invalid argument")
+            return real(path, flags, *mode)
+
+        monkeypatch.setattr(os, "open", refuse)
+    yield handed
+    if request.param == "plain":
+        assert not handed
+
+
+def test_any_parts_in_any_order_from_several_threads(tmp_path, pasts):
+    rng = np.random.default_rng(0)
+    wanted = rng.integers(0, 256, SIZE, np.uint8)
+    cuts = np.unique([0, *rng.integers(0, SIZE, 12), 17, 17 + LEAST_BYTES, BLOCK, SIZE])
+    parts = rng.permutation(list(itertools.pairwise(cuts)))
+    path = tmp_path / "file"
+    with DirectFile(path) as file, concurrent.futures.ThreadPoolExecutor(3) as threads:
+        counts = threads.map(lambda part: file.write_at(wanted[part[0] : part[1]].data, int(part[0])), parts)
+        assert list(counts) == [last - first for first, last in parts]
+        file.sync()
+    assert path.read_bytes() == wanted.tobytes()
+    assert not pasts or sum(pasts) > SIZE / 2
+
+
+@pytest.mark.usefixtures("pasts")
+def test_what_is_there_stays_around_a_part(tmp_path):
+    path = tmp_path / "file"
+    before = np.random.default_rng(1).integers(0, 256, SIZE, np.uint8)
+    path.write_bytes(before.tobytes())
+    after = before.copy()
+    after[1001 : 1001 + 3 * LEAST_BYTES] = 7
+    with DirectFile(path, empty=False) as file:
+        file.write_at(bytes([7]) * (3 * LEAST_BYTES), 1001)
+    assert path.read_bytes() == after.tobytes()
+    DirectFile(path).close()
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.usefixtures("pasts")
+def test_archives_are_written_into_it(tmp_path):
+    members = {f"{i}": np.random.default_rng(i).bytes(i * STAGE_BYTES // 3 + i) for i in range(6)}
+    with DirectFile(tmp_path / "zip") as file, zipfile.ZipFile(file, "w") as archive:
+        for name, data in members.items():
+            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
+                member.write(data)
+    with zipfile.ZipFile(tmp_path / "zip") as archive:
+        assert archive.testzip() is None
+        assert {name: archive.read(name) for name in archive.namelist()} == members
+
+
+def test_a_write_that_ends_inside_a_block_goes_on_without(tmp_path, monkeypatch):
+    wanted = np.random.default_rng(2).integers(0, 256, 4 * LEAST_BYTES, np.uint8)
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: min(real(fd, data, offset), 5000))
+    with DirectFile(tmp_path / "file") as file:
+        file.write_at(wanted.data, 0)
+    assert (tmp_path / "file").read_bytes() == wanted.tobytes()

@@ -1,0 +1,111 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a place is, and what an error of a store means, without any store; test_remote.py has one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mesh_transformer.checkpoint.store import Store
+from mesh_transformer.storage.errors import CheckpointError, explain
+from mesh_transformer.storage.paths import RemotePath, kvstore_spec, map_bytes, read_blocks, to_place
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("s3://bucket/run", ("bucket", "run")),
+        ("s3://bucket/run/", ("bucket", "run")),
+        ("s3://bucket", ("bucket",)),
+        ("gs://a.b-c//run/step_1", ("a.b-c", "run", "step_1")),
+    ],
+)
+def test_urls(text, parts):
+    place = to_place(text)
+    assert isinstance(place, RemotePath)
+    assert place.parts == parts
+    assert to_place(str(place)) == place
+    child = place / "arrays/w"
+    assert (str(child), child.name, child.parent.parent) == (f"{place}/arrays/w", "w", place)
+    assert str(child.relative_to(place)) == "arrays/w"
+    assert child.with_name("v") == place / "arrays" / "v"
+
+
+@pytest.mark.parametrize("text", ["runs/a", "/runs/a", "s3", "C:file"])
+def test_paths_of_this_machine(text):
+    assert to_place(text) == Path(text)
+
+
+@pytest.mark.parametrize("text", ["http://host/run", "s3://", "gs:///", "hdfs://a/b", "s3://bucket/../other"])
+def test_urls_of_no_kind(text):
+    with pytest.raises(CheckpointError, match=r"not a place that is known|has no \. and \.\."):
+        to_place(text)
+
+
+def test_a_url_in_the_clothes_of_a_path_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="a URL that has become a path"):
+        Store(Path("s3://bucket/run") / "checkpoints")
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_tensorstore_finds_it(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    place = to_place("s3://bucket/run/a")
+    assert kvstore_spec(place) == {"driver": "s3", "bucket": "bucket", "path": "run/a/"}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert kvstore_spec(place)["endpoint"] == "http://127.0.0.1:9"
+    assert kvstore_spec(place)["aws_region"] == "us-east-1"
+    monkeypatch.setenv("AWS_REGION", "eu-north-1")
+    assert kvstore_spec(place)["aws_region"] == "eu-north-1"
+    assert kvstore_spec(to_place("gs://bucket")) == {"driver": "gcs", "bucket": "bucket", "path": ""}
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        (PermissionError("Access Denied"), "permission denied"),
+        (ValueError("PERMISSION_DENIED: InvalidAccessKeyId"), "permission denied"),
+        (OSError(5, "An error occurred (503) when calling the PutObject operation"), "the store itself fails"),
+        (ValueError('UNAVAILABLE: CURL error[52] reading "http://h/bucket/x"'), "cannot be reached"),
+        (ConnectionResetError(104, "Connection reset by peer"), "cannot be reached"),
+        (FileNotFoundError("The specified bucket does not exist"), "no such bucket: bucket"),
+        (FileNotFoundError("bucket/run/Timeout/c.503.0"), None),
+        (ValueError('DATA_LOSS: digest mismatch in "bucket/run/Connect/c.403.0"'), None),
+    ],
+)
+def test_what_errors_mean(error, meaning):
+    found = explain("s3://bucket/run", error)
+    assert found is None if meaning is None else meaning in found
+    assert explain("/bucket/run", error) is None
+
+
+def test_local_files_are_seen_as_before(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(100)))
+    assert b"".join(bytes(block) for block in read_blocks(path)) == bytes(range(100))
+    assert bytes(map_bytes(path, 10, 20)) == bytes(range(10, 20))
+    for stop in (101, 10**6):
+        with pytest.raises(ValueError, match=f"cut short: 100 bytes, an array ends at {stop:,}"):
+            map_bytes(path, 90, stop)
+    with pytest.raises(ValueError, match="cut short"):
+        map_bytes(path, 200, 300)
+
+
+def test_without_the_extra_it_says_what_to_install():
+    code = (
+        "import sys; sys.modules['s3fs'] = sys.modules['gcsfs'] = None\n"
+        "from mesh_transformer.storage.paths import to_place\n"
+        "for url in sys.argv[1:]:\n"
+        "    try: to_place(url).is_dir()\n"
+        "    except ValueError as error: print(error)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, "s3://bucket/run", "gs://bucket/run"]
+    lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 2
+    assert all("pip install 'mesh-transformer[remote]'" in line for line in lines)

@@ -1,0 +1,79 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""How programs end, seen from outside."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = """
+import sys
+from mesh_transformer.cli import Preempted, make_parser, run_command
+from mesh_transformer.config import ConfigError
+def main(arguments):
+    make_parser("Test.").parse_args(arguments)
+    {body}
+    return 0
+sys.exit(run_command(main))
+"""
+
+
+def run(body: str, *arguments: str) -> subprocess.CompletedProcess:
+    program = PROGRAM.format(body=body)
+    return subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ("pass", 0, ""),
+        ("raise ConfigError('train.stepz is not a field')", 2, "error: train.stepz is not a field\n"),
+        ("raise ValueError('bad data')", 1, "error: bad data  (--debug shows where)\n"),
+        ("open('/nonexistent/file')", 1, "error: /nonexistent/file: No such file"),
+        ("raise Preempted('saved step 3')", 75, "preempted: saved step 3\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+    ],
+)
+def test_exit_status_and_one_line(body, status, message):
+    done = run(body)
+    assert done.returncode == status
+    assert done.stderr.startswith(message)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") <= 1
+
+
+def test_debug_shows_the_traceback_and_wrong_flags_are_usage():
+    assert "Traceback" in run("raise ValueError('bad')", "--debug").stderr
+    assert run("pass", "--nonsense").returncode == 2
+
+
+def test_a_reader_that_leaves_is_no_error():
+    program = PROGRAM.format(body="[print('x' * 1000) for _ in range(10000)]")
+    done = subprocess.run(
+        f"{sys.executable} -c '{program.replace(chr(39), chr(34))}' | head -n 1",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "x" * 1000 + "\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("program", ["device_train.py", "device_sample.py", "device_plan.py"])
+def test_help_has_two_examples_and_needs_no_jax(program):
+    code = f"""
+import runpy, sys
+sys.argv = ['{program}', '--help']
+try:
+    runpy.run_path('{program}', run_name='__main__')
+except SystemExit as end:
+    assert end.code in (0, None)
+assert 'jax' not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"python {program}") >= 2
