@@ -7,7 +7,7 @@ examples:
   python device_evaluate.py runs/quickstart
       bits per byte of the text that the run held out of its training, a segment of the context's length at a time
   python device_evaluate.py runs/gpt2 --data pile=test.jsonl.zst --set 'evaluate.group_key="meta.pile_set_name"'
-      by component (with --set evaluate.share=0.1 as the Pile's paper measures GPT-2 and GPT-3), beside its table 2
+      by component (with --set evaluate.sample_fraction=0.1 as the Pile's paper measures GPT-2 and GPT-3), beside its table 2
   python device_evaluate.py runs/gpt2 --task wikitext2 --data wikitext2=wiki.test.tokens --set evaluate.stride=512
       perplexity per word of the original and per token, in windows that overlap
   python device_evaluate.py runs/gpt2 --task hellaswag --data hellaswag=hellaswag_val.jsonl --task local --json

@@ -9,7 +9,7 @@ examples:
   python device_serve.py runs/quickstart --host 0.0.0.0 --token-file secret --set serve.slots=64 --set mesh.tensor=4
       for other machines, which must send "Authorization: Bearer ..." with the file's content
 
-It compiles first what requests of up to serve.warm_up tokens need: until then GET /health answers 503, and requests wait.
+It compiles first what requests of up to serve.warmup_tokens tokens need: until then GET /health answers 503, and requests wait.
 SIGTERM and Ctrl-C: no new requests, up to serve.drain_seconds for those being answered, then the end.
 exit status: 0 done, 1 failed, 2 wrong usage or configuration
 """

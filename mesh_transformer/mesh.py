@@ -39,19 +39,19 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "ff": ("tensor",),
     "expert": ("expert",),  # weights of experts; the tokens come to them
-    "routes": (),  # a router's outputs: one for each expert, wherever that is
+    "router": (),  # a router's outputs: one for each expert, wherever that is
     "vocab": ("tensor", "pipeline"),  # every stage takes part in scoring
     "position": (),
     "buckets": (),
     # statistics
-    "window": (),
+    "replicated": (),
     # activations
     "batch": ("data", "fsdp", "expert"),
-    "pieces": (),  # microbatches of a batch
-    "stages": ("pipeline",),
+    "microbatch": (),  # microbatches of a batch
+    "stage": ("pipeline",),
     "sequence": ("context",),  # inside a block
-    "stream": ("context",),  # between blocks
-    "residual": (),
+    "activation_seq": ("context",),  # between blocks
+    "activation_embed": (),
 }
 
 
@@ -151,8 +151,8 @@ def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Lay
     rules = make_rules(config.rules)
     if len(ring := [axis for axis in rules["sequence"] if sizes[axis] > 1]) > 1:
         raise ConfigError(f"mesh.rules.sequence: {' and '.join(ring)} do not make one ring; name one mesh axis")
-    if config.sequence_parallel and "stream" not in config.rules:
-        rules["stream"] = (*rules["sequence"], "tensor")
+    if config.sequence_parallel and "activation_seq" not in config.rules:
+        rules["activation_seq"] = (*rules["sequence"], "tensor")
     return Layout(mesh, rules)
 
 

@@ -23,8 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mesh_transformer.scripts import import_config_tables as keys
 import yaml
+from mesh_transformer.scripts import import_config_tables as keys
 
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ConfigError, config_to_toml, parse_config
@@ -99,19 +99,19 @@ def convert_original(new: Import, devices: int | None) -> None:
         )
     if pe == "rotary":
         dims = old.get("pe_rotary_dims", d_head)
-        new.update("model", rotary_dims=min(dims, d_head))
+        new.update("model", rope_dims=min(dims, d_head))
         if dims > d_head:
             new.verdicts["pe_rotary_dims"] = (
                 keys.DANGER + f"it was clamped to d_head = {d_head} without a word, as here"
             )
     elif "pe_rotary_dims" in old:
-        del new.table["model"]["rotary_dims"]
+        del new.table["model"]["rope_dims"]
         new.verdicts["pe_rotary_dims"] = "ignored because nothing rotates"
     accumulation = count("gradient_accumulation_steps", 1)
     replicas, rest = divmod(devices or count("tpu_size"), count("cores_per_replica"))
     if rest or not replicas:
         raise ConfigError("tpu_size (or --devices) is not a multiple of cores_per_replica")
-    new.update("train", batch_size=accumulation * count("per_replica_batch") * replicas, accumulation=accumulation)
+    new.update("train", batch_size=accumulation * count("per_replica_batch") * replicas, grad_accum_steps=accumulation)
     new.update("train", z_loss=1e-4, evaluate_batches=math.ceil(count("val_batches", 100) / accumulation))
     new.update("optimizer", schedule="gptj", beta1=0.9, beta2=0.999, eps=1e-8, clip_norm=1.0)
     new.update("checkpoint", keep_last=3)
@@ -129,7 +129,7 @@ def convert_neo(new: Import, devices: int | None) -> None:
     old, steps = new.old, new.count("train_steps")
     rates = {key: old.get(key, 0) or 0 for key in ("embed_dropout", "attn_dropout", "res_dropout")}
     new.update("model", attention_pattern=new.pattern("attention_types", new.count("n_layer")), qkv_bias=False)
-    new.update("model", attention_scale="sqrt", dropout=max(rates.values()))
+    new.update("model", attention_scale="rsqrt_d_head", dropout=max(rates.values()))
     if len(set(rates.values())) > 1:
         new.verdicts |= dict.fromkeys(
             rates, keys.DANGER + "there are three rates and ours is one: the largest was taken"
@@ -173,7 +173,7 @@ def convert_neox(new: Import, devices: int | None) -> None:
                attention_pattern=new.pattern("attention_config", count("num_layers")),
                dropout=max(old["hidden_dropout"], old["attention_dropout"]))  # fmt: skip
     if old["pos_emb"] == "rotary":
-        new.update("model", rotary_dims=dims)
+        new.update("model", rope_dims=dims)
     kinds = [old.get(key) for key in ("fp16", "bf16", "precision")]
     if any(kind.get("enabled", True) if isinstance(kind, dict) else kind not in (None, "fp32") for kind in kinds):
         new.update("model", dtype="bfloat16")

@@ -49,7 +49,7 @@ def remat(flag: Any) -> str:
 
 
 ACCUMULATION = danger("there it multiplied the batch; here train.batch_size is the whole batch and this only cuts it",
-                      "train.accumulation")  # fmt: skip
+                      "train.grad_accum_steps")  # fmt: skip
 MESH = "not part of the function or of checkpoints any more: change it freely"
 SAME_LR = "multiplied by the learning rate, on matrices only, as there"
 ORIGINAL = {
@@ -59,7 +59,7 @@ ORIGINAL = {
     **uses("track", wandb_project="wandb_project"),
     "norm": part("model.norm"),
     "pe": part("model.positions"),
-    "pe_rotary_dims": use("model.rotary_dims"),
+    "pe_rotary_dims": use("model.rope_dims"),
     "seq": danger("it trained on the length of the records (2,049 ids); here this is what the data is cut to",
                   "model.seq_len"),
     "cores_per_replica": use("mesh.tensor", MESH),
@@ -80,7 +80,7 @@ ORIGINAL = {
     **ignore("runs live in run.dir on this machine", "bucket"),
     **ignore("a run is named by its folder, run.dir", "name"),
     **ignore("there is no evaluation harness yet", "eval_harness_tasks"),
-    **ignore("train.noise_scale = true measures it, with averages of its own", "noise_scale_alpha"),
+    **ignore("train.log_grad_noise_scale = true measures it, with averages of its own", "noise_scale_alpha"),
     **ignore("version 1 did not read it", "comment", "d_head", "early_collect", "bf16_optimizer", "eval_only", "gen_length"),
     **ignore("only train.py read it", "val_batch_multiplier"),
 }  # fmt: skip
@@ -126,7 +126,7 @@ NEO = {
     "datasets": danger("their paths are in files of their own; list the .tfrecords in data/NAME.index, one per line"),
     "model_path": use("run.dir", cast=lambda value: f"runs/{Path(value).name}"),
     **ignore("it read activation_fn, so that every model had the tanh GELU, as here", "activation_function"),
-    **ignore("microbatches do not change the result; set train.accumulation", "tokens_per_mb_per_replica"),
+    **ignore("microbatches do not change the result; set train.grad_accum_steps", "tokens_per_mb_per_replica"),
     **ignore("the mesh does not change the function; set mesh.fsdp and mesh.tensor", "mesh_shape", "layout"),
     **ignore("nothing here depends on it", "eval_batch_size", "predict_steps", "predict_batch_size", "iterations",
              "model", "eval_tasks", "ada_epsilon1", "ada_epsilon2"),
@@ -139,14 +139,15 @@ NEO_REQUIRED = [
 ]  # fmt: skip
 NEO_FIXED = {
     "(code) z-loss": "used as train.z_loss = 1e-4",
-    "(code) scores": DANGER + 'their scale was in the first weights; model.attention_scale = "sqrt" is for training '
+    "(code) scores": DANGER
+    + 'their scale was in the first weights; model.attention_scale = "rsqrt_d_head" is for training '
     'afresh, weights trained there need "none"',
     "(code) tokenizer": ORIGINAL_FIXED["(code) tokenizer"],
 }
 
 NEOX = {
     **uses("model", num_layers="n_layers", hidden_size="d_model", num_attention_heads="n_heads", seq_length="seq_len",
-           norm="norm", rotary_emb_base="rotary_base"),
+           norm="norm", rotary_emb_base="rope_theta"),
     **uses("optimizer", min_lr="end_learning_rate", weight_decay="weight_decay", gradient_clipping="clip_norm",
            lr_decay_style="schedule"),
     **uses("train", train_iters="steps", train_batch_size="batch_size", eval_interval="evaluate_every",
@@ -155,7 +156,7 @@ NEOX = {
     **uses("data.train.train", data_path="path") | uses("track", wandb_project="wandb_project") | uses("run", save="dir"),
     **dict.fromkeys(("layernorm_epsilon", "rms_norm_epsilon", "scalenorm_epsilon"), part("model.norm_eps")),
     "pos_emb": part("model.positions"),
-    "rotary_pct": part("model.rotary_dims"),
+    "rotary_pct": part("model.rope_dims"),
     "no_weight_tying": use("model.tied_embeddings", cast=lambda value: not value),
     "gpt_j_residual": part("model.residual", "with two norms, unlike GPT-J's"),
     "gpt_j_tied": part("model.residual"),
@@ -187,4 +188,4 @@ NEOX_REQUIRED = [
     "num_layers", "hidden_size", "num_attention_heads", "seq_length", "pos_emb", "optimizer", "train_iters",
     "weight_decay", "hidden_dropout", "attention_dropout",
 ]  # fmt: skip
-NEOX_POSITIONS = {"learned": "learned", "rotary": "rotary-halves", "alibi": "alibi", "none": "none", "rpe": "t5"}
+NEOX_POSITIONS = {"learned": "learned", "rotary": "rope-half", "alibi": "alibi", "none": "none", "rpe": "t5"}

@@ -38,31 +38,31 @@ def make_case(kind: str, choices: dict[str, Any], used_vocab: int, **sizes) -> C
 
 NEO = dict(attention_pattern=("global", "local"), attention_scale="none", qkv_bias=False)
 J = dict(
-    positions="rotary-pairs",
+    positions="rope-interleaved",
     residual="parallel",
     qkv_bias=False,
     attention_out_bias=False,
     head_bias=True,
     tied_embeddings=False,
 )
-NEOX = dict(positions="rotary-halves", residual="parallel-two-norms", tied_embeddings=False)
+NEOX = dict(positions="rope-half", residual="parallel-two-norms", tied_embeddings=False)
 LLAMA_CHOICES = dict(
     norm="rmsnorm",
-    positions="rotary-halves",
+    positions="rope-half",
     activation="silu",
-    gated=True,
+    gated_ffn=True,
     qkv_bias=False,
     attention_out_bias=False,
     ff_bias=False,
     tied_embeddings=False,
 )
-SWITCH_EXPERTS = dict(n_experts=4, every=2, evaluation_capacity=3)  # of 23 tokens: many are dropped
+SWITCH_EXPERTS = dict(n_experts=4, layer_interval=2, eval_capacity=3)  # of 23 tokens: many are dropped
 SMALL = dict(n_layers=2, d_model=12, n_heads=2, n_vocab=37)
 CASES = {
     "gpt2": make_case("gpt2", {}, 37, **SMALL),
     "gpt-neo": make_case("gpt_neo", dict(NEO, attention_window=4), 37, **SMALL),
-    "gpt-j": make_case("gptj", dict(J, rotary_dims=4), 33, **SMALL),
-    "gpt-neox": make_case("gpt_neox", dict(NEOX, rotary_dims=2), 33, **SMALL),
+    "gpt-j": make_case("gptj", dict(J, rope_dims=4), 33, **SMALL),
+    "gpt-neox": make_case("gpt_neox", dict(NEOX, rope_dims=2), 33, **SMALL),
     "gpt-neox-serial": make_case("gpt_neox", dict(NEOX, residual="serial", activation="gelu-erf"), 37, **SMALL),
     "llama-gqa": make_case(
         "llama",
@@ -77,14 +77,14 @@ CASES = {
             n_kv_heads=2,
             d_head=4,
             d_ff=20,
-            experts=ExpertsConfig(n_experts=4, per_token=2),
-            rotary_base=1e6,
+            experts=ExpertsConfig(n_experts=4, n_experts_per_token=2),
+            rope_theta=1e6,
         ),
         37,
         **SMALL | {"n_heads": 4},
     ),
 }
-SMALL_T5 = SMALL | dict(encoder_layers=2, d_head=5, d_ff=20, seq_len=24)
+SMALL_T5 = SMALL | dict(n_encoder_layers=2, d_head=5, d_ff=20, seq_len=24)
 CASES |= {
     "t5": make_case("t5", T5, 35, **SMALL_T5),
     "t5-v1.1": make_case("t5", T5_V1_1, 35, **SMALL_T5),
@@ -97,8 +97,8 @@ LIVE_CASES = {
     "gpt-neo-local-first": make_case(
         "gpt_neo", dict(NEO, attention_pattern=("local", "global", "local"), attention_window=5), 53, **ODD
     ),
-    "gpt-j": make_case("gptj", dict(J, rotary_dims=2), 47, **ODD),
-    "gpt-neox-quarter": make_case("gpt_neox", dict(NEOX, rotary_dims=6, d_ff=50), 51, **ODD | {"d_model": 72}),
+    "gpt-j": make_case("gptj", dict(J, rope_dims=2), 47, **ODD),
+    "gpt-neox-quarter": make_case("gpt_neox", dict(NEOX, rope_dims=6, d_ff=50), 51, **ODD | {"d_model": 72}),
     "mistral": make_case(
         "mistral",
         dict(LLAMA_CHOICES, n_kv_heads=1, attention_pattern=("local",), attention_window=7),
@@ -113,18 +113,18 @@ LIVE_CASES = {
             d_ff=28,
             attention_pattern=("local",),
             attention_window=7,
-            experts=ExpertsConfig(n_experts=8, per_token=2),
+            experts=ExpertsConfig(n_experts=8, n_experts_per_token=2),
         ),
         53,
         **ODD,
     ),
     "mixtral-12-of-3-tied": make_case(
         "mixtral",
-        dict(LLAMA_CHOICES, d_head=6, experts=ExpertsConfig(n_experts=12, per_token=3), tied_embeddings=True),
+        dict(LLAMA_CHOICES, d_head=6, experts=ExpertsConfig(n_experts=12, n_experts_per_token=3), tied_embeddings=True),
         53,
         **ODD | {"n_layers": 3},
     ),
-    "qwen2": make_case("qwen2", dict(LLAMA_CHOICES, qkv_bias=True, rotary_base=1e6), 53, **ODD),
+    "qwen2": make_case("qwen2", dict(LLAMA_CHOICES, qkv_bias=True, rope_theta=1e6), 53, **ODD),
     "qwen3": make_case(
         "qwen3", dict(LLAMA_CHOICES, qk_norm=True, n_kv_heads=1, d_head=6, tied_embeddings=True), 53, **ODD
     ),
@@ -135,7 +135,7 @@ LIVE_CASES = {
         **ODD,
     ),
     "llama-3-rotary": make_case(
-        "llama", dict(LLAMA_CHOICES, d_head=16, rotary_base=5e5, rotary_scaling=(8.0, 1.0, 4.0, 16.0)), 53, **ODD
+        "llama", dict(LLAMA_CHOICES, d_head=16, rope_theta=5e5, rope_scaling=(8.0, 1.0, 4.0, 16.0)), 53, **ODD
     ),
     "llama-one-key-head-biases": make_case(
         "llama",
@@ -144,14 +144,14 @@ LIVE_CASES = {
         **ODD,
     ),
 }
-ODD_T5 = ODD | dict(encoder_layers=3, n_layers=6, d_head=7, seq_len=190)  # sequences beyond the last bucket
+ODD_T5 = ODD | dict(n_encoder_layers=3, n_layers=6, d_head=7, seq_len=190)  # sequences beyond the last bucket
 LIVE_CASES |= {
     "t5": make_case("t5", T5, 53, **ODD_T5),
-    "t5-gated-silu": make_case("t5", dict(T5, gated=True, activation="silu"), 53, **ODD_T5),
-    "t5-v1.1-deep-encoder": make_case("t5", T5_V1_1, 53, **ODD_T5 | dict(encoder_layers=11, n_layers=2)),
+    "t5-gated-silu": make_case("t5", dict(T5, gated_ffn=True, activation="silu"), 53, **ODD_T5),
+    "t5-v1.1-deep-encoder": make_case("t5", T5_V1_1, 53, **ODD_T5 | dict(n_encoder_layers=11, n_layers=2)),
     "switch-every-layer-none-dropped": make_case(
         "switch_transformers",
-        dict(T5, experts=ExpertsConfig(n_experts=5, evaluation_capacity=189), activation="gelu-tanh"),
+        dict(T5, experts=ExpertsConfig(n_experts=5, eval_capacity=189), activation="gelu-tanh"),
         53,
         **ODD_T5,
     ),
@@ -159,12 +159,12 @@ LIVE_CASES |= {
         "switch_transformers",
         dict(
             T5,
-            experts=ExpertsConfig(n_experts=7, every=2, evaluation_capacity=11),
+            experts=ExpertsConfig(n_experts=7, layer_interval=2, eval_capacity=11),
             tied_embeddings=False,
-            head_scale="none",
+            logit_scale="none",
         ),
         53,
-        **ODD_T5 | dict(encoder_layers=4),
+        **ODD_T5 | dict(n_encoder_layers=4),
     ),
 }
 

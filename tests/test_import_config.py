@@ -71,7 +71,7 @@ def check(toml: str, preset: str):
 def test_gpt_js_own(tmp_path):
     toml, report = call(write(tmp_path, GPT_J))
     config = check(toml, "gptj-6b")
-    assert (config.train.batch_size, config.train.accumulation) == (512, 16)
+    assert (config.train.batch_size, config.train.grad_accum_steps) == (512, 16)
     assert (config.optimizer.schedule, config.optimizer.beta2, config.train.z_loss) == ("gptj", 0.999, 1e-4)
     for key in GPT_J:
         assert f"\n{key} " in f"\n{report}", key
@@ -84,7 +84,7 @@ def test_gpt_js_own(tmp_path):
 
 def test_gpt_neos(tmp_path):
     toml, report = call(write(tmp_path, NEO))
-    expected = function("gpt-neo-2.7b") | {"attention_scale": "sqrt"}  # for training afresh, and said
+    expected = function("gpt-neo-2.7b") | {"attention_scale": "rsqrt_d_head"}  # for training afresh, and said
     config = parse_config(tomllib.loads(toml), where="test")
     found = config.model.describe_function()
     assert {key: found[key] for key in expected} == expected

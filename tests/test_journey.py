@@ -50,7 +50,7 @@ n_vocab = 264
 seq_len = 32
 dropout = 0.1
 [data]
-holdout = 4
+holdout_one_in = 4
 cache_dir = "{folder / "cache"}"
 [data.train.words]
 path = "{folder / "texts"}"
@@ -61,8 +61,8 @@ warmup_steps = 2
 [train]
 steps = 20
 batch_size = 8
-accumulation = 2
-noise_scale = true
+grad_accum_steps = 2
+log_grad_noise_scale = true
 log_every = 1
 evaluate_every = 6
 evaluate_batches = 1
@@ -167,7 +167,7 @@ def test_a_finished_run_only_evaluates(config_file, straight):
         ("model.n_layers=3", "model.n_layers = 2"),
         ("run.seed=1", "run.seed = 0"),
         ("train.batch_size=16", "train.batch_size = 8"),
-        ("data.holdout=5", "data.holdout = 4"),
+        ("data.holdout_one_in=5", "data.holdout_one_in = 4"),
     ],
 )
 def test_resuming_another_run_is_refused(config_file, straight, override, message):
@@ -177,9 +177,9 @@ def test_resuming_another_run_is_refused(config_file, straight, override, messag
     assert "--fresh" in str(caught.value)
 
 
-@pytest.mark.parametrize("keep_optimizer", [False, True])
-def test_a_run_starts_from_anothers_weights(config_file, straight, keep_optimizer):
-    start = (f'run.start_from="{straight.run.dir}"', f"run.keep_optimizer={str(keep_optimizer).lower()}")
+@pytest.mark.parametrize("load_optimizer_state", [False, True])
+def test_a_run_starts_from_anothers_weights(config_file, straight, load_optimizer_state):
+    start = (f'run.init_from="{straight.run.dir}"', f"run.load_optimizer_state={str(load_optimizer_state).lower()}")
     config = load(
         config_file, "tuned", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2", "optimizer.learning_rate=1e-3", *start
     )
@@ -192,14 +192,14 @@ def test_a_run_starts_from_anothers_weights(config_file, straight, keep_optimize
     assert len(moments) > 10
     assert any(np.any(before[name]) for name in moments)
     for name in before:
-        if name.startswith("params/") or (keep_optimizer and name in moments):
+        if name.startswith("params/") or (load_optimizer_state and name in moments):
             np.testing.assert_array_equal(after[name], before[name], err_msg=name)
         elif name.startswith("opt_state/"):
             assert not np.any(after[name]), name
 
 
 def test_starting_from_another_model_is_refused(config_file, straight):
-    start = (f'run.start_from="{straight.run.dir}"', 'model.activation="relu"', "model.n_heads=2")
+    start = (f'run.init_from="{straight.run.dir}"', 'model.activation="relu"', "model.n_heads=2")
     config = load(config_file, "other", *MESH, *start)
     with pytest.raises(ConfigError, match=r"model\.activation = 'relu' \(there 'gelu-tanh'\)"):
         open_run(config, open_data(config), make_layout(config.mesh))
@@ -211,7 +211,7 @@ def test_a_step_that_is_always_bad_stops_the_run_with_everything_saved(config_fi
         "bad",
         "optimizer.learning_rate=1e30",
         "optimizer.clip_norm=0.0",
-        "train.max_skipped=3",
+        "train.max_consecutive_skips=3",
         "mesh.data=1",
     )
     layout = make_layout(config.mesh, jax.devices()[:1])

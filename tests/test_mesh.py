@@ -56,7 +56,7 @@ def test_axes_and_dimensions_must_be_equally_many():
 
 def test_activation_that_does_not_divide_is_named():
     with use_layout(make(data=4)), pytest.raises(ConfigError, match=r"activation \[batch, residual\]: batch = 6"):
-        constrain(jnp.zeros((6, 2)), "batch", "residual")
+        constrain(jnp.zeros((6, 2)), "batch", "activation_embed")
 
 
 def test_unknown_rules_are_refused():
@@ -117,11 +117,11 @@ def test_slices_lie_apart_along_one_axis():
 def test_layout_is_put_back_after_use():
     x = jnp.zeros((8, 4))
     with use_layout(make(data=8)):
-        assert constrain(x, "batch", "residual").sharding.spec == P("data")
-    assert constrain(x, "batch", "residual") is x
+        assert constrain(x, "batch", "activation_embed").sharding.spec == P("data")
+    assert constrain(x, "batch", "activation_embed") is x
     with pytest.raises(ConfigError), use_layout(make(data=8)):
-        constrain(x[:7], "batch", "residual")
-    assert constrain(x, "batch", "residual") is x
+        constrain(x[:7], "batch", "activation_embed")
+    assert constrain(x, "batch", "activation_embed") is x
 
 
 TABLE = """\
@@ -149,10 +149,10 @@ B, T = 8, 8
 FAMILIES = {
     "t5, tied": dict(positions="t5"),
     "rotary, grouped": dict(
-        positions="rotary-pairs",
+        positions="rope-interleaved",
         residual="parallel",
         n_kv_heads=4,
-        gated=True,
+        gated_ffn=True,
         head_bias=True,
         tied_embeddings=False,
         remat="full",
@@ -211,7 +211,7 @@ def alone():
         ((1, 8, 1), "t5, tied", {}),
         ((1, 1, 8), "t5, tied", {}),
         ((2, 2, 2), "rotary, grouped", {}),
-        ((1, 2, 4), "t5, tied", {"stream": "tensor", "vocab": ""}),
+        ((1, 2, 4), "t5, tied", {"activation_seq": "tensor", "vocab": ""}),
         ((2, 1, 4), "rotary, grouped", {"kv_heads": "", "embed": ""}),
     ],
 )
@@ -265,5 +265,5 @@ def test_activations_are_kept_on_their_axes():
     """Without `constrain` the partitioner might gather the batch; with it every device holds its share of the stream."""
     layout = make(2, 2, 2)
     with use_layout(layout):
-        x = jax.jit(lambda x: constrain(x * 2.0, "batch", "sequence", "residual"))(jnp.ones((8, 4, 6)))
+        x = jax.jit(lambda x: constrain(x * 2.0, "batch", "sequence", "activation_embed"))(jnp.ones((8, 4, 6)))
     assert x.sharding.shard_shape(x.shape) == (2, 4, 6)

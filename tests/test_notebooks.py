@@ -88,10 +88,13 @@ def test_token_journey(tmp_path):
     found, text, pictures = execute(
         "token_journey",
         tmp_path,
-        {"RUN_DIR": str(tmp_path / "run"), "SETTINGS": ["train.steps=40", "train.accumulation=1", "model.dropout=0.0"]},
+        {
+            "RUN_DIR": str(tmp_path / "run"),
+            "SETTINGS": ["train.steps=40", "train.grad_accum_steps=1", "model.dropout=0.0"],
+        },
         """dict(
             documents=len(documents), held_out=len(held_out), round_trip=tokenizer.decode(tokens) == text,
-            in_pieces=list(in_pieces.values()), nothing=float(np.log(c.n_vocab)), accumulation=accumulation_error,
+            in_pieces=list(in_pieces.values()), nothing=float(np.log(c.n_vocab)), grad_accum_steps=accumulation_error,
             norms=norms, future=float(np.abs(np.triu(weights, 1)).max()), sums=np.asarray(weights.sum(-1)).ravel().tolist(),
             trained=float(np.abs(trained_weights - weights).max()), losses=losses, nats=float(nats.mean()),
             problems=problems, original=run.store.verify(run.step), drawn=len(completion.tokens), step=ready.step,
@@ -165,10 +168,10 @@ def test_sample(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "words.txt").write_text(" ".join(rng.choice(WORDS, 2000)) + "\n")
     training = [
-        f'data.train.stdlib.path="{tmp_path / "texts"}"', f'data.cache_dir="{tmp_path / "cache"}"', "data.holdout=0",
+        f'data.train.stdlib.path="{tmp_path / "texts"}"', f'data.cache_dir="{tmp_path / "cache"}"', "data.holdout_one_in=0",
         "model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.seq_len=64", 'optimizer.name="adamw"',
         "train.steps=30", "optimizer.warmup_steps=2", "train.evaluate_every=0",
-        'model.positions="rotary-pairs"', 'model.norm="layernorm"', 'model.residual="parallel"', "model.ff_bias=true",
+        'model.positions="rope-interleaved"', 'model.norm="layernorm"', 'model.residual="parallel"', "model.ff_bias=true",
         "model.head_bias=true", "model.tied_embeddings=false",
     ]  # fmt: skip
     found, text, _ = execute(

@@ -13,14 +13,14 @@ from mesh_transformer.config.field_types import STRICT, Amount, Fraction, Positi
 
 TRAINING_ONLY = (
     "capacity_factor",
-    "balance_loss",
-    "balance_over",
+    "aux_loss_weight",
+    "aux_loss_scope",
     "router_z_loss",
-    "jitter",
+    "router_jitter",
     "expert_dropout",
-    "noncausal",
+    "allow_noncausal",
 )
-WITH_CAPACITY = {"overflow": "pass", "group": 1}  # without one these say nothing
+WITH_CAPACITY = {"dropped_tokens": "zero", "group_size": 1}  # without one these say nothing
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -28,63 +28,71 @@ class ExpertsConfig:
     """Experts in place of the dense feed-forward layer, d_ff wide each and without biases (model/moe/layer.py)."""
 
     n_experts: Positive
-    per_token: Positive = (
+    n_experts_per_token: Positive = (
         1  # 1: as in Switch, by its probability; more: by the chosen probabilities, scaled to add up to 1
     )
-    # Who chooses: tokens their experts, or experts their tokens (capacity_factor x per_token of each group's tokens,
-    # divided evenly), which looks at tokens to come: a text cannot be generated in that way, see noncausal
-    choice: Literal["token", "expert"] = "token"
-    noncausal: bool = False  # choice = "expert" all the same; in decoding tokens choose, which is another function
-    every: Positive = 1  # the last of so many layers has experts, the others are dense
-    shared: bool = False  # a dense feed-forward layer beside the experts, which every token passes through
+    # Who chooses: tokens their experts, or experts their tokens (capacity_factor x n_experts_per_token of each group's tokens,
+    # divided evenly), which looks at tokens to come: a text cannot be generated in that way, see allow_noncausal
+    routing: Literal["token-choice", "expert-choice"] = "token-choice"
+    allow_noncausal: bool = (
+        False  # routing = "expert-choice" all the same; in decoding tokens choose, which is another function
+    )
+    layer_interval: Positive = 1  # the last of so many layers has experts, the others are dense
+    shared_expert: bool = False  # a dense feed-forward layer beside the experts, which every token passes through
     # Tokens that an expert takes of a group, as a multiple of its even share; those beyond pass by. None: it takes all
     capacity_factor: Amount | None = None  # in training
-    evaluation_capacity_factor: Amount | None = None  # elsewhere; not in decoding, where every token is taken
+    eval_capacity_factor: Amount | None = None  # elsewhere; not in decoding, where every token is taken
     # Instead of the last: so many of every sequence, however long it is (SwitchTransformers in transformers)
-    evaluation_capacity: Positive | None = None
+    eval_capacity: Positive | None = None
     # Sequences of a microbatch that share these seats, the first of them served first; a smaller batch is one group. Tokens
     # of one kind come in bursts: a sequence's own seats overflow at one expert while those of others stay empty
-    group: Positive = 1
+    group_size: Positive = 1
     # What a choice that finds its expert full adds to the stream: nothing (Switch, section 2.2), or the layer's input times
     # its gate (SwitchTransformers in transformers 4; since 5 it passes)
-    overflow: Literal["pass", "scale"] = "pass"
-    balance_loss: Amount = 1e-2  # weight of n_experts x (share of tokens) x (mean probability), summed over experts
-    balance_over: Literal["batch", "sequence"] = (
+    dropped_tokens: Literal["zero", "gated-input"] = "zero"
+    aux_loss_weight: Amount = 1e-2  # weight of n_experts x (share of tokens) x (mean probability), summed over experts
+    aux_loss_scope: Literal["batch", "sequence"] = (
         "batch"  # what these are means of: a microbatch, or each of its sequences
     )
     router_z_loss: Amount = 1e-3  # weight of (log of the router's partition function)^2
     expert_dropout: Fraction = 0.0  # on the hidden units of experts (Switch, section 3: 0.4 in fine-tuning)
-    jitter: Fraction = 0.0  # in training the router's inputs are multiplied by values in [1 - jitter, 1 + jitter]
+    router_jitter: Fraction = (
+        0.0  # in training the router's inputs are multiplied by values in [1 - jitter, 1 + jitter]
+    )
 
     @model_validator(mode="after")
     def check(self) -> "ExpertsConfig":
         """A token cannot go to more experts than there are, nor to one without seats; experts that choose must have some."""
-        if self.per_token > self.n_experts:
-            raise ValueError(f"per_token={self.per_token} exceeds n_experts={self.n_experts}; lower it, or add experts")
-        if self.evaluation_capacity is not None and self.evaluation_capacity_factor is not None:
-            raise ValueError("evaluation_capacity and evaluation_capacity_factor say the same thing twice; remove one")
-        for field in ("capacity_factor", "evaluation_capacity_factor"):
+        if self.n_experts_per_token > self.n_experts:
+            raise ValueError(
+                f"n_experts_per_token={self.n_experts_per_token} exceeds n_experts={self.n_experts}; lower it, or add experts"
+            )
+        if self.eval_capacity is not None and self.eval_capacity_factor is not None:
+            raise ValueError("eval_capacity and eval_capacity_factor say the same thing twice; remove one")
+        for field in ("capacity_factor", "eval_capacity_factor"):
             if getattr(self, field) == 0:
                 raise ValueError(
                     f"{field}=0 leaves no expert a token; take 1 or more (1.25 is usual), or remove it: then all are taken"
                 )
-        if self.choice == "expert":
-            if not self.noncausal:
+        if self.routing == "expert-choice":
+            if not self.allow_noncausal:
                 raise ValueError(
-                    'choice="expert" looks at tokens that are still to come; set noncausal=true to train such a model all '
-                    'the same (in decoding its tokens then choose), or take choice="token"'
+                    'routing="expert-choice" looks at tokens that are still to come; set allow_noncausal=true to train such a model all '
+                    'the same (in decoding its tokens then choose), or take routing="token-choice"'
                 )
-            if self.capacity_factor is None or self.evaluation_capacity_factor is None:
+            if self.capacity_factor is None or self.eval_capacity_factor is None:
                 raise ValueError(
-                    'choice="expert" needs capacity_factor and evaluation_capacity_factor: how many tokens each takes'
+                    'routing="expert-choice" needs capacity_factor and eval_capacity_factor: how many tokens each takes'
                 )
-            if self.overflow == "scale":
-                raise ValueError('overflow="scale" has no effect with choice="expert", where none is full; remove it')
-        elif self.noncausal:
-            raise ValueError('noncausal=true has no effect with choice="token"; remove it')
+            if self.dropped_tokens == "gated-input":
+                raise ValueError(
+                    'dropped_tokens="gated-input" has no effect with routing="expert-choice", where none is full; remove it'
+                )
+        elif self.allow_noncausal:
+            raise ValueError('allow_noncausal=true has no effect with routing="token-choice"; remove it')
         return self
 
-    def check_pieces(self, pieces: int) -> None:
+    def check_divides(self, pieces: int) -> None:
         """As many experts on each of `pieces` devices along the mesh axis `expert`; ValueError otherwise."""
         if self.n_experts % pieces:
             raise ValueError(
@@ -95,10 +103,10 @@ class ExpertsConfig:
     @property
     def scales_gates(self) -> bool:
         """Whether the gates of a token's experts are made to add up to 1."""
-        return self.choice == "token" and self.per_token > 1
+        return self.routing == "token-choice" and self.n_experts_per_token > 1
 
     def describe_function(self) -> dict[str, Any]:
         """What of this determines the function that is sampled from."""
         table = {key: value for key, value in dataclasses.asdict(self).items() if key not in TRAINING_ONLY}
-        takes_all = self.evaluation_capacity_factor is None and self.evaluation_capacity is None
+        takes_all = self.eval_capacity_factor is None and self.eval_capacity is None
         return table | (WITH_CAPACITY if takes_all else {})

@@ -22,8 +22,8 @@ GPT_NEO = dict(
 GPT_J = dict(
     n_vocab=50400,
     seq_len=2048,
-    positions="rotary-pairs",
-    rotary_dims=64,
+    positions="rope-interleaved",
+    rope_dims=64,
     residual="parallel",
     qkv_bias=False,
     attention_out_bias=False,
@@ -31,23 +31,21 @@ GPT_J = dict(
     tied_embeddings=False,
     init="gptj",
 )
-GPT_NEOX = dict(
-    seq_len=2048, positions="rotary-halves", residual="parallel-two-norms", tied_embeddings=False, init="neox"
-)
+GPT_NEOX = dict(seq_len=2048, positions="rope-half", residual="parallel-two-norms", tied_embeddings=False, init="neox")
 NEOX_SERIAL = dict(GPT_NEOX, residual="serial", n_vocab=50304)
 PYTHIA = dict(GPT_NEOX, activation="gelu-erf")  # as the released config says; the training code used the tanh form
 LLAMA = dict(
     n_vocab=32000,
     norm="rmsnorm",
-    positions="rotary-halves",
+    positions="rope-half",
     activation="silu",
-    gated=True,
+    gated_ffn=True,
     qkv_bias=False,
     attention_out_bias=False,
     ff_bias=False,
     tied_embeddings=False,
 )
-MIXTRAL = dict(LLAMA, seq_len=32768, rotary_base=1e6, n_kv_heads=8)
+MIXTRAL = dict(LLAMA, seq_len=32768, rope_theta=1e6, n_kv_heads=8)
 # Encoder and decoder (1910.10683): one bias for all layers of a stack, scores that are not scaled, no biases.
 T5 = dict(
     n_vocab=32128,
@@ -60,26 +58,26 @@ T5 = dict(
     qkv_bias=False,
     attention_out_bias=False,
     ff_bias=False,
-    head_scale="sqrt",
+    logit_scale="rsqrt_d_model",
     init="t5",
 )
-T5_V1_1 = dict(T5, activation="gelu-tanh", gated=True, tied_embeddings=False, head_scale="none")
+T5_V1_1 = dict(T5, activation="gelu-tanh", gated_ffn=True, tied_embeddings=False, logit_scale="none")
 # Switch (2101.03961; 30 heads, 128 experts of XXL and ReLU as its released code says): T5 with experts, and weights that
 # start with a tenth of the variance.
 SWITCH = dict(T5, init_scale=0.1)
-SWITCH_DECODER = dict(SWITCH, head_scale="none", init="gpt2")  # in a decoder alone, which nobody published
+SWITCH_DECODER = dict(SWITCH, logit_scale="none", init="gpt2")  # in a decoder alone, which nobody published
 
 
 def _switch(n_experts: int, every: int, capacity_factor: float, group: int = 1) -> dict[str, Any]:
     """`group` sequences of 512 tokens are routed together, as its released code says (max_group_size)."""
     return dict(
         n_experts=n_experts,
-        every=every,
+        layer_interval=every,
         capacity_factor=capacity_factor,
         group=group,
-        evaluation_capacity_factor=2.0,
+        eval_capacity_factor=2.0,
         router_z_loss=0.0,
-        jitter=1e-2,
+        router_jitter=1e-2,
     )
 
 
@@ -91,7 +89,7 @@ def _t5(
     family: dict[str, Any], n_layers: int, d_model: int, n_heads: int, d_ff: int, d_head: int = 64, **rest: Any
 ) -> dict[str, Any]:
     """As many layers in the encoder as in the decoder."""
-    sizes = dict(d_ff=d_ff, d_head=d_head, encoder_layers=n_layers)
+    sizes = dict(d_ff=d_ff, d_head=d_head, n_encoder_layers=n_layers)
     return _size(family, n_layers, d_model, n_heads, **sizes, **rest)
 
 
@@ -113,7 +111,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt-neo-1.3b": _size(GPT_NEO, 24, 2048, 16),
     "gpt-neo-2.7b": _size(GPT_NEO, 32, 2560, 20),
     "gptj-6b": _size(GPT_J, 28, 4096, 16),
-    "gpt-neox-20b": _size(GPT_NEOX, 44, 6144, 64, n_vocab=50432, rotary_dims=24),
+    "gpt-neox-20b": _size(GPT_NEOX, 44, 6144, 64, n_vocab=50432, rope_dims=24),
     # configs/*.yml of the GPT-NeoX library: serial residual, full rotary, vocabulary padded to 50304
     "neox-19m": _size(NEOX_SERIAL, 6, 512, 8),
     "neox-49m": _size(NEOX_SERIAL, 10, 640, 10),
@@ -126,23 +124,25 @@ PRESETS: dict[str, dict[str, Any]] = {
     "neox-6.7b": _size(NEOX_SERIAL, 32, 4096, 32),
     "neox-13b": _size(NEOX_SERIAL, 40, 5120, 40),
     "neox-175b": _size(NEOX_SERIAL, 96, 12288, 96),
-    "pythia-14m": _size(PYTHIA, 6, 128, 4, n_vocab=50304, rotary_dims=8),
-    "pythia-31m": _size(PYTHIA, 6, 256, 8, n_vocab=50304, rotary_dims=8),
-    "pythia-70m": _size(PYTHIA, 6, 512, 8, n_vocab=50304, rotary_dims=16),
-    "pythia-160m": _size(PYTHIA, 12, 768, 12, n_vocab=50304, rotary_dims=16),
-    "pythia-410m": _size(PYTHIA, 24, 1024, 16, n_vocab=50304, rotary_dims=16),
-    "pythia-1b": _size(PYTHIA, 16, 2048, 8, n_vocab=50304, rotary_dims=64),
-    "pythia-1.4b": _size(PYTHIA, 24, 2048, 16, n_vocab=50304, rotary_dims=32),
-    "pythia-2.8b": _size(PYTHIA, 32, 2560, 32, n_vocab=50304, rotary_dims=20),
-    "pythia-6.9b": _size(PYTHIA, 32, 4096, 32, n_vocab=50432, rotary_dims=32),
-    "pythia-12b": _size(PYTHIA, 36, 5120, 40, n_vocab=50688, rotary_dims=32),
+    "pythia-14m": _size(PYTHIA, 6, 128, 4, n_vocab=50304, rope_dims=8),
+    "pythia-31m": _size(PYTHIA, 6, 256, 8, n_vocab=50304, rope_dims=8),
+    "pythia-70m": _size(PYTHIA, 6, 512, 8, n_vocab=50304, rope_dims=16),
+    "pythia-160m": _size(PYTHIA, 12, 768, 12, n_vocab=50304, rope_dims=16),
+    "pythia-410m": _size(PYTHIA, 24, 1024, 16, n_vocab=50304, rope_dims=16),
+    "pythia-1b": _size(PYTHIA, 16, 2048, 8, n_vocab=50304, rope_dims=64),
+    "pythia-1.4b": _size(PYTHIA, 24, 2048, 16, n_vocab=50304, rope_dims=32),
+    "pythia-2.8b": _size(PYTHIA, 32, 2560, 32, n_vocab=50304, rope_dims=20),
+    "pythia-6.9b": _size(PYTHIA, 32, 4096, 32, n_vocab=50432, rope_dims=32),
+    "pythia-12b": _size(PYTHIA, 36, 5120, 40, n_vocab=50688, rope_dims=32),
     "llama-7b": _size(LLAMA, 32, 4096, 32, d_ff=11008, seq_len=2048, norm_eps=1e-6),
     "llama-13b": _size(LLAMA, 40, 5120, 40, d_ff=13824, seq_len=2048, norm_eps=1e-6),
     "llama-33b": _size(LLAMA, 60, 6656, 52, d_ff=17920, seq_len=2048, norm_eps=1e-6),
     "llama-65b": _size(LLAMA, 80, 8192, 64, d_ff=22016, seq_len=2048, norm_eps=1e-6),
     "llama2-7b": _size(LLAMA, 32, 4096, 32, d_ff=11008, seq_len=4096),
-    "mixtral-8x7b": _size(MIXTRAL, 32, 4096, 32, d_ff=14336, experts=dict(n_experts=8, per_token=2)),
-    "mixtral-8x22b": _size(MIXTRAL, 56, 6144, 48, d_ff=16384, seq_len=65536, experts=dict(n_experts=8, per_token=2)),
+    "mixtral-8x7b": _size(MIXTRAL, 32, 4096, 32, d_ff=14336, experts=dict(n_experts=8, n_experts_per_token=2)),
+    "mixtral-8x22b": _size(
+        MIXTRAL, 56, 6144, 48, d_ff=16384, seq_len=65536, experts=dict(n_experts=8, n_experts_per_token=2)
+    ),
     "t5-small": _t5(T5, 6, 512, 8, 2048),
     "t5-base": _t5(T5, 12, 768, 12, 3072),
     "t5-large": _t5(T5, 24, 1024, 16, 4096),
@@ -166,10 +166,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         4096,
         64,
         10240,
-        experts=_switch(128, 2, 1.25, 8) | {"evaluation_capacity_factor": 4.0},
+        experts=_switch(128, 2, 1.25, 8) | {"eval_capacity_factor": 4.0},
     ),
     "switch-c": _t5(
-        SWITCH, 15, 2080, 30, 6144, tied_embeddings=False, head_scale="none", experts=_switch(2048, 1, 1.0, 4)
+        SWITCH, 15, 2080, 30, 6144, tied_embeddings=False, logit_scale="none", experts=_switch(2048, 1, 1.0, 4)
     ),
     "switch-decoder-base-8": _size(SWITCH_DECODER, 12, 768, 12, d_ff=3072, experts=_switch(8, 2, 1.25)),
     "switch-decoder-base-128": _size(SWITCH_DECODER, 12, 768, 12, d_ff=3072, experts=_switch(128, 2, 1.25)),

@@ -17,8 +17,10 @@ class RunConfig:
     """Where a run lives and what makes it repeatable."""
 
     dir: str = ""  # run folder; empty: runs/<name of the config file>
-    start_from: str = ""  # run or checkpoint whose weights a new run begins with (fine-tuning); empty: random weights
-    keep_optimizer: bool = False  # with start_from: its optimizer's moments too; the schedule begins anew either way
+    init_from: str = ""  # run or checkpoint whose weights a new run begins with (fine-tuning); empty: random weights
+    load_optimizer_state: bool = (
+        False  # with init_from: its optimizer's moments too; the schedule begins anew either way
+    )
     seed: NonNegative = 0  # initialisation, data order and dropout follow from it
 
 
@@ -31,7 +33,9 @@ class MeshConfig:
     tensor: Positive = 1  # heads, feed-forward and vocabulary sharded
     expert: Positive = 1  # experts sharded, batch too
     context: Positive = 1  # sequences cut: attention goes round a ring
-    pipeline: Positive = 1  # layers cut into stages; microbatches (train.accumulation) follow one another through them
+    pipeline: Positive = (
+        1  # layers cut into stages; microbatches (train.grad_accum_steps) follow one another through them
+    )
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"  # gpipe keeps every microbatch's activations until the end
     sequence_parallel: bool = False  # between blocks, activations are cut along the sequence over `tensor` as well
     slices: Positive | None = None  # machines or pods with a slow network between them; None: as the devices say
@@ -66,13 +70,15 @@ class DataConfig:
 
     train: dict[str, SourceConfig]
     validation: dict[str, SourceConfig] = Field(default_factory=dict)
-    holdout: NonNegative = 0  # one document in this many is held out of each training source, by hash of its name
+    holdout_one_in: NonNegative = (
+        0  # one document in this many is held out of each training source, by hash of its name
+    )
     tokenizer: str = "bytes"  # "bytes", or a tokenizer.json, or a folder with vocab.json and merges.txt
     shuffle: bool = True
     isolate_documents: bool = False  # no attention across documents packed into one sequence
-    # with model.encoder_layers, of the text that is hidden from the encoder and written by the decoder (data/span_corruption.py)
-    noise_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    mean_span: Rate = 3.0  # tokens that are hidden in a row
+    # with model.n_encoder_layers, of the text that is hidden from the encoder and written by the decoder (data/span_corruption.py)
+    noise_density: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    mean_noise_span_length: Rate = 3.0  # tokens that are hidden in a row
     max_epochs: Rate | None = None  # refuse to run longer than this many passes over the data
     on_bad_document: Literal["error", "skip"] = "error"  # "skip" counts and reports what it leaves out
     cache_dir: str = "~/.cache/mesh-transformer"  # token shards made from the sources
@@ -84,8 +90,8 @@ class DataConfig:
         """
 
         def measure(length: int) -> tuple[int, int, int]:
-            hidden = min(max(round(length * self.noise_share), 1), length - 1)
-            return length, hidden, max(round(hidden / self.mean_span), 1)
+            hidden = min(max(round(length * self.noise_density), 1), length - 1)
+            return length, hidden, max(round(hidden / self.mean_noise_span_length), 1)
 
         length = 2
         while (found := measure(length + 1))[0] - found[1] + found[2] + 1 <= seq_len:
@@ -93,7 +99,7 @@ class DataConfig:
         length, hidden, spans = measure(length)
         if length - hidden + spans + 1 != seq_len or spans > min(hidden, length - hidden):
             raise ValueError(
-                f"data.noise_share={self.noise_share} and data.mean_span={self.mean_span} cannot be had with "
+                f"data.noise_density={self.noise_density} and data.mean_noise_span_length={self.mean_noise_span_length} cannot be had with "
                 f"model.seq_len={seq_len}; lower the share, raise the span or the length"
             )
         return length, hidden, spans
@@ -125,32 +131,34 @@ class TrainConfig:
 
     steps: Positive
     batch_size: Positive  # sequences per step, over all devices
-    accumulation: Positive = 1  # microbatches a batch is cut into
-    ramp_from: Positive | None = None  # first batch size of a linear ramp, as in GPT-3
-    ramp_steps: NonNegative = 0  # steps until batch_size is reached
+    grad_accum_steps: Positive = 1  # microbatches a batch is cut into
+    batch_ramp_from: Positive | None = None  # first batch size of a linear ramp, as in GPT-3
+    batch_ramp_steps: NonNegative = 0  # steps until batch_size is reached
     z_loss: Amount = 0.0  # weight of (log Z)^2
-    loss_pieces: Positive = 1  # a sequence is scored in this many pieces; logits of only one of them exist at a time
+    loss_chunks: Positive = 1  # a sequence is scored in this many pieces; logits of only one of them exist at a time
     log_every: Positive = 10
     evaluate_every: NonNegative = 0  # steps; 0: only at the end
     evaluate_batches: Positive = 8  # per validation set, during training; all of it at the end
-    noise_scale: bool = False  # gradient noise scale (McCandlish et al. 2018, appendix A.1)
-    layer_norms: bool = False  # gradient norm of every layer in the metrics
-    spike_factor: Amount = 0.0  # skip a step whose loss or gradient norm exceeds this many running medians; 0: off
-    max_skipped: Positive = 20  # stop after this many skipped steps in a row
+    log_grad_noise_scale: bool = False  # gradient noise scale (McCandlish et al. 2018, appendix A.1)
+    log_layer_grad_norms: bool = False  # gradient norm of every layer in the metrics
+    loss_spike_factor: Amount = 0.0  # skip a step whose loss or gradient norm exceeds this many running medians; 0: off
+    max_consecutive_skips: Positive = 20  # stop after this many skipped steps in a row
     max_minutes: Rate | None = None  # commit a checkpoint and stop after this time
 
     @model_validator(mode="after")
     def check(self) -> "TrainConfig":
         """Batches are cut evenly and ramps go upwards."""
-        if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}")
-        if (self.ramp_from is None) != (self.ramp_steps == 0):
-            raise ValueError("ramp_from and ramp_steps go together: give both or neither")
-        if self.ramp_from is not None:
-            if self.ramp_from > self.batch_size or self.batch_size % self.ramp_from:
-                raise ValueError(f"ramp_from={self.ramp_from} must divide batch_size={self.batch_size}")
-            if self.ramp_from % self.accumulation:
-                raise ValueError(f"ramp_from={self.ramp_from} is not a multiple of accumulation={self.accumulation}")
+        if self.batch_size % self.grad_accum_steps:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulation={self.grad_accum_steps}")
+        if (self.batch_ramp_from is None) != (self.batch_ramp_steps == 0):
+            raise ValueError("batch_ramp_from and batch_ramp_steps go together: give both or neither")
+        if self.batch_ramp_from is not None:
+            if self.batch_ramp_from > self.batch_size or self.batch_size % self.batch_ramp_from:
+                raise ValueError(f"batch_ramp_from={self.batch_ramp_from} must divide batch_size={self.batch_size}")
+            if self.batch_ramp_from % self.grad_accum_steps:
+                raise ValueError(
+                    f"batch_ramp_from={self.batch_ramp_from} is not a multiple of accumulation={self.grad_accum_steps}"
+                )
         return self
 
 
@@ -161,8 +169,8 @@ class CheckpointConfig:
     every: Positive = 1000  # steps; the last step is always saved
     keep_last: Positive = 2
     keep_every: Positive | None = None  # steps divisible by this stay for ever
-    resume: Literal["newest", "newest-intact"] = "newest"  # damage: refuse, or fall back and say so
-    asynchronous: bool = True  # write while training goes on
+    resume: Literal["latest", "latest-valid"] = "latest"  # damage: refuse, or fall back and say so
+    async_save: bool = True  # write while training goes on
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -184,14 +192,16 @@ class SampleConfig:
 class ServeConfig:
     """How device_sample.py and device_serve.py hold a trained model, and what the latter grants its clients."""
 
-    weights: Literal["saved", "bfloat16", "int8"] = "saved"  # int8: a quarter of float32, one scale for each output
-    cache: Literal["model", "float32", "bfloat16", "int8"] = "model"  # keys and values; model: as model.dtype
+    weight_dtype: Literal["saved", "bfloat16", "int8"] = (
+        "saved"  # int8: a quarter of float32, one scale for each output
+    )
+    kv_cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"  # keys and values; model: as model.dtype
     slots: Positive = 32  # samples that are decoded at once
-    queue: NonNegative = 256  # samples that may wait for a slot; requests beyond are answered 429
-    max_body: Positive = 1 << 20  # bytes of a request
-    body_seconds: Rate = 10.0  # time for a request to arrive whole
-    timeout_seconds: Rate = 600.0  # time for a request to be answered
-    warm_up: NonNegative = 240  # before it is ready, compile for prompt and answer of so many tokens; 0: nothing
+    max_queue: NonNegative = 256  # samples that may wait for a slot; requests beyond are answered 429
+    max_body_bytes: Positive = 1 << 20  # bytes of a request
+    body_timeout_seconds: Rate = 10.0  # time for a request to arrive whole
+    request_timeout_seconds: Rate = 600.0  # time for a request to be answered
+    warmup_tokens: NonNegative = 240  # before it is ready, compile for prompt and answer of so many tokens; 0: nothing
     drain_seconds: Rate = 7.0  # after SIGTERM: time for what is being answered to end
 
 
@@ -229,8 +239,8 @@ class Config:
         end, peak = self.optimizer.end_learning_rate, self.optimizer.learning_rate
         if end > peak:
             raise ValueError(f"optimizer.end_learning_rate={end} exceeds optimizer.learning_rate={peak}")
-        if self.run.keep_optimizer and not self.run.start_from:
-            raise ValueError("run.keep_optimizer needs run.start_from, the checkpoint whose optimizer it is")
+        if self.run.load_optimizer_state and not self.run.init_from:
+            raise ValueError("run.load_optimizer_state needs run.init_from, the checkpoint whose optimizer it is")
         stages, periods = self.mesh.pipeline, self.model.n_layers // len(self.model.pattern)
         if periods % stages:
             raise ValueError(
@@ -238,22 +248,26 @@ class Config:
                 f"attention patterns; use a divisor of {periods}"
             )
         if self.model.experts and "expert" not in self.mesh.rules:
-            self.model.experts.check_pieces(self.mesh.expert)
-        if stages > 1 and self.train.noise_scale:
-            raise ValueError("train.noise_scale looks at each microbatch's own gradient; it needs mesh.pipeline=1")
+            self.model.experts.check_divides(self.mesh.expert)
+        if stages > 1 and self.train.log_grad_noise_scale:
+            raise ValueError(
+                "train.log_grad_noise_scale looks at each microbatch's own gradient; it needs mesh.pipeline=1"
+            )
         self._check_encoder()
-        pieces = self.train.loss_pieces * self.mesh.context
+        pieces = self.train.loss_chunks * self.mesh.context
         if self.target_len % pieces:
             name = (
-                "model.seq_len" if self.model.encoder_layers is None else "what the decoder writes (data.noise_share)"
+                "model.seq_len"
+                if self.model.n_encoder_layers is None
+                else "what the decoder writes (data.noise_density)"
             )
             raise ValueError(
-                f"{name}={self.target_len} is not a multiple of train.loss_pieces x mesh.context = {pieces}"
+                f"{name}={self.target_len} is not a multiple of train.loss_chunks x mesh.context = {pieces}"
             )
         if not self.data.train:
             raise ValueError("data.train names no source; add a [data.train.NAME] table with a path")
         both = sorted(set(self.data.train) & set(self.data.validation))
-        if both and self.data.holdout:
+        if both and self.data.holdout_one_in:
             raise ValueError(
                 f"data.validation.{both[0]} and the held-out part of data.train.{both[0]} have the same name"
             )
@@ -264,24 +278,24 @@ class Config:
         if not self.model.causal:
             raise ValueError(
                 "model.causal=false: next-token training would show a token what it is to predict; give the encoder a decoder "
-                "(model.encoder_layers), or use it through mesh_transformer.model"
+                "(model.n_encoder_layers), or use it through mesh_transformer.model"
             )
-        if self.model.encoder_layers is None:
+        if self.model.n_encoder_layers is None:
             return
         for name, value in (("context", self.mesh.context), ("pipeline", self.mesh.pipeline)):
             if value > 1:
                 raise ValueError(
-                    f"model.encoder_layers needs mesh.{name}=1: cut along data, fsdp, tensor or expert instead"
+                    f"model.n_encoder_layers needs mesh.{name}=1: cut along data, fsdp, tensor or expert instead"
                 )
         if self.data.isolate_documents:
-            raise ValueError("data.isolate_documents has no effect with model.encoder_layers; remove it")
+            raise ValueError("data.isolate_documents has no effect with model.n_encoder_layers; remove it")
         if self.evaluate.tasks:
-            raise ValueError("evaluate.tasks are for a decoder alone; remove them, or model.encoder_layers")
+            raise ValueError("evaluate.tasks are for a decoder alone; remove them, or model.n_encoder_layers")
 
     @property
     def target_len(self) -> int:
         """Tokens of a sequence that count in the loss, and that a decoder is given."""
-        if self.model.encoder_layers is None:
+        if self.model.n_encoder_layers is None:
             return self.model.seq_len
         _, hidden, spans = self.data.measure_spans(self.model.seq_len)
         return hidden + spans + 1

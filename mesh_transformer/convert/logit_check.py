@@ -22,7 +22,7 @@ from mesh_transformer.convert.import_plan import PREFIX, make_model_config
 from mesh_transformer.convert.lazy_arrays import Lazy, whole
 from mesh_transformer.convert.out_of_core_forward import run_layers
 from mesh_transformer.convert.reshard import Source
-from mesh_transformer.model.attention.masks import Memory, Sight
+from mesh_transformer.model.attention.masks import AttentionContext, Memory
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK
 from mesh_transformer.model.transformer import Transformer
@@ -77,7 +77,7 @@ def run_native(
     config: ModelConfig, arrays: Mapping[str, Lazy], tokens: np.ndarray, ceiling: int | None = None
 ) -> np.ndarray:
     """Logits [B, T, V] of our model, float32; one period of its layers in memory at a time, or less to keep a ceiling."""
-    config = dataclasses.replace(config, dtype="float32", dropout=0.0, attention_kernel="plain", preset=None)
+    config = dataclasses.replace(config, dtype="float32", dropout=0.0, attention_kernel="dense", preset=None)
     weights = {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
 
     def embed(ids: np.ndarray) -> np.ndarray:
@@ -91,7 +91,7 @@ def run_native(
         inside = {f"transformer/{name.removeprefix(start)}": a for name, a in weights.items() if name.startswith(start)}
         memory = _run_stack(config.encoder, inside, embed(find_sources(tokens)), None, ceiling)
     x = _run_stack(config, weights, embed(tokens), memory, ceiling)
-    x = x * config.d_model**-0.5 if config.head_scale == "sqrt" else x
+    x = x * config.d_model**-0.5 if config.logit_scale == "rsqrt_d_model" else x
     head = "transformer/w_tokens" if config.tied_embeddings else "transformer/w_head"
     logits = product(x, weights[head], transposed=config.tied_embeddings)
     if config.head_bias:
@@ -141,7 +141,7 @@ def _run_period(config: ModelConfig, x: jax.Array, memory: jax.Array | None) -> 
     return transformer.run_layers(x, sight, None)[0]
 
 
-def _see(transformer: Transformer, x: jax.Array) -> Sight:
+def _see(transformer: Transformer, x: jax.Array) -> AttentionContext:
     return transformer.see(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]), None, None)
 
 

@@ -19,7 +19,7 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface.reference import BLOCK_BYTES
 from mesh_transformer.convert.lazy_arrays import Lazy, Row, whole
 from mesh_transformer.model.attention.dense import attend
-from mesh_transformer.model.attention.masks import Sight
+from mesh_transformer.model.attention.masks import AttentionContext
 from mesh_transformer.model.feed_forward import ACTIVATIONS
 from mesh_transformer.model.norms import HeadNorm, Norm
 from mesh_transformer.model.positions import rotate
@@ -37,7 +37,7 @@ class Layer:
         self.experts = config.experts if has_experts else None
         self.arrays = {name: Row(array, place) for name, array in arrays.items()}
 
-    def run(self, x: Array, sight: Sight) -> Array:
+    def run(self, x: Array, sight: AttentionContext) -> Array:
         """The residual stream [B, T, D] after this layer, float32; as model.transformer.Block."""
         normed = self.norm("norm_1", x)
         mixed = x + self.attend(normed, sight)
@@ -49,15 +49,15 @@ class Layer:
             case _:
                 return mixed + self.feed_forward(self.norm("norm_2", x))
 
-    def attend(self, x: Array, sight: Sight) -> Array:
+    def attend(self, x: Array, sight: AttentionContext) -> Array:
         """As model.attention.Attention."""
         c = self.config
         q, k, v = (self.multiply(x, f"attention/w_{y}", f"attention/b_{y}") for y in "qkv")
         if c.qk_norm:
             q, k = (self.norm(f"attention/norm_{y}", z, HeadNorm) for y, z in (("q", q), ("k", k)))
-        if c.positions.startswith("rotary"):
+        if c.positions.startswith("rope"):
             q, k = (rotate(jnp.asarray(y), sight.positions, c) for y in (q, k))
-        scale = c.head_dim**-0.5 if c.attention_scale == "sqrt" else 1.0
+        scale = c.head_dim**-0.5 if c.attention_scale == "rsqrt_d_head" else 1.0
         q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
         masks = sight.masks
         assert masks is not None, "the kernel here is the plain one"
@@ -68,23 +68,23 @@ class Layer:
         """As in model.transformer.Block: dense, of experts, or both."""
         if self.experts is None:
             return self.run_dense(x, "feed_forward")
-        mixed = self.mix_experts(x, self.experts.per_token)
-        return mixed + self.run_dense(x, "feed_forward") if self.experts.shared else mixed
+        mixed = self.mix_experts(x, self.experts.n_experts_per_token)
+        return mixed + self.run_dense(x, "feed_forward") if self.experts.shared_expert else mixed
 
     def run_dense(self, x: Array, module: str) -> Array:
         """As model.feed_forward.FeedForward."""
         act = lambda y: np.asarray(ACTIVATIONS[self.config.activation](jnp.asarray(y)))  # noqa: E731
         hidden = self.multiply(x, f"{module}/w_in", f"{module}/b_in")
-        gate = self.multiply(x, f"{module}/w_gate", f"{module}/b_gate") if self.config.gated else hidden
-        hidden = act(gate) * hidden if self.config.gated else act(hidden)
+        gate = self.multiply(x, f"{module}/w_gate", f"{module}/b_gate") if self.config.gated_ffn else hidden
+        hidden = act(gate) * hidden if self.config.gated_ffn else act(hidden)
         return self.multiply(hidden, f"{module}/w_out", f"{module}/b_out")
 
-    def mix_experts(self, x: Array, per_token: int) -> Array:
+    def mix_experts(self, x: Array, n_experts_per_token: int) -> Array:
         """As model.moe.Experts without a capacity: each expert meets the tokens that chose it."""
         p = np.asarray(jax.nn.softmax(jnp.asarray(self.multiply(x, "experts/w_router", ""))))
-        chosen = np.argsort(-p, axis=-1, kind="stable")[..., :per_token]
+        chosen = np.argsort(-p, axis=-1, kind="stable")[..., :n_experts_per_token]
         gates = np.take_along_axis(p, chosen, axis=-1)
-        gates = gates / gates.sum(axis=-1, keepdims=True) if per_token > 1 else gates
+        gates = gates / gates.sum(axis=-1, keepdims=True) if n_experts_per_token > 1 else gates
         y = np.zeros_like(x)
         for e in range(p.shape[-1]):
             own = (chosen == e).any(axis=-1)
@@ -120,10 +120,10 @@ class Layer:
         return self.arrays[name].read(whole(self.arrays[name])).astype(np.float32)
 
 
-def run_layers(config: ModelConfig, arrays: Mapping[str, Lazy], x: Array, sight: Sight) -> Array:
+def run_layers(config: ModelConfig, arrays: Mapping[str, Lazy], x: Array, sight: AttentionContext) -> Array:
     """All layers over the stream [B, T, D]; `arrays` by their names in the stack ("block_0/attention/w_q")."""
     experts = config.experts
-    if experts and (experts.evaluation_capacity_factor or experts.evaluation_capacity):
+    if experts and (experts.eval_capacity_factor or experts.eval_capacity):
         raise CheckpointError("experts with a capacity are run a period of the layers at a time: raise --max-memory")
     period = len(config.pattern)
     for i in range(config.n_layers):

@@ -338,6 +338,8 @@ def _find_axes(source: Source) -> dict[str, tuple[str, ...]]:
 
     def axes_of(name: str, array: Lazy) -> tuple[str, ...]:
         """Moments lie as their weights do."""
-        return next((weights[short] for short in weights if name.endswith("/" + short)), ("window",) * len(array.shape))
+        return next(
+            (weights[short] for short in weights if name.endswith("/" + short)), ("replicated",) * len(array.shape)
+        )
 
     return {name: axes_of(name, array) for name, array in source.foreign.arrays.items()}

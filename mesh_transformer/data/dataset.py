@@ -55,7 +55,7 @@ def open_data(
     training: dict[str, Built] = {}
     heldout: dict[str, Built] = {}
     for name, source in config.data.train.items():
-        sides = _build(config, name, source, tokenizer, config.data.holdout, report)
+        sides = _build(config, name, source, tokenizer, config.data.holdout_one_in, report)
         training[name] = sides["train"]
         if "heldout" in sides:
             heldout[name] = sides["heldout"]
@@ -65,7 +65,7 @@ def open_data(
         Source(name, TokenShard(built.prefix), config.data.train[name].weight) for name, built in training.items()
     ]
     hiding = None
-    if config.model.encoder_layers is not None:
+    if config.model.n_encoder_layers is not None:
         tokenizer = span_corruption.SentinelTokenizer(tokenizer, config.model.n_vocab)
         hiding = span_corruption.make_spans(config, tokenizer)
     loader = (Loader if hiding is None else partial(span_corruption.SpanLoader, hiding))(
@@ -177,7 +177,7 @@ def _open_hidden(config: Config, built: Built, shard: TokenShard, hiding: span_c
     if sequences < 1:
         raise DataError(
             f"{built.prefix}: {shard.n_tokens:,} held-out tokens are less than one sequence of {hiding.length}; "
-            "lower data.holdout or model.seq_len"
+            "lower data.holdout_one_in or model.seq_len"
         )
     return ValidationSet(
         batches=lambda rows: span_corruption.evaluation_batches(

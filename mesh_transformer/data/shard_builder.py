@@ -272,7 +272,9 @@ def _open_built(prefix: Path, path: str, side: str, holdout: int) -> Built:
     record = json.loads(Path(f"{prefix}.json").read_text())
     if not record["documents"]:
         remedy = (
-            f"no document's name fell to it; lower data.holdout={holdout}" if side == "heldout" else "nothing to read"
+            f"no document's name fell to it; lower data.holdout_one_in={holdout}"
+            if side == "heldout"
+            else "nothing to read"
         )
         raise DataError(f"{path}: the {side} part is empty: {remedy}; {'; '.join(record['notes'])}")
     return Built(prefix, record["documents"], record["tokens"], record["bytes"], tuple(record["notes"]))
@@ -281,7 +283,7 @@ def _open_built(prefix: Path, path: str, side: str, holdout: int) -> Built:
 def _use_shard(prefix: Path, tokenizer: Tokenizer, holdout: int) -> Built:
     if holdout:
         raise DataError(
-            f"{prefix}: documents of a shard have no names to split by; set data.holdout=0 and add a data.validation shard"
+            f"{prefix}: documents of a shard have no names to split by; set data.holdout_one_in=0 and add a data.validation shard"
         )
     shard = TokenShard(prefix)
     n_bytes = 0

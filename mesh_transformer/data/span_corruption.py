@@ -111,7 +111,7 @@ def make_spans(config: Config, tokenizer: SentinelTokenizer) -> Spans:
     """The run's; ConfigError where the vocabulary has no room for sentinels."""
     length, hidden, count = config.data.measure_spans(config.model.seq_len)
     if count > tokenizer.n_sentinels:
-        remedy = "lower model.seq_len, or raise data.mean_span"
+        remedy = "lower model.seq_len, or raise data.mean_noise_span_length"
         if not tokenizer.is_named:
             plain = config.model.n_vocab - tokenizer.n_sentinels
             remedy = f"set model.n_vocab={math.ceil((plain + count) / 64) * 64}, whose topmost rows they are"

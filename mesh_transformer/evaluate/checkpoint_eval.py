@@ -97,7 +97,9 @@ def open_trained(path: str, overrides: Iterable[str] = ()) -> Trained:
         module, _, leaf = name.removeprefix("params/").rpartition("/")
         params.setdefault(module, {})[leaf] = _read(foreign.arrays[name], like)
     serve = config.serve
-    engine = Engine(config.model, params, layout=layout, slots=serve.slots, weights=serve.weights, cache=serve.cache)
+    engine = Engine(
+        config.model, params, layout=layout, slots=serve.slots, weights=serve.weight_dtype, cache=serve.kv_cache_dtype
+    )
     return Trained(engine, load_tokenizer(foreign.tokenizer), config, 0, where)
 
 

@@ -61,7 +61,7 @@ def check_tasks(config: Config) -> list[str]:
     if asked:
         import_harness()
     for name in asked:
-        has_some = to_key(name) in {**evaluate.examples, **dict.fromkeys(made)}
+        has_some = to_key(name) in {**evaluate.fewshot_data, **dict.fromkeys(made)}
         count_shots(name, load_definition(name), _shots_of(name, config), sys.maxsize if has_some else 0)
     reads_texts = TEXT in names or bool(made)
     for name in evaluate.data:
@@ -71,7 +71,7 @@ def check_tasks(config: Config) -> list[str]:
                 f"evaluate.data.{name} is read by none of the tasks {', '.join(names)}; add --task "
                 f"{name if is_task else TEXT}, or leave it out"
             )
-    for field in ("examples", "shots_of"):
+    for field in ("examples", "num_fewshot_by_task"):
         for name in getattr(evaluate, field):
             if name not in map(to_key, asked):
                 raise ConfigError(f"evaluate.{field}.{name}: {name!r} is none of the tasks {', '.join(names)}")
@@ -85,7 +85,7 @@ def _components(config: Config) -> list[str]:
 
 
 def _shots_of(name: str, config: Config) -> int | None:
-    return config.evaluate.shots_of.get(to_key(name), config.evaluate.shots)
+    return config.evaluate.num_fewshot_by_task.get(to_key(name), config.evaluate.num_fewshot)
 
 
 def _is_task(name: str, config: Config) -> bool:
@@ -102,7 +102,9 @@ def measure(subject: Subject, report: Report = lambda what, done, total: None) -
     if WIKITEXT in names:
         path = Path(evaluate.data[WIKITEXT]).expanduser()
         corpus = WikiText(path.read_text(encoding="utf-8"), str(path))
-        picked = [article for article in corpus.articles() if is_picked(article.document.name, evaluate.share)]
+        picked = [
+            article for article in corpus.articles() if is_picked(article.document.name, evaluate.sample_fraction)
+        ]
         picked = picked[: evaluate.limit]
         scores = _score(subject, ((WIKITEXT, article.document) for article in picked), WIKITEXT, report)
         results = describe(scores[WIKITEXT], sum(article.n_words for article in picked))
@@ -153,7 +155,7 @@ def _score(
         context=evaluate.context,
         stride=evaluate.stride,
         limit=evaluate.limit,
-        share=evaluate.share,
+        share=evaluate.sample_fraction,
         report=lambda n_bytes: report(f"{what}: bytes", n_bytes, None),
     )
 
@@ -178,7 +180,7 @@ def _find_questions(subject: Subject, name: str) -> Questions:
     """What a task asks and shows: records of its files, or items of held-out text, of which some are shown, not asked."""
     evaluate, make, key = subject.config.evaluate, find_task(name).make, to_key(name)
     shots = _shots_of(name, subject.config)
-    examples = read_items(name, evaluate.examples[key]) if key in evaluate.examples else []
+    examples = read_items(name, evaluate.fewshot_data[key]) if key in evaluate.fewshot_data else []
     if make is None:
         return Questions(read_items(name, evaluate.data[key], evaluate.limit), examples, shots)
     count, spare = evaluate.limit or ITEMS, EXAMPLES if shots and not examples else 0

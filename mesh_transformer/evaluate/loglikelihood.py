@@ -77,12 +77,12 @@ class Scorer:
 
         A batch has about `batch_tokens` tokens, padding included.
         """
-        if config.encoder_layers is not None or not config.causal:
+        if config.n_encoder_layers is not None or not config.causal:
             raise ConfigError(
-                "evaluation scores what a decoder alone expects next; of a model with model.encoder_layers, or "
+                "evaluation scores what a decoder alone expects next; of a model with model.n_encoder_layers, or "
                 "model.causal=false, only training's own validation sets are measured"
             )
-        takes_all: dict[str, None] = dict(evaluation_capacity_factor=None, evaluation_capacity=None)
+        takes_all: dict[str, None] = dict(eval_capacity_factor=None, eval_capacity=None)
         experts = config.experts and dataclasses.replace(config.experts, **takes_all)
         self.config = dataclasses.replace(config, remat="none", dropout=0.0, experts=experts)
         self.params, self.layout, self._batch_tokens = params, layout, batch_tokens

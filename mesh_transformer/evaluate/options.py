@@ -53,7 +53,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Nam
         name, _, count = item.rpartition("=")
         if not count.isdigit() or not re.fullmatch(f"({NAME})?", name):
             raise ConfigError(f"--shots {item}: expected N or NAME=N, for example --shots hellaswag=10")
-        options.set.append(f"evaluate.shots_of.{name}={count}" if name else f"evaluate.shots={count}")
+        options.set.append(f"evaluate.num_fewshot_by_task.{name}={count}" if name else f"evaluate.num_fewshot={count}")
     if options.limit is not None:
         options.set.append(f"evaluate.limit={options.limit}")
     return options

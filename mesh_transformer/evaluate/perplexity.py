@@ -133,7 +133,7 @@ def score_documents(
             score_waiting()
     score_waiting()
     if empty := [name for name, total in sums.items() if not total.tokens]:
-        raise DataError(f"{empty[0]}: no text to score in a share of {share}; raise evaluate.share")
+        raise DataError(f"{empty[0]}: no text to score in a share of {share}; raise evaluate.sample_fraction")
     if not sums:
         raise DataError("no documents to score")
     return {name: total.finish() for name, total in sums.items()}

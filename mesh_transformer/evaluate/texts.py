@@ -33,9 +33,9 @@ def read_texts(config: Config, tokenizer: Tokenizer, components: Iterable[str]) 
     if names:
         return
     for name, source in config.data.train.items():
-        if config.data.holdout and source.path:
+        if config.data.holdout_one_in and source.path:
             for document in _read(source.path, source.text_key, config, tokenizer):
-                if is_held_out(document.name, config.data.holdout):
+                if is_held_out(document.name, config.data.holdout_one_in):
                     yield name, document
     for name, source in config.data.validation.items():
         for document in _read(source.path, source.text_key, config, tokenizer):
@@ -47,10 +47,10 @@ def check_paths(config: Config, components: Iterable[str]) -> None:
 
     Raises DataError for a path that is not there, ConfigError where there is no text.
     """
-    for path in (*config.evaluate.data.values(), *config.evaluate.examples.values()):
+    for path in (*config.evaluate.data.values(), *config.evaluate.fewshot_data.values()):
         if not is_remote(path) and not is_shard(path.removesuffix(".bin").removesuffix(".idx")):
             find_files(path)
-    if not list(components) and not config.data.validation and not config.data.holdout:
+    if not list(components) and not config.data.validation and not config.data.holdout_one_in:
         raise ConfigError("the run held no text out of its training; name some: --data NAME=PATH")
 
 

@@ -67,9 +67,11 @@ _look_up.defvjp(_forward, _backward)
 
 
 def _specs(table: Array, tokens: Array, layout: Layout) -> tuple[Any, Any, Any, tuple[str, ...]]:
-    rows = layout.spec(("vocab", "residual"), table.shape, "w_tokens")
+    rows = layout.spec(("vocab", "activation_embed"), table.shape, "w_tokens")
     flat = layout.spec(("batch", "sequence"), tokens.shape, "activation [tokens]")
-    stream = layout.spec(("batch", "sequence", "residual"), (*tokens.shape, table.shape[1]), "activation [embedded]")
+    stream = layout.spec(
+        ("batch", "sequence", "activation_embed"), (*tokens.shape, table.shape[1]), "activation [embedded]"
+    )
     return rows, flat, stream, axes_of(rows[0]) if len(rows) else ()
 
 

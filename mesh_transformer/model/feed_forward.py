@@ -34,7 +34,7 @@ class FeedForward(hk.Module):
         activation = ACTIVATIONS[c.activation]
         w_in = param("w_in", self.inits.inner, embed=c.d_model, ff=c.ff_dim)
         hidden = linear(x, w_in, param("b_in", zeros, ff=c.ff_dim) if c.ff_bias else None)
-        if c.gated:
+        if c.gated_ffn:
             w_gate = param("w_gate", self.inits.inner, embed=c.d_model, ff=c.ff_dim)
             gate = linear(x, w_gate, param("b_gate", zeros, ff=c.ff_dim) if c.ff_bias else None)
             hidden = activation(gate) * hidden

@@ -16,17 +16,17 @@ T5_BUCKETS, T5_MAX_DISTANCE = 32, 128
 
 
 def rotate(x: Float[Array, "B T N C"], positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T N C"]:
-    """Rotary embedding (Su et al. 2021) of the first `rotary_channels` channels of every head.
+    """Rotary embedding (Su et al. 2021) of the first `rope_dim` channels of every head.
 
-    "rotary-pairs" turns channels (2i, 2i+1) together, as GPT-J; "rotary-halves" channels (i, i + r/2), as GPT-NeoX and
+    "rope-interleaved" turns channels (2i, 2i+1) together, as GPT-J; "rope-half" channels (i, i + r/2), as GPT-NeoX and
     Llama. The two are the same function of permuted weights, so a checkpoint must say which it was trained with.
     """
-    r = config.rotary_channels
+    r = config.rope_dim
     frequencies = jnp.asarray(rotary_frequencies(config), jnp.float32)  # rounded once
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]  # [B, T, r/2]
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
     turning, still = x[..., :r].astype(jnp.float32), x[..., r:]
-    if config.positions == "rotary-pairs":
+    if config.positions == "rope-interleaved":
         a, b = turning[..., 0::2], turning[..., 1::2]
         turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turning.shape)
     else:
@@ -38,14 +38,14 @@ def rotate(x: Float[Array, "B T N C"], positions: Int[Array, "B T"], config: Mod
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians per position of each turning pair, float64 [r/2].
 
-    With `rotary_scaling` as in Llama 3.1: those that turn less than `low` times within the trained length become slower
+    With `rope_scaling` as in Llama 3.1: those that turn less than `low` times within the trained length become slower
     by the factor, those that turn more than `high` times stay, and those between are mixed of both.
     """
-    r = config.rotary_channels
-    frequencies = config.rotary_base ** (-np.arange(0, r, 2) / r)
-    if config.rotary_scaling is None:
+    r = config.rope_dim
+    frequencies = config.rope_theta ** (-np.arange(0, r, 2) / r)
+    if config.rope_scaling is None:
         return frequencies
-    factor, low, high, trained_len = config.rotary_scaling
+    factor, low, high, trained_len = config.rope_scaling
     turns = trained_len * frequencies / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return frequencies * (kept + (1 - kept) / factor)

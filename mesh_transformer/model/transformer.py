@@ -16,7 +16,7 @@ from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import constrain, target_platform
 from mesh_transformer.model.attention.kernels import choose_kernel
 from mesh_transformer.model.attention.layer import Attention, CrossAttention
-from mesh_transformer.model.attention.masks import Cache, Masks, Memory, Sight
+from mesh_transformer.model.attention.masks import AttentionContext, Cache, Masks, Memory
 from mesh_transformer.model.attention.ring import from_ring_order, to_ring_order
 from mesh_transformer.model.embedding import look_up
 from mesh_transformer.model.feed_forward import FeedForward
@@ -36,7 +36,7 @@ REMAT = {
     "dots": POLICIES.dots_with_no_batch_dims_saveable,
     "offload": POLICIES.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["stream"],
+        names_which_can_be_offloaded=["residual_stream"],
         offload_src="device",
         offload_dst="pinned_host",
     ),
@@ -51,7 +51,7 @@ class Block(hk.Module):
         self.config, self.local, self.has_experts = config, local, has_experts
 
     def __call__(
-        self, x: Float[Array, "B T D"], sight: Sight, cache: Cache | None
+        self, x: Float[Array, "B T D"], sight: AttentionContext, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None, Routing | None]:
         """The stream after this layer, the cache with its keys and values, and what a router did."""
         c, routing = self.config, None
@@ -64,7 +64,7 @@ class Block(hk.Module):
             if experts is None:
                 return dense(x)
             y, routing = experts(x, decoding=sight.sampling)
-            return y + dense(x) if c.experts and c.experts.shared else y
+            return y + dense(x) if c.experts and c.experts.shared_expert else y
 
         normed = _enter(Norm(c, name="norm_1")(x))
         mixed, cache = attention(normed, sight, cache)
@@ -81,17 +81,21 @@ class Block(hk.Module):
                 x = x + mixed + dropout(_leave(feed_forward(normed)), c.dropout)
             case "parallel-two-norms":  # GPT-NeoX
                 x = x + mixed + dropout(_leave(feed_forward(_enter(Norm(c, name="norm_2")(x)))), c.dropout)
-        return constrain(x, "batch", "stream", "residual"), cache, routing
+        return constrain(x, "batch", "activation_seq", "activation_embed"), cache, routing
 
 
 # Where the stream is cut along `tensor` too, it is gathered on its way into products and reduced on its way out. Said
 # twice: in one step from partial sums to the finer cut, the partitioner gathers the sequence over `context` as well.
 def _enter(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return constrain(constrain(x, "batch", "stream", "residual"), "batch", "sequence", "residual")
+    return constrain(
+        constrain(x, "batch", "activation_seq", "activation_embed"), "batch", "sequence", "activation_embed"
+    )
 
 
 def _leave(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return constrain(constrain(x, "batch", "sequence", "residual"), "batch", "stream", "residual")
+    return constrain(
+        constrain(x, "batch", "sequence", "activation_embed"), "batch", "activation_seq", "activation_embed"
+    )
 
 
 class Transformer(hk.Module):
@@ -155,7 +159,11 @@ class Transformer(hk.Module):
 
     @hk.experimental.name_like("__call__")
     def read(
-        self, sources: Int[Array, "B S"] | None, segments: Int[Array, "B S"] | None, sight: Sight, cache: Caches | None
+        self,
+        sources: Int[Array, "B S"] | None,
+        segments: Int[Array, "B S"] | None,
+        sight: AttentionContext,
+        cache: Caches | None,
     ) -> tuple[Memory | None, Routing | None]:
         """What the encoder makes of `sources`, or that it has read them before into the cache; None without an encoder.
 
@@ -165,11 +173,13 @@ class Transformer(hk.Module):
         if encoder is None:
             if sources is not None:
                 raise ConfigError(
-                    "sources are for a model with an encoder; set model.encoder_layers, or leave them out"
+                    "sources are for a model with an encoder; set model.n_encoder_layers, or leave them out"
                 )
             return None, None
         if sources is None and cache is None:
-            raise ConfigError(f"model.encoder_layers={encoder.n_layers}: the encoder has nothing to read; give sources")
+            raise ConfigError(
+                f"model.n_encoder_layers={encoder.n_layers}: the encoder has nothing to read; give sources"
+            )
         length = cache[0].memory.k.shape[-2] if sources is None else sources.shape[1]  # type: ignore[index]
         visible = jnp.ones((1, sight.positions.shape[1], length), bool)
         if segments is not None or sight.segments is not None:
@@ -192,28 +202,30 @@ class Transformer(hk.Module):
         x = look_up(table, tokens, c.dtype)
         if c.positions == "learned":
             w_positions = param("w_positions", inits.position, position=c.seq_len, embed=c.d_model)
-            x = x + constrain(w_positions, "position", "residual")[positions].astype(c.dtype)
-        return constrain(dropout(x, c.dropout), "batch", "stream", "residual")
+            x = x + constrain(w_positions, "position", "activation_embed")[positions].astype(c.dtype)
+        return constrain(dropout(x, c.dropout), "batch", "activation_seq", "activation_embed")
 
     @hk.experimental.name_like("__call__")
     def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The stream after the last layer, as the head reads it: whole along `tensor`, whose devices score other tokens."""
         x = _enter(Norm(self.config, name="norm_out")(x))
-        return x * self.config.d_model**-0.5 if self.config.head_scale == "sqrt" else x
+        return x * self.config.d_model**-0.5 if self.config.logit_scale == "rsqrt_d_model" else x
 
     @hk.experimental.name_like("__call__")
-    def see(self, positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Caches | None) -> Sight:
+    def see(
+        self, positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Caches | None
+    ) -> AttentionContext:
         """Causality is by place in the sequence; with a cache, place and position are the same."""
         c, length, sampling = self.config, positions.shape[1], cache is not None
         if sampling and not c.causal:
             raise ConfigError(
                 "model.causal=false: an encoder sees all of a text at once and writes none; use it without a cache"
             )
-        kernel = "plain"  # while arrays are made, at no particular length
+        kernel = "dense"  # while arrays are made, at no particular length
         if not hk.running_init():
             kernel = choose_kernel(c, length, segmented=segments is not None, cached=cache is not None)
-        if kernel != "plain":
-            return Sight(kernel, positions, segments, None, sampling)
+        if kernel != "dense":
+            return AttentionContext(kernel, positions, segments, None, sampling)
         if cache is None:
             query = key = to_ring_order(jnp.arange(length)[None])
         else:
@@ -223,17 +235,17 @@ class Transformer(hk.Module):
         if segments is not None:
             visible = visible & (segments[:, :, None] == segments[:, None, :])
         near = visible & (jnp.abs(distance) < c.attention_window)
-        return Sight(kernel, positions, segments, Masks(visible, near, RelativeBias(c)(distance)), sampling)
+        return AttentionContext(kernel, positions, segments, Masks(visible, near, RelativeBias(c)(distance)), sampling)
 
     @hk.experimental.name_like("__call__")
     def run_layers(
-        self, x: Float[Array, "B T D"], sight: Sight, caches: Caches | None
+        self, x: Float[Array, "B T D"], sight: AttentionContext, caches: Caches | None
     ) -> tuple[Float[Array, "B T D"], Caches | None, Routing | None]:
         """All layers, as a scan over periods of the pattern; what routers did, by layer that has one."""
         c, pattern = self.config, self.config.pattern
 
         def period(x: Array, caches: Caches | None) -> tuple[Array, tuple[Caches | None, list[Routing]]]:
-            x, updated, routings = checkpoint_name(x, "stream"), [], []
+            x, updated, routings = checkpoint_name(x, "residual_stream"), [], []
             for i, (local, has_experts) in enumerate(pattern):
                 block = Block(c, local=local, has_experts=has_experts, name=f"block_{i}")
                 x, own, routing = block(x, sight, None if caches is None else caches[i])
@@ -247,7 +259,7 @@ class Transformer(hk.Module):
             period = hk.remat(period, policy=REMAT[c.remat])
         n_periods = c.n_layers // len(pattern)
         stack = hk.experimental.layer_stack(
-            n_periods, with_per_layer_inputs=True, unroll=min(c.unroll, n_periods), name=STACK
+            n_periods, with_per_layer_inputs=True, unroll=min(c.scan_unroll, n_periods), name=STACK
         )
         x, (caches, routings) = stack(period)(x, caches)
         if not routings:

@@ -36,7 +36,7 @@ def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
     _check(job, layout)
     model, serve = job.config.model, job.config.serve
     shapes, _ = describe_state(job.config)
-    programs = Programs(model, shapes.params, layout, weights=serve.weights, cache=serve.cache)
+    programs = Programs(model, shapes.params, layout, weights=serve.weight_dtype, cache=serve.kv_cache_dtype)
     asked = jax.eval_shape(lambda: stack_rows([Row(0, np.zeros(1, np.int32), SampleConfig(), 1)], model.n_vocab))
     state = jax.eval_shape(lambda like: programs.empty_state(like, job.batch, job.context), asked)
     state = _place(state, layout)
@@ -86,7 +86,7 @@ def _make_writer(job: Job, layout: Layout) -> tuple[Writer, Writing]:
     _check(job, layout)
     shapes, _ = describe_state(job.config)
     serve = job.config.serve
-    writer = Writer(job.config.model, shapes.params, layout, weights=serve.weights, cache=serve.cache)
+    writer = Writer(job.config.model, shapes.params, layout, weights=serve.weight_dtype, cache=serve.kv_cache_dtype)
 
     def begin() -> Writing:
         segments, keys = jnp.ones((job.batch, job.context), jnp.int32), jax.random.split(jax.random.key(0), job.batch)
@@ -99,7 +99,7 @@ def _place(shapes: Any, layout: Layout) -> Any:
     """Shapes with places: those of `caches` as caches lie, all else cut along the batch."""
 
     def put(leaf: jax.ShapeDtypeStruct, *axes: str) -> jax.ShapeDtypeStruct:
-        axes = axes or ("batch", *["residual"] * leaf.ndim)[: leaf.ndim]
+        axes = axes or ("batch", *["activation_embed"] * leaf.ndim)[: leaf.ndim]
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(axes, leaf.shape, "state"))
 
     if not isinstance(shapes, State | Writing):
@@ -135,7 +135,7 @@ def _held(shapes: Any) -> int:
 
 
 def _chosen(model: ModelConfig) -> float:
-    return model.experts.per_token if model.experts else 0.0
+    return model.experts.n_experts_per_token if model.experts else 0.0
 
 
 def _product_flops(params: Mapping[str, ParamInfo], model: ModelConfig) -> float:

@@ -52,8 +52,8 @@ def make_pieces(config: Config, devices: int) -> Pieces:
     if sizes["data"] == -1:
         sizes["data"] = max(devices // math.prod(size for axis, size in sizes.items() if axis != "data"), 1)
     rules = make_rules(config.mesh.rules)
-    if config.mesh.sequence_parallel and "stream" not in config.mesh.rules:
-        rules["stream"] = (*rules["sequence"], "tensor")
+    if config.mesh.sequence_parallel and "activation_seq" not in config.mesh.rules:
+        rules["activation_seq"] = (*rules["sequence"], "tensor")
     return Pieces(sizes, rules)
 
 
@@ -70,17 +70,17 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
     total = sum(math.prod(info.shape) for info in params.values())
     tokens = train.batch_size * model.seq_len
     stacks = _find_stacks(config, params)
-    rows = train.batch_size / train.accumulation / pieces.cut("batch")  # of a device's microbatch
+    rows = train.batch_size / train.grad_accum_steps / pieces.cut("batch")  # of a device's microbatch
     # Tokens of it that pass each of the decoder's layers; with an encoder as many as make up for its layers too.
     own = rows * sum(stack.model.n_layers * stack.length for stack in stacks) / model.n_layers
     moments = held * _moment_bytes(config)
     gradients = 4 * held
     plain = _makes_scores(model, topology)
     kept = model.n_layers * own / pieces.cut("sequence") * _kept_per_token(model, pieces, item, plain)
-    logits = rows * config.target_len / pieces.cut("sequence") / train.loss_pieces * model.n_vocab / pieces.cut("vocab")
+    logits = rows * config.target_len / pieces.cut("sequence") / train.loss_chunks * model.n_vocab / pieces.cut("vocab")
     head = 4 * model.d_model * model.n_vocab / pieces.cut("vocab")
     working = max(LOGIT_BYTES * logits + head, _layer_bytes(model, pieces, rows * model.seq_len, item, plain))
-    peak = 4 * held + moments + gradients * (2 if train.accumulation > 1 else 1) + kept + working
+    peak = 4 * held + moments + gradients * (2 if train.grad_accum_steps > 1 else 1) + kept + working
     counted = [
         _flops(stack.model, count_active(stack.params, rows_per_token(model), model), train.batch_size * stack.length)
         for stack in stacks
@@ -157,17 +157,17 @@ def _moment_bytes(config: Config) -> float:
 def _makes_scores(model: ModelConfig, topology: Topology) -> bool:
     """Whether attention writes all its scores: not on accelerators, where kernels go by blocks, nor with long CPU rows."""
     if model.attention_kernel != "auto":
-        return model.attention_kernel == "plain"
+        return model.attention_kernel == "dense"
     return topology.chip is None and model.seq_len <= 1024
 
 
 def _kept_per_token(model: ModelConfig, pieces: Pieces, item: int, plain: bool) -> float:
     """Bytes that one layer keeps for each token's backward pass; with full remat, one period of layers its input."""
     period = len(model.pattern)
-    stream = model.d_model * item / (pieces.cut("stream") / pieces.cut("sequence"))
+    stream = model.d_model * item / (pieces.cut("activation_seq") / pieces.cut("sequence"))
     mixed = model.n_heads * model.head_dim * item / pieces.cut("heads")
     heads = mixed + 2 * model.kv_heads * model.head_dim * item / pieces.cut("kv_heads")
-    hidden = _hidden_rows(model) / period * model.ff_dim * item * (2 if model.gated else 1) / pieces.cut("ff")
+    hidden = _hidden_rows(model) / period * model.ff_dim * item * (2 if model.gated_ffn else 1) / pieces.cut("ff")
     scores = 6 * model.n_heads / pieces.cut("heads") * model.seq_len if plain else mixed
     match model.remat:
         case "none":
@@ -188,7 +188,7 @@ def _layer_bytes(model: ModelConfig, pieces: Pieces, own: float, item: int, plai
     mixed = 6 * item * model.n_heads * model.head_dim / pieces.cut("heads")
     scores = SCORE_BYTES * model.n_heads / pieces.cut("heads") * model.seq_len if plain else mixed
     rows = _hidden_rows(model)
-    hidden = HIDDEN_BYTES * rows * model.ff_dim / pieces.cut("ff") * (2 if model.gated else 1)
+    hidden = HIDDEN_BYTES * rows * model.ff_dim / pieces.cut("ff") * (2 if model.gated_ffn else 1)
     layers = own * ((scores + 4 * item * model.d_model) * len(model.pattern) + hidden)
     n_experts = model.experts.n_experts / pieces.cut("expert") if model.experts else 1.0
     return layers + 2 * item * _layer_weights(model, max(n_experts, 1.0)) / pieces.cut("ff")
@@ -196,14 +196,14 @@ def _layer_bytes(model: ModelConfig, pieces: Pieces, own: float, item: int, plai
 
 def _hidden_rows(model: ModelConfig) -> float:
     """Rows of hidden units that a period of layers computes for each token."""
-    rows = rows_per_token(model) + (1.0 if model.experts and model.experts.shared else 0.0)
+    rows = rows_per_token(model) + (1.0 if model.experts and model.experts.shared_expert else 0.0)
     return sum(rows if has_experts else 1.0 for _, has_experts in model.pattern)
 
 
 def _layer_weights(model: ModelConfig, feed_forwards: float) -> float:
     """Of attention and so many feed-forward layers."""
     attention = 2 * model.d_model * (model.n_heads + model.kv_heads) * model.head_dim
-    return attention + feed_forwards * model.d_model * model.ff_dim * (3 if model.gated else 2)
+    return attention + feed_forwards * model.d_model * model.ff_dim * (3 if model.gated_ffn else 2)
 
 
 def _flops(model: ModelConfig, parameters: float, tokens: int) -> tuple[float, float]:
@@ -218,7 +218,7 @@ def _flops(model: ModelConfig, parameters: float, tokens: int) -> tuple[float, f
 
 def _hbm_bytes(config: Config, held: float, own: float, item: int, pieces: Pieces, plain: bool) -> float:
     """State read and written, weights read three times, and about thirty passes over each layer's activations."""
-    model, micro = config.model, config.train.accumulation
+    model, micro = config.model, config.train.grad_accum_steps
     state = held * (2 * (4 + _moment_bytes(config)) + 8)
     weights = 3 * item * held * pieces.sizes["fsdp"] * micro
     stream = 30 * item * model.d_model * own * model.n_layers * micro
@@ -231,7 +231,7 @@ def _hbm_bytes(config: Config, held: float, own: float, item: int, pieces: Piece
 def _traffic(
     config: Config, pieces: Pieces, held: float, own_experts: float, own: float, item: int, topology: Topology
 ) -> list[Traffic]:
-    model, micro = config.model, config.train.accumulation
+    model, micro = config.model, config.train.grad_accum_steps
     sizes, rows = pieces.sizes, []
 
     def add(axis: str, kind: str, count: int, sent: float) -> None:

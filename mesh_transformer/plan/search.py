@@ -96,7 +96,7 @@ def list_candidates(job: Job, chip: Chip) -> Iterator[Candidate]:
                 overrides = (
                     *(f"mesh.{axis}={mesh[axis]}" for axis in SEARCHED),
                     f'model.remat="{remat}"',
-                    f"train.accumulation={accumulation}",
+                    f"train.grad_accum_steps={accumulation}",
                 )
                 guess = estimate_training(change_config(config, overrides), job.topology, params)
                 roofline = make_roofline(guess, chip)

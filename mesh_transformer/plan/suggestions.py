@@ -116,9 +116,9 @@ def _groups(config: Config, devices: int) -> list[list[Change]]:
 def _loss(config: Config, cut_by: tuple[str, ...], sizes: dict[str, int]) -> list[Change]:
     """Logits of a quarter, or a sixteenth, of the sequences at a time: as much work as before."""
     length = config.model.seq_len // math.prod(sizes[axis] for axis in cut_by)
-    counts = [config.train.loss_pieces * n for n in (4, 16)]
+    counts = [config.train.loss_chunks * n for n in (4, 16)]
     return [
-        Change((f"train.loss_pieces={count}",), f"the loss in {count} pieces")
+        Change((f"train.loss_chunks={count}",), f"the loss in {count} pieces")
         for count in counts
         if length % count == 0
     ]
@@ -134,17 +134,17 @@ def _accumulation(config: Config, sizes: dict[str, int], rules: dict[str, tuple[
     rows = config.train.batch_size
     for axis in rules["batch"]:
         rows //= sizes[axis]
-    found, now = [], config.train.accumulation
+    found, now = [], config.train.grad_accum_steps
     if now > 1:  # a sum of gradients beside those of a microbatch may be larger than what the microbatches save
-        found.append(Change(("train.accumulation=1",), f"the batch in one piece instead of {now} microbatches"))
+        found.append(Change(("train.grad_accum_steps=1",), f"the batch in one piece instead of {now} microbatches"))
     for count in (now * 2**n for n in range(1, 12)):
         if rows % count == 0:
-            found.append(Change((f"train.accumulation={count}",), f"{count} microbatches instead of {now}"))
+            found.append(Change((f"train.grad_accum_steps={count}",), f"{count} microbatches instead of {now}"))
     return found
 
 
 def _sequence(config: Config, sizes: dict[str, int], rules: dict[str, tuple[str, ...]]) -> list[Change]:
-    if sizes.get("tensor", 1) == 1 or "tensor" in rules["stream"]:
+    if sizes.get("tensor", 1) == 1 or "tensor" in rules["activation_seq"]:
         return []
     return [Change(("mesh.sequence_parallel=true",), "the residual stream cut over tensor between blocks")]
 
@@ -169,10 +169,10 @@ def _moments(config: Config) -> list[Change]:
 def _batch(config: Config) -> list[Change]:
     """One microbatch and no more: no sum of gradients beside its own."""
     train = config.train
-    if train.accumulation == 1:
+    if train.grad_accum_steps == 1:
         return []
-    size = train.batch_size // train.accumulation
-    overrides = (f"train.batch_size={size}", "train.accumulation=1")
+    size = train.batch_size // train.grad_accum_steps
+    overrides = (f"train.batch_size={size}", "train.grad_accum_steps=1")
     return [Change(overrides, f"batches of {size} instead of {train.batch_size}, in one piece")]
 
 

@@ -58,8 +58,8 @@ def load_trained(path: str | Place, overrides: Iterable[str] = ()) -> Trained:
     keep_freed_memory(jax.default_backend() == "cpu")
     serve = config.serve
     tokenizer = tokenizer_from_json(meta["tokenizer"], where=where)
-    how: dict[str, Any] = dict(layout=layout, slots=serve.slots, weights=serve.weights, cache=serve.cache)
-    if config.model.encoder_layers is None:
+    how: dict[str, Any] = dict(layout=layout, slots=serve.slots, weights=serve.weight_dtype, cache=serve.kv_cache_dtype)
+    if config.model.n_encoder_layers is None:
         return Trained(Engine(config.model, _to_params(named), **how), tokenizer, config, step, where)
     tokenizer = SentinelTokenizer(tokenizer, config.model.n_vocab)
     how |= dict(start=tokenizer.start, end=tokenizer.end_of_text)

@@ -118,7 +118,7 @@ class TextGeneration:
         stops: Sequence[str] = (),
     ) -> None:
         ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
-        rooms = [max(min(options.max_tokens, engine.config.room_behind(len(prompt))), 1) for prompt in ids]
+        rooms = [max(min(options.max_tokens, engine.config.max_new_tokens(len(prompt))), 1) for prompt in ids]
         each = [dataclasses.replace(options, max_tokens=room) for room in rooms]
         self._rows = [
             TextRow(prompt, StreamDecoder(tokenizer, continues=bool(prompt)), StopStrings(stops))

@@ -65,7 +65,7 @@ class Left(Exception):
     """The client has gone."""
 
 
-def make_app(service: Service, *, timeout_seconds: float) -> FastAPI:
+def make_app(service: Service, *, request_timeout_seconds: float) -> FastAPI:
     """The application without what stands in front of it. `app.state.draining` becomes true when the server goes down."""
     app = FastAPI(title="Mesh Transformer", docs_url=None, redoc_url=None, responses=RESPONSES)
     app.state.draining = False
@@ -87,13 +87,15 @@ def make_app(service: Service, *, timeout_seconds: float) -> FastAPI:
     async def complete(body: CompleteRequest, request: Request) -> Response:
         """Continue a text by 256 tokens: the format of mesh-transformer-jax's server."""
         wanted = CompletionRequest(prompt=body.context, top_p=body.top_p, temperature=body.temp)
-        found = await unless_left(whole(partial(start_completion, service, wanted, ORIGINAL)), request, timeout_seconds)
+        found = await unless_left(
+            whole(partial(start_completion, service, wanted, ORIGINAL)), request, request_timeout_seconds
+        )
         return JSONResponse({"completion": found["choices"][0]["text"]})
 
     async def answer(start: Start, stream: bool, request: Request) -> Response:
         if stream:
-            return EventStream(start, timeout_seconds)
-        return JSONResponse(await unless_left(whole(start), request, timeout_seconds))
+            return EventStream(start, request_timeout_seconds)
+        return JSONResponse(await unless_left(whole(start), request, request_timeout_seconds))
 
     plain = app.openapi
 

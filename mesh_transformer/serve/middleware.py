@@ -28,12 +28,12 @@ class Guard:
         app: Any,  # an ASGI application
         *,
         token: str | None,
-        max_body: int,
-        body_seconds: float,
+        max_body_bytes: int,
+        body_timeout_seconds: float,
         count: Callable[[str, int], None],
     ):
         """Without a `token` only requests to this machine's own name are let in: a page elsewhere may not ask for it."""
-        self._app, self._token, self._max_body, self._body_seconds = app, token, max_body, body_seconds
+        self._app, self._token, self._max_body, self._body_seconds = app, token, max_body_bytes, body_timeout_seconds
         self._count = count
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

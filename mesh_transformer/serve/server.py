@@ -37,21 +37,23 @@ def serve(trained: Trained, *, name: str, host: str, port: int, token: str | Non
     Raises ConfigError if others could reach `host` and there is no `token`, or if the model has an encoder.
     """
     check_host(host, token)
-    if trained.config.model.encoder_layers is not None:
-        raise ConfigError("model.encoder_layers: the server continues texts with a decoder alone; use device_sample.py")
+    if trained.config.model.n_encoder_layers is not None:
+        raise ConfigError(
+            "model.n_encoder_layers: the server continues texts with a decoder alone; use device_sample.py"
+        )
     limits = trained.config.serve
-    worker = Worker(trained.engine, places=limits.slots + limits.queue, longest_warm=limits.warm_up)
+    worker = Worker(trained.engine, places=limits.slots + limits.max_queue, longest_warm=limits.warmup_tokens)
     measures = Measures(worker)
     longest = max(len(trained.tokenizer.decode_bytes([i])) for i in range(trained.tokenizer.n_vocab))
     grammars = Grammars(trained.tokenizer, trained.config.model.n_vocab)
     chats = Chats(trained.tokenizer, read_meta(trained), n_vocab=trained.config.model.n_vocab)
     service = Service(trained, worker, measures, grammars, name, longest, chats)
-    app = make_app(service, timeout_seconds=limits.timeout_seconds)
+    app = make_app(service, request_timeout_seconds=limits.request_timeout_seconds)
     guard = Guard(
         app,
         token=token,
-        max_body=limits.max_body,
-        body_seconds=limits.body_seconds,
+        max_body_bytes=limits.max_body_bytes,
+        body_timeout_seconds=limits.body_timeout_seconds,
         count=lambda path, status: measures.requests.labels(path, str(status)).inc(),
     )
 
@@ -60,7 +62,7 @@ def serve(trained: Trained, *, name: str, host: str, port: int, token: str | Non
 
         def connection_made(self, transport):  # pyright: ignore[reportIncompatibleMethodOverride]
             super().connection_made(transport)
-            self.loop.call_later(limits.body_seconds, lambda: self.cycle is None and transport.close())
+            self.loop.call_later(limits.body_timeout_seconds, lambda: self.cycle is None and transport.close())
 
     config = uvicorn.Config(
         guard,

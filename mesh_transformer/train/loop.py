@@ -29,7 +29,7 @@ SLOW_SECONDS = 10.0  # that training may wait for an earlier save without a word
 
 
 class TooManySkipped(RuntimeError):
-    """Steps were skipped until train.max_skipped was reached."""
+    """Steps were skipped until train.max_consecutive_skips was reached."""
 
 
 class Interrupted(Exception):
@@ -296,12 +296,12 @@ class Recorder:
         )
         self.log.event(step + 1, "skipped", text)
         self.progress.note(text)
-        if in_a_row >= train.max_skipped:
+        if in_a_row >= train.max_consecutive_skips:
             self.save(last=True)
             raise TooManySkipped(
-                f"{in_a_row} steps in a row were skipped (train.max_skipped); the last: {text}. Parameters are those of the last "
+                f"{in_a_row} steps in a row were skipped (train.max_consecutive_skips); the last: {text}. Parameters are those of the last "
                 f"good step, saved as step {self.run.step}. Look at the data (--look), lower optimizer.learning_rate, "
-                "or raise train.max_skipped"
+                "or raise train.max_consecutive_skips"
             )
 
     def _save_failed(self, error: CheckpointError) -> None:

@@ -70,9 +70,9 @@ def _score(
     if layout is None:
         return _score_here(x, w, b, targets, mask, (), (), (), **options)
     tokens = layout.spec(("batch", "sequence"), targets.shape, "activation [targets]")
-    stream = layout.spec(("batch", "sequence", "residual"), x.shape, "activation [hidden]")
+    stream = layout.spec(("batch", "sequence", "activation_embed"), x.shape, "activation [hidden]")
     whole = layout.spec(
-        ("residual", "vocab"), w.shape, "w_head"
+        ("activation_embed", "vocab"), w.shape, "w_head"
     )  # gathered along embed, which the batch may lie on too
     vocab = layout.spec(("vocab",), w.shape[1:], "w_head")
     rows_on, vocab_on = (tuple(a for part in spec for a in axes_of(part)) for spec in (tokens, vocab))

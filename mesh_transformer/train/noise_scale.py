@@ -52,8 +52,8 @@ def update_noise_scale(
     """
     if not 0 < small_batch < big_batch:
         raise ConfigError(
-            f"train.noise_scale compares microbatches with the batch, but here they have {small_batch} and {big_batch} "
-            "sequences; set train.accumulation to 2 or more, or train.noise_scale = false"
+            f"train.log_grad_noise_scale compares microbatches with the batch, but here they have {small_batch} and {big_batch} "
+            "sequences; set train.grad_accum_steps to 2 or more, or train.log_grad_noise_scale = false"
         )
     small, big = jnp.asarray(small_sq_norm, jnp.float32), jnp.asarray(big_sq_norm, jnp.float32)
     gradient = (big_batch * big - small_batch * small) / (big_batch - small_batch)

@@ -26,7 +26,7 @@ from mesh_transformer.train.schedule import make_schedule
 Axes = Mapping[str, Mapping[str, tuple[str, ...]]]  # {module: {name: logical axes}}, as the parameters are nested
 
 COPIES = (STACK, "expert")  # axes along which lie independent matrices
-TABLES = ("vocab", "position", "buckets", "routes")  # axes of embeddings, output layer and routers: a row per choice
+TABLES = ("vocab", "position", "buckets", "router")  # axes of embeddings, output layer and routers: a row per choice
 MUON_RMS = 0.2  # of an update's elements, about what AdamW's have: Liu et al. 2025 (arXiv 2502.16982), section 2.2
 # Quintic iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): steep at 0, ends in about [0.7, 1.2]
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

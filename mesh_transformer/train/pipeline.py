@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers as stages that microbatches follow one another through: GPipe, and one forward one backward (1F1B).
 
-P stages lie along the mesh axis `pipeline`, and M microbatches (train.accumulation) pass through them in ticks. The
+P stages lie along the mesh axis `pipeline`, and M microbatches (train.grad_accum_steps) pass through them in ticks. The
 stages are one vmapped function whose mapped axis is cut over `pipeline`, so tensor, context and fsdp work inside them as
 everywhere, and rings too. After a tick every activation moves to the next stage: 1 / (batch and stream pieces) of
 B T D elements for each device, one collective permute.
@@ -36,13 +36,13 @@ from mesh_transformer.model.params import STACK, ParamInfo, Params
 from mesh_transformer.model.transformer import Transformer, describe_params, head_of
 from mesh_transformer.train.loss import TokenLosses, score_tokens
 
-STREAM = ("batch", "stream", "residual")
+STREAM = ("batch", "activation_seq", "activation_embed")
 
 
 def bubble_share(config: Config) -> float:
     """Share of the time that a stage waits for its first microbatch, or for the others to finish; 0 without a pipeline."""
     stages = config.mesh.pipeline
-    return (stages - 1) / (config.train.accumulation + stages - 1)
+    return (stages - 1) / (config.train.grad_accum_steps + stages - 1)
 
 
 class Parts(NamedTuple):
@@ -116,7 +116,7 @@ def split_params(params: Params, parts: Parts) -> tuple[Params, Params, Params]:
 
 def _constrain_own(x: Array, parts: Parts, module: str, name: str) -> Array:
     info = parts.infos[module][name]
-    return constrain(x.reshape(parts.stages, -1, *info.shape[1:]), "stages", "pieces", *info.axes[1:])
+    return constrain(x.reshape(parts.stages, -1, *info.shape[1:]), "stage", "microbatch", *info.axes[1:])
 
 
 def _join(own: Any) -> Any:
@@ -130,7 +130,7 @@ def _over_stages(function: Callable[..., Any], in_axes: tuple) -> Callable[..., 
 
 def _pass_on(x: Float[Array, "P B T D"], by: int) -> Float[Array, "P B T D"]:
     """What a stage has goes to the next (by = 1) or the one before (by = -1)."""
-    return constrain(jnp.roll(x, by, axis=0), "stages", *STREAM)
+    return constrain(jnp.roll(x, by, axis=0), "stage", *STREAM)
 
 
 def _at(x: Float[Array, "P B T D"], stage: int) -> Float[Array, "B T D"]:
@@ -142,7 +142,7 @@ def _at(x: Float[Array, "P B T D"], stage: int) -> Float[Array, "B T D"]:
 def _put(x: Float[Array, "P B T D"], stage: int, value: Float[Array, "B T D"]) -> Float[Array, "P B T D"]:
     """`x` with another value at one stage."""
     chosen = jnp.arange(x.shape[0])[:, None, None, None] == stage
-    return constrain(jnp.where(chosen, value[None], x), "stages", *STREAM)
+    return constrain(jnp.where(chosen, value[None], x), "stage", *STREAM)
 
 
 def _due(index: Array, work: Work) -> Array:
@@ -170,12 +170,12 @@ def _forward(
     out, routed = run(own, work.keys(index, stage + 1), arriving, part.positions, work.segments(part))
     due = _due(index, work)
     count = lambda total, x: total + jnp.where(due.reshape(-1, *[1] * (x.ndim - 1)), x, 0)  # noqa: E731
-    return constrain(out, "stages", *STREAM), arriving, jax.tree.map(count, routing, routed)
+    return constrain(out, "stage", *STREAM), arriving, jax.tree.map(count, routing, routed)
 
 
 def _empty(config: Config, parts: Parts, work: Work) -> Array:
     shape = (parts.stages, *work.batch.tokens.shape[1:], config.model.d_model)
-    return constrain(jnp.zeros(shape, config.model.dtype), "stages", *STREAM)
+    return constrain(jnp.zeros(shape, config.model.dtype), "stage", *STREAM)
 
 
 def pipeline_hidden(config: Config, params: Params, work: Work) -> tuple[Float[Array, "M B T D"], Routing | None]:
@@ -212,7 +212,7 @@ def pipeline_gradients(
     split, count = split_params(params, parts), work.batch.tokens.shape[0]
     slots = 2 * parts.stages - 1
     empty = _empty(config, parts, work)
-    kept = constrain(jnp.zeros((slots, *empty.shape), empty.dtype), "pieces", "stages", *STREAM)
+    kept = constrain(jnp.zeros((slots, *empty.shape), empty.dtype), "microbatch", "stage", *STREAM)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), split)
     zeros = (split_params(_join(zeros[0]), parts)[0], *zeros[1:])
     zero = jnp.zeros(())
@@ -245,7 +245,7 @@ def _tick(
     if forward:
         out, taken, routing = _forward(parts, work, split, flow.arriving, flow.routing, tick)
         kept = jax.lax.dynamic_update_index_in_dim(flow.kept, taken, tick % flow.kept.shape[0], 0)
-        kept = constrain(kept, "pieces", "stages", *STREAM)
+        kept = constrain(kept, "microbatch", "stage", *STREAM)
         flow = flow._replace(arriving=_pass_on(out, 1), kept=kept, routing=routing)
         if backward:
             part = work.take(tick - last)
@@ -270,7 +270,7 @@ def _score(
     head = head_of(outer, config.model)
     x = parts.finish(outer, None, x)
     scored: Any = score_tokens(
-        x, head.w, head.b, part.targets, part.mask, config.train.z_loss, config.train.loss_pieces
+        x, head.w, head.b, part.targets, part.mask, config.train.z_loss, config.train.loss_chunks
     )
     total, sums = scored
     return total / tokens, sums
@@ -302,4 +302,4 @@ def _backward(
     d_own, d_shared, dx = _over_stages(back, (0, 1, 0, 0, 0, 0, 0))(
         own, flow.kept, slot, work.keys(index, stage + 1), part.positions, work.segments(part), gradients
     )
-    return d_own, jax.tree.map(lambda x: jnp.sum(x, axis=0), d_shared), constrain(dx, "stages", *STREAM)
+    return d_own, jax.tree.map(lambda x: jnp.sum(x, axis=0), d_shared), constrain(dx, "stage", *STREAM)

@@ -37,11 +37,17 @@ from mesh_transformer.train.step import Metrics, make_eval_step, make_train_step
 
 # Settings that may change when a run is resumed without changing what it computes, or that are plainly meant to.
 MAY_CHANGE = (
-    "run.dir", "run.start_from", "run.keep_optimizer", "mesh", "model.remat", "model.attention_kernel", "model.unroll",
+    "run.dir", "run.init_from", "run.load_optimizer_state", "mesh", "model.remat", "model.attention_kernel", "model.scan_unroll",
     "model.preset", "data.cache_dir", "data.validation", "data.max_epochs", "evaluate",
 )  # fmt: skip
 MAY_CHANGE_SECTIONS = ("optimizer", "train", "checkpoint", "sample", "track")  # said aloud
-MUST_STAY = ("train.batch_size", "train.ramp_from", "train.ramp_steps", "optimizer.name", "train.noise_scale")
+MUST_STAY = (
+    "train.batch_size",
+    "train.batch_ramp_from",
+    "train.batch_ramp_steps",
+    "optimizer.name",
+    "train.log_grad_noise_scale",
+)
 
 
 @dataclasses.dataclass
@@ -136,18 +142,18 @@ def open_run(
         folder.checkpoints,
         keep_last=keep.keep_last,
         keep_every=keep.keep_every,
-        asynchronous=keep.asynchronous,
+        asynchronous=keep.async_save,
         writable=at is None,
     )
     notes: list[str] = []
-    newest = store.newest if keep.resume == "newest" else lambda: store.newest_intact(report)
+    newest = store.newest if keep.resume == "latest" else lambda: store.newest_intact(report)
     step = from_first("newest step", newest) if at is None else at or None
     state = None if step is None else _restore(config, data, store, step, shapes, shardings, notes)
     if state is None:
         init = jax.jit(make_init_state(config), out_shardings=shardings)
         state = init(jax.random.key(config.run.seed))
-        if config.run.start_from:
-            state = start_from(config, state, shardings, notes)
+        if config.run.init_from:
+            state = init_from(config, state, shardings, notes)
     batch = abstract_batch(config, layout)
     flops = count_flops(make_train_step(without_remat(config)), shapes, batch) / config.train.batch_size
     return Run(
@@ -215,12 +221,12 @@ def meet_compiled(step: Any) -> Callable[..., Any]:
 
 def check_batches(config: Config, layout: Layout) -> None:
     """Every batch and microbatch divides over the mesh; ConfigError with the nearest sizes that do."""
-    pieces = layout.batch_pieces * config.train.accumulation
+    pieces = layout.batch_pieces * config.train.grad_accum_steps
     for _, size in batch_ramp(config.train):
         if size % pieces:
             raise ConfigError(
                 f"train.batch_size: {size} sequences do not divide over {layout.batch_pieces} device(s) along the batch x "
-                f"train.accumulation={config.train.accumulation}; use, for example, {max(size // pieces, 1) * pieces}"
+                f"train.grad_accum_steps={config.train.grad_accum_steps}; use, for example, {max(size // pieces, 1) * pieces}"
             )
 
 
@@ -286,13 +292,13 @@ def _restore(
     return unflatten_state(named, shapes)
 
 
-def start_from(config: Config, state: State, shardings: State, notes: list[str]) -> State:
-    """A new state with the weights of another checkpoint (`run.start_from`), and with `run.keep_optimizer` its moments.
+def init_from(config: Config, state: State, shardings: State, notes: list[str]) -> State:
+    """A new state with the weights of another checkpoint (`run.init_from`), and with `run.load_optimizer_state` its moments.
 
     The step, the schedule and the guard begin anew; arrays become of the state's types. Raises ConfigError if the model
     is another function, and CheckpointError for damage, or moments of another optimizer.
     """
-    store, step = find_checkpoint(config.run.start_from)
+    store, step = find_checkpoint(config.run.init_from)
     where = f"{store.root}/step_{step}"
     before = parse_model(store.read_meta(step)["config"]["model"], where=where).describe_function()
     now = config.model.describe_function()
@@ -301,9 +307,9 @@ def start_from(config: Config, state: State, shardings: State, notes: list[str])
     before, now = _flatten({"model": before}), _flatten({"model": now})
     if changed := [key for key in sorted(before.keys() | now.keys()) if now.get(key) != before.get(key)]:
         words = ", ".join(f"{key} = {now.get(key)!r} (there {before.get(key)!r})" for key in changed)
-        raise ConfigError(f"run.start_from: {where} is of another model: {words}; set these as they are there")
+        raise ConfigError(f"run.init_from: {where} is of another model: {words}; set these as they are there")
     named, places, records = flatten_state(state), flatten_state(shardings), store.read_manifest(step).arrays
-    parts = ("params/", "opt_state/") if config.run.keep_optimizer else ("params/",)
+    parts = ("params/", "opt_state/") if config.run.load_optimizer_state else ("params/",)
     for part in parts:
         like = {
             name: jax.ShapeDtypeStruct(
@@ -331,7 +337,7 @@ def abstract_batch(config: Config, layout: Layout | None = None) -> Batch:
         sharding = layout and layout.sharding(("batch", "sequence"), shape, "batch")
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    integers, sources = describe(config.target_len), config.model.encoder_layers and describe(config.model.seq_len)
+    integers, sources = describe(config.target_len), config.model.n_encoder_layers and describe(config.model.seq_len)
     return Batch(integers, integers, integers, integers, describe(config.target_len, np.float32), sources)
 
 

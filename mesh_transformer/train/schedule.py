@@ -104,18 +104,18 @@ def _decay_steps(config: OptimizerConfig, steps: int) -> int:
 def batch_ramp(train: TrainConfig) -> list[tuple[int, int]]:
     """(first step, batch size in sequences) of every stage of the run, in order; one stage without a ramp.
 
-    With F = ramp_from and n = batch_size / F, the sizes are F m, m running from 1 to n in equal strides rounded down to
+    With F = batch_ramp_from and n = batch_size / F, the sizes are F m, m running from 1 to n in equal strides rounded down to
     whole numbers: all n of them, or 16 if there are more. The r sizes take over at equal distances, stage i at step
-    ceil(i ramp_steps / (r - 1)): a linear growth, F at step 0 and batch_size from ramp_steps on (GPT-3, arXiv
+    ceil(i batch_ramp_steps / (r - 1)): a linear growth, F at step 0 and batch_size from batch_ramp_steps on (GPT-3, arXiv
     2005.14165, appendix B). A multiple of F cuts evenly into whatever F does: microbatches and devices.
     """
-    if train.ramp_from is None or train.ramp_from == train.batch_size:
+    if train.batch_ramp_from is None or train.batch_ramp_from == train.batch_size:
         return [(0, train.batch_size)]
-    multiples = train.batch_size // train.ramp_from
+    multiples = train.batch_size // train.batch_ramp_from
     last = min(multiples, MAX_RAMP_SIZES) - 1
     stages: dict[int, int] = {}
     for i in range(last + 1):  # a ramp of fewer steps than sizes leaves some out: the later of two at one step counts
-        stages[-(-i * train.ramp_steps // last)] = train.ramp_from * (1 + i * (multiples - 1) // last)
+        stages[-(-i * train.batch_ramp_steps // last)] = train.batch_ramp_from * (1 + i * (multiples - 1) // last)
     return list(stages.items())
 
 

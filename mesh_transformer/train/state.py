@@ -64,7 +64,7 @@ def make_init_state(config: Config) -> Callable[[PRNGKeyArray], State]:
         params = model.init(key)
         zero = jnp.zeros((), jnp.int32)
         guard = Guard(zero, zero, zero, jnp.zeros(WINDOW), jnp.zeros(WINDOW))
-        noise = init_noise_scale() if config.train.noise_scale else None
+        noise = init_noise_scale() if config.train.log_grad_noise_scale else None
         return State(zero, params, optimizer.init(params), guard, noise)
 
     return init
@@ -74,7 +74,7 @@ def describe_state(config: Config) -> tuple[State, State]:
     """The state as shapes, and in the same structure the logical axes of each array; nothing is allocated."""
     shapes = jax.eval_shape(make_init_state(config), jax.random.key(0))
     axes = param_axes(config)
-    small = lambda tree: jax.tree.map(lambda leaf: ("window",) * leaf.ndim, tree)  # noqa: E731
+    small = lambda tree: jax.tree.map(lambda leaf: ("replicated",) * leaf.ndim, tree)  # noqa: E731
     return shapes, State(
         step=(),
         params=axes,

@@ -18,8 +18,8 @@ from mesh_transformer.model.moe.router import Routing, empty_routing, router_los
 from mesh_transformer.model.params import STACK, Params
 from mesh_transformer.model.transformer import Model, head_of, make_model
 from mesh_transformer.reports.metrics_log import pick_layers
-from mesh_transformer.train.loss import TokenLosses, score_tokens
 from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale
+from mesh_transformer.train.loss import TokenLosses, score_tokens
 from mesh_transformer.train.optimizer import global_norm
 from mesh_transformer.train.pipeline import Work, pipeline_gradients, pipeline_hidden
 from mesh_transformer.train.schedule import make_schedule
@@ -48,13 +48,13 @@ def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, Met
         found = gradients(state.params, batch, key)
         loss = found.losses.nats / found.losses.tokens
         grad_norm = global_norm(found.grads)
-        ok = _accept(state.guard, loss, grad_norm, train.spike_factor)
+        ok = _accept(state.guard, loss, grad_norm, train.loss_spike_factor)
 
         updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         noise = state.noise
         if noise is not None:
-            small = batch.tokens.shape[0] // train.accumulation
+            small = batch.tokens.shape[0] // train.grad_accum_steps
             noise = update_noise_scale(
                 noise, found.micro_square_norm, jnp.square(grad_norm), small, batch.tokens.shape[0]
             )
@@ -74,10 +74,10 @@ def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, Met
             "skipped_in_a_row": guard.in_a_row,
         }
         if found.losses.routing is not None:
-            metrics |= describe_routing(jax.tree.map(lambda x: x / train.accumulation, found.losses.routing))
+            metrics |= describe_routing(jax.tree.map(lambda x: x / train.grad_accum_steps, found.losses.routing))
         if kept[2] is not None:
             metrics["noise_scale"] = noise_scale(kept[2])
-        if train.layer_norms:
+        if train.log_layer_grad_norms:
             metrics["layer_grad_norms"] = layer_norms(found.grads)
         params, opt_state, noise = kept
         return State(state.step + 1, params, opt_state, guard, noise), metrics
@@ -120,7 +120,7 @@ def model_inputs(config: Config, batch: Batch) -> dict[str, Any]:
 
     Elsewhere the model's own defaults cost nothing.
     """
-    if config.model.encoder_layers is not None:
+    if config.model.n_encoder_layers is not None:
         return {"sources": batch.sources}
     return {"positions": batch.positions, "segments": batch.segments} if config.data.isolate_documents else {}
 
@@ -138,19 +138,19 @@ def _score_batch(
         x, routing = model.hidden(params, batch.tokens, dropout_key=key, **model_inputs(config, batch))
         targets, mask = to_ring_order(batch.targets), to_ring_order(batch.mask)
     head = head_of(params, config.model)
-    scored: Any = score_tokens(x, head.w, head.b, targets, mask, config.train.z_loss, config.train.loss_pieces)
+    scored: Any = score_tokens(x, head.w, head.b, targets, mask, config.train.z_loss, config.train.loss_chunks)
     total, sums = scored
     return total, sums._replace(routing=routing)
 
 
 def _make_work(config: Config, batch: Batch, key: Array | None) -> Work:
-    parts = _cut(jax.tree.map(to_ring_order, batch), config.train.accumulation)
+    parts = _cut(jax.tree.map(to_ring_order, batch), config.train.grad_accum_steps)
     return Work(parts, config.data.isolate_documents, key)
 
 
 def make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gradients]:
     """(parameters, batch, dropout key) -> gradients of the mean loss, accumulated in float32 over the microbatches."""
-    model, pieces = make_model(config.model), config.train.accumulation
+    model, pieces = make_model(config.model), config.train.grad_accum_steps
 
     def loss_of(params: Params, part: Batch, key: Array | None, tokens: Array) -> tuple[Array, TokenLosses]:
         total, sums = _score_batch(config, model, params, part, key)
@@ -191,18 +191,20 @@ def _cut(batch: Batch, pieces: int) -> Batch:
 
     def cut(x: Array) -> Array:
         parts = x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(parts, "pieces", "batch", *["sequence"] * (parts.ndim - 2))
+        return constrain(parts, "microbatch", "batch", *["sequence"] * (parts.ndim - 2))
 
     return jax.tree.map(cut, batch)
 
 
-def _accept(guard: Guard, loss: Float[Array, ""], grad_norm: Float[Array, ""], spike_factor: float) -> Bool[Array, ""]:
-    """Finite, and no spike: below `spike_factor` medians of the last WINDOW accepted steps, once there are so many."""
+def _accept(
+    guard: Guard, loss: Float[Array, ""], grad_norm: Float[Array, ""], loss_spike_factor: float
+) -> Bool[Array, ""]:
+    """Finite, and no spike: below `loss_spike_factor` medians of the last WINDOW accepted steps, once there are so many."""
     ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    if not spike_factor:
+    if not loss_spike_factor:
         return ok
-    calm = (loss <= spike_factor * jnp.median(guard.losses)) & (
-        grad_norm <= spike_factor * jnp.median(guard.grad_norms)
+    calm = (loss <= loss_spike_factor * jnp.median(guard.losses)) & (
+        grad_norm <= loss_spike_factor * jnp.median(guard.grad_norms)
     )
     return ok & (calm | (guard.accepted < WINDOW))
 

@@ -245,7 +245,7 @@ def train(options: argparse.Namespace, texts: dict[str, Any], name: str, seed: i
         f"run.dir={json.dumps(str(run))}",
         f"run.seed={seed}",
         f"data.train={{text={{path={json.dumps(texts['trained'][name]['path'])}}}}}",
-        "data.holdout=0",
+        "data.holdout_one_in=0",
         f"data.cache_dir={json.dumps(str((options.out / 'cache').absolute()))}",
         "train.evaluate_every=0",
         "sample.prompts=[]",

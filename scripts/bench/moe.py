@@ -13,7 +13,7 @@ examples:
       two quiet cores
   python scripts/bench/moe.py --seeds 0
       the speed alone
-  python scripts/bench/moe.py --seeds 1 --experts 'model.experts={n_experts=8, per_token=2}' --experts model.d_ff=256
+  python scripts/bench/moe.py --seeds 1 --experts 'model.experts={n_experts=8, n_experts_per_token=2}' --experts model.d_ff=256
       two experts of half the width a token in every layer, which take all that come
 
 exit status: 0 done, 1 failed, 2 wrong usage
@@ -47,7 +47,9 @@ ROOT = Path(__file__).parents[2]
 # As in Switch: one expert of the dense layer's width a token, in every other layer. The whole batch shares the seats, as
 # many as there are tokens: no FLOP more than the dense model's. Experts in all layers lose in runs this short: each sees
 # an eighth of the text, and its router hardly decides (entropy 2.0 of at most 2.08 nats), held back by the balance loss.
-EXPERTS = ("model.experts={n_experts=8, every=2, group=64, capacity_factor=1.0, evaluation_capacity_factor=2.0}",)
+EXPERTS = (
+    "model.experts={n_experts=8, layer_interval=2, group_size=64, capacity_factor=1.0, eval_capacity_factor=2.0}",
+)
 # One optimizer that costs no more for several small weights than for a large one; Muon multiplies matrices for each.
 COMMON = ('optimizer.name="adamw"', "optimizer.learning_rate=3e-3", "sample.prompts=[]")
 POINTS = 10  # evaluations of a run

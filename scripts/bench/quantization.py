@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     windows: list[list[int]] = []
     rows: list[dict[str, Any]] = []
     for weights, cache in KINDS:
-        trained = load_trained(options.run, [f'serve.weights="{weights}"', f'serve.cache="{cache}"'])
+        trained = load_trained(options.run, [f'serve.weight_dtype="{weights}"', f'serve.kv_cache_dtype="{cache}"'])
         windows = windows or find_windows(trained, options.text, options.windows)
         row: dict[str, Any] = {"weights": weights, "cache": cache} | measure(trained, windows, options.tokens)
         rows.append(row | {"ratio": row["perplexity"] / (rows[0] if rows else row)["perplexity"]})

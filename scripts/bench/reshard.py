@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
 
 def make_model_folder(folder: Path, n_layers: int, dtype: str = "float32") -> None:
     """A GPT-J with narrow layers and random weights in one safetensors file."""
-    small: dict[str, Any] = dict(n_layers=n_layers, d_model=1536, n_heads=16, rotary_dims=32)
+    small: dict[str, Any] = dict(n_layers=n_layers, d_model=1536, n_heads=16, rope_dims=32)
     config = ModelConfig(**PRESETS["gptj-6b"] | small)
     kind, table = find_family(config)
     folder.mkdir()

@@ -114,7 +114,7 @@ def make_ours(shape: Shape, tokens: np.ndarray) -> tuple[Callable[[], float], An
 
 def make_config(shape: Shape) -> Config:
     """GPT-2 of this shape under plain AdamW."""
-    model = dict(shape._asdict(), unroll=shape.n_layers)
+    model = dict(shape._asdict(), scan_unroll=shape.n_layers)
     del model["batch_size"]
     rate = dict(learning_rate=LEARNING_RATE, end_learning_rate=LEARNING_RATE, schedule="constant", clip_norm=1.0)
     table = {

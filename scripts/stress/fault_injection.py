@@ -27,7 +27,12 @@ import numpy as np
 from mesh_transformer.checkpoint.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOAD = ["mesh_transformer.train.session", "mesh_transformer.sample.training_samples", "device_train", "mesh_transformer.scripts.stress.fault_injection"]
+PRELOAD = [
+    "mesh_transformer.train.session",
+    "mesh_transformer.sample.training_samples",
+    "device_train",
+    "mesh_transformer.scripts.stress.fault_injection",
+]
 UNFINISHED = (".tmp-", ".old-", ".trash-")  # parts of names that only an unfinished save or deletion leaves
 TEMPORARY = (".tmp", *UNFINISHED)
 

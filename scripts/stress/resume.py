@@ -30,7 +30,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mesh_transformer.scripts.stress.fault_injection import Attempt, compare_steps, list_debris, list_unfinished, start_attempt, start_server
+from mesh_transformer.scripts.stress.fault_injection import (
+    Attempt,
+    compare_steps,
+    list_debris,
+    list_unfinished,
+    start_attempt,
+    start_server,
+)
 
 from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.cli import PREEMPTED, add_set_option, make_parser, run_command

@@ -236,7 +236,7 @@ async def schema(served: Served, options: Any) -> dict[str, Any]:
 
 TRIALS = {
     "malformed": ([], malformed),
-    "overload": ([f"serve.slots={SLOTS_AT_ONCE}", "serve.queue=0"], overload),
+    "overload": ([f"serve.slots={SLOTS_AT_ONCE}", "serve.max_queue=0"], overload),
     "leave": ([f"serve.slots={SLOTS_AT_ONCE}"], leave),
     "soak": ([], soak),
     "schema": ([], schema),

@@ -40,36 +40,36 @@ from mesh_transformer.train.step import make_train_step
 
 N_VOCAB, SEQ_LEN, BATCH, STEPS = 64, 32, 16, 5
 TOLERANCE = 1e-5
-ROTARY = dict(positions="rotary-halves", qkv_bias=False, tied_embeddings=False, head_bias=True)
-GROUPED = dict(ROTARY, n_kv_heads=4, gated=True, norm="rmsnorm")
+ROTARY = dict(positions="rope-half", qkv_bias=False, tied_embeddings=False, head_bias=True)
+GROUPED = dict(ROTARY, n_kv_heads=4, gated_ffn=True, norm="rmsnorm")
 LOCAL = dict(GROUPED, attention_pattern=["global", "local"], attention_window=5)
 
-READING = {key: value for key, value in T5.items() if key not in ("n_vocab", "seq_len")} | dict(encoder_layers=4)
-EXPERTS = dict(n_experts=8, per_token=2, every=2, jitter=0.1)
+READING = {key: value for key, value in T5.items() if key not in ("n_vocab", "seq_len")} | dict(n_encoder_layers=4)
+EXPERTS = dict(n_experts=8, n_experts_per_token=2, layer_interval=2, router_jitter=0.1)
 
 # name -> [model] keys, [train] keys, whether documents are kept apart
 FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "tied": ({}, {}, False),
-    "grouped, loss in pieces": (GROUPED, dict(loss_pieces=2, z_loss=1e-3), False),
+    "grouped, loss in pieces": (GROUPED, dict(loss_chunks=2, z_loss=1e-3), False),
     "local, packed": (LOCAL, {}, True),
-    "local, packed, remat": (dict(LOCAL, remat="full"), dict(loss_pieces=2), True),
-    "blocked": (dict(LOCAL, attention_kernel="blocked"), {}, True),
+    "local, packed, remat": (dict(LOCAL, remat="full"), dict(loss_chunks=2), True),
+    "blocked": (dict(LOCAL, attention_kernel="blockwise"), {}, True),
     "alibi, dots": (dict(positions="alibi", remat="dots"), {}, False),
     "remat attention": (dict(GROUPED, remat="attention"), {}, False),
-    "accumulated": (LOCAL, dict(accumulation=2), True),
+    "accumulated": (LOCAL, dict(grad_accum_steps=2), True),
     "experts with seats": (
         dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, capacity_factor=0.9, expert_dropout=0.1)),
         {},
         True,
     ),
     "experts, all taken": (
-        dict(GROUPED, ff_bias=False, remat="full", experts=dict(EXPERTS, balance_over="sequence")),
-        dict(accumulation=2),
+        dict(GROUPED, ff_bias=False, remat="full", experts=dict(EXPERTS, aux_loss_scope="sequence")),
+        dict(grad_accum_steps=2),
         False,
     ),
-    "encoder and decoder": (dict(READING, gated=True, remat="full"), dict(accumulation=2), False),
+    "encoder and decoder": (dict(READING, gated_ffn=True, remat="full"), dict(grad_accum_steps=2), False),
     "encoder and decoder, experts with seats": (
-        dict(READING, experts=dict(EXPERTS, per_token=1, capacity_factor=0.9)),
+        dict(READING, experts=dict(EXPERTS, n_experts_per_token=1, capacity_factor=0.9)),
         {},
         False,
     ),
@@ -80,8 +80,8 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     ),
     # Balance is that of a microbatch, so that one device takes as many; stages draw noise of their own, so there is none.
     "experts in stages": (
-        dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, jitter=0.0, capacity_factor=0.9, group=4)),
-        dict(accumulation=4),
+        dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, router_jitter=0.0, capacity_factor=0.9, group_size=4)),
+        dict(grad_accum_steps=4),
         True,
     ),
 }
@@ -260,7 +260,7 @@ def make_config(mesh: str, feature: str) -> Config:
     if kv_heads and kv_heads % sizes.get("tensor", 1):
         sizes["rules"] = {"kv_heads": ""}
     if sizes.get("pipeline", 1) > 1:
-        train = dict(train, accumulation=4)
+        train = dict(train, grad_accum_steps=4)
     table = {
         "model": dict(dict(n_layers=8, d_model=16, n_heads=8, n_vocab=N_VOCAB, seq_len=SEQ_LEN), **model),
         "mesh": sizes,
@@ -276,7 +276,7 @@ def make_config(mesh: str, feature: str) -> Config:
 def make_batch(index: int, feature: str) -> Batch:
     """Random tokens; three documents of unequal length in a row where documents are kept apart, and some masked tokens."""
     rng, config = np.random.default_rng(index), make_config("data=1", feature)
-    if config.model.encoder_layers is not None:
+    if config.model.n_encoder_layers is not None:
         tokens = rng.integers(0, N_VOCAB, (BATCH, config.target_len + 1), dtype=np.int32)
         ones, mask = np.ones_like(tokens[:, 1:]), (rng.random(tokens[:, 1:].shape) < 0.9).astype(np.float32)
         sources = rng.integers(0, N_VOCAB, (BATCH, SEQ_LEN), dtype=np.int32)

@@ -31,8 +31,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mesh_transformer.scripts.stress.fault_injection import Attempt, compare_steps, list_debris, read_resident_bytes, start_attempt, start_server
 from mesh_transformer.scripts.stress.corruption import damage_file, list_files
+from mesh_transformer.scripts.stress.fault_injection import (
+    Attempt,
+    compare_steps,
+    list_debris,
+    read_resident_bytes,
+    start_attempt,
+    start_server,
+)
 from mesh_transformer.scripts.stress.resume import newest, read_losses
 
 from mesh_transformer.checkpoint.store import Store
@@ -150,7 +157,7 @@ class Soak:
 
     def start(self, name: str, run_dir: Path) -> Attempt:
         """An attempt at a run."""
-        own = (f"run.dir={json.dumps(str(run_dir))}", 'checkpoint.resume="newest-intact"', "checkpoint.keep_last=3")
+        own = (f"run.dir={json.dumps(str(run_dir))}", 'checkpoint.resume="latest-valid"', "checkpoint.keep_last=3")
         overrides = [*self.options.set, *own, "track.sequences=true", "train.log_every=1"]
         self.result.attempts += 1
         return start_attempt(self.options.config, overrides, self.work / f"{name}.log", nan_every=NAN_EVERY)

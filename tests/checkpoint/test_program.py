@@ -32,7 +32,7 @@ def runs(tmp_path):
         "nan": jnp.array(np.nan),
     }
     changes = {"params/w": jnp.array(other), "params/b": jnp.ones(5, jnp.bfloat16), "extra": jnp.array([True])}
-    axes = {"params/w": ("embed", "ff"), "params/b": ("ff",), "step": (), "nan": (), "extra": ("window",)}
+    axes = {"params/w": ("embed", "ff"), "params/b": ("ff",), "step": (), "nan": (), "extra": ("replicated",)}
     meta = {"config": {"model": {"n_layers": 2, "d_model": 4}}, "metrics": {"loss": 1.25}}
     for name, arrays in (("a", same), ("b", same | changes)):
         store = Store(tmp_path / name / "checkpoints")

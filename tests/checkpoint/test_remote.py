@@ -385,8 +385,8 @@ def test_no_such_bucket_and_no_credentials(proxy, monkeypatch):
     assert Path(os.environ["AWS_CONFIG_FILE"]).exists() is False
 
 
-CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=4, n_vocab=64, seq_len=16, rotary_dims=4, head_bias=True,
-                     residual="parallel", positions="rotary-pairs", norm="layernorm", activation="gelu-tanh",
+CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=4, n_vocab=64, seq_len=16, rope_dims=4, head_bias=True,
+                     residual="parallel", positions="rope-interleaved", norm="layernorm", activation="gelu-tanh",
                      tied_embeddings=False, qkv_bias=False, attention_out_bias=False, ff_bias=True)  # fmt: skip
 
 

@@ -91,32 +91,42 @@ BAD_VALUES = {
     "model.attention_pattern=['global', 'local', 'local']": ["model: n_layers=2", "length 3"],
     "model.n_heads=3": ["model: d_model=16 is not a multiple of n_heads=3", "set d_head"],
     "model.n_kv_heads=3": ["model: n_heads=4 is not a multiple of n_kv_heads=3"],
-    "model.rotary_dims=4": ["model: rotary_dims=4 has no effect", 'positions="learned"', "remove it"],
+    "model.rope_dims=4": ["model: rope_dims=4 has no effect", 'positions="learned"', "remove it"],
     "model.preset='gpt-j-6b'": ['model.preset = "gpt-j-6b"', "did you mean 'gptj-6b'?", "all presets: gpt2,"],
     "model.preset='zzz'": ['model.preset = "zzz"', "all presets: gpt2,"],
-    "model.experts={n_experts=4, per_token=5}": ["model.experts: per_token=5 exceeds n_experts=4", "lower it"],
+    "model.experts={n_experts=4, n_experts_per_token=5}": [
+        "model.experts: n_experts_per_token=5 exceeds n_experts=4",
+        "lower it",
+    ],
     "model.experts={n_experts=4, capacity_factor=0.0}": ["model.experts: capacity_factor=0", "remove it"],
     "model.experts={n_experts=4, capacity_factor=-1.0}": [
         "model.experts.capacity_factor = -1.0",
         "greater than or equal",
     ],
-    "model.experts={n_experts=4, every=3}": ["model: n_layers=2 is not a multiple of 3", "experts.every=3"],
-    'model.experts={n_experts=4, choice="expert"}': [
-        "tokens that are still to come",
-        "set noncausal=true",
-        'choice="token"',
+    "model.experts={n_experts=4, layer_interval=3}": [
+        "model: n_layers=2 is not a multiple of 3",
+        "experts.layer_interval=3",
     ],
-    'model.experts={n_experts=4, choice="expert", noncausal=true}': ["needs capacity_factor and evaluation_capacity"],
-    "model.experts={n_experts=4, noncausal=true}": ['noncausal=true has no effect with choice="token"; remove it'],
-    'model.experts={n_experts=4, overflow="skip"}': ["model.experts.overflow", "'pass' or 'scale'"],
-    "model.experts={per_token=1}": ["model.experts.n_experts is missing"],
+    'model.experts={n_experts=4, routing="expert-choice"}': [
+        "tokens that are still to come",
+        "set allow_noncausal=true",
+        'routing="token-choice"',
+    ],
+    'model.experts={n_experts=4, routing="expert-choice", allow_noncausal=true}': [
+        "needs capacity_factor and eval_capacity"
+    ],
+    "model.experts={n_experts=4, allow_noncausal=true}": [
+        'allow_noncausal=true has no effect with routing="token-choice"; remove it'
+    ],
+    'model.experts={n_experts=4, dropped_tokens="skip"}': ["model.experts.dropped_tokens", "'zero' or 'gated-input'"],
+    "model.experts={n_experts_per_token=1}": ["model.experts.n_experts is missing"],
     "model.experts={n_experts=4, top_k=2}": ["model.experts.top_k is not a field"],
     "mesh.data=0": ["mesh: data=0", "-1 for all"],
     "mesh.data=-2": ["mesh.data = -2", "greater than or equal to -1"],
     "mesh.fsdp=0": ["mesh.fsdp = 0", "greater than 0"],
     "mesh.rules.embed=3": ["mesh.rules.embed must be a mesh axis or a list of them"],
-    "train.accumulation=3": ["train: batch_size=4 is not a multiple of accumulation=3"],
-    "train.ramp_from=2": ["train: ramp_from and ramp_steps go together"],
+    "train.grad_accum_steps=3": ["train: batch_size=4 is not a multiple of grad_accum_steps=3"],
+    "train.batch_ramp_from=2": ["train: batch_ramp_from and batch_ramp_steps go together"],
     "optimizer.warmup_steps=10": ["optimizer.warmup_steps=10 must be less than train.steps=10"],
     "optimizer.end_learning_rate=1.0": ["optimizer.end_learning_rate=1.0 exceeds optimizer.learning_rate=0.0006"],
     "data.train={}": ["data.train names no source", "[data.train.NAME]"],
@@ -176,7 +186,7 @@ def test_file_that_is_none(tiny):
 
 def test_same_name_for_validation_and_held_out_part(tiny):
     with pytest.raises(ConfigError, match=r"data\.validation\.Books and the held-out part of data\.train\.Books"):
-        load_config(tiny, ["data.holdout=10", "data.validation.Books.path='b'"])
+        load_config(tiny, ["data.holdout_one_in=10", "data.validation.Books.path='b'"])
 
 
 def test_overrides_are_merged_before_validation(tiny):
@@ -279,7 +289,7 @@ def test_preset_changes_are_found():
     )
     assert find_preset_changes(model) == {"n_layers": 2}
     few = make_preset_run("mixtral-8x7b", experts={"n_experts": 4, "capacity_factor": 1.0})
-    assert find_preset_changes(few.model) == {"experts": {"n_experts": 4, "per_token": 2}}
+    assert find_preset_changes(few.model) == {"experts": {"n_experts": 4, "n_experts_per_token": 2}}
 
 
 def allowed(kind) -> bool:

@@ -164,16 +164,16 @@ def closed_formula(name: str, c: ModelConfig) -> int:
         return 2 * v * d + layers * (attention + 8 * 3 * d * f + 8 * d + 2 * d) + d
     if name.startswith(("switch", "t5")):
         attention, tables = 4 * d * c.n_heads * c.head_dim, (1 if c.tied_embeddings else 2) * v * d
-        dense = (3 if c.gated else 2) * d * f
+        dense = (3 if c.gated_ffn else 2) * d * f
 
         def stack(layers: int, blocks: int) -> int:
             """Each layer has so many attention and feed-forward blocks with a norm before each."""
-            sparse = 0 if c.experts is None else layers // c.experts.every
+            sparse = 0 if c.experts is None else layers // c.experts.layer_interval
             ff = (layers - sparse) * dense + (sparse * c.experts.n_experts * (dense + d) if c.experts else 0)
             return layers * ((blocks - 1) * attention + blocks * d) + ff + 32 * c.n_heads + d
 
-        encoder = 0 if c.encoder_layers is None else stack(c.encoder_layers, 2)
-        return tables + encoder + stack(layers, 2 if c.encoder_layers is None else 3)
+        encoder = 0 if c.n_encoder_layers is None else stack(c.n_encoder_layers, 2)
+        return tables + encoder + stack(layers, 2 if c.n_encoder_layers is None else 3)
     raise AssertionError(f"{name}: add the family's formula")
 
 
@@ -206,39 +206,46 @@ CHOICES = {
         attention_pattern=("global", "local"), attention_window=256, attention_scale="none", seq_len=2048
     ),
     "gptj-6b": dict(
-        positions="rotary-pairs", rotary_channels=64, residual="parallel", n_vocab=50400, activation="gelu-tanh"
+        positions="rope-interleaved", rope_dim=64, residual="parallel", n_vocab=50400, activation="gelu-tanh"
     ),
     "gpt-neox-20b": dict(
-        positions="rotary-halves",
-        rotary_channels=24,
+        positions="rope-half",
+        rope_dim=24,
         residual="parallel-two-norms",
         activation="gelu-tanh",
         n_vocab=50432,
     ),
-    "neox-1.3b": dict(positions="rotary-halves", rotary_channels=128, residual="serial", n_vocab=50304),
-    "pythia-2.8b": dict(rotary_channels=20, residual="parallel-two-norms", activation="gelu-erf", n_vocab=50304),
-    "pythia-6.9b": dict(rotary_channels=32, n_vocab=50432),
-    "pythia-12b": dict(rotary_channels=32, n_vocab=50688),
+    "neox-1.3b": dict(positions="rope-half", rope_dim=128, residual="serial", n_vocab=50304),
+    "pythia-2.8b": dict(rope_dim=20, residual="parallel-two-norms", activation="gelu-erf", n_vocab=50304),
+    "pythia-6.9b": dict(rope_dim=32, n_vocab=50432),
+    "pythia-12b": dict(rope_dim=32, n_vocab=50688),
     "llama-7b": dict(
         norm="rmsnorm",
         norm_eps=1e-6,
-        gated=True,
+        gated_ffn=True,
         activation="silu",
-        positions="rotary-halves",
-        rotary_channels=128,
+        positions="rope-half",
+        rope_dim=128,
         ff_dim=11008,
     ),
     "llama2-7b": dict(norm_eps=1e-5, seq_len=4096),
-    "mixtral-8x7b": dict(norm_eps=1e-5, kv_heads=8, ff_dim=14336, rotary_base=1e6, seq_len=32768),
+    "mixtral-8x7b": dict(norm_eps=1e-5, kv_heads=8, ff_dim=14336, rope_theta=1e6, seq_len=32768),
     "t5-base": dict(
-        encoder_layers=12, ff_dim=3072, activation="relu", gated=False, tied_embeddings=True, head_scale="sqrt"
+        n_encoder_layers=12,
+        ff_dim=3072,
+        activation="relu",
+        gated_ffn=False,
+        tied_embeddings=True,
+        logit_scale="rsqrt_d_model",
     ),
-    "t5-v1.1-xxl": dict(ff_dim=10240, activation="gelu-tanh", gated=True, tied_embeddings=False, head_scale="none"),
-    "switch-base-8": dict(encoder_layers=12, ff_dim=3072, activation="relu", tied_embeddings=True, positions="t5"),
-    "switch-xxl": dict(ff_dim=10240, gated=True, tied_embeddings=False),
-    "switch-c": dict(encoder_layers=15, ff_dim=6144, gated=False, tied_embeddings=False, head_scale="none"),
+    "t5-v1.1-xxl": dict(
+        ff_dim=10240, activation="gelu-tanh", gated_ffn=True, tied_embeddings=False, logit_scale="none"
+    ),
+    "switch-base-8": dict(n_encoder_layers=12, ff_dim=3072, activation="relu", tied_embeddings=True, positions="t5"),
+    "switch-xxl": dict(ff_dim=10240, gated_ffn=True, tied_embeddings=False),
+    "switch-c": dict(n_encoder_layers=15, ff_dim=6144, gated_ffn=False, tied_embeddings=False, logit_scale="none"),
     "switch-decoder-c": dict(
-        encoder_layers=None, ff_dim=6144, attention_scale="none", positions="t5", tied_embeddings=False
+        n_encoder_layers=None, ff_dim=6144, attention_scale="none", positions="t5", tied_embeddings=False
     ),
 }
 
@@ -253,7 +260,7 @@ def test_pythia_rotates_a_quarter_of_each_head():
     for name in PRESETS:
         config = make_config(name)
         if name.startswith(("pythia", "gpt-neox")):
-            assert 4 * config.rotary_channels == config.head_dim, name
+            assert 4 * config.rope_dim == config.head_dim, name
 
 
 def test_describing_175_billion_parameters_allocates_nothing():

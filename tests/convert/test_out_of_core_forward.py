@@ -20,11 +20,13 @@ MODELS = {
     "llama-gqa": CASES["llama-gqa"].config,
     "qwen3": dataclasses.replace(LIVE_CASES["qwen3"].config, n_layers=3),
     "mixtral": CASES["mixtral"].config,
-    "experts-in-turn": ModelConfig(**SMALL, ff_bias=False, experts=ExpertsConfig(n_experts=3, every=2)),
+    "experts-in-turn": ModelConfig(**SMALL, ff_bias=False, experts=ExpertsConfig(n_experts=3, layer_interval=2)),
     "neox": CASES["gpt-neox"].config,
     "t5-parallel": ModelConfig(**SMALL, positions="t5", residual="parallel", norm="gptj-scalenorm", head_bias=True),
     "alibi": ModelConfig(**SMALL, positions="alibi", norm="scalenorm", activation="relu"),
-    "pairs": ModelConfig(**SMALL, positions="rotary-pairs", d_head=8, rotary_dims=4, gated=True, tied_embeddings=False),
+    "pairs": ModelConfig(
+        **SMALL, positions="rope-interleaved", d_head=8, rope_dims=4, gated_ffn=True, tied_embeddings=False
+    ),
 }
 
 

@@ -238,7 +238,7 @@ n_heads = 1
 n_vocab = 257
 seq_len = 16
 [data]
-holdout = 5
+holdout_one_in = 5
 cache_dir = "{tmp_path / "cache"}"
 [data.train.texts]
 path = "{texts}"

@@ -10,7 +10,7 @@ from mesh_transformer.data.dataset import look, open_data
 from mesh_transformer.data.span_corruption import SentinelTokenizer, hide_spans, make_spans
 from mesh_transformer.data.tokenizers import ByteTokenizer, TokenizerError
 
-SIZES = dict(n_layers=1, encoder_layers=1, d_model=8, n_heads=2, n_vocab=264, seq_len=32)
+SIZES = dict(n_layers=1, n_encoder_layers=1, d_model=8, n_heads=2, n_vocab=264, seq_len=32)
 
 
 def make_config(folder, model=(), **data) -> Config:
@@ -21,7 +21,7 @@ def make_config(folder, model=(), **data) -> Config:
             (path / f"{number}.txt").write_text(f"document {number}: " + "abcdefghij" * (20 + number))
     table = {
         "model": SIZES | dict(model),
-        "data": {"train": {"a": {"path": str(path)}}, "holdout": 3, "cache_dir": str(folder / "cache"), **data},
+        "data": {"train": {"a": {"path": str(path)}}, "holdout_one_in": 3, "cache_dir": str(folder / "cache"), **data},
         "train": {"steps": 4, "batch_size": 4},
     }
     return parse_config(table, where="test")
@@ -76,7 +76,7 @@ def test_batches_are_a_function_of_the_sequences_alone(tmp_path):
     for name in ("sources", "targets"):
         parts = [getattr(loader.batch(4 * i, 4, rows), name) for i in range(2) for rows in ([0, 1], [2, 3])]
         np.testing.assert_array_equal(np.concatenate(parts), getattr(whole, name))
-    again, other = open_data(config).train, open_data(make_config(tmp_path, noise_share=0.3)).train
+    again, other = open_data(config).train, open_data(make_config(tmp_path, noise_density=0.3)).train
     np.testing.assert_array_equal(again.batch(0, 8).sources, whole.sources)
     assert again.fingerprint == loader.fingerprint != other.fingerprint
 
@@ -144,6 +144,6 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"hide 14 spans, for which there are 7 sentinels; set model\.n_vocab=320"):
         open_data(make_config(tmp_path, dict(seq_len=256)))
     with pytest.raises(ConfigError, match=r"cannot be had with model\.seq_len=32; lower the share"):
-        make_config(tmp_path, noise_share=0.9, mean_span=1.0)
-    with pytest.raises(ConfigError, match=r"isolate_documents has no effect with model\.encoder_layers"):
+        make_config(tmp_path, noise_density=0.9, mean_noise_span_length=1.0)
+    with pytest.raises(ConfigError, match=r"isolate_documents has no effect with model\.n_encoder_layers"):
         make_config(tmp_path, isolate_documents=True)

@@ -59,7 +59,7 @@ n_heads = 2
 n_vocab = 264
 seq_len = 64
 [data]
-holdout = 4
+holdout_one_in = 4
 cache_dir = "{folder / "cache"}"
 [data.train.words]
 path = "{folder / "texts"}"
@@ -158,8 +158,12 @@ def test_own_items_need_no_data_set(trained, capsys):
 @pytest.mark.filterwarnings("default")
 def test_training_writes_answers_as_the_program_does(tmp_path, capsys):
     """A task that generates, with shots: measured twice while training, and afterwards of the checkpoint."""
-    tasks = ['evaluate.tasks=["local_line", "local_choice"]', "evaluate.limit=4", "evaluate.shots_of.local_line=1"]
-    config = load_config(write_config(tmp_path), [*tasks, "model.seq_len=256", "data.holdout=2"])
+    tasks = [
+        'evaluate.tasks=["local_line", "local_choice"]',
+        "evaluate.limit=4",
+        "evaluate.num_fewshot_by_task.local_line=1",
+    ]
+    config = load_config(write_config(tmp_path), [*tasks, "model.seq_len=256", "data.holdout_one_in=2"])
     for file in (tmp_path / "texts").iterdir():
         file.write_text("".join(line + "\n" for line in re.findall(r"(?:\S+\s+){10}", file.read_text())))
     train_measured(config, make_layout(config.mesh), StopRequest(message=""))
@@ -307,18 +311,18 @@ def test_bad_records_are_named(tmp_path):
         (['evaluate.tasks=["hellaswg"]'], r"no task 'hellaswg'; there are text, wikitext2, local, superglue, lambada"),
         (['evaluate.tasks=["hellaswag"]'], "'hellaswag' needs its file: --data hellaswag=PATH"),
         (['evaluate.tasks=["wikitext2"]'], "'wikitext2' needs its file"),
-        (["evaluate.examples.piqa='x'"], r"evaluate\.examples\.piqa: 'piqa' is none of the tasks text"),
-        (["evaluate.shots_of.local_line=1"], r"evaluate\.shots_of\.local_line"),
+        (["evaluate.fewshot_data.piqa='x'"], r"evaluate\.examples\.piqa: 'piqa' is none of the tasks text"),
+        (["evaluate.num_fewshot_by_task.local_line=1"], r"evaluate\.num_fewshot_by_task\.local_line"),
         (['evaluate.tasks=["absent.yaml"]', 'evaluate.data.absent="x"'], "no such file here, nor among the tasks"),
         (
-            ['evaluate.tasks=["rte"]', 'evaluate.data.rte="x"', "evaluate.shots=4"],
+            ['evaluate.tasks=["rte"]', 'evaluate.data.rte="x"', "evaluate.num_fewshot=4"],
             "4 shots need as many examples, and there are none",
         ),
-        (['evaluate.tasks=["local_line"]', 'evaluate.examples.local_line="/absent"'], "/absent: no such file"),
+        (['evaluate.tasks=["local_line"]', 'evaluate.fewshot_data.local_line="/absent"'], "/absent: no such file"),
         (['evaluate.tasks=["a/x.yaml", "b/x.yaml"]'], "two tasks are called 'x'"),
         (['evaluate.data.piqa="x"'], r"evaluate\.data\.piqa is read by none of the tasks text; add --task piqa"),
         (['evaluate.data.mine="x"', 'evaluate.tasks=["wikitext2"]', 'evaluate.data.wikitext2="y"'], "add --task text"),
-        (["data.holdout=0"], "held no text out of its training; name some"),
+        (["data.holdout_one_in=0"], "held no text out of its training; name some"),
         (['evaluate.data.mine="/absent"'], "/absent: no such file or folder"),
         (["evaluate.limit=0"], "evaluate.limit = 0"),
         (['evaluate.tasks="text"'], "evaluate.tasks"),

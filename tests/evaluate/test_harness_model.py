@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
     library.save(str(path / "tokenizer.json"))
     n_vocab = library.get_vocab_size()
     sizes = dict(n_layers=2, d_model=32, n_heads=4, n_vocab=n_vocab, seq_len=64)
-    case = make_case("gpt_neox", {**NEOX, "rotary_dims": 4}, n_vocab, **sizes)
+    case = make_case("gpt_neox", {**NEOX, "rope_dims": 4}, n_vocab, **sizes)
     model, parameters = make_torch(case)
     torch = pytest.importorskip("torch", reason="the live comparison needs pip install transformers torch")
     weights, _, _ = draw(case, parameters, seed=3)
@@ -115,7 +115,7 @@ def test_the_harness_client_gets_the_same_numbers_from_our_server(folder, ours, 
         [sys.executable, "scripts/reshard_checkpoint.py", str(folder), str(tmp_path / "run")], cwd=ROOT, check=True,
         capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    command = [sys.executable, "device_serve.py", str(tmp_path / "run"), "--port", "0", "--set=serve.warm_up=0"]
+    command = [sys.executable, "device_serve.py", str(tmp_path / "run"), "--port", "0", "--set=serve.warmup_tokens=0"]
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as server:
         try:

@@ -16,7 +16,7 @@ from mesh_transformer.model.transformer import describe_params, make_model
 from mesh_transformer.sample.engine.engine import Engine
 
 TOLERANCE = 1e-4  # nats of one token, against another library; within ours 1e-5
-CONFIG = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_vocab=40, seq_len=96, positions="rotary-halves")
+CONFIG = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_vocab=40, seq_len=96, positions="rope-half")
 LENGTHS = (2, 97, 5, 80, 90, 96, 17, 8, 66, 3, 30)  # of two buckets
 
 
@@ -111,7 +111,7 @@ def test_engine_and_pieces_change_nothing(params, alone, monkeypatch):
 
 def test_experts_see_no_neighbours():
     """With a capacity, what an expert takes would depend on how long the padding is."""
-    experts = ExpertsConfig(n_experts=4, per_token=1, evaluation_capacity_factor=0.5)
+    experts = ExpertsConfig(n_experts=4, n_experts_per_token=1, eval_capacity_factor=0.5)
     config = ModelConfig(n_layers=1, d_model=16, n_heads=2, n_vocab=40, seq_len=96, ff_bias=False, experts=experts)
     scorer = Scorer(config, make_model(config).init(jax.random.key(1)), None)
     query = make_queries(40, (70,))[0]

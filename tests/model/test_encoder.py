@@ -14,9 +14,9 @@ from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.presets import T5
 from mesh_transformer.model.transformer import describe_params, init_cache, make_model
 
-SIZES = dict(n_layers=2, encoder_layers=4, d_model=16, n_heads=2, n_vocab=37, seq_len=24)
+SIZES = dict(n_layers=2, n_encoder_layers=4, d_model=16, n_heads=2, n_vocab=37, seq_len=24)
 CONFIG = ModelConfig(**T5 | SIZES)
-EXPERTS = dataclasses.replace(CONFIG, experts=ExpertsConfig(n_experts=4, every=2))
+EXPERTS = dataclasses.replace(CONFIG, experts=ExpertsConfig(n_experts=4, layer_interval=2))
 SOURCES, TOKENS = (np.random.default_rng(i).integers(0, 37, (3, n), dtype=np.int32) for i, n in enumerate((9, 6)))
 
 
@@ -58,7 +58,7 @@ def test_padding_is_not_read_and_order_is():
     assert np.abs(run(CONFIG, TOKENS, sources=SOURCES[:, ::-1]) - run(CONFIG, TOKENS, sources=SOURCES)).max() > 1e-4
 
 
-@pytest.mark.parametrize("positions", ["t5", "alibi", "rotary-halves", "learned", "none"])
+@pytest.mark.parametrize("positions", ["t5", "alibi", "rope-half", "learned", "none"])
 def test_only_the_decoder_is_causal(positions):
     config = dataclasses.replace(CONFIG, positions=positions)
     before, changed = run(config, TOKENS, sources=SOURCES), SOURCES.copy()
@@ -73,7 +73,7 @@ def test_only_the_decoder_is_causal(positions):
 @pytest.mark.parametrize("pattern", [("global",), ("global", "local")])
 def test_an_encoder_alone_sees_both_sides(pattern):
     config = ModelConfig(
-        **T5 | SIZES | dict(encoder_layers=None, causal=False, attention_pattern=pattern, attention_window=2)
+        **T5 | SIZES | dict(n_encoder_layers=None, causal=False, attention_pattern=pattern, attention_window=2)
     )
     before, changed = run(config, SOURCES), SOURCES.copy()
     changed[:, 5] = (changed[:, 5] + 1) % 37
@@ -89,13 +89,17 @@ def test_what_cannot_be_is_refused():
         with pytest.raises(ValueError, match=message):
             ModelConfig(**T5 | SIZES | changes)
 
-    refuse("encoder_layers=4 needs causal=true", causal=False)
-    refuse('encoder_layers=4 needs residual="serial"', residual="parallel")
-    refuse("encoder_layers=3 is not a multiple of 2", encoder_layers=3, experts=ExpertsConfig(n_experts=4, every=2))
+    refuse("n_encoder_layers=4 needs causal=true", causal=False)
+    refuse('n_encoder_layers=4 needs residual="serial"', residual="parallel")
+    refuse(
+        "n_encoder_layers=3 is not a multiple of 2",
+        n_encoder_layers=3,
+        experts=ExpertsConfig(n_experts=4, layer_interval=2),
+    )
     with pytest.raises(ConfigError, match="the encoder has nothing to read; give sources"):
         make_model(CONFIG).apply(draw_params(CONFIG), jnp.asarray(TOKENS))
-    alone = ModelConfig(**T5 | SIZES | dict(encoder_layers=None))
-    with pytest.raises(ConfigError, match=r"sources are for a model with an encoder; set model\.encoder_layers"):
+    alone = ModelConfig(**T5 | SIZES | dict(n_encoder_layers=None))
+    with pytest.raises(ConfigError, match=r"sources are for a model with an encoder; set model\.n_encoder_layers"):
         make_model(alone).apply(draw_params(alone), jnp.asarray(TOKENS), sources=jnp.asarray(SOURCES))
     encoder = dataclasses.replace(alone, causal=False)
     with pytest.raises(ConfigError, match=r"model\.causal=false: an encoder sees all of a text at once"):
@@ -105,10 +109,10 @@ def test_what_cannot_be_is_refused():
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("mesh", dict(context=2), r"model\.encoder_layers needs mesh\.context=1"),
-        ("mesh", dict(pipeline=2), r"model\.encoder_layers needs mesh\.pipeline=1"),
-        ("train", dict(loss_pieces=3), r"what the decoder writes \(data\.noise_share\)=8 is not a multiple"),
-        ("model", dict(encoder_layers=None, causal=False), r"model\.causal=false: next-token training would show"),
+        ("mesh", dict(context=2), r"model\.n_encoder_layers needs mesh\.context=1"),
+        ("mesh", dict(pipeline=2), r"model\.n_encoder_layers needs mesh\.pipeline=1"),
+        ("train", dict(loss_chunks=3), r"what the decoder writes \(data\.noise_density\)=8 is not a multiple"),
+        ("model", dict(n_encoder_layers=None, causal=False), r"model\.causal=false: next-token training would show"),
     ],
 )
 def test_a_run_says_what_it_cannot_do(section, values, message):

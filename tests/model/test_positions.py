@@ -60,7 +60,7 @@ def make_config(**choices) -> ModelConfig:
 @pytest.mark.parametrize("pairs", [True, False])
 def test_rotation_is_complex_multiplication(pairs):
     """Channels (a, b) times e^(i p theta), theta = base^(-2j/r)."""
-    config = make_config(positions="rotary-pairs" if pairs else "rotary-halves", rotary_dims=6)
+    config = make_config(positions="rope-interleaved" if pairs else "rope-half", rope_dims=6)
     x = np.random.default_rng(0).normal(size=(1, 3, 2, 8)).astype(np.float32)
     positions = np.array([[0, 7, 2000]], np.int32)
     rotated = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions), config))
@@ -79,7 +79,7 @@ def test_rotation_is_complex_multiplication(pairs):
 
 
 def test_rotation_makes_scores_depend_on_distance_alone():
-    config = make_config(positions="rotary-halves")
+    config = make_config(positions="rope-half")
     q, k = np.random.default_rng(1).normal(size=(2, 1, 1, 2, 8)).astype(np.float32)
 
     def score(at_q, at_k):
@@ -93,4 +93,4 @@ def test_rotation_makes_scores_depend_on_distance_alone():
 
 def test_rotation_keeps_dtype():
     x = jnp.ones((1, 2, 2, 8), jnp.bfloat16)
-    assert rotate(x, jnp.array([[0, 1]]), make_config(positions="rotary-pairs")).dtype == jnp.bfloat16
+    assert rotate(x, jnp.array([[0, 1]]), make_config(positions="rope-interleaved")).dtype == jnp.bfloat16

@@ -34,7 +34,7 @@ def make_config(**choices) -> ModelConfig:
         n_vocab=V,
         seq_len=T,
         d_ff=24,
-        positions="rotary-halves",
+        positions="rope-half",
         tied_embeddings=False,
     )
     return ModelConfig(**{**sizes, **choices})
@@ -83,14 +83,18 @@ def plain():
 
 
 @pytest.mark.parametrize(
-    "choice", [dict(unroll=2), *(dict(remat=name) for name in ("full", "dots", "attention"))], ids=str
+    "choice", [dict(scan_unroll=2), *(dict(remat=name) for name in ("full", "dots", "attention"))], ids=str
 )
 def test_unrolled_and_recomputed_equal_scanned(plain, choice):
     params, (loss, gradients) = plain
     other = dataclasses.replace(PLAIN, **choice)
     programs = [str(jax.make_jaxpr(make_loss(config))(params, TOKENS, TARGETS)) for config in (PLAIN, other)]
     assert programs[0] != programs[1]
-    assert "unroll=2" in programs[1] if "unroll" in choice else programs[1].count("remat") > programs[0].count("remat")
+    assert (
+        "unroll=2" in programs[1]
+        if "scan_unroll" in choice
+        else programs[1].count("remat") > programs[0].count("remat")
+    )
     assert describe_params(other) == describe_params(PLAIN)
     other_loss, other_gradients = jax.jit(make_loss(other), compiler_options=QUICK)(params, TOKENS, TARGETS)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
@@ -141,7 +145,7 @@ def test_gradients_prove_what_a_place_depends_on(choices, segments, seen):
     np.testing.assert_array_equal(np.abs(jacobian).max(-1) > 0, seen)
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary-pairs", "alibi"])
+@pytest.mark.parametrize("positions", ["learned", "rope-interleaved", "alibi"])
 def test_packed_documents_equal_separate_ones(positions):
     config = make_config(positions=positions, n_layers=2, attention_pattern=("global", "local"), attention_window=2)
     params, apply = draw_params(config), jax.jit(make_model(config).apply, compiler_options=QUICK)
@@ -264,7 +268,7 @@ def test_bfloat16_gradients_of_shared_arrays_add_up_in_float32():
 CHOICES = {
     "gpt2": dict(positions="learned", tied_embeddings=True),
     "gptj": dict(
-        positions="rotary-pairs",
+        positions="rope-interleaved",
         residual="parallel",
         qkv_bias=False,
         attention_out_bias=False,
@@ -273,10 +277,15 @@ CHOICES = {
     ),
     "neox": dict(residual="parallel-two-norms", init="neox"),
     "llama": dict(
-        norm="rmsnorm", gated=True, n_kv_heads=2, d_head=6, qkv_bias=False, attention_out_bias=False, ff_bias=False
+        norm="rmsnorm", gated_ffn=True, n_kv_heads=2, d_head=6, qkv_bias=False, attention_out_bias=False, ff_bias=False
     ),
     "other": dict(
-        norm="scalenorm", positions="t5", attention_pattern=("global", "local"), gated=True, unroll=2, remat="dots"
+        norm="scalenorm",
+        positions="t5",
+        attention_pattern=("global", "local"),
+        gated_ffn=True,
+        scan_unroll=2,
+        remat="dots",
     ),
     "plain": dict(positions="none", norm_bias=False, ff_bias=False),
 }

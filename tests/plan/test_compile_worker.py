@@ -179,5 +179,5 @@ def test_changes_come_smallest_first_and_hold_together():
     together = [word.count(" and ") for word in words]
     assert together == sorted(together)
     assert all(change_config(config, change.overrides) != config for change in changes[:20])
-    cut = make_config(train=dict(batch_size=64, accumulation=4))
+    cut = make_config(train=dict(batch_size=64, grad_accum_steps=4))
     assert "the batch in one piece instead of 4 microbatches" in [change.words for change in propose_changes(cut, 8)]

@@ -24,7 +24,7 @@ CONTEXT = 128  # the engine's shortest cache
 
 
 def make_config(serve: dict | None = None, **model: object) -> Config:
-    sizes = dict(n_layers=2, encoder_layers=2, d_model=16, n_heads=2, d_ff=32, n_vocab=40, seq_len=CONTEXT)
+    sizes = dict(n_layers=2, n_encoder_layers=2, d_model=16, n_heads=2, d_ff=32, n_vocab=40, seq_len=CONTEXT)
     experts = dict(n_experts=4, every=2)
     table = {
         "model": T5 | sizes | dict(experts=experts) | model,

@@ -87,7 +87,7 @@ def test_the_roofline_of_known_work():
     assert roofline.shortest == roofline.terms["products"] < roofline.longest
 
 
-@pytest.mark.parametrize("experts", [dict(per_token=2), dict(every=2, capacity_factor=1.5)], ids=str)
+@pytest.mark.parametrize("experts", [dict(n_experts_per_token=2), dict(every=2, capacity_factor=1.5)], ids=str)
 def test_formulas_count_the_experts_that_a_token_meets(experts):
     """As the traced step does, and so does a token that is drawn."""
     job = make_job(experts=dict(n_experts=8, **experts), ff_bias=False)
@@ -99,5 +99,5 @@ def test_formulas_count_the_experts_that_a_token_meets(experts):
     assert guess.parameters == traced.parameters > 2 * dense.parameters
     drawn, plain = (measure(dataclasses.replace(each, batch=8, context=16)) for each in (job, make_job(ff_bias=False)))
     layer, router = 4 * 64 * 256, 64 * 8 * 2
-    layers, more = (2, layer) if "per_token" in experts else (1, 0)
+    layers, more = (2, layer) if "n_experts_per_token" in experts else (1, 0)
     assert drawn.flops - plain.flops == 8 * layers * (more + router)

@@ -38,7 +38,7 @@ print(json.dumps({"opened": opened, "sampled": read("VmHWM") - before, "tokens":
 
 def save(folder: Path, **sizes: int) -> int:
     """A checkpoint of zeros in bfloat16; bytes of its weights."""
-    model = dict(n_heads=8, n_vocab=264, seq_len=32, positions="rotary-pairs", **sizes)
+    model = dict(n_heads=8, n_vocab=264, seq_len=32, positions="rope-interleaved", **sizes)
     described = flatten_names(describe_params(ModelConfig(**model)))
     store = Store(folder / "checkpoints")
     arrays = {f"params/{name}": jnp.zeros(info.shape, jnp.bfloat16) for name, info in described.items()}

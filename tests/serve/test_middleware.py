@@ -70,7 +70,7 @@ async def ask_guard(headers):
     async def send(message):
         statuses.append(message.get("status"))
 
-    guard = Guard(app, token=None, max_body=5, body_seconds=1.0, count=lambda path, status: None)
+    guard = Guard(app, token=None, max_body_bytes=5, body_timeout_seconds=1.0, count=lambda path, status: None)
     await guard(dict(type="http", path="/v1/models", headers=headers), receive, send)
     return statuses[0]
 

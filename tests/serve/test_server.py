@@ -53,7 +53,9 @@ class Server:
     """The process and a way to ask it."""
 
     def __init__(self, folder: Path):
-        limits = dict(slots=SLOTS, queue=QUEUE, max_body=MAX_BODY, body_seconds=BODY_SECONDS, drain_seconds=3.0)
+        limits = dict(
+            slots=SLOTS, queue=QUEUE, max_body_bytes=MAX_BODY, body_timeout_seconds=BODY_SECONDS, drain_seconds=3.0
+        )
         command = [sys.executable, "device_serve.py", str(folder), "--port", "0", "--token-file", str(folder / "token")]
         command += [f"--set=serve.{name}={value}" for name, value in limits.items()]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}

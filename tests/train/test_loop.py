@@ -107,7 +107,7 @@ def test_training_outlives_its_disk(config_file, undisturbed, small_disk, monkey
     """Full, without room for more files, forbidden, slow: one after the other, saves in the background."""
     monkeypatch.setattr(loop, "SLOW_SECONDS", 0.2)
     config = load_config(config_file, [f'run.dir="{small_disk / "run"}"'])
-    assert config.checkpoint.asynchronous
+    assert config.checkpoint.async_save
     run = open_run(config, open_data(config), make_layout(config.mesh))
     ballast, folder = small_disk / "ballast", small_disk / "files"
     folder.mkdir()
@@ -168,7 +168,7 @@ def test_a_read_only_disk_and_a_last_save_that_fails(config_file, undisturbed, s
     """Only the checkpoints lie on that disk, and nothing is written in the background."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").symlink_to(small_disk)
-    config = load_config(config_file, [f'run.dir="{tmp_path / "run"}"', "checkpoint.asynchronous=false"])
+    config = load_config(config_file, [f'run.dir="{tmp_path / "run"}"', "checkpoint.async_save=false"])
     run = open_run(config, open_data(config), make_layout(config.mesh))
 
     def remount(how):

@@ -82,7 +82,12 @@ def test_a_cut_vocabulary_is_never_gathered():
         shardings = [
             layout.sharding(axes, x.shape, "x")
             for axes, x in zip(
-                (("batch", "sequence", "residual"), ("embed", "vocab"), ("vocab",), *[("batch", "sequence")] * 2),
+                (
+                    ("batch", "sequence", "activation_embed"),
+                    ("embed", "vocab"),
+                    ("vocab",),
+                    *[("batch", "sequence")] * 2,
+                ),
                 arrays,
                 strict=True,
             )

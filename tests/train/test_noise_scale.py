@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mesh_transformer.train.noise_scale import init_noise_scale, noise_scale, update_noise_scale
 
 from mesh_transformer.config import ConfigError
-from mesh_transformer.train.noise_scale import init_noise_scale, noise_scale, update_noise_scale
 
 
 def synthetic_norms(rng, mean, deviation, *, small, pieces):

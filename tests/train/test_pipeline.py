@@ -22,7 +22,7 @@ def make_config(accumulation: int, schedule: str = "1f1b", **mesh):
             "model": dict(n_layers=4, d_model=32, n_heads=2, n_vocab=32, seq_len=16, remat="full"),
             "mesh": {"data": 1, "pipeline": 4, "pipeline_schedule": schedule, **mesh},
             "data": {"train": {"numbers": {"path": "made-up"}}},
-            "train": dict(steps=10, batch_size=2 * accumulation, accumulation=accumulation),
+            "train": dict(steps=10, batch_size=2 * accumulation, grad_accum_steps=accumulation),
         },
         where="test",
     )
@@ -57,15 +57,13 @@ def test_memory_of_1f1b_does_not_grow_with_the_microbatches():
     assert temporary(32, "gpipe") - temporary(8, "gpipe") > 24 * stream
 
 
-EXPERTS = dict(n_experts=4, capacity_factor=0.8, group=2, balance_loss=0.3)
+EXPERTS = dict(n_experts=4, capacity_factor=0.8, group_size=2, aux_loss_weight=0.3)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 def test_stages_hand_on_what_routers_did_and_its_gradients(schedule):
     """As one device that accumulates as many microbatches: loads, shares and losses by layer, and the price of these."""
-    sizes = dict(
-        n_layers=2, d_model=8, n_heads=1, n_vocab=16, seq_len=8, d_ff=8, positions="rotary-halves", norm="rmsnorm"
-    )
+    sizes = dict(n_layers=2, d_model=8, n_heads=1, n_vocab=16, seq_len=8, d_ff=8, positions="rope-half", norm="rmsnorm")
     rng = np.random.default_rng(0)
     tokens, ones = rng.integers(0, 16, (6, 9), dtype=np.int32), np.ones((6, 8), np.int32)
     places = np.tile(np.arange(8, dtype=np.int32), (6, 1))
@@ -77,7 +75,7 @@ def test_stages_hand_on_what_routers_did_and_its_gradients(schedule):
             "model": dict(sizes, ff_bias=False, qkv_bias=False, experts=EXPERTS),
             "mesh": {"data": 1, "pipeline_schedule": schedule, **mesh},
             "data": {"train": {"numbers": {"path": "made-up"}}},
-            "train": dict(steps=10, batch_size=6, accumulation=3),
+            "train": dict(steps=10, batch_size=6, grad_accum_steps=3),
         }
         config = parse_config(table, where="test")
         layout = make_layout(config.mesh, jax.devices()[: config.mesh.pipeline * config.mesh.expert])

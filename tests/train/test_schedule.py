@@ -103,21 +103,23 @@ def test_refused(name, fields, message):
 
 RAMPS = [
     TrainConfig(steps=100, batch_size=12),
-    TrainConfig(steps=100, batch_size=12, ramp_from=12, ramp_steps=5),
-    TrainConfig(steps=100, batch_size=12, ramp_from=3, ramp_steps=20),
-    TrainConfig(steps=100, batch_size=1600, ramp_from=16, ramp_steps=70),
-    TrainConfig(steps=100, batch_size=64, ramp_from=2, ramp_steps=4),
-    TrainConfig(steps=100, batch_size=64, ramp_from=2, ramp_steps=1),
+    TrainConfig(steps=100, batch_size=12, batch_ramp_from=12, batch_ramp_steps=5),
+    TrainConfig(steps=100, batch_size=12, batch_ramp_from=3, batch_ramp_steps=20),
+    TrainConfig(steps=100, batch_size=1600, batch_ramp_from=16, batch_ramp_steps=70),
+    TrainConfig(steps=100, batch_size=64, batch_ramp_from=2, batch_ramp_steps=4),
+    TrainConfig(steps=100, batch_size=64, batch_ramp_from=2, batch_ramp_steps=1),
 ]
 
 
 @pytest.mark.parametrize("train", RAMPS)
 def test_ramp(train):
     sizes = [batch_size_at(train, step) for step in range(100)]
-    unit = train.ramp_from or train.batch_size
+    unit = train.batch_ramp_from or train.batch_size
     assert sizes[0] == unit
-    assert set(sizes[train.ramp_steps :]) == {train.batch_size}
-    assert train.ramp_steps == 0 or unit == train.batch_size or sizes[train.ramp_steps - 1] < train.batch_size
+    assert set(sizes[train.batch_ramp_steps :]) == {train.batch_size}
+    assert (
+        train.batch_ramp_steps == 0 or unit == train.batch_size or sizes[train.batch_ramp_steps - 1] < train.batch_size
+    )
     assert sizes == sorted(sizes)
     assert all(size % unit == 0 for size in sizes)
     assert len(set(sizes)) <= 16
@@ -126,14 +128,19 @@ def test_ramp(train):
 
 
 def test_ramp_is_linear():
-    train = TrainConfig(steps=10**6, batch_size=1600, ramp_from=16, ramp_steps=30_000)
+    train = TrainConfig(steps=10**6, batch_size=1600, batch_ramp_from=16, batch_ramp_steps=30_000)
     stages = batch_ramp(train)
     assert len(stages) == 16
     for first, size in stages:
         assert abs(size - (16 + (1600 - 16) * first / 30_000)) <= 16
     # exact where float32 would not be
     assert first_sequence(train, 10**9) - first_sequence(train, 10**9 - 1) == 1600
-    assert batch_ramp(TrainConfig(steps=9, batch_size=8, ramp_from=2, ramp_steps=9)) == [(0, 2), (3, 4), (6, 6), (9, 8)]
+    assert batch_ramp(TrainConfig(steps=9, batch_size=8, batch_ramp_from=2, batch_ramp_steps=9)) == [
+        (0, 2),
+        (3, 4),
+        (6, 6),
+        (9, 8),
+    ]
 
 
 def test_negative_step():

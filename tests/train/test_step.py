@@ -116,7 +116,7 @@ def test_five_steps_on_a_mesh_equal_one_device(mesh, one_device):
 
 @pytest.mark.parametrize("mesh", [dict(data=1), dict(data=2, fsdp=2)], ids=["one device", "mesh"])
 def test_accumulated_equals_one_batch(mesh):
-    whole, parts = Runner(make_config(mesh=mesh)), Runner(make_config(mesh=mesh, train=dict(accumulation=4)))
+    whole, parts = Runner(make_config(mesh=mesh)), Runner(make_config(mesh=mesh, train=dict(grad_accum_steps=4)))
     for step in range(3):
         batch = make_batch(step)
         mask = batch.mask.copy()
@@ -130,10 +130,12 @@ def test_accumulated_equals_one_batch(mesh):
 
 
 # The last of every two layers; capacities at which some choices pass by
-EXPERTS = dict(n_experts=4, per_token=2, every=2, capacity_factor=0.8, jitter=0.1, balance_loss=0.1)
+EXPERTS = dict(
+    n_experts=4, n_experts_per_token=2, layer_interval=2, capacity_factor=0.8, router_jitter=0.1, aux_loss_weight=0.1
+)
 
 
-@pytest.mark.parametrize("form", [{}, dict(capacity_factor=1e-9), dict(shared=True)], ids=str)
+@pytest.mark.parametrize("form", [{}, dict(capacity_factor=1e-9), dict(shared_expert=True)], ids=str)
 @pytest.mark.parametrize("mesh", [dict(data=2, expert=4), dict(fsdp=2, expert=2, tensor=2)], ids=str)
 def test_five_steps_with_experts_equal_one_device(mesh, form):
     experts = EXPERTS | form
@@ -154,8 +156,8 @@ def test_five_steps_with_experts_equal_one_device(mesh, form):
 
 
 def test_accumulated_equals_one_batch_where_sequences_are_balanced():
-    model = dict(experts=dict(EXPERTS, jitter=0.0, balance_over="sequence"))
-    whole, parts = Runner(make_config(model=model)), Runner(make_config(model=model, train=dict(accumulation=4)))
+    model = dict(experts=dict(EXPERTS, router_jitter=0.0, aux_loss_scope="sequence"))
+    whole, parts = Runner(make_config(model=model)), Runner(make_config(model=model, train=dict(grad_accum_steps=4)))
     for step in range(3):
         a, b = whole.step(make_batch(step)), parts.step(make_batch(step))
         for name, value in a.items():
@@ -165,7 +167,7 @@ def test_accumulated_equals_one_batch_where_sequences_are_balanced():
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_optimizers_take_each_expert_for_a_matrix(name):
-    runner = Runner(make_config(model=dict(experts=dict(EXPERTS, every=1)), optimizer=dict(name=name)))
+    runner = Runner(make_config(model=dict(experts=dict(EXPERTS, layer_interval=1)), optimizer=dict(name=name)))
     before = runner.state.params["transformer/layers/block_0/experts"]
     losses = runner.run(8)
     after = runner.state.params["transformer/layers/block_0/experts"]
@@ -185,7 +187,7 @@ def test_a_dense_model_reports_no_routing():
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(bad, accumulation):
-    runner = Runner(make_config(train=dict(accumulation=accumulation)))
+    runner = Runner(make_config(train=dict(grad_accum_steps=accumulation)))
     runner.run(2)
     before = flatten_state(runner.state)
     batch = make_batch(2)
@@ -205,7 +207,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(bad, accumul
 
 @pytest.mark.parametrize("field", ["losses", "grad_norms"])
 def test_a_spike_is_skipped_once_the_window_is_full(field):
-    runner = Runner(make_config(train=dict(spike_factor=5.0)))
+    runner = Runner(make_config(train=dict(loss_spike_factor=5.0)))
     typical = runner.step(make_batch(0))
     calm = dict(losses=float(typical["loss"]), grad_norms=float(typical["grad_norm"]))
     calm[field] /= 6  # what follows looks like six medians
@@ -231,7 +233,9 @@ def test_z_loss_pulls_log_z_to_zero():
 
 def test_layer_norms_add_up_to_the_layers_gradient():
     pattern = dict(n_layers=4, attention_pattern=["global", "local"], attention_window=4)
-    runner = Runner(make_config(model=pattern, train=dict(layer_norms=True), optimizer=dict(name="sgd", clip_norm=0.0)))
+    runner = Runner(
+        make_config(model=pattern, train=dict(log_layer_grad_norms=True), optimizer=dict(name="sgd", clip_norm=0.0))
+    )
     norms = np.asarray(runner.step(make_batch(0))["layer_grad_norms"])
     assert norms.shape == (4,)
     assert (norms > 0).all()

@@ -54,10 +54,10 @@ UNREADABLE = (
 
 # What every v1 model is; the rest is in its configuration.
 FIXED: dict[str, Any] = dict(
-    norm_eps=1e-5, residual="parallel", activation="gelu-tanh", gated=False, attention_scale="sqrt",
+    norm_eps=1e-5, residual="parallel", activation="gelu-tanh", gated_ffn=False, attention_scale="rsqrt_d_head",
     qkv_bias=False, attention_out_bias=False, ff_bias=True, head_bias=True, tied_embeddings=False, qk_norm=False,
 )  # fmt: skip
-POSITIONS = {"rotary": "rotary-pairs", "fixed": "learned", "t5": "t5"}
+POSITIONS = {"rotary": "rope-interleaved", "fixed": "learned", "t5": "t5"}
 # Their name -> ours, and whether it has a bias.
 NORMS = {
     "layernorm": ("layernorm", True), "layernorm-nobias": ("layernorm", False),
@@ -164,7 +164,7 @@ def read_model(old: Mapping[str, Any], where: str = "the configuration") -> dict
     model |= dict(zip(("norm", "norm_bias"), NORMS[str(norm)], strict=True), positions=POSITIONS[str(pe)], init="gptj")
     if pe == "rotary":  # it clamps without a word
         d_head = old["d_model"] // old["n_heads"]
-        model["rotary_dims"] = min(old.get("pe_rotary_dims", d_head), d_head)
+        model["rope_dims"] = min(old.get("pe_rotary_dims", d_head), d_head)
     return model
 
 

@@ -48,10 +48,10 @@ def old_config(config: ModelConfig, shards: int) -> dict[str, Any]:
     pe = {ours: theirs for theirs, ours in POSITIONS.items()}.get(config.positions)
     if pe is None:
         problems.append(f"positions = {config.positions!r}, not one of {list(POSITIONS.values())}")
-    if pe == "rotary" and config.rotary_base != 10_000:
-        problems.append(f"rotary_base = {config.rotary_base}, not 10000")
-    if config.rotary_scaling is not None:
-        problems.append(f"rotary_scaling = {config.rotary_scaling}")
+    if pe == "rotary" and config.rope_theta != 10_000:
+        problems.append(f"rope_theta = {config.rope_theta}, not 10000")
+    if config.rope_scaling is not None:
+        problems.append(f"rope_scaling = {config.rope_scaling}")
     norms = {ours: theirs for theirs, ours in NORMS.items()}
     if (config.norm, config.norm_bias) not in norms:
         problems.append(f"norm = {config.norm!r}, not one of {sorted({norm for norm, _ in norms})}")
@@ -59,15 +59,15 @@ def old_config(config: ModelConfig, shards: int) -> dict[str, Any]:
         problems.append("attention_pattern has local layers")
     if config.experts is not None:
         problems.append("it has experts")
-    if config.encoder_layers is not None or not config.causal:
+    if config.n_encoder_layers is not None or not config.causal:
         problems.append("it has an encoder")
-    if config.head_scale != "none":
-        problems.append(f"head_scale = {config.head_scale!r}, not 'none'")
+    if config.logit_scale != "none":
+        problems.append(f"logit_scale = {config.logit_scale!r}, not 'none'")
     check_problems("the v1 format of mesh-transformer-jax cannot express this model", problems)
     check_problems("the model cannot be cut", find_uneven(config, shards))
     norm = norms[config.norm, config.norm_bias]
     old = dict(layers=config.n_layers, d_model=config.d_model, n_heads=config.n_heads, n_vocab=config.n_vocab)
-    old |= dict(norm=norm, pe=pe) | (dict(pe_rotary_dims=config.rotary_channels) if pe == "rotary" else {})
+    old |= dict(norm=norm, pe=pe) | (dict(pe_rotary_dims=config.rope_dim) if pe == "rotary" else {})
     return old | dict(seq=config.seq_len, cores_per_replica=shards, per_replica_batch=1)
 
 

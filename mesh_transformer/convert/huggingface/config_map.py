@@ -105,21 +105,21 @@ def read_gpt_j(s: Settings) -> dict[str, Any]:
     """GPTJConfig."""
     model = dict(
         n_layers=s.get("n_layer"), d_model=s.get("n_embd"), n_heads=s.get("n_head"), n_vocab=s.get("vocab_size"),
-        seq_len=s.get("n_positions"), positions="rotary-pairs", residual="parallel", qkv_bias=False,
+        seq_len=s.get("n_positions"), positions="rope-interleaved", residual="parallel", qkv_bias=False,
         attention_out_bias=False, head_bias=True, tied_embeddings=s.table.get("tie_word_embeddings", False),
         activation=s.choose(ACTIVATIONS, "activation_function", default="gelu_new"), init="gptj",
         norm_eps=s.get("layer_norm_epsilon", default=1e-5),
     )  # fmt: skip
     head = model["d_model"] // model["n_heads"]
     inner = s.get("n_inner", default=4 * model["d_model"])
-    return model | {"rotary_dims": s.table.get("rotary_dim") or head, "d_ff": inner}
+    return model | {"rope_dims": s.table.get("rotary_dim") or head, "d_ff": inner}
 
 
 def write_gpt_j(c: ModelConfig) -> dict[str, Any]:
     """GPTJConfig."""
     return dict(
         n_layer=c.n_layers, n_embd=c.d_model, n_head=c.n_heads, vocab_size=c.n_vocab, n_positions=c.seq_len,
-        rotary_dim=c.rotary_channels, n_inner=c.ff_dim, activation_function=THEIR_ACTIVATIONS[c.activation],
+        rotary_dim=c.rope_dim, n_inner=c.ff_dim, activation_function=THEIR_ACTIVATIONS[c.activation],
         layer_norm_epsilon=c.norm_eps,
     )  # fmt: skip
 
@@ -131,11 +131,11 @@ def _read_rope(s: Settings, *base_keys: str) -> tuple[dict[str, Any], dict[str, 
     """The rope settings, wherever this version keeps them, and our fields for them."""
     rope = s.table.get("rope_parameters") or s.table.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    fields: dict[str, Any] = dict(rotary_base=float(rope.get("rope_theta") or s.get(*base_keys, default=10_000.0)))
+    fields: dict[str, Any] = dict(rope_theta=float(rope.get("rope_theta") or s.get(*base_keys, default=10_000.0)))
     if kind == "llama3":
         if missing := [key for key in LLAMA3 if key not in rope]:
             raise CheckpointError(f"{s.where}: rotary embeddings of type 'llama3' lack {', '.join(missing)}")
-        fields["rotary_scaling"] = [float(rope[key]) for key in LLAMA3]
+        fields["rope_scaling"] = [float(rope[key]) for key in LLAMA3]
     elif kind != "default":
         raise CheckpointError(
             f"{s.where}: rotary embeddings of type {kind!r} are not supported; supported: 'default', 'llama3'"
@@ -145,14 +145,14 @@ def _read_rope(s: Settings, *base_keys: str) -> tuple[dict[str, Any], dict[str, 
 
 def _write_rope(c: ModelConfig) -> dict[str, Any]:
     """The rope settings, with the keys of transformers before 5 and since."""
-    if c.rotary_scaling is None:
-        return {"rope_theta": c.rotary_base, "rope_parameters": {"rope_type": "default", "rope_theta": c.rotary_base}}
-    scaling = dict(zip(LLAMA3, c.rotary_scaling, strict=True), rope_type="llama3")
-    scaling["original_max_position_embeddings"] = int(c.rotary_scaling[3])
+    if c.rope_scaling is None:
+        return {"rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
+    scaling = dict(zip(LLAMA3, c.rope_scaling, strict=True), rope_type="llama3")
+    scaling["original_max_position_embeddings"] = int(c.rope_scaling[3])
     return {
-        "rope_theta": c.rotary_base,
+        "rope_theta": c.rope_theta,
         "rope_scaling": scaling,
-        "rope_parameters": scaling | {"rope_theta": c.rotary_base},
+        "rope_parameters": scaling | {"rope_theta": c.rope_theta},
     }
 
 
@@ -163,22 +163,22 @@ def read_gpt_neox(s: Settings) -> dict[str, Any]:
     model = dict(
         n_layers=s.get("num_hidden_layers"), d_model=s.get("hidden_size"), n_heads=s.get("num_attention_heads"),
         n_vocab=s.get("vocab_size"), seq_len=s.get("max_position_embeddings"), d_ff=s.get("intermediate_size"),
-        positions="rotary-halves", qkv_bias=bias, attention_out_bias=bias, **fields,
+        positions="rope-half", qkv_bias=bias, attention_out_bias=bias, **fields,
         residual="parallel-two-norms" if s.table.get("use_parallel_residual", True) else "serial",
         activation=s.choose(ACTIVATIONS, "hidden_act", default="gelu"), norm_eps=s.get("layer_norm_eps", default=1e-5),
         tied_embeddings=s.table.get("tie_word_embeddings", False), init="neox",
     )  # fmt: skip
     share = rope.get("partial_rotary_factor") or s.get("rotary_pct", "partial_rotary_factor", default=0.25)
-    return model | {"rotary_dims": int(model["d_model"] // model["n_heads"] * share)}
+    return model | {"rope_dims": int(model["d_model"] // model["n_heads"] * share)}
 
 
 def write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
     """GPTNeoXConfig, with the keys of transformers before 5 and since."""
-    share = c.rotary_channels / c.head_dim
+    share = c.rope_dim / c.head_dim
     return dict(
         num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
-        max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, rotary_pct=share, rotary_emb_base=c.rotary_base,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rotary_base, "partial_rotary_factor": share},
+        max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, rotary_pct=share, rotary_emb_base=c.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": share},
         use_parallel_residual=c.residual == "parallel-two-norms", hidden_act=THEIR_ACTIVATIONS[c.activation],
         layer_norm_eps=c.norm_eps, attention_bias=c.qkv_bias,
     )  # fmt: skip
@@ -195,8 +195,8 @@ def read_llama(s: Settings) -> dict[str, Any]:
         n_layers=s.get("num_hidden_layers"), d_model=s.get("hidden_size"), n_heads=heads, n_vocab=s.get("vocab_size"),
         seq_len=s.get("max_position_embeddings"), d_ff=s.get("intermediate_size"), norm="rmsnorm",
         n_kv_heads=s.get("num_key_value_heads", default=heads), d_head=s.get("head_dim", default=s.get("hidden_size") // heads),
-        positions="rotary-halves", **fields, activation=s.choose(ACTIVATIONS, "hidden_act", default="silu"),
-        gated=True, qkv_bias=True if kind == "qwen2" else out_bias, attention_out_bias=out_bias,
+        positions="rope-half", **fields, activation=s.choose(ACTIVATIONS, "hidden_act", default="silu"),
+        gated_ffn=True, qkv_bias=True if kind == "qwen2" else out_bias, attention_out_bias=out_bias,
         ff_bias=s.table.get("mlp_bias", False),
         norm_eps=s.get("rms_norm_eps", default=1e-6), tied_embeddings=s.table.get("tie_word_embeddings", False),
         qk_norm=kind == "qwen3",
@@ -250,13 +250,13 @@ def write_llama(c: ModelConfig) -> dict[str, Any]:
 
 def read_mixtral(s: Settings) -> dict[str, Any]:
     """MixtralConfig: every token is taken, by experts whose gates are scaled to add up to 1."""
-    per_token = s.get("num_experts_per_tok", default=2)
-    if per_token < 2:
+    n_experts_per_token = s.get("num_experts_per_tok", default=2)
+    if n_experts_per_token < 2:
         raise CheckpointError(
-            f"{s.where}: num_experts_per_tok = {per_token} is not supported: its gate would be 1, where ours is the "
+            f"{s.where}: num_experts_per_tok = {n_experts_per_token} is not supported: its gate would be 1, where ours is the "
             "expert's probability; supported: 2 and more"
         )
-    experts = dict(n_experts=s.get("num_local_experts", default=8), per_token=per_token)
+    experts = dict(n_experts=s.get("num_local_experts", default=8), n_experts_per_token=n_experts_per_token)
     own_defaults = {"rope_theta": 1e6, "rms_norm_eps": 1e-5}
     return read_llama(Settings(own_defaults | dict(s.table), s.where)) | dict(experts=experts)
 
@@ -266,7 +266,7 @@ def write_mixtral(c: ModelConfig) -> dict[str, Any]:
     experts = {} if c.experts is None else vars(c.experts)
     table = write_llama(c) | {
         "num_local_experts": experts.get("n_experts"),
-        "num_experts_per_tok": experts.get("per_token"),
+        "num_experts_per_tok": experts.get("n_experts_per_token"),
     }
     return {
         key: value for key, value in table.items() if key not in ("mlp_bias", "attention_bias", "use_sliding_window")

@@ -21,16 +21,16 @@ def _read(s: Settings) -> dict[str, Any]:
     tied = s.table.get("scale_decoder_outputs", s.table.get("tie_word_embeddings", True))
     layers = s.get("num_layers")
     return T5 | dict(
-        n_layers=s.get("num_decoder_layers", default=layers), encoder_layers=layers, d_model=s.get("d_model"),
+        n_layers=s.get("num_decoder_layers", default=layers), n_encoder_layers=layers, d_model=s.get("d_model"),
         n_heads=s.get("num_heads"), d_head=s.get("d_kv", default=64), d_ff=s.get("d_ff"), n_vocab=s.get("vocab_size"),
         seq_len=s.get("n_positions", default=READS), norm_eps=s.get("layer_norm_epsilon", default=1e-6),
-        tied_embeddings=tied, head_scale="sqrt" if tied else "none",
+        tied_embeddings=tied, logit_scale="rsqrt_d_model" if tied else "none",
     )  # fmt: skip
 
 
 def _write(c: ModelConfig) -> dict[str, Any]:
     return dict(
-        num_layers=c.encoder_layers, num_decoder_layers=c.n_layers, d_model=c.d_model, num_heads=c.n_heads,
+        num_layers=c.n_encoder_layers, num_decoder_layers=c.n_layers, d_model=c.d_model, num_heads=c.n_heads,
         d_kv=c.head_dim, d_ff=c.ff_dim, vocab_size=c.n_vocab, n_positions=c.seq_len, layer_norm_epsilon=c.norm_eps,
         relative_attention_num_buckets=T5_BUCKETS, relative_attention_max_distance=T5_MAX_DISTANCE,
         is_encoder_decoder=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
@@ -41,15 +41,15 @@ def read_t5(s: Settings) -> dict[str, Any]:
     """T5Config. "gated-gelu" is the approximate one, other words are what they say."""
     gated = {f"gated-{word}": ours for word, ours in ACTIVATIONS.items()} | {"gated-gelu": "gelu-tanh"}
     activation = s.choose(ACTIVATIONS | gated, "feed_forward_proj", default="relu")
-    return _read(s) | dict(activation=activation, gated=s.get("feed_forward_proj", default="relu") in gated)
+    return _read(s) | dict(activation=activation, gated_ffn=s.get("feed_forward_proj", default="relu") in gated)
 
 
 def write_t5(c: ModelConfig) -> dict[str, Any]:
     """T5Config."""
     activation = THEIR_ACTIVATIONS[c.activation]
-    if c.gated:
+    if c.gated_ffn:
         activation = "gated-" + {"gelu_new": "gelu", "gelu": "unknown"}.get(activation, activation)
-    return _write(c) | dict(feed_forward_proj=activation, scale_decoder_outputs=c.head_scale == "sqrt")
+    return _write(c) | dict(feed_forward_proj=activation, scale_decoder_outputs=c.logit_scale == "rsqrt_d_model")
 
 
 def read_switch(s: Settings) -> dict[str, Any]:
@@ -61,16 +61,16 @@ def read_switch(s: Settings) -> dict[str, Any]:
     s.expect("feed_forward_proj", *ACTIVATIONS)
     s.expect("scale_decoder_outputs")
     model = _read(s)
-    steps = [_read_step(s, "encoder", model["encoder_layers"]), _read_step(s, "decoder", model["n_layers"])]
+    steps = [_read_step(s, "encoder", model["n_encoder_layers"]), _read_step(s, "decoder", model["n_layers"])]
     if steps[0] != steps[1] or steps[0] > 2:
         raise CheckpointError(
             f"{s.where}: every {steps[0]} layers of the encoder and every {steps[1]} of the decoder have experts; supported: "
             "every layer, or every second one, of both"
         )
     experts = dict(
-        n_experts=s.get("num_experts", default=8), every=steps[0], evaluation_capacity=s.get("expert_capacity", default=64),
-        balance_loss=float(s.get("router_aux_loss_coef", default=1e-3)),
-        router_z_loss=float(s.get("router_z_loss_coef", default=1e-3)), jitter=float(s.get("router_jitter_noise", default=1e-2)),
+        n_experts=s.get("num_experts", default=8), layer_interval=steps[0], eval_capacity=s.get("expert_capacity", default=64),
+        aux_loss_weight=float(s.get("router_aux_loss_coef", default=1e-3)),
+        router_z_loss=float(s.get("router_z_loss_coef", default=1e-3)), router_jitter=float(s.get("router_jitter_noise", default=1e-2)),
     )  # fmt: skip
     activation = s.choose(ACTIVATIONS, "dense_act_fn", "feed_forward_proj", default="relu")
     return model | dict(activation=activation, experts=experts)
@@ -86,10 +86,10 @@ def write_switch(c: ModelConfig) -> dict[str, Any]:
     e = c.experts
     if e is None:
         return _write(c)
-    sparse = {"encoder": (c.encoder_layers or 0) // e.every, "decoder": c.n_layers // e.every}
+    sparse = {"encoder": (c.n_encoder_layers or 0) // e.layer_interval, "decoder": c.n_layers // e.layer_interval}
     return _write(c) | dict(
         num_sparse_encoder_layers=sparse["encoder"], num_sparse_decoder_layers=sparse["decoder"], num_experts=e.n_experts,
-        expert_capacity=e.evaluation_capacity, router_aux_loss_coef=e.balance_loss, router_z_loss_coef=e.router_z_loss,
-        router_jitter_noise=e.jitter, router_bias=False, router_dtype="float32", router_ignore_padding_tokens=False,
+        expert_capacity=e.eval_capacity, router_aux_loss_coef=e.aux_loss_weight, router_z_loss_coef=e.router_z_loss,
+        router_jitter_noise=e.router_jitter, router_bias=False, router_dtype="float32", router_ignore_padding_tokens=False,
         dense_act_fn=THEIR_ACTIVATIONS[c.activation],
     )  # fmt: skip

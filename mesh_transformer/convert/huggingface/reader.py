@@ -101,7 +101,7 @@ def compose_tensors(config: ModelConfig, arrays: Mapping[str, Lazy], family: Fam
         for place, leaf in enumerate(leaves):
             entry = family.entries[leaf.name]
             array = arrays[name] if leaf.layer is None else Row(arrays[name], place)
-            theirs = (entry.gated if config.gated and entry.gated else entry.theirs).replace("{i}", str(leaf.layer))
+            theirs = (entry.gated if config.gated_ffn and entry.gated else entry.theirs).replace("{i}", str(leaf.layer))
             if "{e}" not in theirs:
                 pieces.setdefault(theirs, []).append((entry, array, leaf))
                 continue

@@ -127,7 +127,7 @@ LLAMA = {
 }
 W = f"{M}.block_sparse_moe.experts.{{e}}.w"  # in files; in memory newer versions keep all experts of a layer as one
 MIXTRAL = {name: entry for name, entry in LLAMA.items() if not name.startswith("feed_forward/")} | {
-    "experts/w_router": Entry(f"{M}.block_sparse_moe.gate.weight", "routes embed"),
+    "experts/w_router": Entry(f"{M}.block_sparse_moe.gate.weight", "router embed"),
     **linear("experts/w_gate", f"{W}1", "ff", "embed"),
     **linear("experts/w_in", f"{W}3", "ff", "embed"),
     **linear("experts/w_out", f"{W}2", "embed", "ff"),
@@ -148,7 +148,7 @@ def t5_stack(ours: str, theirs: str, feed_forward: str) -> dict[str, Entry]:
         found[f"{kind}/w_in"] = Entry(f"{path}.wi.weight", "ff embed", gated=f"{path}.wi_1.weight")
         found |= linear(f"{kind}/w_gate", f"{path}.wi_0", "ff", "embed")
         found |= linear(f"{kind}/w_out", f"{path}.wo", "embed", "ff")
-    found |= linear("experts/w_router", f"{ff}.mlp.router.classifier", "routes", "embed")
+    found |= linear("experts/w_router", f"{ff}.mlp.router.classifier", "router", "embed")
     bias = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     found["relative_bias/table"] = Entry(bias, "buckets heads")
     return {ours + name: entry for name, entry in found.items()}

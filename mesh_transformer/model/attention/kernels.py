@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import current_layout, target_chip, target_platform
 from mesh_transformer.model.attention.dense import attend, attend_in_blocks
-from mesh_transformer.model.attention.masks import Sight
+from mesh_transformer.model.attention.masks import AttentionContext
 from mesh_transformer.model.attention.ring import Ring, attend_in_ring
 from mesh_transformer.model.positions import alibi_slopes
 
@@ -29,28 +29,28 @@ BLOCK = 512  # places in a block at most
 def choose_kernel(config: ModelConfig, length: int, *, segmented: bool, cached: bool) -> str:
     """The kernel for sequences of `length`; ConfigError with the remedy where the one asked for cannot do it."""
     if cached:
-        return "plain"
+        return "dense"
     pieces = _ring_size()
     wanted = config.attention_kernel
     if wanted == "auto" and pieces > 1:
-        wanted = "blocked"  # the alternative gathers the sequence, which must be said
+        wanted = "blockwise"  # the alternative gathers the sequence, which must be said
     if wanted != "auto":
         if reason := _refuse(wanted, config, length, segmented=segmented):
-            raise ConfigError(f'model.attention_kernel = "{wanted}": {reason}; "plain" can do it')
+            raise ConfigError(f'model.attention_kernel = "{wanted}": {reason}; "dense" can do it')
         return wanted
     match target_platform():
         case "tpu":
-            ranking = ("splash", "blocked", "plain")
+            ranking = ("splash", "blockwise", "dense")
         case "gpu":
-            ranking = ("cudnn", "triton", "blocked", "plain")
+            ranking = ("cudnn", "triton", "blockwise", "dense")
         case _:
-            ranking = ("blocked", "plain") if length > LONG else ("plain",)
+            ranking = ("blockwise", "dense") if length > LONG else ("dense",)
     return next(kernel for kernel in ranking if not _refuse(kernel, config, length, segmented=segmented))
 
 
 def _refuse(kernel: str, config: ModelConfig, length: int, *, segmented: bool) -> str | None:
     """Why this kernel cannot compute this attention on the target, or None."""
-    if kernel == "plain":
+    if kernel == "dense":
         return None
     platform, pieces = target_platform(), _ring_size()
     local, head_dim = "local" in config.attention_pattern, config.head_dim
@@ -58,9 +58,9 @@ def _refuse(kernel: str, config: ModelConfig, length: int, *, segmented: bool) -
         (not config.causal, "it hides from a token what comes after it (model.causal)"),
         (config.dropout > 0, "it has no dropout"),
         (config.positions == "t5", "it has no T5 bias"),
-        (kernel != "blocked" and config.positions == "alibi", "it has no ALiBi bias"),
-        (kernel != "blocked" and pieces > 1, "only blocks go round a ring (mesh.context)"),
-        (kernel == "blocked" and not _is_even(length, pieces), f"{length} places cannot be cut into even blocks"),
+        (kernel != "blockwise" and config.positions == "alibi", "it has no ALiBi bias"),
+        (kernel != "blockwise" and pieces > 1, "only blocks go round a ring (mesh.context)"),
+        (kernel == "blockwise" and not _is_even(length, pieces), f"{length} places cannot be cut into even blocks"),
         (kernel == "splash" and platform == "gpu", "it is for TPUs"),
         (kernel == "splash" and target_chip() in ("TPU v2", "TPU v3"), "it needs a TPU v4 or later"),
         (kernel == "splash" and length % 128 != 0, f"{length} places are no multiple of 128"),
@@ -99,10 +99,10 @@ def attend_by(
     v: Float[Array, "B S K C"],
     config: ModelConfig,
     local: bool,
-    sight: Sight,
+    sight: AttentionContext,
 ) -> Float[Array, "B T H C"]:
     """A layer's attention by `sight.kernel`; T = S for every kernel but the plain one."""
-    scale = config.head_dim**-0.5 if config.attention_scale == "sqrt" else 1.0
+    scale = config.head_dim**-0.5 if config.attention_scale == "rsqrt_d_head" else 1.0
     if sight.masks is not None:
         return _attend_plainly(q, k, v, config, local, sight, scale)
     layout = current_layout()
@@ -131,7 +131,7 @@ def attend_by(
 
 
 def _attend_plainly(
-    q: Any, k: Any, v: Any, config: ModelConfig, local: bool, sight: Sight, scale: float
+    q: Any, k: Any, v: Any, config: ModelConfig, local: bool, sight: AttentionContext, scale: float
 ) -> Float[Array, "B T H C"]:
     assert sight.masks is not None
     masks = sight.masks
@@ -152,7 +152,7 @@ def _own_heads(x: Float[Array, "B T K C"], heads: int, config: ModelConfig) -> F
     if heads % group and group % heads:
         raise ConfigError(
             f"model.n_kv_heads={config.kv_heads}: {heads} query heads on a device do not share whole key-value heads; "
-            'change mesh.tensor, or use model.attention_kernel = "plain"'
+            'change mesh.tensor, or use model.attention_kernel = "dense"'
         )
     layout = current_layout()
     assert layout is not None
@@ -208,4 +208,4 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Any, slopes: Any, window: int
     )
 
 
-KERNELS = {"blocked": _blocked, "splash": _splash, "triton": _triton, "cudnn": _cudnn}
+KERNELS = {"blockwise": _blocked, "splash": _splash, "triton": _triton, "cudnn": _cudnn}

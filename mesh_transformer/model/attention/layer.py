@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.attention.dense import attend
 from mesh_transformer.model.attention.kernels import attend_by
-from mesh_transformer.model.attention.masks import Cache, Sight, recall, store
+from mesh_transformer.model.attention.masks import AttentionContext, Cache, recall, store
 from mesh_transformer.model.linear import linear
 from mesh_transformer.model.norms import HeadNorm
 from mesh_transformer.model.params import Inits, param
@@ -26,7 +26,7 @@ class Attention(hk.Module):
         self.config, self.inits, self.local = config, inits, local
 
     def __call__(
-        self, x: Float[Array, "B T D"], sight: Sight, cache: Cache | None
+        self, x: Float[Array, "B T D"], sight: AttentionContext, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The layer's contribution to the residual stream, and its cache with the new keys and values added."""
         c = self.config
@@ -35,7 +35,7 @@ class Attention(hk.Module):
         v = self._project(x, "v", kv_heads=c.kv_heads)
         if c.qk_norm:
             q, k = HeadNorm(c, name="norm_q")(q), HeadNorm(c, name="norm_k")(k)
-        if c.positions.startswith("rotary"):
+        if c.positions.startswith("rope"):
             q, k = rotate(q, sight.positions, c), rotate(k, sight.positions, c)
         if cache is not None:
             cache = store(cache, k, v, sight.positions)
@@ -67,7 +67,7 @@ class CrossAttention(Attention):
         super().__init__(config, inits, name="cross_attention")
 
     def __call__(
-        self, x: Float[Array, "B T D"], sight: Sight, cache: Cache | None
+        self, x: Float[Array, "B T D"], sight: AttentionContext, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The layer's contribution to the residual stream, and its cache with the encoder's keys and values, if these are new."""
         c, memory = self.config, sight.memory
@@ -83,7 +83,7 @@ class CrossAttention(Attention):
             if cache is not None:
                 places = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
                 cache = cache._replace(memory=store(cache.memory, k, v, places))
-        scale = c.head_dim**-0.5 if c.attention_scale == "sqrt" else 1.0
+        scale = c.head_dim**-0.5 if c.attention_scale == "rsqrt_d_head" else 1.0
         look = partial(attend, scale=scale, dropout_rate=c.dropout)
         if c.remat == "attention" and cache is None:
             look = hk.remat(look)

@@ -37,13 +37,13 @@ class Memory(NamedTuple):
     visible: Bool[Array, "#B T S"]  # which of its places each query sees
 
 
-class Sight(NamedTuple):
+class AttentionContext(NamedTuple):
     """What is the same for all layers."""
 
     kernel: str  # of model.attention_kernel, "auto" resolved
     positions: Int[Array, "B T"]  # for rotary embeddings
     segments: Int[Array, "B T"] | None  # attention stays within equal ones
-    masks: Masks | None  # for the kernel "plain"; the others find out block by block
+    masks: Masks | None  # for the kernel "dense"; the others find out block by block
     sampling: bool = False  # a text is being read or written: experts take every token
     memory: Memory | None = None  # of a decoder that has an encoder
 

@@ -70,7 +70,7 @@ def _reorder(x: Array, order: Callable[[int, int], np.ndarray]) -> Array:
         raise ConfigError(
             f"a sequence of {x.shape[1]} does not make 2 pieces for each of {size} devices; change mesh.context or seq_len"
         )
-    axes = ("batch", "sequence", *["residual"] * (x.ndim - 2))
+    axes = ("batch", "sequence", *["activation_embed"] * (x.ndim - 2))
     return constrain(x[:, order(x.shape[1], size)], *axes)
 
 

@@ -4,7 +4,7 @@
 
 Shazeer et al. 2017 (arXiv 1701.06538), GShard (2006.16668), Switch (2101.03961) and, for renormalised gates without a
 capacity, Mixtral (2401.04088). What is routed together, as far as anything depends on it, is a group of sequences (one,
-unless experts.group says more), and never what a device happens to hold: the function is the same however a batch lies
+unless experts.group_size says more), and never what a device happens to hold: the function is the same however a batch lies
 on devices. A group's choices are taken in its order, a sequence before the next one and all of a token before the next
 one's, so that no token is crowded out by a later one (GShard takes everyone's first choice first). Where experts choose
 instead (Zhou et al. 2022, 2202.09368), each takes the tokens of a group that it is likeliest for, wherever they are:
@@ -87,36 +87,36 @@ class Experts(hk.Module):
         """
         c, e, inits = self.config, self.choices, self.inits
         key = hk.maybe_next_rng_key()
-        w_router = param("w_router", inits.inner, embed=c.d_model, routes=e.n_experts)
+        w_router = param("w_router", inits.inner, embed=c.d_model, router=e.n_experts)
         w_in = param("w_in", inits.inner, expert=e.n_experts, embed=c.d_model, ff=c.ff_dim)
-        w_gate = param("w_gate", inits.inner, expert=e.n_experts, embed=c.d_model, ff=c.ff_dim) if c.gated else None
+        w_gate = param("w_gate", inits.inner, expert=e.n_experts, embed=c.d_model, ff=c.ff_dim) if c.gated_ffn else None
         w_out = param("w_out", inits.residual, expert=e.n_experts, ff=c.ff_dim, embed=c.d_model)
         wide_gate = None if w_gate is None else widen(w_gate, x.dtype)
         weights = Weights(widen(w_in, x.dtype), wide_gate, widen(w_out, x.dtype))
 
-        logits = score_experts(x, w_router, key, e.jitter)
-        factor = e.evaluation_capacity_factor if key is None else e.capacity_factor
+        logits = score_experts(x, w_router, key, e.router_jitter)
+        factor = e.eval_capacity_factor if key is None else e.capacity_factor
         capacity, group = None, 1
-        if e.evaluation_capacity is not None and key is None and not decoding:
-            capacity = min(e.evaluation_capacity, x.shape[1])
+        if e.eval_capacity is not None and key is None and not decoding:
+            capacity = min(e.eval_capacity, x.shape[1])
         elif factor is not None and not decoding:
-            group = _find_group(e.group, x.shape[0])
-            capacity = find_capacity(factor, group * x.shape[1], e.per_token, e.n_experts)
-        by_expert, probabilities = e.choice == "expert" and not decoding, jax.nn.softmax(logits)
+            group = _find_group(e.group_size, x.shape[0])
+            capacity = find_capacity(factor, group * x.shape[1], e.n_experts_per_token, e.n_experts)
+        by_expert, probabilities = e.routing == "expert-choice" and not decoding, jax.nn.softmax(logits)
         if by_expert:
             gates, turns = probabilities, rank_tokens(probabilities, group)
             experts = jnp.broadcast_to(jnp.arange(e.n_experts), gates.shape)
         else:
-            gates, experts = _choose(probabilities, e.per_token)
+            gates, experts = _choose(probabilities, e.n_experts_per_token)
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True) if e.scales_gates else gates
             turns = None if capacity is None else take_turns(experts, group)
         taken = jnp.ones(experts.shape, bool) if turns is None or capacity is None else turns < capacity
         kept = _draw_kept(c, key, experts.shape, capacity, group)
         feed = partial(_feed, activation=ACTIVATIONS[c.activation], dropout=e.expert_dropout)
         y = _run_experts(x, Choices(gates, experts, turns, kept), weights, capacity, group, feed, by_expert=by_expert)
-        if e.overflow == "scale":
+        if e.dropped_tokens == "gated-input":
             y = y + (x * jnp.sum(jnp.where(taken, 0.0, gates), axis=-1, keepdims=True)).astype(y.dtype)
-        over_batch = e.balance_over == "batch"
+        over_batch = e.aux_loss_scope == "batch"
         if by_expert:
             return y, describe_routing(logits, taken, ~jnp.any(taken, axis=-1), over_batch=over_batch)
         counts = jnp.sum(jax.nn.one_hot(experts, e.n_experts), axis=2)  # summed where it is made
@@ -147,7 +147,7 @@ def _find_group(wanted: int, batch: int) -> int:
     group = min(wanted, batch)
     if batch % group:
         raise ConfigError(
-            f"model.experts.group = {wanted} does not divide a batch of {batch} sequences, of which such groups share an "
+            f"model.experts.group_size = {wanted} does not divide a batch of {batch} sequences, of which such groups share an "
             f"expert's seats; use, for example, {math.gcd(wanted, batch)}, or another train.batch_size"
         )
     return group
@@ -209,8 +209,8 @@ def _find_places(layout: Layout, x: Array, weights: Weights, group: int) -> tupl
         spec = layout.spec(names, shape, name)
         return [axes_of(spec[i]) if i < len(spec) else () for i in range(len(names))]
 
-    batch, sequence, _ = axes(("batch", "sequence", "residual"), x.shape, "activation [experts]")
-    expert, _, ff = axes(("expert", "residual", "ff"), weights.w_in.shape, "experts/w_in")
+    batch, sequence, _ = axes(("batch", "sequence", "activation_embed"), x.shape, "activation [experts]")
+    expert, _, ff = axes(("expert", "activation_embed", "ff"), weights.w_in.shape, "experts/w_in")
     if not set(expert) <= set(batch):
         raise ConfigError(
             f"mesh.rules.expert: experts lie on {' and '.join(expert)}, along which the batch is not cut; "
@@ -225,7 +225,7 @@ def _find_places(layout: Layout, x: Array, weights: Weights, group: int) -> tupl
         count.append(count[-1] * layout.mesh.shape[axis])
     if own % group and group not in count:
         raise ConfigError(
-            f"model.experts.group = {group}: on this mesh a device has {own} sequence(s), which such groups do not divide, "
+            f"model.experts.group_size = {group}: on this mesh a device has {own} sequence(s), which such groups do not divide, "
             f"nor do they span whole devices along {' and '.join(batch)}; use a divisor of {own}, or one of {sorted(set(count))}"
         )
     spanned = () if own % group == 0 else spans[count.index(group)]
@@ -319,7 +319,7 @@ def _run_all(weights: Weights, x: Array, choices: Choices, *, feed: Callable[...
     room for every token moves. On a CPU XLA multiplies every token by every expert: right, but slow with many of them.
     """
     gates, chosen, _, kept = choices
-    own, per_token = weights.w_in.shape[0], gates.shape[2]
+    own, n_experts_per_token = weights.w_in.shape[0], gates.shape[2]
     first = 0
     if places.expert:
         first = jax.lax.axis_index(places.expert) * own
@@ -328,7 +328,7 @@ def _run_all(weights: Weights, x: Array, choices: Choices, *, feed: Callable[...
     local = jnp.where((local >= 0) & (local < own), local, own)  # others' come last, in no run
     order = jnp.argsort(local, stable=True)
     sizes = jnp.sum(local[None] == jnp.arange(own)[:, None], axis=1, dtype=jnp.int32)
-    rows = x.reshape(-1, x.shape[2])[order // per_token]
+    rows = x.reshape(-1, x.shape[2])[order // n_experts_per_token]
     product = partial(jax.lax.ragged_dot, group_sizes=sizes, preferred_element_type=x.dtype)
     out = feed(rows, weights, product, None if kept is None else kept.reshape(order.size, -1)[order])
     out = jnp.where((local[order] < own)[:, None], out, 0)[jnp.argsort(order)]

@@ -34,9 +34,9 @@ class Choices(NamedTuple):
     kept: Bool[Array, "..."] | None  # hidden units that dropout leaves: [E groups C F], without a capacity [B T K F]
 
 
-def find_capacity(factor: float, tokens: int, per_token: int, n_experts: int) -> int:
+def find_capacity(factor: float, tokens: int, n_experts_per_token: int, n_experts: int) -> int:
     """Tokens that an expert takes of a group: `factor` times its even share, rounded up; never more than all."""
-    return min(math.ceil(factor * tokens * per_token / n_experts), tokens)
+    return min(math.ceil(factor * tokens * n_experts_per_token / n_experts), tokens)
 
 
 def rows_per_token(config: ModelConfig, *, training: bool = True) -> float:
@@ -44,18 +44,18 @@ def rows_per_token(config: ModelConfig, *, training: bool = True) -> float:
     e = config.experts
     if e is None:
         return 0.0
-    if not training and e.evaluation_capacity is not None:
-        return min(e.evaluation_capacity, config.seq_len) * e.n_experts / config.seq_len
-    factor = e.capacity_factor if training else e.evaluation_capacity_factor
+    if not training and e.eval_capacity is not None:
+        return min(e.eval_capacity, config.seq_len) * e.n_experts / config.seq_len
+    factor = e.capacity_factor if training else e.eval_capacity_factor
     if factor is None:
-        return float(e.per_token)
-    tokens = e.group * config.seq_len
-    return find_capacity(factor, tokens, e.per_token, e.n_experts) * e.n_experts / tokens
+        return float(e.n_experts_per_token)
+    tokens = e.group_size * config.seq_len
+    return find_capacity(factor, tokens, e.n_experts_per_token, e.n_experts) * e.n_experts / tokens
 
 
 def count_expert_layers(config: ModelConfig) -> int:
     """Layers that have experts, in the encoder too."""
-    layers = config.n_layers + (config.encoder_layers or 0)
+    layers = config.n_layers + (config.n_encoder_layers or 0)
     return layers // len(config.pattern) * sum(has_experts for _, has_experts in config.pattern)
 
 
@@ -71,7 +71,7 @@ def router_losses(config: ModelConfig, routing: Routing) -> Float[Array, ""]:
     """What the routers add to the training loss: balance (Switch, equation 4) and z (ST-MoE, arXiv 2202.08906, 5)."""
     assert config.experts is not None
     weights = config.experts
-    return weights.balance_loss * jnp.sum(routing.balance) + weights.router_z_loss * jnp.sum(routing.z_square)
+    return weights.aux_loss_weight * jnp.sum(routing.balance) + weights.router_z_loss * jnp.sum(routing.z_square)
 
 
 def score_experts(x: Float[Array, "B T D"], w: Float[Array, "D E"], key: Array | None, jitter: float) -> Array:

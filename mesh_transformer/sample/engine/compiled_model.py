@@ -33,9 +33,9 @@ class Bound:
                 "sampling one token at a time cuts neither sequences nor layers: set mesh.context and mesh.pipeline to 1"
             )
         # All layers in one piece; a sequence of one token cannot be cut, and nothing is differentiated.
-        unroll = max(config.n_layers, config.encoder_layers or 0)
-        self.config = dataclasses.replace(config, unroll=unroll, remat="none", dropout=0.0)
-        self.layout = layout and layout._replace(rules={**layout.rules, "sequence": (), "stream": ()})
+        unroll = max(config.n_layers, config.n_encoder_layers or 0)
+        self.config = dataclasses.replace(config, scan_unroll=unroll, remat="none", dropout=0.0)
+        self.layout = layout and layout._replace(rules={**layout.rules, "sequence": (), "activation_seq": ()})
         self.compilations: Counter[str] = Counter()
         self.weights = lay_out(params, self.config, self.layout, weights)
         self._cache_dtype = None if cache == "model" else cache

@@ -73,7 +73,7 @@ class RewritingEngine(Engine):
     @property
     def programs(self) -> Any:  # type: ignore[override]
         """There are none of Engine's."""
-        raise ConfigError("model.encoder_layers: serving and scoring are for decoders alone; use device_sample.py")
+        raise ConfigError("model.n_encoder_layers: serving and scoring are for decoders alone; use device_sample.py")
 
     def submit(self, row: Row) -> Row:
         """See Engine; PromptError for what this engine does not do."""

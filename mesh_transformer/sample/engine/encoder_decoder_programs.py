@@ -45,7 +45,7 @@ class Writer(Bound):
     ):
         """See Engine; of weights given as shapes, programs can only be lowered."""
         if config.encoder is None:
-            raise ConfigError("model.encoder_layers is not set: a decoder alone continues prompts with Engine")
+            raise ConfigError("model.n_encoder_layers is not set: a decoder alone continues prompts with Engine")
         super().__init__(config, params, layout, weights=weights, cache=cache)
         self.begin = self._program("begin", self.empty_writing, static_argnums=(3, 4))
         self._read = self._program("read", self._draw, donate_argnums=(1,))
@@ -69,7 +69,7 @@ class Writer(Bound):
 
     def place(self, rows: Any) -> Int[Array, "B S"]:
         """`rows` of the host on the devices, cut along the batch."""
-        axes, array = ("batch", "residual"), jnp.asarray(rows)
+        axes, array = ("batch", "activation_embed"), jnp.asarray(rows)
         return array if not self.layout else jax.device_put(array, self.layout.sharding(axes, array.shape, "sources"))
 
     def empty_writing(
@@ -92,7 +92,7 @@ class Writer(Bound):
             sources=sources,
             source_segments=writing.segments,
         )
-        logits = constrain(logits, "batch", "sequence", "residual")
+        logits = constrain(logits, "batch", "sequence", "activation_embed")
         drawn = sample(logits[:, 0], writing.options, writing.counts, position_keys(writing.keys, places))
         written = writing._replace(
             caches=split_layers(caches),
@@ -106,7 +106,7 @@ class Writer(Bound):
 def _constrain(writing: Writing) -> Writing:
     caches = constrain_caches(writing.caches)
     rows = jax.tree.map(
-        lambda x: constrain(x, *("batch", "residual")[: x.ndim]),
+        lambda x: constrain(x, *("batch", "activation_embed")[: x.ndim]),
         writing._replace(caches=None),
     )
     return rows._replace(caches=caches)

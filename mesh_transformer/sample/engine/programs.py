@@ -36,7 +36,7 @@ class Programs(Bound):
         cache: str = "model",
     ):
         """See Engine; of weights given as shapes, programs can only be lowered."""
-        if not config.causal or config.encoder_layers is not None:
+        if not config.causal or config.n_encoder_layers is not None:
             raise ConfigError(
                 "this engine continues texts with a decoder alone; one with an encoder is sampled by RewritingEngine "
                 "(device_sample.py), and an encoder alone (model.causal=false) writes nothing"
@@ -111,7 +111,7 @@ class Programs(Bound):
         logits, stacked = self._model.apply(
             stack_layers(params), tokens, positions=places, cache=stack_layers(caches), logits_at=logits_at
         )
-        return constrain(logits, "batch", "sequence", "residual"), constrain_caches(split_layers(stacked))
+        return constrain(logits, "batch", "sequence", "activation_embed"), constrain_caches(split_layers(stacked))
 
     def _read_chunk(
         self,

@@ -79,7 +79,7 @@ class Row:
     def check(self, config: ModelConfig, name: str) -> None:
         """Raise PromptError where the model cannot do what is asked; `name` is what the person calls the prompt."""
         length, longest = len(self.prompt), config.seq_len
-        room = config.room_behind(length)
+        room = config.max_new_tokens(length)
         if not length:
             raise PromptError(f"{name} is empty; begin with the end-of-text token")
         named = {name: self.prompt.tolist(), "logit_bias": self.logit_bias, "stop_tokens": self.stop_tokens}

@@ -47,7 +47,7 @@ def lay_out(params: Mapping[str, Mapping[str, Any]], config: ModelConfig, layout
             return place(array, axes, name)
         if weights == "int8":
             small = apply(jax.jit(partial(quantize, contracted=contracted)), array)
-            scale_axes = tuple("window" if dim in contracted else axis for dim, axis in enumerate(axes))
+            scale_axes = tuple("replicated" if dim in contracted else axis for dim, axis in enumerate(axes))
             return Quantized(place(small.values, axes, name), place(small.scale, scale_axes, name))
         widest = jnp.dtype(config.dtype if weights == "saved" else weights)
         narrowed = apply(lambda x: x.astype(widest), array) if widest.itemsize < array.dtype.itemsize else array

@@ -283,9 +283,9 @@ def test_a_configuration_of_another_model_is_refused(changes, words, good):
 
 def test_models_that_the_format_cannot_hold_are_refused(tmp_path):
     good = make_model_config(read_model(OLD), "test")
-    gated = dataclasses.replace(good, gated=True, norm="rmsnorm", n_kv_heads=2, rotary_base=5e5)
+    gated = dataclasses.replace(good, gated_ffn=True, norm="rmsnorm", n_kv_heads=2, rope_theta=5e5)
     for config, shards, dtype, words in (
-        (gated, 1, "float32", r"(?s)gated = True.*kv_heads = 2, not 4.*rotary_base.*norm = 'rmsnorm'"),
+        (gated, 1, "float32", r"(?s)gated = True.*kv_heads = 2, not 4.*rope_theta.*norm = 'rmsnorm'"),
         (good, 8, "float32", "n_heads = 4 is not a multiple of 8 shards"),
         (good, 1, "int8", "dtype 'int8'"),
         (good, 1, "float32", "(?s)b_head is missing.*w_head is missing"),

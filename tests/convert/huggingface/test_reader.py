@@ -165,7 +165,7 @@ def test_a_layer_count_that_fits_the_shapes_is_still_refused(tmp_path):
         ("mixtral", dict(num_local_experts=8), "8 experts, the files hold 4 in a layer; correct num_local_experts if"),
         ("mixtral", dict(num_local_experts=3), "3 experts, the files hold 4 in a layer"),
         ("mixtral", dict(num_experts_per_tok=1), "num_experts_per_tok = 1 is not supported: its gate would be 1"),
-        ("mixtral", dict(num_experts_per_tok=5), "per_token=5 exceeds n_experts=4"),
+        ("mixtral", dict(num_experts_per_tok=5), "n_experts_per_token=5 exceeds n_experts=4"),
     ],
 )
 def test_choices_that_are_another_function_are_refused(tmp_path, name, changes, reason):
@@ -203,9 +203,9 @@ def test_a_model_of_no_family_is_refused_with_what_is_missing():
     find_family(ModelConfig(**fields))
     with pytest.raises(CheckpointError, match=r"nearest is llama, which has not: positions = 'alibi'"):
         find_family(ModelConfig(**fields | {"positions": "alibi"}))
-    experts = ExpertsConfig(n_experts=4, per_token=2)
+    experts = ExpertsConfig(n_experts=4, n_experts_per_token=2)
     assert find_family(ModelConfig(**fields, experts=experts))[0] == "mixtral"
-    for changes in (dict(every=2), dict(shared=True), dict(evaluation_capacity_factor=2.0), dict(per_token=1)):
+    for changes in (dict(every=2), dict(shared=True), dict(eval_capacity_factor=2.0), dict(n_experts_per_token=1)):
         config = ModelConfig(**fields | {"n_layers": 2}, experts=dataclasses.replace(experts, **changes))
         with pytest.raises(CheckpointError, match=r"which has not: .*experts = "):
             find_family(config)

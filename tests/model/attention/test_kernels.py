@@ -17,12 +17,12 @@ import pytest
 from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig
 from mesh_transformer.mesh import RULES, Layout, make_layout, use_layout
 from mesh_transformer.model.attention.kernels import attend_by, choose_kernel
-from mesh_transformer.model.attention.masks import Masks, Sight
+from mesh_transformer.model.attention.masks import AttentionContext, Masks
 
 ROOT = Path(__file__).parents[3]
 T = 128
 MODEL = ModelConfig(
-    n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, n_vocab=32, seq_len=T, positions="rotary-halves", d_head=16,
+    n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, n_vocab=32, seq_len=T, positions="rope-half", d_head=16,
     attention_pattern=("global", "local"), attention_window=40,
 )  # fmt: skip
 GLOBAL = dataclasses.replace(MODEL, attention_pattern=("global",))
@@ -39,52 +39,52 @@ def on(platform: str, kind: str) -> Layout:
     [
         ("tpu", "TPU v4", {}, True, "splash"),
         ("tpu", "TPU v5p", {}, False, "splash"),
-        ("tpu", "TPU v3", {}, True, "blocked"),
-        ("tpu", "TPU v4", dict(positions="alibi"), False, "blocked"),
-        ("tpu", "TPU v4", dict(positions="t5"), False, "plain"),
-        ("tpu", "TPU v4", dict(dropout=0.1), False, "plain"),
+        ("tpu", "TPU v3", {}, True, "blockwise"),
+        ("tpu", "TPU v4", dict(positions="alibi"), False, "blockwise"),
+        ("tpu", "TPU v4", dict(positions="t5"), False, "dense"),
+        ("tpu", "TPU v4", dict(dropout=0.1), False, "dense"),
         ("gpu", "NVIDIA H100", dict(dtype="bfloat16"), False, "cudnn"),
-        ("gpu", "NVIDIA H100", dict(dtype="bfloat16"), True, "blocked"),
+        ("gpu", "NVIDIA H100", dict(dtype="bfloat16"), True, "blockwise"),
         ("gpu", "NVIDIA H100", dict(dtype="bfloat16", attention_pattern=("global",)), True, "triton"),
         ("gpu", "NVIDIA H100", dict(attention_pattern=("global",)), False, "triton"),
-        ("cpu", "cpu", {}, True, "plain"),
+        ("cpu", "cpu", {}, True, "dense"),
     ],
 )
 def test_kernel_follows_the_target(platform, kind, changes, segmented, kernel):
     config = dataclasses.replace(MODEL, **changes)
     with use_layout(on(platform, kind)):
         assert choose_kernel(config, T, segmented=segmented, cached=False) == kernel
-        assert choose_kernel(config, T, segmented=segmented, cached=True) == "plain"
+        assert choose_kernel(config, T, segmented=segmented, cached=True) == "dense"
     if platform == "cpu":
-        assert choose_kernel(config, 2048, segmented=segmented, cached=False) == "blocked"
+        assert choose_kernel(config, 2048, segmented=segmented, cached=False) == "blockwise"
 
 
 @pytest.mark.parametrize(
     ("platform", "changes", "length", "reason"),
     [
-        ("cpu", dict(attention_kernel="blocked", positions="t5"), T, "no T5 bias"),
+        ("cpu", dict(attention_kernel="blockwise", positions="t5"), T, "no T5 bias"),
         ("cpu", dict(attention_kernel="splash", dropout=0.1), T, "no dropout"),
         ("cpu", dict(attention_kernel="splash"), 100, "no multiple of 128"),
         ("gpu", dict(attention_kernel="splash"), T, "for TPUs"),
         ("tpu", dict(attention_kernel="triton"), T, "for GPUs"),
         ("gpu", dict(attention_kernel="triton"), T, "no windows"),
         ("gpu", dict(attention_kernel="cudnn"), T, "bfloat16"),
-        ("cpu", dict(attention_kernel="blocked"), 4099, "even blocks"),
+        ("cpu", dict(attention_kernel="blockwise"), 4099, "even blocks"),
     ],
 )
 def test_what_a_kernel_cannot_do_is_refused(platform, changes, length, reason):
     config = dataclasses.replace(MODEL, **changes)
     with (
         use_layout(on(platform, platform)),
-        pytest.raises(ConfigError, match=rf'attention_kernel = .*{reason}.*"plain"'),
+        pytest.raises(ConfigError, match=rf'attention_kernel = .*{reason}.*"dense"'),
     ):
         choose_kernel(config, length, segmented=False, cached=False)
 
 
 def test_a_ring_is_not_left_silently():
     with use_layout(make_layout(MeshConfig(data=1, context=4))):
-        assert choose_kernel(MODEL, T, segmented=True, cached=False) == "blocked"
-        with pytest.raises(ConfigError, match='no dropout; "plain" can do it'):
+        assert choose_kernel(MODEL, T, segmented=True, cached=False) == "blockwise"
+        with pytest.raises(ConfigError, match='no dropout; "dense" can do it'):
             choose_kernel(dataclasses.replace(MODEL, dropout=0.1), T, segmented=True, cached=False)
         with pytest.raises(ConfigError, match="only blocks go round a ring"):
             choose_kernel(dataclasses.replace(MODEL, attention_kernel="splash"), T, segmented=True, cached=False)
@@ -92,7 +92,7 @@ def test_a_ring_is_not_left_silently():
 
 @pytest.mark.parametrize(
     ("kernel", "local", "tensor"),
-    [("splash", False, 4), ("splash", True, 1), ("triton", False, 1), ("blocked", True, 4)],
+    [("splash", False, 4), ("splash", True, 1), ("triton", False, 1), ("blockwise", True, 4)],
 )
 def test_kernels_equal_the_plain_one_forward_and_backward(kernel, local, tensor):
     """Interpreted on this CPU; two key-value heads on four devices are replicated."""
@@ -105,9 +105,12 @@ def test_kernels_equal_the_plain_one_forward_and_backward(kernel, local, tensor)
     visible = (distance >= 0)[None] & (segments[:, :, None] == segments[:, None])
     masks = Masks(visible, visible & (distance < 40)[None], None)
     positions = jnp.zeros((2, T), jnp.int32)
-    plain, other = Sight("plain", positions, segments, masks), Sight(kernel, positions, segments, None)
+    plain, other = (
+        AttentionContext("dense", positions, segments, masks),
+        AttentionContext(kernel, positions, segments, None),
+    )
 
-    def run(sight: Sight, layout: Layout | None):
+    def run(sight: AttentionContext, layout: Layout | None):
         def both(q, k, v):
             with use_layout(layout):
                 out, back = jax.vjp(lambda q, k, v: attend_by(q, k, v, config, local, sight), q, k, v)
@@ -150,7 +153,7 @@ except (RuntimeError, NotImplementedError) as error:
     sys.exit()
 layout = make_layout(MeshConfig(data=2, tensor=2), devices)
 config = ModelConfig(
-    n_layers=1, d_model=128, n_heads=4, n_kv_heads=2, n_vocab=128, seq_len=256, positions="rotary-halves",
+    n_layers=1, d_model=128, n_heads=4, n_kv_heads=2, n_vocab=128, seq_len=256, positions="rope-half",
     dtype="bfloat16", attention_kernel=kernel,
 )
 

@@ -52,7 +52,7 @@ def draw_layer(config: ModelConfig, *, skew: float = 0.0):
     """Weights and input; with `skew` most tokens prefer the first expert."""
     assert config.experts is not None
     rng, (d, f, e) = np.random.default_rng(3), (config.d_model, config.ff_dim, config.experts.n_experts)
-    w = dict(w_router=(d, e), w_in=(e, d, f), w_out=(e, f, d), **(dict(w_gate=(e, d, f)) if config.gated else {}))
+    w = dict(w_router=(d, e), w_in=(e, d, f), w_out=(e, f, d), **(dict(w_gate=(e, d, f)) if config.gated_ffn else {}))
     params = {name: rng.normal(size=shape).astype(np.float32) / shape[-2] ** 0.5 for name, shape in w.items()}
     x = rng.normal(size=(B, T, d)).astype(np.float32)
     if skew:
@@ -70,7 +70,7 @@ def loop_over_tokens(config: ModelConfig, params, x: np.ndarray, capacity: int |
     y, count, seated, dropped = np.zeros(x.shape), np.zeros(e.n_experts), np.zeros(e.n_experts, int), 0
     every, squares, entropies = [], [], []
     for row in range(x.shape[0]):
-        if row % min(e.group, B) == 0:
+        if row % min(e.group_size, B) == 0:
             seated = np.zeros(e.n_experts, int)
         for place in range(x.shape[1]):
             token = x[row, place].astype(np.float64)
@@ -79,17 +79,17 @@ def loop_over_tokens(config: ModelConfig, params, x: np.ndarray, capacity: int |
             every.append(p)
             squares.append(np.log(np.exp(logits).sum()) ** 2)
             entropies.append(-(p * np.log(p)).sum())
-            best = np.argsort(-p)[: e.per_token]
-            total = p[best].sum() if e.per_token > 1 else 1.0
+            best = np.argsort(-p)[: e.n_experts_per_token]
+            total = p[best].sum() if e.n_experts_per_token > 1 else 1.0
             for expert in best:
                 count[expert] += 1
                 if capacity is not None and seated[expert] >= capacity:
                     dropped += 1
-                    y[row, place] += p[expert] / total * token if e.overflow == "scale" else 0
+                    y[row, place] += p[expert] / total * token if e.dropped_tokens == "gated-input" else 0
                     continue
                 seated[expert] += 1
                 hidden = token @ w["w_in"][expert]
-                hidden = silu(token @ w["w_gate"][expert]) * hidden if config.gated else silu(hidden)
+                hidden = silu(token @ w["w_gate"][expert]) * hidden if config.gated_ffn else silu(hidden)
                 y[row, place] += p[best][list(best).index(expert)] / total * (hidden @ w["w_out"][expert])
     load = count / count.sum()
     balance = e.n_experts * (load * np.mean(every, axis=0)).sum()
@@ -99,45 +99,49 @@ def loop_over_tokens(config: ModelConfig, params, x: np.ndarray, capacity: int |
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("factor", [None, 1.0, 0.4])
-@pytest.mark.parametrize("per_token", [1, 2, 4])
-def test_layer_equals_a_loop(per_token, factor, gated):
-    config = make_config(dict(per_token=per_token, capacity_factor=8.0, evaluation_capacity_factor=factor), gated=gated)
+@pytest.mark.parametrize("n_experts_per_token", [1, 2, 4])
+def test_layer_equals_a_loop(n_experts_per_token, factor, gated):
+    config = make_config(
+        dict(n_experts_per_token=n_experts_per_token, capacity_factor=8.0, eval_capacity_factor=factor), gated_ffn=gated
+    )
     params, x = draw_layer(config, skew=1.0)
-    capacity = None if factor is None else find_capacity(factor, T, per_token, 4)
+    capacity = None if factor is None else find_capacity(factor, T, n_experts_per_token, 4)
     wanted, wanted_routing = loop_over_tokens(config, params, x, capacity)
     found, routing = apply_layer(config, params, x)
     np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
     for name, value in routing._asdict().items():
         np.testing.assert_allclose(value, getattr(wanted_routing, name), rtol=1e-5, atol=1e-7, err_msg=name)
     passed_by = np.all(wanted == 0, axis=-1)
-    assert bool(routing.dropped > 0) == ((factor is not None and per_token < 4) or factor == 0.4)
+    assert bool(routing.dropped > 0) == ((factor is not None and n_experts_per_token < 4) or factor == 0.4)
     np.testing.assert_array_equal(np.asarray(found)[passed_by], 0.0)  # exactly: the stream goes on unchanged
-    assert passed_by.any() or per_token > 1 or factor is None
+    assert passed_by.any() or n_experts_per_token > 1 or factor is None
 
 
-@pytest.mark.parametrize("per_token", [1, 2])
-def test_overflow_scales_the_input_where_said(per_token):
-    config = make_config(dict(per_token=per_token, evaluation_capacity_factor=0.4, overflow="scale"))
+@pytest.mark.parametrize("n_experts_per_token", [1, 2])
+def test_overflow_scales_the_input_where_said(n_experts_per_token):
+    config = make_config(
+        dict(n_experts_per_token=n_experts_per_token, eval_capacity_factor=0.4, dropped_tokens="gated-input")
+    )
     params, x = draw_layer(config, skew=1.0)
-    wanted, routing = loop_over_tokens(config, params, x, find_capacity(0.4, T, per_token, 4))
+    wanted, routing = loop_over_tokens(config, params, x, find_capacity(0.4, T, n_experts_per_token, 4))
     assert routing.dropped > 0.2
     np.testing.assert_allclose(apply_layer(config, params, x)[0], wanted, atol=2e-6 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("group", [2, 4, 64])
 def test_sequences_of_a_group_share_seats(group):
-    config = make_config(dict(per_token=2, evaluation_capacity_factor=1.0, group=group))
+    config = make_config(dict(n_experts_per_token=2, eval_capacity_factor=1.0, group_size=group))
     params, x = draw_layer(config)
     wanted, routing = loop_over_tokens(config, params, x, find_capacity(1.0, T * min(group, B), 2, 4))
     found, found_routing = apply_layer(config, params, x)
     np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
     np.testing.assert_allclose(found_routing.dropped, routing.dropped, rtol=1e-6)
-    alone = apply_layer(make_config(dict(per_token=2, evaluation_capacity_factor=1.0)), params, x)
+    alone = apply_layer(make_config(dict(n_experts_per_token=2, eval_capacity_factor=1.0)), params, x)
     assert float(alone[1].dropped) > float(found_routing.dropped) > 0
 
 
 def test_experts_choose_their_tokens():
-    experts = dict(choice="expert", noncausal=True, capacity_factor=1.0, evaluation_capacity_factor=1.0)
+    experts = dict(routing="expert-choice", allow_noncausal=True, capacity_factor=1.0, eval_capacity_factor=1.0)
     config = make_config(experts)
     params, x = draw_layer(config, skew=1.0)
     w = {name: np.asarray(value, np.float64) for name, value in params["experts"].items()}
@@ -166,8 +170,8 @@ def test_experts_choose_their_tokens():
 
 def test_dropout_of_experts_is_on_in_training_alone():
     for factor in (None, 4.0):  # with room for all
-        plain = make_config(dict(per_token=2, capacity_factor=factor))
-        config = make_config(dict(per_token=2, capacity_factor=factor, expert_dropout=0.25))
+        plain = make_config(dict(n_experts_per_token=2, capacity_factor=factor))
+        config = make_config(dict(n_experts_per_token=2, capacity_factor=factor, expert_dropout=0.25))
         params, x = draw_layer(config)
         wanted, _ = apply_layer(plain, params, x)
         np.testing.assert_array_equal(apply_layer(config, params, x)[0], wanted)
@@ -179,7 +183,7 @@ def test_dropout_of_experts_is_on_in_training_alone():
 
 
 def test_no_token_is_crowded_out_by_a_later_one():
-    config = make_config(dict(per_token=2, evaluation_capacity_factor=0.5))
+    config = make_config(dict(n_experts_per_token=2, eval_capacity_factor=0.5))
     params, x = draw_layer(config, skew=1.0)
     changed = x.copy()
     changed[:, 9:] = 5 * x[:, 9:][::-1]
@@ -189,17 +193,17 @@ def test_no_token_is_crowded_out_by_a_later_one():
 
 
 def test_a_row_does_not_depend_on_the_others():
-    config = make_config(dict(evaluation_capacity_factor=0.5))
+    config = make_config(dict(eval_capacity_factor=0.5))
     params, x = draw_layer(config, skew=1.0)
     np.testing.assert_allclose(
         apply_layer(config, params, x[2:3])[0], apply_layer(config, params, x)[0][2:3], atol=1e-6
     )
 
 
-@pytest.mark.parametrize("experts", [dict(per_token=1), dict(per_token=2)], ids=str)
+@pytest.mark.parametrize("experts", [dict(n_experts_per_token=1), dict(n_experts_per_token=2)], ids=str)
 def test_every_token_is_taken_where_there_is_room(experts):
     dropless = make_config(experts)
-    roomy = make_config(dict(experts, evaluation_capacity_factor=4.0))
+    roomy = make_config(dict(experts, eval_capacity_factor=4.0))
     params, x = draw_layer(dropless, skew=2.0)
 
     def loss(params, config):
@@ -218,7 +222,7 @@ def test_every_token_is_taken_where_there_is_room(experts):
 
 def test_router_is_wide_in_a_narrow_model():
     """bfloat16 activations, but which expert, its gate and the losses follow from float32 products."""
-    config = make_config(dict(per_token=2), dtype="bfloat16")
+    config = make_config(dict(n_experts_per_token=2), dtype="bfloat16")
     params, x = draw_layer(config)
     narrow = jnp.asarray(x, jnp.bfloat16)
     y, routing = apply_layer(config, params, narrow)
@@ -230,7 +234,7 @@ def test_router_is_wide_in_a_narrow_model():
 
 
 def test_training_has_its_own_capacity_and_jitter():
-    config = make_config(dict(capacity_factor=0.25, jitter=0.2))
+    config = make_config(dict(capacity_factor=0.25, router_jitter=0.2))
     params, x = draw_layer(config, skew=1.0)
     keys = jax.random.split(jax.random.key(0), 2)
     (_, evaluated), (_, one), (_, again), (_, other) = (
@@ -259,7 +263,7 @@ def test_balance_is_one_when_even_and_n_experts_when_all_choose_one():
 def test_balance_over_sequences_adds_up_over_parts_of_a_batch():
     means = {}
     for over in ("batch", "sequence"):
-        config = make_config(dict(balance_over=over))
+        config = make_config(dict(aux_loss_scope=over))
         params, x = draw_layer(config, skew=0.5)
         parts = [apply_layer(config, params, part)[1].balance for part in (x[:2], x[2:])]
         means[over] = (float(sum(parts)) / 2, float(apply_layer(config, params, x)[1].balance))
@@ -274,7 +278,7 @@ def largest_array(jaxpr) -> int:
 
 
 def test_nothing_has_tokens_by_experts_by_capacity():
-    config = make_config(dict(n_experts=8, per_token=2, evaluation_capacity_factor=1.0), seq_len=256)
+    config = make_config(dict(n_experts=8, n_experts_per_token=2, eval_capacity_factor=1.0), seq_len=256)
     shapes = dict(w_router=(16, 8), w_in=(8, 16, 24), w_out=(8, 24, 16))
     params = {"experts": {name: jnp.zeros(shape) for name, shape in shapes.items()}}
     gradient = jax.grad(lambda params, x: jnp.sum(apply_layer(config, params, x)[0]), argnums=(0, 1))
@@ -300,7 +304,7 @@ def make_loss(config: ModelConfig, key=None):
 
 
 def test_one_expert_is_the_dense_layer():
-    dense, one = make_config(), make_config(dict(n_experts=1, balance_loss=0.0, router_z_loss=0.0))
+    dense, one = make_config(), make_config(dict(n_experts=1, aux_loss_weight=0.0, router_z_loss=0.0))
     params = draw_params(one)
     copied = {}
     for module, arrays in params.items():
@@ -308,7 +312,7 @@ def test_one_expert_is_the_dense_layer():
         copied[name] = {k: a[:, 0] for k, a in arrays.items() if k != "w_router"} if name != module else arrays
     assert describe_params(dense).keys() == copied.keys()
     for factor in (None, 1.0):
-        experts = ExpertsConfig(n_experts=1, evaluation_capacity_factor=factor)
+        experts = ExpertsConfig(n_experts=1, eval_capacity_factor=factor)
         config = dataclasses.replace(one, experts=experts)
         logits, _ = make_model(config).apply(params, TOKENS)
         np.testing.assert_allclose(logits, make_model(dense).apply(copied, TOKENS)[0], atol=2e-5)
@@ -316,7 +320,10 @@ def test_one_expert_is_the_dense_layer():
 
 def test_layers_take_turns_with_dense_ones():
     config = make_config(
-        dict(every=2, shared=True), n_layers=12, attention_pattern=("global", "local", "local"), attention_window=4
+        dict(layer_interval=2, shared_expert=True),
+        n_layers=12,
+        attention_pattern=("global", "local", "local"),
+        attention_window=4,
     )
     assert config.pattern == (
         (False, False), (True, True), (True, False), (False, True), (True, False), (True, True),
@@ -336,7 +343,7 @@ def test_layers_take_turns_with_dense_ones():
 
 @pytest.mark.parametrize("remat", ["full", "dots", "attention"])
 def test_recomputed_equals_kept(remat):
-    config = make_config(dict(per_token=2, capacity_factor=1.0, jitter=0.1))
+    config = make_config(dict(n_experts_per_token=2, capacity_factor=1.0, router_jitter=0.1))
     params, key = draw_params(config), jax.random.key(4)
     wanted, found = (
         jax.jit(make_loss(each, key))(params, TOKENS, TARGETS)
@@ -348,10 +355,12 @@ def test_recomputed_equals_kept(remat):
 
 
 @pytest.mark.parametrize(
-    "experts", [dict(per_token=2), dict(every=2, evaluation_capacity_factor=4.0, overflow="scale")], ids=str
+    "experts",
+    [dict(n_experts_per_token=2), dict(layer_interval=2, eval_capacity_factor=4.0, dropped_tokens="gated-input")],
+    ids=str,
 )
 def test_cached_equals_full(experts):
-    config = make_config(experts, positions="rotary-halves")
+    config = make_config(experts, positions="rope-half")
     params, model = draw_params(config), make_model(config)
     full, _ = model.apply(params, TOKENS)
     cache, found = init_cache(config, TOKENS.shape[0], T), []
@@ -368,11 +377,11 @@ def test_flops_are_those_of_the_chosen_experts():
 
     tokens, dense = TOKENS.size, flops(make_config())
     layer, router = 2 * tokens * 16 * 24 * 2, 2 * tokens * 16
-    for n_experts, per_token in ((4, 1), (8, 2)):
-        sizes = dict(n_experts=n_experts, per_token=per_token)
-        extra = 3 * 2 * ((per_token - 1) * layer + n_experts * router)
+    for n_experts, n_experts_per_token in ((4, 1), (8, 2)):
+        sizes = dict(n_experts=n_experts, n_experts_per_token=n_experts_per_token)
+        extra = 3 * 2 * ((n_experts_per_token - 1) * layer + n_experts * router)
         assert flops(make_config(sizes)) - dense == extra
-        assert flops(make_config(dict(sizes, evaluation_capacity_factor=1.0))) - dense == extra
+        assert flops(make_config(dict(sizes, eval_capacity_factor=1.0))) - dense == extra
 
 
 # On meshes
@@ -383,14 +392,21 @@ MESHES = [
     dict(expert=2, context=2, fsdp=2, sequence_parallel=True),
 ]  # fmt: skip
 FORMS = {
-    "capacity": dict(per_token=2, capacity_factor=0.9, jitter=0.1, expert_dropout=0.2, overflow="scale"),
-    "group": dict(per_token=2, capacity_factor=0.9, jitter=0.1, expert_dropout=0.2, group=8),
-    "dropless": dict(per_token=2, jitter=0.1, balance_over="sequence", expert_dropout=0.2),
+    "capacity": dict(
+        n_experts_per_token=2, capacity_factor=0.9, router_jitter=0.1, expert_dropout=0.2, dropped_tokens="gated-input"
+    ),
+    "group": dict(n_experts_per_token=2, capacity_factor=0.9, router_jitter=0.1, expert_dropout=0.2, group_size=8),
+    "dropless": dict(n_experts_per_token=2, router_jitter=0.1, aux_loss_scope="sequence", expert_dropout=0.2),
     "by expert": dict(
-        choice="expert", noncausal=True, per_token=2, capacity_factor=0.9, evaluation_capacity_factor=1.0, jitter=0.1
+        routing="expert-choice",
+        allow_noncausal=True,
+        n_experts_per_token=2,
+        capacity_factor=0.9,
+        eval_capacity_factor=1.0,
+        router_jitter=0.1,
     ),
 }
-SIZES: dict[str, Any] = dict(gated=True, d_ff=16, n_heads=8)
+SIZES: dict[str, Any] = dict(gated_ffn=True, d_ff=16, n_heads=8)
 _alone: dict[str, Any] = {}
 
 
@@ -422,7 +438,7 @@ def run_on(config: ModelConfig, mesh: dict[str, Any] | None):
 )
 def test_sharded_equals_one_device(mesh, form):
     name, _, group = form.partition(" of ")
-    config = make_config({**FORMS[name], "n_experts": 8, **({"group": int(group)} if group else {})}, **SIZES)
+    config = make_config({**FORMS[name], "n_experts": 8, **({"group_size": int(group)} if group else {})}, **SIZES)
     if form not in _alone:
         _alone[form] = run_on(config, None)
     (loss, routing), gradients = _alone[form]
@@ -462,8 +478,8 @@ def test_experts_are_cut_and_exchanged():
             dict(n_experts=8), dict(data=2, expert=4, rules={"batch": ["data"]}),
             "mesh.rules.expert: experts lie on expert, along which the batch is not cut; add it to mesh.rules.batch",
         ),
-        (dict(group=3, evaluation_capacity_factor=1.0), dict(data=8), "group = 3 does not divide a batch of 8 .* for example, 1"),
-        (dict(group=2, evaluation_capacity_factor=1.0), dict(data=2, expert=4), r"group = 2: on this mesh .* one of \[1, 4, 8\]"),
+        (dict(group_size=3, eval_capacity_factor=1.0), dict(data=8), "group_size = 3 does not divide a batch of 8 .* for example, 1"),
+        (dict(group_size=2, eval_capacity_factor=1.0), dict(data=2, expert=4), r"group_size = 2: on this mesh .* one of \[1, 4, 8\]"),
     ],
 )  # fmt: skip
 def test_meshes_that_do_not_fit_are_refused(experts, mesh, message):

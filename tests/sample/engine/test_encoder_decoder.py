@@ -19,8 +19,8 @@ from mesh_transformer.sample.engine.engine import Engine
 from mesh_transformer.sample.engine.requests import PromptError
 
 CONFIG = ModelConfig(
-    **T5 | dict(n_layers=2, encoder_layers=2, d_model=16, n_heads=2, n_vocab=40, seq_len=32),
-    experts=ExpertsConfig(n_experts=4, every=2),
+    **T5 | dict(n_layers=2, n_encoder_layers=2, d_model=16, n_heads=2, n_vocab=40, seq_len=32),
+    experts=ExpertsConfig(n_experts=4, layer_interval=2),
 )
 PROMPTS = [[3, 4, 5], list(range(6, 26)), [30]]
 START, END = 0, 1
@@ -109,8 +109,8 @@ def test_a_stop_token_ends_a_row():
 def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match=r"sampled by RewritingEngine \(device_sample\.py\)"):
         Engine(CONFIG, PARAMS)
-    alone = dataclasses.replace(CONFIG, encoder_layers=None)
-    with pytest.raises(ConfigError, match=r"model\.encoder_layers is not set"):
+    alone = dataclasses.replace(CONFIG, n_encoder_layers=None)
+    with pytest.raises(ConfigError, match=r"model\.n_encoder_layers is not set"):
         RewritingEngine(alone, draw_params(alone), start=START, end=END)
     with pytest.raises(ConfigError, match=r"set mesh\.context and mesh\.pipeline to 1"):
         make_engine(layout=make_layout(MeshConfig(context=8)))

@@ -23,18 +23,18 @@ GREEDY, WARM = SampleConfig(temperature=0.0), SampleConfig(temperature=1.0, top_
 FAMILIES = {
     "learned": dict(),
     "none": dict(positions="none", norm="scalenorm"),
-    "rotary-pairs": dict(
-        positions="rotary-pairs", rotary_dims=4, residual="parallel", tied_embeddings=False, head_bias=True
+    "rope-interleaved": dict(
+        positions="rope-interleaved", rope_dims=4, residual="parallel", tied_embeddings=False, head_bias=True
     ),
-    "rotary-halves": dict(positions="rotary-halves", residual="parallel-two-norms", tied_embeddings=False),
+    "rope-half": dict(positions="rope-half", residual="parallel-two-norms", tied_embeddings=False),
     "t5": dict(positions="t5", attention_scale="none"),
     "alibi": dict(positions="alibi", norm="rmsnorm", activation="relu"),
     "banded": dict(attention_pattern=("global", "local"), attention_window=5, qkv_bias=False),
     "local-first": dict(
-        n_layers=3, attention_pattern=("local", "global", "local"), attention_window=3, positions="rotary-pairs"
+        n_layers=3, attention_pattern=("local", "global", "local"), attention_window=3, positions="rope-interleaved"
     ),
     "grouped": dict(
-        n_kv_heads=2, norm="rmsnorm", gated=True, activation="silu", positions="rotary-halves", ff_bias=False
+        n_kv_heads=2, norm="rmsnorm", gated_ffn=True, activation="silu", positions="rope-half", ff_bias=False
     ),
     "one-kv-head": dict(n_kv_heads=1, d_head=16, attention_pattern=("local",), attention_window=7),
     "bfloat16": dict(dtype="bfloat16", tied_embeddings=False),
@@ -223,7 +223,7 @@ def test_stopped_row_is_silent_and_leaves_the_others_alone(shared):
 
 @pytest.mark.parametrize("mesh", [dict(data=2, tensor=2), dict(data=1, fsdp=2, tensor=4)])
 def test_sharded_is_one_device(mesh):
-    config, params = make(positions="rotary-halves", attention_pattern=("global", "local"), attention_window=6)
+    config, params = make(positions="rope-half", attention_pattern=("global", "local"), attention_window=6)
     prompts = random_prompts(5, 20, 9)
     expected = Engine(config, params).generate(prompts, WARM, max_tokens=12, n=3)
     layout = make_layout(MeshConfig(**mesh, rules={"sequence": "tensor", "vocab": ""}))
