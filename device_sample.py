@@ -26,14 +26,14 @@ def main(arguments: list[str]) -> int:
     overrides = list(options.set)
     overrides += [f"sample.{name}={value}" for name in FLAGS if (value := getattr(options, name)) is not None]
     # JAX and what needs it come after the options: --help and errors in them answer at once.
-    from mesh_transformer.sample.loading import load_trained
-    from mesh_transformer.sample.repl import Terminal
+    from mesh_transformer.sample.loading import load_model
+    from mesh_transformer.sample.repl import Repl
     from mesh_transformer.sample.text_generation import complete_texts
 
-    engine, tokenizer, config, step, where = load_trained(options.run, overrides)
+    engine, tokenizer, config, step, where = load_model(options.run, overrides)
     if options.prompt is None:
         print(f"{where}: step {step}", file=sys.stderr)
-        Terminal(engine, tokenizer, config.sample, seed=options.seed, stops=options.stop).run()
+        Repl(engine, tokenizer, config.sample, seed=options.seed, stops=options.stop).run()
         return 0
     completions = complete_texts(
         engine, tokenizer, options.prompt, config.sample, n=options.n, seed=options.seed, stops=options.stop

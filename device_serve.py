@@ -35,9 +35,9 @@ def main(arguments: list[str]) -> int:
         raise
     token = read_token(options.token_file) if options.token_file else None
     check_host(options.host, token)
-    from mesh_transformer.sample.loading import load_trained
+    from mesh_transformer.sample.loading import load_model
 
-    trained = load_trained(options.run, options.set)
+    trained = load_model(options.run, options.set)
     print(f"{trained.where}: step {trained.step}", file=sys.stderr)
     name = options.name or Path(options.run).resolve().name
     lived = serve(trained, name=name, host=options.host, port=options.port, token=token)

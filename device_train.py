@@ -40,23 +40,23 @@ def main(arguments: list[str]) -> int:
 
     with StopRequest() as stop:
         # JAX and what needs it come after the options: --help and errors in them answer at once.
-        from mesh_transformer.data.dataset import look, open_data
+        from mesh_transformer.data.dataset import preview_sequences, open_data
         from mesh_transformer.distributed.bootstrap import join_processes
         from mesh_transformer.distributed.coordination import process_count, process_index
-        from mesh_transformer.distributed.preemption import watch_notices
+        from mesh_transformer.distributed.preemption import watch_preemption
         from mesh_transformer.evaluate.callback import train_measured
-        from mesh_transformer.mesh import start_devices
-        from mesh_transformer.sample.training_samples import show_samples
+        from mesh_transformer.mesh import init_devices
+        from mesh_transformer.sample.training_samples import log_training_samples
 
         if options.look is not None:
-            with stop.at_once("the data was made"):
-                print(look(config, open_data(config), options.look))
+            with stop.interruptible("the data was made"):
+                print(preview_sequences(config, open_data(config), options.look))
             return 0
-        with join_processes(config.mesh), watch_notices(stop, print):
-            run_dir = train_measured(config, start_devices(config.mesh), stop, fresh=options.fresh, profile=profile)
+        with join_processes(config.mesh), watch_preemption(stop, print):
+            run_dir = train_measured(config, init_devices(config.mesh), stop, fresh=options.fresh, profile=profile)
             is_alone, is_first = process_count() == 1, process_index() == 0
         if is_alone:  # else the model may be too large for one host
-            show_samples(config)
+            log_training_samples(config)
     if not is_first:
         return 0
     same = shlex.join(["python", Path(sys.argv[0]).name, options.config, *(f"--set={item}" for item in options.set)])

@@ -1,36 +1,67 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How every program of ours is called and ends: one grammar, one-line errors, exit statuses.
+"""Command-line conventions that all programs share: parser, `--set`, one-line errors and exit statuses.
 
-0 done, 1 failed, 2 wrong usage or configuration, 75 preempted (run again to continue), 130 interrupted.
+Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 75 preempted (run again to continue), 130 interrupted.
 """
 
 import argparse
 import os
+import re
 import select
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
 from mesh_transformer.config import ConfigError
 
-DONE, FAILED, WRONG_USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
+DONE = 0
+FAILED = 1
+WRONG_USAGE = 2
+PREEMPTED = 75  # EX_TEMPFAIL
+INTERRUPTED = 130
+
+# Flags that were renamed, by program: the old flag is refused with the new name.
+RENAMED_FLAGS: dict[str, dict[str, str]] = {
+    "device_train": {"--fresh": "--restart", "--look": "--show-data"},
+    "device_evaluate": {"--shots": "--num-fewshot", "--examples": "--fewshot-data"},
+    "device_plan": {"--picture": "--plot", "--fast": "--low-effort", "--sample": "--decode"},
+    "inspect_corpus": {"--near": "--duplicates-of"},
+    "supervise": {"--tries": "--max-failures", "--leave-preempted": "--no-restart-on-preemption"},
+}
 
 
 class Preempted(Exception):
-    """A run stopped before its end with everything saved; the message says how to go on."""
+    """A run stopped before its end after saving a checkpoint; the message says how to continue."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that refuses abbreviated flags, and renamed ones with their new names."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2; a renamed flag in the message is followed by its new name."""
+        renamed = RENAMED_FLAGS.get(Path(self.prog).stem.split()[-1], {})
+        for old, new in renamed.items():
+            if re.search(rf"(?<![\w-]){re.escape(old)}(?![\w-])", message):
+                message = f"{old} was renamed: use {new}"
+        super().error(message)
 
 
 def make_parser(docstring: str) -> argparse.ArgumentParser:
-    """A parser whose --help is the program's own docstring, examples and all."""
-    parser = argparse.ArgumentParser(
+    """Return an argument parser whose --help is the program's docstring, with its examples."""
+    parser = Parser(
         description=docstring.strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     return parser
 
 
 def add_set_option(parser: argparse.ArgumentParser) -> None:
-    """`--set section.field=value`, repeatable; checked like the file itself."""
+    """Add `--set section.field=value`, which is repeatable and validated like the file itself."""
     parser.add_argument(
         "--set",
         action="append",
@@ -41,19 +72,19 @@ def add_set_option(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(main: Callable[[list[str]], int]) -> int:
-    """Call `main` with the command line; its result, or the exit status of what it raised, said in one line on stderr.
+    """Call `main` with the command line and return its exit status.
 
-    With --debug what was raised goes on, and Python prints its traceback; not so a preemption or a reader that left.
-    SystemExit of argparse (0 after --help, 2 after wrong usage) goes on as well.
+    An exception is printed as one line on stderr and turned into an exit status. With --debug it is raised again, except
+    for a preemption or a closed output pipe. SystemExit of argparse (0 after --help, 2 after wrong usage) passes through.
     """
     arguments = sys.argv[1:]
     try:
         try:
             return main(arguments)
         finally:
-            sys.stdout.flush()  # here, not at exit, where Python could no longer be quiet about a reader that left
+            sys.stdout.flush()  # here, because a closed pipe at interpreter exit prints a traceback
     except BrokenPipeError as error:
-        if _reader_left():
+        if _output_pipe_closed():
             return FAILED
         return _report_or_raise(error, arguments)
     except (Exception, KeyboardInterrupt) as error:
@@ -65,25 +96,26 @@ def _report_or_raise(error: BaseException, arguments: list[str]) -> int:
         raise error
     match error:
         case Preempted():
-            return _say(PREEMPTED, f"preempted: {error}")
-        case ConfigError():  # one line for every mistake in the file
-            return _say(WRONG_USAGE, *(f"error: {line}" for line in _describe(error).splitlines()))
+            return _print_error(PREEMPTED, f"preempted: {error}")
+        case ConfigError():  # one line per mistake
+            return _print_error(WRONG_USAGE, *(f"error: {line}" for line in _describe(error).splitlines()))
         case KeyboardInterrupt():
-            return _say(INTERRUPTED, "interrupted")
-        case ValueError() if type(error).__module__.startswith("mesh_transformer."):  # a list is meant to be read whole
-            return _say(FAILED, f"error: {_describe(error)}  (--debug shows where)")
+            return _print_error(INTERRUPTED, "interrupted")
+        case ValueError() if type(error).__module__.startswith("mesh_transformer."):  # may have several lines
+            return _print_error(FAILED, f"error: {_describe(error)}  (--debug shows where)")
         case _:
-            return _say(FAILED, f"error: {_first_line(_describe(error))}  (--debug shows where)")
+            return _print_error(FAILED, f"error: {_first_line(_describe(error))}  (--debug shows where)")
 
 
-def _say(status: int, *lines: str) -> int:
+def _print_error(status: int, *lines: str) -> int:
     print(*lines, sep="\n", file=sys.stderr)
     return status
 
 
 def _describe(error: BaseException) -> str:
-    """What an error says, with its kind where the words alone would be a riddle."""
-    kind, text = type(error).__name__, str(error).strip()
+    """Return the message of an error, with its type where the message alone is not clear (KeyError: 'x')."""
+    kind = type(error).__name__
+    text = str(error).strip()
     if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ValueError | RuntimeError) and text:
@@ -96,13 +128,13 @@ def _first_line(text: str) -> str:
     return f"{first.rstrip()} [...]" if more else first
 
 
-def _reader_left() -> bool:
-    """Whether it is the reader of our output that left, as `| head` does; if so, what is still buffered goes nowhere."""
+def _output_pipe_closed() -> bool:
+    """Return whether the reader of stdout closed the pipe, as `| head` does; if so, discard buffered output."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # POLLERR is always reported: a pipe that nobody reads any more
+    poll.register(sys.stdout.fileno(), 0)  # POLLERR, which is always reported: the pipe has no reader
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)
     return True

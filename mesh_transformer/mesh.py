@@ -55,7 +55,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-class Layout(NamedTuple):
+class MeshLayout(NamedTuple):
     """A mesh and the rules that place arrays on it."""
 
     mesh: Mesh
@@ -92,16 +92,16 @@ class Layout(NamedTuple):
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
 
     @property
-    def batch_pieces(self) -> int:
+    def batch_shards(self) -> int:
         """Pieces a batch is cut into; batch and microbatch sizes are multiples of it."""
-        return self.pieces("batch")
+        return self.num_shards("batch")
 
-    def pieces(self, axis: str) -> int:
+    def num_shards(self, axis: str) -> int:
         """Pieces a dimension with this logical axis is cut into."""
         return math.prod(self.mesh.shape[a] for a in self.rules[axis])
 
 
-def start_devices(config: MeshConfig) -> Layout:
+def init_devices(config: MeshConfig) -> MeshLayout:
     """The layout over this machine's devices, or over `config.cpu_devices` pieces of its CPU; call before other JAX work."""
     if config.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
@@ -133,7 +133,7 @@ def keep_freed_memory(keep: bool, *, one_arena: bool | None = None) -> None:
             trim_memory()
 
 
-def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Layout:
+def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> MeshLayout:
     """The mesh `config` asks for over `devices` (all, if not given), with its rules; ConfigError if sizes do not fit."""
     devices = list(jax.devices() if devices is None else devices)
     inner = config.fsdp * config.expert * config.tensor * config.context * config.pipeline
@@ -147,16 +147,16 @@ def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Lay
             "and with data=-1 the other axes together must divide it (mesh.cpu_devices=8 splits a CPU into eight)"
         )
     # Auto axes: the partitioner propagates shardings from parameters, batch and `constrain`; JAX's default is Explicit.
-    mesh = Mesh(_place(sizes, devices[:wanted], config.slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    mesh = Mesh(_device_grid(sizes, devices[:wanted], config.slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     rules = make_rules(config.rules)
     if len(ring := [axis for axis in rules["sequence"] if sizes[axis] > 1]) > 1:
         raise ConfigError(f"mesh.rules.sequence: {' and '.join(ring)} do not make one ring; name one mesh axis")
     if config.sequence_parallel and "activation_seq" not in config.rules:
         rules["activation_seq"] = (*rules["sequence"], "tensor")
-    return Layout(mesh, rules)
+    return MeshLayout(mesh, rules)
 
 
-def _place(sizes: Mapping[str, int], devices: list[Any], slices: int | None) -> np.ndarray:
+def _device_grid(sizes: Mapping[str, int], devices: list[Any], slices: int | None) -> np.ndarray:
     """Devices as an array with the mesh's axes: neighbours lie side by side, and slices apart along one axis alone.
 
     Between slices (pods, or machines) the network is slow. They lie along `data`, whose gradients are added up once, or
@@ -195,11 +195,11 @@ def make_rules(changes: Mapping[str, str | Sequence[str]]) -> dict[str, tuple[st
     return rules
 
 
-_layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
+_layout: ContextVar[MeshLayout | None] = ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
-def use_layout(layout: Layout | None) -> Iterator[None]:
+def use_layout(layout: MeshLayout | None) -> Iterator[None]:
     """Make `constrain` follow `layout` while a program is traced."""
     token = _layout.set(layout)
     try:
@@ -208,7 +208,7 @@ def use_layout(layout: Layout | None) -> Iterator[None]:
         _layout.reset(token)
 
 
-def current_layout() -> Layout | None:
+def current_layout() -> MeshLayout | None:
     """The layout of the program being traced, where it has more than one device."""
     layout = _layout.get()
     return None if layout is None or layout.mesh.size == 1 else layout
@@ -239,15 +239,15 @@ def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else part
 
 
-def add_up(tree: Any, axes: tuple[str, ...], *, scattered: tuple[str, ...] = (), dim: int = 0) -> Any:
+def psum_or_scatter(tree: Any, axes: tuple[str, ...], *, scatter_axes: tuple[str, ...] = (), dim: int = 0) -> Any:
     """Sums over mesh axes, inside shard_map; over those of `scattered` each device keeps its own piece of dimension `dim`."""
-    for axis in scattered:
+    for axis in scatter_axes:
         tree = jax.tree.map(lambda x, a=axis: jax.lax.psum_scatter(x, a, scatter_dimension=dim, tiled=True), tree)
-    rest = tuple(axis for axis in axes if axis not in scattered)
+    rest = tuple(axis for axis in axes if axis not in scatter_axes)
     return jax.lax.psum(tree, rest) if rest else tree
 
 
-def format_sharding_table(rows: Mapping[str, tuple[Sequence[int], Sequence[str], int]], layout: Layout) -> str:
+def format_sharding_table(rows: Mapping[str, tuple[Sequence[int], Sequence[str], int]], layout: MeshLayout) -> str:
     """One line per array of `rows` (name -> shape, logical axes, bytes per element): what lies where, and how much of it."""
     lines = [("parameter", "shape", "axes", "spec", "bytes/device")]
     total = 0

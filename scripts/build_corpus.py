@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     from mesh_transformer.corpus.datasheet.content import write_datasheet
     from mesh_transformer.corpus.executors import Slurm
     from mesh_transformer.corpus.recipe import load_recipe
-    from mesh_transformer.corpus.stages import Machines
+    from mesh_transformer.corpus.stages import Executor
 
     recipe = load_recipe(options.corpus, options.set)
     started = time.perf_counter()
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
 
         pairs = dict(one.split("=", 1) for one in options.slurm_option)
         slurm = Slurm(options.slurm, pairs) if options.slurm else None
-        corpus = build_corpus(recipe, options.out, Machines(options.workers, options.ray, slurm), report)
+        corpus = build_corpus(recipe, options.out, Executor(options.workers, options.ray, slurm), report)
     seconds = time.perf_counter() - started
     write_datasheet(corpus, options.out)
     print(describe(corpus, options.out, seconds))
@@ -90,7 +90,7 @@ def describe(corpus: "Corpus", out: Path, seconds: float) -> str:
     """A few lines: what went in, what came out, how fast, and its digest."""
     raw = sum(record["raw"]["bytes"] for record in corpus.filtered)
     train = sum(record["sides"]["train"]["bytes"] for record in corpus.selected)
-    tokens = sum(record["train"]["copied_tokens"] for record in corpus.tokenised)
+    tokens = sum(record["train"]["copied_tokens"] for record in corpus.tokenized)
     lines = [
         f"component {name}: no files, left out: {corpus.recipe.components[name].origin}" for name in corpus.missing
     ]

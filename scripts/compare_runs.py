@@ -32,7 +32,7 @@ from mesh_transformer.config import Config, ConfigError, load_config
 from mesh_transformer.evaluate.scaling import Fit, fit_law
 from mesh_transformer.reports.console import format_time
 from mesh_transformer.reports.evaluation_results import metrics_of, read_evaluations
-from mesh_transformer.reports.html_report import CSS, active_seconds, smooth, thin
+from mesh_transformer.reports.html_report import CSS, active_seconds, smooth, downsample
 from mesh_transformer.reports.metrics_log import FILE, read_metrics
 from mesh_transformer.reports.svg import DASHES, Series, format_number, plot
 from mesh_transformer.storage.atomic_files import replace_file
@@ -191,7 +191,7 @@ def make_page(
         ("Loss against time", "seconds", False),
     ):
         series = [
-            Series(h.name, thin(smooth(list(zip(getattr(h, attribute), h.losses, strict=True))), 300), _style(i))
+            Series(h.name, downsample(smooth(list(zip(getattr(h, attribute), h.losses, strict=True))), 300), _style(i))
             for i, h in enumerate(histories)
         ]
         unit = "nats per token, smoothed" + ("" if is_log else "; seconds without interruptions")

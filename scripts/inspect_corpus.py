@@ -25,7 +25,7 @@ from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import check_table
 from mesh_transformer.corpus.parts import read_documents
 from mesh_transformer.corpus.recipe import Recipe
-from mesh_transformer.corpus.stage_dedup import BoundedSignature, make_minhash
+from mesh_transformer.corpus.stage_dedup import BoundedSignature, minhash_config
 from mesh_transformer.corpus.stages import CorpusError
 from mesh_transformer.corpus.word_tokenizer import WORDS
 
@@ -109,7 +109,7 @@ def show_near(options: argparse.Namespace) -> None:
     if wanted is None:
         raise CorpusError(f"{options.near}: no such document after the steps; ids are shown by look.py without --near")
     language: Any = WORDS
-    block = BoundedSignature(str(signed / "signatures"), make_minhash(recipe), language=language)
+    block = BoundedSignature(str(signed / "signatures"), minhash_config(recipe), language=language)
     shingles = block.get_shingles(wanted["text"])
     if not len(shingles):
         raise CorpusError(f"{options.near}: fewer than duplicates.n_gram words: only exact duplicates are found of it")

@@ -26,10 +26,10 @@ from rich.console import Console
 
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ConfigError
-from mesh_transformer.data.shard_builder import Built, build_shards
+from mesh_transformer.data.shard_builder import BuiltShards, build_shards
 from mesh_transformer.data.shards import ShardWriter, TokenShard, is_shard
 from mesh_transformer.data.tokenizers import load_tokenizer
-from mesh_transformer.train.session import show_building
+from mesh_transformer.train.session import data_progress
 
 
 def main(arguments: list[str]) -> int:
@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     tokenizer = load_tokenizer(options.tokenizer)
     console, started = Console(stderr=True), time.perf_counter()
-    built: dict[str, list[Built]] = {}
-    with show_building(console) as report:
+    built: dict[str, list[BuiltShards]] = {}
+    with data_progress(console) as report:
         for source in options.source:
             sides = build_shards(
                 source,
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
                 holdout=options.holdout,
                 on_bad="skip" if options.skip_bad else "error",
                 workers=options.workers,
-                report=lambda done, total, seconds, source=source: report(source, done, total, seconds),
+                on_progress=lambda done, total, seconds, source=source: report(source, done, total, seconds),
             )
             for side, part in sides.items():
                 built.setdefault(side, []).append(part)
@@ -86,7 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _join(prefix: str, parts: Sequence[Built]) -> None:
+def _join(prefix: str, parts: Sequence[BuiltShards]) -> None:
     shards = [TokenShard(part.prefix) for part in parts]
     with ShardWriter(Path(prefix), shards[0].tokens.dtype) as joined:
         for shard in shards:

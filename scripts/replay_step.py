@@ -26,7 +26,7 @@ from mesh_transformer.config import ConfigError
 from mesh_transformer.mesh import use_layout
 from mesh_transformer.model.transformer import make_model
 from mesh_transformer.train.optimizer import global_norm
-from mesh_transformer.train.replay import batch_of, open_replay, read_losses, replay
+from mesh_transformer.train.replay import read_batch, open_replay, read_losses, replay
 from mesh_transformer.train.run import Run
 from mesh_transformer.train.schedule import first_sequence
 from mesh_transformer.train.step import dropout_key, layer_norms, make_gradients, model_inputs
@@ -59,7 +59,7 @@ def look_at_step(run_dir: Path, step: int, worst: int) -> dict[str, Any]:
     start = run.step
     for _ in replay(run, step - 1):
         pass
-    batch = batch_of(run, step - 1)
+    batch = read_batch(run, step - 1)
     norms = measure_norms(run, batch)
     sequences = score_sequences(run, batch, step)[:worst]
     (taken,) = replay(run, step)
@@ -96,7 +96,7 @@ def measure_norms(run: Run, batch: Any) -> list[dict[str, Any]]:
                 for name, side in sides.items()
             }
 
-    found = jax.tree.map(np.asarray, jax.jit(measure)(run.state, run.place(batch, len(batch.tokens))))
+    found = jax.tree.map(np.asarray, jax.jit(measure)(run.state, run.shard_batch(batch, len(batch.tokens))))
     params, grads = found["parameters"], found["gradients"]
     rows = [("all", params["all"], grads["all"])]
     rows += [(module, params["outside"][module], grads["outside"][module]) for module in params["outside"]]
@@ -113,11 +113,11 @@ def score_sequences(run: Run, batch: Any, step: int) -> list[dict[str, Any]]:
             logits, _ = model.apply(params, placed.tokens, **model_inputs(run.config, placed))
             return optax.losses.softmax_cross_entropy_with_integer_labels(logits, placed.targets) * placed.mask
 
-    nats = np.asarray(jax.jit(score)(run.state.params, run.place(batch, len(batch.tokens))))
+    nats = np.asarray(jax.jit(score)(run.state.params, run.shard_batch(batch, len(batch.tokens))))
     first = first_sequence(run.config.train, step - 1)
     rows = []
     for row in np.argsort(-nats.mean(axis=1)):
-        source, number = loader.find_sequence(first + int(row))
+        source, number = loader.locate(first + int(row))
         place = int(nats[row].argmax())
         rows.append(
             {

@@ -85,12 +85,12 @@ def prepare(options: Any) -> Prepared:
     from mesh_transformer.convert.gptj.writer import old_config
     from mesh_transformer.convert.huggingface.reader import find_family
     from mesh_transformer.convert.import_plan import make_model_config
-    from mesh_transformer.storage.paths import to_place
+    from mesh_transformer.storage.paths import parse_path
 
-    ceiling, destination = parse_bytes(options.max_memory), to_place(options.destination)
+    ceiling, destination = parse_bytes(options.max_memory), parse_path(options.destination)
     options.rounds = bool(options.dtype)
-    settings = to_place(options.source_config) if options.source_config else None
-    source = reshard.open_source(to_place(options.source), settings)
+    settings = parse_path(options.source_config) if options.source_config else None
+    source = reshard.open_source(parse_path(options.source), settings)
     if options.weights_only or options.format != "native":
         weights = {name: array for name, array in source.foreign.arrays.items() if name.startswith("params/")}
         source = source._replace(foreign=source.foreign._replace(arrays=weights))
@@ -321,9 +321,9 @@ def _write_carried(folder: Path, meta: dict[str, Any]) -> None:
 
 def _stamp(path: Any) -> list[tuple[str, int, float]]:
     """Names, sizes and times of change: a conversion does not go on with another source."""
-    from mesh_transformer.checkpoint.backends import folder_at
+    from mesh_transformer.checkpoint.backends import backend_for
 
-    return [(name, *status) for name, status in sorted(folder_at(path).list_files().items())]
+    return [(name, *status) for name, status in sorted(backend_for(path).list_files().items())]
 
 
 def peak_memory() -> int:

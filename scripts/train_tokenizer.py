@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mesh_transformer.cli import make_parser, run_command
-from mesh_transformer.data.readers import BadDocuments, find_files, find_root, read_file
+from mesh_transformer.data.readers import SkippedDocuments, find_files, find_root, read_file
 from mesh_transformer.data.tokenizers import Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -53,12 +53,12 @@ def main(argv: list[str]) -> int:
     """Train, write, measure; returns the exit status."""
     arguments = parse_arguments(argv)
     console = Console(stderr=True)
-    bad, held_out = BadDocuments(), HeldOut()
+    bad, held_out = SkippedDocuments(), HeldOut()
     arguments.dst.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the training
     with make_progress(console) as progress:
         texts = read_texts(arguments, bad, held_out, progress)
         library = train_vocabulary(texts, arguments.vocab_size)
-    for line in bad.format_report():
+    for line in bad.summary_lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not held_out.trained:
         raise ValueError(f"no document to train on in {', '.join(arguments.src)}; the rest was held out or left out")
@@ -97,7 +97,7 @@ def make_progress(console: Console) -> Progress:
 
 
 def read_texts(
-    arguments: argparse.Namespace, bad: BadDocuments, held_out: HeldOut, progress: Progress
+    arguments: argparse.Namespace, bad: SkippedDocuments, held_out: HeldOut, progress: Progress
 ) -> Iterator[str]:
     """Texts of all sources but the held-out ones; files are found before the first is read."""
     sources = [(find_root(src), file) for src in arguments.src for file in find_files(src)]
@@ -106,7 +106,7 @@ def read_texts(
     def generate() -> Iterator[str]:
         task = progress.add_task("reading files", total=len(sources))
         for root, file in sources:
-            for document in read_file(file, root, text_key=arguments.text_key, on_bad=on_bad, bad=bad):
+            for document in read_file(file, root, text_key=arguments.text_key, on_bad=on_bad, skipped=bad):
                 if not held_out.keeps(document.name, document.text):
                     yield document.text
             progress.advance(task)

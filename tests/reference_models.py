@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.config.model import RopeScalingConfig
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.presets import T5, T5_V1_1
 from mesh_transformer.convert.huggingface.reader import find_array
@@ -46,6 +47,7 @@ J = dict(
     tied_embeddings=False,
 )
 NEOX = dict(positions="rope-half", residual="parallel-two-norms", tied_embeddings=False)
+ROPE_SCALING = RopeScalingConfig(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_seq_len=16)
 LLAMA_CHOICES = dict(
     norm="rmsnorm",
     positions="rope-half",
@@ -135,7 +137,7 @@ LIVE_CASES = {
         **ODD,
     ),
     "llama-3-rotary": make_case(
-        "llama", dict(LLAMA_CHOICES, d_head=16, rope_theta=5e5, rope_scaling=(8.0, 1.0, 4.0, 16.0)), 53, **ODD
+        "llama", dict(LLAMA_CHOICES, d_head=16, rope_theta=5e5, rope_scaling=ROPE_SCALING), 53, **ODD
     ),
     "llama-one-key-head-biases": make_case(
         "llama",

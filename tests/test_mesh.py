@@ -94,7 +94,7 @@ def test_mesh_takes_what_is_left_over_or_the_first_devices():
     }
     assert list(make(2, 1, 2).mesh.devices.flat) == jax.devices()[:4]
     layout = make(2, 2, 2)
-    assert layout.batch_pieces == 4
+    assert layout.batch_shards == 4
     assert layout.spec(("batch", "sequence"), (8, 3), "tokens") == P(("data", "fsdp"))
 
 
@@ -241,7 +241,7 @@ def test_sharded_equals_one_device(alone, sizes, name, rules):
         piece = w_in.addressable_shards[0].data.shape
         assert piece == (w_in.shape[0], 16 // (1 if "embed" in rules else fsdp), 24 // tensor)
         assert len(w_in.addressable_shards) == 8
-    assert batch.shard_shape(tokens.shape) == (B // layout.batch_pieces, T)
+    assert batch.shard_shape(tokens.shape) == (B // layout.batch_shards, T)
 
     np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
     found = flatten_names(sharded_gradients)

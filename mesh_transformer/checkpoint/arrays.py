@@ -24,15 +24,15 @@ import numpy as np
 import tensorstore as ts
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from mesh_transformer.checkpoint.backends import folder_at
+from mesh_transformer.checkpoint.backends import backend_for
 from mesh_transformer.checkpoint.chunk_grid import DTYPES, plan_chunks, shard_key
-from mesh_transformer.checkpoint.local_backend import LocalFolder
+from mesh_transformer.checkpoint.local_backend import LocalBackend
 from mesh_transformer.checkpoint.manifest import ArrayRecord, array_folder
-from mesh_transformer.checkpoint.object_store_backend import RemoteFolder
+from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
 from mesh_transformer.checkpoint.zarr_sharding import DamageError, Slices, encode_shard, meet, part_of, read_shards
 from mesh_transformer.storage.digests import FileRecord
-from mesh_transformer.storage.errors import CheckpointError, StorageError, explain
-from mesh_transformer.storage.paths import Place, RemotePath, kvstore_context, kvstore_spec, read_blocks
+from mesh_transformer.storage.errors import CheckpointError, StorageError, explain_error
+from mesh_transformer.storage.paths import AnyPath, RemotePath, kvstore_context, kvstore_spec, read_blocks
 
 PART_BYTES = 1 << 23  # of a slice of a checkpoint in an object store, fetched at once
 READ_AHEAD_BYTES = 1 << 29  # of slices on their way from disk to devices
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
 class StoredArray(NamedTuple):
     """An array of a checkpoint whose files have been looked at, read a slice at a time."""
 
-    folder: Place
+    folder: AnyPath
     name: str
     record: ArrayRecord
 
@@ -138,36 +138,36 @@ def copy_to_host(arrays: Mapping[str, jax.Array]) -> dict[str, list[Piece]]:
 
 
 def list_shards(
-    folder: Place, name: str, record: ArrayRecord, pieces: list[Piece]
+    folder: AnyPath, name: str, record: ArrayRecord, pieces: list[Piece]
 ) -> Iterator[Callable[[], tuple[str, str, FileRecord]]]:
     """What writes each file of some slices of an array and returns (array, file, what was written); `pieces` is emptied.
 
     `settle` of the array's folder makes them durable.
     """
-    target = folder_at(array_folder(folder, name))
+    target = backend_for(array_folder(folder, name))
     while pieces:
         for key, values in _cut(record, pieces.pop()):
             yield functools.partial(_write_shard, target, name, record, key, values)
 
 
 def _write_shard(
-    target: LocalFolder | RemoteFolder, name: str, record: ArrayRecord, key: str, values: np.ndarray
+    target: LocalBackend | ObjectStoreBackend, name: str, record: ArrayRecord, key: str, values: np.ndarray
 ) -> tuple[str, str, FileRecord]:
-    return name, key, target.put(key, encode_shard(values, record.shard, record.chunk))
+    return name, key, target.write_file(key, encode_shard(values, record.shard, record.chunk))
 
 
-def copy_file(array: StoredArray, key: str, folder: Place) -> dict[str, FileRecord]:
+def copy_file(array: StoredArray, key: str, folder: AnyPath) -> dict[str, FileRecord]:
     """Copy one file of an array into the checkpoint in `folder`; CheckpointError if it is not what the array's record says."""
     source = array_folder(array.folder, array.name) / key
     wanted = array.record.files[key]
-    found = folder_at(array_folder(folder, array.name)).put(key, read_blocks(source, wanted.size))
+    found = backend_for(array_folder(folder, array.name)).write_file(key, read_blocks(source, wanted.size))
     if found != wanted:
         raise CheckpointError(f"{source}: damaged: {found} is not {wanted}")
     return {key: found}
 
 
 def restore_arrays(
-    folder: Place, records: Mapping[str, ArrayRecord], shardings: Mapping[str, Sharding], *, rows: Collection[str] = ()
+    folder: AnyPath, records: Mapping[str, ArrayRecord], shardings: Mapping[str, Sharding], *, rows: Collection[str] = ()
 ) -> dict[str, Any]:
     """Arrays as `shardings` place them. Each slice is read once and given to all devices that need it, several at a time.
 
@@ -266,7 +266,7 @@ def _fetch(where: RemotePath, name: str, record: ArrayRecord, index: Slices) -> 
         message = str(error)
         found = re.search(r'"[^"]*/(c[.0-9]*)"', message)
         file = where / found[1] if found else where
-        if unreachable := explain(file, error):
+        if unreachable := explain_error(file, error):
             raise StorageError(f"{file}: {unreachable}") from error
         reason = re.sub(r"\s*\[(source locations|tensorstore_spec|domain).*", "", message, flags=re.DOTALL)
         raise CheckpointError(f"{file}: damaged or unreadable, a file of {name}: {reason}") from error

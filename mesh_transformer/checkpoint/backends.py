@@ -4,11 +4,11 @@
 
 from pathlib import Path
 
-from mesh_transformer.checkpoint.local_backend import LocalFolder
-from mesh_transformer.checkpoint.object_store_backend import RemoteFolder
-from mesh_transformer.storage.paths import Place
+from mesh_transformer.checkpoint.local_backend import LocalBackend
+from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
+from mesh_transformer.storage.paths import AnyPath
 
 
-def folder_at(place: Place) -> LocalFolder | RemoteFolder:
+def backend_for(path: AnyPath) -> LocalBackend | ObjectStoreBackend:
     """The folder at a place."""
-    return LocalFolder(place) if isinstance(place, Path) else RemoteFolder(place)
+    return LocalBackend(path) if isinstance(path, Path) else ObjectStoreBackend(path)

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from typing import Any
 
 from mesh_transformer.checkpoint.arrays import Piece, format_metadata, list_shards
-from mesh_transformer.checkpoint.backends import folder_at
+from mesh_transformer.checkpoint.backends import backend_for
 from mesh_transformer.checkpoint.bounded_pool import Workers, run_side_by_side
 from mesh_transformer.checkpoint.chunk_grid import shard_keys
 from mesh_transformer.checkpoint.manifest import (
@@ -31,9 +31,9 @@ from mesh_transformer.checkpoint.manifest import (
     array_folder,
     write_manifest,
 )
-from mesh_transformer.distributed.coordination import gather, process_count, process_index, run_everywhere
+from mesh_transformer.distributed.coordination import gather, process_count, process_index, run_on_all
 from mesh_transformer.storage.digests import FileRecord, digest_bytes
-from mesh_transformer.storage.paths import Place
+from mesh_transformer.storage.paths import AnyPath
 
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorstore")
 PARTS = "parts"
@@ -55,19 +55,19 @@ class Save:
     workers: Workers = dataclasses.field(default_factory=Workers)  # closed when it ends
 
 
-def commit_save(root: Place, save: Save) -> None:
+def commit_save(root: AnyPath, save: Save) -> None:
     """Write and commit; on return the checkpoint is durable. On CheckpointError nothing of it is left, nor of others lost."""
-    folder = folder_at(root)
+    folder = backend_for(root)
     written: Written = {}
     try:
         save.owner = gather("owner", save.owner)[0]
-        run_everywhere("begin", lambda: _begin(root, save), first=True)
-        run_everywhere("write", lambda: _write_slices(root, save, written))
-        run_everywhere("commit", lambda: _commit(root, save, written), first=True)
+        run_on_all("begin", lambda: _begin(root, save), first_only=True)
+        run_on_all("write", lambda: _write_slices(root, save, written))
+        run_on_all("commit", lambda: _commit(root, save, written), first_only=True)
     except BaseException as error:
         save.pieces.clear()
         if process_index() == 0:
-            folder.abandon(save.step, save.owner)
+            folder.abort(save.step, save.owner)
         if not isinstance(error, Exception):
             raise
         size = sum(record.nbytes for record in save.records.values())
@@ -84,10 +84,10 @@ def commit_save(root: Place, save: Save) -> None:
 
 
 def write_blocks(
-    root: Place,
+    root: AnyPath,
     step: int,
     records: Mapping[str, ArrayRecord],
-    blocks: Iterable[tuple[str, Callable[[Place], Files]]],
+    blocks: Iterable[tuple[str, Callable[[AnyPath], Files]]],
     meta: Mapping[str, Any],
     done: Mapping[str, Files],
     log: Callable[[str, Files], None],
@@ -101,10 +101,10 @@ def write_blocks(
     always the same, so only one process may do this.
     """
     save = Save(step, BLOCKS, dict(records), {}, dict(meta))
-    draft = folder_at(root).draft(step, save.owner)
+    draft = backend_for(root).staging_dir(step, save.owner)
     written: Written = {name: dict(done.get(name, {})) for name in records}
 
-    def write(name: str, block: Callable[[Place], Files]) -> tuple[str, Files]:
+    def write(name: str, block: Callable[[AnyPath], Files]) -> tuple[str, Files]:
         return name, block(draft)
 
     with save.workers:
@@ -117,19 +117,19 @@ def write_blocks(
         _commit(root, save, written)
 
 
-def write_piece(name: str, record: ArrayRecord, make: Callable[[], Piece], folder: Place) -> Files:
+def write_piece(name: str, record: ArrayRecord, make: Callable[[], Piece], folder: AnyPath) -> Files:
     """Write the files of a slice, which is made now, into the checkpoint in `folder`."""
     return {key: file for _, key, file in (job() for job in list_shards(folder, name, record, [make()]))}
 
 
-def _begin(root: Place, save: Save) -> None:
-    folder_at(root).begin(save.step, save.owner)
-    draft = folder_at(folder_at(root).draft(save.step, save.owner))
-    draft.write({f"{ARRAYS}/{name}/{METADATA}": format_metadata(record) for name, record in save.records.items()})
+def _begin(root: AnyPath, save: Save) -> None:
+    backend_for(root).create_staging(save.step, save.owner)
+    draft = backend_for(backend_for(root).staging_dir(save.step, save.owner))
+    draft.write_files({f"{ARRAYS}/{name}/{METADATA}": format_metadata(record) for name, record in save.records.items()})
 
 
-def _write_slices(root: Place, save: Save, written: Written) -> None:
-    draft = folder_at(root).draft(save.step, save.owner)
+def _write_slices(root: AnyPath, save: Save, written: Written) -> None:
+    draft = backend_for(root).staging_dir(save.step, save.owner)
     if process_index() and not draft.is_dir():
         raise CheckpointError(
             f"{draft}: process 0 has made it, and process {process_index()} does not see it; run.dir must lie where "
@@ -142,30 +142,30 @@ def _write_slices(root: Place, save: Save, written: Written) -> None:
         written[name][key] = file
     _settle(draft, written)
     if process_index() > 0:
-        folder_at(draft).write({f"{PARTS}/{process_index()}.json": json.dumps(written).encode()})
+        backend_for(draft).write_files({f"{PARTS}/{process_index()}.json": json.dumps(written).encode()})
 
 
-def _settle(draft: Place, written: Written) -> None:
+def _settle(draft: AnyPath, written: Written) -> None:
     """Make the files that this process has written durable."""
     for name, files in written.items():
-        folder_at(array_folder(draft, name)).settle(files)
+        backend_for(array_folder(draft, name)).fsync_files(files)
 
 
-def _commit(root: Place, save: Save, written: Written) -> None:
-    place = folder_at(root).draft(save.step, save.owner)
+def _commit(root: AnyPath, save: Save, written: Written) -> None:
+    place = backend_for(root).staging_dir(save.step, save.owner)
     parts = [written]
     for process in range(1, process_count()):
         parts.append(json.loads((place / PARTS / f"{process}.json").read_bytes()))
-    draft = folder_at(place)
+    draft = backend_for(place)
     if len(parts) > 1:
-        draft.remove(PARTS)
+        draft.remove_folder(PARTS)
     records = {name: _add_files(name, record, parts) for name, record in save.records.items()}
     versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     draft.sync(deep=True)
     write_manifest(place, Manifest(save.step, created, versions, records, save.meta))
     draft.sync(deep=False)
-    folder_at(root).publish(save.step, save.owner)
+    backend_for(root).commit(save.step, save.owner)
 
 
 def _add_files(name: str, record: ArrayRecord, parts: list[Written]) -> ArrayRecord:

@@ -32,7 +32,7 @@ import xxhash
 
 from mesh_transformer.storage.digests import FileRecord
 from mesh_transformer.storage.direct_io import DirectFile
-from mesh_transformer.storage.paths import Place
+from mesh_transformer.storage.paths import AnyPath
 
 COMMIT = "COMMIT"
 STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})")
@@ -40,17 +40,17 @@ LEFTOVER = re.compile(rf"({STEP.pattern})\.(tmp|old|trash)-(.+)-([0-9]+)-([0-9]+
 FOREIGN_SECONDS = 3600
 
 
-class LocalFolder:
+class LocalBackend:
     """The root of a store, or a checkpoint in it, on this machine's file systems; objects.py has the other kind."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def make(self) -> None:
+    def create(self) -> None:
         """Make it and the folders above it, durably."""
         make_root(self.path)
 
-    def clean(self) -> None:
+    def remove_leftovers(self) -> None:
         """Remove what dead processes left."""
         clean(self.path)
 
@@ -62,33 +62,33 @@ class LocalFolder:
         """What can still be written."""
         return shutil.disk_usage(self.path).free if self.path.is_dir() else 0
 
-    def draft(self, step: int, owner: str) -> Path:
+    def staging_dir(self, step: int, owner: str) -> Path:
         """Where the checkpoint of `step` is written."""
         return temporary_folder(self.path, step, owner)
 
-    def begin(self, step: int, owner: str) -> None:
+    def create_staging(self, step: int, owner: str) -> None:
         """Make the draft."""
-        self.draft(step, owner).mkdir()
+        self.staging_dir(step, owner).mkdir()
 
-    def publish(self, step: int, owner: str) -> None:
+    def commit(self, step: int, owner: str) -> None:
         """Give the complete draft its name."""
-        publish(self.draft(step, owner), self.path / f"step_{step}")
+        publish(self.staging_dir(step, owner), self.path / f"step_{step}")
 
-    def abandon(self, step: int, owner: str) -> None:
+    def abort(self, step: int, owner: str) -> None:
         """Delete the draft as far as that is possible."""
-        shutil.rmtree(self.draft(step, owner), ignore_errors=True)
+        shutil.rmtree(self.staging_dir(step, owner), ignore_errors=True)
 
-    def discard(self) -> None:
+    def delete(self) -> None:
         """Delete the checkpoint."""
         discard(self.path)
 
-    def write(self, files: Mapping[str, bytes]) -> None:
+    def write_files(self, files: Mapping[str, bytes]) -> None:
         """Write new files, in that order, and make the folders they need."""
         for name, data in files.items():
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             write_synced(self.path / name, data)
 
-    def remove(self, name: str) -> None:
+    def remove_folder(self, name: str) -> None:
         """Delete a folder in it."""
         shutil.rmtree(self.path / name)
 
@@ -96,7 +96,7 @@ class LocalFolder:
         """Make the names in it durable; with `deep` also those in the folders below."""
         sync_tree(self.path) if deep else sync_folder(self.path)
 
-    def measure(self, names: Iterable[str]) -> Iterator[int | str]:
+    def file_sizes(self, names: Iterable[str]) -> Iterator[int | str]:
         """The size of each file, or what is wrong with it where it is not a plain file in plain folders."""
         seen: dict[Path, bool] = {}
 
@@ -120,7 +120,7 @@ class LocalFolder:
         found = [(path, path.stat()) for path in sorted(self.path.rglob("*")) if path.is_file()]
         return {path.relative_to(self.path).as_posix(): (status.st_size, status.st_mtime) for path, status in found}
 
-    def put(self, name: str, blocks: Iterable[bytes | memoryview]) -> FileRecord:
+    def write_file(self, name: str, blocks: Iterable[bytes | memoryview]) -> FileRecord:
         """Write a file of blocks, one after the other; `settle` makes it durable."""
         digest, size = xxhash.xxh3_128(), 0
         with DirectFile(self.path / name) as file:
@@ -129,13 +129,13 @@ class LocalFolder:
                 size += file.write(block)
         return FileRecord(size, digest.hexdigest())
 
-    def settle(self, names: Iterable[str]) -> None:
+    def fsync_files(self, names: Iterable[str]) -> None:
         """Make what was put durable, but for the names; by who put it, for another host cannot."""
         for name in names:
             sync_file(self.path / name)
 
 
-def step_folder(root: Place, step: int) -> Place:
+def step_folder(root: AnyPath, step: int) -> AnyPath:
     """Where the checkpoint of `step` lies."""
     return root / f"step_{step}"
 

@@ -36,7 +36,7 @@ from typing import Any
 
 import xxhash
 
-from mesh_transformer.checkpoint.backends import folder_at
+from mesh_transformer.checkpoint.backends import backend_for
 from mesh_transformer.checkpoint.chunk_grid import (
     DTYPES,
     MAX_CHUNK_BYTES,
@@ -48,7 +48,7 @@ from mesh_transformer.checkpoint.chunk_grid import (
 from mesh_transformer.checkpoint.local_backend import COMMIT
 from mesh_transformer.storage.digests import FileRecord, digest_file
 from mesh_transformer.storage.errors import CheckpointError
-from mesh_transformer.storage.paths import Place, read_small
+from mesh_transformer.storage.paths import AnyPath, read_small
 
 FORMAT = 1
 MANIFEST, ARRAYS, METADATA = "manifest.json", "arrays", "zarr.json"
@@ -86,14 +86,14 @@ class Manifest:
     meta: Mapping[str, Any]
 
 
-def write_manifest(folder: Place, manifest: Manifest) -> None:
+def write_manifest(folder: AnyPath, manifest: Manifest) -> None:
     """Write manifest.json, then COMMIT, both durable once the folder is synced."""
     data = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1).encode()
-    folder_at(folder).write({MANIFEST: data})
-    folder_at(folder).write({COMMIT: _commit_text(data)})
+    backend_for(folder).write_files({MANIFEST: data})
+    backend_for(folder).write_files({COMMIT: _commit_text(data)})
 
 
-def read_manifest(folder: Place, step: int) -> Manifest:
+def read_manifest(folder: AnyPath, step: int) -> Manifest:
     """The manifest in `folder`, its digest and its contents checked; CheckpointError names the file and what is wrong."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint")
@@ -129,16 +129,16 @@ def check_names(names: Iterable[str]) -> None:
                 )
 
 
-def array_folder(folder: Place, name: str) -> Place:
+def array_folder(folder: AnyPath, name: str) -> AnyPath:
     """Where the files of an array lie."""
     return folder / ARRAYS / name
 
 
-def find_missing(folder: Place, arrays: Mapping[str, ArrayRecord]) -> dict[Place, str]:
+def find_missing(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> dict[AnyPath, str]:
     """Problems, by file, that sizes and kinds of files show without reading them: missing, cut, grown, a link, not a file."""
-    problems: dict[Place, str] = {}
+    problems: dict[AnyPath, str] = {}
     files = list(_files(folder, arrays))
-    sizes = folder_at(folder).measure(f"{ARRAYS}/{name}/{path.name}" for name, path, _ in files)
+    sizes = backend_for(folder).file_sizes(f"{ARRAYS}/{name}/{path.name}" for name, path, _ in files)
     for (name, path, file), size in zip(files, sizes, strict=True):
         if isinstance(size, str):
             problems[path] = f"{path}: {size}; a file of {name}"
@@ -147,11 +147,11 @@ def find_missing(folder: Place, arrays: Mapping[str, ArrayRecord]) -> dict[Place
     return problems
 
 
-def find_damage(folder: Place, arrays: Mapping[str, ArrayRecord]) -> list[str]:
+def find_damage(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> list[str]:
     """Problems of all files of `arrays`, every byte read, at the disk's speed."""
     problems = find_missing(folder, arrays)
 
-    def check(entry: tuple[str, Place, FileRecord]) -> str:
+    def check(entry: tuple[str, AnyPath, FileRecord]) -> str:
         name, path, file = entry
         try:
             same = path in problems or digest_file(path, file.size) == file
@@ -163,7 +163,7 @@ def find_damage(folder: Place, arrays: Mapping[str, ArrayRecord]) -> list[str]:
         return [*problems.values(), *filter(None, readers.map(check, _files(folder, arrays)))]
 
 
-def check_metadata(folder: Place, arrays: Mapping[str, ArrayRecord]) -> None:
+def check_metadata(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> None:
     """Raise CheckpointError if an array's zarr.json is not the one that was written (no checksum of Zarr covers it)."""
     for name, record in arrays.items():
         path = array_folder(folder, name) / METADATA
@@ -171,7 +171,7 @@ def check_metadata(folder: Place, arrays: Mapping[str, ArrayRecord]) -> None:
             raise CheckpointError(f"{path}: damaged: its digest is not the manifest's; a file of {name}")
 
 
-def _files(folder: Place, arrays: Mapping[str, ArrayRecord]) -> Iterator[tuple[str, Place, FileRecord]]:
+def _files(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> Iterator[tuple[str, AnyPath, FileRecord]]:
     for name, record in arrays.items():
         for key, file in record.files.items():
             yield name, array_folder(folder, name) / key, file
@@ -186,7 +186,7 @@ def _seal(lines: bytes) -> bytes:
     return lines + f"commit {xxhash.xxh3_128_hexdigest(lines)}\n".encode()
 
 
-def _read_small(path: Place) -> bytes:
+def _read_small(path: AnyPath) -> bytes:
     try:
         return read_small(path, MAX_MANIFEST_BYTES)
     except OSError as error:

@@ -32,23 +32,23 @@ OWNER = "OWNER"
 MARK = re.compile(rf"{OWNER}\.(.+)-([0-9]+)-([0-9]+)-[0-9a-f]+")
 
 
-class RemoteFolder:
+class ObjectStoreBackend:
     """The root of a store, or a checkpoint in it, in an object store; folders.py has the other kind."""
 
     def __init__(self, path: RemotePath):
         self.path = path
 
-    def make(self) -> None:
+    def create(self) -> None:
         """Nothing is made, but that objects can be put here and deleted is tried, at the start and not at the first save."""
         probe = f"{OWNER}.{make_owner()}"
-        self.write({probe: b"can this be written?\n"})
-        self.delete([probe])
+        self.write_files({probe: b"can this be written?\n"})
+        self.delete_files([probe])
 
-    def clean(self) -> None:
+    def remove_leftovers(self) -> None:
         """Remove what dead processes left, by the rule above."""
         for step, is_complete in self._find_steps():
             if not is_complete:
-                folder = RemoteFolder(step)
+                folder = ObjectStoreBackend(step)
                 found = folder.list_files()
                 if found and not _may_be_alive(found):
                     folder._delete_all(found)
@@ -61,37 +61,37 @@ class RemoteFolder:
         """There is no end."""
         return None
 
-    def draft(self, step: int, owner: str) -> RemotePath:
+    def staging_dir(self, step: int, owner: str) -> RemotePath:
         """Where the checkpoint of `step` is written, which is where it stays."""
         return self.path / f"step_{step}"
 
-    def begin(self, step: int, owner: str) -> None:
+    def create_staging(self, step: int, owner: str) -> None:
         """Put the owner's mark and delete what was there."""
-        folder = RemoteFolder(self.draft(step, owner))
+        folder = ObjectStoreBackend(self.staging_dir(step, owner))
         before = folder.list_files()
-        folder.write({f"{OWNER}.{owner}": owner.encode()})
+        folder.write_files({f"{OWNER}.{owner}": owner.encode()})
         folder._delete_all(before)
 
-    def publish(self, step: int, owner: str) -> None:
+    def commit(self, step: int, owner: str) -> None:
         """COMMIT is there: take the mark away, which does no harm if it stays."""
         with contextlib.suppress(StorageError, RuntimeError):
-            RemoteFolder(self.draft(step, owner)).delete([f"{OWNER}.{owner}"])
+            ObjectStoreBackend(self.staging_dir(step, owner)).delete_files([f"{OWNER}.{owner}"])
 
-    def abandon(self, step: int, owner: str) -> None:
+    def abort(self, step: int, owner: str) -> None:
         """Delete what was begun as far as that is possible; the rest is left to the next writable store."""
-        folder = RemoteFolder(self.draft(step, owner))
+        folder = ObjectStoreBackend(self.staging_dir(step, owner))
         with contextlib.suppress(StorageError, RuntimeError):  # RuntimeError: the interpreter is about to exit
             found = folder.list_files()
             if f"{OWNER}.{owner}" in found:  # else what is there is an earlier save
                 folder._delete_all(found)
 
-    def discard(self) -> None:
+    def delete(self) -> None:
         """Delete the checkpoint."""
         self._delete_all(self.list_files())
 
-    def write(self, files: Mapping[str, bytes | None]) -> None:
+    def write_files(self, files: Mapping[str, bytes | None]) -> None:
         """Put objects, or delete those that are None, all at once; each is there whole or not at all."""
-        with self.path.reaching():
+        with self.path.filesystem():
             store = _open_store(self.path)
             errors = [future.exception() for future in [store.write(name, data) for name, data in files.items()]]
             for error in filter(None, errors):  # all have ended by now
@@ -99,29 +99,29 @@ class RemoteFolder:
 
     def remove(self, name: str) -> None:
         """Delete a folder in it."""
-        folder = RemoteFolder(self.path / name)
-        folder.delete(list(folder.list_files()))
+        folder = ObjectStoreBackend(self.path / name)
+        folder.delete_files(list(folder.list_files()))
 
     def sync(self, *, deep: bool) -> None:
         """An object that was put is durable."""
 
-    def measure(self, names: Iterable[str]) -> Iterator[int | str]:
+    def file_sizes(self, names: Iterable[str]) -> Iterator[int | str]:
         """The size of each object, or what is wrong with it; one listing for all."""
         found = self.list_files()
         return (found[name][0] if name in found else "missing (no such object)" for name in names)
 
-    def put(self, name: str, blocks: Iterable[bytes | memoryview]) -> FileRecord:
+    def write_file(self, name: str, blocks: Iterable[bytes | memoryview]) -> FileRecord:
         """Put an object of the blocks, one after the other."""
         data = b"".join(blocks)
-        self.write({name: data})
+        self.write_files({name: data})
         return digest_bytes(data)
 
-    def settle(self, names: Iterable[str]) -> None:
+    def fsync_files(self, names: Iterable[str]) -> None:
         """An object that was put is durable."""
 
     def list_files(self) -> dict[str, tuple[int, float]]:
         """Size in bytes and time of change of every object below, by its name from here."""
-        with self.path.reaching() as files:
+        with self.path.filesystem() as files:
             found = files.find(self.path.full_name, detail=True)
         start = len(self.path.full_name) + 1
         return {
@@ -130,9 +130,9 @@ class RemoteFolder:
             if name[start:] and entry["type"] == "file"
         }
 
-    def delete(self, names: list[str]) -> None:
+    def delete_files(self, names: list[str]) -> None:
         """Delete objects, all at once; one that is gone already is no error."""
-        self.write(dict.fromkeys(names))  # not in one request for all, of which what failed would not be known
+        self.write_files(dict.fromkeys(names))  # not in one request for all, of which what failed would not be known
 
     def _find_steps(self) -> list[tuple[RemotePath, bool]]:
         return [(path, (path / COMMIT).is_file()) for path in self.path.iterdir() if STEP.fullmatch(path.name)]
@@ -142,7 +142,7 @@ class RemoteFolder:
         names = set(names)
         marks = {name for name in names if MARK.fullmatch(name)}
         for group in ({COMMIT} & names, names - marks - {COMMIT}, marks):
-            self.delete(sorted(group))
+            self.delete_files(sorted(group))
 
 
 def _open_store(path: RemotePath) -> Any:

@@ -23,7 +23,7 @@ from mesh_transformer.checkpoint.arrays import (
     describe_array,
     restore_arrays,
 )
-from mesh_transformer.checkpoint.backends import folder_at
+from mesh_transformer.checkpoint.backends import backend_for
 from mesh_transformer.checkpoint.commit import Save, commit_save
 from mesh_transformer.checkpoint.manifest import (
     ArrayRecord,
@@ -34,9 +34,9 @@ from mesh_transformer.checkpoint.manifest import (
     find_missing,
     read_manifest,
 )
-from mesh_transformer.distributed.coordination import FailedElsewhere, run_everywhere
+from mesh_transformer.distributed.coordination import RemoteFailure, run_on_all
 from mesh_transformer.storage.errors import CheckpointError, StorageError
-from mesh_transformer.storage.paths import Place, to_place
+from mesh_transformer.storage.paths import AnyPath, parse_path
 
 
 class Store:
@@ -47,7 +47,7 @@ class Store:
 
     def __init__(
         self,
-        root: str | Place,
+        root: str | AnyPath,
         keep_last: int = 2,
         keep_every: int | None = None,
         asynchronous: bool = True,
@@ -57,7 +57,7 @@ class Store:
         """The newest `keep_last` steps stay, and for ever those divisible by `keep_every`. Leftovers are removed if `writable`."""
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
             raise CheckpointError(f"keep_last = {keep_last}, keep_every = {keep_every}: both must be at least 1")
-        self.root = to_place(root).absolute()
+        self.root = parse_path(root).absolute()
         self.keep_last, self.keep_every, self.asynchronous, self.writable = (
             keep_last,
             keep_every,
@@ -69,7 +69,7 @@ class Store:
         self._held: set[int] = set()
         self._damaged: set[int] = set()
         if writable:
-            run_everywhere("open store", self._open, first=True)
+            run_on_all("open store", self._open, first_only=True)
 
     def save(
         self,
@@ -126,7 +126,7 @@ class Store:
 
     def steps(self) -> list[int]:
         """Complete checkpoints, ascending."""
-        return [step for step, is_complete in folder_at(self.root).list_steps().items() if is_complete]
+        return [step for step, is_complete in backend_for(self.root).list_steps().items() if is_complete]
 
     def newest(self) -> int | None:
         """The newest step, None if there is no checkpoint at all; CheckpointError if the newest folder lacks COMMIT.
@@ -134,7 +134,7 @@ class Store:
         Folders get their names when they are complete, so one without COMMIT has been tampered with; to take an older
         step, or to start over, is then for a person to decide (`newest_intact` is that decision).
         """
-        found = folder_at(self.root).list_steps()
+        found = backend_for(self.root).list_steps()
         newest = max(found, default=None)
         if newest is not None and not found[newest]:
             raise CheckpointError(
@@ -147,7 +147,7 @@ class Store:
 
         None if there is no checkpoint at all; CheckpointError if there are some and none is intact.
         """
-        found = sorted(folder_at(self.root).list_steps(), reverse=True)
+        found = sorted(backend_for(self.root).list_steps(), reverse=True)
         for step in found:
             problems = self.verify(step)
             if not problems:
@@ -220,14 +220,14 @@ class Store:
         self.wait()
         return self._prune(max(self._held or self.steps(), default=0))
 
-    def folder(self, step: int) -> Place:
+    def folder(self, step: int) -> AnyPath:
         """Where the checkpoint of `step` lies, or would."""
         return local_backend.step_folder(self.root, step)
 
     def _open(self) -> None:
         try:
-            folder_at(self.root).make()
-            folder_at(self.root).clean()
+            backend_for(self.root).create()
+            backend_for(self.root).remove_leftovers()
         except OSError as error:
             raise CheckpointError(f"{self.root}: cannot be used for checkpoints: {error}") from error
 
@@ -241,7 +241,7 @@ class Store:
             return []
         gone = [step for step in steps if step < kept[-1] and not (self.keep_every and step % self.keep_every == 0)]
         for step in gone:
-            folder_at(self.folder(step)).discard()
+            backend_for(self.folder(step)).delete()
             self._held.discard(step)
         return gone
 
@@ -262,20 +262,20 @@ class Store:
             raise
         self._damaged.discard(save.step)
         try:
-            run_everywhere("prune", lambda: self._prune(save.step), first=True)
-        except (OSError, StorageError, FailedElsewhere) as error:
+            run_on_all("prune", lambda: self._prune(save.step), first_only=True)
+        except (OSError, StorageError, RemoteFailure) as error:
             raise CheckpointError(
                 f"step {save.step} was saved, but older ones could not be deleted: {error}"
             ) from error
 
 
-def find_checkpoint(path: str | Place, *, report: Callable[[str], None] | None = None) -> tuple[Store, int]:
+def find_checkpoint(path: str | AnyPath, *, report: Callable[[str], None] | None = None) -> tuple[Store, int]:
     """The checkpoint that `path` means, in a store opened for reading.
 
     `path` is a run folder (its checkpoints/), a folder of checkpoints, or one step's. Of several steps it is the newest,
     or with `report` the newest intact one (see Store.newest_intact). CheckpointError says what was found instead.
     """
-    path = to_place(path).absolute()
+    path = parse_path(path).absolute()
     if not path.is_dir():
         near = sorted(other.name for other in path.parent.iterdir() if other.is_dir()) if path.parent.is_dir() else []
         kind = "is not a folder" if path.exists() else "no such folder"
@@ -296,7 +296,7 @@ def find_checkpoint(path: str | Place, *, report: Callable[[str], None] | None =
     )
 
 
-def _check_match(folder: Place, records: Mapping[str, ArrayRecord], like: Mapping[str, Any], only: str) -> None:
+def _check_match(folder: AnyPath, records: Mapping[str, ArrayRecord], like: Mapping[str, Any], only: str) -> None:
     """Raise CheckpointError with every array that is missing, unexpected, or of other shape or dtype."""
     problems = [f"missing in the checkpoint: {name}" for name in like if name not in records]
     scope = f' (names beginning with "{only}")' if only else ""
@@ -312,7 +312,7 @@ def _check_match(folder: Place, records: Mapping[str, ArrayRecord], like: Mappin
         raise CheckpointError(f"{folder} does not hold what was asked for:\n  " + "\n  ".join(problems))
 
 
-def _check_files(folder: Place, records: Mapping[str, ArrayRecord]) -> None:
+def _check_files(folder: AnyPath, records: Mapping[str, ArrayRecord]) -> None:
     """Raise CheckpointError for all that can be seen to be wrong without reading the values."""
     problems = find_missing(folder, records)
     if problems:

@@ -1,11 +1,24 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration: the schema of a run's TOML file, strict loading with overrides, and presets of published sizes."""
+"""Configuration of a run: schema of its TOML file, strict loading with overrides, and presets of published sizes."""
 
 from mesh_transformer.config.loading import (
+    ConfigError,
+    check_table,
+    config_to_dict,
+    config_to_toml,
+    find_config,
+    find_preset_changes,
+    load_config,
+    merge_override,
+    parse_config,
+    parse_model,
+    parse_stored,
+    read_toml,
+)
+from mesh_transformer.config.schema import (
     CheckpointConfig,
     Config,
-    ConfigError,
     DataConfig,
     EvaluateConfig,
     MeshConfig,
@@ -17,15 +30,6 @@ from mesh_transformer.config.loading import (
     SourceConfig,
     TrackConfig,
     TrainConfig,
-    check_table,
-    config_to_dict,
-    config_to_toml,
-    find_preset_changes,
-    load_config,
-    merge_override,
-    parse_config,
-    parse_model,
-    read_toml,
 )
 
 __all__ = [
@@ -46,10 +50,12 @@ __all__ = [
     "check_table",
     "config_to_dict",
     "config_to_toml",
+    "find_config",
     "find_preset_changes",
     "load_config",
     "merge_override",
     "parse_config",
     "parse_model",
+    "parse_stored",
     "read_toml",
 ]

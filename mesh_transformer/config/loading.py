@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One TOML file -> one run: read strictly, overridden in TOML's own grammar, explained when wrong, and printed back.
+"""Load a run from a TOML file: strict parsing, `--set` overrides in TOML syntax, readable errors, and printing.
 
-The sections themselves are in schema.py; this module is where everything else takes them from.
+The schema is in schema.py. Other packages import both from `mesh_transformer.config`.
 """
 
 import dataclasses
@@ -22,67 +22,57 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mesh_transformer.config.presets import PRESETS
+from mesh_transformer.config.renamed import RUN, find_renamed, translate_stored
 from mesh_transformer.config.schema import (
-    CheckpointConfig,
     Config,
-    DataConfig,
-    EvaluateConfig,
-    MeshConfig,
     ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    SampleConfig,
-    ServeConfig,
-    SourceConfig,
-    TrackConfig,
-    TrainConfig,
 )
-
-__all__ = [
-    "CheckpointConfig",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "EvaluateConfig",
-    "MeshConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "RunConfig",
-    "SampleConfig",
-    "ServeConfig",
-    "SourceConfig",
-    "TrackConfig",
-    "TrainConfig",
-    "check_table",
-    "config_to_dict",
-    "config_to_toml",
-    "find_preset_changes",
-    "load_config",
-    "parse_config",
-    "parse_model",
-    "read_toml",
-]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the path, the value and the remedy."""
+    """An invalid configuration; the message names the field, the value and what is allowed, one line per mistake."""
 
 
 Table = typing.TypeVar("Table")
-_adapt = functools.cache(TypeAdapter)  # making one takes longer than using it
+_adapt = functools.cache(TypeAdapter)  # creating one is slower than using it
+
+PACKAGE = Path(__file__).parents[1]
+# configs/ is installed inside the package; in a clone it is next to it
+SHIPPED_CONFIGS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The run that `path` describes, with `overrides` ("train.steps=20", TOML on the right) merged before validation.
+    """Return the run that a TOML file describes, with `overrides` ("train.steps=20") merged before validation.
 
-    Raises ConfigError, naming the file, the path in it, the value and what would be allowed.
+    `path` may also be the name of a shipped configuration ("quickstart"). Raises ConfigError with one line per mistake:
+    file, field, value and what is allowed.
     """
-    path = Path(path)
+    path = find_config(path)
     return parse_config(read_toml(path, overrides), where=str(path), run_dir=f"runs/{path.stem}")
 
 
+def find_config(path: str | Path) -> Path:
+    """Return the path of a configuration file: an existing path as it is, else the shipped file of that name.
+
+    "quickstart", "quickstart.toml" and "configs/quickstart.toml" all name the shipped configs/quickstart.toml where no
+    such file exists in the working directory.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    for folder in SHIPPED_CONFIGS:
+        shipped = folder / name.with_name(name.name if name.suffix == ".toml" else f"{name.name}.toml")
+        if shipped.is_file():
+            return shipped
+    return path
+
+
 def read_toml(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """The tables of a file with `overrides` merged in, not yet checked; ConfigError, naming the file, if it has none."""
+    """Return the tables of a TOML file with `overrides` merged in, not yet validated.
+
+    Raises ConfigError if the file cannot be read or is not TOML.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -101,7 +91,13 @@ def read_toml(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def parse_config(table: Mapping[str, Any], *, where: str, run_dir: str = "runs/unnamed") -> Config:
-    """A validated run from nested dictionaries; `where` begins every error message, `run_dir` is used if none is set."""
+    """Return a validated run from nested dictionaries.
+
+    `where` begins every error message; `run_dir` is the run folder if the table sets none. Raises ConfigError, also for
+    keys that were renamed.
+    """
+    if renamed := find_renamed(table, RUN):
+        raise ConfigError("\n".join(f"{where}: {line}" for line in renamed))
     table = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
     model = table.get("model")
     if isinstance(model, dict) and isinstance(model.get("preset"), str):
@@ -115,9 +111,9 @@ def parse_config(table: Mapping[str, Any], *, where: str, run_dir: str = "runs/u
 
 
 def check_table(kind: type[Table], table: Mapping[str, Any], *, where: str, prefix: str = "") -> Table:
-    """A record of `kind` (a strict dataclass) from nested dictionaries; ConfigError with a line for every mistake.
+    """Return a dataclass of type `kind` from nested dictionaries.
 
-    Every line begins with `where`; `prefix` is put before the path of what is wrong.
+    Raises ConfigError with one line per mistake; each line begins with `where`, and `prefix` precedes the field's path.
     """
     _refuse_dates_and_infinities(table, where, ())
     try:
@@ -127,18 +123,23 @@ def check_table(kind: type[Table], table: Mapping[str, Any], *, where: str, pref
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in dict.fromkeys(problems))) from None
 
 
+def parse_stored(table: Mapping[str, Any], *, where: str, run_dir: str = "runs/unnamed") -> Config:
+    """Return a validated run from a configuration that a run or checkpoint of this or an older version stored."""
+    return parse_config(translate_stored(table), where=where, run_dir=run_dir)
+
+
 def parse_model(table: Mapping[str, Any], *, where: str) -> ModelConfig:
-    """A validated [model] section from a dictionary, such as a checkpoint carries."""
-    return check_table(ModelConfig, table, where=where, prefix="model.")
+    """Return a validated [model] section from a dictionary that a checkpoint stored, of this or an older version."""
+    return check_table(ModelConfig, translate_stored(table, prefix=("model",)), where=where, prefix="model.")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values of a section, as TOML and JSON hold them; unset (None) fields are left out."""
+    """Return a section as nested plain values for TOML or JSON, without unset (None) fields."""
     return TypeAdapter(type(config)).dump_python(config, mode="json", exclude_none=True)
 
 
 def config_to_toml(config: Config, *, mark_changes: bool = False) -> str:
-    """The resolved run as TOML that loads to the same run; `mark_changes` notes every default that was changed."""
+    """Return the resolved run as TOML that loads to the same run; `mark_changes` notes values that are not defaults."""
     lines: list[str] = []
     for name, table in config_to_dict(config).items():
         defaults = _defaults(type(getattr(config, name)))
@@ -147,11 +148,12 @@ def config_to_toml(config: Config, *, mark_changes: bool = False) -> str:
 
 
 def find_preset_changes(model: ModelConfig) -> dict[str, Any]:
-    """Fields of `model` that differ from its preset's row (empty without a preset)."""
-    own, changes = config_to_dict(model), {}
+    """Return the fields of `model` that differ from its preset; empty without a preset."""
+    own = config_to_dict(model)
+    changes = {}
     for key, value in PRESETS.get(model.preset or "", {}).items():
         found = own.get(key)
-        if isinstance(value, dict) and isinstance(found, dict):  # of experts: as far as the row says
+        if isinstance(value, dict) and isinstance(found, dict):  # experts: only the fields that the preset sets
             found = {inner: found.get(inner) for inner in value}
         if found != value:
             changes[key] = found
@@ -163,14 +165,12 @@ def _preset(name: str, where: str) -> dict[str, Any]:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
         every = ", ".join(PRESETS)
-        raise ConfigError(
-            f"{where}: model.preset = {json.dumps(name)} is not in families.py{hint} all presets: {every}"
-        )
+        raise ConfigError(f"{where}: model.preset = {json.dumps(name)} is not a preset{hint} presets: {every}")
     return dict(PRESETS[name])
 
 
 def merge_override(table: dict[str, Any], override: str) -> None:
-    """Put "section.field=value" (TOML on the right) into nested dictionaries; ConfigError if it is no such thing."""
+    """Merge "section.field=value" (value in TOML syntax) into nested dictionaries; raise ConfigError if malformed."""
     _merge(table, *_parse_override(override))
 
 
@@ -180,12 +180,12 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     if not equals or not all(re.fullmatch(r"[A-Za-z0-9_-]+", part) for part in path):
         raise ConfigError(f"--set {override}: expected section.field=value, for example train.steps=20")
     try:
-        (parsed,) = tomllib.loads(f"value = {value}").values()  # one value: no second line slips in
+        (parsed,) = tomllib.loads(f"value = {value}").values()  # exactly one value
         return path, parsed
     except ValueError:
         quoted = f"'{key.strip()}=\"{value.strip()}\"'"
         raise ConfigError(
-            f"--set {override}: {value.strip()!r} is not a TOML value; text needs quotes: --set {quoted}"
+            f"--set {override}: {value.strip()!r} is not a TOML value; strings need quotes: --set {quoted}"
         ) from None
 
 
@@ -198,7 +198,7 @@ def _merge(table: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _refuse_dates_and_infinities(value: Any, where: str, path: tuple[str, ...]) -> None:
-    """TOML has them, runs and JSON do not."""
+    """Raise ConfigError for values that TOML has and JSON has not."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             _refuse_dates_and_infinities(inner, where, (*path, key))
@@ -210,15 +210,19 @@ def _refuse_dates_and_infinities(value: Any, where: str, path: tuple[str, ...]) 
 
 
 def _explain(problem: Mapping[str, Any], root: Any) -> str:
-    """One line for one pydantic error: path, value, what is allowed, nearest name."""
-    location, value, kind = [str(part) for part in problem["loc"]], problem.get("input"), problem["type"]
+    """Return one line for a pydantic error: field, value, what is allowed, and the nearest name."""
+    location = [str(part) for part in problem["loc"]]
+    value = problem.get("input")
+    kind = problem["type"]
     if location[:2] == ["mesh", "rules"] and len(location) > 3:  # one error for each alternative
         return f"{'.'.join(location[:3])} must be a mesh axis or a list of them"
     path = ".".join(location)
     if kind == "unexpected_keyword_argument":
         fields = _fields_at(root, location[:-1])
         hint = _nearest(location[-1], fields)
-        return f"{path} is not a field; {hint}" if hint else f"{path} is not a field; fields there: {', '.join(fields)}"
+        return (
+            f"{path} is not a field; {hint}" if hint else f"{path} is not a field; expected one of: {', '.join(fields)}"
+        )
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{path} is missing and has no default"
     if kind == "union_tag_not_found":
@@ -247,9 +251,10 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _fields_at(kind: Any, path: list[str]) -> list[str]:
-    """Field names of the section at `path` of `kind`; names in a dictionary and places in a list are skipped over.
+    """Return the field names of the section at `path` below `kind`.
 
-    Of a union that a field `kind` tells apart, `path` has the tag after the place.
+    Dictionary keys and list indices on the way are skipped. For a union that is discriminated by a field `kind`, `path`
+    has the tag after the index.
     """
     for part in path:
         arguments = typing.get_args(kind)
@@ -265,7 +270,7 @@ def _fields_at(kind: Any, path: list[str]) -> list[str]:
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    """Default of every field of a section that has one."""
+    """Return the default of every field of a section that has one."""
     found = {}
     for field in dataclasses.fields(kind):
         default: Any = field.default
@@ -304,5 +309,5 @@ def _toml_key(key: str) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    """Text, numbers and lists are written alike in JSON and TOML, but for one control character."""
+    """JSON and TOML write strings, numbers and lists alike, except for one control character."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,15 +1,15 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Every published size we know, one row each: the `[model]` keys of a run that says `preset = "name"`.
+"""Presets: the `[model]` keys of published models, selected by `preset = "name"`.
 
-A row is a family's choices and a size's numbers; vocabulary rows are those stored in the released files. This table
-imports nothing, so that configuration can read it. Parameter counts are in tests/config/test_presets.py.
+A row combines the choices of a family with the numbers of a size. `n_vocab` is the number of rows stored in the released
+files. Parameter counts are tested in tests/config/test_presets.py.
 """
 
 from typing import Any
 
 GPT2 = dict(n_vocab=50257, seq_len=1024)
-# GPT-3's banded layers: window and order were never published; 256, dense first, is what GPT-Neo's authors chose.
+# GPT-3 alternates dense and banded layers; window and order were never published. 256, dense first, follows GPT-Neo.
 GPT3 = dict(n_vocab=50257, seq_len=2048, attention_pattern=["global", "local"], attention_window=256)
 GPT_NEO = dict(
     n_vocab=50257,
@@ -33,7 +33,7 @@ GPT_J = dict(
 )
 GPT_NEOX = dict(seq_len=2048, positions="rope-half", residual="parallel-two-norms", tied_embeddings=False, init="neox")
 NEOX_SERIAL = dict(GPT_NEOX, residual="serial", n_vocab=50304)
-PYTHIA = dict(GPT_NEOX, activation="gelu-erf")  # as the released config says; the training code used the tanh form
+PYTHIA = dict(GPT_NEOX, activation="gelu-erf")  # released config; the training code used the tanh form
 LLAMA = dict(
     n_vocab=32000,
     norm="rmsnorm",
@@ -46,7 +46,7 @@ LLAMA = dict(
     tied_embeddings=False,
 )
 MIXTRAL = dict(LLAMA, seq_len=32768, rope_theta=1e6, n_kv_heads=8)
-# Encoder and decoder (1910.10683): one bias for all layers of a stack, scores that are not scaled, no biases.
+# Encoder-decoder (arXiv 1910.10683): one relative bias shared by all layers of a stack, unscaled scores, no biases.
 T5 = dict(
     n_vocab=32128,
     seq_len=512,
@@ -62,19 +62,19 @@ T5 = dict(
     init="t5",
 )
 T5_V1_1 = dict(T5, activation="gelu-tanh", gated_ffn=True, tied_embeddings=False, logit_scale="none")
-# Switch (2101.03961; 30 heads, 128 experts of XXL and ReLU as its released code says): T5 with experts, and weights that
-# start with a tenth of the variance.
+# Switch (arXiv 2101.03961): T5 with experts, initialized with a tenth of the variance. Switch-C's 30 heads, XXL's 128
+# experts and ReLU follow the released code.
 SWITCH = dict(T5, init_scale=0.1)
-SWITCH_DECODER = dict(SWITCH, logit_scale="none", init="gpt2")  # in a decoder alone, which nobody published
+SWITCH_DECODER = dict(SWITCH, logit_scale="none", init="gpt2")  # decoder-only variant; not published
 
 
-def _switch(n_experts: int, every: int, capacity_factor: float, group: int = 1) -> dict[str, Any]:
-    """`group` sequences of 512 tokens are routed together, as its released code says (max_group_size)."""
+def _switch(n_experts: int, layer_interval: int, capacity_factor: float, group_size: int = 1) -> dict[str, Any]:
+    """Return the experts of a Switch model; `group_size` follows max_group_size of the released code (512-token sequences)."""
     return dict(
         n_experts=n_experts,
-        layer_interval=every,
+        layer_interval=layer_interval,
         capacity_factor=capacity_factor,
-        group=group,
+        group_size=group_size,
         eval_capacity_factor=2.0,
         router_z_loss=0.0,
         router_jitter=1e-2,
@@ -88,7 +88,7 @@ def _size(family: dict[str, Any], n_layers: int, d_model: int, n_heads: int, **r
 def _t5(
     family: dict[str, Any], n_layers: int, d_model: int, n_heads: int, d_ff: int, d_head: int = 64, **rest: Any
 ) -> dict[str, Any]:
-    """As many layers in the encoder as in the decoder."""
+    """Return a T5 row with `n_layers` layers in both encoder and decoder."""
     sizes = dict(d_ff=d_ff, d_head=d_head, n_encoder_layers=n_layers)
     return _size(family, n_layers, d_model, n_heads, **sizes, **rest)
 

@@ -1,105 +1,169 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of another program, seen as arrays of ours; how each of them is put together, and that none is left over."""
+"""The plan of an import: each native array with its lazy values and its logical axes.
+
+Opening a checkpoint computes the plan once; writers and checks receive it. A reader of an external format supplies one
+function, from a `WeightSpec` to a lazy array, and `assemble` builds the native arrays from it.
+"""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.lazy_arrays import Lazy, Stack
+from mesh_transformer.convert.lazy_arrays import Index, LazyArray, Stack, to_dtype
 from mesh_transformer.model.params import STACK, ParamInfo, flatten_names
 from mesh_transformer.model.transformer import describe_params
 
-PREFIX = "params/"  # of weights among a checkpoint's arrays
-FLOATS = ("float32", "bfloat16", "float16")  # what weights can be
+PREFIX = "params/"  # of weights among the arrays of a checkpoint
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+MAX_PROBLEMS = 50  # listed in one error message
 
 
-class Foreign(NamedTuple):
-    """What another program's checkpoint holds, nothing of it read yet."""
+class PlannedArray(NamedTuple):
+    """One native array of the result."""
 
-    model: dict[str, Any]  # keys of [model] in our configuration
-    arrays: Mapping[str, Lazy]  # "params/transformer/..." and, where there is one, optimizer state
+    array: LazyArray
+    axes: tuple[str, ...]  # logical axis of each dimension
+
+
+class ImportPlan(NamedTuple):
+    """A checkpoint of any format in native terms; no values have been read."""
+
+    config: ModelConfig
+    model: dict[str, Any]  # keys of [model] in a configuration file
+    arrays: Mapping[str, PlannedArray]  # "params/transformer/..." and, if present, optimizer state
     step: int
-    tokenizer: str | None  # what data.tokenizer would be
-    notes: tuple[str, ...] = ()  # what a person should know of the conversion
+    tokenizer: str | None = None  # value for data.tokenizer
+    notes: tuple[str, ...] = ()  # shown to the user after the conversion
+
+    @property
+    def values(self) -> dict[str, LazyArray]:
+        """The arrays without their axes."""
+        return {name: planned.array for name, planned in self.arrays.items()}
+
+    def weights_only(self) -> "ImportPlan":
+        """Return the plan without optimizer state and counters."""
+        return self._replace(arrays={name: a for name, a in self.arrays.items() if name.startswith(PREFIX)})
+
+    def weight_dtype(self) -> str:
+        """Return the dtype that all weights have, or float32, which represents the values of each."""
+        dtypes = {array.dtype.name for name, array in self.values.items() if name.startswith(PREFIX)}
+        return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+    def nbytes(self, dtype: str | None) -> int:
+        """Return the size of all values in bytes, with the weights cast to `dtype` unless that is None."""
+        sizes = ((a.shape, target_dtype(a, name, dtype)) for name, a in self.values.items())
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in sizes)
 
 
-class Leaf(NamedTuple):
-    """One of our arrays, or one layer of it, that a format has to find."""
+class WeightSpec(NamedTuple):
+    """A native weight that a reader has to find: an array, or one layer of a stacked array."""
 
-    name: str  # "attention/w_q", "w_tokens", "encoder/attention/w_q": without the stack and the layer
+    name: str  # without the stack and the layer, for example "attention/w_q", "w_tokens" or "encoder/attention/w_q"
     layer: int | None
     axes: tuple[str, ...]  # without "layers"
     shape: tuple[int, ...]
 
+    def expert(self) -> "WeightSpec":
+        """Return the specification of a single expert of a weight with a leading expert dimension."""
+        return self._replace(axes=self.axes[1:], shape=self.shape[1:])
+
+
+def target_dtype(array: LazyArray, name: str, dtype: str | None) -> np.dtype:
+    """Return the dtype of an array in the result: weights are cast to `dtype`, everything else is unchanged."""
+    return to_dtype(dtype) if dtype and name.startswith(PREFIX) else array.dtype
+
 
 def make_model_config(model: Mapping[str, Any], where: object) -> ModelConfig:
-    """The configuration of a model; CheckpointError with the reason if there can be none."""
+    """Return the configuration of a model. Raise CheckpointError with the reasons if it is invalid."""
     try:
         return TypeAdapter(ModelConfig).validate_json(json.dumps(dict(model)))
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise CheckpointError(f"{where}: not a model of ours: {reasons}") from None
+        raise CheckpointError(f"{where}: not a supported model: {reasons}") from None
 
 
-def describe_leaves(config: ModelConfig) -> dict[str, list[Leaf]]:
-    """The leaves that make up each of our arrays, in the order of its first dim."""
+def describe_weights(config: ModelConfig) -> dict[str, list[WeightSpec]]:
+    """Return the weights that make up each native array, in the order of its first dimension."""
     return {
         PREFIX + name: _split_layers(name, info, config)
         for name, info in flatten_names(describe_params(config)).items()
     }
 
 
-def assemble(config: ModelConfig, find: Callable[[Leaf], Lazy], where: object) -> dict[str, Lazy]:
-    """Our arrays, each leaf as `find` gives it (KeyError: not there; ValueError: not of that shape).
+def list_weights(config: ModelConfig, arrays: Mapping[str, LazyArray]) -> list[tuple[WeightSpec, LazyArray]]:
+    """Return every weight of a model with its values; a layer of a stacked array is an `Index` of it.
 
-    CheckpointError lists everything that is missing, misshapen or no floats.
+    KeyError if an array is missing.
     """
-    arrays: dict[str, Lazy] = {}
+    found: list[tuple[WeightSpec, LazyArray]] = []
+    for name, specs in describe_weights(config).items():
+        for i, spec in enumerate(specs):
+            found.append((spec, arrays[name] if spec.layer is None else Index(arrays[name], i)))
+    return found
+
+
+def assemble(config: ModelConfig, find: Callable[[WeightSpec], LazyArray], where: object) -> dict[str, PlannedArray]:
+    """Build the native arrays of a model from the weights that `find` returns.
+
+    `find` raises KeyError for a missing weight and ValueError for a wrong shape. CheckpointError lists all weights that
+    are missing, have a wrong shape or are not floating point.
+    """
+    axes = {PREFIX + name: info.axes for name, info in flatten_names(describe_params(config)).items()}
+    arrays: dict[str, PlannedArray] = {}
     problems: list[str] = []
-    for name, leaves in describe_leaves(config).items():
-        rows: list[Lazy] = []
-        for leaf in leaves:
+    for name, specs in describe_weights(config).items():
+        found: list[LazyArray] = []
+        for spec in specs:
             try:
-                row = find(leaf)
-                if row.dtype.name not in FLOATS:
-                    raise TypeError(f"{leaf.name} is {row.dtype.name}, where weights are {', '.join(FLOATS)}")
-                if row.shape != leaf.shape:
-                    raise ValueError(f"{leaf.name}: shape {row.shape}, where the configuration says {leaf.shape}")
-                rows.append(row)
+                found.append(_check_weight(find(spec), spec))
             except KeyError as error:
                 problems.append(f"missing: {error.args[0]}")
             except ValueError as error:
-                problems.append(f"misshapen: {error}")
+                problems.append(f"wrong shape: {error}")
             except TypeError as error:
-                problems.append(f"of a wrong type: {error}")
-        if len(rows) == len(leaves):
-            arrays[name] = rows[0] if leaves[0].layer is None else Stack(rows)
-    check(problems, where)
+                problems.append(f"wrong type: {error}")
+        if len(found) == len(specs):
+            arrays[name] = PlannedArray(found[0] if specs[0].layer is None else Stack(found), axes[name])
+    raise_problems(f"{where} does not match its configuration", problems)
     return arrays
 
 
-def check(problems: Sequence[str], where: object) -> None:
-    """CheckpointError with all problems, each once; nothing if there are none."""
-    if problems:
-        raise CheckpointError(f"{where} does not fit its configuration:\n  " + "\n  ".join(dict.fromkeys(problems)))
+def _check_weight(array: LazyArray, spec: WeightSpec) -> LazyArray:
+    if array.dtype.name not in WEIGHT_DTYPES:
+        raise TypeError(f"{spec.name} is {array.dtype.name}; weights must be {', '.join(WEIGHT_DTYPES)}")
+    if array.shape != spec.shape:
+        raise ValueError(f"{spec.name}: shape {array.shape}, the configuration requires {spec.shape}")
+    return array
+
+
+def raise_problems(heading: object, problems: Iterable[str]) -> None:
+    """Raise CheckpointError with the first MAX_PROBLEMS distinct problems. Do nothing if there are none."""
+    distinct = list(dict.fromkeys(problems))
+    if distinct:
+        more = [f"and {len(distinct) - MAX_PROBLEMS} more"] if len(distinct) > MAX_PROBLEMS else []
+        raise CheckpointError(f"{heading}:\n  " + "\n  ".join([*distinct[:MAX_PROBLEMS], *more]))
 
 
 def check_all_used(found: set[str], used: set[str], ignored: Callable[[str], bool], where: object) -> None:
-    """CheckpointError with every array of the other program that no array of ours was made of."""
-    check([f"unexpected: {name}" for name in sorted(found - used) if not ignored(name)], where)
+    """Raise CheckpointError with every external tensor that is part of no native array."""
+    unexpected = [f"unexpected: {name}" for name in sorted(found - used) if not ignored(name)]
+    raise_problems(f"{where} does not match its configuration", unexpected)
 
 
-def _split_layers(name: str, info: ParamInfo, config: ModelConfig) -> list[Leaf]:
+def _split_layers(name: str, info: ParamInfo, config: ModelConfig) -> list[WeightSpec]:
     short = name.removeprefix("transformer/")
     if info.axes[:1] != (STACK,):
-        return [Leaf(short, None, info.axes, info.shape)]
-    encoder, _, inside = short.rpartition(f"{STACK}/")  # "encoder/", or nothing
+        return [WeightSpec(short, None, info.axes, info.shape)]
+    encoder, _, inside = short.rpartition(f"{STACK}/")  # "encoder/" or ""
     block, inner = inside.split("/", 1)
-    first, period = int(block.removeprefix("block_")), len(config.pattern)
-    layers = info.shape[0] * period
-    return [Leaf(encoder + inner, i, info.axes[1:], info.shape[1:]) for i in range(first, layers, period)]
+    first = int(block.removeprefix("block_"))
+    period = len(config.pattern)
+    layers = range(first, info.shape[0] * period, period)
+    return [WeightSpec(encoder + inner, layer, info.axes[1:], info.shape[1:]) for layer in layers]

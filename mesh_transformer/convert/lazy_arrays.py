@@ -1,350 +1,261 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays that are read a slice at a time: bytes of a file, parts put together, and an array seen in another layout.
+"""Arrays that are read one slice at a time: byte ranges of files, and arrays combined from others.
 
-Whatever another program's checkpoint holds is an array of ours made of these; nothing here ever reads more than the
-slice asked for needs, so that a conversion's memory is bounded by its slices.
+A conversion describes each array of its result as a combination of these. No read loads more than the requested slice
+needs, so the size of the slices bounds the memory of a conversion.
 """
 
+import dataclasses
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
 
-from mesh_transformer.checkpoint.arrays import StoredArray
 from mesh_transformer.checkpoint.zarr_sharding import Slices
-from mesh_transformer.storage.paths import Place, map_bytes, read_into
+from mesh_transformer.storage.paths import AnyPath, map_bytes, read_into
 
 FLOAT32 = np.dtype(np.float32)
-TILE = 16
-MAPPED_BYTES = 1 << 23  # of a file at once, where only some columns of its rows are wanted
+COPY_TILE = 16  # slices along the last dimension that `to_c_order` copies at once
+MAX_MAPPED_BYTES = 1 << 23  # mapped at once when only some columns of a file's rows are needed
 
 
-class Lazy(Protocol):
-    """An array that is somewhere else."""
+class LazyArray(Protocol):
+    """An array whose values are read on demand."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of its dims."""
-        ...
+    def shape(self) -> tuple[int, ...]: ...
 
     @property
     def dtype(self) -> np.dtype:
-        """Kind of its values; bfloat16 is ml_dtypes'."""
+        """Type of the values; bfloat16 is `ml_dtypes.bfloat16`."""
+        ...
+
+    @property
+    def read_granularity(self) -> tuple[int, ...]:
+        """Indices along each dimension that are decoded together; 1 where each index can be read alone."""
+        ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether repeated reads are cheap. False for arrays in an object store."""
         ...
 
     def read(self, index: Slices) -> np.ndarray:
-        """The values at `index`, in memory of their own and in any order there (see `pack`)."""
+        """Return the values at `index` in new memory, with any strides (see `to_c_order`)."""
         ...
 
 
-def whole(array: Lazy) -> Slices:
-    """The index of everything."""
+def full_index(array: LazyArray) -> Slices:
+    """Return the index that selects the whole array."""
     return tuple(slice(0, dim) for dim in array.shape)
 
 
-def grain_of(array: Lazy) -> tuple[int, ...]:
-    """How many places of each dim are decoded together; 1 where each place can be read by itself."""
-    match array:
-        case StoredArray():
-            return array.record.chunk
-        case Row():
-            return grain_of(array.base)[1:]
-        case _:
-            return (1,) * len(array.shape)
+def array_bytes(array: LazyArray) -> int:
+    """Return the size of an array's values in bytes."""
+    return math.prod(array.shape) * array.dtype.itemsize
 
 
-def is_here(array: Lazy) -> bool:
-    """Whether its values can be read again for little: not those of a checkpoint in an object store."""
-    if isinstance(array, Row):
-        return is_here(array.base)
-    return not isinstance(array, StoredArray) or isinstance(array.folder, Path)
+class _Elementwise:
+    """Base class of arrays whose elements can be read one by one."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def read_granularity(self) -> tuple[int, ...]:
+        return (1,) * len(self.shape)
 
 
-class FileArray(NamedTuple):
-    """Values that lie in a file one after the other, the last dim fastest."""
+@dataclasses.dataclass(frozen=True)
+class FileArray(_Elementwise):
+    """Values stored contiguously in a file or an object, in C order."""
 
-    path: Place
-    offset: int
+    path: AnyPath
+    offset: int  # bytes
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def read(self, index: Slices) -> np.ndarray:
-        """Mapped for this one read, so that pages of the file do not stay in memory; ValueError if the file is too short.
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.path, Path)
 
-        Of an object only the rows that `index` meets are fetched.
+    def read(self, index: Slices) -> np.ndarray:
+        """Return the values at `index`. Raise ValueError if the file is too short.
+
+        The file is mapped for this read only, so its pages do not stay in memory. Only the selected rows of an object
+        are downloaded.
         """
         if not self.shape:
             return np.array(map_bytes(self.path, self.offset, self.offset + self.dtype.itemsize).view(self.dtype)[0])
         first, last, _ = index[0].indices(self.shape[0])
         dims = [len(range(*part.indices(dim))) for part, dim in zip(index, self.shape, strict=True)]
         values = np.empty(dims, self.dtype)
-        row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        are_whole = values.size and values.shape[1:] == self.shape[1:]
-        if isinstance(self.path, Path) and are_whole:  # they lie in one piece
-            read_into(self.path, self.offset + first * row, values)
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        has_full_rows = values.size and values.shape[1:] == self.shape[1:]
+        if isinstance(self.path, Path) and has_full_rows:  # the slice is contiguous in the file
+            read_into(self.path, self.offset + first * row_bytes, values)
             return values
-        step = max(MAPPED_BYTES // max(row, 1), 1)
+        step = max(MAX_MAPPED_BYTES // max(row_bytes, 1), 1)
         for start in range(first, last, step) if values.size else ():
             stop = min(start + step, last)
-            raw = map_bytes(self.path, self.offset + start * row, self.offset + stop * row).view(self.dtype)
-            values[start - first : stop - first] = raw.reshape(-1, *self.shape[1:])[(slice(None), *index[1:])]
+            raw = map_bytes(self.path, self.offset + start * row_bytes, self.offset + stop * row_bytes)
+            rows = raw.view(self.dtype).reshape(-1, *self.shape[1:])
+            values[start - first : stop - first] = rows[(slice(None), *index[1:])]
         return values
 
 
-class Held(NamedTuple):
-    """Values that are in memory after all; for what is small."""
+class InMemory(_Elementwise):
+    """A NumPy array behind the `LazyArray` interface, for small arrays."""
 
-    values: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of its dims."""
-        return self.values.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Kind of its values."""
-        return self.values.dtype
+    def __init__(self, values: np.ndarray):
+        self.values = values
+        self.shape = values.shape
+        self.dtype = values.dtype
+        self.is_local = True
 
     def read(self, index: Slices) -> np.ndarray:
-        """A copy."""
         return np.array(self.values[index])
 
 
-class Concat:
-    """Arrays side by side along one dim."""
+class Concat(_Elementwise):
+    """Arrays concatenated along one existing dimension."""
 
-    def __init__(self, parts: Sequence[Lazy], axis: int):
-        """ValueError if the parts differ in another dim or in dtype."""
-        kinds = {(*part.shape[:axis], *part.shape[axis + 1 :], part.dtype) for part in parts}
-        if len(kinds) != 1:
-            raise ValueError(f"parts do not fit together: {[(part.shape, str(part.dtype)) for part in parts]}")
-        self.parts, self.axis, self.dtype = parts, axis, parts[0].dtype
-        self.shape = (*parts[0].shape[:axis], sum(p.shape[axis] for p in parts), *parts[0].shape[axis + 1 :])
+    def __init__(self, arrays: Sequence[LazyArray], dim: int):
+        """Raise ValueError if the arrays differ in another dimension or in dtype."""
+        if len({(*array.shape[:dim], *array.shape[dim + 1 :], array.dtype) for array in arrays}) != 1:
+            found = [(array.shape, str(array.dtype)) for array in arrays]
+            raise ValueError(f"cannot concatenate along dimension {dim}: shapes and types are {found}")
+        self.arrays = arrays
+        self.dim = dim
+        self.dtype = arrays[0].dtype
+        size = sum(array.shape[dim] for array in arrays)
+        self.shape = (*arrays[0].shape[:dim], size, *arrays[0].shape[dim + 1 :])
+
+    @property
+    def is_local(self) -> bool:
+        return all(array.is_local for array in self.arrays)
 
     def read(self, index: Slices) -> np.ndarray:
-        """Only from the parts that the slice meets."""
-        start, stop, _ = index[self.axis].indices(self.shape[self.axis])
-        found, begin = [], 0
-        for part in self.parts:
-            end = begin + part.shape[self.axis]
+        """Return the values at `index`. Only arrays that overlap the slice are read."""
+        start, stop, _ = index[self.dim].indices(self.shape[self.dim])
+        found: list[np.ndarray] = []
+        begin = 0
+        for array in self.arrays:
+            end = begin + array.shape[self.dim]
             low, high = max(start, begin), min(stop, end)
             if low < high or (start == stop and not found):
                 inner = slice(low - begin, max(high, low) - begin)
-                found.append(part.read((*index[: self.axis], inner, *index[self.axis + 1 :])))
+                found.append(array.read((*index[: self.dim], inner, *index[self.dim + 1 :])))
             begin = end
-        return found[0] if len(found) == 1 else np.concatenate(found, axis=self.axis)
+        return found[0] if len(found) == 1 else np.concatenate(found, axis=self.dim)
 
 
-class Stack:
-    """Arrays of one shape, one for each place of a new first dim; float32 if they are of several types."""
+class Stack(_Elementwise):
+    """Arrays of one shape stacked along a new first dimension; float32 if their types differ."""
 
-    def __init__(self, rows: Sequence[Lazy]):
-        """ValueError if the rows differ in shape."""
-        if len({row.shape for row in rows}) != 1:
-            raise ValueError(f"rows differ: {[row.shape for row in rows]}")
-        self.rows, self.shape = rows, (len(rows), *rows[0].shape)
-        self.dtype = rows[0].dtype if len({row.dtype for row in rows}) == 1 else FLOAT32
+    def __init__(self, arrays: Sequence[LazyArray]):
+        """Raise ValueError if the arrays differ in shape."""
+        if len({array.shape for array in arrays}) != 1:
+            raise ValueError(f"cannot stack arrays of shapes {[array.shape for array in arrays]}")
+        self.arrays = arrays
+        self.shape = (len(arrays), *arrays[0].shape)
+        self.dtype = arrays[0].dtype if len({array.dtype for array in arrays}) == 1 else FLOAT32
+
+    @property
+    def is_local(self) -> bool:
+        return all(array.is_local for array in self.arrays)
 
     def read(self, index: Slices) -> np.ndarray:
-        """Only the rows of the slice."""
-        rows = self.rows[index[0]]
-        if len(rows) == 1:  # without one more copy
-            return rows[0].read(index[1:])[None].astype(self.dtype, copy=False)
-        values = np.empty((len(rows), *(s.stop - s.start for s in index[1:])), self.dtype)
-        for place, row in enumerate(rows):
-            values[place] = row.read(index[1:])
+        """Return the values at `index`. Only the selected arrays are read."""
+        arrays = self.arrays[index[0]]
+        if len(arrays) == 1:  # saves a copy
+            return arrays[0].read(index[1:])[None].astype(self.dtype, copy=False)
+        values = np.empty((len(arrays), *(part.stop - part.start for part in index[1:])), self.dtype)
+        for i, array in enumerate(arrays):
+            values[i] = array.read(index[1:])
         return values
 
 
-class Row(NamedTuple):
-    """One place of an array's first dim."""
+class Index:
+    """The sub-array at one position of the first dimension: base[position]."""
 
-    base: Lazy
-    place: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the other dims."""
-        return self.base.shape[1:]
+    def __init__(self, base: LazyArray, position: int):
+        self.base = base
+        self.position = position
+        self.shape = base.shape[1:]
+        self.dtype = base.dtype
 
     @property
-    def dtype(self) -> np.dtype:
-        """Kind of its values."""
-        return self.base.dtype
-
-    def read(self, index: Slices) -> np.ndarray:
-        """The values at `index` of this place."""
-        return self.base.read((slice(self.place, self.place + 1), *index))[0]
-
-
-class Sum:
-    """Arrays of one shape added up in float32, in their order, or their mean, in float64; the result is float32."""
-
-    dtype = FLOAT32
-
-    def __init__(self, parts: Sequence[Lazy], *, mean: bool = False):
-        """ValueError if the parts differ in shape."""
-        if len({part.shape for part in parts}) != 1:
-            raise ValueError(f"parts differ: {[part.shape for part in parts]}")
-        self.parts, self.shape, self.mean = parts, parts[0].shape, mean
-
-    def read(self, index: Slices) -> np.ndarray:
-        """The sum over the parts of the same slice; the mean of equal parts is exactly one of them."""
-        kind = np.float64 if self.mean else FLOAT32
-        total = self.parts[0].read(index).astype(kind)
-        for part in self.parts[1:]:
-            total += part.read(index).astype(kind)
-        return (total / len(self.parts)).astype(FLOAT32) if self.mean else total
-
-
-class AddRow(NamedTuple):
-    """A matrix with one vector added to each row, in float32."""
-
-    table: Lazy
-    row: Lazy
-    dtype: np.dtype = FLOAT32
+    def read_granularity(self) -> tuple[int, ...]:
+        return self.base.read_granularity[1:]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The matrix's."""
-        return self.table.shape
+    def is_local(self) -> bool:
+        return self.base.is_local
 
     def read(self, index: Slices) -> np.ndarray:
-        """The slice of both."""
-        return self.table.read(index).astype(FLOAT32) + self.row.read(index[1:]).astype(FLOAT32)
+        return self.base.read((slice(self.position, self.position + 1), *index))[0]
 
 
-class View:
-    """An array of ours inside another one, in its layout.
+class Sum(_Elementwise):
+    """The float32 sum of arrays of one shape, added in order; or their mean, computed in float64 and cast to float32."""
 
-    `pattern` says how the other lies, a dim a word or a group of words: "embed (3 heads head_dim)" is a matrix whose
-    columns are 3 x heads x head_dim. Words are ours (`axes`, in our order) or one number, a dim of which we are the
-    place `pick`. A word of ours that is missing has size 1.
+    def __init__(self, arrays: Sequence[LazyArray], *, mean: bool = False):
+        """Raise ValueError if the arrays differ in shape."""
+        if len({array.shape for array in arrays}) != 1:
+            raise ValueError(f"cannot add arrays of shapes {[array.shape for array in arrays]}")
+        self.arrays = arrays
+        self.mean = mean
+        self.shape = arrays[0].shape
+        self.dtype = FLOAT32
+
+    @property
+    def is_local(self) -> bool:
+        return all(array.is_local for array in self.arrays)
+
+    def read(self, index: Slices) -> np.ndarray:
+        """Return the sum or mean at `index`. The mean of equal arrays is exactly one of them."""
+        dtype = np.float64 if self.mean else FLOAT32
+        total = self.arrays[0].read(index).astype(dtype)
+        for array in self.arrays[1:]:
+            total += array.read(index).astype(dtype)
+        return (total / len(self.arrays)).astype(FLOAT32) if self.mean else total
+
+
+class AddBias(_Elementwise):
+    """A matrix [N, D] with a vector [D] added to each row, in float32."""
+
+    def __init__(self, matrix: LazyArray, bias: LazyArray):
+        self.matrix = matrix
+        self.bias = bias
+        self.shape = matrix.shape
+        self.dtype = FLOAT32
+
+    @property
+    def is_local(self) -> bool:
+        return self.matrix.is_local and self.bias.is_local
+
+    def read(self, index: Slices) -> np.ndarray:
+        return self.matrix.read(index).astype(FLOAT32) + self.bias.read(index[1:]).astype(FLOAT32)
+
+
+def to_c_order(values: np.ndarray) -> np.ndarray:
+    """Return the values in C order.
+
+    A transposed array is copied COPY_TILE slices of its last dimension at a time. This is three times as fast as a
+    single copy, which uses only four bytes of each cache line that it loads.
     """
-
-    def __init__(self, base: Lazy, pattern: str, axes: Sequence[str], sizes: Sequence[int], pick: int = 0):
-        """ValueError if the other array has not the shape that the pattern asks for."""
-        self.base, self.pattern, self.pick, self.dtype = base, parse_pattern(pattern), pick, base.dtype
-        self.axes, self.shape = tuple(axes), tuple(sizes)
-        self._sizes = dict(zip(axes, sizes, strict=True))
-        expected = tuple(math.prod(self._size(word) for word in group) for group in self.pattern)
-        if base.shape != expected:
-            raise ValueError(f"shape {base.shape}, where {pattern!r} of {self._sizes} is {expected}")
-
-    def read(self, index: Slices) -> np.ndarray:
-        """Each group is cut along its first word on reading, along the others after it."""
-        wanted = dict(zip(self.axes, index, strict=True))
-        outer, split, inner = [], [], []
-        for group in self.pattern:
-            rest = math.prod(self._size(word) for word in group[1:])
-            first = self._place(group[0], wanted)
-            outer.append(slice(first.start * rest, first.stop * rest))
-            split += [first.stop - first.start, *(self._size(word) for word in group[1:])]
-            inner += [slice(None), *(self._place(word, wanted) for word in group[1:])]
-        values = self.base.read(tuple(outer)).reshape(split)[tuple(inner)]
-        words = [word for group in self.pattern for word in group]
-        values = values.squeeze(tuple(i for i, word in enumerate(words) if word.isdigit()))
-        ours = [word for word in words if not word.isdigit()]
-        values = values.transpose([ours.index(axis) for axis in self.axes if axis in ours])
-        return values.reshape([part.stop - part.start for part in index])  # dims of size 1 come in: nothing is copied
-
-    def _size(self, word: str) -> int:
-        return int(word) if word.isdigit() else self._sizes[word]
-
-    def _place(self, word: str, wanted: dict[str, slice]) -> slice:
-        return slice(self.pick, self.pick + 1) if word.isdigit() else wanted[word]
-
-
-class Composed:
-    """The other way round: an array of another program made of ours, each the place `pick` of the pattern's number."""
-
-    def __init__(self, parts: Sequence[Lazy], pattern: str, axes: Sequence[Sequence[str]]):
-        """`axes` are the words of each part's dims; ValueError if there are fewer parts than the pattern's number."""
-        self.parts, self.pattern, self.axes, self.dtype = parts, parse_pattern(pattern), axes, parts[0].dtype
-        self._sizes = dict(zip(axes[0], parts[0].shape, strict=True))
-        numbers = [int(word) for group in self.pattern for word in group if word.isdigit()]
-        if (numbers or [1]) != [len(parts)]:
-            raise ValueError(f"{len(parts)} parts for {pattern!r}")
-        self.shape = tuple(
-            math.prod(len(parts) if word.isdigit() else self._sizes[word] for word in group) for group in self.pattern
-        )
-
-    @property
-    def cut(self) -> tuple[int, int]:
-        """The dim along which it is read in parts, and what these must be multiples of.
-
-        It is the first of theirs, whose parts lie in one piece in their files: to decode chunks again costs less than to
-        write rows in pieces. Of objects, which are fetched, the first dim of ours with several chunks says which.
-        """
-        for part, axes in zip(self.parts, self.axes, strict=True):
-            for size, grain, axis in zip(part.shape, grain_of(part), axes, strict=True):
-                dims = [dim for dim in range(len(self.pattern)) if _same_heads(self.pattern[dim][0], axes) == axis]
-                if 1 < grain < size and dims and (dims[0] == 0 or not is_here(part)):
-                    return dims[0], grain * self._rest(dims[0])
-        lead = self.pattern[0][0]
-        return 0, self.shape[0] if lead.isdigit() else self._rest(0)
-
-    def _rest(self, dim: int) -> int:
-        """Places of `dim` for one of its first word."""
-        return self.shape[dim] // max(self._sizes[self.pattern[dim][0]], 1)
-
-    def read_part(self, dim: int, first: int, last: int) -> np.ndarray:
-        """Places `first` to `last` of one of its dims, all of the others, in any order in memory; see `cut`, `pack`."""
-        words = [word for group in self.pattern for word in group]
-        lead, place = self.pattern[dim][0], next((i for i, word in enumerate(words) if word.isdigit()), None)
-        found = []
-        for part, axes in zip(self.parts, self.axes, strict=True):
-            ours = [_same_heads(word, axes) for word in words if not word.isdigit()]
-            index = list(whole(part))
-            if not lead.isdigit():
-                rest = self._rest(dim)
-                index[list(axes).index(_same_heads(lead, axes))] = slice(first // rest, last // rest)
-            values = part.read(tuple(index)).transpose([list(axes).index(word) for word in ours])
-            found.append(values if place is None else np.expand_dims(values, place))
-        joined = found[0] if place is None else np.concatenate(found, axis=place)
-        shape = list(self.shape)
-        shape[dim] = last - first
-        return joined.reshape(shape)
-
-    def list_parts(self, most: int) -> Iterator[tuple[int, int]]:
-        """(first, last) of parts of about `most` bytes along the dim of `cut`; one, if it has no dims."""
-        if not self.shape:
-            yield 0, 1
-            return
-        dim, unit = self.cut
-        place = math.prod(self.shape) * self.dtype.itemsize // max(self.shape[dim], 1)
-        step = max(most // max(place, 1) // unit, 1) * unit
-        for first in range(0, self.shape[dim], step):
-            yield first, min(first + step, self.shape[dim])
-
-
-def _same_heads(word: str, axes: Sequence[str]) -> str:
-    """Fused projections have as many key-value heads as heads, under one word of the pattern."""
-    return "kv_heads" if word == "heads" and "heads" not in axes else word
-
-
-def pack(values: np.ndarray) -> np.ndarray:
-    """The values in C order. Transposed ones are copied TILE rows of the original at a time: three times as fast as all at
-    once, which uses four bytes of each cache line that it loads."""
     if values.ndim < 2 or values.flags.c_contiguous or values.strides[-1] == values.itemsize:
         return np.ascontiguousarray(values)
     packed = np.empty(values.shape, values.dtype)
-    for first in range(0, values.shape[-1], TILE):
-        packed[..., first : first + TILE] = values[..., first : first + TILE]
+    for first in range(0, values.shape[-1], COPY_TILE):
+        packed[..., first : first + COPY_TILE] = values[..., first : first + COPY_TILE]
     return packed
 
 
-def parse_pattern(pattern: str) -> list[list[str]]:
-    """The words of each dim: "embed (3 heads)" -> [["embed"], ["3", "heads"]]."""
-    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", pattern)]
-
-
 def to_dtype(name: str) -> np.dtype:
-    """numpy's dtype of a name such as "bfloat16"."""
+    """Return the NumPy dtype with this name, including "bfloat16"."""
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)

@@ -22,7 +22,7 @@ from mesh_transformer.convert.import_plan import PREFIX, make_model_config
 from mesh_transformer.convert.lazy_arrays import Lazy, whole
 from mesh_transformer.convert.out_of_core_forward import run_layers
 from mesh_transformer.convert.reshard import Source
-from mesh_transformer.model.attention.masks import AttentionContext, Memory
+from mesh_transformer.model.attention.masks import AttentionContext, EncoderOutput
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK
 from mesh_transformer.model.transformer import Transformer
@@ -137,7 +137,7 @@ def _run_period(config: ModelConfig, x: jax.Array, memory: jax.Array | None) -> 
     transformer = Transformer(config)
     sight = _see(transformer, x)
     if memory is not None:
-        sight = sight._replace(memory=Memory(memory, jnp.ones((1, x.shape[1], memory.shape[1]), bool)))
+        sight = sight._replace(memory=EncoderOutput(memory, jnp.ones((1, x.shape[1], memory.shape[1]), bool)))
     return transformer.run_layers(x, sight, None)[0]
 
 

@@ -18,11 +18,11 @@ import numpy as np
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface.reference import BLOCK_BYTES
 from mesh_transformer.convert.lazy_arrays import Lazy, Row, whole
-from mesh_transformer.model.attention.dense import attend
+from mesh_transformer.model.attention.dense import dense_attention
 from mesh_transformer.model.attention.masks import AttentionContext
 from mesh_transformer.model.feed_forward import ACTIVATIONS
-from mesh_transformer.model.norms import HeadNorm, Norm
-from mesh_transformer.model.positions import rotate
+from mesh_transformer.model.norms import QKNorm, Norm
+from mesh_transformer.model.positions import apply_rope
 from mesh_transformer.storage.errors import CheckpointError
 
 Array = np.ndarray
@@ -54,14 +54,14 @@ class Layer:
         c = self.config
         q, k, v = (self.multiply(x, f"attention/w_{y}", f"attention/b_{y}") for y in "qkv")
         if c.qk_norm:
-            q, k = (self.norm(f"attention/norm_{y}", z, HeadNorm) for y, z in (("q", q), ("k", k)))
+            q, k = (self.norm(f"attention/norm_{y}", z, QKNorm) for y, z in (("q", q), ("k", k)))
         if c.positions.startswith("rope"):
-            q, k = (rotate(jnp.asarray(y), sight.positions, c) for y in (q, k))
+            q, k = (apply_rope(jnp.asarray(y), sight.positions, c) for y in (q, k))
         scale = c.head_dim**-0.5 if c.attention_scale == "rsqrt_d_head" else 1.0
         q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
         masks = sight.masks
         assert masks is not None, "the kernel here is the plain one"
-        mixed = attend(q, k, v, masks.near if self.local else masks.visible, masks.bias, scale=scale)
+        mixed = dense_attention(q, k, v, masks.windowed if self.local else masks.full, masks.bias, scale=scale)
         return self.multiply(np.asarray(mixed), "attention/w_o", "attention/b_o", inputs=2)
 
     def feed_forward(self, x: Array) -> Array:

@@ -1,58 +1,63 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How an array is gone through in parts that fit into memory."""
+"""Division of arrays into slices that fit into memory."""
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from mesh_transformer.checkpoint.manifest import ArrayRecord
-from mesh_transformer.convert.lazy_arrays import Composed, Slices
+from mesh_transformer.checkpoint.zarr_sharding import Slices
+from mesh_transformer.convert.layout_views import Packed
 
-CUT_BYTES = 16_000_000  # of an array, compared at once
-PART_BYTES = 40_000_000  # of an array, read and written at once, where nothing else is said
-MIN_BLOCK_BYTES = 16_000_000  # of a file of a checkpoint, written at once
+COMPARE_BYTES = 16_000_000  # of an array, compared at once
+SLICE_BYTES = 40_000_000  # default size of a slice that is read and written at once
+MIN_SHARD_BYTES = 16_000_000  # shard files of a checkpoint are not made smaller than this
 
 
-def cut(shape: tuple[int, ...], itemsize: int, most: int = CUT_BYTES) -> Iterator[Slices]:
-    """Slices of at most about `most` bytes that cover an array, in the order of its values."""
-    part = list(shape)
-    for axis in range(len(part)):
-        rest = math.prod(part[axis + 1 :]) * itemsize
-        part[axis] = min(part[axis], max(most // max(rest, 1), 1))
-        if part[axis] > 1:
+def slices_of_bytes(shape: tuple[int, ...], itemsize: int, max_bytes: int = COMPARE_BYTES) -> Iterator[Slices]:
+    """Yield slices of about `max_bytes` or less that cover an array, in C order."""
+    dims = list(shape)
+    for dim in range(len(dims)):
+        inner_bytes = math.prod(dims[dim + 1 :]) * itemsize
+        dims[dim] = min(dims[dim], max(max_bytes // max(inner_bytes, 1), 1))
+        if dims[dim] > 1:
             break
-    return slices_of(shape, part)
+    return grid_slices(shape, dims)
 
 
 def shard_slices(record: ArrayRecord) -> Iterator[Slices]:
-    """Where the files of an array are in it."""
-    return slices_of(record.shape, record.shard)
+    """Yield the slice of an array that each of its shard files holds."""
+    return grid_slices(record.shape, record.shard)
 
 
-def slices_of(shape: tuple[int, ...], part: tuple[int, ...] | list[int]) -> Iterator[Slices]:
-    """A grid of parts over an array."""
-    starts = [range(0, dim, size) for dim, size in zip(shape, part, strict=True)]
+def grid_slices(shape: Sequence[int], cell: Sequence[int]) -> Iterator[Slices]:
+    """Yield the cells of a regular grid over an array; those at its end may be smaller."""
+    starts = [range(0, dim, size) for dim, size in zip(shape, cell, strict=True)]
     for corner in itertools.product(*starts):
-        yield tuple(slice(low, min(low + size, dim)) for low, size, dim in zip(corner, part, shape, strict=True))
+        yield tuple(slice(low, min(low + size, dim)) for low, size, dim in zip(corner, cell, shape, strict=True))
 
 
-def shrink(shard: tuple[int, ...], chunk: tuple[int, ...], kind: np.dtype, part_bytes: int) -> tuple[int, ...]:
-    """Files small enough that one is a block."""
-    parts = list(shard)
-    for axis in range(len(parts)):
-        while math.prod(parts) * kind.itemsize > max(part_bytes, MIN_BLOCK_BYTES) and parts[axis] > chunk[axis]:
-            parts[axis] -= chunk[axis]
-    return tuple(parts)
+def shrink_shard(
+    shard: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype, slice_bytes: int
+) -> tuple[int, ...]:
+    """Return a shard shape, a multiple of `chunk`, small enough that one file is one slice in memory."""
+    shape = list(shard)
+    for dim in range(len(shape)):
+        while math.prod(shape) * dtype.itemsize > max(slice_bytes, MIN_SHARD_BYTES) and shape[dim] > chunk[dim]:
+            shape[dim] -= chunk[dim]
+    return tuple(shape)
 
 
-def group_parts(tensor: Composed, part_bytes: int) -> Iterator[list[tuple[int, int]]]:
-    """The parts of a tensor that are written one after the other: each by itself, or all where they lie among each other.
+def group_slices(tensor: Packed, slice_bytes: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield lists of slices of a tensor, each list to be written by one worker.
 
-    The latter are twice as large, for they are turned some rows at a time and not as a whole.
+    A slice along the first dimension is contiguous in the file and forms a list of its own. Slices along another
+    dimension interleave, so one worker writes all of them. Those are twice as large, because they are transposed a few
+    rows at a time and not as a whole.
     """
-    among = bool(tensor.shape and tensor.cut[0])
-    parts = list(tensor.list_parts(part_bytes * (1 + among)))
-    yield from [parts] if among else [[part] for part in parts]
+    interleaved = bool(tensor.shape and tensor.chunking.dim)
+    bounds = list(tensor.slice_bounds(slice_bytes * (2 if interleaved else 1)))
+    yield from [bounds] if interleaved else [[bound] for bound in bounds]

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A proved result from this machine's disk to an object store, each object read back and compared, the marker last.
+"""Upload a verified result to an object store: each object is read back and compared, and the marker comes last.
 
-What makes a result complete is COMMIT in a checkpoint of ours, config.json in a model folder of transformers, meta.json
-beside the original's shards: readers look for these first. While UPLOADING is there the rest is on its way; the same
-call goes on with it, and an object that is there with the right size and digest is not put again.
+The marker is the file that readers look for first: COMMIT in a native checkpoint, config.json in a Hugging Face model
+folder, meta.json of a mesh-transformer-jax checkpoint. While the object UPLOADING exists, the upload is incomplete. A
+second call resumes it: an object with the right size and digest is not uploaded again.
 """
 
 import threading
@@ -15,105 +15,108 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mesh_transformer.checkpoint.local_backend import COMMIT
-from mesh_transformer.checkpoint.object_store_backend import RemoteFolder
+from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
+from mesh_transformer.convert.progress import ByteCounter, Progress
 from mesh_transformer.storage.digests import digest_file
 from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import RemotePath
 
 UPLOADING = "UPLOADING"
-MARKERS = ("config.json", "meta.json")  # in the folder itself, put in this order, and COMMIT wherever it is
-UPLOADS = 2  # objects on their way at once
-PART_BYTES = 1 << 24  # of an object, put at once
-
-Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+MARKERS = ("config.json", "meta.json")  # uploaded after the other files, in this order; COMMIT in any folder is last
+CONCURRENT_UPLOADS = 2
+PART_BYTES = 1 << 24  # of one request of a multi-part upload
 
 
 class Upload(NamedTuple):
-    """What was done."""
+    """Statistics of a finished upload."""
 
     objects: int
-    put: int  # of them; the others were there already
-    nbytes: int  # of those that were put
-    seconds: float  # with reading all of them back
+    put: int  # uploaded now; the others were there already
+    nbytes: int  # of the objects uploaded now
+    seconds: float  # including the time to read all of them back
 
 
 def check_remote(destination: RemotePath, overwrite: bool) -> None:
-    """CheckpointError if something is there that must stay, or nothing can be put there."""
+    """Raise CheckpointError if the destination exists without `overwrite`, or cannot be written."""
     if len(destination.parts) < 2:
         raise CheckpointError(f"{destination}: name a folder in the bucket")
-    folder = RemoteFolder(destination)
+    folder = ObjectStoreBackend(destination)
     found = folder.list_files()
     if found and UPLOADING not in found and not overwrite:
-        raise CheckpointError(f"{destination} exists; choose another place or say --overwrite")
-    folder.make()
+        raise CheckpointError(f"{destination} exists; choose another destination or pass --overwrite")
+    folder.create()
 
 
-def upload_folder(folder: Path, destination: RemotePath, progress: Progress, *, leave: Collection[str] = ()) -> Upload:
-    """Put all files of `folder` but those to `leave`; what else was at the destination is deleted.
+def upload_folder(
+    folder: Path, destination: RemotePath, progress: Progress, *, exclude: Collection[str] = ()
+) -> Upload:
+    """Upload all files of `folder` except `exclude`, and delete all other objects at the destination.
 
-    CheckpointError names the object that did not get there.
+    CheckpointError names the object whose upload failed.
     """
     start = time.perf_counter()
-    target = RemoteFolder(destination)
-    there = target.list_files()
-    target.write({UPLOADING: b"not complete: an upload is going on, or was interrupted and can be called again\n"})
-    target.delete(sorted(name for name in there if rank(name)))
+    target = ObjectStoreBackend(destination)
+    existing = target.list_files()
+    target.write_files({UPLOADING: b"incomplete: an upload is in progress, or was interrupted and can be resumed\n"})
+    target.delete_files(sorted(name for name in existing if upload_order(name)))
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if name not in leave]
+    names = [name for name in names if name not in exclude]
     total = 2 * sum((folder / name).stat().st_size for name in names)
-    mover = _Mover(folder, destination, {name: size for name, (size, _) in there.items()}, progress, total)
-    with ThreadPoolExecutor(UPLOADS) as movers:
-        list(movers.map(mover.move, [name for name in names if not rank(name)]))
-    target.delete(sorted(set(there) - set(names) - {UPLOADING}))
-    for name in sorted(filter(rank, names), key=rank):
-        mover.move(name)
-    target.delete([UPLOADING])
-    return Upload(len(names), mover.put, mover.nbytes, time.perf_counter() - start)
+    counter = ByteCounter("uploading", total, progress)
+    uploader = _Uploader(folder, destination, {name: size for name, (size, _) in existing.items()}, counter)
+    with ThreadPoolExecutor(CONCURRENT_UPLOADS) as threads:
+        list(threads.map(uploader.upload, [name for name in names if not upload_order(name)]))
+    target.delete_files(sorted(set(existing) - set(names) - {UPLOADING}))
+    for name in sorted(filter(upload_order, names), key=upload_order):
+        uploader.upload(name)
+    target.delete_files([UPLOADING])
+    return Upload(len(names), uploader.put, uploader.nbytes, time.perf_counter() - start)
 
 
-def rank(name: str) -> int:
-    """Nothing for what is put in any order, else the place among the last."""
+def upload_order(name: str) -> int:
+    """Return the position of a marker file among those uploaded last; 0 for files without an order."""
     if name.rpartition("/")[2] == COMMIT:
         return len(MARKERS) + 1
     return MARKERS.index(name) + 1 if name in MARKERS else 0
 
 
-class _Mover:
-    """Puts files and proves that they are there; from several threads."""
+class _Uploader:
+    """Uploads files and verifies them by reading them back; can be used from several threads."""
 
-    def __init__(self, folder: Path, destination: RemotePath, sizes: dict[str, int], progress: Progress, total: int):
-        self.folder, self.destination, self.sizes = folder, destination, sizes
-        self.progress, self.total = progress, total
-        self.put = self.nbytes = self.done = 0
+    def __init__(self, folder: Path, destination: RemotePath, sizes: dict[str, int], counter: ByteCounter):
+        self.folder = folder
+        self.destination = destination
+        self.sizes = sizes  # of the objects that exist already
+        self.counter = counter
+        self.put = 0
+        self.nbytes = 0
         self._lock = threading.Lock()
 
-    def move(self, name: str) -> None:
-        """One file, unless the same is there already."""
+    def upload(self, name: str) -> None:
+        """Upload one file, unless the same object exists already."""
         source, target = self.folder / name, self.destination / name
-        wanted = digest_file(source)
-        if self.sizes.get(name) == wanted.size and not rank(name) and digest_file(target, wanted.size) == wanted:
-            self._tell(2 * wanted.size)
+        expected = digest_file(source)
+        has_same_size = self.sizes.get(name) == expected.size and not upload_order(name)
+        if has_same_size and digest_file(target, expected.size) == expected:
+            self.counter.add(2 * expected.size)
             return
-        with target.reaching() as files:
-            files.put_file(str(source), target.full_name, chunksize=PART_BYTES, callback=_make_callback(self._tell))
+        with target.filesystem() as files:
+            callback = _make_callback(self.counter.add)
+            files.put_file(str(source), target.full_name, chunksize=PART_BYTES, callback=callback)
         with self._lock:
-            self.put, self.nbytes = self.put + 1, self.nbytes + wanted.size
-        if digest_file(target, wanted.size) != wanted:
-            raise CheckpointError(f"{target}: what was read back is not what was put; call this again")
-        self._tell(wanted.size)
-
-    def _tell(self, count: int) -> None:
-        with self._lock:
-            self.done += count
-            self.progress("uploading, reading back", min(self.done, self.total), self.total)
+            self.put += 1
+            self.nbytes += expected.size
+        if digest_file(target, expected.size) != expected:
+            raise CheckpointError(f"{target}: the object read back differs from the uploaded file; run this again")
+        self.counter.add(expected.size)
 
 
-def _make_callback(tell: Callable[[int], None]) -> Any:
-    """What fsspec tells of each part that was put."""
+def _make_callback(report: Callable[[int], None]) -> Any:
+    """Return an fsspec callback that reports the bytes of each uploaded part."""
     import fsspec
 
-    class Told(fsspec.Callback):
+    class UploadProgress(fsspec.Callback):
         def relative_update(self, inc: int = 1) -> None:
-            tell(inc)
+            report(inc)
 
-    return Told()
+    return UploadProgress()

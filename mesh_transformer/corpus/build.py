@@ -22,12 +22,12 @@ from mesh_transformer.config import config_to_dict
 from mesh_transformer.corpus.parts import digest_file
 from mesh_transformer.corpus.recipe import Quality, Recipe, resolve_epochs, steps_of, subset, text_settings
 from mesh_transformer.corpus.sources import Part, find_parts
-from mesh_transformer.corpus.stage_dedup import RANGE_ENTRIES, Decide, MatchBands, MatchExact, Sign
-from mesh_transformer.corpus.stage_filter import SIDES, Filter, TrainClassifiers
-from mesh_transformer.corpus.stage_mix import Tokenise, WriteShards, describe_tokenizer
-from mesh_transformer.corpus.stage_select import Select, prove_disjoint
-from mesh_transformer.corpus.stages import CorpusError, Machines, Report, adopt_parts, run_stage
-from mesh_transformer.corpus.survey import Survey, describe_survey
+from mesh_transformer.corpus.stage_dedup import RANGE_ENTRIES, RemovalStage, BandMatchStage, ExactMatchStage, SignatureStage
+from mesh_transformer.corpus.stage_filter import SPLITS, FilterStage, ClassifierStage
+from mesh_transformer.corpus.stage_mix import TokenizationStage, ShardStage, describe_tokenizer
+from mesh_transformer.corpus.stage_select import SelectionStage, check_disjoint
+from mesh_transformer.corpus.stages import CorpusError, Executor, ProgressFn, reuse_parts, run_stage
+from mesh_transformer.corpus.survey import SurveyStage, describe_survey
 from mesh_transformer.storage.atomic_files import link_file, replace_file
 
 VERSION = 2  # of what stages write; a change of it makes all of them anew
@@ -44,17 +44,17 @@ class Corpus(NamedTuple):
     filtered: Records
     matrix: dict[str, list[list[Any]]]  # exact and near: component, component of the one that stays, documents
     selected: Records
-    tokenised: Records
+    tokenized: Records
     epochs: dict[str, float]
     survey: dict[str, Any]  # what the text speaks of
-    proof: dict[str, int]
+    split_check: dict[str, int]
     manifest: dict[str, Any]
 
 
-class Builder:
+class CorpusBuilder:
     """Runs stages below one folder."""
 
-    def __init__(self, recipe: Recipe, out: Path, machines: Machines, report: Report):
+    def __init__(self, recipe: Recipe, out: Path, machines: Executor, report: ProgressFn):
         self.recipe, self.out, self.machines, self.report = recipe, out, machines, report
         self.used: set[Path] = set()
 
@@ -73,7 +73,7 @@ class Builder:
 
 
 def build_corpus(
-    recipe: Recipe, out: Path, machines: Machines, report: Report = lambda name, done, total: None
+    recipe: Recipe, out: Path, executor: Executor, on_progress: ProgressFn = lambda name, done, total: None
 ) -> Corpus:
     """Build, or go on building, the corpus in `out`.
 
@@ -84,11 +84,11 @@ def build_corpus(
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         (out / "manifest.json").unlink(missing_ok=True)  # until this build is whole, there is no corpus
-        builder = Builder(recipe, out, machines, report)
+        builder = CorpusBuilder(recipe, out, executor, on_progress)
         parts, missing = find_parts(recipe)
         try:
             corpus, selected, shards = _run_stages(builder, parts, missing)
-            _publish(selected, out / "documents", SIDES)
+            _publish(selected, out / "documents", SPLITS)
             _publish(shards, out / "tokens", None)
         except OSError as error:
             if _is_disk_full(error):
@@ -97,7 +97,7 @@ def build_corpus(
                 ) from None
             raise
         finally:
-            machines.close()
+            executor.close()
         for folder in (out / "work").iterdir():  # of recipes before this one
             if folder not in builder.used:
                 shutil.rmtree(folder)
@@ -111,44 +111,44 @@ def _is_disk_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "requested and" in str(error))
 
 
-def _run_stages(builder: Builder, parts: list[Part], missing: list[str]) -> tuple[Corpus, Path, Path]:
+def _run_stages(builder: CorpusBuilder, parts: list[Part], missing: list[str]) -> tuple[Corpus, Path, Path]:
     recipe, components = builder.recipe, tuple(part.component for part in parts)
     plan = hashlib.sha256(repr(parts).encode()).hexdigest()
     text = text_settings(recipe)
     places = tuple(i for i, step in enumerate(recipe.steps) if isinstance(step, Quality))
     trained = builder.folder("train-quality", plan, text)
-    builder.run(TrainClassifiers(recipe, tuple(parts), places, trained), len(places))
+    builder.run(ClassifierStage(recipe, tuple(parts), places, trained), len(places))
     classifiers = {place: trained / f"quality-{place}.bin" for place in places}
     sets = {name: _fingerprint(config.path) for name, config in recipe.evaluation.items()}
     filtered = builder.folder("filter", plan, text, sets)
     inputs = _describe_inputs(recipe, parts, classifiers, sets)
-    adopt_parts(filtered, inputs, sorted(set(filtered.parent.glob("filter-*")) - {filtered}))
-    read = builder.run(Filter(recipe, tuple(parts), classifiers, inputs, filtered), len(parts))
+    reuse_parts(filtered, inputs, sorted(set(filtered.parent.glob("filter-*")) - {filtered}))
+    read = builder.run(FilterStage(recipe, tuple(parts), classifiers, inputs, filtered), len(parts))
 
     signed = builder.folder("sign", filtered, subset(recipe, "duplicates", "lines"))
-    signatures = builder.run(Sign(recipe, filtered, signed), len(parts))
+    signatures = builder.run(SignatureStage(recipe, filtered, signed), len(parts))
     entries = sum(max(record["documents"], record["lines"]) for record in signatures)
     ranges = 1 + entries // RANGE_ENTRIES
     bands = builder.folder("match-bands", signed)
     if recipe.duplicates.near != "none":
-        builder.run(MatchBands(recipe, signed, len(parts), bands), recipe.duplicates.bands_and_rows[0])
+        builder.run(BandMatchStage(recipe, signed, len(parts), bands), recipe.duplicates.bands_and_rows[0])
     equal = builder.folder("match-exact", signed, ranges)
-    builder.run(MatchExact(recipe, signed, len(parts), ranges, equal), ranges)
+    builder.run(ExactMatchStage(recipe, signed, len(parts), ranges, equal), ranges)
     decided = builder.folder("decide", equal, bands)
-    decision = builder.run(Decide(recipe, components, signed, bands, equal, ranges, decided), 1)
+    decision = builder.run(RemovalStage(recipe, components, signed, bands, equal, ranges, decided), 1)
 
     selected = builder.folder("select", decided)
-    kept = builder.run(Select(recipe, components, filtered, equal, decided, ranges, selected), len(parts))
-    proof = prove_disjoint(selected, len(parts))
+    kept = builder.run(SelectionStage(recipe, components, filtered, equal, decided, ranges, selected), len(parts))
+    proof = check_disjoint(selected, len(parts))
     surveyed = builder.folder("survey", selected)
-    survey = describe_survey(builder.run(Survey(recipe, components, selected, surveyed), len(parts)), surveyed)
+    survey = describe_survey(builder.run(SurveyStage(recipe, components, selected, surveyed), len(parts)), surveyed)
     epochs = resolve_epochs(recipe, _sizes(recipe, missing, read, kept))
     tokenised = builder.folder(
         "tokenise", selected, describe_tokenizer(recipe), sorted(epochs.items()), recipe.corpus.seed
     )
-    counts = builder.run(Tokenise(recipe, components, epochs, selected, tokenised), len(parts))
+    counts = builder.run(TokenizationStage(recipe, components, epochs, selected, tokenised), len(parts))
     shards = builder.folder("shards", tokenised)
-    builder.run(WriteShards(recipe, _shards(counts), tokenised, shards), len(_shards(counts)))
+    builder.run(ShardStage(recipe, _shards(counts), tokenised, shards), len(_shards(counts)))
 
     manifest = _manifest(builder, read, kept, shards)
     matrix = decision[0]["matrix"]
@@ -207,10 +207,10 @@ def _fingerprint(path: str) -> str:
     return ",".join(digest_file(file) for file in files if file.is_file())
 
 
-def _manifest(builder: Builder, read: Records, kept: Records, shards: Path) -> dict[str, Any]:
+def _manifest(builder: CorpusBuilder, read: Records, kept: Records, shards: Path) -> dict[str, Any]:
     """Digests of all inputs and outputs."""
     outputs = {f"documents/{name}": found for record in kept for name, found in record["outputs"].items()}
-    outputs = {name: found for name, found in outputs.items() if name.split("/")[1] in SIDES}
+    outputs = {name: found for name, found in outputs.items() if name.split("/")[1] in SPLITS}
     for path in sorted(shards.glob("*.bin")) + sorted(shards.glob("*.idx")):
         outputs[f"tokens/{path.name}"] = {"size": path.stat().st_size, "digest": digest_file(path)}
     inputs = {name: digest for record in read for name, digest in record["source_digests"].items()}

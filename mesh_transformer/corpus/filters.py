@@ -33,7 +33,7 @@ Apply = Callable[[Document], str]
 ADDRESS = 320  # characters of an e-mail address at most, 64 before the @
 
 
-def make_steps(recipe: r.Recipe, component: str, classifiers: dict[int, Path]) -> list[tuple[str, Apply]]:
+def make_filters(recipe: r.Recipe, component: str, classifiers: dict[int, Path]) -> list[tuple[str, Apply]]:
     """Name and function of every step that a component takes; `classifiers` has the model of each quality step."""
     steps: list[tuple[str, Apply]] = []
     if least := recipe.components[component].min_bytes:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from email.message import EmailMessage
 
-from mesh_transformer.data.errors import DataError, Flaw
+from mesh_transformer.data.errors import DataError, DocumentError
 
 
 def install_hint(module: str) -> DataError:
@@ -26,7 +26,7 @@ def html_to_text(page: str) -> str:
 
 
 def latex_to_text(source: str) -> str:
-    """Text of a LaTeX document; formulas stay as they are written. Flaw for what pylatexenc cannot read."""
+    """Text of a LaTeX document; formulas stay as they are written. DocumentError for what pylatexenc cannot read."""
     try:
         from pylatexenc.latexwalker import LatexWalkerError
 
@@ -39,7 +39,7 @@ def latex_to_text(source: str) -> str:
         text = nodes_to_text(body)
     except (LatexWalkerError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # what a missing argument leads to is not said
-        raise Flaw("broken LaTeX", f"not LaTeX that can be read: {why}") from None
+        raise DocumentError("broken LaTeX", f"not LaTeX that can be read: {why}") from None
     return _squeeze(text)
 
 
@@ -180,7 +180,7 @@ def info_to_text(source: str) -> str:
 
 
 def mail_to_text(data: bytes) -> str:
-    """Subject and body of a message; of one in several forms the plain one. Flaw if no part of it is text."""
+    """Subject and body of a message; of one in several forms the plain one. DocumentError if no part of it is text."""
     message = email.message_from_bytes(data, policy=email.policy.default)
     assert isinstance(message, EmailMessage)
     try:
@@ -188,9 +188,9 @@ def mail_to_text(data: bytes) -> str:
         content = body.get_content() if body is not None else ""
         subject = str(message.get("subject", "") or "")
     except (LookupError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise Flaw("broken mail", f"a message that cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise DocumentError("broken mail", f"a message that cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, str) or not content.strip():
-        raise Flaw("no text", "a message without text")
+        raise DocumentError("no text", "a message without text")
     if body is not None and body.get_content_type() == "text/html":
         content = html_to_text(content)
     return f"{subject}\n\n{content}".strip() + "\n"

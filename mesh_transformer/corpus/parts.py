@@ -13,7 +13,7 @@ import xxhash
 import zstandard
 
 from mesh_transformer.data.compression import read_chunks, split_lines
-from mesh_transformer.data.errors import DataError, Flaw
+from mesh_transformer.data.errors import DataError, DocumentError
 
 LEVEL = 3  # as The Pile has it
 
@@ -70,7 +70,7 @@ def read_documents(path: Path) -> Iterator[dict[str, Any]]:
     try:
         for line in split_lines(read_chunks(path, ".zst")):
             yield json.loads(line)
-    except Flaw as flaw:
+    except DocumentError as flaw:
         raise DataError(f"{path}: {flaw.detail}; remove it and build again") from None
     except FileNotFoundError:
         raise DataError(f"{path}: a part of the corpus is gone; build again") from None

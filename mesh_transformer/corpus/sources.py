@@ -19,7 +19,7 @@ from mesh_transformer.corpus.markup import INFO_MARK, TO_TEXT, html_to_text, ins
 from mesh_transformer.corpus.parts import digest_file
 from mesh_transformer.corpus.recipe import ComponentConfig, Recipe
 from mesh_transformer.data.compression import ChunkStream, check_length, read_chunks, split_lines
-from mesh_transformer.data.errors import BadDocuments, DataError, Document, Flaw
+from mesh_transformer.data.errors import SkippedDocuments, DataError, Document, DocumentError
 from mesh_transformer.data.formats import check_characters, decode_python, decode_utf8, read_items
 from mesh_transformer.data.readers import find_files
 
@@ -27,7 +27,7 @@ MB = 1_000_000
 _COMPRESSED = {".gz": ".gz", ".dz": ".gz", ".zst": ".zst"}  # .dz: dictzip, which is gzip
 _LINES = (".jsonl", ".ndjson", ".json")
 
-Item = tuple[int | None, str | Flaw]  # line, row or number of a message or page; its text or what is wrong with it
+Item = tuple[int | None, str | DocumentError]  # line, row or number of a message or page; its text or what is wrong with it
 
 
 class SourceFile(NamedTuple):
@@ -49,7 +49,7 @@ class Reading:
     """What one part's reading came to, besides its documents."""
 
     def __init__(self) -> None:
-        self.bad = BadDocuments()
+        self.bad = SkippedDocuments()
         self.decoded: Counter[str] = Counter()  # files that were in another encoding
         self.digests: dict[str, str] = {}
 
@@ -130,7 +130,7 @@ def read_part(part: Part, recipe: Recipe, reading: Reading) -> Iterator[Document
     for file in part.files:
         for place, text in _read_source(file, component, limit, reading):
             name = file.path if place is None else f"{file.path}:{place}"
-            if isinstance(text, Flaw):
+            if isinstance(text, DocumentError):
                 if recipe.corpus.on_bad_document == "error":
                     raise DataError(f"component {part.component}: {name}: {text.detail}")
                 reading.bad.add(text.kind, f"{name}: {text.detail}")
@@ -143,7 +143,7 @@ def read_part(part: Part, recipe: Recipe, reading: Reading) -> Iterator[Document
 def _read_source(file: SourceFile, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
     """Texts and damage of a file that is as it was when the build began."""
     if file.changed < 0:
-        yield None, Flaw("broken link", "a link that leads nowhere; exclude it")
+        yield None, DocumentError("broken link", "a link that leads nowhere; exclude it")
         return
     _check_unchanged(file)
     try:
@@ -158,22 +158,22 @@ def _read_source(file: SourceFile, component: ComponentConfig, limit: int, readi
     _check_unchanged(file)
 
 
-def _find_damage(path: Path) -> Flaw | None:
+def _find_damage(path: Path) -> DocumentError | None:
     """What is wrong inside an archive, for gzip's check stands at its end; a truncated one is right as far as it goes."""
     if suffix := _COMPRESSED.get(path.suffix.lower()):
         try:
             for _ in read_chunks(path, suffix):
                 pass
-        except Flaw as flaw:
+        except DocumentError as flaw:
             if flaw.kind == "damaged archive":
-                return Flaw(flaw.kind, f"{flaw.detail}; nothing of it is read")
+                return DocumentError(flaw.kind, f"{flaw.detail}; nothing of it is read")
         except OSError as error:
             return _unreadable(error)
     return None
 
 
-def _unreadable(error: OSError) -> Flaw:
-    return Flaw("unreadable file", f"cannot be read: {error.strerror or error}")
+def _unreadable(error: OSError) -> DocumentError:
+    return DocumentError("unreadable file", f"cannot be read: {error.strerror or error}")
 
 
 def _check_unchanged(file: SourceFile) -> None:
@@ -189,14 +189,14 @@ def _read_file(file: Path, component: ComponentConfig, limit: int, reading: Read
     try:
         for place, text in KINDS[component.kind](file, component, limit, reading):
             yield place, _too_long(f"{len(text):,} characters") if isinstance(text, str) and len(text) > limit else text
-    except Flaw as flaw:  # damage that ends the file
+    except DocumentError as flaw:  # damage that ends the file
         yield flaw.line, flaw
     except OSError as error:
         yield None, _unreadable(error)
 
 
-def _too_long(what: str) -> Flaw:
-    return Flaw("too long", f"{what} in one document: more than corpus.max_document_mb; cut it up, or raise that")
+def _too_long(what: str) -> DocumentError:
+    return DocumentError("too long", f"{what} in one document: more than corpus.max_document_mb; cut it up, or raise that")
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
@@ -217,7 +217,7 @@ def _read_whole(file: Path, component: ComponentConfig, limit: int, reading: Rea
     if component.kind == "info":  # whose marks for readers begin with a NUL byte
         data = INFO_MARK.sub(b"", data)
     if b"\0" in data[:8192]:
-        raise Flaw("binary", "has NUL bytes: binary, not text")
+        raise DocumentError("binary", "has NUL bytes: binary, not text")
     text = _decode(data, file, component, reading)
     del data
     check_characters(text)
@@ -229,13 +229,13 @@ def _decode(data: bytes, file: Path, component: ComponentConfig, reading: Readin
         if component.kind == "source" and file.suffix == ".py":
             return decode_python(data)
         return decode_utf8(data.removeprefix(b"\xef\xbb\xbf"))
-    except Flaw:
+    except DocumentError:
         if not component.encoding:
             raise
     try:
         text = data.decode(component.encoding)
     except (UnicodeDecodeError, LookupError) as error:
-        raise Flaw("bad encoding", f"neither UTF-8 nor {component.encoding}: {error}") from None
+        raise DocumentError("bad encoding", f"neither UTF-8 nor {component.encoding}: {error}") from None
     reading.decoded[component.encoding] += 1
     return text
 
@@ -271,9 +271,9 @@ def _read_markup(file: Path, component: ComponentConfig, limit: int, reading: Re
 def _read_rows(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
     suffixes = {suffix.lower() for suffix in file.suffixes[-2:]}
     if not suffixes & ({".parquet"} if component.kind == "parquet" else set(_LINES)):
-        raise Flaw("unreadable type", f"not named like {component.kind}; choose another kind, or exclude it")
+        raise DocumentError("unreadable type", f"not named like {component.kind}; choose another kind, or exclude it")
     for place, item in read_items(file, component.text_key, limit):
-        yield place, _too_long(item.detail) if isinstance(item, Flaw) and item.kind == "too long" else item
+        yield place, _too_long(item.detail) if isinstance(item, DocumentError) and item.kind == "too long" else item
 
 
 def _read_mbox(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
@@ -295,14 +295,14 @@ def _read_mbox(file: Path, component: ComponentConfig, limit: int, reading: Read
         yield number + 1, _parse_mail(message, size, limit)
 
 
-def _parse_mail(message: list[bytes], size: int, limit: int) -> str | Flaw:
+def _parse_mail(message: list[bytes], size: int, limit: int) -> str | DocumentError:
     try:
         if size > limit:
             raise _too_long(f"more than {limit:,} bytes")
         text = mail_to_text(b"\n".join(message))
         check_characters(text)
         return text
-    except Flaw as flaw:
+    except DocumentError as flaw:
         return flaw
 
 
@@ -324,11 +324,11 @@ def _read_warc(file: Path, component: ComponentConfig, limit: int, reading: Read
             if len(body) > limit:
                 yield number, _too_long(f"more than {limit:,} bytes")
             elif record.raw_stream.limit > 0:
-                yield number, Flaw("truncated page", f"{record.raw_stream.limit:,} bytes of it are missing at the end")
+                yield number, DocumentError("truncated page", f"{record.raw_stream.limit:,} bytes of it are missing at the end")
             else:
                 yield number, html_to_text(bytes_to_str(body, detect_encoding(body) or "utf-8")).replace("\0", "")
     except (ArchiveLoadFailed, zlib.error) as error:
-        raise Flaw("broken WARC", f"not a web archive from here on: {error}", number or None) from None
+        raise DocumentError("broken WARC", f"not a web archive from here on: {error}", number or None) from None
 
 
 Reader = Callable[[Path, ComponentConfig, int, Reading], Iterator[Item]]

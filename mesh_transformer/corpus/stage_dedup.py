@@ -30,9 +30,9 @@ from mesh_transformer.data.errors import DataError
 
 RANGE_ENTRIES = 4_000_000  # of hashes that one task sorts in memory
 _ODD = np.uint64(0x9E3779B97F4A7C15)
-HASHED = 1 << 20  # characters of a text whose words are in memory at once
+HASH_CHARACTERS = 1 << 20  # characters of a text whose words are in memory at once
 _SPACE = re.compile(r"\s")
-SHINGLES = 1 << 13  # that are hashed at once
+SHINGLE_CHUNK = 1 << 13  # that are hashed at once
 EXACT = np.dtype([("hash", "<u8"), ("heldout", "u1"), ("document", "<u4")])
 LINE = np.dtype([("hash", "<u8"), ("documents", "<u4")])
 REMOVAL = np.dtype([("rank", "<u4"), ("document", "<u4"), ("kept_rank", "<u4"), ("kept_document", "<u4")])
@@ -42,7 +42,7 @@ def hash_text(text: str) -> int:
     """Equal for texts that differ in case and spaces alone."""
     digest, start, between = xxhash.xxh3_64(), 0, b""
     while start < len(text):  # the words of a long text all at once take twelve times its size
-        space = _SPACE.search(text, start + HASHED)
+        space = _SPACE.search(text, start + HASH_CHARACTERS)
         end = space.start() if space else len(text)
         words = " ".join(text[start:end].lower().split()).encode()
         if words:
@@ -76,18 +76,18 @@ class BoundedSignature(MinhashDedupSignature):
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
         """Hashes of every band: the least of each over all pieces."""
         one = super().get_signature
-        pieces = [one(shingles[i : i + SHINGLES]) for i in range(0, len(shingles), SHINGLES)]
+        pieces = [one(shingles[i : i + SHINGLE_CHUNK]) for i in range(0, len(shingles), SHINGLE_CHUNK)]
         return pieces[0] if len(pieces) == 1 else np.min(np.array(pieces, np.uint64), axis=0).tolist()
 
 
-def make_minhash(recipe: Recipe) -> MinhashConfig:
+def minhash_config(recipe: Recipe) -> MinhashConfig:
     """DataTrove's settings."""
     bands, rows = recipe.duplicates.bands_and_rows
     return MinhashConfig(n_grams=recipe.duplicates.n_gram, num_buckets=bands, hashes_per_bucket=rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sign:
+class SignatureStage:
     """Task: one filtered part -> exact/RANK, lines/RANK, signatures/bucket_BAND/RANK."""
 
     recipe: Recipe
@@ -101,7 +101,7 @@ class Sign:
         documents = self._documents(rank, exact, lines)
         outputs = {}
         if self.recipe.duplicates.near != "none":
-            config = make_minhash(self.recipe)
+            config = minhash_config(self.recipe)
             language: Any = WORDS
             block = BoundedSignature(str(self.folder / "signatures"), config, language=language)
             block.run(documents, rank)
@@ -131,7 +131,7 @@ class Sign:
 
 
 @dataclasses.dataclass(frozen=True)
-class MatchBands:
+class BandMatchStage:
     """Task: pairs of documents of all parts whose band with this number is equal -> pairs/BAND_00.dups."""
 
     recipe: Recipe
@@ -142,7 +142,7 @@ class MatchBands:
     def __call__(self, rank: int) -> dict[str, Any]:
         """The record of band `rank`."""
         _allow_open_files(self.parts + 64)
-        config = make_minhash(self.recipe)
+        config = minhash_config(self.recipe)
         MinhashDedupBuckets(str(self.signed / "signatures"), str(self.folder / "pairs"), config=config).run(
             None, rank, config.num_buckets
         )
@@ -162,7 +162,7 @@ def _allow_open_files(count: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class MatchExact:
+class ExactMatchStage:
     """Task: a range of hashes of all parts -> equal/RANGE.npy (groups of equal documents), repeated/RANGE.npy (lines)."""
 
     recipe: Recipe
@@ -199,7 +199,7 @@ class MatchExact:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decide:
+class RemovalStage:
     """Task (one): pairs and groups of all documents -> removals.npy and near.npy, both sorted, and the matrix of components."""
 
     recipe: Recipe
@@ -243,7 +243,7 @@ class Decide:
             return np.zeros((0, 4), np.int64)
         folder = self.folder / "clusters"
         block = MinhashDedupCluster(
-            str(self.bands / "pairs"), str(folder), config=make_minhash(self.recipe), save_cluster_id=True
+            str(self.bands / "pairs"), str(folder), config=minhash_config(self.recipe), save_cluster_id=True
         )
         with contextlib.redirect_stderr(io.StringIO()):  # its own progress bar
             block.run(None, 0, 1)

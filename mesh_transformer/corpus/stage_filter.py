@@ -11,24 +11,24 @@ from typing import Any
 import xxhash
 from datatrove.data import Document
 
-from mesh_transformer.corpus.filters import make_steps
+from mesh_transformer.corpus.filters import make_filters
 from mesh_transformer.corpus.parts import PartWriter
 from mesh_transformer.corpus.quality import sample_texts, train_classifier
 from mesh_transformer.corpus.recipe import Quality, Recipe
 from mesh_transformer.corpus.sources import Part, Reading, read_part
 from mesh_transformer.data.errors import DataError
 
-SHOWN = 2000  # characters of a dropped document that are kept for a look
-SIDES = ("heldout", "train")
+SAMPLE_CHARACTERS = 2000  # characters of a dropped document that are kept for a look
+SPLITS = ("heldout", "train")
 
 
-def side_of(name: str, recipe: Recipe) -> str:
+def split_of(name: str, recipe: Recipe) -> str:
     """Held out or for training, by the document's name alone: no later choice moves it, nor do further documents."""
     one_in = recipe.heldout.one_in
     return "heldout" if one_in and xxhash.xxh3_64_intdigest(f"heldout:{name}".encode()) % one_in == 0 else "train"
 
 
-class StepCount:
+class FilterCounts:
     """What went into a step and came out of it."""
 
     def __init__(self, name: str):
@@ -46,7 +46,7 @@ class StepCount:
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
+class FilterStage:
     """Task: one part of the sources -> documents/RANK, dropped/RANK."""
 
     recipe: Recipe
@@ -58,15 +58,15 @@ class Filter:
     def __call__(self, rank: int) -> dict[str, Any]:
         """The record of part `rank`."""
         part, reading = self.parts[rank], Reading()
-        steps = make_steps(self.recipe, part.component, self.classifiers)
-        counts = [StepCount(name) for name, _ in steps]
+        steps = make_filters(self.recipe, part.component, self.classifiers)
+        counts = [FilterCounts(name) for name, _ in steps]
         languages: Counter[str] = Counter()
         raw = {"documents": 0, "bytes": 0}
         kept_path, dropped_path = f"documents/{rank:05d}.jsonl.zst", f"dropped/{rank:05d}.jsonl.zst"
         with PartWriter(self.folder / kept_path) as kept, PartWriter(self.folder / dropped_path) as dropped:
             for found in read_part(part, self.recipe, reading):
                 document = Document(found.text, found.name)
-                document.metadata["side"] = side_of(found.name, self.recipe)
+                document.metadata["side"] = split_of(found.name, self.recipe)
                 size = len(found.text.encode())
                 raw["documents"] += 1
                 raw["bytes"] += size
@@ -81,7 +81,7 @@ class Filter:
                     if reason:
                         count.dropped[reason] += 1
                         why = {"component": part.component, "step": name, "reason": reason, "bytes": size}
-                        dropped.add(before[:SHOWN], document.id, why)
+                        dropped.add(before[:SAMPLE_CHARACTERS], document.id, why)
                         break
                     size = size if document.text is before else len(document.text.encode())
                     count.documents_out += 1
@@ -106,7 +106,7 @@ class Filter:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainClassifiers:
+class ClassifierStage:
     """Task: the model of the quality step with this number, from documents before any step -> quality-PLACE.bin."""
 
     recipe: Recipe
@@ -131,6 +131,6 @@ class TrainClassifiers:
             (document.name, document.text)
             for part in parts
             for document in read_part(part, self.recipe, Reading())
-            if side_of(document.name, self.recipe) == "train"
+            if split_of(document.name, self.recipe) == "train"
         )
         return sample_texts(texts, count, self.recipe.corpus.seed)

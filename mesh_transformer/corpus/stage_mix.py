@@ -18,7 +18,7 @@ import xxhash
 
 from mesh_transformer.corpus.parts import read_documents
 from mesh_transformer.corpus.recipe import Recipe
-from mesh_transformer.corpus.stage_filter import SIDES
+from mesh_transformer.corpus.stage_filter import SPLITS
 from mesh_transformer.data.shards import ShardWriter, token_dtype
 from mesh_transformer.data.tokenizers import load_tokenizer
 
@@ -30,7 +30,7 @@ INDEX = np.dtype([("key", "<u8"), ("start", "<u8"), ("length", "<u4")])
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokenise:
+class TokenizationStage:
     """Task: the documents of one part -> runs/SIDE-RANK-RUN.bin and .npy."""
 
     recipe: Recipe
@@ -47,7 +47,7 @@ class Tokenise:
         epochs = self.epochs[component]
         record: dict[str, Any] = {"component": component, "outputs": {}}
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
-        for side in SIDES:
+        for side in SPLITS:
             count = {"documents": 0, "tokens": 0, "bytes": 0, "copies": 0, "copied_tokens": 0, "copied_bytes": 0}
             run = _Run(self.folder, f"runs/{side}-{rank:05d}", dtype, self.recipe.corpus.part_mb * TOKENS_PER_MB)
             path = self.selected / f"{side}/{component}-{rank:05d}.jsonl.zst"
@@ -129,7 +129,7 @@ def _batches(path: Path) -> Iterator[tuple[list[str], list[str]]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class WriteShards:
+class ShardStage:
     """Task: train (the whole mixture, shuffled) or heldout-COMPONENT (in order) -> NAME.bin, NAME.idx."""
 
     recipe: Recipe

@@ -12,12 +12,12 @@ import numpy as np
 from mesh_transformer.corpus.parts import PartWriter, read_documents
 from mesh_transformer.corpus.recipe import Recipe
 from mesh_transformer.corpus.stage_dedup import REMOVAL, hash_line, hash_text
-from mesh_transformer.corpus.stage_filter import SHOWN, SIDES
+from mesh_transformer.corpus.stage_filter import SAMPLE_CHARACTERS, SPLITS
 from mesh_transformer.corpus.stages import CorpusError
 
 
 @dataclasses.dataclass(frozen=True)
-class Select:
+class SelectionStage:
     """Task: one filtered part -> train/COMPONENT-RANK, heldout/COMPONENT-RANK, dropped/RANK, hashes/SIDE-RANK.npy."""
 
     recipe: Recipe
@@ -35,9 +35,9 @@ class Select:
         repeated = self._repeated()
         fields = ("documents_in", "bytes_in", "exact", "near", "duplicate_bytes", "emptied", "lines", "line_bytes")
         count: dict[str, int] = dict.fromkeys(fields, 0)
-        lengths: dict[str, Counter[int]] = {side: Counter() for side in SIDES}
-        hashes: dict[str, list[int]] = {side: [] for side in SIDES}
-        names = {side: f"{side}/{component}-{rank:05d}.jsonl.zst" for side in SIDES}
+        lengths: dict[str, Counter[int]] = {side: Counter() for side in SPLITS}
+        hashes: dict[str, list[int]] = {side: [] for side in SPLITS}
+        names = {side: f"{side}/{component}-{rank:05d}.jsonl.zst" for side in SPLITS}
         dropped_name = f"dropped/{rank:05d}.jsonl.zst"
         dropped = PartWriter(self.folder / dropped_name)
         writers = {side: PartWriter(self.folder / name) for side, name in names.items()}
@@ -52,7 +52,7 @@ class Select:
                     count[kind] += 1
                     count["duplicate_bytes"] += size
                     why |= {"step": "duplicates", "reason": f"{kind} duplicate", "of": kept}
-                    dropped.add(text[:SHOWN], record["id"], why)
+                    dropped.add(text[:SAMPLE_CHARACTERS], record["id"], why)
                     continue
                 if len(repeated):
                     text, cut = self._cut_lines(text, repeated)
@@ -61,7 +61,7 @@ class Select:
                     if not text.strip():
                         count["emptied"] += 1
                         dropped.add(
-                            record["text"][:SHOWN], record["id"], why | {"step": "lines", "reason": "nothing left"}
+                            record["text"][:SAMPLE_CHARACTERS], record["id"], why | {"step": "lines", "reason": "nothing left"}
                         )
                         continue
                 side = meta.pop("side")
@@ -76,7 +76,7 @@ class Select:
         out = sum(writer.documents for writer in writers.values()) + dropped.documents
         if out != count["documents_in"]:
             raise CorpusError(f"part {rank}: {count['documents_in']} documents in, {out} out and dropped")
-        sides = {side: {"documents": writers[side].documents, "bytes": writers[side].bytes} for side in SIDES}
+        sides = {side: {"documents": writers[side].documents, "bytes": writers[side].bytes} for side in SPLITS}
         return {"component": component, "count": count, "sides": sides, "lengths": lengths, "outputs": outputs}
 
     def _removals(self, rank: int) -> dict[int, tuple[str, list[int]]]:
@@ -105,7 +105,7 @@ class Select:
         return ("\n".join(line for i, line in enumerate(lines) if i not in gone), len(gone)) if gone else (text, 0)
 
 
-def prove_disjoint(folder: Path, parts: int) -> dict[str, int]:
+def check_disjoint(folder: Path, parts: int) -> dict[str, int]:
     """Counts of different texts on both sides; CorpusError if the final texts of both have one in common."""
     heldout = np.unique(np.concatenate([np.load(folder / f"hashes/heldout-{rank:05d}.npy") for rank in range(parts)]))
     trained = 0

@@ -33,14 +33,14 @@ from mesh_transformer.storage.atomic_files import link_file, replace_file
 logger.disable("datatrove")  # its log goes to the terminal, in every worker; a failed task says what is wrong itself
 
 Task = Callable[[int], dict[str, Any]]  # number of a part -> record; "outputs": {path below the stage: size, digest}
-Report = Callable[[str, int, int], None]  # name of the stage, parts done, parts in all
+ProgressFn = Callable[[str, int, int], None]  # name of the stage, parts done, parts in all
 
 
 class CorpusError(ValueError):
     """A corpus that is not complete, and why."""
 
 
-class Machines:
+class Executor:
     """Where tasks run: in this process, in processes of this machine, or on a cluster whose nodes all see the output."""
 
     def __init__(self, workers: int = 1, ray: str = "", slurm: Slurm | None = None):
@@ -106,7 +106,7 @@ def _note(path: Path, error: Exception) -> None:
         return
 
 
-def _run_here(executor: LocalPipelineExecutor, machines: Machines) -> None:
+def _run_here(executor: LocalPipelineExecutor, machines: Executor) -> None:
     """All parts of a local executor that are not made; raises what the first failing one raised and begins no others."""
     ranks = executor.get_incomplete_ranks(range(executor.tasks))
     if machines.workers == 1 or len(ranks) < 2:
@@ -128,7 +128,7 @@ def _run_here(executor: LocalPipelineExecutor, machines: Machines) -> None:
 
 
 def run_stage(
-    name: str, task: Task, tasks: int, folder: Path, machines: Machines, report: Report = lambda name, done, total: None
+    name: str, task: Task, tasks: int, folder: Path, executor: Executor, on_progress: ProgressFn = lambda name, done, total: None
 ) -> list[dict[str, Any]]:
     """Records of all parts of a stage, made now or before. Raises CorpusError if one is missing in the end."""
     if not tasks:
@@ -142,14 +142,14 @@ def run_stage(
             (folder / "log" / "completions" / f"{rank:05d}").touch()
         (folder / "failures" / f"{rank:05d}.txt").unlink(missing_ok=True)
     pipeline = [_Part(task, folder)]
-    with _watched(name, folder, tasks, report):
-        if machines.slurm:
-            run_on_slurm(pipeline, tasks, folder, machines.workers, machines.slurm)
-        elif machines.ray and tasks > 1:  # one part alone is not worth the way
-            run_on_ray(pipeline, tasks, folder, machines.workers, machines.ray)
+    with _watched(name, folder, tasks, on_progress):
+        if executor.slurm:
+            run_on_slurm(pipeline, tasks, folder, executor.workers, executor.slurm)
+        elif executor.ray and tasks > 1:  # one part alone is not worth the way
+            run_on_ray(pipeline, tasks, folder, executor.workers, executor.ray)
         else:
             executor = LocalPipelineExecutor(pipeline=pipeline, tasks=tasks, workers=1, logging_dir=str(folder / "log"))
-            _run_here(executor, machines)
+            _run_here(executor, executor)
     records = [_read_record(folder, rank) for rank in range(tasks)]
     lost = [rank for rank, record in enumerate(records) if record is None]
     if lost:
@@ -161,7 +161,7 @@ def run_stage(
     return [record for record in records if record is not None]
 
 
-def adopt_parts(folder: Path, inputs: Sequence[str], before: Sequence[Path]) -> None:
+def reuse_parts(folder: Path, inputs: Sequence[str], before: Sequence[Path]) -> None:
     """Parts that a stage made `before`, in other folders, from the same inputs become parts of it, under their number.
 
     Only of stages whose files are FOLDER/PART.SUFFIX, and whose records have "inputs".
@@ -187,7 +187,7 @@ def adopt_parts(folder: Path, inputs: Sequence[str], before: Sequence[Path]) -> 
 
 
 @contextmanager
-def _watched(name: str, folder: Path, tasks: int, report: Report) -> Iterator[None]:
+def _watched(name: str, folder: Path, tasks: int, report: ProgressFn) -> Iterator[None]:
     """Reports how many parts have their records while the block runs."""
     over = threading.Event()
 

@@ -60,7 +60,7 @@ _END = re.compile(r"[.!?][\"')\]]*\s+|\n\s*\n")
 
 
 @dataclasses.dataclass(frozen=True)
-class Survey:
+class SurveyStage:
     """Task: the training documents of one part -> sample/RANK.jsonl.zst, and counts around pronouns in the record."""
 
     recipe: Recipe

@@ -23,7 +23,7 @@ import tokenizers as hf
 from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.data.vocabularies import make_library
 
-GUARD = "\ufdd0"  # Unicode reserves it for use inside programs: breaks marks in messages, and is never encoded
+ESCAPE = "\ufdd0"  # Unicode reserves it for use inside programs: breaks marks in messages, and is never encoded
 ONLY = "default"  # name of the template that is meant where none is named
 _SHOWN = 300  # characters of a template's complaint
 # The attributes of a tokenizer that templates know.
@@ -34,11 +34,11 @@ class ChatError(ValueError):
     """Messages that make no prompt; the message says why."""
 
 
-class NoTemplate(ChatError):
+class NoChatTemplate(ChatError):
     """The model has none."""
 
 
-class Chats:
+class ChatTemplate:
     """The template of one model."""
 
     def __init__(self, tokenizer: Tokenizer, meta: Mapping[str, Any], *, n_vocab: int):
@@ -51,7 +51,7 @@ class Chats:
         self._end, self._ids, self._n_vocab = tokenizer.end_of_text, meta.get("special_ids") or {}, n_vocab
 
     @functools.cached_property
-    def template(self) -> str | None:
+    def source(self) -> str | None:
         """Its source; None without one. A file of its own counts more than what the settings hold, one or several by name."""
         own = self._carried.get("chat_template.jinja")
         found = self._config.get("chat_template") if own is None else own
@@ -72,7 +72,7 @@ class Chats:
         return list(dict.fromkeys(i for i in found if isinstance(i, int) and 0 <= i < self._n_vocab))
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt in which an answer is to follow, for `encode`: marks in `messages` are broken by GUARD.
+        """The prompt in which an answer is to follow, for `encode`: marks in `messages` are broken by ESCAPE.
 
         Raises ChatError: no template, no messages, or a template that refuses these or fails.
         """
@@ -96,7 +96,7 @@ class Chats:
             ids = library.encode(prompt, add_special_tokens=False).ids
         except TypeError:  # what the library makes of lone surrogates
             raise ChatError("the prompt is not Unicode: it has lone surrogates") from None
-        guard = library.token_to_id(GUARD)
+        guard = library.token_to_id(ESCAPE)
         kept = [i for i in ids if i != guard]
         if not kept:
             raise ChatError("the chat template writes nothing for these messages")
@@ -104,10 +104,10 @@ class Chats:
 
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:
-        if self.template is None:
-            raise NoTemplate("this model has no chat template: it continues texts; ask /v1/completions")
+        if self.source is None:
+            raise NoChatTemplate("this model has no chat template: it continues texts; ask /v1/completions")
         try:
-            return _make_environment().from_string(self.template)
+            return _make_environment().from_string(self.source)
         except jinja2.TemplateError as error:
             raise ChatError(f"this model's chat template cannot be read: {_shorten(error)}") from None
 
@@ -120,7 +120,7 @@ class Chats:
         marks = {token.content for token in library.get_added_tokens_decoder().values()}
         # What the files call special but the vocabulary does not; what is no token of it stays text.
         more = [name for name in self._special.values() if name not in marks and library.token_to_id(name) is not None]
-        library.add_special_tokens([hf.AddedToken(name, normalized=False, special=True) for name in [*more, GUARD]])
+        library.add_special_tokens([hf.AddedToken(name, normalized=False, special=True) for name in [*more, ESCAPE]])
         return library
 
     @functools.cached_property
@@ -130,7 +130,7 @@ class Chats:
         names = {
             token.content
             for token in added
-            if token.special or (token.content in (self.template or "") and token.content.strip())
+            if token.special or (token.content in (self.source or "") and token.content.strip())
         }
         whole = sorted(
             (name for name in names if len(name) > 1), key=len, reverse=True
@@ -138,7 +138,7 @@ class Chats:
         return re.compile("|".join(map(re.escape, whole)) or "(?!)")
 
     def _break_marks(self, text: str) -> str:
-        if GUARD in text:
+        if ESCAPE in text:
             raise ChatError("a message has U+FDD0, which is no character")
         while self._marks.search(text):  # until none is left, for what is left of one may be another
             text = self._marks.sub(lambda found: _break(found[0]), text)
@@ -203,7 +203,7 @@ def _tell_time(format: str) -> str:
 
 
 def _break(mark: str) -> str:
-    return mark[0] + GUARD + mark[1:]
+    return mark[0] + ESCAPE + mark[1:]
 
 
 def _shorten(error: Exception) -> str:

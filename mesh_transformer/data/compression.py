@@ -11,7 +11,7 @@ from typing import Any
 
 import zstandard
 
-from mesh_transformer.data.errors import Flaw
+from mesh_transformer.data.errors import DocumentError
 
 COMPRESSED = {".gz", ".zst"}
 _PIECE = 1 << 10  # compressed bytes per step: zstd expands one step to at most about 32,000 times as much
@@ -20,7 +20,7 @@ _LONGEST = 1 << 30  # bytes of one document; more is damage or an attack on memo
 
 
 def read_chunks(file: Path, compressed: str | None) -> Iterator[bytes]:
-    """Contents of a file; `compressed` is its suffix in COMPRESSED, or None. Raises Flaw at damage."""
+    """Contents of a file; `compressed` is its suffix in COMPRESSED, or None. Raises DocumentError at damage."""
     with open(file, "rb", buffering=_CHUNK) as stream:
         if compressed is None:
             yield from iter(partial(stream.read, _CHUNK), b"")
@@ -32,7 +32,7 @@ def split_lines(chunks: Iterator[bytes], longest: int | None = None) -> Iterator
     """Lines without their ends; the piece behind the last line end only if the chunks come to a good end.
 
     Of a line with more than `longest` bytes the first longest + 1 come, and no more of it is ever held; without a
-    `longest` it raises Flaw if a line is longer than any real document.
+    `longest` it raises DocumentError if a line is longer than any real document.
     """
     pending: list[bytes] = []
     length = 0
@@ -55,9 +55,9 @@ def split_lines(chunks: Iterator[bytes], longest: int | None = None) -> Iterator
 
 
 def check_length(length: int) -> None:
-    """Raises Flaw if a document of `length` bytes is longer than any real one."""
+    """Raises DocumentError if a document of `length` bytes is longer than any real one."""
     if length > _LONGEST:
-        raise Flaw("too long", f"more than {_LONGEST:,} bytes in one document; are its lines documents (.jsonl)?")
+        raise DocumentError("too long", f"more than {_LONGEST:,} bytes in one document; are its lines documents (.jsonl)?")
 
 
 def _decompress(pieces: Iterator[bytes], suffix: str) -> Iterator[bytes]:
@@ -80,15 +80,15 @@ def _decompress(pieces: Iterator[bytes], suffix: str) -> Iterator[bytes]:
             except (zstandard.ZstdError, zlib.error) as error:
                 where = f"near byte {offset:,} (frame from byte {start:,})"
                 remedy = "; compress with a window of at most 128 MiB (--long=27)" if "memory" in str(error) else ""
-                raise Flaw("damaged archive", f"damaged archive {where}: {error}{remedy}") from None
+                raise DocumentError("damaged archive", f"damaged archive {where}: {error}{remedy}") from None
             rest = decoder.unused_data if decoder.eof else b""
             decoder = None if decoder.eof else decoder
         offset += len(piece)
     if decoder is not None:
         detail = f"truncated archive: breaks off at byte {offset:,}, inside the frame that starts at byte {start:,}"
-        raise Flaw("truncated archive", detail)
+        raise DocumentError("truncated archive", detail)
     if not offset:
-        raise Flaw("empty file", "an empty archive; was it written to its end?")
+        raise DocumentError("empty file", "an empty archive; was it written to its end?")
 
 
 class ChunkStream(io.RawIOBase):

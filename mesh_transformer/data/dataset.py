@@ -13,8 +13,8 @@ import numpy as np
 from mesh_transformer.config import Config, ConfigError, SourceConfig
 from mesh_transformer.data import span_corruption
 from mesh_transformer.data.errors import DataError
-from mesh_transformer.data.loader import Batch, Loader, Source, count_evaluation_batches, evaluation_batches
-from mesh_transformer.data.shard_builder import Built, build_shards
+from mesh_transformer.data.loader import Batch, Loader, Dataset, count_evaluation_batches, evaluation_batches
+from mesh_transformer.data.shard_builder import BuiltShards, build_shards
 from mesh_transformer.data.shards import TokenShard
 from mesh_transformer.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -35,12 +35,12 @@ class Data(NamedTuple):
     tokenizer: Tokenizer
     train: Loader
     validation: dict[str, ValidationSet]
-    built: dict[str, Built]  # the training side of every source
+    training_shards: dict[str, BuiltShards]  # the training side of every source
     notes: list[str]  # documents left out
 
 
 def open_data(
-    config: Config, *, report: Callable[[str, int, int, float], None] = lambda name, done, total, seconds: None
+    config: Config, *, on_progress: Callable[[str, int, int, float], None] = lambda name, done, total, seconds: None
 ) -> Data:
     """Shards made or found, and everything that reads them. `report` gets (source, bytes done, in all, seconds).
 
@@ -52,25 +52,25 @@ def open_data(
             f"model.n_vocab={config.model.n_vocab} is smaller than the tokenizer's {tokenizer.n_vocab} entries "
             f"({config.data.tokenizer}); set model.n_vocab={_round_up(tokenizer.n_vocab, 64)}"
         )
-    training: dict[str, Built] = {}
-    heldout: dict[str, Built] = {}
+    training: dict[str, BuiltShards] = {}
+    heldout: dict[str, BuiltShards] = {}
     for name, source in config.data.train.items():
-        sides = _build(config, name, source, tokenizer, config.data.holdout_one_in, report)
+        sides = _build(config, name, source, tokenizer, config.data.holdout_one_in, on_progress)
         training[name] = sides["train"]
         if "heldout" in sides:
             heldout[name] = sides["heldout"]
     for name, source in config.data.validation.items():
-        heldout[name] = _build(config, name, source, tokenizer, 0, report)["train"]
+        heldout[name] = _build(config, name, source, tokenizer, 0, on_progress)["train"]
     sources = [
-        Source(name, TokenShard(built.prefix), config.data.train[name].weight) for name, built in training.items()
+        Dataset(name, TokenShard(built.prefix), config.data.train[name].weight) for name, built in training.items()
     ]
     hiding = None
     if config.model.n_encoder_layers is not None:
         tokenizer = span_corruption.SentinelTokenizer(tokenizer, config.model.n_vocab)
-        hiding = span_corruption.make_spans(config, tokenizer)
-    loader = (Loader if hiding is None else partial(span_corruption.SpanLoader, hiding))(
+        hiding = span_corruption.make_span_corruption(config, tokenizer)
+    loader = (Loader if hiding is None else partial(span_corruption.SpanCorruptionLoader, hiding))(
         sources,
-        seq_len=config.model.seq_len if hiding is None else hiding.length,
+        seq_len=config.model.seq_len if hiding is None else hiding.text_len,
         n_vocab=config.model.n_vocab,
         seed=config.run.seed,
         end_of_text=tokenizer.end_of_text,
@@ -83,17 +83,17 @@ def open_data(
     return Data(tokenizer, loader, validation, training, notes)
 
 
-def look(config: Config, data: Data, count: int) -> str:
+def preview_sequences(config: Config, data: Data, count: int) -> str:
     """The first `count` training sequences as text with their statistics, and the totals, for a person to read."""
     lines = []
     for index in range(count):
-        source, sequence = data.train.find_sequence(index)
+        source, sequence = data.train.locate(index)
         batch = data.train.batch(index, 1)
         tokens = batch.tokens[0]
         text = data.tokenizer.decode(tokens)
-        if isinstance(data.train, span_corruption.SpanLoader):
-            tokens = batch.sources[0]
-            sides = (data.tokenizer.decode(side[0].tolist()) for side in (batch.sources, batch.targets))
+        if isinstance(data.train, span_corruption.SpanCorruptionLoader):
+            tokens = batch.encoder_tokens[0]
+            sides = (data.tokenizer.decode(side[0].tolist()) for side in (batch.encoder_tokens, batch.targets))
             text = "\n--- to write\n".join(sides)
         ends = int(np.sum(tokens == data.tokenizer.end_of_text))
         n_bytes = len(data.tokenizer.decode_bytes(token for token in tokens if token != data.tokenizer.end_of_text))
@@ -103,7 +103,7 @@ def look(config: Config, data: Data, count: int) -> str:
         )
         lines.append(text)
     lines.append("--- totals")
-    for name, built in data.built.items():
+    for name, built in data.training_shards.items():
         lines.append(f"{name}: {built.n_documents:,} documents, {built.n_tokens:,} tokens, {built.n_bytes:,} bytes")
     for name, held in data.validation.items():
         lines.append(f"held out from training, {name}: {held.n_tokens:,} tokens, {held.n_bytes:,} bytes")
@@ -122,7 +122,7 @@ def _build(
     tokenizer: Tokenizer,
     holdout: int,
     report: Callable[[str, int, int, float], None],
-) -> dict[str, Built]:
+) -> dict[str, BuiltShards]:
     try:
         return build_shards(
             source.path,
@@ -132,7 +132,7 @@ def _build(
             holdout=holdout,
             on_bad=config.data.on_bad_document,
             workers=os.cpu_count() or 1,
-            report=lambda done, total, seconds: report(name, done, total, seconds),
+            on_progress=lambda done, total, seconds: report(name, done, total, seconds),
         )
     except DataError as error:
         raise DataError(f"data source {name!r}: {error}") from error
@@ -149,7 +149,7 @@ def _check_epochs(config: Config, loader: Loader) -> None:
 
 
 def _open_validation(
-    config: Config, built: Built, tokenizer: Tokenizer, hiding: span_corruption.Spans | None
+    config: Config, built: BuiltShards, tokenizer: Tokenizer, hiding: span_corruption.SpanCorruption | None
 ) -> ValidationSet:
     shard = TokenShard(built.prefix)
     if hiding is not None:
@@ -171,21 +171,21 @@ def _open_validation(
     )
 
 
-def _open_hidden(config: Config, built: Built, shard: TokenShard, hiding: span_corruption.Spans) -> ValidationSet:
+def _open_hidden(config: Config, built: BuiltShards, shard: TokenShard, hiding: span_corruption.SpanCorruption) -> ValidationSet:
     """What is to be written counts, and the share of the bytes that it stands for; compressors see other text."""
-    sequences = shard.n_tokens // hiding.length
+    sequences = shard.n_tokens // hiding.text_len
     if sequences < 1:
         raise DataError(
-            f"{built.prefix}: {shard.n_tokens:,} held-out tokens are less than one sequence of {hiding.length}; "
+            f"{built.prefix}: {shard.n_tokens:,} held-out tokens are less than one sequence of {hiding.text_len}; "
             "lower data.holdout_one_in or model.seq_len"
         )
     return ValidationSet(
-        batches=lambda rows: span_corruption.evaluation_batches(
+        batches=lambda rows: span_corruption.span_evaluation_batches(
             shard, hiding, batch_size=config.train.batch_size, rows=rows
         ),
         n_batches=math.ceil(sequences / config.train.batch_size),
         n_tokens=sequences * hiding.target_len,
-        n_bytes=max(round(built.n_bytes * sequences * hiding.hidden / shard.n_tokens), 1),
+        n_bytes=max(round(built.n_bytes * sequences * hiding.n_noise_tokens / shard.n_tokens), 1),
         text=lambda: b"",
     )
 

@@ -13,10 +13,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from mesh_transformer.checkpoint.object_store_backend import RemoteFolder
+from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.storage.errors import CheckpointError
-from mesh_transformer.storage.paths import RemotePath, read_blocks, to_place
+from mesh_transformer.storage.paths import RemotePath, read_blocks, parse_path
 
 SHARD = (".bin", ".idx")
 
@@ -26,12 +26,12 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def fetch_source(url: str, cache_dir: str | Path, report: Callable[[int, int], None] = lambda done, total: None) -> str:
+def download_dataset(url: str, cache_dir: str | Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> str:
     """The path of this machine where the source at `url` lies now; DataError if it cannot be had. `report` gets bytes."""
     folder = Path(os.path.expanduser(cache_dir)) / "fetched" / hashlib.sha256(url.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        place = to_place(url.removesuffix(SHARD[0]).removesuffix(SHARD[1]))
+        place = parse_path(url.removesuffix(SHARD[0]).removesuffix(SHARD[1]))
         assert isinstance(place, RemotePath), "it has a scheme"
         with open(folder.with_name(folder.name + ".lock"), "w") as lock:  # the host's other processes wait
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -41,7 +41,7 @@ def fetch_source(url: str, cache_dir: str | Path, report: Callable[[int, int], N
             for name, (size, changed) in files.items():
                 _fetch(root / name, folder / name, size, changed)
                 done += size
-                report(done, total)
+                on_progress(done, total)
             _remove_others(folder, {folder / name for name in files})
     except (CheckpointError, OSError) as error:
         raise DataError(f"{url}: cannot be fetched: {error}") from error
@@ -51,7 +51,7 @@ def fetch_source(url: str, cache_dir: str | Path, report: Callable[[int, int], N
 
 def _find(place: RemotePath) -> tuple[RemotePath, dict[str, tuple[int, float]]]:
     """The folder of the source's files, and size and time of change of each by its name in it."""
-    near = RemoteFolder(place.parent).list_files()
+    near = ObjectStoreBackend(place.parent).list_files()
     alone = {name: near[name] for name in (place.name, *(place.name + end for end in SHARD)) if name in near}
     if alone and place.name not in alone and len(alone) < len(SHARD):
         raise DataError(f"{place}: {next(iter(alone))} is there, but a shard is a pair of .bin and .idx")

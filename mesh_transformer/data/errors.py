@@ -19,7 +19,7 @@ class Document(NamedTuple):
     name: str
 
 
-class BadDocuments:
+class SkippedDocuments:
     """Counts what was left out, by kind of damage, with the first few messages of each kind."""
 
     def __init__(self) -> None:
@@ -38,20 +38,20 @@ class BadDocuments:
         if len(examples) < _EXAMPLES:
             examples.append(message)
 
-    def merge(self, other: "BadDocuments") -> None:
+    def merge(self, other: "SkippedDocuments") -> None:
         """Add what another process counted."""
         self.counts.update(other.counts)
         for kind, messages in other.examples.items():
             examples = self.examples.setdefault(kind, [])
             examples.extend(messages[: _EXAMPLES - len(examples)])
 
-    def format_report(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """One line for each kind, most frequent first: count, kind, first example; empty if nothing was left out."""
         counts = self.counts.most_common()
         return [f"left out {count:,} ({kind}), first {self.examples[kind][0]}" for kind, count in counts]
 
 
-class Flaw(Exception):
+class DocumentError(Exception):
     """Damage at a line (None: the whole file); formats yield one for a line and raise one for the rest of a file."""
 
     def __init__(self, kind: str, detail: str, line: int | None = None) -> None:

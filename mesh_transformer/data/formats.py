@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh_transformer.data.compression import COMPRESSED, check_length, read_chunks, split_lines
-from mesh_transformer.data.errors import DataError, Flaw
+from mesh_transformer.data.errors import DataError, DocumentError
 
 _LINES = {".jsonl", ".ndjson", ".json"}
 _REMEDIES = {
@@ -20,17 +20,17 @@ _REMEDIES = {
     **dict.fromkeys((".bin", ".idx"), "a token shard; name the pair by its prefix, without .bin or .idx"),
 }
 
-Item = tuple[int | None, str | Flaw]  # line or row, its text or what is wrong with it
+Item = tuple[int | None, str | DocumentError]  # line or row, its text or what is wrong with it
 
 
-def read_items(file: Path, text_key: str, longest: int | None = None) -> Iterator[Item]:
-    """Every item of a file; damage that ends the reading comes as the last one, a line of more bytes as a Flaw."""
+def read_items(file: Path, text_key: str, max_bytes: int | None = None) -> Iterator[Item]:
+    """Every item of a file; damage that ends the reading comes as the last one, a line of more bytes as a DocumentError."""
     try:
-        yield from _pick_reader(file, text_key, longest)()
-    except Flaw as flaw:
+        yield from _pick_reader(file, text_key, max_bytes)()
+    except DocumentError as flaw:
         yield flaw.line, flaw
     except OSError as error:
-        yield None, Flaw("unreadable file", f"cannot be read: {error.strerror or error}")
+        yield None, DocumentError("unreadable file", f"cannot be read: {error.strerror or error}")
 
 
 def _pick_reader(file: Path, text_key: str, longest: int | None) -> Callable[[], Iterator[Item]]:
@@ -38,10 +38,10 @@ def _pick_reader(file: Path, text_key: str, longest: int | None) -> Callable[[],
     compressed = suffixes[-1] if suffixes and suffixes[-1] in COMPRESSED else None
     kind = "".join((suffixes[:-1] if compressed else suffixes)[-1:])
     if kind in _REMEDIES:
-        raise Flaw("unreadable type", f"{kind} is {_REMEDIES[kind]}")
+        raise DocumentError("unreadable type", f"{kind} is {_REMEDIES[kind]}")
     if kind == ".parquet":
         if compressed:
-            raise Flaw("unreadable type", "Parquet inside an archive; decompress it first")
+            raise DocumentError("unreadable type", "Parquet inside an archive; decompress it first")
         return partial(_read_parquet, file, text_key)
     if kind in _LINES:
         return partial(_read_lines, read_chunks(file, compressed), text_key, longest)
@@ -67,13 +67,13 @@ def _read_lines(chunks: Iterator[bytes], text_key: str, longest: int | None) -> 
             continue
         try:
             if longest is not None and len(line) > longest:
-                raise Flaw("too long", f"more than {longest:,} bytes")
+                raise DocumentError("too long", f"more than {longest:,} bytes")
             item = _parse_line(line, text_key)
-        except Flaw as flaw:
+        except DocumentError as flaw:
             item = flaw
         yield number, item
     if not number:
-        raise Flaw("empty file", "an empty file; was it written to its end?")
+        raise DocumentError("empty file", "an empty file; was it written to its end?")
 
 
 def _read_parquet(file: Path, text_key: str) -> Iterator[Item]:
@@ -87,7 +87,7 @@ def _read_parquet(file: Path, text_key: str) -> Iterator[Item]:
         table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
         names = table.schema_arrow.names
         if text_key not in names:
-            raise Flaw("no text", f"no column {text_key!r}; columns here: {_list(names)} (text_key chooses one)")
+            raise DocumentError("no text", f"no column {text_key!r}; columns here: {_list(names)} (text_key chooses one)")
         for batch in table.iter_batches(batch_size=256, columns=[text_key]):
             for value in batch.column(0):
                 row += 1
@@ -96,16 +96,16 @@ def _read_parquet(file: Path, text_key: str) -> Iterator[Item]:
         if getattr(error, "errno", None):
             raise
         detail = " ".join(str(error).split())
-        raise Flaw("broken Parquet", f"not a whole Parquet file: {detail}", row or None) from None
+        raise DocumentError("broken Parquet", f"not a whole Parquet file: {detail}", row or None) from None
 
 
-def _check_value(value: Any) -> str | Flaw:
+def _check_value(value: Any) -> str | DocumentError:
     """The text of one cell of a Parquet column."""
     try:
         return _check_text(value.as_py())
     except UnicodeDecodeError as error:
-        return Flaw("bad UTF-8", f"byte {error.start} of the text is not UTF-8")
-    except Flaw as flaw:
+        return DocumentError("bad UTF-8", f"byte {error.start} of the text is not UTF-8")
+    except DocumentError as flaw:
         return flaw
 
 
@@ -115,48 +115,48 @@ def _parse_line(line: bytes, text_key: str) -> str:
     try:
         record = json.loads(source)
     except RecursionError:
-        raise Flaw("broken JSON", "JSON nested too deeply") from None
+        raise DocumentError("broken JSON", "JSON nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise Flaw("broken JSON", f"not one JSON object per line: {error.msg}, column {error.pos + 1}") from None
+        raise DocumentError("broken JSON", f"not one JSON object per line: {error.msg}, column {error.pos + 1}") from None
     except ValueError as error:  # an integer of thousands of digits
-        raise Flaw("broken JSON", f"JSON that cannot be read: {error}") from None
+        raise DocumentError("broken JSON", f"JSON that cannot be read: {error}") from None
     if not isinstance(record, dict):
         kind = {list: "a list", str: "a string", type(None): "null"}.get(type(record), "a number or boolean")
-        raise Flaw("not an object", f"{kind} where a JSON object with {text_key!r} is wanted, one per line")
+        raise DocumentError("not an object", f"{kind} where a JSON object with {text_key!r} is wanted, one per line")
     if text_key not in record:
-        raise Flaw("no text", f"no key {text_key!r}; keys here: {_list(list(record))} (text_key chooses one)")
+        raise DocumentError("no text", f"no key {text_key!r}; keys here: {_list(list(record))} (text_key chooses one)")
     return _check_text(record[text_key])
 
 
 def _check_text(text: object) -> str:
     if not isinstance(text, str):
-        raise Flaw("not text", f"{'null' if text is None else type(text).__name__} where text is wanted")
+        raise DocumentError("not text", f"{'null' if text is None else type(text).__name__} where text is wanted")
     check_characters(text)
     return text
 
 
 def check_characters(text: str) -> None:
-    """Raises Flaw at NUL and at a lone surrogate."""
+    """Raises DocumentError at NUL and at a lone surrogate."""
     nul = text.find("\0")
     if nul >= 0:
         line = text.count("\n", 0, nul) + 1
-        raise Flaw("NUL", f"NUL at character {nul} (line {line} of the text): binary or damaged, not text")
+        raise DocumentError("NUL", f"NUL at character {nul} (line {line} of the text): binary or damaged, not text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
-        raise Flaw("lone surrogate", f"lone surrogate {code} at character {error.start}: not Unicode") from None
+        raise DocumentError("lone surrogate", f"lone surrogate {code} at character {error.start}: not Unicode") from None
 
 
 def decode_utf8(data: bytes) -> str:
-    """Text of UTF-8; raises Flaw with the line of what is not."""
+    """Text of UTF-8; raises DocumentError with the line of what is not."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         hint = "UTF-16; convert it" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "binary, damaged or another encoding"
         detail = f"byte {error.start} (0x{data[error.start]:02x}) is not UTF-8: {hint}"
-        raise Flaw("bad UTF-8", detail, line if b"\n" in data else None) from None
+        raise DocumentError("bad UTF-8", detail, line if b"\n" in data else None) from None
 
 
 def decode_python(data: bytes) -> str:
@@ -166,7 +166,7 @@ def decode_python(data: bytes) -> str:
         return data.decode(encoding)
     except (SyntaxError, LookupError, ValueError) as error:
         why = " ".join(str(error).split())
-        raise Flaw("bad encoding", f"not Python source in UTF-8 or its declared encoding: {why}") from None
+        raise DocumentError("bad encoding", f"not Python source in UTF-8 or its declared encoding: {why}") from None
 
 
 def _list(names: list[str]) -> str:

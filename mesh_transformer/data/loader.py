@@ -4,7 +4,7 @@
 
 A source's sequence j is its tokens j T to (j + 1) T, and the same shifted by one as targets (T = seq_len; only the last
 partial sequence is dropped). Sequences are shuffled anew in each pass by Grain; sources are mixed in a fixed pattern
-that repeats every MIX_SLOTS sequences and has every source's share exactly (to 1 / MIX_SLOTS). Any process can make
+that repeats every MIXTURE_PERIOD sequences and has every source's share exactly (to 1 / MIXTURE_PERIOD). Any process can make
 any part of any batch, so resuming needs the step alone.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.data.shards import TokenShard
 
-MIX_SLOTS = 4096
+MIXTURE_PERIOD = 4096
 
 
 class Batch(NamedTuple):
@@ -31,13 +31,13 @@ class Batch(NamedTuple):
 
     tokens: Any  # int32 [B, T]
     targets: Any  # int32 [B, T], tokens shifted by one
-    segments: Any  # int32 [B, T], 1, 2, ... per document if documents are isolated, else 1
+    segment_ids: Any  # int32 [B, T], 1, 2, ... per document if documents are isolated, else 1
     positions: Any  # int32 [B, T], from 0 in every sequence, and in every document if isolated
     mask: Any  # float32 [B, T], weight in the loss
-    sources: Any = None  # int32 [B, S], what an encoder reads
+    encoder_tokens: Any = None  # int32 [B, S], what an encoder reads
 
 
-class Source(NamedTuple):
+class Dataset(NamedTuple):
     """A shard and its share of the mixture."""
 
     name: str
@@ -50,7 +50,7 @@ class Loader:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        datasets: Sequence[Dataset],
         *,
         seq_len: int,
         n_vocab: int,
@@ -59,21 +59,21 @@ class Loader:
         shuffle: bool = True,
         isolate_documents: bool = False,
     ):
-        self.sources, self.seq_len, self.n_vocab, self.end_of_text = list(sources), seq_len, n_vocab, end_of_text
+        self.sources, self.seq_len, self.n_vocab, self.end_of_text = list(datasets), seq_len, n_vocab, end_of_text
         self.isolate_documents = isolate_documents
-        self.lengths = [(source.shard.n_tokens - 1) // seq_len for source in sources]
-        for source, length in zip(sources, self.lengths, strict=True):
+        self.lengths = [(source.shard.n_tokens - 1) // seq_len for source in datasets]
+        for source, length in zip(datasets, self.lengths, strict=True):
             if length < 1:
                 raise DataError(
                     f"{source.name}: {source.shard.n_tokens:,} tokens are less than one sequence of {seq_len} and its target; "
                     "add text, or lower model.seq_len"
                 )
         self._orders = [_make_order(length, seed + i, shuffle) for i, length in enumerate(self.lengths)]
-        self._slots, self._ranks, self._shares = _make_pattern([source.weight for source in sources])
+        self._slots, self._ranks, self._shares = _make_pattern([source.weight for source in datasets])
         identity = [
             [
                 (source.name, source.shard.n_tokens, source.shard.n_documents, _digest(source.shard), source.weight)
-                for source in sources
+                for source in datasets
             ],
             [seq_len, seed, shuffle, isolate_documents],
         ]
@@ -84,22 +84,22 @@ class Loader:
     def batch(self, first: int, size: int, rows: Iterable[int] | None = None) -> Batch:
         """Sequences `first` to `first + size` of the run, or those `rows` of them that a process feeds."""
         wanted = range(size) if rows is None else rows
-        return self.read_sequences([self.find_sequence(first + row) for row in wanted])
+        return self.read_sequences([self.locate(first + row) for row in wanted])
 
     def read_sequences(self, sequences: Iterable[tuple[int, int]]) -> Batch:
         """The batch of these: (source, its sequence) of each."""
         return make_batch([self._read(*row) for row in sequences])
 
-    def find_sequence(self, index: int) -> tuple[int, int]:
+    def locate(self, index: int) -> tuple[int, int]:
         """(source, its sequence) of sequence `index` of the run."""
-        block, slot = divmod(index, MIX_SLOTS)
+        block, slot = divmod(index, MIXTURE_PERIOD)
         source = int(self._slots[slot])
         return source, self._number_at(source, block * self._shares[source] + int(self._ranks[slot]))
 
     def epochs(self, n_sequences: int) -> float:
         """Passes over the source that has been seen most often, after so many sequences of the run."""
         shares = [
-            n_sequences * share / MIX_SLOTS / length for share, length in zip(self._shares, self.lengths, strict=True)
+            n_sequences * share / MIXTURE_PERIOD / length for share, length in zip(self._shares, self.lengths, strict=True)
         ]
         return max(shares)
 
@@ -112,7 +112,7 @@ class Loader:
         """The source's sequence at a place of its endless order."""
         return _at(self._orders[source], place)
 
-    def _read(self, source: int, sequence: int) -> "Row":
+    def _read(self, source: int, sequence: int) -> "PackedSequence":
         shard, start = self.sources[source].shard, sequence * self.seq_len
         tokens = np.asarray(shard.tokens[start : start + self.seq_len + 1], np.int32)
         if tokens.max() >= self.n_vocab or tokens.min() < 0:
@@ -121,10 +121,10 @@ class Loader:
                 f"{shard.prefix}: document {int(shard.documents_at(np.asarray(place)))} holds token {shard.tokens[place]}, but "
                 f"model.n_vocab is {self.n_vocab}; the shard was made with another tokenizer, or n_vocab is too small"
             )
-        return make_row(tokens, shard, start, isolate_documents=self.isolate_documents)
+        return pack_sequence(tokens, shard, start, isolate_documents=self.isolate_documents)
 
 
-class Row(NamedTuple):
+class PackedSequence(NamedTuple):
     """One sequence: seq_len + 1 tokens, and for the first seq_len of them document and position."""
 
     tokens: np.ndarray
@@ -132,18 +132,18 @@ class Row(NamedTuple):
     positions: np.ndarray
 
 
-def make_row(tokens: np.ndarray, shard: TokenShard, start: int, *, isolate_documents: bool) -> Row:
+def pack_sequence(tokens: np.ndarray, shard: TokenShard, start: int, *, isolate_documents: bool) -> PackedSequence:
     """The row of tokens [T + 1] that begins at place `start` of a shard."""
     places = np.arange(start, start + len(tokens) - 1)
     if not isolate_documents:
-        return Row(tokens, np.ones(len(places), np.int32), np.arange(len(places), dtype=np.int32))
+        return PackedSequence(tokens, np.ones(len(places), np.int32), np.arange(len(places), dtype=np.int32))
     documents = shard.documents_at(places)
     begins = np.concatenate([[True], documents[1:] != documents[:-1]])
     first = np.maximum.accumulate(np.where(begins, np.arange(len(places)), 0))
-    return Row(tokens, np.cumsum(begins).astype(np.int32), (np.arange(len(places)) - first).astype(np.int32))
+    return PackedSequence(tokens, np.cumsum(begins).astype(np.int32), (np.arange(len(places)) - first).astype(np.int32))
 
 
-def make_batch(rows: Sequence[Row]) -> Batch:
+def make_batch(rows: Sequence[PackedSequence]) -> Batch:
     """A batch of whole rows."""
     tokens = np.stack([row.tokens for row in rows])
     segments = np.stack([row.segments for row in rows])
@@ -170,7 +170,7 @@ def evaluation_batches(
             tokens = np.zeros(seq_len + 1, np.int32)
             part = shard.tokens[start : start + seq_len + 1]
             tokens[: len(part)] = part
-            made.append(make_row(tokens, shard, start, isolate_documents=isolate_documents))
+            made.append(pack_sequence(tokens, shard, start, isolate_documents=isolate_documents))
             masks.append(np.arange(seq_len) < len(part) - 1)
         yield make_batch(made)._replace(mask=np.stack(masks).astype(np.float32))
 
@@ -235,19 +235,19 @@ def _at(order: grain.MapDataset, place: int) -> int:
 
 
 def _make_pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Which source fills each of MIX_SLOTS slots, the how-manieth of its source each slot is, and slots per source.
+    """Which source fills each of MIXTURE_PERIOD slots, the how-manieth of its source each slot is, and slots per source.
 
     Each slot goes to the source furthest behind its share, so that any stretch is close to the mixture.
     """
     shares = np.asarray(weights, np.float64) / sum(weights)
-    slots, ranks, counts = np.zeros(MIX_SLOTS, np.int64), np.zeros(MIX_SLOTS, np.int64), np.zeros(len(shares), np.int64)
-    for slot in range(MIX_SLOTS):
+    slots, ranks, counts = np.zeros(MIXTURE_PERIOD, np.int64), np.zeros(MIXTURE_PERIOD, np.int64), np.zeros(len(shares), np.int64)
+    for slot in range(MIXTURE_PERIOD):
         source = int(np.argmax(shares * (slot + 1) - counts))
         slots[slot], ranks[slot] = source, counts[source]
         counts[source] += 1
     if (counts == 0).any():
         raise DataError(
-            f"source {int(np.argmin(counts))} of the mixture has less than 1 in {MIX_SLOTS} of the weight; raise it"
+            f"source {int(np.argmin(counts))} of the mixture has less than 1 in {MIXTURE_PERIOD} of the weight; raise it"
         )
     return slots, ranks, counts.tolist()
 

@@ -16,7 +16,7 @@ each folder once.
 
 Damage is bad UTF-8, a lone surrogate, NUL, JSON that is not an object with text under `text_key`, an archive that
 breaks off, fails its checksum or has something behind its end, and any file that cannot be read. It raises DataError,
-or with on_bad="skip" is left out and counted in a BadDocuments; whole lines before the damage in an archive are used.
+or with on_bad="skip" is left out and counted in a SkippedDocuments; whole lines before the damage in an archive are used.
 Checksums stand at the end of what they cover: if one fails, lines with the damage in them may be among those used. A
 .zst without checksums does not reveal every flipped bit: the `zstd` program writes them, libraries often do not.
 
@@ -31,7 +31,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Literal
 
-from mesh_transformer.data.errors import BadDocuments, DataError, Document, Flaw
+from mesh_transformer.data.errors import SkippedDocuments, DataError, Document, DocumentError
 from mesh_transformer.data.formats import read_items
 
 OnBad = Literal["error", "skip"]
@@ -112,33 +112,33 @@ def read_index(path: Path) -> list[Path]:
 
 
 def read_documents(
-    path: str | Path, *, text_key: str = "text", on_bad: OnBad = "error", bad: BadDocuments | None = None
+    path: str | Path, *, text_key: str = "text", on_bad: OnBad = "error", skipped: SkippedDocuments | None = None
 ) -> Iterator[Document]:
     """All documents of a source (file, folder or "python-stdlib") in a fixed order, in bounded memory.
 
     `bad` counts what is left out; on_bad="skip" requires it. Raises DataError at once if there is nothing to read, and
     on the way at the first damage, or at the end if not one document was good.
     """
-    _check_on_bad(on_bad, bad)
-    return _read_all(find_files(path), path, text_key, on_bad, BadDocuments() if bad is None else bad)
+    _check_on_bad(on_bad, skipped)
+    return _read_all(find_files(path), path, text_key, on_bad, SkippedDocuments() if skipped is None else skipped)
 
 
 def read_file(
-    file: Path, root: Path, *, text_key: str = "text", on_bad: OnBad = "error", bad: BadDocuments | None = None
+    file: Path, root: Path, *, text_key: str = "text", on_bad: OnBad = "error", skipped: SkippedDocuments | None = None
 ) -> Iterator[Document]:
     """The documents of one file of `find_files`, for reading files in parallel; `root` is from `find_root`.
 
     Unlike read_documents it may give nothing: the caller sees to it that the source as a whole gives something.
     """
-    _check_on_bad(on_bad, bad)
-    return _read_one(file, root, text_key, on_bad, BadDocuments() if bad is None else bad)
+    _check_on_bad(on_bad, skipped)
+    return _read_one(file, root, text_key, on_bad, SkippedDocuments() if skipped is None else skipped)
 
 
-def _check_on_bad(on_bad: str, bad: BadDocuments | None) -> None:
+def _check_on_bad(on_bad: str, bad: SkippedDocuments | None) -> None:
     if on_bad not in ("error", "skip"):
         raise ValueError(f'on_bad={on_bad!r} must be "error" or "skip"')
     if on_bad == "skip" and bad is None:
-        raise ValueError('on_bad="skip" needs bad=BadDocuments(), so that what is left out is counted')
+        raise ValueError('on_bad="skip" needs bad=SkippedDocuments(), so that what is left out is counted')
 
 
 def _suggest(path: Path) -> str:
@@ -165,7 +165,7 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def _read_all(
-    files: list[Path], path: str | Path, text_key: str, on_bad: OnBad, bad: BadDocuments
+    files: list[Path], path: str | Path, text_key: str, on_bad: OnBad, bad: SkippedDocuments
 ) -> Iterator[Document]:
     root, count = find_root(path), 0
     for file in files:
@@ -173,16 +173,16 @@ def _read_all(
             count += 1
             yield document
     if not count:
-        why = "; ".join(bad.format_report()) or "nothing but blank lines"
+        why = "; ".join(bad.summary_lines()) or "nothing but blank lines"
         raise DataError(f"{path}: not one document to use; {why}")
 
 
-def _read_one(file: Path, root: Path, text_key: str, on_bad: OnBad, bad: BadDocuments) -> Iterator[Document]:
+def _read_one(file: Path, root: Path, text_key: str, on_bad: OnBad, bad: SkippedDocuments) -> Iterator[Document]:
     place, name = _show(file), _show(file.relative_to(root))
     strict = on_bad == "error" and root != find_root(STDLIB)
     for line, text in read_items(file, text_key):
         suffix = "" if line is None else f":{line}"
-        if isinstance(text, Flaw):
+        if isinstance(text, DocumentError):
             message = f"{place}{suffix}: {text.detail}"
             if strict:
                 raise DataError(message)

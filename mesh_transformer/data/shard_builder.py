@@ -33,20 +33,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from mesh_transformer.data.download import fetch_source, is_remote
-from mesh_transformer.data.errors import BadDocuments, DataError
+from mesh_transformer.data.download import download_dataset, is_remote
+from mesh_transformer.data.errors import SkippedDocuments, DataError
 from mesh_transformer.data.readers import OnBad, find_files, find_root, is_tfrecords, read_file
 from mesh_transformer.data.shards import ShardWriter, TokenShard, is_shard, token_dtype
-from mesh_transformer.data.tfrecords import cut_documents, read_sequences
+from mesh_transformer.data.tfrecords import split_documents, read_sequences
 from mesh_transformer.data.tokenizers import Tokenizer
 
 VERSION = 1  # of what is in the cache; a change of it rebuilds everything
 PART_BYTES = 32_000_000
 ENCODE_CHARACTERS = 4_000_000  # text handed to the tokenizer in one call
-SIDES = ("train", "heldout")
+SPLITS = ("train", "heldout")
 
 
-class Built(NamedTuple):
+class BuiltShards(NamedTuple):
     """One side of a source, on disk."""
 
     prefix: Path
@@ -56,7 +56,7 @@ class Built(NamedTuple):
     notes: tuple[str, ...]  # what was left out, and why
 
 
-class Work(NamedTuple):
+class ShardTask(NamedTuple):
     """What one worker turns into one part."""
 
     files: list[Path]
@@ -80,8 +80,8 @@ def build_shards(
     holdout: int = 0,
     on_bad: OnBad = "error",
     workers: int = 1,
-    report: Report = lambda done, total, seconds: None,
-) -> dict[str, Built]:
+    on_progress: Report = lambda done, total, seconds: None,
+) -> dict[str, BuiltShards]:
     """The shards of a source by side ("train", and "heldout" if `holdout`), from the cache or made now.
 
     A path that is a shard's prefix is used as it is; its text is taken to have the bytes its tokens decode to.
@@ -90,7 +90,7 @@ def build_shards(
     """
     if is_remote(path):
         start = time.perf_counter()
-        path = fetch_source(path, cache_dir, lambda done, total: report(done, total, time.perf_counter() - start))
+        path = download_dataset(path, cache_dir, lambda done, total: on_progress(done, total, time.perf_counter() - start))
     given = os.path.expanduser(path).removesuffix(".bin").removesuffix(".idx")
     if is_shard(given):
         return {"train": _use_shard(Path(given), tokenizer, holdout)}
@@ -98,21 +98,21 @@ def build_shards(
     key = _fingerprint(path, files, tokenizer, text_key, holdout, on_bad)
     base = Path(os.path.expanduser(cache_dir)) / f"{Path(path).name}-{key}"
     base.parent.mkdir(parents=True, exist_ok=True)
-    sides = SIDES if holdout else SIDES[:1]
+    sides = SPLITS if holdout else SPLITS[:1]
     with _locked(base.with_name(base.name + ".lock")):
         if not all(Path(f"{base}-{side}.json").is_file() and is_shard(f"{base}-{side}") for side in sides):
             _build(
                 base,
                 path,
                 files,
-                Work([], find_root(path), text_key, on_bad, holdout, tokenizer, base),
+                ShardTask([], find_root(path), text_key, on_bad, holdout, tokenizer, base),
                 workers,
-                report,
+                on_progress,
             )
     return {side: _open_built(Path(f"{base}-{side}"), path, side, holdout) for side in sides}
 
 
-def is_held_out(name: str, holdout: int) -> bool:
+def is_validation_document(name: str, holdout: int) -> bool:
     """The split rule of this module."""
     return bool(holdout) and xxhash.xxh3_64_intdigest(name.encode()) % holdout == 0
 
@@ -131,7 +131,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(base: Path, path: str, files: list[Path], work: Work, workers: int, report: Report) -> None:
+def _build(base: Path, path: str, files: list[Path], work: ShardTask, workers: int, report: Report) -> None:
     for leftover in base.parent.glob(f"{base.name}-*.tmp-*"):  # of a builder that was killed; this one holds the lock
         leftover.unlink()
     parts_dir = base.with_name(base.name + ".parts")
@@ -145,7 +145,7 @@ def _build(base: Path, path: str, files: list[Path], work: Work, workers: int, r
             wait()
             done += size
             report(done, sum(sizes), time.perf_counter() - start)
-    for side in SIDES if work.holdout else SIDES[:1]:
+    for side in SPLITS if work.holdout else SPLITS[:1]:
         _join(base, side, [job.prefix for job in jobs], work.tokenizer)
     shutil.rmtree(parts_dir)
 
@@ -162,7 +162,7 @@ def _group(files: list[Path]) -> list[list[Path]]:
     return groups
 
 
-def _run(jobs: list[Work], workers: int) -> Generator[Callable[[], Any], None, None]:
+def _run(jobs: list[ShardTask], workers: int) -> Generator[Callable[[], Any], None, None]:
     """Callables, in order, that wait for each job."""
     if workers == 1 or len(jobs) == 1:
         for job in jobs:
@@ -198,33 +198,33 @@ def end_with_parent(over: Event | None = None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _make_part(work: Work) -> None:
+def _make_part(work: ShardTask) -> None:
     """Both sides of one part; its statistics are written last and mark it as done."""
     record = Path(f"{work.prefix}.json")
-    if record.is_file() and all(is_shard(f"{work.prefix}-{side}") for side in SIDES):
+    if record.is_file() and all(is_shard(f"{work.prefix}-{side}") for side in SPLITS):
         return
-    bad = BadDocuments()
+    bad = SkippedDocuments()
     dtype = token_dtype(work.tokenizer.n_vocab)
-    counts = {side: {"documents": 0, "tokens": 0, "bytes": 0} for side in SIDES}
+    counts = {side: {"documents": 0, "tokens": 0, "bytes": 0} for side in SPLITS}
     with ShardWriter(f"{work.prefix}-train", dtype) as train, ShardWriter(f"{work.prefix}-heldout", dtype) as heldout:
         for name, document, n_bytes in itertools.chain(_encode_texts(work, bad), _read_tokens(work)):
-            side = "heldout" if is_held_out(name, work.holdout) else "train"
+            side = "heldout" if is_validation_document(name, work.holdout) else "train"
             (heldout if side == "heldout" else train).add(document)
             count = counts[side]
             count["documents"] += 1
             count["tokens"] += len(document)
             count["bytes"] += n_bytes
-    _write_json(record, {"counts": counts, "notes": bad.format_report()})
+    _write_json(record, {"counts": counts, "notes": bad.summary_lines()})
 
 
-def _encode_texts(work: Work, bad: BadDocuments) -> Iterator[tuple[str, np.ndarray, int]]:
+def _encode_texts(work: ShardTask, bad: SkippedDocuments) -> Iterator[tuple[str, np.ndarray, int]]:
     """Name, tokens with the end of text, and bytes of every text."""
     for texts, names in _read_chunks(work, bad):
         for text, name, tokens in zip(texts, names, work.tokenizer.encode_batch(texts), strict=True):
             yield name, np.append(tokens, work.tokenizer.end_of_text), len(text.encode("utf-8", "surrogatepass"))
 
 
-def _read_tokens(work: Work) -> Iterator[tuple[str, np.ndarray, int]]:
+def _read_tokens(work: ShardTask) -> Iterator[tuple[str, np.ndarray, int]]:
     """Record, tokens and bytes of every document in TFRecords; damage is always an error, whatever `on_bad`."""
     files = [file for file in work.files if is_tfrecords(file)]
     n_vocab, end_of_text = work.tokenizer.n_vocab, work.tokenizer.end_of_text
@@ -236,14 +236,14 @@ def _read_tokens(work: Work) -> Iterator[tuple[str, np.ndarray, int]]:
                     f"{file}: record {number}: token id {sequence.max()}, but the tokenizer has {n_vocab:,} entries; name "
                     "the one these records were made with (mesh-transformer-jax: GPT-2's) in data.tokenizer"
                 )
-            for document in cut_documents(sequence, end_of_text):
+            for document in split_documents(sequence, end_of_text):
                 yield f"{file.name}:{number}", document, int(lengths[document[document != end_of_text]].sum())
 
 
-def _read_chunks(work: Work, bad: BadDocuments) -> Iterator[tuple[list[str], list[str]]]:
+def _read_chunks(work: ShardTask, bad: SkippedDocuments) -> Iterator[tuple[list[str], list[str]]]:
     texts, names, size = [], [], 0
     for file in itertools.filterfalse(is_tfrecords, work.files):
-        for document in read_file(file, work.root, text_key=work.text_key, on_bad=work.on_bad, bad=bad):
+        for document in read_file(file, work.root, text_key=work.text_key, on_bad=work.on_bad, skipped=bad):
             texts.append(document.text)
             names.append(document.name)
             size += len(document.text)
@@ -268,7 +268,7 @@ def _join(base: Path, side: str, parts: list[Path], tokenizer: Tokenizer) -> Non
     _write_json(Path(f"{base}-{side}.json"), total)
 
 
-def _open_built(prefix: Path, path: str, side: str, holdout: int) -> Built:
+def _open_built(prefix: Path, path: str, side: str, holdout: int) -> BuiltShards:
     record = json.loads(Path(f"{prefix}.json").read_text())
     if not record["documents"]:
         remedy = (
@@ -277,10 +277,10 @@ def _open_built(prefix: Path, path: str, side: str, holdout: int) -> Built:
             else "nothing to read"
         )
         raise DataError(f"{path}: the {side} part is empty: {remedy}; {'; '.join(record['notes'])}")
-    return Built(prefix, record["documents"], record["tokens"], record["bytes"], tuple(record["notes"]))
+    return BuiltShards(prefix, record["documents"], record["tokens"], record["bytes"], tuple(record["notes"]))
 
 
-def _use_shard(prefix: Path, tokenizer: Tokenizer, holdout: int) -> Built:
+def _use_shard(prefix: Path, tokenizer: Tokenizer, holdout: int) -> BuiltShards:
     if holdout:
         raise DataError(
             f"{prefix}: documents of a shard have no names to split by; set data.holdout_one_in=0 and add a data.validation shard"
@@ -294,7 +294,7 @@ def _use_shard(prefix: Path, tokenizer: Tokenizer, holdout: int) -> Built:
         if index == 1000:  # a sample is enough for a ratio
             n_bytes = n_bytes * shard.n_tokens // int(shard.ends[index])
             break
-    return Built(prefix, shard.n_documents, shard.n_tokens, n_bytes, ())
+    return BuiltShards(prefix, shard.n_documents, shard.n_tokens, n_bytes, ())
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:

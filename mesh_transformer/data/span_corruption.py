@@ -25,26 +25,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mesh_transformer.config import Config, ConfigError
-from mesh_transformer.data.loader import Batch, Loader, Source
+from mesh_transformer.data.loader import Batch, Loader, Dataset
 from mesh_transformer.data.shards import TokenShard
 from mesh_transformer.data.tokenizers import Tokenizer, TokenizerError
 
 
-class Spans(NamedTuple):
+class SpanCorruption(NamedTuple):
     """How stretches of text are made into what is read and what is written."""
 
-    length: int  # tokens of a stretch
-    hidden: int  # of them
-    count: int  # of runs that they make
-    sentinel: int  # id of the first; the others go downwards
-    start: int  # what the decoder is given first: padding, where the tokenizer has it, or else the end of text
-    end: int  # behind both sides
+    text_len: int  # tokens of a stretch
+    n_noise_tokens: int  # of them
+    n_spans: int  # of runs that they make
+    first_sentinel: int  # id of the first; the others go downwards
+    decoder_start: int  # what the decoder is given first: padding, where the tokenizer has it, or else the end of text
+    end_of_text: int  # behind both sides
     seed: int
 
     @property
     def target_len(self) -> int:
         """Tokens that the decoder writes."""
-        return self.hidden + self.count + 1
+        return self.n_noise_tokens + self.n_spans + 1
 
 
 class SentinelTokenizer:
@@ -56,10 +56,10 @@ class SentinelTokenizer:
         added = tokenizer.to_json().get("tokenizer", {}).get("added_tokens", [])
         named = {token["content"]: token["id"] for token in added}
         self.is_named = "<extra_id_0>" in named
-        self.sentinel = named.get("<extra_id_0>", n_vocab - 1)
-        following = itertools.takewhile(lambda i: named.get(f"<extra_id_{i}>") == self.sentinel - i, itertools.count())
+        self.first_sentinel = named.get("<extra_id_0>", n_vocab - 1)
+        following = itertools.takewhile(lambda i: named.get(f"<extra_id_{i}>") == self.first_sentinel - i, itertools.count())
         self.n_sentinels = sum(1 for _ in following) if self.is_named else max(n_vocab - tokenizer.n_vocab, 0)
-        self.start = named.get("<pad>", tokenizer.end_of_text)
+        self.decoder_start = named.get("<pad>", tokenizer.end_of_text)
         self.n_vocab = max(tokenizer.n_vocab, n_vocab if self.n_sentinels else 0)
         self.end_of_text, self.leading_space = tokenizer.end_of_text, tokenizer.leading_space
         self.fingerprint = tokenizer.fingerprint
@@ -71,7 +71,7 @@ class SentinelTokenizer:
             if place % 2 == 0:
                 ids += self._inner.encode(part)
             elif int(part) < self.n_sentinels:
-                ids.append(self.sentinel - int(part))
+                ids.append(self.first_sentinel - int(part))
             else:
                 raise TokenizerError(f"<extra_id_{part}>: there are {self.n_sentinels} sentinels, and the first is 0")
         return ids
@@ -101,13 +101,13 @@ class SentinelTokenizer:
         return self._inner.to_json()
 
     def _is_sentinel(self, token: int) -> bool:
-        return 0 <= self.sentinel - token < self.n_sentinels
+        return 0 <= self.first_sentinel - token < self.n_sentinels
 
     def _name(self, token: int) -> str:
-        return f"<extra_id_{self.sentinel - token}>"
+        return f"<extra_id_{self.first_sentinel - token}>"
 
 
-def make_spans(config: Config, tokenizer: SentinelTokenizer) -> Spans:
+def make_span_corruption(config: Config, tokenizer: SentinelTokenizer) -> SpanCorruption:
     """The run's; ConfigError where the vocabulary has no room for sentinels."""
     length, hidden, count = config.data.measure_spans(config.model.seq_len)
     if count > tokenizer.n_sentinels:
@@ -119,10 +119,10 @@ def make_spans(config: Config, tokenizer: SentinelTokenizer) -> Spans:
             f"sequences of model.seq_len={config.model.seq_len} hide {count} spans, for which there are "
             f"{tokenizer.n_sentinels} sentinels; {remedy}"
         )
-    return Spans(length, hidden, count, tokenizer.sentinel, tokenizer.start, tokenizer.end_of_text, config.run.seed)
+    return SpanCorruption(length, hidden, count, tokenizer.first_sentinel, tokenizer.decoder_start, tokenizer.end_of_text, config.run.seed)
 
 
-def hide_spans(tokens: np.ndarray, spans: Spans, source: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
+def corrupt_spans(tokens: np.ndarray, spans: SpanCorruption, source: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
     """(sources [S], targets [U]) of `spans.length` tokens: sequence number `sequence` of source number `source`, counted
     on from pass to pass.
 
@@ -130,11 +130,11 @@ def hide_spans(tokens: np.ndarray, spans: Spans, source: int, sequence: int) -> 
     sequence begins with what is seen and ends with what is hidden.
     """
     rng = np.random.default_rng([spans.seed, source, sequence])
-    seen = _divide(rng, spans.length - spans.hidden, spans.count)
-    ends = np.cumsum(np.stack([seen, _divide(rng, spans.hidden, spans.count)], axis=1).reshape(-1))
+    seen = _divide(rng, spans.text_len - spans.n_noise_tokens, spans.n_spans)
+    ends = np.cumsum(np.stack([seen, _divide(rng, spans.n_noise_tokens, spans.n_spans)], axis=1).reshape(-1))
     pieces = np.split(tokens.astype(np.int32), ends[:-1])
-    sentinels = [np.array([spans.sentinel - i], np.int32) for i in range(spans.count)]
-    end = np.array([spans.end], np.int32)
+    sentinels = [np.array([spans.first_sentinel - i], np.int32) for i in range(spans.n_spans)]
+    end = np.array([spans.end_of_text], np.int32)
     sources = [part for pair in zip(pieces[::2], sentinels, strict=True) for part in pair]
     targets = [part for pair in zip(sentinels, pieces[1::2], strict=True) for part in pair]
     return np.concatenate([*sources, end]), np.concatenate([*targets, end])
@@ -146,23 +146,23 @@ def _divide(rng: np.random.Generator, items: int, parts: int) -> np.ndarray:
     return np.diff(np.concatenate([[0], cuts, [items]]))
 
 
-def make_span_batch(pairs: Sequence[tuple[np.ndarray, np.ndarray]], spans: Spans) -> Batch:
-    """A batch of what `hide_spans` gives: the decoder is given each target but the last one, behind `spans.start`."""
+def make_span_batch(pairs: Sequence[tuple[np.ndarray, np.ndarray]], spans: SpanCorruption) -> Batch:
+    """A batch of what `corrupt_spans` gives: the decoder is given each target but the last one, behind `spans.start`."""
     sources, targets = (np.stack(side) for side in zip(*pairs, strict=True))
-    tokens = np.concatenate([np.full_like(targets[:, :1], spans.start), targets[:, :-1]], axis=1)
+    tokens = np.concatenate([np.full_like(targets[:, :1], spans.decoder_start), targets[:, :-1]], axis=1)
     positions = np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape)
     ones = np.ones_like(targets)
     return Batch(tokens, targets, ones, positions, ones.astype(np.float32), sources)
 
 
-class SpanLoader(Loader):
+class SpanCorruptionLoader(Loader):
     """Batches of text in which spans are hidden; the sequences, their order and what is hidden are the same on any mesh."""
 
-    def __init__(self, spans: Spans, sources: Sequence[Source], **options: Any):
+    def __init__(self, corruption: SpanCorruption, sources: Sequence[Dataset], **options: Any):
         """`options` as Loader's, with the length of a stretch of text for seq_len."""
         super().__init__(sources, **options)
-        self.spans = spans
-        identity = [self.fingerprint, spans, "anew in every pass"]
+        self.spans = corruption
+        identity = [self.fingerprint, corruption, "anew in every pass"]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def _number_at(self, source: int, place: int) -> int:
@@ -173,21 +173,21 @@ class SpanLoader(Loader):
     def read_sequences(self, sequences: Iterable[tuple[int, int]]) -> Batch:
         """The batch of these: (source, its sequence) of each."""
         rows = [(self._read(source, n % self.lengths[source]).tokens[:-1], (source, n)) for source, n in sequences]
-        return make_span_batch([hide_spans(tokens, self.spans, *row) for tokens, row in rows], self.spans)
+        return make_span_batch([corrupt_spans(tokens, self.spans, *row) for tokens, row in rows], self.spans)
 
 
-def evaluation_batches(
-    shard: TokenShard, spans: Spans, *, batch_size: int, rows: Sequence[int] | None = None
+def span_evaluation_batches(
+    shard: TokenShard, spans: SpanCorruption, *, batch_size: int, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """A shard once, in order, but for the last partial sequence; what fills the last batch has mask 0.
 
     With `rows` only those of every batch.
     """
     wanted = range(batch_size) if rows is None else rows
-    total = shard.n_tokens // spans.length
+    total = shard.n_tokens // spans.text_len
     for first in range(0, total, batch_size):
         numbers = [first + row for row in wanted]
-        starts = [min(number, total - 1) * spans.length for number in numbers]
-        texts = [np.asarray(shard.tokens[start : start + spans.length]) for start in starts]
-        batch = make_span_batch([hide_spans(t, spans, 0, n) for t, n in zip(texts, numbers, strict=True)], spans)
+        starts = [min(number, total - 1) * spans.text_len for number in numbers]
+        texts = [np.asarray(shard.tokens[start : start + spans.text_len]) for start in starts]
+        batch = make_span_batch([corrupt_spans(t, spans, 0, n) for t, n in zip(texts, numbers, strict=True)], spans)
         yield batch._replace(mask=batch.mask * (np.array(numbers) < total)[:, None].astype(np.float32))

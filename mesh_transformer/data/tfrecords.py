@@ -48,7 +48,7 @@ def read_sequences(path: str | Path) -> Iterator[np.ndarray]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def cut_documents(sequence: np.ndarray, end_of_text: int) -> list[np.ndarray]:
+def split_documents(sequence: np.ndarray, end_of_text: int) -> list[np.ndarray]:
     """The documents in a packed sequence, cut behind each end of text; the last one may lack it."""
     parts = np.split(sequence, np.flatnonzero(sequence == end_of_text) + 1)
     return [part for part in parts if len(part)]

@@ -35,7 +35,7 @@ from mesh_transformer.data.vocabularies import (
     make_library,
     read_gpt2,
     read_json,
-    without_chance,
+    make_deterministic,
     writes_leading_space,
 )
 
@@ -152,7 +152,7 @@ class FileTokenizer:
 
     def __init__(self, table: Mapping[str, Any], *, where: str = "tokenizer") -> None:
         """`table` is the content of a tokenizer.json; `where` begins error messages. Raises TokenizerError."""
-        self._table = without_chance(table, where)
+        self._table = make_deterministic(table, where)
         self._library = _share_library(json.dumps(self._table), where)
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         name = find_end_of_text(self._table, vocabulary, where)

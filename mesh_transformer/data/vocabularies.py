@@ -61,7 +61,7 @@ def read_gpt2(folder: Path) -> dict[str, Any]:
     }
 
 
-def without_chance(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+def make_deterministic(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The table without what would cut, fill or randomly vary the ids of a text."""
     model = table.get("model")
     if not isinstance(model, Mapping) or not model.get("vocab"):

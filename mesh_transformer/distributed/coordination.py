@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a run tell each other beside training: values of all, failures of one, the point where all stop.
+"""Cross-process coordination outside the training step: gather values, propagate failures, agree on a stop point.
 
-It goes through the key-value store and the barriers of jax.distributed's coordination service, in process 0, over the
-network and not over the devices, so that it may be done in a thread beside the collectives of a step. Whatever is
-called here must be called in all processes, under the same name and equally often. With one process nothing is sent.
+Values travel through the key-value store and the barriers of jax.distributed's coordination service, which runs in
+process 0. They use the network and not the devices, so a thread may exchange them while the collectives of a step run.
+Every process must make the same calls, with the same names and equally often. With one process nothing is sent.
 """
 
 import collections
@@ -13,90 +13,90 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-SECONDS = 3600.0  # for which a process waits for the others; one that is gone is found much earlier (processes.py)
-SPACE = "mesh_transformer"
+TIMEOUT_SECONDS = 3600.0  # of a barrier; the watchdog (watchdog.py) finds a lost process much earlier
+KEY_PREFIX = "mesh_transformer"
 
-_rounds: collections.Counter[str] = collections.Counter()
+_rounds: collections.Counter[str] = collections.Counter()  # gathers made so far, by name
 _lock = threading.Lock()
 
 
-class Unreachable(RuntimeError):
-    """The coordination service does not answer, or others did not come in time."""
+class CoordinationError(RuntimeError):
+    """The coordination service does not answer, or a process did not reach a barrier in time."""
 
 
-class FailedElsewhere(RuntimeError):
-    """What was to be done everywhere failed in another process; the message has its number and its words."""
+class RemoteFailure(RuntimeError):
+    """Work of `run_on_all` failed in another process; the message has its number and its error."""
 
 
 def process_count() -> int:
-    """Processes of this run; unlike JAX's own it starts no device."""
+    """Return the number of processes of this run; unlike jax.process_count it starts no device."""
     return _runtime().num_processes or 1
 
 
 def process_index() -> int:
-    """This one's number, 0 for the one that speaks for all."""
+    """Return the number of this process; process 0 is the main one, which writes and prints."""
     return _runtime().process_id or 0
 
 
-def gather(name: str, value: str, *, seconds: float = SECONDS) -> list[str]:
-    """`value` of every process, by process, once all have called this. Raises Unreachable if they do not in time."""
+def gather(name: str, value: str, *, seconds: float = TIMEOUT_SECONDS) -> list[str]:
+    """Return the `value` of every process, in process order; a barrier. Raises CoordinationError on a timeout."""
     count = process_count()
     if count == 1:
         return [value]
     with _lock:
         _rounds[name] += 1
         number = _rounds[name]
-    place = f"{name}.{number}"
-    publish(f"{place}/{process_index()}", value)
+    key = f"{name}.{number}"
+    set_key(f"{key}/{process_index()}", value)
     try:
-        _client().wait_at_barrier(f"{SPACE}/{place}", round(1000 * seconds))
-    except Exception as error:  # of the service, by status code
-        raise Unreachable(f"not all {count} processes came to {name!r} within {seconds:g} s: {error}") from error
-    found = read(place)
-    if process_index() == 0 and number > 1:  # all have read the round before, else they would not have come
-        _client().key_value_delete(f"{SPACE}/{name}.{number - 1}/")
-    return [found[process] for process in range(count)]
+        _client().wait_at_barrier(f"{KEY_PREFIX}/{key}", round(1000 * seconds))
+    except Exception as error:  # the service raises one type; the cause is its status code
+        raise CoordinationError(f"not all {count} processes reached {name!r} within {seconds:g} s: {error}") from error
+    values = get_keys(key)
+    if process_index() == 0 and number > 1:  # a process that reached this barrier has read the previous round
+        _client().key_value_delete(f"{KEY_PREFIX}/{name}.{number - 1}/")
+    return [values[process] for process in range(count)]
 
 
-def run_everywhere(name: str, work: Callable[[], object], *, first: bool = False) -> None:
-    """Do `work` in each process (with `first` in process 0 only), wait for all, and raise in all if it failed in one."""
+def run_on_all(name: str, work: Callable[[], object], *, first_only: bool = False) -> None:
+    """Call `work` in every process (`first_only`: in process 0), wait for all, and raise everywhere if one failed."""
     failure: Exception | None = None
-    if not first or process_index() == 0:
+    if not first_only or process_index() == 0:
         try:
             work()
-        except Exception as error:  # raised below, once the others know
+        except Exception as error:  # raised below, after the other processes have been informed
             failure = error
-    words = gather(name, "" if failure is None else f"{type(failure).__name__}: {failure}")
+    messages = gather(name, "" if failure is None else f"{type(failure).__name__}: {failure}")
     if failure:
         raise failure
-    for process, text in enumerate(words):
-        if text:
-            raise FailedElsewhere(f"process {process}: {text}")
+    for process, message in enumerate(messages):
+        if message:
+            raise RemoteFailure(f"process {process}: {message}")
 
 
-def from_first(name: str, work: Callable[[], Any]) -> Any:
-    """What `work` returns in process 0 (something JSON can hold); raises in all if it fails there."""
-    found: list[Any] = []
-    run_everywhere(name, lambda: found.append(work()), first=True)
-    return json.loads(gather(f"{name} result", json.dumps(found[0]) if found else "")[0])
+def broadcast_from_first(name: str, work: Callable[[], Any]) -> Any:
+    """Return the result of `work` in process 0, which must be JSON-serializable; raises everywhere if it fails there."""
+    results: list[Any] = []
+    run_on_all(name, lambda: results.append(work()), first_only=True)
+    return json.loads(gather(f"{name} result", json.dumps(results[0]) if results else "")[0])
 
 
-def publish(key: str, value: str) -> None:
-    """Let the others read `value` under `key`."""
+def set_key(key: str, value: str) -> None:
+    """Publish `value` under `key` to the other processes."""
     try:
-        # The service keeps no empty values.
-        _client().key_value_set(f"{SPACE}/{key}", f"={value}", allow_overwrite=True)
-    except Exception as error:  # of the service, by status code
-        raise Unreachable(str(error).partition("\n")[0]) from error
+        # The "=" is there because the service does not store empty values.
+        _client().key_value_set(f"{KEY_PREFIX}/{key}", f"={value}", allow_overwrite=True)
+    except Exception as error:  # the service raises one type; the cause is its status code
+        raise CoordinationError(str(error).partition("\n")[0]) from error
 
 
-def read(folder: str) -> dict[int, str]:
-    """What each process has published under `folder`/<its number>."""
+def get_keys(folder: str) -> dict[int, str]:
+    """Return the values that processes have published under `folder`/<process index>."""
     try:
-        found = _client().key_value_dir_get(f"{SPACE}/{folder}/")
-    except Exception as error:  # of the service, by status code
-        raise Unreachable(str(error).partition("\n")[0]) from error
-    return {int(key.rpartition("/")[2]): value[1:] for key, value in found}
+        items = _client().key_value_dir_get(f"{KEY_PREFIX}/{folder}/")
+    except Exception as error:  # the service raises one type; the cause is its status code
+        raise CoordinationError(str(error).partition("\n")[0]) from error
+    return {int(key.rpartition("/")[2]): value[1:] for key, value in items}
 
 
 def _client() -> Any:
@@ -104,37 +104,40 @@ def _client() -> Any:
 
 
 def _runtime() -> Any:
-    from jax._src import distributed  # nothing public has the client; and here, for JAX takes a second to import
+    # No public API exposes the client. Imported here because JAX takes a second to import.
+    from jax._src import distributed
 
     return distributed.global_state
 
 
-class CommonStop:
-    """The point where all processes stop once one of them was asked to.
+class StopConsensus:
+    """Agreement of all processes on the check at which they stop, once one of them has a reason to.
 
-    Training passes the same points in the same order in all processes: one before each step and each batch of an
-    evaluation. Who is asked publishes why. Each process then publishes how many points it has passed, and passes no
-    more until all have; they stop at the point after the furthest. Nobody is waited for who is in a step meanwhile: a
-    thread answers for it (`tick`), and the point after the furthest is one that everybody will come to.
+    Training makes the same checks in the same order in every process: one before each step and one before each batch
+    of an evaluation. The process that receives the stop request publishes its reason. Every process then publishes how
+    many checks it has passed, and passes no more until all have answered; they stop at the first check after the
+    furthest one. A process inside a step is not waited for: a background thread answers for it (`poll`), and every
+    process reaches the check after the furthest one.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._passed = 0
-        self._asked = self._answered = False
-        self.agreed = False  # and all have come to the point
+        self._has_requested = False
+        self._has_answered = False
         self._stop_at: int | None = None
         self._reason = ""
+        self.agreed = False  # all processes have agreed, and this one has reached the agreed check
 
-    def reached(self, reason: str) -> str:
-        """At each point: `reason` for which this process was asked to stop, if it was; the reason to stop here, if any."""
+    def should_stop(self, reason: str) -> str:
+        """Count one check: `reason` is this process's own, "" for none. Return the common reason to stop here, or ""."""
         if process_count() == 1:
             return reason
-        if reason and not self._asked:
-            self._asked = True
-            publish(f"asked/{process_index()}", reason)
+        if reason and not self._has_requested:
+            self._has_requested = True
+            set_key(f"stop_requested/{process_index()}", reason)
         with self._changed:
-            while self._answered and self._stop_at is None:
+            while self._has_answered and self._stop_at is None:
                 self._changed.wait()
             if self._stop_at is not None and self._passed + 1 >= self._stop_at:
                 self.agreed = True
@@ -142,27 +145,27 @@ class CommonStop:
             self._passed += 1
             return ""
 
-    def tick(self) -> None:
-        """In a thread, now and then: hear of requests and answer them."""
-        asked = read("asked") if self._stop_at is None else {}
-        if not asked:
+    def poll(self) -> None:
+        """Look for requests of other processes and answer them; called at intervals by a background thread."""
+        requests = get_keys("stop_requested") if self._stop_at is None else {}
+        if not requests:
             return
         with self._changed:
-            if not self._answered:
-                self._answered = True
-                publish(f"passed/{process_index()}", str(self._passed))
-        passed = read("passed")
+            if not self._has_answered:
+                self._has_answered = True
+                set_key(f"checks_passed/{process_index()}", str(self._passed))
+        passed = get_keys("checks_passed")
         if len(passed) == process_count():
             with self._changed:
-                process = min(asked)
-                self._reason = f"{asked[process]} in process {process}"
+                process = min(requests)
+                self._reason = f"{requests[process]} in process {process}"
                 self._stop_at = max(map(int, passed.values())) + 1
                 self._changed.notify_all()
 
 
-_stop = CommonStop()
+_stop_consensus = StopConsensus()
 
 
-def common_stop() -> CommonStop:
-    """The one of this run."""
-    return _stop
+def stop_consensus() -> StopConsensus:
+    """Return the StopConsensus of this process's run."""
+    return _stop_consensus

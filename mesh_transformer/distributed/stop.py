@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to stop: signals and notices are noted, and a loop ends at the next place where nothing is lost."""
+"""Requests to stop: a signal or a preemption notice is recorded, and the run ends at its next safe point."""
 
 import _thread
 import os
@@ -13,83 +13,85 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from mesh_transformer.cli import Preempted
-from mesh_transformer.distributed.coordination import common_stop
+from mesh_transformer.distributed.coordination import stop_consensus
 
-# Ctrl-C; what machines and schedulers send; what Slurm is asked to send ahead of them (sbatch --signal=USR1@120).
+# Ctrl-C; what machines and schedulers send; what Slurm can be configured to send earlier (sbatch --signal=USR1@120).
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-
-PROGRESS = "MESH_TRANSFORMER_PROGRESS"  # in the environment: a file to be touched where a run gets on
+PROGRESS_VARIABLE = "MESH_TRANSFORMER_PROGRESS"  # environment variable: a file that the run touches as it advances
 
 
 class StopRequest:
-    """`with StopRequest() as stop:` sets `stop.requested` on a signal, or when `request` is called from any thread.
+    """`with StopRequest() as stop:` sets `stop.requested` on a signal, or when any thread calls `request`.
 
-    A second Ctrl-C ends at once. Other signals may be repeated: schedulers send several, and none may break a save.
+    A second Ctrl-C ends the process at once. Other signals may be repeated: schedulers send several, and none may
+    interrupt a save.
     """
 
     def __init__(
         self,
         signals: Sequence[signal.Signals] = SIGNALS,
-        message: str = "finishing what is under way, then saving (Ctrl-C again: stop at once)",
+        message: str = "finishing the current work, then saving (press Ctrl-C again to stop at once)",
     ) -> None:
-        """`message` is printed behind the signal's name; nothing is if it is empty."""
-        self._signals, self._message = signals, message
-        self._waiting = ""  # what is under way that may be broken off
-        self.requested = ""  # name of the signal or what was said, once there was one
-        self.agreed = ""  # why all processes stop, once they have come to the point where they do
-        self._before: dict[signal.Signals, object] = {}
+        """Handle `signals` inside the context; `message` is printed after the signal's name, unless it is empty."""
+        self._signals = signals
+        self._message = message
+        self._interruptible = ""  # work in progress that a request may interrupt
+        self._previous_handlers: dict[signal.Signals, object] = {}
+        self.requested = ""  # name of the signal or reason of the request; "" before there is one
+        self.agreed = ""  # why all processes stop, once they have reached the agreed point
 
     def request(self, reason: str) -> None:
-        """Ask to stop; of several reasons the first counts."""
+        """Ask the run to stop; the first reason is kept."""
         if self.requested:
             return
         self.requested = reason
-        if self._message:  # not print: a signal may come while somebody prints
-            with suppress(OSError):  # nobody reads it any more
+        if self._message:  # os.write and not print: a signal may arrive inside a print
+            with suppress(OSError):  # stderr may be closed
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{reason}: {self._message}\n".encode())
-        if self._waiting and threading.current_thread() is not threading.main_thread():
+        if self._interruptible and threading.current_thread() is not threading.main_thread():
             _thread.interrupt_main(signal.SIGTERM)
 
-    def reached(self, other: str = "") -> str:
-        """At each point where the run may stop, the same in all processes: why it does so here, "" if it does not.
+    def should_stop(self, other: str = "") -> str:
+        """Return why the run stops at this check, "" to continue. All processes make the same checks.
 
-        `other` is a reason of the caller's, such as a limit of time. One process that has a reason stops all, at one point.
+        `other` is a reason of the caller's, such as a time limit. If one process has a reason, all stop at the same
+        check.
         """
-        if path := os.environ.get(PROGRESS):
+        if path := os.environ.get(PROGRESS_VARIABLE):
             Path(path).touch()
-        self.agreed = self.agreed or common_stop().reached(self.requested or other)
+        self.agreed = self.agreed or stop_consensus().should_stop(self.requested or other)
         return self.agreed
 
-    def check(self, doing: str) -> None:
-        """Raise Preempted if there was a request; `doing` is what was under way."""
+    def raise_if_requested(self, doing: str) -> None:
+        """Raise Preempted if there was a request; `doing` names the current work."""
         if self.requested:
             raise Preempted(f"{self.requested} while {doing}: nothing is lost; run the same command again to continue")
 
     @contextmanager
-    def at_once(self, doing: str) -> Iterator[None]:
-        """In it nothing needs an orderly end: a request raises Preempted where it is."""
-        self._waiting = doing
+    def interruptible(self, doing: str) -> Iterator[None]:
+        """Context for work that needs no orderly end: a request raises Preempted immediately."""
+        self._interruptible = doing
         try:
-            self.check(doing)
+            self.raise_if_requested(doing)
             yield
         finally:
-            self._waiting = ""
+            self._interruptible = ""
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self._signals}
+            self._previous_handlers = {number: signal.signal(number, self._handle_signal) for number in self._signals}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.request(signal.Signals(number).name)
-        if self._waiting:
-            self.check(self._waiting)
+        if self._interruptible:
+            self.raise_if_requested(self._interruptible)

@@ -7,26 +7,26 @@ from typing import Any
 from mesh_transformer.config import Config, ConfigError
 from mesh_transformer.distributed.coordination import process_count
 from mesh_transformer.distributed.stop import StopRequest
-from mesh_transformer.evaluate.evaluation import Subject, check_tasks, measure
+from mesh_transformer.evaluate.evaluation import EvalTarget, check_tasks, evaluate_model
 from mesh_transformer.evaluate.harness_tasks import load_definition
-from mesh_transformer.evaluate.loglikelihood import Scorer
+from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer
 from mesh_transformer.evaluate.tasks import TEXT, WIKITEXT
-from mesh_transformer.mesh import Layout
+from mesh_transformer.mesh import MeshLayout
 from mesh_transformer.reports.evaluation_results import Evaluation
-from mesh_transformer.sample.engine.engine import Engine
-from mesh_transformer.sample.engine.weights import lay_out
-from mesh_transformer.storage.paths import Place
-from mesh_transformer.train.loop import Measure, Tell
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.weights import prepare_weights
+from mesh_transformer.storage.paths import AnyPath
+from mesh_transformer.train.loop import MeasureFn, ProgressFn
 from mesh_transformer.train.run import Run
 from mesh_transformer.train.session import train_config
 
 
-def train_measured(config: Config, layout: Layout, stop: StopRequest, **options: Any) -> Place:
+def train_measured(config: Config, layout: MeshLayout, stop: StopRequest, **options: Any) -> AnyPath:
     """As train_config, and the tasks of [evaluate] on the way and at the end; ConfigError for those that cannot be done."""
     return train_config(config, layout, stop, measure=make_measure(config), **options)
 
 
-def make_measure(config: Config) -> Measure | None:
+def make_measure(config: Config) -> MeasureFn | None:
     """What the loop calls; None without tasks. Every process does the same work on the batches that all share.
 
     A task that generates text has the weights laid out once more while it is measured, as decoding wants them.
@@ -40,21 +40,21 @@ def make_measure(config: Config) -> Measure | None:
             f"task {generates[0]!r} generates text, which a run of several processes does not; leave it to "
             "device_evaluate.py"
         )
-    scorers: list[Scorer] = []
-    engines: list[Engine] = []
+    scorers: list[LoglikelihoodScorer] = []
+    engines: list[DecoderOnlyEngine] = []
 
-    def measure_run(run: Run, tell: Tell) -> Evaluation:
+    def measure_run(run: Run, tell: ProgressFn) -> Evaluation:
         if not scorers:
-            scorers.append(Scorer(config.model, None, run.layout, batch_tokens=config.evaluate.batch_tokens))
+            scorers.append(LoglikelihoodScorer(config.model, None, run.layout, batch_tokens=config.evaluate.batch_tokens))
         (scorer,), params = scorers, run.state.params
         scorer.params = params
         if generates and not engines:
-            engines.append(Engine(config.model, params, layout=run.layout, slots=config.serve.slots, prefix_bytes=0))
+            engines.append(DecoderOnlyEngine(config.model, params, layout=run.layout, slots=config.serve.slots, prefix_bytes=0))
         elif generates:
-            engines[0].programs.weights = lay_out(params, engines[0].programs.config, run.layout, "saved")
+            engines[0].programs.weights = prepare_weights(params, engines[0].programs.config, run.layout, "saved")
         engine = engines[0] if generates else None
         try:
-            return measure(Subject(config, run.data.tokenizer, scorer, engine, run.step, str(run.folder.place)), tell)
+            return evaluate_model(EvalTarget(config, run.data.tokenizer, scorer, engine, run.step, str(run.folder.location)), tell)
         finally:
             scorer.params = None  # the next step takes their memory
             if engine:

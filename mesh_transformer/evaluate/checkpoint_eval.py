@@ -19,16 +19,16 @@ from mesh_transformer.config import ConfigError
 from mesh_transformer.convert.huggingface.reader import is_huggingface, open_huggingface
 from mesh_transformer.convert.lazy_arrays import Lazy
 from mesh_transformer.data.tokenizers import load_tokenizer
-from mesh_transformer.evaluate.evaluation import Report, Subject, check_tasks, measure, print_evaluation
+from mesh_transformer.evaluate.evaluation import ProgressFn, EvalTarget, check_tasks, evaluate_model, print_evaluation
 from mesh_transformer.evaluate.journal import Journal
 from mesh_transformer.evaluate.loglikelihood import make_scorer
-from mesh_transformer.mesh import start_devices
+from mesh_transformer.mesh import init_devices
 from mesh_transformer.model.params import Params
 from mesh_transformer.reports.evaluation_results import Evaluation, evaluation_file, write_evaluation
 from mesh_transformer.reports.html_report import write_report
-from mesh_transformer.sample.engine.engine import Engine
-from mesh_transformer.sample.loading import Trained, describe_arrays, load_trained, read_trained_config
-from mesh_transformer.storage.paths import Place, to_place
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.loading import LoadedModel, describe_arrays, load_model, read_model_config
+from mesh_transformer.storage.paths import AnyPath, parse_path
 from mesh_transformer.train.run_folder import CHECKPOINTS, RunFolder
 
 TELL_SECONDS = 30.0  # between lines of progress where nobody sees a terminal
@@ -45,11 +45,11 @@ def evaluate_trained(run: str, overrides: Iterable[str] = (), *, quiet: bool = F
     check_tasks(trained.config)
     print(f"{trained.where}: step {trained.step}", file=sys.stderr)
     scorer = make_scorer(trained.engine, batch_tokens=trained.config.evaluate.batch_tokens)
-    subject = Subject(trained.config, trained.tokenizer, scorer, trained.engine, trained.step, trained.where)
-    place = find_run_folder(to_place(trained.where))
+    subject = EvalTarget(trained.config, trained.tokenizer, scorer, trained.engine, trained.step, trained.where)
+    place = find_run_folder(parse_path(trained.where))
     if place is None:
         with show_progress() as report:
-            evaluation = measure(subject, report)
+            evaluation = evaluate_model(subject, report)
         _show(evaluation, quiet=quiet)
         print("no run folder, so the results are not kept; --json prints them as a program reads them", file=sys.stderr)
         return evaluation
@@ -59,9 +59,9 @@ def evaluate_trained(run: str, overrides: Iterable[str] = (), *, quiet: bool = F
         with Journal(partial, _identify(trained)) as journal:
             if journal.taken:
                 print(f"going on with {journal.taken:,} answers of an evaluation that was stopped", file=sys.stderr)
-            scorer.journal = journal
+            scorer.resume_log = journal
             with show_progress() as report:
-                evaluation = measure(subject, report)
+                evaluation = evaluate_model(subject, report)
             path = write_evaluation(folder.path, trained.step, evaluation)
             journal.finish()
         _show(evaluation, quiet=quiet)
@@ -75,32 +75,32 @@ def _show(evaluation: Evaluation, *, quiet: bool) -> None:
         print_evaluation(evaluation, Console(width=None if sys.stdout.isatty() else WIDTH))
 
 
-def _identify(trained: Trained) -> str:
+def _identify(trained: LoadedModel) -> str:
     """A digest of all that answers depend on besides what is asked: the weights, and how they are computed with."""
     manifest = find_checkpoint(trained.where)[0].read_manifest(trained.step)
     parts = [sorted(manifest.arrays.items()), trained.config.model, trained.config.serve]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def open_trained(path: str, overrides: Iterable[str] = ()) -> Trained:
+def open_trained(path: str, overrides: Iterable[str] = ()) -> LoadedModel:
     """As load_trained, and also a model folder of Hugging Face, whose weights stay as they are."""
-    place = to_place(path)
+    place = parse_path(path)
     if not is_huggingface(place):
-        return load_trained(path, overrides)
+        return load_model(path, overrides)
     foreign, where = open_huggingface(place), str(place)
-    config = read_trained_config({"config": {"model": foreign.model}}, where, overrides)
+    config = read_model_config({"config": {"model": foreign.model}}, where, overrides)
     if foreign.tokenizer is None:
         raise ConfigError(f"{where}: no tokenizer in the folder; add its tokenizer.json, or vocab.json and merges.txt")
-    layout = start_devices(config.mesh)
+    layout = init_devices(config.mesh)
     params: Params = {}
     for name, like in describe_arrays(config, layout, {}, whole=True).items():
         module, _, leaf = name.removeprefix("params/").rpartition("/")
         params.setdefault(module, {})[leaf] = _read(foreign.arrays[name], like)
     serve = config.serve
-    engine = Engine(
+    engine = DecoderOnlyEngine(
         config.model, params, layout=layout, slots=serve.slots, weights=serve.weight_dtype, cache=serve.kv_cache_dtype
     )
-    return Trained(engine, load_tokenizer(foreign.tokenizer), config, 0, where)
+    return LoadedModel(engine, load_tokenizer(foreign.tokenizer), config, 0, where)
 
 
 def _read(array: Lazy, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -115,7 +115,7 @@ def _read(array: Lazy, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 @contextmanager
-def show_progress() -> Iterator[Report]:
+def show_progress() -> Iterator[ProgressFn]:
     """Bars on stderr where a person looks, else a line now and then."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -135,7 +135,7 @@ def show_progress() -> Iterator[Report]:
         yield report
 
 
-def find_run_folder(checkpoint: Place) -> Place | None:
+def find_run_folder(checkpoint: AnyPath) -> AnyPath | None:
     """The run folder that a step's folder is in: of RUN/checkpoints/step_N RUN, of RUN/step_N RUN; None for other folders."""
     if not checkpoint.name.startswith("step_"):
         return None

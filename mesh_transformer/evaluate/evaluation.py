@@ -17,30 +17,30 @@ from mesh_transformer.config import Config, ConfigError, config_to_dict
 from mesh_transformer.data.errors import Document
 from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.evaluate.harness_model import import_harness, make_adapter
-from mesh_transformer.evaluate.harness_tasks import Questions, count_shots, load_definition, run_tasks
-from mesh_transformer.evaluate.loglikelihood import Scorer
-from mesh_transformer.evaluate.perplexity import TextScore, is_picked, score_documents, weigh
+from mesh_transformer.evaluate.harness_tasks import TaskInputs, resolve_num_fewshot, load_definition, run_tasks
+from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer
+from mesh_transformer.evaluate.perplexity import TextScore, is_sampled, score_documents, weighted_total
 from mesh_transformer.evaluate.published import find_published, pile_components
 from mesh_transformer.evaluate.synthetic_tasks import ITEMS
-from mesh_transformer.evaluate.tasks import TASKS, TEXT, WIKITEXT, Item, expand_names, find_task, read_items, to_key
+from mesh_transformer.evaluate.tasks import TASKS, TEXT, WIKITEXT, Example, expand_names, find_task, read_examples, to_key
 from mesh_transformer.evaluate.texts import check_paths, read_texts
 from mesh_transformer.evaluate.wikitext import WikiText, describe
 from mesh_transformer.reports.evaluation_results import Evaluation, make_tables, metrics_of
-from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
 
 EXAMPLES = 100  # items of held-out text that are shown and not asked, where shots are asked for
-Report = Callable[[str, int, int | None], None]  # what is being done, how much of it, of how much if that is known
+ProgressFn = Callable[[str, int, int | None], None]  # what is being done, how much of it, of how much if that is known
 
 
-class Subject(NamedTuple):
+class EvalTarget(NamedTuple):
     """What is measured."""
 
     config: Config
     tokenizer: Tokenizer
-    scorer: Scorer
-    engine: Engine | None  # to generate text; None while training
+    scorer: LoglikelihoodScorer
+    engine: DecoderOnlyEngine | None  # to generate text; None while training
     step: int
-    where: str  # the checkpoint, or the run
+    location: str  # the checkpoint, or the run
 
 
 def check_tasks(config: Config) -> list[str]:
@@ -62,7 +62,7 @@ def check_tasks(config: Config) -> list[str]:
         import_harness()
     for name in asked:
         has_some = to_key(name) in {**evaluate.fewshot_data, **dict.fromkeys(made)}
-        count_shots(name, load_definition(name), _shots_of(name, config), sys.maxsize if has_some else 0)
+        resolve_num_fewshot(name, load_definition(name), _shots_of(name, config), sys.maxsize if has_some else 0)
     reads_texts = TEXT in names or bool(made)
     for name in evaluate.data:
         is_task = _is_task(name, config)
@@ -92,7 +92,7 @@ def _is_task(name: str, config: Config) -> bool:
     return name in TASKS or name == WIKITEXT or name in map(to_key, config.evaluate.tasks)
 
 
-def measure(subject: Subject, report: Report = lambda what, done, total: None) -> dict[str, Any]:
+def evaluate_model(subject: EvalTarget, report: ProgressFn = lambda what, done, total: None) -> dict[str, Any]:
     """Results of all tasks; see benchmarks.py for their form. Raises ConfigError, DataError and what scoring raises."""
     evaluate = subject.config.evaluate
     names = check_tasks(subject.config)
@@ -103,7 +103,7 @@ def measure(subject: Subject, report: Report = lambda what, done, total: None) -
         path = Path(evaluate.data[WIKITEXT]).expanduser()
         corpus = WikiText(path.read_text(encoding="utf-8"), str(path))
         picked = [
-            article for article in corpus.articles() if is_picked(article.document.name, evaluate.sample_fraction)
+            article for article in corpus.articles() if is_sampled(article.document.name, evaluate.sample_fraction)
         ]
         picked = picked[: evaluate.limit]
         scores = _score(subject, ((WIKITEXT, article.document) for article in picked), WIKITEXT, report)
@@ -116,7 +116,7 @@ def measure(subject: Subject, report: Report = lambda what, done, total: None) -
             found[key] |= _to_plain(values)
     found["config"] = {
         "model": "mesh-transformer",
-        "model_args": subject.where,
+        "model_args": subject.location,
         "step": subject.step,
         "evaluate": config_to_dict(evaluate),
         "tokenizer": subject.tokenizer.fingerprint,
@@ -140,12 +140,12 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         console.print()
 
 
-def _read_texts(subject: Subject) -> Iterator[tuple[str, Document]]:
+def _read_texts(subject: EvalTarget) -> Iterator[tuple[str, Document]]:
     return read_texts(subject.config, subject.tokenizer, _components(subject.config))
 
 
 def _score(
-    subject: Subject, documents: Iterator[tuple[str, Document]], what: str, report: Report
+    subject: EvalTarget, documents: Iterator[tuple[str, Document]], what: str, report: ProgressFn
 ) -> dict[str, TextScore]:
     evaluate = subject.config.evaluate
     return score_documents(
@@ -166,7 +166,7 @@ def _add_texts(found: dict[str, Any], scores: dict[str, TextScore]) -> None:
         _add(found, f"{TEXT}:{name}", score.to_results(), score.documents)
     if len(scores) > 1:
         total = "pile" if scores.keys() == pile_components() else TEXT
-        _add(found, total, weigh(scores), sum(score.documents for score in scores.values()))
+        _add(found, total, weighted_total(scores), sum(score.documents for score in scores.values()))
 
 
 def _add(found: dict[str, Any], name: str, values: dict[str, float], n_items: int) -> None:
@@ -176,18 +176,18 @@ def _add(found: dict[str, Any], name: str, values: dict[str, float], n_items: in
     found["higher_is_better"][name] = dict.fromkeys(values, False)
 
 
-def _find_questions(subject: Subject, name: str) -> Questions:
+def _find_questions(subject: EvalTarget, name: str) -> TaskInputs:
     """What a task asks and shows: records of its files, or items of held-out text, of which some are shown, not asked."""
     evaluate, make, key = subject.config.evaluate, find_task(name).make, to_key(name)
     shots = _shots_of(name, subject.config)
-    examples = read_items(name, evaluate.fewshot_data[key]) if key in evaluate.fewshot_data else []
+    examples = read_examples(name, evaluate.fewshot_data[key]) if key in evaluate.fewshot_data else []
     if make is None:
-        return Questions(read_items(name, evaluate.data[key], evaluate.limit), examples, shots)
+        return TaskInputs(read_examples(name, evaluate.data[key], evaluate.limit), examples, shots)
     count, spare = evaluate.limit or ITEMS, EXAMPLES if shots and not examples else 0
     made = make((document for _, document in _read_texts(subject)), count + spare)
-    items = [Item(record, f"item {number} of held-out text") for number, record in enumerate(made)]
+    items = [Example(record, f"item {number} of held-out text") for number, record in enumerate(made)]
     n_asked = min(count, max(len(items) - spare, len(items) // 2))  # of little text half is asked
-    return Questions(items[:n_asked], examples or items[n_asked:], shots)
+    return TaskInputs(items[:n_asked], examples or items[n_asked:], shots)
 
 
 def _to_plain(values: dict[str, Any]) -> dict[str, Any]:

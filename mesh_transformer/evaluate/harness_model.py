@@ -18,13 +18,13 @@ import xxhash
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.evaluate.journal import Journal
-from mesh_transformer.evaluate.loglikelihood import Query, Scorer
-from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.evaluate.loglikelihood import ScoringRequest, LoglikelihoodScorer
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
 from mesh_transformer.sample.text_generation import complete_texts
 
 MAX_TOKENS = 256  # of an answer, where the task does not say
 ANSWERS = 64  # that are drawn before they are kept and their number is told
-Report = Callable[[str, int, int | None], None]  # kind of request, done, in all
+ProgressFn = Callable[[str, int, int | None], None]  # kind of request, done, in all
 
 
 def import_harness(name: str = "lm_eval") -> Any:
@@ -43,7 +43,7 @@ def import_harness(name: str = "lm_eval") -> Any:
         raise
 
 
-def cut_continuation(context: Sequence[int], continuation: Sequence[int], longest: int) -> list[Query]:
+def split_continuation(context: Sequence[int], continuation: Sequence[int], longest: int) -> list[ScoringRequest]:
     """Queries for a continuation behind what fits before it: one, or more where it alone is longer than the model reads.
 
     Each of several scores half of what the model reads, or the rest, and sees the other half.
@@ -52,14 +52,14 @@ def cut_continuation(context: Sequence[int], continuation: Sequence[int], longes
     step = len(continuation) if len(continuation) <= longest else max(longest // 2, 1)
     ends = [*range(first + step, len(whole), step), len(whole)]
     starts = [first, *ends[:-1]]
-    return [Query(whole[max(end - longest - 1, 0) : end], end - start) for start, end in zip(starts, ends, strict=True)]
+    return [ScoringRequest(whole[max(end - longest - 1, 0) : end], end - start) for start, end in zip(starts, ends, strict=True)]
 
 
 def make_adapter(
-    scorer: Scorer,
+    scorer: LoglikelihoodScorer,
     tokenizer: Tokenizer,
-    engine: Engine | None = None,
-    report: Report = lambda kind, done, total: None,
+    engine: DecoderOnlyEngine | None = None,
+    report: ProgressFn = lambda kind, done, total: None,
 ) -> Any:
     """A model of the harness. Likelihoods come from `scorer`; `engine` is needed where text is generated."""
     model, windows = import_harness("lm_eval.api.model"), import_harness("lm_eval.utils")
@@ -102,10 +102,10 @@ def make_adapter(
                 if len(context_ids) + len(ids) > longest + 1:
                     task, item = self._asked[number]
                     self.cut[task].add(item)
-                cut = cut_continuation(context_ids, ids, longest)
+                cut = split_continuation(context_ids, ids, longest)
                 queries += cut
                 owners += [number] * len(cut)
-            found = scorer.total(queries, lambda done, total: report("likelihoods", done, total))
+            found = scorer.score_totals(queries, lambda done, total: report("likelihoods", done, total))
             totals = [(0.0, True)] * len(requests)
             for number, (logprob, is_likeliest) in zip(owners, found, strict=True):
                 total, greedy = totals[number]
@@ -118,9 +118,9 @@ def make_adapter(
                 ids = tokenizer.encode(request.args[0])
                 for window in windows.get_rolling_token_windows(ids, tokenizer.end_of_text, longest, 1):
                     context, scored = windows.make_disjoint_window(window)
-                    queries.append(Query([*context, *scored], len(scored)))
+                    queries.append(ScoringRequest([*context, *scored], len(scored)))
                     owners.append(number)
-            found = scorer.total(queries, lambda done, total: report("windows of texts", done, total))
+            found = scorer.score_totals(queries, lambda done, total: report("windows of texts", done, total))
             totals = [0.0] * len(requests)
             for number, (logprob, _) in zip(owners, found, strict=True):
                 totals[number] += logprob
@@ -129,7 +129,7 @@ def make_adapter(
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             if engine is None:
                 raise ConfigError("generating text needs an engine")
-            return _answer(engine, tokenizer, requests, self.cut, scorer.journal, report)
+            return _answer(engine, tokenizer, requests, self.cut, scorer.resume_log, report)
 
         def get_model_info(self) -> dict[str, Any]:
             return {"model": "mesh-transformer", "max_length": longest}
@@ -138,12 +138,12 @@ def make_adapter(
 
 
 def _answer(
-    engine: Engine,
+    engine: DecoderOnlyEngine,
     tokenizer: Tokenizer,
     requests: Sequence[Any],
     cut: Mapping[Any, set[Any]],
     journal: Journal | None,
-    report: Report,
+    report: ProgressFn,
 ) -> list[str]:
     """The answer to every request; those that want the same are drawn together. `cut` gets the items that are too long."""
     answers, done, longest = [""] * len(requests), 0, engine.config.seq_len

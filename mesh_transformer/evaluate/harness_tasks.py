@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 from mesh_transformer.config import ConfigError
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.evaluate.harness_model import import_harness
-from mesh_transformer.evaluate.tasks import Item, find_task, is_file, to_key
+from mesh_transformer.evaluate.tasks import Example, find_task, is_file, to_key
 
 SEED = 1234  # of the examples: the harness's default
 
 
-class Questions(NamedTuple):
+class TaskInputs(NamedTuple):
     """What a task asks."""
 
-    items: Sequence[Item]
-    examples: Sequence[Item] = ()  # with their answers, from which shots are drawn
-    shots: int | None = None  # examples before every question; None: as many as the definition says
+    examples: Sequence[Example]
+    fewshot_examples: Sequence[Example] = ()  # with their answers, from which shots are drawn
+    num_fewshot: int | None = None  # examples before every question; None: as many as the definition says
 
 
 def load_definition(name: str) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def load_definition(name: str) -> dict[str, Any]:
     return settings | row.settings
 
 
-def count_shots(name: str, settings: Mapping[str, Any], shots: int | None, there: int) -> int:
+def resolve_num_fewshot(name: str, settings: Mapping[str, Any], shots: int | None, there: int) -> int:
     """Examples before every question, as asked for or else as the definition says; ConfigError if fewer are `there`."""
     count = shots if shots is not None else settings.get("num_fewshot") or 0
     if there < count and not (settings.get("fewshot_config") or {}).get("samples"):
@@ -58,7 +58,7 @@ def count_shots(name: str, settings: Mapping[str, Any], shots: int | None, there
     return count
 
 
-def make_task(name: str, questions: Questions) -> Any:
+def make_task(name: str, inputs: TaskInputs) -> Any:
     """A task of the harness, ready to ask.
 
     Raises ConfigError for shots without enough examples, DataError, with file and line, for a record that the
@@ -71,16 +71,16 @@ def make_task(name: str, questions: Questions) -> Any:
     asked = settings.get("test_split") or settings.get("validation_split")
     if asked is None:
         raise ConfigError(f"task {name}: its definition names neither test_split nor validation_split")
-    shots = count_shots(name, settings, questions.shots, len(questions.examples))
+    shots = resolve_num_fewshot(name, settings, inputs.num_fewshot, len(inputs.fewshot_examples))
     own_examples = dict(settings.get("fewshot_config") or {})
     drawn_from = own_examples.pop("split", None) or settings.get("fewshot_split")
-    splits = {asked: questions.items}
-    if questions.examples:
+    splits = {asked: inputs.examples}
+    if inputs.fewshot_examples:
         shown = drawn_from or settings.get("training_split") or settings.get("validation_split")
         shown = "train" if shown in (None, asked) else shown
-        splits[shown] = questions.examples
+        splits[shown] = inputs.fewshot_examples
         # all of them, where the harness would draw one more to leave one out
-        is_named = drawn_from == shown or len(questions.examples) == shots
+        is_named = drawn_from == shown or len(inputs.fewshot_examples) == shots
         settings |= {"training_split": shown, "fewshot_split": shown if is_named else None}
     else:
         settings |= {"training_split": None, "fewshot_split": None}
@@ -92,19 +92,19 @@ def make_task(name: str, questions: Questions) -> Any:
     try:
         task = tasks.ConfigurableTask(config=settings)
     except Exception as error:  # whatever a definition's templates and functions raise
-        first = questions.items[0]
+        first = inputs.examples[0]
         fields = ", ".join(first.record)
         raise DataError(
-            f"{first.where}: task {name} cannot read its records ({type(error).__name__}: {error}); the first has {fields}"
+            f"{first.location}: task {name} cannot read its records ({type(error).__name__}: {error}); the first has {fields}"
         ) from None
     if is_file(name) and not settings.get("process_docs"):  # else records have the right form by now
-        for item in (*questions.items, *questions.examples):
+        for item in (*inputs.examples, *inputs.fewshot_examples):
             _check(task, name, item)
     task.set_fewshot_seed(SEED)
     return task
 
 
-def _check(task: Any, name: str, item: Item) -> None:
+def _check(task: Any, name: str, item: Example) -> None:
     """That a definition can read a record: what a data set lacks in one it would fill with nothing."""
     try:
         task.doc_to_text(item.record)
@@ -114,12 +114,12 @@ def _check(task: Any, name: str, item: Item) -> None:
     except Exception as error:  # whatever its templates and functions raise
         kind = "no field" if isinstance(error, KeyError) else type(error).__name__
         raise DataError(
-            f"{item.where}: task {name} cannot read this record ({kind}: {error}); it has {', '.join(item.record)}"
+            f"{item.location}: task {name} cannot read this record ({kind}: {error}); it has {', '.join(item.record)}"
         ) from None
 
 
 def run_tasks(
-    adapter: Any, asked: Mapping[str, Questions], make: Callable[[str, Questions], Any] = make_task
+    adapter: Any, asked: Mapping[str, TaskInputs], make: Callable[[str, TaskInputs], Any] = make_task
 ) -> dict[str, Any]:
     """The harness's results of tasks by what they are called; one model is asked all of them."""
     evaluator = import_harness("lm_eval.evaluator")

@@ -21,14 +21,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.evaluate.journal import Journal
-from mesh_transformer.mesh import Layout, constrain
-from mesh_transformer.model.attention.ring import from_ring_order, to_ring_order
+from mesh_transformer.mesh import MeshLayout, constrain
+from mesh_transformer.model.attention.ring import from_zigzag, to_zigzag
 from mesh_transformer.model.linear import linear
 from mesh_transformer.model.transformer import Model, make_model
-from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
 from mesh_transformer.sample.engine.prefill import bucket
 from mesh_transformer.sample.engine.weights import stack_layers
-from mesh_transformer.train.run import everywhere, meet_compiled, traced
+from mesh_transformer.train.run import replicated, compile_barrier, with_layout
 
 SHORTEST = 32  # smallest bucket of lengths
 AHEAD = 2  # batches on their way while the results of an earlier one are read
@@ -39,18 +39,18 @@ class ScoringError(ValueError):
     """Tokens that cannot be scored; the message says which and why."""
 
 
-class Query(NamedTuple):
+class ScoringRequest(NamedTuple):
     """A sequence whose last `n_scored` tokens are to be scored, each given all that stand before it."""
 
     tokens: Sequence[int]
     n_scored: int
 
-    def key(self) -> str:
+    def digest(self) -> str:
         """A digest that no other query has."""
         return xxhash.xxh3_128_hexdigest(np.array([self.n_scored, *self.tokens], "<i4").tobytes())
 
 
-class Likelihood(NamedTuple):
+class Loglikelihood(NamedTuple):
     """The answer to a query, one value for each scored token."""
 
     logprobs: Float[np.ndarray, "N"]  # natural logarithm
@@ -62,17 +62,17 @@ class Likelihood(NamedTuple):
         return float(self.logprobs.astype(np.float64).sum())
 
 
-class Rows(NamedTuple):
+class TokenBatch(NamedTuple):
     """A batch of sequences, and what comes behind each token."""
 
     tokens: Int[Array, "B T"]
     targets: Int[Array, "B T"]
 
 
-class Scorer:
+class LoglikelihoodScorer:
     """One model on its devices, ready to score. `params` may be exchanged, as training does."""
 
-    def __init__(self, config: ModelConfig, params: Any, layout: Layout | None, *, batch_tokens: int = 8192):
+    def __init__(self, config: ModelConfig, params: Any, layout: MeshLayout | None, *, batch_tokens: int = 8192):
         """`params` as training has them, stacked, or as the engine has them, every layer by itself.
 
         A batch has about `batch_tokens` tokens, padding included.
@@ -86,41 +86,41 @@ class Scorer:
         experts = config.experts and dataclasses.replace(config.experts, **takes_all)
         self.config = dataclasses.replace(config, remat="none", dropout=0.0, experts=experts)
         self.params, self.layout, self._batch_tokens = params, layout, batch_tokens
-        self._pieces = layout.batch_pieces if layout else 1
-        self.journal: Journal | None = None  # what `total` has found already, and what it finds
+        self._pieces = layout.batch_shards if layout else 1
+        self.resume_log: Journal | None = None  # what `total` has found already, and what it finds
         program = functools.partial(_score_rows, self.config, make_model(self.config))
         if layout is None:
             self._score = jax.jit(program)
         else:
-            self._score = meet_compiled(jax.jit(traced(program, layout), out_shardings=everywhere(layout)))
+            self._score = compile_barrier(jax.jit(with_layout(program, layout), out_shardings=replicated(layout)))
 
-    def total(
-        self, queries: Sequence[Query], report: Callable[[int, int], None] = lambda done, total: None
+    def score_totals(
+        self, queries: Sequence[ScoringRequest], report: Callable[[int, int], None] = lambda done, total: None
     ) -> list[tuple[float, bool]]:
         """Of every query the log-probability of all scored tokens, and whether each was the likeliest; as `score` else.
 
         What the journal has is not computed again.
         """
-        keys = [query.key() if self.journal else "" for query in queries]
-        found: list[Any] = [self.journal.get(key) if self.journal else None for key in keys]
+        keys = [query.digest() if self.resume_log else "" for query in queries]
+        found: list[Any] = [self.resume_log.get(key) if self.resume_log else None for key in keys]
         missing = [i for i, answer in enumerate(found) if answer is None]
         n_known = len(queries) - len(missing)
 
-        def keep(number: int, likelihood: Likelihood) -> None:
+        def keep(number: int, likelihood: Loglikelihood) -> None:
             i = missing[number]
             found[i] = likelihood.total, bool(likelihood.greedy.all())
-            if self.journal:
-                self.journal.put(keys[i], found[i])
+            if self.resume_log:
+                self.resume_log.put(keys[i], found[i])
 
         self.score([queries[i] for i in missing], lambda done, _: report(n_known + done, len(queries)), keep)
         return [(total, greedy) for total, greedy in found]
 
     def score(
         self,
-        queries: Sequence[Query],
+        queries: Sequence[ScoringRequest],
         report: Callable[[int, int], None] = lambda done, total: None,
-        keep: Callable[[int, Likelihood], None] = lambda number, likelihood: None,
-    ) -> list[Likelihood]:
+        keep: Callable[[int, Loglikelihood], None] = lambda number, likelihood: None,
+    ) -> list[Loglikelihood]:
         """The likelihood of every query, in order; `report` gets (queries done, in all) after each batch, `keep` each one.
 
         Raises ScoringError for a query that is longer than the model's seq_len allows (one token more than it reads), has
@@ -129,7 +129,7 @@ class Scorer:
         for number, query in enumerate(queries):
             self._check(query, number)
         order = sorted(range(len(queries)), key=lambda i: -len(queries[i].tokens))
-        found: list[Likelihood | None] = [None] * len(queries)
+        found: list[Loglikelihood | None] = [None] * len(queries)
         waiting: deque[tuple[list[int], Any]] = deque()
         done = 0
         while order or waiting:
@@ -145,13 +145,13 @@ class Scorer:
                 for row, i in enumerate(batch):
                     end = len(queries[i].tokens) - 1
                     place = slice(end - queries[i].n_scored, end)
-                    found[i] = likelihood = Likelihood(logprobs[row, place], greedy[row, place])
+                    found[i] = likelihood = Loglikelihood(logprobs[row, place], greedy[row, place])
                     keep(i, likelihood)
                 done += len(batch)
                 report(done, len(queries))
         return [likelihood for likelihood in found if likelihood is not None]
 
-    def _check(self, query: Query, number: int) -> None:
+    def _check(self, query: ScoringRequest, number: int) -> None:
         length = len(query.tokens)
         if not 0 < query.n_scored < length or length > self.config.seq_len + 1:
             raise ScoringError(
@@ -163,14 +163,14 @@ class Scorer:
             bad = low if low < 0 else high
             raise ScoringError(f"query {number} has the token {bad}; the vocabulary is 0..{self.config.n_vocab - 1}")
 
-    def _length(self, query: Query) -> int:
+    def _length(self, query: ScoringRequest) -> int:
         return bucket(len(query.tokens) - 1, min(SHORTEST, self.config.seq_len), self.config.seq_len)
 
     def _rows(self, size: int) -> int:
         """Rows of a whole batch of this length: a multiple of the pieces it is cut into."""
         return max(self._batch_tokens // size // self._pieces, 1) * self._pieces
 
-    def _start(self, queries: list[Query], size: int) -> tuple[Array, Array]:
+    def _start(self, queries: list[ScoringRequest], size: int) -> tuple[Array, Array]:
         """Hand a batch over; one that is not full has as many rows as a power of two times the pieces."""
         parts = -(-len(queries) // self._pieces)
         rows = min(self._pieces << (parts - 1).bit_length(), self._rows(size))
@@ -178,7 +178,7 @@ class Scorer:
         for row, query in enumerate(queries):
             tokens[row, : len(query.tokens) - 1] = query.tokens[:-1]
             targets[row, : len(query.tokens) - 1] = query.tokens[1:]
-        return self._score(self.params, Rows(self._place(tokens), self._place(targets)))
+        return self._score(self.params, TokenBatch(self._place(tokens), self._place(targets)))
 
     def _place(self, values: np.ndarray) -> Any:
         if self.layout is None:
@@ -187,14 +187,14 @@ class Scorer:
         return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
 
 
-def make_scorer(engine: Engine, *, batch_tokens: int = 8192) -> Scorer:
+def make_scorer(engine: DecoderOnlyEngine, *, batch_tokens: int = 8192) -> LoglikelihoodScorer:
     """A scorer that shares the engine's weights."""
     programs = engine.programs
-    return Scorer(programs.config, programs.weights, programs.layout, batch_tokens=batch_tokens)
+    return LoglikelihoodScorer(programs.config, programs.weights, programs.layout, batch_tokens=batch_tokens)
 
 
 def _score_rows(
-    config: ModelConfig, model: Model, params: Any, rows: Rows
+    config: ModelConfig, model: Model, params: Any, rows: TokenBatch
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Of every target its log-probability, and whether no other token is likelier; logits of one piece exist at a time."""
     params = stack_layers(params)
@@ -214,12 +214,12 @@ def _score_rows(
     pieces = 1
     while batch * length // pieces * config.n_vocab * 4 > LOGIT_BYTES and length % (2 * pieces) == 0:
         pieces *= 2
-    targets = to_ring_order(rows.targets)
+    targets = to_zigzag(rows.targets)
     if pieces == 1:
         scores = score((x, targets))
     else:
         cut = lambda y: y.reshape(batch, pieces, -1, *y.shape[2:]).swapaxes(0, 1)  # noqa: E731
         scores = jax.lax.map(score, (cut(x), cut(targets)))
         scores = jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(batch, length), scores)
-    logprobs, greedy = (from_ring_order(constrain(y, "batch", "sequence")) for y in scores)
+    logprobs, greedy = (from_zigzag(constrain(y, "batch", "sequence")) for y in scores)
     return logprobs, greedy

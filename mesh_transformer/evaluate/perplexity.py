@@ -18,7 +18,7 @@ import xxhash
 from mesh_transformer.config import ConfigError
 from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.data.tokenizers import Tokenizer
-from mesh_transformer.evaluate.loglikelihood import Query, Scorer
+from mesh_transformer.evaluate.loglikelihood import ScoringRequest, LoglikelihoodScorer
 
 CHUNK_TOKENS = 1 << 18  # tokens that are held and scored at a time
 
@@ -66,7 +66,7 @@ class TextScore(NamedTuple):
         }
 
 
-def cut_windows(tokens: Sequence[int], end_of_text: int, context: int, stride: int | None = None) -> Iterator[Query]:
+def sliding_windows(tokens: Sequence[int], end_of_text: int, context: int, stride: int | None = None) -> Iterator[ScoringRequest]:
     """Queries that together score every token of a document once, in order.
 
     A window reads at most `context` tokens and begins `stride` (default: context) tokens behind the one before.
@@ -78,14 +78,14 @@ def cut_windows(tokens: Sequence[int], end_of_text: int, context: int, stride: i
     scored = 0
     for first in range(0, len(tokens), stride):
         end = min(first + context, len(tokens))
-        yield Query(whole[first : end + 1], end - scored)
+        yield ScoringRequest(whole[first : end + 1], end - scored)
         scored = end
         if end == len(tokens):
             return
 
 
 def score_documents(
-    scorer: Scorer,
+    scorer: LoglikelihoodScorer,
     tokenizer: Tokenizer,
     documents: Iterable[tuple[str, Document]],
     *,
@@ -105,14 +105,14 @@ def score_documents(
     if not 0 < context <= scorer.config.seq_len:
         raise ConfigError(f"evaluate.context={context}: the model's seq_len is {scorer.config.seq_len}")
     sums: dict[str, _Sum] = {}
-    waiting: list[tuple[_Sum, Query]] = []
+    waiting: list[tuple[_Sum, ScoringRequest]] = []
     scored_bytes = told = 0
 
     def score_waiting() -> None:
         nonlocal told
         before, told = told, scored_bytes
         queries = [query for _, query in waiting]
-        found = scorer.total(queries, lambda done, total: report(before + (told - before) * done // total))
+        found = scorer.score_totals(queries, lambda done, total: report(before + (told - before) * done // total))
         for (total, _), (logprob, _) in zip(waiting, found, strict=True):
             total.nats.append(-logprob)
         waiting.clear()
@@ -121,14 +121,14 @@ def score_documents(
         total = sums.setdefault(component, _Sum())
         n_bytes = len(document.text.encode())
         total.size += n_bytes
-        if not is_picked(document.name, share) or total.documents == limit:
+        if not is_sampled(document.name, share) or total.documents == limit:
             continue
         tokens = tokenizer.encode(document.text)
         total.tokens, total.n_bytes, total.documents = (
             total.tokens + len(tokens), total.n_bytes + n_bytes, total.documents + 1
         )  # fmt: skip
         scored_bytes += n_bytes
-        waiting += [(total, query) for query in cut_windows(tokens, tokenizer.end_of_text, context, stride)]
+        waiting += [(total, query) for query in sliding_windows(tokens, tokenizer.end_of_text, context, stride)]
         if sum(query.n_scored for _, query in waiting) >= CHUNK_TOKENS:
             score_waiting()
     score_waiting()
@@ -151,12 +151,12 @@ class _Sum:
         return TextScore(math.fsum(self.nats), self.tokens, self.n_bytes, self.documents, self.size)
 
 
-def is_picked(name: str, share: float) -> bool:
+def is_sampled(name: str, share: float) -> bool:
     """Whether the document of this name belongs to the `share` that is scored, the same at every time and place."""
     return share >= 1.0 or xxhash.xxh3_64_intdigest(name.encode()) < share * 2**64
 
 
-def weigh(scores: Mapping[str, TextScore]) -> dict[str, float]:
+def weighted_total(scores: Mapping[str, TextScore]) -> dict[str, float]:
     """Bits and nats per byte over all components, weighted by their sizes, as the Pile's total is."""
     size = sum(score.size for score in scores.values())
     bits = math.fsum(score.bits_per_byte * score.size for score in scores.values()) / size

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from mesh_transformer.config import ConfigError
 from mesh_transformer.data.compression import COMPRESSED, read_chunks, split_lines
-from mesh_transformer.data.errors import DataError, Document, Flaw
+from mesh_transformer.data.errors import DataError, Document, DocumentError
 from mesh_transformer.data.readers import find_files
 from mesh_transformer.evaluate.superglue import MULTIRC, RECORD, read_multirc, read_record, read_wsc
 from mesh_transformer.evaluate.synthetic_tasks import make_choices, make_clozes, make_lines
@@ -36,11 +36,11 @@ class Task(NamedTuple):
     )
 
 
-class Item(NamedTuple):
+class Example(NamedTuple):
     """A record as the definition reads it, and its file and line."""
 
     record: dict[str, Any]
-    where: str
+    location: str
 
 
 def _pick(*fields: str, **labels: tuple[str, ...]) -> Callable[[Record], Iterable[dict[str, Any]]]:
@@ -179,12 +179,12 @@ def expand_names(names: Iterable[str]) -> list[str]:
     return found
 
 
-def read_items(name: str, path: str, limit: int | None = None) -> list[Item]:
+def read_examples(name: str, path: str, limit: int | None = None) -> list[Example]:
     """The items of task `name` in a file or folder of JSONL (.gz, .zst) or Parquet; the first `limit` of them.
 
     Raises DataError, with file and line, for a record that is no such item.
     """
-    items: list[Item] = []
+    items: list[Example] = []
     convert = find_task(name).convert
     for where, record in _read_records(path):
         if limit is not None and len(items) >= limit:
@@ -192,7 +192,7 @@ def read_items(name: str, path: str, limit: int | None = None) -> list[Item]:
         try:
             if not isinstance(record, Mapping):
                 raise TypeError("not an object")
-            items += [Item(one, where) for one in convert(record)]
+            items += [Example(one, where) for one in convert(record)]
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             fields = ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
             kind = "no field" if isinstance(error, KeyError) else type(error).__name__
@@ -212,7 +212,7 @@ def _read_records(path: str) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(split_lines(read_chunks(file, suffix if suffix in COMPRESSED else None)), 1):
                 if line and not line.isspace():
                     yield f"{file}:{number}", _parse(line, f"{file}:{number}")
-        except Flaw as flaw:
+        except DocumentError as flaw:
             raise DataError(f"{file}: {flaw.detail}") from None
 
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from mesh_transformer.config import Config, ConfigError, EvaluateConfig
 from mesh_transformer.data.compression import COMPRESSED, read_chunks, split_lines
-from mesh_transformer.data.download import fetch_source, is_remote
-from mesh_transformer.data.errors import DataError, Document, Flaw
+from mesh_transformer.data.download import download_dataset, is_remote
+from mesh_transformer.data.errors import DataError, Document, DocumentError
 from mesh_transformer.data.readers import find_files, is_tfrecords, read_documents
-from mesh_transformer.data.shard_builder import is_held_out
+from mesh_transformer.data.shard_builder import is_validation_document
 from mesh_transformer.data.shards import TokenShard, is_shard
 from mesh_transformer.data.tokenizers import Tokenizer
 
@@ -35,7 +35,7 @@ def read_texts(config: Config, tokenizer: Tokenizer, components: Iterable[str]) 
     for name, source in config.data.train.items():
         if config.data.holdout_one_in and source.path:
             for document in _read(source.path, source.text_key, config, tokenizer):
-                if is_held_out(document.name, config.data.holdout_one_in):
+                if is_validation_document(document.name, config.data.holdout_one_in):
                     yield name, document
     for name, source in config.data.validation.items():
         for document in _read(source.path, source.text_key, config, tokenizer):
@@ -56,7 +56,7 @@ def check_paths(config: Config, components: Iterable[str]) -> None:
 
 def _read(path: str, text_key: str, config: Config, tokenizer: Tokenizer) -> Iterator[Document]:
     if is_remote(path):
-        path = fetch_source(path, config.data.cache_dir)
+        path = download_dataset(path, config.data.cache_dir)
     prefix = path.removesuffix(".bin").removesuffix(".idx")
     if is_shard(prefix):
         shard = TokenShard(prefix)
@@ -80,7 +80,7 @@ def _read_groups(path: str, evaluate: EvaluateConfig) -> Iterator[tuple[str, Doc
             )
         try:
             yield from _read_lines(file, evaluate)
-        except Flaw as flaw:
+        except DocumentError as flaw:
             raise DataError(f"{file}: {flaw.detail}") from None
 
 

@@ -9,43 +9,43 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mesh_transformer.mesh import Layout, add_up, axes_of, current_layout
-from mesh_transformer.model.quantization import Quantized, widen
+from mesh_transformer.mesh import MeshLayout, psum_or_scatter, axes_of, current_layout
+from mesh_transformer.model.quantization import Quantized, dequantize
 
 
-def look_up(table: Float[Array, "V D"] | Quantized, tokens: Int[Array, "B T"], dtype: str) -> Float[Array, "B T D"]:
+def embed_tokens(table: Float[Array, "V D"] | Quantized, tokens: Int[Array, "B T"], dtype: str) -> Float[Array, "B T D"]:
     """table[tokens] in `dtype`; the gradient adds up every use of a token in float32.
 
     Over devices, each looks up the tokens whose rows it has and the results are added up: B T D elements in `dtype` over
     the axes of the vocabulary. The table is gathered along embed alone, and its gradient scattered along it again.
     """
     if isinstance(table, Quantized):
-        return widen(jax.tree.map(lambda x: x[tokens], table), dtype)
+        return dequantize(jax.tree.map(lambda x: x[tokens], table), dtype)
     layout = current_layout()
     if layout is None:
         # Gathered before the cast, so that the gradient is added up before it too.
         return table[tokens].astype(dtype)
-    return _look_up(table, tokens, layout, dtype)
+    return _embed_sharded(table, tokens, layout, dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _look_up(table: Array, tokens: Array, layout: Layout, dtype: str) -> Array:
+def _embed_sharded(table: Array, tokens: Array, layout: MeshLayout, dtype: str) -> Array:
     rows, flat, stream, vocab_on = _specs(table, tokens, layout)
 
     def here(table: Array, tokens: Array) -> Array:
         index, is_here = _own_rows(table, tokens, vocab_on)
-        return add_up(jnp.where(is_here[..., None], table[index], 0).astype(dtype), vocab_on)
+        return psum_or_scatter(jnp.where(is_here[..., None], table[index], 0).astype(dtype), vocab_on)
 
     return jax.shard_map(here, mesh=layout.mesh, in_specs=(rows, flat), out_specs=stream, check_vma=False)(
         table, tokens
     )
 
 
-def _forward(table: Array, tokens: Array, layout: Layout, dtype: str) -> tuple[Array, tuple]:
-    return _look_up(table, tokens, layout, dtype), (table, tokens)
+def _forward(table: Array, tokens: Array, layout: MeshLayout, dtype: str) -> tuple[Array, tuple]:
+    return _embed_sharded(table, tokens, layout, dtype), (table, tokens)
 
 
-def _backward(layout: Layout, dtype: str, kept: tuple, gradient: Array) -> tuple[Array, None]:
+def _backward(layout: MeshLayout, dtype: str, kept: tuple, gradient: Array) -> tuple[Array, None]:
     table, tokens = kept
     rows, flat, stream, vocab_on = _specs(table, tokens, layout)
     own = layout.spec(("vocab", "embed"), table.shape, "w_tokens")
@@ -57,16 +57,16 @@ def _backward(layout: Layout, dtype: str, kept: tuple, gradient: Array) -> tuple
     def here(table: Array, tokens: Array, gradient: Array) -> Array:
         index, is_here = _own_rows(table, tokens, vocab_on)
         wide = jnp.where(is_here[..., None], gradient.astype(jnp.float32), 0.0)
-        return add_up(jnp.zeros(table.shape, jnp.float32).at[index].add(wide), rows_on, scattered=embed_on, dim=1)
+        return psum_or_scatter(jnp.zeros(table.shape, jnp.float32).at[index].add(wide), rows_on, scatter_axes=embed_on, dim=1)
 
     run = jax.shard_map(here, mesh=layout.mesh, in_specs=(rows, flat, stream), out_specs=own, check_vma=False)
     return run(table, tokens, gradient), None
 
 
-_look_up.defvjp(_forward, _backward)
+_embed_sharded.defvjp(_forward, _backward)
 
 
-def _specs(table: Array, tokens: Array, layout: Layout) -> tuple[Any, Any, Any, tuple[str, ...]]:
+def _specs(table: Array, tokens: Array, layout: MeshLayout) -> tuple[Any, Any, Any, tuple[str, ...]]:
     rows = layout.spec(("vocab", "activation_embed"), table.shape, "w_tokens")
     flat = layout.spec(("batch", "sequence"), tokens.shape, "activation [tokens]")
     stream = layout.spec(

@@ -32,13 +32,13 @@ class FeedForward(hk.Module):
         """The layer's contribution to the residual stream."""
         c, zeros = self.config, hk.initializers.Constant(0.0)
         activation = ACTIVATIONS[c.activation]
-        w_in = param("w_in", self.inits.inner, embed=c.d_model, ff=c.ff_dim)
+        w_in = param("w_in", self.inits.input, embed=c.d_model, ff=c.ff_dim)
         hidden = linear(x, w_in, param("b_in", zeros, ff=c.ff_dim) if c.ff_bias else None)
         if c.gated_ffn:
-            w_gate = param("w_gate", self.inits.inner, embed=c.d_model, ff=c.ff_dim)
+            w_gate = param("w_gate", self.inits.input, embed=c.d_model, ff=c.ff_dim)
             gate = linear(x, w_gate, param("b_gate", zeros, ff=c.ff_dim) if c.ff_bias else None)
             hidden = activation(gate) * hidden
         else:
             hidden = activation(hidden)
-        w_out = param("w_out", self.inits.residual, ff=c.ff_dim, embed=c.d_model)
+        w_out = param("w_out", self.inits.output, ff=c.ff_dim, embed=c.d_model)
         return linear(hidden, w_out, param("b_out", zeros, embed=c.d_model) if c.ff_bias else None)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mesh_transformer.mesh import current_layout
-from mesh_transformer.model.quantization import Quantized, multiply, widen
+from mesh_transformer.model.quantization import Quantized, quantized_matmul, dequantize
 
 
 def linear(
@@ -32,13 +32,13 @@ def linear(
     """
     batch, outputs = x.shape[: x.ndim - inputs], w.shape[:1] if flipped else w.shape[inputs:]
     if current_layout() is not None:
-        w = widen(w, x.dtype).T if flipped else widen(w, x.dtype)
+        w = dequantize(w, x.dtype).T if flipped else dequantize(w, x.dtype)
         dims = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
         y = jax.lax.dot_general(x, w, (dims, ((), ())), preferred_element_type=dtype or x.dtype)
         return y if b is None else (y + jnp.expand_dims(b, range(len(batch)))).astype(y.dtype)
     rows = x.reshape(math.prod(batch), -1)
     if isinstance(w, Quantized) or w.dtype.itemsize < x.dtype.itemsize:
-        y = multiply(rows, w, inputs=inputs, flipped=flipped).astype(dtype or x.dtype)
+        y = quantized_matmul(rows, w, inputs=inputs, flipped=flipped).astype(dtype or x.dtype)
     else:
         w = w.astype(x.dtype).T if flipped else w.astype(x.dtype).reshape(rows.shape[1], -1)
         y = jnp.matmul(rows, w, preferred_element_type=dtype or x.dtype)

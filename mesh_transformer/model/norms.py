@@ -22,7 +22,7 @@ def _statistics(x: Float[Array, "*B D"], eps: float, centred: bool) -> tuple[Arr
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def normalise(
+def normalize(
     x: Float[Array, "*B D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float, centred: bool
 ) -> Float[Array, "*B D"]:
     """(x - mean) / sqrt(variance + eps) * scale + bias in x's dtype; without the mean unless `centred`.
@@ -36,7 +36,7 @@ def normalise(
 
 
 def _normalise_forward(x: Array, scale: Array, bias: Array, eps: float, centred: bool) -> tuple[Array, tuple]:
-    return normalise(x, scale, bias, eps, centred), (x, scale)
+    return normalize(x, scale, bias, eps, centred), (x, scale)
 
 
 def _normalise_backward(eps: float, centred: bool, kept: tuple, gradient: Array) -> tuple[Array, Array, Array]:
@@ -51,7 +51,7 @@ def _normalise_backward(eps: float, centred: bool, kept: tuple, gradient: Array)
     return (dx * inverse).astype(x.dtype), jnp.sum(outer * normed, axis=rows), jnp.sum(outer, axis=rows)
 
 
-normalise.defvjp(_normalise_forward, _normalise_backward)
+normalize.defvjp(_normalise_forward, _normalise_backward)
 
 
 class Norm(hk.Module):
@@ -76,7 +76,7 @@ class Norm(hk.Module):
         scale = param("scale", ones, embed=c.d_model)
         centred = c.norm == "layernorm"
         bias = param("bias", zeros, embed=c.d_model) if centred and c.norm_bias else jnp.zeros_like(scale)
-        return normalise(x, scale, bias, c.norm_eps, centred)
+        return normalize(x, scale, bias, c.norm_eps, centred)
 
     def _divide_by_length(self, x: Array) -> Array:
         c, axes = self.config, dict(embed=self.config.d_model) if self.config.norm == "gptj-rmsnorm" else {}
@@ -91,7 +91,7 @@ class Norm(hk.Module):
         return jnp.expand_dims(row, range(ndim - row.ndim))
 
 
-class HeadNorm(hk.Module):
+class QKNorm(hk.Module):
     """rmsnorm of every head by itself, with one scale for all of them (Qwen 3)."""
 
     def __init__(self, config: ModelConfig, name: str):
@@ -101,4 +101,4 @@ class HeadNorm(hk.Module):
     def __call__(self, x: Float[Array, "B T N C"]) -> Float[Array, "B T N C"]:
         """Normalise the channels of each head; the result has x's dtype."""
         scale = param("scale", hk.initializers.Constant(1.0), head_dim=self.config.head_dim)
-        return normalise(x, scale, jnp.zeros_like(scale), self.config.norm_eps, False)
+        return normalize(x, scale, jnp.zeros_like(scale), self.config.norm_eps, False)

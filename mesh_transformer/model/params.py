@@ -30,10 +30,10 @@ class Inits(NamedTuple):
 
     embedding: hk.initializers.Initializer
     position: hk.initializers.Initializer
-    inner: hk.initializers.Initializer  # weights that read the residual stream
-    residual: hk.initializers.Initializer  # weights that write to it
+    input: hk.initializers.Initializer  # weights that read the residual stream
+    output: hk.initializers.Initializer  # weights that write to it
     query: hk.initializers.Initializer  # as inner, of queries
-    mixed: hk.initializers.Initializer  # as residual, of attention
+    attn_output: hk.initializers.Initializer  # as residual, of attention
 
 
 def make_inits(config: ModelConfig) -> Inits:
@@ -62,7 +62,7 @@ def make_inits(config: ModelConfig) -> Inits:
             one, mixed = hk.initializers.RandomNormal(1.0), truncated((config.n_heads * config.head_dim) ** -0.5)
             inner, query = truncated(d**-0.5), truncated((d * config.head_dim) ** -0.5)
             return Inits(one, one, inner, truncated(config.ff_dim**-0.5), query, mixed)
-    return Inits(*found, query=found[2], mixed=found[3])
+    return Inits(*found, query=found[2], attn_output=found[3])
 
 
 _record: ContextVar[dict[str, tuple[str, ...]] | None] = ContextVar("record", default=None)

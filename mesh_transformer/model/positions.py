@@ -15,14 +15,14 @@ from mesh_transformer.model.params import param
 T5_BUCKETS, T5_MAX_DISTANCE = 32, 128
 
 
-def rotate(x: Float[Array, "B T N C"], positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T N C"]:
+def apply_rope(x: Float[Array, "B T N C"], positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T N C"]:
     """Rotary embedding (Su et al. 2021) of the first `rope_dim` channels of every head.
 
     "rope-interleaved" turns channels (2i, 2i+1) together, as GPT-J; "rope-half" channels (i, i + r/2), as GPT-NeoX and
     Llama. The two are the same function of permuted weights, so a checkpoint must say which it was trained with.
     """
     r = config.rope_dim
-    frequencies = jnp.asarray(rotary_frequencies(config), jnp.float32)  # rounded once
+    frequencies = jnp.asarray(rope_frequencies(config), jnp.float32)  # rounded once
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]  # [B, T, r/2]
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
     turning, still = x[..., :r].astype(jnp.float32), x[..., r:]
@@ -35,7 +35,7 @@ def rotate(x: Float[Array, "B T N C"], positions: Int[Array, "B T"], config: Mod
     return jnp.concatenate([turned.astype(x.dtype), still], axis=-1)
 
 
-def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians per position of each turning pair, float64 [r/2].
 
     With `rope_scaling` as in Llama 3.1: those that turn less than `low` times within the trained length become slower
@@ -45,10 +45,12 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     frequencies = config.rope_theta ** (-np.arange(0, r, 2) / r)
     if config.rope_scaling is None:
         return frequencies
-    factor, low, high, trained_len = config.rope_scaling
-    turns = trained_len * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (kept + (1 - kept) / factor)
+    scaling = config.rope_scaling
+    rotations = scaling.original_seq_len * frequencies / (2 * math.pi)  # within the trained length
+    unscaled = np.clip(
+        (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
+    )
+    return frequencies * (unscaled + (1 - unscaled) / scaling.factor)
 
 
 def alibi_slopes(n_heads: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int8
 
 from mesh_transformer.mesh import target_platform
 
-MOST = 127  # of the whole numbers; -128 is not used, so that the range is symmetric
+INT8_MAX = 127  # of the whole numbers; -128 is not used, so that the range is symmetric
 BLOCK = 1 << 20  # values widened at once: so many XLA spreads over all cores, whose shared cache holds them
 COLUMNS = 1 << 12  # of a block at most
 FEW_ROWS = 32  # of x: with more, widening a whole weight first costs little beside the product
@@ -32,17 +32,17 @@ class Quantized(NamedTuple):
 def quantize(w: Float[Array, "..."], contracted: tuple[int, ...]) -> Quantized:
     """`w` rounded to 255 steps between minus and plus its largest value, for each output by itself."""
     wide = w.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=contracted, keepdims=True) / MOST
+    scale = jnp.max(jnp.abs(wide), axis=contracted, keepdims=True) / INT8_MAX
     values = jnp.round(wide / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8)
     return Quantized(values, scale)
 
 
-def widen(w: Float[Array, "..."] | Quantized, dtype: Any) -> Float[Array, "..."]:
+def dequantize(w: Float[Array, "..."] | Quantized, dtype: Any) -> Float[Array, "..."]:
     """What is used as it is, whatever it was kept as."""
     return (w.values.astype(jnp.float32) * w.scale if isinstance(w, Quantized) else w).astype(dtype)
 
 
-def multiply(
+def quantized_matmul(
     x: Float[Array, "M K"], w: Float[Array, "..."] | Quantized, *, inputs: int, flipped: bool
 ) -> Float[Array, "M N"]:
     """x times a weight, of which `linear` says what is contracted, in float32, on one device.
@@ -53,7 +53,7 @@ def multiply(
     values, scale = w if isinstance(w, Quantized) else (w, None)
     k = math.prod(w.shape[:inputs])
     if target_platform() != "cpu" or x.shape[0] > FEW_ROWS:
-        wide = widen(w, x.dtype)
+        wide = dequantize(w, x.dtype)
         return jnp.matmul(x, wide.T if flipped else wide.reshape(k, -1), preferred_element_type=jnp.float32)
     x = x.astype(jnp.float32)
     y = _by_output(x, values) if flipped else _by_input(x, values.reshape(k, -1))

@@ -16,20 +16,20 @@ from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import constrain, target_platform
 from mesh_transformer.model.attention.kernels import choose_kernel
 from mesh_transformer.model.attention.layer import Attention, CrossAttention
-from mesh_transformer.model.attention.masks import AttentionContext, Cache, Masks, Memory
-from mesh_transformer.model.attention.ring import from_ring_order, to_ring_order
-from mesh_transformer.model.embedding import look_up
+from mesh_transformer.model.attention.masks import AttentionContext, KVCache, Masks, EncoderOutput
+from mesh_transformer.model.attention.ring import from_zigzag, to_zigzag
+from mesh_transformer.model.embedding import embed_tokens
 from mesh_transformer.model.feed_forward import FeedForward
 from mesh_transformer.model.linear import dropout, linear
 from mesh_transformer.model.moe.layer import Experts
-from mesh_transformer.model.moe.router import Routing
+from mesh_transformer.model.moe.router import RoutingStats
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK, ParamInfo, Params, describe, make_inits, param
 from mesh_transformer.model.positions import RelativeBias
 from mesh_transformer.model.quantization import Quantized
 
 NarrowParams = Mapping[str, Mapping[str, Array | Quantized]]  # Params, of which sampling may have narrowed some
-Caches = tuple[Cache, ...]  # of every block in a period of the pattern, stacked over the periods as parameters are
+Caches = tuple[KVCache, ...]  # of every block in a period of the pattern, stacked over the periods as parameters are
 POLICIES = jax.checkpoint_policies
 REMAT = {
     "full": POLICIES.nothing_saveable,
@@ -51,8 +51,8 @@ class Block(hk.Module):
         self.config, self.local, self.has_experts = config, local, has_experts
 
     def __call__(
-        self, x: Float[Array, "B T D"], sight: AttentionContext, cache: Cache | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None, Routing | None]:
+        self, x: Float[Array, "B T D"], sight: AttentionContext, cache: KVCache | None
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, RoutingStats | None]:
         """The stream after this layer, the cache with its keys and values, and what a router did."""
         c, routing = self.config, None
         inits = make_inits(c)
@@ -63,7 +63,7 @@ class Block(hk.Module):
             nonlocal routing
             if experts is None:
                 return dense(x)
-            y, routing = experts(x, decoding=sight.sampling)
+            y, routing = experts(x, decoding=sight.decoding)
             return y + dense(x) if c.experts and c.experts.shared_expert else y
 
         normed = _enter(Norm(c, name="norm_1")(x))
@@ -119,13 +119,13 @@ class Transformer(hk.Module):
         c, inits = self.config, make_inits(self.config)
         x, cache, _ = self.hidden(tokens, positions, segments, cache, sources, source_segments)
         if cache is None:
-            x = from_ring_order(x)
+            x = from_zigzag(x)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
         if c.tied_embeddings:
             w_head = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model)
         else:
-            w_head = param("w_head", inits.inner, embed=c.d_model, vocab=c.n_vocab)
+            w_head = param("w_head", inits.input, embed=c.d_model, vocab=c.n_vocab)
         logits = linear(x, w_head, flipped=c.tied_embeddings, dtype="float32")
         if c.head_bias:
             logits = logits + param("b_head", hk.initializers.Constant(0.0), vocab=c.n_vocab)[None, None]
@@ -140,7 +140,7 @@ class Transformer(hk.Module):
         cache: Caches | None,
         sources: Int[Array, "B S"] | None = None,
         source_segments: Int[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Caches | None, Routing | None]:
+    ) -> tuple[Float[Array, "B T D"], Caches | None, RoutingStats | None]:
         """What the head scores: the normalised stream, in ring order without a cache; the cache, updated; the routing.
 
         With an encoder that of both, the encoder's layers first.
@@ -148,8 +148,8 @@ class Transformer(hk.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if cache is None:
-            tokens, positions = to_ring_order(tokens), to_ring_order(positions)
-            segments = None if segments is None else to_ring_order(segments)
+            tokens, positions = to_zigzag(tokens), to_zigzag(positions)
+            segments = None if segments is None else to_zigzag(segments)
         sight = self.see(positions, segments, cache)
         memory, read = self.read(sources, source_segments, sight, cache)
         x, cache, routing = self.run_layers(self.embed(tokens, positions), sight._replace(memory=memory), cache)
@@ -164,7 +164,7 @@ class Transformer(hk.Module):
         segments: Int[Array, "B S"] | None,
         sight: AttentionContext,
         cache: Caches | None,
-    ) -> tuple[Memory | None, Routing | None]:
+    ) -> tuple[EncoderOutput | None, RoutingStats | None]:
         """What the encoder makes of `sources`, or that it has read them before into the cache; None without an encoder.
 
         A token sees those of its own segment; where only one of both sides has segments, the other's are all 1.
@@ -180,26 +180,26 @@ class Transformer(hk.Module):
             raise ConfigError(
                 f"model.n_encoder_layers={encoder.n_layers}: the encoder has nothing to read; give sources"
             )
-        length = cache[0].memory.k.shape[-2] if sources is None else sources.shape[1]  # type: ignore[index]
+        length = cache[0].cross_attention.k.shape[-2] if sources is None else sources.shape[1]  # type: ignore[index]
         visible = jnp.ones((1, sight.positions.shape[1], length), bool)
-        if segments is not None or sight.segments is not None:
-            own = jnp.ones_like(sight.positions) if sight.segments is None else sight.segments
+        if segments is not None or sight.segment_ids is not None:
+            own = jnp.ones_like(sight.positions) if sight.segment_ids is None else sight.segment_ids
             there = jnp.ones((own.shape[0], length), jnp.int32) if segments is None else segments
             visible = own[:, :, None] == there[:, None, :]
         if sources is None:
-            return Memory(None, visible), None
+            return EncoderOutput(None, visible), None
         stack = Transformer(encoder, name="encoder")
         positions = jnp.broadcast_to(jnp.arange(length), sources.shape)
-        seen = stack.see(positions, segments, None)._replace(sampling=sight.sampling)
+        seen = stack.see(positions, segments, None)._replace(sampling=sight.decoding)
         x, _, routing = stack.run_layers(self.embed(sources, positions), seen, None)
-        return Memory(dropout(stack.normalise(x), encoder.dropout), visible), routing
+        return EncoderOutput(dropout(stack.normalise(x), encoder.dropout), visible), routing
 
     @hk.experimental.name_like("__call__")
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The stream before the first layer."""
         c, inits = self.config, make_inits(self.config)
         table = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model)
-        x = look_up(table, tokens, c.dtype)
+        x = embed_tokens(table, tokens, c.dtype)
         if c.positions == "learned":
             w_positions = param("w_positions", inits.position, position=c.seq_len, embed=c.d_model)
             x = x + constrain(w_positions, "position", "activation_embed")[positions].astype(c.dtype)
@@ -223,11 +223,11 @@ class Transformer(hk.Module):
             )
         kernel = "dense"  # while arrays are made, at no particular length
         if not hk.running_init():
-            kernel = choose_kernel(c, length, segmented=segments is not None, cached=cache is not None)
+            kernel = choose_kernel(c, length, has_segments=segments is not None, cached=cache is not None)
         if kernel != "dense":
             return AttentionContext(kernel, positions, segments, None, sampling)
         if cache is None:
-            query = key = to_ring_order(jnp.arange(length)[None])
+            query = key = to_zigzag(jnp.arange(length)[None])
         else:
             query, key = positions, jnp.arange(cache[0].k.shape[-2])[None]
         distance = query[:, :, None] - key[:, None, :]
@@ -240,11 +240,11 @@ class Transformer(hk.Module):
     @hk.experimental.name_like("__call__")
     def run_layers(
         self, x: Float[Array, "B T D"], sight: AttentionContext, caches: Caches | None
-    ) -> tuple[Float[Array, "B T D"], Caches | None, Routing | None]:
+    ) -> tuple[Float[Array, "B T D"], Caches | None, RoutingStats | None]:
         """All layers, as a scan over periods of the pattern; what routers did, by layer that has one."""
         c, pattern = self.config, self.config.pattern
 
-        def period(x: Array, caches: Caches | None) -> tuple[Array, tuple[Caches | None, list[Routing]]]:
+        def period(x: Array, caches: Caches | None) -> tuple[Array, tuple[Caches | None, list[RoutingStats]]]:
             x, updated, routings = checkpoint_name(x, "residual_stream"), [], []
             for i, (local, has_experts) in enumerate(pattern):
                 block = Block(c, local=local, has_experts=has_experts, name=f"block_{i}")
@@ -280,7 +280,7 @@ class Model(NamedTuple):
 
     init: Callable[[PRNGKeyArray], Params]
     apply: Callable[..., tuple[Float[Array, "B U V"], Caches | None]]
-    hidden: Callable[..., tuple[Float[Array, "B T D"], Routing | None]]
+    hidden: Callable[..., tuple[Float[Array, "B T D"], RoutingStats | None]]
 
 
 def make_model(config: ModelConfig) -> Model:
@@ -352,7 +352,7 @@ def init_cache(
         values = jnp.zeros(shape, dtype or config.dtype)
         return Quantized(values, jnp.zeros((*shape[:-1], 1), jnp.float32)) if dtype == "int8" else values
 
-    def memory() -> Cache | None:
-        return None if config.encoder is None else Cache(empty(source_len), empty(source_len))
+    def memory() -> KVCache | None:
+        return None if config.encoder is None else KVCache(empty(source_len), empty(source_len))
 
-    return tuple(Cache(empty(cache_len), empty(cache_len), memory()) for _ in pattern)
+    return tuple(KVCache(empty(cache_len), empty(cache_len), memory()) for _ in pattern)

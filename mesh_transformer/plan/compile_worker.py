@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from mesh_transformer.config import ConfigError
-from mesh_transformer.mesh import Layout, make_layout, start_devices
+from mesh_transformer.mesh import MeshLayout, make_layout, init_devices
 from mesh_transformer.plan.decoding import lower_decoding, lower_reading, lower_writing
 from mesh_transformer.plan.hardware.chips import FAMILIES
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError, Topology, make_devices, parse_topology
@@ -45,19 +45,19 @@ USED_OF = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def make_topology_layout(job: Job) -> Layout:
+def make_topology_layout(job: Job) -> MeshLayout:
     """The run's mesh over the devices of its topology."""
     topology, mesh = parse_topology(job.topology), job.config.mesh
     if topology.chip is not None:
         return make_layout(mesh, make_devices(topology))
     if not topology.devices:
-        return start_devices(mesh)
+        return init_devices(mesh)
     if len(jax.devices("cpu")) < topology.devices:
         raise ConfigError(f"{topology.name}: this process has {len(jax.devices('cpu'))} CPU device(s)")
     return make_layout(mesh, jax.devices("cpu")[: topology.devices])
 
 
-def lower_training(job: Job, layout: Layout) -> tuple[Any, Measured]:
+def lower_training(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
     """The very step that training runs, lowered from shapes alone, and what is known before it is compiled."""
     config = job.config
     check_batches(config, layout)
@@ -110,7 +110,7 @@ def measure(job: Job, keep: Path | None = None) -> Measured:
     return measured
 
 
-def _compile(job: Job, layout: Layout, program: tuple[Any, Measured], keep: Path | None) -> Measured:
+def _compile(job: Job, layout: MeshLayout, program: tuple[Any, Measured], keep: Path | None) -> Measured:
     lowered, measured = program
     if job.topology == "local" and measured.platform != "cpu":
         device = layout.mesh.devices.flat[0]
@@ -159,7 +159,7 @@ def parse_refusal(text: str) -> tuple[int, int]:
     return int(float(needed) * UNITS[needed_unit]), int(float(limit) * UNITS[limit_unit])
 
 
-def _largest_logits(module: Module, job: Job, layout: Layout) -> int:
+def _largest_logits(module: Module, job: Job, layout: MeshLayout) -> int:
     """Bytes of the largest array that has the vocabulary for a side and is no weight."""
     model = job.config.model
     vocab = layout.sharding(("vocab",), (model.n_vocab,), "vocab").shard_shape((model.n_vocab,))[0]
@@ -175,7 +175,7 @@ def _largest_logits(module: Module, job: Job, layout: Layout) -> int:
     return largest
 
 
-def place_traffic(row: Collective, layout: Layout, topology: Topology) -> Traffic:
+def place_traffic(row: Collective, layout: MeshLayout, topology: Topology) -> Traffic:
     """A row with where its groups lie in the hardware: over slices or hosts, and over which directions of the torus."""
     traffic = Traffic(list(row.axes), row.kind, row.group, row.count, row.sent)
     if topology.chip is None:

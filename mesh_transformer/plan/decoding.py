@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import ConfigError, ModelConfig, SampleConfig
-from mesh_transformer.mesh import Layout
+from mesh_transformer.mesh import MeshLayout
 from mesh_transformer.model.params import ParamInfo
 from mesh_transformer.plan.estimate import count_active, describe_model
 from mesh_transformer.plan.job import Job, Measured
-from mesh_transformer.sample.engine.device_state import State
-from mesh_transformer.sample.engine.encoder_decoder_programs import Writer, Writing
-from mesh_transformer.sample.engine.programs import Programs
-from mesh_transformer.sample.engine.requests import Row, stack_rows
+from mesh_transformer.sample.engine.device_state import DecodeState
+from mesh_transformer.sample.engine.encoder_decoder_programs import EncoderDecoderPrograms, EncoderDecoderState
+from mesh_transformer.sample.engine.programs import EnginePrograms
+from mesh_transformer.sample.engine.requests import Request, stack_requests
 from mesh_transformer.sample.sampling import make_options
 from mesh_transformer.train.state import describe_state, format_parameters
 
 
-def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
+def lower_decoding(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
     """The program that draws tokens for `job.batch` rows with caches of `job.context` tokens.
 
     The figures are of one token of every row: the program's loop over tokens counts once. Raises ConfigError where rows
@@ -36,15 +36,15 @@ def lower_decoding(job: Job, layout: Layout) -> tuple[Any, Measured]:
     _check(job, layout)
     model, serve = job.config.model, job.config.serve
     shapes, _ = describe_state(job.config)
-    programs = Programs(model, shapes.params, layout, weights=serve.weight_dtype, cache=serve.kv_cache_dtype)
-    asked = jax.eval_shape(lambda: stack_rows([Row(0, np.zeros(1, np.int32), SampleConfig(), 1)], model.n_vocab))
+    programs = EnginePrograms(model, shapes.params, layout, weights=serve.weight_dtype, cache=serve.kv_cache_dtype)
+    asked = jax.eval_shape(lambda: stack_requests([Request(0, np.zeros(1, np.int32), SampleConfig(), 1)], model.n_vocab))
     state = jax.eval_shape(lambda like: programs.empty_state(like, job.batch, job.context), asked)
     state = _place(state, layout)
     flops = _product_flops(describe_model(model), model) + model.n_layers * _attention_flops(job)
     return programs.lower_decode(state), _describe(job, layout, programs.weights, state, flops * job.batch)
 
 
-def lower_writing(job: Job, layout: Layout) -> tuple[Any, Measured]:
+def lower_writing(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
     """Of a model with an encoder: the program that draws a token for `job.batch` rows, as `lower_decoding`.
 
     What the encoder read has `job.context` tokens, and so has the cache of what is written.
@@ -56,7 +56,7 @@ def lower_writing(job: Job, layout: Layout) -> tuple[Any, Measured]:
     return writer.lower_write(writing), measured
 
 
-def lower_reading(job: Job, layout: Layout) -> tuple[Any, Measured]:
+def lower_reading(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
     """The program that comes before that of `lower_writing`: it reads the texts and draws the first tokens."""
     writer, writing = _make_writer(job, layout)
     sources = _place(jax.ShapeDtypeStruct((job.batch, job.context), jnp.int32), layout)
@@ -69,11 +69,11 @@ def lower_reading(job: Job, layout: Layout) -> tuple[Any, Measured]:
     return writer.lower_read(writing, sources), _describe(job, layout, writer.weights, writing, flops * job.batch)
 
 
-def _check(job: Job, layout: Layout) -> None:
-    if job.batch % layout.batch_pieces:
+def _check(job: Job, layout: MeshLayout) -> None:
+    if job.batch % layout.batch_shards:
         raise ConfigError(
-            f"--batch {job.batch}: rows do not divide over {layout.batch_pieces} device(s) along the batch; "
-            f"use a multiple of {layout.batch_pieces}, or another mesh (--set mesh.fsdp=1 --set mesh.tensor=...)"
+            f"--batch {job.batch}: rows do not divide over {layout.batch_shards} device(s) along the batch; "
+            f"use a multiple of {layout.batch_shards}, or another mesh (--set mesh.fsdp=1 --set mesh.tensor=...)"
         )
     if job.context > job.config.model.seq_len:
         raise ConfigError(
@@ -81,34 +81,34 @@ def _check(job: Job, layout: Layout) -> None:
         )
 
 
-def _make_writer(job: Job, layout: Layout) -> tuple[Writer, Writing]:
+def _make_writer(job: Job, layout: MeshLayout) -> tuple[EncoderDecoderPrograms, EncoderDecoderState]:
     """The engine's programs, and the answers of `job.batch` rows as shapes and places."""
     _check(job, layout)
     shapes, _ = describe_state(job.config)
     serve = job.config.serve
-    writer = Writer(job.config.model, shapes.params, layout, weights=serve.weight_dtype, cache=serve.kv_cache_dtype)
+    writer = EncoderDecoderPrograms(job.config.model, shapes.params, layout, weights=serve.weight_dtype, cache=serve.kv_cache_dtype)
 
-    def begin() -> Writing:
+    def begin() -> EncoderDecoderState:
         segments, keys = jnp.ones((job.batch, job.context), jnp.int32), jax.random.split(jax.random.key(0), job.batch)
         return writer.empty_writing(segments, make_options(SampleConfig(), job.batch), keys, 0, job.context)
 
     return writer, _place(jax.eval_shape(begin), layout)
 
 
-def _place(shapes: Any, layout: Layout) -> Any:
+def _place(shapes: Any, layout: MeshLayout) -> Any:
     """Shapes with places: those of `caches` as caches lie, all else cut along the batch."""
 
     def put(leaf: jax.ShapeDtypeStruct, *axes: str) -> jax.ShapeDtypeStruct:
         axes = axes or ("batch", *["activation_embed"] * leaf.ndim)[: leaf.ndim]
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(axes, leaf.shape, "state"))
 
-    if not isinstance(shapes, State | Writing):
+    if not isinstance(shapes, DecodeState | EncoderDecoderState):
         return jax.tree.map(put, shapes)
     caches = jax.tree.map(lambda leaf: put(leaf, "batch", "kv_heads", "position", "head_dim"), shapes.caches)
     return jax.tree.map(put, shapes._replace(caches=None))._replace(caches=caches)
 
 
-def _describe(job: Job, layout: Layout, weights: Any, state: State | Writing, flops: float) -> Measured:
+def _describe(job: Job, layout: MeshLayout, weights: Any, state: DecodeState | EncoderDecoderState, flops: float) -> Measured:
     """What is known of a program before it is compiled."""
     shapes, axes = describe_state(job.config)
     held, caches = _held(state), _held(state.caches)

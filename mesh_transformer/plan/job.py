@@ -45,7 +45,7 @@ class Job:
             table["config"].pop(name, None)
         for name in ("processes", "process_id", "coordinator", "heartbeat_seconds"):
             table["config"]["mesh"].pop(name, None)
-        table["config"]["serve"] = {name: table["config"]["serve"][name] for name in ("weights", "cache")}
+        table["config"]["serve"] = {name: table["config"]["serve"][name] for name in ("weight_dtype", "kv_cache_dtype")}
         table["config"]["data"] = table["config"]["data"].get("isolate_documents")
         return hashlib.blake2b(
             f"{digest_code()} {json.dumps(table, sort_keys=True)}".encode(), digest_size=12

@@ -97,8 +97,8 @@ def _draw_grid(across: Axis, up: Axis) -> str:
 
 
 def _x(axis: Axis, value: float) -> float:
-    return LEFT + axis.place(value) * (WIDTH - LEFT - RIGHT)
+    return LEFT + axis.fraction(value) * (WIDTH - LEFT - RIGHT)
 
 
 def _y(axis: Axis, value: float) -> float:
-    return HEIGHT - BOTTOM - axis.place(value) * (HEIGHT - TOP - BOTTOM)
+    return HEIGHT - BOTTOM - axis.fraction(value) * (HEIGHT - TOP - BOTTOM)

@@ -67,15 +67,15 @@ class Progress:
         if not self.live:
             self._print(self._line(step, values))
 
-    def evaluating(self, name: str, done: int, total: int) -> None:
+    def show_validation(self, name: str, done: int, total: int) -> None:
         """Show how far the evaluation of a set is."""
         self._evaluating = f"evaluating {name}: {done} of {total} batches" if done < total else ""
 
-    def measuring(self, what: str, done: int, total: int | None) -> None:
+    def show_evaluation(self, what: str, done: int, total: int | None) -> None:
         """Show how far a measurement is."""
         self._evaluating = f"measuring {what}: {done:,}" + (f" of {total:,}" if total else "")
 
-    def measured(self, step: int, values: Mapping[str, float]) -> None:
+    def show_results(self, step: int, values: Mapping[str, float]) -> None:
         """Say what tasks came to: accuracies, and bits per byte of texts."""
         self._evaluating = ""
         told = [f"{name} {value:.4g}" for name, value in values.items() if name.endswith((".acc", ".bits_per_byte"))]

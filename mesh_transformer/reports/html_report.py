@@ -13,7 +13,7 @@ from typing import Any
 from mesh_transformer.reports.console import format_time
 from mesh_transformer.reports.evaluation_results import Evaluation, draw_evaluations, read_evaluations
 from mesh_transformer.reports.expert_load import draw_loads, read_loads
-from mesh_transformer.reports.metrics_log import FILE, pick_layers, read_metrics
+from mesh_transformer.reports.metrics_log import FILE, representative_layers, read_metrics
 from mesh_transformer.reports.svg import Series, drawable, format_number, plot
 from mesh_transformer.storage.atomic_files import replace_file
 
@@ -148,8 +148,8 @@ def _plots(train: list[Line], evaluation: list[Line], events: list[Line]) -> lis
     for number, name in enumerate(_last_scores(evaluation)):
         style = STYLES[number % len(STYLES)]
         own = [line for line in evaluation if str(line.get("set", "")) == name]
-        losses.append(Series(name, thin(_points(own, "loss"), RAW_POINTS), style, markers=True))
-        bits.append(Series(name, thin(_points(own, "bits_per_byte"), RAW_POINTS), style, markers=True))
+        losses.append(Series(name, downsample(_points(own, "loss"), RAW_POINTS), style, markers=True))
+        bits.append(Series(name, downsample(_points(own, "bits_per_byte"), RAW_POINTS), style, markers=True))
     marked = "nats per token, by step" + ("; dashed: skipped" if skipped else "")
     plots = [plot("Loss", marked, losses, marks=skipped), plot("Held-out bits per byte", "by step", bits)]
     for name, title, unit, label, log in TRACES:
@@ -161,8 +161,8 @@ def _plots(train: list[Line], evaluation: list[Line], events: list[Line]) -> lis
     layers = max((len(norms) for line in train if isinstance(norms := line.get("layer_grad_norms"), list)), default=0)
     if layers:
         norms = [
-            Series(f"layer {i}", thin(smooth(_points(train, "layer_grad_norms", i), log=True), SMOOTH_POINTS), style)
-            for style, i in zip(STYLES, pick_layers(layers), strict=False)
+            Series(f"layer {i}", downsample(smooth(_points(train, "layer_grad_norms", i), log=True), SMOOTH_POINTS), style)
+            for style, i in zip(STYLES, representative_layers(layers), strict=False)
         ]
         plots.append(plot("Gradient norm of layers", "smoothed, by step", norms, log=True))
     return plots + draw_loads(train)
@@ -171,9 +171,9 @@ def _plots(train: list[Line], evaluation: list[Line], events: list[Line]) -> lis
 def _trace(name: str, points: Points, *, log: bool = False) -> list[Series]:
     """A line as measured and, where that is a band rather than a line, smoothed on top of it."""
     if len(points) < 50 or name == "learning rate":
-        return [Series(name, thin(points, RAW_POINTS), "main")]
-    smoothed = thin(smooth(points, log=log), SMOOTH_POINTS)
-    return [Series(name, thin(points, RAW_POINTS), "faint"), Series("smoothed", smoothed, "main")]
+        return [Series(name, downsample(points, RAW_POINTS), "main")]
+    smoothed = downsample(smooth(points, log=log), SMOOTH_POINTS)
+    return [Series(name, downsample(points, RAW_POINTS), "faint"), Series("smoothed", smoothed, "main")]
 
 
 def _samples(text: str) -> str:
@@ -219,7 +219,7 @@ def _points(lines: Iterable[Line], name: str, item: int | None = None) -> list[t
     return [(line["step"], _number(line, name, item)) for line in lines]
 
 
-def thin(points: Points, count: int) -> list[tuple[float, float | None]]:
+def downsample(points: Points, count: int) -> list[tuple[float, float | None]]:
     """At most about `count` points: of each stretch the lowest and highest, or a gap; and the ends, so that axes reach."""
     if len(points) <= count:
         return list(points)

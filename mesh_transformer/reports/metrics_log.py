@@ -45,7 +45,7 @@ CLOSE_SECONDS = 10.0  # a tracker has at the end of a run
 SYNC_SECONDS = 30.0  # of lines that a power failure may take; a crash of the program takes none
 
 
-def pick_layers(count: int) -> list[int]:
+def representative_layers(count: int) -> list[int]:
     """Up to four of so many layers, the first and the last among them: those of which a page shows more than a mean."""
     return sorted({0, count // 3, 2 * count // 3, count - 1})
 

@@ -33,7 +33,7 @@ class Axis(NamedTuple):
     ticks: list[float]
     log: bool
 
-    def place(self, value: float) -> float:
+    def fraction(self, value: float) -> float:
         """0 at the low end, 1 at the high end."""
         if self.log:
             return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
@@ -246,11 +246,11 @@ def _draw_series(one: Series, across: Axis, up: Axis) -> str:
 
 
 def _x(axis: Axis, value: float) -> float:
-    return LEFT + axis.place(value) * (WIDTH - LEFT - RIGHT)
+    return LEFT + axis.fraction(value) * (WIDTH - LEFT - RIGHT)
 
 
 def _y(axis: Axis, value: float) -> float:
-    return HEIGHT - BOTTOM - axis.place(value) * (HEIGHT - TOP - BOTTOM)
+    return HEIGHT - BOTTOM - axis.fraction(value) * (HEIGHT - TOP - BOTTOM)
 
 
 def _finite(points: Sequence[tuple[float, float | None]], *, positive: bool) -> list[tuple[float, float | None]]:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from mesh_transformer.config import SampleConfig
 from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.distributed.stop import StopRequest
-from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
 from mesh_transformer.sample.text_generation import TextGeneration
 
 HELP = '''\
@@ -40,11 +40,11 @@ class SettingError(ValueError):
     """A command of the prompt that cannot be followed."""
 
 
-class Terminal:
+class Repl:
     """One session at a terminal, or over pipes, where only the texts go to stdout."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, options: SampleConfig, *, seed: int = 0, stops: Sequence[str] = ()
+        self, engine: DecoderOnlyEngine, tokenizer: Tokenizer, options: SampleConfig, *, seed: int = 0, stops: Sequence[str] = ()
     ) -> None:
         self._engine, self._tokenizer, self._stops = engine, tokenizer, list(stops)
         self._start = self._options, self._seed = options, seed

@@ -33,7 +33,7 @@ class SamplingOptions(NamedTuple):
     frequency_penalty: Float[Array, "B"]  # (0) subtracted once for every time a token was drawn
 
 
-class Drawn(NamedTuple):
+class Sampled(NamedTuple):
     """A token per request, and how probable it was."""
 
     token: Int[Array, "B"]
@@ -69,7 +69,7 @@ def sample(
     prompt: Bool[Array, "B V"] | None = None,
     bias: Float[Array, "B V"] | None = None,
     allowed: Bool[Array, "B V"] | None = None,
-) -> Drawn:
+) -> Sampled:
     """One token per request.
 
     `counts` says how often each request has drawn each token so far; `prompt` which tokens its prompt has, which only
@@ -92,7 +92,7 @@ def sample(
         return token, jnp.where(greedy, 0.0, _logprob(filtered, token))
 
     token, drawn_logprob = jax.lax.cond(jnp.all(greedy), lambda: (best, jnp.zeros_like(options.temperature)), draw)
-    return Drawn(token, _logprob(raw, token), drawn_logprob)
+    return Sampled(token, _logprob(raw, token), drawn_logprob)
 
 
 def top_logprobs(logits: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.data.tokenizers import StreamDecoder, Tokenizer
-from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
 from mesh_transformer.sample.engine.requests import Event
 
 Finish = Literal["stop", "length", "interrupted"]
@@ -108,7 +108,7 @@ class TextGeneration:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: DecoderOnlyEngine,
         tokenizer: Tokenizer,
         prompts: Sequence[str],
         options: SampleConfig,
@@ -129,12 +129,12 @@ class TextGeneration:
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         for event in self._generation.events():
-            row = self._rows[event.row]
+            row = self._rows[event.request]
             shown = row.push(event)
             if row.stops.complete:
-                self._generation.stop(event.row)
+                self._generation.stop(event.request)
             if shown:
-                yield event.row, shown
+                yield event.request, shown
 
     def interrupt(self) -> list[tuple[int, str]]:
         """End every row here; returns (row, characters) that were held back."""
@@ -158,7 +158,7 @@ class TextGeneration:
 
 
 def complete_texts(
-    engine: Engine,
+    engine: DecoderOnlyEngine,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     options: SampleConfig,

@@ -10,20 +10,20 @@ from rich.text import Text
 from mesh_transformer.config import Config
 from mesh_transformer.reports.html_report import write_report
 from mesh_transformer.reports.metrics_log import MetricsLog
-from mesh_transformer.sample.loading import Trained, load_trained
+from mesh_transformer.sample.loading import LoadedModel, load_model
 from mesh_transformer.sample.text_generation import complete_texts
 from mesh_transformer.train.run_folder import RunFolder
 
 
-def show_samples(config: Config) -> None:
+def log_training_samples(config: Config) -> None:
     """Complete `sample.prompts` with the newest checkpoint of the run that `config` describes; nothing without prompts."""
     if not config.sample.prompts:
         return
     with RunFolder(config, print) as folder:
-        _show(load_trained(folder.place), folder.path)
+        _show(load_model(folder.location), folder.path)
 
 
-def _show(trained: Trained, run_dir: Path) -> None:
+def _show(trained: LoadedModel, run_dir: Path) -> None:
     options, seed = trained.config.sample, trained.config.run.seed
     completions = complete_texts(trained.engine, trained.tokenizer, options.prompts, options, seed=seed)
     console = Console()

@@ -21,24 +21,24 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from mesh_transformer.serve.chat_completions import start_chat
-from mesh_transformer.serve.completions import Completion, Service, Wire, error_json, start_completion
+from mesh_transformer.serve.completions import CompletionTask, Service, ApiFormat, error_json, start_completion
 from mesh_transformer.serve.protocol import (
     ApiError,
-    ChatAnswer,
-    ChatRequest,
-    CompleteAnswer,
+    ChatCompletionResponse,
+    ChatCompletionRequest,
+    CompleteResponse,
     CompleteRequest,
-    CompletionAnswer,
+    CompletionResponse,
     CompletionRequest,
-    ErrorAnswer,
-    HealthAnswer,
-    ModelAnswer,
-    ModelsAnswer,
-    explain,
+    ErrorResponse,
+    HealthResponse,
+    ModelCard,
+    ModelList,
+    describe_validation_errors,
 )
 
-ORIGINAL = Wire(default_tokens=256)  # as many as mesh-transformer-jax's server drew
-BODIES = {"/complete": CompleteRequest, "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
+ORIGINAL = ApiFormat(default_tokens=256)  # as many as mesh-transformer-jax's server drew
+BODIES = {"/complete": CompleteRequest, "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
 ERRORS = {
     400: "what is asked cannot be done",
     401: "no token, or a wrong one",
@@ -51,17 +51,17 @@ ERRORS = {
     503: "it took too long, or the server is going down",
 }
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": text} for status, text in ERRORS.items()
+    status: {"model": ErrorResponse, "description": text} for status, text in ERRORS.items()
 }
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {}}}, "description": "the answer, or its stream"}
 }
 
 
-Start = Callable[[], AbstractAsyncContextManager[Completion]]  # begins a request's work
+Start = Callable[[], AbstractAsyncContextManager[CompletionTask]]  # begins a request's work
 
 
-class Left(Exception):
+class ClientDisconnected(Exception):
     """The client has gone."""
 
 
@@ -73,29 +73,29 @@ def make_app(service: Service, *, request_timeout_seconds: float) -> FastAPI:
     _add_information(app, service)
     _add_page(app)
 
-    @app.post("/v1/completions", response_model=CompletionAnswer, responses=STREAM)
+    @app.post("/v1/completions", response_model=CompletionResponse, responses=STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts: OpenAI's format."""
         return await answer(partial(start_completion, service, body), bool(body.stream), request)
 
-    @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=STREAM)
-    async def chat(body: ChatRequest, request: Request) -> Response:
+    @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=STREAM)
+    async def chat(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer messages: OpenAI's format, for models whose tokenizer has a chat template."""
         return await answer(partial(start_chat, service, body), bool(body.stream), request)
 
-    @app.post("/complete", response_model=CompleteAnswer)
+    @app.post("/complete", response_model=CompleteResponse)
     async def complete(body: CompleteRequest, request: Request) -> Response:
         """Continue a text by 256 tokens: the format of mesh-transformer-jax's server."""
         wanted = CompletionRequest(prompt=body.context, top_p=body.top_p, temperature=body.temp)
-        found = await unless_left(
-            whole(partial(start_completion, service, wanted, ORIGINAL)), request, request_timeout_seconds
+        found = await run_until_disconnect(
+            full_response(partial(start_completion, service, wanted, ORIGINAL)), request, request_timeout_seconds
         )
         return JSONResponse({"completion": found["choices"][0]["text"]})
 
     async def answer(start: Start, stream: bool, request: Request) -> Response:
         if stream:
             return EventStream(start, request_timeout_seconds)
-        return JSONResponse(await unless_left(whole(start), request, request_timeout_seconds))
+        return JSONResponse(await run_until_disconnect(full_response(start), request, request_timeout_seconds))
 
     plain = app.openapi
 
@@ -110,27 +110,27 @@ def make_app(service: Service, *, request_timeout_seconds: float) -> FastAPI:
     return app
 
 
-async def whole(start: Start) -> dict[str, Any]:
+async def full_response(start: Start) -> dict[str, Any]:
     """An answer in one piece."""
     async with start() as completion:
         return await completion.whole()
 
 
-async def unless_left(work: Any, request: Request, seconds: float) -> Any:
-    """The result of `work`, which is cancelled when the client leaves (Left) or time is up (ApiError 503)."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_until_gone(request.receive))
+async def run_until_disconnect(work: Any, request: Request, seconds: float) -> Any:
+    """The result of `work`, which is cancelled when the client leaves (ClientDisconnected) or time is up (ApiError 503)."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_disconnect(request.receive))
     try:
         done, _ = await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if task in done:
             return task.result()
-        raise Left if gone in done else _too_long(seconds)
+        raise ClientDisconnected if gone in done else _too_long(seconds)
     finally:
         for each in (task, gone):
             each.cancel()
         await asyncio.wait((task, gone))
 
 
-async def wait_until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
+async def wait_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
     """Return when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -145,7 +145,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See ASGI."""
-        gone = asyncio.ensure_future(wait_until_gone(receive))
+        gone = asyncio.ensure_future(wait_disconnect(receive))
         writing = asyncio.ensure_future(self._write(send))
         try:
             await asyncio.wait((gone, writing), return_when=asyncio.FIRST_COMPLETED)
@@ -177,7 +177,7 @@ def _too_long(seconds: float) -> ApiError:
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
-    trained, created = service.trained, int(time.time())
+    trained, created = service.loaded_model, int(time.time())
     model = dict(
         id=service.name,
         object="model",
@@ -192,22 +192,22 @@ def _add_information(app: FastAPI, service: Service) -> None:
         },
     )
 
-    @app.get("/v1/models", response_model=ModelsAnswer)
+    @app.get("/v1/models", response_model=ModelList)
     async def models() -> Response:
         """The model that is served."""
         return JSONResponse({"object": "list", "data": [model]})
 
-    @app.get("/v1/models/{name:path}", response_model=ModelAnswer)
+    @app.get("/v1/models/{name:path}", response_model=ModelCard)
     async def one_model(name: str) -> Response:
         """The same by its name."""
         if name != service.name:
             raise ApiError(404, f"the model served here is {service.name}", param="model", code="model_not_found")
         return JSONResponse(model)
 
-    @app.get("/health", response_model=HealthAnswer)
+    @app.get("/health", response_model=HealthResponse)
     async def health() -> Response:
         """Whether requests are answered at once: 200, or 503 with the reason. The one route that needs no token."""
-        worker = service.worker
+        worker = service.engine_thread
         if worker.failure:
             status, reason = "failed", "the engine has failed"
         elif app.state.draining:
@@ -221,7 +221,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Numbers for Prometheus."""
-        return Response(service.measures.show(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.show(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _add_page(app: FastAPI) -> None:
@@ -254,7 +254,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         known = BODIES[request.url.path].model_fields
-        message, field = explain(list(error.errors()), known)
+        message, field = describe_validation_errors(list(error.errors()), known)
         return JSONResponse(error_json(ApiError(400, message, param=field)), 400)
 
     @app.exception_handler(HTTPException)
@@ -262,8 +262,8 @@ def _add_errors(app: FastAPI) -> None:
         wrong = ApiError(error.status_code, str(error.detail)[:200])
         return JSONResponse(error_json(wrong), error.status_code, headers=error.headers)
 
-    @app.exception_handler(Left)
-    async def left(_: Request, error: Left) -> Response:
+    @app.exception_handler(ClientDisconnected)
+    async def left(_: Request, error: ClientDisconnected) -> Response:
         return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(Exception)

@@ -12,15 +12,15 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import SampleConfig
-from mesh_transformer.data.chat_template import Chats
+from mesh_transformer.data.chat_template import ChatTemplate
 from mesh_transformer.data.tokenizers import TokenizerError
-from mesh_transformer.sample.engine.requests import PromptError, Row
-from mesh_transformer.sample.loading import Trained
-from mesh_transformer.serve.engine_thread import Ticket, Worker
-from mesh_transformer.serve.metrics import Measures
+from mesh_transformer.sample.engine.requests import PromptError, Request
+from mesh_transformer.sample.loading import LoadedModel
+from mesh_transformer.serve.engine_thread import PendingRequest, EngineThread
+from mesh_transformer.serve.metrics import ServerMetrics
 from mesh_transformer.serve.protocol import ApiError, CompletionRequest
-from mesh_transformer.serve.sample_stream import Choice, Piece, Show, join_pieces, show_logprobs
-from mesh_transformer.serve.structured_output import Grammar, Grammars
+from mesh_transformer.serve.sample_stream import SampleStream, Delta, LogprobFormatter, join_deltas, format_logprobs
+from mesh_transformer.serve.structured_output import GrammarMatcher, GrammarCompiler
 
 DEFAULT_TOKENS = 16  # OpenAI's
 
@@ -28,17 +28,17 @@ DEFAULT_TOKENS = 16  # OpenAI's
 class Service(NamedTuple):
     """What answers are made with."""
 
-    trained: Trained
-    worker: Worker
-    measures: Measures
-    grammars: Grammars
+    loaded_model: LoadedModel
+    engine_thread: EngineThread
+    metrics: ServerMetrics
+    grammar_compiler: GrammarCompiler
     name: str  # of the model
-    longest_token: int  # bytes
-    chats: Chats
+    max_token_bytes: int  # bytes
+    chat_template: ChatTemplate
 
 
 @dataclasses.dataclass(frozen=True)
-class Wire:
+class ApiFormat:
     """What answers look like, and what else differs between /v1/completions, which is this one, and chats (chats.py)."""
 
     default_tokens: int = DEFAULT_TOKENS  # without max_tokens, or as many as fit
@@ -48,22 +48,22 @@ class Wire:
     chunk_object: str = "text_completion"
     prompt_field: str = "prompt"  # of the request
     continues: bool = True  # the answer goes on with the prompt's text, and is not one of its own
-    show: Show = show_logprobs
+    show: LogprobFormatter = format_logprobs
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def first_chunk(self, index: int) -> dict[str, Any] | None:
         """What a stream has of sample `index` before its first token, if anything."""
         return None
 
-    def whole(self, index: int, piece: Piece) -> dict[str, Any]:
+    def full(self, index: int, piece: Delta) -> dict[str, Any]:
         """A sample."""
         return {"index": index, "text": piece.text, "logprobs": piece.logprobs, "finish_reason": piece.finish}
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+    def chunk(self, index: int, piece: Delta) -> dict[str, Any]:
         """A piece of one in a stream."""
-        return self.whole(index, piece)
+        return self.full(index, piece)
 
 
-class Completion:
+class CompletionTask:
     """One request on its way. Close it, whatever happens: rows that go on are cancelled then."""
 
     def __init__(
@@ -71,8 +71,8 @@ class Completion:
         service: Service,
         request: CompletionRequest,
         prompts: list[list[int]],
-        grammar: Grammar | None,
-        wire: Wire,
+        grammar: GrammarMatcher | None,
+        wire: ApiFormat,
     ):
         """Queues the rows; see `start_completion`."""
         self._service, self._request, self._wire = service, request, wire
@@ -86,13 +86,13 @@ class Completion:
             for j in range(len(prompts))
             for _ in range(self._drawn)
         ]
-        self._ticket: Ticket = service.worker.submit(rows)
-        service.measures.prompt_tokens.inc(self._n_prompt_tokens)
+        self._ticket: PendingRequest = service.engine_thread.submit(rows)
+        service.metrics.prompt_tokens.inc(self._n_prompt_tokens)
 
     def close(self) -> None:
         """See the class."""
-        measures = self._service.measures
-        self._service.worker.close(self._ticket)
+        measures = self._service.metrics
+        self._service.engine_thread.close(self._ticket)
         measures.tokens.inc(self._ticket.n_drawn)
         if self._ticket.open:
             measures.cancelled.inc()
@@ -100,16 +100,16 @@ class Completion:
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece: of `best_of` samples of each prompt the `n` likeliest."""
-        pieces: list[list[Piece]] = [[] for _ in self._choices]
+        pieces: list[list[Delta]] = [[] for _ in self._choices]
         async for number, piece in self._pieces():
             pieces[number].append(piece)
-        wholes = [join_pieces(each) for each in pieces]
+        wholes = [join_deltas(each) for each in pieces]
         choices = []
         for first in range(0, len(wholes), self._drawn):
             order = range(first, first + self._drawn)
             if self._drawn > self._n:
                 order = sorted(order, key=lambda number: -self._choices[number].score)[: self._n]
-            choices += [self._wire.whole(len(choices) + i, wholes[number]) for i, number in enumerate(order)]
+            choices += [self._wire.full(len(choices) + i, wholes[number]) for i, number in enumerate(order)]
         return {**self._head(self._wire.whole_object), "choices": choices, "usage": self._usage()}
 
     async def stream(self) -> AsyncGenerator[str, None]:
@@ -118,7 +118,7 @@ class Completion:
         wants_usage = options is not None and options.include_usage
         head = self._head(self._wire.chunk_object) | ({"usage": None} if wants_usage else {})
         for number in range(len(self._choices)):
-            if opening := self._wire.opening(number):
+            if opening := self._wire.first_chunk(number):
                 yield _event({**head, "choices": [opening]})
         try:
             async for number, piece in self._pieces():
@@ -130,18 +130,18 @@ class Completion:
             yield _event(error_json(error))
         yield "data: [DONE]\n\n"
 
-    async def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def _pieces(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """(sample, what is new of it); a burst of tokens is one piece."""
         first = True
         async for events in self._ticket.events():
             if first:
-                self._service.measures.first_token.observe(time.monotonic() - self._start)
+                self._service.metrics.first_token.observe(time.monotonic() - self._start)
                 first = False
-            for number in dict.fromkeys(event.row for event in events):
+            for number in dict.fromkeys(event.request for event in events):
                 choice = self._choices[number]
                 if choice.done:
                     continue
-                piece = choice.push([event for event in events if event.row == number])
+                piece = choice.push([event for event in events if event.request == number])
                 if choice.done:
                     self._ticket.end(number)
                     self._check_grammar(number)
@@ -149,11 +149,11 @@ class Completion:
 
     def _check_grammar(self, number: int) -> None:
         constraint = self._ticket.rows[number].constraint
-        if isinstance(constraint, Grammar) and constraint.error:
+        if isinstance(constraint, GrammarMatcher) and constraint.error:
             raise ApiError(400, f"the constraint is too much work to follow: {constraint.error[:200]}")
 
-    def _make_rows(self, prompt: list[int], j: int, n_prompts: int, grammar: Grammar | None) -> list[Row]:
-        request, trained = self._request, self._service.trained
+    def _make_rows(self, prompt: list[int], j: int, n_prompts: int, grammar: GrammarMatcher | None) -> list[Request]:
+        request, trained = self._request, self._service.loaded_model
         engine, seq_len = trained.engine, trained.config.model.seq_len
         asked = request.max_tokens
         room = max(min(self._wire.default_tokens, seq_len - len(prompt)), 1) if asked is None else max(asked, 1)
@@ -178,11 +178,11 @@ class Completion:
             code = "context_length_exceeded" if "seq_len" in str(error) else None
             raise ApiError(400, str(error)[:400], param=param, code=code) from None
 
-    def _make_choice(self, prompt: list[int], text: str) -> Choice:
+    def _make_choice(self, prompt: list[int], text: str) -> SampleStream:
         request = self._request
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        return Choice(
-            self._service.trained.tokenizer,
+        return SampleStream(
+            self._service.loaded_model.tokenizer,
             text,
             prompt,
             stops=stops,
@@ -199,7 +199,7 @@ class Completion:
             "object": kind,
             "created": self._created,
             "model": service.name,
-            "system_fingerprint": f"step_{service.trained.step}",
+            "system_fingerprint": f"step_{service.loaded_model.step}",
         }
 
     def _usage(self) -> dict[str, int]:
@@ -213,16 +213,16 @@ class Completion:
 
 @contextlib.asynccontextmanager
 async def start_completion(
-    service: Service, request: CompletionRequest, wire: Wire = Wire()
-) -> AsyncGenerator[Completion, None]:
+    service: Service, request: CompletionRequest, wire: ApiFormat = ApiFormat()
+) -> AsyncGenerator[CompletionTask, None]:
     """A request on its way. ApiError says what cannot be granted."""
     check_model(service, request.model)
     texts = list_prompts(request)
-    service.worker.check_room(len(texts) * max(request.best_of or 0, request.n or 1))
+    service.engine_thread.check_capacity(len(texts) * max(request.best_of or 0, request.n or 1))
     # Both may take long, and the event loop answers others.
     prompts = await asyncio.to_thread(_encode, service, texts)
-    grammar = await asyncio.to_thread(_make_grammar, service.grammars, request)
-    completion = Completion(service, request, prompts, grammar, wire)
+    grammar = await asyncio.to_thread(_make_grammar, service.grammar_compiler, request)
+    completion = CompletionTask(service, request, prompts, grammar, wire)
     try:
         yield completion
     finally:
@@ -256,9 +256,9 @@ def error_json(error: ApiError) -> dict[str, Any]:
 
 def check_length(service: Service, prompt: str | list[int], field: str) -> None:
     """ApiError 400 for a prompt that has too many tokens, whatever they are; `field` is the request's."""
-    seq_len = service.trained.config.model.seq_len
+    seq_len = service.loaded_model.config.model.seq_len
     # Most text of any seq_len tokens is shorter; what is longer even than the longest need not be encoded.
-    size = len(prompt) if isinstance(prompt, list) else -(-len(prompt) // service.longest_token)
+    size = len(prompt) if isinstance(prompt, list) else -(-len(prompt) // service.max_token_bytes)
     if size > seq_len:
         raise ApiError(
             400,
@@ -270,7 +270,7 @@ def check_length(service: Service, prompt: str | list[int], field: str) -> None:
 
 
 def _encode(service: Service, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    tokenizer, encoded = service.trained.tokenizer, []
+    tokenizer, encoded = service.loaded_model.tokenizer, []
     for prompt in prompts:
         check_length(service, prompt, "prompt")
         try:
@@ -282,10 +282,10 @@ def _encode(service: Service, prompts: Sequence[str | list[int]]) -> list[list[i
 
 def _text_of(service: Service, request: CompletionRequest, j: int, tokens: list[int]) -> str:
     prompt = list_prompts(request)[j]
-    return prompt if isinstance(prompt, str) else service.trained.tokenizer.decode(tokens)
+    return prompt if isinstance(prompt, str) else service.loaded_model.tokenizer.decode(tokens)
 
 
-def _make_grammar(grammars: Grammars, request: CompletionRequest) -> Grammar | None:
+def _make_grammar(grammars: GrammarCompiler, request: CompletionRequest) -> GrammarMatcher | None:
     wanted = request.response_format
     try:
         if request.guided_regex is not None:

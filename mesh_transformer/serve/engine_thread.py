@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 from mesh_transformer.host_memory import trim_memory
-from mesh_transformer.sample.engine.engine import Engine, Pace
-from mesh_transformer.sample.engine.requests import Event, Row
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine, ChunkSizer
+from mesh_transformer.sample.engine.requests import Event, Request
 from mesh_transformer.sample.engine.warmup import warm_up
 from mesh_transformer.serve.protocol import ApiError
 
@@ -19,10 +19,10 @@ PAUSE = 0.05  # seconds between events
 WINDOW = 10.0  # seconds over which tokens/s are counted
 
 
-class Ticket:
+class PendingRequest:
     """Some rows on their way, for one task to wait for."""
 
-    def __init__(self, rows: Sequence[Row]):
+    def __init__(self, rows: Sequence[Request]):
         self.rows = list(rows)
         self._numbers = {row.id: number for number, row in enumerate(self.rows)}
         self._left = set(self._numbers)
@@ -40,10 +40,10 @@ class Ticket:
             arrived = await self._arrived.get()
             if isinstance(arrived, ApiError):
                 raise arrived
-            events = [event for event in arrived if event.row in self._left]
-            self._left -= {event.row for event in events if event.finish}
+            events = [event for event in arrived if event.request in self._left]
+            self._left -= {event.request for event in events if event.finish}
             self.n_drawn += len(events)
-            yield [event._replace(row=self._numbers[event.row]) for event in events]
+            yield [event._replace(row=self._numbers[event.request]) for event in events]
 
     def end(self, number: int) -> None:
         """Row `number` needs no more tokens."""
@@ -55,20 +55,20 @@ class Ticket:
         self._arrived.put_nowait(item)
 
 
-class Worker:
+class EngineThread:
     """Runs the engine, which is not for several threads, and keeps count of who waits."""
 
-    def __init__(self, engine: Engine, *, places: int, longest_warm: int = 0):
+    def __init__(self, engine: DecoderOnlyEngine, *, capacity: int, warmup_tokens: int = 0):
         """At most `places` rows are waiting or being decoded.
 
         First of all it compiles what sequences of up to `longest_warm` tokens need; rows wait meanwhile.
         """
-        self.engine, self.places, self._longest_warm = engine, places, longest_warm
-        self.compiling = "programs are being compiled" if longest_warm else ""  # why rows wait, if they do
+        self.engine, self.capacity, self._longest_warm = engine, capacity, warmup_tokens
+        self.compiling = "programs are being compiled" if warmup_tokens else ""  # why rows wait, if they do
         self.seated = self.queued = 0  # rows, as of the last turn
         self.failure: str | None = None
-        self._open: dict[int, Ticket] = {}  # by row id; the event loop's
-        self._inbox: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self._open: dict[int, PendingRequest] = {}  # by row id; the event loop's
+        self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._turns: deque[tuple[float, int]] = deque()  # when, and how many tokens
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -91,35 +91,35 @@ class Worker:
         """Rows whose tickets are neither done nor given up."""
         return len(self._open)
 
-    def check_room(self, n: int) -> None:
+    def check_capacity(self, n: int) -> None:
         """ApiError 429 if there is no place for `n` rows, 400 if there never will be, 503 where all is over."""
         if self.failure:
             raise ApiError(503, "the engine has failed; the server is going down", code="engine_failed")
-        if n > self.places:
-            raise ApiError(400, f"{n} samples in one request; there can be {self.places}", param="n")
-        if self.n_open + n > self.places:
+        if n > self.capacity:
+            raise ApiError(400, f"{n} samples in one request; there can be {self.capacity}", param="n")
+        if self.n_open + n > self.capacity:
             error = ApiError(
                 429, f"{self.n_open} samples are being drawn or wait; try again later", code="rate_limit_exceeded"
             )
             error.headers["Retry-After"] = str(self._guess_wait())
             raise error
 
-    def submit(self, rows: Sequence[Row]) -> Ticket:
-        """Queue rows; see `check_room`."""
-        self.check_room(len(rows))
-        ticket = Ticket(rows)
+    def submit(self, rows: Sequence[Request]) -> PendingRequest:
+        """Queue rows; see `check_capacity`."""
+        self.check_capacity(len(rows))
+        ticket = PendingRequest(rows)
         for row in rows:
             self._open[row.id] = ticket
             self._inbox.put(row)
         return ticket
 
-    def close(self, ticket: Ticket) -> None:
+    def close(self, ticket: PendingRequest) -> None:
         """Whoever waited has all, or has gone: rows that go on are cancelled, and their slots are free at the next turn."""
         for row in ticket.rows:
             row.cancelled = True
             self._open.pop(row.id, None)
 
-    def abandon(self, error: ApiError) -> None:
+    def fail_all(self, error: ApiError) -> None:
         """Tell all that wait that there is no more."""
         for ticket in set(self._open.values()):
             ticket.put(error)
@@ -142,7 +142,7 @@ class Worker:
             self._serve()
         except Exception as error:  # whatever it is, nobody may wait for ever
             self.failure = f"{type(error).__name__}: {error}"
-            self._call(self.abandon, ApiError(500, "the engine has failed", code="engine_failed"))
+            self._call(self.fail_all, ApiError(500, "the engine has failed", code="engine_failed"))
 
     def _warm_up(self) -> None:
         if self._longest_warm:
@@ -153,7 +153,7 @@ class Worker:
         self.compiling = ""
 
     def _serve(self) -> None:
-        pace, compiled = Pace(PAUSE), 0
+        pace, compiled = ChunkSizer(PAUSE), 0
         while True:
             if not self._take_in():
                 return
@@ -186,9 +186,9 @@ class Worker:
             self._loop.call_soon_threadsafe(function, argument)
 
     def _deliver(self, events: list[Event]) -> None:
-        groups: dict[Ticket, list[Event]] = {}
+        groups: dict[PendingRequest, list[Event]] = {}
         for event in events:
-            if ticket := self._open.get(event.row):
+            if ticket := self._open.get(event.request):
                 groups.setdefault(ticket, []).append(event)
         for ticket, group in groups.items():
             ticket.put(group)

@@ -6,16 +6,16 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mesh_transformer.serve.engine_thread import Worker
+from mesh_transformer.serve.engine_thread import EngineThread
 
 PREFIX = "mesh_transformer"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
-class Measures:
+class ServerMetrics:
     """Counters that requests move, and gauges read from the engine's thread when somebody looks."""
 
-    def __init__(self, worker: Worker):
+    def __init__(self, worker: EngineThread):
         self._registry = CollectorRegistry()
         make: dict[str, Any] = dict(namespace=PREFIX, registry=self._registry)
         self.requests = Counter("requests", "Answered requests", ["path", "status"], **make)

@@ -20,7 +20,7 @@ LOCAL = ("127.0.0.1", "localhost", "[::1]")
 OPEN_PATH = "/health"
 
 
-class Guard:
+class RequestLimits:
     """ASGI in front of ASGI: checks the token or the host's name, reads the body within limits, counts answers."""
 
     def __init__(

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mesh_transformer.sample.engine.programs import N_TOP
+from mesh_transformer.sample.engine.programs import MAX_TOP_LOGPROBS
 
-MOST_SAMPLES = 128  # of one prompt
-MOST_STOPS = 16
+MAX_SAMPLES = 128  # of one prompt
+MAX_STOPS = 16
 MOST_REGEX = 4096  # characters
-SHOWN = 200  # characters of a client's own words at most in an error, so that answers stay small
+MAX_QUOTED = 200  # characters of a client's own words at most in an error, so that answers stay small
 
 Texts = Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -21,7 +21,7 @@ Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=2048, fail_fast=True)]
 Prompt = str | Texts | Tokens | TokenLists
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Stops = Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)]
+Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
@@ -36,20 +36,20 @@ class ApiError(Exception):
         self.headers: dict[str, str] = {}
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """No field that is not known, no number written as a text, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     """What a stream ends with."""
 
     include_usage: bool = False  # one more chunk, with the numbers of tokens
     include_obfuscation: bool = False  # accepted; nothing is padded
 
 
-class NamedSchema(Strict):
+class NamedSchema(StrictModel):
     """A JSON schema under a name."""
 
     name: Annotated[str, Field(max_length=64)] = "answer"
@@ -58,7 +58,7 @@ class NamedSchema(Strict):
     strict: bool | None = None  # it always is
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(StrictModel):
     """What the answer must be: any text, any JSON object, or JSON that a schema admits."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -72,13 +72,13 @@ class ResponseFormat(Strict):
         return self
 
 
-class Asking(Strict):
+class CommonParams(StrictModel):
     """What completions and chats share. Without `seed` every prompt draws its own."""
 
     model: Annotated[str, Field(max_length=256)] | None = None  # the one that is served, if given
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None  # None: 1; 0: greedy
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Stops | None = None
@@ -95,7 +95,7 @@ class Asking(Strict):
     guided_regex: Annotated[str, Field(min_length=1, max_length=MOST_REGEX)] | None = None  # the whole text matches it
 
     @model_validator(mode="after")
-    def check_shared(self) -> "Asking":
+    def check_shared(self) -> "CommonParams":
         """Rules across these fields."""
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream")
@@ -104,13 +104,13 @@ class Asking(Strict):
         return self
 
 
-class CompletionRequest(Asking):
+class CompletionRequest(CommonParams):
     """POST /v1/completions."""
 
     prompt: Prompt = ""
     max_tokens: Annotated[int, Field(ge=0)] | None = None  # None: 16, or as many as fit; 0 only with echo
-    best_of: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None  # drawn, of which the n likeliest are answered
-    logprobs: Annotated[int, Field(ge=0, le=N_TOP)] | None = None  # likeliest tokens shown at each place
+    best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None  # drawn, of which the n likeliest are answered
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # likeliest tokens shown at each place
     echo: bool | None = None  # the prompt is part of the text
     suffix: Annotated[str, Field(max_length=1000)] | None = None  # refused: models here do not fill in
 
@@ -128,14 +128,14 @@ class CompletionRequest(Asking):
         return self
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
     """A part of a message; there are no others than text."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Strict):
+class Message(StrictModel):
     """What somebody said. An answer's message can be sent back as it came; models here call no tools."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -154,18 +154,18 @@ class Message(Strict):
         return {name: text for name, text in named.items() if text is not None}
 
 
-class ChatRequest(Asking):
+class ChatCompletionRequest(CommonParams):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=2048, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # None: as many as fit
     max_tokens: Annotated[int, Field(ge=1)] | None = None  # its older name
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=N_TOP)] | None = None  # likeliest tokens shown at each place
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # likeliest tokens shown at each place
     tools: list[Any] | None = None  # refused: answers are text
 
     @model_validator(mode="after")
-    def check(self) -> "ChatRequest":
+    def check(self) -> "ChatCompletionRequest":
         """Rules across fields."""
         if self.tools:
             raise ValueError("tools are not supported: this server answers with text")
@@ -176,7 +176,7 @@ class ChatRequest(Asking):
         return self
 
 
-class CompleteRequest(Strict):
+class CompleteRequest(StrictModel):
     """POST /complete, as mesh-transformer-jax's device_serve.py took it."""
 
     context: str
@@ -184,7 +184,7 @@ class CompleteRequest(Strict):
     temp: Annotated[float, Field(ge=0.0, le=10.0)]
 
 
-class CompleteAnswer(BaseModel):
+class CompleteResponse(BaseModel):
     """What it gave."""
 
     completion: str
@@ -199,7 +199,7 @@ class Logprobs(BaseModel):
     text_offset: list[int]
 
 
-class ChoiceAnswer(BaseModel):
+class CompletionChoice(BaseModel):
     """One sample."""
 
     index: int
@@ -216,7 +216,7 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class CompletionAnswer(BaseModel):
+class CompletionResponse(BaseModel):
     """The answer, or one chunk of its stream."""
 
     id: str
@@ -224,11 +224,11 @@ class CompletionAnswer(BaseModel):
     created: int
     model: str
     system_fingerprint: str
-    choices: list[ChoiceAnswer]
+    choices: list[CompletionChoice]
     usage: Usage | None = None
 
 
-class TokenScore(BaseModel):
+class ChatLogprob(BaseModel):
     """A token, its natural logarithm in the model's own distribution, and its bytes, if it has any."""
 
     token: str
@@ -236,19 +236,19 @@ class TokenScore(BaseModel):
     bytes: list[int] | None
 
 
-class ChatToken(TokenScore):
+class ChatTokenLogprob(ChatLogprob):
     """One that was drawn."""
 
-    top_logprobs: list[TokenScore]
+    top_logprobs: list[ChatLogprob]
 
 
 class ChatLogprobs(BaseModel):
     """Token by token."""
 
-    content: list[ChatToken]
+    content: list[ChatTokenLogprob]
 
 
-class ChatMessage(BaseModel):
+class ResponseMessage(BaseModel):
     """What the model says; `refusal` is there for clients that look for it."""
 
     role: Literal["assistant"]
@@ -260,12 +260,12 @@ class ChatChoice(BaseModel):
     """One sample."""
 
     index: int
-    message: ChatMessage
+    message: ResponseMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class ChatAnswer(BaseModel):
+class ChatCompletionResponse(BaseModel):
     """The answer. In its stream, of chat.completion.chunk, choices have `delta` for `message`."""
 
     id: str
@@ -277,7 +277,7 @@ class ChatAnswer(BaseModel):
     usage: Usage
 
 
-class ModelAnswer(BaseModel):
+class ModelCard(BaseModel):
     """One model; the fields from max_model_len on are extensions."""
 
     id: str
@@ -290,11 +290,11 @@ class ModelAnswer(BaseModel):
     defaults: dict[str, Any]
 
 
-class ModelsAnswer(BaseModel):
+class ModelList(BaseModel):
     """All models: one."""
 
     object: Literal["list"]
-    data: list[ModelAnswer]
+    data: list[ModelCard]
 
 
 class ErrorBody(BaseModel):
@@ -306,20 +306,20 @@ class ErrorBody(BaseModel):
     code: str | None
 
 
-class ErrorAnswer(BaseModel):
+class ErrorResponse(BaseModel):
     """The envelope of every error."""
 
     error: ErrorBody
 
 
-class HealthAnswer(BaseModel):
+class HealthResponse(BaseModel):
     """Whether requests are answered at once, and if not, why."""
 
     status: Literal["ok", "compiling", "draining", "failed"]
     reason: str | None = None
 
 
-def explain(errors: list[Any], known: Mapping[str, Any]) -> tuple[str, str | None]:
+def describe_validation_errors(errors: list[Any], known: Mapping[str, Any]) -> tuple[str, str | None]:
     """One sentence for what pydantic found wrong in a body, which it never quotes at length, and the field's name."""
     # What is there but wrong says more than what is missing, and in a union a value out of bounds more than a wrong type.
     error = min(errors, key=lambda error: (error["type"] == "missing", error["type"].endswith("_type")))
@@ -329,10 +329,10 @@ def explain(errors: list[Any], known: Mapping[str, Any]) -> tuple[str, str | Non
         names = place[-1:]
     elif place[:1] == ["messages"]:
         names = place[:3]  # such as messages.0.role; what follows is which type of several was tried
-    field = ".".join(names)[:SHOWN] or None
-    message = str(error["msg"]).removeprefix("Value error, ")[: 2 * SHOWN]
+    field = ".".join(names)[:MAX_QUOTED] or None
+    message = str(error["msg"]).removeprefix("Value error, ")[: 2 * MAX_QUOTED]
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(names[-1][:SHOWN], known, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(names[-1][:MAX_QUOTED], known, n=1, cutoff=0.6)
         message = "no such field" + (f"; did you mean {near[0]}?" if near else "")
     if field == "prompt" or (names[:1] == ["prompt"]):
         message = "a text, a list of texts, a list of token ids or a list of such lists is wanted, none of them empty"

@@ -10,7 +10,7 @@ from mesh_transformer.sample.engine.requests import Event, Score
 from mesh_transformer.sample.text_generation import StopStrings, TextRow
 
 
-class Piece(NamedTuple):
+class Delta(NamedTuple):
     """What is new of a sample; pieces put one behind the other are the whole."""
 
     text: str
@@ -18,7 +18,7 @@ class Piece(NamedTuple):
     finish: str | None
 
 
-class ShownToken(NamedTuple):
+class TokenLogprob(NamedTuple):
     """One token of a sample, or with echo of its prompt."""
 
     start: int  # in the answer's text
@@ -27,10 +27,10 @@ class ShownToken(NamedTuple):
     top: list[tuple[int, float]] | None
 
 
-Show = Callable[[Tokenizer, Sequence[ShownToken], int], dict[str, list[Any]]]
+LogprobFormatter = Callable[[Tokenizer, Sequence[TokenLogprob], int], dict[str, list[Any]]]
 
 
-class Choice:
+class SampleStream:
     """One sample on its way."""
 
     def __init__(
@@ -43,17 +43,17 @@ class Choice:
         n_top: int | None,
         echo: bool,
         empty: bool = False,
-        show: Show | None = None,
+        show: LogprobFormatter | None = None,
     ):
         """`prompt` is `prompt_tokens` as text. `n_top` likeliest tokens are shown, by `show`, none at all if it is None.
 
         With `echo` the prompt comes first. `empty`: the one token that is drawn all the same is not shown.
         """
-        self._tokenizer, self._n_top, self._empty, self._show = tokenizer, n_top, empty, show or show_logprobs
+        self._tokenizer, self._n_top, self._empty, self._show = tokenizer, n_top, empty, show or format_logprobs
         self._prompt_tokens = list(prompt_tokens) if echo else []
         self._prompt = prompt if echo else ""
         self.row = TextRow(prompt, StreamDecoder(tokenizer, continues=bool(prompt)), StopStrings(stops))
-        self._pending: list[ShownToken] = []  # not shown yet, for their text is not
+        self._pending: list[TokenLogprob] = []  # not shown yet, for their text is not
         self.done = self._begun = False
 
     @property
@@ -61,7 +61,7 @@ class Choice:
         """Mean log-probability of a token."""
         return sum(self.row.logprobs) / max(len(self.row.logprobs), 1)
 
-    def push(self, events: Sequence[Event]) -> Piece:
+    def push(self, events: Sequence[Event]) -> Delta:
         """Take what was drawn; nothing counts behind the sample's end."""
         text = ""
         for event in events:
@@ -75,10 +75,10 @@ class Choice:
                 break
             start = len(self._prompt) + self.row.decoded
             if self._n_top is not None:
-                self._pending.append(ShownToken(start, event.token, event.logprob, event.top))
+                self._pending.append(TokenLogprob(start, event.token, event.logprob, event.top))
             text += self.row.push(event)
             self.done = self.row.finish != "interrupted"
-        return Piece(text, self._release(), self.row.finish if self.done else None)
+        return Delta(text, self._release(), self.row.finish if self.done else None)
 
     def _note_prompt(self, scores: list[Score] | None) -> None:
         if self._n_top is None or not self._prompt_tokens:
@@ -86,7 +86,7 @@ class Choice:
         decoder, start = StreamDecoder(self._tokenizer), 0
         found = [None, *(scores or [])]
         for token, score in zip(self._prompt_tokens, found, strict=True):
-            self._pending.append(ShownToken(start, token, score and score.logprob, score and score.top))
+            self._pending.append(TokenLogprob(start, token, score and score.logprob, score and score.top))
             start += len(decoder.push([token]))
 
     def _release(self) -> dict[str, list[Any]] | None:
@@ -100,7 +100,7 @@ class Choice:
         return self._show(self._tokenizer, shown, self._n_top)
 
 
-def show_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken], n_top: int) -> dict[str, list[Any]]:
+def format_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob], n_top: int) -> dict[str, list[Any]]:
     """The form of /v1/completions: what is known of the tokens, a list for each kind of it."""
 
     def name_top(top: list[tuple[int, float]] | None) -> dict[str, float] | None:
@@ -108,23 +108,23 @@ def show_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken], n_top: int
             return None
         named: dict[str, float] = {}
         for token, logprob in top[:n_top]:
-            named.setdefault(name_token(tokenizer, token), logprob)  # of equal names the likelier
+            named.setdefault(token_text(tokenizer, token), logprob)  # of equal names the likelier
         return named
 
     return {
-        "tokens": [name_token(tokenizer, token.id) for token in tokens],
+        "tokens": [token_text(tokenizer, token.id) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [name_top(token.top) for token in tokens],
         "text_offset": [token.start for token in tokens],
     }
 
 
-def show_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken], n_top: int) -> dict[str, list[Any]]:
+def format_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob], n_top: int) -> dict[str, list[Any]]:
     """The form of chats: one list, an entry for each token, with its bytes."""
 
     def show(token: int, logprob: float | None) -> dict[str, Any]:
         data = tokenizer.decode_bytes([token])
-        return {"token": name_token(tokenizer, token), "logprob": logprob, "bytes": list(data) or None}
+        return {"token": token_text(tokenizer, token), "logprob": logprob, "bytes": list(data) or None}
 
     return {
         "content": [
@@ -134,7 +134,7 @@ def show_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken], n_top
     }
 
 
-def name_token(tokenizer: Tokenizer, token: int) -> str:
+def token_text(tokenizer: Tokenizer, token: int) -> str:
     """A token as text; "bytes:\\xe2\\x80" where it is none by itself, "<|endoftext|>" for the end, "<|7|>" for other marks."""
     data = tokenizer.decode_bytes([token])
     if not data:
@@ -145,9 +145,9 @@ def name_token(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def join_pieces(pieces: Sequence[Piece]) -> Piece:
+def join_deltas(pieces: Sequence[Delta]) -> Delta:
     """All of a sample in one."""
     logprobs = None
     if pieces[0].logprobs is not None:
         logprobs = {name: [x for piece in pieces for x in (piece.logprobs or {})[name]] for name in pieces[0].logprobs}
-    return Piece("".join(piece.text for piece in pieces), logprobs, pieces[-1].finish)
+    return Delta("".join(piece.text for piece in pieces), logprobs, pieces[-1].finish)

@@ -17,21 +17,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mesh_transformer.cli import DONE
 from mesh_transformer.config import ConfigError
-from mesh_transformer.data.chat_template import Chats
-from mesh_transformer.sample.loading import Trained, read_meta
+from mesh_transformer.data.chat_template import ChatTemplate
+from mesh_transformer.sample.loading import LoadedModel, read_meta
 from mesh_transformer.serve.app import make_app
 from mesh_transformer.serve.completions import Service
-from mesh_transformer.serve.engine_thread import Worker
-from mesh_transformer.serve.metrics import Measures
-from mesh_transformer.serve.middleware import Guard
+from mesh_transformer.serve.engine_thread import EngineThread
+from mesh_transformer.serve.metrics import ServerMetrics
+from mesh_transformer.serve.middleware import RequestLimits
 from mesh_transformer.serve.protocol import ApiError
-from mesh_transformer.serve.structured_output import Grammars
+from mesh_transformer.serve.structured_output import GrammarCompiler
 
 SHORTEST_TOKEN = 16  # characters
 LAST_WORDS = 1.5  # seconds to send what is left once answers have been cut off
 
 
-def serve(trained: Trained, *, name: str, host: str, port: int, token: str | None) -> bool:
+def serve(trained: LoadedModel, *, name: str, host: str, port: int, token: str | None) -> bool:
     """Answer until SIGTERM or SIGINT; whether the engine lived. Prints the address once programs are compiled.
 
     Raises ConfigError if others could reach `host` and there is no `token`, or if the model has an encoder.
@@ -42,14 +42,14 @@ def serve(trained: Trained, *, name: str, host: str, port: int, token: str | Non
             "model.n_encoder_layers: the server continues texts with a decoder alone; use device_sample.py"
         )
     limits = trained.config.serve
-    worker = Worker(trained.engine, places=limits.slots + limits.max_queue, longest_warm=limits.warmup_tokens)
-    measures = Measures(worker)
+    worker = EngineThread(trained.engine, capacity=limits.slots + limits.max_queue, warmup_tokens=limits.warmup_tokens)
+    measures = ServerMetrics(worker)
     longest = max(len(trained.tokenizer.decode_bytes([i])) for i in range(trained.tokenizer.n_vocab))
-    grammars = Grammars(trained.tokenizer, trained.config.model.n_vocab)
-    chats = Chats(trained.tokenizer, read_meta(trained), n_vocab=trained.config.model.n_vocab)
+    grammars = GrammarCompiler(trained.tokenizer, trained.config.model.n_vocab)
+    chats = ChatTemplate(trained.tokenizer, read_meta(trained), n_vocab=trained.config.model.n_vocab)
     service = Service(trained, worker, measures, grammars, name, longest, chats)
     app = make_app(service, request_timeout_seconds=limits.request_timeout_seconds)
-    guard = Guard(
+    guard = RequestLimits(
         app,
         token=token,
         max_body_bytes=limits.max_body_bytes,
@@ -87,7 +87,7 @@ def serve(trained: Trained, *, name: str, host: str, port: int, token: str | Non
         print("draining: no new requests; what is being answered may end", file=sys.stderr, flush=True)
         app.state.draining = server.should_exit = True
         asyncio.get_running_loop().call_later(
-            limits.drain_seconds, worker.abandon, ApiError(503, "the server is going down", code="draining")
+            limits.drain_seconds, worker.fail_all, ApiError(503, "the server is going down", code="draining")
         )
 
     async def run() -> None:
@@ -138,7 +138,7 @@ def check_host(host: str, token: str | None) -> None:
         raise ConfigError(f"--host {host}: others can reach this address; give --token-file, or stay with 127.0.0.1")
 
 
-async def _watch(server: uvicorn.Server, worker: Worker) -> None:
+async def _watch(server: uvicorn.Server, worker: EngineThread) -> None:
     """Say where the server is, and end it should its engine fail."""
     while not server.started:
         await asyncio.sleep(0.02)

@@ -13,7 +13,7 @@ from mesh_transformer.sample.engine.requests import PromptError
 MOST_SCHEMA = 1 << 16  # characters
 
 
-class Grammars:
+class GrammarCompiler:
     """Makes constraints for one tokenizer; the first takes the time to read the vocabulary."""
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int):
@@ -21,12 +21,12 @@ class Grammars:
         self._tokenizer, self._n_vocab = tokenizer, n_vocab
         self._library: Any = None
 
-    def from_regex(self, regex: str) -> "Grammar":
+    def from_regex(self, regex: str) -> "GrammarMatcher":
         """The whole text matches `regex` (Rust's syntax, no look-around). PromptError if it is none."""
         matcher = self._load().LLMatcher
         return self._make(matcher.grammar_from_regex(regex), "guided_regex")
 
-    def from_schema(self, schema: dict[str, Any] | None) -> "Grammar":
+    def from_schema(self, schema: dict[str, Any] | None) -> "GrammarMatcher":
         """The text is JSON that `schema` admits; any object for None. PromptError if it cannot be followed."""
         matcher, what = self._load().LLMatcher, "response_format"
         try:
@@ -46,16 +46,16 @@ class Grammars:
             self._library = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer)))
         return llguidance
 
-    def _make(self, grammar: str, what: str) -> "Grammar":
+    def _make(self, grammar: str, what: str) -> "GrammarMatcher":
         library = self._load()
         if (wrong := library.LLMatcher.validate_grammar(grammar, self._library)) and not wrong.startswith("WARNING"):
             raise PromptError(f"{what}: {' '.join(wrong.split())[:300]}")
-        return Grammar(
+        return GrammarMatcher(
             library.LLMatcher(self._library, grammar, log_level=0), self._tokenizer.end_of_text, self._n_vocab
         )
 
 
-class Grammar:
+class GrammarMatcher:
     """One row's place in its grammar; a Constraint of the engine.
 
     The matcher is not for two threads at once: once a row is seated, only the engine's thread touches it.
@@ -83,9 +83,9 @@ class Grammar:
             self._matcher.consume_token(token)
         self.error = self._matcher.get_error()
 
-    def fork(self) -> "Grammar":
+    def fork(self) -> "GrammarMatcher":
         """The same place for another row."""
-        return Grammar(self._matcher.deep_copy(), self._end, self._n_vocab)
+        return GrammarMatcher(self._matcher.deep_copy(), self._end, self._n_vocab)
 
 
 class _Vocabulary:

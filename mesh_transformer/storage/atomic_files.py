@@ -26,12 +26,12 @@ def replace_file(path: Path, data: bytes) -> None:
         raise
 
 
-def link_file(path: Path, place: Path) -> None:
+def link_file(path: Path, new_path: Path) -> None:
     """Have a file under one more name, which must be free: a link, or a copy where the file system has none."""
     try:
-        os.link(path, place)
+        os.link(path, new_path)
     except OSError:
-        shutil.copyfile(path, place)
+        shutil.copyfile(path, new_path)
 
 
 class LineFile:

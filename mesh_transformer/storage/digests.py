@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from mesh_transformer.storage.paths import Place, read_blocks
+from mesh_transformer.storage.paths import AnyPath, read_blocks
 
 
 class FileRecord(NamedTuple):
@@ -16,7 +16,7 @@ class FileRecord(NamedTuple):
     digest: str  # xxh3-128, 32 hexadecimal digits
 
 
-def digest_file(path: Place, size: int | None = None) -> FileRecord:
+def digest_file(path: AnyPath, size: int | None = None) -> FileRecord:
     """Size and digest of a file; of an object, `size` is the part from its beginning that is read, if it is known."""
     digest, found = xxhash.xxh3_128(), 0
     for block in read_blocks(path, size):

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 BLOCK = 4096  # a multiple of any disk's; offsets, sizes and addresses must be multiples of it
-STAGE_BYTES = 1 << 20  # handed over at once; it stays in a core's cache
-LEAST_BYTES = 1 << 16  # below this the page cache is as good
+STAGING_BYTES = 1 << 20  # handed over at once; it stays in a core's cache
+MIN_DIRECT_BYTES = 1 << 16  # below this the page cache is as good
 
 _stages = threading.local()
 
@@ -26,11 +26,11 @@ _stages = threading.local()
 class DirectFile(io.RawIOBase):
     """A file to write in; several threads may use `write_at` together. What was written is durable after `sync`."""
 
-    def __init__(self, path: Path, *, empty: bool = True):
+    def __init__(self, path: Path, *, truncate: bool = True):
         """It is made if it is not there, and emptied if it is, unless it is to stay as it was."""
         super().__init__()
         self._at = 0
-        self._plain = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if empty else 0), 0o666)
+        self._plain = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if truncate else 0), 0o666)
         try:
             self._direct = os.open(path, os.O_RDWR | os.O_DIRECT) if hasattr(os, "O_DIRECT") else None
         except OSError:  # the file system cannot
@@ -63,15 +63,15 @@ class DirectFile(io.RawIOBase):
     def write_at(self, data: Any, offset: int) -> int:
         """All of it, at `offset`."""
         view, direct = memoryview(data).cast("B"), self._direct
-        if direct is None or len(view) < LEAST_BYTES + BLOCK:
+        if direct is None or len(view) < MIN_DIRECT_BYTES + BLOCK:
             _write_all(self._plain, view, offset)
             return len(view)
         first = -offset % BLOCK
         last = first + (len(view) - first) // BLOCK * BLOCK
         values, stage = np.frombuffer(view, np.uint8), _find_stage()
         _write_all(self._plain, view[:first], offset)
-        for start in range(first, last, STAGE_BYTES):
-            part = stage[: min(STAGE_BYTES, last - start)]
+        for start in range(first, last, STAGING_BYTES):
+            part = stage[: min(STAGING_BYTES, last - start)]
             np.copyto(part, values[start : start + len(part)])
             _write_all(direct, part.data, offset + start, or_else=self._plain)
         _write_all(self._plain, view[last:], offset + last)
@@ -93,7 +93,7 @@ class DirectFile(io.RawIOBase):
 def _find_stage() -> np.ndarray:
     """This thread's memory to write from, which begins with a page."""
     if not hasattr(_stages, "values"):
-        _stages.values = np.frombuffer(mmap.mmap(-1, STAGE_BYTES), np.uint8)
+        _stages.values = np.frombuffer(mmap.mmap(-1, STAGING_BYTES), np.uint8)
     return _stages.values
 
 

@@ -5,12 +5,12 @@
 import re
 
 URL = re.compile(r"([a-z0-9]+)://([^/]+)")
-CREDENTIALS = {
+CREDENTIAL_HINTS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
 }
 # What the libraries say, in the order in which it is looked for, and what it means.
-FAILURES = (
+ERROR_HINTS = (
     (r"NoCredentials|PartialCredentials|Unable to locate credentials|CredentialRetrieval|DefaultCredentialsError"
      r"|ProfileNotFound|No valid credentials|Anonymous caller", "no credentials; {credentials}"),
     (r"NoSuchBucket|specified bucket does not exist|no such bucket|bucket does not exist",
@@ -36,9 +36,9 @@ class StorageError(CheckpointError):
     """A place that cannot be reached or used, which says nothing of what lies there."""
 
 
-def explain(place: object, error: BaseException) -> str | None:
+def explain_error(path: object, error: BaseException) -> str | None:
     """What an error at a URL means, with the remedy and its own words; None if it is none of a store, or `place` no URL."""
-    match = URL.match(str(place))
+    match = URL.match(str(path))
     if not match:
         return None
     scheme, bucket = match.groups()
@@ -47,10 +47,10 @@ def explain(place: object, error: BaseException) -> str | None:
         words = re.sub(rf'\w+://\S+|"[^"]*"|\b{re.escape(bucket)}/\S*', "", str(seen))  # names say nothing
         chain += f"{type(seen).__name__}: {words}\n"
         seen = seen.__cause__
-    for pattern, words in FAILURES:
+    for pattern, words in ERROR_HINTS:
         if re.search(pattern, chain):
             endpoint = "AWS_ENDPOINT_URL" if scheme == "s3" else "the project"
-            meaning = words.format(bucket=bucket, endpoint=endpoint, credentials=CREDENTIALS[scheme])
+            meaning = words.format(bucket=bucket, endpoint=endpoint, credentials=CREDENTIAL_HINTS[scheme])
             return f"{meaning} ({one_line(error)})"
     return None
 

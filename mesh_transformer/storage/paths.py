@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import tensorstore as ts
 
-from mesh_transformer.storage.errors import CheckpointError, StorageError, explain, one_line
+from mesh_transformer.storage.errors import CheckpointError, StorageError, explain_error, one_line
 
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # and the package that fsspec needs for each
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
@@ -39,14 +39,14 @@ FIRST_PAUSE = "200ms"  # TensorStore's before it asks again; later ones are long
 BLOCK_BYTES = 1 << 22  # of a file, read at once where all of it is read
 OBJECT_BLOCK_BYTES = 1 << 24  # and of an object
 PAGE_BYTES = 1 << 16  # of an object that is opened as a file: at most this is fetched at once
-PAGES = 8  # of one such object, kept
+CACHED_PAGES = 8  # of one such object, kept
 # Which of these change decides whom we talk to, and as whom.
-VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION",
+ENVIRONMENT_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION",
              "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "GOOGLE_APPLICATION_CREDENTIALS",
              "STORAGE_EMULATOR_HOST")  # fmt: skip
 
 
-class Status(NamedTuple):
+class ObjectStat(NamedTuple):
     """What is known of an object without reading it."""
 
     st_size: int  # bytes
@@ -118,7 +118,7 @@ class RemotePath:
     def iterdir(self) -> Iterator[Self]:
         """The objects and folders right in it, by name; none if there is no such folder."""
         try:
-            with self.reaching() as files:
+            with self.filesystem() as files:
                 found = files.ls(self.full_name, detail=True)
         except FileNotFoundError:
             return iter(())
@@ -129,13 +129,13 @@ class RemotePath:
         """What is right in it and matches."""
         return (path for path in self.iterdir() if PurePosixPath(path.name).match(pattern))
 
-    def stat(self) -> Status:
+    def stat(self) -> ObjectStat:
         """The object's size; FileNotFoundError if it is none."""
-        with self.reaching() as files:
+        with self.filesystem() as files:
             found = files.info(self.full_name)
         if found["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, "no such object", str(self))
-        return Status(found["size"])
+        return ObjectStat(found["size"])
 
     def read_bytes(self) -> bytes:
         """All of it."""
@@ -145,24 +145,24 @@ class RemotePath:
         """Some bytes of it; FileNotFoundError if it is not there."""
         if start is not None and start == stop:
             return b""
-        with self.reaching() as files:
+        with self.filesystem() as files:
             return files.cat_file(self.full_name, start=start, end=stop)
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
         """As a file to read and seek in."""
         if mode != "rb":
             raise ValueError(f"{self}: opened with mode {mode!r}, where only 'rb' can be")
-        return io.BufferedReader(_Pages(self), PAGE_BYTES)
+        return io.BufferedReader(_PagedReader(self), PAGE_BYTES)
 
     @contextlib.contextmanager
-    def reaching(self) -> Iterator[Any]:
+    def filesystem(self) -> Iterator[Any]:
         """fsspec's view of the store; its errors become StorageError, but what is not there stays FileNotFoundError."""
         try:
-            yield _filesystem(self.scheme, tuple(os.environ.get(name) for name in VARIABLES))
+            yield _filesystem(self.scheme, tuple(os.environ.get(name) for name in ENVIRONMENT_VARIABLES))
         except CheckpointError:
             raise
         except Exception as error:  # whatever kind the libraries below have for it
-            reason = explain(self, error)
+            reason = explain_error(self, error)
             if reason is None and isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(errno.ENOENT, "no such object", str(self)) from error
             if reason is None and not isinstance(error, OSError):
@@ -170,36 +170,36 @@ class RemotePath:
             raise StorageError(f"{self}: {reason or one_line(error)}") from error
 
 
-Place = Path | RemotePath
+AnyPath = Path | RemotePath
 
 
-def to_place(place: str | Place) -> Place:
+def parse_path(path: str | AnyPath) -> AnyPath:
     """The place that a user's word means; CheckpointError if it is a URL of a kind that is not known."""
-    match = URL.fullmatch(place) if isinstance(place, str) else None
+    match = URL.fullmatch(path) if isinstance(path, str) else None
     if match:
         parts = [part for part in match[2].split("/") if part]
         if match[1] not in SCHEMES or not parts:
             kinds = ", ".join(f"{scheme}://bucket/path" for scheme in SCHEMES)
-            raise CheckpointError(f"{place}: not a place that is known: {kinds}, or a path of this machine")
+            raise CheckpointError(f"{path}: not a place that is known: {kinds}, or a path of this machine")
         if {".", ".."} & set(parts):
-            raise CheckpointError(f"{place}: a URL has no . and .. in it")
+            raise CheckpointError(f"{path}: a URL has no . and .. in it")
         return RemotePath(match[1], tuple(parts))
-    if not isinstance(place, RemotePath) and Path(place).parts[:1] in {(f"{scheme}:",) for scheme in SCHEMES}:
-        raise CheckpointError(f"{place}: a URL that has become a path of this machine; only checkpoints can be remote")
-    return place if isinstance(place, RemotePath) else Path(place)
+    if not isinstance(path, RemotePath) and Path(path).parts[:1] in {(f"{scheme}:",) for scheme in SCHEMES}:
+        raise CheckpointError(f"{path}: a URL that has become a path of this machine; only checkpoints can be remote")
+    return path if isinstance(path, RemotePath) else Path(path)
 
 
-def read_small(path: Place, most: int) -> bytes:
+def read_small(path: AnyPath, max_bytes: int) -> bytes:
     """All of a plain file or an object of which no more than `most` bytes are expected."""
     if isinstance(path, RemotePath):
         return path.read_bytes()
     status = os.lstat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-        raise CheckpointError(f"{path}: a link, not a plain file, or larger than {most} bytes")
+    if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
+        raise CheckpointError(f"{path}: a link, not a plain file, or larger than {max_bytes} bytes")
     return path.read_bytes()
 
 
-def read_blocks(path: Place, size: int | None = None) -> Iterator[bytes | memoryview]:
+def read_blocks(path: AnyPath, size: int | None = None) -> Iterator[bytes | memoryview]:
     """A file a block at a time, each valid until the next; of an object the first `size` bytes (default: all)."""
     if isinstance(path, RemotePath):
         size = path.stat().st_size if size is None else size
@@ -212,10 +212,10 @@ def read_blocks(path: Place, size: int | None = None) -> Iterator[bytes | memory
             yield block[:count]
 
 
-def map_bytes(path: Place, start: int, stop: int) -> np.ndarray:
+def map_bytes(path: AnyPath, start: int, stop: int) -> np.ndarray:
     """Bytes of a file, mapped, or a range of an object, of which the last ones are kept; ValueError if it is shorter."""
     if isinstance(path, RemotePath):
-        raw = np.frombuffer(_read_kept(path, start, stop), np.uint8)
+        raw = np.frombuffer(_read_cached(path, start, stop), np.uint8)
         found = start + len(raw)
     else:
         found = path.stat().st_size
@@ -238,12 +238,12 @@ def read_into(path: Path, start: int, values: np.ndarray) -> None:
 
 
 @functools.lru_cache(2)
-def _read_kept(path: RemotePath, start: int, stop: int) -> bytes:
+def _read_cached(path: RemotePath, start: int, stop: int) -> bytes:
     """An array that is wanted column by column comes as the same rows again and again."""
     return path.read_range(start, stop)
 
 
-def local_copy(folder: Place, names: tuple[str, ...]) -> Path:
+def local_copy(folder: AnyPath, names: tuple[str, ...]) -> Path:
     """A folder of this machine with the small files `names` of `folder`: itself, or a copy that goes when we exit."""
     if isinstance(folder, Path):
         return folder
@@ -314,13 +314,13 @@ def _filesystem(scheme: str, _environment: tuple[str | None, ...]) -> Any:
         ) from error
 
 
-class _Pages(io.RawIOBase):
+class _PagedReader(io.RawIOBase):
     """An object as a file, of which a few pages are kept: an archive is read at its end, then here and there."""
 
     def __init__(self, path: RemotePath):
         super().__init__()
         self._path, self._size, self._at = path, path.stat().st_size, 0
-        self._read_page = functools.lru_cache(PAGES)(self._fetch)
+        self._read_page = functools.lru_cache(CACHED_PAGES)(self._fetch)
 
     def readable(self) -> bool:
         return True

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Floating-point operations of a program, counted from its jaxpr, and the rate the hardware's products reach.
+"""FLOPs of a program, counted from its jaxpr, and the measured peak matmul rate of the hardware.
 
-XLA's own cost analysis counts the body of a scan once, so it is no use here. What is counted: products (2 per
-multiply-add), the only operations that matter for a transformer; elementwise work is not.
+XLA's own cost analysis cannot be used because it counts the body of a scan once. Only matmuls are counted (2 FLOPs per
+multiply-add): elementwise operations are negligible in a transformer.
 """
 
 import math
@@ -17,16 +17,16 @@ from jax.extend import core
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> float:
-    """FLOPs of one call of `function` on arguments of these shapes, over all devices; loops are multiplied out."""
+    """Return the FLOPs of one call of `function` on arguments of these shapes, over all devices and loop iterations."""
     return count_jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def count_jaxpr_flops(jaxpr: Any) -> float:
-    """The same of a program traced already.
+    """Return the FLOPs of a traced program.
 
-    Inside a `shard_map` shapes are one device's, and a kernel's body is that of one block: both are multiplied by how
-    many there are. Blocks that a kernel skips (causal attention) count as if it did not. A loop of unknown length
-    counts once. Without a capacity, experts on several devices count the rows of all of them on each.
+    Shapes inside a `shard_map` are those of one device, and the body of a kernel is that of one block: both are
+    multiplied by their number. Blocks that a kernel skips (causal attention) are counted. A loop of unknown length
+    counts as one iteration. Without an expert capacity, each device's experts count the tokens of all devices.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -36,28 +36,28 @@ def count_jaxpr_flops(jaxpr: Any) -> float:
             total += 2.0 * math.prod(out.shape) * math.prod(left.shape[axis] for axis in contracted)
         if equation.primitive.name == "ragged_dot_general":
             total += _ragged_flops(equation)
-        total += _times(equation) * sum(count_jaxpr_flops(inner) for inner in _inner_jaxprs(equation.params))
+        total += _run_count(equation) * sum(count_jaxpr_flops(inner) for inner in _inner_jaxprs(equation.params))
     return total
 
 
 def _ragged_flops(equation: Any) -> float:
-    """Of a product whose rows belong to groups (experts): every row meets the weight of one group alone."""
+    """Return the FLOPs of a grouped matmul: each row is multiplied by the weight of its own group (expert) only."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
     left, out = equation.invars[0].aval, equation.outvars[0].aval
-    # A weight's gradient has a leading dimension of groups, among which the contracted rows are divided.
-    kept = out.shape[1:] if set(numbers.lhs_ragged_dimensions) & set(contracted) else out.shape
-    return 2.0 * math.prod(kept) * math.prod(left.shape[axis] for axis in contracted)
+    # The gradient of a weight has a leading group dimension, and each contracted row belongs to one group.
+    out_shape = out.shape[1:] if set(numbers.lhs_ragged_dimensions) & set(contracted) else out.shape
+    return 2.0 * math.prod(out_shape) * math.prod(left.shape[axis] for axis in contracted)
 
 
-def _times(equation: Any) -> int:
-    """How often the jaxprs inside an equation run."""
+def _run_count(equation: Any) -> int:
+    """Return how many times the jaxprs inside an equation run."""
     params = equation.params
     match equation.primitive.name:
         case "scan":
             return params["length"]
         case "shard_map":
-            axes = params.get("newly_manual_axes", params.get("manual_axes"))  # by the version of JAX
+            axes = params.get("newly_manual_axes", params.get("manual_axes"))  # the name depends on the version of JAX
             return math.prod(params["mesh"].shape[axis] for axis in axes)
         case "pallas_call":
             return math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
@@ -65,7 +65,7 @@ def _times(equation: Any) -> int:
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
-    """Jaxprs an equation calls; of a conditional's branches, the dearest."""
+    """Return the jaxprs that an equation calls; of a conditional's branches, the most expensive one."""
     found = []
     for name, value in params.items():
         if name == "branches":
@@ -77,18 +77,18 @@ def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     return found
 
 
-def measure_product_peak(dtype: str, *, dim: int = 1024, seconds: float = 0.3) -> float:
-    """FLOP/s that a dim x dim product reaches, best of the runs that fit in `seconds`: what a step is compared with.
+def measure_matmul_peak(dtype: str, *, dim: int = 1024, seconds: float = 0.3) -> float:
+    """Return the peak FLOP/s of a dim x dim matmul, the best of the runs that fit in `seconds`; the reference of MFU.
 
-    On accelerators the figure is multiplied by the number of devices; CPU devices share the same cores.
+    On accelerators the rate is multiplied by the number of devices; CPU devices share the same cores.
     """
     x = jnp.ones((dim, dim), dtype)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
+    matmul = jax.jit(jnp.matmul)
+    matmul(x, x).block_until_ready()
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        product(x, x).block_until_ready()
+        matmul(x, x).block_until_ready()
         best = min(best, time.perf_counter() - start)
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     return devices * 2.0 * dim**3 / best

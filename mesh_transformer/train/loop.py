@@ -19,8 +19,8 @@ from mesh_transformer.reports.evaluation_results import Evaluation, metrics_of, 
 from mesh_transformer.reports.html_report import write_report
 from mesh_transformer.reports.metrics_log import MetricsLog
 from mesh_transformer.storage.errors import CheckpointError
-from mesh_transformer.train.data_log import Given, SequenceLog, digest_tokens
-from mesh_transformer.train.flops import measure_product_peak
+from mesh_transformer.train.data_log import BatchRecord, DataLog, digest_tokens
+from mesh_transformer.train.flops import measure_matmul_peak
 from mesh_transformer.train.run import Run
 from mesh_transformer.train.schedule import batch_size_at, first_sequence
 from mesh_transformer.train.validation import compressed_bits_per_byte, evaluate
@@ -28,16 +28,16 @@ from mesh_transformer.train.validation import compressed_bits_per_byte, evaluate
 SLOW_SECONDS = 10.0  # that training may wait for an earlier save without a word
 
 
-class TooManySkipped(RuntimeError):
+class TooManySkippedSteps(RuntimeError):
     """Steps were skipped until train.max_consecutive_skips was reached."""
 
 
-class Interrupted(Exception):
+class MeasurementInterrupted(Exception):
     """A measurement was broken off, because the run is to stop."""
 
 
-Tell = Callable[[str, int, int | None], None]  # what is being measured, how much is done, of how much
-Measure = Callable[[Run, Tell], Evaluation]  # the tasks of [evaluate], as evaluate/callback.py makes it
+ProgressFn = Callable[[str, int, int | None], None]  # what is being measured, how much is done, of how much
+MeasureFn = Callable[[Run, ProgressFn], Evaluation]  # the tasks of [evaluate], as evaluate/callback.py makes it
 
 
 def train(
@@ -46,7 +46,7 @@ def train(
     stop: StopRequest | None = None,
     *,
     profile: tuple[int, int] | None = None,
-    measure: Measure | None = None,
+    measure: MeasureFn | None = None,
 ) -> None:
     """Train to the last step; afterwards `run.state` is final, saved, evaluated, and measured if there is a `measure`.
 
@@ -57,10 +57,10 @@ def train(
     with contextlib.closing(recorder), contextlib.nullcontext(stop) if stop else StopRequest() as stop:
         train_steps(run, recorder, stop, profile, measure)
         recorder.save(last=True)
-        if not stop.reached() and run.step == run.config.train.steps:
+        if not stop.should_stop() and run.step == run.config.train.steps:
             _evaluate(run, recorder, stop, whole=True)
             _measure(run, recorder, stop, measure)
-        reason = stop.reached()
+        reason = stop.should_stop()
     recorder.write_report()
     if reason:
         recorder.log.event(run.step, "stopped", f"{reason}: stopped with step {run.step} saved")
@@ -75,7 +75,7 @@ def train_steps(
     recorder: "Recorder",
     stop: StopRequest,
     profile: tuple[int, int] | None = None,
-    measure: Measure | None = None,
+    measure: MeasureFn | None = None,
 ) -> None:
     """The steps from `run.step` to the last one, or to a request to stop, each recorded and saved as configured."""
     config, train = run.config, run.config.train
@@ -85,21 +85,21 @@ def train_steps(
 
     def place(step: int) -> tuple[int, int, list[int]]:
         size = batch_size_at(train, step)
-        return first_sequence(train, step), size, run.rows(size)
+        return first_sequence(train, step), size, run.local_rows(size)
 
     previous: tuple[int, Mapping[str, jax.Array]] | None = None
     with Prefetcher(run.data.train, map(place, range(first, train.steps))) as batches:
         for step, batch in zip(range(first, train.steps), batches, strict=False):
             if profile and step == profile[0]:
                 jax.profiler.start_trace(str(run.dir / "profile"))
-            placed = run.place(batch, batch_size_at(train, step))
+            placed = run.shard_batch(batch, batch_size_at(train, step))
             if step == first:
                 recorder.progress.note("compiling the training step ...")
-            recorder.given(step, batch)
+            recorder.log_batch(step, batch)
             run.state, metrics = run.train_step(run.state, placed)
-            recorder.settle()
+            recorder.poll_save()
             if previous:
-                recorder.take(*previous)
+                recorder.log_step(*previous)
             previous = (step, metrics)
             if profile and step + 1 == profile[1]:
                 jax.block_until_ready(metrics)
@@ -112,10 +112,10 @@ def train_steps(
                 _evaluate(run, recorder, stop, whole=False)
             if config.evaluate.every and done % config.evaluate.every == 0 and done < train.steps:
                 _measure(run, recorder, stop, measure)
-            if stop.reached(recorder.out_of_time() if done < train.steps else ""):
+            if stop.should_stop(recorder.time_limit_reason() if done < train.steps else ""):
                 break
     if previous:
-        recorder.take(*previous)
+        recorder.log_step(*previous)
 
 
 def _evaluate(run: Run, recorder: "Recorder", stop: StopRequest, *, whole: bool) -> None:
@@ -126,11 +126,11 @@ def _evaluate(run: Run, recorder: "Recorder", stop: StopRequest, *, whole: bool)
     for name, validation in run.data.validation.items():
         score = evaluate(
             validation,
-            lambda batch: run.eval_step(run.state.params, run.place(batch, size)),
-            rows=run.rows(size),
+            lambda batch: run.eval_step(run.state.params, run.shard_batch(batch, size)),
+            rows=run.local_rows(size),
             max_batches=None if whole else run.config.train.evaluate_batches,
-            should_stop=lambda: bool(stop.reached()),
-            report=lambda done, total, name=name: recorder.progress.evaluating(name, done, total),
+            should_stop=lambda: bool(stop.should_stop()),
+            report=lambda done, total, name=name: recorder.progress.show_validation(name, done, total),
         )
         if score is None:
             return
@@ -144,30 +144,30 @@ def _evaluate(run: Run, recorder: "Recorder", stop: StopRequest, *, whole: bool)
         }
         recorder.log.evaluation(step, name, values)
         recorder.progress.update(step, {f"{name}_bits_per_byte": score.bits_per_byte})
-    recorder.pause(time.perf_counter() - started)
+    recorder.exclude_time(time.perf_counter() - started)
 
 
-def _measure(run: Run, recorder: "Recorder", stop: StopRequest, measure: Measure | None) -> None:
+def _measure(run: Run, recorder: "Recorder", stop: StopRequest, measure: MeasureFn | None) -> None:
     """The tasks of [evaluate] on the state as it is, into the run folder and the metrics; nothing if the run is to stop."""
-    if measure is None or stop.reached():
+    if measure is None or stop.should_stop():
         return
     started, step = time.perf_counter(), run.step
 
     def tell(what: str, done: int, total: int | None) -> None:
-        recorder.progress.measuring(what, done, total)
-        if stop.reached():
-            raise Interrupted(what)
+        recorder.progress.show_evaluation(what, done, total)
+        if stop.should_stop():
+            raise MeasurementInterrupted(what)
 
     try:
         evaluation = measure(run, tell)
-    except Interrupted:
+    except MeasurementInterrupted:
         return
     values = metrics_of(evaluation)
     recorder.log.benchmark(step, values)
-    recorder.progress.measured(step, values)
+    recorder.progress.show_results(step, values)
     if process_index() == 0:
         write_evaluation(run.dir, step, evaluation)
-    recorder.pause(time.perf_counter() - started)
+    recorder.exclude_time(time.perf_counter() - started)
 
 
 class Recorder:
@@ -178,26 +178,26 @@ class Recorder:
         self.last: dict[str, Any] = {}
         self.started = self._interval_start = time.perf_counter()
         self._interval_steps = self._interval_sequences = 0
-        self.peak = measure_product_peak(run.config.model.dtype)
+        self.peak = measure_matmul_peak(run.config.model.dtype)
         self._saving: int | None = None  # the step that is on its way to disk
         is_asked = run.config.track.sequences and process_index() == 0
-        self._sequences = SequenceLog(run.dir, run.step) if is_asked else None
+        self._sequences = DataLog(run.dir, run.step) if is_asked else None
 
-    def given(self, step: int, batch: Batch) -> None:
+    def log_batch(self, step: int, batch: Batch) -> None:
         """This batch is what `step` is about to be given."""
         if self._sequences:
             train, data = self.run.config.train, self.run.data.train
             first = first_sequence(train, step)
             rows = range(first, first + batch_size_at(train, step))
-            self._sequences.given(
-                step + 1, Given(first, tuple(map(data.find_sequence, rows)), digest_tokens(batch.tokens))
+            self._sequences.write(
+                step + 1, BatchRecord(first, tuple(map(data.locate, rows)), digest_tokens(batch.tokens))
             )
 
     def save(self, *, last: bool = False) -> None:
         """Hand the state to the store, unless it has it. With `last` wait for the disk, and raise what fails."""
         step, started = self.run.step, time.perf_counter()
         before = self._saving
-        self.settle(wait=True)
+        self.poll_save(wait=True)
         waited = time.perf_counter() - started
         if waited > SLOW_SECONDS:
             text = f"waited {waited:.0f} s for the save of step {before}: the disk is slower than checkpoint.every asks"
@@ -211,11 +211,11 @@ class Recorder:
                 self._save_failed(error)
                 if last:
                     raise
-        self.settle(wait=last, last=last)
-        self.run.folder.put_soon()
-        self.pause(time.perf_counter() - started)
+        self.poll_save(wait=last, last=last)
+        self.run.folder.request_upload()
+        self.exclude_time(time.perf_counter() - started)
 
-    def settle(self, *, wait: bool = False, last: bool = False) -> None:
+    def poll_save(self, *, wait: bool = False, last: bool = False) -> None:
         """Say how the save under way ended, once it has."""
         if self._saving is None:
             return
@@ -247,7 +247,7 @@ class Recorder:
         except OSError as error:
             self.progress.note(f"no report: {error}")
 
-    def take(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    def log_step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Wait for `step`'s metrics, count it, and write them out when it is a step to log."""
         values = {name: np.asarray(value) for name, value in metrics.items()}
         train = self.run.config.train
@@ -260,11 +260,11 @@ class Recorder:
         if (step + 1) % train.log_every == 0 or first or step + 1 == train.steps:
             self._write(step, values)
 
-    def pause(self, seconds: float) -> None:
+    def exclude_time(self, seconds: float) -> None:
         """Leave time spent on evaluation and saving out of the throughput."""
         self._interval_start += seconds
 
-    def out_of_time(self) -> str:
+    def time_limit_reason(self) -> str:
         """The reason to stop, once `train.max_minutes` are over."""
         limit = self.run.config.train.max_minutes
         over = limit is not None and time.perf_counter() - self.started > 60 * limit
@@ -298,7 +298,7 @@ class Recorder:
         self.progress.note(text)
         if in_a_row >= train.max_consecutive_skips:
             self.save(last=True)
-            raise TooManySkipped(
+            raise TooManySkippedSteps(
                 f"{in_a_row} steps in a row were skipped (train.max_consecutive_skips); the last: {text}. Parameters are those of the last "
                 f"good step, saved as step {self.run.step}. Look at the data (--look), lower optimizer.learning_rate, "
                 "or raise train.max_consecutive_skips"

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from mesh_transformer.mesh import add_up, axes_of, current_layout
-from mesh_transformer.model.moe.router import Routing
+from mesh_transformer.mesh import psum_or_scatter, axes_of, current_layout
+from mesh_transformer.model.moe.router import RoutingStats
 
 
 class TokenLosses(NamedTuple):
@@ -20,7 +20,7 @@ class TokenLosses(NamedTuple):
     nats: Float[Array, ""]  # cross entropy
     z_squares: Float[Array, ""]  # (log Z)^2
     tokens: Float[Array, ""]  # sum of the mask
-    routing: Routing | None = None  # of a model with experts in training: means over a microbatch, summed over these
+    routing: RoutingStats | None = None  # of a model with experts in training: means over a microbatch, summed over these
 
 
 class Scored(NamedTuple):
@@ -110,7 +110,7 @@ def _score_here(
 ) -> tuple[tuple[Array, TokenLosses], Scored | None]:
     """This device's tokens against its part of the vocabulary; sums over all devices."""
     first = jax.lax.axis_index(vocab_on) * w.shape[1] if vocab_on else 0
-    over_vocab = partial(add_up, axes=vocab_on)
+    over_vocab = partial(psum_or_scatter, axes=vocab_on)
 
     def score(carry: tuple, piece: tuple) -> tuple[tuple, Array | None]:
         x, targets, mask = (part.reshape(-1, *part.shape[2:]) for part in piece)
@@ -145,10 +145,10 @@ def _score_here(
         cut = lambda x: x.reshape(batch, pieces, -1, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
         (sums, dw, db), dx = jax.lax.scan(score, carry, (cut(x), cut(targets), cut(mask)))
         dx = None if dx is None else dx.reshape(pieces, batch, -1, width).swapaxes(0, 1)
-    sums = add_up(sums, rows_on)
+    sums = psum_or_scatter(sums, rows_on)
     losses = (sums.nats + z_loss * sums.z_squares, sums)
     if dx is None:
         return losses, None
     # Added up once, each device keeping its own rows where the weight is cut along embed.
-    dw = add_up(dw, rows_on, scattered=embed_on)
-    return losses, Scored(dx.reshape(batch, length, width), dw, add_up(db, rows_on))
+    dw = psum_or_scatter(dw, rows_on, scatter_axes=embed_on)
+    return losses, Scored(dx.reshape(batch, length, width), dw, psum_or_scatter(db, rows_on))

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
-from mesh_transformer.model.moe.router import Routing, empty_routing, router_losses
+from mesh_transformer.model.moe.router import RoutingStats, empty_routing, router_losses
 from mesh_transformer.model.params import STACK, ParamInfo, Params
 from mesh_transformer.model.transformer import Transformer, describe_params, head_of
 from mesh_transformer.train.loss import TokenLosses, score_tokens
@@ -53,7 +53,7 @@ class Parts(NamedTuple):
     finish: Callable[..., Array]  # (outer, key, x) -> [B, T, D], what the head scores
     infos: dict[str, dict[str, ParamInfo]]
     stages: int
-    unrouted: Routing | None  # zeros of what the routers of all stages report, [P, L / P, ...]
+    unrouted: RoutingStats | None  # zeros of what the routers of all stages report, [P, L / P, ...]
 
 
 class Work(NamedTuple):
@@ -69,7 +69,7 @@ class Work(NamedTuple):
 
     def segments(self, part: Batch) -> Array | None:
         """Segments of a microbatch where documents are kept apart."""
-        return part.segments if self.isolated else None
+        return part.segment_ids if self.isolated else None
 
     def keys(self, index: Array, place: Any) -> Array | None:
         """Dropout key of microbatch `index` (or of each) at a place: 0 is the embedding, p + 1 stage p."""
@@ -87,7 +87,7 @@ def make_parts(config: Config) -> Parts:
     def embed(tokens: Array, positions: Array) -> Array:
         return Transformer(model).embed(tokens, positions)
 
-    def run_stage(x: Array, positions: Array, segments: Array | None) -> tuple[Array, Routing | None]:
+    def run_stage(x: Array, positions: Array, segments: Array | None) -> tuple[Array, RoutingStats | None]:
         layers = Transformer(short)
         x, _, routing = layers.run_layers(x, layers.see(positions, segments, None), None)
         return x, routing
@@ -155,9 +155,9 @@ def _forward(
     work: Work,
     split: tuple[Params, Params, Params],
     arriving: Array,
-    routing: Routing | None,
+    routing: RoutingStats | None,
     tick: Array,
-) -> tuple[Array, Array, Routing | None]:
+) -> tuple[Array, Array, RoutingStats | None]:
     """What the stages compute in a tick, from what they received; what they computed it from; and the routing, added up."""
     own, shared, outer = split
     first = work.take(tick)
@@ -178,12 +178,12 @@ def _empty(config: Config, parts: Parts, work: Work) -> Array:
     return constrain(jnp.zeros(shape, config.model.dtype), "stage", *STREAM)
 
 
-def pipeline_hidden(config: Config, params: Params, work: Work) -> tuple[Float[Array, "M B T D"], Routing | None]:
+def pipeline_hidden(config: Config, params: Params, work: Work) -> tuple[Float[Array, "M B T D"], RoutingStats | None]:
     """What the head scores of every microbatch, and the routing summed over these; differentiable (GPipe)."""
     parts = make_parts(config)
     split, count = split_params(params, parts), work.batch.tokens.shape[0]
 
-    def tick(carry: tuple[Array, Routing | None], index: Array) -> tuple[tuple[Array, Routing | None], Array]:
+    def tick(carry: tuple[Array, RoutingStats | None], index: Array) -> tuple[tuple[Array, RoutingStats | None], Array]:
         out, _, routing = _forward(parts, work, split, *carry, index)
         return (_pass_on(out, 1), routing), _at(out, parts.stages - 1)
 
@@ -201,7 +201,7 @@ class Flow(NamedTuple):
     kept: Float[Array, "R P B T D"]  # inputs of the last R = 2 P - 1 ticks' forwards
     grads: tuple[Params, Params, Params]  # of own, shared, outer
     losses: TokenLosses
-    routing: Routing | None  # of all stages, [P, L / P, ...]
+    routing: RoutingStats | None  # of all stages, [P, L / P, ...]
 
 
 def pipeline_gradients(

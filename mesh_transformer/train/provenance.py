@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""recipe.json of a run folder: everything that its numbers follow from, so that they can be made again.
+"""Provenance of a run: the configuration, data and environments that determine its results (recipe.json).
 
     {"config": {...}, "seed": 0, "data_fingerprint": ..., "tokenizer": <digest>, "starts": [
        {"step": 0, "time": <unix seconds>, "versions": {"python": ..., "jax": ..., ...}, "backend": "cpu",
         "devices": {<kind>: <count>}, "mesh": {"data": 8, ...}, "processes": 1, "xla_flags": "",
         "git": {"commit": ..., "changed": <digest of git diff, or null>} or null}, ...]}
 
-The seed gives the weights a run begins with, the order of its data and its dropout. Each start of the program adds an
-entry, because versions and devices may change between two; a checkpoint's meta holds the one that made it.
+The seed determines the initial weights, the order of the data and the dropout. Each start of the program adds an entry,
+because versions and devices may change between starts; a checkpoint's metadata holds the entry that wrote it.
 """
 
 import collections
@@ -27,23 +27,23 @@ import xxhash
 
 from mesh_transformer.config import Config, config_to_dict
 from mesh_transformer.data.dataset import Data
-from mesh_transformer.mesh import Layout
+from mesh_transformer.mesh import MeshLayout
 from mesh_transformer.storage.atomic_files import replace_file
 
 FILE = "recipe.json"
-MAX_STARTS = 1000  # kept; the first always is
+MAX_STARTS = 1000  # entries kept: the first and the latest
 PACKAGES = (
     "mesh-transformer", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "dm-haiku", "optax", "flax",
     "numpy", "tensorstore", "grain", "tokenizers",
 )  # fmt: skip
 
 
-class RecipeError(ValueError):
-    """A run folder without a recipe, or with one that cannot be read."""
+class ProvenanceError(ValueError):
+    """A run folder without a recipe.json, or with one that cannot be read."""
 
 
-def describe_start(layout: Layout) -> dict[str, Any]:
-    """Versions, devices and the code's state, as they are now."""
+def environment_info(layout: MeshLayout) -> dict[str, Any]:
+    """Return the current package versions, devices, mesh and commit."""
     mesh = layout.mesh
     return {
         "versions": _versions(),
@@ -56,44 +56,46 @@ def describe_start(layout: Layout) -> dict[str, Any]:
     }
 
 
-def write_recipe(run_dir: Path, config: Config, data: Data, start: Mapping[str, Any], step: int) -> None:
-    """The recipe of a run that now starts from `step`; earlier starts stay in it."""
+def write_provenance(run_dir: Path, config: Config, data: Data, environment: Mapping[str, Any], step: int) -> None:
+    """Write recipe.json of a run that now starts from `step`; earlier starts are kept."""
     path = run_dir / FILE
-    earlier = read_recipe(run_dir)["starts"] if path.exists() else []
-    starts = [*earlier, {"step": step, "time": round(time.time(), 3), **start}]
-    recipe = {
+    earlier = read_provenance(run_dir)["starts"] if path.exists() else []
+    starts = [*earlier, {"step": step, "time": round(time.time(), 3), **environment}]
+    provenance = {
         "config": config_to_dict(config),
         "seed": config.run.seed,
         "data_fingerprint": data.train.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
         "starts": starts if len(starts) <= MAX_STARTS else [starts[0], *starts[1 - MAX_STARTS :]],
     }
-    replace_file(path, json.dumps(recipe, indent=1).encode())
+    replace_file(path, json.dumps(provenance, indent=1).encode())
 
 
-def read_recipe(run_dir: Path) -> dict[str, Any]:
-    """The recipe of a run; RecipeError if there is none."""
+def read_provenance(run_dir: Path) -> dict[str, Any]:
+    """Return the contents of recipe.json. Raises ProvenanceError if it is missing or damaged."""
     path = run_dir / FILE
     try:
-        recipe = json.loads(path.read_bytes())
-        if not (isinstance(recipe["config"], dict) and isinstance(recipe["starts"], list) and recipe["starts"]):
-            raise ValueError("config and starts are missing")
+        provenance = json.loads(path.read_bytes())
+        config = provenance["config"]
+        starts = provenance["starts"]
+        if not (isinstance(config, dict) and isinstance(starts, list) and starts):
+            raise ValueError("`config` and `starts` are missing")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: there is none; is {run_dir} the folder of a run?") from None
+        raise ProvenanceError(f"{path}: no such file; check that {run_dir} is a run folder") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{path}: not a recipe: {error}; remove it") from error
-    return recipe
+        raise ProvenanceError(f"{path}: cannot be read: {error}; remove the file") from error
+    return provenance
 
 
-def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two starts, a line each."""
+def diff_environments(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the differences between two environments, one line each."""
     changes = []
     for name in ("backend", "devices", "mesh", "processes", "xla_flags", "git"):
         if before.get(name) != now.get(name):
-            changes.append(f"{name}: {before.get(name)} then, {now.get(name)} now")
+            changes.append(f"{name}: was {before.get(name)}, now {now.get(name)}")
     old, new = before.get("versions", {}), now["versions"]
     changes += [
-        f"{name}: {old.get(name)} then, {new.get(name)} now" for name in {*old, *new} if old.get(name) != new.get(name)
+        f"{name}: was {old.get(name)}, now {new.get(name)}" for name in {*old, *new} if old.get(name) != new.get(name)
     ]
     return sorted(changes)
 
@@ -109,15 +111,15 @@ def _versions() -> dict[str, str]:
 
 
 def _git_state(root: Path) -> dict[str, str | None] | None:
-    """The commit of the code and a digest of what was changed since; None where the code is not in a repository."""
+    """Return the commit and a digest of uncommitted changes; None if the code is not in a Git repository."""
     if not (root / ".git").exists():
         return None
-    said = []
+    outputs = []
     for command in (("rev-parse", "HEAD"), ("diff", "HEAD", "--no-ext-diff")):
         try:
             done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, timeout=20, check=True)
         except (OSError, subprocess.SubprocessError):
             return None
-        said.append(done.stdout)
-    commit, diff = said
+        outputs.append(done.stdout)
+    commit, diff = outputs
     return {"commit": commit.decode().strip(), "changed": xxhash.xxh3_64_hexdigest(diff) if diff else None}

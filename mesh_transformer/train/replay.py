@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mesh_transformer.checkpoint.store import Store
-from mesh_transformer.config import Config, parse_config
+from mesh_transformer.config import Config, parse_stored
 from mesh_transformer.data.dataset import open_data
 from mesh_transformer.data.loader import Batch
-from mesh_transformer.mesh import start_devices
+from mesh_transformer.mesh import init_devices
 from mesh_transformer.reports.metrics_log import FILE, read_metrics
-from mesh_transformer.train.provenance import RecipeError, find_changes, read_recipe
+from mesh_transformer.train.provenance import ProvenanceError, diff_environments, read_provenance
 from mesh_transformer.train.run import Run, open_run
 from mesh_transformer.train.schedule import batch_size_at, first_sequence
 
 
-class Replayed(NamedTuple):
+class ReplayedStep(NamedTuple):
     """A step that was taken again."""
 
     step: int  # steps taken with it
@@ -31,43 +31,43 @@ def open_replay(run_dir: Path, until: int) -> tuple[Run, list[str]]:
 
     And what is no longer as it was when the run was made. Raises RecipeError, and what open_data and open_run raise.
     """
-    recipe = read_recipe(run_dir)
+    recipe = read_provenance(run_dir)
     config = read_config(recipe, run_dir)
     data = open_data(config)
     if data.train.fingerprint != recipe["data_fingerprint"]:
-        raise RecipeError(
+        raise ProvenanceError(
             f"{run_dir}: data.train holds other data now (fingerprint {data.train.fingerprint}, then "
             f"{recipe['data_fingerprint']}): the run cannot be made again without the data it had"
         )
     store = Store(run_dir / "checkpoints", writable=False)
     at = max((step for step in store.steps() if step <= until), default=0)
-    run = open_run(config, data, start_devices(config.mesh), at=at)
+    run = open_run(config, data, init_devices(config.mesh), at=at)
     starts = [start for start in recipe["starts"] if start["step"] <= until]
-    return run, find_changes((starts or recipe["starts"])[-1], run.start)
+    return run, diff_environments((starts or recipe["starts"])[-1], run.environment)
 
 
 def read_config(recipe: Mapping[str, Any], run_dir: Path) -> Config:
     """The configuration in a recipe, in the folder where the run is now."""
     table = dict(recipe["config"])
     table["run"] = {**table["run"], "dir": str(run_dir)}
-    return parse_config(table, where=f"{run_dir}/recipe.json")
+    return parse_stored(table, where=f"{run_dir}/recipe.json")
 
 
-def batch_of(run: Run, step: int) -> Batch:
+def read_batch(run: Run, step: int) -> Batch:
     """What the step after `step` steps is given."""
     return run.data.train.batch(first_sequence(run.config.train, step), batch_size_at(run.config.train, step))
 
 
-def place_batch(run: Run, step: int) -> Batch:
+def read_sharded_batch(run: Run, step: int) -> Batch:
     """`batch_of` on the mesh."""
-    return run.place(batch_of(run, step), batch_size_at(run.config.train, step))
+    return run.shard_batch(read_batch(run, step), batch_size_at(run.config.train, step))
 
 
-def replay(run: Run, until: int) -> Iterator[Replayed]:
+def replay(run: Run, until: int) -> Iterator[ReplayedStep]:
     """Take the steps up to `until`, one at a time."""
     for step in range(run.step, until):
-        run.state, metrics = run.train_step(run.state, place_batch(run, step))
-        yield Replayed(step + 1, np.float32(float(metrics["loss"])))
+        run.state, metrics = run.train_step(run.state, read_sharded_batch(run, step))
+        yield ReplayedStep(step + 1, np.float32(float(metrics["loss"])))
 
 
 def read_losses(run_dir: Path) -> dict[int, np.float32]:

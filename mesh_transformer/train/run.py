@@ -15,14 +15,14 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
-from mesh_transformer.config import Config, ConfigError, config_to_dict, parse_config, parse_model
+from mesh_transformer.config import Config, ConfigError, config_to_dict, parse_stored, parse_model
 from mesh_transformer.data.dataset import Data
 from mesh_transformer.data.loader import Batch
-from mesh_transformer.distributed.coordination import from_first, gather, process_count
-from mesh_transformer.mesh import Layout, use_layout
+from mesh_transformer.distributed.coordination import broadcast_from_first, gather, process_count
+from mesh_transformer.mesh import MeshLayout, use_layout
 from mesh_transformer.train.flops import count_flops
 from mesh_transformer.train.loss import TokenLosses
-from mesh_transformer.train.provenance import describe_start
+from mesh_transformer.train.provenance import environment_info
 from mesh_transformer.train.run_folder import RunFolder
 from mesh_transformer.train.schedule import batch_ramp
 from mesh_transformer.train.state import (
@@ -56,7 +56,7 @@ class Run:
 
     config: Config
     folder: RunFolder
-    layout: Layout
+    layout: MeshLayout
     data: Data
     store: Store
     axes: Mapping[str, tuple[str, ...]]  # logical axes of every array of the state, by name
@@ -65,7 +65,7 @@ class Run:
     eval_step: Callable[[Any, Batch], TokenLosses]
     flops_per_sequence: float  # of a training step, without what is recomputed
     notes: list[str]  # what a person should know of how the state came to be
-    start: Mapping[str, Any]  # versions, devices and code of this start of the program (recipe.py)
+    environment: Mapping[str, Any]  # versions, devices and code of this start of the program (recipe.py)
 
     @property
     def dir(self) -> Path:
@@ -82,14 +82,14 @@ class Run:
         """Number of learned values."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
-    def rows(self, size: int) -> list[int]:
+    def local_rows(self, size: int) -> list[int]:
         """Rows of a batch of `size` sequences that this process's devices need; other processes may need them too."""
         slices = self._batch_sharding(size).addressable_devices_indices_map((size, self.config.model.seq_len)).values()
         return sorted({row for index in slices if index is not None for row in range(size)[index[0]]})
 
-    def place(self, batch: Batch, size: int) -> Batch:
+    def shard_batch(self, batch: Batch, size: int) -> Batch:
         """A batch of `size` sequences as global arrays on the mesh, from the `rows` of it that this process has read."""
-        sharding, own = self._batch_sharding(size), self.rows(size)
+        sharding, own = self._batch_sharding(size), self.local_rows(size)
 
         def put(values: np.ndarray) -> jax.Array:
             def find(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -111,7 +111,7 @@ class Run:
             "config": config_to_dict(self.config),
             "tokenizer": self.data.tokenizer.to_json(),
             "data_fingerprint": self.data.train.fingerprint,
-            "start": dict(self.start),
+            "start": dict(self.environment),
             **meta,
         }
         self.store.save(self.step, flatten_state(self.state), axes=self.axes, meta=meta)
@@ -120,7 +120,7 @@ class Run:
 def open_run(
     config: Config,
     data: Data,
-    layout: Layout,
+    layout: MeshLayout,
     *,
     report: Callable[[str], None] = print,
     folder: RunFolder | None = None,
@@ -147,7 +147,7 @@ def open_run(
     )
     notes: list[str] = []
     newest = store.newest if keep.resume == "latest" else lambda: store.newest_intact(report)
-    step = from_first("newest step", newest) if at is None else at or None
+    step = broadcast_from_first("newest step", newest) if at is None else at or None
     state = None if step is None else _restore(config, data, store, step, shapes, shardings, notes)
     if state is None:
         init = jax.jit(make_init_state(config), out_shardings=shardings)
@@ -164,26 +164,26 @@ def open_run(
         store=store,
         axes=flatten_state(axes),
         state=state,
-        train_step=meet_compiled(jit_train_step(config, layout, shardings)),
-        eval_step=meet_compiled(jax.jit(traced(make_eval_step(config), layout), out_shardings=everywhere(layout))),
+        train_step=compile_barrier(jit_train_step(config, layout, shardings)),
+        eval_step=compile_barrier(jax.jit(with_layout(make_eval_step(config), layout), out_shardings=replicated(layout))),
         flops_per_sequence=flops,
         notes=notes,
-        start=describe_start(layout),
+        environment=environment_info(layout),
     )
 
 
-def jit_train_step(config: Config, layout: Layout, shardings: State) -> Any:
+def jit_train_step(config: Config, layout: MeshLayout, shardings: State) -> Any:
     """The training step, ready to run or to be compiled from shapes alone: the one program of training and planning."""
-    step = traced(make_train_step(config), layout)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere(layout)))
+    step = with_layout(make_train_step(config), layout)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(layout)))
 
 
-def everywhere(layout: Layout) -> NamedSharding:
+def replicated(layout: MeshLayout) -> NamedSharding:
     """What the host looks at lies whole on every device, so that every process has it."""
     return NamedSharding(layout.mesh, PartitionSpec())
 
 
-def traced(function: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+def with_layout(function: Callable[..., Any], layout: MeshLayout) -> Callable[..., Any]:
     """`function`, traced under `layout` whenever it is."""
 
     def wrapped(*args: Any) -> Any:
@@ -200,7 +200,7 @@ def abstract_state(shapes: State, shardings: State) -> State:
     )
 
 
-def meet_compiled(step: Any) -> Callable[..., Any]:
+def compile_barrier(step: Any) -> Callable[..., Any]:
     """`step`, a jitted function of something and a batch, such that no process of several runs it before all can.
 
     Else one may wait in its first collective while another still compiles, which XLA endures for 30 s on a CPU.
@@ -219,13 +219,13 @@ def meet_compiled(step: Any) -> Callable[..., Any]:
     return meet
 
 
-def check_batches(config: Config, layout: Layout) -> None:
+def check_batches(config: Config, layout: MeshLayout) -> None:
     """Every batch and microbatch divides over the mesh; ConfigError with the nearest sizes that do."""
-    pieces = layout.batch_pieces * config.train.grad_accum_steps
+    pieces = layout.batch_shards * config.train.grad_accum_steps
     for _, size in batch_ramp(config.train):
         if size % pieces:
             raise ConfigError(
-                f"train.batch_size: {size} sequences do not divide over {layout.batch_pieces} device(s) along the batch x "
+                f"train.batch_size: {size} sequences do not divide over {layout.batch_shards} device(s) along the batch x "
                 f"train.grad_accum_steps={config.train.grad_accum_steps}; use, for example, {max(size // pieces, 1) * pieces}"
             )
 
@@ -280,7 +280,7 @@ def _restore(
 ) -> State:
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
-    saved = parse_config(meta["config"], where=where)  # a field that was not there yet has its default
+    saved = parse_stored(meta["config"], where=where)  # a field that was not there yet has its default
     notes += check_resume(config_to_dict(saved), config, where)
     if meta["data_fingerprint"] != data.train.fingerprint:
         raise ConfigError(
@@ -329,7 +329,7 @@ def init_from(config: Config, state: State, shardings: State, notes: list[str]) 
     return found.replace(opt_state=fresh)
 
 
-def abstract_batch(config: Config, layout: Layout | None = None) -> Batch:
+def abstract_batch(config: Config, layout: MeshLayout | None = None) -> Batch:
     """A whole batch as shapes, with a layout and shardings."""
 
     def describe(length: int, dtype: type = np.int32) -> jax.ShapeDtypeStruct:

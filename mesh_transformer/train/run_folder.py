@@ -15,11 +15,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from mesh_transformer.checkpoint.object_store_backend import RemoteFolder
+from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
 from mesh_transformer.config import Config
 from mesh_transformer.distributed.coordination import process_index
 from mesh_transformer.storage.errors import CheckpointError
-from mesh_transformer.storage.paths import Place, RemotePath, to_place
+from mesh_transformer.storage.paths import AnyPath, RemotePath, parse_path
 
 PUT_SECONDS = 60.0
 CHECKPOINTS = "checkpoints"
@@ -32,28 +32,28 @@ class RunFolder:
     """
 
     def __init__(self, config: Config, report: Callable[[str], None]):
-        self.place: Place = to_place(config.run.dir)
+        self.location: AnyPath = parse_path(config.run.dir)
         self._report = report
         self._put: dict[str, tuple[int, int]] = {}  # size and time of change of each file that the store has
         self._wake, self._over = threading.Event(), False
         self._thread: threading.Thread | None = None
-        if isinstance(self.place, Path):
-            self.path = self.place
+        if isinstance(self.location, Path):
+            self.path = self.location
             return
         cache = Path(os.path.expanduser(config.data.cache_dir))
-        digest = hashlib.sha256(str(self.place).encode()).hexdigest()[:16]
-        self.path = cache / "runs" / digest / self.place.name
+        digest = hashlib.sha256(str(self.location).encode()).hexdigest()[:16]
+        self.path = cache / "runs" / digest / self.location.name
 
     @property
-    def checkpoints(self) -> Place:
+    def checkpoints(self) -> AnyPath:
         """Where the checkpoints are."""
-        return self.place / CHECKPOINTS
+        return self.location / CHECKPOINTS
 
     def __enter__(self) -> "RunFolder":
-        if isinstance(self.place, RemotePath) and process_index() == 0:
-            self._take(RemoteFolder(self.place))
+        if isinstance(self.location, RemotePath) and process_index() == 0:
+            self._take(ObjectStoreBackend(self.location))
             self._thread = threading.Thread(
-                target=self._run, args=(RemoteFolder(self.place),), name="run folder", daemon=True
+                target=self._run, args=(ObjectStoreBackend(self.location),), name="run folder", daemon=True
             )
             self._thread.start()
         return self
@@ -64,11 +64,11 @@ class RunFolder:
             self._wake.set()
             self._thread.join()
 
-    def put_soon(self) -> None:
+    def request_upload(self) -> None:
         """Have what is new put into the store; does not wait."""
         self._wake.set()
 
-    def _take(self, store: RemoteFolder) -> None:
+    def _take(self, store: ObjectStoreBackend) -> None:
         """Make the mirror what the store has, or keep it where it is the same and more. Raises StorageError."""
         names = [path.name for path in store.path.iterdir() if path.is_file()]
         if not names:
@@ -79,7 +79,7 @@ class RunFolder:
             if not (mirrored.is_file() and mirrored.read_bytes().startswith(data)):
                 mirrored.write_bytes(data)
 
-    def _run(self, store: RemoteFolder) -> None:
+    def _run(self, store: ObjectStoreBackend) -> None:
         is_failing = is_over = False
         while not is_over:
             self._wake.wait(PUT_SECONDS)
@@ -93,11 +93,11 @@ class RunFolder:
                     self._report(f"{error}; what is new is in {self.path} until then")
                 is_failing = True
 
-    def _put_new(self, store: RemoteFolder) -> None:
+    def _put_new(self, store: ObjectStoreBackend) -> None:
         for path in sorted(self.path.iterdir()):
             if path.is_file() and path.suffix != ".tmp":
                 status = path.stat()
                 state = (status.st_size, status.st_mtime_ns)
                 if self._put.get(path.name) != state:
-                    store.write({path.name: path.read_bytes()})
+                    store.write_files({path.name: path.read_bytes()})
                     self._put[path.name] = state

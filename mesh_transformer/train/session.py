@@ -14,17 +14,17 @@ from rich.progress import Progress as Bar
 
 from mesh_transformer.config import Config, ConfigError, config_to_dict, config_to_toml
 from mesh_transformer.data.dataset import Data, open_data
-from mesh_transformer.distributed.coordination import process_count, process_index, run_everywhere
+from mesh_transformer.distributed.coordination import process_count, process_index, run_on_all
 from mesh_transformer.distributed.stop import StopRequest
-from mesh_transformer.mesh import Layout
+from mesh_transformer.mesh import MeshLayout
 from mesh_transformer.reports.console import Progress, print_rows, print_scores
 from mesh_transformer.reports.html_report import write_report
 from mesh_transformer.reports.metrics_log import FILE, MetricsLog, read_metrics
 from mesh_transformer.storage.atomic_files import replace_file
-from mesh_transformer.storage.paths import Place, RemotePath
-from mesh_transformer.train.loop import Measure, Recorder, train
+from mesh_transformer.storage.paths import AnyPath, RemotePath
+from mesh_transformer.train.loop import MeasureFn, Recorder, train
 from mesh_transformer.train.pipeline import bubble_share
-from mesh_transformer.train.provenance import write_recipe
+from mesh_transformer.train.provenance import write_provenance
 from mesh_transformer.train.run import Run, open_run
 from mesh_transformer.train.run_folder import RunFolder
 from mesh_transformer.train.state import describe_state, format_parameters
@@ -32,13 +32,13 @@ from mesh_transformer.train.state import describe_state, format_parameters
 
 def train_config(
     config: Config,
-    layout: Layout,
+    layout: MeshLayout,
     stop: StopRequest,
     *,
-    fresh: bool = False,
+    restart: bool = False,
     profile: tuple[int, int] | None = None,
-    measure: Measure | None = None,
-) -> Place:
+    measure: MeasureFn | None = None,
+) -> AnyPath:
     """Train, with display, metrics and report; the run folder. Raises what `open_data`, `open_run` and `train` raise."""
     if jax.process_count() != process_count():
         raise ConfigError(
@@ -47,17 +47,17 @@ def train_config(
     speaks = process_index() == 0
     console = Console(quiet=not speaks)
     with RunFolder(config, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) as folder:
-        if fresh:
-            run_everywhere("put aside", lambda: _put_aside(folder.place, console), first=True)
-        with stop.at_once("the data was made"), show_building(console) as report:
-            data = open_data(config, report=report)
+        if restart:
+            run_on_all("put aside", lambda: _put_aside(folder.location, console), first_only=True)
+        with stop.interruptible("the data was made"), data_progress(console) as report:
+            data = open_data(config, on_progress=report)
         run = open_run(config, data, layout, report=console.print, folder=folder)
-        stop.check("the run was opened")
+        stop.raise_if_requested("the run was opened")
         first = run.step
         if speaks:
             run.dir.mkdir(parents=True, exist_ok=True)
             replace_file(run.dir / "config.toml", config_to_toml(config).encode())
-            write_recipe(run.dir, config, data, run.start, first)
+            write_provenance(run.dir, config, data, run.environment, first)
         _introduce(run, data, console)
         with (
             MetricsLog(run.dir, config.track, config=config_to_dict(config), first_step=first) as log,
@@ -71,11 +71,11 @@ def train_config(
         if speaks:
             write_report(run.dir)
             print_scores(console, _last_scores(run.dir))
-    return folder.place
+    return folder.location
 
 
 @contextmanager
-def show_building(console: Console) -> Iterator:
+def data_progress(console: Console) -> Iterator:
     """A bar while shards are made; the argument of `open_data`'s `report`."""
     columns = (TextColumn("tokenizing {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Bar(*columns, console=console) as bar:
@@ -89,7 +89,7 @@ def show_building(console: Console) -> Iterator:
         yield report
 
 
-def _put_aside(run_dir: Place, console: Console) -> None:
+def _put_aside(run_dir: AnyPath, console: Console) -> None:
     """Rename an earlier run's folder to the first free name."""
     if isinstance(run_dir, RemotePath):
         if run_dir.exists():
@@ -109,7 +109,7 @@ def _introduce(run: Run, data: Data, console: Console) -> None:
     console.print(format_parameters(shapes, axes, run.layout), highlight=False, markup=False, soft_wrap=True)
     per_step = config.train.batch_size * config.model.seq_len
     rows = {
-        "run": str(run.folder.place),
+        "run": str(run.folder.location),
         "model": f"{run.n_params:,} parameters, {config.model.n_layers} layers, d_model {config.model.d_model}",
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

@@ -12,17 +12,17 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from mesh_transformer.config import Config
-from mesh_transformer.mesh import Layout, format_sharding_table
+from mesh_transformer.mesh import MeshLayout, format_sharding_table
 from mesh_transformer.model.transformer import describe_params, make_model
 from mesh_transformer.train.noise_scale import init_noise_scale
 from mesh_transformer.train.optimizer import make_optimizer, optimizer_state_axes
 
-WINDOW = 64  # accepted steps whose medians a spike is measured against
+GUARD_WINDOW = 64  # accepted steps whose medians a spike is measured against
 
 
 # Fields are Any: the same records hold arrays, their shapes, their shardings or their logical axes.
 @flax.struct.dataclass
-class Guard:
+class SkipGuard:
     """Counters of skipped steps, and losses and gradient norms of accepted ones only."""
 
     skipped: Any  # int32 []
@@ -39,7 +39,7 @@ class State:
     step: Any  # int32 []
     params: Any  # Params, float32
     opt_state: Any  # optax.OptState
-    guard: Guard
+    guard: SkipGuard
     noise: Any  # NoiseScaleState, or None where it is not tracked
 
 
@@ -63,7 +63,7 @@ def make_init_state(config: Config) -> Callable[[PRNGKeyArray], State]:
     def init(key: PRNGKeyArray) -> State:
         params = model.init(key)
         zero = jnp.zeros((), jnp.int32)
-        guard = Guard(zero, zero, zero, jnp.zeros(WINDOW), jnp.zeros(WINDOW))
+        guard = SkipGuard(zero, zero, zero, jnp.zeros(GUARD_WINDOW), jnp.zeros(GUARD_WINDOW))
         noise = init_noise_scale() if config.train.log_grad_noise_scale else None
         return State(zero, params, optimizer.init(params), guard, noise)
 
@@ -96,7 +96,7 @@ def unflatten_state(named: Mapping[str, Any], like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in names])
 
 
-def state_shardings(layout: Layout, shapes: State, axes: State) -> State:
+def state_shardings(layout: MeshLayout, shapes: State, axes: State) -> State:
     """Where each array of a state lies."""
     flat_shapes, flat_axes = flatten_state(shapes), flatten_state(axes)
     return unflatten_state(
@@ -104,7 +104,7 @@ def state_shardings(layout: Layout, shapes: State, axes: State) -> State:
     )
 
 
-def format_parameters(shapes: State, axes: State, layout: Layout) -> str:
+def format_parameters(shapes: State, axes: State, layout: MeshLayout) -> str:
     """The table of parameters: shape, logical axes, partition and bytes per device of each."""
     flat_axes = flatten_state(axes.params)
     rows = {

@@ -13,17 +13,17 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
-from mesh_transformer.model.attention.ring import to_ring_order
-from mesh_transformer.model.moe.router import Routing, empty_routing, router_losses
+from mesh_transformer.model.attention.ring import to_zigzag
+from mesh_transformer.model.moe.router import RoutingStats, empty_routing, router_losses
 from mesh_transformer.model.params import STACK, Params
 from mesh_transformer.model.transformer import Model, head_of, make_model
-from mesh_transformer.reports.metrics_log import pick_layers
+from mesh_transformer.reports.metrics_log import representative_layers
 from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale
 from mesh_transformer.train.loss import TokenLosses, score_tokens
 from mesh_transformer.train.optimizer import global_norm
 from mesh_transformer.train.pipeline import Work, pipeline_gradients, pipeline_hidden
 from mesh_transformer.train.schedule import make_schedule
-from mesh_transformer.train.state import WINDOW, Guard, State, make_run_optimizer
+from mesh_transformer.train.state import GUARD_WINDOW, SkipGuard, State, make_run_optimizer
 
 Metrics = dict[str, Array]
 
@@ -91,17 +91,17 @@ def dropout_key(config: Config, step: Int[Array, ""]) -> PRNGKeyArray | None:
     return jax.random.fold_in(jax.random.key(config.run.seed), step) if draws else None
 
 
-def describe_routing(routing: Routing) -> Metrics:
+def describe_routing(routing: RoutingStats) -> Metrics:
     """What the metrics say of routers: means over the layers that have one, but for the worst of them."""
-    shares = routing.load * routing.load.shape[1]  # of an even load
+    shares = routing.expert_load * routing.expert_load.shape[1]  # of an even load
     return {
-        "balance_loss": jnp.mean(routing.balance),
-        "router_z_loss": jnp.mean(routing.z_square),
+        "balance_loss": jnp.mean(routing.aux_loss),
+        "router_z_loss": jnp.mean(routing.router_z),
         "router_entropy": jnp.mean(routing.entropy),
-        "dropped_share": jnp.mean(routing.dropped),
-        "expert_load": shares[jnp.array(pick_layers(shares.shape[0]))],
+        "dropped_share": jnp.mean(routing.dropped_fraction),
+        "expert_load": shares[jnp.array(representative_layers(shares.shape[0]))],
         "largest_expert_load": jnp.max(shares),
-        "unused_experts": jnp.sum(routing.load == 0),
+        "unused_experts": jnp.sum(routing.expert_load == 0),
     }
 
 
@@ -121,8 +121,8 @@ def model_inputs(config: Config, batch: Batch) -> dict[str, Any]:
     Elsewhere the model's own defaults cost nothing.
     """
     if config.model.n_encoder_layers is not None:
-        return {"sources": batch.sources}
-    return {"positions": batch.positions, "segments": batch.segments} if config.data.isolate_documents else {}
+        return {"sources": batch.encoder_tokens}
+    return {"positions": batch.positions, "segments": batch.segment_ids} if config.data.isolate_documents else {}
 
 
 def _score_batch(
@@ -136,7 +136,7 @@ def _score_batch(
         x, targets, mask = (y.swapaxes(0, 1).reshape(-1, *y.shape[2:]) for y in (x, targets, mask))
     else:
         x, routing = model.hidden(params, batch.tokens, dropout_key=key, **model_inputs(config, batch))
-        targets, mask = to_ring_order(batch.targets), to_ring_order(batch.mask)
+        targets, mask = to_zigzag(batch.targets), to_zigzag(batch.mask)
     head = head_of(params, config.model)
     scored: Any = score_tokens(x, head.w, head.b, targets, mask, config.train.z_loss, config.train.loss_chunks)
     total, sums = scored
@@ -144,7 +144,7 @@ def _score_batch(
 
 
 def _make_work(config: Config, batch: Batch, key: Array | None) -> Work:
-    parts = _cut(jax.tree.map(to_ring_order, batch), config.train.grad_accum_steps)
+    parts = _cut(jax.tree.map(to_zigzag, batch), config.train.grad_accum_steps)
     return Work(parts, config.data.isolate_documents, key)
 
 
@@ -197,7 +197,7 @@ def _cut(batch: Batch, pieces: int) -> Batch:
 
 
 def _accept(
-    guard: Guard, loss: Float[Array, ""], grad_norm: Float[Array, ""], loss_spike_factor: float
+    guard: SkipGuard, loss: Float[Array, ""], grad_norm: Float[Array, ""], loss_spike_factor: float
 ) -> Bool[Array, ""]:
     """Finite, and no spike: below `loss_spike_factor` medians of the last WINDOW accepted steps, once there are so many."""
     ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -206,13 +206,13 @@ def _accept(
     calm = (loss <= loss_spike_factor * jnp.median(guard.losses)) & (
         grad_norm <= loss_spike_factor * jnp.median(guard.grad_norms)
     )
-    return ok & (calm | (guard.accepted < WINDOW))
+    return ok & (calm | (guard.accepted < GUARD_WINDOW))
 
 
-def _update_guard(guard: Guard, ok: Bool[Array, ""], loss: Float[Array, ""], grad_norm: Float[Array, ""]) -> Guard:
-    place = guard.accepted % WINDOW
+def _update_guard(guard: SkipGuard, ok: Bool[Array, ""], loss: Float[Array, ""], grad_norm: Float[Array, ""]) -> SkipGuard:
+    place = guard.accepted % GUARD_WINDOW
     one = ok.astype(jnp.int32)
-    return Guard(
+    return SkipGuard(
         skipped=guard.skipped + 1 - one,
         in_a_row=jnp.where(ok, 0, guard.in_a_row + 1),
         accepted=guard.accepted + one,

@@ -38,7 +38,7 @@ import numpy as np
 from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import MeshConfig
-from mesh_transformer.mesh import Layout, keep_freed_memory, start_devices
+from mesh_transformer.mesh import MeshLayout, keep_freed_memory, init_devices
 
 N_DEVICES = 8
 AXES = ("layers", "embed", "ff")
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to be measured; default: here")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    layout = start_devices(MeshConfig(cpu_devices=N_DEVICES, fsdp=4, tensor=2))
+    layout = init_devices(MeshConfig(cpu_devices=N_DEVICES, fsdp=4, tensor=2))
     keep_freed_memory(False)  # else what a save needs could not be seen
     arrays = make_state(layout, options.gb)
     size = sum(array.nbytes for array in arrays.values())
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def make_state(layout: Layout, gigabytes: float) -> Arrays:
+def make_state(layout: MeshLayout, gigabytes: float) -> Arrays:
     """Random float32 arrays of 64 MB, cut over fsdp and tensor, a small one that every device holds, and a scalar."""
     rows, columns = 2048, 8192
     sharding = layout.sharding(AXES, (1, rows, columns), "w")

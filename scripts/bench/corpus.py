@@ -177,7 +177,7 @@ def built_documents(corpus: Path, shares: dict[str, float]) -> Iterator[Source]:
 def raw_documents(recipe: Any, share: float) -> Iterator[Source]:
     """Documents of the sources for training before any step: of files that a hash picks all, of large ones a share."""
     from mesh_transformer.corpus.sources import Reading, find_parts, read_part
-    from mesh_transformer.corpus.stage_filter import side_of
+    from mesh_transformer.corpus.stage_filter import split_of
 
     for part in find_parts(recipe)[0]:
         for file in part.files:
@@ -185,7 +185,7 @@ def raw_documents(recipe: Any, share: float) -> Iterator[Source]:
             if not is_large and not is_drawn(f"file:{file.path}", share):
                 continue
             for document in read_part(part._replace(files=(file,)), recipe, Reading()):
-                if side_of(document.name, recipe) == "train":
+                if split_of(document.name, recipe) == "train":
                     yield share if is_large else 1.0, Passage(part.component, document.name, document.text)
 
 

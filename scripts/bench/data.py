@@ -37,13 +37,13 @@ from mesh_transformer.scripts.train_tokenizer import train_vocabulary, write_ato
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import check_table
 from mesh_transformer.corpus.build import build_corpus
-from mesh_transformer.corpus.filters import MAKERS, make_steps
+from mesh_transformer.corpus.filters import MAKERS, make_filters
 from mesh_transformer.corpus.parts import PartWriter, read_documents
 from mesh_transformer.corpus.quality import sample_texts, train_classifier
 from mesh_transformer.corpus.recipe import Recipe, load_recipe
 from mesh_transformer.corpus.sources import Reading, find_parts, read_part
-from mesh_transformer.corpus.stage_dedup import BoundedSignature, hash_line, hash_text, make_minhash
-from mesh_transformer.corpus.stages import Machines
+from mesh_transformer.corpus.stage_dedup import BoundedSignature, hash_line, hash_text, minhash_config
+from mesh_transformer.corpus.stages import Executor
 from mesh_transformer.corpus.word_tokenizer import WORDS
 from mesh_transformer.data.tokenizers import FileTokenizer, load_tokenizer
 
@@ -135,7 +135,7 @@ class Bench:
         model = self.folder / "quality.bin"
         positives, negatives = (sample_texts(self.texts[half::2], 1000, 0) for half in (0, 1))
         train_classifier(positives, negatives, model, 0)
-        steps = make_steps(recipe, "text", dict.fromkeys(range(len(MAKERS)), model))
+        steps = make_filters(recipe, "text", dict.fromkeys(range(len(MAKERS)), model))
         rates = [self.rate(partial(lambda one, text: one(Document(text, "x")), step)) for _, step in steps]
         names = [name.partition("-")[2] for name, _ in steps]
         return [{"step": name, "mb_per_s": rate} for name, rate in zip(names, rates, strict=True)]
@@ -154,7 +154,7 @@ class Bench:
         language: Any = WORDS
         for near in ("pile", "fineweb"):
             table = dataclasses.replace(self.recipe.duplicates, near=near)
-            config = make_minhash(dataclasses.replace(self.recipe, duplicates=table))
+            config = minhash_config(dataclasses.replace(self.recipe, duplicates=table))
             block = BoundedSignature(str(self.folder), config, language=language)
             rows.append({"step": f"MinHash, {near}", "mb_per_s": self.rate(partial(sign, block))})
         return [*rows, *self._measure_files(), *self._measure_tokens()]
@@ -267,7 +267,7 @@ def build_alone(recipe: Recipe, out: Path) -> Row:
         if done == total:
             marks.append((name, time.process_time()))
 
-    corpus = build_corpus(recipe, out, Machines(), report)
+    corpus = build_corpus(recipe, out, Executor(), report)
     seconds: dict[str, float] = {}
     for (_, start), (name, end) in itertools.pairwise(marks):
         seconds[name] = seconds.get(name, 0.0) + end - start

@@ -27,7 +27,7 @@ from mesh_transformer.config import check_table
 from mesh_transformer.corpus.build import build_corpus
 from mesh_transformer.corpus.parts import read_documents
 from mesh_transformer.corpus.recipe import Recipe
-from mesh_transformer.corpus.stages import Machines
+from mesh_transformer.corpus.stages import Executor
 
 WORDS, N_GRAM = 150, 5
 LEVELS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -97,7 +97,7 @@ def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
         }
         recipe = check_table(Recipe, table, where="planted")
         start = time.perf_counter()
-        build_corpus(recipe, root / "out", Machines(options.workers))
+        build_corpus(recipe, root / "out", Executor(options.workers))
         seconds = time.perf_counter() - start
         paths = (root / "out" / "work").glob("select-*/dropped/*.jsonl.zst")
         removed = {int(record["id"].rpartition(":")[2]) - 1 for path in paths for record in read_documents(path)}

@@ -70,13 +70,13 @@ def measure(path: Path) -> dict[str, Any]:
     """Open a checkpoint and draw a few tokens in this process."""
     from mesh_transformer.checkpoint.store import find_checkpoint
     from mesh_transformer.config import SampleConfig
-    from mesh_transformer.sample.loading import load_trained
+    from mesh_transformer.sample.loading import load_model
 
     store, step = find_checkpoint(path)
     records = store.read_manifest(step).arrays
     nbytes = sum(record.nbytes for name, record in records.items() if name.startswith("params/"))
     start, before = time.perf_counter(), peak_memory()
-    trained = load_trained(path)
+    trained = load_model(path)
     seconds, opened = time.perf_counter() - start, peak_memory()
     trained.engine.generate([[1, 2, 3]], SampleConfig(), max_tokens=TOKENS)
     return {

@@ -26,7 +26,7 @@ from mesh_transformer.cli import add_set_option, make_parser, run_command
 from mesh_transformer.config import load_config
 from mesh_transformer.data.dataset import open_data
 from mesh_transformer.distributed.stop import StopRequest
-from mesh_transformer.mesh import start_devices
+from mesh_transformer.mesh import init_devices
 from mesh_transformer.reports.console import Progress
 from mesh_transformer.reports.metrics_log import MetricsLog
 from mesh_transformer.train.loop import Recorder, train_steps
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(options.config, [*options.set, f"run.dir={json.dumps(folder)}"])
-        layout = start_devices(config.mesh)
+        layout = init_devices(config.mesh)
         run = open_run(config, open_data(config), layout)
         bare, loop = measure(run, options.rounds, options.steps)
     lost = [1 - a / b for a, b in zip(bare, loop, strict=True)]
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
 def measure(run: Run, rounds: int, steps: int) -> tuple[list[float], list[float]]:
     """Seconds per step of each round, bare and in the loop."""
     size = run.config.train.batch_size
-    batch = run.place(run.data.train.batch(0, size), size)
+    batch = run.shard_batch(run.data.train.batch(0, size), size)
     bare, loop = [], []
     with (
         MetricsLog(Path(run.dir), run.config.track, config={}, first_step=0) as log,

@@ -28,7 +28,7 @@ import jax
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import SampleConfig
 from mesh_transformer.data.dataset import open_data
-from mesh_transformer.sample.loading import Trained, load_trained
+from mesh_transformer.sample.loading import LoadedModel, load_model
 
 KINDS = (
     ("saved", "model"),
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     windows: list[list[int]] = []
     rows: list[dict[str, Any]] = []
     for weights, cache in KINDS:
-        trained = load_trained(options.run, [f'serve.weight_dtype="{weights}"', f'serve.kv_cache_dtype="{cache}"'])
+        trained = load_model(options.run, [f'serve.weight_dtype="{weights}"', f'serve.kv_cache_dtype="{cache}"'])
         windows = windows or find_windows(trained, options.text, options.windows)
         row: dict[str, Any] = {"weights": weights, "cache": cache} | measure(trained, windows, options.tokens)
         rows.append(row | {"ratio": row["perplexity"] / (rows[0] if rows else row)["perplexity"]})
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def find_windows(trained: Trained, text: Path | None, count: int) -> list[list[int]]:
+def find_windows(trained: LoadedModel, text: Path | None, count: int) -> list[list[int]]:
     """Sequences of tokens, one shorter than the model can read."""
     length = trained.config.model.seq_len - 1
     if text is not None:
@@ -75,7 +75,7 @@ def find_windows(trained: Trained, text: Path | None, count: int) -> list[list[i
     return [tokens[:length] for tokens in itertools.islice(sequences, count)]
 
 
-def measure(trained: Trained, windows: list[list[int]], max_tokens: int) -> dict[str, Any]:
+def measure(trained: LoadedModel, windows: list[list[int]], max_tokens: int) -> dict[str, Any]:
     """Perplexity of the windows' tokens, bytes of the weights and of a token in the cache, tokens per second of one row."""
     engine, greedy, scores = trained.engine, SampleConfig(temperature=0.0), []
     for first in range(0, len(windows), ROWS):

@@ -30,7 +30,7 @@ from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ModelConfig, SampleConfig
 from mesh_transformer.config.presets import PRESETS
 from mesh_transformer.model.transformer import make_model
-from mesh_transformer.sample.engine.engine import Engine, Pace
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine, ChunkSizer
 from mesh_transformer.serve.engine_thread import PAUSE
 
 TORCH = "transformers"
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     config = ModelConfig(preset="gpt2", **PRESETS["gpt2"])
     params = jax.jit(make_model(config).init)(jax.random.key(0))
     engines = {
-        f"ours, {weights}": Engine(
+        f"ours, {weights}": DecoderOnlyEngine(
             config,
             params,
             weights=weights,
@@ -107,12 +107,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _draw_ours(engine: Engine, tokens: np.ndarray, max_tokens: int) -> int:
+def _draw_ours(engine: DecoderOnlyEngine, tokens: np.ndarray, max_tokens: int) -> int:
     done = engine.generate([row.tolist() for row in tokens], SampleConfig(temperature=0.0), max_tokens=max_tokens)
     return sum(len(completion.tokens) for samples in done for completion in samples)
 
 
-def _measure_requests(engines: dict[str, Engine], options: Any) -> list[dict[str, Any]]:
+def _measure_requests(engines: dict[str, DecoderOnlyEngine], options: Any) -> list[dict[str, Any]]:
     """For each number of requests the medians over rounds of all programs in turn, seconds; see `_answer`."""
     first, whole = _make_torch(1), _make_torch(options.tokens)
     rng, found = np.random.default_rng(0), {}
@@ -133,7 +133,7 @@ def _measure_requests(engines: dict[str, Engine], options: Any) -> list[dict[str
     ]
 
 
-def _answer(engine: Engine, tokens: np.ndarray, max_tokens: int) -> dict[str, float]:
+def _answer(engine: DecoderOnlyEngine, tokens: np.ndarray, max_tokens: int) -> dict[str, float]:
     """Seconds to the first token of requests that come at once, median and longest, and to the last token of all.
 
     Where there are several, also those of one that comes when the others have a quarter of their tokens.
@@ -147,15 +147,15 @@ def _answer(engine: Engine, tokens: np.ndarray, max_tokens: int) -> dict[str, fl
         start, firsts, drawn, came, waited = time.perf_counter(), {}, 0, None, 0.0
         for prompt in prompts:
             submit(prompt)
-        latecomer, pace = -1, Pace(PAUSE)
+        latecomer, pace = -1, ChunkSizer(PAUSE)
         while not engine.idle:
             with pace:  # as a server does
                 events = engine.step(pace.steps)
             for event in events:
                 now, drawn = time.perf_counter(), drawn + 1
-                if event.row == latecomer and came is not None and not waited:
+                if event.request == latecomer and came is not None and not waited:
                     waited = now - came
-                firsts.setdefault(event.row, now - start)
+                firsts.setdefault(event.request, now - start)
             if late is not None and came is None and 4 * drawn >= len(prompts) * max_tokens:
                 came, latecomer = time.perf_counter(), submit(late)
         return list(firsts.values()), time.perf_counter() - start, waited

@@ -25,8 +25,8 @@ import numpy as np
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import Config, parse_config
 from mesh_transformer.data.loader import Batch
-from mesh_transformer.mesh import start_devices, use_layout
-from mesh_transformer.train.flops import count_flops, measure_product_peak
+from mesh_transformer.mesh import init_devices, use_layout
+from mesh_transformer.train.flops import count_flops, measure_matmul_peak
 from mesh_transformer.train.state import make_init_state
 from mesh_transformer.train.step import make_train_step
 
@@ -95,7 +95,7 @@ def compare(shape: Shape, rounds: int, seconds: float) -> dict[str, Any]:
 def make_ours(shape: Shape, tokens: np.ndarray) -> tuple[Callable[[], float], Any]:
     """A function that takes one of our training steps and returns its loss, and the initial parameters."""
     config = make_config(shape)
-    layout = start_devices(config.mesh)
+    layout = init_devices(config.mesh)
     state = jax.jit(make_init_state(config))(jax.random.key(0))
     weights = jax.tree.map(np.asarray, state.params)
     ones = np.ones((shape.batch_size, shape.seq_len), np.int32)
@@ -187,7 +187,7 @@ def _make_product_limit(shape: Shape) -> Callable[[], float]:
     state = jax.eval_shape(make_init_state(config), jax.random.key(0))
     whole = jax.ShapeDtypeStruct((shape.batch_size, shape.seq_len), np.int32)
     batch = Batch(whole, whole, whole, whole, jax.ShapeDtypeStruct(whole.shape, np.float32))
-    seconds = count_flops(make_train_step(config), state, batch) / measure_product_peak("float32")
+    seconds = count_flops(make_train_step(config), state, batch) / measure_matmul_peak("float32")
 
     def one() -> float:
         time.sleep(seconds)

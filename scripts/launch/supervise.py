@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mesh_transformer.cli import DONE, FAILED, PREEMPTED, WRONG_USAGE, make_parser, run_command
-from mesh_transformer.distributed.stop import PROGRESS, SIGNALS
+from mesh_transformer.distributed.stop import PROGRESS_VARIABLE, SIGNALS
 
 LONGEST_PAUSE = 300.0
 KILL_SECONDS = 30.0  # after SIGTERM to a command that hangs
@@ -67,7 +67,7 @@ class Supervisor:
         """Until it is done, wrong, asked to stop, or out of tries; the exit status."""
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
-        tries, environment = 0, {**os.environ, PROGRESS: str(self.progress)}
+        tries, environment = 0, {**os.environ, PROGRESS_VARIABLE: str(self.progress)}
         while True:
             self.progress.unlink(missing_ok=True)
             status = self._run_once(environment)

@@ -43,7 +43,7 @@ from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.cli import PREEMPTED, add_set_option, make_parser, run_command
 from mesh_transformer.config import Config, ConfigError, load_config
 from mesh_transformer.reports.metrics_log import FILE, read_metrics
-from mesh_transformer.train.data_log import Given, read_attempts, what_counts
+from mesh_transformer.train.data_log import BatchRecord, read_log, effective_history
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAVE_SECONDS = 0.08  # within which after a save's beginning a kill meant for it comes
@@ -245,7 +245,7 @@ class Proof:
 
     def check_resume(self, run_dir: Path, number: int, before: int) -> None:
         """The attempt began from what was newest when it started, if it came to begin."""
-        attempts = read_attempts(run_dir)
+        attempts = read_log(run_dir)
         if len(attempts) > self.begun.get(run_dir, 0):
             if number:
                 self.tally.resumes += 1
@@ -271,11 +271,11 @@ class Proof:
         self.tally.loss_difference = max(self.tally.loss_difference, *differences)
         if self.tally.loss_difference > (0.0 if same_mesh else self.options.tolerance):
             self.problem(f"{run_dir.name}: a loss differs by {self.tally.loss_difference:.3g} of it")
-        self.compare_data(what_counts(read_attempts(self.straight)), what_counts(read_attempts(run_dir)), run_dir.name)
+        self.compare_data(effective_history(read_log(self.straight)), effective_history(read_log(run_dir)), run_dir.name)
         if debris := list_debris(run_dir):
             self.problem(f"{run_dir.name}: left behind: {debris[:5]}")
 
-    def compare_data(self, there: dict[int, Given], here: dict[int, Given], name: str) -> None:
+    def compare_data(self, there: dict[int, BatchRecord], here: dict[int, BatchRecord], name: str) -> None:
         """Every sequence as often as the uninterrupted run saw it, and in the same step."""
         counts = [
             collections.Counter(one for given in side.values() for one in given.sequences) for side in (there, here)
@@ -293,7 +293,7 @@ class Proof:
         from mesh_transformer.train.data_log import digest_tokens
 
         loader = open_data(self.config(run_dir)).train
-        for step, given in what_counts(read_attempts(run_dir)).items():
+        for step, given in effective_history(read_log(run_dir)).items():
             if digest_tokens(loader.read_sequences(given.sequences).tokens) != given.digest:
                 return self.problem(f"{run_dir.name}: step {step} was given other tokens than its record says")
 

@@ -34,7 +34,7 @@ from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import Config, parse_config
 from mesh_transformer.config.presets import T5
 from mesh_transformer.data.loader import Batch
-from mesh_transformer.mesh import MESH_AXES, Layout, make_layout, use_layout
+from mesh_transformer.mesh import MESH_AXES, MeshLayout, make_layout, use_layout
 from mesh_transformer.train.state import describe_state, flatten_state, make_init_state, state_shardings
 from mesh_transformer.train.step import make_train_step
 
@@ -292,7 +292,7 @@ def make_batch(index: int, feature: str) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, mask)
 
 
-def place(batch: Batch, layout: Layout) -> Batch:
+def place(batch: Batch, layout: MeshLayout) -> Batch:
     """The batch on the mesh; every process has all of it and gives its devices their parts."""
 
     return jax.tree.map(lambda x: _put(x, layout.sharding(("batch", "sequence"), x.shape, "batch")), batch)

@@ -46,7 +46,7 @@ from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.cli import PREEMPTED, add_set_option, make_parser, run_command
 from mesh_transformer.config import load_config
 from mesh_transformer.reports.metrics_log import FILE, read_metrics
-from mesh_transformer.train.data_log import read_attempts, what_counts
+from mesh_transformer.train.data_log import read_log, effective_history
 
 NAN_EVERY = 50
 DISK_BYTES = 200_000_000
@@ -234,7 +234,7 @@ class Soak:
             )
         if read_losses(clean) != read_losses(run_dir):
             self.problem(f"{name}: its losses are others")
-        if what_counts(read_attempts(clean)) != what_counts(read_attempts(run_dir)):
+        if effective_history(read_log(clean)) != effective_history(read_log(run_dir)):
             self.problem(f"{name}: it saw other sequences")
         if debris := list_debris(run_dir):
             self.problem(f"{name}: left behind: {debris[:5]}")

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from faulty_proxy import run_proxy
 
-from mesh_transformer.checkpoint.object_store_backend import RemoteFolder
+from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import load_config
 from mesh_transformer.distributed.stop import StopRequest
@@ -27,7 +27,7 @@ from mesh_transformer.mesh import make_layout
 from mesh_transformer.reports.metrics_log import read_metrics
 from mesh_transformer.storage import paths
 from mesh_transformer.storage.errors import StorageError
-from mesh_transformer.storage.paths import to_place
+from mesh_transformer.storage.paths import parse_path
 from mesh_transformer.train.session import train_config
 
 pytest.importorskip("gcsfs", reason="needs gcsfs (the extra `remote`)")
@@ -66,7 +66,7 @@ def running_proxy(behind):
 @pytest.fixture
 def proxy(running_proxy, monkeypatch):
     running_proxy.reset()
-    for name in paths.VARIABLES:
+    for name in paths.ENVIRONMENT_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     address = f"http://127.0.0.1:{running_proxy.server_port}"
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)  # fsspec's word for it
@@ -90,7 +90,7 @@ def test_restores_on_another_mesh(proxy, url, arrays, axes, shardings, like, dig
     restored = found.restore(3, like(shardings(1, 4, 2)))
     assert digests(restored) == digests(values)
     assert found.verify(3) == []
-    assert not [name for name in RemoteFolder(to_place(url)).list_files() if "OWNER" in name]
+    assert not [name for name in ObjectStoreBackend(parse_path(url)).list_files() if "OWNER" in name]
     proxy.log.clear()
     index = (slice(63, 64), slice(0, 24))
     np.testing.assert_array_equal(found.read_slice(3, "params/embed/w", index), values["params/embed/w"][index])
@@ -103,11 +103,11 @@ def test_a_flipped_byte_is_found_and_named(url, arrays, axes):
     store = Store(url)
     store.save(1, arrays, axes=axes, meta={})
     store.wait()
-    folder = RemoteFolder(to_place(url))
+    folder = ObjectStoreBackend(parse_path(url))
     name = next(name for name in folder.list_files() if "embed/w/c" in name)
-    data = bytearray((to_place(url) / name).read_bytes())
+    data = bytearray((parse_path(url) / name).read_bytes())
     data[len(data) // 2] ^= 1
-    folder.write({name: bytes(data)})
+    folder.write_files({name: bytes(data)})
     (problem,) = Store(url, writable=False).verify(1)
     assert name.split("/", 1)[1] in str(problem)
 
@@ -146,7 +146,7 @@ def test_what_does_not_pass_is_one_clear_line(proxy, url):
 
 def test_a_run_lives_in_the_store(proxy, url, tmp_path):
     """It goes on where it was, on this machine and on one that has never seen it."""
-    RemoteFolder(to_place(url)).write({"texts/a.txt": " ".join(str(i) for i in range(900)).encode()})
+    ObjectStoreBackend(parse_path(url)).write_files({"texts/a.txt": " ".join(str(i) for i in range(900)).encode()})
     path = tmp_path / "tiny.toml"
     path.write_text(f"""
 [run]
@@ -176,7 +176,7 @@ every = 2
     assert go(3, "here") == [1, 2, 3]
     assert go(4, "here") == [1, 2, 3, 4]
     assert go(5, "there") == [1, 2, 3, 4, 5]
-    names = set(RemoteFolder(to_place(f"{url}/run")).list_files())
+    names = set(ObjectStoreBackend(parse_path(f"{url}/run")).list_files())
     assert {"metrics.jsonl", "report.html", "config.toml", "checkpoints/step_5/COMMIT"} <= names
     assert not [name for name in names if "OWNER" in name]
     assert not Path("gs:").exists()

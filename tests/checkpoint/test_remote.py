@@ -21,14 +21,14 @@ from faulty_proxy import run_proxy
 from safetensors.numpy import load, load_file
 
 from mesh_transformer.checkpoint import local_backend
-from mesh_transformer.checkpoint.object_store_backend import RemoteFolder
+from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import ConfigError, ModelConfig, load_config
 from mesh_transformer.convert import reshard
 from mesh_transformer.convert.import_plan import Foreign
 from mesh_transformer.convert.lazy_arrays import FileArray, Held, whole
 from mesh_transformer.convert.upload import upload_folder
-from mesh_transformer.data.download import fetch_source
+from mesh_transformer.data.download import download_dataset
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.mesh import make_layout
@@ -37,7 +37,7 @@ from mesh_transformer.model.transformer import describe_params
 from mesh_transformer.reports.metrics_log import read_metrics
 from mesh_transformer.storage import paths
 from mesh_transformer.storage.errors import CheckpointError, StorageError
-from mesh_transformer.storage.paths import to_place
+from mesh_transformer.storage.paths import parse_path
 from mesh_transformer.train.session import train_config
 
 boto3 = pytest.importorskip("boto3", reason="needs moto[server], which brings boto3")
@@ -92,7 +92,7 @@ def running_proxy(behind):
 @pytest.fixture
 def proxy(running_proxy, client, monkeypatch, tmp_path):
     running_proxy.reset()
-    for name in paths.VARIABLES:
+    for name in paths.ENVIRONMENT_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running_proxy.server_port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
@@ -146,11 +146,11 @@ def restore(store, step):
 
 
 def keys(url):
-    return sorted(RemoteFolder(to_place(url)).list_files())
+    return sorted(ObjectStoreBackend(parse_path(url)).list_files())
 
 
 def path_of(url, name):
-    return "/".join([*to_place(url).parts[1:], name])
+    return "/".join([*parse_path(url).parts[1:], name])
 
 
 @pytest.mark.usefixtures("small_files")
@@ -184,7 +184,7 @@ def test_what_is_local_and_what_is_remote_are_the_same_bytes(url, tmp_path, prog
     local = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert set(keys(url)) == local
     for name in local - {"step_1/manifest.json", "step_1/COMMIT"}:  # which hold the time
-        assert (to_place(url) / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+        assert (parse_path(url) / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
     assert program["checkpoint"].main(["diff", url, str(tmp_path / "run")]) == 0
     assert "2 of 2 common arrays are equal bit for bit" in capsys.readouterr().out
     save(Store(tmp_path / "run"), 2)
@@ -431,7 +431,7 @@ def test_from_here_to_there_and_back(proxy, url, theirs, program, tmp_path, caps
     assert not list(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=rf"{url}/ours exists; choose another place or say --overwrite"):
         convert(program, theirs, f"{url}/ours", *staging)
-    place, original = to_place(f"{url}/theirs"), to_place(f"{url}/v1")
+    place, original = parse_path(f"{url}/theirs"), parse_path(f"{url}/v1")
     convert(program, f"{url}/ours", place, "--format", "huggingface", *staging)
     assert puts()[-1].endswith("/theirs/config.json")
     before, after = load_file(theirs / "model.safetensors"), load((place / "model.safetensors").read_bytes())
@@ -461,11 +461,11 @@ def test_an_object_that_changes_on_its_way_is_seen(proxy, url, client, tmp_path)
 
     proxy.rule = tamper
     with pytest.raises(CheckpointError, match=f"{url}/weights: what was read back is not what was put"):
-        upload_folder(tmp_path, to_place(url), lambda *_: None)
+        upload_folder(tmp_path, parse_path(url), lambda *_: None)
     assert keys(url) == ["UPLOADING", "weights"]
     client.put_object(Bucket=BUCKET, Key=path_of(url, "old/extra"), Body=b"x")
     told = []
-    done = upload_folder(tmp_path, to_place(url), lambda *progress: told.append(progress))
+    done = upload_folder(tmp_path, parse_path(url), lambda *progress: told.append(progress))
     assert (done.objects, done.put, keys(url)) == (2, 2, ["config.json", "weights"])
     assert told[-1][1] == told[-1][2] == 2 * 258
     assert client.get_object(Bucket=BUCKET, Key=key)["Body"].read() == bytes(range(256))
@@ -473,7 +473,7 @@ def test_an_object_that_changes_on_its_way_is_seen(proxy, url, client, tmp_path)
 
 def test_a_part_of_an_object_is_read(proxy, url, client):
     values = np.arange(64 * 48, dtype=np.float32).reshape(64, 48)
-    place = to_place(url) / "file"
+    place = parse_path(url) / "file"
     client.put_object(Bucket=BUCKET, Key=path_of(url, "file"), Body=b"header--" + values.tobytes() + b"end")
     array = FileArray(place, 8, values.shape, values.dtype)
     index = (slice(60, 64), slice(5, 7))
@@ -583,27 +583,27 @@ def test_a_run_lives_in_the_store(proxy, url, client, remote_run, tmp_path):
     assert not proxy.count("GET", "texts/.*txt"), "fetched again, though nothing changed"
     config = load_config(remote_run)
     with pytest.raises(ConfigError, match=r"use another run\.dir"):
-        train_config(config, make_layout(config.mesh, jax.devices()[:1]), StopRequest(()), fresh=True)
+        train_config(config, make_layout(config.mesh, jax.devices()[:1]), StopRequest(()), restart=True)
 
 
 def test_sources_are_fetched_whole(proxy, url, client, tmp_path):
     put = lambda name, body: client.put_object(Bucket=BUCKET, Key=path_of(url, name), Body=body)  # noqa: E731
     for name in ("a/one.txt", "a/b/two.txt", "shard.bin", "shard.idx", "half.bin"):
         put(name, name.encode())
-    folder = Path(fetch_source(f"{url}/a", tmp_path))
+    folder = Path(download_dataset(f"{url}/a", tmp_path))
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.txt")} == {"one.txt", "b/two.txt"}
-    shard = fetch_source(f"{url}/shard", tmp_path)
+    shard = download_dataset(f"{url}/shard", tmp_path)
     assert Path(f"{shard}.bin").read_bytes() == b"shard.bin"
-    assert fetch_source(f"{url}/shard.idx", tmp_path).endswith("/shard")
+    assert download_dataset(f"{url}/shard.idx", tmp_path).endswith("/shard")
     put("a/one.txt", b"changed")
     client.delete_object(Bucket=BUCKET, Key=path_of(url, "a/b/two.txt"))
-    assert [path.read_bytes() for path in Path(fetch_source(f"{url}/a", tmp_path)).rglob("*.txt")] == [b"changed"]
+    assert [path.read_bytes() for path in Path(download_dataset(f"{url}/a", tmp_path)).rglob("*.txt")] == [b"changed"]
     with pytest.raises(DataError, match=r"a pair of \.bin and \.idx"):
-        fetch_source(f"{url}/half", tmp_path)
+        download_dataset(f"{url}/half", tmp_path)
     with pytest.raises(DataError, match=rf"{url}/none: no such object or folder; {url} holds: a, half.bin, shard"):
-        fetch_source(f"{url}/none", tmp_path)
+        download_dataset(f"{url}/none", tmp_path)
     put("a/one.txt", b"newer and longer")
     proxy.rule = lambda method, path: 403 if method == "GET" and path.endswith("one.txt") else None
     with pytest.raises(DataError, match=rf"{url}/a: cannot be fetched: .*permission denied"):
-        fetch_source(f"{url}/a", tmp_path)
+        download_dataset(f"{url}/a", tmp_path)
     assert (folder / "one.txt").read_bytes() == b"changed", "a file is there whole, or as it was"

@@ -23,7 +23,7 @@ from mesh_transformer.config import (
     load_config,
     parse_config,
 )
-from mesh_transformer.config import loading as config_module
+import mesh_transformer.config as config_package
 from mesh_transformer.config.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -185,7 +185,7 @@ def test_file_that_is_none(tiny):
 
 
 def test_same_name_for_validation_and_held_out_part(tiny):
-    with pytest.raises(ConfigError, match=r"data\.validation\.Books and the held-out part of data\.train\.Books"):
+    with pytest.raises(ConfigError, match=r"data\.validation\.Books has the same name as the held-out part of data\.train\.Books"):
         load_config(tiny, ["data.holdout_one_in=10", "data.validation.Books.path='b'"])
 
 
@@ -317,9 +317,20 @@ def test_fields_have_types_that_a_file_can_hold():
     assert not allowed(dict[int, str])
 
 
-def test_all_names_of_the_module_exist():
-    assert all(hasattr(config_module, name) for name in config_module.__all__)
+def test_all_names_of_the_package_exist():
+    assert all(hasattr(config_package, name) for name in config_package.__all__)
     assert issubclass(ConfigError, ValueError)
+
+
+def test_a_shipped_config_is_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "quickstart.toml", "configs/quickstart.toml"):
+        assert load_config(name) == load_config(ROOT / "configs" / "quickstart.toml")
+    with pytest.raises(ConfigError, match="quickstar: no such file"):
+        load_config("quickstar")
+    Path("quickstart.toml").write_text("[model]\npreset = 1\n")
+    with pytest.raises(ConfigError, match=r"model\.preset"):
+        load_config("quickstart.toml")  # a file in the working directory comes first
 
 
 def test_reading_a_config_does_not_import_jax(tiny):

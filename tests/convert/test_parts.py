@@ -13,7 +13,7 @@ from mesh_transformer.checkpoint import arrays, manifest, zarr_sharding
 from mesh_transformer.convert import lazy_arrays, reshard
 from mesh_transformer.convert.gptj.reader import read_model
 from mesh_transformer.convert.import_plan import Foreign, make_model_config
-from mesh_transformer.storage.paths import to_place
+from mesh_transformer.storage.paths import parse_path
 
 PART_BYTES = 3000
 
@@ -99,7 +99,7 @@ def test_no_chunk_is_fetched_twice(place, tmp_path, monkeypatch):
 
 def test_where_it_is_decides(tmp_path):
     record = manifest.ArrayRecord((64, 32), "float32", ("embed", "vocab"), (64, 32), (8, 32))
-    for folder, dim in ((tmp_path, 0), (to_place("s3://bucket/run"), 1)):
+    for folder, dim in ((tmp_path, 0), (parse_path("s3://bucket/run"), 1)):
         assert (
             lazy_arrays.Composed([arrays.StoredArray(folder, "w", record)], "vocab embed", [record.axes]).cut[0] == dim
         )

@@ -14,7 +14,7 @@ from mesh_transformer.config import ConfigError
 from mesh_transformer.corpus.build import build_corpus
 from mesh_transformer.corpus.datasheet.content import write_datasheet
 from mesh_transformer.corpus.parts import read_documents
-from mesh_transformer.corpus.stages import Machines
+from mesh_transformer.corpus.stages import Executor
 
 WORDS = 13
 
@@ -43,7 +43,7 @@ def test_no_text_has_anything_of_what_is_held_out(bench, tmp_path, write_texts, 
     }
     out = tmp_path / "corpus"
     recipe = make_recipe(components, heldout={"one_in": 4}, duplicates={"near": "none"})
-    write_datasheet(build_corpus(recipe, out, Machines()), out)
+    write_datasheet(build_corpus(recipe, out, Executor()), out)
     sheet = bench.read_sheet(out)
     found = bench.prepare_texts(out, sheet, "books", tmp_path / "texts", 0.5)
     held_out = {

@@ -20,8 +20,8 @@ from mesh_transformer.config import ConfigError
 from mesh_transformer.corpus.build import build_corpus
 from mesh_transformer.corpus.datasheet.content import write_datasheet
 from mesh_transformer.corpus.parts import read_documents
-from mesh_transformer.corpus.stage_filter import side_of
-from mesh_transformer.corpus.stages import CorpusError, Machines
+from mesh_transformer.corpus.stage_filter import split_of
+from mesh_transformer.corpus.stages import CorpusError, Executor
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.data.shards import TokenShard
 from mesh_transformer.data.tokenizers import ByteTokenizer
@@ -51,16 +51,16 @@ def test_a_corpus_end_to_end(tmp_path, sources, make_recipe):
     recipe = make_recipe(
         sources, heldout={"one_in": 8}, steps=[{"kind": "language"}, {"kind": "length", "min_bytes": LEAST}]
     )
-    corpus = build_corpus(recipe, tmp_path / "out", Machines())
+    corpus = build_corpus(recipe, tmp_path / "out", Executor())
     train, heldout = (texts_of(tmp_path / "out/documents" / side) for side in ("train", "heldout"))
     dropped = [r for path in (tmp_path / "out/work").glob("*/dropped/*") for r in read_documents(path)]
     assert len(train) + len(heldout) + len(dropped) == 100
     assert {record["meta"]["reason"] for record in dropped} == {f"under {LEAST} bytes"}
     assert len(heldout) > 4
-    assert all(side_of(name, recipe) == "heldout" for name in heldout)
+    assert all(split_of(name, recipe) == "heldout" for name in heldout)
     assert not set(train.values()) & set(heldout.values())
-    assert corpus.proof["in_both"] == 0
-    assert corpus.proof["heldout_texts"] == len(heldout)
+    assert corpus.split_check["in_both"] == 0
+    assert corpus.split_check["heldout_texts"] == len(heldout)
 
     # the shard holds every copy of every document, in another order than the sources
     shard, tokenizer = TokenShard(tmp_path / "out/tokens/train"), ByteTokenizer()
@@ -108,14 +108,14 @@ def test_a_corpus_end_to_end(tmp_path, sources, make_recipe):
         heldout={"one_in": 8},
         steps=[{"kind": "language"}, {"kind": "length", "min_bytes": LEAST}],
     )
-    again = build_corpus(fewer, tmp_path / "out", Machines())
+    again = build_corpus(fewer, tmp_path / "out", Executor())
     assert TokenShard(tmp_path / "out/tokens/train").n_documents == len(train)
     assert again.manifest["digest"] != corpus.manifest["digest"]
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/work").glob("select*/*/*.zst")}
 
 
 def test_killed_at_any_moment_and_begun_again_it_gives_the_same_bytes(tmp_path, sources, make_recipe):
-    whole = build_corpus(make_recipe(sources), tmp_path / "whole", Machines()).manifest
+    whole = build_corpus(make_recipe(sources), tmp_path / "whole", Executor()).manifest
     tables = [
         f'[components.{name}]\nkind = "{own["kind"]}"\npaths = {own["paths"]}\nlicence = "none"\n'
         f"epochs = {own.get('epochs', 1)}\n"
@@ -152,7 +152,7 @@ def test_a_change_makes_the_parts_anew_that_it_concerns_and_no_others(tmp_path, 
 
     def build(out: str, steps: list[dict]) -> tuple[str, list[int]]:
         recipe = make_recipe(components, corpus={"part_mb": 1}, duplicates={"near": "none"}, steps=steps)
-        digest = build_corpus(recipe, tmp_path / out, Machines()).manifest["digest"]
+        digest = build_corpus(recipe, tmp_path / out, Executor()).manifest["digest"]
         kept = sorted((tmp_path / out / "work").glob("filter-*/documents/*"))
         assert [path.name for path in kept] == [f"{rank:05d}.jsonl.zst" for rank in range(len(kept))]
         return digest, [path.stat().st_ino for path in kept]
@@ -174,16 +174,16 @@ def test_weights_that_cannot_be_met_and_components_that_come_to_nothing(tmp_path
     with pytest.raises(
         ConfigError, match=r"components.notes.weight = 1.0 asks for 0.5 MB.*lower the weight or mixture.bytes"
     ):
-        build_corpus(make_recipe(weighted, mixture={"bytes": 1_000_000}), tmp_path / "out", Machines())
+        build_corpus(make_recipe(weighted, mixture={"bytes": 1_000_000}), tmp_path / "out", Executor())
     assert not (tmp_path / "out/manifest.json").exists()
-    corpus = build_corpus(make_recipe(weighted, mixture={"bytes": 100_000}), tmp_path / "out", Machines())
-    shares = [sum(r["train"]["copied_bytes"] for r in corpus.tokenised if r["component"] == name) for name in sources]
+    corpus = build_corpus(make_recipe(weighted, mixture={"bytes": 100_000}), tmp_path / "out", Executor())
+    shares = [sum(r["train"]["copied_bytes"] for r in corpus.tokenized if r["component"] == name) for name in sources]
     assert shares == pytest.approx([50_000, 50_000], rel=0.2)
     with pytest.raises(CorpusError, match="component notes: nothing is left of it for training"):
         build_corpus(
             make_recipe(sources, steps=[{"kind": "length", "min_bytes": 1000, "components": ["notes"]}]),
             tmp_path / "out",
-            Machines(),
+            Executor(),
         )
     assert not (tmp_path / "out/manifest.json").exists()
 
@@ -193,7 +193,7 @@ def test_a_quality_step_trains_its_own_classifier(tmp_path, sources, make_recipe
     for number, text in enumerate(odd):
         (tmp_path / "notes" / f"odd-{number}.txt").write_text(text)
     step = {"kind": "quality", "positives": ["books"], "negatives": ["notes"], "components": ["notes"], "alpha": 2.0}
-    corpus = build_corpus(make_recipe(sources, steps=[step], duplicates={"near": "none"}), tmp_path / "out", Machines())
+    corpus = build_corpus(make_recipe(sources, steps=[step], duplicates={"near": "none"}), tmp_path / "out", Executor())
     counts = [record["steps"] for record in corpus.filtered]
     assert [len(steps) for steps in counts] == [1, 0]
     dropped = counts[0][0]["dropped"]
@@ -207,7 +207,7 @@ def test_a_component_that_cannot_be_read_says_why(tmp_path, sources, make_recipe
     with pytest.raises(
         CorpusError, match=r"component empty: no document of it could be read, first .*000.txt: empty text"
     ):
-        build_corpus(make_recipe(sources), tmp_path / "out", Machines())
+        build_corpus(make_recipe(sources), tmp_path / "out", Executor())
 
 
 def refuse_room(path: Path, mode: str):
@@ -232,9 +232,9 @@ def test_a_full_disk_says_so_and_the_next_build_goes_on(tmp_path, sources, make_
     with monkeypatch.context() as patch:
         patch.setattr(place, refuse, raising=False)
         with pytest.raises(CorpusError, match=f"{tmp_path}/out: its disk is full; free some room and build again"):
-            build_corpus(recipe, tmp_path / "out", Machines())
+            build_corpus(recipe, tmp_path / "out", Executor())
     assert not (tmp_path / "out/manifest.json").exists()
-    assert build_corpus(recipe, tmp_path / "out", Machines()).manifest["outputs"]
+    assert build_corpus(recipe, tmp_path / "out", Executor()).manifest["outputs"]
 
 
 def test_a_source_that_disappears_midway(tmp_path, sources, make_recipe, monkeypatch):
@@ -248,7 +248,7 @@ def test_a_source_that_disappears_midway(tmp_path, sources, make_recipe, monkeyp
     find_parts = build.find_parts
     monkeypatch.setattr(build, "find_parts", find_and_lose)
     with pytest.raises(DataError, match=r"005.txt: was there when the build began"):
-        build_corpus(make_recipe(sources), tmp_path / "out", Machines())
+        build_corpus(make_recipe(sources), tmp_path / "out", Executor())
     assert not (tmp_path / "out/manifest.json").exists()
 
 
@@ -259,4 +259,4 @@ def test_one_build_at_a_time(tmp_path, sources, make_recipe):
     with open(tmp_path / "out/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(CorpusError, match="another build is at work there"):
-            build_corpus(make_recipe(sources), tmp_path / "out", Machines())
+            build_corpus(make_recipe(sources), tmp_path / "out", Executor())

@@ -11,7 +11,7 @@ from invented_text import prose
 pytest.importorskip("datatrove")
 from datatrove.data import Document
 
-from mesh_transformer.corpus.filters import MAKERS, make_steps
+from mesh_transformer.corpus.filters import MAKERS, make_filters
 from mesh_transformer.corpus.markup import TO_TEXT
 from mesh_transformer.corpus.quality import load_classifier, train_classifier
 from mesh_transformer.corpus.recipe import Step
@@ -90,7 +90,7 @@ def test_words_and_sentences():
 
 def test_minimum_of_a_component_is_its_first_step(make_recipe):
     recipe = make_recipe({"a": {"kind": "text", "paths": ["a"], "min_bytes": 9}}, steps=[{"kind": "mask-pii"}])
-    steps = make_steps(recipe, "a", {})
+    steps = make_filters(recipe, "a", {})
     assert [name for name, _ in steps] == ["min_bytes", "0-mask-pii"]
     assert steps[0][1](Document("12345678", "x")) == "under 9 bytes"
 
@@ -168,7 +168,7 @@ def test_evaluation_sets_that_cannot_be_read(make_recipe, tmp_path):
         steps=[{"kind": "decontaminate", "against": ["held"]}],
     )
     with pytest.raises(DataError, match=r"set.jsonl:2: no JSON object with text"):
-        make_steps(recipe, "a", {})
+        make_filters(recipe, "a", {})
 
 
 def test_addresses_are_found_wherever_they_stand(apply):

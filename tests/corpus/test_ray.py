@@ -13,7 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from mesh_transformer.corpus.build import build_corpus
-from mesh_transformer.corpus.stages import CorpusError, Machines
+from mesh_transformer.corpus.stages import CorpusError, Executor
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
@@ -37,8 +37,8 @@ def test_two_nodes(tmp_path, write_texts, make_recipe, cluster):
         for name, seed in (("a", 0), ("b", 100))
     }
     recipe = make_recipe(components, duplicates={"near": "none"}, heldout={"one_in": 0})
-    here = build_corpus(recipe, tmp_path / "here", Machines())
-    there = build_corpus(recipe, tmp_path / "there", Machines(workers=2, ray=cluster))
+    here = build_corpus(recipe, tmp_path / "here", Executor())
+    there = build_corpus(recipe, tmp_path / "there", Executor(workers=2, ray=cluster))
     assert there.manifest == here.manifest
     assert len([node for node in ray.nodes() if node["Alive"]]) == 2
 
@@ -47,5 +47,5 @@ def test_two_nodes(tmp_path, write_texts, make_recipe, cluster):
     with pytest.raises(
         CorpusError, match=r"stage filter: 1 of 2 parts have no whole result \(1\); DataError: .*bad.txt"
     ):
-        build_corpus(strict, tmp_path / "there", Machines(workers=2, ray=cluster))
+        build_corpus(strict, tmp_path / "there", Executor(workers=2, ray=cluster))
     assert not (tmp_path / "there" / "manifest.json").exists()

@@ -17,7 +17,7 @@ from test_stages import Write, made
 
 from mesh_transformer.corpus import executors
 from mesh_transformer.corpus.executors import Slurm
-from mesh_transformer.corpus.stages import CorpusError, Machines, run_stage
+from mesh_transformer.corpus.stages import CorpusError, Executor, run_stage
 from mesh_transformer.data.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def slurm(tmp_path, monkeypatch):
 def test_parts_of_a_job_array(tmp_path, slurm):
     folder = tmp_path / "write-0"
     folder.mkdir()
-    machines = Machines(2, slurm=slurm)
+    machines = Executor(2, slurm=slurm)
     with pytest.raises(
         CorpusError, match=r"stage write: 1 of 2 parts have no whole result \(1\); DataError: the source is"
     ):
@@ -95,20 +95,20 @@ def test_a_job_is_cancelled_with_its_build(tmp_path, slurm, monkeypatch):
 
     monkeypatch.setattr(time, "sleep", stop)
     with pytest.raises(KeyboardInterrupt):
-        run_stage("write", Write(folder), 2, folder, Machines(2, slurm=slurm))
+        run_stage("write", Write(folder), 2, folder, Executor(2, slurm=slurm))
     number = (folder / "slurm-job").read_text()
     assert not executors._is_there(number)
-    assert len(run_stage("write", Write(folder), 2, folder, Machines(2, slurm=slurm))) == 2
+    assert len(run_stage("write", Write(folder), 2, folder, Executor(2, slurm=slurm))) == 2
 
 
 def test_a_job_that_slurm_does_not_take(tmp_path, slurm):
     folder = tmp_path / "write-0"
     folder.mkdir()
     with pytest.raises(DataError, match="sbatch refused with status 1"):
-        run_stage("write", Write(folder), 2, folder, Machines(2, slurm=slurm._replace(partition="nowhere")))
+        run_stage("write", Write(folder), 2, folder, Executor(2, slurm=slurm._replace(partition="nowhere")))
 
 
 def test_without_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(DataError, match="there is no sbatch here; start this on a machine that submits jobs"):
-        run_stage("write", Write(tmp_path), 2, tmp_path, Machines(2, slurm=Slurm("cpu", {})))
+        run_stage("write", Write(tmp_path), 2, tmp_path, Executor(2, slurm=Slurm("cpu", {})))

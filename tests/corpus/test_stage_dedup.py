@@ -10,8 +10,8 @@ from invented_text import prose
 pytest.importorskip("datatrove")
 from mesh_transformer.corpus import stage_dedup
 from mesh_transformer.corpus.build import build_corpus
-from mesh_transformer.corpus.stage_dedup import BoundedSignature, Decide, make_minhash
-from mesh_transformer.corpus.stages import Machines
+from mesh_transformer.corpus.stage_dedup import BoundedSignature, RemovalStage, minhash_config
+from mesh_transformer.corpus.stages import Executor
 from mesh_transformer.corpus.word_tokenizer import WORDS
 
 
@@ -22,7 +22,7 @@ def remove(make_recipe, write_texts, tmp_path):
     def run(texts, heldout=0, **tables):
         components = {name: {"kind": "text", "paths": [str(write_texts(name, own))]} for name, own in texts.items()}
         recipe = make_recipe(components, heldout={"one_in": heldout}, **tables)
-        corpus = build_corpus(recipe, tmp_path / "out", Machines())
+        corpus = build_corpus(recipe, tmp_path / "out", Executor())
         kept = {name: [] for name in texts}
         from mesh_transformer.corpus.parts import read_documents
 
@@ -68,7 +68,7 @@ def test_training_text_that_is_held_out_elsewhere_goes(make_recipe):
     groups = np.array([[0, 0, 0, 0], [0, 1, 5, 1], [0, 1, 6, 0], [1, 0, 1, 0], [1, 1, 2, 0]])
     for across, expected in ((True, [(0, 0), (1, 2), (1, 6)]), (False, [(0, 0), (1, 6)])):
         recipe = make_recipe({n: {"kind": "text", "paths": ["x"]} for n in "ab"}, duplicates={"across": across})
-        removals = Decide(recipe, ("a", "b"), *[None] * 3, 1, None)._choose(groups)
+        removals = RemovalStage(recipe, ("a", "b"), *[None] * 3, 1, None)._choose(groups)
         assert [(row["rank"], row["document"]) for row in removals] == expected
         assert tuple(removals[0])[2:] == (1, 5)
 
@@ -86,7 +86,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_share_of_equal_hashes_is_the_similarity(make_recipe, tmp_path):
     recipe = make_recipe({"a": {"kind": "text", "paths": ["x"]}}, duplicates={"near": "own", "bands": 40, "rows": 50})
-    block = BoundedSignature(str(tmp_path), make_minhash(recipe), language=WORDS)
+    block = BoundedSignature(str(tmp_path), minhash_config(recipe), language=WORDS)
     words = prose(1, 3000).split(" ")
     other = words[:2000] + prose(2, 1000).split(" ")
     one, two = (block.get_shingles(" ".join(text)) for text in (words, other))
@@ -102,7 +102,7 @@ def test_share_of_equal_hashes_is_the_similarity(make_recipe, tmp_path):
 
 def test_long_documents_have_the_signature_of_all_their_pieces(make_recipe, tmp_path):
     recipe = make_recipe({"a": {"kind": "text", "paths": ["x"]}})
-    block = BoundedSignature(str(tmp_path), make_minhash(recipe), language=WORDS)
+    block = BoundedSignature(str(tmp_path), minhash_config(recipe), language=WORDS)
     shingles = block.get_shingles(prose(1, 20_000))
     assert len(shingles) > 2 * 8192
     assert block.get_signature(shingles) == super(BoundedSignature, block).get_signature(shingles)

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 from mesh_transformer.corpus.parts import PartWriter, read_documents
-from mesh_transformer.corpus.stages import CorpusError, Machines, run_stage
+from mesh_transformer.corpus.stages import CorpusError, Executor, run_stage
 from mesh_transformer.data.errors import DataError
 
 
@@ -45,43 +45,43 @@ def made(folder: Path) -> list[int]:
 
 def test_parts_are_made_once(tmp_path):
     seen = []
-    records = run_stage("write", Write(tmp_path), 3, tmp_path, Machines(), lambda *progress: seen.append(progress))
+    records = run_stage("write", Write(tmp_path), 3, tmp_path, Executor(), lambda *progress: seen.append(progress))
     assert [record["number"] for record in records] == [0, 1, 2]
     assert seen[-1] == ("write", 3, 3)
-    assert run_stage("write", Write(tmp_path), 3, tmp_path, Machines()) == records
+    assert run_stage("write", Write(tmp_path), 3, tmp_path, Executor()) == records
     assert made(tmp_path) == [0, 1, 2]
 
 
 def test_a_failure_is_raised_and_made_good_by_the_next_run(tmp_path):
     with pytest.raises(DataError, match="the source is damaged"):
-        run_stage("write", Write(tmp_path, "raise"), 3, tmp_path, Machines())
-    assert len(run_stage("write", Write(tmp_path), 3, tmp_path, Machines())) == 3
+        run_stage("write", Write(tmp_path, "raise"), 3, tmp_path, Executor())
+    assert len(run_stage("write", Write(tmp_path), 3, tmp_path, Executor())) == 3
     assert made(tmp_path) == [0, 1, 1, 2]
 
 
 def test_a_killed_worker_is_noticed(tmp_path):
     with pytest.raises(CorpusError, match="a worker was killed, most likely for want of memory"):
-        run_stage("write", Write(tmp_path, "kill"), 3, tmp_path, Machines(workers=2))
-    assert len(run_stage("write", Write(tmp_path), 3, tmp_path, Machines())) == 3
+        run_stage("write", Write(tmp_path, "kill"), 3, tmp_path, Executor(workers=2))
+    assert len(run_stage("write", Write(tmp_path), 3, tmp_path, Executor())) == 3
 
 
 def test_a_part_whose_file_is_short_or_gone_is_not_done(tmp_path):
     with pytest.raises(CorpusError, match=r"stage write: 1 of 3 parts have no whole result .1."):
-        run_stage("write", Write(tmp_path, "short"), 3, tmp_path, Machines())
-    run_stage("write", Write(tmp_path), 3, tmp_path, Machines())
+        run_stage("write", Write(tmp_path, "short"), 3, tmp_path, Executor())
+    run_stage("write", Write(tmp_path), 3, tmp_path, Executor())
     (tmp_path / "2.txt").unlink()
-    run_stage("write", Write(tmp_path), 3, tmp_path, Machines())
+    run_stage("write", Write(tmp_path), 3, tmp_path, Executor())
     assert made(tmp_path) == [0, 1, 1, 2, 2]
     (tmp_path / "records" / "00000.json").write_text("{")
     with pytest.raises(DataError, match=r"00000.json: a record that cannot be read"):
-        run_stage("write", Write(tmp_path), 3, tmp_path, Machines())
+        run_stage("write", Write(tmp_path), 3, tmp_path, Executor())
 
 
 def test_a_part_that_datatrove_calls_complete_needs_its_record(tmp_path):
-    run_stage("write", Write(tmp_path), 2, tmp_path, Machines())
+    run_stage("write", Write(tmp_path), 2, tmp_path, Executor())
     (tmp_path / "records" / "00001.json").unlink()
     assert (tmp_path / "log" / "completions" / "00001").is_file()
-    run_stage("write", Write(tmp_path), 2, tmp_path, Machines())
+    run_stage("write", Write(tmp_path), 2, tmp_path, Executor())
     assert made(tmp_path) == [0, 1, 1]
 
 
@@ -124,5 +124,5 @@ def test_parts_are_read_back_whole_or_not_at_all(tmp_path):
 
 
 def test_records_are_json(tmp_path):
-    run_stage("write", Write(tmp_path), 1, tmp_path, Machines())
+    run_stage("write", Write(tmp_path), 1, tmp_path, Executor())
     assert json.loads((tmp_path / "records" / "00000.json").read_text())["number"] == 0

@@ -7,7 +7,7 @@ from invented_text import prose
 
 pytest.importorskip("datatrove")
 from mesh_transformer.corpus.build import build_corpus
-from mesh_transformer.corpus.stages import Machines
+from mesh_transformer.corpus.stages import Executor
 from mesh_transformer.corpus.survey import SAMPLE, find_sentences, find_topics, measure_profanity
 
 
@@ -27,7 +27,7 @@ def test_words_lean_to_the_pronoun_they_stand_with(tmp_path, write_texts, make_r
     sources = {name: {"kind": "text", "paths": [str(write_texts(name, texts))]} for name, texts in
                (("a", soldiers), ("b", wives))}  # fmt: skip
     recipe = make_recipe(sources, heldout={"one_in": 0}, duplicates={"near": "none"}, corpus={"part_mb": 1})
-    found = build_corpus(recipe, tmp_path / "out", Machines()).survey["pronouns"]
+    found = build_corpus(recipe, tmp_path / "out", Executor()).survey["pronouns"]
     assert found["sentences"] == {"a": {"he": 24, "she": 0}, "b": {"he": 0, "she": 32}}
     assert [row["word"] for row in found["he"]] == ["military", "man"]
     assert {row["word"] for row in found["she"]} == {"happy", "married", "woman", "met"}
@@ -68,7 +68,7 @@ def test_samples_are_bounded_and_do_not_depend_on_parts(tmp_path, write_texts, m
     for part_mb in (1, 2):
         recipe = make_recipe({"a": {"kind": "text", "paths": [str(folder)]}}, heldout={"one_in": 0},
                              duplicates={"near": "none"}, corpus={"part_mb": part_mb})  # fmt: skip
-        corpus = build_corpus(recipe, tmp_path / f"out{part_mb}", Machines())
+        corpus = build_corpus(recipe, tmp_path / f"out{part_mb}", Executor())
         surveys.append(corpus.survey)
         assert len(corpus.parts) == 3 - part_mb
     assert surveys[0] == surveys[1]

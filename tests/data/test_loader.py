@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mesh_transformer.data.errors import DataError
-from mesh_transformer.data.loader import MIX_SLOTS, Loader, Prefetcher, Source, evaluation_batches
+from mesh_transformer.data.loader import MIXTURE_PERIOD, Loader, Prefetcher, Dataset, evaluation_batches
 from mesh_transformer.data.shards import ShardWriter, TokenShard
 
 T, END = 8, 99
@@ -31,7 +31,7 @@ def shards(tmp_path_factory):
 
 def make(shards, **options) -> Loader:
     weights = options.pop("weights", [1.0] * len(shards))
-    sources = [Source(shard.prefix.name, shard, weight) for shard, weight in zip(shards, weights, strict=True)]
+    sources = [Dataset(shard.prefix.name, shard, weight) for shard, weight in zip(shards, weights, strict=True)]
     return Loader(sources, **(dict(seq_len=T, n_vocab=100, seed=3, end_of_text=END) | options))
 
 
@@ -41,7 +41,7 @@ def test_processes_together_make_the_batch_of_one(shards):
     for count in (2, 4):
         parts = [loader.batch(24, 8, rows) for rows in np.split(np.arange(8), count)]
         assert not np.array_equal(parts[0].tokens, parts[1].tokens)
-        assert whole.sources is None, "nothing is read by an encoder"
+        assert whole.encoder_tokens is None, "nothing is read by an encoder"
         for field, arrays in zip(whole._fields[:-1], zip(*(part[:-1] for part in parts), strict=True), strict=True):
             np.testing.assert_array_equal(np.concatenate(arrays), getattr(whole, field), err_msg=field)
     some = loader.batch(24, 8, [1, 6])
@@ -60,11 +60,11 @@ def test_a_batch_depends_on_its_place_alone(shards):
 def test_every_sequence_once_in_each_pass_and_in_another_order(shards):
     loader = make(shards[:1])
     count = loader.lengths[0]
-    passes = [[loader.find_sequence(i)[1] for i in range(start, start + count)] for start in (0, count)]
+    passes = [[loader.locate(i)[1] for i in range(start, start + count)] for start in (0, count)]
     assert sorted(passes[0]) == sorted(passes[1]) == list(range(count))
     assert passes[0] != passes[1] != list(range(count))
     in_order = make(shards[:1], shuffle=False)
-    assert [in_order.find_sequence(i)[1] for i in range(count)] == list(range(count))
+    assert [in_order.locate(i)[1] for i in range(count)] == list(range(count))
     assert loader.epochs(2 * count) == pytest.approx(2.0)
 
 
@@ -74,14 +74,14 @@ def test_targets_follow_tokens_as_the_shard_has_them(shards):
     np.testing.assert_array_equal(batch.tokens.reshape(-1), shards[0].tokens[: 5 * T])
     np.testing.assert_array_equal(batch.targets.reshape(-1), shards[0].tokens[1 : 5 * T + 1])
     assert (batch.mask == 1).all()
-    assert (batch.segments == 1).all()
+    assert (batch.segment_ids == 1).all()
     np.testing.assert_array_equal(batch.positions, np.tile(np.arange(T), (5, 1)))
 
 
 def test_isolated_documents_have_their_own_segments_and_positions(shards):
     batch = make(shards[:1], shuffle=False, isolate_documents=True).batch(0, 6)
-    assert batch.segments.max() > 1
-    for tokens, segments, positions in zip(batch.tokens, batch.segments, batch.positions, strict=True):
+    assert batch.segment_ids.max() > 1
+    for tokens, segments, positions in zip(batch.tokens, batch.segment_ids, batch.positions, strict=True):
         segment, position = 1, 0
         for t in range(T):
             assert (segments[t], positions[t]) == (segment, position)
@@ -92,12 +92,12 @@ def test_isolated_documents_have_their_own_segments_and_positions(shards):
 
 def test_mixtures_have_their_shares_exactly_and_everywhere(shards):
     loader = make(shards, weights=[3.0, 1.0])
-    picked = [loader.find_sequence(i)[0] for i in range(MIX_SLOTS)]
-    assert Counter(picked) == {0: 3 * MIX_SLOTS // 4, 1: MIX_SLOTS // 4}
-    for start in range(0, MIX_SLOTS - 40, 40):
+    picked = [loader.locate(i)[0] for i in range(MIXTURE_PERIOD)]
+    assert Counter(picked) == {0: 3 * MIXTURE_PERIOD // 4, 1: MIXTURE_PERIOD // 4}
+    for start in range(0, MIXTURE_PERIOD - 40, 40):
         assert abs(picked[start : start + 40].count(1) - 10) <= 1
     count = loader.lengths[1]
-    seen = [j for i in range(4 * MIX_SLOTS) for source, j in [loader.find_sequence(i)] if source == 1]
+    seen = [j for i in range(4 * MIXTURE_PERIOD) for source, j in [loader.locate(i)] if source == 1]
     assert sorted(seen[:count]) == list(range(count)), "a source's own passes are whole in a mixture"
 
 

@@ -21,7 +21,7 @@ import zstandard
 
 from mesh_transformer.data import readers
 from mesh_transformer.data.readers import (
-    BadDocuments,
+    SkippedDocuments,
     DataError,
     Document,
     find_files,
@@ -134,8 +134,8 @@ def test_damage_is_an_error_with_place_or_counted(tmp_path: Path, bad: Bad) -> N
     assert "\n" not in str(caught.value)
 
     (tmp_path / WHOLE.name).write_text(WHOLE.text)  # what stands beside the damage is used
-    count = BadDocuments()
-    documents = list(read_documents(tmp_path, on_bad="skip", bad=count))
+    count = SkippedDocuments()
+    documents = list(read_documents(tmp_path, on_bad="skip", skipped=count))
     assert count.counts == {bad.kind: bad.count}
     assert count.examples[bad.kind][0] == str(caught.value)
     assert WHOLE in documents
@@ -281,8 +281,8 @@ def test_no_such_path_names_the_nearest(tmp_path: Path) -> None:
 def test_empty_texts_are_counted_and_never_all_there_is(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines({"text": ""}, GOOD, {"text": ""}))
     (tmp_path / "b.txt").write_bytes(b"")
-    count = BadDocuments()
-    assert [d.name for d in read_documents(tmp_path, bad=count)] == ["a.jsonl:2"]
+    count = SkippedDocuments()
+    assert [d.name for d in read_documents(tmp_path, skipped=count)] == ["a.jsonl:2"]
     assert count.counts == {"empty text": 3}
     with pytest.raises(DataError, match=r"b\.txt: not one document to use; left out 1 \(empty text\)"):
         list(read_documents(tmp_path / "b.txt"))
@@ -291,7 +291,7 @@ def test_empty_texts_are_counted_and_never_all_there_is(tmp_path: Path) -> None:
         list(read_documents(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_bytes(lines([], []))
     with pytest.raises(DataError, match=r"not one document to use; left out 2 \(not an object\), first .*a\.jsonl:1"):
-        list(read_documents(tmp_path / "a.jsonl", on_bad="skip", bad=BadDocuments()))
+        list(read_documents(tmp_path / "a.jsonl", on_bad="skip", skipped=SkippedDocuments()))
 
 
 def test_skipping_needs_a_counter(tmp_path: Path) -> None:
@@ -304,20 +304,20 @@ def test_skipping_needs_a_counter(tmp_path: Path) -> None:
 
 
 def test_counts_of_processes_add_up(tmp_path: Path) -> None:
-    whole, total = BadDocuments(), BadDocuments()
+    whole, total = SkippedDocuments(), SkippedDocuments()
     for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
         (tmp_path / name).write_bytes(lines(GOOD, [], [], {}))
-    list(read_documents(tmp_path, on_bad="skip", bad=whole))
+    list(read_documents(tmp_path, on_bad="skip", skipped=whole))
     for file in find_files(tmp_path):
-        part = BadDocuments()
-        list(read_file(file, tmp_path, on_bad="skip", bad=part))
+        part = SkippedDocuments()
+        list(read_file(file, tmp_path, on_bad="skip", skipped=part))
         assert part.total == 3
         total.merge(pickle.loads(pickle.dumps(part)))
     assert total.counts == whole.counts == {"not an object": 6, "no text": 3}
     assert total.examples == whole.examples
-    assert total.format_report() == whole.format_report()
+    assert total.summary_lines() == whole.summary_lines()
     assert [len(examples) for examples in total.examples.values()] == [3, 3]
-    assert total.format_report()[0].startswith(f"left out 6 (not an object), first {tmp_path}/a.jsonl:2: a list")
+    assert total.summary_lines()[0].startswith(f"left out 6 (not an object), first {tmp_path}/a.jsonl:2: a list")
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -326,8 +326,8 @@ def test_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), file, row_group_size=90)
     with pytest.raises(DataError, match=rf"a\.parquet:{N + 1}: null where text is wanted"):
         list(read_documents(file))
-    count = BadDocuments()
-    documents = list(read_documents(file, on_bad="skip", bad=count))
+    count = SkippedDocuments()
+    documents = list(read_documents(file, on_bad="skip", skipped=count))
     assert documents == [Document(text, f"a.parquet:{i}") for i, text in enumerate(TEXTS, 1)]
     assert count.counts == {"not text": 1, "empty text": 1, "NUL": 1}
     with pytest.raises(DataError, match="no column 'body'; columns here: 'id', 'text'"):
@@ -352,7 +352,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"pip install 'mesh-transformer\[parquet\]'"):
-        list(read_documents(tmp_path, on_bad="skip", bad=BadDocuments()))
+        list(read_documents(tmp_path, on_bad="skip", skipped=SkippedDocuments()))
 
 
 def test_long_lines_and_bounded_memory(tmp_path: Path) -> None:
@@ -394,8 +394,8 @@ def test_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "bad.py").write_bytes(b"x = '\xff'\n")
     (tmp_path / "notes.txt").write_text("not source")
     monkeypatch.setattr(readers.sysconfig, "get_path", lambda name: str(tmp_path))
-    count = BadDocuments()
-    assert [d.name for d in read_documents("python-stdlib", bad=count)] == ["good.py"]
+    count = SkippedDocuments()
+    assert [d.name for d in read_documents("python-stdlib", skipped=count)] == ["good.py"]
     assert count.counts == {"bad encoding": 1}
 
 

@@ -17,7 +17,7 @@ import xxhash
 
 from mesh_transformer.config import ConfigError, load_config
 from mesh_transformer.data import shard_builder
-from mesh_transformer.data.dataset import look, open_data
+from mesh_transformer.data.dataset import preview_sequences, open_data
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.data.shards import TokenShard
 from mesh_transformer.data.tokenizers import load_tokenizer
@@ -248,7 +248,7 @@ batch_size = 4
 """)
     config = load_config(config_file)
     data = open_data(config)
-    text = look(config, data, 2)
+    text = preview_sequences(config, data, 2)
     assert "sequence 1: texts" in text
     assert BYTES.decode(data.train.batch(0, 1).tokens[0]) in text
     assert f"{10 * 4 * 16:,} tokens" in text

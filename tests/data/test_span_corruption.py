@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import Config, ConfigError, parse_config
-from mesh_transformer.data.dataset import look, open_data
-from mesh_transformer.data.span_corruption import SentinelTokenizer, hide_spans, make_spans
+from mesh_transformer.data.dataset import preview_sequences, open_data
+from mesh_transformer.data.span_corruption import SentinelTokenizer, corrupt_spans, make_span_corruption
 from mesh_transformer.data.tokenizers import ByteTokenizer, TokenizerError
 
 SIZES = dict(n_layers=1, n_encoder_layers=1, d_model=8, n_heads=2, n_vocab=264, seq_len=32)
@@ -54,10 +54,10 @@ def make_config_of(**model) -> Config:
 @pytest.mark.parametrize("seq_len", [32, 114, 250])
 def test_nothing_is_lost_and_nothing_is_padded(tmp_path, seq_len):
     config = make_config(tmp_path, dict(seq_len=seq_len, n_vocab=320))
-    spans = make_spans(config, SentinelTokenizer(ByteTokenizer(), config.model.n_vocab))
-    text, hidden = np.random.default_rng(0).integers(0, 256, spans.length), []
+    spans = make_span_corruption(config, SentinelTokenizer(ByteTokenizer(), config.model.n_vocab))
+    text, hidden = np.random.default_rng(0).integers(0, 256, spans.text_len), []
     for sequence in range(40):
-        sources, targets = hide_spans(text, spans, 0, sequence)
+        sources, targets = corrupt_spans(text, spans, 0, sequence)
         assert (len(sources), len(targets)) == (seq_len, config.target_len)
         assert sources[-1] == targets[-1] == 256
         np.testing.assert_array_equal(restore(sources, targets, spans), text)
@@ -69,7 +69,7 @@ def test_batches_are_a_function_of_the_sequences_alone(tmp_path):
     config = make_config(tmp_path)
     loader = open_data(config).train
     whole = loader.batch(0, 8)
-    assert whole.sources.shape == (8, 32)
+    assert whole.encoder_tokens.shape == (8, 32)
     assert whole.tokens.shape == whole.targets.shape == (8, config.target_len)
     np.testing.assert_array_equal(whole.tokens[:, 1:], whole.targets[:, :-1])
     assert (whole.tokens[:, 0] == 256).all()
@@ -77,23 +77,23 @@ def test_batches_are_a_function_of_the_sequences_alone(tmp_path):
         parts = [getattr(loader.batch(4 * i, 4, rows), name) for i in range(2) for rows in ([0, 1], [2, 3])]
         np.testing.assert_array_equal(np.concatenate(parts), getattr(whole, name))
     again, other = open_data(config).train, open_data(make_config(tmp_path, noise_density=0.3)).train
-    np.testing.assert_array_equal(again.batch(0, 8).sources, whole.sources)
+    np.testing.assert_array_equal(again.batch(0, 8).encoder_tokens, whole.encoder_tokens)
     assert again.fingerprint == loader.fingerprint != other.fingerprint
 
 
 def test_a_text_that_comes_again_has_other_spans_hidden(tmp_path):
     loader = open_data(make_config(tmp_path)).train
     count = loader.lengths[0]
-    passes = [[loader.find_sequence(i) for i in range(start, start + count)] for start in (0, count)]
+    passes = [[loader.locate(i) for i in range(start, start + count)] for start in (0, count)]
     assert [sorted(n for _, n in one) for one in passes] == [list(range(count)), list(range(count, 2 * count))]
     first, again = (
         loader.read_sequences(sorted(one, key=lambda row: row[1] % count)) for one in passes
     )  # the same texts in the same order
     hidden = [
-        (restore(a.sources[i], a.targets[i], loader.spans)).tolist() for a in (first, again) for i in range(count)
+        (restore(a.encoder_tokens[i], a.targets[i], loader.spans)).tolist() for a in (first, again) for i in range(count)
     ]
     assert hidden[:count] == hidden[count:]
-    assert np.mean(np.any(first.sources != again.sources, axis=1)) > 0.9
+    assert np.mean(np.any(first.encoder_tokens != again.encoder_tokens, axis=1)) > 0.9
 
 
 def test_every_held_out_sequence_counts_once(tmp_path):
@@ -107,8 +107,8 @@ def test_every_held_out_sequence_counts_once(tmp_path):
     halves = [list(held.batches(rows)) for rows in ([0, 1], [2, 3])]
     for whole, *parts in zip(batches, *halves, strict=True):
         np.testing.assert_array_equal(np.concatenate([part.sources for part in parts]), whole.sources)
-    assert "<extra_id_0>" in look(config, data, 1)
-    assert "--- to write\n<extra_id_0>" in look(config, data, 1)
+    assert "<extra_id_0>" in preview_sequences(config, data, 1)
+    assert "--- to write\n<extra_id_0>" in preview_sequences(config, data, 1)
 
 
 def test_sentinels_in_texts():
@@ -133,11 +133,11 @@ class Named(ByteTokenizer):
 
 def test_sentinels_of_the_tokenizer_come_first():
     tokenizer = SentinelTokenizer(Named(), 320)
-    assert (tokenizer.sentinel, tokenizer.n_sentinels, tokenizer.start) == (269, 5, 260)
-    spans = make_spans(make_config_of(n_vocab=320), tokenizer)
-    assert (spans.sentinel, spans.start, spans.end) == (269, 260, 256)
+    assert (tokenizer.first_sentinel, tokenizer.n_sentinels, tokenizer.decoder_start) == (269, 5, 260)
+    spans = make_span_corruption(make_config_of(n_vocab=320), tokenizer)
+    assert (spans.first_sentinel, spans.decoder_start, spans.end_of_text) == (269, 260, 256)
     with pytest.raises(ConfigError, match=r"hide 14 spans, for which there are 5 sentinels; lower model\.seq_len"):
-        make_spans(make_config_of(n_vocab=320, seq_len=256), tokenizer)
+        make_span_corruption(make_config_of(n_vocab=320, seq_len=256), tokenizer)
 
 
 def test_what_cannot_be_is_refused(tmp_path):

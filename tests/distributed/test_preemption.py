@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A metadata server on this machine announces the end, and the run is asked to stop; elsewhere nothing is asked."""
+"""Preemption notices of a local metadata server request a stop; other machines are not polled."""
 
 import threading
 import time
@@ -14,12 +14,12 @@ from mesh_transformer.distributed.stop import StopRequest
 
 @pytest.fixture
 def server(monkeypatch):
-    """`server.values`: what it answers; `server.asked`: the paths, with Google's header or without."""
+    """A metadata server: `values` are its answers, `requests` the (path, Metadata-Flavor header) that it received."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            held.asked.append((self.path, self.headers.get("Metadata-Flavor")))
-            value = held.values.get(self.path.rpartition("/")[2])
+            http_server.requests.append((self.path, self.headers.get("Metadata-Flavor")))
+            value = http_server.values.get(self.path.rpartition("/")[2])
             self.send_response(200 if value else 503)
             self.end_headers()
             self.wfile.write((value or "").encode())
@@ -27,16 +27,16 @@ def server(monkeypatch):
         def log_message(self, *args):
             pass
 
-    held = HTTPServer(("127.0.0.1", 0), Handler)
-    held.values, held.asked = {"preempted": "FALSE", "maintenance-event": "NONE"}, []
-    thread = threading.Thread(target=held.serve_forever, kwargs={"poll_interval": 0.01})
+    http_server = HTTPServer(("127.0.0.1", 0), Handler)
+    http_server.values, http_server.requests = {"preempted": "FALSE", "maintenance-event": "NONE"}, []
+    thread = threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{held.server_port}")
+    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{http_server.server_port}")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must not be used
-    yield held
-    held.shutdown()
+    yield http_server
+    http_server.shutdown()
     thread.join()
-    held.server_close()
+    http_server.server_close()
 
 
 def wait_until(condition):
@@ -49,42 +49,42 @@ def wait_until(condition):
 @pytest.mark.parametrize(
     ("name", "value"), [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")]
 )
-def test_an_announced_end_is_a_request(server, capfd, name, value):
-    said = []
-    with StopRequest() as stop, preemption.watch_notices(stop, said.append, seconds=0.01):
+def test_a_notice_requests_a_stop(server, capfd, name, value):
+    reported = []
+    with StopRequest() as stop, preemption.watch_preemption(stop, reported.append, seconds=0.01):
         server.values["maintenance-event"] = "MIGRATE_ON_HOST_MAINTENANCE"
-        assert wait_until(lambda: len(server.asked) > 6)
-        assert not stop.requested, "a migration ends nothing"
+        assert wait_until(lambda: len(server.requests) > 6)
+        assert not stop.requested, "a live migration does not end the machine"
         server.values[name] = value
         assert wait_until(lambda: stop.requested)
         assert stop.requested == f"notice {name} = {value}"
-    assert set(server.asked) == {
+    assert set(server.requests) == {
         ("/computeMetadata/v1/instance/preempted", "Google"),
         ("/computeMetadata/v1/instance/maintenance-event", "Google"),
     }
-    assert said == []
+    assert reported == []
 
 
-def test_a_server_that_fails_is_asked_again_and_at_last_given_up(server, monkeypatch, capfd):
-    monkeypatch.setattr(notices, "GIVE_UP", 5)
-    said = []
-    with StopRequest() as stop, preemption.watch_notices(stop, said.append, seconds=0.01):
+def test_polling_ends_after_repeated_failures(server, monkeypatch, capfd):
+    monkeypatch.setattr(preemption, "MAX_FAILURES", 5)
+    reported = []
+    with StopRequest() as stop, preemption.watch_preemption(stop, reported.append, seconds=0.01):
         server.values.clear()
-        assert wait_until(lambda: said)
+        assert wait_until(lambda: reported)
         assert not stop.requested
-    assert "503" in said[0]
-    assert "unannounced" in said[0]
-    assert len(server.asked) >= 5
+    assert "503" in reported[0]
+    assert "notices are unavailable" in reported[0]
+    assert len(server.requests) >= 5
 
 
-def test_only_googles_machines_are_asked(monkeypatch, tmp_path):
+def test_only_google_machines_are_polled(monkeypatch, tmp_path):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
     product = tmp_path / "product_name"
-    monkeypatch.setattr(notices, "PRODUCT", product)
-    assert preemption.find_server() == ""
+    monkeypatch.setattr(preemption, "PRODUCT_FILE", product)
+    assert preemption.find_metadata_server() == ""
     product.write_text("Standard PC\n")
-    assert preemption.find_server() == ""
+    assert preemption.find_metadata_server() == ""
     product.write_text("Google Compute Engine\n")
-    assert preemption.find_server() == "metadata.google.internal"
+    assert preemption.find_metadata_server() == "metadata.google.internal"
     monkeypatch.setenv("GCE_METADATA_HOST", "")
-    assert preemption.find_server() == ""
+    assert preemption.find_metadata_server() == ""

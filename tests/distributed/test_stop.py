@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Signals and notices become requests; what may be broken off is, a save never is."""
+"""Signals and notices become stop requests; interruptible work is interrupted, a save is not."""
 
 import signal
 import threading
@@ -13,7 +13,7 @@ from mesh_transformer.distributed.stop import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_noted(number, capfd):
+def test_a_signal_is_recorded(number, capfd):
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop.requested
@@ -25,7 +25,7 @@ def test_a_signal_is_noted(number, capfd):
     assert capfd.readouterr().err.count(number.name) == 1
 
 
-def test_repeated_signals_break_nothing_but_a_second_ctrl_c_does(capfd):
+def test_only_a_second_ctrl_c_interrupts(capfd):
     with StopRequest() as stop:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
             signal.raise_signal(number)
@@ -34,25 +34,25 @@ def test_repeated_signals_break_nothing_but_a_second_ctrl_c_does(capfd):
             signal.raise_signal(signal.SIGINT)
 
 
-def break_off(stop, doing, act):
-    """`act` in a place where it may be broken off, and must be."""
-    with stop.at_once(doing):
+def interrupt(stop, doing, act):
+    """Run `act` as interruptible work; fails if it is not interrupted."""
+    with stop.interruptible(doing):
         act()
-        pytest.fail("went on")
+        pytest.fail("was not interrupted")
 
 
-def test_what_may_be_broken_off_is(capfd):
+def test_interruptible_work_is_interrupted(capfd):
     with StopRequest() as stop:
         with pytest.raises(Preempted, match="SIGTERM while the data was made: nothing is lost"):
-            break_off(stop, "the data was made", lambda: signal.raise_signal(signal.SIGTERM))
+            interrupt(stop, "the data was made", lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Preempted, match="while more data was made"):
-            break_off(stop, "more data was made", lambda: pytest.fail("begun in spite of the request"))
+            interrupt(stop, "more data was made", lambda: pytest.fail("started after the request"))
         with pytest.raises(Preempted, match="while the run was opened"):
-            stop.check("the run was opened")
-        signal.raise_signal(signal.SIGTERM)  # outside it is only noted
+            stop.raise_if_requested("the run was opened")
+        signal.raise_signal(signal.SIGTERM)  # outside the context it is only recorded
 
 
-def test_a_notice_from_another_thread_breaks_it_off_too(capfd):
+def test_a_request_from_another_thread_interrupts_too(capfd):
     def wait():
         threading.Timer(0.1, stop.request, ["notice preempted = TRUE"]).start()
         for _ in range(1000):
@@ -60,5 +60,5 @@ def test_a_notice_from_another_thread_breaks_it_off_too(capfd):
 
     with StopRequest() as stop:
         with pytest.raises(Preempted, match="notice preempted = TRUE while"):
-            break_off(stop, "the data was made", wait)
+            interrupt(stop, "the data was made", wait)
         assert stop.requested == "notice preempted = TRUE"

@@ -23,7 +23,7 @@ from mesh_transformer.evaluate.callback import train_measured
 from mesh_transformer.evaluate.evaluation import check_tasks
 from mesh_transformer.evaluate.published import find_published, pile_components, read_published
 from mesh_transformer.evaluate.synthetic_tasks import CONTEXT, END, make_choices, make_clozes, make_lines
-from mesh_transformer.evaluate.tasks import TASKS, read_items
+from mesh_transformer.evaluate.tasks import TASKS, read_examples
 from mesh_transformer.evaluate.texts import read_texts
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.reports.evaluation_results import (
@@ -275,7 +275,7 @@ def test_fewglue_is_read(name, count):
     files = {path.parent.name.lower(): path for path in FEWGLUE.glob("*/train.jsonl")}
     if name not in files:
         pytest.skip("FewGLUE lies beside the project in ../shared/data only where it was put")
-    items = read_items(name, str(files[name]))
+    items = read_examples(name, str(files[name]))
     assert len(items) == count or (not count and len(items) > 32)
     records = [item.record for item in items]
     if name == "record":
@@ -284,8 +284,8 @@ def test_fewglue_is_read(name, count):
         assert {record["label"] for record in records} == set(range(3 if name == "cb" else 2))
     if name == "wsc":
         assert all(record[f"span{i}_text"] in record["text"] for record in records for i in (1, 2))
-    assert items[1].where.endswith("train.jsonl:2") or not count
-    assert read_items(name, str(files[name]), limit=3) == items[:3]
+    assert items[1].location.endswith("train.jsonl:2") or not count
+    assert read_examples(name, str(files[name]), limit=3) == items[:3]
 
 
 def test_bad_records_are_named(tmp_path):
@@ -293,16 +293,16 @@ def test_bad_records_are_named(tmp_path):
     good = dict(premise="It broke.", choice1="It fell.", choice2="It flew.", question="cause", label=0)
     file.write_text(json.dumps(good) + "\n" + json.dumps(good | {"label": 2}) + "\n")
     with pytest.raises(DataError, match=r"copa\.jsonl:2: not a record of copa .*label 2"):
-        read_items("copa", str(file))
+        read_examples("copa", str(file))
     with pytest.raises(DataError, match=r"copa\.jsonl:1: not a record of piqa .*goal.*it has premise"):
-        read_items("piqa", str(file))
-    assert len(read_items("copa", str(file), limit=1)) == 1
+        read_examples("piqa", str(file))
+    assert len(read_examples("copa", str(file), limit=1)) == 1
     file.write_text("not JSON\n")
     with pytest.raises(DataError, match=r"copa\.jsonl:1: not JSON"):
-        read_items("copa", str(file))
+        read_examples("copa", str(file))
     file.write_text("\n")
     with pytest.raises(DataError, match="no records"):
-        read_items("copa", str(file))
+        read_examples("copa", str(file))
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from reference_models import NEOX, draw, make_case, make_torch
 from mesh_transformer.config import ConfigError
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.evaluate.checkpoint_eval import open_trained
-from mesh_transformer.evaluate.harness_model import cut_continuation, import_harness, make_adapter
-from mesh_transformer.evaluate.harness_tasks import Questions, make_task, run_tasks
+from mesh_transformer.evaluate.harness_model import split_continuation, import_harness, make_adapter
+from mesh_transformer.evaluate.harness_tasks import TaskInputs, make_task, run_tasks
 from mesh_transformer.evaluate.loglikelihood import make_scorer
 from mesh_transformer.evaluate.superglue import judge_record
-from mesh_transformer.evaluate.tasks import Item, read_items
+from mesh_transformer.evaluate.tasks import Example, read_examples
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("lm_eval", reason="the harness needs pip install 'mesh-transformer[evaluate]'")
@@ -258,25 +258,25 @@ def test_tasks_ask_what_the_harness_asks(name, tmp_path, monkeypatch):
             monkeypatch.setitem(sys.modules, module, ModuleType(module))
     record, file = RECORDS[name][1], tmp_path / "records.jsonl"
     file.write_text(json.dumps(AS_PUBLISHED.get(name, record)))
-    ours, theirs = make_task(name, Questions(read_items(name, str(file)))), make_theirs(name, [record], [record], 0)
+    ours, theirs = make_task(name, TaskInputs(read_examples(name, str(file)))), make_theirs(name, [record], [record], 0)
     assert describe(ours) == describe(theirs)
     assert len(ours.instances) > 1 or name == "lambada"
     if name == "lambada":  # its definition has no training records
         return
     asked, examples = [vary(record, i) for i in range(3)], [vary(record, i) for i in range(10, 18)]
-    items, shown = ([Item(one, "") for one in read_back(name, of_it, tmp_path)] for of_it in (asked, examples))
-    ours, theirs = make_task(name, Questions(items, shown, 3)), make_theirs(name, asked, examples, 3)
+    items, shown = ([Example(one, "") for one in read_back(name, of_it, tmp_path)] for of_it in (asked, examples))
+    ours, theirs = make_task(name, TaskInputs(items, shown, 3)), make_theirs(name, asked, examples, 3)
     wanted = describe(theirs)
     assert describe(ours) == wanted
     prompts = {arguments[0] for arguments in wanted[0]}
     assert len(prompts) >= 3, "examples are drawn anew for every question"
-    assert describe(make_task(name, Questions(items, shown, 3))) == wanted, "and the same every time"
+    assert describe(make_task(name, TaskInputs(items, shown, 3))) == wanted, "and the same every time"
 
 
 def read_back(name: str, records: list[dict], folder: Path) -> list[dict]:
     file = folder / "several.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return [item.record for item in read_items(name, str(file))]
+    return [item.record for item in read_examples(name, str(file))]
 
 
 def test_multirc_counts_right_answers_as_right(tmp_path):
@@ -288,7 +288,7 @@ def test_multirc_counts_right_answers_as_right(tmp_path):
     ]
     file = tmp_path / "multirc.jsonl"
     file.write_text(json.dumps(dict(idx=7, passage=dict(text="P.", questions=questions))))
-    task = make_task("multirc", Questions(read_items("multirc", str(file))))
+    task = make_task("multirc", TaskInputs(read_examples("multirc", str(file))))
     task.build_all_requests()
     asked = [instance.args for instance in task.instances]
     assert asked[:2] == [("P.\nQuestion: q0?\nAnswer:", f" a\nIs the answer correct? {word}") for word in ("no", "yes")]
@@ -320,8 +320,8 @@ def test_record_counts_words_and_whole_answers():
 
 def test_classes_of_cb_count_alike():
     """Macro-F1, by the harness's definition."""
-    items = [Item(dict(premise="p", hypothesis="h", label=label), "") for label in (0, 0, 0, 1, 2, 2)]
-    task = make_task("cb", Questions(items))
+    items = [Example(dict(premise="p", hypothesis="h", label=label), "") for label in (0, 0, 0, 1, 2, 2)]
+    task = make_task("cb", TaskInputs(items))
     predictions = (0, 0, 1, 1, 2, 0)
     judged = [
         task.process_results(doc, [(-float(i != said), False) for i in range(3)])["f1"]
@@ -336,7 +336,7 @@ def test_results_have_the_harness_form(ours):
     with warnings.catch_warnings():
         found = run_tasks(
             ours,
-            {name: Questions([Item(one, "") for one in of_it], shots=0)
+            {name: TaskInputs([Example(one, "") for one in of_it], num_fewshot=0)
              for name, of_it in (("local_choice", records), ("local_line", line))},
         )  # fmt: skip
     results = found["results"]["local_choice"]
@@ -369,22 +369,22 @@ def test_a_definition_named_by_its_file(ours, tmp_path):
     """Its own number of shots counts; what its templates cannot read is named."""
     (tmp_path / "sums.yaml").write_text(DEFINITION)
     name = str(tmp_path / "sums.yaml")
-    items = [Item({"question": f"{i} + 1", "answer": f"{i + 1}"}, f"sums.jsonl:{i + 1}") for i in range(5)]
-    task = make_task(name, Questions(items[:2], items[2:]))
+    items = [Example({"question": f"{i} + 1", "answer": f"{i + 1}"}, f"sums.jsonl:{i + 1}") for i in range(5)]
+    task = make_task(name, TaskInputs(items[:2], items[2:]))
     task.build_all_requests()
     prompt, wishes = task.instances[0].args
     assert prompt.endswith("\n\n0 + 1 =")
     assert prompt.count("=") == 3
     assert wishes["until"] == [" "]
-    assert run_tasks(ours, {name: Questions(items[:2], items[2:])})["n-shot"] == {"sums": 2}
+    assert run_tasks(ours, {name: TaskInputs(items[:2], items[2:])})["n-shot"] == {"sums": 2}
     with pytest.raises(ConfigError, match="2 shots need as many examples, and there are none: --examples sums=FILE"):
-        make_task(name, Questions(items))
-    broken = [items[0], Item({"question": "1 + 1"}, "sums.jsonl:2")]
+        make_task(name, TaskInputs(items))
+    broken = [items[0], Example({"question": "1 + 1"}, "sums.jsonl:2")]
     with pytest.raises(DataError, match=r"sums\.jsonl:2: task .*'answer' is undefined.* it has question"):
-        make_task(name, Questions(broken, shots=0))
+        make_task(name, TaskInputs(broken, num_fewshot=0))
     with pytest.raises(ConfigError, match="no such file here, nor among the tasks of the harness"):
-        make_task("absent.yaml", Questions(items))
-    assert make_task("gsm8k/gsm8k.yaml", Questions(items, shots=0)).config.task == "gsm8k"
+        make_task("absent.yaml", TaskInputs(items))
+    assert make_task("gsm8k/gsm8k.yaml", TaskInputs(items, num_fewshot=0)).config.task == "gsm8k"
 
 
 def test_what_cannot_be_asked_is_said(folder):
@@ -398,7 +398,7 @@ def test_what_cannot_be_asked_is_said(folder):
 
 @pytest.mark.parametrize(("n_context", "n"), [(1, 8), (30, 8), (3, 9), (20, 30)])
 def test_continuations_are_scored_once_however_long(n_context, n):
-    queries = cut_continuation(range(100, 100 + n_context), range(n), 8)
+    queries = split_continuation(range(100, 100 + n_context), range(n), 8)
     assert [token for query in queries for token in query.tokens[-query.n_scored :]] == list(range(n))
     assert all(query.n_scored < len(query.tokens) <= 9 for query in queries)
     assert len(queries) == 1 or all(len(query.tokens) - query.n_scored >= 4 for query in queries[1:])

@@ -13,8 +13,8 @@ import pytest
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.data.tokenizers import ByteTokenizer
-from mesh_transformer.evaluate.loglikelihood import Scorer
-from mesh_transformer.evaluate.perplexity import TextScore, cut_windows, is_picked, score_documents, weigh
+from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer
+from mesh_transformer.evaluate.perplexity import TextScore, sliding_windows, is_sampled, score_documents, weighted_total
 from mesh_transformer.evaluate.wikitext import WikiText, describe
 from mesh_transformer.model.transformer import make_model
 
@@ -25,12 +25,12 @@ TEXTS = ["A first text, which is longer than the model's context.", "Another: é
 
 @pytest.fixture(scope="module")
 def scorer():
-    return Scorer(CONFIG, make_model(CONFIG).init(jax.random.key(0)), None)
+    return LoglikelihoodScorer(CONFIG, make_model(CONFIG).init(jax.random.key(0)), None)
 
 
 @pytest.mark.parametrize(("length", "context", "stride"), [(1, 8, 8), (8, 8, 8), (9, 8, 8), (50, 8, 3), (50, 8, 1)])
 def test_windows_score_every_token_once(length, context, stride):
-    queries = list(cut_windows(range(length), 99, context, stride))
+    queries = list(sliding_windows(range(length), 99, context, stride))
     scored = [token for query in queries for token in query.tokens[-query.n_scored :]]
     assert scored == list(range(length))
     assert queries[0].tokens[0] == 99
@@ -42,7 +42,7 @@ def test_windows_score_every_token_once(length, context, stride):
 
 
 def test_no_text_has_no_windows():
-    assert list(cut_windows([], 99, 8)) == []
+    assert list(sliding_windows([], 99, 8)) == []
 
 
 def test_bits_per_byte_are_those_of_the_definition(scorer):
@@ -72,12 +72,12 @@ def test_components_limits_and_shares(scorer):
     assert first["part 1"].n_bytes == sum(len(documents[i][1].text.encode()) for i in (1, 3))
     assert first["part 1"].size == whole["part 1"].size
     part = score_documents(scorer, ByteTokenizer(), documents, share=0.6)
-    picked = sum(is_picked(document.name, 0.6) for _, document in documents)
+    picked = sum(is_sampled(document.name, 0.6) for _, document in documents)
     assert 0 < picked < len(documents)
     assert sum(score.documents for score in part.values()) == picked
     names = [f"{i}" for i in range(10_000)]
-    assert sum(is_picked(name, 0.1) for name in names) == pytest.approx(1000, abs=100)
-    assert {name for name in names if is_picked(name, 0.1)} <= {name for name in names if is_picked(name, 0.2)}
+    assert sum(is_sampled(name, 0.1) for name in names) == pytest.approx(1000, abs=100)
+    assert {name for name in names if is_sampled(name, 0.1)} <= {name for name in names if is_sampled(name, 0.2)}
 
 
 def test_a_stride_lets_tokens_see_more(scorer):
@@ -91,7 +91,7 @@ def test_a_stride_lets_tokens_see_more(scorer):
 
 def test_total_is_weighted_by_size():
     parts = {"a": TextScore(math.log(2) * 10, 5, 10, 1, 300), "b": TextScore(math.log(2) * 30, 5, 10, 1, 100)}
-    assert weigh(parts)["bits_per_byte"] == pytest.approx((1 * 300 + 3 * 100) / 400)
+    assert weighted_total(parts)["bits_per_byte"] == pytest.approx((1 * 300 + 3 * 100) / 400)
 
 
 @pytest.mark.parametrize(

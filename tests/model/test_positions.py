@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.model.positions import alibi_slopes, rotate, t5_buckets
+from mesh_transformer.model.positions import alibi_slopes, apply_rope, t5_buckets
 
 # First distance of every T5 bucket from 16 on: ceil(16 * 8**(k / 16)).
 FIRST_OF_BUCKET = [16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
@@ -63,7 +63,7 @@ def test_rotation_is_complex_multiplication(pairs):
     config = make_config(positions="rope-interleaved" if pairs else "rope-half", rope_dims=6)
     x = np.random.default_rng(0).normal(size=(1, 3, 2, 8)).astype(np.float32)
     positions = np.array([[0, 7, 2000]], np.int32)
-    rotated = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions), config))
+    rotated = np.asarray(apply_rope(jnp.asarray(x), jnp.asarray(positions), config))
     first, second = (x[..., 0:6:2], x[..., 1:6:2]) if pairs else (x[..., :3], x[..., 3:6])
     turned = (first + 1j * second) * np.exp(1j * positions[..., None, None] * 10_000.0 ** (-np.arange(3) / 3))
     expected = x.copy()
@@ -83,8 +83,8 @@ def test_rotation_makes_scores_depend_on_distance_alone():
     q, k = np.random.default_rng(1).normal(size=(2, 1, 1, 2, 8)).astype(np.float32)
 
     def score(at_q, at_k):
-        q_turned = rotate(jnp.asarray(q), jnp.array([[at_q]]), config)
-        k_turned = rotate(jnp.asarray(k), jnp.array([[at_k]]), config)
+        q_turned = apply_rope(jnp.asarray(q), jnp.array([[at_q]]), config)
+        k_turned = apply_rope(jnp.asarray(k), jnp.array([[at_k]]), config)
         return np.sum(np.asarray(q_turned * k_turned), axis=-1)
 
     assert np.abs(score(9, 4) - score(9, 5)).max() > 1e-2
@@ -93,4 +93,4 @@ def test_rotation_makes_scores_depend_on_distance_alone():
 
 def test_rotation_keeps_dtype():
     x = jnp.ones((1, 2, 2, 8), jnp.bfloat16)
-    assert rotate(x, jnp.array([[0, 1]]), make_config(positions="rope-interleaved")).dtype == jnp.bfloat16
+    assert apply_rope(x, jnp.array([[0, 1]]), make_config(positions="rope-interleaved")).dtype == jnp.bfloat16

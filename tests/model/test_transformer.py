@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import RULES
-from mesh_transformer.model.attention.dense import attend, attend_in_blocks
+from mesh_transformer.model.attention.dense import dense_attention, dense_attention_in_blocks
 from mesh_transformer.model.linear import dropout
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import count_params, describe_params, make_model
@@ -174,7 +174,7 @@ def test_row_with_nothing_to_see_is_finite():
     visible = jnp.array([[[False, False], [True, False]]])
 
     def total(q, k, v):
-        mixed = attend(q, k, v, visible, None, scale=0.5)
+        mixed = dense_attention(q, k, v, visible, None, scale=0.5)
         return jnp.sum(mixed**2), mixed
 
     gradients, mixed = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -342,6 +342,6 @@ def test_attention_in_blocks_equals_attention_at_once(bias):
     k, v = (jax.random.normal(key, (2, 8, 2, 3)) for key in keys[1:3])
     visible = jnp.tril(jnp.ones((1, 8, 8), bool)) & ~jnp.tril(jnp.ones((1, 8, 8), bool), -6)
     scores = jax.random.normal(keys[3], (1, 4, 8, 8)) if bias else None
-    whole = attend(q, k, v, visible, scores, scale=0.7)
-    assert not np.allclose(whole, attend(q, k, v, jnp.ones_like(visible), scores, scale=0.7), atol=1e-2)
-    np.testing.assert_allclose(attend_in_blocks(q, k, v, visible, scores, n_blocks=4, scale=0.7), whole, atol=1e-6)
+    whole = dense_attention(q, k, v, visible, scores, scale=0.7)
+    assert not np.allclose(whole, dense_attention(q, k, v, jnp.ones_like(visible), scores, scale=0.7), atol=1e-2)
+    np.testing.assert_allclose(dense_attention_in_blocks(q, k, v, visible, scores, n_blocks=4, scale=0.7), whole, atol=1e-6)

@@ -50,7 +50,7 @@ def test_the_planned_program_is_the_trained_one(tmp_path):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=str(tmp_path / "cache")))
     data = open_data(config)
     run = open_run(config, data, make_layout(config.mesh), report=print)
-    trained = run.train_step.lower(run.state, run.place(data.train.batch(0, 8), 8)).as_text()
+    trained = run.train_step.lower(run.state, run.shard_batch(data.train.batch(0, 8), 8)).as_text()
     job = Job(config=config, topology="cpu-8")
     planned, _ = lower_training(job, make_topology_layout(job))
     assert planned.as_text() == trained

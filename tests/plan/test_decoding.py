@@ -17,7 +17,7 @@ from mesh_transformer.plan.decoding import lower_reading, lower_writing
 from mesh_transformer.plan.fit import judge
 from mesh_transformer.plan.job import Job, Measured
 from mesh_transformer.plan.report import format_verdict, verdict_to_json
-from mesh_transformer.sample.engine.encoder_decoder import RewritingEngine
+from mesh_transformer.sample.engine.encoder_decoder import EncoderDecoderEngine
 
 MESH = dict(data=2, tensor=2, expert=2)
 CONTEXT = 128  # the engine's shortest cache
@@ -48,7 +48,7 @@ def test_the_planned_programs_are_the_engines():
         module: {name: jnp.asarray(rng.normal(size=info.shape) / 2, jnp.float32) for name, info in arrays.items()}
         for module, arrays in describe_params(model).items()
     }
-    engine = RewritingEngine(model, params, start=0, end=1, layout=layout, weights="bfloat16", cache="int8")
+    engine = EncoderDecoderEngine(model, params, start=0, end=1, layout=layout, weights="bfloat16", cache="int8")
     ran: dict[str, str] = {}
 
     def watch(name, program):

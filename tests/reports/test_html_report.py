@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from mesh_transformer.reports.html_report import make_page, thin, write_report
+from mesh_transformer.reports.html_report import make_page, downsample, write_report
 from mesh_transformer.reports.metrics_log import FILE, MetricsError
 
 HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(1)>\"' onload='alert(1) & \ud800\x00"
@@ -229,12 +229,12 @@ def test_thinning_keeps_ends_extremes_and_gaps():
     points = [(float(i), 1.0 + i % 7) for i in range(5000)]
     points[1234], points[4321] = (1234.0, 99.0), (4321.0, -99.0)
     points[2000:2100] = [(x, None) for x, _ in points[2000:2100]]
-    thinned = thin(points, 500)
+    thinned = downsample(points, 500)
     assert 300 < len(thinned) <= 510
     assert {points[0], points[-1], points[1234], points[4321]} <= set(thinned)
     assert any(y is None for x, y in thinned if 2000 <= x < 2100)
     assert [x for x, _ in thinned] == sorted({x for x, _ in thinned})
-    assert thin(points[:500], 500) == points[:500]
+    assert downsample(points[:500], 500) == points[:500]
 
 
 def test_no_metrics_and_damaged_metrics(tmp_path):

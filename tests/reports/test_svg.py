@@ -10,10 +10,10 @@ from mesh_transformer.reports.svg import MAX_POINTS, Series, format_number, heat
 def test_ticks_are_round_and_cover_the_data():
     axis = make_axis(0.13, 4.87)
     assert axis.ticks == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    assert (axis.place(axis.low), axis.place(axis.high)) == (0.0, 1.0)
+    assert (axis.fraction(axis.low), axis.fraction(axis.high)) == (0.0, 1.0)
     assert make_axis(1e-6, 6e-4).ticks[-1] == pytest.approx(6e-4)
     log = make_axis(0.02, 300.0, log=True)
-    assert all(0 <= log.place(tick) <= 1 for tick in log.ticks)
+    assert all(0 <= log.fraction(tick) <= 1 for tick in log.ticks)
     assert 3 <= len(log.ticks) <= 8
 
 

@@ -20,8 +20,8 @@ from mesh_transformer.config import SampleConfig, config_to_dict, parse_config
 from mesh_transformer.data.tokenizers import load_tokenizer
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import describe_params, make_model
-from mesh_transformer.sample.loading import load_trained
-from mesh_transformer.sample.repl import SettingError, Terminal, change_setting
+from mesh_transformer.sample.loading import load_model
+from mesh_transformer.sample.repl import SettingError, Repl, change_setting
 from mesh_transformer.sample.text_generation import StopStrings, complete_texts
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(run):
-    return load_trained(run)
+    return load_model(run)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_session_over_pipes(trained, monkeypatch, capsys):
     lines += ["/seed 0", "/reset", "one\\", "two", "/show", "/quit", "not read"]
     typed = "\n".join(lines) + "\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    Terminal(engine, tokenizer, config.sample).run()
+    Repl(engine, tokenizer, config.sample).run()
     out, err = capsys.readouterr()
     warm = complete_texts(engine, tokenizer, ["one\ntwo"], config.sample)[0].text
     cold = complete_texts(engine, tokenizer, ["/a\nb"], change_setting(config.sample, "temperature 0"))[0].text

@@ -9,7 +9,7 @@ import pytest
 
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.sample.sampling import (
-    Drawn,
+    Sampled,
     SamplingOptions,
     filter_logits,
     make_options,
@@ -33,7 +33,7 @@ jit_filter = jax.jit(filter_logits)
 
 
 @jax.jit
-def jit_sample(logits, options, counts, keys, prompt) -> Drawn:
+def jit_sample(logits, options, counts, keys, prompt) -> Sampled:
     TRACED.append(logits.shape)
     return sample(logits, options, counts, keys, prompt=prompt)
 
@@ -71,7 +71,7 @@ def draw(logits, rows, counts=None, prompt=None, keys=None):
     prompt = pad(np.zeros((n, n_vocab), bool) if prompt is None else prompt, False)
     options = options_for([*rows, *[{}] * (8 - n)])
     drawn = jit_sample(logits, options, counts, keys_for(8) if keys is None else keys, prompt)
-    return Drawn(*(np.asarray(value)[:n] for value in drawn))
+    return Sampled(*(np.asarray(value)[:n] for value in drawn))
 
 
 def kept_by_hand(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, **_):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Chats with OpenAI's own client: completions of what the template writes, whole or streamed; and a server that gets ready."""
+"""ChatTemplate with OpenAI's own client: completions of what the template writes, whole or streamed; and a server that gets ready."""
 
 import json
 import re

@@ -9,10 +9,10 @@ import pytest
 
 from mesh_transformer.config import ConfigError, ModelConfig, SampleConfig
 from mesh_transformer.model.transformer import make_model
-from mesh_transformer.sample.engine.engine import Engine
-from mesh_transformer.serve.app import Left, unless_left
-from mesh_transformer.serve.engine_thread import Worker
-from mesh_transformer.serve.middleware import Guard
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.serve.app import ClientDisconnected, run_until_disconnect
+from mesh_transformer.serve.engine_thread import EngineThread
+from mesh_transformer.serve.middleware import RequestLimits
 from mesh_transformer.serve.protocol import ApiError
 from mesh_transformer.serve.server import check_host, read_token
 
@@ -70,7 +70,7 @@ async def ask_guard(headers):
     async def send(message):
         statuses.append(message.get("status"))
 
-    guard = Guard(app, token=None, max_body_bytes=5, body_timeout_seconds=1.0, count=lambda path, status: None)
+    guard = RequestLimits(app, token=None, max_body_bytes=5, body_timeout_seconds=1.0, count=lambda path, status: None)
     await guard(dict(type="http", path="/v1/models", headers=headers), receive, send)
     return statuses[0]
 
@@ -96,11 +96,11 @@ def test_time_is_up_or_the_client_gone():
         finally:
             ended.append(seconds)
 
-    assert asyncio.run(unless_left(work(0.0), FakeRequest(9.0), 9.0)) == "done"
-    with pytest.raises(Left):
-        asyncio.run(unless_left(work(8.0), FakeRequest(0.0), 9.0))
+    assert asyncio.run(run_until_disconnect(work(0.0), FakeRequest(9.0), 9.0)) == "done"
+    with pytest.raises(ClientDisconnected):
+        asyncio.run(run_until_disconnect(work(8.0), FakeRequest(0.0), 9.0))
     with pytest.raises(ApiError, match=r"no answer within 0\.01 s") as error:
-        asyncio.run(unless_left(work(7.0), FakeRequest(9.0), 0.01))
+        asyncio.run(run_until_disconnect(work(7.0), FakeRequest(9.0), 0.01))
     assert error.value.status == 503
     assert ended == [0.0, 8.0, 7.0]
 
@@ -117,17 +117,17 @@ class Exploding:
 
 def test_an_engine_that_fails_leaves_nobody_waiting():
     config = ModelConfig(n_layers=1, d_model=8, n_heads=1, n_vocab=16, seq_len=32)
-    engine = Engine(config, jax.jit(make_model(config).init)(jax.random.key(0)))
+    engine = DecoderOnlyEngine(config, jax.jit(make_model(config).init)(jax.random.key(0)))
 
     async def trial():
-        worker = Worker(engine, places=3)
+        worker = EngineThread(engine, capacity=3)
         worker.start(asyncio.get_running_loop())
         fine = worker.submit([engine.make_row([1], SampleConfig(max_tokens=5))])
         tokens = [event.token async for events in fine.events() for event in events]
         worker.close(fine)
         assert (len(tokens), fine.n_drawn, worker.n_open) == (5, 5, 0)
         with pytest.raises(ApiError) as refused:
-            worker.check_room(4)
+            worker.check_capacity(4)
         assert refused.value.status == 400
         bad = worker.submit([engine.make_row([1], SampleConfig(max_tokens=5), constraint=Exploding())])
         with pytest.raises(ApiError, match="engine has failed"):

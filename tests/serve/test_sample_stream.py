@@ -6,7 +6,7 @@ import math
 
 from mesh_transformer.data.tokenizers import ByteTokenizer
 from mesh_transformer.sample.engine.requests import Event, Score
-from mesh_transformer.serve.sample_stream import Choice, join_pieces, name_token
+from mesh_transformer.serve.sample_stream import SampleStream, join_deltas, token_text
 
 
 def events(data, finish="length"):
@@ -17,7 +17,7 @@ def events(data, finish="length"):
 
 
 def make_choice(**options):
-    return Choice(ByteTokenizer(), "né", list("né".encode()), **{**dict(stops=(), n_top=1, echo=False), **options})
+    return SampleStream(ByteTokenizer(), "né", list("né".encode()), **{**dict(stops=(), n_top=1, echo=False), **options})
 
 
 def test_pieces_are_the_whole_however_cut():
@@ -27,7 +27,7 @@ def test_pieces_are_the_whole_however_cut():
         choice, drawn = make_choice(), events(data)
         pieces = [choice.push(drawn[i : i + size]) for i in range(0, len(data), size)]
         assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
-        wholes.append(join_pieces(pieces))
+        wholes.append(join_deltas(pieces))
     assert all(whole == wholes[0] for whole in wholes)
     text, logprobs, finish = wholes[0]
     assert (text, finish) == ("aé😀b\ufffd", "length")
@@ -52,7 +52,7 @@ def test_tokens_of_a_stop_string_are_not_shown():
 def test_end_of_text_is_not_shown():
     piece = make_choice().push([*events(b"ab", finish=None), Event(0, 256, -1.0, "stop", [(256, -1.0)])])
     assert (piece.text, piece.finish, piece.logprobs["tokens"]) == ("ab", "stop", ["a", "b"])
-    assert name_token(ByteTokenizer(), 256) == "<|endoftext|>"
+    assert token_text(ByteTokenizer(), 256) == "<|endoftext|>"
 
 
 def test_echo_begins_with_the_prompt_and_its_scores():

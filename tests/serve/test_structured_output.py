@@ -11,7 +11,7 @@ import tokenizers as hf
 
 from mesh_transformer.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 from mesh_transformer.sample.engine.requests import PromptError
-from mesh_transformer.serve.structured_output import Grammars
+from mesh_transformer.serve.structured_output import GrammarCompiler
 
 
 def trained_tokenizer() -> Tokenizer:
@@ -41,7 +41,7 @@ def draw(tokenizer, grammar, seed, most=300):
 @pytest.mark.parametrize("make", [ByteTokenizer, trained_tokenizer])
 def test_texts_match(make):
     tokenizer = make()
-    grammars = Grammars(tokenizer, tokenizer.n_vocab + 7)  # a model's table may be longer than its vocabulary
+    grammars = GrammarCompiler(tokenizer, tokenizer.n_vocab + 7)  # a model's table may be longer than its vocabulary
     regex = r"(true|false)-[0-9]{2,4} café"
     first = grammars.from_regex(regex)
     assert first.allowed().shape == (tokenizer.n_vocab + 7,)
@@ -59,7 +59,7 @@ def test_texts_match(make):
 
 
 def test_what_cannot_be_followed_is_refused_at_once():
-    grammars = Grammars(ByteTokenizer(), 257)
+    grammars = GrammarCompiler(ByteTokenizer(), 257)
     with pytest.raises(PromptError, match=r"guided_regex: .*unclosed"):
         grammars.from_regex("([")
     with pytest.raises(PromptError, match=r"response_format: .*nonsense"):

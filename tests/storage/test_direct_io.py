@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mesh_transformer.storage import direct_io
-from mesh_transformer.storage.direct_io import BLOCK, LEAST_BYTES, STAGE_BYTES, DirectFile
+from mesh_transformer.storage.direct_io import BLOCK, MIN_DIRECT_BYTES, STAGING_BYTES, DirectFile
 
-SIZE = 5 * STAGE_BYTES + 123
+SIZE = 5 * STAGING_BYTES + 123
 
 
 @pytest.fixture(params=["direct", "plain"])
@@ -45,7 +45,7 @@ def pasts(request, monkeypatch):
 def test_any_parts_in_any_order_from_several_threads(tmp_path, pasts):
     rng = np.random.default_rng(0)
     wanted = rng.integers(0, 256, SIZE, np.uint8)
-    cuts = np.unique([0, *rng.integers(0, SIZE, 12), 17, 17 + LEAST_BYTES, BLOCK, SIZE])
+    cuts = np.unique([0, *rng.integers(0, SIZE, 12), 17, 17 + MIN_DIRECT_BYTES, BLOCK, SIZE])
     parts = rng.permutation(list(itertools.pairwise(cuts)))
     path = tmp_path / "file"
     with DirectFile(path) as file, concurrent.futures.ThreadPoolExecutor(3) as threads:
@@ -62,9 +62,9 @@ def test_what_is_there_stays_around_a_part(tmp_path):
     before = np.random.default_rng(1).integers(0, 256, SIZE, np.uint8)
     path.write_bytes(before.tobytes())
     after = before.copy()
-    after[1001 : 1001 + 3 * LEAST_BYTES] = 7
-    with DirectFile(path, empty=False) as file:
-        file.write_at(bytes([7]) * (3 * LEAST_BYTES), 1001)
+    after[1001 : 1001 + 3 * MIN_DIRECT_BYTES] = 7
+    with DirectFile(path, truncate=False) as file:
+        file.write_at(bytes([7]) * (3 * MIN_DIRECT_BYTES), 1001)
     assert path.read_bytes() == after.tobytes()
     DirectFile(path).close()
     assert path.read_bytes() == b""
@@ -72,7 +72,7 @@ def test_what_is_there_stays_around_a_part(tmp_path):
 
 @pytest.mark.usefixtures("pasts")
 def test_archives_are_written_into_it(tmp_path):
-    members = {f"{i}": np.random.default_rng(i).bytes(i * STAGE_BYTES // 3 + i) for i in range(6)}
+    members = {f"{i}": np.random.default_rng(i).bytes(i * STAGING_BYTES // 3 + i) for i in range(6)}
     with DirectFile(tmp_path / "zip") as file, zipfile.ZipFile(file, "w") as archive:
         for name, data in members.items():
             with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
@@ -83,7 +83,7 @@ def test_archives_are_written_into_it(tmp_path):
 
 
 def test_a_write_that_ends_inside_a_block_goes_on_without(tmp_path, monkeypatch):
-    wanted = np.random.default_rng(2).integers(0, 256, 4 * LEAST_BYTES, np.uint8)
+    wanted = np.random.default_rng(2).integers(0, 256, 4 * MIN_DIRECT_BYTES, np.uint8)
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: min(real(fd, data, offset), 5000))
     with DirectFile(tmp_path / "file") as file:

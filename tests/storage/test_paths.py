@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mesh_transformer.checkpoint.store import Store
-from mesh_transformer.storage.errors import CheckpointError, explain
-from mesh_transformer.storage.paths import RemotePath, kvstore_spec, map_bytes, read_blocks, to_place
+from mesh_transformer.storage.errors import CheckpointError, explain_error
+from mesh_transformer.storage.paths import RemotePath, kvstore_spec, map_bytes, read_blocks, parse_path
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,10 @@ from mesh_transformer.storage.paths import RemotePath, kvstore_spec, map_bytes, 
     ],
 )
 def test_urls(text, parts):
-    place = to_place(text)
+    place = parse_path(text)
     assert isinstance(place, RemotePath)
     assert place.parts == parts
-    assert to_place(str(place)) == place
+    assert parse_path(str(place)) == place
     child = place / "arrays/w"
     assert (str(child), child.name, child.parent.parent) == (f"{place}/arrays/w", "w", place)
     assert str(child.relative_to(place)) == "arrays/w"
@@ -36,13 +36,13 @@ def test_urls(text, parts):
 
 @pytest.mark.parametrize("text", ["runs/a", "/runs/a", "s3", "C:file"])
 def test_paths_of_this_machine(text):
-    assert to_place(text) == Path(text)
+    assert parse_path(text) == Path(text)
 
 
 @pytest.mark.parametrize("text", ["http://host/run", "s3://", "gs:///", "hdfs://a/b", "s3://bucket/../other"])
 def test_urls_of_no_kind(text):
     with pytest.raises(CheckpointError, match=r"not a place that is known|has no \. and \.\."):
-        to_place(text)
+        parse_path(text)
 
 
 def test_a_url_in_the_clothes_of_a_path_makes_no_folder(tmp_path, monkeypatch):
@@ -55,14 +55,14 @@ def test_a_url_in_the_clothes_of_a_path_makes_no_folder(tmp_path, monkeypatch):
 def test_where_tensorstore_finds_it(monkeypatch):
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
-    place = to_place("s3://bucket/run/a")
+    place = parse_path("s3://bucket/run/a")
     assert kvstore_spec(place) == {"driver": "s3", "bucket": "bucket", "path": "run/a/"}
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert kvstore_spec(place)["endpoint"] == "http://127.0.0.1:9"
     assert kvstore_spec(place)["aws_region"] == "us-east-1"
     monkeypatch.setenv("AWS_REGION", "eu-north-1")
     assert kvstore_spec(place)["aws_region"] == "eu-north-1"
-    assert kvstore_spec(to_place("gs://bucket")) == {"driver": "gcs", "bucket": "bucket", "path": ""}
+    assert kvstore_spec(parse_path("gs://bucket")) == {"driver": "gcs", "bucket": "bucket", "path": ""}
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_where_tensorstore_finds_it(monkeypatch):
     ],
 )
 def test_what_errors_mean(error, meaning):
-    found = explain("s3://bucket/run", error)
+    found = explain_error("s3://bucket/run", error)
     assert found is None if meaning is None else meaning in found
-    assert explain("/bucket/run", error) is None
+    assert explain_error("/bucket/run", error) is None
 
 
 def test_local_files_are_seen_as_before(tmp_path):

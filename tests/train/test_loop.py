@@ -19,7 +19,7 @@ from mesh_transformer.reports.console import Progress
 from mesh_transformer.reports.metrics_log import MetricsLog, read_metrics
 from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.train import loop
-from mesh_transformer.train.data_log import digest_tokens, read_attempts, what_counts
+from mesh_transformer.train.data_log import digest_tokens, read_log, effective_history
 from mesh_transformer.train.loop import Recorder, train
 from mesh_transformer.train.run import open_run
 
@@ -159,9 +159,9 @@ def test_training_outlives_its_disk(config_file, undisturbed, small_disk, monkey
     assert 14 in [line["step"] for line in events(run.dir, "slow disk")]
     assert "<details open>" in (run.dir / "report.html").read_text()
     assert "<details open>" not in (undisturbed.dir / "report.html").read_text()
-    counted = what_counts(read_attempts(run.dir))
+    counted = effective_history(read_log(run.dir))
     assert list(counted) == list(range(1, 17))
-    assert counted == what_counts(read_attempts(undisturbed.dir))
+    assert counted == effective_history(read_log(undisturbed.dir))
 
 
 def test_a_read_only_disk_and_a_last_save_that_fails(config_file, undisturbed, small_disk, tmp_path):
@@ -183,7 +183,7 @@ def test_a_read_only_disk_and_a_last_save_that_fails(config_file, undisturbed, s
 
 
 def test_the_record_of_sequences_is_what_the_steps_were_given(undisturbed):
-    loader, counted = undisturbed.data.train, what_counts(read_attempts(undisturbed.dir))
+    loader, counted = undisturbed.data.train, effective_history(read_log(undisturbed.dir))
     seen = [one for given in counted.values() for one in given.sequences]
     assert len(seen) == len(set(seen)) == 16 * 8, "within one pass each is seen once"
     for given in counted.values():
@@ -193,6 +193,6 @@ def test_the_record_of_sequences_is_what_the_steps_were_given(undisturbed):
 
 def test_what_counts_of_several_attempts():
     first = (0, {1: "a", 2: "b", 3: "c"})
-    assert what_counts([first]) == {1: "a", 2: "b", 3: "c"}
-    assert what_counts([first, (2, {3: "d"}), (3, {}), (3, {4: "e"})]) == {1: "a", 2: "b", 3: "d", 4: "e"}
-    assert what_counts([first, (1, {})]) == {1: "a"}
+    assert effective_history([first]) == {1: "a", 2: "b", 3: "c"}
+    assert effective_history([first, (2, {3: "d"}), (3, {}), (3, {4: "e"})]) == {1: "a", 2: "b", 3: "d", 4: "e"}
+    assert effective_history([first, (1, {})]) == {1: "a"}

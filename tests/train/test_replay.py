@@ -12,7 +12,7 @@ from mesh_transformer.config import load_config
 from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.train import replay
-from mesh_transformer.train.provenance import RecipeError, find_changes, read_recipe
+from mesh_transformer.train.provenance import ProvenanceError, diff_environments, read_provenance
 from mesh_transformer.train.session import train_config
 
 
@@ -60,7 +60,7 @@ def all_devices(monkeypatch):
 
 
 def test_what_a_recipe_says(run_dir):
-    recipe = read_recipe(run_dir)
+    recipe = read_provenance(run_dir)
     assert recipe["config"]["train"]["steps"] == 6
     assert [start["step"] for start in recipe["starts"]] == [0]
     start = recipe["starts"][0]
@@ -68,11 +68,11 @@ def test_what_a_recipe_says(run_dir):
     assert start["devices"] == {"cpu": 8}
     assert len(recipe["data_fingerprint"]) == 16
     other = {**start, "devices": {"TPU v4": 8}, "versions": {**start["versions"], "jax": "0.1"}}
-    assert find_changes(other, start) == [
-        "devices: {'TPU v4': 8} then, {'cpu': 8} now",
-        f"jax: 0.1 then, {start['versions']['jax']} now",
+    assert diff_environments(other, start) == [
+        "devices: was {'TPU v4': 8}, now {'cpu': 8}",
+        f"jax: was 0.1, now {start['versions']['jax']}",
     ]
-    assert find_changes(start, dict(start)) == []
+    assert diff_environments(start, dict(start)) == []
 
 
 def test_made_again_it_is_equal_but_for_the_loss_that_was_changed(run_dir, programs, capsys, tmp_path):
@@ -116,11 +116,11 @@ def test_a_step_taken_again(run_dir, programs, capsys):
 
 def test_without_a_recipe_or_its_data_nothing_is_made_up(run_dir, programs, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 1.0}\n')
-    with pytest.raises(RecipeError, match=r"recipe\.json: there is none"):
+    with pytest.raises(ProvenanceError, match=r"recipe\.json: no such file"):
         programs["reproduce"].main([str(tmp_path)])
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
     recipe = json.loads((copy / "recipe.json").read_text())
     (copy / "recipe.json").write_text(json.dumps({**recipe, "data_fingerprint": "0" * 16}))
-    with pytest.raises(RecipeError, match="holds other data now"):
+    with pytest.raises(ProvenanceError, match="holds other data now"):
         programs["reproduce"].main([str(copy)])

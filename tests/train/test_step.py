@@ -13,8 +13,8 @@ import pytest
 
 from mesh_transformer.config import Config, parse_config
 from mesh_transformer.data.loader import Batch
-from mesh_transformer.mesh import Layout, make_layout, use_layout
-from mesh_transformer.train.state import WINDOW, State, describe_state, flatten_state, make_init_state, state_shardings
+from mesh_transformer.mesh import MeshLayout, make_layout, use_layout
+from mesh_transformer.train.state import GUARD_WINDOW, State, describe_state, flatten_state, make_init_state, state_shardings
 from mesh_transformer.train.step import make_gradients, make_train_step
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "train_curve.json"
@@ -48,7 +48,7 @@ def make_batch(step: int) -> Batch:
 _compiled: dict[str, tuple] = {}
 
 
-def compile_config(config: Config) -> tuple[Layout, State, Callable]:
+def compile_config(config: Config) -> tuple[MeshLayout, State, Callable]:
     """Layout, initial state and step of a configuration; compiled once for all tests."""
     if repr(config) not in _compiled:
         count = max(config.mesh.data, 1) * config.mesh.fsdp * config.mesh.tensor * config.mesh.expert
@@ -211,9 +211,9 @@ def test_a_spike_is_skipped_once_the_window_is_full(field):
     typical = runner.step(make_batch(0))
     calm = dict(losses=float(typical["loss"]), grad_norms=float(typical["grad_norm"]))
     calm[field] /= 6  # what follows looks like six medians
-    guard = runner.state.guard.replace(**{name: jnp.full(WINDOW, value) for name, value in calm.items()})
-    filling = runner.state.replace(guard=guard.replace(accepted=jnp.int32(WINDOW - 1)))
-    full = runner.state.replace(guard=guard.replace(accepted=jnp.int32(WINDOW)))
+    guard = runner.state.guard.replace(**{name: jnp.full(GUARD_WINDOW, value) for name, value in calm.items()})
+    filling = runner.state.replace(guard=guard.replace(accepted=jnp.int32(GUARD_WINDOW - 1)))
+    full = runner.state.replace(guard=guard.replace(accepted=jnp.int32(GUARD_WINDOW)))
     runner.state = filling
     assert int(runner.step(make_batch(1))["skipped"]) == 0
     runner.state = full

@@ -39,7 +39,7 @@ from mesh_transformer.convert.lazy_arrays import (
 )
 from mesh_transformer.model.positions import T5_BUCKETS
 from mesh_transformer.storage.errors import CheckpointError, StorageError
-from mesh_transformer.storage.paths import Place
+from mesh_transformer.storage.paths import AnyPath
 
 PIECES = 16
 READERS = 4  # pieces opened at once
@@ -110,7 +110,7 @@ HEAD = (
 RELATIVE = Entry("relative_position_embs/rel_embedding", "relative_bias/table", "heads buckets", 0)
 
 
-def open_gptj(folder: Place, old_config: Mapping[str, Any], where: str = "the configuration") -> Foreign:
+def open_gptj(folder: AnyPath, old_config: Mapping[str, Any], where: str = "the configuration") -> Foreign:
     """The model in a folder step_<N>, and Adam's state where it is there; `where` names the configuration in errors.
 
     CheckpointError lists whatever is missing, damaged or does not fit the configuration.
@@ -140,7 +140,7 @@ def open_gptj(folder: Place, old_config: Mapping[str, Any], where: str = "the co
     return Foreign(model, arrays, step, "gpt2", tuple(_make_notes(folder, len(shards), step, full, config)))
 
 
-def find_weights(folder: Place, old_config: Mapping[str, Any]) -> list[list[FileArray]]:
+def find_weights(folder: AnyPath, old_config: Mapping[str, Any]) -> list[list[FileArray]]:
     """The weights of each shard in their order, without Adam's state and counters; see `open_gptj` for what is checked."""
     shards, n = _read_shards(folder), len(list_slots(make_model_config(read_model(old_config), folder)))
     return [shard[-1 - n : -1] for shard in shards]
@@ -190,7 +190,7 @@ def _list_norms(module: str, ours: str, config: ModelConfig) -> list[Entry]:
     return [Entry(f"{module}{name}/{leaf}", f"{ours}/{own}", pattern, how) for leaf, own in leaves.items()]
 
 
-def _read_shards(folder: Place) -> list[list[FileArray]]:
+def _read_shards(folder: AnyPath) -> list[list[FileArray]]:
     """The leaves of each shard, in order."""
     if (folder / "params").is_dir():
         raise CheckpointError(
@@ -222,7 +222,7 @@ def _read_shards(folder: Place) -> list[list[FileArray]]:
     return shards
 
 
-def _try_piece(path: Place) -> list[FileArray] | str:
+def _try_piece(path: AnyPath) -> list[FileArray] | str:
     """The arrays of a piece, or what is wrong with it."""
     try:
         return read_npz(path)
@@ -234,7 +234,7 @@ def _try_piece(path: Place) -> list[FileArray] | str:
         return f": {error}"
 
 
-def _count_layers(leaves: int, config: ModelConfig, folder: Place, where: str) -> tuple[int, bool]:
+def _count_layers(leaves: int, config: ModelConfig, folder: AnyPath, where: str) -> tuple[int, bool]:
     """How many layers so many leaves are, and whether Adam's state is among them; no number can be both."""
     one, two = (len(list_slots(dataclasses.replace(config, n_layers=n, attention_pattern=("global",)))) for n in (1, 2))
     for full, copies, counters in ((False, 1, 1), (True, 3, 3)):
@@ -296,7 +296,7 @@ def _make_find(
     return find
 
 
-def _read_count(shards: Sequence[Sequence[FileArray]], place: int, name: str, folder: Place) -> int:
+def _read_count(shards: Sequence[Sequence[FileArray]], place: int, name: str, folder: AnyPath) -> int:
     leaves = [shard[place] for shard in shards]
     if any(leaf.dtype.kind not in "iu" or math.prod(leaf.shape) != 1 for leaf in leaves):
         raise CheckpointError(f"{folder}: {name} is not an integer but {leaves[0].dtype}{list(leaves[0].shape)}")
@@ -306,7 +306,7 @@ def _read_count(shards: Sequence[Sequence[FileArray]], place: int, name: str, fo
     return values[0]
 
 
-def _make_notes(folder: Place, shards: int, step: int, full: bool, config: ModelConfig) -> Iterator[str]:
+def _make_notes(folder: AnyPath, shards: int, step: int, full: bool, config: ModelConfig) -> Iterator[str]:
     yield "the embedding's bias, added to every token, is folded into w_tokens, which is float32 for that"
     yield f"the biases b_out, of which each of the {shards} shards added its own, are summed in float32"
     used = "those of shard 0, the only ones that were used" if config.norm == "layernorm" else "the mean of all shards'"

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face's config.json <-> our [model], a pair of functions for each kind of model."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -135,7 +136,10 @@ def _read_rope(s: Settings, *base_keys: str) -> tuple[dict[str, Any], dict[str, 
     if kind == "llama3":
         if missing := [key for key in LLAMA3 if key not in rope]:
             raise CheckpointError(f"{s.where}: rotary embeddings of type 'llama3' lack {', '.join(missing)}")
-        fields["rope_scaling"] = [float(rope[key]) for key in LLAMA3]
+        factor, low, high, length = (rope[key] for key in LLAMA3)
+        fields["rope_scaling"] = dict(
+            factor=float(factor), low_freq_factor=float(low), high_freq_factor=float(high), original_seq_len=int(length)
+        )
     elif kind != "default":
         raise CheckpointError(
             f"{s.where}: rotary embeddings of type {kind!r} are not supported; supported: 'default', 'llama3'"
@@ -147,8 +151,7 @@ def _write_rope(c: ModelConfig) -> dict[str, Any]:
     """The rope settings, with the keys of transformers before 5 and since."""
     if c.rope_scaling is None:
         return {"rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
-    scaling = dict(zip(LLAMA3, c.rope_scaling, strict=True), rope_type="llama3")
-    scaling["original_max_position_embeddings"] = int(c.rope_scaling[3])
+    scaling: dict[str, Any] = dict(zip(LLAMA3, dataclasses.astuple(c.rope_scaling), strict=True), rope_type="llama3")
     return {
         "rope_theta": c.rope_theta,
         "rope_scaling": scaling,

@@ -23,19 +23,19 @@ from mesh_transformer.convert.import_plan import (
 )
 from mesh_transformer.convert.lazy_arrays import Composed, FileArray, Lazy, Row, Stack, View, whole
 from mesh_transformer.storage.errors import CheckpointError, StorageError
-from mesh_transformer.storage.paths import Place, local_copy
+from mesh_transformer.storage.paths import AnyPath, local_copy
 
 CONFIG = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 CARRIED = (*TOKENIZER_FILES, "generation_config.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model")
 
 
-def is_huggingface(folder: Place) -> bool:
+def is_huggingface(folder: AnyPath) -> bool:
     """Whether a folder looks like a model of transformers."""
     return (folder / CONFIG).is_file()
 
 
-def open_huggingface(folder: Place) -> Foreign:
+def open_huggingface(folder: AnyPath) -> Foreign:
     """What is in a model folder; CheckpointError lists all tensors that are missing, unknown or of another shape."""
     settings, family = read_settings(folder)
     model = family.read_config(settings)
@@ -55,7 +55,7 @@ def open_huggingface(folder: Place) -> Foreign:
     return Foreign(model, arrays, 0, tokenizer, tuple(notes))
 
 
-def read_settings(folder: Place) -> tuple[Settings, Family]:
+def read_settings(folder: AnyPath) -> tuple[Settings, Family]:
     """config.json and its family; CheckpointError if it is not there or of no family in names.py."""
     path = folder / CONFIG
     try:
@@ -159,7 +159,7 @@ def find_name(
     raise KeyError(names[0])
 
 
-def _check_tied(tensors: Mapping[str, FileArray], family: Family, used: set[str], folder: Place) -> list[str]:
+def _check_tied(tensors: Mapping[str, FileArray], family: Family, used: set[str], folder: AnyPath) -> list[str]:
     """A tied model's file may hold its head as well; it must then be the embedding itself."""
     try:
         head = find_name(tensors, family, family.entries["w_head"], None)
@@ -175,7 +175,7 @@ def _check_copy(
     copy: str,
     table: str,
     used: set[str],
-    folder: Place,
+    folder: AnyPath,
     reason: str = "where one table serves for both",
 ) -> list[str]:
     """What is stored a second time must be the same."""

@@ -26,7 +26,7 @@ import numpy as np
 from mesh_transformer.convert.lazy_arrays import FileArray, pack, to_dtype
 from mesh_transformer.storage.direct_io import DirectFile
 from mesh_transformer.storage.errors import CheckpointError, StorageError
-from mesh_transformer.storage.paths import Place
+from mesh_transformer.storage.paths import AnyPath
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 ROWS = 512  # of a tensor that are turned at once before parts of them are written
@@ -45,7 +45,7 @@ MAX_HEADER_BYTES = 100_000_000
 _ONE_HEADER = threading.Lock()
 
 
-def find_tensors(folder: Place) -> dict[str, FileArray]:
+def find_tensors(folder: AnyPath) -> dict[str, FileArray]:
     """Every tensor in a Hugging Face model folder; CheckpointError if files are missing, damaged, or name one twice."""
     for name, read in ((SAFETENSORS, read_safetensors), (TORCH, read_torch)):
         if (folder / name).is_file():
@@ -57,7 +57,7 @@ def find_tensors(folder: Place) -> dict[str, FileArray]:
     raise CheckpointError(f"{folder}: no {SAFETENSORS} or {TORCH}, nor an index of them; it holds: {held}")
 
 
-def read_safetensors(path: Place) -> dict[str, FileArray]:
+def read_safetensors(path: AnyPath) -> dict[str, FileArray]:
     """The tensors of one file; CheckpointError unless they fill it exactly."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -82,7 +82,7 @@ def read_safetensors(path: Place) -> dict[str, FileArray]:
     return tensors
 
 
-def read_torch(path: Place) -> dict[str, FileArray]:
+def read_torch(path: AnyPath) -> dict[str, FileArray]:
     """The tensors of one .bin; its pickle is read by rules that know tensors only, and nothing in it is run."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -115,7 +115,7 @@ def read_torch(path: Place) -> dict[str, FileArray]:
     return tensors
 
 
-def read_npz(path: Place) -> list[FileArray]:
+def read_npz(path: AnyPath) -> list[FileArray]:
     """Where the arrays of an .npz lie; ValueError or BadZipFile if that cannot be relied upon."""
     arrays = []
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -190,7 +190,7 @@ def write_values(place: FileArray, first: int, values: np.ndarray, dim: int = 0)
     inner = math.prod(place.shape[dim + 1 :]) * place.dtype.itemsize
     start, stride = place.offset + first * inner, inner * place.shape[dim] if dim else 0
     values = values.astype(place.dtype, copy=False).reshape(rows, -1)
-    with DirectFile(Path(str(place.path)), empty=False) as file:
+    with DirectFile(Path(str(place.path)), truncate=False) as file:
         if not dim:
             file.write_at(values.view(np.uint8).data, start)
             return
@@ -239,7 +239,7 @@ def _c_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _data_offset(file: IO[bytes], path: Place, info: zipfile.ZipInfo) -> int:
+def _data_offset(file: IO[bytes], path: AnyPath, info: zipfile.ZipInfo) -> int:
     """Where a member's bytes begin; the local header's lengths are its own."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise CheckpointError(f"{path}: member {info.filename} is compressed; save it with PyTorch 1.6 or later")
@@ -251,7 +251,7 @@ def _data_offset(file: IO[bytes], path: Place, info: zipfile.ZipInfo) -> int:
     return info.header_offset + 30 + name_length + extra_length
 
 
-def _read_indexed(index: Place, read: Any) -> dict[str, FileArray]:
+def _read_indexed(index: AnyPath, read: Any) -> dict[str, FileArray]:
     try:
         weight_map = json.loads(index.read_bytes(), object_pairs_hook=_no_duplicates)["weight_map"]
         files = sorted(set(weight_map.values()))
@@ -279,7 +279,7 @@ def _read_indexed(index: Place, read: Any) -> dict[str, FileArray]:
     return tensors
 
 
-def _read_entry(path: Place, start: int, entry: Mapping[str, Any]) -> FileArray:
+def _read_entry(path: AnyPath, start: int, entry: Mapping[str, Any]) -> FileArray:
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if entry["dtype"] not in DTYPES or not all(type(x) is int and x >= 0 for x in (*shape, begin, end)):

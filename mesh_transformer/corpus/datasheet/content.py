@@ -35,7 +35,7 @@ def describe_corpus(corpus: Corpus, out: Path) -> dict[str, Any]:
     """All numbers, texts and samples of the datasheet."""
     recipe = corpus.recipe
     names = [name for name in recipe.components if name not in corpus.missing]
-    effective = sum(record["train"]["copied_bytes"] for record in corpus.tokenised)
+    effective = sum(record["train"]["copied_bytes"] for record in corpus.tokenized)
     inputs = corpus.manifest["inputs"]
     sheet = {
         "name": recipe.corpus.name,
@@ -50,7 +50,7 @@ def describe_corpus(corpus: Corpus, out: Path) -> dict[str, Any]:
             "bands_and_rows": recipe.duplicates.bands_and_rows,
             "matrix": corpus.matrix,
         },
-        "proof": corpus.proof,
+        "proof": corpus.split_check,
         "survey": corpus.survey,
         "samples": _collect_samples(out),
         "inputs": {
@@ -66,7 +66,7 @@ def describe_corpus(corpus: Corpus, out: Path) -> dict[str, Any]:
 def _describe_component(corpus: Corpus, name: str, effective: int) -> dict[str, Any]:
     read = [record for record in corpus.filtered if record["component"] == name]
     kept = [record for record in corpus.selected if record["component"] == name]
-    tokens = [record for record in corpus.tokenised if record["component"] == name]
+    tokens = [record for record in corpus.tokenized if record["component"] == name]
     config = corpus.recipe.components[name]
     raw_bytes, raw_documents = (_sum(read, "raw", field) for field in ("bytes", "documents"))
     train_bytes, train_documents = (_sum(tokens, "train", field) for field in ("bytes", "documents"))

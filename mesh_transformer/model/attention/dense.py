@@ -8,10 +8,10 @@ from jaxtyping import Array, Bool, Float
 
 from mesh_transformer.model.linear import dropout
 
-MASKED = -1e30  # a finite score: a row with nothing to see gives a mean, not NaN
+MASK_VALUE = -1e30  # a finite score: a row with nothing to see gives a mean, not NaN
 
 
-def attend(
+def dense_attention(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S K C"],
     v: Float[Array, "B S K C"],
@@ -37,7 +37,7 @@ def attend(
     if bias is not None:
         scores = scores + bias.reshape(bias.shape[0], kv_heads, group, t, s)
     # Added, not selected, and divided by after the product: the gradient then passes over the scores twice less.
-    scores = scores + jnp.where(visible, 0.0, MASKED)[:, None, None]
+    scores = scores + jnp.where(visible, 0.0, MASK_VALUE)[:, None, None]
     scores = scores.reshape(batch, kv_heads, group * t, s)
     exps = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     weights = dropout(exps.astype(v.dtype), dropout_rate)
@@ -48,7 +48,7 @@ def attend(
     )
 
 
-def attend_in_blocks(
+def dense_attention_in_blocks(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B T K C"],
     v: Float[Array, "B T K C"],
@@ -64,5 +64,5 @@ def attend_in_blocks(
     for start in range(0, q.shape[1], length):
         rows, seen = slice(start, start + length), slice(start + length)
         own_bias = None if bias is None else bias[:, :, rows, seen]
-        mixed.append(attend(q[:, rows], k[:, seen], v[:, seen], visible[:, rows, seen], own_bias, **options))
+        mixed.append(dense_attention(q[:, rows], k[:, seen], v[:, seen], visible[:, rows, seen], own_bias, **options))
     return jnp.concatenate(mixed, axis=1)

@@ -17,16 +17,16 @@ from jaxtyping import Array, Float
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import current_layout, target_chip, target_platform
-from mesh_transformer.model.attention.dense import attend, attend_in_blocks
+from mesh_transformer.model.attention.dense import dense_attention, dense_attention_in_blocks
 from mesh_transformer.model.attention.masks import AttentionContext
-from mesh_transformer.model.attention.ring import Ring, attend_in_ring
+from mesh_transformer.model.attention.ring import Ring, ring_attention
 from mesh_transformer.model.positions import alibi_slopes
 
 LONG = 1024  # on a CPU all scores at once are faster up to here; beyond, memory counts
 BLOCK = 512  # places in a block at most
 
 
-def choose_kernel(config: ModelConfig, length: int, *, segmented: bool, cached: bool) -> str:
+def choose_kernel(config: ModelConfig, length: int, *, has_segments: bool, cached: bool) -> str:
     """The kernel for sequences of `length`; ConfigError with the remedy where the one asked for cannot do it."""
     if cached:
         return "dense"
@@ -35,7 +35,7 @@ def choose_kernel(config: ModelConfig, length: int, *, segmented: bool, cached: 
     if wanted == "auto" and pieces > 1:
         wanted = "blockwise"  # the alternative gathers the sequence, which must be said
     if wanted != "auto":
-        if reason := _refuse(wanted, config, length, segmented=segmented):
+        if reason := _refuse(wanted, config, length, segmented=has_segments):
             raise ConfigError(f'model.attention_kernel = "{wanted}": {reason}; "dense" can do it')
         return wanted
     match target_platform():
@@ -45,7 +45,7 @@ def choose_kernel(config: ModelConfig, length: int, *, segmented: bool, cached: 
             ranking = ("cudnn", "triton", "blockwise", "dense")
         case _:
             ranking = ("blockwise", "dense") if length > LONG else ("dense",)
-    return next(kernel for kernel in ranking if not _refuse(kernel, config, length, segmented=segmented))
+    return next(kernel for kernel in ranking if not _refuse(kernel, config, length, segmented=has_segments))
 
 
 def _refuse(kernel: str, config: ModelConfig, length: int, *, segmented: bool) -> str | None:
@@ -84,7 +84,7 @@ def _is_even(length: int, pieces: int) -> bool:
 
 def _ring_size() -> int:
     layout = current_layout()
-    return 1 if layout is None else layout.pieces("sequence")
+    return 1 if layout is None else layout.num_shards("sequence")
 
 
 def _block_length(length: int, pieces: int) -> int:
@@ -93,7 +93,7 @@ def _block_length(length: int, pieces: int) -> int:
     return next(size for size in range(min(BLOCK, whole), 0, -1) if whole % size == 0)
 
 
-def attend_by(
+def dispatch_attention(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S K C"],
     v: Float[Array, "B S K C"],
@@ -114,7 +114,7 @@ def attend_by(
         return KERNELS[sight.kernel](q * scale, k, v, segments, slopes, window)
 
     if layout is None:
-        return compute(q, k, v, sight.segments, slopes)
+        return compute(q, k, v, sight.segment_ids, slopes)
     # Kernels are opaque to the partitioner, and rings are explicit: every device computes its own rows and heads.
     wide, narrow = (
         layout.spec(("batch", "sequence", heads, "head_dim"), x.shape, f"activation [{heads}]")
@@ -127,7 +127,7 @@ def attend_by(
         in_specs=(wide, narrow, narrow, flat, layout.spec(("heads",), (config.n_heads,), "slopes")),
         out_specs=wide,
         check_vma=False,
-    )(q, k, v, sight.segments, slopes)
+    )(q, k, v, sight.segment_ids, slopes)
 
 
 def _attend_plainly(
@@ -136,12 +136,12 @@ def _attend_plainly(
     assert sight.masks is not None
     masks = sight.masks
     options: dict[str, Any] = dict(scale=scale, dropout_rate=config.dropout)
-    visible, length = masks.near if local else masks.visible, q.shape[1]
+    visible, length = masks.windowed if local else masks.full, q.shape[1]
     # On a CPU the work saved counts, as long as a block is long; on accelerators one large product is faster.
     n_blocks = next((n for n in (4, 2) if length % n == 0 and length >= 64 * n), 1)
     if config.causal and k.shape[1] == length and n_blocks > 1 and target_platform() == "cpu" and _ring_size() == 1:
-        return attend_in_blocks(q, k, v, visible, masks.bias, n_blocks=n_blocks, **options)
-    return attend(q, k, v, visible, masks.bias, **options)
+        return dense_attention_in_blocks(q, k, v, visible, masks.bias, n_blocks=n_blocks, **options)
+    return dense_attention(q, k, v, visible, masks.bias, **options)
 
 
 def _own_heads(x: Float[Array, "B T K C"], heads: int, config: ModelConfig) -> Float[Array, "B T k C"]:
@@ -169,7 +169,7 @@ def _blocked(q: Array, k: Array, v: Array, segments: Any, slopes: Any, window: i
     q = q.reshape(batch, length, kv_heads, -1, channels).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     slopes = None if slopes is None else slopes.reshape(kv_heads, -1)
-    mixed: Any = attend_in_ring(q, k, v, segments, slopes, ring)
+    mixed: Any = ring_attention(q, k, v, segments, slopes, ring)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
 
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mesh_transformer.model.quantization import Quantized, quantize, widen
+from mesh_transformer.model.quantization import Quantized, quantize, dequantize
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of one layer, or of a stack of them; the place of a token in the cache is its position.
 
     Heads come before places, so that the keys of a head are one matrix and attention's products read them as they lie.
@@ -19,22 +19,22 @@ class Cache(NamedTuple):
 
     k: Float[Array, "*L B K S C"] | Quantized
     v: Float[Array, "*L B K S C"] | Quantized
-    memory: Any = None  # of a layer that attends to an encoder: a Cache of the encoder's places
+    cross_attention: Any = None  # of a layer that attends to an encoder: a Cache of the encoder's places
 
 
 class Masks(NamedTuple):
     """Every pair of query and key, for the kernel that forms all scores at once."""
 
-    visible: Bool[Array, "#B T S"]  # on global layers
-    near: Bool[Array, "#B T S"]  # on local layers: visible, and within the window
+    full: Bool[Array, "#B T S"]  # on global layers
+    windowed: Bool[Array, "#B T S"]  # on local layers: visible, and within the window
     bias: Float[Array, "#B H T S"] | None  # added to scores
 
 
-class Memory(NamedTuple):
+class EncoderOutput(NamedTuple):
     """What an encoder read, for the layers of its decoder."""
 
-    x: Float[Array, "B S D"] | None  # None: its keys and values are in the cache
-    visible: Bool[Array, "#B T S"]  # which of its places each query sees
+    hidden_states: Float[Array, "B S D"] | None  # None: its keys and values are in the cache
+    mask: Bool[Array, "#B T S"]  # which of its places each query sees
 
 
 class AttentionContext(NamedTuple):
@@ -42,13 +42,13 @@ class AttentionContext(NamedTuple):
 
     kernel: str  # of model.attention_kernel, "auto" resolved
     positions: Int[Array, "B T"]  # for rotary embeddings
-    segments: Int[Array, "B T"] | None  # attention stays within equal ones
+    segment_ids: Int[Array, "B T"] | None  # attention stays within equal ones
     masks: Masks | None  # for the kernel "dense"; the others find out block by block
-    sampling: bool = False  # a text is being read or written: experts take every token
-    memory: Memory | None = None  # of a decoder that has an encoder
+    decoding: bool = False  # a text is being read or written: experts take every token
+    encoder_output: EncoderOutput | None = None  # of a decoder that has an encoder
 
 
-def store(cache: Cache, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], positions: Int[Array, "B T"]) -> Cache:
+def write_kv(cache: KVCache, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], positions: Int[Array, "B T"]) -> KVCache:
     """One layer's cache with keys and values written at `positions`; places outside the cache are dropped."""
     if positions.size == 1:
         # XLA turns a scatter of one update into a slice update and fuses that into both its readers, which copies the
@@ -64,6 +64,6 @@ def store(cache: Cache, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], 
     return cache._replace(k=put(cache.k, k), v=put(cache.v, v))
 
 
-def recall(cache: Cache, dtype: Any) -> tuple[Float[Array, "B S K C"], Float[Array, "B S K C"]]:
+def read_kv(cache: KVCache, dtype: Any) -> tuple[Float[Array, "B S K C"], Float[Array, "B S K C"]]:
     """One layer's keys and values in the type and order that attention takes."""
-    return widen(cache.k, dtype).swapaxes(1, 2), widen(cache.v, dtype).swapaxes(1, 2)
+    return dequantize(cache.k, dtype).swapaxes(1, 2), dequantize(cache.v, dtype).swapaxes(1, 2)

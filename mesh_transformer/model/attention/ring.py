@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from mesh_transformer.config import ConfigError
 from mesh_transformer.mesh import constrain, current_layout
-from mesh_transformer.model.attention.dense import MASKED
+from mesh_transformer.model.attention.dense import MASK_VALUE
 
 
 class Ring(NamedTuple):
@@ -35,15 +35,15 @@ class Ring(NamedTuple):
     window: int | None  # a query sees this many keys, itself included; None: all before it
 
 
-class Step(NamedTuple):
+class RingStep(NamedTuple):
     """What every device does while it has the keys of the device `shift` places before it."""
 
     shift: int
     # Row for each device; columns: block of queries, block of keys, first place of each, and whether to count it at all.
-    pairs: Int[np.ndarray, "n P 5"]
+    block_pairs: Int[np.ndarray, "n P 5"]
 
 
-def ring_order(length: int, size: int) -> Int[np.ndarray, "T"]:
+def zigzag_order(length: int, size: int) -> Int[np.ndarray, "T"]:
     """Places of a sequence in the order in which a ring of `size` devices holds them; `length` is a multiple of 2 size."""
     if size == 1:
         return np.arange(length)
@@ -51,19 +51,19 @@ def ring_order(length: int, size: int) -> Int[np.ndarray, "T"]:
     return np.concatenate([np.concatenate([pieces[i], pieces[2 * size - 1 - i]]) for i in range(size)])
 
 
-def to_ring_order(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "B T *rest"]:
+def to_zigzag(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "B T *rest"]:
     """Along the sequence as the devices of a ring hold it; unchanged where sequences are not cut."""
-    return _reorder(x, ring_order)
+    return _reorder(x, zigzag_order)
 
 
-def from_ring_order(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "B T *rest"]:
+def from_zigzag(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "B T *rest"]:
     """Along the sequence as it is read. Moves all of x between devices."""
-    return _reorder(x, lambda *sizes: np.argsort(ring_order(*sizes)))
+    return _reorder(x, lambda *sizes: np.argsort(zigzag_order(*sizes)))
 
 
 def _reorder(x: Array, order: Callable[[int, int], np.ndarray]) -> Array:
     layout = current_layout()
-    size = 1 if layout is None else layout.pieces("sequence")
+    size = 1 if layout is None else layout.num_shards("sequence")
     if size == 1:
         return x
     if x.shape[1] % (2 * size):
@@ -75,10 +75,10 @@ def _reorder(x: Array, order: Callable[[int, int], np.ndarray]) -> Array:
 
 
 @cache
-def make_steps(length: int, ring: Ring) -> list[Step]:
+def make_block_schedule(length: int, ring: Ring) -> list[RingStep]:
     """The table for `length` places on each device: every pair of blocks of which something is visible, once."""
     n, block = ring.size, ring.block
-    starts = ring_order(n * length, n).reshape(n, -1, block)[:, :, 0]
+    starts = zigzag_order(n * length, n).reshape(n, -1, block)[:, :, 0]
     steps = []
     for shift in range(n):
         rows = []
@@ -96,7 +96,7 @@ def make_steps(length: int, ring: Ring) -> list[Step]:
         # Devices with less to do repeat a pair without counting it: all walk through the same program.
         filled = [row + [(0, 0, queries[0], queries[0], 0)] * (longest - len(row)) for row in rows]
         if longest:
-            steps.append(Step(shift, np.array(filled, np.int32)))
+            steps.append(RingStep(shift, np.array(filled, np.int32)))
     return steps
 
 
@@ -112,9 +112,9 @@ def _scores(
         visible = visible & (distance < ring.window)
     if slopes is not None:
         scores = scores - slopes[None, :, :, None, None] * distance[None, None, None].astype(jnp.float32)
-    hidden = jnp.where(visible, 0.0, MASKED)[None]
+    hidden = jnp.where(visible, 0.0, MASK_VALUE)[None]
     if segments is not None:
-        hidden = jnp.where(visible[None] & (segments[0][:, :, None] == segments[1][:, None]), 0.0, MASKED)
+        hidden = jnp.where(visible[None] & (segments[0][:, :, None] == segments[1][:, None]), 0.0, MASK_VALUE)
     return scores + hidden[:, None, None]
 
 
@@ -130,7 +130,7 @@ def _take_segments(own: Array | None, other: Array | None, pair: Any, ring: Ring
     return None if own is None else (_take(own, pair[0], ring, 1), _take(other, pair[1], ring, 1))  # type: ignore[arg-type]
 
 
-def _pass_on(moving: Any, ring: Ring, distance: int) -> Any:
+def _rotate(moving: Any, ring: Ring, distance: int) -> Any:
     """What the device `distance` places before had."""
     if distance % ring.size == 0:
         return moving
@@ -138,12 +138,12 @@ def _pass_on(moving: Any, ring: Ring, distance: int) -> Any:
     return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axis, routes), moving)
 
 
-def _pairs_here(step: Step, ring: Ring) -> Int[Array, "P 5"]:
-    return jnp.asarray(step.pairs)[0 if ring.axis is None else jax.lax.axis_index(ring.axis)]
+def _local_block_pairs(step: RingStep, ring: Ring) -> Int[Array, "P 5"]:
+    return jnp.asarray(step.block_pairs)[0 if ring.axis is None else jax.lax.axis_index(ring.axis)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend_in_ring(
+def ring_attention(
     q: Float[Array, "B K G T C"],
     k: Float[Array, "B K T C"],
     v: Float[Array, "B K T C"],
@@ -159,12 +159,12 @@ def _forward(q: Array, k: Array, v: Array, segments: Any, slopes: Any, ring: Rin
     moving, at = (k, v, segments), 0
     # Running maximum, sum and mixture of every query; the diagonal comes first, so the maximum is real from then on.
     carry = (
-        jnp.full(q.shape[:-1], MASKED, jnp.float32),
+        jnp.full(q.shape[:-1], MASK_VALUE, jnp.float32),
         jnp.zeros(q.shape[:-1], jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
-    for step in make_steps(q.shape[3], ring):
-        moving, at = _pass_on(moving, ring, step.shift - at), step.shift
+    for step in make_block_schedule(q.shape[3], ring):
+        moving, at = _rotate(moving, ring, step.shift - at), step.shift
         k_now, v_now, segments_now = moving
 
         def fold(
@@ -187,7 +187,7 @@ def _forward(q: Array, k: Array, v: Array, segments: Any, slopes: Any, ring: Rin
                 jax.lax.dynamic_update_slice_in_dim(x, part, start, 3) for x, part in zip(carry, new, strict=True)
             ), None
 
-        carry, _ = jax.lax.scan(fold, carry, _pairs_here(step, ring))
+        carry, _ = jax.lax.scan(fold, carry, _local_block_pairs(step, ring))
     high, total, mixed = carry
     out = (mixed / total[..., None]).astype(q.dtype)
     return out, (q, k, v, segments, slopes, out, high + jnp.log(total))
@@ -199,8 +199,8 @@ def _backward(ring: Ring, kept: tuple, gradient: Array) -> tuple:
     along = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     dq, dkv = jnp.zeros(q.shape, jnp.float32), (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
     moving, at = (k, v, segments, dkv), 0
-    for step in make_steps(q.shape[3], ring):
-        moving, at = _pass_on(moving, ring, step.shift - at), step.shift
+    for step in make_block_schedule(q.shape[3], ring):
+        moving, at = _rotate(moving, ring, step.shift - at), step.shift
         k_now, v_now, segments_now, dkv = moving
 
         def fold(
@@ -221,10 +221,10 @@ def _backward(ring: Ring, kept: tuple, gradient: Array) -> tuple:
                 _add(dv, product("bkgts,bkgtc->bksc", weights.astype(q.dtype), outer), pair[1], ring, 2),
             ), None
 
-        (dq, *dkv), _ = jax.lax.scan(fold, (dq, *dkv), _pairs_here(step, ring))
+        (dq, *dkv), _ = jax.lax.scan(fold, (dq, *dkv), _local_block_pairs(step, ring))
         moving = (k_now, v_now, segments_now, tuple(dkv))
-    dk, dv = _pass_on(moving[3], ring, -at)
+    dk, dv = _rotate(moving[3], ring, -at)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
-attend_in_ring.defvjp(_forward, _backward)
+ring_attention.defvjp(_forward, _backward)

@@ -26,12 +26,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.mesh import Layout, axes_of, current_layout
-from mesh_transformer.model.attention.ring import to_ring_order
+from mesh_transformer.mesh import MeshLayout, axes_of, current_layout
+from mesh_transformer.model.attention.ring import to_zigzag
 from mesh_transformer.model.feed_forward import ACTIVATIONS
 from mesh_transformer.model.moe.router import (
     Choices,
-    Routing,
+    RoutingStats,
     describe_routing,
     find_capacity,
     rank_tokens,
@@ -39,7 +39,7 @@ from mesh_transformer.model.moe.router import (
     take_turns,
 )
 from mesh_transformer.model.params import Inits, param
-from mesh_transformer.model.quantization import widen
+from mesh_transformer.model.quantization import dequantize
 
 
 class Weights(NamedTuple):
@@ -79,7 +79,7 @@ class Experts(hk.Module):
         assert config.experts is not None
         self.choices = config.experts
 
-    def __call__(self, x: Float[Array, "B T D"], *, decoding: bool) -> tuple[Float[Array, "B T D"], Routing]:
+    def __call__(self, x: Float[Array, "B T D"], *, decoding: bool) -> tuple[Float[Array, "B T D"], RoutingStats]:
         """The layer's contribution to the residual stream.
 
         A random key is given in training alone. While `decoding`, a token goes to its likeliest experts, which take it:
@@ -87,12 +87,12 @@ class Experts(hk.Module):
         """
         c, e, inits = self.config, self.choices, self.inits
         key = hk.maybe_next_rng_key()
-        w_router = param("w_router", inits.inner, embed=c.d_model, router=e.n_experts)
-        w_in = param("w_in", inits.inner, expert=e.n_experts, embed=c.d_model, ff=c.ff_dim)
-        w_gate = param("w_gate", inits.inner, expert=e.n_experts, embed=c.d_model, ff=c.ff_dim) if c.gated_ffn else None
-        w_out = param("w_out", inits.residual, expert=e.n_experts, ff=c.ff_dim, embed=c.d_model)
-        wide_gate = None if w_gate is None else widen(w_gate, x.dtype)
-        weights = Weights(widen(w_in, x.dtype), wide_gate, widen(w_out, x.dtype))
+        w_router = param("w_router", inits.input, embed=c.d_model, router=e.n_experts)
+        w_in = param("w_in", inits.input, expert=e.n_experts, embed=c.d_model, ff=c.ff_dim)
+        w_gate = param("w_gate", inits.input, expert=e.n_experts, embed=c.d_model, ff=c.ff_dim) if c.gated_ffn else None
+        w_out = param("w_out", inits.output, expert=e.n_experts, ff=c.ff_dim, embed=c.d_model)
+        wide_gate = None if w_gate is None else dequantize(w_gate, x.dtype)
+        weights = Weights(dequantize(w_in, x.dtype), wide_gate, dequantize(w_out, x.dtype))
 
         logits = score_experts(x, w_router, key, e.router_jitter)
         factor = e.eval_capacity_factor if key is None else e.capacity_factor
@@ -162,7 +162,7 @@ def _draw_kept(
         return None
     key, keep = jax.random.fold_in(key, 1), 1.0 - c.experts.expert_dropout
     if capacity is None:
-        return to_ring_order(jax.random.bernoulli(key, keep, (*shape, c.ff_dim)))
+        return to_zigzag(jax.random.bernoulli(key, keep, (*shape, c.ff_dim)))
     return jax.random.bernoulli(key, keep, (c.experts.n_experts, shape[0] // group, capacity, c.ff_dim))
 
 
@@ -202,7 +202,7 @@ def _run_experts(
     )(weights, x, choices)
 
 
-def _find_places(layout: Layout, x: Array, weights: Weights, group: int) -> tuple[Places, Any]:
+def _find_places(layout: MeshLayout, x: Array, weights: Weights, group: int) -> tuple[Places, Any]:
     """Where tokens and weights lie. Weights are gathered along embed: what they are cut into there moves once."""
 
     def axes(names: tuple[str, ...], shape: tuple[int, ...], name: str) -> list[tuple[str, ...]]:

@@ -10,19 +10,19 @@ from typing import Any
 import jax
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.mesh import Layout, constrain, use_layout
+from mesh_transformer.mesh import MeshLayout, constrain, use_layout
 from mesh_transformer.model.transformer import init_cache, make_model
-from mesh_transformer.sample.engine.weights import choose_compiler_options, lay_out, split_layers
+from mesh_transformer.sample.engine.weights import choose_compiler_options, prepare_weights, unstack_layers
 
 
-class Bound:
+class CompiledModel:
     """One model as sampling runs it; of weights given as shapes, programs can only be lowered."""
 
     def __init__(
         self,
         config: ModelConfig,
         params: Mapping[str, Mapping[str, Any]],
-        layout: Layout | None,
+        layout: MeshLayout | None,
         *,
         weights: str = "saved",
         cache: str = "model",
@@ -37,7 +37,7 @@ class Bound:
         self.config = dataclasses.replace(config, scan_unroll=unroll, remat="none", dropout=0.0)
         self.layout = layout and layout._replace(rules={**layout.rules, "sequence": (), "activation_seq": ()})
         self.compilations: Counter[str] = Counter()
-        self.weights = lay_out(params, self.config, self.layout, weights)
+        self.weights = prepare_weights(params, self.config, self.layout, weights)
         self._cache_dtype = None if cache == "model" else cache
         self._model = make_model(self.config)
         with use_layout(self.layout):
@@ -53,7 +53,7 @@ class Bound:
 
     def _empty_caches(self, rows: int, cache_len: int, source_len: int = 0) -> Any:
         caches = init_cache(self.config, rows, cache_len, self._cache_dtype, source_len=source_len)
-        return constrain_caches(split_layers(caches))
+        return constrain_caches(unstack_layers(caches))
 
 
 def constrain_caches(caches: Any) -> Any:

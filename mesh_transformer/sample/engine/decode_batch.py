@@ -10,33 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import SampleConfig
-from mesh_transformer.sample.engine.device_state import Record, State
-from mesh_transformer.sample.engine.prefill import Reading, count_rows
-from mesh_transformer.sample.engine.programs import N_TOP, Programs
-from mesh_transformer.sample.engine.requests import Event, Row, stack_allowed, stack_rows
-from mesh_transformer.sample.engine.speculative import Proposer
+from mesh_transformer.sample.engine.device_state import StepOutput, DecodeState
+from mesh_transformer.sample.engine.prefill import PrefillBatch, count_rows
+from mesh_transformer.sample.engine.programs import MAX_TOP_LOGPROBS, EnginePrograms
+from mesh_transformer.sample.engine.requests import Event, Request, stack_allowed, stack_requests
+from mesh_transformer.sample.engine.speculative import Drafter
 
 
-class Seats:
+class DecodeBatch:
     """Some seats, of which those without a row are decoded in vain."""
 
-    def __init__(self, programs: Programs, pieces: int, bucket: Callable[[int], int], proposer: Proposer | None):
+    def __init__(self, programs: EnginePrograms, pieces: int, bucket: Callable[[int], int], proposer: Drafter | None):
         """Their number is a multiple of `pieces`; the cache has room for `bucket(length)` tokens."""
         self._programs, self._pieces, self._bucket, self._proposer = programs, pieces, bucket, proposer
-        self._seats: list[Row | None] = []
-        self._state: State | None = None
+        self._seats: list[Request | None] = []
+        self._state: DecodeState | None = None
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Request]:
         """Those that have a seat."""
         return [row for row in self._seats if row]
 
     @property
-    def state(self) -> State | None:
+    def state(self) -> DecodeState | None:
         """What is on the devices; None before the first row."""
         return self._state
 
-    def take_in(self, reading: Reading, rows: list[Row]) -> list[Event]:
+    def take_in(self, reading: PrefillBatch, rows: list[Request]) -> list[Event]:
         """Give rows whose prompts have been read a seat and their first token."""
         self._make_room(len(rows), max(row.length for row in rows) + 1)
         assert self._state is not None
@@ -50,7 +50,7 @@ class Seats:
         places = np.array(seats + [len(self._seats)] * padding, np.int32)
         lengths = jnp.asarray([len(row.prompt) for row in padded], jnp.int32)
         new = (
-            stack_rows(padded, self._programs.config.n_vocab),
+            stack_requests(padded, self._programs.config.n_vocab),
             lengths,
             stack_allowed(padded, self._programs.config.n_vocab),
         )
@@ -62,7 +62,7 @@ class Seats:
         self._state = self._programs.seat(self._state._replace(caches=None), fresh, places)._replace(caches=caches)
         events = self._take(record, rows)
         scores = {row.id: reading.scores(row) for row in rows if row.score_prompt}
-        return [event._replace(prompt_scores=scores[event.row]) if event.row in scores else event for event in events]
+        return [event._replace(prompt_scores=scores[event.request]) if event.request in scores else event for event in events]
 
     def _make_room(self, n: int, length: int) -> None:
         """Seats for `n` more rows and cache for `length` tokens; seats nobody uses go when there are four times too many."""
@@ -71,7 +71,7 @@ class Seats:
         if self._state is None or not live:
             if self._state is None or (wanted, cache_len) != (len(self._seats), self._cache_len):
                 # Arrays of the same kinds and widths as rows ask for, whatever they hold.
-                blank = stack_rows([Row(-1, np.zeros(1, np.int32), SampleConfig(), 1)], self._programs.config.n_vocab)
+                blank = stack_requests([Request(-1, np.zeros(1, np.int32), SampleConfig(), 1)], self._programs.config.n_vocab)
                 self._state = None  # freed before the next one is made
                 self._state = self._programs.make_state(blank, wanted, cache_len)
                 self._seats = [None] * wanted
@@ -112,9 +112,9 @@ class Seats:
             self._state, record = self._programs.decode(self._state, np.int32(steps), empty, allowed, _n_top(rows))
         return self._take(record, rows)
 
-    def _take(self, record: Record, rows: Sequence[Row | None]) -> list[Event]:
+    def _take(self, record: StepOutput, rows: Sequence[Request | None]) -> list[Event]:
         """Turn what a program drew for `rows` into events, one token of every row after the other; finished rows leave."""
-        got: Record = jax.device_get(record)
+        got: StepOutput = jax.device_get(record)
         live = got.live[: len(rows)]
         last = live.shape[1] - 1 - np.argmax(live[:, ::-1], axis=1)
         events = []
@@ -139,5 +139,5 @@ class Seats:
         return events
 
 
-def _n_top(rows: Sequence[Row | None]) -> int:
-    return N_TOP if any(row and row.n_top for row in rows) else 0
+def _n_top(rows: Sequence[Request | None]) -> int:
+    return MAX_TOP_LOGPROBS if any(row and row.n_top for row in rows) else 0

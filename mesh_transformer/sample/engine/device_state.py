@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mesh_transformer.sample.sampling import SamplingOptions
 
 
-class Asked(NamedTuple):
+class BatchParams(NamedTuple):
     """What each row wants; it does not change while the row is seated."""
 
     keys: Key[Array, "B"]
@@ -20,7 +20,7 @@ class Asked(NamedTuple):
     stop_tokens: Int[Array, "B Z"]  # padded with -1
 
 
-class State(NamedTuple):
+class DecodeState(NamedTuple):
     """The seated rows, of which finished ones are empty seats."""
 
     caches: Any  # as init_cache, every layer an array [B, K, S, C] of its own
@@ -28,10 +28,10 @@ class State(NamedTuple):
     place: Int[Array, "B"]  # of `token` in its sequence
     finished: Bool[Array, "B"]
     counts: Int[Array, "B V"]  # how often each token was drawn
-    asked: Asked
+    asked: BatchParams
 
 
-class Record(NamedTuple):
+class StepOutput(NamedTuple):
     """What was drawn: N tokens for every row, of which those that are `live` count."""
 
     token: Int[Array, "B N"]

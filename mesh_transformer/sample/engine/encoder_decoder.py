@@ -20,12 +20,12 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.mesh import Layout
-from mesh_transformer.sample.engine.encoder_decoder_programs import Writer, Writing
-from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.mesh import MeshLayout
+from mesh_transformer.sample.engine.encoder_decoder_programs import EncoderDecoderPrograms, EncoderDecoderState
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
 from mesh_transformer.sample.engine.prefill import SHORTEST_CACHE, bucket, count_rows
-from mesh_transformer.sample.engine.programs import BURST
-from mesh_transformer.sample.engine.requests import Event, PromptError, Row
+from mesh_transformer.sample.engine.programs import DECODE_CHUNK
+from mesh_transformer.sample.engine.requests import Event, PromptError, Request
 from mesh_transformer.sample.sampling import stack_options
 
 SHORTEST_SOURCE = 16
@@ -35,18 +35,18 @@ SHORTEST_SOURCE = 16
 class Batch:
     """Rows that are being answered together."""
 
-    rows: list[Row]
-    writing: Writing
+    rows: list[Request]
+    writing: EncoderDecoderState
     sources: Int[Array, "B S"] | None  # until they are read
     ended: set[int] = dataclasses.field(default_factory=set)  # rows, by id
 
     @property
-    def unfinished(self) -> list[Row]:
+    def unfinished(self) -> list[Request]:
         """Rows that are to get more tokens."""
         return [row for row in self.rows if not (row.cancelled or row.id in self.ended)]
 
 
-class RewritingEngine(Engine):
+class EncoderDecoderEngine(DecoderOnlyEngine):
     """As Engine, of a model with an encoder; what only a decoder alone can do is refused."""
 
     def __init__(
@@ -56,7 +56,7 @@ class RewritingEngine(Engine):
         *,
         start: int,
         end: int,
-        layout: Layout | None = None,
+        layout: MeshLayout | None = None,
         slots: int = 32,
         weights: str = "saved",
         cache: str = "model",
@@ -65,29 +65,29 @@ class RewritingEngine(Engine):
 
         `start` is what the decoder is given first, `end` what follows a text that the encoder reads (data/span_corruption.py).
         """
-        self.writer = Writer(config, params, layout, weights=weights, cache=cache)
+        self.writer = EncoderDecoderPrograms(config, params, layout, weights=weights, cache=cache)
         self.config, self.slots, self.start_token, self.end_token = config, slots, start, end
-        self._pieces = layout.batch_pieces if layout else 1
-        self._ids, self._waiting, self._batch = itertools.count(), deque[Row](), None
+        self._pieces = layout.batch_shards if layout else 1
+        self._ids, self._waiting, self._batch = itertools.count(), deque[Request](), None
 
     @property
     def programs(self) -> Any:  # type: ignore[override]
         """There are none of Engine's."""
         raise ConfigError("model.n_encoder_layers: serving and scoring are for decoders alone; use device_sample.py")
 
-    def submit(self, row: Row) -> Row:
+    def submit(self, row: Request) -> Request:
         """See Engine; PromptError for what this engine does not do."""
         if row.logit_bias or row.n_top or row.score_prompt or row.constraint:
             raise PromptError("a model with an encoder draws tokens alone: no bias, scores or constraint")
         return super().submit(row)
 
     @property
-    def seated(self) -> list[Row]:
+    def seated(self) -> list[Request]:
         """See Engine."""
         return [] if self._batch is None else self._batch.unfinished
 
     @property
-    def queued(self) -> list[Row]:
+    def queued(self) -> list[Request]:
         """See Engine."""
         return list(self._waiting)
 
@@ -96,7 +96,7 @@ class RewritingEngine(Engine):
         """See Engine."""
         return not (self._waiting or self.seated)
 
-    def step(self, steps: int = BURST) -> list[Event]:
+    def step(self, steps: int = DECODE_CHUNK) -> list[Event]:
         """See Engine; all rows of a batch get up to `steps` tokens."""
         events: list[Event] = []
         if not self.seated:

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.mesh import Layout, constrain
-from mesh_transformer.sample.engine.compiled_model import Bound, constrain_caches
-from mesh_transformer.sample.engine.weights import split_layers, stack_layers
-from mesh_transformer.sample.sampling import Drawn, SamplingOptions, position_keys, sample
+from mesh_transformer.mesh import MeshLayout, constrain
+from mesh_transformer.sample.engine.compiled_model import CompiledModel, constrain_caches
+from mesh_transformer.sample.engine.weights import unstack_layers, stack_layers
+from mesh_transformer.sample.sampling import Sampled, SamplingOptions, position_keys, sample
 
 
-class Writing(NamedTuple):
+class EncoderDecoderState(NamedTuple):
     """Answers that are being written together, as they lie on the devices."""
 
     caches: Any  # as init_cache, every layer an array [B, K, S, C] of its own, of the encoder's places too
@@ -31,14 +31,14 @@ class Writing(NamedTuple):
     keys: Key[Array, "B"]
 
 
-class Writer(Bound):
+class EncoderDecoderPrograms(CompiledModel):
     """What RewritingEngine calls: jitted functions of one model, its weights bound."""
 
     def __init__(
         self,
         config: ModelConfig,
         params: Mapping[str, Mapping[str, Any]],
-        layout: Layout | None,
+        layout: MeshLayout | None,
         *,
         weights: str = "saved",
         cache: str = "model",
@@ -51,19 +51,19 @@ class Writer(Bound):
         self._read = self._program("read", self._draw, donate_argnums=(1,))
         self._write = self._program("write", self._draw, donate_argnums=(1,))
 
-    def read(self, writing: Writing, sources: Int[Array, "B S"]) -> tuple[Writing, Drawn]:
+    def read(self, writing: EncoderDecoderState, sources: Int[Array, "B S"]) -> tuple[EncoderDecoderState, Sampled]:
         """The first token of every row, once the encoder has read `sources`; the `writing` that goes in is gone."""
         return self._read(self.weights, writing, sources)
 
-    def write(self, writing: Writing) -> tuple[Writing, Drawn]:
+    def write(self, writing: EncoderDecoderState) -> tuple[EncoderDecoderState, Sampled]:
         """The next token of every row; the `writing` that goes in is gone."""
         return self._write(self.weights, writing)
 
-    def lower_read(self, writing: Writing, sources: Any) -> Any:
+    def lower_read(self, writing: EncoderDecoderState, sources: Any) -> Any:
         """The program of `read` for arguments given as shapes, lowered and not compiled; weights may be shapes as well."""
         return self._read.lower(self.weights, writing, sources)
 
-    def lower_write(self, writing: Writing) -> Any:
+    def lower_write(self, writing: EncoderDecoderState) -> Any:
         """The program of `write`, as lower_read."""
         return self._write.lower(self.weights, writing)
 
@@ -74,15 +74,15 @@ class Writer(Bound):
 
     def empty_writing(
         self, segments: Int[Array, "B S"], options: SamplingOptions, keys: Key[Array, "B"], start: int, room: int
-    ) -> Writing:
+    ) -> EncoderDecoderState:
         """Answers of at most `room` tokens behind `start`, of which nothing is written and whose texts are not read."""
         rows, source_len = segments.shape
         token, place = jnp.full((rows,), start, jnp.int32), jnp.int32(0)
         counts = jnp.zeros((rows, self.config.n_vocab), jnp.int32)
         caches = self._empty_caches(rows, room, source_len)
-        return _constrain(Writing(caches, segments, token, place, counts, options, keys))
+        return _constrain(EncoderDecoderState(caches, segments, token, place, counts, options, keys))
 
-    def _draw(self, params: Any, writing: Writing, sources: Int[Array, "B S"] | None = None) -> tuple[Writing, Drawn]:
+    def _draw(self, params: Any, writing: EncoderDecoderState, sources: Int[Array, "B S"] | None = None) -> tuple[EncoderDecoderState, Sampled]:
         token, places = writing.token, jnp.broadcast_to(writing.place, writing.token.shape)
         logits, caches = self._model.apply(
             stack_layers(params),
@@ -95,7 +95,7 @@ class Writer(Bound):
         logits = constrain(logits, "batch", "sequence", "activation_embed")
         drawn = sample(logits[:, 0], writing.options, writing.counts, position_keys(writing.keys, places))
         written = writing._replace(
-            caches=split_layers(caches),
+            caches=unstack_layers(caches),
             token=drawn.token,
             place=writing.place + 1,
             counts=writing.counts.at[jnp.arange(token.size), drawn.token].add(1),
@@ -103,7 +103,7 @@ class Writer(Bound):
         return _constrain(written), drawn
 
 
-def _constrain(writing: Writing) -> Writing:
+def _constrain(writing: EncoderDecoderState) -> EncoderDecoderState:
     caches = constrain_caches(writing.caches)
     rows = jax.tree.map(
         lambda x: constrain(x, *("batch", "activation_embed")[: x.ndim]),

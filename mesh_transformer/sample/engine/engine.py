@@ -22,14 +22,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mesh_transformer.config import ModelConfig, SampleConfig
-from mesh_transformer.mesh import Layout
+from mesh_transformer.mesh import MeshLayout
 from mesh_transformer.model.params import Params
-from mesh_transformer.sample.engine.decode_batch import Seats
-from mesh_transformer.sample.engine.prefill import SHORTEST_CACHE, Reading, bucket
-from mesh_transformer.sample.engine.prefix_cache import Prefixes
-from mesh_transformer.sample.engine.programs import BURST, Programs
-from mesh_transformer.sample.engine.requests import Constraint, Event, PromptError, Row
-from mesh_transformer.sample.engine.speculative import Proposer
+from mesh_transformer.sample.engine.decode_batch import DecodeBatch
+from mesh_transformer.sample.engine.prefill import SHORTEST_CACHE, PrefillBatch, bucket
+from mesh_transformer.sample.engine.prefix_cache import PrefixCache
+from mesh_transformer.sample.engine.programs import DECODE_CHUNK, EnginePrograms
+from mesh_transformer.sample.engine.requests import Constraint, Event, PromptError, Request
+from mesh_transformer.sample.engine.speculative import Drafter
 
 BESIDE_READING = 4  # tokens of a burst while prompts are being read
 READINGS = 2  # batches of prompts read in turn, so that a long one does not hold up short ones
@@ -43,7 +43,7 @@ class Completion(NamedTuple):
     finish: Literal["stop", "length"]
 
 
-class Engine:
+class DecoderOnlyEngine:
     """One model on its devices, ready to continue prompts. Not for several threads at once."""
 
     def __init__(
@@ -51,11 +51,11 @@ class Engine:
         config: ModelConfig,
         params: Params,
         *,
-        layout: Layout | None = None,
+        layout: MeshLayout | None = None,
         slots: int = 32,
         prefill_chunk: int = 512,
         prefix_bytes: int = 1 << 28,
-        proposer: Proposer | None = None,
+        proposer: Drafter | None = None,
         weights: str = "saved",
         cache: str = "model",
     ):
@@ -68,15 +68,15 @@ class Engine:
         ConfigError if an array does not divide over the mesh.
         """
         self.config = config
-        self.programs = Programs(config, params, layout, weights=weights, cache=cache)
-        self._pieces = layout.batch_pieces if layout else 1
+        self.programs = EnginePrograms(config, params, layout, weights=weights, cache=cache)
+        self._pieces = layout.batch_shards if layout else 1
         self.slots = -(-slots // self._pieces) * self._pieces
-        self.prefixes = Prefixes(prefix_bytes if self._pieces == 1 else 0)
+        self.prefixes = PrefixCache(prefix_bytes if self._pieces == 1 else 0)
         self._prefill_chunk = prefill_chunk
         self._ids = itertools.count()
-        self._waiting: deque[Row] = deque()
-        self._readings: deque[Reading] = deque()
-        self._seats = Seats(self.programs, self._pieces, self.cache_len, proposer)
+        self._waiting: deque[Request] = deque()
+        self._readings: deque[PrefillBatch] = deque()
+        self._seats = DecodeBatch(self.programs, self._pieces, self.cache_len, proposer)
         self._turns = 0
 
     @property
@@ -85,12 +85,12 @@ class Engine:
         return dict(self.programs.compilations)
 
     @property
-    def seated(self) -> list[Row]:
+    def seated(self) -> list[Request]:
         """Rows that are being decoded."""
         return self._seats.rows
 
     @property
-    def queued(self) -> list[Row]:
+    def queued(self) -> list[Request]:
         """Rows that have drawn nothing yet: those whose prompts are being read, and those that wait."""
         return [row for reading in self._readings for row in reading.rows] + list(self._waiting)
 
@@ -109,7 +109,7 @@ class Engine:
         generation = self.start(prompts, options, **wishes)
         rows: list[list[Event]] = [[] for _ in range(generation.n_rows)]
         for event in generation.events(pause=math.inf):
-            rows[event.row].append(event)
+            rows[event.request].append(event)
         done = [
             Completion([e.token for e in row], [e.logprob for e in row], row[-1].finish or "length") for row in rows
         ]
@@ -158,12 +158,12 @@ class Engine:
         score_prompt: bool = False,
         constraint: Constraint | None = None,
         name: str = "the prompt",
-    ) -> Row:
+    ) -> Request:
         """A row to submit; PromptError says what of it cannot be done."""
         bad = next((token for token in prompt if not -(2**31) <= token < 2**31), None)
         if bad is not None:
             raise PromptError(f"{name} has the token {bad}, but the model's vocabulary is 0..{self.config.n_vocab - 1}")
-        row = Row(
+        row = Request(
             id=next(self._ids),
             prompt=np.asarray(prompt, np.int32),
             options=options,
@@ -179,16 +179,16 @@ class Engine:
         row.check(self.config, name)
         return row
 
-    def submit(self, row: Row) -> Row:
+    def submit(self, row: Request) -> Request:
         """Queue a row; its events come from `step`."""
         self._waiting.append(row)
         return row
 
-    def cancel(self, row: Row) -> None:
+    def cancel(self, row: Request) -> None:
         """Draw no more for this row: no event of it comes from later steps, and its place is free for another."""
         row.cancelled = True
 
-    def step(self, steps: int = BURST) -> list[Event]:
+    def step(self, steps: int = DECODE_CHUNK) -> list[Event]:
         """One turn: admit, read one piece of prompts, draw up to `steps` tokens for all that have a seat."""
         self._turns += 1
         self._drop_cancelled()
@@ -197,7 +197,7 @@ class Engine:
         if self.seated:
             busy = bool(self._readings or self._waiting)
             # A first token waits for no burst.
-            events += self._seats.draw(min(steps, 1 if events else BESIDE_READING if busy else BURST))
+            events += self._seats.draw(min(steps, 1 if events else BESIDE_READING if busy else DECODE_CHUNK))
         return events
 
     def cache_len(self, length: int) -> int:
@@ -221,7 +221,7 @@ class Engine:
             chosen = {row.id for row in rows}
             self._waiting = deque(row for row in self._waiting if row.id not in chosen)
             self._readings.append(
-                Reading(self.programs, self.prefixes, rows, self._prefill_chunk, self._pieces, self.cache_len)
+                PrefillBatch(self.programs, self.prefixes, rows, self._prefill_chunk, self._pieces, self.cache_len)
             )
 
     def _read_on(self) -> list[Event]:
@@ -238,7 +238,7 @@ class Engine:
 class Generation:
     """Some rows on their way, from an engine that does nothing else meanwhile."""
 
-    def __init__(self, engine: Engine, rows: list[Row]):
+    def __init__(self, engine: DecoderOnlyEngine, rows: list[Request]):
         """See Engine.start."""
         self._engine, self._rows = engine, rows
         self._numbers = {row.id: number for number, row in enumerate(rows)}
@@ -263,27 +263,27 @@ class Generation:
         """Events of the next turn of the engine, with at most `steps` tokens of every row."""
         if self.done:
             return []
-        events = [event for event in self._engine.step(steps) if event.row in self._unfinished]
-        self._unfinished -= {event.row for event in events if event.finish}
-        return [event._replace(row=self._numbers[event.row]) for event in events]
+        events = [event for event in self._engine.step(steps) if event.request in self._unfinished]
+        self._unfinished -= {event.request for event in events if event.finish}
+        return [event._replace(row=self._numbers[event.request]) for event in events]
 
     def events(self, *, pause: float = 0.1) -> Iterator[Event]:
         """All events, in bursts of so many tokens that about `pause` seconds lie between them."""
-        pace = Pace(pause)
+        pace = ChunkSizer(pause)
         while not self.done:
             with pace:
                 events = self.draw(pace.steps)
             for event in events:
-                if not self._rows[event.row].cancelled:
+                if not self._rows[event.request].cancelled:
                     yield event
 
 
-class Pace:
+class ChunkSizer:
     """How many tokens a burst may have, so that one takes about `pause` seconds: `with pace:` times it."""
 
     def __init__(self, pause: float):
         """As many as there can be for an infinite pause."""
-        self._pause, self.steps = pause, BURST if math.isinf(pause) else 1
+        self._pause, self.steps = pause, DECODE_CHUNK if math.isinf(pause) else 1
         self._start = 0.0
 
     def __enter__(self) -> None:
@@ -294,9 +294,9 @@ class Pace:
         if elapsed > self._pause:
             self.steps = max(self.steps // 2, 1)
         elif 2 * elapsed < self._pause:
-            self.steps = min(2 * self.steps, BURST)
+            self.steps = min(2 * self.steps, DECODE_CHUNK)
 
 
-def _reading_kind(row: Row, chunk: int) -> tuple[int, bool]:
+def _reading_kind(row: Request, chunk: int) -> tuple[int, bool]:
     """Rows of one kind are read together: the number of pieces of their prompts, and whether every token is scored."""
     return -(-len(row.prompt) // chunk), row.score_prompt

@@ -9,23 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh_transformer.sample.engine.prefix_cache import Prefixes
-from mesh_transformer.sample.engine.programs import Programs
-from mesh_transformer.sample.engine.requests import Row, Score
+from mesh_transformer.sample.engine.prefix_cache import PrefixCache
+from mesh_transformer.sample.engine.programs import EnginePrograms
+from mesh_transformer.sample.engine.requests import Request, Score
 
 SHORTEST_PIECE = 16  # smallest bucket
 SHORTEST_CACHE = 128  # smallest bucket of caches: on a CPU what is empty is read, too
 SCORED_PIECE = 128  # most tokens whose logits are all held at once
 
 
-class Reading:
+class PrefillBatch:
     """The prompts of some rows, equal ones once, each behind what is known of it from earlier ones."""
 
     def __init__(
         self,
-        programs: Programs,
-        prefixes: Prefixes,
-        rows: list[Row],
+        programs: EnginePrograms,
+        prefixes: PrefixCache,
+        rows: list[Request],
         chunk: int,
         pieces: int,
         cache_len: Callable[[int], int],
@@ -76,7 +76,7 @@ class Reading:
         if not self.left:
             self._keep()
 
-    def scores(self, row: Row) -> list[Score]:
+    def scores(self, row: Request) -> list[Score]:
         """Of the tokens of a row's prompt, but the first."""
         found = self._scores[self.source[row.id]]
         return [Score(score.logprob, score.top[: row.n_top]) for score in found]

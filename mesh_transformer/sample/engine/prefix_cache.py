@@ -18,7 +18,7 @@ class Prefix(NamedTuple):
     caches: Any  # one row; places from `length` on belong to another prompt
 
 
-class Prefixes:
+class PrefixCache:
     """Caches by prompt, the least recently used of which go when they take more than `max_bytes`."""
 
     def __init__(self, max_bytes: int):

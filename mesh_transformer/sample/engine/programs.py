@@ -13,24 +13,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.mesh import Layout, constrain
-from mesh_transformer.sample.engine.compiled_model import Bound, constrain_caches
-from mesh_transformer.sample.engine.device_state import Asked, Record, State
-from mesh_transformer.sample.engine.weights import split_layers, stack_layers
+from mesh_transformer.mesh import MeshLayout, constrain
+from mesh_transformer.sample.engine.compiled_model import CompiledModel, constrain_caches
+from mesh_transformer.sample.engine.device_state import BatchParams, StepOutput, DecodeState
+from mesh_transformer.sample.engine.weights import unstack_layers, stack_layers
 from mesh_transformer.sample.sampling import position_keys, sample, top_logprobs
 
-BURST = 16  # tokens at most that one call of the decoding program draws for every row
-N_TOP = 20  # alternatives reported for a token where a row asks for any
+DECODE_CHUNK = 16  # tokens at most that one call of the decoding program draws for every row
+MAX_TOP_LOGPROBS = 20  # alternatives reported for a token where a row asks for any
 
 
-class Programs(Bound):
+class EnginePrograms(CompiledModel):
     """What the engine calls: jitted functions of one model, its weights bound, which count their compilations."""
 
     def __init__(
         self,
         config: ModelConfig,
         params: Mapping[str, Mapping[str, Any]],
-        layout: Layout | None,
+        layout: MeshLayout | None,
         *,
         weights: str = "saved",
         cache: str = "model",
@@ -63,23 +63,23 @@ class Programs(Bound):
         """See _score_chunk; caches and logits that go in are gone."""
         return self._score(self.weights, *arguments)
 
-    def decode(self, *arguments: Any) -> tuple[State, Record]:
+    def decode(self, *arguments: Any) -> tuple[DecodeState, StepOutput]:
         """See _draw_burst; the state that goes in is gone."""
         return self._decode(self.weights, *arguments)
 
-    def lower_decode(self, state: State) -> Any:
+    def lower_decode(self, state: DecodeState) -> Any:
         """The program of `decode` for a state given as shapes, lowered and not compiled; weights may be shapes as well."""
         steps, cancelled = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct(state.token.shape, jnp.bool_)
         return self._decode.lower(self.weights, state, steps, cancelled, None, 0)
 
-    def empty_state(self, like: Asked, rows: int, cache_len: int) -> State:
+    def empty_state(self, like: BatchParams, rows: int, cache_len: int) -> DecodeState:
         """All seats empty; `like` gives the kinds and widths of what rows ask for."""
         asked = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows, *x.shape[1:])), like)
         zeros = jnp.zeros(rows, jnp.int32)
         counts = jnp.zeros((rows, self.config.n_vocab), jnp.int32)
-        return State(self._empty_caches(rows, cache_len), zeros, zeros, jnp.ones(rows, bool), counts, asked)
+        return DecodeState(self._empty_caches(rows, cache_len), zeros, zeros, jnp.ones(rows, bool), counts, asked)
 
-    def verify(self, *arguments: Any) -> tuple[State, Record]:
+    def verify(self, *arguments: Any) -> tuple[DecodeState, StepOutput]:
         """See _verify_proposed; the state that goes in is gone."""
         return self._verify(self.weights, *arguments)
 
@@ -87,9 +87,9 @@ class Programs(Bound):
         """See _draw_proposals; the caches that go in are gone."""
         return self._propose(self.weights, *arguments)
 
-    def _resize(self, state: State, order: Int[Array, "B"], cache_len: int) -> State:
+    def _resize(self, state: DecodeState, order: Int[Array, "B"], cache_len: int) -> DecodeState:
         """Row i of the result is row order[i] of `state`, or an empty seat where that is negative."""
-        moved: State = jax.tree.map(lambda x: x[jnp.maximum(order, 0)], state)
+        moved: DecodeState = jax.tree.map(lambda x: x[jnp.maximum(order, 0)], state)
 
         def fit(x: Array) -> Array:
             return jnp.pad(x[:, :, :cache_len], ((0, 0), (0, 0), (0, max(cache_len - x.shape[2], 0)), (0, 0)))
@@ -111,7 +111,7 @@ class Programs(Bound):
         logits, stacked = self._model.apply(
             stack_layers(params), tokens, positions=places, cache=stack_layers(caches), logits_at=logits_at
         )
-        return constrain(logits, "batch", "sequence", "activation_embed"), constrain_caches(split_layers(stacked))
+        return constrain(logits, "batch", "sequence", "activation_embed"), constrain_caches(unstack_layers(stacked))
 
     def _read_chunk(
         self,
@@ -146,7 +146,7 @@ class Programs(Bound):
         here = (last >= first) & (last < first + size)
         at_last = jnp.take_along_axis(found, jnp.clip(last - first, 0, size - 1)[:, None, None], axis=1)[:, 0]
         flat = found.reshape(-1, found.shape[-1])
-        best, ids = top_logprobs(flat, min(N_TOP, self.config.n_vocab))
+        best, ids = top_logprobs(flat, min(MAX_TOP_LOGPROBS, self.config.n_vocab))
         chosen = jnp.take_along_axis(flat, targets.reshape(-1, 1), axis=1)[:, 0] - jax.nn.logsumexp(flat, axis=1)
         scores = (chosen.reshape(targets.shape), best.reshape(*targets.shape, -1), ids.reshape(*targets.shape, -1))
         return caches, jnp.where(here[:, None], at_last, logits), scores
@@ -154,9 +154,9 @@ class Programs(Bound):
     def _begin(
         self,
         logits: Float[Array, "N V"],
-        new: tuple[Asked, Int[Array, "N"], Bool[Array, "N V"] | None],
+        new: tuple[BatchParams, Int[Array, "N"], Bool[Array, "N V"] | None],
         n_top: int,
-    ) -> tuple[State, Record]:
+    ) -> tuple[DecodeState, StepOutput]:
         """The first tokens of rows whose prompts have been read: their state, which has no caches yet.
 
         `new` has what they ask for, the lengths of their prompts, and the tokens they are allowed (None: all).
@@ -164,22 +164,22 @@ class Programs(Bound):
         asked, lengths, allowed = new
         zeros = jnp.zeros(lengths.shape, jnp.int32)
         counts = jnp.zeros((lengths.size, self.config.n_vocab), jnp.int32)
-        fresh = State(None, zeros, lengths - 1, zeros.astype(bool), counts, asked)
+        fresh = DecodeState(None, zeros, lengths - 1, zeros.astype(bool), counts, asked)
         fresh, record = self._draw(fresh, logits, ~fresh.finished, allowed, n_top)
         return fresh, jax.tree.map(lambda x: x[:, None], record)._replace(finished=fresh.finished)
 
-    def _seat(self, state: State, fresh: State, seats: Int[Array, "N"]) -> State:
+    def _seat(self, state: DecodeState, fresh: DecodeState, seats: Int[Array, "N"]) -> DecodeState:
         """`state` with the rows of `fresh` on `seats`, both without caches; seats beyond the last drop out."""
         return jax.tree.map(lambda x, y: x.at[seats].set(y, mode="drop"), state, fresh)
 
     def _draw(
         self,
-        state: State,
+        state: DecodeState,
         logits: Float[Array, "B V"],
         live: Bool[Array, "B"],
         allowed: Bool[Array, "B V"] | None,
         n_top: int,
-    ) -> tuple[State, Record]:
+    ) -> tuple[DecodeState, StepOutput]:
         """The next token of every `live` row; the record has no dim of tokens yet."""
         place, asked = state.place + 1, state.asked
         keys = position_keys(asked.keys, place)
@@ -193,22 +193,22 @@ class Programs(Bound):
             counts=state.counts.at[rows, drawn.token].add(live.astype(jnp.int32)),
         )
         top = top_logprobs(logits, n_top) if n_top else None
-        return updated, Record(drawn.token, drawn.logprob, live, top, updated.finished)
+        return updated, StepOutput(drawn.token, drawn.logprob, live, top, updated.finished)
 
     def _draw_burst(
         self,
         params: Any,
-        state: State,
+        state: DecodeState,
         steps: Int[Array, ""],
         cancelled: Bool[Array, "B"],
         allowed: Bool[Array, "B V"] | None,
         n_top: int,
-    ) -> tuple[State, Record]:
+    ) -> tuple[DecodeState, StepOutput]:
         """Up to `steps` tokens (at most BURST) for every row, fewer when all rows finish before."""
         state = state._replace(finished=state.finished | cancelled)
-        shape = (state.token.size, BURST)
+        shape = (state.token.size, DECODE_CHUNK)
         top = (jnp.zeros((*shape, n_top)), jnp.zeros((*shape, n_top), jnp.int32)) if n_top else None
-        blank = Record(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool), top, state.finished)
+        blank = StepOutput(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool), top, state.finished)
 
         def unfinished(carry: Any) -> Bool[Array, ""]:
             i, state, _ = carry
@@ -226,8 +226,8 @@ class Programs(Bound):
         return state, record
 
     def _verify_proposed(
-        self, params: Any, state: State, proposed: Int[Array, "B N"], cancelled: Bool[Array, "B"], n_top: int
-    ) -> tuple[State, Record]:
+        self, params: Any, state: DecodeState, proposed: Int[Array, "B N"], cancelled: Bool[Array, "B"], n_top: int
+    ) -> tuple[DecodeState, StepOutput]:
         """The tokens rows would draw one by one, as long as they are the `proposed` ones, and one more: one forward pass.
 
         Each place draws from its own key, so what is drawn does not depend on what was proposed. What the cache holds
@@ -238,7 +238,7 @@ class Programs(Bound):
         places = state.place[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         logits, caches = self._forward(params, tokens, places, state.caches)
 
-        def step(carry: tuple[State, Array], x: tuple[Array, Array]) -> tuple[tuple[State, Array], Record]:
+        def step(carry: tuple[DecodeState, Array], x: tuple[Array, Array]) -> tuple[tuple[DecodeState, Array], StepOutput]:
             state, running = carry
             own_logits, guess = x
             state, record = self._draw(state, own_logits, running, None, n_top)
@@ -257,12 +257,12 @@ class Programs(Bound):
         logits: Float[Array, "B V"],
         place: Int[Array, "B"],
         counts: Int[Array, "B V"],
-        asked: Asked,
+        asked: BatchParams,
         n: int,
     ) -> tuple[Any, Int[Array, "B N"]]:
         """`n` tokens as this model would draw them with the keys that its rows have, behind a token at `place`."""
         rows = jnp.zeros(place.shape, bool)
-        state = State(None, place, place, rows, counts, asked._replace(limit=jnp.full_like(place, self.config.seq_len)))
+        state = DecodeState(None, place, place, rows, counts, asked._replace(limit=jnp.full_like(place, self.config.seq_len)))
         proposed = []
         for i in range(n):
             state, record = self._draw(state, logits, ~rows, None, 0)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import ModelConfig, SampleConfig
-from mesh_transformer.sample.engine.device_state import Asked
-from mesh_transformer.sample.engine.programs import N_TOP
+from mesh_transformer.sample.engine.device_state import BatchParams
+from mesh_transformer.sample.engine.programs import MAX_TOP_LOGPROBS
 from mesh_transformer.sample.sampling import stack_options
 
 STOP_TOKENS = 8  # most that one row can have
@@ -45,7 +45,7 @@ class Score(NamedTuple):
 class Event(NamedTuple):
     """One token that was drawn."""
 
-    row: int
+    request: int
     token: int
     logprob: float  # natural log, in the model's own distribution
     finish: Literal["stop", "length"] | None  # why this is the row's last token, if it is
@@ -54,7 +54,7 @@ class Event(NamedTuple):
 
 
 @dataclasses.dataclass(eq=False)
-class Row:
+class Request:
     """One sample of one prompt, from the moment it is asked for to its last token."""
 
     id: int
@@ -99,13 +99,13 @@ class Row:
                 f"{name} has {length} tokens and max_tokens={self.max_tokens} more exceed the model's seq_len={longest}; "
                 f"ask for at most max_tokens={room}, or shorten it"
             )
-        if not 0 <= self.n_top <= N_TOP:
-            raise PromptError(f"{self.n_top} likeliest tokens were asked for; there can be {N_TOP}")
+        if not 0 <= self.n_top <= MAX_TOP_LOGPROBS:
+            raise PromptError(f"{self.n_top} likeliest tokens were asked for; there can be {MAX_TOP_LOGPROBS}")
         if len(self.stop_tokens) > STOP_TOKENS:
             raise PromptError(f"{len(self.stop_tokens)} stop tokens; there can be {STOP_TOKENS}")
 
 
-def stack_rows(rows: Sequence[Row], n_vocab: int) -> Asked:
+def stack_requests(rows: Sequence[Request], n_vocab: int) -> BatchParams:
     """What `rows` ask for, as arrays."""
     prompt, bias = np.zeros((len(rows), n_vocab), bool), np.zeros((len(rows), n_vocab), np.float32)
     stop_tokens = np.full((len(rows), STOP_TOKENS), -1, np.int32)
@@ -113,7 +113,7 @@ def stack_rows(rows: Sequence[Row], n_vocab: int) -> Asked:
         prompt[i, row.prompt] = True
         bias[i, list(row.logit_bias)] = list(row.logit_bias.values())
         stop_tokens[i, : len(row.stop_tokens)] = row.stop_tokens
-    return Asked(
+    return BatchParams(
         keys=_make_keys(np.array([(row.seed, row.sample) for row in rows], np.uint32)),
         options=stack_options([row.options for row in rows]),
         prompt=jnp.asarray(prompt),
@@ -123,7 +123,7 @@ def stack_rows(rows: Sequence[Row], n_vocab: int) -> Asked:
     )
 
 
-def stack_allowed(rows: Sequence[Row | None], n_vocab: int) -> Any:
+def stack_allowed(rows: Sequence[Request | None], n_vocab: int) -> Any:
     """bool [B, V], what each row may draw; None if none is constrained. Rows that are not, and empty seats, may draw anything."""
     if not any(row and row.constraint for row in rows):
         return None

@@ -15,24 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.mesh import Layout
+from mesh_transformer.mesh import MeshLayout
 from mesh_transformer.model.params import Params
-from mesh_transformer.sample.engine.device_state import State
+from mesh_transformer.sample.engine.device_state import DecodeState
 from mesh_transformer.sample.engine.prefill import SHORTEST_CACHE, SHORTEST_PIECE, bucket
-from mesh_transformer.sample.engine.programs import Programs
-from mesh_transformer.sample.engine.requests import Row
+from mesh_transformer.sample.engine.programs import EnginePrograms
+from mesh_transformer.sample.engine.requests import Request
 
 
 @runtime_checkable
-class Proposer(Protocol):
+class Drafter(Protocol):
     """Where guesses come from."""
 
-    def propose(self, rows: Sequence[Row | None], state: State) -> np.ndarray | None:
+    def propose(self, rows: Sequence[Request | None], state: DecodeState) -> np.ndarray | None:
         """int32 [B, N] for the seats' rows (anything for empty seats), or None: not this time."""
         ...
 
 
-class NgramProposer:
+class PromptLookupDrafter:
     """What followed the last time that a row had its last `n` tokens (prompt lookup decoding): for texts that repeat themselves."""
 
     def __init__(self, n: int = 3, guesses: int = 4):
@@ -41,7 +41,7 @@ class NgramProposer:
             raise ConfigError(f"n={n}, guesses={guesses}: both must be at least 1")
         self._n, self._guesses = n, guesses
 
-    def propose(self, rows: Sequence[Row | None], state: State) -> np.ndarray | None:
+    def propose(self, rows: Sequence[Request | None], state: DecodeState) -> np.ndarray | None:
         """See Proposer; None if no row repeats anything."""
         proposed, found = np.zeros((len(rows), self._guesses), np.int32), False
         for i, row in enumerate(rows):
@@ -59,18 +59,18 @@ class NgramProposer:
         return None
 
 
-class DraftProposer:
+class DraftModelDrafter:
     """A small model with the same vocabulary draws the guesses."""
 
-    def __init__(self, config: ModelConfig, params: Params, *, guesses: int = 4, layout: Layout | None = None):
+    def __init__(self, config: ModelConfig, params: Params, *, guesses: int = 4, layout: MeshLayout | None = None):
         """`params` of the small model, as for an Engine."""
-        self._programs, self._guesses = Programs(config, params, layout), guesses
+        self._programs, self._guesses = EnginePrograms(config, params, layout), guesses
         self.config = config
         self._caches: Any = None
-        self._rows: list[Row | None] = []  # whose tokens are in which row of the caches
+        self._rows: list[Request | None] = []  # whose tokens are in which row of the caches
         self._seen = np.zeros(0, np.int32)  # and how many
 
-    def propose(self, rows: Sequence[Row | None], state: State) -> np.ndarray | None:
+    def propose(self, rows: Sequence[Request | None], state: DecodeState) -> np.ndarray | None:
         """See Proposer; None where a row is longer than the small model reads."""
         lengths = np.array([row.length if row else 1 for row in rows], np.int32)
         longest = int(lengths.max()) + self._guesses
@@ -83,7 +83,7 @@ class DraftProposer:
         cache_len = bucket(longest, SHORTEST_CACHE, self.config.seq_len)
         if self._caches is None or len(self._rows) != len(rows) or _cache_len(self._caches) < cache_len:
             self._caches = self._programs.make_caches(len(rows), cache_len)
-            self._rows = list[Row | None]([None] * len(rows))
+            self._rows = list[Request | None]([None] * len(rows))
             self._seen = np.zeros(len(rows), np.int32)
         for i, row in enumerate(rows):
             if row is not self._rows[i]:

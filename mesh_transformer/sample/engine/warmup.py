@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterator
 
 from mesh_transformer.config import SampleConfig
-from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
 from mesh_transformer.sample.engine.prefill import SHORTEST_PIECE
-from mesh_transformer.sample.engine.programs import BURST
+from mesh_transformer.sample.engine.programs import DECODE_CHUNK
 
 
-def warm_up(engine: Engine, longest: int) -> Iterator[tuple[int, int]]:
+def warm_up(engine: DecoderOnlyEngine, longest: int) -> Iterator[tuple[int, int]]:
     """Compile what one request at a time needs, as long as prompt and answer have at most `longest` tokens.
 
     Works while it is iterated, and says before every piece of work how many are done, and how many there are. Left out
@@ -28,28 +28,28 @@ def warm_up(engine: Engine, longest: int) -> Iterator[tuple[int, int]]:
         engine.prefixes.forget()
 
 
-def _make_prompts(engine: Engine, longest: int) -> Iterator[tuple[list[int], int, int]]:
+def _make_prompts(engine: DecoderOnlyEngine, longest: int) -> Iterator[tuple[list[int], int, int]]:
     """(prompt, max_tokens, n_top) for every size of the cache, and within it for every size of a piece that is read last."""
     n_vocab, seq_len = engine.config.n_vocab, engine.config.seq_len
     fresh = (number % n_vocab for number in itertools.count())  # a token each, lest prompts begin alike
     size, last = (
         engine.cache_len(1),
-        engine.cache_len(min(longest + BURST, seq_len)),
+        engine.cache_len(min(longest + DECODE_CHUNK, seq_len)),
     )  # a burst may end behind the answer
     before: list[int] = []
     while longest:
         if size < last:  # an answer that grows into the next size
             yield [next(fresh)] * (size - 2), 4, 0
-        whole = [next(fresh)] * max(size - 2 * BURST, 1)  # so that the answer needs no larger cache
+        whole = [next(fresh)] * max(size - 2 * DECODE_CHUNK, 1)  # so that the answer needs no larger cache
         for n_top in (0, 1):  # without and with the likeliest tokens, as the page asks
             yield whole, min(2, seq_len - len(whole)), n_top
         if before:  # what goes on from something shorter
-            yield before + [next(fresh)] * (2 * BURST + SHORTEST_PIECE), 1, 0
+            yield before + [next(fresh)] * (2 * DECODE_CHUNK + SHORTEST_PIECE), 1, 0
         for piece in (SHORTEST_PIECE << i for i in range(size.bit_length())):
             if 2 * piece > size:
                 break
             if before:  # what begins as `whole` does, so that no more than a piece is left to be read
-                yield whole[: size // 2] + [next(fresh)] * min(piece, size // 2 - 2 * BURST), 1, 0
+                yield whole[: size // 2] + [next(fresh)] * min(piece, size // 2 - 2 * DECODE_CHUNK), 1, 0
             else:
                 yield [next(fresh)] * piece, 1, 0
         if size == last:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.mesh import Layout, target_platform
+from mesh_transformer.mesh import MeshLayout, target_platform
 from mesh_transformer.model.params import STACK
 from mesh_transformer.model.quantization import Quantized, quantize
 from mesh_transformer.model.transformer import describe_params
@@ -25,7 +25,7 @@ WIDEN_LATE = {
 }
 
 
-def lay_out(params: Mapping[str, Mapping[str, Any]], config: ModelConfig, layout: Layout | None, weights: str) -> Any:
+def prepare_weights(params: Mapping[str, Mapping[str, Any]], config: ModelConfig, layout: MeshLayout | None, weights: str) -> Any:
     """`params` with every layer by itself, its arrays in tuples, on `layout`'s devices; `weights` as in ServeConfig.
 
     Of shapes (jax.ShapeDtypeStruct) instead of arrays it makes shapes, with their places.
@@ -85,7 +85,7 @@ def choose_compiler_options(weights: Any, config: ModelConfig) -> dict[str, str]
     return WIDEN_LATE if has_narrow and target_platform() == "cpu" else None
 
 
-def split_layers(stacked: Any) -> Any:
+def unstack_layers(stacked: Any) -> Any:
     """Every array [L, ...] as a tuple of its layers."""
     return jax.tree.map(lambda x: tuple(x[i] for i in range(x.shape[0])), stacked)
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig
-from mesh_transformer.mesh import RULES, Layout, make_layout, use_layout
-from mesh_transformer.model.attention.kernels import attend_by, choose_kernel
+from mesh_transformer.mesh import RULES, MeshLayout, make_layout, use_layout
+from mesh_transformer.model.attention.kernels import dispatch_attention, choose_kernel
 from mesh_transformer.model.attention.masks import AttentionContext, Masks
 
 ROOT = Path(__file__).parents[3]
@@ -28,10 +28,10 @@ MODEL = ModelConfig(
 GLOBAL = dataclasses.replace(MODEL, attention_pattern=("global",))
 
 
-def on(platform: str, kind: str) -> Layout:
+def on(platform: str, kind: str) -> MeshLayout:
     """The layout of one device that is not there."""
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, device_kind=kind)]), size=1, shape={})
-    return Layout(mesh, RULES)  # type: ignore[arg-type]
+    return MeshLayout(mesh, RULES)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,10 @@ def on(platform: str, kind: str) -> Layout:
 def test_kernel_follows_the_target(platform, kind, changes, segmented, kernel):
     config = dataclasses.replace(MODEL, **changes)
     with use_layout(on(platform, kind)):
-        assert choose_kernel(config, T, segmented=segmented, cached=False) == kernel
-        assert choose_kernel(config, T, segmented=segmented, cached=True) == "dense"
+        assert choose_kernel(config, T, has_segments=segmented, cached=False) == kernel
+        assert choose_kernel(config, T, has_segments=segmented, cached=True) == "dense"
     if platform == "cpu":
-        assert choose_kernel(config, 2048, segmented=segmented, cached=False) == "blockwise"
+        assert choose_kernel(config, 2048, has_segments=segmented, cached=False) == "blockwise"
 
 
 @pytest.mark.parametrize(
@@ -78,16 +78,16 @@ def test_what_a_kernel_cannot_do_is_refused(platform, changes, length, reason):
         use_layout(on(platform, platform)),
         pytest.raises(ConfigError, match=rf'attention_kernel = .*{reason}.*"dense"'),
     ):
-        choose_kernel(config, length, segmented=False, cached=False)
+        choose_kernel(config, length, has_segments=False, cached=False)
 
 
 def test_a_ring_is_not_left_silently():
     with use_layout(make_layout(MeshConfig(data=1, context=4))):
-        assert choose_kernel(MODEL, T, segmented=True, cached=False) == "blockwise"
+        assert choose_kernel(MODEL, T, has_segments=True, cached=False) == "blockwise"
         with pytest.raises(ConfigError, match='no dropout; "dense" can do it'):
-            choose_kernel(dataclasses.replace(MODEL, dropout=0.1), T, segmented=True, cached=False)
+            choose_kernel(dataclasses.replace(MODEL, dropout=0.1), T, has_segments=True, cached=False)
         with pytest.raises(ConfigError, match="only blocks go round a ring"):
-            choose_kernel(dataclasses.replace(MODEL, attention_kernel="splash"), T, segmented=True, cached=False)
+            choose_kernel(dataclasses.replace(MODEL, attention_kernel="splash"), T, has_segments=True, cached=False)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ def test_kernels_equal_the_plain_one_forward_and_backward(kernel, local, tensor)
         AttentionContext(kernel, positions, segments, None),
     )
 
-    def run(sight: AttentionContext, layout: Layout | None):
+    def run(sight: AttentionContext, layout: MeshLayout | None):
         def both(q, k, v):
             with use_layout(layout):
-                out, back = jax.vjp(lambda q, k, v: attend_by(q, k, v, config, local, sight), q, k, v)
+                out, back = jax.vjp(lambda q, k, v: dispatch_attention(q, k, v, config, local, sight), q, k, v)
                 return out, back(gradient)
 
         return jax.jit(both)(q, k, v)

@@ -9,14 +9,14 @@ import pytest
 
 from mesh_transformer.config import ConfigError, MeshConfig
 from mesh_transformer.mesh import make_layout, use_layout
-from mesh_transformer.model.attention.dense import attend
+from mesh_transformer.model.attention.dense import dense_attention
 from mesh_transformer.model.attention.ring import (
     Ring,
-    attend_in_ring,
-    from_ring_order,
-    make_steps,
-    ring_order,
-    to_ring_order,
+    ring_attention,
+    from_zigzag,
+    make_block_schedule,
+    zigzag_order,
+    to_zigzag,
 )
 
 
@@ -24,9 +24,9 @@ from mesh_transformer.model.attention.ring import (
 @pytest.mark.parametrize(("size", "block"), [(1, 4), (4, 4), (4, 2)])
 def test_every_visible_pair_of_places_is_met_once_and_by_its_owner(size, block, window):
     length = 32
-    order = ring_order(length, size).reshape(size, -1)
+    order = zigzag_order(length, size).reshape(size, -1)
     met = np.zeros((length, length), int)
-    for shift, pairs in make_steps(length // size, Ring("context", size, block, window)):
+    for shift, pairs in make_block_schedule(length // size, Ring("context", size, block, window)):
         for device, rows in enumerate(pairs):
             for query_block, key_block, query, key, counts in rows:
                 if counts:
@@ -42,25 +42,25 @@ def test_every_visible_pair_of_places_is_met_once_and_by_its_owner(size, block, 
 
 
 def test_devices_of_a_ring_have_equally_much_to_do():
-    steps = make_steps(32, Ring("context", 8, 4, None))
+    steps = make_block_schedule(32, Ring("context", 8, 4, None))
     assert [step.shift for step in steps] == list(range(8))
     for step in steps:
-        assert (step.pairs[..., 4] == 1).all(), "a device would wait for another"
+        assert (step.block_pairs[..., 4] == 1).all(), "a device would wait for another"
     # Without pieces from both ends the last device would have eight times the work of the first.
-    near = make_steps(32, Ring("context", 8, 4, 4))
+    near = make_block_schedule(32, Ring("context", 8, 4, 4))
     assert [step.shift for step in near] == [0, 1, 7], "a window needs neighbours alone"
 
 
 def test_order_of_a_ring_and_back():
-    assert ring_order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+    assert zigzag_order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
     x = jnp.arange(2 * 16).reshape(2, 16)
     with use_layout(make_layout(MeshConfig(data=1, context=4))):
-        held = to_ring_order(x)
+        held = to_zigzag(x)
         assert held[0].tolist() != x[0].tolist()
-        np.testing.assert_array_equal(from_ring_order(held), x)
+        np.testing.assert_array_equal(from_zigzag(held), x)
         with pytest.raises(ConfigError, match=r"a sequence of 12 does not make 2 pieces for each of 4 devices"):
-            to_ring_order(x[:, :12])
-    assert to_ring_order(x) is x
+            to_zigzag(x[:, :12])
+    assert to_zigzag(x) is x
 
 
 def make_arrays(length: int):
@@ -81,17 +81,17 @@ def test_blocks_equal_all_at_once_forward_and_backward(window):
 
     def plain(q, k, v):
         seen = visible if window is None else visible & (distance < window)[None]
-        return attend(q, k, v, seen, bias, scale=0.3)
+        return dense_attention(q, k, v, seen, bias, scale=0.3)
 
     def blocked(q, k, v):
         heads = (0.3 * q).reshape(2, 24, 2, 2, 8).transpose(0, 2, 3, 1, 4)
         ring = Ring(None, 1, 8, window)
-        mixed = attend_in_ring(heads, k.swapaxes(1, 2), v.swapaxes(1, 2), segments, slopes.reshape(2, 2), ring)
+        mixed = ring_attention(heads, k.swapaxes(1, 2), v.swapaxes(1, 2), segments, slopes.reshape(2, 2), ring)
         return mixed.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
     wanted, back = jax.vjp(plain, q, k, v)
     found, own_back = jax.jit(lambda *x: jax.vjp(blocked, *x))(q, k, v)
-    unseen = attend(q, k, v, (distance >= 0)[None], bias, scale=0.3)
+    unseen = dense_attention(q, k, v, (distance >= 0)[None], bias, scale=0.3)
     assert np.abs(wanted - unseen).max() > 0.1, "segments make no difference"
     np.testing.assert_allclose(found, wanted, atol=2e-6)
     for a, b in zip(own_back(gradient), back(gradient), strict=True):
@@ -105,7 +105,7 @@ def test_memory_grows_with_the_sequence_and_not_its_square():
         ]
 
         def loss(q, k, v):
-            return jnp.sum(attend_in_ring(q, k, v, None, None, Ring(None, 1, block, None)))
+            return jnp.sum(ring_attention(q, k, v, None, None, Ring(None, 1, block, None)))
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes

@@ -16,9 +16,9 @@ from jax.extend.core import jaxprs_in_params
 from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.mesh import make_layout, use_layout
-from mesh_transformer.model.attention.ring import from_ring_order
+from mesh_transformer.model.attention.ring import from_zigzag
 from mesh_transformer.model.moe.layer import Experts
-from mesh_transformer.model.moe.router import Routing, find_capacity, router_losses
+from mesh_transformer.model.moe.router import RoutingStats, find_capacity, router_losses
 from mesh_transformer.model.params import flatten_names, make_inits
 from mesh_transformer.model.transformer import count_params, describe_params, init_cache, make_model
 from mesh_transformer.train.flops import count_flops
@@ -61,7 +61,7 @@ def draw_layer(config: ModelConfig, *, skew: float = 0.0):
     return {"experts": params}, x
 
 
-def loop_over_tokens(config: ModelConfig, params, x: np.ndarray, capacity: int | None) -> tuple[np.ndarray, Routing]:
+def loop_over_tokens(config: ModelConfig, params, x: np.ndarray, capacity: int | None) -> tuple[np.ndarray, RoutingStats]:
     """The layer in float64, a token and a choice at a time."""
     e = config.experts
     assert e is not None
@@ -94,7 +94,7 @@ def loop_over_tokens(config: ModelConfig, params, x: np.ndarray, capacity: int |
     load = count / count.sum()
     balance = e.n_experts * (load * np.mean(every, axis=0)).sum()
     numbers = [balance, np.mean(squares), np.mean(entropies), dropped / count.sum()]
-    return y, Routing(load, *map(np.asarray, numbers))  # type: ignore[arg-type]
+    return y, RoutingStats(load, *map(np.asarray, numbers))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -124,7 +124,7 @@ def test_overflow_scales_the_input_where_said(n_experts_per_token):
     )
     params, x = draw_layer(config, skew=1.0)
     wanted, routing = loop_over_tokens(config, params, x, find_capacity(0.4, T, n_experts_per_token, 4))
-    assert routing.dropped > 0.2
+    assert routing.dropped_fraction > 0.2
     np.testing.assert_allclose(apply_layer(config, params, x)[0], wanted, atol=2e-6 * np.abs(wanted).max())
 
 
@@ -135,7 +135,7 @@ def test_sequences_of_a_group_share_seats(group):
     wanted, routing = loop_over_tokens(config, params, x, find_capacity(1.0, T * min(group, B), 2, 4))
     found, found_routing = apply_layer(config, params, x)
     np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
-    np.testing.assert_allclose(found_routing.dropped, routing.dropped, rtol=1e-6)
+    np.testing.assert_allclose(found_routing.dropped, routing.dropped_fraction, rtol=1e-6)
     alone = apply_layer(make_config(dict(n_experts_per_token=2, eval_capacity_factor=1.0)), params, x)
     assert float(alone[1].dropped) > float(found_routing.dropped) > 0
 
@@ -296,7 +296,7 @@ def make_loss(config: ModelConfig, key=None):
     def loss(params, tokens, targets):
         model = make_model(config)
         x, routing = model.hidden(params, tokens, dropout_key=key)
-        logits = from_ring_order(x) @ params["transformer"]["w_tokens"].T
+        logits = from_zigzag(x) @ params["transformer"]["w_tokens"].T
         nats = -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1))
         return nats if routing is None else nats + router_losses(config, routing), routing
 

@@ -14,8 +14,8 @@ from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.presets import T5
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.transformer import describe_params, make_model
-from mesh_transformer.sample.engine.encoder_decoder import RewritingEngine
-from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.sample.engine.encoder_decoder import EncoderDecoderEngine
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
 from mesh_transformer.sample.engine.requests import PromptError
 
 CONFIG = ModelConfig(
@@ -38,8 +38,8 @@ def draw_params(config: ModelConfig):
 PARAMS = draw_params(CONFIG)
 
 
-def make_engine(**options) -> RewritingEngine:
-    return RewritingEngine(CONFIG, PARAMS, start=START, end=END, **options)
+def make_engine(**options) -> EncoderDecoderEngine:
+    return EncoderDecoderEngine(CONFIG, PARAMS, start=START, end=END, **options)
 
 
 def test_greedy_is_the_full_forward_pass():
@@ -73,7 +73,7 @@ def test_greedy_is_what_transformers_generates(name):
     wanted = theirs.generate(
         sources, attention_mask=mask, do_sample=False, use_cache=False, max_new_tokens=12, decoder_start_token_id=START
     )[:, 1:]
-    engine = RewritingEngine(
+    engine = EncoderDecoderEngine(
         case.config, import_arrays(weights, case.kind, case.config), start=START, end=END, slots=len(texts)
     )
     options = SampleConfig(temperature=0.0, max_tokens=12)
@@ -108,10 +108,10 @@ def test_a_stop_token_ends_a_row():
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match=r"sampled by RewritingEngine \(device_sample\.py\)"):
-        Engine(CONFIG, PARAMS)
+        DecoderOnlyEngine(CONFIG, PARAMS)
     alone = dataclasses.replace(CONFIG, n_encoder_layers=None)
     with pytest.raises(ConfigError, match=r"model\.n_encoder_layers is not set"):
-        RewritingEngine(alone, draw_params(alone), start=START, end=END)
+        EncoderDecoderEngine(alone, draw_params(alone), start=START, end=END)
     with pytest.raises(ConfigError, match=r"set mesh\.context and mesh\.pipeline to 1"):
         make_engine(layout=make_layout(MeshConfig(context=8)))
     engine = make_engine()

@@ -13,10 +13,10 @@ import pytest
 from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig, SampleConfig
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.transformer import describe_params, make_model
-from mesh_transformer.sample.engine.engine import Engine
-from mesh_transformer.sample.engine.programs import BURST
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.programs import DECODE_CHUNK
 from mesh_transformer.sample.engine.requests import PromptError
-from mesh_transformer.sample.engine.speculative import DraftProposer, NgramProposer
+from mesh_transformer.sample.engine.speculative import DraftModelDrafter, PromptLookupDrafter
 
 BASE = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_vocab=97, seq_len=96)
 GREEDY, WARM = SampleConfig(temperature=0.0), SampleConfig(temperature=1.0, top_p=0.95)
@@ -71,7 +71,7 @@ def forward_logprobs(config, params, sequence):
 @pytest.fixture(scope="module")
 def shared():
     config, params = make()
-    return config, params, Engine(config, params)
+    return config, params, DecoderOnlyEngine(config, params)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -79,7 +79,7 @@ def test_greedy_with_cache_is_greedy_without(name):
     config, params = make(**FAMILIES[name])
     prompts, drawn_tokens = random_prompts(3, 21, 10), set()
     tolerance = 0.15 if config.dtype == "bfloat16" else 2e-4
-    for prompt, [done] in zip(prompts, Engine(config, params).generate(prompts, GREEDY, max_tokens=20), strict=True):
+    for prompt, [done] in zip(prompts, DecoderOnlyEngine(config, params).generate(prompts, GREEDY, max_tokens=20), strict=True):
         logprobs = forward_logprobs(config, params, prompt + done.tokens)[len(prompt) - 1 : -1]
         drawn = logprobs[np.arange(20), done.tokens]
         np.testing.assert_allclose(drawn, done.logprobs, atol=tolerance)
@@ -131,7 +131,7 @@ def test_first_tokens_wait_for_no_burst(shared):
     rows = [engine.submit(engine.make_row(prompt, WARM, max_tokens=30)) for prompt in random_prompts(9, 12)]
     first, second = engine.step(), engine.step()
     assert [event.row for event in first] == [rows[0].id, rows[1].id] * 2
-    assert len(second) == 2 * BURST
+    assert len(second) == 2 * DECODE_CHUNK
     while not engine.idle:
         engine.step()
 
@@ -139,7 +139,7 @@ def test_first_tokens_wait_for_no_burst(shared):
 def test_prompt_in_pieces_is_at_once(shared):
     config, params, engine = shared
     prompts = random_prompts(70, 33, 32, 2)
-    pieces = Engine(config, params, prefill_chunk=16)
+    pieces = DecoderOnlyEngine(config, params, prefill_chunk=16)
     expected = engine.generate(prompts, WARM, max_tokens=10)
     assert [[c.tokens for c in row] for row in pieces.generate(prompts, WARM, max_tokens=10)] == [
         [c.tokens for c in row] for row in expected
@@ -158,7 +158,7 @@ def test_logprobs_are_of_the_models_own_distribution(shared):
 
 
 def test_nearby_lengths_compile_nothing():
-    engine = Engine(*make(n_layers=1), prefix_bytes=0)
+    engine = DecoderOnlyEngine(*make(n_layers=1), prefix_bytes=0)
     engine.generate(random_prompts(17, 18), WARM, max_tokens=10)
     before = engine.compilations
     kinds = ("make_caches", "read", "make_state", "begin", "take_row", "put_row", "seat", "decode")
@@ -172,9 +172,9 @@ def test_nearby_lengths_compile_nothing():
 def test_growing_the_cache_changes_nothing(monkeypatch):
     config, params = make()
     prompts = random_prompts(14, 3)
-    expected = Engine(config, params).generate(prompts, WARM, max_tokens=60)
+    expected = DecoderOnlyEngine(config, params).generate(prompts, WARM, max_tokens=60)
     monkeypatch.setattr("mesh_transformer.sample.engine.engine.SHORTEST_CACHE", 16)
-    growing = Engine(config, params)
+    growing = DecoderOnlyEngine(config, params)
     assert [c.tokens for [c] in growing.generate(prompts, WARM, max_tokens=60)] == [c.tokens for [c] in expected]
     assert growing.compilations["resize"] == 3  # 32, 64, 96
 
@@ -225,22 +225,22 @@ def test_stopped_row_is_silent_and_leaves_the_others_alone(shared):
 def test_sharded_is_one_device(mesh):
     config, params = make(positions="rope-half", attention_pattern=("global", "local"), attention_window=6)
     prompts = random_prompts(5, 20, 9)
-    expected = Engine(config, params).generate(prompts, WARM, max_tokens=12, n=3)
+    expected = DecoderOnlyEngine(config, params).generate(prompts, WARM, max_tokens=12, n=3)
     layout = make_layout(MeshConfig(**mesh, rules={"sequence": "tensor", "vocab": ""}))
-    sharded = Engine(config, params, layout=layout)
+    sharded = DecoderOnlyEngine(config, params, layout=layout)
     generation = sharded.start(prompts, WARM, max_tokens=12, n=3)
     tokens, events = [[] for _ in range(9)], generation.draw(1)
     cache = jax.tree.leaves(sharded._seats.state.caches)[0]
     assert cache.sharding.shard_shape(cache.shape)[:2] == (cache.shape[0] // 2, 4 // mesh["tensor"])
     for event in (*events, *generation.events()):
-        tokens[event.row].append(event.token)
+        tokens[event.request].append(event.token)
     assert tokens == [c.tokens for row in expected for c in row]
 
 
 def test_mesh_that_does_not_fit_is_refused():
     config, params = make(n_kv_heads=2)
     with pytest.raises(ConfigError, match="kv_heads = 2 does not divide"):
-        Engine(config, params, layout=make_layout(MeshConfig(data=1, tensor=4, rules={"vocab": ""})))
+        DecoderOnlyEngine(config, params, layout=make_layout(MeshConfig(data=1, tensor=4, rules={"vocab": ""})))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def run(engine, rows, *, until=None):
 
 def test_alone_is_among_31_others_that_come_and_go():
     config, params = make()
-    engine = Engine(config, params, slots=6, prefill_chunk=16)  # fewer seats than rows: they queue
+    engine = DecoderOnlyEngine(config, params, slots=6, prefill_chunk=16)  # fewer seats than rows: they queue
     rng = np.random.default_rng(2)
     prompts = random_prompts(*rng.integers(1, 60, 32), seed=7)
     lengths = rng.integers(1, 30, 32).tolist()
@@ -291,11 +291,11 @@ def test_alone_is_among_31_others_that_come_and_go():
             engine.submit(row)
         coming = coming[2:]
         for event in engine.step(2):
-            events[event.row].append(event)
+            events[event.request].append(event)
         widths.add(len(engine.seated))
         assert len(engine.seated) <= 6
     assert len(widths) > 3, "rows should have joined and left"
-    alone = Engine(config, params)
+    alone = DecoderOnlyEngine(config, params)
     for i in (0, 9, 21, 31):
         [[expected]] = alone.generate([prompts[i]], WARM, max_tokens=lengths[i], seed=i)
         assert [event.token for event in events[rows[i].id]] == expected.tokens
@@ -305,7 +305,7 @@ def test_alone_is_among_31_others_that_come_and_go():
 
 def test_long_prompt_does_not_hold_up_a_short_one(shared):
     config, params, _ = shared
-    engine = Engine(config, params, prefill_chunk=16)
+    engine = DecoderOnlyEngine(config, params, prefill_chunk=16)
     [long, short] = random_prompts(80, 4)
     first = engine.submit(engine.make_row(long, WARM, max_tokens=4))
     engine.step(1)
@@ -317,8 +317,8 @@ def test_long_prompt_does_not_hold_up_a_short_one(shared):
 def test_what_begins_alike_is_read_once(shared):
     config, params, _ = shared
     [start, a, b] = random_prompts(40, 9, 5)
-    plain = Engine(config, params, prefix_bytes=0)
-    engine = Engine(config, params)
+    plain = DecoderOnlyEngine(config, params, prefix_bytes=0)
+    engine = DecoderOnlyEngine(config, params)
     for prompt in (start + a, start + b, start[:30] + b, start + a):
         [[expected]] = plain.generate([prompt], WARM, max_tokens=12)
         [[found]] = engine.generate([prompt], WARM, max_tokens=12)
@@ -326,7 +326,7 @@ def test_what_begins_alike_is_read_once(shared):
         np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
     assert plain.prefixes.reused_tokens == 0
     assert engine.prefixes.reused_tokens == 40 + 30 + 48
-    small = Engine(config, params, prefix_bytes=3 * engine.prefixes.nbytes // 4)
+    small = DecoderOnlyEngine(config, params, prefix_bytes=3 * engine.prefixes.nbytes // 4)
     for prompt in (start + a, start + b, start[:30] + b, start + a):
         small.generate([prompt], WARM, max_tokens=2)
     assert 0 < small.prefixes.nbytes <= 3 * engine.prefixes.nbytes // 4
@@ -345,19 +345,19 @@ def test_proposals_change_no_token(shared, kind, options):
     config, params, engine = shared
     small = make(seed=3, n_layers=1)
     proposer = {
-        "ngram": lambda: NgramProposer(2, 3),
-        "same": lambda: DraftProposer(config, params, guesses=3),
-        "other": lambda: DraftProposer(*small, guesses=3),
+        "ngram": lambda: PromptLookupDrafter(2, 3),
+        "same": lambda: DraftModelDrafter(config, params, guesses=3),
+        "other": lambda: DraftModelDrafter(*small, guesses=3),
     }[kind]()
     prompts = [[5, 6, 7, 8] * 4, *random_prompts(20, 3)]
     expected = engine.generate(prompts, options, max_tokens=30, seed=2, n=2)
-    guessing = Engine(config, params, proposer=proposer)
+    guessing = DecoderOnlyEngine(config, params, proposer=proposer)
     generation = guessing.start(prompts, options, max_tokens=30, seed=2, n=2)
     tokens, turns = [[] for _ in range(6)], 0
     while not generation.done:
         turns += 1
         for event in generation.draw(1):
-            tokens[event.row].append(event.token)
+            tokens[event.request].append(event.token)
     assert tokens == [c.tokens for row in expected for c in row]
     assert guessing.compilations["verify"], "nothing was proposed"
     if kind == "same":
@@ -366,7 +366,7 @@ def test_proposals_change_no_token(shared, kind, options):
 
 def test_scores_of_a_prompt_and_likeliest_tokens(shared):
     config, params, _ = shared
-    engine = Engine(config, params)
+    engine = DecoderOnlyEngine(config, params)
     [prompt] = random_prompts(60)
     row = engine.submit(engine.make_row(prompt, WARM, max_tokens=3, n_top=4, score_prompt=True))
     events = run(engine, [row])[row.id]
@@ -378,7 +378,7 @@ def test_scores_of_a_prompt_and_likeliest_tokens(shared):
         assert list(ids) == np.argsort(-own[place], kind="stable")[:4].tolist()
         np.testing.assert_allclose(logprobs, own[place, list(ids)], atol=2e-4)
     assert events[1].prompt_scores is None
-    [[plain]] = Engine(config, params).generate([prompt], WARM, max_tokens=3)
+    [[plain]] = DecoderOnlyEngine(config, params).generate([prompt], WARM, max_tokens=3)
     assert plain.tokens == row.tokens
 
 
@@ -429,7 +429,7 @@ def test_wish_that_cannot_be_granted_is_refused(shared, wish, message):
 
 def test_cancelled_rows_make_room_at_once(shared):
     config, params, _ = shared
-    engine = Engine(config, params, slots=2)
+    engine = DecoderOnlyEngine(config, params, slots=2)
     rows = [engine.submit(engine.make_row(prompt, WARM, max_tokens=50)) for prompt in random_prompts(3, 4, 5, 6)]
     engine.step(1)
     engine.step(1)
@@ -438,5 +438,5 @@ def test_cancelled_rows_make_room_at_once(shared):
         engine.cancel(row)
     for _ in range(3):
         events = engine.step(1)
-        assert not {event.row for event in events} & {rows[0].id, rows[2].id}
+        assert not {event.request for event in events} & {rows[0].id, rows[2].id}
     assert {row.id for row in engine.seated} == {rows[1].id, rows[3].id}

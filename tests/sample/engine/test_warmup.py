@@ -7,7 +7,7 @@ import pytest
 
 from mesh_transformer.config import ModelConfig, SampleConfig
 from mesh_transformer.model.transformer import make_model
-from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
 from mesh_transformer.sample.engine.warmup import warm_up
 
 CONFIG = ModelConfig(n_layers=1, d_model=16, n_heads=2, n_vocab=64, seq_len=1024)
@@ -29,7 +29,7 @@ def draw(engine, length, max_tokens, n_top=0):
 
 @pytest.mark.parametrize(("longest", "lengths"), [(240, (1, 16, 17, 60, 100, 210)), (496, (3, 33, 129, 250, 300, 466))])
 def test_requests_compile_nothing(params, longest, lengths):
-    cold, warm = Engine(CONFIG, params, prefill_chunk=128), Engine(CONFIG, params, prefill_chunk=128)
+    cold, warm = DecoderOnlyEngine(CONFIG, params, prefill_chunk=128), DecoderOnlyEngine(CONFIG, params, prefill_chunk=128)
     steps = list(warm_up(warm, longest))
     assert [done for done, _ in steps] == list(range(steps[0][1]))
     assert warm.idle
@@ -47,7 +47,7 @@ def test_requests_compile_nothing(params, longest, lengths):
 
 def test_a_conversation_compiles_nothing(params):
     """Every turn begins with what was read before."""
-    engine = Engine(CONFIG, params)
+    engine = DecoderOnlyEngine(CONFIG, params)
     list(warm_up(engine, 496))
     before, prompt = engine.compilations, list(range(30))
     for turn in range(5):
@@ -62,6 +62,6 @@ def draw_behind(engine, prompt):
 
 
 def test_nothing_is_compiled_for_nothing(params):
-    engine = Engine(CONFIG, params)
+    engine = DecoderOnlyEngine(CONFIG, params)
     assert list(warm_up(engine, 0)) == []
     assert engine.compilations == {}

@@ -1,0 +1,169 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Native arrays as parts of external tensors, and external tensors as combinations of native arrays.
+
+A pattern describes the layout of an external tensor. The grammar is close to that of einops: one entry per dimension,
+each a word, or several words in parentheses whose sizes are multiplied, the first varying slowest. Words are the logical
+axes of the native array. A number is a dimension of that size that separates several native arrays, for example q, k
+and v; a native array is the component with a given index along it. A native axis that is not in the pattern has size 1.
+
+    "(heads head_dim) embed"   torch.nn.Linear's [H*C, D] for a native [embed, heads, head_dim]
+    "embed (3 heads head_dim)" GPT-2's fused c_attn [D, 3*H*C]; w_q is component 0, w_k 1 and w_v 2
+
+`LayoutView` reads a native array from an external tensor. `Packed` is the inverse.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mesh_transformer.checkpoint.zarr_sharding import Slices
+from mesh_transformer.convert.lazy_arrays import LazyArray, full_index
+
+
+def parse_pattern(pattern: str) -> list[list[str]]:
+    """Return the words of each dimension: "embed (3 heads)" -> [["embed"], ["3", "heads"]]."""
+    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", pattern)]
+
+
+class LayoutView:
+    """A native array inside an external tensor with another layout."""
+
+    def __init__(
+        self, base: LazyArray, pattern: str, axes: Sequence[str], shape: Sequence[int], *, component: int = 0
+    ):
+        """Raise ValueError if the external tensor does not have the shape that the pattern requires.
+
+        `axes` and `shape` are those of the native array; `component` is its index along the pattern's number.
+        """
+        self.base = base
+        self.pattern = parse_pattern(pattern)
+        self.component = component
+        self.axes = tuple(axes)
+        self.shape = tuple(shape)
+        self.dtype = base.dtype
+        self._sizes = dict(zip(axes, shape, strict=True))
+        expected = tuple(math.prod(self._size(word) for word in group) for group in self.pattern)
+        if base.shape != expected:
+            raise ValueError(f"shape {base.shape}, expected {expected} for layout {pattern!r} with {self._sizes}")
+
+    @property
+    def read_granularity(self) -> tuple[int, ...]:
+        return (1,) * len(self.shape)
+
+    @property
+    def is_local(self) -> bool:
+        return self.base.is_local
+
+    def read(self, index: Slices) -> np.ndarray:
+        """Return the values at `index`.
+
+        Each external dimension is sliced along its first word when it is read, and along its other words afterwards.
+        """
+        wanted = dict(zip(self.axes, index, strict=True))
+        outer: list[slice] = []
+        dims: list[int] = []
+        inner: list[slice] = []
+        for group in self.pattern:
+            rest = math.prod(self._size(word) for word in group[1:])
+            first = self._slice(group[0], wanted)
+            outer.append(slice(first.start * rest, first.stop * rest))
+            dims += [first.stop - first.start, *(self._size(word) for word in group[1:])]
+            inner += [slice(None), *(self._slice(word, wanted) for word in group[1:])]
+        values = self.base.read(tuple(outer)).reshape(dims)[tuple(inner)]
+        words = [word for group in self.pattern for word in group]
+        values = values.squeeze(tuple(i for i, word in enumerate(words) if word.isdigit()))
+        axes = [word for word in words if not word.isdigit()]
+        values = values.transpose([axes.index(axis) for axis in self.axes if axis in axes])
+        return values.reshape([part.stop - part.start for part in index])  # adds dimensions of size 1 without a copy
+
+    def _size(self, word: str) -> int:
+        return int(word) if word.isdigit() else self._sizes[word]
+
+    def _slice(self, word: str, wanted: dict[str, slice]) -> slice:
+        return slice(self.component, self.component + 1) if word.isdigit() else wanted[word]
+
+
+class Chunking(NamedTuple):
+    """A division of a tensor into slices along one dimension."""
+
+    dim: int
+    multiple: int  # each slice starts at a multiple of this
+
+
+class Packed:
+    """An external tensor packed from native arrays, which are the components of the pattern's number in order."""
+
+    def __init__(self, arrays: Sequence[LazyArray], pattern: str, axes: Sequence[Sequence[str]]):
+        """Raise ValueError if there are fewer arrays than the pattern's number. `axes` are those of each array."""
+        self.arrays = arrays
+        self.pattern = parse_pattern(pattern)
+        self.axes = axes
+        self.dtype = arrays[0].dtype
+        self._sizes = dict(zip(axes[0], arrays[0].shape, strict=True))
+        numbers = [int(word) for group in self.pattern for word in group if word.isdigit()]
+        if (numbers or [1]) != [len(arrays)]:
+            raise ValueError(f"{len(arrays)} arrays for the layout {pattern!r}")
+        self.shape = tuple(
+            math.prod(len(arrays) if word.isdigit() else self._sizes[word] for word in group) for group in self.pattern
+        )
+
+    @property
+    def chunking(self) -> Chunking:
+        """How the tensor is divided for reading and writing.
+
+        Slices along the first dimension are contiguous in the file that is written. Decoding a local chunk several times
+        costs less than writing many short rows, so the first dimension is preferred. Chunks in an object store have to be
+        downloaded, so there the first native axis that is divided into several chunks decides.
+        """
+        for array, axes in zip(self.arrays, self.axes, strict=True):
+            for size, granularity, axis in zip(array.shape, array.read_granularity, axes, strict=True):
+                dims = [dim for dim in range(len(self.pattern)) if _native_axis(self.pattern[dim][0], axes) == axis]
+                if 1 < granularity < size and dims and (dims[0] == 0 or not array.is_local):
+                    return Chunking(dims[0], granularity * self._inner_size(dims[0]))
+        return Chunking(0, self.shape[0] if self.pattern[0][0].isdigit() else self._inner_size(0))
+
+    def _inner_size(self, dim: int) -> int:
+        """Return the number of indices of `dim` for each index of its first word."""
+        return self.shape[dim] // max(self._sizes[self.pattern[dim][0]], 1)
+
+    def read_slice(self, dim: int, first: int, last: int) -> np.ndarray:
+        """Return indices `first` to `last` of one dimension and all of the others, with any strides.
+
+        `first` and `last` have to respect `chunking`.
+        """
+        words = [word for group in self.pattern for word in group]
+        lead = self.pattern[dim][0]
+        stack_dim = next((i for i, word in enumerate(words) if word.isdigit()), None)
+        found: list[np.ndarray] = []
+        for array, axes in zip(self.arrays, self.axes, strict=True):
+            order = [_native_axis(word, axes) for word in words if not word.isdigit()]
+            index = list(full_index(array))
+            if not lead.isdigit():
+                inner = self._inner_size(dim)
+                index[list(axes).index(_native_axis(lead, axes))] = slice(first // inner, last // inner)
+            values = array.read(tuple(index)).transpose([list(axes).index(axis) for axis in order])
+            found.append(values if stack_dim is None else np.expand_dims(values, stack_dim))
+        joined = found[0] if stack_dim is None else np.concatenate(found, axis=stack_dim)
+        shape = list(self.shape)
+        shape[dim] = last - first
+        return joined.reshape(shape)
+
+    def slice_bounds(self, max_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield (first, last) of slices of about `max_bytes` along the dimension of `chunking`; one for a scalar."""
+        if not self.shape:
+            yield 0, 1
+            return
+        dim, multiple = self.chunking
+        index_bytes = math.prod(self.shape) * self.dtype.itemsize // max(self.shape[dim], 1)
+        step = max(max_bytes // max(index_bytes, 1) // multiple, 1) * multiple
+        for first in range(0, self.shape[dim], step):
+            yield first, min(first + step, self.shape[dim])
+
+
+def _native_axis(word: str, axes: Sequence[str]) -> str:
+    """Return the native axis of a word. Fused projections have equal numbers of heads and key-value heads."""
+    return "kv_heads" if word == "heads" and "heads" not in axes else word
