@@ -33,9 +33,9 @@ def main(arguments: list[str]) -> int:
     """Parse, load, measure, print, keep."""
     options = parse(make_parser(__doc__ or ""), arguments)
     # JAX and what needs it come after the options: --help and errors in them answer at once.
-    from mesh_transformer.evaluate.checkpoint_eval import evaluate_trained
+    from mesh_transformer.evaluate.checkpoint_eval import evaluate_checkpoint
 
-    evaluation = evaluate_trained(options.run, options.set, quiet=options.json)
+    evaluation = evaluate_checkpoint(options.run, options.set, quiet=options.json)
     if options.json:
         print(json.dumps(evaluation, indent=2))
     return 0

@@ -29,7 +29,7 @@ from mesh_transformer.train.optimizer import global_norm
 from mesh_transformer.train.replay import read_batch, open_replay, read_losses, replay
 from mesh_transformer.train.run import Run
 from mesh_transformer.train.schedule import first_sequence
-from mesh_transformer.train.step import dropout_key, layer_norms, make_gradients, model_inputs
+from mesh_transformer.train.step import dropout_key, norms_by_layer, make_gradients, model_inputs
 
 TEXT_CHARACTERS = 600  # shown of a sequence
 
@@ -92,7 +92,7 @@ def measure_norms(run: Run, batch: Any) -> list[dict[str, Any]]:
                 for name, side in sides.items()
             }
             return {
-                name: {"all": global_norm(side), "layers": layer_norms(side), "outside": outside[name]}
+                name: {"all": global_norm(side), "layers": norms_by_layer(side), "outside": outside[name]}
                 for name, side in sides.items()
             }
 

@@ -44,18 +44,18 @@ Written = dict[str, Files]  # by array
 
 
 @dataclasses.dataclass
-class Save:
+class PendingSave:
     """A checkpoint on its way from host memory to disk."""
 
     step: int
     owner: str  # the part of the temporary name; that of process 0 in all processes, once they agree
     records: dict[str, ArrayRecord]
-    pieces: dict[str, list[Piece]]  # what this process owns; emptied while it is written
+    slices: dict[str, list[Piece]]  # what this process owns; emptied while it is written
     meta: dict[str, Any]
     workers: Workers = dataclasses.field(default_factory=Workers)  # closed when it ends
 
 
-def commit_save(root: AnyPath, save: Save) -> None:
+def commit_save(root: AnyPath, save: PendingSave) -> None:
     """Write and commit; on return the checkpoint is durable. On CheckpointError nothing of it is left, nor of others lost."""
     folder = backend_for(root)
     written: Written = {}
@@ -65,7 +65,7 @@ def commit_save(root: AnyPath, save: Save) -> None:
         run_on_all("write", lambda: _write_slices(root, save, written))
         run_on_all("commit", lambda: _commit(root, save, written), first_only=True)
     except BaseException as error:
-        save.pieces.clear()
+        save.slices.clear()
         if process_index() == 0:
             folder.abort(save.step, save.owner)
         if not isinstance(error, Exception):
@@ -100,7 +100,7 @@ def write_blocks(
     before an interruption is `done` the next time: those blocks must not come again. The folder's temporary name is
     always the same, so only one process may do this.
     """
-    save = Save(step, BLOCKS, dict(records), {}, dict(meta))
+    save = PendingSave(step, BLOCKS, dict(records), {}, dict(meta))
     draft = backend_for(root).staging_dir(step, save.owner)
     written: Written = {name: dict(done.get(name, {})) for name in records}
 
@@ -122,22 +122,22 @@ def write_piece(name: str, record: ArrayRecord, make: Callable[[], Piece], folde
     return {key: file for _, key, file in (job() for job in list_shards(folder, name, record, [make()]))}
 
 
-def _begin(root: AnyPath, save: Save) -> None:
+def _begin(root: AnyPath, save: PendingSave) -> None:
     backend_for(root).create_staging(save.step, save.owner)
     draft = backend_for(backend_for(root).staging_dir(save.step, save.owner))
     draft.write_files({f"{ARRAYS}/{name}/{METADATA}": format_metadata(record) for name, record in save.records.items()})
 
 
-def _write_slices(root: AnyPath, save: Save, written: Written) -> None:
+def _write_slices(root: AnyPath, save: PendingSave, written: Written) -> None:
     draft = backend_for(root).staging_dir(save.step, save.owner)
     if process_index() and not draft.is_dir():
         raise CheckpointError(
             f"{draft}: process 0 has made it, and process {process_index()} does not see it; run.dir must lie where "
             "all hosts see the same files, or in an object store"
         )
-    written |= {name: {} for name in save.pieces}
-    names = list(save.pieces)
-    jobs = (list_shards(draft, name, save.records[name], save.pieces.pop(name)) for name in names)
+    written |= {name: {} for name in save.slices}
+    names = list(save.slices)
+    jobs = (list_shards(draft, name, save.records[name], save.slices.pop(name)) for name in names)
     for name, key, file in run_side_by_side(itertools.chain.from_iterable(jobs), save.workers):
         written[name][key] = file
     _settle(draft, written)
@@ -151,7 +151,7 @@ def _settle(draft: AnyPath, written: Written) -> None:
         backend_for(array_folder(draft, name)).fsync_files(files)
 
 
-def _commit(root: AnyPath, save: Save, written: Written) -> None:
+def _commit(root: AnyPath, save: PendingSave, written: Written) -> None:
     place = backend_for(root).staging_dir(save.step, save.owner)
     parts = [written]
     for process in range(1, process_count()):

@@ -37,7 +37,7 @@ from mesh_transformer.storage.paths import AnyPath
 COMMIT = "COMMIT"
 STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})")
 LEFTOVER = re.compile(rf"({STEP.pattern})\.(tmp|old|trash)-(.+)-([0-9]+)-([0-9]+)-[0-9a-f]+")
-FOREIGN_SECONDS = 3600
+OTHER_HOST_SECONDS = 3600
 
 
 class LocalBackend:
@@ -250,7 +250,7 @@ def _start_ticks(pid: int) -> int:
 def is_alive(host: str, pid: int, start: int, last_change: Callable[[], float]) -> bool:
     """Whether a process runs, or may run where it cannot be asked for."""
     if host != make_owner().rsplit("-", 3)[0]:
-        return time.time() - last_change() < FOREIGN_SECONDS
+        return time.time() - last_change() < OTHER_HOST_SECONDS
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -97,7 +97,7 @@ class ObjectStoreBackend:
             for error in filter(None, errors):  # all have ended by now
                 raise error
 
-    def remove(self, name: str) -> None:
+    def remove_folder(self, name: str) -> None:
         """Delete a folder in it."""
         folder = ObjectStoreBackend(self.path / name)
         folder.delete_files(list(folder.list_files()))

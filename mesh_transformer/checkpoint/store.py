@@ -24,7 +24,7 @@ from mesh_transformer.checkpoint.arrays import (
     restore_arrays,
 )
 from mesh_transformer.checkpoint.backends import backend_for
-from mesh_transformer.checkpoint.commit import Save, commit_save
+from mesh_transformer.checkpoint.commit import PendingSave, commit_save
 from mesh_transformer.checkpoint.manifest import (
     ArrayRecord,
     Manifest,
@@ -97,7 +97,7 @@ class Store:
             plain = json.loads(json.dumps(meta))  # the caller's may change while this is written
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"meta of step {step} cannot be written as JSON: {error}") from error
-        save = Save(
+        save = PendingSave(
             step, local_backend.make_owner(), records, copy_to_host({name: arrays[name] for name in records}), plain
         )
         self._held.add(step)
@@ -253,7 +253,7 @@ class Store:
         except CheckpointError:
             return False
 
-    def _finish(self, save: Save) -> None:
+    def _finish(self, save: PendingSave) -> None:
         """Commit and prune, in every process."""
         try:
             commit_save(self.root, save)

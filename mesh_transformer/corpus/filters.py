@@ -29,21 +29,21 @@ from mesh_transformer.corpus.markup import install_hint
 from mesh_transformer.corpus.quality import load_classifier
 from mesh_transformer.corpus.word_tokenizer import WORDS
 
-Apply = Callable[[Document], str]
+FilterFn = Callable[[Document], str]
 ADDRESS = 320  # characters of an e-mail address at most, 64 before the @
 
 
-def make_filters(recipe: r.Recipe, component: str, classifiers: dict[int, Path]) -> list[tuple[str, Apply]]:
+def make_filters(recipe: r.Recipe, component: str, classifiers: dict[int, Path]) -> list[tuple[str, FilterFn]]:
     """Name and function of every step that a component takes; `classifiers` has the model of each quality step."""
-    steps: list[tuple[str, Apply]] = []
+    steps: list[tuple[str, FilterFn]] = []
     if least := recipe.components[component].min_bytes:
         steps.append(("min_bytes", _length(r.Length(kind="length", min_bytes=least), recipe, None)))
     for place, step in r.steps_of(recipe, component):
-        steps.append((f"{place}-{step.kind}", MAKERS[step.kind](step, recipe, classifiers.get(place))))
+        steps.append((f"{place}-{step.kind}", FILTERS[step.kind](step, recipe, classifiers.get(place))))
     return steps
 
 
-def _from_filter(block: BaseFilter) -> Apply:
+def _from_filter(block: BaseFilter) -> FilterFn:
     """A filter of DataTrove. Texts without a word divide by zero in some of them: such have nothing to judge by."""
 
     def apply(document: Document) -> str:
@@ -56,7 +56,7 @@ def _from_filter(block: BaseFilter) -> Apply:
     return apply
 
 
-def _from_formatter(block: BaseFormatter) -> Apply:
+def _from_formatter(block: BaseFormatter) -> FilterFn:
     def apply(document: Document) -> str:
         document.text = block.format(document.text)
         return ""
@@ -64,7 +64,7 @@ def _from_formatter(block: BaseFormatter) -> Apply:
     return apply
 
 
-def _mask_pii(step: r.MaskPII, recipe: r.Recipe, model: Path | None) -> Apply:
+def _mask_pii(step: r.MaskPII, recipe: r.Recipe, model: Path | None) -> FilterFn:
     block = PIIFormatter(remove_emails=False)  # IP addresses, whose pattern is bounded
 
     def apply(document: Document) -> str:
@@ -92,7 +92,7 @@ def _around_signs(text: str) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def _length(step: r.Length, recipe: r.Recipe, model: Path | None) -> Apply:
+def _length(step: r.Length, recipe: r.Recipe, model: Path | None) -> FilterFn:
     def apply(document: Document) -> str:
         size = len(document.text.encode())
         if size < step.min_bytes:
@@ -102,7 +102,7 @@ def _length(step: r.Length, recipe: r.Recipe, model: Path | None) -> Apply:
     return apply
 
 
-def _language(step: r.Language, recipe: r.Recipe, model: Path | None) -> Apply:
+def _language(step: r.Language, recipe: r.Recipe, model: Path | None) -> FilterFn:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
@@ -119,7 +119,7 @@ def _language(step: r.Language, recipe: r.Recipe, model: Path | None) -> Apply:
     return apply
 
 
-def _quality(step: r.Quality, recipe: r.Recipe, model: Path | None) -> Apply:
+def _quality(step: r.Quality, recipe: r.Recipe, model: Path | None) -> FilterFn:
     assert model is not None, "trained before documents are judged"
     score = load_classifier(model)
 
@@ -132,12 +132,12 @@ def _quality(step: r.Quality, recipe: r.Recipe, model: Path | None) -> Apply:
     return apply
 
 
-def _decontaminate(step: r.Decontaminate, recipe: r.Recipe, model: Path | None) -> Apply:
+def _decontaminate(step: r.Decontaminate, recipe: r.Recipe, model: Path | None) -> FilterFn:
     index = ContaminationIndex(step, {name: recipe.evaluation[name] for name in step.against})
     return index.clean
 
 
-def _gopher_quality(step: r.GopherQuality, recipe: r.Recipe, model: Path | None) -> Apply:
+def _gopher_quality(step: r.GopherQuality, recipe: r.Recipe, model: Path | None) -> FilterFn:
     return _from_filter(
         GopherQualityFilter(
             min_doc_words=step.min_words,
@@ -148,7 +148,7 @@ def _gopher_quality(step: r.GopherQuality, recipe: r.Recipe, model: Path | None)
     )
 
 
-def _c4(step: r.C4, recipe: r.Recipe, model: Path | None) -> Apply:
+def _c4(step: r.C4, recipe: r.Recipe, model: Path | None) -> FilterFn:
     block = C4QualityFilter(
         min_num_sentences=step.min_sentences, filter_no_terminal_punct=step.needs_end_punctuation, language=_WORDS
     )
@@ -156,7 +156,7 @@ def _c4(step: r.C4, recipe: r.Recipe, model: Path | None) -> Apply:
 
 
 _WORDS: Any = WORDS  # DataTrove's blocks say that they take a language, and take a tokenizer as well
-MAKERS: dict[str, Callable[[Any, r.Recipe, Path | None], Apply]] = {
+FILTERS: dict[str, Callable[[Any, r.Recipe, Path | None], FilterFn]] = {
     "repair": lambda step, recipe, model: _from_formatter(FTFYFormatter()),
     "length": _length,
     "language": _language,

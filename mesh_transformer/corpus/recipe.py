@@ -65,7 +65,7 @@ class ComponentConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class StepConfig:
+class FilterConfig:
     """What every step of [[steps]] has; steps are taken in the order of the file."""
 
     components: Names = ()  # only these; empty: all
@@ -73,14 +73,14 @@ class StepConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Repair(StepConfig):
+class Repair(FilterConfig):
     """Mojibake, control characters and the like, by ftfy with DataTrove's settings."""
 
     kind: Literal["repair"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Length(StepConfig):
+class Length(FilterConfig):
     """Bytes of a document."""
 
     kind: Literal["length"]
@@ -89,7 +89,7 @@ class Length(StepConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Language(StepConfig):
+class Language(FilterConfig):
     """Language of a document by py3langid, from its first characters."""
 
     kind: Literal["language"]
@@ -99,14 +99,14 @@ class Language(StepConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class GopherRepetition(StepConfig):
+class GopherRepetition(FilterConfig):
     """Repeated lines, paragraphs and n-grams: Gopher, table A1, by DataTrove."""
 
     kind: Literal["gopher-repetition"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class GopherQuality(StepConfig):
+class GopherQuality(FilterConfig):
     """Words, symbols, bullets, ellipses and stop words: Gopher, appendix A1.1, by DataTrove."""
 
     kind: Literal["gopher-quality"]
@@ -116,7 +116,7 @@ class GopherQuality(StepConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class C4(StepConfig):
+class C4(FilterConfig):
     """Lines without an end, too few sentences, braces: the rules of C4, by DataTrove."""
 
     kind: Literal["c4"]
@@ -125,21 +125,21 @@ class C4(StepConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class FineWeb(StepConfig):
+class FineWeb(FilterConfig):
     """Short lines, missing punctuation, lists: the rules of FineWeb, by DataTrove."""
 
     kind: Literal["fineweb"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MaskPII(StepConfig):
+class MaskPII(FilterConfig):
     """E-mail and public IP addresses become examples of such, by DataTrove."""
 
     kind: Literal["mask-pii"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Quality(StepConfig):
+class Quality(FilterConfig):
     """A classifier trained on own positives; kept if a Pareto draw exceeds 1 - score (The Pile, appendix C)."""
 
     kind: Literal["quality"]
@@ -150,7 +150,7 @@ class Quality(StepConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Decontaminate(StepConfig):
+class Decontaminate(FilterConfig):
     """Overlap of n-grams of words with evaluation sets (GPT-3, appendix C)."""
 
     kind: Literal["decontaminate"]

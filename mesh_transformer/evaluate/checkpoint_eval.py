@@ -35,13 +35,13 @@ TELL_SECONDS = 30.0  # between lines of progress where nobody sees a terminal
 WIDTH = 160  # of tables where nobody sees a terminal
 
 
-def evaluate_trained(run: str, overrides: Iterable[str] = (), *, quiet: bool = False) -> Evaluation:
+def evaluate_checkpoint(run: str, overrides: Iterable[str] = (), *, quiet: bool = False) -> Evaluation:
     """Measure the newest intact checkpoint of `run`, or `run` itself; tables on stdout unless `quiet`, progress on stderr.
 
     Killed, the same call goes on where it was, if there is a run folder. Raises ConfigError and CheckpointError as
     opening a model does, and what `measure` raises.
     """
-    trained = open_trained(run, overrides)
+    trained = open_model(run, overrides)
     check_tasks(trained.config)
     print(f"{trained.where}: step {trained.step}", file=sys.stderr)
     scorer = make_scorer(trained.engine, batch_tokens=trained.config.evaluate.batch_tokens)
@@ -82,7 +82,7 @@ def _identify(trained: LoadedModel) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def open_trained(path: str, overrides: Iterable[str] = ()) -> LoadedModel:
+def open_model(path: str, overrides: Iterable[str] = ()) -> LoadedModel:
     """As load_trained, and also a model folder of Hugging Face, whose weights stay as they are."""
     place = parse_path(path)
     if not is_huggingface(place):

@@ -155,7 +155,7 @@ def _score(
         context=evaluate.context,
         stride=evaluate.stride,
         limit=evaluate.limit,
-        share=evaluate.sample_fraction,
+        fraction=evaluate.sample_fraction,
         report=lambda n_bytes: report(f"{what}: bytes", n_bytes, None),
     )
 

@@ -26,7 +26,7 @@ CHUNK_TOKENS = 1 << 18  # tokens that are held and scored at a time
 class TextScore(NamedTuple):
     """What a collection of documents came to."""
 
-    nats: float  # negative log-likelihood of all tokens
+    negative_logprob: float  # negative log-likelihood of all tokens
     tokens: int
     n_bytes: int  # of the text in UTF-8
     documents: int
@@ -35,17 +35,17 @@ class TextScore(NamedTuple):
     @property
     def bits_per_byte(self) -> float:
         """The measure that models with different tokenizers share."""
-        return self.nats / math.log(2) / self.n_bytes
+        return self.negative_logprob / math.log(2) / self.n_bytes
 
     @property
     def nats_per_byte(self) -> float:
         """The same in natural units."""
-        return self.nats / self.n_bytes
+        return self.negative_logprob / self.n_bytes
 
     @property
     def loss(self) -> float:
         """Nats per token."""
-        return self.nats / self.tokens
+        return self.negative_logprob / self.tokens
 
     @property
     def tokens_per_byte(self) -> float:
@@ -92,7 +92,7 @@ def score_documents(
     context: int | None = None,
     stride: int | None = None,
     limit: int | None = None,
-    share: float = 1.0,
+    fraction: float = 1.0,
     report: Callable[[int], None] = lambda n_bytes: None,
 ) -> dict[str, TextScore]:
     """Score documents by the component that stands before each; components in the order in which they come.
@@ -121,7 +121,7 @@ def score_documents(
         total = sums.setdefault(component, _Sum())
         n_bytes = len(document.text.encode())
         total.size += n_bytes
-        if not is_sampled(document.name, share) or total.documents == limit:
+        if not is_sampled(document.name, fraction) or total.documents == limit:
             continue
         tokens = tokenizer.encode(document.text)
         total.tokens, total.n_bytes, total.documents = (
@@ -133,7 +133,7 @@ def score_documents(
             score_waiting()
     score_waiting()
     if empty := [name for name, total in sums.items() if not total.tokens]:
-        raise DataError(f"{empty[0]}: no text to score in a share of {share}; raise evaluate.sample_fraction")
+        raise DataError(f"{empty[0]}: no text to score in a share of {fraction}; raise evaluate.sample_fraction")
     if not sums:
         raise DataError("no documents to score")
     return {name: total.finish() for name, total in sums.items()}

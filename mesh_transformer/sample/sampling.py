@@ -77,8 +77,8 @@ def sample(
     allow one). `keys` [B] are used up: fold in the position (`position_keys`).
     """
     raw = logits.astype(jnp.float32)
-    penalised = penalise_repetition(raw, counts > 0 if prompt is None else prompt | (counts > 0), options)
-    penalised = penalise_counts(penalised, counts, options)
+    penalised = penalize_repetition(raw, counts > 0 if prompt is None else prompt | (counts > 0), options)
+    penalised = penalize_counts(penalised, counts, options)
     if bias is not None:
         penalised = penalised + bias
     if allowed is not None:
@@ -101,7 +101,7 @@ def top_logprobs(logits: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n
     return logprobs, tokens
 
 
-def penalise_repetition(
+def penalize_repetition(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], options: SamplingOptions
 ) -> Float[Array, "B V"]:
     """Positive logits of seen tokens divided by the penalty, negative ones multiplied (Keskar et al. 2019, CTRL)."""
@@ -109,7 +109,7 @@ def penalise_repetition(
     return jnp.where(seen, jnp.where(logits > 0.0, logits / penalty, logits * penalty), logits)
 
 
-def penalise_counts(
+def penalize_counts(
     logits: Float[Array, "B V"], counts: Int[Array, "B V"], options: SamplingOptions
 ) -> Float[Array, "B V"]:
     """logit - count frequency_penalty - [count > 0] presence_penalty, as OpenAI's API defines them."""

@@ -221,7 +221,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Numbers for Prometheus."""
-        return Response(service.metrics.show(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.expose(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _add_page(app: FastAPI) -> None:

@@ -42,6 +42,6 @@ class ServerMetrics:
         ):
             Gauge(name, text, **make).set_function(read)
 
-    def show(self) -> bytes:
+    def expose(self) -> bytes:
         """The exposition format."""
         return generate_latest(self._registry)

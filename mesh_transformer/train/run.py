@@ -26,7 +26,7 @@ from mesh_transformer.train.provenance import environment_info
 from mesh_transformer.train.run_folder import RunFolder
 from mesh_transformer.train.schedule import batch_ramp
 from mesh_transformer.train.state import (
-    State,
+    TrainState,
     describe_state,
     flatten_state,
     make_init_state,
@@ -60,8 +60,8 @@ class Run:
     data: Data
     store: Store
     axes: Mapping[str, tuple[str, ...]]  # logical axes of every array of the state, by name
-    state: State
-    train_step: Callable[[State, Batch], tuple[State, Metrics]]
+    state: TrainState
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: Callable[[Any, Batch], TokenLosses]
     flops_per_sequence: float  # of a training step, without what is recomputed
     notes: list[str]  # what a person should know of how the state came to be
@@ -172,7 +172,7 @@ def open_run(
     )
 
 
-def jit_train_step(config: Config, layout: MeshLayout, shardings: State) -> Any:
+def jit_train_step(config: Config, layout: MeshLayout, shardings: TrainState) -> Any:
     """The training step, ready to run or to be compiled from shapes alone: the one program of training and planning."""
     step = with_layout(make_train_step(config), layout)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(layout)))
@@ -193,7 +193,7 @@ def with_layout(function: Callable[..., Any], layout: MeshLayout) -> Callable[..
     return wrapped
 
 
-def abstract_state(shapes: State, shardings: State) -> State:
+def abstract_state(shapes: TrainState, shardings: TrainState) -> TrainState:
     """A state as shapes and shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
@@ -274,10 +274,10 @@ def _restore(
     data: Data,
     store: Store,
     step: int,
-    shapes: State,
-    shardings: State,
+    shapes: TrainState,
+    shardings: TrainState,
     notes: list[str],
-) -> State:
+) -> TrainState:
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
     saved = parse_stored(meta["config"], where=where)  # a field that was not there yet has its default
@@ -292,7 +292,7 @@ def _restore(
     return unflatten_state(named, shapes)
 
 
-def init_from(config: Config, state: State, shardings: State, notes: list[str]) -> State:
+def init_from(config: Config, state: TrainState, shardings: TrainState, notes: list[str]) -> TrainState:
     """A new state with the weights of another checkpoint (`run.init_from`), and with `run.load_optimizer_state` its moments.
 
     The step, the schedule and the guard begin anew; arrays become of the state's types. Raises ConfigError if the model

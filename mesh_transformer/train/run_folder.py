@@ -1,11 +1,12 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The run folder, wherever it is: on this machine, or in an object store with a mirror on this machine.
+"""The run folder: a local folder, or a folder of an object store with a local mirror.
 
-Checkpoints go to the store by themselves. What grows line by line cannot: metrics, configuration and report are written
-into the mirror, <cache_dir>/runs/<digest of the URL>/<name>/, and put into the store by a thread at every checkpoint, every
-minute, and at the end. A run that goes on elsewhere takes them from the store; on the same machine it goes on with the
-mirror where that has only more lines. A store that cannot be reached is told, costs nothing, and is tried again.
+Checkpoints are written to the object store directly. Files that grow line by line cannot be: metrics, configuration and
+report are written into the mirror, <cache_dir>/runs/<digest of the URL>/<name>/, and uploaded by a thread at every
+checkpoint, every minute, and at the end. A run that resumes on another machine downloads them; on the same machine it
+keeps the mirror's file where that only has more lines. An unreachable store is reported and retried, and does not stop
+the run.
 """
 
 import hashlib
@@ -21,21 +22,22 @@ from mesh_transformer.distributed.coordination import process_index
 from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import AnyPath, RemotePath, parse_path
 
-PUT_SECONDS = 60.0
+UPLOAD_SECONDS = 60.0  # between two uploads without a request
 CHECKPOINTS = "checkpoints"
 
 
 class RunFolder:
-    """`with RunFolder(config, report) as folder:`; `place` is what the configuration names, `path` where files are written.
+    """`with RunFolder(config, report) as folder:`; `location` is run.dir, `path` the local folder of its files.
 
-    Only process 0 writes into it. `report` is told of a store that cannot be reached.
+    Only process 0 writes into it. `report` receives a message when the store cannot be reached.
     """
 
     def __init__(self, config: Config, report: Callable[[str], None]):
         self.location: AnyPath = parse_path(config.run.dir)
         self._report = report
-        self._put: dict[str, tuple[int, int]] = {}  # size and time of change of each file that the store has
-        self._wake, self._over = threading.Event(), False
+        self._uploaded: dict[str, tuple[int, int]] = {}  # (size, modification time) of each uploaded file
+        self._wake = threading.Event()
+        self._closing = False
         self._thread: threading.Thread | None = None
         if isinstance(self.location, Path):
             self.path = self.location
@@ -46,58 +48,59 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> AnyPath:
-        """Where the checkpoints are."""
+        """Folder of the checkpoints."""
         return self.location / CHECKPOINTS
 
     def __enter__(self) -> "RunFolder":
         if isinstance(self.location, RemotePath) and process_index() == 0:
-            self._take(ObjectStoreBackend(self.location))
-            self._thread = threading.Thread(
-                target=self._run, args=(ObjectStoreBackend(self.location),), name="run folder", daemon=True
-            )
+            store = ObjectStoreBackend(self.location)
+            self._download(store)
+            self._thread = threading.Thread(target=self._run, args=(store,), name="run folder", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._thread:
-            self._over = True
+            self._closing = True
             self._wake.set()
             self._thread.join()
 
     def request_upload(self) -> None:
-        """Have what is new put into the store; does not wait."""
+        """Upload what is new; does not wait."""
         self._wake.set()
 
-    def _take(self, store: ObjectStoreBackend) -> None:
-        """Make the mirror what the store has, or keep it where it is the same and more. Raises StorageError."""
+    def _download(self, store: ObjectStoreBackend) -> None:
+        """Copy the store's files into the mirror, except where the mirror's file continues them. Raises StorageError."""
         names = [path.name for path in store.path.iterdir() if path.is_file()]
         if not names:
             shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         for name in names:
-            data, mirrored = (store.path / name).read_bytes(), self.path / name
+            data = (store.path / name).read_bytes()
+            mirrored = self.path / name
             if not (mirrored.is_file() and mirrored.read_bytes().startswith(data)):
                 mirrored.write_bytes(data)
 
     def _run(self, store: ObjectStoreBackend) -> None:
-        is_failing = is_over = False
-        while not is_over:
-            self._wake.wait(PUT_SECONDS)
+        is_failing = is_last = False
+        while not is_last:
+            self._wake.wait(UPLOAD_SECONDS)
             self._wake.clear()
-            is_over = self._over
+            is_last = self._closing
             try:
-                self._put_new(store)
+                self._upload(store)
                 is_failing = False
             except (CheckpointError, OSError) as error:
-                if not is_failing or is_over:
-                    self._report(f"{error}; what is new is in {self.path} until then")
+                if not is_failing or is_last:
+                    self._report(f"{error}; the upload is retried, the files are in {self.path}")
                 is_failing = True
 
-    def _put_new(self, store: ObjectStoreBackend) -> None:
+    def _upload(self, store: ObjectStoreBackend) -> None:
+        """Upload the files that changed since the last upload."""
         for path in sorted(self.path.iterdir()):
             if path.is_file() and path.suffix != ".tmp":
                 status = path.stat()
-                state = (status.st_size, status.st_mtime_ns)
-                if self._put.get(path.name) != state:
-                    store.write_files({path.name: path.read_bytes()})
-                    self._put[path.name] = state
+                version = (status.st_size, status.st_mtime_ns)
+                if self._uploaded.get(path.name) != version:
+                    store.write({path.name: path.read_bytes()})
+                    self._uploaded[path.name] = version

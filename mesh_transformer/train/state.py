@@ -33,7 +33,7 @@ class SkipGuard:
 
 
 @flax.struct.dataclass
-class State:
+class TrainState:
     """A run between two steps. The seed and `step` give the dropout key and the batch, so neither is stored."""
 
     step: Any  # int32 []
@@ -56,26 +56,26 @@ def make_run_optimizer(config: Config) -> optax.GradientTransformation:
     return make_optimizer(config.optimizer, config.train.steps, param_axes(config))
 
 
-def make_init_state(config: Config) -> Callable[[PRNGKeyArray], State]:
+def make_init_state(config: Config) -> Callable[[PRNGKeyArray], TrainState]:
     """`init(key) -> State` at step 0; jit it with `shardings(...)` so that no device ever holds the whole."""
     model, optimizer = make_model(config.model), make_run_optimizer(config)
 
-    def init(key: PRNGKeyArray) -> State:
+    def init(key: PRNGKeyArray) -> TrainState:
         params = model.init(key)
         zero = jnp.zeros((), jnp.int32)
         guard = SkipGuard(zero, zero, zero, jnp.zeros(GUARD_WINDOW), jnp.zeros(GUARD_WINDOW))
         noise = init_noise_scale() if config.train.log_grad_noise_scale else None
-        return State(zero, params, optimizer.init(params), guard, noise)
+        return TrainState(zero, params, optimizer.init(params), guard, noise)
 
     return init
 
 
-def describe_state(config: Config) -> tuple[State, State]:
+def describe_state(config: Config) -> tuple[TrainState, TrainState]:
     """The state as shapes, and in the same structure the logical axes of each array; nothing is allocated."""
     shapes = jax.eval_shape(make_init_state(config), jax.random.key(0))
     axes = param_axes(config)
     small = lambda tree: jax.tree.map(lambda leaf: ("replicated",) * leaf.ndim, tree)  # noqa: E731
-    return shapes, State(
+    return shapes, TrainState(
         step=(),
         params=axes,
         opt_state=optimizer_state_axes(shapes.opt_state, shapes.params, axes),
@@ -96,7 +96,7 @@ def unflatten_state(named: Mapping[str, Any], like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in names])
 
 
-def state_shardings(layout: MeshLayout, shapes: State, axes: State) -> State:
+def state_shardings(layout: MeshLayout, shapes: TrainState, axes: TrainState) -> TrainState:
     """Where each array of a state lies."""
     flat_shapes, flat_axes = flatten_state(shapes), flatten_state(axes)
     return unflatten_state(
@@ -104,7 +104,7 @@ def state_shardings(layout: MeshLayout, shapes: State, axes: State) -> State:
     )
 
 
-def format_parameters(shapes: State, axes: State, layout: MeshLayout) -> str:
+def format_parameters(shapes: TrainState, axes: TrainState, layout: MeshLayout) -> str:
     """The table of parameters: shape, logical axes, partition and bytes per device of each."""
     flat_axes = flatten_state(axes.params)
     rows = {

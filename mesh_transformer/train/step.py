@@ -23,7 +23,7 @@ from mesh_transformer.train.loss import TokenLosses, score_tokens
 from mesh_transformer.train.optimizer import global_norm
 from mesh_transformer.train.pipeline import Work, pipeline_gradients, pipeline_hidden
 from mesh_transformer.train.schedule import make_schedule
-from mesh_transformer.train.state import GUARD_WINDOW, SkipGuard, State, make_run_optimizer
+from mesh_transformer.train.state import GUARD_WINDOW, SkipGuard, TrainState, make_run_optimizer
 
 Metrics = dict[str, Array]
 
@@ -33,17 +33,17 @@ class Gradients(NamedTuple):
 
     grads: Params  # of the mean loss over the batch, float32
     losses: TokenLosses
-    micro_square_norm: Float[Array, ""]  # mean over microbatches of the squared norm of their own mean gradient
+    microbatch_sq_norm: Float[Array, ""]  # mean over microbatches of the squared norm of their own mean gradient
 
 
-def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, Metrics]]:
+def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure function (state, batch) -> (state, metrics) that training runs and the planner compiles."""
     optimizer = make_run_optimizer(config)
     schedule = make_schedule(config.optimizer, config.train.steps)
     gradients = make_gradients(config)
     train = config.train
 
-    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = dropout_key(config, state.step)
         found = gradients(state.params, batch, key)
         loss = found.losses.nats / found.losses.tokens
@@ -56,7 +56,7 @@ def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, Met
         if noise is not None:
             small = batch.tokens.shape[0] // train.grad_accum_steps
             noise = update_noise_scale(
-                noise, found.micro_square_norm, jnp.square(grad_norm), small, batch.tokens.shape[0]
+                noise, found.microbatch_sq_norm, jnp.square(grad_norm), small, batch.tokens.shape[0]
             )
         # Select, never multiply: 0 x NaN is NaN. A rejected step leaves every leaf as it was.
         kept = jax.tree.map(
@@ -74,13 +74,13 @@ def make_train_step(config: Config) -> Callable[[State, Batch], tuple[State, Met
             "skipped_in_a_row": guard.in_a_row,
         }
         if found.losses.routing is not None:
-            metrics |= describe_routing(jax.tree.map(lambda x: x / train.grad_accum_steps, found.losses.routing))
+            metrics |= routing_stats(jax.tree.map(lambda x: x / train.grad_accum_steps, found.losses.routing))
         if kept[2] is not None:
             metrics["noise_scale"] = noise_scale(kept[2])
         if train.log_layer_grad_norms:
-            metrics["layer_grad_norms"] = layer_norms(found.grads)
+            metrics["layer_grad_norms"] = norms_by_layer(found.grads)
         params, opt_state, noise = kept
-        return State(state.step + 1, params, opt_state, guard, noise), metrics
+        return TrainState(state.step + 1, params, opt_state, guard, noise), metrics
 
     return train_step
 
@@ -91,7 +91,7 @@ def dropout_key(config: Config, step: Int[Array, ""]) -> PRNGKeyArray | None:
     return jax.random.fold_in(jax.random.key(config.run.seed), step) if draws else None
 
 
-def describe_routing(routing: RoutingStats) -> Metrics:
+def routing_stats(routing: RoutingStats) -> Metrics:
     """What the metrics say of routers: means over the layers that have one, but for the worst of them."""
     shares = routing.expert_load * routing.expert_load.shape[1]  # of an even load
     return {
@@ -175,7 +175,7 @@ def make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gr
             own_mean = global_norm(grads) * tokens / jnp.sum(microbatch.mask)
             total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), (carry.grads, carry.losses), (grads, sums))
             grads, losses = total
-            return Gradients(grads, losses, carry.micro_square_norm + jnp.square(own_mean) / pieces), None
+            return Gradients(grads, losses, carry.microbatch_sq_norm + jnp.square(own_mean) / pieces), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         zero = jnp.zeros(())
@@ -221,7 +221,7 @@ def _update_guard(guard: SkipGuard, ok: Bool[Array, ""], loss: Float[Array, ""],
     )
 
 
-def layer_norms(grads: Params) -> Float[Array, "L"]:
+def norms_by_layer(grads: Params) -> Float[Array, "L"]:
     """Norm of each layer of gradients, or of what has their structure, from the arrays stacked over the scan.
 
     Order within a period is the pattern's; an encoder's layers come first.

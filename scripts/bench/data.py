@@ -37,7 +37,7 @@ from mesh_transformer.scripts.train_tokenizer import train_vocabulary, write_ato
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import check_table
 from mesh_transformer.corpus.build import build_corpus
-from mesh_transformer.corpus.filters import MAKERS, make_filters
+from mesh_transformer.corpus.filters import FILTERS, make_filters
 from mesh_transformer.corpus.parts import PartWriter, read_documents
 from mesh_transformer.corpus.quality import sample_texts, train_classifier
 from mesh_transformer.corpus.recipe import Recipe, load_recipe
@@ -131,11 +131,11 @@ class Bench:
     def measure_steps(self) -> list[Row]:
         """Every kind of [[steps]]."""
         self.tokenizer = self.options.tokenizer or self._train_tokenizer()
-        recipe = make_recipe(self.folder, list(MAKERS), self.tokenizer, self.texts)
+        recipe = make_recipe(self.folder, list(FILTERS), self.tokenizer, self.texts)
         model = self.folder / "quality.bin"
         positives, negatives = (sample_texts(self.texts[half::2], 1000, 0) for half in (0, 1))
         train_classifier(positives, negatives, model, 0)
-        steps = make_filters(recipe, "text", dict.fromkeys(range(len(MAKERS)), model))
+        steps = make_filters(recipe, "text", dict.fromkeys(range(len(FILTERS)), model))
         rates = [self.rate(partial(lambda one, text: one(Document(text, "x")), step)) for _, step in steps]
         names = [name.partition("-")[2] for name, _ in steps]
         return [{"step": name, "mb_per_s": rate} for name, rate in zip(names, rates, strict=True)]
@@ -202,7 +202,7 @@ class Bench:
         names = dict.fromkeys(part.component for part in self.parts)
         turns = itertools.zip_longest(*(self.documents(name) for name in names))
         documents = (one for turn in turns for one in turn if one is not None)
-        kinds = [kind for kind in MAKERS if kind not in ("c4", "fineweb", "quality")]  # which would leave little
+        kinds = [kind for kind in FILTERS if kind not in ("c4", "fineweb", "quality")]  # which would leave little
         builds, there = [], 0
         for growth in GROWTH:
             for number in range(there, growth):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import mesh_transformer.config as config_package
 from mesh_transformer.config import (
     Config,
     ConfigError,
@@ -23,10 +24,9 @@ from mesh_transformer.config import (
     load_config,
     parse_config,
 )
-import mesh_transformer.config as config_package
 from mesh_transformer.config.presets import PRESETS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = """
 [model]
 n_layers = 2
@@ -54,7 +54,7 @@ BAD_VALUES = {
     "model.n_layer=2": ["model.n_layer is not a field", "did you mean 'n_layers'?"],
     "modle.n_layers=2": ["modle is not a field", "did you mean 'model'?"],
     "train.stpes=2": ["train.stpes is not a field", "'steps'"],
-    "train.xyzzy=2": ["train.xyzzy is not a field", "fields there: steps, batch_size"],
+    "train.xyzzy=2": ["train.xyzzy is not a field", "expected one of: steps, batch_size"],
     "data.train.Books.wieght=2.0": ["data.train.Books.wieght is not a field", "'weight'"],
     "data.train.Books.weight=-1.0": ["data.train.Books.weight = -1.0", "greater than 0"],
     "data.train.str.path=3": ["data.train.str.path = 3", "valid string"],
@@ -92,8 +92,8 @@ BAD_VALUES = {
     "model.n_heads=3": ["model: d_model=16 is not a multiple of n_heads=3", "set d_head"],
     "model.n_kv_heads=3": ["model: n_heads=4 is not a multiple of n_kv_heads=3"],
     "model.rope_dims=4": ["model: rope_dims=4 has no effect", 'positions="learned"', "remove it"],
-    "model.preset='gpt-j-6b'": ['model.preset = "gpt-j-6b"', "did you mean 'gptj-6b'?", "all presets: gpt2,"],
-    "model.preset='zzz'": ['model.preset = "zzz"', "all presets: gpt2,"],
+    "model.preset='gpt-j-6b'": ['model.preset = "gpt-j-6b"', "did you mean 'gptj-6b'?", "presets: gpt2,"],
+    "model.preset='zzz'": ['model.preset = "zzz"', "presets: gpt2,"],
     "model.experts={n_experts=4, n_experts_per_token=5}": [
         "model.experts: n_experts_per_token=5 exceeds n_experts=4",
         "lower it",
@@ -108,12 +108,12 @@ BAD_VALUES = {
         "experts.layer_interval=3",
     ],
     'model.experts={n_experts=4, routing="expert-choice"}': [
-        "tokens that are still to come",
+        "is not causal",
         "set allow_noncausal=true",
         'routing="token-choice"',
     ],
     'model.experts={n_experts=4, routing="expert-choice", allow_noncausal=true}': [
-        "needs capacity_factor and eval_capacity"
+        "requires capacity_factor and eval_capacity_factor"
     ],
     "model.experts={n_experts=4, allow_noncausal=true}": [
         'allow_noncausal=true has no effect with routing="token-choice"; remove it'
@@ -126,15 +126,15 @@ BAD_VALUES = {
     "mesh.fsdp=0": ["mesh.fsdp = 0", "greater than 0"],
     "mesh.rules.embed=3": ["mesh.rules.embed must be a mesh axis or a list of them"],
     "train.grad_accum_steps=3": ["train: batch_size=4 is not a multiple of grad_accum_steps=3"],
-    "train.batch_ramp_from=2": ["train: batch_ramp_from and batch_ramp_steps go together"],
+    "train.batch_ramp_from=2": ["train: batch_ramp_from and batch_ramp_steps must be set together"],
     "optimizer.warmup_steps=10": ["optimizer.warmup_steps=10 must be less than train.steps=10"],
     "optimizer.end_learning_rate=1.0": ["optimizer.end_learning_rate=1.0 exceeds optimizer.learning_rate=0.0006"],
-    "data.train={}": ["data.train names no source", "[data.train.NAME]"],
+    "data.train={}": ["data.train is empty", "[data.train.NAME]"],
     "sample.prompts='hello'": ['sample.prompts = "hello"', "a list"],
     "sample.top_p=0.0": ["sample.top_p = 0.0", "greater than 0"],
     "model.d_model.x=1": ["--set model.d_model.x", "model.d_model is a value, not a section"],
     "train.steps": ["--set train.steps: expected section.field=value"],
-    "run.dir=runs/one": ["--set run.dir=runs/one", "text needs quotes", "'run.dir=\"runs/one\"'"],
+    "run.dir=runs/one": ["--set run.dir=runs/one", "strings need quotes", "'run.dir=\"runs/one\"'"],
     "train.steps=5\nrun.seed=7": ["not a TOML value"],
     "model.n_layers=[" + "1," * 5000 + "]": ["model.n_layers = [1, 1", "..."],
 }
@@ -185,7 +185,9 @@ def test_file_that_is_none(tiny):
 
 
 def test_same_name_for_validation_and_held_out_part(tiny):
-    with pytest.raises(ConfigError, match=r"data\.validation\.Books has the same name as the held-out part of data\.train\.Books"):
+    with pytest.raises(
+        ConfigError, match=r"data\.validation\.Books has the same name as the held-out part of data\.train\.Books"
+    ):
         load_config(tiny, ["data.holdout_one_in=10", "data.validation.Books.path='b'"])
 
 

@@ -11,7 +11,7 @@ from invented_text import prose
 pytest.importorskip("datatrove")
 from datatrove.data import Document
 
-from mesh_transformer.corpus.filters import MAKERS, make_filters
+from mesh_transformer.corpus.filters import FILTERS, make_filters
 from mesh_transformer.corpus.markup import TO_TEXT
 from mesh_transformer.corpus.quality import load_classifier, train_classifier
 from mesh_transformer.corpus.recipe import Step
@@ -38,14 +38,14 @@ def apply(make_recipe):
     def run(text, model=None, name="a", **step):
         recipe = make_recipe({"a": {"kind": "text", "paths": ["a"]}}, steps=[step])
         document = Document(text, name)
-        return MAKERS[step["kind"]](recipe.steps[0], recipe, model)(document), document
+        return FILTERS[step["kind"]](recipe.steps[0], recipe, model)(document), document
 
     return run
 
 
 def test_every_kind_of_step_has_a_maker():
     kinds = {one.__dataclass_fields__["kind"].type.__args__[0] for one in Step.__args__}
-    assert kinds == set(MAKERS)
+    assert kinds == set(FILTERS)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def clean(make_recipe, evaluation):
         step = {"kind": "decontaminate", "against": ["held"], **settings}
         recipe = make_recipe({"a": {"kind": "text", "paths": ["a"]}}, evaluation=table, steps=[step])
         document = Document(text, "x")
-        return MAKERS["decontaminate"](recipe.steps[0], recipe, None)(document), document.text
+        return FILTERS["decontaminate"](recipe.steps[0], recipe, None)(document), document.text
 
     return run
 

@@ -18,7 +18,7 @@ from reference_models import NEOX, draw, make_case, make_torch
 
 from mesh_transformer.config import ConfigError
 from mesh_transformer.data.errors import DataError
-from mesh_transformer.evaluate.checkpoint_eval import open_trained
+from mesh_transformer.evaluate.checkpoint_eval import open_model
 from mesh_transformer.evaluate.harness_model import split_continuation, import_harness, make_adapter
 from mesh_transformer.evaluate.harness_tasks import TaskInputs, make_task, run_tasks
 from mesh_transformer.evaluate.loglikelihood import make_scorer
@@ -76,7 +76,7 @@ def theirs(folder):
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    trained = open_trained(str(folder))
+    trained = open_model(str(folder))
     return make_adapter(make_scorer(trained.engine), trained.tokenizer, trained.engine)
 
 
@@ -388,7 +388,7 @@ def test_a_definition_named_by_its_file(ours, tmp_path):
 
 
 def test_what_cannot_be_asked_is_said(folder):
-    trained = open_trained(str(folder))
+    trained = open_model(str(folder))
     adapter = make_adapter(make_scorer(trained.engine), trained.tokenizer)
     with pytest.raises(ConfigError, match="needs an engine"):
         ask(adapter, "generate_until", [("a", GREEDY)])

@@ -71,7 +71,7 @@ def test_components_limits_and_shares(scorer):
     first = score_documents(scorer, ByteTokenizer(), documents, limit=2)
     assert first["part 1"].n_bytes == sum(len(documents[i][1].text.encode()) for i in (1, 3))
     assert first["part 1"].size == whole["part 1"].size
-    part = score_documents(scorer, ByteTokenizer(), documents, share=0.6)
+    part = score_documents(scorer, ByteTokenizer(), documents, fraction=0.6)
     picked = sum(is_sampled(document.name, 0.6) for _, document in documents)
     assert 0 < picked < len(documents)
     assert sum(score.documents for score in part.values()) == picked
@@ -86,7 +86,7 @@ def test_a_stride_lets_tokens_see_more(scorer):
     apart = score_documents(scorer, ByteTokenizer(), documents)["ours"]
     strided = score_documents(scorer, ByteTokenizer(), documents, stride=4)["ours"]
     assert apart.tokens == strided.tokens
-    assert apart.nats != strided.nats
+    assert apart.negative_logprob != strided.negative_logprob
 
 
 def test_total_is_weighted_by_size():
@@ -145,6 +145,6 @@ def test_all_of_wikitext_2_comes_back(name, n_words, articles):
 
 
 def test_perplexity_of_words_spreads_the_nats_over_the_original():
-    results = describe(TextScore(nats=20.0, tokens=10, n_bytes=40, documents=1, size=40), n_words=5)
+    results = describe(TextScore(negative_logprob=20.0, tokens=10, n_bytes=40, documents=1, size=40), n_words=5)
     assert results["word_perplexity"] == pytest.approx(math.exp(4))
     assert results["token_perplexity"] == pytest.approx(math.exp(2))

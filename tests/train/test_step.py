@@ -14,7 +14,7 @@ import pytest
 from mesh_transformer.config import Config, parse_config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import MeshLayout, make_layout, use_layout
-from mesh_transformer.train.state import GUARD_WINDOW, State, describe_state, flatten_state, make_init_state, state_shardings
+from mesh_transformer.train.state import GUARD_WINDOW, TrainState, describe_state, flatten_state, make_init_state, state_shardings
 from mesh_transformer.train.step import make_gradients, make_train_step
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "train_curve.json"
@@ -48,7 +48,7 @@ def make_batch(step: int) -> Batch:
 _compiled: dict[str, tuple] = {}
 
 
-def compile_config(config: Config) -> tuple[MeshLayout, State, Callable]:
+def compile_config(config: Config) -> tuple[MeshLayout, TrainState, Callable]:
     """Layout, initial state and step of a configuration; compiled once for all tests."""
     if repr(config) not in _compiled:
         count = max(config.mesh.data, 1) * config.mesh.fsdp * config.mesh.tensor * config.mesh.expert
@@ -58,7 +58,7 @@ def compile_config(config: Config) -> tuple[MeshLayout, State, Callable]:
         state = jax.jit(make_init_state(config), out_shardings=shardings)(jax.random.key(0))
         step = make_train_step(config)
 
-        def traced(state: State, batch: Batch):
+        def traced(state: TrainState, batch: Batch):
             with use_layout(layout):
                 return step(state, batch)
 
@@ -85,7 +85,7 @@ class Runner:
         return [float(self.step(make_batch(i))["loss"]) for i in range(steps)]
 
 
-def assert_states_close(a: State, b: State, **tolerance: float) -> None:
+def assert_states_close(a: TrainState, b: TrainState, **tolerance: float) -> None:
     for name, leaf in flatten_state(a.params).items():
         # A bias of the keys moves all scores of a query alike: its gradient is rounding error alone, scaled up by Adam.
         if not name.endswith("/b_k"):
@@ -93,7 +93,7 @@ def assert_states_close(a: State, b: State, **tolerance: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_device() -> tuple[list[float], State]:
+def one_device() -> tuple[list[float], TrainState]:
     runner = Runner(make_config())
     return runner.run(5), runner.state
 

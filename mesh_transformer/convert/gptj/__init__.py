@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""mesh-transformer-jax (GPT-J v1) checkpoints: reader and writer."""
+"""Checkpoints of mesh-transformer-jax (GPT-J v1): reader, writer and reference implementation."""

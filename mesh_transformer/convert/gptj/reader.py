@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of mesh-transformer-jax, "v1" (GPT-J's own); gptj_writer.py makes them.
+"""Read checkpoints of mesh-transformer-jax, format "v1" (that of GPT-J); writer.py writes them.
 
-    step_<N>/shard_<s>/<p>.npz    s = 0 .. shards - 1 (its cores_per_replica), p = 0 .. 15
+    step_<N>/shard_<s>/<p>.npz    s = 0 .. shards - 1 (cores_per_replica), p = 0 .. 15
 
-Each shard is a list of leaves without names, cut into 16 pieces, the first ones longer by one leaf: Adam's count, mu and
-nu, the schedule's count (a slim checkpoint lacks these), the weights, the step. Members arr_<i>.npy of a piece are stored
-uncompressed, so that each leaf is a range of bytes. Weights come in the order of the sorted names of the program's
-modules, layer_10 before layer_2; `list_slots` is that order. bfloat16 is descr "<V2". Only the configuration beside it,
-a JSON file, says which model it is.
+A shard is a list of unnamed leaves in 16 .npz files; the first files hold one leaf more if the number is not divisible.
+The leaves are: Adam's count, mu and nu, the count of the schedule (a slim checkpoint lacks these four), the weights, the
+step. Members arr_<i>.npy are stored uncompressed, so each leaf is a range of bytes. Weights are in the order of the sorted
+module names of the program, layer_10 before layer_2; `list_leaves` returns this order. bfloat16 has descr "<V2". Only
+the JSON configuration next to the checkpoint says which model it is.
 """
 
 import dataclasses
@@ -25,205 +25,236 @@ import numpy as np
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface.tensor_files import read_npz
-from mesh_transformer.convert.import_plan import PREFIX, Foreign, Leaf, assemble, make_model_config
-from mesh_transformer.convert.lazy_arrays import (
-    AddRow,
-    Concat,
-    FileArray,
-    Held,
-    Lazy,
-    Sum,
-    View,
-    parse_pattern,
-    whole,
+from mesh_transformer.convert.import_plan import (
+    PREFIX,
+    ImportPlan,
+    PlannedArray,
+    WeightSpec,
+    assemble,
+    make_model_config,
+    raise_problems,
 )
+from mesh_transformer.convert.lazy_arrays import AddBias, Concat, FileArray, InMemory, LazyArray, Sum, full_index
+from mesh_transformer.convert.layout_views import LayoutView, parse_pattern
 from mesh_transformer.model.positions import T5_BUCKETS
 from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath
 
-PIECES = 16
-READERS = 4  # pieces opened at once
-KINDS = ("bfloat16", "float16", "float32")
-# Adam's state among the arrays of a run: moments lie here under the names of their weights, without "params/".
+NPZ_FILES = 16  # of each shard
+READERS = 4  # .npz files opened at once
+DTYPES = ("bfloat16", "float16", "float32")
+# Adam's state in the arrays of a run. The moments have the names of their weights without "params/".
 OPT_MU, OPT_NU = "opt_state/1/mu/", "opt_state/1/nu/"
 OPT_COUNT, SCHEDULE_COUNT = "opt_state/1/count", "opt_state/3/count"
-# What zipfile and numpy raise on bytes that are not theirs.
+# Raised by zipfile and NumPy for damaged files.
 UNREADABLE = (
-    OSError, EOFError, ValueError, NotImplementedError, SyntaxError, tokenize.TokenError, struct.error, zipfile.BadZipFile
-)  # fmt: skip
+    OSError,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    SyntaxError,
+    tokenize.TokenError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
-# What every v1 model is; the rest is in its configuration.
+# Fields that every v1 model has in common; the others come from its configuration.
 FIXED: dict[str, Any] = dict(
-    norm_eps=1e-5, residual="parallel", activation="gelu-tanh", gated_ffn=False, attention_scale="rsqrt_d_head",
-    qkv_bias=False, attention_out_bias=False, ff_bias=True, head_bias=True, tied_embeddings=False, qk_norm=False,
-)  # fmt: skip
+    norm_eps=1e-5,
+    residual="parallel",
+    activation="gelu-tanh",
+    gated_ffn=False,
+    attention_scale="rsqrt_d_head",
+    qkv_bias=False,
+    attention_out_bias=False,
+    ff_bias=True,
+    head_bias=True,
+    tied_embeddings=False,
+    qk_norm=False,
+)
 POSITIONS = {"rotary": "rope-interleaved", "fixed": "learned", "t5": "t5"}
-# Their name -> ours, and whether it has a bias.
+# External name -> native name, and whether the norm has a bias.
 NORMS = {
     "layernorm": ("layernorm", True), "layernorm-nobias": ("layernorm", False),
     "rmsnorm": ("gptj-rmsnorm", False), "rmsnorm-bias": ("gptj-rmsnorm", True),
     "scalenorm": ("gptj-scalenorm", False), "scalenorm-bias": ("gptj-scalenorm", True),
 }  # fmt: skip
-DESYNC = "has another norm in each shard: the function depends on their number"
+DESYNC = "is not supported: each shard has its own norm, so the function depends on the number of shards"
 
 
-class Entry(NamedTuple):
-    """One leaf of theirs."""
+class LeafMapping(NamedTuple):
+    """An external leaf and the native weight that it corresponds to."""
 
-    theirs: str
-    ours: str | None  # None: folded into another array
-    pattern: str  # its dims, in our words
-    # shards side by side along this axis; "sum": each adds its own; "mean" is used; "first": only shard 0's is used
+    external: str
+    native: str | None  # None: folded into another weight
+    pattern: str  # layout in native axes; see layout_views.py
+    # How shards combine: a dimension to concatenate along; "sum"; "mean"; or "first", if only shard 0's leaf is used.
     merge: int | str
 
 
-class Slot(NamedTuple):
-    """A place in the order of leaves."""
+class Leaf(NamedTuple):
+    """A leaf at its position in the order of a shard."""
 
-    entry: Entry
+    mapping: LeafMapping
     layer: int | None
 
     @property
     def name(self) -> str:
-        """Theirs."""
-        return self.entry.theirs if self.layer is None else f"layer_{self.layer}/{self.entry.theirs}"
+        """External name."""
+        return self.mapping.external if self.layer is None else f"layer_{self.layer}/{self.mapping.external}"
 
 
-POSITION = Entry("embedding_shard/pos_embs", "w_positions", "position embed", 1)
-EMBEDDING_BIAS = Entry("embedding_shard/linear/b", None, "embed", "sum")
-EMBEDDING = Entry("embedding_shard/linear/w", "w_tokens", "vocab embed", 0)
+POSITION = LeafMapping("embedding_shard/pos_embs", "w_positions", "position embed", 1)
+EMBEDDING_BIAS = LeafMapping("embedding_shard/linear/b", None, "embed", "sum")
+EMBEDDING = LeafMapping("embedding_shard/linear/w", "w_tokens", "vocab embed", 0)
 LAYER = (
-    Entry("linear/w", "attention/w_q", "embed (heads head_dim)", 1),
-    Entry("linear_1/w", "attention/w_v", "embed (kv_heads head_dim)", 1),  # values before keys
-    Entry("linear_2/w", "attention/w_k", "embed (kv_heads head_dim)", 1),
-    Entry("linear_3/w", "attention/w_o", "(heads head_dim) embed", 0),
-    Entry("linear_4/b", "feed_forward/b_in", "ff", 0),
-    Entry("linear_4/w", "feed_forward/w_in", "embed ff", 1),
-    Entry("linear_5/b", "feed_forward/b_out", "embed", "sum"),
-    Entry("linear_5/w", "feed_forward/w_out", "ff embed", 0),
+    LeafMapping("linear/w", "attention/w_q", "embed (heads head_dim)", 1),
+    LeafMapping("linear_1/w", "attention/w_v", "embed (kv_heads head_dim)", 1),  # values before keys
+    LeafMapping("linear_2/w", "attention/w_k", "embed (kv_heads head_dim)", 1),
+    LeafMapping("linear_3/w", "attention/w_o", "(heads head_dim) embed", 0),
+    LeafMapping("linear_4/b", "feed_forward/b_in", "ff", 0),
+    LeafMapping("linear_4/w", "feed_forward/w_in", "embed ff", 1),
+    LeafMapping("linear_5/b", "feed_forward/b_out", "embed", "sum"),
+    LeafMapping("linear_5/w", "feed_forward/w_out", "ff embed", 0),
 )
 HEAD = (
-    Entry("projection_shard/linear/b", "b_head", "vocab", 0),
-    Entry("projection_shard/linear/w", "w_head", "embed vocab", 1),
+    LeafMapping("projection_shard/linear/b", "b_head", "vocab", 0),
+    LeafMapping("projection_shard/linear/w", "w_head", "embed vocab", 1),
 )
-# Same buckets as ours: exact up to 15, then logarithmic up to 128.
-RELATIVE = Entry("relative_position_embs/rel_embedding", "relative_bias/table", "heads buckets", 0)
+# The same buckets as in the native model: exact up to 15, then logarithmic up to 128.
+RELATIVE = LeafMapping("relative_position_embs/rel_embedding", "relative_bias/table", "heads buckets", 0)
 
 
-def open_gptj(folder: AnyPath, old_config: Mapping[str, Any], where: str = "the configuration") -> Foreign:
-    """The model in a folder step_<N>, and Adam's state where it is there; `where` names the configuration in errors.
+class Shards(NamedTuple):
+    """The leaves of each shard, in order."""
 
-    CheckpointError lists whatever is missing, damaged or does not fit the configuration.
+    folder: AnyPath
+    leaves: list[list[FileArray]]
+
+    def __len__(self) -> int:
+        return len(self.leaves)
+
+    def at(self, position: int) -> list[FileArray]:
+        """Return the leaf at one position of each shard."""
+        return [shard[position] for shard in self.leaves]
+
+
+def open_gptj(folder: AnyPath, external_config: Mapping[str, Any], where: str = "the configuration") -> ImportPlan:
+    """Plan the import of a folder step_<N>: the weights, and Adam's state if the checkpoint has it.
+
+    CheckpointError lists everything that is missing, damaged or does not match the configuration, which is called `where`.
     """
-    model = read_model(old_config, where)
+    model = read_model(external_config, where)
     config = make_model_config(model, where)
     shards = _read_shards(folder)
-    layers, full = _count_layers(len(shards[0]), config, folder, where)
+    layers, has_optimizer = _count_layers(len(shards.leaves[0]), config, folder, where)
     if layers != config.n_layers:
         raise CheckpointError(
-            f"{folder} holds {layers} layers, {where} says {config.n_layers}; give the configuration it was trained with"
+            f"{folder} has {layers} layers, {where} says {config.n_layers}; pass the configuration it was trained with"
         )
-    slots = list_slots(config)
-    n = len(slots)
-    first = 2 + 2 * n if full else 0
-    groups = [first, 1, 1 + n] if full else [first]
-    problems = [problem for start in groups for problem in _check_leaves(shards, start, slots, config)]
-    check_problems(f"{folder} does not fit {where}", problems)
-    arrays = assemble(config, _make_find(shards, first, slots), folder)
-    if full:
+    leaves = list_leaves(config)
+    n = len(leaves)
+    first = 2 + 2 * n if has_optimizer else 0
+    groups = [first, 1, 1 + n] if has_optimizer else [first]
+    problems = [problem for start in groups for problem in _check_leaves(shards, start, leaves, config)]
+    raise_problems(f"{folder} does not match {where}", problems)
+    arrays = assemble(config, _make_find(shards, first, leaves), folder)
+    if has_optimizer:
         for prefix, start in ((OPT_MU, 1), (OPT_NU, 1 + n)):
-            moments = assemble(config, _make_find(shards, start, slots, moments=True), folder)
+            moments = assemble(config, _make_find(shards, start, leaves, moments=True), folder)
             arrays |= {prefix + name.removeprefix(PREFIX): moment for name, moment in moments.items()}
-        for name, place in ((OPT_COUNT, 0), (SCHEDULE_COUNT, 1 + 2 * n)):
-            arrays[name] = Held(np.array(_read_count(shards, place, name, folder), np.int32))
-    step = _read_count(shards, -1, "step", folder)
-    return Foreign(model, arrays, step, "gpt2", tuple(_make_notes(folder, len(shards), step, full, config)))
+        for name, position in ((OPT_COUNT, 0), (SCHEDULE_COUNT, 1 + 2 * n)):
+            arrays[name] = PlannedArray(InMemory(np.array(_read_count(shards, position, name), np.int32)), ())
+    step = _read_count(shards, -1, "step")
+    notes = tuple(_list_notes(shards, step, config, has_optimizer=has_optimizer))
+    return ImportPlan(config, model, arrays, step, "gpt2", notes)
 
 
-def find_weights(folder: AnyPath, old_config: Mapping[str, Any]) -> list[list[FileArray]]:
-    """The weights of each shard in their order, without Adam's state and counters; see `open_gptj` for what is checked."""
-    shards, n = _read_shards(folder), len(list_slots(make_model_config(read_model(old_config), folder)))
-    return [shard[-1 - n : -1] for shard in shards]
+def open_raw_weights(folder: AnyPath, external_config: Mapping[str, Any]) -> list[list[FileArray]]:
+    """Return the weights of each shard in order, without Adam's state and counters. `open_gptj` has the checks."""
+    n = len(list_leaves(make_model_config(read_model(external_config), folder)))
+    return [shard[-1 - n : -1] for shard in _read_shards(folder).leaves]
 
 
-def read_model(old: Mapping[str, Any], where: str = "the configuration") -> dict[str, Any]:
-    """Our [model] for the program's JSON configuration; CheckpointError with all that is missing or has no equal here."""
+def read_model(external: Mapping[str, Any], where: str = "the configuration") -> dict[str, Any]:
+    """Return the native [model] of a JSON configuration.
+
+    CheckpointError lists all keys that are missing, invalid or have no native equivalent.
+    """
     sizes = dict(n_layers="layers", d_model="d_model", n_heads="n_heads", n_vocab="n_vocab", seq_len="seq")
-    problems = [f"{key} is missing" for key in (*sizes.values(), "norm", "pe") if key not in old]
+    problems = [f"{key} is missing" for key in (*sizes.values(), "norm", "pe") if key not in external]
     for key in (*sizes.values(), "pe_rotary_dims"):
-        if key in old and (type(old[key]) is not int or old[key] <= 0):
-            problems.append(f"{key} = {old[key]!r} is not a positive integer")
-    norm, pe = old.get("norm"), old.get("pe")
-    if "norm" in old and norm not in NORMS:
+        if key in external and (type(external[key]) is not int or external[key] <= 0):
+            problems.append(f"{key} = {external[key]!r} is not a positive integer")
+    norm, pe = external.get("norm"), external.get("pe")
+    if "norm" in external and norm not in NORMS:
         reason = DESYNC if norm == "layernorm-desync" else "is unknown"
         problems.append(f"norm = {norm!r} {reason}; supported: {', '.join(NORMS)}")
-    if "pe" in old and pe not in POSITIONS:
+    if "pe" in external and pe not in POSITIONS:
         problems.append(f"pe = {pe!r} is unknown; supported: {', '.join(POSITIONS)}")
-    check_problems(f"{where} is not one that can be imported", problems)
-    model = {ours: old[theirs] for ours, theirs in sizes.items()} | FIXED
+    raise_problems(f"{where} cannot be imported", problems)
+    model = {native: external[key] for native, key in sizes.items()} | FIXED
     model |= dict(zip(("norm", "norm_bias"), NORMS[str(norm)], strict=True), positions=POSITIONS[str(pe)], init="gptj")
-    if pe == "rotary":  # it clamps without a word
-        d_head = old["d_model"] // old["n_heads"]
-        model["rope_dims"] = min(old.get("pe_rotary_dims", d_head), d_head)
+    if pe == "rotary":  # the original program clamps it silently
+        d_head = external["d_model"] // external["n_heads"]
+        model["rope_dims"] = min(external.get("pe_rotary_dims", d_head), d_head)
     return model
 
 
-def list_slots(config: ModelConfig) -> list[Slot]:
-    """The weights of a shard, in their order."""
+def list_leaves(config: ModelConfig) -> list[Leaf]:
+    """Return the weights of a shard in order."""
     before = [POSITION] if config.positions == "learned" else []
     after = [RELATIVE] if config.positions == "t5" else []
     layers = sorted(range(config.n_layers), key=lambda layer: f"layer_{layer}")
-    layer_entries = (*LAYER, *_list_norms("", "norm_1", config))
+    per_layer = (*LAYER, *_list_norms("", "norm_1", config))
     head = (*HEAD, *_list_norms("projection_shard/", "norm_out", config))
     return [
-        *(Slot(entry, None) for entry in (*before, EMBEDDING_BIAS, EMBEDDING)),
-        *(Slot(entry, layer) for layer in layers for entry in layer_entries),
-        *(Slot(entry, None) for entry in (*head, *after)),
+        *(Leaf(mapping, None) for mapping in (*before, EMBEDDING_BIAS, EMBEDDING)),
+        *(Leaf(mapping, layer) for layer in layers for mapping in per_layer),
+        *(Leaf(mapping, None) for mapping in (*head, *after)),
     ]
 
 
-def _list_norms(module: str, ours: str, config: ModelConfig) -> list[Entry]:
-    """The leaves of a norm; "layernorm-nobias" has an offset, which it does not use."""
-    name, how = ("replicated_layer_norm", "first") if config.norm == "layernorm" else ("rms_norm", "mean")
+def _list_norms(module: str, native: str, config: ModelConfig) -> list[LeafMapping]:
+    """Return the leaves of a norm. "layernorm-nobias" stores an offset that it does not use."""
+    name, merge = ("replicated_layer_norm", "first") if config.norm == "layernorm" else ("rms_norm", "mean")
     pattern = "" if config.norm == "gptj-scalenorm" else "embed"
-    leaves = {"offset": "bias", "scale": "scale"} if how == "first" or config.norm_bias else {"scale": "scale"}
-    return [Entry(f"{module}{name}/{leaf}", f"{ours}/{own}", pattern, how) for leaf, own in leaves.items()]
+    leaves = {"offset": "bias", "scale": "scale"} if merge == "first" or config.norm_bias else {"scale": "scale"}
+    return [LeafMapping(f"{module}{name}/{leaf}", f"{native}/{own}", pattern, merge) for leaf, own in leaves.items()]
 
 
-def _read_shards(folder: AnyPath) -> list[list[FileArray]]:
-    """The leaves of each shard, in order."""
+def _read_shards(folder: AnyPath) -> Shards:
     if (folder / "params").is_dir():
         raise CheckpointError(
-            f'{folder} is of format "v2", whose weights are another function for each mesh; only v1 can be imported'
+            f'{folder} has format "v2", in which the function of the weights depends on the mesh; only v1 can be imported'
         )
     found = {int(path.name[6:]) for path in folder.glob("shard_*") if re.fullmatch(r"shard_\d+", path.name)}
     if not found:
         inner = ", ".join(sorted(path.name for path in folder.glob("step_*"))) or "none"
-        raise CheckpointError(f"{folder}: no folders shard_0, shard_1 ... in it; name a step's folder (here: {inner})")
+        raise CheckpointError(
+            f"{folder}: no folders shard_0, shard_1, ...; pass the folder of a step (step folders found here: {inner})"
+        )
     problems = [f"shard_{s} is missing" for s in range(max(found)) if s not in found]
     shards: list[list[FileArray]] = []
     for shard in sorted(found):
+        paths = [folder / f"shard_{shard}" / f"{i}.npz" for i in range(NPZ_FILES)]
         with ThreadPoolExecutor(READERS) as readers:
-            found_pieces = readers.map(_try_piece, [folder / f"shard_{shard}" / f"{i}.npz" for i in range(PIECES)])
-        pieces = []
-        for i, piece in enumerate(found_pieces):
-            if isinstance(piece, str):
-                problems.append(f"shard_{shard}/{i}.npz{piece}")
-            else:
-                pieces.append(piece)
-        shards.append([leaf for piece in pieces for leaf in piece])
-        size, more = divmod(len(shards[-1]), PIECES)
-        uneven = [i for i, piece in enumerate(pieces) if len(piece) != size + (i < more)]
-        if uneven and len(pieces) == PIECES:
-            problems.append(f"shard_{shard}: {len(shards[-1])} leaves are not cut evenly, at {uneven[0]}.npz")
+            results = list(readers.map(_try_read, paths))
+        problems += [f"shard_{shard}/{i}.npz{result}" for i, result in enumerate(results) if isinstance(result, str)]
+        files = [result for result in results if not isinstance(result, str)]
+        shards.append([leaf for file in files for leaf in file])
+        size, more = divmod(len(shards[-1]), NPZ_FILES)
+        uneven = [i for i, file in enumerate(files) if len(file) != size + (i < more)]
+        if uneven and len(files) == NPZ_FILES:
+            problems.append(f"shard_{shard}: {len(shards[-1])} leaves are split unevenly, at {uneven[0]}.npz")
     if not problems and len({len(shard) for shard in shards}) > 1:
         problems.append(f"shards have different numbers of leaves: {[len(shard) for shard in shards]}")
-    check_problems(f"{folder} is damaged or not complete", problems)
-    return shards
+    raise_problems(f"{folder} is damaged or incomplete", problems)
+    return Shards(folder, shards)
 
 
-def _try_piece(path: AnyPath) -> list[FileArray] | str:
-    """The arrays of a piece, or what is wrong with it."""
+def _try_read(path: AnyPath) -> list[FileArray] | str:
+    """Return the arrays of an .npz file, or the reason why it cannot be read."""
     try:
         return read_npz(path)
     except StorageError:
@@ -234,106 +265,116 @@ def _try_piece(path: AnyPath) -> list[FileArray] | str:
         return f": {error}"
 
 
-def _count_layers(leaves: int, config: ModelConfig, folder: AnyPath, where: str) -> tuple[int, bool]:
-    """How many layers so many leaves are, and whether Adam's state is among them; no number can be both."""
-    one, two = (len(list_slots(dataclasses.replace(config, n_layers=n, attention_pattern=("global",)))) for n in (1, 2))
-    for full, copies, counters in ((False, 1, 1), (True, 3, 3)):
-        layers, rest = divmod(leaves - counters - copies * (2 * one - two), copies * (two - one))
+def _count_layers(n_leaves: int, config: ModelConfig, folder: AnyPath, where: str) -> tuple[int, bool]:
+    """Return the number of layers, and whether Adam's state is present. No number of leaves is ambiguous."""
+    one, two = (
+        len(list_leaves(dataclasses.replace(config, n_layers=n, attention_pattern=("global",)))) for n in (1, 2)
+    )
+    for has_optimizer, copies, counters in ((False, 1, 1), (True, 3, 3)):
+        layers, rest = divmod(n_leaves - counters - copies * (2 * one - two), copies * (two - one))
         if rest == 0 and layers > 0:
-            return layers, full
+            return layers, has_optimizer
     raise CheckpointError(
-        f"{folder}: {leaves} leaves in each shard are no whole number of layers, with or without Adam's state; are pe "
-        f"and norm those of {where}?"
+        f"{folder}: {n_leaves} leaves in each shard are not divisible by the number of leaves per layer, with or without "
+        f"Adam's state; check pe and norm in {where}"
     )
 
 
-def _check_leaves(
-    shards: Sequence[Sequence[FileArray]], first: int, slots: Sequence[Slot], config: ModelConfig
-) -> list[str]:
-    """What is wrong with shapes and types of the weights, or moments, from leaf `first` on."""
-    n, rows = len(shards), shards[0][first + slots.index(Slot(EMBEDDING, None))].shape[:1]
+def _check_leaves(shards: Shards, first: int, leaves: Sequence[Leaf], config: ModelConfig) -> list[str]:
+    """Return the problems with shapes and types of the weights, or moments, from position `first` on."""
+    n = len(shards)
+    rows = shards.leaves[0][first + leaves.index(Leaf(EMBEDDING, None))].shape[:1]
     if rows and 0 < rows[0] * n < config.n_vocab and config.n_vocab % rows[0] == 0:
-        missing = f"shard_{n} to shard_{config.n_vocab // rows[0] - 1} are missing, or n_vocab is another"
-        return [f"{rows[0]} rows of {config.n_vocab} in each of {n} shards: {missing}"]
-    if uneven := find_uneven(config, n):
-        return uneven
-    sizes = _sizes(config)
-    problems = []
-    for i, slot in enumerate(slots, first):
-        shape = [math.prod(sizes[word] for word in group) for group in parse_pattern(slot.entry.pattern)]
-        if isinstance(slot.entry.merge, int):
-            shape[slot.entry.merge] //= n
-        for s, shard in enumerate(shards):
-            if shard[i].shape != tuple(shape):
-                problems.append(f"{slot.name} (leaf {i}) of shard_{s} has shape {shard[i].shape}, not {tuple(shape)}")
-    kinds = sorted({str(leaf.dtype) for shard in shards for leaf in shard[first : first + len(slots)]})
-    if len(kinds) > 1 or kinds[0] not in KINDS:
+        missing = f"shard_{n} to shard_{config.n_vocab // rows[0] - 1} are missing, or n_vocab is wrong"
+        return [f"{rows[0]} of {config.n_vocab} vocabulary rows in each of {n} shards: {missing}"]
+    if indivisible := indivisible_dims(config, n):
+        return indivisible
+    sizes = _axis_sizes(config)
+    problems: list[str] = []
+    for i, leaf in enumerate(leaves, first):
+        dims = [math.prod(sizes[word] for word in group) for group in parse_pattern(leaf.mapping.pattern)]
+        if isinstance(leaf.mapping.merge, int):
+            dims[leaf.mapping.merge] //= n
+        for s, array in enumerate(shards.at(i)):
+            if array.shape != tuple(dims):
+                problems.append(f"{leaf.name} (leaf {i}) of shard_{s} has shape {array.shape}, expected {tuple(dims)}")
+    found = sorted({str(a.dtype) for shard in shards.leaves for a in shard[first : first + len(leaves)]})
+    if len(found) > 1 or found[0] not in DTYPES:
         problems.append(
-            f"leaves from {first} on are of type {', '.join(kinds)}; they must be one of {', '.join(KINDS)}"
+            f"leaves from {first} on have type {', '.join(found)}; all must have one of the types {', '.join(DTYPES)}"
         )
     return problems
 
 
 def _make_find(
-    shards: Sequence[Sequence[FileArray]], first: int, slots: Sequence[Slot], moments: bool = False
-) -> Callable[[Leaf], Lazy]:
-    """How an array of ours is put together; moments are not added up, as each shard saw the same gradient."""
-    places = {(slot.entry.ours, slot.layer): i for i, slot in enumerate(slots)}
+    shards: Shards, first: int, leaves: Sequence[Leaf], *, moments: bool = False
+) -> Callable[[WeightSpec], LazyArray]:
+    """Return the `find` function for `assemble`, for weights or moments from position `first` on.
 
-    def merge(place: int) -> Lazy:
-        parts, how = [shard[first + place] for shard in shards], slots[place].entry.merge
+    Moments are not summed, because each shard received the same gradient.
+    """
+    positions = {(leaf.mapping.native, leaf.layer): i for i, leaf in enumerate(leaves)}
+
+    def merge(position: int) -> LazyArray:
+        arrays = shards.at(first + position)
+        how = leaves[position].mapping.merge
         if isinstance(how, int):
-            return Concat(parts, how)
-        return Sum(parts, mean=how == "mean") if how != "first" and not moments else parts[0]
+            return Concat(arrays, how)
+        return Sum(arrays, mean=how == "mean") if how != "first" and not moments else arrays[0]
 
-    def find(leaf: Leaf) -> Lazy:
-        place = places[leaf.name, leaf.layer]
-        base = merge(place)
-        if slots[place].entry is EMBEDDING and not moments:
-            base = AddRow(base, merge(places[None, None]))
-        return View(base, slots[place].entry.pattern, leaf.axes, leaf.shape)
+    def find(spec: WeightSpec) -> LazyArray:
+        position = positions[spec.name, spec.layer]
+        mapping = leaves[position].mapping
+        base = merge(position)
+        if mapping is EMBEDDING and not moments:
+            base = AddBias(base, merge(positions[None, None]))
+        return LayoutView(base, mapping.pattern, spec.axes, spec.shape)
 
     return find
 
 
-def _read_count(shards: Sequence[Sequence[FileArray]], place: int, name: str, folder: AnyPath) -> int:
-    leaves = [shard[place] for shard in shards]
+def _read_count(shards: Shards, position: int, name: str) -> int:
+    leaves = shards.at(position)
     if any(leaf.dtype.kind not in "iu" or math.prod(leaf.shape) != 1 for leaf in leaves):
-        raise CheckpointError(f"{folder}: {name} is not an integer but {leaves[0].dtype}{list(leaves[0].shape)}")
-    values = [int(leaf.read(whole(leaf)).reshape(())) for leaf in leaves]
+        raise CheckpointError(f"{shards.folder}: {name} is {leaves[0].dtype}{list(leaves[0].shape)}, expected an integer")
+    values = [int(leaf.read(full_index(leaf)).reshape(())) for leaf in leaves]
     if len(set(values)) > 1:
-        raise CheckpointError(f"{folder}: {name} differs between shards: {values}; they are not of one checkpoint")
+        raise CheckpointError(
+            f"{shards.folder}: {name} differs between shards: {values}; the shards are from different checkpoints"
+        )
     return values[0]
 
 
-def _make_notes(folder: AnyPath, shards: int, step: int, full: bool, config: ModelConfig) -> Iterator[str]:
-    yield "the embedding's bias, added to every token, is folded into w_tokens, which is float32 for that"
-    yield f"the biases b_out, of which each of the {shards} shards added its own, are summed in float32"
-    used = "those of shard 0, the only ones that were used" if config.norm == "layernorm" else "the mean of all shards'"
-    yield f"norms are {used}"
-    if full:
-        yield "moments of summed biases are shard 0's: each shard saw the sum's gradient; w_tokens has its table's"
-        yield f"the original moved summed biases {shards} times as far in a step as its learning rate says; here they are not"
-        yield 'its Adam had optimizer.beta2 = 0.999 and its schedule is optimizer.schedule = "gptj"'
-    if folder.name != f"step_{step}":
-        yield f"the folder is called {folder.name}, its arrays say step {step}"
+def _list_notes(shards: Shards, step: int, config: ModelConfig, *, has_optimizer: bool) -> Iterator[str]:
+    yield "the embedding bias, which is added to each token, is folded into w_tokens, which is therefore float32"
+    yield f"the bias b_out is the float32 sum of the biases that each of the {len(shards)} shards adds"
+    used = "from shard 0, the only ones that are used" if config.norm == "layernorm" else "the mean over all shards"
+    yield f"the parameters of norms are {used}"
+    if has_optimizer:
+        yield "moments of summed biases are from shard 0, as each shard received the gradient of the sum"
+        yield "moments of w_tokens are those of the embedding matrix without its bias"
+        yield f"mesh-transformer-jax updates summed biases {len(shards)} times as fast as the learning rate; training here does not"
+        yield 'its Adam has optimizer.beta2 = 0.999 and its schedule is optimizer.schedule = "gptj"'
+    if shards.folder.name != f"step_{step}":
+        yield f"the folder is named {shards.folder.name}, but the step stored in its arrays is {step}"
 
 
-def _sizes(config: ModelConfig) -> dict[str, int]:
-    sizes = dict(embed=config.d_model, heads=config.n_heads, kv_heads=config.n_heads, head_dim=config.head_dim)
-    sizes |= dict(ff=config.ff_dim, vocab=config.n_vocab, position=config.seq_len, buckets=T5_BUCKETS)
-    return sizes
+def _axis_sizes(config: ModelConfig) -> dict[str, int]:
+    return dict(
+        embed=config.d_model,
+        heads=config.n_heads,
+        kv_heads=config.n_heads,
+        head_dim=config.head_dim,
+        ff=config.ff_dim,
+        vocab=config.n_vocab,
+        position=config.seq_len,
+        buckets=T5_BUCKETS,
+    )
 
 
-def find_uneven(config: ModelConfig, shards: int) -> list[str]:
-    """Why a model cannot be cut into so many shards."""
+def indivisible_dims(config: ModelConfig, shards: int) -> list[str]:
+    """Return the reasons why a model cannot be divided into this number of shards."""
     if shards <= 0:
-        return [f"{shards} is no number of shards"]
+        return [f"the number of shards is {shards}, it must be positive"]
     sizes = dict(n_heads=config.n_heads, n_vocab=config.n_vocab, d_model=config.d_model)
     return [f"{key} = {size} is not a multiple of {shards} shards" for key, size in sizes.items() if size % shards]
-
-
-def check_problems(what: str, problems: Sequence[str]) -> None:
-    """CheckpointError with the first 50 problems, each once; nothing if there are none."""
-    if problems:
-        raise CheckpointError(f"{what}:\n  " + "\n  ".join(list(dict.fromkeys(problems))[:50]))

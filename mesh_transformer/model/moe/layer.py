@@ -30,7 +30,7 @@ from mesh_transformer.mesh import MeshLayout, axes_of, current_layout
 from mesh_transformer.model.attention.ring import to_zigzag
 from mesh_transformer.model.feed_forward import ACTIVATIONS
 from mesh_transformer.model.moe.router import (
-    Choices,
+    Assignment,
     RoutingStats,
     describe_routing,
     find_capacity,
@@ -113,7 +113,7 @@ class Experts(hk.Module):
         taken = jnp.ones(experts.shape, bool) if turns is None or capacity is None else turns < capacity
         kept = _draw_kept(c, key, experts.shape, capacity, group)
         feed = partial(_feed, activation=ACTIVATIONS[c.activation], dropout=e.expert_dropout)
-        y = _run_experts(x, Choices(gates, experts, turns, kept), weights, capacity, group, feed, by_expert=by_expert)
+        y = _run_experts(x, Assignment(gates, experts, turns, kept), weights, capacity, group, feed, by_expert=by_expert)
         if e.dropped_tokens == "gated-input":
             y = y + (x * jnp.sum(jnp.where(taken, 0.0, gates), axis=-1, keepdims=True)).astype(y.dtype)
         over_batch = e.aux_loss_scope == "batch"
@@ -168,7 +168,7 @@ def _draw_kept(
 
 def _run_experts(
     x: Float[Array, "B T D"],
-    choices: Choices,
+    choices: Assignment,
     weights: Weights,
     capacity: int | None,
     group: int,
@@ -187,16 +187,16 @@ def _run_experts(
     places, specs = _find_places(layout, x, weights, group)
     stream = P(places.batch or None, places.sequence or None)
     kept = None
-    if choices.kept is not None:  # where the experts' inputs will be
+    if choices.dropout_mask is not None:  # where the experts' inputs will be
         kept = P(places.groups or None, places.sequence or None, None, places.ff or None)
         if capacity is not None:
             kept = P(places.expert or None, places.groups or None, places.seats or None, places.ff or None)
             more = -capacity % math.prod(layout.mesh.shape[axis] for axis in places.seats)
-            choices = choices._replace(kept=jnp.pad(choices.kept, ((0, 0), (0, 0), (0, more), (0, 0))))
+            choices = choices._replace(kept=jnp.pad(choices.dropout_mask, ((0, 0), (0, 0), (0, more), (0, 0))))
     return jax.shard_map(
         partial(run, places=places),
         mesh=layout.mesh,
-        in_specs=(specs, stream, Choices(stream, stream, None if choices.turns is None else stream, kept)),  # type: ignore[arg-type]
+        in_specs=(specs, stream, Assignment(stream, stream, None if choices.rank_in_expert is None else stream, kept)),  # type: ignore[arg-type]
         out_specs=stream,
         check_vma=False,
     )(weights, x, choices)
@@ -252,7 +252,7 @@ def _feed(
 def _run_seated(
     weights: Weights,
     x: Array,
-    choices: Choices,
+    choices: Assignment,
     *,
     capacity: int,
     group: int,
@@ -311,7 +311,7 @@ def _run_seated(
     return jax.lax.psum(y, places.ff) if places.ff else y
 
 
-def _run_all(weights: Weights, x: Array, choices: Choices, *, feed: Callable[..., Array], places: Places) -> Array:
+def _run_all(weights: Weights, x: Array, choices: Assignment, *, feed: Callable[..., Array], places: Places) -> Array:
     """Every token is taken: sorted by expert, each run of equal ones meets its expert's weights (jax.lax.ragged_dot).
 
     How many tokens an expert gets is known only then, so devices along `expert` gather each other's B T D elements

@@ -25,13 +25,13 @@ class RoutingStats(NamedTuple):
     ]  # share of choices that found their expert full; of tokens, if experts chose none of them
 
 
-class Choices(NamedTuple):
+class Assignment(NamedTuple):
     """Which experts a token is for. Where experts choose, K is all of them, in their order."""
 
     gates: Float[Array, "B T K"]
     experts: Int[Array, "B T K"]
-    turns: Int[Array, "B T K"] | None  # how many of the group come to this expert before; None: every token is taken
-    kept: Bool[Array, "..."] | None  # hidden units that dropout leaves: [E groups C F], without a capacity [B T K F]
+    rank_in_expert: Int[Array, "B T K"] | None  # how many of the group come to this expert before; None: every token is taken
+    dropout_mask: Bool[Array, "..."] | None  # hidden units that dropout leaves: [E groups C F], without a capacity [B T K F]
 
 
 def find_capacity(factor: float, tokens: int, n_experts_per_token: int, n_experts: int) -> int:
