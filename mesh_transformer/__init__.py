@@ -1,3 +1,32 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Model-parallel language models in JAX: train, sample and reshard, from one file, on any mesh of devices."""
+"""Model-parallel language models in JAX: train, sample and reshard, from one file, on any mesh of devices.
+
+`import mesh_transformer as mt` gives the functions of `mesh_transformer.library`, loaded on first use: importing the package
+itself imports neither JAX nor anything else that is slow.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "2.0.0"
+
+if TYPE_CHECKING:
+    from mesh_transformer.config import Config, ConfigError, load_config
+    from mesh_transformer.library import Model, load_model, make_mesh, reshard, train
+
+__all__ = ["Config", "ConfigError", "Model", "load_config", "load_model", "make_mesh", "reshard", "train"]
+
+_MODULES = {name: "mesh_transformer.library" for name in ("Model", "load_model", "make_mesh", "reshard", "train")} | {
+    name: "mesh_transformer.config" for name in ("Config", "ConfigError", "load_config")
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mesh_transformer' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

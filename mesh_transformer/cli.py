@@ -9,6 +9,7 @@ import argparse
 import os
 import re
 import select
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,13 @@ WRONG_USAGE = 2
 PREEMPTED = 75  # EX_TEMPFAIL
 INTERRUPTED = 130
 
-# Flags that were renamed, by program: the old flag is refused with the new name.
+PROGRAM = "mesh-transformer"  # the installed command; see __main__.py
+
+# Renamed flags by program; the old flag is refused with the new name.
 RENAMED_FLAGS: dict[str, dict[str, str]] = {
-    "device_train": {"--fresh": "--restart", "--look": "--show-data"},
-    "device_evaluate": {"--shots": "--num-fewshot", "--examples": "--fewshot-data"},
-    "device_plan": {"--picture": "--plot", "--fast": "--low-effort", "--sample": "--decode"},
+    "train": {"--fresh": "--restart", "--look": "--show-data"},
+    "evaluate": {"--shots": "--num-fewshot", "--examples": "--fewshot-data"},
+    "plan": {"--picture": "--plot", "--fast": "--low-effort", "--sample": "--decode"},
     "inspect_corpus": {"--near": "--duplicates-of"},
     "supervise": {"--tries": "--max-failures", "--leave-preempted": "--no-restart-on-preemption"},
 }
@@ -34,6 +37,12 @@ RENAMED_FLAGS: dict[str, dict[str, str]] = {
 
 class Preempted(Exception):
     """A run stopped before its end after saving a checkpoint; the message says how to continue."""
+
+
+def command_line(name: str, *arguments: str) -> str:
+    """Return a shell command that runs a device program ("train", "sample", ...) the way this one was started."""
+    started = [PROGRAM, name] if Path(sys.argv[0]).name.startswith(PROGRAM) else ["python", f"device_{name}.py"]
+    return shlex.join([*started, *arguments])
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +53,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2; a renamed flag in the message is followed by its new name."""
-        renamed = RENAMED_FLAGS.get(Path(self.prog).stem.split()[-1], {})
+        name = Path(self.prog).stem.split()[-1].removeprefix("device_").replace("-", "_")
+        renamed = RENAMED_FLAGS.get(name, {})
         for old, new in renamed.items():
             if re.search(rf"(?<![\w-]){re.escape(old)}(?![\w-])", message):
                 message = f"{old} was renamed: use {new}"

@@ -37,7 +37,7 @@ from mesh_transformer.reports.metrics_log import FILE, read_metrics
 from mesh_transformer.reports.svg import DASHES, Series, format_number, plot
 from mesh_transformer.storage.atomic_files import replace_file
 from mesh_transformer.train.flops import count_flops
-from mesh_transformer.train.run import abstract_batch, without_remat
+from mesh_transformer.train.compile import abstract_batch, without_remat
 from mesh_transformer.train.schedule import first_sequence
 from mesh_transformer.train.state import describe_state
 from mesh_transformer.train.step import make_train_step

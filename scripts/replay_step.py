@@ -122,7 +122,7 @@ def score_sequences(run: Run, batch: Any, step: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "sequence": first + int(row),
-                "source": loader.sources[source].name,
+                "source": loader.datasets[source].name,
                 "number": number,
                 "loss": float(nats[row].mean()),
                 "worst_token": {

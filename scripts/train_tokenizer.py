@@ -1,13 +1,14 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Train a byte-level BPE vocabulary, as GPT-2 has, on documents of your own.
+"""Train a byte-level BPE vocabulary, like GPT-2's, on your own documents.
 
   python scripts/train_tokenizer.py python-stdlib tokenizers/python --vocab-size 8192
   python scripts/train_tokenizer.py books/ forum.jsonl.zst tokenizers/mine.json --vocab-size 32000 --skip-bad
 
-SRC is a text file, a folder, JSON lines or Parquet, plain or as .zst or .gz, or "python-stdlib"; DST is a .json file or
-a folder that gets a tokenizer.json. A run uses it by `data.tokenizer = "DST"`. Every 50th document, by a hash of its
-name, is held out, and the bytes per token on these are printed. Word counts of all sources must fit in memory.
+SRC is a text file, a folder, JSON lines or Parquet (text and JSON lines also as .zst or .gz), or "python-stdlib". DST
+is a .json file, or a folder in which tokenizer.json is written. A run uses it with `data.tokenizer = "DST"`. About one
+document in 50, selected by a hash of its name, is held out, and the bytes per token on these are printed. The word
+counts of all documents must fit in memory.
 """
 
 import argparse
@@ -22,27 +23,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mesh_transformer.cli import make_parser, run_command
-from mesh_transformer.data.readers import SkippedDocuments, find_files, find_root, read_file
+from mesh_transformer.data.errors import SkippedDocuments
+from mesh_transformer.data.readers import find_files, find_root, read_file
 from mesh_transformer.data.tokenizers import Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST = 257  # all bytes and the end of text
-HOLD_OUT = 50
+MIN_VOCAB_SIZE = 257  # all bytes and the end of text
+HOLDOUT_ONE_IN = 50
 HELD_OUT_BYTES = 10_000_000
 
 
 class HeldOut:
-    """Texts kept from training, up to a size, and the count of those trained on."""
+    """Held-out texts, up to a total size, and the number of documents trained on."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.size = 0
-        self.trained = 0
+        self.n_trained = 0
 
-    def keeps(self, name: str, text: str) -> bool:
-        """Whether this document is held out; if so it is kept."""
-        if zlib.crc32(name.encode()) % HOLD_OUT or self.size > HELD_OUT_BYTES:
-            self.trained += 1
+    def add(self, name: str, text: str) -> bool:
+        """Store the text if the document is held out, and return whether it is."""
+        if zlib.crc32(name.encode()) % HOLDOUT_ONE_IN or self.size > HELD_OUT_BYTES:
+            self.n_trained += 1
             return False
         self.texts.append(text)
         self.size += len(text.encode())
@@ -50,64 +52,64 @@ class HeldOut:
 
 
 def main(argv: list[str]) -> int:
-    """Train, write, measure; returns the exit status."""
+    """Train and write the vocabulary, and print its bytes per token."""
     arguments = parse_arguments(argv)
     console = Console(stderr=True)
-    bad, held_out = SkippedDocuments(), HeldOut()
-    arguments.dst.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the training
+    skipped, held_out = SkippedDocuments(), HeldOut()
+    arguments.dst.parent.mkdir(parents=True, exist_ok=True)  # so that an error appears before training
     with make_progress(console) as progress:
-        texts = read_texts(arguments, bad, held_out, progress)
+        texts = read_texts(arguments, skipped, held_out, progress)
         library = train_vocabulary(texts, arguments.vocab_size)
-    for line in bad.summary_lines():
+    for line in skipped.summary_lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if not held_out.trained:
-        raise ValueError(f"no document to train on in {', '.join(arguments.src)}; the rest was held out or left out")
+    if not held_out.n_trained:
+        raise ValueError(f"no document to train on in {', '.join(arguments.src)}: all were held out or skipped; add text")
     write_atomically(arguments.dst, library.to_str(pretty=True))
     tokenizer = load_tokenizer(arguments.dst)
-    print(f"{arguments.dst}: {tokenizer.n_vocab:,} tokens from {held_out.trained:,} documents")
+    print(f"{arguments.dst}: {tokenizer.n_vocab:,} tokens from {held_out.n_trained:,} documents")
     if tokenizer.n_vocab < arguments.vocab_size:
-        print(f"fewer than the {arguments.vocab_size:,} asked for: the text repeats no further pairs of tokens")
+        print(f"fewer than --vocab-size {arguments.vocab_size:,}: no other pair of tokens repeats in the text")
     print(measure(tokenizer, held_out.texts))
     return 0
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """The command line; wrong usage exits with status 2."""
+    """Parse the command line; wrong usage exits with status 2."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("src", nargs="+", metavar="SRC", help="documents to learn from")
+    parser.add_argument("src", nargs="+", metavar="SRC", help="documents to train on")
     parser.add_argument("dst", type=Path, metavar="DST", help="tokenizer.json to write, or a folder for it")
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help=f"tokens, at least {SMALLEST}")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help=f"number of tokens, at least {MIN_VOCAB_SIZE}")
     parser.add_argument("--text-key", default="text", help="key or column that holds the text (default: text)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out and count damaged documents, do not stop")
+    parser.add_argument("--skip-bad", action="store_true", help="skip and count damaged documents instead of stopping")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     arguments = parser.parse_args(argv)
-    if arguments.vocab_size < SMALLEST:
-        parser.error(f"--vocab-size {arguments.vocab_size} is less than {SMALLEST}, the 256 bytes and {END_OF_TEXT}")
+    if arguments.vocab_size < MIN_VOCAB_SIZE:
+        parser.error(f"--vocab-size {arguments.vocab_size} is less than {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT})")
     if arguments.dst.suffix != ".json":
         arguments.dst = arguments.dst / "tokenizer.json"
     if arguments.dst.exists() and not arguments.overwrite:
-        parser.error(f"{arguments.dst} exists; give another DST or --overwrite")
+        parser.error(f"{arguments.dst} exists; choose another DST, or pass --overwrite")
     return arguments
 
 
 def make_progress(console: Console) -> Progress:
-    """A bar over files, with the number of documents."""
+    """Return a progress bar over files."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def read_texts(
-    arguments: argparse.Namespace, bad: SkippedDocuments, held_out: HeldOut, progress: Progress
+    arguments: argparse.Namespace, skipped: SkippedDocuments, held_out: HeldOut, progress: Progress
 ) -> Iterator[str]:
-    """Texts of all sources but the held-out ones; files are found before the first is read."""
-    sources = [(find_root(src), file) for src in arguments.src for file in find_files(src)]
+    """Yield all texts but the held-out ones; lists all files before the first is read."""
+    files = [(find_root(src), file) for src in arguments.src for file in find_files(src)]
     on_bad = "skip" if arguments.skip_bad else "error"
 
     def generate() -> Iterator[str]:
-        task = progress.add_task("reading files", total=len(sources))
-        for root, file in sources:
-            for document in read_file(file, root, text_key=arguments.text_key, on_bad=on_bad, skipped=bad):
-                if not held_out.keeps(document.name, document.text):
+        task = progress.add_task("reading files", total=len(files))
+        for root, file in files:
+            for document in read_file(file, root, text_key=arguments.text_key, on_bad=on_bad, skipped=skipped):
+                if not held_out.add(document.name, document.text):
                     yield document.text
             progress.advance(task)
         progress.update(task, description="merging pairs")
@@ -116,7 +118,7 @@ def read_texts(
 
 
 def train_vocabulary(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """GPT-2's scheme: words by ByteLevel's pattern, all 256 bytes, then the most frequent pairs."""
+    """Train a GPT-2 style BPE: words by ByteLevel's pattern, all 256 bytes, then merges of the most frequent pairs."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
@@ -131,7 +133,7 @@ def train_vocabulary(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokeni
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The whole file or none of it, also if the machine stops."""
+    """Write a file completely or not at all, even if the machine crashes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -144,9 +146,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def measure(tokenizer: Tokenizer, texts: list[str]) -> str:
-    """Bytes per token on held-out texts."""
+    """Return a line with the bytes per token on held-out texts."""
     if not texts:
-        return "too few documents to hold any out: bytes per token not measured"
+        return "too few documents to hold any out; bytes per token were not measured"
     size = sum(len(text.encode()) for text in texts)
     count = sum(len(ids) for ids in tokenizer.encode_batch(texts))
     return f"{size / max(count, 1):.3f} bytes per token on {len(texts):,} held-out documents of {size:,} bytes"

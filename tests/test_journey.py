@@ -22,7 +22,8 @@ from mesh_transformer.data.dataset import open_data
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.reports.console import Progress
 from mesh_transformer.reports.metrics_log import MetricsLog, read_metrics
-from mesh_transformer.train.loop import Recorder, train
+from mesh_transformer.train.loop import train
+from mesh_transformer.train.recorder import Recorder
 from mesh_transformer.train.run import open_run
 from mesh_transformer.train.state import describe_state, flatten_state, state_shardings
 
@@ -90,7 +91,7 @@ class StoppingProgress(Progress):
 def run_training(config: Config, progress_class: type[Progress] = Progress) -> list[str]:
     """Train in this process; the notes of how the state came to be."""
     layout = make_layout(config.mesh)
-    run = open_run(config, open_data(config), layout, report=print)
+    run = open_run(config, open_data(config), layout, log=print)
     with (
         MetricsLog(run.dir, config.track, config={}, first_step=run.step) as log,
         progress_class("test", config.train.steps, run.step, console=Console(quiet=True)) as progress,
@@ -174,7 +175,7 @@ def test_resuming_another_run_is_refused(config_file, straight, override, messag
     config = load(config_file, "straight", *MESH, override)
     with pytest.raises(ConfigError, match=message) as caught:
         open_run(config, open_data(config), make_layout(config.mesh))
-    assert "--fresh" in str(caught.value)
+    assert "--restart" in str(caught.value)
 
 
 @pytest.mark.parametrize("load_optimizer_state", [False, True])
@@ -201,7 +202,7 @@ def test_a_run_starts_from_anothers_weights(config_file, straight, load_optimize
 def test_starting_from_another_model_is_refused(config_file, straight):
     start = (f'run.init_from="{straight.run.dir}"', 'model.activation="relu"', "model.n_heads=2")
     config = load(config_file, "other", *MESH, *start)
-    with pytest.raises(ConfigError, match=r"model\.activation = 'relu' \(there 'gelu-tanh'\)"):
+    with pytest.raises(ConfigError, match=r"model\.activation = 'relu' \(checkpoint: 'gelu-tanh'\)"):
         open_run(config, open_data(config), make_layout(config.mesh))
 
 
@@ -219,7 +220,7 @@ def test_a_step_that_is_always_bad_stops_the_run_with_everything_saved(config_fi
     with (
         MetricsLog(run.dir, config.track, config={}, first_step=0) as log,
         Progress("bad", 20, 0, console=Console(quiet=True)) as progress,
-        pytest.raises(RuntimeError, match=r"3 steps in a row were skipped.*sequences \d+ to \d+"),
+        pytest.raises(RuntimeError, match=r"3 consecutive steps were skipped.*sequences \d+ to \d+"),
     ):
         train(run, Recorder(run, log, progress))
     saved = read_state(config, max(run.store.steps()))

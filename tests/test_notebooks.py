@@ -158,7 +158,7 @@ def test_sharding_explained(tmp_path):
     assert found["step"] == 4
     assert found["next_losses"][0] == pytest.approx(found["next_losses"][1], abs=1e-5)
     assert any("resumed from" in note for note in found["notes"])
-    assert "queries: heads = 4 does not divide over tensor = 8" in text
+    assert "queries: heads = 4 is not divisible by tensor = 8" in text
     assert pictures == 10
 
 

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One array <-> its files: Zarr 3, written in the slices a process owns, read in those a device needs.
+"""Arrays as Zarr 3 files: written in the slices a process owns, read in the slices a device needs.
 
 Codecs: `sharding_indexed` (index at the end, crc32c) over chunks of `bytes` (little endian) and crc32c; no compression;
-chunks of zeros are stored as any other, else they would look lost. Keys are "c.<i>.<j>". Files are read by
-shard_files.py, objects by TensorStore. Both take shape, dtype and codecs from the checked manifest, never from
-zarr.json, which is there for other programs.
+chunks of zeros are stored like any other, so that they are not taken for missing ones. Keys are "c.<i>.<j>". Files are
+read by zarr_sharding.py, objects by TensorStore. Both take shape, dtype and codecs from the checked manifest, never from
+zarr.json, which exists for other programs.
 """
 
 import collections
@@ -29,18 +29,25 @@ from mesh_transformer.checkpoint.chunk_grid import DTYPES, plan_chunks, shard_ke
 from mesh_transformer.checkpoint.local_backend import LocalBackend
 from mesh_transformer.checkpoint.manifest import ArrayRecord, array_folder
 from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
-from mesh_transformer.checkpoint.zarr_sharding import DamageError, Slices, encode_shard, meet, part_of, read_shards
+from mesh_transformer.checkpoint.zarr_sharding import (
+    DamageError,
+    Slices,
+    encode_shard,
+    grid_cells,
+    read_shards,
+    subview,
+)
 from mesh_transformer.storage.digests import FileRecord
 from mesh_transformer.storage.errors import CheckpointError, StorageError, explain_error
 from mesh_transformer.storage.paths import AnyPath, RemotePath, kvstore_context, kvstore_spec, read_blocks
 
-PART_BYTES = 1 << 23  # of a slice of a checkpoint in an object store, fetched at once
-READ_AHEAD_BYTES = 1 << 29  # of slices on their way from disk to devices
-READERS = 2  # slices read at once
-ALIGNMENT = 64  # bytes; host memory that begins so becomes an array of a CPU device without a copy
+FETCH_BYTES = 1 << 23  # per read of an array in an object store
+READ_AHEAD_BYTES = 1 << 29  # slices between disk and devices
+READERS = 2  # slices read concurrently
+ALIGNMENT = 64  # bytes; a host buffer with this alignment becomes an array of a CPU device without a copy
 
 
-class Piece(NamedTuple):
+class HostSlice(NamedTuple):
     """A slice of an array that this process owns, in host memory."""
 
     index: Slices
@@ -48,7 +55,7 @@ class Piece(NamedTuple):
 
 
 class StoredArray(NamedTuple):
-    """An array of a checkpoint whose files have been looked at, read a slice at a time."""
+    """An array of a checkpoint whose files have been verified by size, read a slice at a time."""
 
     folder: AnyPath
     name: str
@@ -56,52 +63,52 @@ class StoredArray(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes of its dims."""
         return self.record.shape
 
     @property
     def dtype(self) -> np.dtype:
-        """Kind of its values; bfloat16 is ml_dtypes'."""
+        """Return the NumPy dtype; bfloat16 is that of ml_dtypes."""
         return jax.numpy.dtype(self.record.dtype)
 
     def read(self, index: Slices) -> np.ndarray:
-        """The values at `index` (slices with step 1), checked, at an address that a CPU device takes as it is.
+        """Return the values at `index` (slices with step 1), checked, in a buffer that a CPU device uses without a copy.
 
-        CheckpointError if they are damaged. Little else is in memory on the way: of files one chunk, of objects, which
-        TensorStore fetches side by side, the chunks of some rows.
+        Raises CheckpointError if they are damaged. Additional memory: one chunk for files; for objects, which
+        TensorStore reads concurrently, the chunks of FETCH_BYTES.
         """
         index = tuple(slice(*part.indices(dim)[:2]) for part, dim in zip(index, self.shape, strict=True))
         values = make_aligned([part.stop - part.start for part in index], self.dtype)
-        where = array_folder(self.folder, self.name)
-        if isinstance(where, Path):
+        path = array_folder(self.folder, self.name)
+        if isinstance(path, Path):
             try:
-                read_shards(where, self.record.shard, self.record.chunk, index, values)
+                read_shards(path, self.record.shard, self.record.chunk, index, values)
             except DamageError as error:
-                path, reason = error.args
-                raise CheckpointError(f"{path}: damaged or unreadable, a file of {self.name}: {reason}") from error
+                file, reason = error.args
+                raise CheckpointError(f"{file}: damaged or unreadable, a file of {self.name}: {reason}") from error
             return values
-        for part in self._cut(index):
-            part_of(values, index, part)[...] = _fetch(where, self.name, self.record, part)
+        for part in self._split(index):
+            subview(values, index, part)[...] = _fetch(path, self.name, self.record, part)
         return values
 
-    def _cut(self, index: Slices) -> list[Slices]:
-        """`index` in parts whose chunks are about PART_BYTES, along the first axis that has several of them."""
+    def _split(self, index: Slices) -> list[Slices]:
+        """Split `index` into parts whose chunks have about FETCH_BYTES, along the first dimension with several chunks."""
         chunks = self.record.chunk
         cover = [-(-i.stop // c) * c - i.start // c * c for i, c in zip(index, chunks, strict=True)]
-        axis = next((i for i, chunk in enumerate(chunks) if cover[i] > chunk), None)
-        if axis is None:
+        dim = next((i for i, chunk in enumerate(chunks) if cover[i] > chunk), None)
+        if dim is None:
             return [index]
-        rows = max(
-            PART_BYTES * chunks[axis] // (math.prod(cover) // cover[axis] * chunks[axis] * self.dtype.itemsize), 1
-        )
-        step, (low, high) = max(rows // chunks[axis], 1) * chunks[axis], (index[axis].start, index[axis].stop)
-        starts = range(low // chunks[axis] * chunks[axis], high, step)
+        chunk_bytes = math.prod(cover) // cover[dim] * chunks[dim] * self.dtype.itemsize  # of one row of chunks
+        length = max(FETCH_BYTES * chunks[dim] // chunk_bytes, 1)
+        step = max(length // chunks[dim], 1) * chunks[dim]
+        low = index[dim].start
+        high = index[dim].stop
+        starts = range(low // chunks[dim] * chunks[dim], high, step)
         parts = [slice(max(first, low), min(first + step, high)) for first in starts]
-        return [(*index[:axis], part, *index[axis + 1 :]) for part in parts]
+        return [(*index[:dim], part, *index[dim + 1 :]) for part in parts]
 
 
 def make_aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Room for values, at an address that a CPU device takes as it is."""
+    """Return an uninitialized array in a buffer that a CPU device uses without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % ALIGNMENT
@@ -109,13 +116,13 @@ def make_aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def describe_array(name: str, array: jax.Array, axes: Sequence[str]) -> ArrayRecord:
-    """The record of an array to be saved, files yet unknown; CheckpointError if its kind cannot be."""
+    """Return the record of an array to be saved, without its files; raise CheckpointError if it cannot be saved."""
     if not isinstance(array, jax.Array):
         raise CheckpointError(f"array {name}: a {type(array).__name__} is not a jax.Array")
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-        raise CheckpointError(f"array {name}: save a random key as jax.random.key_data(key)")
+        raise CheckpointError(f"array {name}: a random key cannot be saved; save jax.random.key_data(key)")
     if array.dtype.name not in DTYPES:
-        raise CheckpointError(f"array {name}: dtype {array.dtype.name} cannot be saved; it can be {', '.join(DTYPES)}")
+        raise CheckpointError(f"array {name}: dtype {array.dtype.name} is not supported; use one of {', '.join(DTYPES)}")
     if len(axes) != array.ndim:
         raise CheckpointError(f"array {name}: {len(axes)} logical axes {tuple(axes)} for shape {array.shape}")
     if array.is_deleted():
@@ -124,29 +131,29 @@ def describe_array(name: str, array: jax.Array, axes: Sequence[str]) -> ArrayRec
     return ArrayRecord(array.shape, array.dtype.name, tuple(axes), shard, chunk)
 
 
-def copy_to_host(arrays: Mapping[str, jax.Array]) -> dict[str, list[Piece]]:
-    """This process's slices of `arrays` (a replicated slice belongs to the device with replica 0), all copied on return.
+def copy_to_host(arrays: Mapping[str, jax.Array]) -> dict[str, list[HostSlice]]:
+    """Copy this process's slices of `arrays` to host memory; replicated slices belong to the device with replica 0.
 
-    The copies share no memory with the arrays, which may be donated next.
+    The copies share no memory with the arrays, which may be donated after the return.
     """
     owned = {
         name: [shard for shard in array.addressable_shards if shard.replica_id == 0] for name, array in arrays.items()
     }
     for shard in itertools.chain(*owned.values()):
         shard.data.copy_to_host_async()
-    return {name: [Piece(shard.index, _copy(shard.data)) for shard in shards] for name, shards in owned.items()}
+    return {name: [HostSlice(shard.index, _copy(shard.data)) for shard in shards] for name, shards in owned.items()}
 
 
-def list_shards(
-    folder: AnyPath, name: str, record: ArrayRecord, pieces: list[Piece]
+def shard_jobs(
+    folder: AnyPath, name: str, record: ArrayRecord, slices: list[HostSlice]
 ) -> Iterator[Callable[[], tuple[str, str, FileRecord]]]:
-    """What writes each file of some slices of an array and returns (array, file, what was written); `pieces` is emptied.
+    """Yield one job per file of some slices of an array; it writes the file and returns (array name, file name, record).
 
-    `settle` of the array's folder makes them durable.
+    `slices` is emptied. `fsync_files` of the array's backend makes the files durable.
     """
     target = backend_for(array_folder(folder, name))
-    while pieces:
-        for key, values in _cut(record, pieces.pop()):
+    while slices:
+        for key, values in _shards_of(record, slices.pop()):
             yield functools.partial(_write_shard, target, name, record, key, values)
 
 
@@ -157,75 +164,91 @@ def _write_shard(
 
 
 def copy_file(array: StoredArray, key: str, folder: AnyPath) -> dict[str, FileRecord]:
-    """Copy one file of an array into the checkpoint in `folder`; CheckpointError if it is not what the array's record says."""
+    """Copy a file of an array into the checkpoint in `folder`; raise CheckpointError if it does not match its record."""
     source = array_folder(array.folder, array.name) / key
-    wanted = array.record.files[key]
-    found = backend_for(array_folder(folder, array.name)).write_file(key, read_blocks(source, wanted.size))
-    if found != wanted:
-        raise CheckpointError(f"{source}: damaged: {found} is not {wanted}")
+    expected = array.record.files[key]
+    found = backend_for(array_folder(folder, array.name)).write_file(key, read_blocks(source, expected.size))
+    if found != expected:
+        raise CheckpointError(f"{source}: damaged: size and digest are {found}, but the manifest says {expected}")
     return {key: found}
 
 
-def restore_arrays(
-    folder: AnyPath, records: Mapping[str, ArrayRecord], shardings: Mapping[str, Sharding], *, rows: Collection[str] = ()
-) -> dict[str, Any]:
-    """Arrays as `shardings` place them. Each slice is read once and given to all devices that need it, several at a time.
+class _PendingRead(NamedTuple):
+    """A slice that is being read, and the devices that need it."""
 
-    Of an array in `rows` every place of its first dim becomes an array of its own, in a tuple; its sharding is that of
-    one. On a CPU little else is in memory beside what is restored.
+    name: str
+    first: int  # index into the first dimension, if the array is unstacked
+    shardings: list[Sharding]
+    size: int  # bytes
+    values: Future[np.ndarray]
+
+
+def restore_arrays(
+    folder: AnyPath,
+    records: Mapping[str, ArrayRecord],
+    shardings: Mapping[str, Sharding],
+    *,
+    unstack: Collection[str] = (),
+) -> dict[str, Any]:
+    """Return arrays with the given shardings. Each slice is read once and copied to all devices that need it.
+
+    An array named in `unstack` becomes a tuple with one array per index of its first dimension; its sharding is that of
+    one of them. On a CPU little memory is used in addition to the restored arrays.
     """
-    placed = collections.defaultdict[tuple[str, int], list[jax.Array]](list)
-    flying: collections.deque[tuple[str, int, list[Sharding], int, Future[np.ndarray]]] = collections.deque()
+    on_device = collections.defaultdict[tuple[str, int], list[jax.Array]](list)
+    in_flight: collections.deque[_PendingRead] = collections.deque()
     ahead = 0
 
-    def land() -> int:
-        name, first, places, size, future = flying.popleft()
-        values = future.result() if name in rows else future.result()[None]
-        for place, row in enumerate(values):
-            placed[name, first + place] += place_copies(row if len(values) == 1 else np.array(row), places)
-        return size
+    def put_oldest() -> int:
+        read = in_flight.popleft()
+        values = read.values.result() if read.name in unstack else read.values.result()[None]
+        for i, layer in enumerate(values):
+            copies = put_copies(layer if len(values) == 1 else np.array(layer), read.shardings)
+            on_device[read.name, read.first + i] += copies
+        return read.size
 
     with ThreadPoolExecutor(READERS) as readers:
         for name, record in records.items():
-            array, split = StoredArray(folder, name, record), name in rows
-            step = record.chunk[0] if split else 1  # rows of a chunk are decoded together
-            for first in range(0, record.shape[0], step) if split else (0,):
-                lead = (slice(first, min(first + step, record.shape[0])),) if split else ()
-                for ends, places in _places(shardings[name], record.shape[split:]).items():
-                    size = DTYPES[record.dtype] * step * math.prod(stop - start for start, stop in ends)
-                    while flying and ahead + size > READ_AHEAD_BYTES:
-                        ahead -= land()
-                    index = (*lead, *(slice(*pair) for pair in ends))
-                    flying.append((name, first, places, size, readers.submit(array.read, index)))
+            array = StoredArray(folder, name, record)
+            is_unstacked = name in unstack
+            step = record.chunk[0] if is_unstacked else 1  # layers of one chunk are decoded together
+            for first in range(0, record.shape[0], step) if is_unstacked else (0,):
+                lead = (slice(first, min(first + step, record.shape[0])),) if is_unstacked else ()
+                for bounds, devices in _local_slices(shardings[name], record.shape[is_unstacked:]).items():
+                    size = DTYPES[record.dtype] * step * math.prod(stop - start for start, stop in bounds)
+                    while in_flight and ahead + size > READ_AHEAD_BYTES:
+                        ahead -= put_oldest()
+                    index = (*lead, *(slice(*pair) for pair in bounds))
+                    in_flight.append(_PendingRead(name, first, devices, size, readers.submit(array.read, index)))
                     ahead += size
-        while flying:
-            land()
+        while in_flight:
+            put_oldest()
 
-    def join(name: str, place: int) -> jax.Array:
-        shape = records[name].shape[name in rows :]
-        kind = records[name].dtype
-        return jax.make_array_from_single_device_arrays(shape, shardings[name], placed[name, place], dtype=kind)
+    def join(name: str, i: int) -> jax.Array:
+        shape = records[name].shape[name in unstack :]
+        dtype = records[name].dtype
+        return jax.make_array_from_single_device_arrays(shape, shardings[name], on_device[name, i], dtype=dtype)
 
     return {
-        name: tuple(join(name, place) for place in range(record.shape[0])) if name in rows else join(name, 0)
+        name: tuple(join(name, i) for i in range(record.shape[0])) if name in unstack else join(name, 0)
         for name, record in records.items()
     }
 
 
-def place_copies(values: np.ndarray, places: Sequence[Sharding]) -> list[jax.Array]:
-    """`values` on each of `places`, there on return; the caller gives them up.
+def put_copies(values: np.ndarray, shardings: Sequence[Sharding]) -> list[jax.Array]:
+    """Copy `values` to each single-device sharding; the caller must not use `values` afterwards.
 
-    JAX may take a well aligned host buffer as it is, whatever may_alias says; replicas are not to share one by such luck.
+    JAX may use an aligned host buffer without a copy, regardless of may_alias; replicas must not share one.
     """
     copies = [
-        jax.device_put(values.copy() if i and _is_host_memory(place) else values, place)
-        for i, place in enumerate(places)
+        jax.device_put(values.copy() if i and _is_host_memory(sharding) else values, sharding)
+        for i, sharding in enumerate(shardings)
     ]
-    return jax.block_until_ready(copies)  # so that host memory is free before the next slice is read
+    return jax.block_until_ready(copies)  # frees host memory before the next slice is read
 
 
 def _copy(data: jax.Array) -> np.ndarray:
-    """Host values that outlive the array. A view of host memory must be copied; what came from a device is a copy."""
+    """Return host values that outlive the array; np.asarray is a view for host memory and a copy for a device."""
     return np.array(data) if _is_host_memory(data.sharding) else np.asarray(data)
 
 
@@ -234,38 +257,38 @@ def _is_host_memory(sharding: Sharding) -> bool:
     return on_cpu or sharding.memory_kind in ("pinned_host", "unpinned_host")
 
 
-def _cut(record: ArrayRecord, piece: Piece) -> Iterator[tuple[str, np.ndarray]]:
-    """File name and values of each shard of a piece."""
-    index = tuple(slice(*part.indices(dim)[:2]) for part, dim in zip(piece.index, record.shape, strict=True))
-    for place, part in meet(index, record.shard):
-        yield shard_key(place), part_of(piece.values, index, part)
+def _shards_of(record: ArrayRecord, host_slice: HostSlice) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield file name and values of each shard of a slice."""
+    index = tuple(slice(*part.indices(dim)[:2]) for part, dim in zip(host_slice.index, record.shape, strict=True))
+    for cell, part in grid_cells(index, record.shard):
+        yield shard_key(cell), subview(host_slice.values, index, part)
 
 
-def _places(sharding: Sharding, shape: tuple[int, ...]) -> dict[tuple[tuple[int, int], ...], list[Sharding]]:
-    """The devices of this process that need each slice of an array."""
-    places: dict[tuple[tuple[int, int], ...], list[Sharding]] = {}
+def _local_slices(sharding: Sharding, shape: tuple[int, ...]) -> dict[tuple[tuple[int, int], ...], list[Sharding]]:
+    """Return {(start, stop) per dimension: the devices of this process that need this slice of an array}."""
+    devices: dict[tuple[tuple[int, int], ...], list[Sharding]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         parts = index if index is not None else (slice(None),) * len(shape)
-        ends = tuple(part.indices(dim)[:2] for part, dim in zip(parts, shape, strict=True))
-        places.setdefault(ends, []).append(SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
-    return places
+        bounds = tuple(part.indices(dim)[:2] for part, dim in zip(parts, shape, strict=True))
+        devices.setdefault(bounds, []).append(SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
+    return devices
 
 
-def _fetch(where: RemotePath, name: str, record: ArrayRecord, index: Slices) -> np.ndarray:
-    """What TensorStore finds at `index`; its errors as CheckpointError with array and file."""
+def _fetch(folder: RemotePath, name: str, record: ArrayRecord, index: Slices) -> np.ndarray:
+    """Return the values at `index`, read by TensorStore; its errors become CheckpointErrors with array and file."""
     spec = {
         "driver": "zarr3",
-        "kvstore": kvstore_spec(where),
+        "kvstore": kvstore_spec(folder),
         "metadata": make_metadata(record),
         "fill_missing_data_reads": False,
     }
     try:
         array = ts.open(spec, open=True, assume_metadata=True, context=kvstore_context()).result()
         return array[index].read().result()
-    except Exception as error:  # TensorStore raises by status code, DATA_LOSS as ValueError, others as builtin kinds
+    except Exception as error:  # TensorStore maps status codes to several builtin types, DATA_LOSS to ValueError
         message = str(error)
         found = re.search(r'"[^"]*/(c[.0-9]*)"', message)
-        file = where / found[1] if found else where
+        file = folder / found[1] if found else folder
         if unreachable := explain_error(file, error):
             raise StorageError(f"{file}: {unreachable}") from error
         reason = re.sub(r"\s*\[(source locations|tensorstore_spec|domain).*", "", message, flags=re.DOTALL)
@@ -273,12 +296,12 @@ def _fetch(where: RemotePath, name: str, record: ArrayRecord, index: Slices) -> 
 
 
 def format_metadata(record: ArrayRecord) -> bytes:
-    """The zarr.json of an array."""
+    """Return the content of an array's zarr.json."""
     return json.dumps(make_metadata(record), indent=1).encode()
 
 
 def make_metadata(record: ArrayRecord) -> dict[str, Any]:
-    """What zarr.json says of an array."""
+    """Return the Zarr 3 metadata of an array."""
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     plain = {"name": "bytes"} if DTYPES[record.dtype] == 1 else little
     checksum = {"name": "crc32c"}

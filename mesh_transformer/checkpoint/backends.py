@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a store does with the folders it lies in, whichever kind they are of."""
+"""Selection of the storage backend for a path: local folder or object store."""
 
 from pathlib import Path
 
@@ -10,5 +10,5 @@ from mesh_transformer.storage.paths import AnyPath
 
 
 def backend_for(path: AnyPath) -> LocalBackend | ObjectStoreBackend:
-    """The folder at a place."""
+    """Return the backend of a folder, by the type of its path."""
     return LocalBackend(path) if isinstance(path, Path) else ObjectStoreBackend(path)

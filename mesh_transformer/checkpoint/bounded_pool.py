@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of a checkpoint read, made and written several at a time, with a bound on how many are in memory."""
+"""Thread pool with a bound on the number of jobs whose results are in memory."""
 
 import collections
 import contextlib
@@ -11,29 +11,28 @@ from concurrent import futures
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-IN_FLIGHT = 3  # one waits for the disk while two cores make others
+IN_FLIGHT = 3  # one job waits for the disk while two cores compute others
 
 
 class Workers(contextlib.AbstractContextManager["Workers"]):
-    """IN_FLIGHT threads, until they are closed.
+    """A pool of IN_FLIGHT threads, which run until `close`.
 
-    Not a pool of the standard library's: those refuse jobs once the program's last line is done, and a save that goes on
-    then must still end well. New threads are refused then, too, so that a save has its own made when it is asked for.
+    Unlike concurrent.futures.ThreadPoolExecutor, it accepts jobs after the main thread has ended, so that a save that
+    is still in progress can finish. Python refuses to start threads then, so a save creates its pool in advance.
     """
 
     def __init__(self):
         self._jobs: queue.SimpleQueue[tuple[futures.Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         for _ in range(IN_FLIGHT):
-            threading.Thread(target=self._run, name="block").start()
+            threading.Thread(target=self._run, name="bounded pool").start()
 
     def submit(self, job: Callable[[], Result]) -> futures.Future[Result]:
-        """Have a thread run the job."""
         future = futures.Future[Result]()
         self._jobs.put((future, job))
         return future
 
     def close(self) -> None:
-        """The threads end after what was submitted."""
+        """End the threads once all submitted jobs are done."""
         for _ in range(IN_FLIGHT):
             self._jobs.put(None)
 
@@ -46,24 +45,25 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(job())
-                except BaseException as error:  # it is raised where the result is taken
+                except BaseException as error:  # raised again by future.result()
                     future.set_exception(error)
-            del work, future, job  # what they hold is large
+            del work, future, job  # they may reference large arrays
 
 
-def run_side_by_side(jobs: Iterable[Callable[[], Result]], workers: Workers | None = None) -> Iterator[Result]:
-    """What the jobs return, in their order; at most one more than IN_FLIGHT has begun and not been taken.
+def run_bounded(jobs: Iterable[Callable[[], Result]], workers: Workers | None = None) -> Iterator[Result]:
+    """Run jobs concurrently and yield their results in order; at most IN_FLIGHT + 1 are started and not yet consumed.
 
-    Where one raises, or the taker stops, those that have begun end first and no other begins. `workers` stay open.
+    If a job raises or the consumer stops, no further job starts, and those that have started are waited for. `workers`
+    are not closed; without them a temporary pool is used.
     """
-    flying = collections.deque[futures.Future[Result]]()
+    in_flight = collections.deque[futures.Future[Result]]()
     with contextlib.nullcontext(workers) if workers else Workers() as threads:
         try:
             for job in jobs:
-                flying.append(threads.submit(job))
-                if len(flying) > IN_FLIGHT:
-                    yield flying.popleft().result()
-            while flying:
-                yield flying.popleft().result()
+                in_flight.append(threads.submit(job))
+                if len(in_flight) > IN_FLIGHT:
+                    yield in_flight.popleft().result()
+            while in_flight:
+                yield in_flight.popleft().result()
         finally:
-            futures.wait([future for future in flying if not future.cancel()])
+            futures.wait([future for future in in_flight if not future.cancel()])

@@ -1,77 +1,82 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How an array is cut: shards, one file each, none crossing a slice that a device owns; chunks in them, each with a checksum."""
+"""Division of an array into shards (one file each) and chunks (the checksummed parts of a shard).
+
+No shard crosses the boundary of a slice that one device owns.
+"""
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-DTYPES = {  # bytes of a value; the names are JAX's and Zarr's alike
+DTYPES = {  # bytes per value; JAX and Zarr use the same names
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2,
     "int32": 4, "uint32": 4, "float32": 4, "int64": 8, "uint64": 8, "float64": 8,
 }  # fmt: skip
-MAX_CHUNK_BYTES = 8_000_000  # what must be read and checked to see one value
-MAX_SHARD_BYTES = 64_000_000  # what the encoder holds beside the values themselves; the size of a file
-MAX_CHUNKS = 1 << 24  # of a shard
+MAX_CHUNK_BYTES = 8_000_000  # bytes to read and check in order to access one value
+MAX_SHARD_BYTES = 64_000_000  # size of a file, and of the encoder's buffer in addition to the values
+MAX_CHUNKS = 1 << 24  # per shard
 
 
 def count_bytes(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of the values of an array."""
+    """Return the size of an array's values in bytes."""
     return math.prod(shape) * DTYPES[dtype]
 
 
 def count_shards(shape: Sequence[int], shard: Sequence[int]) -> int:
-    """Number of files of an array."""
+    """Return the number of files of an array."""
     return math.prod(-(-dim // part) for dim, part in zip(shape, shard, strict=True))
 
 
 def shard_keys(shape: Sequence[int], shard: Sequence[int]) -> Iterator[str]:
-    """Names of the files of an array: "c" of a scalar, "c.<i>.<j>" of a matrix."""
+    """Yield the file names of an array: "c" for a scalar, "c.<i>.<j>" for a matrix."""
     counts = [range(-(-dim // part)) for dim, part in zip(shape, shard, strict=True)]
-    return (shard_key(place) for place in itertools.product(*counts))
+    return (shard_key(cell) for cell in itertools.product(*counts))
 
 
-def shard_key(place: Sequence[int]) -> str:
-    """Name of the file of the shard at `place` in the grid of shards."""
-    return ".".join(["c", *map(str, place)])
+def shard_key(cell: Sequence[int]) -> str:
+    """Return the file name of the shard at index `cell` of the shard grid."""
+    return ".".join(["c", *map(str, cell)])
 
 
-def plan_chunks(shape: Sequence[int], piece: Sequence[int], dtype: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes (shard, chunk) for an array of `shape` that devices own in slices of shape `piece`.
+def plan_chunks(shape: Sequence[int], owned: Sequence[int], dtype: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes (shard, chunk) for an array of `shape` that devices own in slices of shape `owned`.
 
-    On a dim that is cut between devices both divide the piece; on one that is not they may overhang the end. Chunks are
-    cut along the first dims, as values lie in memory, unless that would make them small; shards are runs of chunks.
+    In a dimension that is sharded over devices, both divide the slice; in any other, the last one may extend beyond the
+    end. Chunks split the first dimensions, as values are contiguous in memory, unless this would make them small;
+    shards are runs of chunks.
     """
-    is_whole = [part == dim for part, dim in zip(piece, shape, strict=True)]
-    chunk = [max(part, 1) for part in piece]
+    is_unsharded = [part == dim for part, dim in zip(owned, shape, strict=True)]
+    chunk = [max(part, 1) for part in owned]
     while count_bytes(chunk, dtype) > MAX_CHUNK_BYTES:
-        room = [part * MAX_CHUNK_BYTES / count_bytes(chunk, dtype) for part in chunk]
-        first = next(axis for axis, part in enumerate(chunk) if part > 1)
-        if room[first] < 1:
+        limits = [part * MAX_CHUNK_BYTES / count_bytes(chunk, dtype) for part in chunk]
+        first = next(dim for dim, part in enumerate(chunk) if part > 1)
+        if limits[first] < 1:
             chunk[first] = 1
             continue
-        parts = {axis: _fit(chunk[axis], int(most), is_whole[axis]) for axis, most in enumerate(room) if most >= 1}
-        filled = {axis: part / room[axis] for axis, part in parts.items()}
-        axis = next((axis for axis in filled if filled[axis] >= 0.5), max(filled, key=lambda axis: filled[axis]))
-        chunk[axis] = parts[axis]
+        parts = {
+            dim: _part_size(chunk[dim], int(limit), is_unsharded[dim]) for dim, limit in enumerate(limits) if limit >= 1
+        }
+        filled = {dim: part / limits[dim] for dim, part in parts.items()}
+        split = next((dim for dim in filled if filled[dim] >= 0.5), max(filled, key=lambda dim: filled[dim]))
+        chunk[split] = parts[split]
     shard = list(chunk)
-    for axis in reversed(range(len(chunk))):
-        count = max(-(-piece[axis] // chunk[axis]), 1)
-        most = min(count, MAX_SHARD_BYTES // count_bytes(shard, dtype))
-        times = _fit(count, most, is_whole[axis])
-        shard[axis] *= times
+    for dim in reversed(range(len(chunk))):
+        count = max(-(-owned[dim] // chunk[dim]), 1)
+        limit = min(count, MAX_SHARD_BYTES // count_bytes(shard, dtype))
+        times = _part_size(count, limit, is_unsharded[dim])
+        shard[dim] *= times
         if times < count:
             break
     return tuple(shard), tuple(chunk)
 
 
-def _fit(dim: int, most: int, may_overhang: bool) -> int:
-    """Size of the parts of `dim`, at most `most`: a divisor, unless that would be small and parts may overhang the end."""
-    divisor = _largest_divisor(dim, most)
-    return -(-dim // -(-dim // most)) if may_overhang and 2 * divisor < most else divisor
+def _part_size(size: int, limit: int, may_exceed_end: bool) -> int:
+    """Return the size of equal parts, at most `limit`: a divisor, unless it is small and the last part may exceed the end."""
+    divisor = _largest_divisor(size, limit)
+    return -(-size // -(-size // limit)) if may_exceed_end and 2 * divisor < limit else divisor
 
 
-def _largest_divisor(number: int, most: int) -> int:
-    """Largest divisor of `number` that is at most `most`."""
+def _largest_divisor(number: int, limit: int) -> int:
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return max(n for n in (*small, *(number // n for n in small)) if n <= most)
+    return max(n for n in (*small, *(number // n for n in small)) if n <= limit)

@@ -1,19 +1,19 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of steps that are there whole or not at all: temporary names, atomic renames, trash, leftovers.
+"""Storage backend for local file systems: atomic commits by rename, and removal of leftovers.
 
 Names in the root of a store:
 
-    step_<N>                 a checkpoint; complete if it holds COMMIT, which is written last, before the rename
-    step_<N>.tmp-<owner>     being written
-    step_<N>.old-<owner>     was step_<N> until a second save of that step took its place; deleted right after
-    step_<N>.trash-<owner>   being deleted
+    step_<N>                 a checkpoint; complete if it contains COMMIT, which is written last, before the rename
+    step_<N>.tmp-<owner>     the staging folder of a save
+    step_<N>.old-<owner>     the earlier step_<N> while a second save of that step replaces it; deleted right after
+    step_<N>.trash-<owner>   a checkpoint that is being deleted
 
-<owner> is <host>-<pid>-<start>-<random>: the process that made the name; <start> is the process's start time in the
-kernel's ticks (0 where there is no /proc), so that a reused pid is not taken for the same process. Rule for leftovers:
-a process of this host is asked for by pid and start; one of another host counts as dead once nothing in the folder
-has changed for an hour. What belongs to a live process is left alone. Of the dead, .tmp and .trash are deleted; .old
-is renamed back if its step is missing (the process died between two renames), else deleted.
+<owner> is <host>-<pid>-<start>-<random> of the process that made the name; <start> is the process's start time in the
+kernel's ticks (0 without /proc), so that a reused pid is not mistaken for the same process. Rule for leftovers: a
+process of this host is looked up by pid and start time; a process of another host is considered dead once nothing in
+the folder has changed for an hour. Folders of live processes are left alone. Of dead processes, .tmp and .trash are
+deleted; .old is renamed back if its step is missing (the process died between two renames), otherwise deleted.
 """
 
 import contextlib
@@ -37,74 +37,70 @@ from mesh_transformer.storage.paths import AnyPath
 COMMIT = "COMMIT"
 STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})")
 LEFTOVER = re.compile(rf"({STEP.pattern})\.(tmp|old|trash)-(.+)-([0-9]+)-([0-9]+)-[0-9a-f]+")
-OTHER_HOST_SECONDS = 3600
+OTHER_HOST_SECONDS = 3600  # without a change, until a process of another host is considered dead
 
 
 class LocalBackend:
-    """The root of a store, or a checkpoint in it, on this machine's file systems; objects.py has the other kind."""
+    """The root of a store, or a checkpoint in it, on a local file system; see also ObjectStoreBackend."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def create(self) -> None:
-        """Make it and the folders above it, durably."""
+        """Create the folder and its parents durably."""
         make_root(self.path)
 
     def remove_leftovers(self) -> None:
-        """Remove what dead processes left."""
-        clean(self.path)
+        """Remove folders of dead processes, by the rule in the module's documentation."""
+        remove_leftovers(self.path)
 
     def list_steps(self) -> dict[int, bool]:
-        """Steps in it, ascending, and whether each is complete."""
+        """Return {step: whether it is complete}, ascending."""
         return list_steps(self.path)
 
     def free_bytes(self) -> int | None:
-        """What can still be written."""
         return shutil.disk_usage(self.path).free if self.path.is_dir() else 0
 
     def staging_dir(self, step: int, owner: str) -> Path:
-        """Where the checkpoint of `step` is written."""
-        return temporary_folder(self.path, step, owner)
+        """Return the path where the checkpoint of `step` is written before the commit."""
+        return staging_folder(self.path, step, owner)
 
     def create_staging(self, step: int, owner: str) -> None:
-        """Make the draft."""
         self.staging_dir(step, owner).mkdir()
 
     def commit(self, step: int, owner: str) -> None:
-        """Give the complete draft its name."""
-        publish(self.staging_dir(step, owner), self.path / f"step_{step}")
+        """Rename the complete staging folder to the checkpoint's final name."""
+        commit_folder(self.staging_dir(step, owner), self.path / f"step_{step}")
 
     def abort(self, step: int, owner: str) -> None:
-        """Delete the draft as far as that is possible."""
+        """Delete the staging folder, ignoring errors."""
         shutil.rmtree(self.staging_dir(step, owner), ignore_errors=True)
 
     def delete(self) -> None:
-        """Delete the checkpoint."""
-        discard(self.path)
+        """Delete this checkpoint."""
+        delete_folder(self.path)
 
     def write_files(self, files: Mapping[str, bytes]) -> None:
-        """Write new files, in that order, and make the folders they need."""
+        """Write new files in the given order, creating the folders they need."""
         for name, data in files.items():
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             write_synced(self.path / name, data)
 
     def remove_folder(self, name: str) -> None:
-        """Delete a folder in it."""
         shutil.rmtree(self.path / name)
 
     def sync(self, *, deep: bool) -> None:
-        """Make the names in it durable; with `deep` also those in the folders below."""
+        """Make the names in this folder durable; with `deep` also those in all folders below it."""
         sync_tree(self.path) if deep else sync_folder(self.path)
 
     def file_sizes(self, names: Iterable[str]) -> Iterator[int | str]:
-        """The size of each file, or what is wrong with it where it is not a plain file in plain folders."""
-        seen: dict[Path, bool] = {}
+        """Yield the size of each file, or a description of the problem if it is not a regular file in regular folders."""
+        is_regular: dict[Path, bool] = {}
 
-        def is_real(path: Path) -> bool:
-            """No folder on the way from this one to there is a link."""
-            if path not in seen:
-                seen[path] = not path.is_symlink() and (path == self.path or is_real(path.parent))
-            return seen[path]
+        def has_no_links(path: Path) -> bool:
+            if path not in is_regular:
+                is_regular[path] = not path.is_symlink() and (path == self.path or has_no_links(path.parent))
+            return is_regular[path]
 
         for path in (self.path / name for name in names):
             try:
@@ -112,16 +108,16 @@ class LocalBackend:
             except OSError as error:
                 yield f"missing ({error.strerror})"
                 continue
-            plain = stat.S_ISREG(status.st_mode) and is_real(path.parent)
-            yield status.st_size if plain else "a link or not a plain file"
+            plain = stat.S_ISREG(status.st_mode) and has_no_links(path.parent)
+            yield status.st_size if plain else "a link or not a regular file"
 
     def list_files(self) -> dict[str, tuple[int, float]]:
-        """Size in bytes and time of change of every file below, by its name from here."""
+        """Return {name relative to this folder: (size in bytes, modification time)} of every file below it."""
         found = [(path, path.stat()) for path in sorted(self.path.rglob("*")) if path.is_file()]
         return {path.relative_to(self.path).as_posix(): (status.st_size, status.st_mtime) for path, status in found}
 
     def write_file(self, name: str, blocks: Iterable[bytes | memoryview]) -> FileRecord:
-        """Write a file of blocks, one after the other; `settle` makes it durable."""
+        """Write a file from consecutive blocks; `fsync_files` makes it durable."""
         digest, size = xxhash.xxh3_128(), 0
         with DirectFile(self.path / name) as file:
             for block in blocks:
@@ -130,18 +126,18 @@ class LocalBackend:
         return FileRecord(size, digest.hexdigest())
 
     def fsync_files(self, names: Iterable[str]) -> None:
-        """Make what was put durable, but for the names; by who put it, for another host cannot."""
+        """Make the content of written files durable (not their names); must be called on the host that wrote them."""
         for name in names:
             sync_file(self.path / name)
 
 
 def step_folder(root: AnyPath, step: int) -> AnyPath:
-    """Where the checkpoint of `step` lies."""
+    """Return the path of the checkpoint of `step`."""
     return root / f"step_{step}"
 
 
 def make_root(root: Path) -> None:
-    """Make the root of a store and the folders above it, durably."""
+    """Create the root of a store and its parents durably."""
     missing = [path for path in (root, *root.parents) if not path.exists()]
     root.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -149,7 +145,7 @@ def make_root(root: Path) -> None:
 
 
 def list_steps(root: Path) -> dict[int, bool]:
-    """Steps that have a folder, ascending, and whether each is complete. Links are not followed."""
+    """Return {step: whether it is complete} for the folders in `root`, ascending; links are not followed."""
     found = {}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(root) as entries:
         for entry in entries:
@@ -160,23 +156,23 @@ def list_steps(root: Path) -> dict[int, bool]:
 
 
 def make_owner() -> str:
-    """The part of a temporary name that says whose it is."""
+    """Return the suffix of temporary names that identifies this process."""
     host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname()) or "host"
     return f"{host}-{os.getpid()}-{_start_ticks(os.getpid())}-{secrets.token_hex(4)}"
 
 
-def temporary_folder(root: Path, step: int, owner: str) -> Path:
-    """Where the checkpoint of `step` is written."""
+def staging_folder(root: Path, step: int, owner: str) -> Path:
+    """Return the path where the checkpoint of `step` is written before the commit."""
     return root / f"step_{step}.tmp-{owner}"
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Give a complete folder its name; durable on return. An earlier folder of that name makes way and is deleted."""
-    old = final.with_name(temporary.name.replace(".tmp-", ".old-", 1))
+def commit_folder(staging: Path, final: Path) -> None:
+    """Rename a complete folder to its final name durably; an earlier folder of that name is moved aside and deleted."""
+    old = final.with_name(staging.name.replace(".tmp-", ".old-", 1))
     if final.exists():
         os.rename(final, old)
     try:
-        os.rename(temporary, final)
+        os.rename(staging, final)
     except OSError:
         if old.exists():
             os.rename(old, final)
@@ -185,16 +181,16 @@ def publish(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def discard(folder: Path) -> None:
-    """Delete a checkpoint. It loses its name first, so that a half-deleted one is never taken for one."""
+def delete_folder(folder: Path) -> None:
+    """Delete a checkpoint; it is renamed first, so that a half-deleted one is never taken for a checkpoint."""
     trash = folder.with_name(f"{folder.name}.trash-{make_owner()}")
     os.rename(folder, trash)
     sync_folder(folder.parent)
     shutil.rmtree(trash)
 
 
-def clean(root: Path) -> None:
-    """Remove what dead processes left, by the rule above."""
+def remove_leftovers(root: Path) -> None:
+    """Remove folders of dead processes, by the rule in the module's documentation."""
     for path in sorted(root.iterdir()):
         match = LEFTOVER.fullmatch(path.name)
         if not match or path.is_symlink():
@@ -203,7 +199,7 @@ def clean(root: Path) -> None:
             continue
         final = root / match[1]
         if match[3] == "old" and not final.exists() and (path / COMMIT).exists():
-            with contextlib.suppress(FileNotFoundError):  # another process of the run was first
+            with contextlib.suppress(FileNotFoundError):  # another process of the run has renamed it
                 os.rename(path, final)
         else:
             shutil.rmtree(path, ignore_errors=True)
@@ -211,7 +207,7 @@ def clean(root: Path) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a new file; its bytes are durable on return, its name once the folder is synced."""
+    """Write a new file; its content is durable on return, its name after the folder is synced."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -228,19 +224,19 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Make the names in a folder and in every folder below it durable."""
+    """Make the names in a folder and in all folders below it durable."""
     for folder, _, _ in os.walk(path, topdown=False):
         sync_folder(Path(folder))
 
 
 def sync_file(path: Path) -> None:
-    """Make what was written into a file durable."""
+    """Make the content of a file durable."""
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
 
 
 def _start_ticks(pid: int) -> int:
-    """Start time of a process, 0 if unknown (field 22 of stat; the command before it may hold spaces)."""
+    """Return a process's start time, 0 if unknown (field 22 of /proc/<pid>/stat; field 2 may contain spaces)."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -248,24 +244,24 @@ def _start_ticks(pid: int) -> int:
 
 
 def is_alive(host: str, pid: int, start: int, last_change: Callable[[], float]) -> bool:
-    """Whether a process runs, or may run where it cannot be asked for."""
+    """Return whether a process is running, or may be running on another host."""
     if host != make_owner().rsplit("-", 3)[0]:
         return time.time() - last_change() < OTHER_HOST_SECONDS
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's process, but one that runs
+    except PermissionError:  # the process exists and belongs to another user
         pass
     now = _start_ticks(pid)
     return 0 in (now, start) or now == start
 
 
 def _last_change(path: Path) -> float:
-    """Newest modification time in a tree; what vanishes meanwhile does not count."""
-    newest = 0.0
+    """Return the latest modification time in a tree; files that vanish during the walk are ignored."""
+    latest = 0.0
     for folder, _, files in os.walk(path):
         for name in (".", *files):
             with contextlib.suppress(FileNotFoundError):
-                newest = max(newest, os.lstat(os.path.join(folder, name)).st_mtime)
-    return newest
+                latest = max(latest, os.lstat(os.path.join(folder, name)).st_mtime)
+    return latest

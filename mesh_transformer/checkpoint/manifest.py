@@ -55,7 +55,7 @@ MANIFEST, ARRAYS, METADATA = "manifest.json", "arrays", "zarr.json"
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_FILES = 1 << 24
 READERS = 4  # files hashed at once
-PART = re.compile(r"[A-Za-z0-9_~=+@,:-][A-Za-z0-9_.~=+@,:-]{0,199}")
+NAME_PART = re.compile(r"[A-Za-z0-9_~=+@,:-][A-Za-z0-9_.~=+@,:-]{0,199}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def check_names(names: Iterable[str]) -> None:
     names = set(names)
     for name in names:
         parts = name.split("/")
-        if not all(PART.fullmatch(part) for part in parts):
+        if not all(NAME_PART.fullmatch(part) for part in parts):
             raise CheckpointError(
                 f"array name {name!r}: parts are 1 to 200 of A-Z a-z 0-9 _.~=+@,:- not beginning with a dot"
             )
@@ -134,7 +134,7 @@ def array_folder(folder: AnyPath, name: str) -> AnyPath:
     return folder / ARRAYS / name
 
 
-def find_missing(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> dict[AnyPath, str]:
+def verify_sizes(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> dict[AnyPath, str]:
     """Problems, by file, that sizes and kinds of files show without reading them: missing, cut, grown, a link, not a file."""
     problems: dict[AnyPath, str] = {}
     files = list(_files(folder, arrays))
@@ -147,9 +147,9 @@ def find_missing(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> dict[Any
     return problems
 
 
-def find_damage(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> list[str]:
+def verify_digests(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> list[str]:
     """Problems of all files of `arrays`, every byte read, at the disk's speed."""
-    problems = find_missing(folder, arrays)
+    problems = verify_sizes(folder, arrays)
 
     def check(entry: tuple[str, AnyPath, FileRecord]) -> str:
         name, path, file = entry

@@ -30,8 +30,8 @@ from mesh_transformer.checkpoint.manifest import (
     Manifest,
     check_metadata,
     check_names,
-    find_damage,
-    find_missing,
+    verify_digests,
+    verify_sizes,
     read_manifest,
 )
 from mesh_transformer.distributed.coordination import RemoteFailure, run_on_all
@@ -50,7 +50,7 @@ class Store:
         root: str | AnyPath,
         keep_last: int = 2,
         keep_every: int | None = None,
-        asynchronous: bool = True,
+        async_save: bool = True,
         *,
         writable: bool = True,
     ):
@@ -61,7 +61,7 @@ class Store:
         self.keep_last, self.keep_every, self.asynchronous, self.writable = (
             keep_last,
             keep_every,
-            asynchronous,
+            async_save,
             writable,
         )
         self._executor = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -128,7 +128,7 @@ class Store:
         """Complete checkpoints, ascending."""
         return [step for step, is_complete in backend_for(self.root).list_steps().items() if is_complete]
 
-    def newest(self) -> int | None:
+    def latest(self) -> int | None:
         """The newest step, None if there is no checkpoint at all; CheckpointError if the newest folder lacks COMMIT.
 
         Folders get their names when they are complete, so one without COMMIT has been tampered with; to take an older
@@ -142,7 +142,7 @@ class Store:
             )
         return newest
 
-    def newest_intact(self, report: Callable[[str], None]) -> int | None:
+    def latest_valid(self, log: Callable[[str], None]) -> int | None:
         """The newest step whose every byte is as it was written; `report` is told what is wrong with each newer one.
 
         None if there is no checkpoint at all; CheckpointError if there are some and none is intact.
@@ -154,7 +154,7 @@ class Store:
                 return step
             self._damaged.add(step)
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-            report(f"checkpoint {self.folder(step)} is damaged: {'; '.join(problems[:5])}{more}")
+            log(f"checkpoint {self.folder(step)} is damaged: {'; '.join(problems[:5])}{more}")
         if found:
             raise CheckpointError(
                 f"{self.root}: none of the checkpoints {found} is intact; move them away to start over"
@@ -162,7 +162,7 @@ class Store:
         return None
 
     def restore(
-        self, step: int, like: Mapping[str, Any], *, only: str = "", rows: Collection[str] = ()
+        self, step: int, like: Mapping[str, Any], *, only: str = "", unstack: Collection[str] = ()
     ) -> dict[str, Any]:
         """Arrays by name as `like` says: shape, dtype and sharding of each (jax.ShapeDtypeStruct), on any mesh.
 
@@ -176,7 +176,7 @@ class Store:
         _check_match(folder, {name: record for name, record in records.items() if name.startswith(only)}, like, only)
         wanted = {name: records[name] for name in like}
         _check_files(folder, wanted)
-        restored = restore_arrays(folder, wanted, {name: leaf.sharding for name, leaf in like.items()}, rows=rows)
+        restored = restore_arrays(folder, wanted, {name: leaf.sharding for name, leaf in like.items()}, unstack=unstack)
         if len(wanted) == len(records):
             self._held.add(step)
         return restored
@@ -209,7 +209,7 @@ class Store:
             raise
         except CheckpointError as error:
             return [str(error)]
-        return find_damage(self.folder(step), manifest.arrays)
+        return verify_digests(self.folder(step), manifest.arrays)
 
     def prune(self) -> list[int]:
         """Delete steps that are neither among the newest `keep_last` nor divisible by `keep_every`; those deleted.
@@ -247,7 +247,7 @@ class Store:
 
     def _looks_intact(self, step: int) -> bool:
         try:
-            return not find_missing(self.folder(step), self.read_manifest(step).arrays)
+            return not verify_sizes(self.folder(step), self.read_manifest(step).arrays)
         except StorageError:
             raise
         except CheckpointError:
@@ -269,7 +269,7 @@ class Store:
             ) from error
 
 
-def find_checkpoint(path: str | AnyPath, *, report: Callable[[str], None] | None = None) -> tuple[Store, int]:
+def find_checkpoint(path: str | AnyPath, *, log: Callable[[str], None] | None = None) -> tuple[Store, int]:
     """The checkpoint that `path` means, in a store opened for reading.
 
     `path` is a run folder (its checkpoints/), a folder of checkpoints, or one step's. Of several steps it is the newest,
@@ -285,7 +285,7 @@ def find_checkpoint(path: str | AnyPath, *, report: Callable[[str], None] | None
         return Store(path.resolve().parent, writable=False), int(named[1])
     for root in (path / "checkpoints", path):
         store = Store(root, writable=False)
-        step = store.newest_intact(report) if report else store.newest()
+        step = store.latest_valid(log) if log else store.latest()
         if step is not None:
             return store, step
     entries = sorted(entry.name for entry in path.iterdir())
@@ -314,7 +314,7 @@ def _check_match(folder: AnyPath, records: Mapping[str, ArrayRecord], like: Mapp
 
 def _check_files(folder: AnyPath, records: Mapping[str, ArrayRecord]) -> None:
     """Raise CheckpointError for all that can be seen to be wrong without reading the values."""
-    problems = find_missing(folder, records)
+    problems = verify_sizes(folder, records)
     if problems:
         raise CheckpointError("\n".join(problems.values()))
     check_metadata(folder, records)

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes of the files of an array: chunks one after the other, each with its crc32c, then where they are.
+"""Shard files of an array: chunks one after the other, each followed by its crc32c, then the index of their positions.
 
-This is Zarr 3's `sharding_indexed` codec over `bytes` and `crc32c`. TensorStore reads these files, and would write the
-same ones, which a test holds; it takes three times as long to, for it copies every chunk and has no fast crc32c.
+This is Zarr 3's `sharding_indexed` codec over `bytes` and `crc32c`. TensorStore reads these files and writes identical
+ones, which a test verifies; it takes three times as long, because it copies every chunk and has no fast crc32c.
 """
 
 import itertools
@@ -16,27 +16,28 @@ from crc32c import crc32c
 
 from mesh_transformer.checkpoint.chunk_grid import shard_key
 
-MISSING = np.iinfo(np.uint64).max  # where a chunk that lies outside the array would be
+MISSING = np.iinfo(np.uint64).max  # offset and size of a chunk that is outside the array
 CHECKSUM = 4  # bytes, little endian
-Slices = tuple[slice, ...]  # with step 1, one for each dim
+Slices = tuple[slice, ...]  # with step 1, one per dimension
 
 
 class DamageError(Exception):
-    """A file is not what was written, or cannot be read; `args` are its path and why."""
+    """A file was changed after it was written, or cannot be read; `args` are its path and the reason."""
 
 
 def encode_shard(values: np.ndarray, shard: Sequence[int], chunk: Sequence[int]) -> Iterator[bytes | memoryview]:
-    """The file of a shard, a piece at a time.
+    """Yield the content of a shard's file in parts.
 
-    `values` are the shard's, fewer than its shape where that passes the array's end; chunks are then filled with zeros,
-    or left out. Both shapes have the values' dims, and `chunk` divides `shard`.
+    `values` are the shard's values, fewer than its shape if it extends beyond the array's end: chunks are then filled
+    with zeros, or left out. Both shapes have the dimensions of the values, and `chunk` divides `shard`.
     """
-    counts = [range(0, whole, part) for whole, part in zip(shard, chunk, strict=True)]
-    places, end = [], 0
+    counts = [range(0, outer, inner) for outer, inner in zip(shard, chunk, strict=True)]
+    positions: list[int] = []
+    end = 0
     for corner in itertools.product(*counts):
         block = values[tuple(slice(low, low + part) for low, part in zip(corner, chunk, strict=True))]
         if not block.size:
-            places += [MISSING, MISSING]
+            positions += [MISSING, MISSING]
             continue
         if block.shape != tuple(chunk):
             full = np.zeros(chunk, values.dtype)
@@ -45,23 +46,23 @@ def encode_shard(values: np.ndarray, shard: Sequence[int], chunk: Sequence[int])
         data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
         yield data
         yield _checksum(data)
-        places += [end, len(data) + CHECKSUM]
+        positions += [end, len(data) + CHECKSUM]
         end += len(data) + CHECKSUM
-    index = np.array(places, np.dtype("<u8")).tobytes()
+    index = np.array(positions, np.dtype("<u8")).tobytes()
     yield index
     yield _checksum(index)
 
 
 def read_shards(folder: Path, shard: Sequence[int], chunk: Sequence[int], index: Slices, values: np.ndarray) -> None:
-    """Fill `values` with what the array in `folder` holds at `index` (with starts and stops, step 1).
+    """Fill `values` with the array in `folder` at `index` (slices with start and stop, step 1).
 
-    Only the chunks that it meets are read, those that lie in one piece in `values` straight into it, each checked.
-    DamageError if a file is damaged, lost or cannot be read.
+    Only chunks that overlap `index` are read, each checked; those that are contiguous in `values` are read directly into
+    it. Raises DamageError if a file is damaged, missing or unreadable.
     """
-    for place, part in meet(index, shard):
-        path = folder / shard_key(place)
-        target = part_of(values, index, part)
-        inside = tuple(slice(p.start - at * n, p.stop - at * n) for p, at, n in zip(part, place, shard, strict=True))
+    for cell, part in grid_cells(index, shard):
+        path = folder / shard_key(cell)
+        target = subview(values, index, part)
+        inside = _relative(part, cell, shard)
         try:
             with open(path, "rb", buffering=0) as file:
                 _read_shard(file.fileno(), [n // m for n, m in zip(shard, chunk, strict=True)], chunk, inside, target)
@@ -72,57 +73,57 @@ def read_shards(folder: Path, shard: Sequence[int], chunk: Sequence[int], index:
 
 
 def _read_shard(file: int, counts: Sequence[int], chunk: Sequence[int], index: Slices, values: np.ndarray) -> None:
-    table = np.empty((*counts, 2), np.dtype("<u8"))
+    positions = np.empty((*counts, 2), np.dtype("<u8"))
     size = os.fstat(file).st_size
-    _read_checked(file, max(size - table.nbytes - CHECKSUM, 0), table, "its index")
-    for place, part in meet(index, chunk):
-        offset, nbytes = (int(number) for number in table[place])
-        target = part_of(values, index, part)
-        fits = target.shape == tuple(chunk) and target.flags.c_contiguous
-        block = target if fits else np.empty(chunk, values.dtype)
+    _read_checked(file, max(size - positions.nbytes - CHECKSUM, 0), positions, "the index")
+    for cell, part in grid_cells(index, chunk):
+        offset, nbytes = (int(number) for number in positions[cell])
+        target = subview(values, index, part)
+        is_direct = target.shape == tuple(chunk) and target.flags.c_contiguous
+        block = target if is_direct else np.empty(chunk, values.dtype)
         if offset + nbytes > size or nbytes != block.nbytes + CHECKSUM:  # MISSING is larger than any file
-            raise ValueError(f"chunk {place} is not there, or not of {block.nbytes} bytes")
-        _read_checked(file, offset, block, f"chunk {place}")
-        if not fits:
-            target[...] = block[
-                tuple(slice(p.start - at * n, p.stop - at * n) for p, at, n in zip(part, place, chunk, strict=True))
-            ]
+            raise ValueError(f"chunk {cell} is missing, or its size is not {block.nbytes} bytes")
+        _read_checked(file, offset, block, f"chunk {cell}")
+        if not is_direct:
+            target[...] = block[_relative(part, cell, chunk)]
 
 
 def _read_checked(file: int, offset: int, values: np.ndarray, what: str) -> None:
-    """Fill `values` (in C order) from a file; its checksum lies behind it."""
+    """Fill `values` (in C order) from a file and compare the checksum that follows them."""
     data = values.reshape(-1).view(np.uint8).data
     checksum = bytearray(CHECKSUM)
     rest = [data, memoryview(checksum)]
     while rest:
         count = os.preadv(file, rest, offset)
         if not count:
-            raise ValueError(f"{what} is cut short")
+            raise ValueError(f"{what} is truncated")
         offset += count
         while rest and count >= len(rest[0]):
             count -= len(rest.pop(0))
         if count:
             rest[0] = rest[0][count:]
     if bytes(checksum) != _checksum(data):
-        raise ValueError(f"{what} has another checksum")
+        raise ValueError(f"{what} does not match its checksum")
 
 
-def part_of(values: np.ndarray, index: Slices, part: Slices) -> np.ndarray:
-    """Where `part` of an array is in `values`, which are those at `index`; always a view."""
+def subview(values: np.ndarray, index: Slices, part: Slices) -> np.ndarray:
+    """Return a view of `part` of an array, given its `values` at `index`."""
     return values[(*(slice(p.start - i.start, p.stop - i.start) for p, i in zip(part, index, strict=True)), ...)]
 
 
-def meet(index: Slices, grid: Sequence[int]) -> Iterator[tuple[tuple[int, ...], Slices]]:
-    """The cells of a grid that `index` meets, each with its part of it."""
+def grid_cells(index: Slices, grid: Sequence[int]) -> Iterator[tuple[tuple[int, ...], Slices]]:
+    """Yield the cells of a grid that `index` overlaps, each with the part of `index` in it."""
     cells = [range(i.start // n, -(-i.stop // n)) for i, n in zip(index, grid, strict=True)]
-    for place in itertools.product(*cells):
-        yield (
-            place,
-            tuple(
-                slice(max(i.start, at * n), min(i.stop, at * n + n))
-                for i, at, n in zip(index, place, grid, strict=True)
-            ),
+    for cell in itertools.product(*cells):
+        part = tuple(
+            slice(max(i.start, c * n), min(i.stop, c * n + n)) for i, c, n in zip(index, cell, grid, strict=True)
         )
+        yield cell, part
+
+
+def _relative(part: Slices, cell: Sequence[int], grid: Sequence[int]) -> Slices:
+    """Return `part` of an array relative to the corner of its grid cell."""
+    return tuple(slice(p.start - c * n, p.stop - c * n) for p, c, n in zip(part, cell, grid, strict=True))
 
 
 def _checksum(data: bytes | memoryview) -> bytes:

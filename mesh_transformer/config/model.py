@@ -37,27 +37,29 @@ class ModelConfig:
     """One transformer: decoder-only, encoder-decoder or encoder-only (published sizes: config/presets.py)."""
 
     preset: Annotated[str | None, Resume.FREE] = None  # a row of presets.py; every other key overrides it
-    # sizes
-    n_layers: Positive
+    # -- sizes --
+    n_layers: Positive  # of the decoder, or of an encoder-only model
     n_encoder_layers: Positive | None = None  # layers of the encoder that the decoder attends to; None: decoder-only
-    d_model: Positive
-    n_heads: Positive
-    n_vocab: Positive
-    seq_len: Positive
+    d_model: Positive  # size of the residual stream
+    n_heads: Positive  # query heads
+    n_vocab: Positive  # rows of the embedding matrix; at least the tokenizer's vocabulary size
+    seq_len: Positive  # context length in tokens; encoder-decoder: of the encoder's input
     n_kv_heads: Positive | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
     d_head: Positive | None = None  # None: d_model / n_heads
     d_ff: Positive | None = None  # None: 4 d_model
-    # architecture
+    # -- architecture --
     # "gptj-rmsnorm" and "gptj-scalenorm" divide by (norm of the vector + norm_eps), as in mesh-transformer-jax
     norm: Literal["layernorm", "rmsnorm", "scalenorm", "gptj-rmsnorm", "gptj-scalenorm"] = "layernorm"
-    norm_eps: Rate = 1e-5
+    norm_eps: Rate = 1e-5  # added to the variance, or as `norm` says
     # rope-interleaved rotates neighboring channels (GPT-J), rope-half channels i and i + rope_dims / 2 (GPT-NeoX, Llama)
     positions: Literal["none", "learned", "rope-interleaved", "rope-half", "t5", "alibi"] = "learned"
     rope_dims: Positive | None = None  # leading channels of a head that are rotated; None: all
-    rope_theta: Rate = 10_000.0
-    rope_scaling: RopeScalingConfig | None = None
+    rope_theta: Rate = 10_000.0  # base of the rotation frequencies
+    rope_scaling: RopeScalingConfig | None = None  # frequency scaling for long contexts; None: unscaled
+    # serial: x + attention, then x + ffn (GPT-2). parallel: both read one norm of x (GPT-J). parallel-two-norms: both read
+    # their own norm of x (GPT-NeoX)
     residual: Literal["serial", "parallel", "parallel-two-norms"] = "serial"
-    activation: Literal["gelu-tanh", "gelu-erf", "relu", "silu"] = "gelu-tanh"
+    activation: Literal["gelu-tanh", "gelu-erf", "relu", "silu"] = "gelu-tanh"  # of the feed-forward layer
     gated_ffn: bool = False  # activation(x W_gate) * (x W_in), as in SwiGLU
     causal: bool = True  # false: an encoder-only model with bidirectional attention
     attention_pattern: tuple[Literal["global", "local"], ...] = ("global",)  # repeated over the layers
@@ -65,20 +67,20 @@ class ModelConfig:
     attention_window: Positive = 256
     attention_scale: Literal["rsqrt_d_head", "none"] = "rsqrt_d_head"  # factor of the scores; none: 1 (GPT-Neo, T5)
     qk_norm: bool = False  # RMSNorm of each head's queries and keys before the rotation (Qwen 3)
-    qkv_bias: bool = True
-    attention_out_bias: bool = True
-    ff_bias: bool = True
-    norm_bias: bool = True
-    head_bias: bool = False
-    tied_embeddings: bool = True
+    qkv_bias: bool = True  # biases of the query, key and value projections
+    attention_out_bias: bool = True  # bias of the attention output projection
+    ff_bias: bool = True  # biases of the feed-forward layer
+    norm_bias: bool = True  # biases of layer norms
+    head_bias: bool = False  # bias of the output layer (GPT-J)
+    tied_embeddings: bool = True  # the output layer is the transposed embedding matrix
     logit_scale: Literal["none", "rsqrt_d_model"] = (
         "none"  # factor of the logits; rsqrt_d_model: T5 with tied embeddings
     )
-    init: Literal["gpt2", "gptj", "neox", "t5"] = "gpt2"
+    init: Literal["gpt2", "gptj", "neox", "t5"] = "gpt2"  # scheme of the initial weights (model/params.py)
     init_scale: Rate = 1.0  # factor of the variance of all initial weights (Switch: 0.1)
     experts: ExpertsConfig | None = None  # mixture of experts in some or all layers; None: dense layers only
     dropout: Fraction = 0.0  # on embeddings, attention probabilities and both residual branches
-    # how it is computed; the function does not depend on it
+    # -- how it is computed; the function does not depend on it --
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations, and of weights in matmuls
     # activation checkpointing, by what the backward pass recomputes: nothing; everything but the residual stream;
     # everything but matmuls with weights; attention; as "full", with the residual stream offloaded to host memory

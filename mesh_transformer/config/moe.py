@@ -27,7 +27,7 @@ WITH_CAPACITY = {"dropped_tokens": "zero", "group_size": 1}  # values of fields 
 class ExpertsConfig:
     """Mixture of experts instead of the dense feed-forward layer, each of hidden size d_ff and without biases."""
 
-    n_experts: Positive
+    n_experts: Positive  # per layer that has experts
     # top-k. 1: the expert's output is scaled by its router probability (Switch); more: probabilities sum to 1 per token
     n_experts_per_token: Positive = 1
     # token-choice: each token selects its experts. expert-choice: each expert selects tokens (Zhou et al. 2022), which

@@ -74,10 +74,11 @@ class DataConfig:
     """Datasets, tokenizer, packing and the validation split."""
 
     train: dict[str, SourceConfig]  # name -> dataset
+    # name -> validation dataset, besides the held-out documents
     validation: Annotated[dict[str, SourceConfig], Resume.FREE] = Field(default_factory=dict)
     holdout_one_in: NonNegative = 0  # hold out one document in N of each training dataset, by hash of its name; 0: none
     tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder with vocab.json and merges.txt
-    shuffle: bool = True
+    shuffle: bool = True  # documents are packed into sequences in order; sequences are shuffled each epoch
     isolate_documents: bool = False  # no attention between documents that are packed into one sequence
     # Span corruption (T5), with model.n_encoder_layers; see data/span_corruption.py
     noise_density: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # fraction of tokens that are replaced by sentinels
@@ -114,27 +115,29 @@ class DataConfig:
 class OptimizerConfig:
     """The optax chain: clipping, scaling, weight decay and learning rate schedule."""
 
+    # optimizer (train/optimizer.py)
     name: Annotated[Literal["adamw", "adafactor", "lion", "muon", "sgd"], Resume.FIXED] = "adamw"
-    learning_rate: Rate = 6e-4
-    end_learning_rate: Amount = 6e-5
+    learning_rate: Rate = 6e-4  # peak, after the warm-up
+    end_learning_rate: Amount = 6e-5  # at the end of the schedule
+    # shape of the learning rate after the warm-up; formulas: train/schedule.py
     schedule: Literal["cosine", "gptj", "linear", "wsd", "inverse-sqrt", "constant"] = "cosine"
-    warmup_steps: NonNegative = 0
+    warmup_steps: NonNegative = 0  # steps of linear warm-up from 0
     # cosine, gptj and linear: steps after the warm-up; wsd: steps of the final decay. None: see train/schedule.py
     decay_steps: Positive | None = None
     beta1: Fraction = 0.9  # also the momentum of sgd and muon
-    beta2: Fraction = 0.95
-    eps: Rate = 1e-8
-    weight_decay: Amount = 0.1
+    beta2: Fraction = 0.95  # decay of the second moment
+    eps: Rate = 1e-8  # added to the denominator of the update
+    weight_decay: Amount = 0.1  # decoupled, times the learning rate; not for norms, biases and no_decay_axes
     no_decay_axes: tuple[str, ...] = ()  # no weight decay for arrays with one of these logical axes
     clip_norm: Amount = 1.0  # global gradient norm; 0: no clipping
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # storage type of the moments
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """The training loop."""
 
-    steps: Positive
+    steps: Positive  # training steps in all
     batch_size: Annotated[Positive, Resume.FIXED]  # sequences per step, over all devices
     grad_accum_steps: Positive = 1  # microbatches per batch
     # first batch size of a linear ramp (Brown et al. 2020, section 2.3)
@@ -179,7 +182,7 @@ class CheckpointConfig:
     """When checkpoints are saved, and which are kept."""
 
     every: Positive = 1000  # steps; the last step is always saved
-    keep_last: Positive = 2
+    keep_last: Positive = 2  # number of latest checkpoints to keep
     keep_every: Positive | None = None  # checkpoints whose step is divisible by this are never deleted
     resume: Literal["latest", "latest-valid"] = (
         "latest"  # a damaged latest one: error, or fall back to the latest valid one
@@ -191,15 +194,16 @@ class CheckpointConfig:
 class SampleConfig:
     """Sampling parameters: of the samples after training, and defaults of device_sample.py and the server."""
 
+    # prompts of the samples that are generated during and after training
     prompts: tuple[str, ...] = ()
-    max_tokens: Positive = 128
+    max_tokens: Positive = 128  # tokens to generate per sample
     temperature: Amount = 0.8  # 0: greedy
     top_k: NonNegative = 0  # 0: off
-    top_p: Share = 1.0
-    min_p: Fraction = 0.0
-    repetition_penalty: Rate = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    top_p: Share = 1.0  # nucleus sampling (Holtzman et al. 2019); 1: off
+    min_p: Fraction = 0.0  # minimum probability relative to the most probable token; 0: off
+    repetition_penalty: Rate = 1.0  # divides the logits of tokens that occurred (Keskar et al. 2019); 1: off
+    presence_penalty: float = 0.0  # subtracted from the logit of each token that was generated; 0: off
+    frequency_penalty: float = 0.0  # subtracted per occurrence in the generated tokens; 0: off
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -209,6 +213,12 @@ class ServeConfig:
     weight_dtype: Literal["saved", "bfloat16", "int8"] = "saved"  # int8: a quarter of float32, one scale per output
     kv_cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"  # model: as model.dtype
     slots: Positive = 32  # sequences that are decoded at once
+    # speculative decoding of decoder-only models: verify several draft tokens in one forward pass. The tokens are those of
+    # plain decoding. prompt-lookup: what followed earlier occurrences of the last tokens; draft-model: a smaller model
+    speculative: Literal["none", "prompt-lookup", "draft-model"] = "none"
+    # with speculative="draft-model": run or checkpoint of a smaller model with the same vocabulary
+    draft_model: str = ""
+    num_speculative_tokens: Positive = 4  # draft tokens per forward pass
     max_queue: NonNegative = 256  # sequences that may wait for a slot; further requests get status 429
     max_body_bytes: Positive = 1 << 20  # size of a request
     body_timeout_seconds: Rate = 10.0  # time for a request's body to arrive
@@ -217,12 +227,25 @@ class ServeConfig:
     warmup_tokens: NonNegative = 240
     drain_seconds: Rate = 7.0  # time for running requests to finish after SIGTERM
 
+    @model_validator(mode="after")
+    def check(self) -> "ServeConfig":
+        """Raise ValueError unless speculative and draft_model go together."""
+        if self.speculative == "draft-model" and not self.draft_model:
+            raise ValueError('speculative="draft-model" needs draft_model, the run or checkpoint of a smaller model')
+        if self.draft_model and self.speculative != "draft-model":
+            raise ValueError(
+                f'draft_model={self.draft_model!r} has no effect with speculative="{self.speculative}"; '
+                'set speculative="draft-model", or remove draft_model'
+            )
+        return self
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrackConfig:
     """Trackers that receive the metrics, besides metrics.jsonl and report.html."""
 
-    tensorboard: bool = False
+    tensorboard: bool = False  # write TensorBoard events into the run folder
+    # Weights & Biases project; unset: not used
     wandb_project: str | None = None
     sequences: bool = False  # also write sequences.jsonl: the sequences of each step, one line per step
 
@@ -308,6 +331,11 @@ class Config:
             raise ValueError("data.isolate_documents=true has no effect with model.n_encoder_layers; remove it")
         if self.evaluate.tasks:
             raise ValueError("evaluate.tasks are only supported for decoder-only models; remove them")
+        if self.serve.speculative != "none":
+            raise ValueError(
+                f'serve.speculative="{self.serve.speculative}" is only supported for decoder-only models, but '
+                'model.n_encoder_layers is set; set serve.speculative="none"'
+            )
 
     @property
     def target_len(self) -> int:

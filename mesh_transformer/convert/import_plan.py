@@ -18,7 +18,7 @@ from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.lazy_arrays import Index, LazyArray, Stack, to_dtype
 from mesh_transformer.model.params import STACK, ParamInfo, flatten_names
-from mesh_transformer.model.transformer import describe_params
+from mesh_transformer.model.shapes import describe_params
 
 PREFIX = "params/"  # of weights among the arrays of a checkpoint
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")

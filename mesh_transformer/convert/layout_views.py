@@ -32,9 +32,7 @@ def parse_pattern(pattern: str) -> list[list[str]]:
 class LayoutView:
     """A native array inside an external tensor with another layout."""
 
-    def __init__(
-        self, base: LazyArray, pattern: str, axes: Sequence[str], shape: Sequence[int], *, component: int = 0
-    ):
+    def __init__(self, base: LazyArray, pattern: str, axes: Sequence[str], shape: Sequence[int], *, component: int = 0):
         """Raise ValueError if the external tensor does not have the shape that the pattern requires.
 
         `axes` and `shape` are those of the native array; `component` is its index along the pattern's number.

@@ -1,10 +1,15 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The same prompts through both sides of a conversion: our model a layer at a time, and the foreign side in its own layout."""
+"""Compare the logits of both sides of a conversion on the same random tokens.
+
+Each side is computed from its own files: a native checkpoint by the model of this package, one period of layers at a
+time; an external one by a NumPy reference implementation that shares no code with the importer. The original programs
+(transformers, mesh-transformer-jax) are not run. The tests compare the reference implementations with them.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import haiku as hk
@@ -13,153 +18,190 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.gptj.reader import find_weights
-from mesh_transformer.convert.huggingface.reference import product, read_rows, run_huggingface, run_v1
+from mesh_transformer.convert.gptj.reader import open_raw_weights
+from mesh_transformer.convert.gptj.reference import run_mtj
+from mesh_transformer.convert.huggingface.reference import matmul, read_rows, read_vector, run_huggingface
 from mesh_transformer.convert.huggingface.reference_t5 import run_t5
 from mesh_transformer.convert.huggingface.tensor_files import find_tensors
-from mesh_transformer.convert.huggingface.tensor_map import WITH_ENCODER
-from mesh_transformer.convert.import_plan import PREFIX, make_model_config
-from mesh_transformer.convert.lazy_arrays import Lazy, whole
+from mesh_transformer.convert.huggingface.tensor_map import ENCODER_DECODER
+from mesh_transformer.convert.import_plan import PREFIX
+from mesh_transformer.convert.lazy_arrays import LazyArray, array_bytes, full_index
 from mesh_transformer.convert.out_of_core_forward import run_layers
-from mesh_transformer.convert.reshard import Source
+from mesh_transformer.convert.progress import ByteCounter, Progress
+from mesh_transformer.convert.readers import OpenCheckpoint
 from mesh_transformer.model.attention.masks import AttentionContext, EncoderOutput
+from mesh_transformer.model.embedding import input_embeddings
+from mesh_transformer.model.lm_head import finish_logits, scale_hidden_states
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK
 from mesh_transformer.model.transformer import Transformer
 from mesh_transformer.storage.errors import CheckpointError
 
-PROMPTS, PROMPT_LEN = 2, 32
-TOLERANCE = 1e-4  # of the largest logit: what float32 arithmetic in another order may differ by, after tens of layers
-OVERHEAD = 2  # times the values of a layer as read and in float32: what running it takes
+SEQUENCES, SEQUENCE_LENGTH = 2, 32
+TOLERANCE = 1e-4  # of the largest logit: float32 rounding in another order of operations, after tens of layers
+PERIOD_OVERHEAD = 2  # memory to run a period of layers, as a multiple of its weights as read and in float32
 
 
-class Difference(NamedTuple):
-    """How far the logits of two checkpoints are apart."""
+class LogitDifference(NamedTuple):
+    """The difference between the logits of two checkpoints."""
 
     largest: float
-    scale: float  # the largest logit
+    scale: float  # largest absolute logit
     tokens: int
+    implementations: tuple[str, str]  # that computed the logits of the source and of the result
 
 
 def compare_logits(
-    source: Source, result: Source, ceiling: int, progress: Callable[[str, int, int], None]
-) -> Difference:
-    """The largest difference over random prompts, in about `ceiling` bytes; `progress` hears of those read, as in reshard.py."""
-    config = make_model_config(source.foreign.model, source.path)
-    shape = (PROMPTS, min(PROMPT_LEN, config.seq_len))
+    source: OpenCheckpoint, result: OpenCheckpoint, max_memory: int, progress: Progress
+) -> LogitDifference:
+    """Return the largest difference of logits on random tokens, using about `max_memory` bytes."""
+    config = source.plan.config
+    shape = (SEQUENCES, min(SEQUENCE_LENGTH, config.seq_len))
     tokens = np.random.default_rng(0).integers(0, config.n_vocab, shape, dtype=np.int32)
-    sizes = [sum(_nbytes(array) for array in side.foreign.arrays.values()) for side in (source, result)]
-    progress("comparing logits", 0, sum(sizes))
-    theirs = run_source(source, tokens, ceiling)
-    progress("comparing logits", sizes[0], sum(sizes))
-    ours = run_source(result, tokens, ceiling)
-    progress("comparing logits", sum(sizes), sum(sizes))
-    return Difference(float(np.abs(theirs - ours).max()), float(np.abs(theirs).max()), tokens.size)
+    sizes = [sum(array_bytes(array) for array in side.plan.values.values()) for side in (source, result)]
+    counter = ByteCounter("comparing logits", sum(sizes), progress)
+    counter.add(0)
+    logits: list[np.ndarray] = []
+    for side, size in zip((source, result), sizes, strict=True):
+        logits.append(logits_of(side, tokens, max_memory))
+        counter.add(size)
+    largest = float(np.abs(logits[0] - logits[1]).max())
+    scale = float(np.abs(logits[0]).max())
+    return LogitDifference(largest, scale, tokens.size, (implementation_of(source), implementation_of(result)))
 
 
-def run_source(source: Source, tokens: np.ndarray, ceiling: int) -> np.ndarray:
-    """Logits [B, T, V], float32, of a checkpoint of any kind, by its own layout."""
-    match source.kind:
+def implementation_of(checkpoint: OpenCheckpoint) -> str:
+    """Return a description of the code that `logits_of` runs for a checkpoint."""
+    match checkpoint.kind:
         case "huggingface":
-            if source.settings["model_type"] in WITH_ENCODER:
-                sources = find_sources(tokens)
-                return run_t5(find_tensors(source.path), source.settings, tokens, sources, np.ones_like(sources))
-            return run_huggingface(find_tensors(source.path), source.settings, tokens)
+            return f"the NumPy reference implementation of {checkpoint.external_config['model_type']} in transformers"
         case "gptj-v1":
-            return run_v1(find_weights(source.path, source.settings), source.settings, tokens)
+            return "the NumPy reference implementation of mesh-transformer-jax"
         case _:
-            return run_native(
-                make_model_config(source.foreign.model, source.path), source.foreign.arrays, tokens, ceiling
-            )
+            return "the Mesh Transformer model"
+
+
+def logits_of(checkpoint: OpenCheckpoint, tokens: np.ndarray, max_memory: int) -> np.ndarray:
+    """Return the float32 logits [B, T, V] of a checkpoint of any format, computed in its own layout."""
+    external = checkpoint.external_config
+    match checkpoint.kind:
+        case "huggingface":
+            tensors = find_tensors(checkpoint.path)
+            if external["model_type"] in ENCODER_DECODER:
+                encoder_tokens = make_encoder_tokens(tokens)
+                return run_t5(tensors, external, tokens, encoder_tokens, np.ones_like(encoder_tokens))
+            return run_huggingface(tensors, external, tokens)
+        case "gptj-v1":
+            return run_mtj(open_raw_weights(checkpoint.path, external), external, tokens)
+        case _:
+            return run_native(checkpoint.plan.config, checkpoint.plan.values, tokens, max_memory)
+
+
+def make_encoder_tokens(tokens: np.ndarray) -> np.ndarray:
+    """Return encoder input of the same length as the decoder's tokens: their reverse."""
+    return np.ascontiguousarray(tokens[:, ::-1])
 
 
 def run_native(
-    config: ModelConfig, arrays: Mapping[str, Lazy], tokens: np.ndarray, ceiling: int | None = None
+    config: ModelConfig, arrays: Mapping[str, LazyArray], tokens: np.ndarray, max_memory: int | None = None
 ) -> np.ndarray:
-    """Logits [B, T, V] of our model, float32; one period of its layers in memory at a time, or less to keep a ceiling."""
+    """Return the float32 logits [B, T, V] of the native model.
+
+    One period of layers is in memory at a time, or less if that exceeds `max_memory` bytes.
+    """
     config = dataclasses.replace(config, dtype="float32", dropout=0.0, attention_kernel="dense", preset=None)
     weights = {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
 
     def embed(ids: np.ndarray) -> np.ndarray:
         x = read_rows(weights["transformer/w_tokens"], ids)
-        learned = config.positions == "learned"
-        return x + read_rows(weights["transformer/w_positions"], np.arange(ids.shape[1])) if learned else x
+        learned = None
+        if config.positions == "learned":
+            learned = read_rows(weights["transformer/w_positions"], np.arange(ids.shape[1]))
+        return input_embeddings(x, learned, config)
 
-    memory = None
+    encoder_output = None
     if config.encoder is not None:
-        start = "transformer/encoder/"
-        inside = {f"transformer/{name.removeprefix(start)}": a for name, a in weights.items() if name.startswith(start)}
-        memory = _run_stack(config.encoder, inside, embed(find_sources(tokens)), None, ceiling)
-    x = _run_stack(config, weights, embed(tokens), memory, ceiling)
-    x = x * config.d_model**-0.5 if config.logit_scale == "rsqrt_d_model" else x
-    head = "transformer/w_tokens" if config.tied_embeddings else "transformer/w_head"
-    logits = product(x, weights[head], transposed=config.tied_embeddings)
-    if config.head_bias:
-        bias = weights["transformer/b_head"]
-        logits = logits + bias.read(whole(bias)).astype(np.float32)
-    return logits
-
-
-def find_sources(tokens: np.ndarray) -> np.ndarray:
-    """What an encoder reads beside these prompts: other ones, as long."""
-    return np.ascontiguousarray(tokens[:, ::-1])
+        prefix = "transformer/encoder/"
+        own = {f"transformer/{name.removeprefix(prefix)}": a for name, a in weights.items() if name.startswith(prefix)}
+        encoder_output = _run_stack(config.encoder, own, embed(make_encoder_tokens(tokens)), None, max_memory)
+    x = _run_stack(config, weights, embed(tokens), encoder_output, max_memory)
+    head = weights["transformer/w_tokens" if config.tied_embeddings else "transformer/w_head"]
+    product = matmul(scale_hidden_states(x, config), head, transposed=config.tied_embeddings)
+    bias = read_vector(weights["transformer/b_head"]) if config.head_bias else None
+    return np.asarray(finish_logits(product, bias, config))
 
 
 def _run_stack(
-    config: ModelConfig, weights: Mapping[str, Lazy], x: np.ndarray, memory: np.ndarray | None, ceiling: int | None
+    config: ModelConfig,
+    weights: Mapping[str, LazyArray],
+    x: np.ndarray,
+    encoder_output: np.ndarray | None,
+    max_memory: int | None,
 ) -> np.ndarray:
-    """All layers of a decoder or an encoder over the stream [B, T, D], and the norm behind them."""
-    pattern = len(config.pattern)
-    period = dataclasses.replace(config, n_layers=pattern)
-    layers = jax.jit(hk.without_apply_rng(hk.transform(lambda x, memory: _run_period(period, x, memory))).apply)
-    see = hk.without_apply_rng(hk.transform(lambda x: _see(Transformer(config), x)))
-    norm = hk.without_apply_rng(hk.transform(lambda x: Norm(config, name="norm_out")(x)))
-    outside = {
-        name: a
-        for name, a in weights.items()
-        if name.startswith(("transformer/norm_out/", "transformer/relative_bias/"))
-    }
-    rows = {name: array for name, array in weights.items() if name.startswith(f"transformer/{STACK}/")}
-    in_parts = ceiling is not None and OVERHEAD * _count_period(config, rows) > ceiling
-    if in_parts:
-        if memory is not None:
+    """Return the output of the final norm after all layers of a decoder or an encoder on the residual stream [B, T, D]."""
+    outside = _read_params(
+        {
+            name: array
+            for name, array in weights.items()
+            if name.startswith(("transformer/norm_out/", "transformer/relative_bias/"))
+        }
+    )
+    stacked = {name: array for name, array in weights.items() if name.startswith(f"transformer/{STACK}/")}
+    if max_memory is not None and PERIOD_OVERHEAD * _period_bytes(config, stacked) > max_memory:
+        if encoder_output is not None:
             raise CheckpointError(
-                "a decoder with an encoder is run a period of its layers at a time: raise --max-memory"
+                "a period of layers of the encoder-decoder model does not fit into memory; raise --max-memory"
             )
-        inside = {name.removeprefix(f"transformer/{STACK}/"): array for name, array in rows.items()}
-        x = run_layers(config, inside, x, see.apply(_read(outside), jnp.asarray(x)))
-    for i in range(0 if in_parts else config.n_layers // pattern):
-        x = np.asarray(layers(_read(rows, i) | _read(outside), jnp.asarray(x), memory))
-    return np.asarray(norm.apply({"norm_out": _read(outside)["transformer/norm_out"]}, jnp.asarray(x)))
+        inside = {name.removeprefix(f"transformer/{STACK}/"): array for name, array in stacked.items()}
+        make_context = hk.without_apply_rng(hk.transform(lambda x: _attention_context(Transformer(config), x)))
+        x = run_layers(config, inside, x, make_context.apply(outside, jnp.asarray(x)))
+    else:
+        x = _run_periods(config, stacked, outside, x, encoder_output)
+    norm = hk.without_apply_rng(hk.transform(lambda x: Norm(config, name="norm_out")(x)))
+    return np.asarray(norm.apply({"norm_out": outside["transformer/norm_out"]}, jnp.asarray(x)))
 
 
-def _run_period(config: ModelConfig, x: jax.Array, memory: jax.Array | None) -> jax.Array:
-    transformer = Transformer(config)
-    sight = _see(transformer, x)
-    if memory is not None:
-        sight = sight._replace(memory=EncoderOutput(memory, jnp.ones((1, x.shape[1], memory.shape[1]), bool)))
-    return transformer.run_layers(x, sight, None)[0]
+def _run_periods(
+    config: ModelConfig,
+    stacked: Mapping[str, LazyArray],
+    outside: hk.Params,
+    x: np.ndarray,
+    encoder_output: np.ndarray | None,
+) -> np.ndarray:
+    """Return the residual stream after all layers, with one period of them in memory at a time."""
+    period = dataclasses.replace(config, n_layers=len(config.pattern))
+
+    def run_period(x: jax.Array, encoder_output: jax.Array | None) -> jax.Array:
+        transformer = Transformer(period)
+        context = _attention_context(transformer, x)
+        if encoder_output is not None:
+            mask = jnp.ones((1, x.shape[1], encoder_output.shape[1]), bool)
+            context = context._replace(encoder_output=EncoderOutput(encoder_output, mask))
+        return transformer.run_layers(x, context, None)[0]
+
+    run = jax.jit(hk.without_apply_rng(hk.transform(run_period)).apply)
+    for i in range(config.n_layers // len(config.pattern)):
+        x = np.asarray(run(_read_params(stacked, i) | outside, jnp.asarray(x), encoder_output))
+    return x
 
 
-def _see(transformer: Transformer, x: jax.Array) -> AttentionContext:
-    return transformer.see(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]), None, None)
+def _attention_context(transformer: Transformer, x: jax.Array) -> AttentionContext:
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    return transformer.attention_context(positions, None, None)
 
 
-def _read(arrays: Mapping[str, Lazy], place: int | None = None) -> dict[str, dict[str, jax.Array]]:
-    """Arrays, or the row `place` of each, as parameters in float32."""
+def _read_params(arrays: Mapping[str, LazyArray], index: int | None = None) -> dict[str, dict[str, jax.Array]]:
+    """Return arrays, or one index of the first dimension of each, as float32 parameters of Haiku."""
     params: dict[str, dict[str, jax.Array]] = {}
     for name, array in arrays.items():
-        index = whole(array) if place is None else (slice(place, place + 1), *whole(array)[1:])
+        everything = full_index(array)
+        wanted = everything if index is None else (slice(index, index + 1), *everything[1:])
         module, _, leaf = name.rpartition("/")
-        params.setdefault(module, {})[leaf] = jnp.asarray(array.read(index).astype(np.float32, copy=False))
+        params.setdefault(module, {})[leaf] = jnp.asarray(array.read(wanted).astype(np.float32, copy=False))
     return params
 
 
-def _count_period(config: ModelConfig, stacked: Mapping[str, Lazy]) -> int:
-    """Bytes of one period of layers, as read and in float32."""
+def _period_bytes(config: ModelConfig, stacked: Mapping[str, LazyArray]) -> int:
+    """Return the size of one period of layers, as read plus in float32."""
     sizes = [(4 + array.dtype.itemsize) * math.prod(array.shape) for array in stacked.values()]
     return sum(sizes) * len(config.pattern) // config.n_layers
-
-
-def _nbytes(array: Lazy) -> int:
-    return math.prod(array.shape) * array.dtype.itemsize

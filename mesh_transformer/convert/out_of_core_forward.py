@@ -1,14 +1,13 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Our model where not even one of its layers fits into memory: every product is taken over some rows of a weight at a time.
+"""The layers of the native model for memory smaller than one layer: each matmul reads some rows of its weight at a time.
 
-The model's own functions do all else; what is said again here is only which array is multiplied with what. A test holds
-it against the one forward pass.
+Everything else is done by the functions of the model package. Only the order of the matmuls is stated again here; a test
+compares it with the model's forward pass.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import haiku as hk
 import jax
@@ -17,119 +16,128 @@ import numpy as np
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface.reference import BLOCK_BYTES
-from mesh_transformer.convert.lazy_arrays import Lazy, Row, whole
-from mesh_transformer.model.attention.dense import dense_attention
+from mesh_transformer.convert.lazy_arrays import Index, LazyArray, full_index
+from mesh_transformer.model.attention.dense import attention_scale, dense_attention
 from mesh_transformer.model.attention.masks import AttentionContext
 from mesh_transformer.model.feed_forward import ACTIVATIONS
-from mesh_transformer.model.norms import QKNorm, Norm
+from mesh_transformer.model.norms import Norm, QKNorm
 from mesh_transformer.model.positions import apply_rope
+from mesh_transformer.model.residual import Branches, apply_branches
 from mesh_transformer.storage.errors import CheckpointError
 
 Array = np.ndarray
 
 
-class Layer:
-    """One layer, whose arrays stay where they are."""
+class OutOfCoreLayer:
+    """One layer whose weights are not loaded."""
 
-    def __init__(self, config: ModelConfig, arrays: Mapping[str, Lazy], place: int, *, local: bool, has_experts: bool):
-        """`arrays` by their names inside a block ("attention/w_q"), each a stack of which `place` is this layer's."""
-        self.config, self.local = config, local
+    def __init__(
+        self, config: ModelConfig, arrays: Mapping[str, LazyArray], index: int, *, local: bool, has_experts: bool
+    ):
+        """`arrays` are stacks by their names in a block ("attention/w_q"); `index` is the position of this layer in them."""
+        self.config = config
+        self.local = local
         self.experts = config.experts if has_experts else None
-        self.arrays = {name: Row(array, place) for name, array in arrays.items()}
+        self.arrays: dict[str, LazyArray] = {name: Index(array, index) for name, array in arrays.items()}
 
-    def run(self, x: Array, sight: AttentionContext) -> Array:
-        """The residual stream [B, T, D] after this layer, float32; as model.transformer.Block."""
-        normed = self.norm("norm_1", x)
-        mixed = x + self.attend(normed, sight)
-        match self.config.residual:
-            case "serial":
-                return mixed + self.feed_forward(self.norm("norm_2", mixed))
-            case "parallel":
-                return mixed + self.feed_forward(normed)
-            case _:
-                return mixed + self.feed_forward(self.norm("norm_2", x))
+    def run(self, x: Array, context: AttentionContext) -> Array:
+        """Return the float32 residual stream [B, T, D] after this layer."""
+        branches = Branches(self.norm, lambda normed: self.attention(normed, context), self.feed_forward)
+        return apply_branches(x, branches, self.config)
 
-    def attend(self, x: Array, sight: AttentionContext) -> Array:
-        """As model.attention.Attention."""
-        c = self.config
-        q, k, v = (self.multiply(x, f"attention/w_{y}", f"attention/b_{y}") for y in "qkv")
-        if c.qk_norm:
-            q, k = (self.norm(f"attention/norm_{y}", z, QKNorm) for y, z in (("q", q), ("k", k)))
-        if c.positions.startswith("rope"):
-            q, k = (apply_rope(jnp.asarray(y), sight.positions, c) for y in (q, k))
-        scale = c.head_dim**-0.5 if c.attention_scale == "rsqrt_d_head" else 1.0
+    def attention(self, x: Array, context: AttentionContext) -> Array:
+        """Return the output of self-attention, as model.attention.layer does."""
+        q, k, v = (self.matmul(x, f"attention/w_{y}", f"attention/b_{y}") for y in "qkv")
+        if self.config.qk_norm:
+            q = self.norm("attention/norm_q", q, QKNorm)
+            k = self.norm("attention/norm_k", k, QKNorm)
         q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
-        masks = sight.masks
-        assert masks is not None, "the kernel here is the plain one"
-        mixed = dense_attention(q, k, v, masks.windowed if self.local else masks.full, masks.bias, scale=scale)
-        return self.multiply(np.asarray(mixed), "attention/w_o", "attention/b_o", inputs=2)
+        if self.config.positions.startswith("rope"):
+            q = apply_rope(q, context.positions, self.config)
+            k = apply_rope(k, context.positions, self.config)
+        masks = context.masks
+        assert masks is not None, "only the dense kernel has masks"
+        mask = masks.windowed if self.local else masks.full
+        output = dense_attention(q, k, v, mask, masks.bias, scale=attention_scale(self.config))
+        return self.matmul(np.asarray(output), "attention/w_o", "attention/b_o", input_dims=2)
 
     def feed_forward(self, x: Array) -> Array:
-        """As in model.transformer.Block: dense, of experts, or both."""
+        """Return the output of the feed-forward layer: dense, mixture of experts, or the sum of both."""
         if self.experts is None:
             return self.run_dense(x, "feed_forward")
-        mixed = self.mix_experts(x, self.experts.n_experts_per_token)
-        return mixed + self.run_dense(x, "feed_forward") if self.experts.shared_expert else mixed
+        y = self.run_experts(x, self.experts.n_experts_per_token)
+        return y + self.run_dense(x, "feed_forward") if self.experts.shared_expert else y
 
     def run_dense(self, x: Array, module: str) -> Array:
-        """As model.feed_forward.FeedForward."""
-        act = lambda y: np.asarray(ACTIVATIONS[self.config.activation](jnp.asarray(y)))  # noqa: E731
-        hidden = self.multiply(x, f"{module}/w_in", f"{module}/b_in")
-        gate = self.multiply(x, f"{module}/w_gate", f"{module}/b_gate") if self.config.gated_ffn else hidden
-        hidden = act(gate) * hidden if self.config.gated_ffn else act(hidden)
-        return self.multiply(hidden, f"{module}/w_out", f"{module}/b_out")
+        """Return the output of a dense feed-forward layer, as model.feed_forward does."""
+        hidden = self.matmul(x, f"{module}/w_in", f"{module}/b_in")
+        if self.config.gated_ffn:
+            hidden = self._activation(self.matmul(x, f"{module}/w_gate", f"{module}/b_gate")) * hidden
+        else:
+            hidden = self._activation(hidden)
+        return self.matmul(hidden, f"{module}/w_out", f"{module}/b_out")
 
-    def mix_experts(self, x: Array, n_experts_per_token: int) -> Array:
-        """As model.moe.Experts without a capacity: each expert meets the tokens that chose it."""
-        p = np.asarray(jax.nn.softmax(jnp.asarray(self.multiply(x, "experts/w_router", ""))))
-        chosen = np.argsort(-p, axis=-1, kind="stable")[..., :n_experts_per_token]
-        gates = np.take_along_axis(p, chosen, axis=-1)
+    def _activation(self, x: Array) -> Array:
+        return np.asarray(ACTIVATIONS[self.config.activation](jnp.asarray(x)))
+
+    def run_experts(self, x: Array, n_experts_per_token: int) -> Array:
+        """Return the output of a mixture of experts without a capacity limit, as model.moe does."""
+        p = np.asarray(jax.nn.softmax(jnp.asarray(self.matmul(x, "experts/w_router", ""))))
+        experts = np.argsort(-p, axis=-1, kind="stable")[..., :n_experts_per_token]
+        gates = np.take_along_axis(p, experts, axis=-1)
         gates = gates / gates.sum(axis=-1, keepdims=True) if n_experts_per_token > 1 else gates
         y = np.zeros_like(x)
         for e in range(p.shape[-1]):
-            own = (chosen == e).any(axis=-1)
+            own = (experts == e).any(axis=-1)
             for name in [name for name in self.arrays if name.startswith("experts/") and name != "experts/w_router"]:
-                self.arrays[f"expert/{name.rpartition('/')[2]}"] = Row(self.arrays[name], e)
+                self.arrays[f"expert/{name.rpartition('/')[2]}"] = Index(self.arrays[name], e)
             if own.any():
-                y[own] += gates[chosen == e][:, None] * self.run_dense(x[own], "expert")
+                y[own] += gates[experts == e][:, None] * self.run_dense(x[own], "expert")
         return y
 
-    def norm(self, name: str, x: Array, kind: Any = Norm) -> Array:
-        """One of the layer's norms."""
+    def norm(self, name: str, x: Array, kind: type[Norm] | type[QKNorm] = Norm) -> Array:
+        """Return x normalized by one of the layer's norms."""
         names = [full for full in self.arrays if full.startswith(f"{name}/")]
         params = {full.rpartition("/")[2]: jnp.asarray(self.read(full)) for full in names}
         run = hk.without_apply_rng(hk.transform(lambda y: kind(self.config, name="norm")(y)))
         return np.asarray(run.apply({"norm": params}, jnp.asarray(x)))
 
-    def multiply(self, x: Array, weight: str, bias: str, *, inputs: int = 1) -> Array:
-        """x [..., inputs] times the weight [inputs, outputs], some of whose rows are in memory at a time, plus the bias."""
+    def matmul(self, x: Array, weight: str, bias: str, *, input_dims: int = 1) -> Array:
+        """Return x [..., inputs] times a weight [inputs, outputs] plus the bias, reading some rows of the weight at a time.
+
+        The first `input_dims` dimensions of the weight are inputs.
+        """
         w = self.arrays[weight]
-        outputs, inner = w.shape[inputs:], math.prod(w.shape[1:inputs])
-        x = x.reshape(*x.shape[: x.ndim - inputs], -1)
+        outputs = w.shape[input_dims:]
+        inner = math.prod(w.shape[1:input_dims])
+        x = x.reshape(*x.shape[: x.ndim - input_dims], -1)
         y = np.zeros((*x.shape[:-1], math.prod(outputs)), np.float32)
         step = max(BLOCK_BYTES // (4 * inner * math.prod(outputs)), 1)
         for first in range(0, w.shape[0], step):
             last = min(first + step, w.shape[0])
-            block = w.read((slice(first, last), *whole(w)[1:])).astype(np.float32)
+            block = w.read((slice(first, last), *full_index(w)[1:])).astype(np.float32)
             y += x[..., first * inner : last * inner] @ block.reshape(-1, math.prod(outputs))
         y = y.reshape(*x.shape[:-1], *outputs)
         return y + self.read(bias) if bias in self.arrays else y
 
     def read(self, name: str) -> Array:
-        """A small array, float32."""
-        return self.arrays[name].read(whole(self.arrays[name])).astype(np.float32)
+        """Return all of a small array as float32."""
+        return self.arrays[name].read(full_index(self.arrays[name])).astype(np.float32)
 
 
-def run_layers(config: ModelConfig, arrays: Mapping[str, Lazy], x: Array, sight: AttentionContext) -> Array:
-    """All layers over the stream [B, T, D]; `arrays` by their names in the stack ("block_0/attention/w_q")."""
+def run_layers(config: ModelConfig, arrays: Mapping[str, LazyArray], x: Array, context: AttentionContext) -> Array:
+    """Return the residual stream [B, T, D] after all layers, given stacks by their names ("block_0/attention/w_q")."""
     experts = config.experts
     if experts and (experts.eval_capacity_factor or experts.eval_capacity):
-        raise CheckpointError("experts with a capacity are run a period of the layers at a time: raise --max-memory")
+        raise CheckpointError(
+            "the model has experts with a capacity limit, which need all weights of a layer in memory; raise --max-memory"
+        )
     period = len(config.pattern)
     for i in range(config.n_layers):
         block = f"block_{i % period}/"
         own = {name.removeprefix(block): array for name, array in arrays.items() if name.startswith(block)}
         local, has_experts = config.pattern[i % period]
+        layer = OutOfCoreLayer(config, own, i // period, local=local, has_experts=has_experts)
         with jax.default_matmul_precision("highest"):
-            x = Layer(config, own, i // period, local=local, has_experts=has_experts).run(x, sight)
+            x = layer.run(x, context)
     return x

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from mesh_transformer.checkpoint import local_backend
-from mesh_transformer.checkpoint.bounded_pool import run_side_by_side
+from mesh_transformer.checkpoint.bounded_pool import run_bounded
 from mesh_transformer.checkpoint.zarr_sharding import Slices
 from mesh_transformer.convert.import_plan import WEIGHT_DTYPES, ImportPlan, target_dtype
 from mesh_transformer.convert.lazy_arrays import to_c_order
@@ -26,7 +26,7 @@ from mesh_transformer.convert.slicing import slices_of_bytes
 from mesh_transformer.convert.upload import Upload, check_remote, upload_folder
 from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import AnyPath, RemotePath
-from mesh_transformer.storage.resume_log import JOURNAL
+from mesh_transformer.storage.resume_log import LOG_FILE
 
 
 def check_destination(destination: AnyPath, overwrite: bool, nbytes: int, staging: Path | None = None) -> None:
@@ -81,7 +81,7 @@ def verify_bits(source: ImportPlan, result: ImportPlan, dtype: str | None, progr
         for name, array in sources.items()
         for index in slices_of_bytes(array.shape, target_dtype(array, name, dtype).itemsize)
     )
-    for name, values in run_side_by_side(blocks):
+    for name, values in run_bounded(blocks):
         digests[name].update(values.data)
         counter.add(values.nbytes)
     return {name: digest.hexdigest() for name, digest in digests.items()}
@@ -95,7 +95,7 @@ def publish(partial: Path, destination: AnyPath, progress: Progress = no_progres
     """Rename a verified result to its destination, or upload it. What was at the destination before is deleted."""
     if isinstance(destination, RemotePath):
         return _upload(partial, destination, progress)
-    (partial / JOURNAL).unlink(missing_ok=True)
+    (partial / LOG_FILE).unlink(missing_ok=True)
     local_backend.sync_tree(partial)
     old = destination.with_name(destination.name + ".old")
     if destination.exists():
@@ -109,6 +109,6 @@ def publish(partial: Path, destination: AnyPath, progress: Progress = no_progres
 
 def _upload(partial: Path, destination: RemotePath, progress: Progress) -> Upload:
     # The log stays until everything is uploaded, so that an interrupted upload resumes with the same files.
-    done = upload_folder(partial, destination, progress, exclude=(JOURNAL,))
+    done = upload_folder(partial, destination, progress, exclude=(LOG_FILE,))
     shutil.rmtree(partial)
     return done

@@ -40,9 +40,7 @@ def grid_slices(shape: Sequence[int], cell: Sequence[int]) -> Iterator[Slices]:
         yield tuple(slice(low, min(low + size, dim)) for low, size, dim in zip(corner, cell, shape, strict=True))
 
 
-def shrink_shard(
-    shard: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype, slice_bytes: int
-) -> tuple[int, ...]:
+def shrink_shard(shard: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype, slice_bytes: int) -> tuple[int, ...]:
     """Return a shard shape, a multiple of `chunk`, small enough that one file is one slice in memory."""
     shape = list(shard)
     for dim in range(len(shape)):

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mesh_transformer.checkpoint import local_backend
-from mesh_transformer.checkpoint.arrays import Piece, StoredArray, copy_file
-from mesh_transformer.checkpoint.bounded_pool import run_side_by_side
+from mesh_transformer.checkpoint.arrays import HostSlice, StoredArray, copy_file
+from mesh_transformer.checkpoint.bounded_pool import run_bounded
 from mesh_transformer.checkpoint.chunk_grid import DTYPES, plan_chunks, shard_key
-from mesh_transformer.checkpoint.commit import BLOCKS, Files, write_blocks, write_piece
+from mesh_transformer.checkpoint.commit import RESUMABLE_OWNER, Files, write_checkpoint, write_slice
 from mesh_transformer.checkpoint.manifest import MANIFEST, ArrayRecord
 from mesh_transformer.checkpoint.zarr_sharding import Slices
 from mesh_transformer.convert.gptj.writer import write_gptj
@@ -28,7 +28,7 @@ from mesh_transformer.convert.progress import ByteCounter, Progress, no_progress
 from mesh_transformer.convert.slicing import SLICE_BYTES, group_slices, shard_slices, shrink_shard
 from mesh_transformer.storage.digests import FileRecord
 from mesh_transformer.storage.paths import AnyPath
-from mesh_transformer.storage.resume_log import Journal
+from mesh_transformer.storage.resume_log import ResumeLog
 
 MAX_FILE_BYTES = 5_000_000_000  # of one safetensors file
 
@@ -42,7 +42,7 @@ class WriteOptions(NamedTuple):
 
 
 def write_native(
-    staging: Path, plan: ImportPlan, meta: Mapping[str, Any], log: Journal, options: WriteOptions
+    staging: Path, plan: ImportPlan, meta: Mapping[str, Any], log: ResumeLog, options: WriteOptions
 ) -> Path:
     """Write a native checkpoint below `staging` and return its step folder."""
     records = {name: _plan_record(name, planned, options) for name, planned in sorted(plan.arrays.items())}
@@ -52,9 +52,9 @@ def write_native(
         for name, key, size, digest in files:
             finished.setdefault(name, {})[key] = FileRecord(size, digest)
 
-    def read_block(name: str, index: Slices) -> Piece:
+    def read_block(name: str, index: Slices) -> HostSlice:
         values = plan.arrays[name].array.read(index).astype(to_dtype(records[name].dtype), copy=False)
-        return Piece(index, to_c_order(values))
+        return HostSlice(index, to_c_order(values))
 
     def blocks() -> Iterator[tuple[str, Callable[[AnyPath], Files]]]:
         for name, record in records.items():
@@ -66,14 +66,14 @@ def write_native(
                         yield name, functools.partial(copy_file, array, key)
                     else:
                         read = functools.partial(read_block, name, index)
-                        yield name, functools.partial(write_piece, name, record, read)
+                        yield name, functools.partial(write_slice, name, record, read)
                 counter.add(math.prod(part.stop - part.start for part in index) * DTYPES[record.dtype])
 
     def on_written(name: str, files: dict[str, FileRecord]) -> None:
         log.add(f"{name} {' '.join(files)}", [[name, key, *file] for key, file in files.items()])
 
     _reopen_staging(staging, plan.step)
-    write_blocks(staging, plan.step, records, blocks(), meta, finished, on_written)
+    write_checkpoint(staging, plan.step, records, blocks(), meta, finished, on_written)
     return staging / f"step_{plan.step}"
 
 
@@ -89,7 +89,7 @@ def _plan_record(name: str, planned: PlannedArray, options: WriteOptions) -> Arr
 
 def _reopen_staging(staging: Path, step: int) -> None:
     """Turn a committed step back into a temporary folder, if an earlier attempt stopped during verification or upload."""
-    final, temporary = staging / f"step_{step}", local_backend.temporary_folder(staging, step, BLOCKS)
+    final, temporary = staging / f"step_{step}", local_backend.temporary_folder(staging, step, RESUMABLE_OWNER)
     if final.is_dir() and not temporary.exists():
         os.rename(final, temporary)
         for name in (local_backend.COMMIT, MANIFEST):
@@ -97,7 +97,7 @@ def _reopen_staging(staging: Path, step: int) -> None:
 
 
 def write_huggingface(
-    staging: Path, plan: ImportPlan, log: Journal, options: WriteOptions, *, carry_from: AnyPath | None = None
+    staging: Path, plan: ImportPlan, log: ResumeLog, options: WriteOptions, *, carry_from: AnyPath | None = None
 ) -> Path:
     """Write a Hugging Face model folder in `staging` and return `staging`.
 
@@ -131,7 +131,7 @@ def write_huggingface(
                         yield functools.partial(write, keys, name, targets[name], bounds)
                     counter.add(specs[name].nbytes * (bounds[-1][1] - bounds[0][0]) // groups[-1][-1][1])
 
-    for keys in run_side_by_side(blocks()):
+    for keys in run_bounded(blocks()):
         for key in keys:
             log.add(key, True)
     for file in files:

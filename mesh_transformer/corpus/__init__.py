@@ -8,10 +8,11 @@
 - `filters`: per-document filters and edits. A new filter is one function here and one record in `recipe`.
 - `stage_filter`, `stage_dedup`, `stage_select`, `stage_mix`: the stages, in the order in which `build` runs them.
 - `stages`, `executors`: run a stage in parts on this machine, Slurm or Ray; a missing part is an error.
-- `datasheet`: measurements and documentation of the result.
+- `survey`, `datasheet`: measurements and documentation of the result.
+- `renamed`: keys of version 1.0 and their current names.
 """
 
 import importlib.util
 
 if importlib.util.find_spec("datatrove") is None:
-    raise ImportError("building corpora needs more libraries: pip install 'mesh-transformer[corpus]'")
+    raise ImportError("mesh_transformer.corpus requires additional libraries: pip install 'mesh-transformer[corpus]'")

@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A corpus from its recipe: the stages in their order, each made anew only if something it depends on has changed.
+"""Build a corpus from its recipe: run the stages in order, each only if something it depends on has changed.
 
-OUT/work holds the stages, OUT/documents the final text by side and component, OUT/tokens the shards, OUT/dropped what
-was left out and why. OUT/manifest.json has the digest of every output and is written last: without it there is no
-corpus. Nothing in it depends on time, place or number of workers: the same sources and recipe give the same manifest.
+OUT/work holds the stages with the documents they dropped, OUT/documents the final text by split and component,
+OUT/tokens the shards. OUT/manifest.json has the digest of every output and is written last: without it the corpus is
+incomplete. It does not depend on time, output path or number of workers: the same sources and recipe give the same
+manifest.
 """
 
 import errno
@@ -20,46 +21,63 @@ from typing import Any, NamedTuple
 
 from mesh_transformer.config import config_to_dict
 from mesh_transformer.corpus.parts import digest_file
-from mesh_transformer.corpus.recipe import Quality, Recipe, resolve_epochs, steps_of, subset, text_settings
+from mesh_transformer.corpus.recipe import (
+    QualityFilter,
+    Recipe,
+    filters_for,
+    identify_filter,
+    resolve_epochs,
+    section_tables,
+    text_tables,
+)
 from mesh_transformer.corpus.sources import Part, find_parts
-from mesh_transformer.corpus.stage_dedup import RANGE_ENTRIES, RemovalStage, BandMatchStage, ExactMatchStage, SignatureStage
-from mesh_transformer.corpus.stage_filter import SPLITS, FilterStage, ClassifierStage
-from mesh_transformer.corpus.stage_mix import TokenizationStage, ShardStage, describe_tokenizer
+from mesh_transformer.corpus.stage_dedup import (
+    RANGE_ENTRIES,
+    BandMatchStage,
+    ExactMatchStage,
+    RemovalStage,
+    SignatureStage,
+)
+from mesh_transformer.corpus.stage_filter import SPLITS, ClassifierStage, FilterStage
+from mesh_transformer.corpus.stage_mix import ShardStage, TokenizationStage, describe_tokenizer
 from mesh_transformer.corpus.stage_select import SelectionStage, check_disjoint
-from mesh_transformer.corpus.stages import CorpusError, Executor, ProgressFn, reuse_parts, run_stage
+from mesh_transformer.corpus.stages import CorpusError, Executor, ProgressFn, ignore_progress, reuse_parts, run_stage
 from mesh_transformer.corpus.survey import SurveyStage, describe_survey
 from mesh_transformer.storage.atomic_files import link_file, replace_file
 
-VERSION = 2  # of what stages write; a change of it makes all of them anew
+VERSION = 2  # of the stage outputs; a new version rebuilds all of them
 
 Records = list[dict[str, Any]]
 
 
 class Corpus(NamedTuple):
-    """What a build came to."""
+    """Result of a build: the records of its stages, and what was computed from them."""
 
     recipe: Recipe
     missing: list[str]  # optional components without files
     parts: list[Part]
     filtered: Records
-    matrix: dict[str, list[list[Any]]]  # exact and near: component, component of the one that stays, documents
+    matrix: dict[str, list[list[Any]]]  # exact and near: component of the removed documents, of the retained, count
     selected: Records
     tokenized: Records
     epochs: dict[str, float]
-    survey: dict[str, Any]  # what the text speaks of
-    split_check: dict[str, int]
+    survey: dict[str, Any]  # topics, profanity and pronouns
+    split_check: dict[str, int]  # comparison of held-out and training texts
     manifest: dict[str, Any]
 
 
 class CorpusBuilder:
-    """Runs stages below one folder."""
+    """Runs stages in folders of one corpus."""
 
-    def __init__(self, recipe: Recipe, out: Path, machines: Executor, report: ProgressFn):
-        self.recipe, self.out, self.machines, self.report = recipe, out, machines, report
+    def __init__(self, recipe: Recipe, out: Path, executor: Executor, on_progress: ProgressFn):
+        self.recipe = recipe
+        self.out = out
+        self.executor = executor
+        self.on_progress = on_progress
         self.used: set[Path] = set()
 
     def folder(self, name: str, *depends: Any) -> Path:
-        """Where a stage lies, given all that it depends on."""
+        """Return the folder of a stage, named after a digest of everything it depends on."""
         key = hashlib.sha256(json.dumps([VERSION, name, *map(str, depends)]).encode()).hexdigest()[:12]
         path = self.out / "work" / f"{name}-{key}"
         path.mkdir(parents=True, exist_ok=True)
@@ -67,65 +85,56 @@ class CorpusBuilder:
         return path
 
     def run(self, task: Any, tasks: int) -> Records:
-        """All parts of a stage."""
+        """Return the records of all parts of a stage, after making those that are missing."""
         name = task.folder.name.rpartition("-")[0]
-        return run_stage(name, task, tasks, task.folder, self.machines, self.report)
+        return run_stage(name, task, tasks, task.folder, self.executor, self.on_progress)
 
 
 def build_corpus(
-    recipe: Recipe, out: Path, executor: Executor, on_progress: ProgressFn = lambda name, done, total: None
+    recipe: Recipe, out: Path, executor: Executor, on_progress: ProgressFn = ignore_progress
 ) -> Corpus:
-    """Build, or go on building, the corpus in `out`.
+    """Build the corpus in `out`, or resume an interrupted build.
 
-    Raises DataError for sources that cannot be used, ConfigError for weights that cannot be met, CorpusError if
-    anything is missing in the end.
+    Raises DataError for unusable sources, ConfigError for weights that cannot be met, and CorpusError if anything is
+    missing at the end.
     """
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
-        (out / "manifest.json").unlink(missing_ok=True)  # until this build is whole, there is no corpus
+        (out / "manifest.json").unlink(missing_ok=True)  # marks the corpus as incomplete during the build
         builder = CorpusBuilder(recipe, out, executor, on_progress)
         parts, missing = find_parts(recipe)
         try:
             corpus, selected, shards = _run_stages(builder, parts, missing)
             _publish(selected, out / "documents", SPLITS)
-            _publish(shards, out / "tokens", None)
+            _publish(shards, out / "tokens", ("",))
         except OSError as error:
             if _is_disk_full(error):
                 raise CorpusError(
-                    f"{out}: its disk is full; free some room and build again, what is whole stays"
+                    f"{out}: disk full; free some space and build again, complete parts are retained"
                 ) from None
             raise
         finally:
             executor.close()
-        for folder in (out / "work").iterdir():  # of recipes before this one
-            if folder not in builder.used:
+        for folder in (out / "work").iterdir():
+            if folder not in builder.used:  # of an earlier recipe
                 shutil.rmtree(folder)
-        manifest = corpus.manifest
-        replace_file(out / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
+        replace_file(out / "manifest.json", json.dumps(corpus.manifest, indent=1, sort_keys=True).encode())
     return corpus
 
 
 def _is_disk_full(error: OSError) -> bool:
-    """NumPy gives no number, but says how much was written."""
+    """Return whether the disk or quota is full; NumPy's error has no number and reports the bytes written instead."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "requested and" in str(error))
 
 
 def _run_stages(builder: CorpusBuilder, parts: list[Part], missing: list[str]) -> tuple[Corpus, Path, Path]:
-    recipe, components = builder.recipe, tuple(part.component for part in parts)
-    plan = hashlib.sha256(repr(parts).encode()).hexdigest()
-    text = text_settings(recipe)
-    places = tuple(i for i, step in enumerate(recipe.steps) if isinstance(step, Quality))
-    trained = builder.folder("train-quality", plan, text)
-    builder.run(ClassifierStage(recipe, tuple(parts), places, trained), len(places))
-    classifiers = {place: trained / f"quality-{place}.bin" for place in places}
-    sets = {name: _fingerprint(config.path) for name, config in recipe.evaluation.items()}
-    filtered = builder.folder("filter", plan, text, sets)
-    inputs = _describe_inputs(recipe, parts, classifiers, sets)
-    reuse_parts(filtered, inputs, sorted(set(filtered.parent.glob("filter-*")) - {filtered}))
-    read = builder.run(FilterStage(recipe, tuple(parts), classifiers, inputs, filtered), len(parts))
+    """Return the corpus, the folder of its documents and the folder of its shards."""
+    recipe = builder.recipe
+    components = tuple(part.component for part in parts)
+    filtered, filter_records = _run_filters(builder, parts)
 
-    signed = builder.folder("sign", filtered, subset(recipe, "duplicates", "lines"))
+    signed = builder.folder("signatures", filtered, section_tables(recipe, "duplicates", "lines"))
     signatures = builder.run(SignatureStage(recipe, filtered, signed), len(parts))
     entries = sum(max(record["documents"], record["lines"]) for record in signatures)
     ranges = 1 + entries // RANGE_ENTRIES
@@ -134,102 +143,141 @@ def _run_stages(builder: CorpusBuilder, parts: list[Part], missing: list[str]) -
         builder.run(BandMatchStage(recipe, signed, len(parts), bands), recipe.duplicates.bands_and_rows[0])
     equal = builder.folder("match-exact", signed, ranges)
     builder.run(ExactMatchStage(recipe, signed, len(parts), ranges, equal), ranges)
-    decided = builder.folder("decide", equal, bands)
-    decision = builder.run(RemovalStage(recipe, components, signed, bands, equal, ranges, decided), 1)
+    removals = builder.folder("removals", equal, bands)
+    removal_records = builder.run(RemovalStage(recipe, components, signed, bands, equal, ranges, removals), 1)
 
-    selected = builder.folder("select", decided)
-    kept = builder.run(SelectionStage(recipe, components, filtered, equal, decided, ranges, selected), len(parts))
-    proof = check_disjoint(selected, len(parts))
+    selected = builder.folder("select", removals)
+    selection_records = builder.run(
+        SelectionStage(recipe, components, filtered, equal, removals, ranges, selected), len(parts)
+    )
+    split_check = check_disjoint(selected, len(parts))
     surveyed = builder.folder("survey", selected)
     survey = describe_survey(builder.run(SurveyStage(recipe, components, selected, surveyed), len(parts)), surveyed)
-    epochs = resolve_epochs(recipe, _sizes(recipe, missing, read, kept))
-    tokenised = builder.folder(
-        "tokenise", selected, describe_tokenizer(recipe), sorted(epochs.items()), recipe.corpus.seed
+    epochs = resolve_epochs(recipe, _sizes(recipe, missing, filter_records, selection_records))
+    tokenized = builder.folder(
+        "tokenize", selected, describe_tokenizer(recipe), sorted(epochs.items()), recipe.corpus.seed
     )
-    counts = builder.run(TokenizationStage(recipe, components, epochs, selected, tokenised), len(parts))
-    shards = builder.folder("shards", tokenised)
-    builder.run(ShardStage(recipe, _shards(counts), tokenised, shards), len(_shards(counts)))
+    token_records = builder.run(TokenizationStage(recipe, components, epochs, selected, tokenized), len(parts))
+    shards = builder.folder("shards", tokenized)
+    plan = _plan_shards(token_records)
+    builder.run(ShardStage(recipe, plan, tokenized, shards), len(plan))
 
-    manifest = _manifest(builder, read, kept, shards)
-    matrix = decision[0]["matrix"]
-    return Corpus(recipe, missing, parts, read, matrix, kept, counts, epochs, survey, proof, manifest), selected, shards
+    corpus = Corpus(
+        recipe=recipe,
+        missing=missing,
+        parts=parts,
+        filtered=filter_records,
+        matrix=removal_records[0]["matrix"],
+        selected=selection_records,
+        tokenized=token_records,
+        epochs=epochs,
+        survey=survey,
+        split_check=split_check,
+        manifest=_manifest(recipe, filter_records, selection_records, shards),
+    )
+    return corpus, selected, shards
+
+
+def _run_filters(builder: CorpusBuilder, parts: list[Part]) -> tuple[Path, Records]:
+    """Train the quality classifiers, then filter all parts; return the stage's folder and records."""
+    recipe = builder.recipe
+    plan = hashlib.sha256(repr(parts).encode()).hexdigest()
+    text = text_tables(recipe)
+    numbers = tuple(i for i, config in enumerate(recipe.filters) if isinstance(config, QualityFilter))
+    trained = builder.folder("train-quality", plan, text)
+    builder.run(ClassifierStage(recipe, tuple(parts), numbers, trained), len(numbers))
+    classifiers = {number: trained / f"quality-{number}.bin" for number in numbers}
+    evaluation_digests = {name: _digest_set(config.path) for name, config in recipe.evaluation.items()}
+    folder = builder.folder("filter", plan, text, evaluation_digests)
+    inputs = _describe_inputs(recipe, parts, classifiers, evaluation_digests)
+    reuse_parts(folder, inputs, sorted(set(folder.parent.glob("filter-*")) - {folder}))
+    return folder, builder.run(FilterStage(recipe, tuple(parts), classifiers, inputs, folder), len(parts))
 
 
 def _describe_inputs(
-    recipe: Recipe, parts: list[Part], classifiers: dict[int, Path], sets: dict[str, str]
+    recipe: Recipe, parts: list[Part], classifiers: dict[int, Path], evaluation_digests: dict[str, str]
 ) -> tuple[str, ...]:
-    """For every part of the filter stage a digest of its files, and of the settings of its component alone."""
-    text = text_settings(recipe)
+    """Return for every part of the filter stage a digest of its files and of the fields that concern its component.
+
+    The digested string has the form and the names of version 1.0.
+    """
+    text = text_tables(recipe)
+    common = repr([VERSION, text["corpus"], text["heldout"], text["evaluation"], evaluation_digests])
     inputs = []
     for part in parts:
-        steps = steps_of(recipe, part.component)
-        models = [classifiers[place].parent.name for place, _ in steps if place in classifiers]
-        own = [part, text["components"][part.component], steps, models]
-        common = [VERSION, text["corpus"], text["heldout"], text["evaluation"], sets]
-        inputs.append(hashlib.sha256(repr([own, common]).encode()).hexdigest()[:32])
+        configs = filters_for(recipe, part.component)
+        filters = ", ".join(f"({number}, {identify_filter(config)})" for number, config in configs)
+        models = [classifiers[number].parent.name for number, _ in configs if number in classifiers]
+        own = f"[{part!r}, {text['components'][part.component]!r}, [{filters}], {models!r}]"
+        inputs.append(hashlib.sha256(f"[{own}, {common}]".encode()).hexdigest()[:32])
     return tuple(inputs)
 
 
-def _sizes(recipe: Recipe, missing: list[str], read: Records, selected: Records) -> dict[str, int]:
-    """Bytes of training text of every component; CorpusError for one that nothing is left of."""
+def _sizes(recipe: Recipe, missing: list[str], filtered: Records, selected: Records) -> dict[str, int]:
+    """Return the bytes of training text of every component; raise CorpusError if one has none."""
     sizes = {name: 0 for name in recipe.components if name not in missing}
     for record in selected:
-        sizes[record["component"]] += record["sides"]["train"]["bytes"]
+        sizes[record["component"]] += record["splits"]["train"]["bytes"]
     for name in (name for name, size in sizes.items() if not size):
-        own = [record for record in read if record["component"] == name]
+        own = [record for record in filtered if record["component"] == name]
         if any(record["raw"]["documents"] for record in own):
             raise CorpusError(
-                f"component {name}: nothing is left of it for training; look at work/filter-*/dropped for the reasons, "
-                "and take steps off it with their `without`, or remove it"
+                f"component {name}: no training text is left after filtering and deduplication; see "
+                "work/filter-*/dropped for the reasons, then exclude the component from filters with their "
+                "`exclude_components`, or remove it"
             )
         first = next((found[0] for record in own for found in record["bad_examples"].values()), "its files are empty")
         raise CorpusError(
-            f"component {name}: no document of it could be read, first {first}; mend its files, or remove it"
+            f"component {name}: none of its documents could be read; first error: {first}; fix its files, or remove it"
         )
     return sizes
 
 
-def _shards(counts: Records) -> tuple[tuple[str, tuple[str, ...], int], ...]:
-    """The mixture, and what is held out of each component."""
-    train = tuple(run for record in counts for run in record["train_runs"])
-    shards = [("train", train, sum(record["train"]["copied_tokens"] for record in counts))]
-    for component in dict.fromkeys(record["component"] for record in counts):
-        own = [record for record in counts if record["component"] == component]
+def _plan_shards(records: Records) -> tuple[tuple[str, tuple[str, ...], int], ...]:
+    """Return name, runs and tokens of the training shard and of one held-out shard per component."""
+    train = tuple(run for record in records for run in record["train_runs"])
+    shards = [("train", train, sum(record["train"]["copied_tokens"] for record in records))]
+    for component in dict.fromkeys(record["component"] for record in records):
+        own = [record for record in records if record["component"] == component]
         if runs := tuple(run for record in own for run in record["heldout_runs"]):
             shards.append((f"heldout-{component}", runs, sum(record["heldout"]["tokens"] for record in own)))
     return tuple(shards)
 
 
-def _fingerprint(path: str) -> str:
-    """Digest of an evaluation set, which is small."""
+def _digest_set(path: str) -> str:
+    """Return the digests of the files of an evaluation set."""
     root = Path(os.path.expanduser(path))
     files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
     return ",".join(digest_file(file) for file in files if file.is_file())
 
 
-def _manifest(builder: CorpusBuilder, read: Records, kept: Records, shards: Path) -> dict[str, Any]:
-    """Digests of all inputs and outputs."""
-    outputs = {f"documents/{name}": found for record in kept for name, found in record["outputs"].items()}
+def _manifest(recipe: Recipe, filtered: Records, selected: Records, shards: Path) -> dict[str, Any]:
+    """Return the recipe and the digests of all inputs and outputs."""
+    outputs = {f"documents/{name}": found for record in selected for name, found in record["outputs"].items()}
     outputs = {name: found for name, found in outputs.items() if name.split("/")[1] in SPLITS}
     for path in sorted(shards.glob("*.bin")) + sorted(shards.glob("*.idx")):
         outputs[f"tokens/{path.name}"] = {"size": path.stat().st_size, "digest": digest_file(path)}
-    inputs = {name: digest for record in read for name, digest in record["source_digests"].items()}
-    recipe = config_to_dict(builder.recipe)
-    table: dict[str, Any] = {"version": VERSION, "recipe": recipe, "inputs": inputs, "outputs": outputs}
+    inputs = {name: digest for record in filtered for name, digest in record["source_digests"].items()}
+    table: dict[str, Any] = {
+        "version": VERSION,
+        "recipe": config_to_dict(recipe),
+        "inputs": inputs,
+        "outputs": outputs,
+    }
     return table | {"digest": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()}
 
 
-def _publish(stage: Path, place: Path, folders: tuple[str, ...] | None) -> None:
-    """What a stage made under the name that it is known by, without copying it where the file system can."""
-    fresh = place.with_name(f".{place.name}.tmp")
+def _publish(stage: Path, target: Path, folders: tuple[str, ...]) -> None:
+    """Replace `target` by the given folders of a stage, as hard links where the file system supports them."""
+    fresh = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
-    for folder in folders or ("",):
+    for folder in folders:
         (fresh / folder).mkdir(parents=True, exist_ok=True)
         for path in sorted((stage / folder).iterdir()):
             if path.is_file():
                 link_file(path, fresh / folder / path.name)
-    shutil.rmtree(place, ignore_errors=True)
-    os.rename(fresh, place)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(fresh, target)
 
 
 @contextmanager
@@ -238,5 +286,5 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CorpusError(f"{out}: another build is at work there") from None
+            raise CorpusError(f"{out}: another build is running in this folder") from None
         yield

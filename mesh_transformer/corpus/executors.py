@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A stage's parts on a Ray cluster or on Slurm, by DataTrove's executors; whether all were made is for stages.py to see.
+"""Run the parts of a stage on a Ray cluster or on Slurm by DataTrove's executors; stages.py checks completeness.
 
-Every node must see the output folder, and the sources, under the same path. Slurm's executor submits and goes; here the
-job is waited for, and cancelled if the build is stopped. A job that outlived a killed build is cancelled by the next one.
+Every node must see the output folder and the sources under the same paths. DataTrove's Slurm executor only submits;
+this module waits for the job, and cancels it if the build is stopped. The next build cancels a job that outlived a
+killed build.
 """
 
 import logging
@@ -19,31 +20,31 @@ from datatrove.executor import SlurmPipelineExecutor
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.storage.atomic_files import replace_file
 
-GB_PER_TASK = 2  # that a node must have free for a part
+GB_PER_TASK = 2  # memory that a node must have free for a part
 POLL_SECONDS = 2.0
 
 
 class Slurm(NamedTuple):
-    """Where sbatch puts the parts."""
+    """Partition and options of sbatch."""
 
     partition: str
-    options: dict[str, str]  # further ones of sbatch, without --: time, account, qos, mem-per-cpu
+    options: dict[str, str]  # without --, for example time, account, qos, mem-per-cpu
 
 
 class _Job(SlurmPipelineExecutor):
-    """Without DataTrove's second job, which sums up logs and would wait for ever behind a part that failed."""
+    """Slurm executor without the second job that merges logs: it would wait forever after a failed part."""
 
     def launch_merge_stats(self) -> None:
-        """Nothing: our records are the sums."""
+        """Do nothing: the records of the parts hold the totals."""
 
 
 def run_on_ray(pipeline: list[Any], tasks: int, folder: Path, workers: int, address: str) -> None:
-    """At most `workers` parts at once on the cluster of this address; DataError where ray is not installed."""
+    """Run at most `workers` parts at once on the cluster at `address`; raise DataError if ray is not installed."""
     try:
         import ray
         from datatrove.executor import RayPipelineExecutor
     except ImportError:
-        raise DataError("--ray needs ray: pip install 'mesh-transformer[corpus,ray]'") from None
+        raise DataError("--ray requires the package ray: pip install 'mesh-transformer[corpus,ray]'") from None
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     RayPipelineExecutor(
@@ -52,10 +53,10 @@ def run_on_ray(pipeline: list[Any], tasks: int, folder: Path, workers: int, addr
 
 
 def run_on_slurm(pipeline: list[Any], tasks: int, folder: Path, workers: int, slurm: Slurm) -> None:
-    """A job array of at most `workers` parts at once, until it has ended; DataError if Slurm does not take it."""
-    note = folder / "slurm-job"
-    if note.is_file():
-        _cancel(note.read_text(encoding="utf-8"))
+    """Submit a job array of at most `workers` parts at once and wait for its end; raise DataError if it is refused."""
+    job_file = folder / "slurm-job"
+    if job_file.is_file():
+        _cancel(job_file.read_text(encoding="utf-8"))
     job = _Job(
         pipeline=pipeline,
         tasks=tasks,
@@ -72,24 +73,24 @@ def run_on_slurm(pipeline: list[Any], tasks: int, folder: Path, workers: int, sl
     try:
         job.launch_job()
     except FileNotFoundError:
-        raise DataError("--slurm: there is no sbatch here; start this on a machine that submits jobs") from None
+        raise DataError("--slurm: sbatch is not installed; run this command on a machine that can submit jobs") from None
     except subprocess.CalledProcessError as error:
-        raise DataError(f"--slurm: sbatch refused with status {error.returncode}; what it said is above") from None
-    if job.job_id == -1:  # nothing left to do
+        raise DataError(f"--slurm: sbatch failed with status {error.returncode}; its output is above") from None
+    if job.job_id == -1:  # all parts are complete
         return
     number = str(job.job_id)
-    replace_file(note, number.encode())
+    replace_file(job_file, number.encode())
     try:
-        while _is_there(number):
+        while _is_queued(number):
             time.sleep(POLL_SECONDS)
     except BaseException:
         _cancel(number)
         raise
-    note.unlink()
+    job_file.unlink()
 
 
-def _is_there(number: str) -> bool:
-    """Whether any part of a job waits or runs. That Slurm does not answer for a while says nothing."""
+def _is_queued(number: str) -> bool:
+    """Return whether any part of a job is waiting or running; True as well while Slurm does not respond."""
     environment = os.environ | {"LC_ALL": "C"}
     command = ["squeue", "--noheader", "--jobs", number, "--format", "%T"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -99,7 +100,7 @@ def _is_there(number: str) -> bool:
 
 
 def _cancel(number: str) -> None:
-    """End a job and wait until nothing of it runs, for its parts write the same files as the next one's."""
+    """Cancel a job and wait until it has ended, since the next job writes the same files."""
     subprocess.run(["scancel", number], capture_output=True, check=False)
-    while _is_there(number):
+    while _is_queued(number):
         time.sleep(POLL_SECONDS)

@@ -30,21 +30,21 @@ from mesh_transformer.corpus.quality import load_classifier
 from mesh_transformer.corpus.word_tokenizer import WORDS
 
 FilterFn = Callable[[Document], str]
-ADDRESS = 320  # characters of an e-mail address at most, 64 before the @
+ADDRESS = 320  # maximum characters of an e-mail address, 64 before the @
 
 
 def make_filters(recipe: r.Recipe, component: str, classifiers: dict[int, Path]) -> list[tuple[str, FilterFn]]:
-    """Name and function of every step that a component takes; `classifiers` has the model of each quality step."""
-    steps: list[tuple[str, FilterFn]] = []
-    if least := recipe.components[component].min_bytes:
-        steps.append(("min_bytes", _length(r.Length(kind="length", min_bytes=least), recipe, None)))
-    for place, step in r.steps_of(recipe, component):
-        steps.append((f"{place}-{step.kind}", FILTERS[step.kind](step, recipe, classifiers.get(place))))
-    return steps
+    """Return name and function of every filter of a component; `classifiers` has the models of the quality filters."""
+    filters: list[tuple[str, FilterFn]] = []
+    if min_bytes := recipe.components[component].min_bytes:
+        filters.append(("min_bytes", _length(r.LengthFilter(kind="length", min_bytes=min_bytes), recipe, None)))
+    for number, config in r.filters_for(recipe, component):
+        filters.append((f"{number}-{config.kind}", FILTERS[config.kind](config, recipe, classifiers.get(number))))
+    return filters
 
 
 def _from_filter(block: BaseFilter) -> FilterFn:
-    """A filter of DataTrove. Texts without a word divide by zero in some of them: such have nothing to judge by."""
+    """Wrap a filter of DataTrove. Texts without words are dropped first: some filters would divide by zero."""
 
     def apply(document: Document) -> str:
         if not WORDS.word_tokenize(document.text):
@@ -64,23 +64,27 @@ def _from_formatter(block: BaseFormatter) -> FilterFn:
     return apply
 
 
-def _mask_pii(step: r.MaskPII, recipe: r.Recipe, model: Path | None) -> FilterFn:
-    block = PIIFormatter(remove_emails=False)  # IP addresses, whose pattern is bounded
+def _mask_pii(config: r.MaskPIIFilter, recipe: r.Recipe, model: Path | None) -> FilterFn:
+    block = PIIFormatter(remove_emails=False)  # for IP addresses only: their pattern is fast
 
     def apply(document: Document) -> str:
-        text, pieces, done = document.text, [], 0
-        for start, end in _around_signs(text):
-            pieces += [text[done:start], block.emails_replacer.replace(text[start:end])]
+        text = document.text
+        spans: list[str] = []
+        done = 0
+        for start, end in _around_at_signs(text):
+            spans += [text[done:start], block.emails_replacer.replace(text[start:end])]
             done = end
-        document.text = block.format("".join([*pieces, text[done:]]) if pieces else text)
+        document.text = block.format("".join([*spans, text[done:]]) if spans else text)
         return ""
 
     return apply
 
 
-def _around_signs(text: str) -> Iterator[tuple[int, int]]:
-    """Spans around every @: DataTrove's pattern for e-mail takes the square of a run like a-a-a, which may be a megabyte."""
-    start, end, at = 0, -1, text.find("@")
+def _around_at_signs(text: str) -> Iterator[tuple[int, int]]:
+    """Yield merged spans around every @: DataTrove's e-mail pattern takes quadratic time on long runs like a-a-a."""
+    start = 0
+    end = -1
+    at = text.find("@")
     while at >= 0:
         if end < at - ADDRESS:
             if end > 0:
@@ -92,17 +96,17 @@ def _around_signs(text: str) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def _length(step: r.Length, recipe: r.Recipe, model: Path | None) -> FilterFn:
+def _length(config: r.LengthFilter, recipe: r.Recipe, model: Path | None) -> FilterFn:
     def apply(document: Document) -> str:
         size = len(document.text.encode())
-        if size < step.min_bytes:
-            return f"under {step.min_bytes} bytes"
-        return f"over {step.max_bytes} bytes" if step.max_bytes and size > step.max_bytes else ""
+        if size < config.min_bytes:
+            return f"under {config.min_bytes} bytes"
+        return f"over {config.max_bytes} bytes" if config.max_bytes and size > config.max_bytes else ""
 
     return apply
 
 
-def _language(step: r.Language, recipe: r.Recipe, model: Path | None) -> FilterFn:
+def _language(config: r.LanguageFilter, recipe: r.Recipe, model: Path | None) -> FilterFn:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
@@ -110,60 +114,74 @@ def _language(step: r.Language, recipe: r.Recipe, model: Path | None) -> FilterF
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
     def apply(document: Document) -> str:
-        language, score = identifier.classify(document.text[: step.characters])
+        language, score = identifier.classify(document.text[: config.characters])
         document.metadata["language"] = language
-        if step.keep and language not in step.keep:
+        if config.keep and language not in config.keep:
             return f"language {language}"
-        return f"language {language} below {step.min_score}" if score < step.min_score else ""
+        return f"language {language} below {config.min_score}" if score < config.min_score else ""
 
     return apply
 
 
-def _quality(step: r.Quality, recipe: r.Recipe, model: Path | None) -> FilterFn:
-    assert model is not None, "trained before documents are judged"
+def _quality(config: r.QualityFilter, recipe: r.Recipe, model: Path | None) -> FilterFn:
+    assert model is not None, "classifiers are trained before the filter stage"
     score = load_classifier(model)
 
     def apply(document: Document) -> str:
-        document.metadata["quality"] = round(value := score(document.text), 4)
-        draw = random.Random(xxhash.xxh3_64_intdigest(f"{recipe.corpus.seed}:quality:{document.id}".encode()))
-        # numpy's and the paper's Pareto begins at 0, Python's at 1
-        return "" if draw.paretovariate(step.alpha) - 1 > 1 - value else "low quality"
+        value = score(document.text)
+        document.metadata["quality"] = round(value, 4)
+        rng = random.Random(xxhash.xxh3_64_intdigest(f"{recipe.corpus.seed}:quality:{document.id}".encode()))
+        # The Pareto distribution of NumPy and of the paper starts at 0, that of Python at 1.
+        return "" if rng.paretovariate(config.alpha) - 1 > 1 - value else "low quality"
 
     return apply
 
 
-def _decontaminate(step: r.Decontaminate, recipe: r.Recipe, model: Path | None) -> FilterFn:
-    index = ContaminationIndex(step, {name: recipe.evaluation[name] for name in step.against})
-    return index.clean
+def _decontaminate(config: r.DecontaminateFilter, recipe: r.Recipe, model: Path | None) -> FilterFn:
+    index = ContaminationIndex(config, {name: recipe.evaluation[name] for name in config.against})
+    return index.decontaminate
 
 
-def _gopher_quality(step: r.GopherQuality, recipe: r.Recipe, model: Path | None) -> FilterFn:
+def _gopher_quality(config: r.GopherQualityFilter, recipe: r.Recipe, model: Path | None) -> FilterFn:
     return _from_filter(
         GopherQualityFilter(
-            min_doc_words=step.min_words,
-            max_doc_words=step.max_words,
-            min_stop_words=step.min_stop_words,
+            min_doc_words=config.min_words,
+            max_doc_words=config.max_words,
+            min_stop_words=config.min_stop_words,
             language=_WORDS,
         )
     )
 
 
-def _c4(step: r.C4, recipe: r.Recipe, model: Path | None) -> FilterFn:
+def _c4(config: r.C4Filter, recipe: r.Recipe, model: Path | None) -> FilterFn:
     block = C4QualityFilter(
-        min_num_sentences=step.min_sentences, filter_no_terminal_punct=step.needs_end_punctuation, language=_WORDS
+        min_num_sentences=config.min_sentences, filter_no_terminal_punct=config.needs_end_punctuation, language=_WORDS
     )
     return _from_filter(block)
 
 
-_WORDS: Any = WORDS  # DataTrove's blocks say that they take a language, and take a tokenizer as well
+def _repair(config: r.RepairFilter, recipe: r.Recipe, model: Path | None) -> FilterFn:
+    return _from_formatter(FTFYFormatter())
+
+
+def _gopher_repetition(config: r.GopherRepetitionFilter, recipe: r.Recipe, model: Path | None) -> FilterFn:
+    return _from_filter(GopherRepetitionFilter(language=_WORDS))
+
+
+def _fineweb(config: r.FineWebFilter, recipe: r.Recipe, model: Path | None) -> FilterFn:
+    return _from_filter(FineWebQualityFilter(language=_WORDS))
+
+
+_WORDS: Any = WORDS  # DataTrove's parameter is typed as a language name, but also accepts a tokenizer
+# Kind -> function of the filter's configuration, the recipe, and the model of a quality filter.
 FILTERS: dict[str, Callable[[Any, r.Recipe, Path | None], FilterFn]] = {
-    "repair": lambda step, recipe, model: _from_formatter(FTFYFormatter()),
+    "repair": _repair,
     "length": _length,
     "language": _language,
-    "gopher-repetition": lambda step, recipe, model: _from_filter(GopherRepetitionFilter(language=_WORDS)),
+    "gopher-repetition": _gopher_repetition,
     "gopher-quality": _gopher_quality,
     "c4": _c4,
-    "fineweb": lambda step, recipe, model: _from_filter(FineWebQualityFilter(language=_WORDS)),
+    "fineweb": _fineweb,
     "mask-pii": _mask_pii,
     "quality": _quality,
     "decontaminate": _decontaminate,

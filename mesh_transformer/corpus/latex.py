@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""LaTeX by pylatexenc, with plain text taken a run at a time where the library takes a token for every character.
+"""LaTeX to text by pylatexenc, with runs of plain text as single tokens, where the library makes one per character.
 
-The nodes are the library's own: its parser asks `get_token` for every token, and what this one does not know better it
-leaves to the library. That takes longer the longer a document is, for at every begin and end of an environment it copies
-all that follows.
+The nodes are those of the library: its parser calls `get_token` for every token, and this override handles plain text
+and environments only. The library's own method is slow on long documents because it copies the rest of the document at
+every begin and end of an environment.
 """
 
 import functools
@@ -14,18 +14,18 @@ from typing import Any
 
 from pylatexenc import latex2text, latexwalker
 
-logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # of damage in documents it would warn on the terminal
+logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # it would log damage in documents to the terminal
 
 _SPACE = re.compile(r"\s*")
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{([\w* ._-]+)\}")
-_MARKUP = "\\%{}$"  # begins a token of its own in whatever context
+_MARKUP = "\\%{}$"  # always begins a token of its own
 
 
 def nodes_to_text(source: str) -> str:
-    """Text of LaTeX source, formulas as they are written; pylatexenc's errors for what it cannot read."""
+    """Return the text of LaTeX source with formulas unchanged; raise pylatexenc's errors for invalid source."""
     nodes, _, _ = _RunWalker(source, latex_context=_context(), tolerant_parsing=True).get_latex_nodes()
     writer = latex2text.LatexNodes2Text(_text_context(), math_mode="verbatim", strict_latex_spaces=False)
-    return writer.nodelist_to_text(nodes)  # a new one each time, for it remembers the title
+    return writer.nodelist_to_text(nodes)  # a new instance each time, since it stores the title
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def _context() -> Any:
 
 @functools.cache
 def _text_context() -> Any:
-    """The library's own, but that no text has the date of the day on which it is read."""
+    """Return the default context, but with an empty \\today: the text must not depend on the date of the build."""
     context = latex2text.get_default_latex_context_db()
     macros = [latex2text.MacroTextSpec("today", ""), latex2text.MacroTextSpec("maketitle", _make_title)]
     context.add_context_category("undated", macros=macros, prepend=True)
@@ -43,14 +43,14 @@ def _text_context() -> Any:
 
 
 def _make_title(node: Any, l2tobj: Any) -> str:
-    """Of title, author and date what was given, a line each."""
+    """Return title, author and date as far as they are given, one per line."""
     found = [getattr(l2tobj, f"_doc_{name}", "") for name in ("title", "author", "date")]
     return "".join(f"{line}\n" for line in found if line) + "\n"
 
 
 @functools.cache
 def _run_pattern(braces: str) -> re.Pattern[str]:
-    """Characters, spaces and ends of paragraphs that are nothing but themselves, without the spaces behind them."""
+    """Match plain characters, spaces and paragraph breaks, without trailing spaces."""
     specials = {chars for category in _context().d.values() for chars in category["specials"]}
     own = re.escape(_MARKUP + braces)
     begins = re.escape("".join(sorted({chars[0] for chars in specials})))
@@ -60,7 +60,7 @@ def _run_pattern(braces: str) -> re.Pattern[str]:
 
 
 class _RunWalker(latexwalker.LatexWalker):
-    """The library's parser with quicker tokens."""
+    """The library's parser with faster tokenization."""
 
     def get_token(
         self,
@@ -70,13 +70,13 @@ class _RunWalker(latexwalker.LatexWalker):
         parsing_state: Any = None,
         **rest: Any,
     ) -> Any:
-        """The token from `pos` on. A run of plain characters is one, unless the caller is after an argument."""
+        """Return the token at `pos`. A run of plain characters is one token, unless the caller expects an argument."""
         if environments and not rest and parsing_state is not None and parsing_state.latex_context is _context():
             braces = "".join(char for pair in include_brace_chars or () for char in pair)
             if run := _run_pattern(braces).match(self.s, pos):
                 return latexwalker.LatexToken("char", run.group(), pos, run.end() - pos, "")
             space = _SPACE.match(self.s, pos)
-            assert space is not None, "it may be empty"
+            assert space is not None, "the pattern matches the empty string"
             found = _ENVIRONMENT.match(self.s, space.end())
             if found and "\n\n" not in space.group():
                 kind = f"{found[1]}_environment"

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Plain text of documents written in HTML, LaTeX, roff (manual pages), reStructuredText, Info and as e-mail."""
+"""Conversion of HTML, LaTeX, roff (manual pages), reStructuredText, Info and e-mail to plain text."""
 
 import email
 import email.policy
@@ -12,12 +12,12 @@ from mesh_transformer.data.errors import DataError, DocumentError
 
 
 def install_hint(module: str) -> DataError:
-    """What to say when an optional library is not there."""
-    return DataError(f"{module} is needed: pip install 'mesh-transformer[corpus]'")
+    """Return the error for a missing optional library."""
+    return DataError(f"{module} is not installed: pip install 'mesh-transformer[corpus]'")
 
 
 def html_to_text(page: str) -> str:
-    """Text that a reader would see, without menus, scripts and the rest of a page's frame; by resiliparse."""
+    """Return the main content of a page without menus and scripts, by resiliparse."""
     try:
         from resiliparse.extract.html2text import extract_plain_text
     except ImportError:
@@ -26,7 +26,7 @@ def html_to_text(page: str) -> str:
 
 
 def latex_to_text(source: str) -> str:
-    """Text of a LaTeX document; formulas stay as they are written. DocumentError for what pylatexenc cannot read."""
+    """Return the text of a LaTeX document with formulas unchanged; raise DocumentError if pylatexenc cannot parse it."""
     try:
         from pylatexenc.latexwalker import LatexWalkerError
 
@@ -38,12 +38,12 @@ def latex_to_text(source: str) -> str:
     try:
         text = nodes_to_text(body)
     except (LatexWalkerError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # what a missing argument leads to is not said
-        raise DocumentError("broken LaTeX", f"not LaTeX that can be read: {why}") from None
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # pylatexenc does not document its errors
+        raise DocumentError("broken LaTeX", f"LaTeX that cannot be parsed: {why}") from None
     return _squeeze(text)
 
 
-# What one escape of roff stands for; those of fonts, sizes and colours for nothing.
+# Text of roff escapes; those for fonts, sizes and colors are removed.
 _ROFF_NAMES = {
     "(em": "\u2014", "(en": "\u2013", "(hy": "-", "(aq": "'", "(dq": '"', "(lq": "\u201c", "(rq": "\u201d",
     "(oq": "\u2018", "(cq": "\u2019", "(bu": "\u2022", "(co": "\u00a9", "(rg": "\u00ae", "(tm": "\u2122",
@@ -68,7 +68,7 @@ _MDOC = {
 
 
 def man_to_text(source: str) -> str:
-    """Text of a manual page in the macros man or mdoc: headings, paragraphs and terms, without fonts and tables' frames."""
+    """Return the text of a manual page in the macros man or mdoc: headings, paragraphs and terms, without fonts."""
     lines: list[str] = []
     keep_lines, skip_until = False, ""
     for line in source.split("\n"):
@@ -123,7 +123,7 @@ def _expand_roff(match: re.Match[str]) -> str:
 
 
 def _fill(lines: list[str]) -> str:
-    """Paragraphs of words, where "\n" alone ends one and an empty line ends a line."""
+    """Join lines to paragraphs; an entry "\n" ends a paragraph and an empty entry ends a line."""
     paragraphs: list[list[str]] = [[]]
     for line in lines:
         if line == "\n":
@@ -146,20 +146,20 @@ _RST_SHOWN = re.compile(
 
 
 def rst_to_text(source: str) -> str:
-    """Text of reStructuredText: without comments, indexes and trees; roles, links and directives give their words."""
+    """Return the text of reStructuredText without comments, indexes and toctrees; roles and links become their words."""
     lines: list[str] = []
-    hidden: int | None = None  # indentation of the directive whose body is left out
+    skipped: int | None = None  # indentation of the directive whose body is skipped
     for line in source.split("\n"):
         indentation = len(line) - len(line.lstrip())
-        if hidden is not None:
-            if not line.strip() or indentation > hidden:
+        if skipped is not None:
+            if not line.strip() or indentation > skipped:
                 continue
-            hidden = None
+            skipped = None
         shown = _RST_SHOWN.match(line)
         if shown:
             line = line[:indentation] + line[shown.end() :]
         elif line.lstrip().startswith(".. ") or line.strip() == "..":
-            hidden = indentation
+            skipped = indentation
             continue
         elif re.match(r"^\s+:[\w-]+:(\s|$)", line):  # an option of a directive
             continue
@@ -168,19 +168,19 @@ def rst_to_text(source: str) -> str:
     return _squeeze("\n".join(lines))
 
 
-INFO_MARK = re.compile(rb"\0\x08\[[^\0]*\0\x08\]")  # around indexes and pictures
+INFO_MARK = re.compile(rb"\0\x08\[[^\0]*\0\x08\]")  # around indexes and images
 _INFO_MENU = re.compile(r"^\* .*?::?.*\n(?:[ \t]{8,}\S.*\n)*", re.MULTILINE)
 
 
 def info_to_text(source: str) -> str:
-    """Text of the nodes of an Info file, without their heads, menus and the tables of places."""
+    """Return the text of the nodes of an Info file without headers, menus and tag tables."""
     nodes = [node.lstrip("\n\f").partition("\n") for node in source.split("\x1f")]
     texts = [body for head, _, body in nodes if head.startswith("File: ")]
     return _squeeze("\n".join(_INFO_MENU.sub("", text.replace("* Menu:\n", "")) for text in texts) if texts else source)
 
 
 def mail_to_text(data: bytes) -> str:
-    """Subject and body of a message; of one in several forms the plain one. DocumentError if no part of it is text."""
+    """Return subject and body of a message, preferring plain text; raise DocumentError if no part is text."""
     message = email.message_from_bytes(data, policy=email.policy.default)
     assert isinstance(message, EmailMessage)
     try:
@@ -188,9 +188,9 @@ def mail_to_text(data: bytes) -> str:
         content = body.get_content() if body is not None else ""
         subject = str(message.get("subject", "") or "")
     except (LookupError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise DocumentError("broken mail", f"a message that cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise DocumentError("broken mail", f"message that cannot be parsed: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, str) or not content.strip():
-        raise DocumentError("no text", "a message without text")
+        raise DocumentError("no text", "message without text")
     if body is not None and body.get_content_type() == "text/html":
         content = html_to_text(content)
     return f"{subject}\n\n{content}".strip() + "\n"

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Documents between stages and at the end: JSON lines in .jsonl.zst, {"text", "id", "meta"}, a file whole or not at all."""
+"""Files of documents between stages and in the output: JSON lines {"text", "id", "meta"} in .jsonl.zst, written atomically."""
 
 import json
 import os
@@ -15,22 +15,24 @@ import zstandard
 from mesh_transformer.data.compression import read_chunks, split_lines
 from mesh_transformer.data.errors import DataError, DocumentError
 
-LEVEL = 3  # as The Pile has it
+LEVEL = 3  # of compression, as in The Pile
 
 
 class PartWriter:
-    """`with PartWriter(path) as part: part.add(text, id, meta)`; the file appears, durable, when the block ends well."""
+    """`with PartWriter(path) as part: part.add(text, id, meta)`; the file appears, durable, when the block succeeds."""
 
     def __init__(self, path: Path):
-        self.path, self.documents, self.bytes, self.digest = path, 0, 0, ""
+        self.path = path
+        self.documents = 0
+        self.bytes = 0  # of text
+        self.digest = ""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = path.with_name(f".{path.name}.tmp")  # always the same: the next try writes over it
+        self._temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: the next attempt overwrites it
         self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed in __exit__)
         self._zstd = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compressobj()
         self._hash = xxhash.xxh3_128()
 
     def add(self, text: str, name: str, meta: dict[str, Any]) -> None:
-        """One document."""
         line = json.dumps({"text": text, "id": name, "meta": meta}, ensure_ascii=False) + "\n"
         self.documents += 1
         self.bytes += len(text.encode())
@@ -60,24 +62,33 @@ class PartWriter:
             self._temporary.unlink(missing_ok=True)
 
     def describe(self) -> dict[str, Any]:
-        """Counts, size and digest, for the record of the stage."""
+        """Return counts, size and digest of the file, for the record of the stage."""
         size = self.path.stat().st_size
         return {"documents": self.documents, "bytes": self.bytes, "size": size, "digest": self.digest}
 
 
 def read_documents(path: Path) -> Iterator[dict[str, Any]]:
-    """What PartWriter wrote; DataError if the file is not whole."""
+    """Yield the documents of a file that PartWriter wrote; raise DataError if it is missing or truncated."""
     try:
         for line in split_lines(read_chunks(path, ".zst")):
             yield json.loads(line)
-    except DocumentError as flaw:
-        raise DataError(f"{path}: {flaw.detail}; remove it and build again") from None
+    except DocumentError as error:
+        raise DataError(f"{path}: {error.detail}; remove it and build again") from None
     except FileNotFoundError:
-        raise DataError(f"{path}: a part of the corpus is gone; build again") from None
+        raise DataError(f"{path}: a part of the corpus is missing; build again") from None
+
+
+def read_dropped(out: Path) -> Iterator[dict[str, Any]]:
+    """Yield the documents that the build in `out` dropped; "meta" has "component", "filter" and "reason"."""
+    for path in sorted((out / "work").glob("*/dropped/*.jsonl.zst")):
+        for record in read_documents(path):
+            # Version 1.0 wrote "step" instead of "filter".
+            meta = {"filter" if key == "step" else key: value for key, value in record["meta"].items()}
+            yield record | {"meta": meta}
 
 
 def digest_file(path: str | Path) -> str:
-    """xxh3 of a file's bytes, 32 hexadecimal digits."""
+    """Return the 128-bit xxh3 digest of a file's bytes as 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

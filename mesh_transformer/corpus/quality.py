@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The Pile's quality classifier: linear in word 2-grams, trained on own positives (appendix C and its code).
+"""The Pile's quality classifier: linear in word 2-grams, trained on components of the corpus (appendix C and its code).
 
-The Pile used fastText. Its Python package gave other bytes on the same text with one thread and a seed, and now and then
-stopped at a NaN; scikit-learn's logistic regression over hashed 1- and 2-grams is as linear, and repeatable.
+The Pile used fastText. Its Python package was not deterministic, even with one thread and a fixed seed, and sometimes
+stopped at a NaN. Logistic regression of scikit-learn over hashed 1- and 2-grams is linear as well, and deterministic.
 """
 
 import random
@@ -19,13 +19,15 @@ from mesh_transformer.corpus.markup import install_hint
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.storage.atomic_files import replace_file
 
-CHARACTERS, LAST = 4000, 1500  # of the first so many characters, the last so many are looked at
-SHORTEST = 100  # shorter training lines are left out
-FEATURES = 1 << 18  # that 1- and 2-grams of words are hashed to
+# The classifier sees the last VIEW_CHARACTERS of the first PREFIX_CHARACTERS.
+PREFIX_CHARACTERS = 4000
+VIEW_CHARACTERS = 1500
+MIN_CHARACTERS = 100  # shorter training texts are left out
+FEATURES = 1 << 18  # buckets of the hashed 1- and 2-grams
 
 
 def _view(text: str) -> str:
-    return " ".join(text[:CHARACTERS][-LAST:].split())
+    return " ".join(text[:PREFIX_CHARACTERS][-VIEW_CHARACTERS:].split())
 
 
 def _vectorizer() -> Any:
@@ -36,41 +38,45 @@ def _vectorizer() -> Any:
     return HashingVectorizer(ngram_range=(1, 2), n_features=FEATURES, alternate_sign=False, norm="l2")
 
 
-def sample_texts(texts: Iterable[tuple[str, str]], count: int, seed: int) -> list[str]:
-    """At most `count` of (name, text), drawn evenly however many there are, the same ones for the same seed."""
-    draw = random.Random(xxhash.xxh3_64_intdigest(f"{seed}:sample".encode()))
-    kept: list[str] = []
-    for number, (_, text) in enumerate(texts):
-        if len(kept) < count:
-            kept.append(_view(text))
-        elif (place := draw.randrange(number + 1)) < count:
-            kept[place] = _view(text)
-    return kept
+def sample_texts(texts: Iterable[str], count: int, seed: int) -> list[str]:
+    """Return a uniform sample of at most `count` texts (reservoir sampling), the same for the same seed."""
+    rng = random.Random(xxhash.xxh3_64_intdigest(f"{seed}:sample".encode()))
+    sampled: list[str] = []
+    for number, text in enumerate(texts):
+        if len(sampled) < count:
+            sampled.append(_view(text))
+        elif (index := rng.randrange(number + 1)) < count:
+            sampled[index] = _view(text)
+    return sampled
 
 
 def train_classifier(positives: list[str], negatives: list[str], path: Path, seed: int) -> None:
-    """A model in `path`, whole or not at all; DataError if either side has too little."""
+    """Write a model to `path` atomically; raise DataError if a class has too few texts."""
     vectorizer = _vectorizer()
     from sklearn.linear_model import LogisticRegression
 
-    sides = [[text for text in texts if len(text) >= SHORTEST] for texts in (negatives, positives)]
-    for texts, what in zip(sides, ("negatives", "positives"), strict=True):
+    classes = [[text for text in texts if len(text) >= MIN_CHARACTERS] for texts in (negatives, positives)]
+    for texts, name in zip(classes, ("negatives", "positives"), strict=True):
         if len(texts) < 10:
-            raise DataError(f"quality: fewer than 10 {what} of {SHORTEST} characters to train on; add components to it")
-    labels = np.repeat([0, 1], [len(texts) for texts in sides])
+            raise DataError(
+                f"quality filter: {len(texts)} {name} of at least {MIN_CHARACTERS} characters, 10 are required; "
+                f"add components to {name}"
+            )
+    labels = np.repeat([0, 1], [len(texts) for texts in classes])
     model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=200, random_state=seed)
-    model.fit(vectorizer.transform(sides[0] + sides[1]), labels)
+    model.fit(vectorizer.transform(classes[0] + classes[1]), labels)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = np.append(np.ravel(model.coef_), np.ravel(model.intercept_)).astype(np.float32)  # [features + 1]
     replace_file(path, weights.tobytes())
 
 
 def load_classifier(path: Path) -> Callable[[str], float]:
-    """A function from a text to the probability that it is like the positives."""
-    vectorizer, weights = _vectorizer(), np.fromfile(path, np.float32)
+    """Return a function from a text to the probability that it belongs to the positives."""
+    vectorizer = _vectorizer()
+    weights = np.fromfile(path, np.float32)
 
     def score(text: str) -> float:
-        row = vectorizer.transform([_view(text)])
-        return float(scipy.special.expit(row.data @ weights[row.indices] + weights[-1]))
+        features = vectorizer.transform([_view(text)])
+        return float(scipy.special.expit(features.data @ weights[features.indices] + weights[-1]))
 
     return score

@@ -1,87 +1,87 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a corpus is made of: one TOML file with its components, steps, duplicates, mixture and tokens, read strictly."""
+"""Schema of a corpus recipe: one TOML file with components, filters, deduplication, mixture and tokenizer, checked strictly."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from mesh_transformer.config import ConfigError, check_table, config_to_dict, read_toml
 from mesh_transformer.config.field_types import STRICT, NonNegative, Positive, Rate
+from mesh_transformer.corpus.renamed import refuse_renamed, stored_field, to_stored_names, translate_stored
 
-Kind = Literal["text", "source", "jsonl", "parquet", "warc", "mbox", "latex", "html", "man", "rst", "info"]
+Kind = Literal["text", "code", "jsonl", "parquet", "warc", "mbox", "latex", "html", "man", "rst", "info"]
 Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CorpusConfig:
-    """The whole."""
+    """Settings of the corpus as a whole."""
 
     name: str
-    about: str = ""  # for whom and what it was made; the first answer of its datasheet
-    seed: NonNegative = 0  # of the order, of fractional epochs and of sampling by quality
-    part_mb: Positive = 32  # of source files in one part, which is the unit of work and of going on after a stop
-    # A longer text, or line of JSON, is left out and counted; a step may hold 61 bytes of memory for each of its bytes.
+    about: str = ""  # purpose and audience; the first answer of the datasheet
+    seed: NonNegative = 0  # of the shuffle, of fractional epochs and of sampling by quality
+    part_mb: Positive = 32  # source files in one part, the unit of work and of resuming
+    # A longer text, or line of JSON, is skipped and counted; a filter may need 61 bytes of memory per byte of text.
     max_document_mb: Positive = 10
-    on_bad_document: Literal["skip", "error"] = "skip"  # damage is counted with file and line, or stops the build
-    gaps: Names = ()  # what is known to be missing or one-sided, for the datasheet
+    on_bad_document: Literal["skip", "error"] = "skip"  # skip: count damage with file and line; error: stop the build
+    gaps: Names = ()  # known omissions and biases, for the datasheet
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PublishedConfig:
-    """What a paper says of a component, to lay beside what was built."""
+    """Figures that a paper reports for a component, shown next to those of the build."""
 
     raw_gib: Rate
-    weight: Rate  # per cent of the mixture
+    weight: Rate  # percent of the mixture
     epochs: Rate
-    mean_kib: Rate  # of a document
+    mean_kib: Rate  # mean document size
     documents: Positive
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ComponentConfig:
-    """One source of documents."""
+    """One collection of source files."""
 
-    kind: Kind  # a row of sources.py: how a file becomes documents
+    kind: Kind  # how a file becomes documents: a row of KINDS in sources.py
     paths: Names = Field(min_length=1)  # files, folders, patterns ("/usr/share/doc/**/changelog*.gz"), "python-stdlib"
-    exclude: Names = ()  # patterns of whole paths that are left out
-    licence: str
+    exclude: Names = ()  # patterns of full paths to leave out
+    license: str
     consent: str = ""  # whether authors and hosts agreed, as far as is known
-    origin: str = ""  # where a user gets it today, or that it can no longer be had
-    optional: bool = False  # without any file it is left out, and said to be; otherwise that is an error
+    origin: str = ""  # where to download it today, or that it is no longer available
+    optional: bool = False  # true: a component without files is reported and left out instead of being an error
     text_key: str = "text"  # field or column of JSON lines and Parquet
-    encoding: str = ""  # of text files that are not UTF-8, for example "latin-1"; empty: they are damaged
-    pieces_kb: NonNegative = (
-        0  # files with a longer text are cut between paragraphs into documents of this size; 0: never
-    )
-    min_bytes: NonNegative = 0  # a shorter document is left out
-    epochs: Rate = 1.0  # copies of every document in the mixture; a fraction copies this share of them once more
+    encoding: str = ""  # of text files that are not UTF-8, for example "latin-1"; empty: such files are skipped
+    chunk_kb: NonNegative = 0  # split longer files between paragraphs into documents of this size; 0: never
+    min_bytes: NonNegative = 0  # a shorter document is dropped
+    epochs: Rate = 1.0  # copies of every document in the mixture; a fraction is the share of documents copied once more
     weight: Rate | None = None  # instead of epochs: share of mixture.bytes, relative to the other weights
     published: PublishedConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FilterConfig:
-    """What every step of [[steps]] has; steps are taken in the order of the file."""
+    """Fields common to all entries of [[filters]]; filters run in the order of the file."""
 
-    components: Names = ()  # only these; empty: all
-    without: Names = ()  # all but these
+    components: Names = ()  # run on these only; empty: on all
+    exclude_components: Names = ()  # do not run on these
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Repair(FilterConfig):
-    """Mojibake, control characters and the like, by ftfy with DataTrove's settings."""
+class RepairFilter(FilterConfig):
+    """Repair mojibake, control characters and the like by ftfy with DataTrove's options."""
 
     kind: Literal["repair"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Length(FilterConfig):
-    """Bytes of a document."""
+class LengthFilter(FilterConfig):
+    """Drop documents by their size in bytes."""
 
     kind: Literal["length"]
     min_bytes: NonNegative = 1
@@ -89,25 +89,25 @@ class Length(FilterConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Language(FilterConfig):
-    """Language of a document by py3langid, from its first characters."""
+class LanguageFilter(FilterConfig):
+    """Identify the language of a document from its first characters by py3langid, and drop other languages."""
 
     kind: Literal["language"]
-    keep: Names = ()  # ISO 639-1; empty: all are kept and only counted
+    keep: Names = ()  # ISO 639-1 codes; empty: keep all languages and only count them
     min_score: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    characters: Positive = 2000  # that are looked at
+    characters: Positive = 2000  # characters that the classifier gets
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class GopherRepetition(FilterConfig):
-    """Repeated lines, paragraphs and n-grams: Gopher, table A1, by DataTrove."""
+class GopherRepetitionFilter(FilterConfig):
+    """Drop documents with repeated lines, paragraphs and n-grams (Gopher, table A1), by DataTrove."""
 
     kind: Literal["gopher-repetition"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class GopherQuality(FilterConfig):
-    """Words, symbols, bullets, ellipses and stop words: Gopher, appendix A1.1, by DataTrove."""
+class GopherQualityFilter(FilterConfig):
+    """Drop documents by words, symbols, bullets, ellipses and stop words (Gopher, appendix A1.1), by DataTrove."""
 
     kind: Literal["gopher-quality"]
     min_words: NonNegative = 50
@@ -116,8 +116,8 @@ class GopherQuality(FilterConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class C4(FilterConfig):
-    """Lines without an end, too few sentences, braces: the rules of C4, by DataTrove."""
+class C4Filter(FilterConfig):
+    """Apply the rules of C4 by DataTrove: lines without end punctuation, too few sentences, braces."""
 
     kind: Literal["c4"]
     min_sentences: Annotated[int, Field(ge=-1)] = 5
@@ -125,50 +125,61 @@ class C4(FilterConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class FineWeb(FilterConfig):
-    """Short lines, missing punctuation, lists: the rules of FineWeb, by DataTrove."""
+class FineWebFilter(FilterConfig):
+    """Apply the rules of FineWeb by DataTrove: short lines, missing punctuation, lists."""
 
     kind: Literal["fineweb"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MaskPII(FilterConfig):
-    """E-mail and public IP addresses become examples of such, by DataTrove."""
+class MaskPIIFilter(FilterConfig):
+    """Replace e-mail and public IP addresses by placeholders, by DataTrove."""
 
     kind: Literal["mask-pii"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Quality(FilterConfig):
-    """A classifier trained on own positives; kept if a Pareto draw exceeds 1 - score (The Pile, appendix C)."""
+class QualityFilter(FilterConfig):
+    """Keep a document if a Pareto sample exceeds 1 - its classifier score (The Pile, appendix C)."""
 
     kind: Literal["quality"]
-    positives: Names  # components whose documents are what is wanted
-    negatives: Names  # components as they are before any step
-    documents: Positive = 10_000  # at most so many of either
+    positives: Names  # components whose unfiltered documents are examples of good text
+    negatives: Names  # components whose unfiltered documents are the other class
+    documents: Positive = 10_000  # maximum number of training documents of each class
     alpha: Rate = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Decontaminate(FilterConfig):
-    """Overlap of n-grams of words with evaluation sets (GPT-3, appendix C)."""
+class DecontaminateFilter(FilterConfig):
+    """Remove text that shares word n-grams with evaluation sets (GPT-3, appendix C)."""
 
     kind: Literal["decontaminate"]
-    against: Names  # of [evaluation]
-    n_gram: Positive = 13
-    action: Literal["cut", "drop"] = "cut"  # cut: the n-gram and `margin` characters around it; or the whole document
+    against: Names  # names of [evaluation] sections
+    n_gram: Positive = 13  # words
+    action: Literal["cut", "drop"] = "cut"  # cut: the n-gram and `margin` characters on each side; drop: the document
     margin: NonNegative = 200
-    min_piece: NonNegative = 200  # characters; a shorter rest between two cuts goes as well
+    min_fragment: NonNegative = 200  # characters; a shorter fragment between two cuts is removed as well
     max_cuts: Positive = 10  # a document with more is dropped
-    common: Positive = 10  # an n-gram in more documents of the evaluation sets than this is no sign of them
+    max_ngram_documents: Positive = 10  # an n-gram in more evaluation documents is ignored as a common phrase
 
 
-Step = Repair | Length | Language | GopherRepetition | GopherQuality | C4 | FineWeb | MaskPII | Quality | Decontaminate
+Filter = (
+    RepairFilter
+    | LengthFilter
+    | LanguageFilter
+    | GopherRepetitionFilter
+    | GopherQualityFilter
+    | C4Filter
+    | FineWebFilter
+    | MaskPIIFilter
+    | QualityFilter
+    | DecontaminateFilter
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluationConfig:
-    """Texts that a model will be tested on."""
+    """An evaluation set that training text must not contain."""
 
     path: str  # text or JSON lines
     text_keys: Names = ("text",)  # fields of JSON lines that are joined
@@ -176,76 +187,76 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class HeldoutConfig:
-    """Documents kept from training, drawn by a hash of their names before anything else is done."""
+    """Held-out documents, selected by a hash of their names before any other stage."""
 
     one_in: NonNegative = 1000  # 0: none
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DuplicatesConfig:
-    """Documents that are there already: the first in the order of the file's components stays, held-out ones before all."""
+    """Deduplication: held-out documents are retained first, then the first in the order of the components."""
 
-    exact: bool = True  # same text but for case and spaces
-    # near: MinHash with bands x rows hashes; pile: 3 x 3 of its 10 hashes, the best cut at 0.5 as datasketch takes it
-    near: Literal["none", "pile", "fineweb", "own"] = "fineweb"
-    bands: Positive = 14  # of "own"
-    rows: Positive = 8
+    exact: bool = True  # same text except for case and spaces
+    # MinHash with bands x rows hashes; pile: 3 x 3 of its 10 hashes, the best split at 0.5 as datasketch chooses it
+    near: Literal["none", "pile", "fineweb", "custom"] = "fineweb"
+    bands: Positive = 14  # of near = "custom"
+    rows: Positive = 8  # of near = "custom": hashes in a band
     n_gram: Positive = 5  # words in a shingle
-    across: bool = True  # also between components; false: only inside each
-    components: Names = ()  # only these lose documents, but for what is held out elsewhere; empty: all
+    across_components: bool = True  # false: only within each component
+    components: Names = ()  # only these lose documents, except for text held out elsewhere; empty: all
 
     @property
     def bands_and_rows(self) -> tuple[int, int]:
-        """Bands, and hashes in each."""
-        return {"none": (0, 0), "pile": (3, 3), "fineweb": (14, 8), "own": (self.bands, self.rows)}[self.near]
+        """Number of bands, and hashes in each."""
+        return {"none": (0, 0), "pile": (3, 3), "fineweb": (14, 8), "custom": (self.bands, self.rows)}[self.near]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LinesConfig:
-    """Lines that recur in many documents: menus, licence headers."""
+    """Removal of lines that recur in many documents, such as menus and license headers."""
 
-    min_documents: NonNegative = 0  # a line in at least so many documents of training is cut from all; 0: off
-    min_characters: Positive = 30  # shorter lines stay
+    min_documents: NonNegative = 0  # a line in at least this many training documents is removed from all; 0: disabled
+    min_characters: Positive = 30  # shorter lines are retained
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MixtureConfig:
-    """How much of each component."""
+    """Size of the training mixture."""
 
-    bytes: Positive | None = None  # of text in the mixture; needed where components have weights
-    max_epochs: Rate = 4.0  # a weight that needs more passes over its component cannot be met
+    bytes: Positive | None = None  # of text; required where components have weights
+    max_epochs: Rate = 4.0  # limit on the epochs that a weight may require
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TokensConfig:
-    """What is written for training."""
+    """Tokenizer of the training shards."""
 
     tokenizer: str = "bytes"  # "bytes", or a tokenizer.json or its folder
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DatasheetConfig:
-    """Answers that only who makes the corpus can give; the datasheet says which of them are not given."""
+    """Answers that only the author of a corpus can give; the datasheet lists those that are missing."""
 
     made_by: str = ""
     paid_by: str = ""
     timeframe: str = ""  # of the texts, and of collecting them
-    people: str = ""  # who is named or can be recognised, what is sensitive in it
-    review: str = ""  # ethical review, what it may do to those who wrote or are named
+    people: str = ""  # who is named or identifiable, and which information is sensitive
+    review: str = ""  # ethical review, and effects on authors and on people who are named
     used_for: str = ""
     not_for: str = ""
-    given_to: str = ""  # who gets it, how and under which terms
-    kept_by: str = ""  # whom to ask, how mistakes are mended, whether there will be other versions
+    given_to: str = ""  # who receives it, how and under which terms
+    kept_by: str = ""  # contact, how errors are corrected, whether there will be other versions
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
-    """A corpus."""
+    """Complete description of a corpus."""
 
     corpus: CorpusConfig
     components: dict[str, ComponentConfig] = Field(min_length=1)
     heldout: HeldoutConfig = Field(default_factory=HeldoutConfig)
-    steps: tuple[Annotated[Step, Field(discriminator="kind")], ...] = ()
+    filters: tuple[Annotated[Filter, Field(discriminator="kind")], ...] = ()
     evaluation: dict[str, EvaluationConfig] = Field(default_factory=dict)
     duplicates: DuplicatesConfig = Field(default_factory=DuplicatesConfig)
     lines: LinesConfig = Field(default_factory=LinesConfig)
@@ -255,89 +266,118 @@ class Recipe:
 
     @model_validator(mode="after")
     def check(self) -> "Recipe":
-        """Names that point nowhere, and weights without a sum; raises ValueError with the remedy."""
+        """Raise ValueError for undeclared names and for inconsistent weights."""
         for name in self.components:
             if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"components.{name}: a name is letters, digits, - and _, for files are named after it")
-        for place, step in enumerate(self.steps):
-            for field, known in _names(step, self):
-                for name in getattr(step, field):
-                    if name not in known:
-                        there = ", ".join(known) or "none"
-                        raise ValueError(f"steps.{place}.{field}: {name!r} is not declared; there are: {there}")
-        if unknown := [name for name in self.duplicates.components if name not in self.components]:
-            there = ", ".join(self.components)
-            raise ValueError(f"duplicates.components: {unknown[0]!r} is not declared; there are: {there}")
-        several = ("jsonl", "parquet", "warc", "mbox")
-        if uncut := [name for name, one in self.components.items() if one.pieces_kb and one.kind in several]:
-            raise ValueError(
-                f"components.{uncut[0]}.pieces_kb: files of this kind are many documents already; take it out"
-            )
+                raise ValueError(
+                    f"components.{name}: invalid name; use letters, digits, - and _, since files are named after it"
+                )
+        for number, config in enumerate(self.filters):
+            for field, declared in _referenced_names(config, self):
+                for name in getattr(config, field):
+                    _check_declared(f"filters.{number}.{field}", name, declared)
+        for name in self.duplicates.components:
+            _check_declared("duplicates.components", name, list(self.components))
+        for name, component in self.components.items():
+            if component.chunk_kb and component.kind in ("jsonl", "parquet", "warc", "mbox"):
+                raise ValueError(
+                    f"components.{name}.chunk_kb: files of kind {component.kind} already hold many documents; remove it"
+                )
         weighted = [name for name, component in self.components.items() if component.weight is not None]
         if weighted and len(weighted) < len(self.components):
             missing = next(name for name in self.components if name not in weighted)
-            raise ValueError(f"components.{missing} has no weight, but components.{weighted[0]} has; give all or none")
+            raise ValueError(
+                f"components.{missing} has no weight, but components.{weighted[0]} has; set weights on all or none"
+            )
         if bool(weighted) != (self.mixture.bytes is not None):
-            raise ValueError("weights share out mixture.bytes: set both, or neither and let epochs decide")
+            raise ValueError("weights divide mixture.bytes: set both, or neither to use epochs")
         return self
 
 
-def _names(step: Step, recipe: Recipe) -> list[tuple[str, list[str]]]:
-    """Fields of a step that hold names, and the names that there are."""
-    components = [("components", list(recipe.components)), ("without", list(recipe.components))]
-    if isinstance(step, Quality):
-        components += [("positives", list(recipe.components)), ("negatives", list(recipe.components))]
-    if isinstance(step, Decontaminate):
-        components += [("against", list(recipe.evaluation))]
-    return components
+def _check_declared(field: str, name: str, declared: list[str]) -> None:
+    if name not in declared:
+        raise ValueError(f"{field}: {name!r} is not declared; declared: {', '.join(declared) or 'none'}")
+
+
+def _referenced_names(config: Filter, recipe: Recipe) -> list[tuple[str, list[str]]]:
+    """Return the fields of a filter that refer to other sections, with the names declared there."""
+    components = list(recipe.components)
+    fields = [("components", components), ("exclude_components", components)]
+    if isinstance(config, QualityFilter):
+        fields += [("positives", components), ("negatives", components)]
+    if isinstance(config, DecontaminateFilter):
+        fields += [("against", list(recipe.evaluation))]
+    return fields
 
 
 def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
-    """The corpus that a file describes, with "section.field=value" merged in; ConfigError with a line per mistake."""
+    """Read a recipe file and merge in "section.field=value" overrides; raise ConfigError with a line per mistake."""
     path = Path(path)
-    return check_table(Recipe, read_toml(path, overrides), where=str(path))
+    table = read_toml(path, overrides)
+    refuse_renamed(table, where=str(path))
+    return check_table(Recipe, table, where=str(path))
 
 
-def steps_of(recipe: Recipe, component: str) -> list[tuple[int, Step]]:
-    """Number and settings of every step that a component takes."""
+def load_stored_recipe(table: Mapping[str, Any], where: str) -> Recipe:
+    """Return the recipe stored with a corpus, also by an earlier version."""
+    return check_table(Recipe, translate_stored(table), where=where)
+
+
+def filters_for(recipe: Recipe, component: str) -> list[tuple[int, Filter]]:
+    """Return number and configuration of every filter that runs on a component."""
     return [
-        (place, step)
-        for place, step in enumerate(recipe.steps)
-        if (not step.components or component in step.components) and component not in step.without
+        (number, config)
+        for number, config in enumerate(recipe.filters)
+        if (not config.components or component in config.components) and component not in config.exclude_components
     ]
 
 
 def resolve_epochs(recipe: Recipe, sizes: dict[str, int]) -> dict[str, float]:
-    """Passes over every component, given the bytes of its training text; ConfigError where a weight cannot be met."""
+    """Return the epochs of every component, given the bytes of its training text.
+
+    Raises ConfigError if a weight needs more than mixture.max_epochs.
+    """
     if recipe.mixture.bytes is None:
         return {name: recipe.components[name].epochs for name in sizes}
     weights = {name: recipe.components[name].weight or 0.0 for name in sizes}
     epochs = {}
     for name, size in sizes.items():
-        wanted = weights[name] / math.fsum(weights.values()) * recipe.mixture.bytes
-        epochs[name] = wanted / size
+        target = weights[name] / math.fsum(weights.values()) * recipe.mixture.bytes
+        epochs[name] = target / size
         if epochs[name] > recipe.mixture.max_epochs:
             raise ConfigError(
-                f"components.{name}.weight = {weights[name]} asks for {wanted / 1e6:.1f} MB, but {size / 1e6:.1f} MB "
-                f"are left of it: {epochs[name]:.1f} passes, more than mixture.max_epochs = {recipe.mixture.max_epochs}; "
-                "lower the weight or mixture.bytes, or add sources"
+                f"components.{name}.weight = {weights[name]} requires {target / 1e6:.1f} MB, but only {size / 1e6:.1f} MB "
+                f"remain after filtering: {epochs[name]:.1f} epochs, more than mixture.max_epochs = "
+                f"{recipe.mixture.max_epochs}; lower the weight or mixture.bytes, or add sources"
             )
     return epochs
 
 
-def subset(recipe: Recipe, *sections: str) -> dict:
-    """The plain values of some sections, for what depends on these alone."""
+def section_tables(recipe: Recipe, *sections: str) -> dict[str, Any]:
+    """Return the plain values of some sections, to identify stages that depend on these sections only."""
     table = config_to_dict(recipe)
     known = {field.name for field in dataclasses.fields(Recipe)}
     assert set(sections) <= known, sections
     return {section: table.get(section) for section in sections}
 
 
-def text_settings(recipe: Recipe) -> dict:
-    """What the text of documents depends on: not on what is said of them, nor on how many copies the mixture has."""
-    said = ("name", "about", "gaps", "licence", "consent", "origin", "optional", "published", "epochs", "weight")
-    tables = subset(recipe, "corpus", "components", "heldout", "steps", "evaluation")
+def text_tables(recipe: Recipe) -> dict[str, Any]:
+    """Return the values that the filtered text depends on, by the names of version 1.0.
+
+    Descriptions of the sources and the numbers of copies in the mixture are left out.
+    """
+    descriptive = ("name", "about", "gaps", "license", "consent", "origin", "optional", "published", "epochs", "weight")
+    tables = section_tables(recipe, "corpus", "components", "heldout", "filters", "evaluation")
     for table in (tables["corpus"], *tables["components"].values()):
-        for field in said:
+        for field in descriptive:
             table.pop(field, None)
-    return tables
+    return to_stored_names(tables)
+
+
+def identify_filter(config: Filter) -> str:
+    """Return the values of a filter as one string, by the names of version 1.0."""
+    fields = (
+        f"{stored_field('filters.*', field.name)}={getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+    )
+    return f"{type(config).__name__.removesuffix('Filter')}({', '.join(fields)})"

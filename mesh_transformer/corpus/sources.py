@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a component, cut into parts, and the documents in them; damage is counted with file and line.
+"""Source files of a component, grouped into parts, and the documents in them; damage is counted with file and line.
 
-A new kind of source is a function from a file to its texts, and a row in KINDS.
+To add a kind of source, write a function from a file to its texts and add it to KINDS.
 """
 
 import fnmatch
@@ -27,35 +27,35 @@ MB = 1_000_000
 _COMPRESSED = {".gz": ".gz", ".dz": ".gz", ".zst": ".zst"}  # .dz: dictzip, which is gzip
 _LINES = (".jsonl", ".ndjson", ".json")
 
-Item = tuple[int | None, str | DocumentError]  # line, row or number of a message or page; its text or what is wrong with it
+Item = tuple[int | None, str | DocumentError]  # number of the line, row, message or page; its text or its error
 
 
 class SourceFile(NamedTuple):
-    """A file as it was when the build began."""
+    """State of a file at the start of the build."""
 
     path: str
     size: int
-    changed: int  # ns; -1 of a link that leads nowhere
+    changed: int  # modification time in ns; -1: a broken link
 
 
 class Part(NamedTuple):
-    """Files of one component that are worked on together."""
+    """Files of one component that are processed together."""
 
     component: str
     files: tuple[SourceFile, ...]
 
 
-class Reading:
-    """What one part's reading came to, besides its documents."""
+class ReadStats:
+    """Skipped documents, decoded files and file digests of one part."""
 
     def __init__(self) -> None:
         self.bad = SkippedDocuments()
-        self.decoded: Counter[str] = Counter()  # files that were in another encoding
+        self.decoded: Counter[str] = Counter()  # encoding -> files decoded from it
         self.digests: dict[str, str] = {}
 
 
 def find_parts(recipe: Recipe) -> tuple[list[Part], list[str]]:
-    """Parts of all components in the order of the recipe, and names of optional components without files.
+    """Return the parts of all components in the order of the recipe, and the optional components without files.
 
     Raises DataError for a component without files, and for a file in two components.
     """
@@ -69,12 +69,12 @@ def find_parts(recipe: Recipe) -> tuple[list[Part], list[str]]:
         for file in files:
             if file.path in owners:
                 raise DataError(
-                    f"{file.path} is in components {owners[file.path]} and {name}; exclude it from one of them"
+                    f"{file.path} is in the components {owners[file.path]} and {name}; exclude it from one of them"
                 )
             owners[file.path] = name
         parts += [Part(name, tuple(group)) for group in _group(files, recipe.corpus.part_mb * MB)]
     if not parts:
-        raise DataError("no component has any file; see origin of each for where to get it")
+        raise DataError("no component has any files; the field `origin` of each states where to download them")
     return parts, missing
 
 
@@ -82,7 +82,7 @@ def _find_files(name: str, component: ComponentConfig) -> list[SourceFile]:
     found: dict[str, SourceFile] = {}
     for pattern in component.paths:
         for path in sorted(_expand(name, component, pattern)):
-            real = os.path.realpath(path)  # a file that is there twice by links is one file
+            real = os.path.realpath(path)  # a file reached through two links counts once
             if real not in found and not any(fnmatch.fnmatch(path, one) for one in component.exclude):
                 if os.path.exists(path):
                     status = os.stat(path)
@@ -90,8 +90,10 @@ def _find_files(name: str, component: ComponentConfig) -> list[SourceFile]:
                 else:
                     found[real] = SourceFile(path, 0, -1)
     if not found and not component.optional:
-        where = f"; where to get it: {component.origin}" if component.origin else ""
-        raise DataError(f"component {name}: no file in {', '.join(component.paths)}{where}; or set its optional = true")
+        raise DataError(
+            f"component {name}: no files match {', '.join(component.paths)}{_origin(component)}; "
+            "or set its optional = true"
+        )
     return list(found.values())
 
 
@@ -103,8 +105,11 @@ def _expand(name: str, component: ComponentConfig, pattern: str) -> list[str]:
     except DataError as error:
         if component.optional:
             return []
-        where = f"; where to get it: {component.origin}" if component.origin else ""
-        raise DataError(f"component {name}: {error}{where}") from None
+        raise DataError(f"component {name}: {error}{_origin(component)}") from None
+
+
+def _origin(component: ComponentConfig) -> str:
+    return f"; origin: {component.origin}" if component.origin else ""
 
 
 def _group(files: list[SourceFile], size: int) -> Iterator[list[SourceFile]]:
@@ -120,113 +125,116 @@ def _group(files: list[SourceFile], size: int) -> Iterator[list[SourceFile]]:
         yield group
 
 
-def read_part(part: Part, recipe: Recipe, reading: Reading) -> Iterator[Document]:
-    """Documents of a part, named by file and place; `reading` gets what was left out, and digests of the files.
+def read_part(part: Part, recipe: Recipe, stats: ReadStats) -> Iterator[Document]:
+    """Yield the documents of a part, named by file and number; record skipped documents and file digests in `stats`.
 
-    Raises DataError for a file that is no longer as it was, and at damage if the recipe wants that.
+    Raises DataError for a file that changed during the build, and for damage if corpus.on_bad_document = "error".
     """
     component = recipe.components[part.component]
     limit = recipe.corpus.max_document_mb * MB
     for file in part.files:
-        for place, text in _read_source(file, component, limit, reading):
-            name = file.path if place is None else f"{file.path}:{place}"
+        for number, text in _read_source(file, component, limit, stats):
+            name = file.path if number is None else f"{file.path}:{number}"
             if isinstance(text, DocumentError):
                 if recipe.corpus.on_bad_document == "error":
                     raise DataError(f"component {part.component}: {name}: {text.detail}")
-                reading.bad.add(text.kind, f"{name}: {text.detail}")
+                stats.bad.add(text.kind, f"{name}: {text.detail}")
             elif text.strip():
                 yield Document(text, name)
             else:
-                reading.bad.add("empty text", f"{name}: empty text")
+                stats.bad.add("empty text", f"{name}: empty text")
 
 
-def _read_source(file: SourceFile, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
-    """Texts and damage of a file that is as it was when the build began."""
+def _read_source(file: SourceFile, component: ComponentConfig, limit: int, stats: ReadStats) -> Iterator[Item]:
+    """Yield texts and errors of a file; raise DataError if it changed since the build began."""
     if file.changed < 0:
-        yield None, DocumentError("broken link", "a link that leads nowhere; exclude it")
+        yield None, DocumentError("broken link", "broken link; restore its target or exclude it")
         return
     _check_unchanged(file)
     try:
-        reading.digests[file.path] = digest_file(file.path)
+        stats.digests[file.path] = digest_file(file.path)
     except OSError as error:
         yield None, _unreadable(error)
         return
     if damage := _find_damage(Path(file.path)):
         yield None, damage
         return
-    yield from _read_file(Path(file.path), component, limit, reading)
+    yield from _read_file(Path(file.path), component, limit, stats)
     _check_unchanged(file)
 
 
 def _find_damage(path: Path) -> DocumentError | None:
-    """What is wrong inside an archive, for gzip's check stands at its end; a truncated one is right as far as it goes."""
+    """Return the error of a damaged archive. The checksum is at its end, so it is read in full before any document.
+
+    A truncated archive is not an error here: the documents before the end are intact.
+    """
     if suffix := _COMPRESSED.get(path.suffix.lower()):
         try:
             for _ in read_chunks(path, suffix):
                 pass
-        except DocumentError as flaw:
-            if flaw.kind == "damaged archive":
-                return DocumentError(flaw.kind, f"{flaw.detail}; nothing of it is read")
+        except DocumentError as error:
+            if error.kind == "damaged archive":
+                return DocumentError(error.kind, f"{error.detail}; the whole file is skipped")
         except OSError as error:
             return _unreadable(error)
     return None
 
 
 def _unreadable(error: OSError) -> DocumentError:
-    return DocumentError("unreadable file", f"cannot be read: {error.strerror or error}")
+    return DocumentError("unreadable file", f"cannot be read: {error.strerror or error}; check its permissions or exclude it")
 
 
 def _check_unchanged(file: SourceFile) -> None:
     try:
         status = os.stat(file.path)
     except OSError as error:
-        raise DataError(f"{file.path}: was there when the build began: {error.strerror}; put it back") from None
+        raise DataError(f"{file.path}: disappeared during the build: {error.strerror}; restore it and build again") from None
     if (status.st_size, status.st_mtime_ns) != (file.size, file.changed):
-        raise DataError(f"{file.path}: has changed since the build began; build again")
+        raise DataError(f"{file.path}: changed during the build; build again")
 
 
-def _read_file(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
+def _read_file(file: Path, component: ComponentConfig, limit: int, stats: ReadStats) -> Iterator[Item]:
     try:
-        for place, text in KINDS[component.kind](file, component, limit, reading):
-            yield place, _too_long(f"{len(text):,} characters") if isinstance(text, str) and len(text) > limit else text
-    except DocumentError as flaw:  # damage that ends the file
-        yield flaw.line, flaw
+        for number, text in KINDS[component.kind](file, component, limit, stats):
+            yield number, _too_long(f"{len(text):,} characters") if isinstance(text, str) and len(text) > limit else text
+    except DocumentError as error:  # damage that makes the rest of the file unreadable
+        yield error.line, error
     except OSError as error:
         yield None, _unreadable(error)
 
 
 def _too_long(what: str) -> DocumentError:
-    return DocumentError("too long", f"{what} in one document: more than corpus.max_document_mb; cut it up, or raise that")
+    return DocumentError("too long", f"{what} in one document: exceeds corpus.max_document_mb; split it, or raise the limit")
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
     return read_chunks(file, _COMPRESSED.get(file.suffix.lower()))
 
 
-def _read_whole(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> str:
+def _read_whole(file: Path, component: ComponentConfig, limit: int, stats: ReadStats) -> str:
     chunks: list[bytes] = []
     size = 0
     for chunk in _chunks(file):
         chunks.append(chunk)
         size += len(chunk)
         check_length(size)
-        if size > limit and not component.pieces_kb:  # what is cut up is no one document
+        if size > limit and not component.chunk_kb:  # a file that is split is not one document
             raise _too_long(f"more than {limit:,} bytes")
     data = b"".join(chunks)
-    del chunks  # a file of a gigabyte is no more than twice in memory
-    if component.kind == "info":  # whose marks for readers begin with a NUL byte
+    del chunks  # so that at most two copies of a large file are in memory
+    if component.kind == "info":  # its image and index markers begin with a NUL byte
         data = INFO_MARK.sub(b"", data)
     if b"\0" in data[:8192]:
-        raise DocumentError("binary", "has NUL bytes: binary, not text")
-    text = _decode(data, file, component, reading)
+        raise DocumentError("binary", "contains NUL bytes: a binary file, not text; exclude it")
+    text = _decode(data, file, component, stats)
     del data
     check_characters(text)
     return text.replace("\r\n", "\n")
 
 
-def _decode(data: bytes, file: Path, component: ComponentConfig, reading: Reading) -> str:
+def _decode(data: bytes, file: Path, component: ComponentConfig, stats: ReadStats) -> str:
     try:
-        if component.kind == "source" and file.suffix == ".py":
+        if component.kind == "code" and file.suffix == ".py":
             return decode_python(data)
         return decode_utf8(data.removeprefix(b"\xef\xbb\xbf"))
     except DocumentError:
@@ -236,48 +244,48 @@ def _decode(data: bytes, file: Path, component: ComponentConfig, reading: Readin
         text = data.decode(component.encoding)
     except (UnicodeDecodeError, LookupError) as error:
         raise DocumentError("bad encoding", f"neither UTF-8 nor {component.encoding}: {error}") from None
-    reading.decoded[component.encoding] += 1
+    stats.decoded[component.encoding] += 1
     return text
 
 
-def _read_text(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
-    yield from _pieces(_read_whole(file, component, limit, reading), component)
+def _read_text(file: Path, component: ComponentConfig, limit: int, stats: ReadStats) -> Iterator[Item]:
+    yield from _chunk(_read_whole(file, component, limit, stats), component)
 
 
-def _pieces(text: str, component: ComponentConfig) -> Iterator[Item]:
-    most = component.pieces_kb * 1000
-    if most and len(text) > most:
-        yield from enumerate(_cut(text, most), 1)
+def _chunk(text: str, component: ComponentConfig) -> Iterator[Item]:
+    size = component.chunk_kb * 1000
+    if size and len(text) > size:
+        yield from enumerate(_split(text, size), 1)
     else:
         yield None, text
 
 
-def _cut(text: str, most: int) -> Iterator[str]:
-    """Pieces of at most so many characters that together are the text, ended by an empty line, else a line, else anywhere."""
+def _split(text: str, size: int) -> Iterator[str]:
+    """Split a text into chunks of at most `size` characters, preferably at an empty line, else at the end of a line."""
     start = 0
     while start < len(text):
-        end = start + most
+        end = start + size
         if end < len(text):
             ends = (text.rfind(mark, start, end) + len(mark) for mark in ("\n\n", "\n"))
-            end = next((place for place in ends if place > start + most // 2), end)
+            end = next((offset for offset in ends if offset > start + size // 2), end)
         yield text[start:end]
         start = end
 
 
-def _read_markup(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
-    yield from _pieces(TO_TEXT[component.kind](_read_whole(file, component, limit, reading)), component)
+def _read_markup(file: Path, component: ComponentConfig, limit: int, stats: ReadStats) -> Iterator[Item]:
+    yield from _chunk(TO_TEXT[component.kind](_read_whole(file, component, limit, stats)), component)
 
 
-def _read_rows(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
+def _read_records(file: Path, component: ComponentConfig, limit: int, stats: ReadStats) -> Iterator[Item]:
     suffixes = {suffix.lower() for suffix in file.suffixes[-2:]}
     if not suffixes & ({".parquet"} if component.kind == "parquet" else set(_LINES)):
-        raise DocumentError("unreadable type", f"not named like {component.kind}; choose another kind, or exclude it")
-    for place, item in read_items(file, component.text_key, limit):
-        yield place, _too_long(item.detail) if isinstance(item, DocumentError) and item.kind == "too long" else item
+        raise DocumentError("unreadable type", f"unexpected file extension for kind {component.kind}; choose another kind, or exclude it")
+    for number, item in read_items(file, component.text_key, limit):
+        yield number, _too_long(item.detail) if isinstance(item, DocumentError) and item.kind == "too long" else item
 
 
-def _read_mbox(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
-    """Messages of a mailbox, each after a line "From ..."; a file without such lines is one message."""
+def _read_mbox(file: Path, component: ComponentConfig, limit: int, stats: ReadStats) -> Iterator[Item]:
+    """Yield the messages of a mailbox, each after a line "From ..."; a file without such lines is one message."""
     message: list[bytes] = []
     number, size, blank = 0, 0, True
     for line in split_lines(_chunks(file), limit):
@@ -302,12 +310,12 @@ def _parse_mail(message: list[bytes], size: int, limit: int) -> str | DocumentEr
         text = mail_to_text(b"\n".join(message))
         check_characters(text)
         return text
-    except DocumentError as flaw:
-        return flaw
+    except DocumentError as error:
+        return error
 
 
-def _read_warc(file: Path, component: ComponentConfig, limit: int, reading: Reading) -> Iterator[Item]:
-    """Pages among the responses of a web archive."""
+def _read_warc(file: Path, component: ComponentConfig, limit: int, stats: ReadStats) -> Iterator[Item]:
+    """Yield the HTML pages among the responses of a web archive."""
     try:
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding
         from warcio.archiveiterator import ArchiveIterator
@@ -324,19 +332,19 @@ def _read_warc(file: Path, component: ComponentConfig, limit: int, reading: Read
             if len(body) > limit:
                 yield number, _too_long(f"more than {limit:,} bytes")
             elif record.raw_stream.limit > 0:
-                yield number, DocumentError("truncated page", f"{record.raw_stream.limit:,} bytes of it are missing at the end")
+                yield number, DocumentError("truncated page", f"the last {record.raw_stream.limit:,} bytes are missing")
             else:
                 yield number, html_to_text(bytes_to_str(body, detect_encoding(body) or "utf-8")).replace("\0", "")
     except (ArchiveLoadFailed, zlib.error) as error:
-        raise DocumentError("broken WARC", f"not a web archive from here on: {error}", number or None) from None
+        raise DocumentError("broken WARC", f"invalid WARC data: {error}", number or None) from None
 
 
-Reader = Callable[[Path, ComponentConfig, int, Reading], Iterator[Item]]
+Reader = Callable[[Path, ComponentConfig, int, ReadStats], Iterator[Item]]
 KINDS: dict[str, Reader] = {
     "text": _read_text,
-    "source": _read_text,
-    "jsonl": _read_rows,
-    "parquet": _read_rows,
+    "code": _read_text,
+    "jsonl": _read_records,
+    "parquet": _read_records,
     "warc": _read_warc,
     "mbox": _read_mbox,
     "latex": _read_markup,

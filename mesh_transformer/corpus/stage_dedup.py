@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Second stage: which documents and lines are there already, in the whole corpus, in bounded memory.
+"""Second stage: find duplicate documents and recurring lines in the whole corpus, in bounded memory.
 
-Near duplicates go through DataTrove's MinHash blocks: signatures by part, equal bands over all parts, clusters. Exact
-ones and lines are hashes of 64 bits: every part writes them sorted, and each task takes the same range of all parts.
+Near duplicates use DataTrove's MinHash blocks: signatures by part, equal bands over all parts, clusters. Exact
+duplicates and lines are 64-bit hashes: every part writes them sorted, and each task takes the same range of all parts.
 """
 
 import contextlib
@@ -25,23 +25,26 @@ from datatrove.utils.text import simplify_text
 
 from mesh_transformer.corpus.parts import read_documents
 from mesh_transformer.corpus.recipe import Recipe
+from mesh_transformer.corpus.stage_filter import SPLIT_KEY
 from mesh_transformer.corpus.word_tokenizer import WORDS
 from mesh_transformer.data.errors import DataError
 
-RANGE_ENTRIES = 4_000_000  # of hashes that one task sorts in memory
-_ODD = np.uint64(0x9E3779B97F4A7C15)
-HASH_CHARACTERS = 1 << 20  # characters of a text whose words are in memory at once
+RANGE_ENTRIES = 4_000_000  # hashes that one task sorts in memory
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+HASH_CHARACTERS = 1 << 20  # of a text whose words are in memory at once
 _SPACE = re.compile(r"\s")
-SHINGLE_CHUNK = 1 << 13  # that are hashed at once
+SHINGLE_CHUNK = 1 << 13  # shingles hashed at once
 EXACT = np.dtype([("hash", "<u8"), ("heldout", "u1"), ("document", "<u4")])
 LINE = np.dtype([("hash", "<u8"), ("documents", "<u4")])
 REMOVAL = np.dtype([("rank", "<u4"), ("document", "<u4"), ("kept_rank", "<u4"), ("kept_document", "<u4")])
 
 
 def hash_text(text: str) -> int:
-    """Equal for texts that differ in case and spaces alone."""
-    digest, start, between = xxhash.xxh3_64(), 0, b""
-    while start < len(text):  # the words of a long text all at once take twelve times its size
+    """Return a hash that is equal for texts that differ only in case and spaces."""
+    digest = xxhash.xxh3_64()
+    start = 0
+    between = b""
+    while start < len(text):  # in chunks: the words of a long text need twelve times its size
         space = _SPACE.search(text, start + HASH_CHARACTERS)
         end = space.start() if space else len(text)
         words = " ".join(text[start:end].lower().split()).encode()
@@ -53,35 +56,35 @@ def hash_text(text: str) -> int:
 
 
 def hash_line(line: str) -> int:
-    """Equal for lines that differ in case and in spaces at their ends alone."""
+    """Return a hash that is equal for lines that differ only in case and in spaces at their ends."""
     return xxhash.xxh3_64_intdigest(line.strip().lower().encode())
 
 
 class BoundedSignature(MinhashDedupSignature):
-    """DataTrove's signatures, with the shingles of a long document a few at a time: all at once take 1.8 kB for each."""
+    """DataTrove's signatures with the shingles of a long document in chunks: each needs 1.8 kB while it is hashed."""
 
     def get_shingles(self, text: str) -> np.ndarray:
-        """[n-grams, 1] hash of every n-gram of words, of which each is hashed but once."""
+        """Return the hash of every n-gram of words, [n-grams, 1]; each word is hashed once."""
         words = self.word_tokenizer.word_tokenize(simplify_text(text, self.config.norm_config))
         hashes = np.fromiter((xxhash.xxh3_64_intdigest(word.encode()) for word in words), np.uint64, len(words))
         n = self.config.n_grams
         if len(words) < n:
             return np.zeros((0, 1), np.uint64)
         grams = np.zeros(len(words) - n + 1, np.uint64)
-        for i in range(n):  # a polynomial in an odd number, modulo 2^64, so that the order of words counts
-            grams = grams * _ODD + hashes[i : len(words) - n + 1 + i]
+        for i in range(n):  # a polynomial modulo 2^64 with an odd multiplier, so that the order of words matters
+            grams = grams * _MULTIPLIER + hashes[i : len(words) - n + 1 + i]
         grams ^= grams >> np.uint64(32)
-        return (grams * _ODD).reshape(-1, 1)
+        return (grams * _MULTIPLIER).reshape(-1, 1)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
-        """Hashes of every band: the least of each over all pieces."""
-        one = super().get_signature
-        pieces = [one(shingles[i : i + SHINGLE_CHUNK]) for i in range(0, len(shingles), SHINGLE_CHUNK)]
-        return pieces[0] if len(pieces) == 1 else np.min(np.array(pieces, np.uint64), axis=0).tolist()
+        """Return the hashes of every band: the minimum of each over all chunks."""
+        sign = super().get_signature
+        chunks = [sign(shingles[i : i + SHINGLE_CHUNK]) for i in range(0, len(shingles), SHINGLE_CHUNK)]
+        return chunks[0] if len(chunks) == 1 else np.min(np.array(chunks, np.uint64), axis=0).tolist()
 
 
 def minhash_config(recipe: Recipe) -> MinhashConfig:
-    """DataTrove's settings."""
+    """Return DataTrove's MinHash configuration for a recipe."""
     bands, rows = recipe.duplicates.bands_and_rows
     return MinhashConfig(n_grams=recipe.duplicates.n_gram, num_buckets=bands, hashes_per_bucket=rows)
 
@@ -95,7 +98,7 @@ class SignatureStage:
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:
-        """The record of part `rank`."""
+        """Make part `rank` and return its record."""
         exact: list[tuple[int, int, int]] = []
         lines: list[np.ndarray] = []
         documents = self._documents(rank, exact, lines)
@@ -120,19 +123,21 @@ class SignatureStage:
         return {"documents": len(exact), "lines": len(table), "outputs": outputs}
 
     def _documents(self, rank: int, exact: list[tuple[int, int, int]], lines: list[np.ndarray]) -> Iterator[Document]:
-        least, shortest = self.recipe.lines.min_documents, self.recipe.lines.min_characters
+        """Yield the documents of a part; collect text hashes in `exact` and line hashes in `lines`."""
+        config = self.recipe.lines
         for number, record in enumerate(read_documents(self.filtered / f"documents/{rank:05d}.jsonl.zst")):
-            text, heldout = record["text"], record["meta"]["side"] == "heldout"
+            text = record["text"]
+            heldout = record["meta"][SPLIT_KEY] == "heldout"
             exact.append((hash_text(text), heldout, number))
-            if least and not heldout:
-                own = {hash_line(line) for line in text.split("\n") if len(line.strip()) >= shortest}
+            if config.min_documents and not heldout:
+                own = {hash_line(line) for line in text.split("\n") if len(line.strip()) >= config.min_characters}
                 lines.append(np.fromiter(own, "<u8", len(own)))
             yield Document(text, record["id"])
 
 
 @dataclasses.dataclass(frozen=True)
 class BandMatchStage:
-    """Task: pairs of documents of all parts whose band with this number is equal -> pairs/BAND_00.dups."""
+    """Task: one band of all parts -> pairs/BAND_00.dups, the pairs of documents with equal hashes in it."""
 
     recipe: Recipe
     signed: Path
@@ -140,7 +145,7 @@ class BandMatchStage:
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:
-        """The record of band `rank`."""
+        """Match band `rank` and return its record."""
         _allow_open_files(self.parts + 64)
         config = minhash_config(self.recipe)
         MinhashDedupBuckets(str(self.signed / "signatures"), str(self.folder / "pairs"), config=config).run(
@@ -151,11 +156,11 @@ class BandMatchStage:
 
 
 def _allow_open_files(count: int) -> None:
-    """DataTrove opens the signatures of all parts at once."""
+    """Raise the limit of open files: DataTrove opens the signatures of all parts at once."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and count > hard:
         raise DataError(
-            f"{count} files must be open at once, the system allows {hard}: raise ulimit -n or corpus.part_mb"
+            f"{count} files must be open at once, but the limit is {hard}; raise it by ulimit -n, or raise corpus.part_mb"
         )
     if count > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
@@ -163,7 +168,7 @@ def _allow_open_files(count: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatchStage:
-    """Task: a range of hashes of all parts -> equal/RANGE.npy (groups of equal documents), repeated/RANGE.npy (lines)."""
+    """Task: one range of hashes of all parts -> equal/RANGE.npy (groups of documents), repeated/RANGE.npy (lines)."""
 
     recipe: Recipe
     signed: Path
@@ -172,7 +177,7 @@ class ExactMatchStage:
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:
-        """The record of range `rank`."""
+        """Match range `rank` and return its record."""
         ranks, exact = self._slice("exact", EXACT, rank)
         _, group, count = np.unique(exact["hash"], return_inverse=True, return_counts=True)
         several = count[group] > 1 if len(group) else np.zeros(0, bool)
@@ -185,10 +190,11 @@ class ExactMatchStage:
         return {"outputs": outputs | _save(self.folder, f"repeated/{rank:05d}.npy", repeated)}
 
     def _slice(self, kind: str, dtype: np.dtype, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the parts and entries, of all entries in this range."""
+        """Return part number and entry of all entries in this range."""
         low = (rank << 64) // self.ranges
         high = ((rank + 1) << 64) // self.ranges - 1
-        found, owners = [np.zeros(0, dtype)], [np.zeros(0, np.int64)]
+        found = [np.zeros(0, dtype)]
+        owners = [np.zeros(0, np.int64)]
         for part in range(self.parts):
             table = np.load(self.signed / f"{kind}/{part:05d}.npy", mmap_mode="r")
             first = np.searchsorted(table["hash"], np.uint64(low), "left")
@@ -200,7 +206,7 @@ class ExactMatchStage:
 
 @dataclasses.dataclass(frozen=True)
 class RemovalStage:
-    """Task (one): pairs and groups of all documents -> removals.npy and near.npy, both sorted, and the matrix of components."""
+    """Task (one): pairs and groups of all documents -> exact.npy and near.npy, sorted removals, and counts by component."""
 
     recipe: Recipe
     components: tuple[str, ...]  # of each part
@@ -211,25 +217,26 @@ class RemovalStage:
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:
-        """The record, with counts by component of what is removed (rows) and of what stays for it (columns)."""
-        exact, near = self._equal_groups(), self._clusters()
-        outputs, matrices = {}, {}
+        """Return the record, with counts of removed documents by their component and that of the retained document."""
+        outputs = {}
+        matrices = {}
         removed_before = np.zeros(0, np.uint64)
-        for kind, groups in (("exact", exact), ("near", near)):
-            removals = self._choose(groups)
-            places = removals["rank"].astype(np.uint64) << np.uint64(32) | removals["document"]
-            removals = removals[~np.isin(places, removed_before)]
-            removed_before = places
+        for kind, groups in (("exact", self._equal_groups()), ("near", self._clusters())):
+            removals = self._find_removals(groups)
+            ids = removals["rank"].astype(np.uint64) << np.uint64(32) | removals["document"]
+            removals = removals[~np.isin(ids, removed_before)]
+            removed_before = ids
             outputs |= _save(self.folder, f"{kind}.npy", removals)
             pairs = Counter(zip(removals["rank"].tolist(), removals["kept_rank"].tolist(), strict=True))
             matrices[kind] = _sum_components(pairs, self.components)
         return {"matrix": matrices, "outputs": outputs}
 
     def _equal_groups(self) -> np.ndarray:
-        """[documents, 4] group, rank, document, held out."""
+        """Return group, part, document and whether it is held out, [documents, 4]."""
         if not self.recipe.duplicates.exact:
             return np.zeros((0, 4), np.int64)
-        found, base = [np.zeros((0, 4), np.int64)], 0
+        found = [np.zeros((0, 4), np.int64)]
+        base = 0
         for number in range(self.ranges):
             groups = np.load(self.equal / f"equal/{number:05d}.npy")
             groups[:, 0] += base
@@ -238,14 +245,14 @@ class RemovalStage:
         return np.concatenate(found)
 
     def _clusters(self) -> np.ndarray:
-        """[documents, 4] as above, of DataTrove's clusters."""
+        """Return the same of DataTrove's clusters, [documents, 4]."""
         if self.recipe.duplicates.near == "none":
             return np.zeros((0, 4), np.int64)
         folder = self.folder / "clusters"
         block = MinhashDedupCluster(
             str(self.bands / "pairs"), str(folder), config=minhash_config(self.recipe), save_cluster_id=True
         )
-        with contextlib.redirect_stderr(io.StringIO()):  # its own progress bar
+        with contextlib.redirect_stderr(io.StringIO()):  # DataTrove's progress bar
             block.run(None, 0, 1)
         found = [np.zeros((0, 4), np.int64)]
         for part in range(len(self.components)):
@@ -261,30 +268,35 @@ class RemovalStage:
                 )
         return np.concatenate(found)
 
-    def _choose(self, groups: np.ndarray) -> np.ndarray:
-        """Which documents go, and which stays for each: held-out ones first, then the first by part and place."""
+    def _find_removals(self, groups: np.ndarray) -> np.ndarray:
+        """Return the documents to remove, each with the one retained in its place.
+
+        Held-out documents are retained first, then the first by part and number.
+        """
         if not len(groups):
             return np.zeros(0, REMOVAL)
         names = sorted(set(self.components))
         component = np.array([names.index(name) for name in self.components])[groups[:, 1]]
         only = self.recipe.duplicates.components or names
-        spared = ~np.isin(component, [names.index(name) for name in only if name in names])
-        if self.recipe.duplicates.across:
+        exempt = ~np.isin(component, [names.index(name) for name in only if name in names])
+        if self.recipe.duplicates.across_components:
             component = np.zeros_like(component)
-        kept = np.where(spared, np.arange(len(groups)), _first_of(groups, component))
-        # Held-out text must not be trained on, whatever component it is from.
+        kept = np.where(exempt, np.arange(len(groups)), _first_of(groups, component))
+        # Held-out text must not be trained on, whichever component it is from.
         anywhere = _first_of(groups, np.zeros_like(component))
         leaks = (groups[:, 3] == 0) & (groups[anywhere, 3] == 1)
         kept = np.where(leaks, anywhere, kept)
         gone = np.flatnonzero(kept != np.arange(len(groups)))
         removals = np.zeros(len(gone), REMOVAL)
-        removals["rank"], removals["document"] = groups[gone, 1], groups[gone, 2]
-        removals["kept_rank"], removals["kept_document"] = groups[kept[gone], 1], groups[kept[gone], 2]
+        removals["rank"] = groups[gone, 1]
+        removals["document"] = groups[gone, 2]
+        removals["kept_rank"] = groups[kept[gone], 1]
+        removals["kept_document"] = groups[kept[gone], 2]
         return np.sort(removals, order=["rank", "document"])
 
 
 def _sum_components(pairs: Counter[tuple[int, int]], components: tuple[str, ...]) -> list[list[Any]]:
-    """Pairs of parts -> component, component, count."""
+    """Return the counts of part pairs summed by component: removed from, retained in, count."""
     sums: Counter[tuple[str, str]] = Counter()
     for (rank, kept), count in pairs.items():
         sums[components[rank], components[kept]] += count
@@ -292,7 +304,7 @@ def _sum_components(pairs: Counter[tuple[int, int]], components: tuple[str, ...]
 
 
 def _first_of(groups: np.ndarray, component: np.ndarray) -> np.ndarray:
-    """For every row, the row that stays of those with its group and component."""
+    """Return for every entry the index of the entry to retain among those of its group and component."""
     order = np.lexsort((groups[:, 2], groups[:, 1], -groups[:, 3], component, groups[:, 0]))
     keys = np.column_stack([groups[order, 0], component[order]])
     starts = np.r_[True, (keys[1:] != keys[:-1]).any(axis=1)]

@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Last stages: documents are repeated as their epochs say, put in an order by a hash, and written as token shards.
+"""Last stages: repeat documents by the epochs of their component, shuffle them by a hash, and write token shards.
 
-The order of a copy of a document is a hash of seed, name and number of the copy, so it is the same for any number of
-workers. Every part writes runs of tokens sorted by it; the shard takes one range of it after the other from all runs.
+The sort key of a copy of a document is a hash of seed, name and number of the copy, so the order is the same for any
+number of workers. This is an external merge sort: every part writes runs of tokens sorted by key, and the shard merges
+one range of keys after the other from all runs.
 """
 
 import dataclasses
@@ -22,16 +23,14 @@ from mesh_transformer.corpus.stage_filter import SPLITS
 from mesh_transformer.data.shards import ShardWriter, token_dtype
 from mesh_transformer.data.tokenizers import load_tokenizer
 
-TOKENS_PER_MB = (
-    250_000  # of corpus.part_mb: tokens of one part, and of one range of the order, that are in memory at once
-)
-ENCODE_CHARACTERS = 250_000  # of text that the tokenizer gets at once: with one thread more of it is no faster
+TOKENS_PER_MB = 250_000  # tokens in memory at once, of one run and of one key range, per MB of corpus.part_mb
+ENCODE_CHARACTERS = 250_000  # of text in one call of the tokenizer: more is no faster with one thread
 INDEX = np.dtype([("key", "<u8"), ("start", "<u8"), ("length", "<u4")])
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizationStage:
-    """Task: the documents of one part -> runs/SIDE-RANK-RUN.bin and .npy."""
+    """Task: the documents of one part -> runs/SPLIT-RANK-RUN.bin and .npy."""
 
     recipe: Recipe
     components: tuple[str, ...]  # of each part
@@ -40,21 +39,21 @@ class TokenizationStage:
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:
-        """The record of part `rank`."""
+        """Make part `rank` and return its record."""
         tokenizer = load_tokenizer(self.recipe.tokens.tokenizer)
         dtype = token_dtype(tokenizer.n_vocab)
         component = self.components[rank]
         epochs = self.epochs[component]
         record: dict[str, Any] = {"component": component, "outputs": {}}
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
-        for side in SPLITS:
+        for split in SPLITS:
             count = {"documents": 0, "tokens": 0, "bytes": 0, "copies": 0, "copied_tokens": 0, "copied_bytes": 0}
-            run = _Run(self.folder, f"runs/{side}-{rank:05d}", dtype, self.recipe.corpus.part_mb * TOKENS_PER_MB)
-            path = self.selected / f"{side}/{component}-{rank:05d}.jsonl.zst"
+            run = _RunWriter(self.folder, f"runs/{split}-{rank:05d}", dtype, self.recipe.corpus.part_mb * TOKENS_PER_MB)
+            path = self.selected / f"{split}/{component}-{rank:05d}.jsonl.zst"
             for texts, names in _batches(path):
                 for text, name, ids in zip(texts, names, tokenizer.encode_batch(texts), strict=True):
                     tokens = np.append(ids, tokenizer.end_of_text).astype(dtype)
-                    keys = self._keys(name, epochs) if side == "train" else [count["documents"]]
+                    keys = self._sort_keys(name, epochs) if split == "train" else [count["documents"]]
                     for key in keys:
                         run.add(key, tokens)
                     size = len(text.encode())
@@ -63,23 +62,27 @@ class TokenizationStage:
                     for field, value in (("copies", 1), ("copied_tokens", len(tokens)), ("copied_bytes", size)):
                         count[field] += value * len(keys)
             record["outputs"] |= run.finish()
-            record[side] = count
-            record[f"{side}_runs"] = run.names
+            record[split] = count
+            record[f"{split}_runs"] = run.names
         return record
 
-    def _keys(self, name: str, epochs: float) -> list[int]:
-        """Places of all copies of a document."""
-        seed, whole = self.recipe.corpus.seed, math.floor(epochs)
+    def _sort_keys(self, name: str, epochs: float) -> list[int]:
+        """Return the sort keys of all copies of a document."""
+        seed = self.recipe.corpus.seed
+        whole = math.floor(epochs)
         chance = xxhash.xxh3_64_intdigest(f"{seed}:epochs:{name}".encode()) / 2**64
         copies = range(whole + (chance < epochs - whole))
         return [xxhash.xxh3_64_intdigest(f"{seed}:order:{copy}:{name}".encode()) for copy in copies]
 
 
-class _Run:
-    """Collects documents and writes them sorted, whenever enough are there."""
+class _RunWriter:
+    """Buffers documents and writes a sorted run whenever the buffer is full."""
 
-    def __init__(self, folder: Path, prefix: str, dtype: np.dtype, most: int):
-        self.folder, self.prefix, self.dtype, self.most = folder, prefix, dtype, most
+    def __init__(self, folder: Path, prefix: str, dtype: np.dtype, max_tokens: int):
+        self.folder = folder
+        self.prefix = prefix
+        self.dtype = dtype
+        self.max_tokens = max_tokens
         self.names: list[str] = []
         self._outputs: dict[str, dict[str, int]] = {}
         self._keys: list[int] = []
@@ -87,15 +90,14 @@ class _Run:
         self._length = 0
 
     def add(self, key: int, tokens: np.ndarray) -> None:
-        """A copy of a document at its place in the order."""
         self._keys.append(key)
         self._tokens.append(tokens)
         self._length += len(tokens)
-        if self._length >= self.most:
+        if self._length >= self.max_tokens:
             self._write()
 
     def finish(self) -> dict[str, dict[str, int]]:
-        """Sizes of all files written."""
+        """Write the last run and return the sizes of all files."""
         if self._keys:
             self._write()
         return self._outputs
@@ -112,11 +114,16 @@ class _Run:
         for path in (f"{name}.bin", f"{name}.npy"):
             self._outputs[path] = {"size": (self.folder / path).stat().st_size}
         self.names.append(name)
-        self._keys, self._tokens, self._length = [], [], 0
+        self._keys = []
+        self._tokens = []
+        self._length = 0
 
 
 def _batches(path: Path) -> Iterator[tuple[list[str], list[str]]]:
-    texts, names, size = [], [], 0
+    """Yield texts and names of the documents of a file in batches for the tokenizer."""
+    texts: list[str] = []
+    names: list[str] = []
+    size = 0
     for record in read_documents(path):
         texts.append(record["text"])
         names.append(record["id"])
@@ -130,51 +137,55 @@ def _batches(path: Path) -> Iterator[tuple[list[str], list[str]]]:
 
 @dataclasses.dataclass(frozen=True)
 class ShardStage:
-    """Task: train (the whole mixture, shuffled) or heldout-COMPONENT (in order) -> NAME.bin, NAME.idx."""
+    """Task: train (the shuffled mixture) or heldout-COMPONENT (in order) -> NAME.bin, NAME.idx."""
 
     recipe: Recipe
     shards: tuple[tuple[str, tuple[str, ...], int], ...]  # name, runs and tokens of each
-    tokenised: Path
+    tokenized: Path
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:
-        """The record of shard `rank`."""
+        """Write shard `rank` and return its record."""
         name, runs, tokens = self.shards[rank]
         dtype = token_dtype(load_tokenizer(self.recipe.tokens.tokenizer).n_vocab)
         with ShardWriter(self.folder / name, dtype) as shard:
-            for document in self._in_order(runs, tokens, dtype) if name == "train" else self._as_they_lie(runs, dtype):
+            documents = self._merge(runs, tokens, dtype) if name == "train" else self._concatenate(runs, dtype)
+            for document in documents:
                 shard.add(document)
         paths = [self.folder / f"{name}{end}" for end in (".bin", ".idx")]
         return {"outputs": {path.name: {"size": path.stat().st_size} for path in paths}}
 
-    def _in_order(self, runs: tuple[str, ...], tokens: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+    def _merge(self, runs: tuple[str, ...], tokens: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """Yield the documents of all runs in the order of their keys, with one key range in memory at once."""
         ranges = max(1, math.ceil(tokens / (self.recipe.corpus.part_mb * TOKENS_PER_MB)))
         for number in range(ranges):
-            low, high = (number << 64) // ranges, ((number + 1) << 64) // ranges - 1
+            low = (number << 64) // ranges
+            high = ((number + 1) << 64) // ranges - 1
             keys: list[np.ndarray] = []
             documents: list[np.ndarray] = []
             for run in runs:
-                index = np.load(self.tokenised / f"{run}.npy", mmap_mode="r")
+                index = np.load(self.tokenized / f"{run}.npy", mmap_mode="r")
                 first = int(np.searchsorted(index["key"], np.uint64(low), "left"))
                 last = int(np.searchsorted(index["key"], np.uint64(high), "right"))
                 keys.append(np.array(index["key"][first:last]))
                 documents += self._documents(run, np.array(index[first:last]), dtype)
-            for place in np.argsort(np.concatenate(keys), kind="stable") if keys else ():
-                yield documents[place]
+            for position in np.argsort(np.concatenate(keys), kind="stable") if keys else ():
+                yield documents[position]
 
-    def _as_they_lie(self, runs: tuple[str, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+    def _concatenate(self, runs: tuple[str, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
         for run in runs:
-            yield from self._documents(run, np.load(self.tokenised / f"{run}.npy"), dtype)
+            yield from self._documents(run, np.load(self.tokenized / f"{run}.npy"), dtype)
 
     def _documents(self, run: str, index: np.ndarray, dtype: np.dtype) -> list[np.ndarray]:
+        """Return the tokens of consecutive documents of a run."""
         if not len(index):
             return []
-        start, end = int(index["start"][0]), int(index["start"][-1]) + int(index["length"][-1])
-        offset, count = start * dtype.itemsize, end - start
-        tokens = np.fromfile(self.tokenised / f"{run}.bin", dtype, count, offset=offset)
+        start = int(index["start"][0])
+        count = int(index["start"][-1]) + int(index["length"][-1]) - start
+        tokens = np.fromfile(self.tokenized / f"{run}.bin", dtype, count, offset=start * dtype.itemsize)
         return np.split(tokens, (index["start"][1:] - start).astype(np.int64))
 
 
 def describe_tokenizer(recipe: Recipe) -> str:
-    """Digest of the tokenizer, for what depends on it."""
+    """Return name and digest of the tokenizer, to identify the stages that depend on it."""
     return json.dumps([recipe.tokens.tokenizer, load_tokenizer(recipe.tokens.tokenizer).fingerprint])

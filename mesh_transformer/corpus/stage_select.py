@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Third stage: documents without duplicates and recurring lines, what they come to, and the proof of the split."""
+"""Third stage: write the documents without duplicates and recurring lines, and check that the splits are disjoint."""
 
 import dataclasses
 from collections import Counter
@@ -12,101 +12,104 @@ import numpy as np
 from mesh_transformer.corpus.parts import PartWriter, read_documents
 from mesh_transformer.corpus.recipe import Recipe
 from mesh_transformer.corpus.stage_dedup import REMOVAL, hash_line, hash_text
-from mesh_transformer.corpus.stage_filter import SAMPLE_CHARACTERS, SPLITS
+from mesh_transformer.corpus.stage_filter import SAMPLE_CHARACTERS, SPLIT_KEY, SPLITS
 from mesh_transformer.corpus.stages import CorpusError
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectionStage:
-    """Task: one filtered part -> train/COMPONENT-RANK, heldout/COMPONENT-RANK, dropped/RANK, hashes/SIDE-RANK.npy."""
+    """Task: one filtered part -> train/COMPONENT-RANK, heldout/COMPONENT-RANK, dropped/RANK, hashes/SPLIT-RANK.npy."""
 
     recipe: Recipe
     components: tuple[str, ...]  # of each part
     filtered: Path
-    matched: Path  # repeated lines
-    decided: Path
+    matched: Path  # folder of the recurring lines
+    removals: Path
     ranges: int
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:
-        """The record of part `rank`."""
+        """Make part `rank` and return its record."""
         component = self.components[rank]
         removals = self._removals(rank)
-        repeated = self._repeated()
+        recurring = self._recurring_lines()
         fields = ("documents_in", "bytes_in", "exact", "near", "duplicate_bytes", "emptied", "lines", "line_bytes")
-        count: dict[str, int] = dict.fromkeys(fields, 0)
-        lengths: dict[str, Counter[int]] = {side: Counter() for side in SPLITS}
-        hashes: dict[str, list[int]] = {side: [] for side in SPLITS}
-        names = {side: f"{side}/{component}-{rank:05d}.jsonl.zst" for side in SPLITS}
+        counts: dict[str, int] = dict.fromkeys(fields, 0)
+        lengths: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
+        hashes: dict[str, list[int]] = {split: [] for split in SPLITS}
+        names = {split: f"{split}/{component}-{rank:05d}.jsonl.zst" for split in SPLITS}
         dropped_name = f"dropped/{rank:05d}.jsonl.zst"
         dropped = PartWriter(self.folder / dropped_name)
-        writers = {side: PartWriter(self.folder / name) for side, name in names.items()}
+        writers = {split: PartWriter(self.folder / name) for split, name in names.items()}
         with dropped, writers["train"], writers["heldout"]:
             for number, record in enumerate(read_documents(self.filtered / f"documents/{rank:05d}.jsonl.zst")):
-                text, meta, size = record["text"], record["meta"], len(record["text"].encode())
-                count["documents_in"] += 1
-                count["bytes_in"] += size
+                text = record["text"]
+                size = len(text.encode())
+                counts["documents_in"] += 1
+                counts["bytes_in"] += size
                 why: dict[str, Any] = {"component": component, "bytes": size}
                 if number in removals:
-                    kind, kept = removals[number]
-                    count[kind] += 1
-                    count["duplicate_bytes"] += size
-                    why |= {"step": "duplicates", "reason": f"{kind} duplicate", "of": kept}
+                    kind, retained = removals[number]
+                    counts[kind] += 1
+                    counts["duplicate_bytes"] += size
+                    why |= {"filter": "duplicates", "reason": f"{kind} duplicate", "of": retained}
                     dropped.add(text[:SAMPLE_CHARACTERS], record["id"], why)
                     continue
-                if len(repeated):
-                    text, cut = self._cut_lines(text, repeated)
-                    count["lines"] += cut
-                    count["line_bytes"] += size - len(text.encode()) if cut else 0
+                if len(recurring):
+                    text, cut = self._cut_lines(text, recurring)
+                    counts["lines"] += cut
+                    counts["line_bytes"] += size - len(text.encode()) if cut else 0
                     if not text.strip():
-                        count["emptied"] += 1
-                        dropped.add(
-                            record["text"][:SAMPLE_CHARACTERS], record["id"], why | {"step": "lines", "reason": "nothing left"}
-                        )
+                        counts["emptied"] += 1
+                        why |= {"filter": "lines", "reason": "nothing left"}
+                        dropped.add(record["text"][:SAMPLE_CHARACTERS], record["id"], why)
                         continue
-                side = meta.pop("side")
-                writers[side].add(text, record["id"], meta)
-                lengths[side][len(text.encode()).bit_length()] += 1
-                hashes[side].append(hash_text(text))
-        outputs = {name: writers[side].describe() for side, name in names.items()} | {dropped_name: dropped.describe()}
-        for side, found in hashes.items():
-            path = self.folder / f"hashes/{side}-{rank:05d}.npy"
+                meta = record["meta"]
+                split = meta.pop(SPLIT_KEY)
+                writers[split].add(text, record["id"], meta)
+                lengths[split][len(text.encode()).bit_length()] += 1
+                hashes[split].append(hash_text(text))
+        outputs = {name: writers[split].describe() for split, name in names.items()}
+        outputs |= {dropped_name: dropped.describe()}
+        for split, found in hashes.items():
+            path = self.folder / f"hashes/{split}-{rank:05d}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, np.unique(np.array(found, "<u8")))
         out = sum(writer.documents for writer in writers.values()) + dropped.documents
-        if out != count["documents_in"]:
-            raise CorpusError(f"part {rank}: {count['documents_in']} documents in, {out} out and dropped")
-        sides = {side: {"documents": writers[side].documents, "bytes": writers[side].bytes} for side in SPLITS}
-        return {"component": component, "count": count, "sides": sides, "lengths": lengths, "outputs": outputs}
+        if out != counts["documents_in"]:
+            raise CorpusError(f"part {rank}: {counts['documents_in']} documents in, but {out} out and dropped")
+        splits = {split: {"documents": writers[split].documents, "bytes": writers[split].bytes} for split in SPLITS}
+        return {"component": component, "counts": counts, "splits": splits, "lengths": lengths, "outputs": outputs}
 
     def _removals(self, rank: int) -> dict[int, tuple[str, list[int]]]:
-        """Number in the part -> kind, and part and number of the one that stays."""
+        """Return for every document to remove from a part its kind, and part and number of the retained duplicate."""
         found: dict[int, tuple[str, list[int]]] = {}
         for kind in ("exact", "near"):
-            table = np.load(self.decided / f"{kind}.npy", mmap_mode="r")
+            table = np.load(self.removals / f"{kind}.npy", mmap_mode="r")
             assert table.dtype == REMOVAL
             first, last = np.searchsorted(table["rank"], [rank, rank + 1])
-            for row in table[first:last]:
-                found[int(row["document"])] = (kind, [int(row["kept_rank"]), int(row["kept_document"])])
+            for entry in table[first:last]:
+                found[int(entry["document"])] = (kind, [int(entry["kept_rank"]), int(entry["kept_document"])])
         return found
 
-    def _repeated(self) -> np.ndarray:
-        """Sorted hashes of the lines to cut; ranges follow one another."""
+    def _recurring_lines(self) -> np.ndarray:
+        """Return the sorted hashes of the lines to remove; hash ranges are in ascending order."""
         if not self.recipe.lines.min_documents:
             return np.zeros(0, "<u8")
         return np.concatenate([np.load(self.matched / f"repeated/{k:05d}.npy") for k in range(self.ranges)])
 
-    def _cut_lines(self, text: str, repeated: np.ndarray) -> tuple[str, int]:
+    def _cut_lines(self, text: str, recurring: np.ndarray) -> tuple[str, int]:
+        """Return the text without recurring lines, and the number of lines removed."""
         lines = text.split("\n")
-        places = [i for i, line in enumerate(lines) if len(line.strip()) >= self.recipe.lines.min_characters]
-        hashes = np.array([hash_line(lines[i]) for i in places], "<u8")
-        at = np.minimum(np.searchsorted(repeated, hashes), len(repeated) - 1)
-        gone = {i for i, hit in zip(places, repeated[at] == hashes, strict=True) if hit}
+        long = [i for i, line in enumerate(lines) if len(line.strip()) >= self.recipe.lines.min_characters]
+        hashes = np.array([hash_line(lines[i]) for i in long], "<u8")
+        at = np.minimum(np.searchsorted(recurring, hashes), len(recurring) - 1)
+        gone = {i for i, hit in zip(long, recurring[at] == hashes, strict=True) if hit}
         return ("\n".join(line for i, line in enumerate(lines) if i not in gone), len(gone)) if gone else (text, 0)
 
 
 def check_disjoint(folder: Path, parts: int) -> dict[str, int]:
-    """Counts of different texts on both sides; CorpusError if the final texts of both have one in common."""
+    """Return counts of distinct texts in both splits; raise CorpusError if the splits share a text."""
     heldout = np.unique(np.concatenate([np.load(folder / f"hashes/heldout-{rank:05d}.npy") for rank in range(parts)]))
     trained = 0
     for rank in range(parts):
@@ -115,7 +118,7 @@ def check_disjoint(folder: Path, parts: int) -> dict[str, int]:
         common = np.isin(train, heldout, assume_unique=True).sum()
         if common:
             raise CorpusError(
-                f"part {rank}: {common} training documents equal held-out ones but for case and spaces; "
-                "set duplicates.exact = true, or lines.min_documents = 0 if cutting lines made them equal"
+                f"part {rank}: {common} training documents equal held-out documents except for case and spaces; "
+                "set duplicates.exact = true, or lines.min_documents = 0 if removing lines made them equal"
             )
     return {"heldout_texts": len(heldout), "train_texts_by_part": trained, "in_both": 0}

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A stage of a build, run in parts by DataTrove's executors, here, on Ray or on Slurm, with what they lack round them.
+"""Run a stage of a build in parts by DataTrove's executors: on this machine, on Ray or on Slurm, with completeness checks.
 
-A task makes one part: it writes its files whole and durable, and returns a record of them, which is written last. A
-part with a record is done, whatever happened to the process; every other one is made again from its beginning. After a
-stage every part must have its record, and every file the size that its record says, or the stage has failed: the
-executors by themselves end well when a rank was lost on Ray or Slurm, and wait for ever when a local worker was killed.
+A task makes one part: it writes complete, durable files and returns a record of them, which is written last. A part
+with a record is done, whatever happened to the process; every other part is made again from its beginning. After a
+stage every part must have its record, and every file the size in its record; otherwise the stage has failed. The
+executors alone report success when a rank was lost on Ray or Slurm, and wait forever when a local worker was killed.
 """
 
 import json
@@ -30,63 +30,72 @@ from mesh_transformer.data.shard_builder import end_with_parent
 from mesh_transformer.host_memory import trim_memory
 from mesh_transformer.storage.atomic_files import link_file, replace_file
 
-logger.disable("datatrove")  # its log goes to the terminal, in every worker; a failed task says what is wrong itself
+logger.disable("datatrove")  # every worker would log to the terminal; a failed task reports its own error
 
 Task = Callable[[int], dict[str, Any]]  # number of a part -> record; "outputs": {path below the stage: size, digest}
-ProgressFn = Callable[[str, int, int], None]  # name of the stage, parts done, parts in all
+ProgressFn = Callable[[str, int, int], None]  # name of the stage, completed parts, total parts
+
+RENAMED_RECORD_KEYS = {"steps": "filters"}  # records of version 1.0 -> current names
 
 
 class CorpusError(ValueError):
-    """A corpus that is not complete, and why."""
+    """Incomplete or unusable corpus; the message states the reason and how to continue."""
+
+
+def ignore_progress(name: str, done: int, total: int) -> None:
+    """Ignore progress: the default of `on_progress`."""
 
 
 class Executor:
-    """Where tasks run: in this process, in processes of this machine, or on a cluster whose nodes all see the output."""
+    """Runs tasks in this process, in processes of this machine, or on a cluster whose nodes share the output folder."""
 
     def __init__(self, workers: int = 1, ray: str = "", slurm: Slurm | None = None):
-        self.workers, self.ray, self.slurm = workers, ray, slurm
+        self.workers = workers
+        self.ray = ray
+        self.slurm = slurm
         self._pool: ProcessPoolExecutor | None = None
 
     def pool(self) -> ProcessPoolExecutor:
-        """Processes that end with this one; the same ones for all stages, for starting them takes seconds."""
+        """Return worker processes that end with this one; reused by all stages because starting them takes seconds."""
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=end_with_parent)
         return self._pool
 
     def close(self) -> None:
-        """End the processes; what they have begun they finish."""
+        """Stop the worker processes after the tasks that are running."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
 
 class _Part(PipelineStep):
-    """DataTrove's view of a task."""
+    """A task as a DataTrove pipeline step."""
 
     type, name = "corpus", "part"
 
     def __init__(self, task: Task, folder: Path):
         super().__init__()
-        self.task, self.folder = task, folder
+        self.task = task
+        self.folder = folder
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
-        """Make part `rank`; the record is the last thing written, a failure is written for who waits elsewhere."""
+        """Make part `rank`. The record is written last; an error is also written to a file for remote callers."""
         failure = self.folder / "failures" / f"{rank:05d}.txt"
         try:
             with _one_thread():
                 record = self.task(rank)
             _write_record(self.folder, rank, record)
-            trim_memory()  # so that the peak of one part does not come on top of what another has freed
+            trim_memory()  # so that freed memory of one part does not add to the peak of the next
         except Exception as error:
-            _note(failure, error)
+            _write_failure(failure, error)
             raise
         return None
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """No threads of NumPy's and tokenizers' own: they and those of other workers would wait for one another."""
+    """Disable the threads of NumPy and tokenizers, which would compete with those of other workers."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -99,38 +108,41 @@ def _one_thread() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _note(path: Path, error: Exception) -> None:
+def _write_failure(path: Path, error: Exception) -> None:
     try:
         path.write_text(f"{type(error).__name__}: {error}"[:2000], encoding="utf-8")
-    except OSError:  # the disk is full: that no record is there says enough
+    except OSError:  # the disk is full: the missing record is sufficient
         return
 
 
-def _run_here(executor: LocalPipelineExecutor, machines: Executor) -> None:
-    """All parts of a local executor that are not made; raises what the first failing one raised and begins no others."""
-    ranks = executor.get_incomplete_ranks(range(executor.tasks))
-    if machines.workers == 1 or len(ranks) < 2:
+def _run_locally(pipeline_executor: LocalPipelineExecutor, executor: Executor) -> None:
+    """Make all missing parts of a local pipeline; at the first failure raise it and start no further part."""
+    ranks = pipeline_executor.get_incomplete_ranks(range(pipeline_executor.tasks))
+    if executor.workers == 1 or len(ranks) < 2:
         for rank in ranks:
-            executor._run_for_rank(rank, local_rank=1)
+            pipeline_executor._run_for_rank(rank, local_rank=1)
         return
-    futures = [machines.pool().submit(executor._run_for_rank, rank, 1) for rank in ranks]
+    futures = [executor.pool().submit(pipeline_executor._run_for_rank, rank, 1) for rank in ranks]
     try:
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:
             future.result()
     except BrokenProcessPool:
-        machines.close()
+        executor.close()
         raise CorpusError(
-            "a worker was killed, most likely for want of memory; lower --workers or corpus.part_mb, and build again"
+            "a worker was killed, most likely because memory ran out; lower --workers or corpus.part_mb, and build again"
         ) from None
     except BaseException:
-        machines.close()
+        executor.close()
         raise
 
 
 def run_stage(
-    name: str, task: Task, tasks: int, folder: Path, executor: Executor, on_progress: ProgressFn = lambda name, done, total: None
+    name: str, task: Task, tasks: int, folder: Path, executor: Executor, on_progress: ProgressFn = ignore_progress
 ) -> list[dict[str, Any]]:
-    """Records of all parts of a stage, made now or before. Raises CorpusError if one is missing in the end."""
+    """Return the records of all parts of a stage, after making those that are missing.
+
+    Raises CorpusError if a part is still missing at the end.
+    """
     if not tasks:
         return []
     for below in ("records", "failures", "log/completions"):
@@ -138,36 +150,39 @@ def run_stage(
     for rank in range(tasks):
         if _read_record(folder, rank) is None:
             (folder / "log" / "completions" / f"{rank:05d}").unlink(missing_ok=True)
-        else:  # done, but killed before DataTrove noted it
+        else:  # done, but perhaps killed before DataTrove marked it
             (folder / "log" / "completions" / f"{rank:05d}").touch()
         (folder / "failures" / f"{rank:05d}.txt").unlink(missing_ok=True)
     pipeline = [_Part(task, folder)]
-    with _watched(name, folder, tasks, on_progress):
+    with _monitored(name, folder, tasks, on_progress):
         if executor.slurm:
             run_on_slurm(pipeline, tasks, folder, executor.workers, executor.slurm)
-        elif executor.ray and tasks > 1:  # one part alone is not worth the way
+        elif executor.ray and tasks > 1:  # a single part is faster here
             run_on_ray(pipeline, tasks, folder, executor.workers, executor.ray)
         else:
-            executor = LocalPipelineExecutor(pipeline=pipeline, tasks=tasks, workers=1, logging_dir=str(folder / "log"))
-            _run_here(executor, executor)
+            _run_locally(
+                LocalPipelineExecutor(pipeline=pipeline, tasks=tasks, workers=1, logging_dir=str(folder / "log")),
+                executor,
+            )
     records = [_read_record(folder, rank) for rank in range(tasks)]
     lost = [rank for rank, record in enumerate(records) if record is None]
     if lost:
         reasons = sorted({path.read_text(encoding="utf-8") for path in (folder / "failures").glob("*.txt")})
         raise CorpusError(
-            f"stage {name}: {len(lost)} of {tasks} parts have no whole result ({', '.join(map(str, lost[:5]))}"
-            f"{', ...' if len(lost) > 5 else ''}); {'; '.join(reasons[:3]) or 'no worker said why'}; build again to go on"
+            f"stage {name}: {len(lost)} of {tasks} parts are incomplete ({', '.join(map(str, lost[:5]))}"
+            f"{', ...' if len(lost) > 5 else ''}); {'; '.join(reasons[:3]) or 'no worker reported an error'}; "
+            "build again to resume"
         )
     return [record for record in records if record is not None]
 
 
-def reuse_parts(folder: Path, inputs: Sequence[str], before: Sequence[Path]) -> None:
-    """Parts that a stage made `before`, in other folders, from the same inputs become parts of it, under their number.
+def reuse_parts(folder: Path, inputs: Sequence[str], earlier: Sequence[Path]) -> None:
+    """Link parts that the stage made in `earlier` folders from the same inputs into `folder`, with their new numbers.
 
-    Only of stages whose files are FOLDER/PART.SUFFIX, and whose records have "inputs".
+    Only for stages whose files are FOLDER/PART.SUFFIX, and whose records have "inputs".
     """
     made: dict[str, tuple[Path, str, dict[str, Any]]] = {}
-    for other in before:
+    for other in earlier:
         for path in sorted((other / "records").glob("*.json")):
             if record := _read_record(other, int(path.stem)):
                 made[record.get("inputs", "")] = (other, path.stem, record)
@@ -178,31 +193,31 @@ def reuse_parts(folder: Path, inputs: Sequence[str], before: Sequence[Path]) -> 
         outputs = {}
         (folder / "records").mkdir(exist_ok=True)
         for name, output in record["outputs"].items():
-            place = name.replace(f"/{number}.", f"/{rank:05d}.")
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            (folder / place).unlink(missing_ok=True)
-            link_file(other / name, folder / place)
-            outputs[place] = output
+            new_name = name.replace(f"/{number}.", f"/{rank:05d}.")
+            (folder / new_name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / new_name).unlink(missing_ok=True)
+            link_file(other / name, folder / new_name)
+            outputs[new_name] = output
         _write_record(folder, rank, record | {"outputs": outputs})
 
 
 @contextmanager
-def _watched(name: str, folder: Path, tasks: int, report: ProgressFn) -> Iterator[None]:
-    """Reports how many parts have their records while the block runs."""
+def _monitored(name: str, folder: Path, tasks: int, on_progress: ProgressFn) -> Iterator[None]:
+    """Report the number of parts with records while the block runs."""
     over = threading.Event()
 
-    def watch() -> None:
+    def monitor() -> None:
         while not over.wait(0.2):
-            report(name, sum(1 for _ in (folder / "records").glob("*.json")), tasks)
+            on_progress(name, sum(1 for _ in (folder / "records").glob("*.json")), tasks)
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=monitor, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-    report(name, tasks, tasks)
+    on_progress(name, tasks, tasks)
 
 
 def _record_path(folder: Path, rank: int) -> Path:
@@ -214,7 +229,7 @@ def _write_record(folder: Path, rank: int, record: dict[str, Any]) -> None:
 
 
 def _read_record(folder: Path, rank: int) -> dict[str, Any] | None:
-    """The record of a part, if it and every file that it names are whole."""
+    """Return the record of a part, or None if it or a file that it names is missing or incomplete."""
     path = _record_path(folder, rank)
     try:
         record = json.loads(path.read_bytes())
@@ -222,6 +237,7 @@ def _read_record(folder: Path, rank: int) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        raise DataError(f"{path}: a record that cannot be read; remove it and build again") from None
-    whole = all(sizes[name] == output["size"] for name, output in record.get("outputs", {}).items())
-    return record if whole else None
+        raise DataError(f"{path}: invalid JSON in the record of a part; remove the file and build again") from None
+    if any(sizes[name] != output["size"] for name, output in record.get("outputs", {}).items()):
+        return None
+    return {RENAMED_RECORD_KEYS.get(key, key): value for key, value in record.items()}

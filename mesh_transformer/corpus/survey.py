@@ -1,10 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What training text speaks of, for the datasheet: topics, profanity, and the words around he and she.
+"""Content statistics of the training text for the datasheet: topics, profanity, and words that co-occur with he and she.
 
-The Pile's paper (section 6) is the model: profanity by the classifier that it used, he and she by its measure. Topics are
-by non-negative factors of tf-idf instead of its LDA, for these come out the same each time. Words are English ones: of
-other languages only their shares are known.
+Follows section 6 of The Pile's paper: the same profanity classifier and the same measure for he and she. Topics are
+non-negative factors of tf-idf instead of LDA because these are deterministic. All three are meant for English text.
 """
 
 import dataclasses
@@ -22,13 +21,14 @@ from mesh_transformer.corpus.markup import install_hint
 from mesh_transformer.corpus.parts import PartWriter, read_documents
 from mesh_transformer.corpus.recipe import Recipe
 
-SAMPLE = 300  # documents of a component, those whose names have the lowest hashes
+SAMPLE = 300  # documents of a component: those whose names have the lowest hashes
 CHARACTERS = 4000  # of each of them
 PRONOUNS = ("he", "she")
-WORDS = 5000  # around them that a part keeps, the most frequent ones
-SENTENCE = 400  # characters of one that are looked at: what has no full stop is no sentence
-TOPICS, TOPIC_WORDS = 16, 8  # The Pile: 16
-LEAST = 10  # sentences with a word, fewer say nothing
+WORDS = 5000  # co-occurring words that a part records, the most frequent ones
+SENTENCE = 400  # characters of a sentence; the rest is ignored, since text without full stops is no prose
+TOPICS = 16  # as in The Pile
+TOPIC_WORDS = 8
+MIN_SENTENCES = 10  # with a word; fewer are not significant
 NAMED = (
     "military",
     "criminal",
@@ -37,8 +37,8 @@ NAMED = (
     "married",
     "sexual",
     "happy",
-)  # in the paper: three he, four she
-PIECES = {
+)  # words that the paper reports: three for he, four for she
+FRAGMENTS = {
     "don",
     "didn",
     "doesn",
@@ -53,7 +53,7 @@ PIECES = {
     "com",
     "org",
     "www",
-}  # no words
+}  # fragments of contractions and addresses, not words
 _PRONOUN = re.compile(rf"\b(?:{'|'.join(PRONOUNS)})\b")
 _WORD = re.compile(r"[a-z]+")
 _END = re.compile(r"[.!?][\"')\]]*\s+|\n\s*\n")
@@ -69,13 +69,14 @@ class SurveyStage:
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:
-        """The record of part `rank`."""
+        """Make part `rank` and return its record."""
         component = self.components[rank]
-        lowest: list[tuple[int, str, str]] = []  # a heap whose first has the highest hash
+        lowest: list[tuple[int, str, str]] = []  # a heap: the first entry has the highest hash
         sentences: Counter[str] = Counter()
         around: dict[str, Counter[str]] = {pronoun: Counter() for pronoun in PRONOUNS}
         for record in read_documents(self.selected / f"train/{component}-{rank:05d}.jsonl.zst"):
-            name, text = record["id"], record["text"]
+            name = record["id"]
+            text = record["text"]
             add = heapq.heappush if len(lowest) < SAMPLE else heapq.heappushpop
             add(lowest, (-xxhash.xxh3_64_intdigest(f"survey:{name}".encode()), name, text[:CHARACTERS]))
             for pronouns, words in find_sentences(text):
@@ -97,17 +98,17 @@ class SurveyStage:
 
 
 def find_sentences(text: str) -> list[tuple[set[str], set[str]]]:
-    """Pronouns and all words, lower case, of every sentence with one of PRONOUNS."""
+    """Return the pronouns and all words, in lower case, of every sentence with one of PRONOUNS."""
     lower = text.lower()
-    spots = [match.start() for match in _PRONOUN.finditer(lower)]
-    if not spots:
+    offsets = [match.start() for match in _PRONOUN.finditer(lower)]
+    if not offsets:
         return []
     ends = [match.end() for match in _END.finditer(lower)]
     starts = [0, *ends]
-    places = sorted({bisect_right(ends, spot) for spot in spots})
+    numbers = sorted({bisect_right(ends, offset) for offset in offsets})
     found = []
-    for place in places:
-        sentence = lower[starts[place] : ends[place] if place < len(ends) else len(lower)][:SENTENCE]
+    for number in numbers:
+        sentence = lower[starts[number] : ends[number] if number < len(ends) else len(lower)][:SENTENCE]
         words = set(_WORD.findall(sentence))
         if pronouns := words.intersection(PRONOUNS):
             found.append((pronouns, words))
@@ -115,7 +116,7 @@ def find_sentences(text: str) -> list[tuple[set[str], set[str]]]:
 
 
 def describe_survey(records: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Topics, profanity and pronouns of all parts; `folder` is the stage's."""
+    """Return topics, profanity and pronouns of all parts; `folder` is that of the stage."""
     samples: dict[str, list[tuple[int, str]]] = {}
     for rank, record in enumerate(records):
         found = samples.setdefault(record["component"], [])
@@ -125,31 +126,31 @@ def describe_survey(records: list[dict[str, Any]], folder: Path) -> dict[str, An
 
 
 def find_topics(texts: dict[str, list[str]]) -> dict[str, Any]:
-    """Words of each topic, and the share of each in every component's sample."""
+    """Return the words of each topic, and the share of each topic in the sample of every component."""
     try:
         from sklearn.decomposition import NMF
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError:
         raise install_hint("scikit-learn") from None
     owners = [name for name, found in texts.items() for _ in found]
-    every = [text for found in texts.values() for text in found]
+    documents = [text for found in texts.values() for text in found]
     vectorizer = TfidfVectorizer(
         max_features=4000,
-        min_df=min(3, len(every)),
+        min_df=min(3, len(documents)),
         max_df=0.5,
         stop_words="english",
         token_pattern=r"(?u)\b[^\W\d_]{3,}\b",
     )
     try:
-        table = vectorizer.fit_transform(every)
-    except ValueError:  # no word in as many documents, as in a corpus of a few
+        table = vectorizer.fit_transform(documents)
+    except ValueError:  # no word is in enough documents, as in a very small corpus
         return {"words": [], "shares": {}}
-    count: Any = min(TOPICS, *table.shape)  # Any, for scikit-learn's types know but a word here
+    count: Any = min(TOPICS, *table.shape)  # Any: scikit-learn's type stub allows only a string
     model = NMF(count, init="nndsvda", random_state=0, max_iter=300, tol=1e-3)
     weights = model.fit_transform(table)  # [documents, topics]
     weights = weights / weights.sum(axis=1, keepdims=True).clip(1e-9)
     names = vectorizer.get_feature_names_out()
-    words = [[str(names[i]) for i in row.argsort()[::-1][:TOPIC_WORDS]] for row in model.components_]
+    words = [[str(names[i]) for i in factor.argsort()[::-1][:TOPIC_WORDS]] for factor in model.components_]
     shares = {}
     for name in texts:
         own = [i for i, owner in enumerate(owners) if owner == name]
@@ -158,24 +159,25 @@ def find_topics(texts: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def measure_profanity(texts: dict[str, list[str]]) -> dict[str, dict[str, int]]:
-    """Sentences of every component's sample, and how many of them the classifier takes for profane."""
+    """Return the sentences in the sample of every component, and how many the classifier marks as profane."""
     try:
         from profanity_check import predict
     except ImportError:
         raise install_hint("alt-profanity-check") from None
     result = {}
     for name, found in texts.items():
-        pieces = [piece.strip()[:SENTENCE] for text in found for piece in _END.split(text)]
-        sentences = [piece for piece in pieces if _WORD.search(piece.lower())]
+        candidates = [sentence.strip()[:SENTENCE] for text in found for sentence in _END.split(text)]
+        sentences = [sentence for sentence in candidates if _WORD.search(sentence.lower())]
         result[name] = {"sentences": len(sentences), "profane": int(predict(sentences).sum()) if sentences else 0}
     return result
 
 
 def compare_pronouns(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sentences with each pronoun by component, and the words that lean most to either.
+    """Return the sentences with each pronoun by component, and the words that are most biased to either.
 
-    Leaning is the paper's: the difference of the rates at which a word stands in sentences with he and with she, times
-    the square root of its frequency there. It counts adjectives and adverbs, this all but function words.
+    The bias ("lean") is that of the paper: the difference of the rates at which a word occurs in sentences with he and
+    with she, times the square root of its frequency in these. The paper counts adjectives and adverbs; this function
+    counts all words except function words.
     """
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
@@ -192,13 +194,13 @@ def compare_pronouns(records: list[dict[str, Any]]) -> dict[str, Any]:
         score = (he / totals["he"] - she / totals["she"]) * math.sqrt(he + she)
         return {"word": word, "he": he, "she": she, "lean": round(score, 4)}
 
-    left_out = ENGLISH_STOP_WORDS | PIECES
-    words = [word for word in around["he"] | around["she"] if len(word) > 2 and word not in left_out]
-    leaning = [lean(word) for word in words if around["he"][word] + around["she"][word] >= LEAST]
-    leaning.sort(key=lambda row: (-row["lean"], row["word"]))
+    excluded = ENGLISH_STOP_WORDS | FRAGMENTS
+    words = [word for word in around["he"] | around["she"] if len(word) > 2 and word not in excluded]
+    leaning = [lean(word) for word in words if around["he"][word] + around["she"][word] >= MIN_SENTENCES]
+    leaning.sort(key=lambda entry: (-entry["lean"], entry["word"]))
     return {
         "sentences": {name: {one: counts[one] for one in PRONOUNS} for name, counts in by_component.items()},
-        "he": [row for row in leaning[:15] if row["lean"] > 0],
-        "she": [row for row in leaning[::-1][:15] if row["lean"] < 0],
+        "he": [entry for entry in leaning[:15] if entry["lean"] > 0],
+        "she": [entry for entry in leaning[::-1][:15] if entry["lean"] < 0],
         "named": [lean(word) for word in NAMED],
     }

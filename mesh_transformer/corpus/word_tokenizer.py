@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Words and sentences as DataTrove's blocks want them, by two patterns: no model, no download."""
+"""Word and sentence tokenizer for DataTrove's blocks, by two patterns: no model, no download."""
 
 import re
 
@@ -11,18 +11,18 @@ _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f]+[\"'\u201d\u2019)\]]*\s+")
 
 
 class PatternTokenizer(WordTokenizer):
-    """Runs of letters and digits, also joined as in e-mail and don't, and runs of other characters."""
+    """Splits into runs of letters and digits, also joined as in e-mail and don't, and runs of other characters."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        """Words and symbols in order."""
+        """Return words and symbols in order."""
         return _WORD.findall(text)
 
     def sent_tokenize(self, text: str) -> list[str]:
-        """Sentences without the spaces between them."""
+        """Return the sentences without the spaces between them."""
         return [text[start:end].strip() for start, end in self.span_tokenize(text)]
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        """First character of every sentence, and the one behind it."""
+        """Return start and end offset of every sentence."""
         ends = [match.end() for match in _SENTENCE_END.finditer(text)]
         spans = list(zip([0, *ends], [*ends, len(text)], strict=True))
         return [(start, end) for start, end in spans if text[start:end].strip()]

@@ -2,9 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training data: documents -> tokens -> shards -> batches.
 
-- `readers`, `formats`, `compression`: read documents from files; a damaged document stops the run or is counted,
-  with file and line (`errors`).
-- `tokenizers`: text <-> token ids.
+- `readers`, `formats`, `compression`, `tfrecords`: read documents from datasets and files. A damaged document stops
+  the run or is skipped and counted, with file and line (`errors`).
+- `tokenizers`, `vocabularies`: text <-> token ids.
 - `shard_builder`, `shards`: memory-mapped token shards, built once and shared by all runs.
-- `loader`: packs documents into sequences and mixes datasets; a batch is a pure function of (data, seed, step).
+- `loader`, `span_corruption`: pack documents into sequences and mix datasets. A batch is a pure function of
+  (data, seed, step).
+- `dataset`: opens all of this for a run. `download` copies datasets from object stores. `chat_template` renders chats.
+
+To add a file format, add a row to `formats.READERS`. To add another kind of dataset, add a row to `readers.DATASETS`.
 """

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Messages -> the tokens of a prompt, by the template that a model's tokenizer brings: Jinja, filled in as `transformers` does it.
+"""Chat templates: messages -> prompt tokens, with the Jinja template of a model's tokenizer, as in `transformers`.
 
-A template comes with a model's files: a program of somebody else's, so it runs in Jinja's sandbox. It writes marks such
-as <|im_start|>, which become special tokens; the same characters in a message stay characters, for else whoever writes
-a message could end it and go on in another's name.
+A template comes with a model's files and is untrusted code, so it runs in Jinja's sandbox. It writes special tokens such
+as <|im_start|>. The same characters in a message are escaped and stay text; otherwise the author of a message could end
+it and continue in another role.
 """
 
 import functools
@@ -23,125 +23,129 @@ import tokenizers as hf
 from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.data.vocabularies import make_library
 
-ESCAPE = "\ufdd0"  # Unicode reserves it for use inside programs: breaks marks in messages, and is never encoded
-ONLY = "default"  # name of the template that is meant where none is named
-_SHOWN = 300  # characters of a template's complaint
-# The attributes of a tokenizer that templates know.
-_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+ESCAPE = "\ufdd0"  # a Unicode noncharacter, inserted into special tokens in messages; it is removed before the model
+DEFAULT_NAME = "default"  # of the template to use if a model has several
+_MAX_ERROR = 300  # characters of a template's error message
+# Special tokens by the names that templates use.
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class ChatError(ValueError):
-    """Messages that make no prompt; the message says why."""
+    """Messages that cannot be rendered to a prompt; the message gives the reason."""
 
 
 class NoChatTemplate(ChatError):
-    """The model has none."""
+    """The model has no chat template."""
 
 
 class ChatTemplate:
-    """The template of one model."""
+    """The chat template and special tokens of one model."""
 
     def __init__(self, tokenizer: Tokenizer, meta: Mapping[str, Any], *, n_vocab: int):
-        """`meta` is the checkpoint's: `carried` has the text of files by their names in the model's folder.
+        """`meta` is the checkpoint's: its `carried` maps names of files in the model's folder to their text.
 
-        `n_vocab` is the model's. Without a template, or with one that cannot be used, `render` says so.
+        `n_vocab` is the model's. A missing or invalid template is reported by `render`.
         """
-        self._table = tokenizer.to_json().get("tokenizer")
-        self._carried: Mapping[str, str] = meta.get("carried") or {}
-        self._end, self._ids, self._n_vocab = tokenizer.end_of_text, meta.get("special_ids") or {}, n_vocab
+        self._tokenizer_json = tokenizer.to_json().get("tokenizer")
+        self._files: Mapping[str, str] = meta.get("carried") or {}
+        self._end_of_text = tokenizer.end_of_text
+        self._special_ids = meta.get("special_ids") or {}
+        self._n_vocab = n_vocab
 
     @functools.cached_property
     def source(self) -> str | None:
-        """Its source; None without one. A file of its own counts more than what the settings hold, one or several by name."""
-        own = self._carried.get("chat_template.jinja")
+        """The template's source, or None. chat_template.jinja has precedence over tokenizer_config.json."""
+        own = self._files.get("chat_template.jinja")
         found = self._config.get("chat_template") if own is None else own
-        if isinstance(found, list):
+        if isinstance(found, list):  # several, by name
             named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-            found = named.get(ONLY)
+            found = named.get(DEFAULT_NAME)
             if found is None and named:
-                raise ChatError(f"of this model's chat templates ({', '.join(map(str, named))}) none is named {ONLY}")
+                raise ChatError(f"none of this model's chat templates ({', '.join(map(str, named))}) is named {DEFAULT_NAME}")
         return found if isinstance(found, str) and found else None
 
     @functools.cached_property
     def stop_tokens(self) -> list[int]:
-        """Ids that end an answer: the end of a text, and what the model's files call an end."""
-        found: list[Any] = [self._end, self._library.token_to_id(self._special.get("eos_token", ""))]
-        for table in (self._ids, self._read("generation_config.json")):
+        """Ids that end a response: the end of text, and the end-of-sequence tokens in the model's files."""
+        found: list[Any] = [self._end_of_text, self._library.token_to_id(self._special.get("eos_token", ""))]
+        for table in (self._special_ids, self._read("generation_config.json")):
             ids = table.get("eos_token_id")
             found += ids if isinstance(ids, list) else [ids]
         return list(dict.fromkeys(i for i in found if isinstance(i, int) and 0 <= i < self._n_vocab))
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt in which an answer is to follow, for `encode`: marks in `messages` are broken by ESCAPE.
+        """Return the prompt for a response to `messages`, with escaped special tokens; pass it to `encode`.
 
-        Raises ChatError: no template, no messages, or a template that refuses these or fails.
+        Raises ChatError if there is no template, there are no messages, or the template refuses them or fails.
         """
         if not messages:
-            raise ChatError("there are no messages")
+            raise ChatError("the list of messages is empty; give at least one message")
         compiled = self._compiled
-        chat = [{name: self._break_marks(text) for name, text in message.items()} for message in messages]
+        chat = [{name: self._escape_special_tokens(text) for name, text in message.items()} for message in messages]
         try:
             return compiled.render(
                 messages=chat, tools=None, documents=None, add_generation_prompt=True, **self._special
             )
         except jinja2.TemplateError as error:
             raise ChatError(f"the chat template refuses these messages: {_shorten(error)}") from None
-        except Exception as error:  # what a program of somebody else's may raise is not known
+        except Exception as error:  # an untrusted template can raise anything
             raise ChatError(f"the chat template fails: {type(error).__name__}: {_shorten(error)}") from None
 
     def encode(self, prompt: str) -> list[int]:
-        """Ids of a rendered prompt; none is added in front of it. Raises ChatError where it is empty or has lone surrogates."""
+        """Return the ids of a rendered prompt, without an added first token.
+
+        Raises ChatError if the prompt is empty or contains lone surrogates.
+        """
         library = self._library
         try:
             ids = library.encode(prompt, add_special_tokens=False).ids
-        except TypeError:  # what the library makes of lone surrogates
-            raise ChatError("the prompt is not Unicode: it has lone surrogates") from None
-        guard = library.token_to_id(ESCAPE)
-        kept = [i for i in ids if i != guard]
-        if not kept:
-            raise ChatError("the chat template writes nothing for these messages")
-        return kept
+        except TypeError:  # raised by `tokenizers` for lone surrogates
+            raise ChatError("the prompt contains lone surrogates, so it is not valid Unicode") from None
+        escape = library.token_to_id(ESCAPE)
+        tokens = [i for i in ids if i != escape]
+        if not tokens:
+            raise ChatError("the chat template renders these messages to an empty prompt")
+        return tokens
 
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:
         if self.source is None:
-            raise NoChatTemplate("this model has no chat template: it continues texts; ask /v1/completions")
+            raise NoChatTemplate("this model has no chat template; use /v1/completions to continue a text")
         try:
             return _make_environment().from_string(self.source)
         except jinja2.TemplateError as error:
-            raise ChatError(f"this model's chat template cannot be read: {_shorten(error)}") from None
+            raise ChatError(f"this model's chat template cannot be parsed: {_shorten(error)}") from None
 
     @functools.cached_property
     def _library(self) -> hf.Tokenizer:
-        """The vocabulary, which other than FileTokenizer's reads marks."""
-        if self._table is None:
-            raise ChatError("a chat template needs the tokenizer that it was written for; this model has another")
-        library = make_library(self._table, "tokenizer")
-        marks = {token.content for token in library.get_added_tokens_decoder().values()}
-        # What the files call special but the vocabulary does not; what is no token of it stays text.
-        more = [name for name in self._special.values() if name not in marks and library.token_to_id(name) is not None]
+        """The vocabulary as a `tokenizers` object that, unlike FileTokenizer's, encodes special tokens in a text."""
+        if self._tokenizer_json is None:
+            raise ChatError("the chat template needs the tokenizer.json it was written for, which this model does not have")
+        library = make_library(self._tokenizer_json, "tokenizer")
+        known = {token.content for token in library.get_added_tokens_decoder().values()}
+        # Tokens that only the model's files call special. Names that are not in the vocabulary stay text.
+        more = [name for name in self._special.values() if name not in known and library.token_to_id(name) is not None]
         library.add_special_tokens([hf.AddedToken(name, normalized=False, special=True) for name in [*more, ESCAPE]])
         return library
 
     @functools.cached_property
-    def _marks(self) -> re.Pattern[str]:
-        """Special tokens, and of the others that are never cut those that the template writes; longer ones first."""
+    def _special_pattern(self) -> re.Pattern[str]:
+        """Matches special tokens, and other added tokens that the template writes; longer ones first."""
         added = self._library.get_added_tokens_decoder().values()
         names = {
             token.content
             for token in added
             if token.special or (token.content in (self.source or "") and token.content.strip())
         }
-        whole = sorted(
-            (name for name in names if len(name) > 1), key=len, reverse=True
-        )  # one character cannot be broken
-        return re.compile("|".join(map(re.escape, whole)) or "(?!)")
+        # A single character cannot be escaped by inserting another.
+        by_length = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, by_length)) or "(?!)")
 
-    def _break_marks(self, text: str) -> str:
+    def _escape_special_tokens(self, text: str) -> str:
         if ESCAPE in text:
-            raise ChatError("a message has U+FDD0, which is no character")
-        while self._marks.search(text):  # until none is left, for what is left of one may be another
-            text = self._marks.sub(lambda found: _break(found[0]), text)
+            raise ChatError("a message contains the noncharacter U+FDD0; remove it")
+        while self._special_pattern.search(text):  # repeated, because escaping one token may leave another
+            text = self._special_pattern.sub(lambda found: _escape(found[0]), text)
         return text
 
     @functools.cached_property
@@ -150,41 +154,41 @@ class ChatTemplate:
 
     @functools.cached_property
     def _special(self) -> dict[str, str]:
-        """The model's special tokens by the names that templates have for them."""
+        """The model's special tokens by the names that templates use."""
         found = dict(self._config)
-        if "added_tokens_decoder" not in found:  # files that have it need the older one no more
+        if "added_tokens_decoder" not in found:  # files that have it do not need the older file
             found |= self._read("special_tokens_map.json")
         named = {
-            name: value.get("content") if isinstance(value := found.get(name), dict) else value for name in _TOKENS
+            name: value.get("content") if isinstance(value := found.get(name), dict) else value
+            for name in _SPECIAL_TOKENS
         }
         return {name: value for name, value in named.items() if isinstance(value, str)}
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            table = json.loads(self._carried.get(name, "{}"))
+            table = json.loads(self._files.get(name, "{}"))
         except ValueError as error:
             raise ChatError(f"the checkpoint's {name} is not valid JSON: {error}; convert the model again") from None
         return table if isinstance(table, dict) else {}
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` ... `{% endgeneration %}`, with which templates mark answers for training: here it changes nothing."""
+    """The tag `{% generation %}` ... `{% endgeneration %}`, which marks responses for training: no effect here."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> jinja2.nodes.Node:
-        """See jinja2."""
         line = next(parser.stream).lineno
         return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 def _make_environment() -> jinja2.Environment:
-    """Jinja as templates expect it."""
+    """Return a Jinja environment with the functions that chat templates expect."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _to_json  # Jinja's own writes for HTML
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _tell_time}
+    environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment
 
 
@@ -194,17 +198,17 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _refuse(message: str) -> None:
+def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tell_time(format: str) -> str:
+def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def _break(mark: str) -> str:
-    return mark[0] + ESCAPE + mark[1:]
+def _escape(token: str) -> str:
+    return token[0] + ESCAPE + token[1:]
 
 
 def _shorten(error: Exception) -> str:
-    return " ".join(str(error).split())[:_SHOWN]
+    return " ".join(str(error).split())[:_MAX_ERROR]

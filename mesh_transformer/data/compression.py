@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of plain, .gz and .zst files in bounded memory, where every archive must come to its own end."""
+"""Streaming reads of plain, .gz and .zst files in bounded memory, with detection of truncated archives."""
 
 import io
 import zlib
@@ -14,40 +14,43 @@ import zstandard
 from mesh_transformer.data.errors import DocumentError
 
 COMPRESSED = {".gz", ".zst"}
-_PIECE = 1 << 10  # compressed bytes per step: zstd expands one step to at most about 32,000 times as much
+_INPUT_BYTES = 1 << 10  # compressed bytes per step: zstd expands one step to at most about 32,000 times as much
 _CHUNK = 1 << 20
-_LONGEST = 1 << 30  # bytes of one document; more is damage or an attack on memory
+_MAX_DOCUMENT_BYTES = 1 << 30  # a longer document is damage or an attack on memory
 
 
 def read_chunks(file: Path, compressed: str | None) -> Iterator[bytes]:
-    """Contents of a file; `compressed` is its suffix in COMPRESSED, or None. Raises DocumentError at damage."""
+    """Yield the contents of a file; `compressed` is its suffix in COMPRESSED, or None.
+
+    Raises DocumentError if the archive is damaged or truncated.
+    """
     with open(file, "rb", buffering=_CHUNK) as stream:
         if compressed is None:
             yield from iter(partial(stream.read, _CHUNK), b"")
         else:
-            yield from _decompress(iter(partial(stream.read, _PIECE), b""), compressed)
+            yield from _decompress(iter(partial(stream.read, _INPUT_BYTES), b""), compressed)
 
 
-def split_lines(chunks: Iterator[bytes], longest: int | None = None) -> Iterator[bytes]:
-    """Lines without their ends; the piece behind the last line end only if the chunks come to a good end.
+def split_lines(chunks: Iterator[bytes], max_bytes: int | None = None) -> Iterator[bytes]:
+    """Yield lines without their line ends, and at the end the unterminated last line.
 
-    Of a line with more than `longest` bytes the first longest + 1 come, and no more of it is ever held; without a
-    `longest` it raises DocumentError if a line is longer than any real document.
+    A line longer than `max_bytes` is truncated to max_bytes + 1 bytes, and the rest of it is never held in memory.
+    Without `max_bytes`, a line that is longer than any real document raises DocumentError.
     """
     pending: list[bytes] = []
     length = 0
     for chunk in chunks:
         head, end, rest = chunk.partition(b"\n")
-        if longest is not None:
-            head = head[: longest + 1 - length]
+        if max_bytes is not None:
+            head = head[: max_bytes + 1 - length]
         pending.append(head)
         length += len(head)
         check_length(length)
         if end:
             yield b"".join(pending)
-            *whole, tail = rest.split(b"\n")
-            yield from whole if longest is None else (line[: longest + 1] for line in whole)
-            tail = tail if longest is None else tail[: longest + 1]
+            *lines, tail = rest.split(b"\n")
+            yield from lines if max_bytes is None else (line[: max_bytes + 1] for line in lines)
+            tail = tail if max_bytes is None else tail[: max_bytes + 1]
             pending, length = [tail], len(tail)
     check_length(length)
     if length:
@@ -55,54 +58,57 @@ def split_lines(chunks: Iterator[bytes], longest: int | None = None) -> Iterator
 
 
 def check_length(length: int) -> None:
-    """Raises DocumentError if a document of `length` bytes is longer than any real one."""
-    if length > _LONGEST:
-        raise DocumentError("too long", f"more than {_LONGEST:,} bytes in one document; are its lines documents (.jsonl)?")
+    """Raise DocumentError if a document of `length` bytes is longer than any real one."""
+    if length > _MAX_DOCUMENT_BYTES:
+        raise DocumentError(
+            "too long",
+            f"more than {_MAX_DOCUMENT_BYTES:,} bytes in one document; if each line is a document, use .jsonl",
+        )
 
 
-def _decompress(pieces: Iterator[bytes], suffix: str) -> Iterator[bytes]:
-    """The contents of all frames (zstd) or members (gzip), each of which must come to its own end.
+def _decompress(inputs: Iterator[bytes], suffix: str) -> Iterator[bytes]:
+    """Yield the contents of all frames (zstd) or members (gzip), and raise DocumentError if one is incomplete.
 
-    zstandard's stream readers take the end of the file for the end of the data: so each frame is decoded by itself.
+    Each frame is decoded by its own decoder, because zstandard's stream readers treat the end of the file as the end
+    of the data and so do not notice a truncated frame.
     """
     zstd = zstandard.ZstdDecompressor()
     decoder, start, offset = None, 0, 0
-    for piece in pieces:
-        rest = piece
+    for data in inputs:
+        rest = data
         while rest:
             if decoder is None:
-                start = offset + len(piece) - len(rest)
+                start = offset + len(data) - len(rest)
                 if suffix == ".gz" and start and not rest.strip(b"\0"):
-                    break  # padding to a block size, as tapes have it
+                    break  # zero padding to a block size, as on tapes
                 decoder = zstd.decompressobj() if suffix == ".zst" else zlib.decompressobj(wbits=31)
             try:
                 yield decoder.decompress(rest)
             except (zstandard.ZstdError, zlib.error) as error:
                 where = f"near byte {offset:,} (frame from byte {start:,})"
-                remedy = "; compress with a window of at most 128 MiB (--long=27)" if "memory" in str(error) else ""
-                raise DocumentError("damaged archive", f"damaged archive {where}: {error}{remedy}") from None
+                hint = "; compress with a window of at most 128 MiB (--long=27)" if "memory" in str(error) else ""
+                raise DocumentError("damaged archive", f"damaged archive {where}: {error}{hint}") from None
             rest = decoder.unused_data if decoder.eof else b""
             decoder = None if decoder.eof else decoder
-        offset += len(piece)
+        offset += len(data)
     if decoder is not None:
-        detail = f"truncated archive: breaks off at byte {offset:,}, inside the frame that starts at byte {start:,}"
+        detail = f"truncated archive: ends at byte {offset:,}, inside the frame that starts at byte {start:,}"
         raise DocumentError("truncated archive", detail)
     if not offset:
-        raise DocumentError("empty file", "an empty archive; was it written to its end?")
+        raise DocumentError("empty file", "the archive is empty; check that the program that wrote it finished")
 
 
 class ChunkStream(io.RawIOBase):
-    """A file to read from, of chunks."""
+    """A readable binary file over an iterator of chunks."""
 
     def __init__(self, chunks: Iterator[bytes]):
-        self._chunks, self._rest = chunks, b""
+        self._chunks = chunks
+        self._rest = b""
 
     def readable(self) -> bool:
-        """It is."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Bytes read; 0 at the end."""
         if not self._rest:
             self._rest = next((chunk for chunk in self._chunks if chunk), b"")
         count = min(len(buffer), len(self._rest))

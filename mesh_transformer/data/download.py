@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Sources in object stores: fetched once per host into the cache, each file whole or not at all, and again if it changed.
+"""Downloads datasets from object stores into the cache, once per host and again when they change.
 
-A source s3://bucket/path or gs://bucket/path is what a path of this machine can be: a file, a folder (all objects below
-it), or the prefix of a shard. Its files lie in <cache_dir>/fetched/<digest of the URL>/ under their own names, with the
-size and the time of change that the store gives them; by these a file is known to be the same.
+A dataset s3://bucket/path or gs://bucket/path can be a file, a folder (all objects below it), or the prefix of a shard.
+Its files are stored in <cache_dir>/fetched/<digest of the URL>/ under their own names, with the size and modification
+time of the objects. A file with the same size and time is not downloaded again. Each file is downloaded completely or
+not at all.
 """
 
 import fcntl
@@ -13,8 +14,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
 from mesh_transformer.data.errors import DataError
+from mesh_transformer.data.readers import FILES, find_reader
 from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import RemotePath, read_blocks, parse_path
 
@@ -22,72 +23,77 @@ SHARD = (".bin", ".idx")
 
 
 def is_remote(path: str) -> bool:
-    """Whether a source's path is a URL."""
-    return "://" in path
+    """Return whether a dataset path is the URL of files in an object store."""
+    return "://" in path and find_reader(path) is FILES
 
 
-def download_dataset(url: str, cache_dir: str | Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> str:
-    """The path of this machine where the source at `url` lies now; DataError if it cannot be had. `report` gets bytes."""
+def download_dataset(
+    url: str, cache_dir: str | Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> str:
+    """Download the dataset at `url` and return its local path. `on_progress` gets bytes done and in all.
+
+    Raises DataError if the download fails.
+    """
     folder = Path(os.path.expanduser(cache_dir)) / "fetched" / hashlib.sha256(url.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        place = parse_path(url.removesuffix(SHARD[0]).removesuffix(SHARD[1]))
-        assert isinstance(place, RemotePath), "it has a scheme"
-        with open(folder.with_name(folder.name + ".lock"), "w") as lock:  # the host's other processes wait
+        remote = parse_path(url.removesuffix(SHARD[0]).removesuffix(SHARD[1]))
+        assert isinstance(remote, RemotePath), "a URL has a scheme"
+        with open(folder.with_name(folder.name + ".lock"), "w") as lock:  # other processes on this host wait
             fcntl.flock(lock, fcntl.LOCK_EX)
-            root, files = _find(place)
+            root, files = _find(remote)
             total = sum(size for size, _ in files.values())
             done = 0
-            for name, (size, changed) in files.items():
-                _fetch(root / name, folder / name, size, changed)
+            for name, (size, modified) in files.items():
+                _download(root / name, folder / name, size, modified)
                 done += size
                 on_progress(done, total)
             _remove_others(folder, {folder / name for name in files})
     except (CheckpointError, OSError) as error:
-        raise DataError(f"{url}: cannot be fetched: {error}") from error
-    is_folder = root == place
-    return str(folder if is_folder else folder / place.name)
+        raise DataError(f"{url}: cannot be downloaded: {error}") from error
+    is_folder = root == remote
+    return str(folder if is_folder else folder / remote.name)
 
 
-def _find(place: RemotePath) -> tuple[RemotePath, dict[str, tuple[int, float]]]:
-    """The folder of the source's files, and size and time of change of each by its name in it."""
-    near = ObjectStoreBackend(place.parent).list_files()
-    alone = {name: near[name] for name in (place.name, *(place.name + end for end in SHARD)) if name in near}
-    if alone and place.name not in alone and len(alone) < len(SHARD):
-        raise DataError(f"{place}: {next(iter(alone))} is there, but a shard is a pair of .bin and .idx")
-    if alone:
-        return place.parent, alone
-    start = f"{place.name}/"
-    below = {name.removeprefix(start): found for name, found in near.items() if name.startswith(start)}
+def _find(remote: RemotePath) -> tuple[RemotePath, dict[str, tuple[int, float]]]:
+    """Return the folder of the dataset's files, and the size and modification time of each by its name in the folder."""
+    siblings = remote.parent.list_files()
+    files = {name: siblings[name] for name in (remote.name, *(remote.name + end for end in SHARD)) if name in siblings}
+    if files and remote.name not in files and len(files) < len(SHARD):
+        raise DataError(f"{remote}: only {next(iter(files))} exists; a shard consists of a .bin and an .idx file")
+    if files:
+        return remote.parent, files
+    start = f"{remote.name}/"
+    below = {name.removeprefix(start): found for name, found in siblings.items() if name.startswith(start)}
     if not below:
-        names = sorted({name.split("/")[0] for name in near})
+        names = sorted({name.split("/")[0] for name in siblings})
         raise DataError(
-            f"{place}: no such object or folder; {place.parent} holds: {', '.join(names[:10]) or 'nothing'}"
+            f"{remote}: no such object or folder; {remote.parent} contains: {', '.join(names[:10]) or 'nothing'}"
         )
-    return place, below
+    return remote, below
 
 
-def _fetch(place: RemotePath, path: Path, size: int, changed: float) -> None:
-    when = int(changed)
+def _download(remote: RemotePath, path: Path, size: int, modified: float) -> None:
+    when = int(modified)
     if path.is_file() and (path.stat().st_size, int(path.stat().st_mtime)) == (size, when):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     found = 0
     with open(temporary, "wb") as file:
-        for block in read_blocks(place, size):
+        for block in read_blocks(remote, size):
             file.write(block)
             found += len(block)
         file.flush()
         os.fsync(file.fileno())
     if found != size:
-        raise DataError(f"{place}: {found:,} bytes came where the store has {size:,}; try again")
+        raise DataError(f"{remote}: received {found:,} bytes, expected {size:,}; try again")
     os.utime(temporary, (when, when))
     os.replace(temporary, path)
 
 
 def _remove_others(folder: Path, wanted: set[Path]) -> None:
-    """What the store no longer has."""
+    """Delete files that the object store no longer has."""
     for path in folder.rglob("*"):
         if path.is_file() and path not in wanted:
             path.unlink()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a document is, what can be wrong with one, and the count of those left out."""
+"""Documents, errors in documents, and counts of skipped documents."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -9,18 +9,18 @@ _EXAMPLES = 3
 
 
 class DataError(ValueError):
-    """Documents or tokens that cannot be used; the message names the file and the line, and the remedy."""
+    """Unusable documents or tokens; the message names the file, the line and a fix."""
 
 
 class Document(NamedTuple):
-    """One text and the stable name of its place below its source: "path", or "path:line" (lines and rows from 1)."""
+    """A text and its stable name within its dataset: "path", or "path:line" (lines and rows are counted from 1)."""
 
     text: str
     name: str
 
 
 class SkippedDocuments:
-    """Counts what was left out, by kind of damage, with the first few messages of each kind."""
+    """Counts of skipped documents by kind of error, with the first few messages of each kind."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -28,32 +28,37 @@ class SkippedDocuments:
 
     @property
     def total(self) -> int:
-        """Places left out, of all kinds; a file that cannot be read further counts once."""
+        """Number of errors of all kinds; a file that cannot be read any further counts once."""
         return self.counts.total()
 
     def add(self, kind: str, message: str) -> None:
-        """Count one place of damage; `message` begins with the file and line."""
+        """Count one error; `message` begins with the file and line."""
         self.counts[kind] += 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < _EXAMPLES:
             examples.append(message)
 
     def merge(self, other: "SkippedDocuments") -> None:
-        """Add what another process counted."""
+        """Add the counts of another process."""
         self.counts.update(other.counts)
         for kind, messages in other.examples.items():
             examples = self.examples.setdefault(kind, [])
             examples.extend(messages[: _EXAMPLES - len(examples)])
 
     def summary_lines(self) -> list[str]:
-        """One line for each kind, most frequent first: count, kind, first example; empty if nothing was left out."""
+        """Return one line per kind, most frequent first: count, kind, first example. Empty if nothing was skipped."""
         counts = self.counts.most_common()
-        return [f"left out {count:,} ({kind}), first {self.examples[kind][0]}" for kind, count in counts]
+        return [f"skipped {count:,} ({kind}), first: {self.examples[kind][0]}" for kind, count in counts]
 
 
 class DocumentError(Exception):
-    """Damage at a line (None: the whole file); formats yield one for a line and raise one for the rest of a file."""
+    """An error at a line (None: in the whole file).
+
+    File readers yield one for a single line, and raise one if the rest of the file cannot be read.
+    """
 
     def __init__(self, kind: str, detail: str, line: int | None = None) -> None:
         super().__init__(kind, detail, line)
-        self.kind, self.detail, self.line = kind, detail, line
+        self.kind = kind
+        self.detail = detail
+        self.line = line

@@ -1,142 +1,173 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Texts in one file, line by line or whole, and what is wrong with those that are damaged."""
+"""File formats: the texts of one file, line by line or as a whole, and the errors of damaged ones."""
 
 import io
 import json
 import tokenize
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mesh_transformer.data.compression import COMPRESSED, check_length, read_chunks, split_lines
 from mesh_transformer.data.errors import DataError, DocumentError
 
-_LINES = {".jsonl", ".ndjson", ".json"}
-_REMEDIES = {
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive of files; unpack it first"),
-    **dict.fromkeys((".bz2", ".xz", ".lz4", ".br"), "compressed in a way that is not read; use .zst or .gz"),
-    **dict.fromkeys((".bin", ".idx"), "a token shard; name the pair by its prefix, without .bin or .idx"),
-}
+Item = tuple[int | None, str | DocumentError]  # line or row, and its text or error
 
-Item = tuple[int | None, str | DocumentError]  # line or row, its text or what is wrong with it
+
+class InputFile(NamedTuple):
+    """A file to read, and the options for reading it."""
+
+    path: Path
+    compressed: str | None  # its suffix in COMPRESSED, if any
+    text_key: str
+    max_bytes: int | None  # of a line; longer ones are errors
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the decompressed contents."""
+        return read_chunks(self.path, self.compressed)
 
 
 def read_items(file: Path, text_key: str, max_bytes: int | None = None) -> Iterator[Item]:
-    """Every item of a file; damage that ends the reading comes as the last one, a line of more bytes as a DocumentError."""
+    """Yield every item of a file; an error that ends the file is the last one, and a line over `max_bytes` is an error."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    compressed = suffixes[-1] if suffixes and suffixes[-1] in COMPRESSED else None
+    suffix = "".join((suffixes[:-1] if compressed else suffixes)[-1:])
     try:
-        yield from _pick_reader(file, text_key, max_bytes)()
-    except DocumentError as flaw:
-        yield flaw.line, flaw
+        if suffix in UNSUPPORTED:
+            raise DocumentError("unreadable type", f"{suffix} is {UNSUPPORTED[suffix]}")
+        reader = READERS.get(suffix, _read_text)
+        yield from reader(InputFile(file, compressed, text_key, max_bytes))
+    except DocumentError as error:
+        yield error.line, error
     except OSError as error:
         yield None, DocumentError("unreadable file", f"cannot be read: {error.strerror or error}")
 
 
-def _pick_reader(file: Path, text_key: str, longest: int | None) -> Callable[[], Iterator[Item]]:
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    compressed = suffixes[-1] if suffixes and suffixes[-1] in COMPRESSED else None
-    kind = "".join((suffixes[:-1] if compressed else suffixes)[-1:])
-    if kind in _REMEDIES:
-        raise DocumentError("unreadable type", f"{kind} is {_REMEDIES[kind]}")
-    if kind == ".parquet":
-        if compressed:
-            raise DocumentError("unreadable type", "Parquet inside an archive; decompress it first")
-        return partial(_read_parquet, file, text_key)
-    if kind in _LINES:
-        return partial(_read_lines, read_chunks(file, compressed), text_key, longest)
-    return partial(_read_text, read_chunks(file, compressed), is_python=kind == ".py")
+def _read_text(file: InputFile) -> Iterator[Item]:
+    yield None, _clean_text(decode_utf8(_read_all(file).removeprefix(b"\xef\xbb\xbf")))
 
 
-def _read_text(chunks: Iterator[bytes], *, is_python: bool) -> Iterator[Item]:
+def _read_python(file: InputFile) -> Iterator[Item]:
+    yield None, _clean_text(decode_python(_read_all(file)))
+
+
+def _read_all(file: InputFile) -> bytes:
     data = bytearray()
-    for chunk in chunks:
+    for chunk in file.chunks():
         data += chunk
         check_length(len(data))
-    text = decode_python(bytes(data)) if is_python else decode_utf8(bytes(data).removeprefix(b"\xef\xbb\xbf"))
+    return bytes(data)
+
+
+def _clean_text(text: str) -> str:
     check_characters(text)
-    yield None, text.replace("\r\n", "\n")
+    return text.replace("\r\n", "\n")
 
 
-def _read_lines(chunks: Iterator[bytes], text_key: str, longest: int | None) -> Iterator[Item]:
+def _read_json_lines(file: InputFile) -> Iterator[Item]:
     number = 0
-    for number, line in enumerate(split_lines(chunks, longest), 1):
+    for number, line in enumerate(split_lines(file.chunks(), file.max_bytes), 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line or line.isspace():
             continue
         try:
-            if longest is not None and len(line) > longest:
-                raise DocumentError("too long", f"more than {longest:,} bytes")
-            item = _parse_line(line, text_key)
-        except DocumentError as flaw:
-            item = flaw
+            if file.max_bytes is not None and len(line) > file.max_bytes:
+                raise DocumentError("too long", f"more than {file.max_bytes:,} bytes")
+            item = _parse_line(line, file.text_key)
+        except DocumentError as error:
+            item = error
         yield number, item
     if not number:
-        raise DocumentError("empty file", "an empty file; was it written to its end?")
+        raise DocumentError("empty file", "the file is empty; check that the program that wrote it finished")
 
 
-def _read_parquet(file: Path, text_key: str) -> Iterator[Item]:
+def _read_parquet(file: InputFile) -> Iterator[Item]:
+    if file.compressed:
+        raise DocumentError("unreadable type", "Parquet inside an archive; decompress it first")
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{file}: reading Parquet needs pyarrow: pip install 'mesh-transformer[parquet]'") from None
-    row = 0
+        raise DataError(
+            f"{file.path}: reading Parquet needs pyarrow: pip install 'mesh-transformer[parquet]'"
+        ) from None
+    text_key, row = file.text_key, 0
     try:
-        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        table = pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True)
         names = table.schema_arrow.names
         if text_key not in names:
-            raise DocumentError("no text", f"no column {text_key!r}; columns here: {_list(names)} (text_key chooses one)")
+            raise DocumentError(
+                "no text", f"no column {text_key!r}; columns here: {_list_names(names)} (text_key chooses one)"
+            )
         for batch in table.iter_batches(batch_size=256, columns=[text_key]):
             for value in batch.column(0):
                 row += 1
                 yield row, _check_value(value)
-    except (pyarrow.ArrowException, OSError) as error:  # damage is either; only an error of the system has a number
+    except (pyarrow.ArrowException, OSError) as error:  # damage raises either; only a system error has an errno
         if getattr(error, "errno", None):
             raise
         detail = " ".join(str(error).split())
-        raise DocumentError("broken Parquet", f"not a whole Parquet file: {detail}", row or None) from None
+        raise DocumentError("broken Parquet", f"damaged or truncated Parquet file: {detail}", row or None) from None
+
+
+# Readers by file suffix, without .gz and .zst; a file with another suffix is one document of UTF-8 text.
+# To add a format: write a function from InputFile to items, and add a row.
+READERS: dict[str, Callable[[InputFile], Iterator[Item]]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json_lines,
+    ".parquet": _read_parquet,
+    ".py": _read_python,
+}
+
+# Suffixes of files that are certainly not text, each with a hint for the error message.
+UNSUPPORTED = {
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive of files; unpack it first"),
+    **dict.fromkeys((".bz2", ".xz", ".lz4", ".br"), "compressed in an unsupported format; use .zst or .gz"),
+    **dict.fromkeys((".bin", ".idx"), "a token shard; give the prefix of the pair, without .bin or .idx"),
+}
 
 
 def _check_value(value: Any) -> str | DocumentError:
-    """The text of one cell of a Parquet column."""
+    """Return the text of one cell of a Parquet column, or its error."""
     try:
         return _check_text(value.as_py())
     except UnicodeDecodeError as error:
         return DocumentError("bad UTF-8", f"byte {error.start} of the text is not UTF-8")
-    except DocumentError as flaw:
-        return flaw
+    except DocumentError as error:
+        return error
 
 
 def _parse_line(line: bytes, text_key: str) -> str:
-    """The text in one line of JSON."""
+    """Return the text in one line of JSON."""
     source = decode_utf8(line)
     try:
         record = json.loads(source)
     except RecursionError:
-        raise DocumentError("broken JSON", "JSON nested too deeply") from None
+        raise DocumentError("broken JSON", "JSON is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise DocumentError("broken JSON", f"not one JSON object per line: {error.msg}, column {error.pos + 1}") from None
     except ValueError as error:  # an integer of thousands of digits
-        raise DocumentError("broken JSON", f"JSON that cannot be read: {error}") from None
+        raise DocumentError("broken JSON", f"JSON cannot be parsed: {error}") from None
     if not isinstance(record, dict):
         kind = {list: "a list", str: "a string", type(None): "null"}.get(type(record), "a number or boolean")
-        raise DocumentError("not an object", f"{kind} where a JSON object with {text_key!r} is wanted, one per line")
+        raise DocumentError("not an object", f"got {kind}, expected a JSON object with {text_key!r} on each line")
     if text_key not in record:
-        raise DocumentError("no text", f"no key {text_key!r}; keys here: {_list(list(record))} (text_key chooses one)")
+        raise DocumentError("no text", f"no key {text_key!r}; keys here: {_list_names(list(record))} (text_key chooses one)")
     return _check_text(record[text_key])
 
 
 def _check_text(text: object) -> str:
     if not isinstance(text, str):
-        raise DocumentError("not text", f"{'null' if text is None else type(text).__name__} where text is wanted")
+        raise DocumentError("not text", f"got {'null' if text is None else type(text).__name__}, expected text")
     check_characters(text)
     return text
 
 
 def check_characters(text: str) -> None:
-    """Raises DocumentError at NUL and at a lone surrogate."""
+    """Raise DocumentError at a NUL or a lone surrogate."""
     nul = text.find("\0")
     if nul >= 0:
         line = text.count("\n", 0, nul) + 1
@@ -149,7 +180,7 @@ def check_characters(text: str) -> None:
 
 
 def decode_utf8(data: bytes) -> str:
-    """Text of UTF-8; raises DocumentError with the line of what is not."""
+    """Decode UTF-8. Raises DocumentError with the line of the first invalid byte."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -160,7 +191,7 @@ def decode_utf8(data: bytes) -> str:
 
 
 def decode_python(data: bytes) -> str:
-    """Source code in the encoding that it declares, as the interpreter would read it."""
+    """Decode Python source code in its declared encoding (PEP 263), as the interpreter does."""
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         return data.decode(encoding)
@@ -169,5 +200,5 @@ def decode_python(data: bytes) -> str:
         raise DocumentError("bad encoding", f"not Python source in UTF-8 or its declared encoding: {why}") from None
 
 
-def _list(names: list[str]) -> str:
+def _list_names(names: list[str]) -> str:
     return ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Shards -> batches: a batch is a pure function of the data, the seed and the numbers of its sequences.
+"""Shards -> batches. A batch is a pure function of the data, the seed and the indices of its sequences.
 
-A source's sequence j is its tokens j T to (j + 1) T, and the same shifted by one as targets (T = seq_len; only the last
-partial sequence is dropped). Sequences are shuffled anew in each pass by Grain; sources are mixed in a fixed pattern
-that repeats every MIXTURE_PERIOD sequences and has every source's share exactly (to 1 / MIXTURE_PERIOD). Any process can make
-any part of any batch, so resuming needs the step alone.
+Sequence j of a dataset is its tokens j T to (j + 1) T, with the same tokens shifted by one as targets (T = seq_len; only
+the last partial sequence is dropped). Sequences are reshuffled in every epoch by Grain. Datasets are mixed in a fixed
+pattern that repeats every MIXTURE_PERIOD sequences and has each dataset's weight exactly (to 1 / MIXTURE_PERIOD). Any
+process can build any part of any batch, so resuming requires only the step.
 """
 
 import hashlib
@@ -27,18 +27,18 @@ MIXTURE_PERIOD = 4096
 
 
 class Batch(NamedTuple):
-    """Sequences of one step; numpy on the way, jax arrays inside the step."""
+    """The sequences of one step: NumPy arrays from the loader, JAX arrays inside the step."""
 
     tokens: Any  # int32 [B, T]
     targets: Any  # int32 [B, T], tokens shifted by one
     segment_ids: Any  # int32 [B, T], 1, 2, ... per document if documents are isolated, else 1
     positions: Any  # int32 [B, T], from 0 in every sequence, and in every document if isolated
     mask: Any  # float32 [B, T], weight in the loss
-    encoder_tokens: Any = None  # int32 [B, S], what an encoder reads
+    encoder_tokens: Any = None  # int32 [B, S], the encoder's input
 
 
 class Dataset(NamedTuple):
-    """A shard and its share of the mixture."""
+    """A token shard and its weight in the mixture."""
 
     name: str
     shard: TokenShard
@@ -46,7 +46,7 @@ class Dataset(NamedTuple):
 
 
 class Loader:
-    """Batches of a mixture of shards, without end. Raises DataError if a source is shorter than one sequence."""
+    """Endless batches of a mixture of datasets. Raises DataError if a dataset is shorter than one sequence."""
 
     def __init__(
         self,
@@ -59,96 +59,102 @@ class Loader:
         shuffle: bool = True,
         isolate_documents: bool = False,
     ):
-        self.sources, self.seq_len, self.n_vocab, self.end_of_text = list(datasets), seq_len, n_vocab, end_of_text
+        self.datasets = list(datasets)
+        self.seq_len = seq_len
+        self.n_vocab = n_vocab
+        self.end_of_text = end_of_text
         self.isolate_documents = isolate_documents
-        self.lengths = [(source.shard.n_tokens - 1) // seq_len for source in datasets]
-        for source, length in zip(datasets, self.lengths, strict=True):
+        self.lengths = [(dataset.shard.n_tokens - 1) // seq_len for dataset in datasets]
+        for dataset, length in zip(datasets, self.lengths, strict=True):
             if length < 1:
                 raise DataError(
-                    f"{source.name}: {source.shard.n_tokens:,} tokens are less than one sequence of {seq_len} and its target; "
-                    "add text, or lower model.seq_len"
+                    f"{dataset.name}: {dataset.shard.n_tokens:,} tokens are fewer than one sequence of {seq_len} and its "
+                    "last target; add text, or lower model.seq_len"
                 )
         self._orders = [_make_order(length, seed + i, shuffle) for i, length in enumerate(self.lengths)]
-        self._slots, self._ranks, self._shares = _make_pattern([source.weight for source in datasets])
+        self._mixture_dataset, self._mixture_rank, self._mixture_count = _make_mixture(
+            [dataset.weight for dataset in datasets]
+        )
+        # Of the data and its order. Runs store it, so its form must not change.
         identity = [
             [
-                (source.name, source.shard.n_tokens, source.shard.n_documents, _digest(source.shard), source.weight)
-                for source in datasets
+                (dataset.name, dataset.shard.n_tokens, dataset.shard.n_documents, _digest(dataset.shard), dataset.weight)
+                for dataset in datasets
             ],
             [seq_len, seed, shuffle, isolate_documents],
         ]
-        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[
-            :16
-        ]  # of the order and its content
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def batch(self, first: int, size: int, rows: Iterable[int] | None = None) -> Batch:
-        """Sequences `first` to `first + size` of the run, or those `rows` of them that a process feeds."""
+        """Return sequences `first` to `first + size` of the run, or only those `rows` of them that this process needs."""
         wanted = range(size) if rows is None else rows
         return self.read_sequences([self.locate(first + row) for row in wanted])
 
     def read_sequences(self, sequences: Iterable[tuple[int, int]]) -> Batch:
-        """The batch of these: (source, its sequence) of each."""
-        return make_batch([self._read(*row) for row in sequences])
+        """Return the batch of the given sequences: (dataset, sequence of the dataset) of each."""
+        return make_batch([self._read(*sequence) for sequence in sequences])
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(source, its sequence) of sequence `index` of the run."""
-        block, slot = divmod(index, MIXTURE_PERIOD)
-        source = int(self._slots[slot])
-        return source, self._number_at(source, block * self._shares[source] + int(self._ranks[slot]))
+        """Return (dataset, sequence of the dataset) of sequence `index` of the run."""
+        period, slot = divmod(index, MIXTURE_PERIOD)
+        dataset = int(self._mixture_dataset[slot])
+        n = period * self._mixture_count[dataset] + int(self._mixture_rank[slot])
+        return dataset, self._sequence_at(dataset, n)
 
     def epochs(self, n_sequences: int) -> float:
-        """Passes over the source that has been seen most often, after so many sequences of the run."""
-        shares = [
-            n_sequences * share / MIXTURE_PERIOD / length for share, length in zip(self._shares, self.lengths, strict=True)
-        ]
-        return max(shares)
+        """Return the epochs over the most repeated dataset after `n_sequences` sequences of the run."""
+        counts = zip(self._mixture_count, self.lengths, strict=True)
+        return max(n_sequences * count / MIXTURE_PERIOD / length for count, length in counts)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all sources together."""
-        return sum(source.shard.n_tokens for source in self.sources)
+        """Tokens of all datasets."""
+        return sum(dataset.shard.n_tokens for dataset in self.datasets)
 
-    def _number_at(self, source: int, place: int) -> int:
-        """The source's sequence at a place of its endless order."""
-        return _at(self._orders[source], place)
+    def _sequence_at(self, dataset: int, n: int) -> int:
+        """Return the n-th sequence in the endless order of a dataset."""
+        sequence = self._orders[dataset][n]
+        assert sequence is not None, "the order is endless"
+        return int(sequence)
 
-    def _read(self, source: int, sequence: int) -> "PackedSequence":
-        shard, start = self.sources[source].shard, sequence * self.seq_len
+    def _read(self, dataset: int, sequence: int) -> "PackedSequence":
+        shard, start = self.datasets[dataset].shard, sequence * self.seq_len
         tokens = np.asarray(shard.tokens[start : start + self.seq_len + 1], np.int32)
         if tokens.max() >= self.n_vocab or tokens.min() < 0:
-            place = start + int(np.argmax((tokens >= self.n_vocab) | (tokens < 0)))
+            position = start + int(np.argmax((tokens >= self.n_vocab) | (tokens < 0)))
+            document = int(shard.documents_at(np.asarray(position)))
             raise DataError(
-                f"{shard.prefix}: document {int(shard.documents_at(np.asarray(place)))} holds token {shard.tokens[place]}, but "
-                f"model.n_vocab is {self.n_vocab}; the shard was made with another tokenizer, or n_vocab is too small"
+                f"{shard.prefix}: document {document} contains token {shard.tokens[position]}, but model.n_vocab is "
+                f"{self.n_vocab}; the shard was made with another tokenizer, or n_vocab is too small"
             )
         return pack_sequence(tokens, shard, start, isolate_documents=self.isolate_documents)
 
 
 class PackedSequence(NamedTuple):
-    """One sequence: seq_len + 1 tokens, and for the first seq_len of them document and position."""
+    """One sequence: seq_len + 1 tokens, and the segment and position of the first seq_len of them."""
 
     tokens: np.ndarray
-    segments: np.ndarray
+    segment_ids: np.ndarray
     positions: np.ndarray
 
 
 def pack_sequence(tokens: np.ndarray, shard: TokenShard, start: int, *, isolate_documents: bool) -> PackedSequence:
-    """The row of tokens [T + 1] that begins at place `start` of a shard."""
-    places = np.arange(start, start + len(tokens) - 1)
+    """Return the packed sequence of tokens [T + 1] that begin at token `start` of a shard."""
+    indices = np.arange(len(tokens) - 1, dtype=np.int32)
     if not isolate_documents:
-        return PackedSequence(tokens, np.ones(len(places), np.int32), np.arange(len(places), dtype=np.int32))
-    documents = shard.documents_at(places)
+        return PackedSequence(tokens, np.ones(len(indices), np.int32), indices)
+    documents = shard.documents_at(np.arange(start, start + len(indices)))
     begins = np.concatenate([[True], documents[1:] != documents[:-1]])
-    first = np.maximum.accumulate(np.where(begins, np.arange(len(places)), 0))
-    return PackedSequence(tokens, np.cumsum(begins).astype(np.int32), (np.arange(len(places)) - first).astype(np.int32))
+    first = np.maximum.accumulate(np.where(begins, indices, 0))
+    return PackedSequence(tokens, np.cumsum(begins).astype(np.int32), (indices - first).astype(np.int32))
 
 
-def make_batch(rows: Sequence[PackedSequence]) -> Batch:
-    """A batch of whole rows."""
-    tokens = np.stack([row.tokens for row in rows])
-    segments = np.stack([row.segments for row in rows])
-    positions = np.stack([row.positions for row in rows])
-    return Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, np.ones(positions.shape, np.float32))
+def make_batch(sequences: Sequence[PackedSequence]) -> Batch:
+    """Return a batch of complete sequences."""
+    tokens = np.stack([sequence.tokens for sequence in sequences])
+    segment_ids = np.stack([sequence.segment_ids for sequence in sequences])
+    positions = np.stack([sequence.positions for sequence in sequences])
+    return Batch(tokens[:, :-1], tokens[:, 1:], segment_ids, positions, np.ones(positions.shape, np.float32))
 
 
 def evaluation_batches(
@@ -159,35 +165,35 @@ def evaluation_batches(
     rows: Sequence[int] | None = None,
     isolate_documents: bool = False,
 ) -> Iterator[Batch]:
-    """A shard once, in order, every token but the first a target exactly once; what pads the end has mask 0.
+    """Yield a shard once, in order, with every token but the first as a target exactly once; padding has mask 0.
 
-    With `rows` only those of every batch.
+    With `rows`, only these rows of each batch.
     """
     wanted = range(batch_size) if rows is None else rows
     for first in range(0, shard.n_tokens - 1, batch_size * seq_len):
-        made, masks = [], []
+        sequences, masks = [], []
         for start in (first + row * seq_len for row in wanted):
             tokens = np.zeros(seq_len + 1, np.int32)
             part = shard.tokens[start : start + seq_len + 1]
             tokens[: len(part)] = part
-            made.append(pack_sequence(tokens, shard, start, isolate_documents=isolate_documents))
+            sequences.append(pack_sequence(tokens, shard, start, isolate_documents=isolate_documents))
             masks.append(np.arange(seq_len) < len(part) - 1)
-        yield make_batch(made)._replace(mask=np.stack(masks).astype(np.float32))
+        yield make_batch(sequences)._replace(mask=np.stack(masks).astype(np.float32))
 
 
 def count_evaluation_batches(shard: TokenShard, *, seq_len: int, batch_size: int) -> int:
-    """Batches that `evaluation_batches` yields."""
+    """Return the number of batches that `evaluation_batches` yields."""
     return math.ceil((shard.n_tokens - 1) / (seq_len * batch_size))
 
 
 class Prefetcher:
-    """Batches made ahead by a thread: `with Prefetcher(loader, places) as batches: for batch in batches: ...`."""
+    """Builds batches in a background thread: `with Prefetcher(loader, calls) as batches: for batch in batches: ...`."""
 
-    def __init__(self, loader: Loader, places: Iterable[tuple[Any, ...]], *, depth: int = 2):
-        """`places` are arguments of `loader.batch`."""
+    def __init__(self, loader: Loader, calls: Iterable[tuple[Any, ...]], *, depth: int = 2):
+        """`calls` are the arguments of `loader.batch` for each batch."""
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(loader, places), daemon=True)
+        self._thread = threading.Thread(target=self._fill, args=(loader, calls), daemon=True)
 
     def __enter__(self) -> Iterator[Batch]:
         self._thread.start()
@@ -199,14 +205,14 @@ class Prefetcher:
         self._closed.set()
         self._thread.join()
 
-    def _fill(self, loader: Loader, places: Iterable[tuple[Any, ...]]) -> None:
+    def _fill(self, loader: Loader, calls: Iterable[tuple[Any, ...]]) -> None:
         try:
-            for place in places:
-                self._put(loader.batch(*place))
+            for arguments in calls:
+                self._put(loader.batch(*arguments))
                 if self._closed.is_set():
                     return
             self._put(None)
-        except BaseException as error:  # raised again where the batch is wanted
+        except BaseException as error:  # raised again in the thread that takes the batch
             self._put(error)
 
     def _put(self, item: Batch | BaseException | None) -> None:
@@ -224,36 +230,33 @@ class Prefetcher:
 
 
 def _make_order(length: int, seed: int, shuffle: bool) -> grain.MapDataset:
-    numbers = grain.MapDataset.range(length)
-    return (numbers.shuffle(seed=seed % 2**32) if shuffle else numbers).repeat()
+    sequences = grain.MapDataset.range(length)
+    return (sequences.shuffle(seed=seed % 2**32) if shuffle else sequences).repeat()
 
 
-def _at(order: grain.MapDataset, place: int) -> int:
-    number = order[place]
-    assert number is not None, "an endless order has every place"
-    return int(number)
+def _make_mixture(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Return for each slot of a period its dataset and its rank within the dataset, and each dataset's slot count.
 
-
-def _make_pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Which source fills each of MIXTURE_PERIOD slots, the how-manieth of its source each slot is, and slots per source.
-
-    Each slot goes to the source furthest behind its share, so that any stretch is close to the mixture.
+    A slot is assigned to the dataset that is furthest below its weight, so that any stretch is close to the mixture.
     """
     shares = np.asarray(weights, np.float64) / sum(weights)
-    slots, ranks, counts = np.zeros(MIXTURE_PERIOD, np.int64), np.zeros(MIXTURE_PERIOD, np.int64), np.zeros(len(shares), np.int64)
+    datasets = np.zeros(MIXTURE_PERIOD, np.int64)
+    ranks = np.zeros(MIXTURE_PERIOD, np.int64)
+    counts = np.zeros(len(shares), np.int64)
     for slot in range(MIXTURE_PERIOD):
-        source = int(np.argmax(shares * (slot + 1) - counts))
-        slots[slot], ranks[slot] = source, counts[source]
-        counts[source] += 1
+        dataset = int(np.argmax(shares * (slot + 1) - counts))
+        datasets[slot] = dataset
+        ranks[slot] = counts[dataset]
+        counts[dataset] += 1
     if (counts == 0).any():
         raise DataError(
-            f"source {int(np.argmin(counts))} of the mixture has less than 1 in {MIXTURE_PERIOD} of the weight; raise it"
+            f"dataset {int(np.argmin(counts))} of the mixture has less than 1/{MIXTURE_PERIOD} of the weight; raise its weight"
         )
-    return slots, ranks, counts.tolist()
+    return datasets, ranks, counts.tolist()
 
 
 def _digest(shard: TokenShard) -> str:
-    """Of the tokens' type, ends of documents, and a thousand tokens spread over the shard."""
-    places = np.linspace(0, max(shard.n_tokens - 1, 0), num=min(1000, shard.n_tokens), dtype=np.int64)
-    sample = np.asarray(shard.tokens[places], np.int64)
+    """Return a digest of the ends of documents and of a thousand tokens spread over the shard."""
+    positions = np.linspace(0, max(shard.n_tokens - 1, 0), num=min(1000, shard.n_tokens), dtype=np.int64)
+    sample = np.asarray(shard.tokens[positions], np.int64)
     return hashlib.sha256(sample.tobytes() + np.asarray(shard.ends, np.int64).tobytes()).hexdigest()[:16]

@@ -1,48 +1,101 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Documents out of files and folders, each with the place it came from; nothing damaged passes silently.
+"""Dataset readers: a path in the configuration -> documents, each with a stable name.
 
-What is read, by suffix; every kind but Parquet also as `.gz` or `.zst`:
+File formats by suffix; all but Parquet are also read as `.gz` or `.zst`:
 
-- `.jsonl`, `.ndjson`, `.json`: one JSON object per line, its text under `text_key`; blank lines are no documents;
+- `.jsonl`, `.ndjson`, `.json`: one JSON object per line, with the text under `text_key`; blank lines are ignored;
 - `.parquet`: the column `text_key` (needs pyarrow);
-- `.tfrecords`, and `.index`, a list of them with a path per line: tokens, which build.py takes from tfrecords.py;
-- everything else is text, one document per file, in UTF-8; `.py` may declare another encoding (PEP 263).
+- `.tfrecords`, and `.index`, a list of them with one path per line: token ids (tfrecords.py);
+- every other file is one document of UTF-8 text; a `.py` file may declare another encoding (PEP 263).
 
-A byte order mark is dropped. Text files get Unix line ends (CRLF becomes LF, a lone CR stays); strings inside JSON and
-Parquet stay as they are. Empty text is no document: it is counted, never an error, unless a source has nothing else.
-Folders are read recursively in the order of their paths, without hidden files and __pycache__; links are followed,
-each folder once.
+A byte order mark is removed. Text files get Unix line ends (CRLF becomes LF, a lone CR stays); strings inside JSON and
+Parquet stay as they are. An empty text is not a document: it is counted, and is an error only if a dataset has nothing
+else. Folders are read recursively in the order of their paths, without hidden files and __pycache__. Links are
+followed, and each folder is read once.
 
-Damage is bad UTF-8, a lone surrogate, NUL, JSON that is not an object with text under `text_key`, an archive that
-breaks off, fails its checksum or has something behind its end, and any file that cannot be read. It raises DataError,
-or with on_bad="skip" is left out and counted in a SkippedDocuments; whole lines before the damage in an archive are used.
-Checksums stand at the end of what they cover: if one fails, lines with the damage in them may be among those used. A
-.zst without checksums does not reveal every flipped bit: the `zstd` program writes them, libraries often do not.
+These are errors: bad UTF-8, a lone surrogate, NUL, JSON that is not an object with text under `text_key`, an archive
+that is truncated, fails its checksum or is followed by other bytes, and any file that cannot be read. They raise
+DataError, or with on_bad="skip" are counted in a SkippedDocuments; complete lines before the damage in an archive are
+used. The checksum of an archive comes after the data it covers: if it fails, damaged lines may be among those already
+used. A .zst without checksums does not reveal every flipped bit: the `zstd` program writes them, libraries often do not.
 
-The source "python-stdlib" is the source code of the running interpreter's standard library, present on every machine,
-without installed packages and tests. A file there that is no valid text is always left out and counted.
+The dataset "python-stdlib" is the source code of the running interpreter's standard library, available on every
+machine, without installed packages and tests. A file in it that is not valid text is always skipped and counted.
 """
 
 import difflib
 import os
 import sysconfig
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from mesh_transformer.data.errors import SkippedDocuments, DataError, Document, DocumentError
+from mesh_transformer.data.errors import DataError, Document, DocumentError, SkippedDocuments
 from mesh_transformer.data.formats import read_items
+
+if TYPE_CHECKING:
+    import numpy as np
 
 OnBad = Literal["error", "skip"]
 TFRECORDS = (".tfrecords", ".tfrecord")
 
 STDLIB = "python-stdlib"
-_STDLIB_WITHOUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+_STDLIB_EXCLUDED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+
+
+class Partition(NamedTuple):
+    """A part of a dataset that one worker reads independently, such as a file. All fields enter the cache key."""
+
+    location: str  # path or URL
+    n_bytes: int  # used for progress and to balance the work
+    version: int  # changes with the content, such as a modification time
+
+
+class ReadOptions(NamedTuple):
+    """Options for reading the documents of a dataset."""
+
+    path: str  # of the dataset, as in the configuration
+    text_key: str = "text"
+    on_bad: OnBad = "error"
+
+
+class TokenRecord(NamedTuple):
+    """A sequence of token ids, with the name by which it is assigned to training or validation."""
+
+    name: str
+    tokens: "np.ndarray"
+    location: str  # begins error messages
+
+
+class DatasetReader(NamedTuple):
+    """One kind of dataset: the paths it handles, its partitions, and their documents or token sequences."""
+
+    matches: Callable[[str], bool]
+    list_partitions: Callable[[str], list[Partition]]
+    read_documents: Callable[[Partition, ReadOptions, SkippedDocuments], Iterator[Document]]
+    read_tokens: Callable[[Partition], Iterator[TokenRecord]]
+    holds_tokens: Callable[[Partition], bool]
+
+
+def find_reader(path: str) -> DatasetReader:
+    """Return the first reader of DATASETS for a path."""
+    return next(reader for reader in DATASETS if reader.matches(path))
+
+
+def list_partitions(path: str) -> list[Partition]:
+    """List the partitions of a dataset. Raises DataError if it does not exist."""
+    return find_reader(path).list_partitions(path)
+
+
+def holds_tokens(path: str) -> bool:
+    """Return whether any partition of a dataset holds token ids instead of text."""
+    reader = find_reader(path)
+    return any(map(reader.holds_tokens, reader.list_partitions(path)))
 
 
 def find_root(path: str | Path) -> Path:
-    """The folder that names of documents are relative to: the standard library's, `path` itself, or a file's folder."""
+    """Return the folder that document names are relative to: the standard library, `path` itself, or a file's folder."""
     if str(path) == STDLIB:
         return Path(sysconfig.get_path("stdlib")).resolve()
     path = Path(os.path.expanduser(path))
@@ -50,14 +103,14 @@ def find_root(path: str | Path) -> Path:
 
 
 def find_files(path: str | Path) -> list[Path]:
-    """All files of a source, sorted by their path below `find_root(path)`; those an index names in its order.
+    """List the files of a dataset, sorted by path below `find_root(path)`; those named by an index in its order.
 
-    Raises DataError if there is no such path (with the nearest name), or no file in the folder.
+    Raises DataError if the path does not exist (and suggests the nearest name), or if the folder has no files.
     """
     if not str(path):
-        raise DataError(f"an empty path names no documents; give a file, a folder or {STDLIB!r}")
+        raise DataError(f"the dataset path is empty; give a file, a folder or {STDLIB!r}")
     if str(path) == STDLIB:
-        files = _walk(find_root(path), without=_STDLIB_WITHOUT, suffix=".py")
+        files = _walk(find_root(path), exclude=_STDLIB_EXCLUDED, suffix=".py")
     else:
         path = Path(os.path.expanduser(path))
         if is_index(path):
@@ -67,29 +120,29 @@ def find_files(path: str | Path) -> list[Path]:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder{_suggest(path)}")
         if not path.is_dir():
-            raise DataError(f"{path} is neither a file nor a folder")
+            raise DataError(f"{path}: neither a file nor a folder; give one of these")
         files = _walk(path)
-        if any(map(is_tfrecords, files)):  # an index beside them is no document
+        if any(map(is_tfrecords, files)):  # an index next to them is not a document
             files = [file for file in files if not is_index(file)]
     if not files:
-        raise DataError(f"{path}: no files in this folder (hidden ones do not count)")
+        raise DataError(f"{path}: no files in this folder (hidden ones are ignored)")
     return files
 
 
 def is_tfrecords(path: Path) -> bool:
-    """Whether a file is named like TFRecords."""
+    """Return whether a file has a suffix of TFRecords."""
     return path.suffix.lower() in TFRECORDS
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file is named like a list of TFRecords."""
+    """Return whether a path is an existing file with the suffix of a list of TFRecords."""
     return path.suffix.lower() == ".index" and path.is_file()
 
 
 def read_index(path: Path) -> list[Path]:
-    """The files an index names: relative paths from its own folder, else from the working directory.
+    """Read the list of files in an index; relative paths start at its folder, else at the working directory.
 
-    Raises DataError, with the line, for a file that is not there.
+    Raises DataError, with the line, for a file that does not exist.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -99,46 +152,48 @@ def read_index(path: Path) -> list[Path]:
     for number, line in enumerate(lines, 1):
         if name := line.strip():
             if "://" in name:
-                raise DataError(f"{path}:{number}: {name} is not on this machine; copy it here and put its path there")
-            places = [path.parent / os.path.expanduser(name), Path(os.path.expanduser(name))]
-            found = next((place for place in places if place.is_file()), None)
+                raise DataError(f"{path}:{number}: {name} is a URL; copy it to this machine and give its local path")
+            candidates = [path.parent / os.path.expanduser(name), Path(os.path.expanduser(name))]
+            found = next((candidate for candidate in candidates if candidate.is_file()), None)
             if found is None:
-                looked = " and ".join(dict.fromkeys(str(place) for place in places))
-                raise DataError(f"{path}:{number}: no such file: {name} (looked for {looked})")
+                tried = " and ".join(dict.fromkeys(map(str, candidates)))
+                raise DataError(f"{path}:{number}: no such file: {name} (looked for {tried})")
             files.append(found)
     if not files:
-        raise DataError(f"{path}: names no files; it holds one path per line")
+        raise DataError(f"{path}: lists no files; an index holds one path per line")
     return files
 
 
 def read_documents(
     path: str | Path, *, text_key: str = "text", on_bad: OnBad = "error", skipped: SkippedDocuments | None = None
 ) -> Iterator[Document]:
-    """All documents of a source (file, folder or "python-stdlib") in a fixed order, in bounded memory.
+    """Read all documents of a dataset in a fixed order, in bounded memory.
 
-    `bad` counts what is left out; on_bad="skip" requires it. Raises DataError at once if there is nothing to read, and
-    on the way at the first damage, or at the end if not one document was good.
+    `skipped` counts skipped documents; on_bad="skip" requires it. Raises DataError immediately if there is nothing to
+    read, and during iteration at the first error, or at the end if no document was usable.
     """
     _check_on_bad(on_bad, skipped)
-    return _read_all(find_files(path), path, text_key, on_bad, SkippedDocuments() if skipped is None else skipped)
+    options = ReadOptions(str(path), text_key, on_bad)
+    partitions = list_partitions(options.path)
+    return _read_all(partitions, options, SkippedDocuments() if skipped is None else skipped)
 
 
 def read_file(
     file: Path, root: Path, *, text_key: str = "text", on_bad: OnBad = "error", skipped: SkippedDocuments | None = None
 ) -> Iterator[Document]:
-    """The documents of one file of `find_files`, for reading files in parallel; `root` is from `find_root`.
+    """Read the documents of one file of `find_files`, to read files in parallel; `root` is from `find_root`.
 
-    Unlike read_documents it may give nothing: the caller sees to it that the source as a whole gives something.
+    Unlike read_documents it may yield nothing: the caller checks that the dataset as a whole is not empty.
     """
     _check_on_bad(on_bad, skipped)
     return _read_one(file, root, text_key, on_bad, SkippedDocuments() if skipped is None else skipped)
 
 
-def _check_on_bad(on_bad: str, bad: SkippedDocuments | None) -> None:
+def _check_on_bad(on_bad: str, skipped: SkippedDocuments | None) -> None:
     if on_bad not in ("error", "skip"):
         raise ValueError(f'on_bad={on_bad!r} must be "error" or "skip"')
-    if on_bad == "skip" and bad is None:
-        raise ValueError('on_bad="skip" needs bad=SkippedDocuments(), so that what is left out is counted')
+    if on_bad == "skip" and skipped is None:
+        raise ValueError('on_bad="skip" needs skipped=SkippedDocuments(), to count skipped documents')
 
 
 def _suggest(path: Path) -> str:
@@ -147,16 +202,16 @@ def _suggest(path: Path) -> str:
     return f"; did you mean {near[0] if near[0] == STDLIB else path.parent / near[0]}?" if near else ""
 
 
-def _walk(root: Path, *, without: Set[str] = frozenset({"__pycache__"}), suffix: str = "") -> list[Path]:
-    """Files below `root` whose names end in `suffix`, outside folders named in `without`; no folder twice."""
+def _walk(root: Path, *, exclude: Set[str] = frozenset({"__pycache__"}), suffix: str = "") -> list[Path]:
+    """List files below `root` whose names end in `suffix`, outside folders named in `exclude`; each folder once."""
     found: dict[str, Path] = {}
-    seen: set[str] = set()
+    visited: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise_unreadable):
         real = os.path.realpath(folder)
-        folders[:] = sorted(n for n in folders if n not in without and not n.startswith(".") and real not in seen)
-        files = [Path(folder, n) for n in names if not n.startswith(".") and n.endswith(suffix) and real not in seen]
+        folders[:] = sorted(n for n in folders if n not in exclude and not n.startswith(".") and real not in visited)
+        files = [Path(folder, n) for n in names if not n.startswith(".") and n.endswith(suffix) and real not in visited]
         found.update((file.relative_to(root).as_posix(), file) for file in files)
-        seen.add(real)
+        visited.add(real)
     return [found[name] for name in sorted(found)]
 
 
@@ -164,35 +219,76 @@ def _raise_unreadable(error: OSError) -> None:
     raise DataError(f"{error.filename}: cannot list this folder: {error.strerror}")
 
 
-def _read_all(
-    files: list[Path], path: str | Path, text_key: str, on_bad: OnBad, bad: SkippedDocuments
-) -> Iterator[Document]:
-    root, count = find_root(path), 0
-    for file in files:
-        for document in _read_one(file, root, text_key, on_bad, bad):
+def _read_all(partitions: list[Partition], options: ReadOptions, skipped: SkippedDocuments) -> Iterator[Document]:
+    reader, count = find_reader(options.path), 0
+    for partition in partitions:
+        for document in reader.read_documents(partition, options, skipped):
             count += 1
             yield document
     if not count:
-        why = "; ".join(bad.summary_lines()) or "nothing but blank lines"
-        raise DataError(f"{path}: not one document to use; {why}")
+        why = "; ".join(skipped.summary_lines()) or "only blank lines"
+        raise DataError(f"{options.path}: no usable document: {why}")
 
 
-def _read_one(file: Path, root: Path, text_key: str, on_bad: OnBad, bad: SkippedDocuments) -> Iterator[Document]:
-    place, name = _show(file), _show(file.relative_to(root))
+def _read_one(file: Path, root: Path, text_key: str, on_bad: OnBad, skipped: SkippedDocuments) -> Iterator[Document]:
+    location, name = _to_unicode(file), _to_unicode(file.relative_to(root))
     strict = on_bad == "error" and root != find_root(STDLIB)
     for line, text in read_items(file, text_key):
         suffix = "" if line is None else f":{line}"
         if isinstance(text, DocumentError):
-            message = f"{place}{suffix}: {text.detail}"
+            message = f"{location}{suffix}: {text.detail}"
             if strict:
                 raise DataError(message)
-            bad.add(text.kind, message)
+            skipped.add(text.kind, message)
         elif text:
             yield Document(text, name + suffix)
         else:
-            bad.add("empty text", f"{place}{suffix}: empty text")
+            skipped.add("empty text", f"{location}{suffix}: empty text")
 
 
-def _show(path: Path) -> str:
-    """The path in Unicode, also where the file system's bytes are none."""
+def _to_unicode(path: Path) -> str:
+    """Return the path as valid Unicode, with backslash escapes for other bytes of the file system."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _any_path(path: str) -> bool:
+    return True
+
+
+def _list_files(path: str) -> list[Partition]:
+    return [_describe_file(file) for file in find_files(path)]
+
+
+def _describe_file(file: Path) -> Partition:
+    try:
+        status = file.stat()
+    except OSError:  # a broken link, for example: the reader reports it
+        return Partition(str(file), 0, 0)
+    return Partition(str(file), status.st_size, status.st_mtime_ns)
+
+
+def _read_file_documents(
+    partition: Partition, options: ReadOptions, skipped: SkippedDocuments
+) -> Iterator[Document]:
+    file = Path(partition.location)
+    return _read_one(file, find_root(options.path), options.text_key, options.on_bad, skipped)
+
+
+def _read_file_tokens(partition: Partition) -> Iterator[TokenRecord]:
+    from mesh_transformer.data.tfrecords import read_sequences  # imports NumPy, which reading text does not need
+
+    file = Path(partition.location)
+    for number, sequence in enumerate(read_sequences(file)):
+        yield TokenRecord(f"{file.name}:{number}", sequence, f"{file}: record {number}")
+
+
+def _is_token_file(partition: Partition) -> bool:
+    return is_tfrecords(Path(partition.location))
+
+
+FILES = DatasetReader(_any_path, _list_files, _read_file_documents, _read_file_tokens, _is_token_file)
+
+# Readers by dataset path; the first that matches is used. To add a kind of dataset that is not files on this machine or
+# in an object store (for example Hugging Face datasets as "hf://NAME"): write its five functions in a module of its own
+# and add a row before FILES. Shards, caching, parallel builds, holdout and evaluation then work unchanged.
+DATASETS: tuple[DatasetReader, ...] = (FILES,)

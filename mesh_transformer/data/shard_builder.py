@@ -1,17 +1,18 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Documents -> tokens -> shards in the cache: in parallel, resumable, and never reused for a source that has changed.
+"""Builds token shards in the cache: documents -> tokens -> shards, in parallel, resumable, rebuilt if the data changes.
 
-The split rule: with holdout = n > 0, a document is held out exactly if xxh3_64(its name in UTF-8) % n == 0. It depends
-on the document's name alone, so adding files moves none from one side to the other.
+Validation split: with holdout = n > 0, a document is held out if and only if xxh3_64(its name in UTF-8) % n == 0. The
+rule depends only on the document's name, so adding files never moves a document from one split to the other. The
+validation split is stored as "<name>-heldout".
 
-A source's files are cut into parts of about 32 MB in order; each part becomes a small shard under a temporary name, and
-a part that is there is not made again. The parts are joined in order, so the result is the same bytes for any number of
-workers and interruptions. Its name carries a digest of everything it depends on: path, size and time of change of each
-file, tokenizer, split and text key.
+A dataset's partitions (files) are grouped, in order, into parts of about 32 MB. Each part becomes a small shard under a
+temporary name, and an existing part is not built again. The parts are joined in order, so the result has the same bytes
+for any number of workers and interruptions. Its name contains a digest of everything it depends on: path, size and
+modification time of each file, tokenizer, split and text key.
 
-Records of TFRecords are tokens already: each is cut behind every end of text, and what is left at its end is a document
-without one. The split rule goes by the record, file name:number.
+TFRecords already contain tokens. Each record is split after every end-of-text token, and the remainder is a document
+without one. The validation split is by record, named "file name:number".
 """
 
 import fcntl
@@ -34,41 +35,41 @@ import numpy as np
 import xxhash
 
 from mesh_transformer.data.download import download_dataset, is_remote
-from mesh_transformer.data.errors import SkippedDocuments, DataError
-from mesh_transformer.data.readers import OnBad, find_files, find_root, is_tfrecords, read_file
+from mesh_transformer.data.errors import DataError, SkippedDocuments
+from mesh_transformer.data.readers import OnBad, Partition, ReadOptions, find_reader, list_partitions
 from mesh_transformer.data.shards import ShardWriter, TokenShard, is_shard, token_dtype
-from mesh_transformer.data.tfrecords import split_documents, read_sequences
+from mesh_transformer.data.tfrecords import split_documents
 from mesh_transformer.data.tokenizers import Tokenizer
 
-VERSION = 1  # of what is in the cache; a change of it rebuilds everything
+VERSION = 1  # of the cache's content; changing it rebuilds everything
 PART_BYTES = 32_000_000
-ENCODE_CHARACTERS = 4_000_000  # text handed to the tokenizer in one call
-SPLITS = ("train", "heldout")
+ENCODE_CHARACTERS = 4_000_000  # text passed to the tokenizer in one call
+TRAIN = "train"
+VALIDATION = "heldout"  # as stored on disk
+SPLITS = (TRAIN, VALIDATION)
 
 
 class BuiltShards(NamedTuple):
-    """One side of a source, on disk."""
+    """One split of a dataset, on disk."""
 
     prefix: Path
     n_documents: int
     n_tokens: int
-    n_bytes: int  # of text, without ends of text
-    notes: tuple[str, ...]  # what was left out, and why
+    n_bytes: int  # of text, without end-of-text tokens
+    notes: tuple[str, ...]  # skipped documents, and why
 
 
 class ShardTask(NamedTuple):
-    """What one worker turns into one part."""
+    """The input and output of the worker that builds one part."""
 
-    files: list[Path]
-    root: Path
-    text_key: str
-    on_bad: OnBad
+    partitions: list[Partition]
+    options: ReadOptions
     holdout: int
     tokenizer: Tokenizer
     prefix: Path
 
 
-Report = Callable[[int, int, float], None]  # bytes of source done, bytes in all, seconds since the start
+ProgressFn = Callable[[int, int, float], None]  # bytes done, bytes in all, seconds since the start
 
 
 def build_shards(
@@ -80,170 +81,159 @@ def build_shards(
     holdout: int = 0,
     on_bad: OnBad = "error",
     workers: int = 1,
-    on_progress: Report = lambda done, total, seconds: None,
+    on_progress: ProgressFn = lambda done, total, seconds: None,
 ) -> dict[str, BuiltShards]:
-    """The shards of a source by side ("train", and "heldout" if `holdout`), from the cache or made now.
+    """Return the shards of a dataset by split ("train", and "heldout" if `holdout`), from the cache or newly built.
 
-    A path that is a shard's prefix is used as it is; its text is taken to have the bytes its tokens decode to.
-    A URL is fetched first. Raises DataError for damaged documents (or counts them, see `on_bad`), for a side without
-    documents, and for a store that cannot be reached.
+    A path that is the prefix of a shard is used as it is; its text is assumed to have the bytes its tokens decode to.
+    A URL is downloaded first. Raises DataError for damaged documents (or counts them, see `on_bad`), for a split
+    without documents, and for an object store that cannot be reached.
     """
     if is_remote(path):
         start = time.perf_counter()
-        path = download_dataset(path, cache_dir, lambda done, total: on_progress(done, total, time.perf_counter() - start))
-    given = os.path.expanduser(path).removesuffix(".bin").removesuffix(".idx")
-    if is_shard(given):
-        return {"train": _use_shard(Path(given), tokenizer, holdout)}
-    files = find_files(path)
-    key = _fingerprint(path, files, tokenizer, text_key, holdout, on_bad)
+        path = download_dataset(
+            path, cache_dir, lambda done, total: on_progress(done, total, time.perf_counter() - start)
+        )
+    prefix = os.path.expanduser(path).removesuffix(".bin").removesuffix(".idx")
+    if is_shard(prefix):
+        return {TRAIN: _use_shard(Path(prefix), tokenizer, holdout)}
+    options = ReadOptions(path, text_key, on_bad)
+    partitions = list_partitions(path)
+    key = _fingerprint(partitions, options, tokenizer, holdout)
     base = Path(os.path.expanduser(cache_dir)) / f"{Path(path).name}-{key}"
     base.parent.mkdir(parents=True, exist_ok=True)
-    sides = SPLITS if holdout else SPLITS[:1]
+    splits = SPLITS if holdout else SPLITS[:1]
     with _locked(base.with_name(base.name + ".lock")):
-        if not all(Path(f"{base}-{side}.json").is_file() and is_shard(f"{base}-{side}") for side in sides):
-            _build(
-                base,
-                path,
-                files,
-                ShardTask([], find_root(path), text_key, on_bad, holdout, tokenizer, base),
-                workers,
-                on_progress,
-            )
-    return {side: _open_built(Path(f"{base}-{side}"), path, side, holdout) for side in sides}
+        if not all(Path(f"{base}-{split}.json").is_file() and is_shard(f"{base}-{split}") for split in splits):
+            _build(ShardTask(partitions, options, holdout, tokenizer, base), workers, on_progress)
+    return {split: _open_built(Path(f"{base}-{split}"), path, split, holdout) for split in splits}
 
 
 def is_validation_document(name: str, holdout: int) -> bool:
-    """The split rule of this module."""
+    """Return whether the split rule of this module holds out the document `name`."""
     return bool(holdout) and xxhash.xxh3_64_intdigest(name.encode()) % holdout == 0
 
 
-def _fingerprint(path: str, files: list[Path], tokenizer: Tokenizer, text_key: str, holdout: int, on_bad: str) -> str:
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    parts = [VERSION, path, stats, tokenizer.fingerprint, text_key, holdout, on_bad]
+def _fingerprint(partitions: list[Partition], options: ReadOptions, tokenizer: Tokenizer, holdout: int) -> str:
+    # The order and the form are those of existing caches, which this digest must continue to find.
+    parts = [VERSION, options.path, partitions, tokenizer.fingerprint, options.text_key, holdout, options.on_bad]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One builder at a time; the others wait and then find the result."""
+    """Allow one builder at a time; the others wait and then find the result."""
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _build(base: Path, path: str, files: list[Path], work: ShardTask, workers: int, report: Report) -> None:
-    for leftover in base.parent.glob(f"{base.name}-*.tmp-*"):  # of a builder that was killed; this one holds the lock
+def _build(task: ShardTask, workers: int, on_progress: ProgressFn) -> None:
+    """Build the shards of a whole dataset at `task.prefix`."""
+    base = task.prefix
+    for leftover in base.parent.glob(f"{base.name}-*.tmp-*"):  # of a killed builder: this one holds the lock
         leftover.unlink()
     parts_dir = base.with_name(base.name + ".parts")
     parts_dir.mkdir(exist_ok=True)
-    groups = _group(files)
-    jobs = [work._replace(files=group, prefix=parts_dir / f"{i:06d}") for i, group in enumerate(groups)]
-    sizes = [sum(file.stat().st_size for file in group) for group in groups]
+    groups = _group(task.partitions)
+    tasks = [task._replace(partitions=group, prefix=parts_dir / f"{i:06d}") for i, group in enumerate(groups)]
+    sizes = [sum(partition.n_bytes for partition in group) for group in groups]
     start, done = time.perf_counter(), 0
-    with closing(_run(jobs, workers)) as waits:
+    with closing(_run(tasks, workers)) as waits:
         for size, wait in zip(sizes, waits, strict=True):
             wait()
             done += size
-            report(done, sum(sizes), time.perf_counter() - start)
-    for side in SPLITS if work.holdout else SPLITS[:1]:
-        _join(base, side, [job.prefix for job in jobs], work.tokenizer)
+            on_progress(done, sum(sizes), time.perf_counter() - start)
+    for split in SPLITS if task.holdout else SPLITS[:1]:
+        _join(base, split, [part.prefix for part in tasks], task.tokenizer)
     shutil.rmtree(parts_dir)
 
 
-def _group(files: list[Path]) -> list[list[Path]]:
-    groups: list[list[Path]] = [[]]
+def _group(partitions: list[Partition]) -> list[list[Partition]]:
+    groups: list[list[Partition]] = [[]]
     size = 0
-    for file in files:
-        if groups[-1] and size + file.stat().st_size > PART_BYTES:
+    for partition in partitions:
+        if groups[-1] and size + partition.n_bytes > PART_BYTES:
             groups.append([])
             size = 0
-        groups[-1].append(file)
-        size += file.stat().st_size
+        groups[-1].append(partition)
+        size += partition.n_bytes
     return groups
 
 
-def _run(jobs: list[ShardTask], workers: int) -> Generator[Callable[[], Any], None, None]:
-    """Callables, in order, that wait for each job."""
-    if workers == 1 or len(jobs) == 1:
-        for job in jobs:
-            yield lambda job=job: _make_part(job)
+def _run(tasks: list[ShardTask], workers: int) -> Generator[Callable[[], Any], None, None]:
+    """Yield one callable per task, in order; calling it waits for the task."""
+    if workers == 1 or len(tasks) == 1:
+        for task in tasks:
+            yield lambda task=task: _make_part(task)
         return
     context = multiprocessing.get_context("spawn")
     pool: Executor
-    over = context.Event()
+    canceled = context.Event()
     with ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=context, initializer=end_with_parent, initargs=(over,)
+        min(workers, len(tasks)), mp_context=context, initializer=end_with_parent, initargs=(canceled,)
     ) as pool:
-        futures: list[Future[None]] = [pool.submit(_make_part, job) for job in jobs]
+        futures: list[Future[None]] = [pool.submit(_make_part, task) for task in tasks]
         try:
             for future in futures:
                 yield future.result
-        except BaseException:  # nobody waits for the rest: a stop, or damage
-            over.set()
+        except BaseException:  # a stop, or damaged data: the other results are no longer needed
+            canceled.set()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def end_with_parent(over: Event | None = None) -> None:
-    """Have this worker end when the builder does, even by kill -9, or says so; it would go on writing parts."""
+def end_with_parent(canceled: Event | None = None) -> None:
+    """Make this worker process exit when its parent exits, even by kill -9, or sets `canceled`.
+
+    Without this, a worker would continue to write parts.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
-        while parent.is_alive() and not (over or threading.Event()).wait(0.5):
+        while parent.is_alive() and not (canceled or threading.Event()).wait(0.5):
             pass
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _make_part(work: ShardTask) -> None:
-    """Both sides of one part; its statistics are written last and mark it as done."""
-    record = Path(f"{work.prefix}.json")
-    if record.is_file() and all(is_shard(f"{work.prefix}-{side}") for side in SPLITS):
+def _make_part(task: ShardTask) -> None:
+    """Write both splits of one part. Its statistics are written last and mark it as complete."""
+    record = Path(f"{task.prefix}.json")
+    if record.is_file() and all(is_shard(f"{task.prefix}-{split}") for split in SPLITS):
         return
-    bad = SkippedDocuments()
-    dtype = token_dtype(work.tokenizer.n_vocab)
-    counts = {side: {"documents": 0, "tokens": 0, "bytes": 0} for side in SPLITS}
-    with ShardWriter(f"{work.prefix}-train", dtype) as train, ShardWriter(f"{work.prefix}-heldout", dtype) as heldout:
-        for name, document, n_bytes in itertools.chain(_encode_texts(work, bad), _read_tokens(work)):
-            side = "heldout" if is_validation_document(name, work.holdout) else "train"
-            (heldout if side == "heldout" else train).add(document)
-            count = counts[side]
+    skipped = SkippedDocuments()
+    dtype = token_dtype(task.tokenizer.n_vocab)
+    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    with (
+        ShardWriter(f"{task.prefix}-{TRAIN}", dtype) as train,
+        ShardWriter(f"{task.prefix}-{VALIDATION}", dtype) as validation,
+    ):
+        for name, document, n_bytes in itertools.chain(_encode_texts(task, skipped), _split_records(task)):
+            held_out = is_validation_document(name, task.holdout)
+            (validation if held_out else train).add(document)
+            count = counts[VALIDATION if held_out else TRAIN]
             count["documents"] += 1
             count["tokens"] += len(document)
             count["bytes"] += n_bytes
-    _write_json(record, {"counts": counts, "notes": bad.summary_lines()})
+    _write_json(record, {"counts": counts, "notes": skipped.summary_lines()})
 
 
-def _encode_texts(work: ShardTask, bad: SkippedDocuments) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Name, tokens with the end of text, and bytes of every text."""
-    for texts, names in _read_chunks(work, bad):
-        for text, name, tokens in zip(texts, names, work.tokenizer.encode_batch(texts), strict=True):
-            yield name, np.append(tokens, work.tokenizer.end_of_text), len(text.encode("utf-8", "surrogatepass"))
+def _encode_texts(task: ShardTask, skipped: SkippedDocuments) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Yield the name, the tokens with end of text, and the bytes of every text."""
+    for texts, names in _batch_texts(task, skipped):
+        for text, name, tokens in zip(texts, names, task.tokenizer.encode_batch(texts), strict=True):
+            yield name, np.append(tokens, task.tokenizer.end_of_text), len(text.encode("utf-8", "surrogatepass"))
 
 
-def _read_tokens(work: ShardTask) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Record, tokens and bytes of every document in TFRecords; damage is always an error, whatever `on_bad`."""
-    files = [file for file in work.files if is_tfrecords(file)]
-    n_vocab, end_of_text = work.tokenizer.n_vocab, work.tokenizer.end_of_text
-    lengths = np.array([len(work.tokenizer.decode_bytes([i])) for i in range(n_vocab if files else 0)])
-    for file in files:
-        for number, sequence in enumerate(read_sequences(file)):
-            if len(sequence) and sequence.max() >= n_vocab:
-                raise DataError(
-                    f"{file}: record {number}: token id {sequence.max()}, but the tokenizer has {n_vocab:,} entries; name "
-                    "the one these records were made with (mesh-transformer-jax: GPT-2's) in data.tokenizer"
-                )
-            for document in split_documents(sequence, end_of_text):
-                yield f"{file.name}:{number}", document, int(lengths[document[document != end_of_text]].sum())
-
-
-def _read_chunks(work: ShardTask, bad: SkippedDocuments) -> Iterator[tuple[list[str], list[str]]]:
+def _batch_texts(task: ShardTask, skipped: SkippedDocuments) -> Iterator[tuple[list[str], list[str]]]:
+    reader = find_reader(task.options.path)
     texts, names, size = [], [], 0
-    for file in itertools.filterfalse(is_tfrecords, work.files):
-        for document in read_file(file, work.root, text_key=work.text_key, on_bad=work.on_bad, skipped=bad):
+    for partition in itertools.filterfalse(reader.holds_tokens, task.partitions):
+        for document in reader.read_documents(partition, task.options, skipped):
             texts.append(document.text)
             names.append(document.name)
             size += len(document.text)
@@ -254,36 +244,53 @@ def _read_chunks(work: ShardTask, bad: SkippedDocuments) -> Iterator[tuple[list[
         yield texts, names
 
 
-def _join(base: Path, side: str, parts: list[Path], tokenizer: Tokenizer) -> None:
+def _split_records(task: ShardTask) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Yield the record name, tokens and bytes of every document in TFRecords. Damage is always an error here."""
+    reader = find_reader(task.options.path)
+    partitions = list(filter(reader.holds_tokens, task.partitions))
+    n_vocab, end_of_text = task.tokenizer.n_vocab, task.tokenizer.end_of_text
+    lengths = np.array([len(task.tokenizer.decode_bytes([i])) for i in range(n_vocab if partitions else 0)])
+    for record in itertools.chain.from_iterable(map(reader.read_tokens, partitions)):
+        if len(record.tokens) and record.tokens.max() >= n_vocab:
+            raise DataError(
+                f"{record.location}: token id {record.tokens.max()}, but the tokenizer has {n_vocab:,} entries; set "
+                "data.tokenizer to the one these records were made with (mesh-transformer-jax: GPT-2's)"
+            )
+        for document in split_documents(record.tokens, end_of_text):
+            yield record.name, document, int(lengths[document[document != end_of_text]].sum())
+
+
+def _join(base: Path, split: str, parts: list[Path], tokenizer: Tokenizer) -> None:
     total: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "notes": [], "tokenizer": tokenizer.fingerprint}
-    with ShardWriter(f"{base}-{side}", token_dtype(tokenizer.n_vocab)) as joined:
+    with ShardWriter(f"{base}-{split}", token_dtype(tokenizer.n_vocab)) as joined:
         for part in parts:
-            shard = TokenShard(f"{part}-{side}")
+            shard = TokenShard(f"{part}-{split}")
             for index in range(shard.n_documents):
                 joined.add(shard.document(index))
             record = json.loads(Path(f"{part}.json").read_text())
-            for name, count in record["counts"][side].items():
+            for name, count in record["counts"][split].items():
                 total[name] += count
             total["notes"] += record["notes"]
-    _write_json(Path(f"{base}-{side}.json"), total)
+    _write_json(Path(f"{base}-{split}.json"), total)
 
 
-def _open_built(prefix: Path, path: str, side: str, holdout: int) -> BuiltShards:
+def _open_built(prefix: Path, path: str, split: str, holdout: int) -> BuiltShards:
     record = json.loads(Path(f"{prefix}.json").read_text())
     if not record["documents"]:
-        remedy = (
-            f"no document's name fell to it; lower data.holdout_one_in={holdout}"
-            if side == "heldout"
-            else "nothing to read"
-        )
-        raise DataError(f"{path}: the {side} part is empty: {remedy}; {'; '.join(record['notes'])}")
+        if split == VALIDATION:
+            raise DataError(
+                f"{path}: the validation split is empty: no document name was selected; "
+                f"lower data.holdout_one_in={holdout}; {'; '.join(record['notes'])}"
+            )
+        raise DataError(f"{path}: the training split is empty: no documents; {'; '.join(record['notes'])}")
     return BuiltShards(prefix, record["documents"], record["tokens"], record["bytes"], tuple(record["notes"]))
 
 
 def _use_shard(prefix: Path, tokenizer: Tokenizer, holdout: int) -> BuiltShards:
     if holdout:
         raise DataError(
-            f"{prefix}: documents of a shard have no names to split by; set data.holdout_one_in=0 and add a data.validation shard"
+            f"{prefix}: a shard stores no document names, so it cannot be split; set data.holdout_one_in=0 and add a "
+            "data.validation shard"
         )
     shard = TokenShard(prefix)
     n_bytes = 0

@@ -1,19 +1,19 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Token shards: tokenised documents on disk, in the indexed format of Megatron-LM and GPT-NeoX, memory-mapped.
+"""Token shards: memory-mapped files of tokenized documents, in the indexed format of Megatron-LM and GPT-NeoX.
 
-A shard is `<prefix>.bin`, all tokens of all documents one after the other, and `<prefix>.idx` (little-endian):
+A shard is `<prefix>.bin`, the concatenated tokens of all documents, and `<prefix>.idx` (little-endian):
 
     9 bytes   b"MMIDIDX\\x00\\x00"
     u64       version, 1
-    u8        type of a token: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
+    u8        token type: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
     u64       N, number of sequences
     u64       M, number of document boundaries
     i32 [N]   tokens of each sequence
     i64 [N]   byte offset of each sequence in .bin
-    i64 [M]   boundaries: document j is the sequences boundary[j] to boundary[j + 1]
+    i64 [M]   boundaries: document j consists of sequences boundary[j] to boundary[j + 1]
 
-We write one sequence per document (M = N + 1), with the end-of-text token at its end, as Pythia's data has it.
+ShardWriter writes one sequence per document (M = N + 1), with the end-of-text token at its end, as in Pythia's data.
 """
 
 import os
@@ -32,63 +32,63 @@ HEADER = struct.Struct("<9sQBQQ")
 
 
 def token_dtype(n_vocab: int) -> np.dtype:
-    """The smallest type of the format that holds every id below `n_vocab`."""
+    """Return the smallest token type of the format that holds every id below `n_vocab`."""
     return np.dtype(np.uint16 if n_vocab <= 2**16 else np.int32)
 
 
 def is_shard(prefix: str | Path) -> bool:
-    """Whether both files of a shard are there."""
+    """Return whether both files of a shard exist."""
     return Path(f"{prefix}.bin").is_file() and Path(f"{prefix}.idx").is_file()
 
 
 class TokenShard:
-    """A shard opened for reading. Raises DataError, naming the file, where its parts contradict each other."""
+    """A shard opened for reading. Raises DataError, with the file name, if its files are inconsistent."""
 
     def __init__(self, prefix: str | Path):
         self.prefix = Path(prefix)
         index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         for path in (index, data):
             if not path.is_file():
-                raise DataError(f"{path}: no such file; a shard is a pair of .bin and .idx")
+                raise DataError(f"{path}: no such file; a shard consists of a .bin and an .idx file")
         dtype, ends = _read_index(index)
         size = data.stat().st_size
         if size % dtype.itemsize or (len(ends) and ends[-1] * dtype.itemsize != size) or (not len(ends) and size):
             expected = int(ends[-1]) * dtype.itemsize if len(ends) else 0
-            raise DataError(f"{data}: {size:,} bytes, but {index.name} describes {expected:,}; copy or build it again")
+            raise DataError(f"{data}: {size:,} bytes, but {index.name} describes {expected:,}; copy or rebuild the shard")
         self.ends = ends  # [documents]: end of each in tokens of the whole shard
         self.tokens = np.memmap(data, dtype, "r") if size else np.zeros(0, dtype)  # [tokens]
 
     @property
     def n_documents(self) -> int:
-        """Documents in the shard."""
+        """Number of documents."""
         return len(self.ends)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in the shard."""
+        """Number of tokens."""
         return len(self.tokens)
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens of document `index`, its end of text included."""
+        """Return the tokens of document `index`, including its end of text."""
         return self.tokens[int(self.ends[index - 1]) if index else 0 : int(self.ends[index])]
 
-    def documents_at(self, places: np.ndarray) -> np.ndarray:
-        """Index of the document that each token, by its place in the shard, belongs to."""
-        return np.searchsorted(self.ends, places, side="right")
+    def documents_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the index of the document at each token position in the shard."""
+        return np.searchsorted(self.ends, positions, side="right")
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
     if len(raw) < HEADER.size or bytes(raw[: len(MAGIC)]) != MAGIC:
-        raise DataError(f"{path}: not an index of token shards (it must begin with {MAGIC!r})")
+        raise DataError(f"{path}: not the index of a token shard: it must begin with {MAGIC!r}")
     _, version, code, n_sequences, n_boundaries = HEADER.unpack(bytes(raw[: HEADER.size]))
     if version != VERSION or code not in DTYPES:
         raise DataError(
-            f"{path}: version {version}, token type {code}; we read version {VERSION}, types {sorted(DTYPES)}"
+            f"{path}: version {version}, token type {code}; supported: version {VERSION}, types {sorted(DTYPES)}"
         )
     expected = HEADER.size + 12 * n_sequences + 8 * n_boundaries
     if len(raw) != expected:
-        raise DataError(f"{path}: {len(raw):,} bytes where its header describes {expected:,}; copy or build it again")
+        raise DataError(f"{path}: {len(raw):,} bytes, but its header describes {expected:,}; copy or rebuild the shard")
     dtype = np.dtype(DTYPES[code])
     at = HEADER.size
     sizes = np.frombuffer(raw, "<i4", n_sequences, at).astype(np.int64)
@@ -96,31 +96,35 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     boundaries = np.frombuffer(raw, "<i8", n_boundaries, at + 12 * n_sequences)
     ends = np.cumsum(sizes)
     if (sizes < 0).any() or not np.array_equal(offsets, (ends - sizes) * dtype.itemsize):
-        raise DataError(f"{path}: sequences do not follow one another; we read shards without gaps only")
+        raise DataError(f"{path}: the sequences have gaps or overlap; only contiguous sequences are supported")
     rising = n_boundaries == 0 or (
         boundaries[0] == 0 and boundaries[-1] == n_sequences and (np.diff(boundaries) >= 0).all()
     )
     if not rising or (n_sequences and not n_boundaries):
-        raise DataError(f"{path}: document boundaries do not run from 0 to {n_sequences}")
+        raise DataError(f"{path}: document boundaries do not increase from 0 to {n_sequences}; rebuild the shard")
     last = boundaries[1:][np.diff(boundaries) > 0] - 1  # last sequence of each document that has one
     return dtype, ends[last]
 
 
 class ShardWriter:
-    """`with ShardWriter(prefix, dtype) as shard: shard.add(tokens)`; the files appear, whole, when the block ends well."""
+    """Writes a shard: `with ShardWriter(prefix, dtype) as shard: shard.add(tokens)`.
+
+    The complete files appear when the block ends without an exception.
+    """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype):
-        self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype)
         self.sizes: list[int] = []
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = Path(f"{prefix}.tmp-{os.getpid()}")
         self._data = open(f"{self._temporary}.bin", "wb")  # noqa: SIM115 (closed in __exit__)
 
     def add(self, tokens: np.ndarray) -> None:
-        """One document, its end of text included; DataError if an id does not fit the shard's type."""
+        """Add a document, including its end of text. Raises DataError if an id does not fit the token type."""
         limits = np.iinfo(self.dtype)
         if len(tokens) and not (limits.min <= tokens.min() and tokens.max() <= limits.max):
-            raise DataError(f"{self.prefix}: token id {tokens.max()} does not fit {self.dtype}; use a wider type")
+            raise DataError(f"{self.prefix}: token id {tokens.max()} does not fit {self.dtype}; use a larger token type")
         self._data.write(np.ascontiguousarray(tokens, self.dtype).tobytes())
         self.sizes.append(len(tokens))
 
@@ -143,7 +147,7 @@ class ShardWriter:
             for part in (sizes, offsets.astype("<i8"), np.arange(len(sizes) + 1, dtype="<i8")):
                 index.write(part.tobytes())
             _sync(index)
-        # The index goes last: a shard without one is not taken for a shard.
+        # The index is renamed last: without it, the files are not recognized as a shard.
         os.replace(f"{self._temporary}.bin", f"{self.prefix}.bin")
         os.replace(f"{self._temporary}.idx", f"{self.prefix}.idx")
 

@@ -1,16 +1,16 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Text <-> token ids: raw bytes, or a vocabulary from Hugging Face `tokenizers` files; nothing is ever downloaded.
+"""Tokenizers: text <-> token ids, as raw bytes or with a vocabulary from Hugging Face `tokenizers` files.
 
-Rules that hold for every tokenizer:
+Nothing is downloaded. Every tokenizer has these properties:
 
-- Text never becomes a special token. "<|endoftext|>" written in a document is encoded as the characters it consists
-  of; whoever wants the end of a document appends `end_of_text` by its id.
+- Text never becomes a special token. "<|endoftext|>" in a document is encoded as its characters; to end a document,
+  append the id `end_of_text`.
 - Special tokens decode to nothing. An id outside the vocabulary (models may have more rows than tokens) decodes to
   U+FFFD, as do bytes that are not UTF-8.
-- A vocabulary can write every text: one that lacks bytes, or drops spaces, is refused, for nobody would notice the
-  loss. What its normalizer changes (GPT-NeoX's composes accents, NFC) is the vocabulary's own business.
-- `fingerprint` is a digest of the vocabulary file's content, so it is the same under every version of the library.
+- A vocabulary can encode every text: one that lacks bytes, or drops spaces, is refused, because the loss would go
+  unnoticed. Changes by its normalizer are allowed (GPT-NeoX's composes accents, NFC).
+- `fingerprint` is a digest of the vocabulary file's content, so it is the same with every version of `tokenizers`.
 """
 
 import codecs
@@ -40,15 +40,15 @@ from mesh_transformer.data.vocabularies import (
 )
 
 _UNKNOWN = "\ufffd".encode()
-_PROBE = "two  words,\n\u4e2d \U0001f600"  # what has to come back but for case and form, at least
-_PART = 1 << 20  # characters of one part of a long text, and of all texts encoded at once
-# Between these, the pattern of ByteLevel ends one word and begins the next whatever stands around them.
-_CUT = re.compile(r"[A-Za-z0-9.,;] (?=[A-Za-z])")
+_PROBE = "two  words,\n\u4e2d \U0001f600"  # must survive encoding and decoding, up to case and Unicode form
+_PART = 1 << 20  # characters in one part of a long text, and in all texts that are encoded in one call
+# ByteLevel's pattern always ends a word here and begins the next one, whatever the surrounding text.
+_WORD_BOUNDARY = re.compile(r"[A-Za-z0-9.,;] (?=[A-Za-z])")
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the rest of the program knows about a tokenizer."""
+    """Interface of all tokenizers."""
 
     @property
     def n_vocab(self) -> int:
@@ -57,44 +57,44 @@ class Tokenizer(Protocol):
 
     @property
     def end_of_text(self) -> int:
-        """The id behind every document."""
+        """The id appended to every document."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that ids depend on, 64 hexadecimal digits."""
+        """Digest of everything the ids depend on, 64 hexadecimal digits."""
         ...
 
     @property
     def leading_space(self) -> bool:
-        """Whether a space is written before the first word, which decoding drops at the start of a text."""
+        """Whether encoding adds a space before the first word, which decoding drops at the start of a text."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without end_of_text. Raises TokenizerError at lone surrogates."""
+        """Return the ids of a text, without end_of_text. Raises TokenizerError at lone surrogates."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of every text, int32, in parallel; equal to `encode` of each."""
+        """Return the ids of every text, int32, encoded in parallel; equal to `encode` of each."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids that begin a text."""
+        """Return the text of ids that begin a text."""
         ...
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of any run of ids; bytes of runs put one behind the other are the bytes of the whole."""
+        """Return the bytes of any run of ids; the bytes of consecutive runs concatenate to the bytes of all."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """All there is to know, for a checkpoint to carry; `tokenizer_from_json` reads it."""
+        """Return the complete tokenizer for storage in a checkpoint; `tokenizer_from_json` reads it."""
         ...
 
 
 class StreamDecoder:
-    """Text of ids that arrive bit by bit: only whole characters come out, together the same as `decode` of all.
+    """Decodes ids incrementally: only complete characters are returned, in all the same text as `decode` of all ids.
 
-    `continues`: the ids follow a prompt, so that a leading space is part of the text.
+    With `continues`, the ids follow a prompt, so a leading space is part of the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:
@@ -103,19 +103,19 @@ class StreamDecoder:
         self._drop_space = tokenizer.leading_space and not continues
 
     def push(self, ids: Iterable[int]) -> str:
-        """Characters that are complete with these ids, perhaps none."""
+        """Return the characters that are complete with these ids, possibly none."""
         data = self._tokenizer.decode_bytes(ids)
         if data and self._drop_space:
             data, self._drop_space = data.removeprefix(b" "), False
         return self._decoder.decode(data)
 
     def finish(self) -> str:
-        """U+FFFD if the last character never became whole, else nothing."""
+        """Return U+FFFD if the last character is incomplete, else nothing."""
         return self._decoder.decode(b"", final=True)
 
 
 class ByteTokenizer:
-    """Ids 0 to 255 are bytes of UTF-8, 256 ends a document; needs no file."""
+    """Tokenizer of UTF-8 bytes: ids 0 to 255 are bytes, 256 is the end of text. Needs no file."""
 
     n_vocab = 257
     end_of_text = 256
@@ -123,32 +123,26 @@ class ByteTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """See Tokenizer."""
         return _digest(self.to_json())
 
     def encode(self, text: str) -> list[int]:
-        """See Tokenizer."""
         return list(_to_utf8(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See Tokenizer."""
         return [np.frombuffer(_to_utf8(text), np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See Tokenizer."""
         return _decode(self, ids)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """See Tokenizer."""
         return b"".join(bytes([i]) if 0 <= i < 256 else b"" if i == 256 else _UNKNOWN for i in ids)
 
     def to_json(self) -> dict[str, Any]:
-        """See Tokenizer."""
         return {"type": "bytes"}
 
 
 class FileTokenizer:
-    """A vocabulary as `tokenizer.json` holds it: byte-level BPE (GPT-2 and its kin), or with byte fallback (Llama)."""
+    """Tokenizer with the vocabulary of a `tokenizer.json`: byte-level BPE (like GPT-2), or with byte fallback (Llama)."""
 
     def __init__(self, table: Mapping[str, Any], *, where: str = "tokenizer") -> None:
         """`table` is the content of a tokenizer.json; `where` begins error messages. Raises TokenizerError."""
@@ -165,22 +159,21 @@ class FileTokenizer:
         self._part = _PART if can_split(self._table) else None
         self._bytes = make_byte_table(self._table, vocabulary, self._library.get_added_tokens_decoder(), where)
         if self.end_of_text in self.encode(name):
-            raise TokenizerError(f"{where}: {name} written in a text would end the document; its model merges it")
+            raise TokenizerError(f"{where}: the text {name} would be encoded as the end of text, because the vocabulary merges it; use another vocabulary")
         back = self.decode(self.encode(_PROBE))
         if unicodedata.normalize("NFKC", back).casefold() != _PROBE:
-            raise TokenizerError(f"{where}: alters texts: the ids of {_PROBE!r} decode to {back!r}")
+            raise TokenizerError(f"{where}: does not preserve text: the ids of {_PROBE!r} decode to {back!r}; use another vocabulary")
 
     def encode(self, text: str) -> list[int]:
-        """See Tokenizer."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See Tokenizer; long texts are encoded in parts, for the library takes about 120 bytes per character."""
+        # Long texts are encoded in parts, because `tokenizers` needs about 120 bytes of memory per character.
         ids: list[list[np.ndarray]] = [[] for _ in texts]
         for group in _group_parts(texts, self._part):
             try:
                 encoded = self._library.encode_batch_fast([part for _, part in group], add_special_tokens=False)
-            except TypeError:  # what the library makes of lone surrogates
+            except TypeError:  # raised by `tokenizers` for lone surrogates
                 for _, part in group:
                     _to_utf8(part)
                 raise
@@ -189,26 +182,23 @@ class FileTokenizer:
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See Tokenizer."""
         return _decode(self, ids)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """See Tokenizer."""
         return b"".join(self._bytes.get(int(i), _UNKNOWN) for i in ids)
 
     def to_json(self) -> dict[str, Any]:
-        """See Tokenizer."""
         return {"type": "file", "tokenizer": self._table}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Processes that encode in parallel get the rules of this class, which the library's own state leaves out."""
+        """Pickle the vocabulary only: the state of the `tokenizers` object lacks the properties of this class."""
         return FileTokenizer, (self._table,)
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer that `spec` names: "bytes", a tokenizer.json, or a folder with that or vocab.json and merges.txt.
+    """Load a tokenizer: "bytes", a tokenizer.json, or a folder with it or with vocab.json and merges.txt.
 
-    Raises TokenizerError if files are missing or broken, or their vocabulary breaks a rule of this module.
+    Raises TokenizerError if files are missing or damaged, or the vocabulary lacks a property stated in this module.
     """
     if str(spec) == "bytes":
         return ByteTokenizer()
@@ -219,7 +209,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
             return FileTokenizer(read_gpt2(path), where=str(path))
         else:
-            raise TokenizerError(f"{path}: neither tokenizer.json nor vocab.json with merges.txt in this folder")
+            raise TokenizerError(f"{path}: this folder has neither tokenizer.json nor vocab.json with merges.txt")
     if not path.exists():
         names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, [*names, "bytes"], n=1)
@@ -229,25 +219,25 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def tokenizer_from_json(record: Mapping[str, Any], *, where: str = "checkpoint") -> Tokenizer:
-    """The tokenizer that `to_json` wrote into `record`; `where` begins error messages."""
+    """Return the tokenizer stored by `to_json` in `record`; `where` begins error messages."""
     if record.get("type") == "bytes":
         return ByteTokenizer()
     if record.get("type") == "file" and isinstance(record.get("tokenizer"), dict):
         return FileTokenizer(record["tokenizer"], where=where)
-    raise TokenizerError(f"{where}: not the record of a tokenizer (type {record.get('type')!r}); known: bytes, file")
+    raise TokenizerError(f"{where}: not a stored tokenizer (type {record.get('type')!r}); known: bytes, file")
 
 
 @functools.lru_cache(maxsize=2)
 def _share_library(source: str, where: str) -> hf.Tokenizer:
-    """The library's object for all tokenizers of equal content: of each that has encoded, 5 to 8 MB are never given back.
+    """Return one shared `tokenizers` object per vocabulary, because each one that has encoded leaks 5 to 8 MB.
 
-    Workers load or unpickle a tokenizer for every part of a source, and would grow by that much with each.
+    Workers load or unpickle a tokenizer for every part of a dataset, and would grow by that much each time.
     """
     return make_library(json.loads(source), where)
 
 
 def _group_parts(texts: Sequence[str], size: int | None) -> Iterator[list[tuple[int, str]]]:
-    """Parts of all texts in order, each with the number of its text, in groups of about _PART characters."""
+    """Yield groups of about _PART characters: parts of all texts in order, each with the index of its text."""
     group: list[tuple[int, str]] = []
     length = 0
     for index, text in enumerate(texts):
@@ -264,11 +254,11 @@ def _group_parts(texts: Sequence[str], size: int | None) -> Iterator[list[tuple[
 def _split_text(text: str, size: int | None) -> Iterator[str]:
     start = 0
     while size is not None and len(text) - start > size:
-        cut = _CUT.search(text, start + size)
-        if cut is None:
+        boundary = _WORD_BOUNDARY.search(text, start + size)
+        if boundary is None:
             break
-        yield text[start : cut.start() + 1]
-        start = cut.start() + 1
+        yield text[start : boundary.start() + 1]
+        start = boundary.start() + 1
     yield text[start:]
 
 
@@ -277,7 +267,7 @@ def _to_utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
-        raise TokenizerError(f"lone surrogate {code} at character {error.start} of the text: not Unicode") from None
+        raise TokenizerError(f"lone surrogate {code} at character {error.start} of the text: not valid Unicode") from None
 
 
 def _decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

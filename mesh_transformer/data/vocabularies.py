@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What tokenizer files hold: the table of a tokenizer.json, what follows from it, and the bytes of every token."""
+"""Tokenizer files: reads tokenizer.json and GPT-2 vocabularies, and derives their properties and token bytes."""
 
 import json
 import re
@@ -10,31 +10,31 @@ from typing import Any
 
 import tokenizers as hf
 
-# The first of these that a vocabulary has ends its documents: GPT-2 and its kin, Llama 3, Llama, Gemma.
+# The first of these in a vocabulary is its end of text: GPT-2 and derivatives, Llama 3, Llama, Gemma.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _IN_UTF8 = set(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that occur in some valid text
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be used, or text it cannot take; the message names the file and the remedy."""
+    """An unusable tokenizer, or text it cannot encode; the message names the file and a fix."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file. Raises TokenizerError."""
+    """Read one JSON object from a file. Raises TokenizerError."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        remedy = "give a tokenizer.json" if path.suffix != ".json" else "copy it again"
-        raise TokenizerError(f"{path}: not valid JSON: {error}; {remedy}") from None
+        fix = "give a tokenizer.json" if path.suffix != ".json" else "copy it again"
+        raise TokenizerError(f"{path}: not valid JSON: {error}; {fix}") from None
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(table, dict):
-        raise TokenizerError(f"{path}: a JSON object is wanted here")
+        raise TokenizerError(f"{path}: expected a JSON object; give a tokenizer.json")
     return table
 
 
 def read_gpt2(folder: Path) -> dict[str, Any]:
-    """GPT-2's two files as the table that a tokenizer.json would hold."""
+    """Read GPT-2's vocab.json and merges.txt as the content of a tokenizer.json."""
     vocabulary = read_json(folder / "vocab.json")
     try:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -46,7 +46,7 @@ def read_gpt2(folder: Path) -> dict[str, Any]:
         if pair == [""] or (number == 1 and line.startswith("#version")):
             continue
         if len(pair) != 2:
-            raise TokenizerError(f"{folder / 'merges.txt'}:{number}: two tokens with a space between are wanted")
+            raise TokenizerError(f"{folder / 'merges.txt'}:{number}: expected two tokens separated by a space")
         merges.append(pair)
     added = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
@@ -62,17 +62,17 @@ def read_gpt2(folder: Path) -> dict[str, Any]:
 
 
 def make_deterministic(table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The table without what would cut, fill or randomly vary the ids of a text."""
+    """Return the tokenizer.json without truncation, padding and dropout, so that a text always has the same ids."""
     model = table.get("model")
     if not isinstance(model, Mapping) or not model.get("vocab"):
-        raise TokenizerError(f"{where}: no vocabulary in it; give a tokenizer.json of Hugging Face tokenizers")
+        raise TokenizerError(f"{where}: no vocabulary; give a tokenizer.json of Hugging Face tokenizers")
     if model.get("end_of_word_suffix") or model.get("continuing_subword_prefix"):
-        raise TokenizerError(f"{where}: marks at the parts of words are not supported; give a byte-level BPE")
+        raise TokenizerError(f"{where}: end_of_word_suffix and continuing_subword_prefix are not supported; give a byte-level BPE")
     return {**table, "truncation": None, "padding": None, "model": {**model, "dropout": None}}
 
 
 def make_library(table: Mapping[str, Any], where: str) -> hf.Tokenizer:
-    """The library's object for a table. Raises TokenizerError."""
+    """Return the `tokenizers` object for a tokenizer.json. Raises TokenizerError."""
     try:
         return hf.Tokenizer.from_str(json.dumps(table))
     except Exception as error:  # the library raises nothing narrower
@@ -80,23 +80,23 @@ def make_library(table: Mapping[str, Any], where: str) -> hf.Tokenizer:
 
 
 def find_end_of_text(table: Mapping[str, Any], vocabulary: Mapping[str, int], where: str) -> str:
-    """The token that ends a document. Raises TokenizerError if there is none."""
+    """Return the end-of-text token. Raises TokenizerError if there is none."""
     special = {token["content"] for token in table.get("added_tokens") or [] if token["special"]}
     for name in END_OF_TEXT:
-        # An ordinary token "</s>" is HTML; GPT-2's own vocabulary does not mark its one as special.
+        # An ordinary token "</s>" is HTML. GPT-2's own vocabulary does not mark its end of text as special.
         if name in special or (name == END_OF_TEXT[0] and name in vocabulary):
             return name
     names = ", ".join(END_OF_TEXT)
-    raise TokenizerError(f"{where}: no token ends a document; add one of {names} to its added_tokens, as special")
+    raise TokenizerError(f"{where}: no end-of-text token; add one of {names} to added_tokens, as special")
 
 
 def make_byte_table(
     table: Mapping[str, Any], vocabulary: Mapping[str, int], added: Mapping[int, hf.AddedToken], where: str
 ) -> dict[int, bytes]:
-    """The bytes of every id. Raises TokenizerError if some text could not be written with them."""
+    """Return the bytes of every id. Raises TokenizerError if some text cannot be encoded with them."""
     byte_level = _find([table.get("normalizer"), table.get("pre_tokenizer")], "type", "ByteLevel")
     if not byte_level and not table["model"].get("byte_fallback"):
-        raise TokenizerError(f"{where}: neither byte-level nor with byte fallback, so it cannot write every text")
+        raise TokenizerError(f"{where}: neither byte-level nor with byte fallback, so it cannot encode every text")
     alphabet = make_byte_alphabet()
     found: dict[int, bytes] = {}
     single: set[int] = set()
@@ -114,26 +114,29 @@ def make_byte_table(
         single.update(data if len(data) == 1 else b"")
     missing = len(_IN_UTF8 - single)
     if missing:
-        raise TokenizerError(f"{where}: {missing} bytes are not in the vocabulary, so texts would lose characters")
+        raise TokenizerError(f"{where}: {missing} byte values are not in the vocabulary, so texts would lose characters")
     return found
 
 
 def make_byte_alphabet() -> dict[str, int]:
-    """GPT-2's character for each byte: itself where it is printable, else the next one from U+0100 on."""
+    """Return GPT-2's byte for each character: printable characters for themselves, U+0100 onward for the other bytes."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def writes_leading_space(table: Mapping[str, Any]) -> bool:
-    """Whether encoding puts a space before the first word."""
+    """Return whether encoding puts a space before the first word."""
     before = table.get("pre_tokenizer")
     prepends = _find(before, "prepend_scheme", "always") or _find(before, "prepend_scheme", "first")
     return prepends or _find(before, "add_prefix_space", True) or _find(table.get("decoder"), "type", "Strip")
 
 
 def can_split(table: Mapping[str, Any]) -> bool:
-    """Whether ids of parts cut at _CUT are the ids of the whole, by what is known of GPT-2's kin."""
+    """Return whether encoding the parts of a text that is split at word boundaries gives the ids of the whole text.
+
+    True only for pre-tokenizers and normalizers like GPT-2's, for which this is known.
+    """
     before, normalizer = table.get("pre_tokenizer") or {}, table.get("normalizer") or {"type": "NFC"}
     plain = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before.get("add_prefix_space")
     ordinary = [token for token in table.get("added_tokens") or [] if not token["special"]]
@@ -141,7 +144,7 @@ def can_split(table: Mapping[str, Any]) -> bool:
 
 
 def _find(tree: Any, key: str, value: object) -> bool:
-    """Whether `key` has `value` anywhere in nested JSON."""
+    """Return whether `key` has `value` anywhere in nested JSON."""
     if isinstance(tree, Mapping):
         return tree.get(key) == value or any(_find(branch, key, value) for branch in tree.values())
     return isinstance(tree, list) and any(_find(branch, key, value) for branch in tree)

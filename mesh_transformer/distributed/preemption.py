@@ -29,7 +29,7 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no pro
 
 @contextmanager
 def watch_preemption(
-    stop: StopRequest, report: Callable[[str], None], *, seconds: float = POLL_SECONDS
+    stop: StopRequest, log: Callable[[str], None], *, seconds: float = POLL_SECONDS
 ) -> Iterator[None]:
     """Context that requests a stop on a preemption or maintenance notice; does nothing without a metadata server."""
     host = find_metadata_server()
@@ -43,7 +43,7 @@ def watch_preemption(
             except (URLError, OSError, ValueError) as error:
                 failures += 1
                 if failures == MAX_FAILURES:
-                    return report(f"http://{host} does not answer ({error}); preemption notices are unavailable")
+                    return log(f"http://{host} does not answer ({error}); preemption notices are unavailable")
             else:
                 failures = 0
                 if notice:

@@ -13,7 +13,8 @@ from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer
 from mesh_transformer.evaluate.tasks import TEXT, WIKITEXT
 from mesh_transformer.mesh import MeshLayout
 from mesh_transformer.reports.evaluation_results import Evaluation
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+from mesh_transformer.sample.engine.engine import EngineOptions
 from mesh_transformer.sample.engine.weights import prepare_weights
 from mesh_transformer.storage.paths import AnyPath
 from mesh_transformer.train.loop import MeasureFn, ProgressFn
@@ -49,7 +50,8 @@ def make_measure(config: Config) -> MeasureFn | None:
         (scorer,), params = scorers, run.state.params
         scorer.params = params
         if generates and not engines:
-            engines.append(DecoderOnlyEngine(config.model, params, layout=run.layout, slots=config.serve.slots, prefix_bytes=0))
+            options = EngineOptions(slots=config.serve.slots, prefix_cache_bytes=0)
+            engines.append(DecoderOnlyEngine(config.model, params, options, layout=run.layout))
         elif generates:
             engines[0].programs.weights = prepare_weights(params, engines[0].programs.config, run.layout, "saved")
         engine = engines[0] if generates else None

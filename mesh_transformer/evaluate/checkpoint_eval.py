@@ -20,13 +20,14 @@ from mesh_transformer.convert.huggingface.reader import is_huggingface, open_hug
 from mesh_transformer.convert.lazy_arrays import Lazy
 from mesh_transformer.data.tokenizers import load_tokenizer
 from mesh_transformer.evaluate.evaluation import ProgressFn, EvalTarget, check_tasks, evaluate_model, print_evaluation
-from mesh_transformer.evaluate.journal import Journal
+from mesh_transformer.storage.resume_log import ResumeLog
 from mesh_transformer.evaluate.loglikelihood import make_scorer
 from mesh_transformer.mesh import init_devices
 from mesh_transformer.model.params import Params
 from mesh_transformer.reports.evaluation_results import Evaluation, evaluation_file, write_evaluation
 from mesh_transformer.reports.html_report import write_report
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+from mesh_transformer.sample.engine.engine import EngineOptions
 from mesh_transformer.sample.loading import LoadedModel, describe_arrays, load_model, read_model_config
 from mesh_transformer.storage.paths import AnyPath, parse_path
 from mesh_transformer.train.run_folder import CHECKPOINTS, RunFolder
@@ -56,9 +57,9 @@ def evaluate_checkpoint(run: str, overrides: Iterable[str] = (), *, quiet: bool 
     config = dataclasses.replace(trained.config, run=dataclasses.replace(trained.config.run, dir=str(place)))
     with RunFolder(config, lambda text: print(text, file=sys.stderr)) as folder:
         partial = evaluation_file(folder.path, trained.step).with_suffix(".partial.jsonl")
-        with Journal(partial, _identify(trained)) as journal:
-            if journal.taken:
-                print(f"going on with {journal.taken:,} answers of an evaluation that was stopped", file=sys.stderr)
+        with ResumeLog(partial, _identify(trained)) as journal:
+            if journal.n_resumed:
+                print(f"going on with {journal.n_resumed:,} answers of an evaluation that was stopped", file=sys.stderr)
             scorer.resume_log = journal
             with show_progress() as report:
                 evaluation = evaluate_model(subject, report)
@@ -93,13 +94,14 @@ def open_model(path: str, overrides: Iterable[str] = ()) -> LoadedModel:
         raise ConfigError(f"{where}: no tokenizer in the folder; add its tokenizer.json, or vocab.json and merges.txt")
     layout = init_devices(config.mesh)
     params: Params = {}
-    for name, like in describe_arrays(config, layout, {}, whole=True).items():
+    for name, like in describe_arrays(config, layout, {}, stacked=True).items():
         module, _, leaf = name.removeprefix("params/").rpartition("/")
         params.setdefault(module, {})[leaf] = _read(foreign.arrays[name], like)
     serve = config.serve
-    engine = DecoderOnlyEngine(
-        config.model, params, layout=layout, slots=serve.slots, weights=serve.weight_dtype, cache=serve.kv_cache_dtype
+    options = EngineOptions(
+        slots=serve.slots, weight_dtype=serve.weight_dtype, kv_cache_dtype=serve.kv_cache_dtype
     )
+    engine = DecoderOnlyEngine(config.model, params, options, layout=layout)
     return LoadedModel(engine, load_tokenizer(foreign.tokenizer), config, 0, where)
 
 

@@ -24,9 +24,9 @@ from mesh_transformer.evaluate.published import find_published, pile_components
 from mesh_transformer.evaluate.synthetic_tasks import ITEMS
 from mesh_transformer.evaluate.tasks import TASKS, TEXT, WIKITEXT, Example, expand_names, find_task, read_examples, to_key
 from mesh_transformer.evaluate.texts import check_paths, read_texts
-from mesh_transformer.evaluate.wikitext import WikiText, describe
+from mesh_transformer.evaluate.wikitext import WikiText, wikitext_results
 from mesh_transformer.reports.evaluation_results import Evaluation, make_tables, metrics_of
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.engine import Engine
 
 EXAMPLES = 100  # items of held-out text that are shown and not asked, where shots are asked for
 ProgressFn = Callable[[str, int, int | None], None]  # what is being done, how much of it, of how much if that is known
@@ -38,7 +38,7 @@ class EvalTarget(NamedTuple):
     config: Config
     tokenizer: Tokenizer
     scorer: LoglikelihoodScorer
-    engine: DecoderOnlyEngine | None  # to generate text; None while training
+    engine: Engine | None  # to generate text; None while training
     step: int
     location: str  # the checkpoint, or the run
 
@@ -107,7 +107,7 @@ def evaluate_model(subject: EvalTarget, report: ProgressFn = lambda what, done, 
         ]
         picked = picked[: evaluate.limit]
         scores = _score(subject, ((WIKITEXT, article.document) for article in picked), WIKITEXT, report)
-        results = describe(scores[WIKITEXT], sum(article.n_words for article in picked))
+        results = wikitext_results(scores[WIKITEXT], sum(article.n_words for article in picked))
         _add(found, WIKITEXT, results, scores[WIKITEXT].documents)
     if asked := [name for name in names if name not in (TEXT, WIKITEXT)]:
         items = {name: _find_questions(subject, name) for name in asked}

@@ -17,9 +17,9 @@ import xxhash
 
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.data.tokenizers import Tokenizer
-from mesh_transformer.evaluate.journal import Journal
+from mesh_transformer.storage.resume_log import ResumeLog
 from mesh_transformer.evaluate.loglikelihood import ScoringRequest, LoglikelihoodScorer
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.engine import Engine
 from mesh_transformer.sample.text_generation import complete_texts
 
 MAX_TOKENS = 256  # of an answer, where the task does not say
@@ -58,7 +58,7 @@ def split_continuation(context: Sequence[int], continuation: Sequence[int], long
 def make_adapter(
     scorer: LoglikelihoodScorer,
     tokenizer: Tokenizer,
-    engine: DecoderOnlyEngine | None = None,
+    engine: Engine | None = None,
     report: ProgressFn = lambda kind, done, total: None,
 ) -> Any:
     """A model of the harness. Likelihoods come from `scorer`; `engine` is needed where text is generated."""
@@ -138,11 +138,11 @@ def make_adapter(
 
 
 def _answer(
-    engine: DecoderOnlyEngine,
+    engine: Engine,
     tokenizer: Tokenizer,
     requests: Sequence[Any],
     cut: Mapping[Any, set[Any]],
-    journal: Journal | None,
+    journal: ResumeLog | None,
     report: ProgressFn,
 ) -> list[str]:
     """The answer to every request; those that want the same are drawn together. `cut` gets the items that are too long."""

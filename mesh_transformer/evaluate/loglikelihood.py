@@ -20,15 +20,16 @@ import xxhash
 from jaxtyping import Array, Bool, Float, Int
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.evaluate.journal import Journal
+from mesh_transformer.storage.resume_log import ResumeLog
 from mesh_transformer.mesh import MeshLayout, constrain
 from mesh_transformer.model.attention.ring import from_zigzag, to_zigzag
-from mesh_transformer.model.linear import linear
+from mesh_transformer.model.lm_head import lm_head, lm_logits
 from mesh_transformer.model.transformer import Model, make_model
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
-from mesh_transformer.sample.engine.prefill import bucket
+from mesh_transformer.sample.engine.buckets import bucket
+from mesh_transformer.sample.engine.decoder_only import require_decoder_only
+from mesh_transformer.sample.engine.engine import Engine
 from mesh_transformer.sample.engine.weights import stack_layers
-from mesh_transformer.train.run import replicated, compile_barrier, with_layout
+from mesh_transformer.train.compile import replicated, compile_barrier, with_layout
 
 SHORTEST = 32  # smallest bucket of lengths
 AHEAD = 2  # batches on their way while the results of an earlier one are read
@@ -87,7 +88,7 @@ class LoglikelihoodScorer:
         self.config = dataclasses.replace(config, remat="none", dropout=0.0, experts=experts)
         self.params, self.layout, self._batch_tokens = params, layout, batch_tokens
         self._pieces = layout.batch_shards if layout else 1
-        self.resume_log: Journal | None = None  # what `total` has found already, and what it finds
+        self.resume_log: ResumeLog | None = None  # what `total` has found already, and what it finds
         program = functools.partial(_score_rows, self.config, make_model(self.config))
         if layout is None:
             self._score = jax.jit(program)
@@ -187,9 +188,9 @@ class LoglikelihoodScorer:
         return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
 
 
-def make_scorer(engine: DecoderOnlyEngine, *, batch_tokens: int = 8192) -> LoglikelihoodScorer:
+def make_scorer(engine: Engine, *, batch_tokens: int = 8192) -> LoglikelihoodScorer:
     """A scorer that shares the engine's weights."""
-    programs = engine.programs
+    programs = require_decoder_only(engine, "evaluation").programs
     return LoglikelihoodScorer(programs.config, programs.weights, programs.layout, batch_tokens=batch_tokens)
 
 
@@ -198,16 +199,13 @@ def _score_rows(
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Of every target its log-probability, and whether no other token is likelier; logits of one piece exist at a time."""
     params = stack_layers(params)
-    x, _ = model.hidden(params, rows.tokens)
-    own, tied = params["transformer"], config.tied_embeddings
-    w = own["w_tokens"] if tied else own["w_head"]
+    x, _ = model.hidden_states(params, rows.tokens)
+    head = lm_head(params, config)
     batch, length = rows.tokens.shape
 
     def score(piece: tuple[Array, Array]) -> tuple[Array, Array]:
         x, targets = piece
-        logits = linear(x, w, flipped=tied, dtype="float32")
-        if config.head_bias:
-            logits = logits + own["b_head"][None, None]
+        logits = lm_logits(x, head, config)
         chosen = jnp.sum(jnp.where(jnp.arange(config.n_vocab)[None, None] == targets[..., None], logits, 0.0), axis=-1)
         return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 

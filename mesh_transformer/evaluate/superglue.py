@@ -55,7 +55,7 @@ def read_multirc(record: Record) -> Iterable[dict[str, Any]]:
             }
 
 
-def fill_multirc(document: Record) -> list[str]:
+def multirc_choices(document: Record) -> list[str]:
     """The answer said to be wrong, and said to be right: by the number of the label, 1 of right ones.
 
     The harness's definition (version 2.0) has them the other way round, so that it counts every wrong judgement, and
@@ -64,7 +64,7 @@ def fill_multirc(document: Record) -> list[str]:
     return [f"{document['answer']}\nIs the answer correct? {word}" for word in ("no", "yes")]
 
 
-def judge_multirc(document: Record, answers: Sequence[Answer]) -> dict[str, Any]:
+def score_multirc(document: Record, answers: Sequence[Answer]) -> dict[str, Any]:
     """What one answer adds to each measure."""
     says_right, is_right = answers[1][0] > answers[0][0], bool(document["label"])
     question = (document["idx"]["paragraph"], document["idx"]["question"])
@@ -107,23 +107,23 @@ def read_record(record: Record) -> Iterable[dict[str, Any]]:
         yield {"passage": passage, "query": query["query"], "entities": sorted(set(entities)), "answers": answers}
 
 
-def ask_record(document: Record) -> str:
+def record_prompt(document: Record) -> str:
     """The passage and its highlights as a list, which the query goes on."""
     text, *highlights = document["passage"].strip().split("\n@highlight\n")
     return f"{text}\n\n" + "".join(f"  - {highlight}.\n" for highlight in highlights)
 
 
-def fill_record(document: Record) -> list[str]:
+def record_choices(document: Record) -> list[str]:
     """The query with each candidate in it."""
     return [f"  - {document['query']}".replace("@placeholder", entity) for entity in document["entities"]]
 
 
-def answer_record(document: Record) -> str:
+def record_target(document: Record) -> str:
     """The query with the first of the right answers."""
     return f"  - {document['query']}".replace("@placeholder", document["answers"][0])
 
 
-def judge_record(document: Record, answers: Sequence[Answer]) -> dict[str, float]:
+def score_record(document: Record, answers: Sequence[Answer]) -> dict[str, float]:
     """F1 of words and exact match of the likeliest candidate, the best over all right answers."""
     likeliest = max(range(len(answers)), key=lambda i: answers[i][0])
     said, right = _words(document["entities"][likeliest]), [_words(answer) for answer in document["answers"]]
@@ -144,8 +144,8 @@ def _f1(said: list[str], right: list[str]) -> float:
 
 
 MULTIRC = {
-    "doc_to_choice": fill_multirc,
-    "process_results": judge_multirc,
+    "doc_to_choice": multirc_choices,
+    "process_results": score_multirc,
     "metadata": {"version": "2.0 with no and yes in their places"},
     "metric_list": [
         dict(metric="acc", aggregation="mean", higher_is_better=True),
@@ -157,10 +157,10 @@ RECORD = {
     "output_type": "multiple_choice",
     "training_split": "train",
     "validation_split": "validation",
-    "doc_to_text": ask_record,
-    "doc_to_choice": fill_record,
-    "doc_to_target": answer_record,
-    "process_results": judge_record,
+    "doc_to_text": record_prompt,
+    "doc_to_choice": record_choices,
+    "doc_to_target": record_target,
+    "process_results": score_record,
     "metric_list": [
         dict(metric="f1", aggregation="mean", higher_is_better=True),
         dict(metric="em", aggregation="mean", higher_is_better=True),

@@ -12,7 +12,7 @@ from mesh_transformer.config import Config, ConfigError, EvaluateConfig
 from mesh_transformer.data.compression import COMPRESSED, read_chunks, split_lines
 from mesh_transformer.data.download import download_dataset, is_remote
 from mesh_transformer.data.errors import DataError, Document, DocumentError
-from mesh_transformer.data.readers import find_files, is_tfrecords, read_documents
+from mesh_transformer.data.readers import find_files, holds_tokens, list_partitions, read_documents
 from mesh_transformer.data.shard_builder import is_validation_document
 from mesh_transformer.data.shards import TokenShard, is_shard
 from mesh_transformer.data.tokenizers import Tokenizer
@@ -49,7 +49,7 @@ def check_paths(config: Config, components: Iterable[str]) -> None:
     """
     for path in (*config.evaluate.data.values(), *config.evaluate.fewshot_data.values()):
         if not is_remote(path) and not is_shard(path.removesuffix(".bin").removesuffix(".idx")):
-            find_files(path)
+            list_partitions(path)
     if not list(components) and not config.data.validation and not config.data.holdout_one_in:
         raise ConfigError("the run held no text out of its training; name some: --data NAME=PATH")
 
@@ -64,7 +64,7 @@ def _read(path: str, text_key: str, config: Config, tokenizer: Tokenizer) -> Ite
             tokens = np.asarray(shard.document(index))
             yield Document(tokenizer.decode(tokens[tokens != tokenizer.end_of_text].tolist()), f"{prefix}:{index}")
         return
-    if any(map(is_tfrecords, find_files(path))):
+    if holds_tokens(path):
         raise DataError(
             f"{path}: TFRecords hold tokens, whose text is not known; name the text itself: --data NAME=PATH"
         )

@@ -68,12 +68,12 @@ class WikiText:
         chunks: list[str] = []
         for group in groups:
             text = "".join(WITHIN.get(word, word) for word in group)
-            chunks += [text] if split_chunk(text, self._words) == group else group
+            chunks += [text] if split_words(text, self._words) == group else group
         return " ".join(chunks) + "\n"
 
     def split(self, line: str) -> str:
         """The line of words that `join` made this of."""
-        words = [word for chunk in line.split() for word in split_chunk(chunk, self._words)]
+        words = [word for chunk in line.split() for word in split_words(chunk, self._words)]
         return f" {' '.join(words)} \n" if words else " \n"
 
 
@@ -93,7 +93,7 @@ def _group(words: Sequence[str]) -> list[list[str]]:
     return groups
 
 
-def split_chunk(chunk: str, words: Collection[str]) -> list[str]:
+def split_words(chunk: str, words: Collection[str]) -> list[str]:
     """The words that a run without spaces consists of; one that is itself among `words` stays whole."""
     before: list[str] = []
     behind: list[str] = []
@@ -119,6 +119,6 @@ def _split_within(chunk: str, words: Collection[str]) -> list[str]:
     return [f"@{part}@" if i % 2 else part for i, part in enumerate(parts)]
 
 
-def describe(score: TextScore, n_words: int) -> dict[str, float]:
+def wikitext_results(score: TextScore, n_words: int) -> dict[str, float]:
     """Results of the corpus: perplexity for each word of the original and each token of the model, and per byte."""
     return {"word_perplexity": math.exp(min(score.negative_logprob / n_words, 700.0)), "words": n_words, **score.to_results()}

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a table by token, where the table's rows may lie on many devices and are never gathered."""
+"""Token embeddings from a matrix whose rows may be sharded over many devices and are never gathered."""
 
 from functools import partial
 from typing import Any
@@ -9,73 +9,94 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mesh_transformer.mesh import MeshLayout, psum_or_scatter, axes_of, current_layout
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.mesh import MeshLayout, axes_of, current_layout, psum_or_scatter
 from mesh_transformer.model.quantization import Quantized, dequantize
 
 
-def embed_tokens(table: Float[Array, "V D"] | Quantized, tokens: Int[Array, "B T"], dtype: str) -> Float[Array, "B T D"]:
-    """table[tokens] in `dtype`; the gradient adds up every use of a token in float32.
+def input_embeddings(
+    tokens: Float[Array, "B T D"], positions: Float[Array, "*B T D"] | None, config: ModelConfig
+) -> Float[Array, "B T D"]:
+    """Return the residual stream before the first layer, given the embeddings of tokens and learned positions.
 
-    Over devices, each looks up the tokens whose rows it has and the results are added up: B T D elements in `dtype` over
-    the axes of the vocabulary. The table is gathered along embed alone, and its gradient scattered along it again.
+    Accepts JAX and NumPy arrays.
     """
-    if isinstance(table, Quantized):
-        return dequantize(jax.tree.map(lambda x: x[tokens], table), dtype)
+    if config.positions != "learned":
+        return tokens
+    assert positions is not None
+    return tokens + positions
+
+
+def embed_tokens(
+    w_tokens: Float[Array, "V D"] | Quantized, tokens: Int[Array, "B T"], dtype: str
+) -> Float[Array, "B T D"]:
+    """Return `w_tokens[tokens]` in `dtype`. The gradient sums all uses of a token in float32.
+
+    On several devices, each looks up the tokens whose rows it holds, and the results are summed: B T D elements of
+    `dtype` over the mesh axes of the vocabulary. The matrix is gathered along embed only, and its gradient is scattered
+    along embed.
+    """
+    if isinstance(w_tokens, Quantized):
+        return dequantize(jax.tree.map(lambda x: x[tokens], w_tokens), dtype)
     layout = current_layout()
     if layout is None:
-        # Gathered before the cast, so that the gradient is added up before it too.
-        return table[tokens].astype(dtype)
-    return _embed_sharded(table, tokens, layout, dtype)
+        # The cast follows the lookup, so that the gradient is summed in float32.
+        return w_tokens[tokens].astype(dtype)
+    return _embed_sharded(w_tokens, tokens, layout, dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _embed_sharded(table: Array, tokens: Array, layout: MeshLayout, dtype: str) -> Array:
-    rows, flat, stream, vocab_on = _specs(table, tokens, layout)
+def _embed_sharded(w_tokens: Array, tokens: Array, layout: MeshLayout, dtype: str) -> Array:
+    w_spec, tokens_spec, output_spec, vocab_axes = _specs(w_tokens, tokens, layout)
 
-    def here(table: Array, tokens: Array) -> Array:
-        index, is_here = _own_rows(table, tokens, vocab_on)
-        return psum_or_scatter(jnp.where(is_here[..., None], table[index], 0).astype(dtype), vocab_on)
+    def embed_local(w_tokens: Array, tokens: Array) -> Array:
+        index, is_local = _local_index(w_tokens, tokens, vocab_axes)
+        return psum_or_scatter(jnp.where(is_local[..., None], w_tokens[index], 0).astype(dtype), vocab_axes)
 
-    return jax.shard_map(here, mesh=layout.mesh, in_specs=(rows, flat), out_specs=stream, check_vma=False)(
-        table, tokens
-    )
-
-
-def _forward(table: Array, tokens: Array, layout: MeshLayout, dtype: str) -> tuple[Array, tuple]:
-    return _embed_sharded(table, tokens, layout, dtype), (table, tokens)
+    return jax.shard_map(
+        embed_local, mesh=layout.mesh, in_specs=(w_spec, tokens_spec), out_specs=output_spec, check_vma=False
+    )(w_tokens, tokens)
 
 
-def _backward(layout: MeshLayout, dtype: str, kept: tuple, gradient: Array) -> tuple[Array, None]:
-    table, tokens = kept
-    rows, flat, stream, vocab_on = _specs(table, tokens, layout)
-    own = layout.spec(("vocab", "embed"), table.shape, "w_tokens")
-    rows_on = tuple(axis for part in flat for axis in axes_of(part))
-    embed_on = axes_of(own[1]) if len(own) > 1 else ()
-    if not set(embed_on) <= set(rows_on):
-        own, embed_on = rows, ()
+def _forward(w_tokens: Array, tokens: Array, layout: MeshLayout, dtype: str) -> tuple[Array, tuple]:
+    return _embed_sharded(w_tokens, tokens, layout, dtype), (w_tokens, tokens)
 
-    def here(table: Array, tokens: Array, gradient: Array) -> Array:
-        index, is_here = _own_rows(table, tokens, vocab_on)
-        wide = jnp.where(is_here[..., None], gradient.astype(jnp.float32), 0.0)
-        return psum_or_scatter(jnp.zeros(table.shape, jnp.float32).at[index].add(wide), rows_on, scatter_axes=embed_on, dim=1)
 
-    run = jax.shard_map(here, mesh=layout.mesh, in_specs=(rows, flat, stream), out_specs=own, check_vma=False)
-    return run(table, tokens, gradient), None
+def _backward(layout: MeshLayout, dtype: str, residuals: tuple, gradient: Array) -> tuple[Array, None]:
+    w_tokens, tokens = residuals
+    w_spec, tokens_spec, output_spec, vocab_axes = _specs(w_tokens, tokens, layout)
+    gradient_spec = layout.spec(("vocab", "embed"), w_tokens.shape, "w_tokens")
+    token_axes = tuple(axis for part in tokens_spec for axis in axes_of(part))
+    embed_axes = axes_of(gradient_spec[1]) if len(gradient_spec) > 1 else ()
+    if not set(embed_axes) <= set(token_axes):
+        gradient_spec = w_spec
+        embed_axes = ()
+
+    def sum_local(w_tokens: Array, tokens: Array, gradient: Array) -> Array:
+        index, is_local = _local_index(w_tokens, tokens, vocab_axes)
+        gradient = jnp.where(is_local[..., None], gradient.astype(jnp.float32), 0.0)
+        total = jnp.zeros(w_tokens.shape, jnp.float32).at[index].add(gradient)
+        return psum_or_scatter(total, token_axes, scatter_axes=embed_axes, dim=1)
+
+    in_specs = (w_spec, tokens_spec, output_spec)
+    run = jax.shard_map(sum_local, mesh=layout.mesh, in_specs=in_specs, out_specs=gradient_spec, check_vma=False)
+    return run(w_tokens, tokens, gradient), None
 
 
 _embed_sharded.defvjp(_forward, _backward)
 
 
-def _specs(table: Array, tokens: Array, layout: MeshLayout) -> tuple[Any, Any, Any, tuple[str, ...]]:
-    rows = layout.spec(("vocab", "activation_embed"), table.shape, "w_tokens")
-    flat = layout.spec(("batch", "sequence"), tokens.shape, "activation [tokens]")
-    stream = layout.spec(
-        ("batch", "sequence", "activation_embed"), (*tokens.shape, table.shape[1]), "activation [embedded]"
-    )
-    return rows, flat, stream, axes_of(rows[0]) if len(rows) else ()
+def _specs(w_tokens: Array, tokens: Array, layout: MeshLayout) -> tuple[Any, Any, Any, tuple[str, ...]]:
+    """Return the specs of the matrix, the tokens and the embeddings, and the mesh axes of the vocabulary."""
+    w_spec = layout.spec(("vocab", "activation_embed"), w_tokens.shape, "w_tokens")
+    tokens_spec = layout.spec(("batch", "sequence"), tokens.shape, "activation [tokens]")
+    output_shape = (*tokens.shape, w_tokens.shape[1])
+    output_spec = layout.spec(("batch", "sequence", "activation_embed"), output_shape, "activation [embedded]")
+    return w_spec, tokens_spec, output_spec, axes_of(w_spec[0]) if len(w_spec) else ()
 
 
-def _own_rows(table: Array, tokens: Array, vocab_on: tuple[str, ...]) -> tuple[Array, Array]:
-    """Where a token's row is in this device's part of the table, and whether it is there at all."""
-    index = tokens - (jax.lax.axis_index(vocab_on) * table.shape[0] if vocab_on else 0)
-    return jnp.clip(index, 0, table.shape[0] - 1), (index >= 0) & (index < table.shape[0])
+def _local_index(w_tokens: Array, tokens: Array, vocab_axes: tuple[str, ...]) -> tuple[Array, Array]:
+    """Return the row of each token in this device's shard of the matrix, and whether the shard holds that row."""
+    first = jax.lax.axis_index(vocab_axes) * w_tokens.shape[0] if vocab_axes else 0
+    index = tokens - first
+    return jnp.clip(index, 0, w_tokens.shape[0] - 1), (index >= 0) & (index < w_tokens.shape[0])

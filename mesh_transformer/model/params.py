@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Every learned array is made by `param`, whose keywords name its dimensions; everything about layout derives from them."""
+"""Parameters: `param` creates each of them and names its dimensions, from which every sharding follows."""
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -15,63 +15,74 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.mesh import use_layout
 
 Params = dict[str, dict[str, Array]]
-STACK = "layers"  # name of the layer scan, and of the leading axis of what is in it
+STACK = "layers"  # name of the layer scan, and of the leading axis of the parameters in it
 
 
 class ParamInfo(NamedTuple):
-    """What is known of a learned array before it exists."""
+    """Shape and logical axes of a parameter."""
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]  # logical axis of each dimension
+    axes: tuple[str, ...]  # one per dimension
 
 
 class Inits(NamedTuple):
-    """How weights start; all deviations are absolute, so they do not depend on how an array is stacked or cut."""
+    """Weight initializers by role. All deviations are absolute, independent of stacking and sharding."""
 
     embedding: hk.initializers.Initializer
     position: hk.initializers.Initializer
-    input: hk.initializers.Initializer  # weights that read the residual stream
-    output: hk.initializers.Initializer  # weights that write to it
-    query: hk.initializers.Initializer  # as inner, of queries
-    attn_output: hk.initializers.Initializer  # as residual, of attention
+    input: hk.initializers.Initializer  # weights that read from the residual stream
+    output: hk.initializers.Initializer  # weights that write to the residual stream
+    query: hk.initializers.Initializer  # like `input`, for queries
+    attn_output: hk.initializers.Initializer  # like `output`, for attention
 
 
 def make_inits(config: ModelConfig) -> Inits:
-    """Initialisers by name: GPT-2 paper section 2.3; mesh-transformer-jax layers.py; GPT-NeoX small_init and wang_init;
-    T5's in mesh_tensorflow, by fan-in, with queries that make up for scores that are not scaled.
+    """Return the initializers of `config.init`.
+
+    "gpt2": GPT-2 paper, section 2.3. "gptj": mesh-transformer-jax, layers.py. "neox": GPT-NeoX, small_init and wang_init.
+    "t5": mesh_tensorflow, by fan-in; smaller queries make up for attention scores that are not scaled.
     """
-    d, layers, scale = config.d_model, config.n_layers, config.init_scale**0.5
+    d = config.d_model
+    layers = config.n_layers
+    factor = config.init_scale**0.5
 
-    def normal(deviation: float) -> hk.initializers.Initializer:
-        return hk.initializers.RandomNormal(deviation * scale)
+    def normal(stddev: float) -> hk.initializers.Initializer:
+        return hk.initializers.RandomNormal(stddev * factor)
 
-    def truncated(deviation: float) -> hk.initializers.Initializer:
-        return hk.initializers.TruncatedNormal(deviation * scale)
+    def truncated(stddev: float) -> hk.initializers.Initializer:
+        return hk.initializers.TruncatedNormal(stddev * factor)
 
     match config.init:
         case "gpt2":
-            embedding, position, inner, residual = 0.02, 0.01, 0.02, 0.02 / (2 * layers) ** 0.5
-            found = (normal(embedding), normal(position), normal(inner), normal(residual))
+            embedding = normal(0.02)
+            position = normal(0.01)
+            inputs = normal(0.02)
+            output = normal(0.02 / (2 * layers) ** 0.5)
         case "gptj":
-            inner = truncated(d**-0.5)
-            found = (truncated(config.n_vocab**-0.5), normal(0.02), inner, truncated(2 / layers / d**0.5))
+            embedding = truncated(config.n_vocab**-0.5)
+            position = normal(0.02)
+            inputs = truncated(d**-0.5)
+            output = truncated(2 / layers / d**0.5)
         case "neox":
-            small = normal((2 / (5 * d)) ** 0.5)
-            found = (small, small, small, normal(2 / layers / d**0.5))
-        case "t5":  # the embedding has variance 1 whatever the scale
-            one, mixed = hk.initializers.RandomNormal(1.0), truncated((config.n_heads * config.head_dim) ** -0.5)
-            inner, query = truncated(d**-0.5), truncated((d * config.head_dim) ** -0.5)
-            return Inits(one, one, inner, truncated(config.ff_dim**-0.5), query, mixed)
-    return Inits(*found, query=found[2], attn_output=found[3])
+            embedding = position = inputs = normal((2 / (5 * d)) ** 0.5)
+            output = normal(2 / layers / d**0.5)
+        case "t5":
+            embedding = position = hk.initializers.RandomNormal(1.0)  # not scaled by init_scale
+            inputs = truncated(d**-0.5)
+            output = truncated(config.ff_dim**-0.5)
+            query = truncated((d * config.head_dim) ** -0.5)
+            attn_output = truncated((config.n_heads * config.head_dim) ** -0.5)
+            return Inits(embedding, position, inputs, output, query, attn_output)
+    return Inits(embedding, position, inputs, output, query=inputs, attn_output=output)
 
 
 _record: ContextVar[dict[str, tuple[str, ...]] | None] = ContextVar("record", default=None)
 
 
 def param(name: str, init: hk.initializers.Initializer, **axes: int) -> Any:
-    """A float32 learned array of the current module; keywords are its logical axes, values their sizes.
+    """Return a float32 parameter of the current module; the keywords are its logical axes, the values their sizes.
 
-    While sampling it may be narrower, or Quantized, where it is a factor of a product.
+    During sampling, a parameter that only matmuls use may have a narrower dtype or be `Quantized`.
     """
     record = _record.get()
     if record is not None:
@@ -80,15 +91,15 @@ def param(name: str, init: hk.initializers.Initializer, **axes: int) -> Any:
 
 
 def describe(init: Callable[[Array], Params]) -> dict[str, dict[str, ParamInfo]]:
-    """Shape and axes of every learned array that `init(key)` would make, by abstract evaluation: nothing is allocated.
+    """Return the shape and axes of every parameter that `init(key)` would create, without allocating any.
 
-    Inside the layer scan Haiku knows only the path below it, and one layer's shape; the scan's path and the leading
-    "layers" axis are joined on here.
+    Inside the layer scan, Haiku sees only the path below the scan and the shape of one layer. The path of the scan and
+    the leading "layers" axis are added here.
     """
     record: dict[str, tuple[str, ...]] = {}
     token = _record.set(record)
     try:
-        with use_layout(None):  # a description, also while a program for some mesh is traced
+        with use_layout(None):  # the caller may be tracing a program for some mesh
             shapes = jax.eval_shape(init, jax.random.key(0))
     finally:
         _record.reset(token)
@@ -103,5 +114,5 @@ def describe(init: Callable[[Array], Params]) -> dict[str, dict[str, ParamInfo]]
 
 
 def flatten_names(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """{module: {name: x}} -> {"module/name": x}, in the tree's order."""
+    """Return {"module/name": x} for {module: {name: x}}, in the order of the tree."""
     return {f"{module}/{name}": leaf for module, leaves in tree.items() for name, leaf in leaves.items()}

@@ -1,10 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The one forward pass: tokens -> logits, for training, prefill and decoding alike."""
+"""The forward pass: tokens -> logits. Training, prefill, decoding and the encoder share it."""
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -15,21 +14,24 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import constrain, target_platform
 from mesh_transformer.model.attention.kernels import choose_kernel
+from mesh_transformer.model.attention.kv_cache import KVCache
 from mesh_transformer.model.attention.layer import Attention, CrossAttention
-from mesh_transformer.model.attention.masks import AttentionContext, KVCache, Masks, EncoderOutput
+from mesh_transformer.model.attention.masks import AttentionContext, EncoderOutput, make_masks, segment_mask
 from mesh_transformer.model.attention.ring import from_zigzag, to_zigzag
-from mesh_transformer.model.embedding import embed_tokens
+from mesh_transformer.model.embedding import embed_tokens, input_embeddings
 from mesh_transformer.model.feed_forward import FeedForward
-from mesh_transformer.model.linear import dropout, linear
-from mesh_transformer.model.moe.layer import Experts
+from mesh_transformer.model.linear import dropout
+from mesh_transformer.model.lm_head import LMHead, lm_logits, scale_hidden_states
+from mesh_transformer.model.moe.layer import MoELayer
 from mesh_transformer.model.moe.router import RoutingStats
 from mesh_transformer.model.norms import Norm
-from mesh_transformer.model.params import STACK, ParamInfo, Params, describe, make_inits, param
+from mesh_transformer.model.params import STACK, Params, make_inits, param
 from mesh_transformer.model.positions import RelativeBias
 from mesh_transformer.model.quantization import Quantized
+from mesh_transformer.model.residual import Branches, apply_branches
 
-NarrowParams = Mapping[str, Mapping[str, Array | Quantized]]  # Params, of which sampling may have narrowed some
-Caches = tuple[KVCache, ...]  # of every block in a period of the pattern, stacked over the periods as parameters are
+InferenceParams = Mapping[str, Mapping[str, Array | Quantized]]  # Params, some of which may be quantized
+KVCaches = tuple[KVCache, ...]  # one per block of the layer pattern, each stacked over the iterations of the layer scan
 POLICIES = jax.checkpoint_policies
 REMAT = {
     "full": POLICIES.nothing_saveable,
@@ -44,62 +46,69 @@ REMAT = {
 
 
 class Block(hk.Module):
-    """One layer: attention (to an encoder too) and feed-forward around the stream, one after the other or side by side."""
+    """One layer: self-attention, cross-attention to an encoder, and feed-forward, with residual connections."""
 
     def __init__(self, config: ModelConfig, *, local: bool, has_experts: bool, name: str):
         super().__init__(name=name)
-        self.config, self.local, self.has_experts = config, local, has_experts
+        self.config = config
+        self.local = local
+        self.has_experts = has_experts
 
     def __call__(
-        self, x: Float[Array, "B T D"], sight: AttentionContext, cache: KVCache | None
+        self, x: Float[Array, "B T D"], context: AttentionContext, cache: KVCache | None
     ) -> tuple[Float[Array, "B T D"], KVCache | None, RoutingStats | None]:
-        """The stream after this layer, the cache with its keys and values, and what a router did."""
-        c, routing = self.config, None
+        """Return the residual stream after this layer, the updated cache, and the router's statistics."""
+        c = self.config
         inits = make_inits(c)
-        attention, dense = Attention(c, inits, local=self.local), FeedForward(c, inits)
-        experts = Experts(c, inits) if self.has_experts else None
+        routing: RoutingStats | None = None
+        self_attention = Attention(c, inits, local=self.local)
+        dense = FeedForward(c, inits)
+        experts = MoELayer(c, inits) if self.has_experts else None
+
+        def norm(name: str, x: Array) -> Array:
+            return gather_sequence(Norm(c, name=name)(x))
+
+        def attention(x: Array) -> Array:
+            nonlocal cache
+            y, cache = self_attention(x, context, cache)
+            return dropout(scatter_sequence(y), c.dropout)
+
+        def cross_attention(x: Array) -> Array:
+            nonlocal cache
+            y, cache = CrossAttention(c, inits)(x, context, cache)
+            return dropout(scatter_sequence(y), c.dropout)
 
         def feed_forward(x: Array) -> Array:
             nonlocal routing
             if experts is None:
-                return dense(x)
-            y, routing = experts(x, decoding=sight.decoding)
-            return y + dense(x) if c.experts and c.experts.shared_expert else y
+                y = dense(x)
+            else:
+                y, routing = experts(x, training=context.training, decoding=context.decoding)
+                y = y + dense(x) if c.experts and c.experts.shared_expert else y
+            return dropout(scatter_sequence(y), c.dropout)
 
-        normed = _enter(Norm(c, name="norm_1")(x))
-        mixed, cache = attention(normed, sight, cache)
-        mixed = dropout(_leave(mixed), c.dropout)
-        match c.residual:
-            case "serial":
-                x = x + mixed
-                if c.encoder is not None:
-                    normed = _enter(Norm(c, name="norm_cross")(x))
-                    mixed, cache = CrossAttention(c, inits)(normed, sight, cache)
-                    x = x + dropout(_leave(mixed), c.dropout)
-                x = x + dropout(_leave(feed_forward(_enter(Norm(c, name="norm_2")(x)))), c.dropout)
-            case "parallel":  # GPT-J: both read the same norm
-                x = x + mixed + dropout(_leave(feed_forward(normed)), c.dropout)
-            case "parallel-two-norms":  # GPT-NeoX
-                x = x + mixed + dropout(_leave(feed_forward(_enter(Norm(c, name="norm_2")(x)))), c.dropout)
+        branches = Branches(norm, attention, feed_forward, None if c.encoder is None else cross_attention)
+        x = apply_branches(x, branches, c)
         return constrain(x, "batch", "activation_seq", "activation_embed"), cache, routing
 
 
-# Where the stream is cut along `tensor` too, it is gathered on its way into products and reduced on its way out. Said
-# twice: in one step from partial sums to the finer cut, the partitioner gathers the sequence over `context` as well.
-def _enter(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return constrain(
-        constrain(x, "batch", "activation_seq", "activation_embed"), "batch", "sequence", "activation_embed"
-    )
+# With sequence parallelism the residual stream is sharded along `tensor` too: it is gathered before the matmuls of a layer
+# and reduce-scattered after them. Two constraints instead of one: going from partial sums to the finer sharding in one
+# step, the partitioner would gather the sequence over `context` as well.
+def gather_sequence(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Return `x` in the sharding inside a layer: the sequence is sharded over the mesh axes of "sequence" only."""
+    x = constrain(x, "batch", "activation_seq", "activation_embed")
+    return constrain(x, "batch", "sequence", "activation_embed")
 
 
-def _leave(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return constrain(
-        constrain(x, "batch", "sequence", "activation_embed"), "batch", "activation_seq", "activation_embed"
-    )
+def scatter_sequence(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Return `x` in the sharding of the residual stream between layers."""
+    x = constrain(x, "batch", "sequence", "activation_embed")
+    return constrain(x, "batch", "activation_seq", "activation_embed")
 
 
 class Transformer(hk.Module):
-    """Embed, apply the layers, normalise, score every vocabulary entry."""
+    """Token embeddings, the layers, the final norm, and the language-model head."""
 
     def __init__(self, config: ModelConfig, name: str = "transformer"):
         super().__init__(name=name)
@@ -108,251 +117,237 @@ class Transformer(hk.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None,
-        segments: Int[Array, "B T"] | None,
-        cache: Caches | None,
-        logits_at: Int[Array, "B"] | None,
-        sources: Int[Array, "B S"] | None = None,
-        source_segments: Int[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B U V"], Caches | None]:
-        """Logits in float32 (U = T, or 1 with `logits_at`) and the cache, updated."""
-        c, inits = self.config, make_inits(self.config)
-        x, cache, _ = self.hidden(tokens, positions, segments, cache, sources, source_segments)
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCaches | None = None,
+        logits_at: Int[Array, "B"] | None = None,
+        **inputs: Any,
+    ) -> tuple[Float[Array, "B U V"], KVCaches | None]:
+        """Return float32 logits (U = T, or 1 with `logits_at`) and the updated cache. See `make_model`."""
+        x, cache, _ = self.hidden_states(tokens, positions, segment_ids, cache, **inputs)
         if cache is None:
             x = from_zigzag(x)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
-        if c.tied_embeddings:
-            w_head = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model)
-        else:
-            w_head = param("w_head", inits.input, embed=c.d_model, vocab=c.n_vocab)
-        logits = linear(x, w_head, flipped=c.tied_embeddings, dtype="float32")
-        if c.head_bias:
-            logits = logits + param("b_head", hk.initializers.Constant(0.0), vocab=c.n_vocab)[None, None]
-        return logits, cache
+        return lm_logits(x, self._lm_head(), self.config), cache
 
-    @hk.experimental.name_like("__call__")  # keeps "~hidden" out of the arrays' names
-    def hidden(
+    @hk.experimental.name_like("__call__")  # keeps the method's name out of the parameter names
+    def hidden_states(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None,
-        segments: Int[Array, "B T"] | None,
-        cache: Caches | None,
-        sources: Int[Array, "B S"] | None = None,
-        source_segments: Int[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Caches | None, RoutingStats | None]:
-        """What the head scores: the normalised stream, in ring order without a cache; the cache, updated; the routing.
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCaches | None = None,
+        *,
+        encoder_tokens: Int[Array, "B S"] | None = None,
+        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        training: bool = False,
+    ) -> tuple[Float[Array, "B T D"], KVCaches | None, RoutingStats | None]:
+        """Return the input of the head, the updated cache, and routing statistics (those of the encoder first).
 
-        With an encoder that of both, the encoder's layers first.
+        Without a cache, the hidden states are in zigzag order.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if cache is None:
-            tokens, positions = to_zigzag(tokens), to_zigzag(positions)
-            segments = None if segments is None else to_zigzag(segments)
-        sight = self.see(positions, segments, cache)
-        memory, read = self.read(sources, source_segments, sight, cache)
-        x, cache, routing = self.run_layers(self.embed(tokens, positions), sight._replace(memory=memory), cache)
-        if read is not None and routing is not None:
-            routing = jax.tree.map(lambda *of: jnp.concatenate(of), read, routing)
-        return self.normalise(x), cache, routing
+            tokens = to_zigzag(tokens)
+            positions = to_zigzag(positions)
+            segment_ids = None if segment_ids is None else to_zigzag(segment_ids)
+        context = self.attention_context(positions, segment_ids, cache, training=training)
+        encoder_output, encoder_routing = self.encode(encoder_tokens, encoder_segment_ids, context, cache)
+        x = self.embed(tokens, positions)
+        x, cache, routing = self.run_layers(x, context._replace(encoder_output=encoder_output), cache)
+        if encoder_routing is not None and routing is not None:
+            routing = jax.tree.map(lambda *stats: jnp.concatenate(stats), encoder_routing, routing)
+        return self.final_norm(x), cache, routing
 
     @hk.experimental.name_like("__call__")
-    def read(
+    def encode(
         self,
-        sources: Int[Array, "B S"] | None,
-        segments: Int[Array, "B S"] | None,
-        sight: AttentionContext,
-        cache: Caches | None,
+        tokens: Int[Array, "B S"] | None,
+        segment_ids: Int[Array, "B S"] | None,
+        context: AttentionContext,
+        cache: KVCaches | None,
     ) -> tuple[EncoderOutput | None, RoutingStats | None]:
-        """What the encoder makes of `sources`, or that it has read them before into the cache; None without an encoder.
+        """Return the encoder output, and the routing statistics of its layers; None without an encoder.
 
-        A token sees those of its own segment; where only one of both sides has segments, the other's are all 1.
+        Without `tokens`, the keys and values of an earlier call are read from `cache`. Decoder tokens attend to encoder
+        tokens with the same segment ID. If only one side has segment IDs, those of the other side are 1.
         """
         encoder = self.config.encoder
         if encoder is None:
-            if sources is not None:
+            if tokens is not None:
                 raise ConfigError(
-                    "sources are for a model with an encoder; set model.n_encoder_layers, or leave them out"
+                    "encoder_tokens was given, but the model has no encoder; set model.n_encoder_layers, or omit it"
                 )
             return None, None
-        if sources is None and cache is None:
+        if tokens is None and cache is None:
             raise ConfigError(
-                f"model.n_encoder_layers={encoder.n_layers}: the encoder has nothing to read; give sources"
+                f"model.n_encoder_layers={encoder.n_layers}: an encoder-decoder model needs encoder_tokens; pass them"
             )
-        length = cache[0].cross_attention.k.shape[-2] if sources is None else sources.shape[1]  # type: ignore[index]
-        visible = jnp.ones((1, sight.positions.shape[1], length), bool)
-        if segments is not None or sight.segment_ids is not None:
-            own = jnp.ones_like(sight.positions) if sight.segment_ids is None else sight.segment_ids
-            there = jnp.ones((own.shape[0], length), jnp.int32) if segments is None else segments
-            visible = own[:, :, None] == there[:, None, :]
-        if sources is None:
-            return EncoderOutput(None, visible), None
+        length = cache[0].cross_attention.k.shape[-2] if tokens is None else tokens.shape[1]  # type: ignore[index]
+        mask = jnp.ones((1, context.positions.shape[1], length), bool)
+        if segment_ids is not None or context.segment_ids is not None:
+            query_ids = jnp.ones_like(context.positions) if context.segment_ids is None else context.segment_ids
+            key_ids = jnp.ones((query_ids.shape[0], length), jnp.int32) if segment_ids is None else segment_ids
+            mask = segment_mask(query_ids, key_ids)
+        if tokens is None:
+            return EncoderOutput(None, mask), None
         stack = Transformer(encoder, name="encoder")
-        positions = jnp.broadcast_to(jnp.arange(length), sources.shape)
-        seen = stack.see(positions, segments, None)._replace(sampling=sight.decoding)
-        x, _, routing = stack.run_layers(self.embed(sources, positions), seen, None)
-        return EncoderOutput(dropout(stack.normalise(x), encoder.dropout), visible), routing
+        positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+        encoder_context = stack.attention_context(positions, segment_ids, None, training=context.training)
+        encoder_context = encoder_context._replace(decoding=context.decoding)
+        x, _, routing = stack.run_layers(self.embed(tokens, positions), encoder_context, None)
+        return EncoderOutput(dropout(stack.final_norm(x), encoder.dropout), mask), routing
 
     @hk.experimental.name_like("__call__")
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The stream before the first layer."""
-        c, inits = self.config, make_inits(self.config)
-        table = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model)
-        x = embed_tokens(table, tokens, c.dtype)
+        """Return the residual stream before the first layer."""
+        c = self.config
+        inits = make_inits(c)
+        w_tokens = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model)
+        x = embed_tokens(w_tokens, tokens, c.dtype)
+        learned = None
         if c.positions == "learned":
             w_positions = param("w_positions", inits.position, position=c.seq_len, embed=c.d_model)
-            x = x + constrain(w_positions, "position", "activation_embed")[positions].astype(c.dtype)
+            learned = constrain(w_positions, "position", "activation_embed")[positions].astype(c.dtype)
+        x = input_embeddings(x, learned, c)
         return constrain(dropout(x, c.dropout), "batch", "activation_seq", "activation_embed")
 
     @hk.experimental.name_like("__call__")
-    def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The stream after the last layer, as the head reads it: whole along `tensor`, whose devices score other tokens."""
-        x = _enter(Norm(self.config, name="norm_out")(x))
-        return x * self.config.d_model**-0.5 if self.config.logit_scale == "rsqrt_d_model" else x
+    def final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Return the input of the head. Its sequence is not sharded along `tensor`, over which the vocabulary is."""
+        return scale_hidden_states(gather_sequence(Norm(self.config, name="norm_out")(x)), self.config)
 
     @hk.experimental.name_like("__call__")
-    def see(
-        self, positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Caches | None
+    def attention_context(
+        self,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        cache: KVCaches | None,
+        *,
+        training: bool = False,
     ) -> AttentionContext:
-        """Causality is by place in the sequence; with a cache, place and position are the same."""
-        c, length, sampling = self.config, positions.shape[1], cache is not None
-        if sampling and not c.causal:
-            raise ConfigError(
-                "model.causal=false: an encoder sees all of a text at once and writes none; use it without a cache"
-            )
-        kernel = "dense"  # while arrays are made, at no particular length
+        """Return the context of this stack's layers, without an encoder output.
+
+        Causality follows the index in the sequence. With a cache, that index is the position.
+        """
+        c = self.config
+        length = positions.shape[1]
+        decoding = cache is not None
+        if decoding and not c.causal:
+            raise ConfigError("model.causal=false: an encoder-only model cannot decode; call it without a cache")
+        kernel = "dense"  # during initialization, where the length is arbitrary
         if not hk.running_init():
-            kernel = choose_kernel(c, length, has_segments=segments is not None, cached=cache is not None)
+            kernel = choose_kernel(c, length, has_segments=segment_ids is not None, cached=cache is not None)
         if kernel != "dense":
-            return AttentionContext(kernel, positions, segments, None, sampling)
+            return AttentionContext(kernel, positions, segment_ids, None, decoding, training)
         if cache is None:
             query = key = to_zigzag(jnp.arange(length)[None])
         else:
-            query, key = positions, jnp.arange(cache[0].k.shape[-2])[None]
+            query = positions
+            key = jnp.arange(cache[0].k.shape[-2])[None]
         distance = query[:, :, None] - key[:, None, :]
-        visible = distance >= 0 if c.causal else jnp.ones_like(distance, bool)
-        if segments is not None:
-            visible = visible & (segments[:, :, None] == segments[:, None, :])
-        near = visible & (jnp.abs(distance) < c.attention_window)
-        return AttentionContext(kernel, positions, segments, Masks(visible, near, RelativeBias(c)(distance)), sampling)
+        bias = RelativeBias(c)(distance)
+        masks = make_masks(distance, segment_ids, bias, causal=c.causal, window=c.attention_window)
+        return AttentionContext(kernel, positions, segment_ids, masks, decoding, training)
 
     @hk.experimental.name_like("__call__")
     def run_layers(
-        self, x: Float[Array, "B T D"], sight: AttentionContext, caches: Caches | None
-    ) -> tuple[Float[Array, "B T D"], Caches | None, RoutingStats | None]:
-        """All layers, as a scan over periods of the pattern; what routers did, by layer that has one."""
-        c, pattern = self.config, self.config.pattern
+        self, x: Float[Array, "B T D"], context: AttentionContext, caches: KVCaches | None
+    ) -> tuple[Float[Array, "B T D"], KVCaches | None, RoutingStats | None]:
+        """Run all layers as a scan over repetitions of the layer pattern.
 
-        def period(x: Array, caches: Caches | None) -> tuple[Array, tuple[Caches | None, list[RoutingStats]]]:
-            x, updated, routings = checkpoint_name(x, "residual_stream"), [], []
+        Return the residual stream, the updated caches, and the routing statistics [n_moe_layers, ...].
+        """
+        c = self.config
+        pattern = c.pattern
+
+        def run_pattern(x: Array, caches: KVCaches | None) -> tuple[Array, tuple[KVCaches | None, list[RoutingStats]]]:
+            x = checkpoint_name(x, "residual_stream")
+            updated = []
+            routings = []
             for i, (local, has_experts) in enumerate(pattern):
                 block = Block(c, local=local, has_experts=has_experts, name=f"block_{i}")
-                x, own, routing = block(x, sight, None if caches is None else caches[i])
-                updated.append(own)
+                x, cache, routing = block(x, context, None if caches is None else caches[i])
+                updated.append(cache)
                 routings += [] if routing is None else [routing]
             return x, (None if caches is None else tuple(updated), routings)
 
         if c.remat in REMAT and caches is None:
             if c.remat == "offload" and target_platform() == "cpu":
-                raise ConfigError('model.remat = "offload" needs a GPU or TPU with a host beside it; use "full"')
-            period = hk.remat(period, policy=REMAT[c.remat])
-        n_periods = c.n_layers // len(pattern)
+                raise ConfigError(
+                    'model.remat = "offload" needs a GPU or TPU with separate host memory; on a CPU use "full"'
+                )
+            run_pattern = hk.remat(run_pattern, policy=REMAT[c.remat])
+        n_repeats = c.n_layers // len(pattern)
         stack = hk.experimental.layer_stack(
-            n_periods, with_per_layer_inputs=True, unroll=min(c.scan_unroll, n_periods), name=STACK
+            n_repeats, with_per_layer_inputs=True, unroll=min(c.scan_unroll, n_repeats), name=STACK
         )
-        x, (caches, routings) = stack(period)(x, caches)
+        x, (caches, routings) = stack(run_pattern)(x, caches)
         if not routings:
             return x, caches, None
-        by_layer = jax.tree.map(lambda *of: jnp.stack(of, 1).reshape(-1, *of[0].shape[1:]), *routings)
-        return x, caches, by_layer
+        # From [n_repeats, ...] for each layer of the pattern to [n_moe_layers, ...] in the order of the layers.
+        routing = jax.tree.map(lambda *stats: jnp.stack(stats, 1).reshape(-1, *stats[0].shape[1:]), *routings)
+        return x, caches, routing
 
-
-class Head(NamedTuple):
-    """What scores the vocabulary."""
-
-    w: Float[Array, "D V"]
-    b: Float[Array, "V"] | None
+    @hk.experimental.name_like("__call__")
+    def _lm_head(self) -> LMHead:
+        c = self.config
+        inits = make_inits(c)
+        if c.tied_embeddings:
+            w = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model)
+        else:
+            w = param("w_head", inits.input, embed=c.d_model, vocab=c.n_vocab)
+        b = param("b_head", hk.initializers.Constant(0.0), vocab=c.n_vocab) if c.head_bias else None
+        return LMHead(w, b)
 
 
 class Model(NamedTuple):
-    """A transformer as pure functions."""
+    """A transformer as pure functions. See `make_model`."""
 
     init: Callable[[PRNGKeyArray], Params]
-    apply: Callable[..., tuple[Float[Array, "B U V"], Caches | None]]
-    hidden: Callable[..., tuple[Float[Array, "B T D"], RoutingStats | None]]
+    apply: Callable[..., tuple[Float[Array, "B U V"], KVCaches | None]]
+    hidden_states: Callable[..., tuple[Float[Array, "B T D"], RoutingStats | None]]
 
 
 def make_model(config: ModelConfig) -> Model:
-    """`init(key) -> params` and `apply(params, tokens, ...) -> logits, cache` for one configuration.
+    """Return `init(key) -> params`, `apply(params, tokens, ...) -> (logits, cache)` and `hidden_states`.
 
-    apply takes tokens [B, T] and, by keyword: `positions` [B, T] (default 0..T-1), `segments` [B, T] (attention stays
-    within equal ones), `cache` (keys and values are stored at `positions` and all earlier ones are seen), `logits_at`
-    [B] (score only this place of each row), `dropout_key` (in training: for dropout and routers; none: not training).
-    With an encoder, `sources` [B, S], which it reads, and `source_segments` [B, S] (as segments; 0 for padding): where
-    there is a cache the sources are given once, their segments every time.
-    `hidden`, with all of these but cache and logits_at, gives what the head scores (see `head_of`) in ring order, to be
-    compared with `to_ring_order(targets)`, and what the routers did.
+    `apply` takes tokens [B, T] and these keyword arguments:
+
+    positions [B, T]            default: 0 ... T-1
+    segment_ids [B, T]          a token attends only to tokens with its own segment ID
+    cache                       keys and values are written at `positions`; all earlier ones are attended to
+    logits_at [B]               return the logits of one index of each sequence only
+    encoder_tokens [B, S]       input of the encoder; with a cache, in the first call only
+    encoder_segment_ids [B, S]  like `segment_ids`, 0 for padding; with a cache, in every call
+    training                    experts use their training capacity, jitter and dropout
+    dropout_key                 random key of dropout and routers; without it there is no dropout
+
+    `hidden_states(params, tokens, ...)` takes the same, but for `cache` and `logits_at`. It returns the input of the head
+    in zigzag order, to be compared with `to_zigzag(targets)`, and the routing statistics.
     """
 
-    def forward(tokens, positions=None, segments=None, cache=None, logits_at=None, sources=None, source_segments=None):
-        return Transformer(config)(tokens, positions, segments, cache, logits_at, sources, source_segments)
+    def forward(tokens, positions=None, segment_ids=None, cache=None, logits_at=None, **inputs):
+        return Transformer(config)(tokens, positions, segment_ids, cache, logits_at, **inputs)
 
-    def forward_hidden(tokens, positions=None, segments=None, sources=None, source_segments=None):
-        x, _, routing = Transformer(config).hidden(tokens, positions, segments, None, sources, source_segments)
+    def forward_hidden(tokens, positions=None, segment_ids=None, **inputs):
+        x, _, routing = Transformer(config).hidden_states(tokens, positions, segment_ids, None, **inputs)
         return x, routing
 
-    transformed, transformed_hidden = hk.transform(forward), hk.transform(forward_hidden)
+    transformed = hk.transform(forward)
+    transformed_hidden = hk.transform(forward_hidden)
 
     def init(key: PRNGKeyArray) -> Params:
-        one = jnp.zeros((1, 1), jnp.int32)
-        sources = {} if config.encoder is None else {"sources": one}
-        return transformed.init(key, one, **sources)  # type: ignore[return-value]
+        one_token = jnp.zeros((1, 1), jnp.int32)
+        inputs = {} if config.encoder is None else {"encoder_tokens": one_token}
+        return transformed.init(key, one_token, **inputs)  # type: ignore[return-value]
 
-    def apply(params: NarrowParams, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
+    def apply(params: InferenceParams, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
         return transformed.apply(params, dropout_key, tokens, **inputs)  # type: ignore[arg-type]
 
-    def hidden(params: Params, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
+    def hidden_states(params: Params, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
         return transformed_hidden.apply(params, dropout_key, tokens, **inputs)
 
-    return Model(init, apply, hidden)
-
-
-def head_of(params: Params, config: ModelConfig) -> Head:
-    """The weights that `apply` scores with."""
-    own = params["transformer"]
-    return Head(own["w_tokens"].T if config.tied_embeddings else own["w_head"], own.get("b_head"))
-
-
-@functools.lru_cache(maxsize=64)  # a trace of the model takes half a second, and half the house asks
-def describe_params(config: ModelConfig) -> dict[str, dict[str, ParamInfo]]:
-    """Shape and logical axes of every learned array, as {module: {name: info}}; nothing is allocated."""
-    return describe(make_model(config).init)
-
-
-def count_params(config: ModelConfig) -> int:
-    """Number of learned values, by abstract evaluation."""
-    import math
-
-    return sum(math.prod(info.shape) for arrays in describe_params(config).values() for info in arrays.values())
-
-
-def init_cache(
-    config: ModelConfig, batch_size: int, cache_len: int, dtype: str | None = None, *, source_len: int = 0
-) -> Caches:
-    """An empty cache for `batch_size` rows of `cache_len` tokens, in `dtype` (default: that of the activations).
-
-    "int8" keeps a float32 scale beside the values of each token and head. With an encoder, which reads `source_len` tokens,
-    there is room for its keys and values.
-    """
-    pattern = config.pattern
-
-    def empty(length: int) -> Array | Quantized:
-        shape = (config.n_layers // len(pattern), batch_size, config.kv_heads, length, config.head_dim)
-        values = jnp.zeros(shape, dtype or config.dtype)
-        return Quantized(values, jnp.zeros((*shape[:-1], 1), jnp.float32)) if dtype == "int8" else values
-
-    def memory() -> KVCache | None:
-        return None if config.encoder is None else KVCache(empty(source_len), empty(source_len))
-
-    return tuple(KVCache(empty(cache_len), empty(cache_len), memory()) for _ in pattern)
+    return Model(init, apply, hidden_states)

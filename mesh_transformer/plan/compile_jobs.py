@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mesh_transformer.config import ConfigError
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError, parse_topology
-from mesh_transformer.plan.job import Job, Measured
+from mesh_transformer.plan.job import CompileJob, CompiledStats
 
 # Several processes may load libtpu at once where no TPU is; and it says less.
 ABSENT_TPU = {
@@ -49,14 +49,14 @@ def environment(topology: str) -> dict[str, str]:
     return env
 
 
-def compile_job(job: Job, *, cache: Path | None = None) -> Measured:
+def compile_job(job: CompileJob, *, cache: Path | None = None) -> CompiledStats:
     """What was measured of a job, from `cache` if it is there; the compiled program's text lies there beside it.
 
     Raises ConfigError and MissingCompilerError as the worker does, and CompileError where the compiler fails.
     """
     place = None if cache is None or job.topology == "local" else cache / f"{job.digest()}.json"
     if place is not None and place.exists():
-        return Measured.from_json(place.read_text(encoding="utf-8"))
+        return CompiledStats.from_json(place.read_text(encoding="utf-8"))
     if place is not None:
         place.parent.mkdir(parents=True, exist_ok=True)
     measured = _compile_apart(job, None if place is None else place.with_suffix(".hlo.gz"))
@@ -67,7 +67,7 @@ def compile_job(job: Job, *, cache: Path | None = None) -> Measured:
     return measured
 
 
-def _compile_apart(job: Job, keep: Path | None) -> Measured:
+def _compile_apart(job: CompileJob, keep: Path | None) -> CompiledStats:
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         result = Path(folder) / "result.json"
         done = subprocess.run(
@@ -89,4 +89,4 @@ def _compile_apart(job: Job, keep: Path | None) -> Measured:
             raise ConfigError(answer["message"])
         case "MissingCompilerError":
             raise MissingCompilerError(answer["message"])
-    return Measured.from_json(json.dumps(answer["measured"]))
+    return CompiledStats.from_json(json.dumps(answer["measured"]))

@@ -22,30 +22,25 @@ import numpy as np
 
 from mesh_transformer.config import ConfigError
 from mesh_transformer.mesh import MeshLayout, make_layout, init_devices
-from mesh_transformer.plan.decoding import lower_decoding, lower_reading, lower_writing
+from mesh_transformer.plan.decoding import lower_decode, lower_seq2seq_encode, lower_seq2seq_decode
 from mesh_transformer.plan.hardware.chips import FAMILIES
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError, Topology, make_devices, parse_topology
 from mesh_transformer.plan.hlo.collectives import Collective, read_collectives
-from mesh_transformer.plan.hlo.parser import Module
-from mesh_transformer.plan.hlo.traffic import hbm_bytes, read_stacked
-from mesh_transformer.plan.job import Job, Measured, Traffic
+from mesh_transformer.plan.hlo.parser import HloModule
+from mesh_transformer.plan.hlo.traffic import hbm_bytes, stacked_bytes
+from mesh_transformer.plan.job import CompileJob, CompiledStats, Traffic
 from mesh_transformer.train.flops import count_flops, count_jaxpr_flops
-from mesh_transformer.train.run import (
-    abstract_batch,
-    abstract_state,
-    check_batches,
-    jit_train_step,
-    without_remat,
-)
+from mesh_transformer.train.compile import abstract_batch, abstract_state, jit_train_step, without_remat
+from mesh_transformer.train.run import check_batches
 from mesh_transformer.train.state import describe_state, flatten_state, format_parameters, state_shardings
 
-FAST = {"exec_time_optimization_effort": -1.0}
+LOW_EFFORT = {"exec_time_optimization_effort": -1.0}
 OUT_OF_MEMORY = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 USED_OF = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def make_topology_layout(job: Job) -> MeshLayout:
+def make_topology_layout(job: CompileJob) -> MeshLayout:
     """The run's mesh over the devices of its topology."""
     topology, mesh = parse_topology(job.topology), job.config.mesh
     if topology.chip is not None:
@@ -57,7 +52,7 @@ def make_topology_layout(job: Job) -> MeshLayout:
     return make_layout(mesh, jax.devices("cpu")[: topology.devices])
 
 
-def lower_training(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
+def lower_training(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStats]:
     """The very step that training runs, lowered from shapes alone, and what is known before it is compiled."""
     config = job.config
     check_batches(config, layout)
@@ -71,9 +66,9 @@ def lower_training(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
     kinds = {"parameters": 0, "moments": 0, "other state": 0}
     names = {"params": "parameters", "opt_state": "moments"}
     for name, leaf in flatten_state(state).items():
-        kinds[names.get(name.split("/")[0], "other state")] += _held(leaf)
-    kinds["batch"] = sum(_held(leaf) for leaf in jax.tree.leaves(batch))
-    return traced.lower(), Measured(
+        kinds[names.get(name.split("/")[0], "other state")] += _device_bytes(leaf)
+    kinds["batch"] = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(batch))
+    return traced.lower(), CompiledStats(
         topology=job.topology,
         platform=layout.mesh.devices.flat[0].platform,
         devices=layout.mesh.size,
@@ -82,20 +77,20 @@ def lower_training(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
         tokens=config.train.batch_size * config.model.seq_len,
         flops=own,
         hardware_flops=hardware,
-        kinds=kinds,
-        gradients=sum(4 * _held(leaf) // leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)),
+        bytes_by_kind=kinds,
+        gradient_bytes=sum(4 * _device_bytes(leaf) // leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)),
         state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)),
-        fast=job.fast,
+        low_effort=job.low_effort,
         sharding_table=format_parameters(shapes, axes, layout),
     )
 
 
-def _held(leaf: Any) -> int:
+def _device_bytes(leaf: Any) -> int:
     """Bytes of an array on one device, from its shape and sharding."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def measure(job: Job, keep: Path | None = None) -> Measured:
+def measure(job: CompileJob, keep: Path | None = None) -> CompiledStats:
     """Trace and compile a job. A program that the compiler refuses for its size is a result too, without the figures.
 
     The compiled program's text is written to `keep`, compressed.
@@ -104,13 +99,13 @@ def measure(job: Job, keep: Path | None = None) -> Measured:
     if not job.batch:
         return _compile(job, layout, lower_training(job, layout), keep)
     if job.config.model.encoder is None:
-        return _compile(job, layout, lower_decoding(job, layout), keep)
-    measured = _compile(job, layout, lower_writing(job, layout), keep)
-    measured.reading = _compile(job, layout, lower_reading(job, layout), None)
+        return _compile(job, layout, lower_decode(job, layout), keep)
+    measured = _compile(job, layout, lower_seq2seq_decode(job, layout), keep)
+    measured.encode = _compile(job, layout, lower_seq2seq_encode(job, layout), None)
     return measured
 
 
-def _compile(job: Job, layout: MeshLayout, program: tuple[Any, Measured], keep: Path | None) -> Measured:
+def _compile(job: CompileJob, layout: MeshLayout, program: tuple[Any, CompiledStats], keep: Path | None) -> CompiledStats:
     lowered, measured = program
     if job.topology == "local" and measured.platform != "cpu":
         device = layout.mesh.devices.flat[0]
@@ -118,13 +113,13 @@ def _compile(job: Job, layout: MeshLayout, program: tuple[Any, Measured], keep: 
         measured.limit_bytes = stats.get("bytes_limit", 0)
     measured.compiler = f"jax {jax.__version__}, {_compiler_version(measured.platform)}"
     start = time.monotonic()
-    options = FAST if job.fast and measured.platform == "tpu" else None
+    options = LOW_EFFORT if job.low_effort and measured.platform == "tpu" else None
     try:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "hbm" not in str(error).lower():
             raise
-        measured.refused = str(error).splitlines()[0]
+        measured.compiler_error = str(error).splitlines()[0]
         measured.needed_bytes, limit = parse_refusal(str(error))
         measured.limit_bytes = limit or measured.limit_bytes
         return measured
@@ -140,13 +135,13 @@ def _compile(job: Job, layout: MeshLayout, program: tuple[Any, Measured], keep: 
     text = compiled.as_text()
     if keep is not None:
         keep.write_bytes(gzip.compress(text.encode(), 3))
-    module = Module(text)
-    stacked = read_stacked(module)
-    measured.kept_bytes = stacked.kept
+    module = HloModule(text)
+    stacked = stacked_bytes(module)
+    measured.activation_bytes = stacked.activations
     measured.logits_bytes = _largest_logits(module, job, layout)
     measured.hbm_bytes = hbm_bytes(module)
     rows = read_collectives(module, layout.mesh.devices.shape, layout.mesh.axis_names)
-    measured.traffic = [place_traffic(row, layout, parse_topology(job.topology)) for row in rows]
+    measured.traffic = [locate_traffic(row, layout, parse_topology(job.topology)) for row in rows]
     return measured
 
 
@@ -159,7 +154,7 @@ def parse_refusal(text: str) -> tuple[int, int]:
     return int(float(needed) * UNITS[needed_unit]), int(float(limit) * UNITS[limit_unit])
 
 
-def _largest_logits(module: Module, job: Job, layout: MeshLayout) -> int:
+def _largest_logits(module: HloModule, job: CompileJob, layout: MeshLayout) -> int:
     """Bytes of the largest array that has the vocabulary for a side and is no weight."""
     model = job.config.model
     vocab = layout.sharding(("vocab",), (model.n_vocab,), "vocab").shard_shape((model.n_vocab,))[0]
@@ -168,14 +163,14 @@ def _largest_logits(module: Module, job: Job, layout: MeshLayout) -> int:
     weights |= {(b, a) for a, b in weights}
     largest = 0
     for name, instructions in module.computations.items():
-        for instruction in instructions if module.times.get(name) else ():
+        for instruction in instructions if module.run_counts.get(name) else ():
             for array in instruction.arrays:
                 if vocab in array.shape and len(array.shape) > 1 and array.shape not in weights:
                     largest = max(largest, array.size)
     return largest
 
 
-def place_traffic(row: Collective, layout: MeshLayout, topology: Topology) -> Traffic:
+def locate_traffic(row: Collective, layout: MeshLayout, topology: Topology) -> Traffic:
     """A row with where its groups lie in the hardware: over slices or hosts, and over which directions of the torus."""
     traffic = Traffic(list(row.axes), row.kind, row.group, row.count, row.sent)
     if topology.chip is None:
@@ -221,7 +216,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     keep = Path(arguments[1]) if len(arguments) > 1 else None
     try:
-        measured = measure(Job.from_json(sys.stdin.read()), keep)
+        measured = measure(CompileJob.from_json(sys.stdin.read()), keep)
         answer: dict[str, Any] = {"measured": json.loads(measured.to_json())}
     except (ConfigError, MissingCompilerError) as error:
         answer = {"error": type(error).__name__, "message": str(error)}

@@ -12,22 +12,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mesh_transformer.config import ConfigError, ModelConfig, SampleConfig
 from mesh_transformer.mesh import MeshLayout
 from mesh_transformer.model.params import ParamInfo
 from mesh_transformer.plan.estimate import count_active, describe_model
-from mesh_transformer.plan.job import Job, Measured
+from mesh_transformer.plan.job import CompiledStats, CompileJob
 from mesh_transformer.sample.engine.device_state import DecodeState
 from mesh_transformer.sample.engine.encoder_decoder_programs import EncoderDecoderPrograms, EncoderDecoderState
 from mesh_transformer.sample.engine.programs import EnginePrograms
-from mesh_transformer.sample.engine.requests import Request, stack_requests
+from mesh_transformer.sample.engine.requests import blank_params
 from mesh_transformer.sample.sampling import make_options
 from mesh_transformer.train.state import describe_state, format_parameters
 
 
-def lower_decoding(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
+def lower_decode(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStats]:
     """The program that draws tokens for `job.batch` rows with caches of `job.context` tokens.
 
     The figures are of one token of every row: the program's loop over tokens counts once. Raises ConfigError where rows
@@ -36,15 +35,17 @@ def lower_decoding(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
     _check(job, layout)
     model, serve = job.config.model, job.config.serve
     shapes, _ = describe_state(job.config)
-    programs = EnginePrograms(model, shapes.params, layout, weights=serve.weight_dtype, cache=serve.kv_cache_dtype)
-    asked = jax.eval_shape(lambda: stack_requests([Request(0, np.zeros(1, np.int32), SampleConfig(), 1)], model.n_vocab))
-    state = jax.eval_shape(lambda like: programs.empty_state(like, job.batch, job.context), asked)
+    programs = EnginePrograms(
+        model, shapes.params, layout, weight_dtype=serve.weight_dtype, kv_cache_dtype=serve.kv_cache_dtype
+    )
+    params = jax.eval_shape(lambda: blank_params(model.n_vocab))
+    state = jax.eval_shape(lambda like: programs.empty_state(like, job.batch, job.context), params)
     state = _place(state, layout)
     flops = _product_flops(describe_model(model), model) + model.n_layers * _attention_flops(job)
     return programs.lower_decode(state), _describe(job, layout, programs.weights, state, flops * job.batch)
 
 
-def lower_writing(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
+def lower_seq2seq_decode(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStats]:
     """Of a model with an encoder: the program that draws a token for `job.batch` rows, as `lower_decoding`.
 
     What the encoder read has `job.context` tokens, and so has the cache of what is written.
@@ -52,11 +53,11 @@ def lower_writing(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
     writer, writing = _make_writer(job, layout)
     measured = _describe(job, layout, writer.weights, writing, _writing_flops(job) * job.batch)
     named = {f"{module}/{name}": own for module, arrays in writer.weights.items() for name, own in arrays.items()}
-    measured.idle_bytes = sum(_held(own) for name, own in named.items() if _is_of_reading(name))
-    return writer.lower_write(writing), measured
+    measured.idle_bytes = sum(_device_bytes(own) for name, own in named.items() if _is_of_reading(name))
+    return writer.lower_decode(writing), measured
 
 
-def lower_reading(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
+def lower_seq2seq_encode(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStats]:
     """The program that comes before that of `lower_writing`: it reads the texts and draws the first tokens."""
     writer, writing = _make_writer(job, layout)
     sources = _place(jax.ShapeDtypeStruct((job.batch, job.context), jnp.int32), layout)
@@ -66,10 +67,10 @@ def lower_reading(job: Job, layout: MeshLayout) -> tuple[Any, Measured]:
     read = {name: info for name, info in params.items() if _is_of_reading(name)}
     layers = model.encoder.n_layers * _attention_flops(job)
     flops = _writing_flops(job) + job.context * (2.0 * count_active(read, _chosen(model), model) + layers)
-    return writer.lower_read(writing, sources), _describe(job, layout, writer.weights, writing, flops * job.batch)
+    return writer.lower_encode(writing, sources), _describe(job, layout, writer.weights, writing, flops * job.batch)
 
 
-def _check(job: Job, layout: MeshLayout) -> None:
+def _check(job: CompileJob, layout: MeshLayout) -> None:
     if job.batch % layout.batch_shards:
         raise ConfigError(
             f"--batch {job.batch}: rows do not divide over {layout.batch_shards} device(s) along the batch; "
@@ -81,16 +82,22 @@ def _check(job: Job, layout: MeshLayout) -> None:
         )
 
 
-def _make_writer(job: Job, layout: MeshLayout) -> tuple[EncoderDecoderPrograms, EncoderDecoderState]:
+def _make_writer(job: CompileJob, layout: MeshLayout) -> tuple[EncoderDecoderPrograms, EncoderDecoderState]:
     """The engine's programs, and the answers of `job.batch` rows as shapes and places."""
     _check(job, layout)
     shapes, _ = describe_state(job.config)
     serve = job.config.serve
-    writer = EncoderDecoderPrograms(job.config.model, shapes.params, layout, weights=serve.weight_dtype, cache=serve.kv_cache_dtype)
+    writer = EncoderDecoderPrograms(
+        job.config.model,
+        shapes.params,
+        layout,
+        weight_dtype=serve.weight_dtype,
+        kv_cache_dtype=serve.kv_cache_dtype,
+    )
 
     def begin() -> EncoderDecoderState:
         segments, keys = jnp.ones((job.batch, job.context), jnp.int32), jax.random.split(jax.random.key(0), job.batch)
-        return writer.empty_writing(segments, make_options(SampleConfig(), job.batch), keys, 0, job.context)
+        return writer.empty_state(segments, make_options(SampleConfig(), job.batch), keys, 0, job.context)
 
     return writer, _place(jax.eval_shape(begin), layout)
 
@@ -108,11 +115,11 @@ def _place(shapes: Any, layout: MeshLayout) -> Any:
     return jax.tree.map(put, shapes._replace(caches=None))._replace(caches=caches)
 
 
-def _describe(job: Job, layout: MeshLayout, weights: Any, state: DecodeState | EncoderDecoderState, flops: float) -> Measured:
+def _describe(job: CompileJob, layout: MeshLayout, weights: Any, state: DecodeState | EncoderDecoderState, flops: float) -> CompiledStats:
     """What is known of a program before it is compiled."""
     shapes, axes = describe_state(job.config)
-    held, caches = _held(state), _held(state.caches)
-    return Measured(
+    held, caches = _device_bytes(state), _device_bytes(state.caches)
+    return CompiledStats(
         topology=job.topology,
         platform=layout.mesh.devices.flat[0].platform,
         devices=layout.mesh.size,
@@ -121,14 +128,14 @@ def _describe(job: Job, layout: MeshLayout, weights: Any, state: DecodeState | E
         tokens=job.batch,
         flops=flops,
         hardware_flops=flops,
-        kinds={"weights": _held(weights), "cache": caches, "request": held - caches},
-        gradients=0,
-        fast=job.fast,
+        bytes_by_kind={"weights": _device_bytes(weights), "cache": caches, "request": held - caches},
+        gradient_bytes=0,
+        low_effort=job.low_effort,
         sharding_table=format_parameters(shapes, axes, layout),
     )
 
 
-def _held(shapes: Any) -> int:
+def _device_bytes(shapes: Any) -> int:
     """Bytes of one device."""
     leaves = jax.tree.leaves(shapes)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
@@ -144,12 +151,12 @@ def _product_flops(params: Mapping[str, ParamInfo], model: ModelConfig) -> float
     return 2.0 * (count_active(params, _chosen(model), model) - looked_up)
 
 
-def _attention_flops(job: Job) -> float:
+def _attention_flops(job: CompileJob) -> float:
     """Of a token that looks at all places of a cache, in one layer."""
     return 4.0 * job.config.model.n_heads * job.config.model.head_dim * job.context
 
 
-def _writing_flops(job: Job) -> float:
+def _writing_flops(job: CompileJob) -> float:
     """Of a token that is written: through the decoder, which looks at what is written and at what was read."""
     model = job.config.model
     params = {name: info for name, info in describe_model(model).items() if not _is_of_reading(name)}

@@ -25,28 +25,28 @@ from typing import NamedTuple
 
 from mesh_transformer.config import Config, ModelConfig
 from mesh_transformer.mesh import MESH_AXES, make_rules
-from mesh_transformer.model.moe.router import count_expert_layers, rows_per_token
+from mesh_transformer.model.moe.router import count_expert_layers, expert_rows_per_token
 from mesh_transformer.model.params import ParamInfo, flatten_names
-from mesh_transformer.model.transformer import describe_params
+from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.plan.hardware.topologies import Topology, parse_topology
-from mesh_transformer.plan.job import Measured, Traffic
+from mesh_transformer.plan.job import CompiledStats, Traffic
 
-SCORE_BYTES, LOGIT_BYTES, HIDDEN_BYTES = 10, 14, 6
+SCORE_BYTES, LOGIT_BYTES, FFN_BYTES = 10, 14, 6
 LABEL = "estimate from formulas, nothing compiled"
 
 
-class Pieces(NamedTuple):
+class MeshSizes(NamedTuple):
     """A mesh's sizes and into how many pieces each logical axis is cut."""
 
     sizes: dict[str, int]
     rules: dict[str, tuple[str, ...]]
 
-    def cut(self, *axes: str) -> int:
+    def num_shards(self, *axes: str) -> int:
         """Pieces of an array with these logical axes."""
         return math.prod(self.sizes[mesh_axis] for axis in axes for mesh_axis in self.rules[axis])
 
 
-def make_pieces(config: Config, devices: int) -> Pieces:
+def mesh_sizes(config: Config, devices: int) -> MeshSizes:
     """The run's mesh over so many devices."""
     sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     if sizes["data"] == -1:
@@ -54,39 +54,39 @@ def make_pieces(config: Config, devices: int) -> Pieces:
     rules = make_rules(config.mesh.rules)
     if config.mesh.sequence_parallel and "activation_seq" not in config.mesh.rules:
         rules["activation_seq"] = (*rules["sequence"], "tensor")
-    return Pieces(sizes, rules)
+    return MeshSizes(sizes, rules)
 
 
-def estimate_training(config: Config, topology_name: str, params: dict[str, ParamInfo] | None = None) -> Measured:
+def estimate_training(config: Config, topology_name: str, params: dict[str, ParamInfo] | None = None) -> CompiledStats:
     """What a compile would measure, estimated; `params` as `describe_model` gives them, if known already."""
     topology = parse_topology(topology_name)
-    pieces = make_pieces(config, topology.devices)
+    pieces = mesh_sizes(config, topology.devices)
     params = params or describe_model(config.model)
     model, train = config.model, config.train
     item = 2 if model.dtype == "bfloat16" else 4
-    sizes = {name: math.prod(info.shape) / pieces.cut(*info.axes) for name, info in params.items()}
+    sizes = {name: math.prod(info.shape) / pieces.num_shards(*info.axes) for name, info in params.items()}
     held = sum(sizes.values())
     own_experts = sum(size for name, size in sizes.items() if "expert" in params[name].axes)
     total = sum(math.prod(info.shape) for info in params.values())
     tokens = train.batch_size * model.seq_len
     stacks = _find_stacks(config, params)
-    rows = train.batch_size / train.grad_accum_steps / pieces.cut("batch")  # of a device's microbatch
+    rows = train.batch_size / train.grad_accum_steps / pieces.num_shards("batch")  # of a device's microbatch
     # Tokens of it that pass each of the decoder's layers; with an encoder as many as make up for its layers too.
     own = rows * sum(stack.model.n_layers * stack.length for stack in stacks) / model.n_layers
     moments = held * _moment_bytes(config)
     gradients = 4 * held
     plain = _makes_scores(model, topology)
-    kept = model.n_layers * own / pieces.cut("sequence") * _kept_per_token(model, pieces, item, plain)
-    logits = rows * config.target_len / pieces.cut("sequence") / train.loss_chunks * model.n_vocab / pieces.cut("vocab")
-    head = 4 * model.d_model * model.n_vocab / pieces.cut("vocab")
+    kept = model.n_layers * own / pieces.num_shards("sequence") * _activation_bytes(model, pieces, item, plain)
+    logits = rows * config.target_len / pieces.num_shards("sequence") / train.loss_chunks * model.n_vocab / pieces.num_shards("vocab")
+    head = 4 * model.d_model * model.n_vocab / pieces.num_shards("vocab")
     working = max(LOGIT_BYTES * logits + head, _layer_bytes(model, pieces, rows * model.seq_len, item, plain))
     peak = 4 * held + moments + gradients * (2 if train.grad_accum_steps > 1 else 1) + kept + working
     counted = [
-        _flops(stack.model, count_active(stack.params, rows_per_token(model), model), train.batch_size * stack.length)
+        _flops(stack.model, count_active(stack.params, expert_rows_per_token(model), model), train.batch_size * stack.length)
         for stack in stacks
     ]
     flops, again = (sum(numbers) for numbers in zip(*counted, strict=True))
-    return Measured(
+    return CompiledStats(
         topology=topology_name,
         platform=topology.chip.platform if topology.chip else "cpu",
         devices=math.prod(pieces.sizes.values()),
@@ -95,15 +95,15 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
         tokens=tokens,
         flops=flops,
         hardware_flops=flops + again,
-        kinds={
+        bytes_by_kind={
             "parameters": int(4 * held),
             "moments": int(moments),
-            "batch": int(20 * tokens / pieces.cut("batch")),
+            "batch": int(20 * tokens / pieces.num_shards("batch")),
         },
-        gradients=int(gradients),
-        argument_bytes=int(4 * held + moments + 20 * tokens / pieces.cut("batch")),
+        gradient_bytes=int(gradients),
+        argument_bytes=int(4 * held + moments + 20 * tokens / pieces.num_shards("batch")),
         peak_bytes=int(peak),
-        kept_bytes=int(kept),
+        activation_bytes=int(kept),
         logits_bytes=int(4 * logits),
         hbm_bytes=_hbm_bytes(config, held, own, item, pieces, plain),
         traffic=list(_traffic(config, pieces, held, own_experts, own, item, topology)),
@@ -136,9 +136,9 @@ def describe_model(model: ModelConfig) -> dict[str, ParamInfo]:
     return flatten_names(describe_params(dataclasses.replace(model, remat="none")))
 
 
-def count_active(params: Mapping[str, ParamInfo], rows: float, model: ModelConfig) -> float:
+def count_active(params: Mapping[str, ParamInfo], expert_rows: float, model: ModelConfig) -> float:
     """Parameters that a token meets, if experts compute `rows` for each token."""
-    share = rows / model.experts.n_experts if model.experts else 1.0
+    share = expert_rows / model.experts.n_experts if model.experts else 1.0
     return sum(math.prod(info.shape) * (share if "expert" in info.axes else 1.0) for info in params.values())
 
 
@@ -161,14 +161,14 @@ def _makes_scores(model: ModelConfig, topology: Topology) -> bool:
     return topology.chip is None and model.seq_len <= 1024
 
 
-def _kept_per_token(model: ModelConfig, pieces: Pieces, item: int, plain: bool) -> float:
+def _activation_bytes(model: ModelConfig, pieces: MeshSizes, item: int, plain: bool) -> float:
     """Bytes that one layer keeps for each token's backward pass; with full remat, one period of layers its input."""
     period = len(model.pattern)
-    stream = model.d_model * item / (pieces.cut("activation_seq") / pieces.cut("sequence"))
-    mixed = model.n_heads * model.head_dim * item / pieces.cut("heads")
-    heads = mixed + 2 * model.kv_heads * model.head_dim * item / pieces.cut("kv_heads")
-    hidden = _hidden_rows(model) / period * model.ff_dim * item * (2 if model.gated_ffn else 1) / pieces.cut("ff")
-    scores = 6 * model.n_heads / pieces.cut("heads") * model.seq_len if plain else mixed
+    stream = model.d_model * item / (pieces.num_shards("activation_seq") / pieces.num_shards("sequence"))
+    mixed = model.n_heads * model.head_dim * item / pieces.num_shards("heads")
+    heads = mixed + 2 * model.kv_heads * model.head_dim * item / pieces.num_shards("kv_heads")
+    hidden = _ffn_rows(model) / period * model.ff_dim * item * (2 if model.gated_ffn else 1) / pieces.num_shards("ff")
+    scores = 6 * model.n_heads / pieces.num_shards("heads") * model.seq_len if plain else mixed
     match model.remat:
         case "none":
             return 5 * stream + 2 * heads + hidden + scores
@@ -182,21 +182,21 @@ def _kept_per_token(model: ModelConfig, pieces: Pieces, item: int, plain: bool) 
             return stream / period
 
 
-def _layer_bytes(model: ModelConfig, pieces: Pieces, own: float, item: int, plain: bool) -> float:
+def _layer_bytes(model: ModelConfig, pieces: MeshSizes, own: float, item: int, plain: bool) -> float:
     """One period of layers at work: scores or the heads' arrays, hidden units, and a layer's gathered weights."""
-    own /= pieces.cut("sequence")
-    mixed = 6 * item * model.n_heads * model.head_dim / pieces.cut("heads")
-    scores = SCORE_BYTES * model.n_heads / pieces.cut("heads") * model.seq_len if plain else mixed
-    rows = _hidden_rows(model)
-    hidden = HIDDEN_BYTES * rows * model.ff_dim / pieces.cut("ff") * (2 if model.gated_ffn else 1)
+    own /= pieces.num_shards("sequence")
+    mixed = 6 * item * model.n_heads * model.head_dim / pieces.num_shards("heads")
+    scores = SCORE_BYTES * model.n_heads / pieces.num_shards("heads") * model.seq_len if plain else mixed
+    rows = _ffn_rows(model)
+    hidden = FFN_BYTES * rows * model.ff_dim / pieces.num_shards("ff") * (2 if model.gated_ffn else 1)
     layers = own * ((scores + 4 * item * model.d_model) * len(model.pattern) + hidden)
-    n_experts = model.experts.n_experts / pieces.cut("expert") if model.experts else 1.0
-    return layers + 2 * item * _layer_weights(model, max(n_experts, 1.0)) / pieces.cut("ff")
+    n_experts = model.experts.n_experts / pieces.num_shards("expert") if model.experts else 1.0
+    return layers + 2 * item * _layer_weights(model, max(n_experts, 1.0)) / pieces.num_shards("ff")
 
 
-def _hidden_rows(model: ModelConfig) -> float:
+def _ffn_rows(model: ModelConfig) -> float:
     """Rows of hidden units that a period of layers computes for each token."""
-    rows = rows_per_token(model) + (1.0 if model.experts and model.experts.shared_expert else 0.0)
+    rows = expert_rows_per_token(model) + (1.0 if model.experts and model.experts.shared_expert else 0.0)
     return sum(rows if has_experts else 1.0 for _, has_experts in model.pattern)
 
 
@@ -210,33 +210,33 @@ def _flops(model: ModelConfig, parameters: float, tokens: int) -> tuple[float, f
     """The model's own, and what remat computes again."""
     products = 2.0 * parameters * tokens
     attention = 4.0 * model.n_layers * model.n_heads * model.head_dim * model.seq_len * tokens
-    mean_rows = _hidden_rows(model) / len(model.pattern)
+    mean_rows = _ffn_rows(model) / len(model.pattern)
     layers = 2.0 * model.n_layers * _layer_weights(model, mean_rows) * tokens + attention
     again = {"none": 0.0, "dots": attention, "attention": attention}.get(model.remat, layers)
     return 3.0 * (products + attention), again
 
 
-def _hbm_bytes(config: Config, held: float, own: float, item: int, pieces: Pieces, plain: bool) -> float:
+def _hbm_bytes(config: Config, held: float, own: float, item: int, pieces: MeshSizes, plain: bool) -> float:
     """State read and written, weights read three times, and about thirty passes over each layer's activations."""
     model, micro = config.model, config.train.grad_accum_steps
     state = held * (2 * (4 + _moment_bytes(config)) + 8)
     weights = 3 * item * held * pieces.sizes["fsdp"] * micro
     stream = 30 * item * model.d_model * own * model.n_layers * micro
-    scores = 4 * SCORE_BYTES * own * model.n_heads / pieces.cut("heads") * model.seq_len * model.n_layers * micro
+    scores = 4 * SCORE_BYTES * own * model.n_heads / pieces.num_shards("heads") * model.seq_len * model.n_layers * micro
     scores *= plain
-    logits = 2 * LOGIT_BYTES * own * model.n_vocab / pieces.cut("vocab") * micro
+    logits = 2 * LOGIT_BYTES * own * model.n_vocab / pieces.num_shards("vocab") * micro
     return state + weights + stream + scores + logits
 
 
 def _traffic(
-    config: Config, pieces: Pieces, held: float, own_experts: float, own: float, item: int, topology: Topology
+    config: Config, pieces: MeshSizes, held: float, own_experts: float, own: float, item: int, topology: Topology
 ) -> list[Traffic]:
     model, micro = config.model, config.train.grad_accum_steps
     sizes, rows = pieces.sizes, []
 
     def add(axis: str, kind: str, count: int, sent: float) -> None:
         if sizes.get(axis, 1) > 1:
-            outer, dims, wrapped = _guess_place(axis, sizes, topology)
+            outer, dims, wrapped = _locate_axis(axis, sizes, topology)
             rows.append(Traffic([axis], kind, sizes[axis], count, sent, dims, wrapped, outer))
 
     fsdp, data, tensor = sizes["fsdp"], sizes["data"], sizes["tensor"]
@@ -248,7 +248,7 @@ def _traffic(
     if model.experts is not None:
         expert, passes = sizes["expert"], 4 + 2 * (model.remat not in ("none", "dots"))
         moved, count = (
-            stream * rows_per_token(model) * (expert - 1) / expert,
+            stream * expert_rows_per_token(model) * (expert - 1) / expert,
             passes * count_expert_layers(model) * micro,
         )
         add("expert", "all-to-all", count, count * moved)
@@ -262,7 +262,7 @@ def _traffic(
     return rows
 
 
-def _guess_place(axis: str, sizes: dict[str, int], topology: Topology) -> tuple[int, int, bool]:
+def _locate_axis(axis: str, sizes: dict[str, int], topology: Topology) -> tuple[int, int, bool]:
     """(slices or hosts spanned, directions of the torus, whether they close), without the devices themselves."""
     chip = topology.chip
     if chip is None:

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from mesh_transformer.plan.estimate import LABEL
-from mesh_transformer.plan.fit import Cost, Verdict
-from mesh_transformer.plan.job import Measured, Traffic
+from mesh_transformer.plan.fit import Cost, Plan
+from mesh_transformer.plan.job import CompiledStats, Traffic
 
 MIB, GIB, GB = 2**20, 2**30, 10**9
 
 
-def format_verdict(verdict: Verdict) -> str:
+def format_plan(verdict: Plan) -> str:
     """The plan as people read it."""
-    measured = verdict.measured
+    measured = verdict.stats
     parts = [_heading(measured), _memory(verdict)]
-    if measured.kinds.get("cache") is None:
-        parts.append(_work(verdict))
+    if measured.bytes_by_kind.get("cache") is None:
+        parts.append(_training(verdict))
     else:
         parts.append(_sampling(verdict))
     if verdict.roofline:
@@ -25,13 +25,13 @@ def format_verdict(verdict: Verdict) -> str:
     if measured.traffic:
         parts.append(_traffic(measured.traffic))
     if measured.state_bytes:
-        parts.append(_around(verdict))
-    if verdict.reading:
+        parts.append(_storage(verdict))
+    if verdict.encode:
         parts += [
             "before that, once for all rows, the encoder reads and the first tokens are drawn",
-            _memory(verdict.reading),
+            _memory(verdict.encode),
         ]
-        parts += [_times(verdict.reading)] if verdict.reading.roofline else []
+        parts += [_times(verdict.encode)] if verdict.encode.roofline else []
     parts += [f"note: {note}" for note in verdict.notes]
     return "\n\n".join(parts)
 
@@ -59,7 +59,7 @@ def describe_mesh(sizes: dict[str, int]) -> str:
     return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
-def describe_fit(verdict: Verdict) -> str:
+def describe_fit(verdict: Plan) -> str:
     """Yes or no, and by how much."""
     memory = verdict.memory
     if memory.fits is None or memory.usable is None:
@@ -71,7 +71,7 @@ def describe_fit(verdict: Verdict) -> str:
     return f"yes: {spare / GIB:,.2f} GiB ({share:.0%}) to spare"
 
 
-def _heading(measured: Measured) -> str:
+def _heading(measured: CompiledStats) -> str:
     how = measured.compiler if measured.compiler == LABEL else f"compiled by {measured.compiler}"
     how += f" in {measured.compile_seconds:.0f} s" if measured.compile_seconds else ""
     mesh = describe_mesh(measured.mesh)
@@ -80,21 +80,21 @@ def _heading(measured: Measured) -> str:
     )
 
 
-def _memory(verdict: Verdict) -> str:
+def _memory(verdict: Plan) -> str:
     memory = verdict.memory
     name, unit = ("GiB", GIB) if memory.peak >= GIB else ("MiB", MIB)
     rows = [("memory of each device", name)]
-    rows += [(kind, f"{size / unit:,.2f}") for kind, size in memory.kinds.items() if size or kind == "parameters"]
-    peak = "peak" if not verdict.measured.refused else "needed, in the compiler's words"
+    rows += [(kind, f"{size / unit:,.2f}") for kind, size in memory.bytes_by_kind.items() if size or kind == "parameters"]
+    peak = "peak" if not verdict.stats.compiler_error else "needed, in the compiler's words"
     rows.append((peak, f"{memory.peak / unit:,.2f}"))
     if memory.usable is not None:
         rows.append(("usable", f"{memory.usable / unit:,.2f}"))
     text = format_table(rows) + f"\nfits: {describe_fit(verdict)}"
-    return text + (f"\n{verdict.measured.refused}" if verdict.measured.refused else "")
+    return text + (f"\n{verdict.stats.compiler_error}" if verdict.stats.compiler_error else "")
 
 
-def _work(verdict: Verdict) -> str:
-    measured = verdict.measured
+def _training(verdict: Plan) -> str:
+    measured = verdict.stats
     again = measured.hardware_flops / measured.flops - 1 if measured.flops else 0.0
     rows = [
         ("tokens a step", f"{measured.tokens:,}"),
@@ -104,30 +104,30 @@ def _work(verdict: Verdict) -> str:
     return format_table(rows, left=2)
 
 
-def _sampling(verdict: Verdict) -> str:
-    measured, job = verdict.measured, verdict.measured.kinds
+def _sampling(verdict: Plan) -> str:
+    measured, job = verdict.stats, verdict.stats.bytes_by_kind
     rows = [
         ("rows", f"{measured.tokens:,}"),
         ("cache of all devices", f"{job['cache'] * measured.devices / GIB:,.2f} GiB at most (replicas included)"),
         ("FLOPs for a token of every row", f"{measured.flops:.4g}"),
     ]
     if verdict.roofline:
-        rows.append(("tokens/s at most, all rows", f"{measured.tokens / verdict.roofline.shortest:,.0f}"))
-        rows.append(("tokens/s at most, each row", f"{1 / verdict.roofline.shortest:,.1f}"))
-        rows.append(("  if nothing overlaps", f"{1 / verdict.roofline.longest:,.1f}"))
+        rows.append(("tokens/s at most, all rows", f"{measured.tokens / verdict.roofline.lower_bound:,.0f}"))
+        rows.append(("tokens/s at most, each row", f"{1 / verdict.roofline.lower_bound:,.1f}"))
+        rows.append(("  if nothing overlaps", f"{1 / verdict.roofline.upper_bound:,.1f}"))
     return format_table(rows, left=2)
 
 
-def _times(verdict: Verdict) -> str:
+def _times(verdict: Plan) -> str:
     roofline, cost = verdict.roofline, verdict.cost
     assert roofline is not None
     rows = [("roofline of a step", "ms", "")]
     for name, seconds in sorted(roofline.terms.items(), key=lambda term: -term[1]):
         rows.append((name, format_ms(seconds), "<- bound" if name == roofline.bound else ""))
-    rows.append(("at least, all else hidden", format_ms(roofline.shortest), f"MFU {verdict.mfu:.0%}"))
-    rows.append(("if nothing overlaps", format_ms(roofline.longest), f"MFU {verdict.mfu_unhidden:.0%}"))
+    rows.append(("at least, all else hidden", format_ms(roofline.lower_bound), f"MFU {verdict.mfu:.0%}"))
+    rows.append(("if nothing overlaps", format_ms(roofline.upper_bound), f"MFU {verdict.mfu_no_overlap:.0%}"))
     text = format_table(rows)
-    if cost is None or verdict.measured.kinds.get("cache") is not None:
+    if cost is None or verdict.stats.bytes_by_kind.get("cache") is not None:
         return text
     return text + "\n\n" + format_table(_cost_rows(verdict, cost), left=2)
 
@@ -137,9 +137,9 @@ def _amount(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _cost_rows(verdict: Verdict, cost: Cost) -> list[tuple[str, str]]:
+def _cost_rows(verdict: Plan, cost: Cost) -> list[tuple[str, str]]:
     assert verdict.roofline is not None
-    slow = verdict.roofline.longest / verdict.roofline.shortest
+    slow = verdict.roofline.upper_bound / verdict.roofline.lower_bound
     rows = [
         ("tokens a day", f"{cost.tokens / cost.days:.4g} (or {cost.tokens / cost.days / slow:.4g})"),
         (f"days for {cost.tokens:.4g} tokens", f"{_amount(cost.days)} (or {_amount(cost.days * slow)})"),
@@ -157,14 +157,14 @@ def _traffic(traffic: Sequence[Traffic]) -> str:
     rows = [("sent by each device in a step", "operation", "group", "times", name)]
     shown = [row for row in traffic if row.sent >= most / 1000][:12]
     for row in shown:
-        over = "+".join(row.axes) + (f" ({row.outer} slices or hosts)" if row.outer > 1 else "")
+        over = "+".join(row.axes) + (f" ({row.groups_spanned} slices or hosts)" if row.groups_spanned > 1 else "")
         rows.append((over or "dcn", row.kind, str(row.group), f"{row.count:,}", f"{row.sent / unit:,.3f}"))
     if rest := sum(row.sent for row in traffic) - sum(row.sent for row in shown):
         rows.append(("others", "", "", "", f"{rest / unit:,.3f}"))
     return format_table(rows, left=2)
 
 
-def _around(verdict: Verdict) -> str:
+def _storage(verdict: Plan) -> str:
     keep = verdict.config.checkpoint.keep_last + 1  # the one that is being written is whole before an older one goes
     rows = [
         ("a checkpoint on disk", f"{verdict.checkpoint_bytes / GB:,.1f} GB"),
@@ -176,23 +176,23 @@ def _around(verdict: Verdict) -> str:
     return format_table(rows, left=2)
 
 
-def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
+def plan_to_json(verdict: Plan) -> dict[str, Any]:
     """The plan as plain values; sizes in bytes, times in seconds, energy in MWh."""
-    measured, memory, roofline, cost = verdict.measured, verdict.memory, verdict.roofline, verdict.cost
+    measured, memory, roofline, cost = verdict.stats, verdict.memory, verdict.roofline, verdict.cost
     table: dict[str, Any] = {
         "topology": measured.topology,
         "devices": measured.devices,
         "mesh": measured.mesh,
         "compiler": measured.compiler,
         "estimated": measured.compiler == LABEL,
-        "fast": measured.fast,
+        "fast": measured.low_effort,
         "parameters": measured.parameters,
         "tokens_per_step": measured.tokens,
-        "bytes_by_kind": memory.kinds,
+        "bytes_by_kind": memory.bytes_by_kind,
         "peak_bytes": memory.peak,
         "usable_bytes": memory.usable,
         "fits": verdict.fits,
-        "refused": measured.refused,
+        "refused": measured.compiler_error,
         "flops_per_step": measured.flops,
         "hardware_flops_per_step": measured.hardware_flops,
         "hbm_bytes_per_step": measured.hbm_bytes,
@@ -207,14 +207,14 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
         table |= {
             "roofline_seconds": roofline.terms,
             "bound_by": roofline.bound,
-            "step_seconds": roofline.shortest,
-            "step_seconds_without_overlap": roofline.longest,
+            "step_seconds": roofline.lower_bound,
+            "step_seconds_without_overlap": roofline.upper_bound,
             "mfu": verdict.mfu,
-            "mfu_without_overlap": verdict.mfu_unhidden,
+            "mfu_without_overlap": verdict.mfu_no_overlap,
         }
     if cost:
         table |= {f"run_{name}": value for name, value in cost._asdict().items()}
         table["tokens_per_day"] = cost.tokens / cost.days
-    if verdict.reading:
-        table["reading"] = verdict_to_json(verdict.reading)
+    if verdict.encode:
+        table["reading"] = plan_to_json(verdict.encode)
     return table

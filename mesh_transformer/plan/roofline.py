@@ -17,7 +17,7 @@ one once; a group over several directions uses all of them. Devices that share a
 from typing import NamedTuple
 
 from mesh_transformer.plan.hardware.chips import Chip
-from mesh_transformer.plan.job import Measured, Traffic
+from mesh_transformer.plan.job import CompiledStats, Traffic
 
 
 class Roofline(NamedTuple):
@@ -31,24 +31,24 @@ class Roofline(NamedTuple):
         return max(self.terms, key=lambda name: self.terms[name])
 
     @property
-    def shortest(self) -> float:
+    def lower_bound(self) -> float:
         """Seconds of a step in which everything else hides behind the longest term."""
         return max(self.terms.values())
 
     @property
-    def longest(self) -> float:
+    def upper_bound(self) -> float:
         """Seconds of a step in which nothing hides."""
         return sum(self.terms.values())
 
 
-def make_roofline(measured: Measured, chip: Chip) -> Roofline:
+def make_roofline(stats: CompiledStats, chip: Chip) -> Roofline:
     """The terms of a measured program on its chips."""
     share = 1 / chip.devices
     terms = {
-        "products": measured.hardware_flops / (measured.devices * chip.flops * share),
-        "memory": measured.hbm_bytes / (chip.memory_bandwidth * share),
+        "products": stats.hardware_flops / (stats.devices * chip.flops * share),
+        "memory": stats.hbm_bytes / (chip.memory_bandwidth * share),
     }
-    for traffic in measured.traffic:
+    for traffic in stats.traffic:
         name = "+".join(traffic.axes) or "dcn"
         for place, seconds in zip((name, "dcn"), _traffic_seconds(traffic, chip), strict=True):
             if seconds:
@@ -62,10 +62,10 @@ def _traffic_seconds(traffic: Traffic, chip: Chip) -> tuple[float, float]:
     if traffic.kind == "send":
         return 0.0, traffic.sent / (chip.dcn_bandwidth * share)
     outer = 0.0
-    if traffic.outer > 1:
+    if traffic.groups_spanned > 1:
         # Every host or slice sends out what its members together must tell the others, each over its own share.
-        local = max(traffic.group / traffic.outer, 1.0)
-        crossing = traffic.sent * ((traffic.outer - 1) / traffic.outer) / ((traffic.group - 1) / traffic.group) / local
+        local = max(traffic.group / traffic.groups_spanned, 1.0)
+        crossing = traffic.sent * ((traffic.groups_spanned - 1) / traffic.groups_spanned) / ((traffic.group - 1) / traffic.group) / local
         outer = crossing / (chip.dcn_bandwidth * share)
         if local == 1.0:
             return 0.0, outer
@@ -81,6 +81,6 @@ def _bandwidth(traffic: Traffic, chip: Chip) -> float:
     return chip.link_bandwidth * traffic.torus_dims * (2 if traffic.wrapped else 1) / chip.devices
 
 
-def model_flops_utilization(measured: Measured, chip: Chip, seconds: float) -> float:
+def model_flops_utilization(stats: CompiledStats, chip: Chip, seconds: float) -> float:
     """Share of the chips' peak that the model's own FLOPs are, for steps of so many seconds."""
-    return measured.flops / (measured.devices * chip.flops / chip.devices) / seconds
+    return stats.flops / (stats.devices * chip.flops / chip.devices) / seconds

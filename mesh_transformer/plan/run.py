@@ -15,11 +15,11 @@ import jax
 
 from mesh_transformer.config import Config, ConfigError
 from mesh_transformer.plan.compile_jobs import compile_job
-from mesh_transformer.plan.fit import judge
+from mesh_transformer.plan.fit import make_plan
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError, parse_topology
-from mesh_transformer.plan.job import Job, Measured
-from mesh_transformer.plan.report import format_verdict, verdict_to_json
-from mesh_transformer.plan.suggestions import Remedy, find_remedy
+from mesh_transformer.plan.job import CompileJob, CompiledStats
+from mesh_transformer.plan.report import format_plan, plan_to_json
+from mesh_transformer.plan.suggestions import Suggestion, suggest_change
 
 AMOUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -38,10 +38,10 @@ def run_plan(config: Config, options: argparse.Namespace) -> None:
     if topology.name != "local":
         jax.config.update("jax_platforms", "cpu")  # whatever devices are here, they are not what is planned for
     batch, context = (options.batch, options.context or config.model.seq_len) if options.sample else (0, 0)
-    job = Job(config=config, topology=options.topology, fast=options.fast, batch=batch, context=context)
+    job = CompileJob(config=config, topology=options.topology, low_effort=options.fast, batch=batch, context=context)
     compile_one = functools.partial(compile_job, cache=Path(options.cache) if options.cache else None)
     tokens = parse_amount(options.tokens) if options.tokens else None
-    judged = functools.partial(judge, tokens=tokens, price=options.price_per_chip_hour)
+    judged = functools.partial(make_plan, tokens=tokens, price=options.price_per_chip_hour)
     if options.search:
         _print_search(job, compile_one, options)
         return
@@ -54,69 +54,69 @@ def run_plan(config: Config, options: argparse.Namespace) -> None:
         missing, measured = str(error), _estimate(job)
     verdict = judged(config, measured)
     if verdict.memory.fits is False and topology.chip and not missing and not options.sample:
-        remedy = find_remedy(job, measured, compile_one, report=_say)
+        remedy = suggest_change(job, measured, compile_one, log=_say)
     if options.json:
-        table = verdict_to_json(verdict) | ({"missing": missing} if missing else {})
+        table = plan_to_json(verdict) | ({"missing": missing} if missing else {})
         if verdict.memory.fits is False:
             table["smallest_change"] = _remedy_to_json(remedy, judged, job)
         print(json.dumps(table))
         return
     print(measured.sharding_table + "\n" if measured.sharding_table and options.parameters else "", end="")
-    print(format_verdict(verdict))
+    print(format_plan(verdict))
     if missing:
         print(f"\nnot compiled: {missing}")
     if verdict.memory.fits is False and not missing and not options.sample:
         print("\n" + _describe_remedy(remedy))
 
 
-def _estimate(job: Job) -> Measured:
+def _estimate(job: CompileJob) -> CompiledStats:
     from mesh_transformer.plan.estimate import estimate_training
 
     return estimate_training(job.config, job.topology)
 
 
-def _print_search(job: Job, compile_one: Callable[[Job], Measured], options: argparse.Namespace) -> None:
+def _print_search(job: CompileJob, compile_one: Callable[[CompileJob], CompiledStats], options: argparse.Namespace) -> None:
     from mesh_transformer.plan.hardware.chips import CPU
-    from mesh_transformer.plan.search import format_found, search
+    from mesh_transformer.plan.search import format_search, search
     from mesh_transformer.plan.search_plot import draw_search
 
     topology = parse_topology(job.topology)
     if not topology.devices or options.sample:
         raise ConfigError("--search needs a topology of known size (v5e-8, 8xH100, cpu-8) and plans training")
     chip = topology.chip or CPU
-    found = search(job, compile_one, chip=chip, count=options.search, report=_say)
+    found = search(job, compile_one, chip=chip, count=options.search, log=_say)
     if options.json:
         rows = [
-            {"overrides": list(one.overrides), "estimate": one.guess.peak_bytes}
-            | verdict_to_json(judge(job.config, one.measured))
+            {"overrides": list(one.overrides), "estimate": one.estimate.peak_bytes}
+            | plan_to_json(make_plan(job.config, one.stats))
             for one in found.compiled
-            if one.measured
+            if one.stats
         ]
         print(json.dumps({"considered": len(found.considered), "compiled": rows}))
     else:
-        print(format_found(found, chip))
+        print(format_search(found, chip))
     if options.picture:
         title = f"{Path(options.config).stem} on {job.topology}: {len(found.considered):,} candidates"
         Path(options.picture).write_text(draw_search(found, chip, title), encoding="utf-8")
         _say(f"picture: {options.picture}")
 
 
-def _describe_remedy(remedy: Remedy | None) -> str:
+def _describe_remedy(remedy: Suggestion | None) -> str:
     if remedy is None:
         return "nothing that was tried fits: take a larger topology, or --search"
     words = " ".join(f"--set '{override}'" for override in remedy.change.overrides)
-    peak = remedy.measured.peak_bytes / 2**30
-    return f"smallest change that fits: {remedy.change.words} (peak {peak:,.2f} GiB, compiled)\n    {words}"
+    peak = remedy.stats.peak_bytes / 2**30
+    return f"smallest change that fits: {remedy.change.description} (peak {peak:,.2f} GiB, compiled)\n    {words}"
 
 
-def _remedy_to_json(remedy: Remedy | None, judged: Any, job: Job) -> dict[str, Any] | None:
+def _remedy_to_json(remedy: Suggestion | None, judged: Any, job: CompileJob) -> dict[str, Any] | None:
     if remedy is None:
         return None
     return {
         "overrides": list(remedy.change.overrides),
-        "words": remedy.change.words,
+        "words": remedy.change.description,
         "tried_before": remedy.tried,
-        "plan": verdict_to_json(judged(job.config, remedy.measured)),
+        "plan": plan_to_json(judged(job.config, remedy.stats)),
     }
 
 

@@ -4,10 +4,10 @@
 
 from html import escape
 
-from mesh_transformer.plan.fit import judge_memory
+from mesh_transformer.plan.fit import memory_use
 from mesh_transformer.plan.hardware.chips import Chip
 from mesh_transformer.plan.report import describe_mesh, format_ms
-from mesh_transformer.plan.search import Candidate, Found, find_frontier, middle_seconds
+from mesh_transformer.plan.search import Candidate, SearchResult, find_frontier, step_seconds
 from mesh_transformer.reports.svg import Axis, format_ticks, make_axis
 
 WIDTH, HEIGHT = 1080, 520
@@ -23,9 +23,9 @@ svg{background:#fff;color:#1b1f24;font:13px system-ui,sans-serif}.grid{stroke:#e
 """
 
 
-def draw_search(found: Found, chip: Chip, title: str) -> str:
+def draw_search(found: SearchResult, chip: Chip, title: str) -> str:
     """The SVG text."""
-    dots = [(one.seconds * 1e3, one.guess.peak_bytes / GIB) for one in found.considered]
+    dots = [(one.seconds * 1e3, one.estimate.peak_bytes / GIB) for one in found.considered]
     limit = chip.memory / GIB
     dots = [(x, y) for x, y in dots if y <= 3 * limit]
     compiled = [(one, *_place(one, chip)) for one in found.compiled]
@@ -42,7 +42,7 @@ def draw_search(found: Found, chip: Chip, title: str) -> str:
     y = _y(up, limit)
     parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{y - 6:.1f}" text-anchor="end">usable {limit:.2f} GiB</text>')
-    fitting = sorted((x, y) for one, x, y in compiled if one.measured and judge_memory(one.measured, chip).fits)
+    fitting = sorted((x, y) for one, x, y in compiled if one.stats and memory_use(one.stats, chip).fits)
     line = [fitting[i] for i in find_frontier(fitting)]
     if len(line) > 1:
         path = " L".join(f"{_x(across, x):.1f} {_y(up, y):.1f}" for x, y in line)
@@ -55,20 +55,20 @@ def draw_search(found: Found, chip: Chip, title: str) -> str:
 
 
 def _place(one: Candidate, chip: Chip) -> tuple[float, float]:
-    assert one.measured is not None
-    return middle_seconds(one, chip) * 1e3, judge_memory(one.measured, chip).peak / GIB
+    assert one.stats is not None
+    return step_seconds(one, chip) * 1e3, memory_use(one.stats, chip).peak / GIB
 
 
 def _draw_compiled(compiled: list[tuple[Candidate, float, float]], across: Axis, up: Axis, chip: Chip) -> list[str]:
     """Numbered dots, the best last and on top, and the list that names them."""
     parts = []
     for number, (one, x, y) in reversed(list(enumerate(compiled, start=1))):
-        fits = one.measured is not None and judge_memory(one.measured, chip).fits
+        fits = one.stats is not None and memory_use(one.stats, chip).fits
         style, row = "fits" if fits else "over", TOP + 12 + (number - 1) * LINE
         for px, py in ((_x(across, x), _y(up, y)), (WIDTH - RIGHT + 34, row)):
             parts.append(f'<circle class="{style}" cx="{px:.1f}" cy="{py:.1f}" r="9"/>')
             parts.append(f'<text class="number" x="{px:.1f}" y="{py + 4:.1f}" text-anchor="middle">{number}</text>')
-        words = f"{describe_mesh(one.mesh)}, {one.remat}, {one.accumulation}x"
+        words = f"{describe_mesh(one.mesh)}, {one.remat}, {one.grad_accum_steps}x"
         parts.append(f'<text x="{WIDTH - RIGHT + 52}" y="{row + 4}">{escape(words)}</text>')
         figures = f"{y:.2f} GiB, {format_ms(x / 1e3)} ms"
         parts.append(f'<text class="axis" x="{WIDTH - RIGHT + 52}" y="{row + 20}">{figures}</text>')

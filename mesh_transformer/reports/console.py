@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees of a run: live on a terminal, plain lines everywhere else."""
+"""Console output of a run: a live display on a terminal, plain lines in pipes, files and notebooks."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -14,35 +14,32 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-# name in the metrics, label, format
-COLUMNS = (
-    ("loss", "loss", "{:.4f}"),
-    ("learning_rate", "learning rate", "{:.2e}"),
-    ("grad_norm", "gradient", "{:.2f}"),
-    ("tokens_per_s", "tokens/s", "{:,.0f}"),
-    ("mfu", "of product peak", "{:.0%}"),
-    ("noise_scale", "noise scale", "{:.3g}"),
-    ("skipped", "skipped", "{:,}"),
-)
+from mesh_transformer.reports.metrics_table import CONSOLE_METRICS, VALIDATION_METRICS
+
 GAP = 3  # characters between two metrics of the display
-BITS = "_bits_per_byte"  # names of validation sets come before it
+BITS = "_bits_per_byte"  # suffix of the values of validation sets, after the set's name
+
+ProgressFn = Callable[[str, int, int | None], None]  # name of the work, amount done, total if known
 
 
 class Progress:
-    """`with Progress(...) as progress:`, then `update` with metrics, `note` with news.
+    """Display of a run's progress. Use it in a `with` block; call `update` with metrics and `note` with messages.
 
-    Live only where a person looks: a pipe, a file or a notebook's output gets plain lines, whatever FORCE_COLOR says.
+    The display is live only on an interactive terminal, even if FORCE_COLOR is set.
     """
 
     def __init__(self, title: str, steps: int, first_step: int = 0, *, console: Console | None = None):
         self.console = console or Console()
         self.live = self.console.is_interactive and self.console.file.isatty()
-        self.title, self.steps, self.first_step = title, steps, first_step
+        self.title = title
+        self.steps = steps
+        self.first_step = first_step
         self._values: dict[str, Any] = {}
-        self._evaluating = ""
+        self._status = ""  # evaluation under way
         self._started = time.monotonic()
-        self._step, self._stepped = first_step, self._started
-        self._pace_from: tuple[int, float] | None = None  # the first step told, and when: compilation is over then
+        self._step = first_step
+        self._step_time = self._started
+        self._first_update: tuple[int, float] | None = None  # step and time; compilation is over by then
         self._display = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
 
     def __enter__(self) -> "Progress":
@@ -54,35 +51,36 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.live:
-            self._evaluating = ""
+            self._status = ""
             self._display.stop()
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """`step` steps are taken; show these metrics."""
+        """Show the metrics after `step` finished steps."""
         self._values |= values
-        self._evaluating = ""
+        self._status = ""
         if step > self._step:
-            self._step, self._stepped = step, time.monotonic()
-            self._pace_from = self._pace_from or (self._step, self._stepped)
+            self._step = step
+            self._step_time = time.monotonic()
+            self._first_update = self._first_update or (self._step, self._step_time)
         if not self.live:
             self._print(self._line(step, values))
 
     def show_validation(self, name: str, done: int, total: int) -> None:
-        """Show how far the evaluation of a set is."""
-        self._evaluating = f"evaluating {name}: {done} of {total} batches" if done < total else ""
+        """Show the progress of validation set `name`, in batches."""
+        self._status = f"evaluating {name}: {done} of {total} batches" if done < total else ""
 
-    def show_evaluation(self, what: str, done: int, total: int | None) -> None:
-        """Show how far a measurement is."""
-        self._evaluating = f"measuring {what}: {done:,}" + (f" of {total:,}" if total else "")
+    def show_evaluation(self, name: str, done: int, total: int | None) -> None:
+        """Show the progress of evaluation task `name`."""
+        self._status = f"evaluating {name}: {done:,}" + (f" of {total:,}" if total else "")
 
     def show_results(self, step: int, values: Mapping[str, float]) -> None:
-        """Say what tasks came to: accuracies, and bits per byte of texts."""
-        self._evaluating = ""
-        told = [f"{name} {value:.4g}" for name, value in values.items() if name.endswith((".acc", ".bits_per_byte"))]
-        self._print(f"step {step}/{self.steps}  {'  '.join(told)}")
+        """Print results of evaluation tasks: accuracies, and bits per byte of texts."""
+        self._status = ""
+        shown = [f"{name} {value:.4g}" for name, value in values.items() if name.endswith((".acc", ".bits_per_byte"))]
+        self._print(f"step {step}/{self.steps}  {'  '.join(shown)}")
 
     def note(self, text: str) -> None:
-        """News above the display."""
+        """Print a message above the display."""
         self._print(text)
 
     def _print(self, text: str) -> None:
@@ -94,12 +92,12 @@ class Progress:
         return f"step {step}/{self.steps}  {shown}" + (f"  {format_time(left)} left" if left else "")
 
     def _seconds_left(self) -> float | None:
-        """From the pace between the steps told so far, minus the time since the last; None while that is unknown."""
-        step, told = self._pace_from or (self._step, 0.0)
-        if self._step == step:
+        """Return the estimated remaining time, from the mean step time since the first update; None before the second."""
+        first_step, first_time = self._first_update or (self._step, 0.0)
+        if self._step == first_step:
             return None
-        pace = (self._stepped - told) / (self._step - step)
-        return max(pace * (self.steps - self._step) - (time.monotonic() - self._stepped), 0.0)
+        step_seconds = (self._step_time - first_time) / (self._step - first_step)
+        return max(step_seconds * (self.steps - self._step) - (time.monotonic() - self._step_time), 0.0)
 
     def _render(self) -> Group:
         left = self._seconds_left()
@@ -115,19 +113,18 @@ class Progress:
             Text(f"{self._step:,}/{self.steps:,}"),
             Text(times, style="dim"),
         )
-        rows = wrap_cells(format_values(self._values), self.console.width)
-        return Group(
-            head, *map(_draw_cells, rows), Text(self._evaluating, style="dim", no_wrap=True, overflow="ellipsis")
-        )
+        lines = wrap_cells(format_values(self._values), self.console.width)
+        status = Text(self._status, style="dim", no_wrap=True, overflow="ellipsis")
+        return Group(head, *map(_draw_cells, lines), status)
 
 
 def format_values(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(label, text) of the metrics a person watches, in order; steps skipped only if there are any."""
+    """Return (label, text) of the metrics to print, in the order of the table; optional ones only if they are not 0."""
     shown = []
-    for name, label, form in COLUMNS:
-        value = values.get(name)
-        if value is not None and not (name == "skipped" and not value):
-            shown.append((label, form.format(value)))
+    for metric in CONSOLE_METRICS:
+        value = values.get(metric.name)
+        if value is not None and not (metric.optional and not value):
+            shown.append((metric.label, metric.form.format(value)))
     for name, value in values.items():
         if name.endswith(BITS) and value is not None:
             shown.append((f"{name.removesuffix(BITS)} bits/byte", f"{value:.4f}"))
@@ -135,30 +132,30 @@ def format_values(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def wrap_cells(cells: list[tuple[str, str]], width: int) -> list[list[tuple[str, str]]]:
-    """Cells in rows that are at most `width` characters wide, or one cell."""
-    rows: list[list[tuple[str, str]]] = []
+    """Return cells in lines of at most `width` characters, or of one cell."""
+    lines: list[list[tuple[str, str]]] = []
     free = 0
     for cell in cells:
         needed = max(map(cell_len, cell)) + GAP
-        if not rows or needed - GAP > free:
-            rows.append([])
+        if not lines or needed - GAP > free:
+            lines.append([])
             free = width
-        rows[-1].append(cell)
+        lines[-1].append(cell)
         free -= needed
-    return rows
+    return lines
 
 
 def _draw_cells(cells: list[tuple[str, str]]) -> Table:
-    row = Table.grid(padding=(0, GAP, 0, 0))
+    table = Table.grid(padding=(0, GAP, 0, 0))
     for _ in cells:
-        row.add_column(no_wrap=True, overflow="ellipsis")
-    row.add_row(*(Text(label, style="dim") for label, _ in cells))
-    row.add_row(*(Text(text, style="bold") for _, text in cells))
-    return row
+        table.add_column(no_wrap=True, overflow="ellipsis")
+    table.add_row(*(Text(label, style="dim") for label, _ in cells))
+    table.add_row(*(Text(text, style="bold") for _, text in cells))
+    return table
 
 
 def format_time(seconds: float) -> str:
-    """Hours, minutes and seconds as a clock shows them: 0:07, 12:30, 3:05:00, 2 d 04:00:00."""
+    """Return a duration as a clock shows it: 0:07, 12:30, 3:05:00, 2 d 04:00:00."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -168,7 +165,7 @@ def format_time(seconds: float) -> str:
 
 
 def print_rows(console: Console, title: str, rows: Mapping[str, str]) -> None:
-    """A small table of two columns under a title, if it has one."""
+    """Print a table of names and values under an optional title."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     for name, value in rows.items():
@@ -179,21 +176,22 @@ def print_rows(console: Console, title: str, rows: Mapping[str, str]) -> None:
 
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, Any]]) -> None:
-    """Bits per byte of every validation set, beside general compressors on the same bytes; nothing if there is none."""
+    """Print bits per byte of every validation set next to general compressors on the same text; nothing without sets."""
     if not scores:
         return
     table = Table(
         title="held-out bits per byte", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
     )
-    for heading in ("set", "this model", "xz -9", "gzip -9", "loss", "perplexity"):
-        table.add_column(heading, justify="left" if heading == "set" else "right")
-    columns = ("bits_per_byte", "xz_bits_per_byte", "gzip_bits_per_byte", "loss", "perplexity")
+    table.add_column("set")
+    for metric in VALIDATION_METRICS:
+        table.add_column(metric.label, justify="right")
+    compared = [metric.name for metric in VALIDATION_METRICS if metric.unit == "bits/byte"]
     for name, score in scores.items():
-        best = min((score[key] for key in columns[:3] if score.get(key) is not None), default=None)
+        best = min((score[key] for key in compared if score.get(key) is not None), default=None)
         cells = []
-        for key, form in zip(columns, ("{:.3f}", "{:.3f}", "{:.3f}", "{:.4f}", "{:.3f}"), strict=True):
-            value = score.get(key)
-            lowest = key in columns[:3] and value == best
-            cells.append(Text("" if value is None else form.format(value), style="bold" if lowest else ""))
+        for metric in VALIDATION_METRICS:
+            value = score.get(metric.name)
+            is_best = metric.name in compared and value == best
+            cells.append(Text("" if value is None else metric.form.format(value), style="bold" if is_best else ""))
         table.add_row(Text(name), *cells)
     console.print(table)

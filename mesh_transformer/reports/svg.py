@@ -1,6 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Line plots and heat maps as inline SVG: readable in light and dark, ticks as people choose them, values under the pointer."""
+"""SVG for HTML pages: line plots, heat maps, and the elements, axes and grids that other pictures are made of.
+
+Plots are readable in light and dark themes. Their colors come from the classes of page.css, and values under the pointer
+are shown by report.js.
+"""
 
 import json
 import math
@@ -8,25 +12,35 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
-HEAT_COLUMNS, HEAT_ROWS = 80, 32  # of a heat map at most
-CLIPPED = 8  # quarters of a doubling: a fourth and four times
-DASHES = ("", " dashed", " dotted")  # for more lines than there are colours
-MAX_POINTS = 1200  # of a series; more are thinned to the extremes of each stretch
+HEAT_COLUMNS = 80  # largest size of a heat map; longer data is averaged
+HEAT_ROWS = 32
+MAX_HEAT_LEVEL = 8  # in quarters of a doubling: a fourth and four times
+HEAT_LEGEND = (
+    (-MAX_HEAT_LEVEL, "none, or a quarter"),
+    (-MAX_HEAT_LEVEL // 2, "half"),
+    (0, "even"),
+    (MAX_HEAT_LEVEL // 2, "twice"),
+    (MAX_HEAT_LEVEL, "four times and more"),
+)
+STYLES = ("main", "accent", "second", "third", "fourth")  # CSS classes, one color each
+DASHES = ("", " dashed", " dotted")  # for more lines than there are colors
+MAX_POINTS = 1200  # of a series; longer ones are downsampled
+
+Point = tuple[float, float | None]
+Points = Sequence[Point]
 
 
 class Series(NamedTuple):
-    """Points of one line, x rising; values that are None or not finite are gaps."""
+    """Points of one line, x increasing. Values that are None or not finite are gaps."""
 
     name: str
-    points: Sequence[tuple[float, float | None]]
-    style: str  # CSS class: faint, main, accent, second, third, fourth; and behind it one of DASHES
+    points: Points
+    style: str  # CSS class: faint or one of STYLES, optionally followed by one of DASHES
     markers: bool = False
 
 
 class Axis(NamedTuple):
-    """The range of one direction and where its ticks are."""
+    """Range and ticks of one axis."""
 
     low: float
     high: float
@@ -34,157 +48,246 @@ class Axis(NamedTuple):
     log: bool
 
     def fraction(self, value: float) -> float:
-        """0 at the low end, 1 at the high end."""
+        """Return the position of a value: 0 at the low end, 1 at the high end."""
         if self.log:
             return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         return (value - self.low) / (self.high - self.low)
 
 
+class Frame(NamedTuple):
+    """Size and margins of a plot, in SVG units."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+
+    @property
+    def x_end(self) -> int:
+        return self.width - self.right
+
+    @property
+    def y_end(self) -> int:
+        return self.height - self.bottom
+
+    def x(self, axis: Axis, value: float) -> float:
+        return self.left + axis.fraction(value) * (self.x_end - self.left)
+
+    def y(self, axis: Axis, value: float) -> float:
+        return self.y_end - axis.fraction(value) * (self.y_end - self.top)
+
+
+FRAME = Frame(width=640, height=260, left=58, right=14, top=12, bottom=34)  # report.js uses the same numbers
+
+
+def element(tag: str, content: str = "", *, style: str = "", **attributes: Any) -> str:
+    """Return an SVG element. `style` is its CSS class; an underscore in an attribute's name stands for a hyphen.
+
+    Floats are written with one decimal. `content` is inserted as it is: escape text first.
+    """
+    named = {"class": style} if style else {}
+    named |= {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
+    written = "".join(
+        f' {name}="{f"{value:.1f}" if isinstance(value, float) else escape(str(value))}"'
+        for name, value in named.items()
+    )
+    return f"<{tag}{written}>{content}</{tag}>" if content else f"<{tag}{written}/>"
+
+
+def text(x: float, y: float, content: str, *, style: str = "", anchor: str = "") -> str:
+    """Return a text element; `content` is escaped. `anchor` is middle or end (default: start)."""
+    return element("text", escape(content), style=style, x=x, y=y, **({"text_anchor": anchor} if anchor else {}))
+
+
+def rect(x: float, y: float, width: float, height: float, *, style: str, opacity: float = 1.0, tip: str = "") -> str:
+    """Return a filled rectangle; `tip` is shown under the pointer."""
+    shown = {} if opacity == 1.0 else {"fill_opacity": f"{opacity:.2f}"}
+    content = f"<title>{escape(tip)}</title>" if tip else ""
+    return element("rect", content, style=style, x=x, y=y, width=width, height=height, **shown)
+
+
+def image(width: float, height: float, body: str, *, label: str = "") -> str:
+    """Return an inline picture of a fixed size."""
+    return element("svg", body, role="img", **({"aria_label": label} if label else {}), width=width, height=height)
+
+
 def plot(
     title: str,
-    unit: str,
+    subtitle: str,
     series: Sequence[Series],
     *,
     log: bool = False,
     log_x: bool = False,
     marks: Sequence[float] = (),
 ) -> str:
-    """A figure with one plot; `marks` are steps to point out by a vertical line. Says so if there is nothing to draw.
+    """Return a figure with one line plot; "nothing recorded" if there are no points.
 
-    Values under the pointer are shown where the axis along is not logarithmic; there, points need a positive x.
+    `marks` are x values to highlight by a vertical line. With `log_x`, points need a positive x, and values under the
+    pointer are not shown.
     """
-    series = [one._replace(points=_thin(_finite(one.points, positive=log))) for one in series]
+    series = [one._replace(points=downsample(_drop_unusable(one.points, positive=log), MAX_POINTS)) for one in series]
     if log_x:
         series = [one._replace(points=[(x, y) for x, y in one.points if x > 0]) for one in series]
     drawn = [one for one in series if one.points]
-    heading = f"<figcaption><b>{escape(title)}</b><span>{escape(unit)}</span></figcaption>"
     if not drawn:
-        return f'<figure class="plot">{heading}<p class="nothing">nothing recorded</p></figure>'
+        return _figure(title, subtitle, '<p class="nothing">nothing recorded</p>')
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points if y is not None]
-    across, up = make_axis(min(xs), max(xs), log=log_x), make_axis(min(ys), max(ys), log=log)
-    across = across._replace(low=min(xs), high=max(xs)) if max(xs) > min(xs) else across
-    body = [_draw_grid(across, up), *(_draw_mark(x, across) for x in marks if across.low <= x <= across.high)]
+    across = _fitted_axis(xs, log=log_x)
+    up = make_axis(min(ys), max(ys), log=log)
+    body = [draw_grid(FRAME, across, up), *(_draw_mark(x, across) for x in marks if across.low <= x <= across.high)]
     body += [_draw_series(one, across, up) for one in drawn]
+    body.append(element("line", style="pointer", y1=FRAME.top, y2=FRAME.y_end, x1="-9", x2="-9"))
+    first, last = drawn[0].points[0][1], drawn[0].points[-1][1]
+    label = f"{title}, {subtitle}: from {format_number(first)} to {format_number(last)}"
+    data = "" if log_x else f"data-plot='{escape(json.dumps(_pointer_data(drawn, across)), quote=True)}'"
     keys = dict.fromkeys((one.style, one.name) for one in drawn)
     legend = "".join(f'<span class="key {style}">{escape(name)}</span>' for style, name in keys)
-    data = {
+    return _figure(
+        title,
+        subtitle,
+        f'<svg viewBox="0 0 {FRAME.width} {FRAME.height}" role="img" aria-label="{escape(label)}" {data}>{"".join(body)}'
+        f'</svg><div class="legend">{legend}<output></output></div>',
+    )
+
+
+def _figure(title: str, subtitle: str, body: str) -> str:
+    caption = f"<figcaption><b>{escape(title)}</b><span>{escape(subtitle)}</span></figcaption>"
+    return f'<figure class="plot">{caption}{body}</figure>'
+
+
+def _pointer_data(drawn: Sequence[Series], across: Axis) -> dict[str, Any]:
+    """Return the points as report.js needs them to show values under the pointer."""
+    return {
         "x": [across.low, across.high],
         "series": [
             {"name": one.name, "points": [[x, round(float(y), 6)] for x, y in one.points if y is not None]}
             for one in drawn
         ],
     }
-    pointed = "" if log_x else f"data-plot='{escape(json.dumps(data), quote=True)}'"
-    summary = f"{title}, {unit}: from {format_number(drawn[0].points[0][1])} to {format_number(drawn[0].points[-1][1])}"
-    return (
-        f'<figure class="plot">{heading}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}" '
-        f"{pointed}>{''.join(body)}"
-        f'<line class="pointer" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
-        f'<div class="legend">{legend}<output></output></div></figure>'
-    )
 
 
 def drawable(value: Any) -> float | None:
-    """A value as a number that fits on an axis: None for what is none, or beyond any axis; never denormal."""
+    """Return a value as a number that an axis can hold; None for anything else, such as infinity. Denormals are 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e60:
         return None
     return value if abs(value) > 1e-60 else 0
 
 
 def heat_map(
-    title: str, unit: str, steps: Sequence[float], rows: Sequence[Sequence[float | None]], *, row_name: str
+    title: str, subtitle: str, steps: Sequence[float], rows: Sequence[Sequence[float | None]], *, row_name: str
 ) -> str:
-    """A figure of multiples of an even share: a row for each of `rows`, whose values are at `steps`, the first row on top.
+    """Return a figure of multiples of an even load: one line per item of `rows`, with a value at each of `steps`.
 
-    Colours tell how many times more or less, by quarters of a doubling up to CLIPPED of them; nothing at all is the
-    darkest of the low ones. Many steps and many rows are averaged.
+    Colors show the ratio in quarters of a doubling, up to MAX_HEAT_LEVEL of them; zero is the lowest level. Many steps and
+    many rows are averaged.
     """
-    heading = f"<figcaption><b>{escape(title)}</b><span>{escape(unit)}</span></figcaption>"
-    cells = [_average_cells(rows, row, HEAT_ROWS, len(steps)) for row in _starts(len(rows), HEAT_ROWS)]
+    cells = [_average_cells(rows, first, len(steps)) for first in _stretches(len(rows), HEAT_ROWS)]
     if not any(value is not None for line in cells for value in line):
-        return f'<figure class="plot">{heading}<p class="nothing">nothing recorded</p></figure>'
-    width, height = (WIDTH - LEFT - RIGHT) / len(cells[0]), (HEIGHT - TOP - BOTTOM) / len(cells)
+        return _figure(title, subtitle, '<p class="nothing">nothing recorded</p>')
+    width = (FRAME.x_end - FRAME.left) / len(cells[0])
+    height = (FRAME.y_end - FRAME.top) / len(cells)
+    body = [
+        f'<rect class="frame" x="{FRAME.left}" y="{FRAME.top}" width="{FRAME.x_end - FRAME.left}" '
+        f'height="{FRAME.y_end - FRAME.top}"/>',
+        *_draw_levels(cells, width, height),
+    ]
+    rows_per_cell = math.ceil(len(rows) / len(cells))
+    for i in range(0, len(cells), math.ceil(len(cells) / 8)):
+        y = FRAME.top + (i + 0.5) * height + 4
+        body.append(text(FRAME.left - 7, y, str(i * rows_per_cell), anchor="end"))
+    body.append(_draw_x_ticks(FRAME, _fitted_axis(steps)))
+    scale = "".join(
+        f'<span class="heat {"more" if level > 0 else "less"}" style="--share:{abs(level) / MAX_HEAT_LEVEL:.3f}">{label}</span>'
+        for level, label in HEAT_LEGEND
+    )
+    label = f"{title}, {subtitle}: {len(rows)} rows, the first {row_name} on top, at {len(steps)} steps"
+    return _figure(
+        title,
+        subtitle,
+        f'<svg class="map" viewBox="0 0 {FRAME.width} {FRAME.height}" role="img" aria-label="{escape(label)}">'
+        f'{"".join(body)}</svg><div class="legend">{scale}</div>',
+    )
+
+
+def _draw_levels(cells: Sequence[Sequence[float | None]], width: float, height: float) -> list[str]:
+    """Return one path for all cells of a level; even and unknown cells stay blank."""
     levels: dict[int, list[str]] = {}
     for i, line in enumerate(cells):
         for j, value in enumerate(line):
-            level = 0 if value is None else _find_level(value)
+            level = 0 if value is None else _heat_level(value)
             if level:
-                x, y = LEFT + j * width, TOP + i * height
+                x = FRAME.left + j * width
+                y = FRAME.top + i * height
                 levels.setdefault(level, []).append(f"M{x:.1f} {y:.1f}h{width:.1f}v{height:.1f}h{-width:.1f}z")
-    body = [
-        f'<path class="{"more" if level > 0 else "less"}" fill-opacity="{abs(level) / CLIPPED:.3f}" d="{"".join(paths)}"/>'
+    return [
+        f'<path class="{"more" if level > 0 else "less"}" fill-opacity="{abs(level) / MAX_HEAT_LEVEL:.3f}" '
+        f'd="{"".join(paths)}"/>'
         for level, paths in sorted(levels.items())
     ]
-    every = math.ceil(len(rows) / len(cells))
-    for i in range(0, len(cells), math.ceil(len(cells) / 8)):
-        y = TOP + (i + 0.5) * height + 4
-        body.append(f'<text x="{LEFT - 7}" y="{y:.1f}" text-anchor="end">{i * every}</text>')
-    across = make_axis(min(steps), max(steps))
-    across = across._replace(low=min(steps), high=max(steps)) if max(steps) > min(steps) else across
-    body.append(_draw_ticks(across))
-    frame = (
-        f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/>'
-    )
-    scale = "".join(
-        f'<span class="heat {"more" if level > 0 else "less"}" style="--share:{abs(level) / CLIPPED:.3f}">{text}</span>'
-        for level, text in ((-CLIPPED, "none, or a quarter"), (-CLIPPED // 2, "half"), (0, "even"), (CLIPPED // 2, "twice"),
-                            (CLIPPED, "four times and more"))
-    )  # fmt: skip
-    summary = f"{title}, {unit}: {len(rows)} rows, the first {row_name} on top, at {len(steps)} steps"
-    return (
-        f'<figure class="plot">{heading}<svg class="map" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(summary)}">{frame}{"".join(body)}</svg><div class="legend">{scale}</div></figure>'
-    )
 
 
-def _starts(count: int, most: int) -> range:
-    """Where each of at most `most` equal stretches of `count` things begins."""
+def _stretches(count: int, most: int) -> range:
+    """Return the first index of each of at most `most` equal stretches of `count` items."""
     return range(0, count, max(math.ceil(count / most), 1))
 
 
-def _average_cells(rows: Sequence[Sequence[float | None]], first: int, most: int, length: int) -> list[float | None]:
-    """Of a stretch of rows that begins at `first`, its mean over each stretch of steps."""
-    own = rows[first : first + max(math.ceil(len(rows) / most), 1)]
+def _average_cells(rows: Sequence[Sequence[float | None]], first: int, length: int) -> list[float | None]:
+    """Return the mean of a stretch of rows, which begins at `first`, over each stretch of steps."""
+    own = rows[first : first + max(math.ceil(len(rows) / HEAT_ROWS), 1)]
     averaged: list[float | None] = []
-    for start in _starts(length, HEAT_COLUMNS):
+    for start in _stretches(length, HEAT_COLUMNS):
         part = [v for row in own for v in row[start : start + math.ceil(length / HEAT_COLUMNS)] if v is not None]
         averaged.append(math.fsum(part) / len(part) if part else None)
     return averaged
 
 
-def _find_level(value: float) -> int:
-    """Quarters of a doubling away from 1, at most CLIPPED."""
+def _heat_level(value: float) -> int:
+    """Return the distance from 1 in quarters of a doubling, at most MAX_HEAT_LEVEL."""
     if value <= 0:
-        return -CLIPPED
-    return max(min(round(4 * math.log2(value)), CLIPPED), -CLIPPED)
+        return -MAX_HEAT_LEVEL
+    return max(min(round(4 * math.log2(value)), MAX_HEAT_LEVEL), -MAX_HEAT_LEVEL)
 
 
 def make_axis(low: float, high: float, *, log: bool = False) -> Axis:
-    """A range that holds low to high with about five round ticks (powers of ten and their halves if `log`)."""
+    """Return a range that includes low and high, with about five round ticks (1, 2 and 5 times powers of ten if `log`)."""
     if log:
         return _make_log_axis(low, high)
     if high - low <= abs(high) * 1e-9:
         pad = abs(high) * 0.1 or 1.0
-        low, high = low - pad if low else 0.0, high + pad  # nothing at all is the lower end of what may be counted
+        low = low - pad if low else 0.0  # counts begin at zero
+        high += pad
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= 6)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
     return Axis(first * step, last * step, [i * step for i in range(first, last + 1)], False)
 
 
 def _make_log_axis(low: float, high: float) -> Axis:
-    low, high = (low / 1.3, high * 1.3) if high / low < 1.3 else (low, high)
+    if high / low < 1.3:
+        low /= 1.3
+        high *= 1.3
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    few = len(decades) <= 3
-    ticks = [m * 10.0**d for d in decades for m in ((1, 2, 5) if few else (1,))]
+    factors = (1, 2, 5) if len(decades) <= 3 else (1,)
+    ticks = [m * 10.0**d for d in decades for m in factors]
     every = math.ceil(len(ticks) / 7)
     inside = [tick for tick in ticks if low / 1.05 <= tick <= high * 1.05]
     return Axis(low / 1.1, high * 1.1, inside[::every] or [low, high], True)
 
 
+def _fitted_axis(values: Sequence[float], *, log: bool = False) -> Axis:
+    """Return an axis that ends at the smallest and largest value, not at a tick."""
+    low = min(values)
+    high = max(values)
+    axis = make_axis(low, high, log=log)
+    return axis._replace(low=low, high=high) if high > low else axis
+
+
 def format_number(value: float | None) -> str:
-    """A tick as people write it: 1.2k, 3.4M, 5T, 6e+15, 0.05, 6e-05."""
+    """Return a short form of a number: 1.2k, 3.4M, 5T, 6e+15, 0.05, 6e-05; "-" for None."""
     if value is None:
         return "-"
     size = abs(value)
@@ -197,7 +300,7 @@ def format_number(value: float | None) -> str:
 
 
 def format_ticks(ticks: Sequence[float]) -> list[str]:
-    """Ticks of one axis, with as many digits as it takes to tell them apart."""
+    """Return the labels of an axis, with as many digits as are needed to make them distinct."""
     labels = [format_number(tick) for tick in ticks]
     for digits in range(4, 17):
         if len(set(labels)) == len(set(ticks)):
@@ -206,73 +309,70 @@ def format_ticks(ticks: Sequence[float]) -> list[str]:
     return labels
 
 
-def _draw_grid(across: Axis, up: Axis) -> str:
+def draw_grid(frame: Frame, across: Axis, up: Axis) -> str:
+    """Return the horizontal grid lines and the tick labels of both axes."""
     parts = []
     for tick, label in zip(up.ticks, format_ticks(up.ticks), strict=True):
-        y = _y(up, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    return "".join(parts) + _draw_ticks(across)
+        y = frame.y(up, tick)
+        parts.append(element("line", style="grid", x1=frame.left, x2=frame.x_end, y1=y, y2=y))
+        parts.append(text(frame.left - 7, y + 4, label, style="axis", anchor="end"))
+    return "".join(parts) + _draw_x_ticks(frame, across)
 
 
-def _draw_ticks(across: Axis) -> str:
+def _draw_x_ticks(frame: Frame, across: Axis) -> str:
     parts = []
     for tick, label in zip(across.ticks, format_ticks(across.ticks), strict=True):
         if across.low <= tick <= across.high:
-            x = _x(across, tick)
-            anchor = "end" if x > WIDTH - RIGHT - 16 else "middle"
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{label}</text>')
+            x = frame.x(across, tick)
+            anchor = "end" if x > frame.x_end - 16 else "middle"
+            parts.append(text(x, frame.y_end + 18, label, style="axis", anchor=anchor))
     return "".join(parts)
 
 
-def _draw_mark(x: float, across: Axis) -> str:
-    place = _x(across, x)
-    return f'<line class="mark" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+def _draw_mark(value: float, across: Axis) -> str:
+    x = FRAME.x(across, value)
+    return element("line", style="mark", x1=x, x2=x, y1=FRAME.top, y2=FRAME.y_end)
 
 
 def _draw_series(one: Series, across: Axis, up: Axis) -> str:
-    path, pen = [], "M"
+    path = []
     dots = []
+    command = "M"
     for x, y in one.points:
         if y is None:
-            pen = "M"
+            command = "M"
             continue
-        px, py = _x(across, x), _y(up, y)
-        path.append(f"{pen}{px:.1f} {py:.1f}")
-        pen = "L"
+        px = FRAME.x(across, x)
+        py = FRAME.y(up, y)
+        path.append(f"{command}{px:.1f} {py:.1f}")
+        command = "L"
         if one.markers or len(one.points) == 1:
-            dots.append(f'<circle class="{one.style}" cx="{px:.1f}" cy="{py:.1f}" r="3.2"/>')
+            dots.append(element("circle", style=one.style, cx=px, cy=py, r=3.2))
     return f'<path class="{one.style}" d="{"".join(path)}"/>{"".join(dots)}'
 
 
-def _x(axis: Axis, value: float) -> float:
-    return LEFT + axis.fraction(value) * (WIDTH - LEFT - RIGHT)
+def _drop_unusable(points: Points, *, positive: bool) -> list[Point]:
+    """Return points with None for what cannot be drawn, without those at both ends."""
 
-
-def _y(axis: Axis, value: float) -> float:
-    return HEIGHT - BOTTOM - axis.fraction(value) * (HEIGHT - TOP - BOTTOM)
-
-
-def _finite(points: Sequence[tuple[float, float | None]], *, positive: bool) -> list[tuple[float, float | None]]:
-    def usable(y: float | None) -> bool:
+    def is_usable(y: float | None) -> bool:
         return y is not None and math.isfinite(y) and (y > 0 or not positive)
 
-    kept = [(x, y if usable(y) else None) for x, y in points]
-    while kept and kept[-1][1] is None:
-        kept.pop()
-    while kept and kept[0][1] is None:
-        kept.pop(0)
-    return kept
+    usable = [(x, y if is_usable(y) else None) for x, y in points]
+    while usable and usable[-1][1] is None:
+        usable.pop()
+    while usable and usable[0][1] is None:
+        usable.pop(0)
+    return usable
 
 
-def _thin(points: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """At most about MAX_POINTS points: the lowest and the highest of every stretch, in order."""
-    if len(points) <= MAX_POINTS:
-        return points
-    stretch = math.ceil(2 * len(points) / MAX_POINTS)
-    kept = []
-    for start in range(0, len(points), stretch):
-        part = [point for point in points[start : start + stretch] if point[1] is not None]
-        if part:
-            kept += sorted({min(part, key=lambda p: p[1] or 0.0), max(part, key=lambda p: p[1] or 0.0)})
-    return kept
+def downsample(points: Points, count: int) -> list[Point]:
+    """Return about `count` points: the lowest and highest of each stretch, gaps, and both ends."""
+    if len(points) <= count:
+        return list(points)
+    stretch = math.ceil(2 * len(points) / count)
+    selected = [points[0]]
+    for start in range(1, len(points) - 1, stretch):
+        part = points[start : min(start + stretch, len(points) - 1)]
+        valued = [(y, x) for x, y in part if y is not None]
+        selected += sorted({(x, y) for y, x in (min(valued), max(valued))}) if valued else [part[0]]
+    return [*selected, points[-1]]

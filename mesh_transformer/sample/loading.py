@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model ready to sample, from a run folder or a checkpoint, which carries its configuration and tokenizer."""
+"""Load a trained model for generation from a run folder or a checkpoint, with its configuration and tokenizer."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -8,108 +8,175 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mesh_transformer.checkpoint.store import find_checkpoint
+from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import Config, ConfigError, merge_override, parse_config
 from mesh_transformer.config.renamed import translate_stored
 from mesh_transformer.data.span_corruption import SentinelTokenizer
 from mesh_transformer.data.tokenizers import Tokenizer, tokenizer_from_json
-from mesh_transformer.mesh import MeshLayout, init_devices, keep_freed_memory
+from mesh_transformer.host_memory import keep_freed_memory
+from mesh_transformer.mesh import MeshLayout, init_devices
 from mesh_transformer.model.params import STACK, ParamInfo, Params, flatten_names
-from mesh_transformer.model.transformer import describe_params
+from mesh_transformer.model.shapes import describe_params
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
 from mesh_transformer.sample.engine.encoder_decoder import EncoderDecoderEngine
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.engine import Engine, EngineOptions
+from mesh_transformer.sample.engine.speculative import (
+    Drafter,
+    DraftModelDrafter,
+    PromptLookupDrafter,
+    check_vocabulary,
+)
 from mesh_transformer.storage.paths import AnyPath
 
 SETTABLE = ("sample.", "serve.", "evaluate.", "mesh.", "model.dtype")
-# Sections that a model brought from elsewhere has not, for it was not trained by a run of ours.
+# Required sections that imported checkpoints lack, because they were not trained here.
 NO_TRAINING = {"data": {"train": {"unknown": {"path": ""}}}, "train": {"steps": 1, "batch_size": 1}}
-ONE_DEVICE = {"data": 1}  # a checkpoint's mesh is that of its training; sampling starts from one device
+ONE_DEVICE = {"data": 1}  # default mesh; the mesh of a checkpoint is that of its training
 
 
 class LoadedModel(NamedTuple):
-    """What sampling needs of a run."""
+    """A model that is ready to generate."""
 
-    engine: DecoderOnlyEngine  # of a model with an encoder a RewritingEngine
+    engine: Engine
     tokenizer: Tokenizer
-    config: Config  # that of the training, with sections mesh and sample as they are now
+    config: Config  # that of the training, with the overrides of load_model
     step: int
     where: str  # folder of the checkpoint
 
 
 def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedModel:
-    """The newest intact checkpoint in `path`, or `path` itself, on the devices of `mesh.*` in `overrides` (default: one).
+    """Load a checkpoint: the latest valid one in the run folder `path`, or `path` itself.
 
-    Only weights are read, each device its own slices. Raises ConfigError or CheckpointError: no such run, damage, an
-    override that would change the model, a mesh that does not fit.
+    Only the weights are read, by each device its own slices. The mesh is one device unless `overrides` set `mesh.*`.
+
+    Args:
+      path: Run folder, folder of checkpoints, or checkpoint.
+      overrides: "section.field=value" for what may differ from training: sampling, serving, evaluation, mesh, dtype.
+
+    Raises:
+      CheckpointError: there is no valid checkpoint.
+      ConfigError: an override would change the model, the mesh does not fit, or the draft model does not match.
     """
     keep_freed_memory(True)  # before there are threads: one arena
-    store, step = find_checkpoint(path, report=lambda text: print(text, file=sys.stderr))
+    store, step = find_checkpoint(path, log=_log)
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
     config = read_model_config(meta, where, overrides)
     if "tokenizer" not in meta:
-        raise ConfigError(f"{where} carries no tokenizer; convert it again with --tokenizer PATH")
+        raise ConfigError(f"{where} has no tokenizer; convert the checkpoint again with --tokenizer PATH")
     layout = init_devices(config.mesh)
-    records = store.read_manifest(step).arrays
-    dtypes = {name: record.dtype for name, record in records.items()}
-    # The engine wants every layer by itself: so read, no second copy of a stack is ever in memory.
-    stacks = [name for name, record in records.items() if record.axes[:1] == (STACK,) and name.startswith("params/")]
-    keep_freed_memory(False, one_arena=True)  # a weight is mapped by itself, and what reading it took goes back
-    named = store.restore(step, describe_arrays(config, layout, dtypes), only="params/", rows=stacks)
-    keep_freed_memory(jax.default_backend() == "cpu")
-    serve = config.serve
+    params = _read_params(store, step, config, layout)
     tokenizer = tokenizer_from_json(meta["tokenizer"], where=where)
-    how: dict[str, Any] = dict(layout=layout, slots=serve.slots, weights=serve.weight_dtype, cache=serve.kv_cache_dtype)
+    serve = config.serve
+    options = EngineOptions(
+        slots=serve.slots, weight_dtype=serve.weight_dtype, kv_cache_dtype=serve.kv_cache_dtype
+    )
+    engine: Engine
     if config.model.n_encoder_layers is None:
-        return LoadedModel(DecoderOnlyEngine(config.model, _to_params(named), **how), tokenizer, config, step, where)
-    tokenizer = SentinelTokenizer(tokenizer, config.model.n_vocab)
-    how |= dict(start=tokenizer.decoder_start, end=tokenizer.end_of_text)
-    return LoadedModel(EncoderDecoderEngine(config.model, _to_params(named), **how), tokenizer, config, step, where)
+        drafter = _make_drafter(config, layout)
+        engine = DecoderOnlyEngine(config.model, params, options, layout=layout, drafter=drafter)
+    else:
+        tokenizer = SentinelTokenizer(tokenizer, config.model.n_vocab)
+        engine = EncoderDecoderEngine(
+            config.model,
+            params,
+            options,
+            start_token=tokenizer.decoder_start,
+            end_token=tokenizer.end_of_text,
+            layout=layout,
+        )
+    return LoadedModel(engine, tokenizer, config, step, where)
 
 
-def read_meta(trained: LoadedModel) -> dict[str, Any]:
-    """What the checkpoint says of itself, files that came along with its weights included (`carried`, texts by their names)."""
-    store, step = find_checkpoint(trained.where)
+def read_meta(model: LoadedModel) -> dict[str, Any]:
+    """Return the checkpoint's metadata, including files that were saved with the weights (`carried`: name -> text)."""
+    store, step = find_checkpoint(model.where)
     return store.read_meta(step)
 
 
 def describe_arrays(
-    config: Config, layout: MeshLayout, dtypes: Mapping[str, str], *, whole: bool = False
+    config: Config, layout: MeshLayout, dtypes: Mapping[str, str], *, stacked: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype (as saved: a bfloat16 checkpoint stays one) and place of every weight under its name in a checkpoint.
+    """Return shape, dtype (as saved) and sharding of every weight by its name in a checkpoint.
 
-    The place is that of one layer where an array is a stack of them, unless it is to be read `whole`.
+    The sharding of a stack of layers is that of one layer, or with `stacked` that of the whole array.
     """
     described = flatten_names(describe_params(config.model))
     return {
         f"params/{name}": jax.ShapeDtypeStruct(
-            info.shape, dtypes.get(f"params/{name}", "float32"), sharding=_place(layout, info, name, whole)
+            info.shape, dtypes.get(f"params/{name}", "float32"), sharding=_sharding(layout, info, name, stacked)
         )
         for name, info in described.items()
     }
 
 
-def _place(layout: MeshLayout, info: ParamInfo, name: str, whole: bool) -> Any:
-    stacked = 0 if whole else info.axes[:1] == (STACK,)
-    return layout.sharding(info.axes[stacked:], info.shape[stacked:], name)
-
-
 def read_model_config(meta: Mapping[str, Any], where: str, overrides: Iterable[str]) -> Config:
-    """The configuration that a checkpoint carries, with what sampling and evaluation may set; ConfigError for the rest."""
+    """Return a checkpoint's configuration with `overrides` of sampling, serving, evaluation, mesh and dtype.
+
+    Raises:
+      ConfigError: an override of another section, or an invalid value.
+    """
     table = {**NO_TRAINING, **translate_stored(meta["config"]), "mesh": dict(ONE_DEVICE)}
     for override in overrides:
         key = override.partition("=")[0].strip()
         if not key.startswith(SETTABLE):
             raise ConfigError(
-                f"--set {override}: a checkpoint's {key} is fixed; what can be set is {', '.join(SETTABLE[:-1])} and model.dtype"
+                f"--set {override}: {key} of a trained model cannot be changed; only "
+                f"{', '.join(SETTABLE[:-1])} and model.dtype can be set"
             )
         merge_override(table, override)
     return parse_config(table, where=where)
 
 
-def _to_params(named: dict[str, jax.Array]) -> Params:
+def _log(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _read_params(store: Store, step: int, config: Config, layout: MeshLayout) -> Params:
+    records = store.read_manifest(step).arrays
+    dtypes = {name: record.dtype for name, record in records.items()}
+    # The engine needs a separate array for every layer. Read as such, a stack is never in memory twice.
+    stacks = [name for name, record in records.items() if record.axes[:1] == (STACK,) and name.startswith("params/")]
+    keep_freed_memory(False, one_arena=True)  # buffers of the reader are returned to the system
+    named = store.restore(step, describe_arrays(config, layout, dtypes), only="params/", unstack=stacks)
+    keep_freed_memory(jax.default_backend() == "cpu")
     params: Params = {}
     for name, array in named.items():
         module, _, leaf = name.removeprefix("params/").rpartition("/")
         params.setdefault(module, {})[leaf] = array
     return params
+
+
+def _make_drafter(config: Config, layout: MeshLayout) -> Drafter | None:
+    """Return the source of draft tokens that `serve.speculative` selects."""
+    serve = config.serve
+    match serve.speculative:
+        case "none":
+            return None
+        case "prompt-lookup":
+            return PromptLookupDrafter(num_draft_tokens=serve.num_speculative_tokens)
+        case "draft-model":
+            return _load_draft_model(config, layout)
+
+
+def _load_draft_model(config: Config, layout: MeshLayout) -> Drafter:
+    """Load `serve.draft_model` on the devices of the model."""
+    serve = config.serve
+    store, step = find_checkpoint(serve.draft_model, log=_log)
+    where = f"{store.root}/step_{step}"
+    draft = read_model_config(store.read_meta(step), where, ())
+    try:
+        if draft.model.n_encoder_layers is not None:
+            raise ConfigError("an encoder-decoder model cannot draft tokens; use a decoder-only model")
+        check_vocabulary(draft.model, config.model.n_vocab)
+        params = _read_params(store, step, draft, layout)
+        return DraftModelDrafter(
+            draft.model, params, num_draft_tokens=serve.num_speculative_tokens, layout=layout
+        )
+    except ConfigError as error:
+        raise ConfigError(f"serve.draft_model={serve.draft_model!r}: {error}") from None
+
+
+def _sharding(layout: MeshLayout, info: ParamInfo, name: str, stacked: bool) -> Any:
+    skipped = 0 if stacked else info.axes[:1] == (STACK,)
+    return layout.sharding(info.axes[skipped:], info.shape[skipped:], name)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from mesh_transformer.config import SampleConfig
 from mesh_transformer.data.chat_template import ChatTemplate
 from mesh_transformer.data.tokenizers import TokenizerError
-from mesh_transformer.sample.engine.requests import PromptError, Request
+from mesh_transformer.sample.engine.requests import PromptError, Request, RequestParams
 from mesh_transformer.sample.loading import LoadedModel
 from mesh_transformer.serve.engine_thread import PendingRequest, EngineThread
 from mesh_transformer.serve.metrics import ServerMetrics
@@ -148,7 +148,7 @@ class CompletionTask:
                 yield number, piece
 
     def _check_grammar(self, number: int) -> None:
-        constraint = self._ticket.rows[number].constraint
+        constraint = self._ticket.rows[number].params.constraint
         if isinstance(constraint, GrammarMatcher) and constraint.error:
             raise ApiError(400, f"the constraint is too much work to follow: {constraint.error[:200]}")
 
@@ -158,21 +158,22 @@ class CompletionTask:
         asked = request.max_tokens
         room = max(min(self._wire.default_tokens, seq_len - len(prompt)), 1) if asked is None else max(asked, 1)
         seed = secrets.randbits(32) if request.seed is None else request.seed % 2**32
-        wishes: dict[str, Any] = dict(
+        params = RequestParams(
+            make_options(request),
             max_tokens=room,
             stop_tokens=[trained.tokenizer.end_of_text, *self._wire.stop_tokens],
             seed=seed,
             logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
-            n_top=request.logprobs or 0,
+            top_logprobs=request.logprobs or 0,
             score_prompt=bool(request.echo) and request.logprobs is not None,
-            name=f"prompt {j + 1}" if n_prompts > 1 else "the prompt",
         )
-        options = make_options(request)
+        name = f"prompt {j + 1}" if n_prompts > 1 else "the prompt"
         try:
-            return [
-                engine.make_row(prompt, options, sample=i, constraint=grammar and grammar.fork(), **wishes)
+            samples = [
+                dataclasses.replace(params, sample=i, constraint=grammar and grammar.fork())
                 for i in range(self._drawn)
             ]
+            return [engine.make_request(prompt, each, name=name) for each in samples]
         except PromptError as error:
             param = "logit_bias" if str(error).startswith("logit_bias") else self._wire.prompt_field
             code = "context_length_exceeded" if "seq_len" in str(error) else None

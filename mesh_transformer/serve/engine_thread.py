@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 from mesh_transformer.host_memory import trim_memory
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine, ChunkSizer
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+from mesh_transformer.sample.engine.generation import ChunkSizer
 from mesh_transformer.sample.engine.requests import Event, Request
 from mesh_transformer.sample.engine.warmup import warm_up
 from mesh_transformer.serve.protocol import ApiError
@@ -165,7 +166,7 @@ class EngineThread:
             self._turns.append((time.monotonic(), len(events)))
             while self._turns[0][0] < time.monotonic() - WINDOW:
                 self._turns.popleft()
-            self.seated, self.queued = len(self.engine.seated), len(self.engine.queued)
+            self.seated, self.queued = len(self.engine.active), len(self.engine.queued)
             if events:
                 self._call(self._deliver, events)
 

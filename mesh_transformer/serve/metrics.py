@@ -26,7 +26,7 @@ class ServerMetrics:
             "first_token_seconds", "From a completion's start to its first token", buckets=SECONDS, **make
         )
         self.seconds = Histogram("completion_seconds", "From a completion's start to its end", buckets=SECONDS, **make)
-        prefixes = worker.engine.prefixes
+        prefixes = worker.engine.prefix_cache
         for name, text, read in (
             ("slots", "Samples that can be decoded at once", lambda: worker.engine.slots),
             ("slots_used", "Samples being decoded", lambda: worker.seated),

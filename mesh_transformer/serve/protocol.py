@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mesh_transformer.sample.engine.programs import MAX_TOP_LOGPROBS
+from mesh_transformer.sample.engine.requests import MAX_TOP_LOGPROBS
 
 MAX_SAMPLES = 128  # of one prompt
 MAX_STOPS = 16

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mesh_transformer.cli import DONE
 from mesh_transformer.config import ConfigError
 from mesh_transformer.data.chat_template import ChatTemplate
+from mesh_transformer.sample.engine.decoder_only import require_decoder_only
 from mesh_transformer.sample.loading import LoadedModel, read_meta
 from mesh_transformer.serve.app import make_app
 from mesh_transformer.serve.completions import Service
@@ -42,7 +43,8 @@ def serve(trained: LoadedModel, *, name: str, host: str, port: int, token: str |
             "model.n_encoder_layers: the server continues texts with a decoder alone; use device_sample.py"
         )
     limits = trained.config.serve
-    worker = EngineThread(trained.engine, capacity=limits.slots + limits.max_queue, warmup_tokens=limits.warmup_tokens)
+    engine = require_decoder_only(trained.engine, "serving")
+    worker = EngineThread(engine, capacity=limits.slots + limits.max_queue, warmup_tokens=limits.warmup_tokens)
     measures = ServerMetrics(worker)
     longest = max(len(trained.tokenizer.decode_bytes([i])) for i in range(trained.tokenizer.n_vocab))
     grammars = GrammarCompiler(trained.tokenizer, trained.config.model.n_vocab)

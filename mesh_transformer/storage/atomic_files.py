@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Small files that are there whole or not at all, and logs that outlive a full disk."""
+"""Atomic replacement of small files, and line logs that survive a full disk."""
 
 import os
 import shutil
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` durably under a temporary name, then give it this one; OSError leaves what was there before.
+    """Replace a file atomically and durably; on OSError the previous content is unchanged.
 
-    The temporary name is always the same: one process at a time may write a file, and what a killed one left is
-    written over by the next.
+    The temporary name is fixed, so only one process at a time may write a file; a file left by a killed process is
+    overwritten.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -27,7 +27,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def link_file(path: Path, new_path: Path) -> None:
-    """Have a file under one more name, which must be free: a link, or a copy where the file system has none."""
+    """Hard-link a file to a path that does not exist, or copy it if the file system does not support links."""
     try:
         os.link(path, new_path)
     except OSError:
@@ -35,29 +35,31 @@ def link_file(path: Path, new_path: Path) -> None:
 
 
 class LineFile:
-    """Appends lines to a file. What a full disk does not take waits in memory: a log must not end what it tells of."""
+    """A log file of lines; lines that do not fit on a full disk are buffered in memory, so that logging never fails."""
 
     def __init__(self, path: Path):
-        """Go on behind the last whole line; what a crash cut short is removed."""
-        self.path, self._unwritten = path, b""
+        """Open a file for appending; an incomplete last line, left by a crash, is removed."""
+        self.path = path
+        self._unwritten = b""
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
             self._file.truncate(data.rfind(b"\n") + 1)
 
     def write(self, line: bytes, *, sync: bool = False) -> None:
-        """Append a line, and what waits, with `sync` durably. Says on stderr when lines begin to wait, and stop."""
-        was_behind, self._unwritten = bool(self._unwritten), self._unwritten + line + b"\n"
+        """Append a line, durably if `sync`. Prints to stderr when buffering starts and when it ends."""
+        was_buffering = bool(self._unwritten)
+        self._unwritten += line + b"\n"
         failure = self.flush(sync=sync)
-        if bool(failure) != was_behind:
-            text = f"{failure.strerror}; lines wait in memory until they fit" if failure else "has all its lines again"
+        if bool(failure) != was_buffering:
+            text = f"{failure.strerror}; buffering lines in memory" if failure else "all buffered lines are written"
             print(f"{self.path}: {text}", file=sys.stderr, flush=True)
 
     def flush(self, *, sync: bool) -> OSError | None:
-        """Write what waits, as far as the disk takes it; what stopped it."""
+        """Write buffered lines as far as the disk allows; return the error that prevented the rest."""
         try:
             while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]  # it may take a part
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]  # writes may be partial
             if sync:
                 os.fsync(self._file.fileno())
         except OSError as error:
@@ -65,7 +67,7 @@ class LineFile:
         return None
 
     def close(self) -> None:
-        """Write what waits; OSError with what is lost if that cannot be done."""
+        """Write buffered lines and close; raise OSError with the number of lost bytes if they cannot be written."""
         failure = self.flush(sync=True)
         self._file.close()
         if failure:

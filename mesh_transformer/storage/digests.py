@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a file or an object must be: its size and its xxh3-128."""
+"""Size and xxh3-128 digest of files and objects."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ from mesh_transformer.storage.paths import AnyPath, read_blocks
 
 
 class FileRecord(NamedTuple):
-    """What a file must be."""
+    """Size and digest of a file."""
 
     size: int  # bytes
     digest: str  # xxh3-128, 32 hexadecimal digits
 
 
 def digest_file(path: AnyPath, size: int | None = None) -> FileRecord:
-    """Size and digest of a file; of an object, `size` is the part from its beginning that is read, if it is known."""
+    """Return the record of a file; of an object only the first `size` bytes are read, if given."""
     digest, found = xxhash.xxh3_128(), 0
     for block in read_blocks(path, size):
         digest.update(block)
@@ -26,5 +26,5 @@ def digest_file(path: AnyPath, size: int | None = None) -> FileRecord:
 
 
 def digest_bytes(data: bytes) -> FileRecord:
-    """The same of what is in memory."""
+    """Return the record of a file with this content."""
     return FileRecord(len(data), xxhash.xxh3_128_hexdigest(data))

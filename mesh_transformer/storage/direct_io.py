@@ -1,13 +1,12 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Large files written past the kernel's page cache.
+"""Large files written with O_DIRECT, past the kernel's page cache.
 
-A page that is made, filled and written back costs the kernel several times what it costs to hand bytes to the disk, and
-pages that nobody reads again push out others. Where a file system has no such writes, or for what is no whole block of
-it, the usual ones do.
+Allocating, filling and writing back a page costs the kernel several times the cost of passing the bytes to the disk, and
+pages that are not read again evict others. Normal writes are used if the file system does not support O_DIRECT, and for
+the parts at either end that do not fill a block.
 """
 
-import io
 import mmap
 import os
 import threading
@@ -16,73 +15,64 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 4096  # a multiple of any disk's; offsets, sizes and addresses must be multiples of it
-STAGING_BYTES = 1 << 20  # handed over at once; it stays in a core's cache
-MIN_DIRECT_BYTES = 1 << 16  # below this the page cache is as good
+from mesh_transformer.storage.positioned_file import PositionedFile
 
-_stages = threading.local()
+BLOCK = 4096  # a multiple of any disk's block; offsets, sizes and addresses of direct writes must be multiples of it
+STAGING_BYTES = 1 << 20  # bytes per direct write; the staging buffer fits in a core's cache
+MIN_DIRECT_BYTES = 1 << 16  # smaller writes are as fast through the page cache
+
+_staging = threading.local()
 
 
-class DirectFile(io.RawIOBase):
-    """A file to write in; several threads may use `write_at` together. What was written is durable after `sync`."""
+class DirectFile(PositionedFile):
+    """A file to write; several threads may call `write_at` concurrently. Written data is durable after `sync`."""
 
     def __init__(self, path: Path, *, truncate: bool = True):
-        """It is made if it is not there, and emptied if it is, unless it is to stay as it was."""
+        """Open a file, creating it if it does not exist."""
         super().__init__()
-        self._at = 0
         self._plain = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if truncate else 0), 0o666)
         try:
             self._direct = os.open(path, os.O_RDWR | os.O_DIRECT) if hasattr(os, "O_DIRECT") else None
-        except OSError:  # the file system cannot
+        except OSError:  # not supported by the file system
             self._direct = None
 
+    @property
+    def size(self) -> int:
+        return os.fstat(self._plain).st_size
+
     def writable(self) -> bool:
-        """It is."""
         return True
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def tell(self) -> int:
-        """Where `write` goes on."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Set where `write` goes on."""
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: os.fstat(self._plain).st_size}[whence]
-        self._at = start + offset
-        return self._at
 
     def write(self, data: Any, /) -> int:
-        """All of it."""
-        size = self.write_at(data, self._at)
-        self._at += size
+        size = self.write_at(data, self.position)
+        self.position += size
         return size
 
     def write_at(self, data: Any, offset: int) -> int:
-        """All of it, at `offset`."""
-        view, direct = memoryview(data).cast("B"), self._direct
+        """Write all of `data` at `offset`; return its size in bytes."""
+        view = memoryview(data).cast("B")
+        direct = self._direct
         if direct is None or len(view) < MIN_DIRECT_BYTES + BLOCK:
             _write_all(self._plain, view, offset)
             return len(view)
         first = -offset % BLOCK
         last = first + (len(view) - first) // BLOCK * BLOCK
-        values, stage = np.frombuffer(view, np.uint8), _find_stage()
+        values = np.frombuffer(view, np.uint8)
+        staging = _staging_buffer()
         _write_all(self._plain, view[:first], offset)
         for start in range(first, last, STAGING_BYTES):
-            part = stage[: min(STAGING_BYTES, last - start)]
+            part = staging[: min(STAGING_BYTES, last - start)]
             np.copyto(part, values[start : start + len(part)])
-            _write_all(direct, part.data, offset + start, or_else=self._plain)
+            _write_all(direct, part.data, offset + start, fallback=self._plain)
         _write_all(self._plain, view[last:], offset + last)
         return len(view)
 
     def sync(self) -> None:
-        """Make all that was written durable."""
+        """Make everything written so far durable."""
         os.fsync(self._plain)
 
     def close(self) -> None:
-        """Without a sync."""
+        """Close without syncing."""
         if not self.closed:
             os.close(self._plain)
             if self._direct is not None:
@@ -90,17 +80,18 @@ class DirectFile(io.RawIOBase):
         super().close()
 
 
-def _find_stage() -> np.ndarray:
-    """This thread's memory to write from, which begins with a page."""
-    if not hasattr(_stages, "values"):
-        _stages.values = np.frombuffer(mmap.mmap(-1, STAGING_BYTES), np.uint8)
-    return _stages.values
+def _staging_buffer() -> np.ndarray:
+    """Return this thread's page-aligned staging buffer."""
+    if not hasattr(_staging, "values"):
+        _staging.values = np.frombuffer(mmap.mmap(-1, STAGING_BYTES), np.uint8)
+    return _staging.values
 
 
-def _write_all(descriptor: int, data: memoryview, offset: int, or_else: int | None = None) -> None:
-    """`or_else` takes over where a write ended inside a block."""
+def _write_all(descriptor: int, data: memoryview, offset: int, fallback: int | None = None) -> None:
+    """Write `data` at `offset`; after a write that ended inside a block, continue with the descriptor `fallback`."""
     while data:
         count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
-        if count % BLOCK and or_else is not None:
-            descriptor = or_else
+        data = data[count:]
+        offset += count
+        if count % BLOCK and fallback is not None:
+            descriptor = fallback

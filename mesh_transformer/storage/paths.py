@@ -1,18 +1,23 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Where a checkpoint or a model folder lies: a path of this machine, or s3://bucket/path, or gs://bucket/path.
+"""Local paths and object-store URLs (s3://bucket/path, gs://bucket/path) behind one interface for reading.
 
-A local place is a pathlib.Path. A remote one is a RemotePath, which has as much of Path's vocabulary as reading needs,
-so that whoever only reads does not ask which it is. What it takes to reach a store is taken from where the stores' own
-programs take it: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL (a store that speaks
-S3's language elsewhere); GOOGLE_APPLICATION_CREDENTIALS (and, for another server that speaks
-its language, both STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL). Small objects and byte ranges are read through fsspec (the
-extra `remote`), arrays through TensorStore; both try again a few times, with growing pauses, before an error is one.
+A local path is a pathlib.Path. A URL is a RemotePath, which has the methods of Path that reading needs, so that readers
+do not distinguish local and remote paths. Credentials and endpoints come from the standard environment variables:
+
+    s3    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION;
+          AWS_ENDPOINT_URL for another store with an S3 interface
+    gs    GOOGLE_APPLICATION_CREDENTIALS;
+          STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL together, for another server with this interface
+
+Small objects and byte ranges are read through fsspec (the extra `remote`), arrays through TensorStore. Both retry a few
+times with growing pauses before they raise an error.
 """
 
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import errno
 import functools
 import io
@@ -22,7 +27,8 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
@@ -30,37 +36,47 @@ import numpy as np
 import tensorstore as ts
 
 from mesh_transformer.storage.errors import CheckpointError, StorageError, explain_error, one_line
+from mesh_transformer.storage.positioned_file import PositionedFile
 
-SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # and the package that fsspec needs for each
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # URL scheme -> the package that fsspec needs for it
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
-ATTEMPTS = 5  # of a request, before its error is one
-BODY_ATTEMPTS = 3  # of a request whose answer broke off
-FIRST_PAUSE = "200ms"  # TensorStore's before it asks again; later ones are longer
-BLOCK_BYTES = 1 << 22  # of a file, read at once where all of it is read
-OBJECT_BLOCK_BYTES = 1 << 24  # and of an object
-PAGE_BYTES = 1 << 16  # of an object that is opened as a file: at most this is fetched at once
-CACHED_PAGES = 8  # of one such object, kept
-# Which of these change decides whom we talk to, and as whom.
-ENVIRONMENT_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION",
-             "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "GOOGLE_APPLICATION_CREDENTIALS",
-             "STORAGE_EMULATOR_HOST")  # fmt: skip
+ATTEMPTS = 5  # per request
+BODY_ATTEMPTS = 3  # per request whose response body was interrupted
+FIRST_PAUSE = "200ms"  # TensorStore's pause before the first retry; later pauses are longer
+BLOCK_BYTES = 1 << 22  # per read of a whole local file
+OBJECT_BLOCK_BYTES = 1 << 24  # per read of a whole object
+PAGE_BYTES = 1 << 16  # per read of an object that is opened as a file
+CACHED_PAGES = 8  # of an object that is opened as a file
+# Variables that select the server and the credentials; a change of one opens a new connection.
+ENVIRONMENT_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "STORAGE_EMULATOR_HOST",
+)
 
 
 class ObjectStat(NamedTuple):
-    """What is known of an object without reading it."""
+    """Metadata of an object, named as in os.stat_result."""
 
     st_size: int  # bytes
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class RemotePath:
-    """An object of an object store, or a folder: all objects whose names begin with its own and a slash.
+    """An object of an object store, or a folder: all objects whose names begin with its name and a slash.
 
-    Errors of the network and the store are StorageError, in one line with the URL and the remedy.
+    Network and store errors are raised as StorageError, one line with the URL, the cause and the remedy.
     """
 
     scheme: str
-    parts: tuple[str, ...]  # the bucket, then the key's
+    parts: tuple[str, ...]  # the bucket, then the parts of the key
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.full_name}"
@@ -70,41 +86,35 @@ class RemotePath:
 
     @property
     def full_name(self) -> str:
-        """With the bucket, as fsspec wants it."""
+        """Return bucket and key, as fsspec expects them."""
         return "/".join(self.parts)
 
     @property
     def name(self) -> str:
-        """The last part."""
         return self.parts[-1]
 
     @property
     def parent(self) -> Self:
-        """The folder that this is in; of a bucket itself."""
+        """Return the containing folder; the parent of a bucket is the bucket itself."""
         return type(self)(self.scheme, self.parts[:-1] or self.parts)
 
     def with_name(self, name: str) -> Self:
-        """What is called `name` in the same folder."""
         return self.parent / name
 
     def relative_to(self, folder: "RemotePath") -> PurePosixPath:
-        """Its name from there."""
         return PurePosixPath(self.full_name).relative_to(folder.full_name)
 
     def absolute(self) -> Self:
-        """Itself, as everything here is."""
         return self
 
     def resolve(self) -> Self:
-        """Itself: there are no links."""
         return self
 
     def is_dir(self) -> bool:
-        """Whether there is an object in it."""
+        """Return whether any object is in this folder."""
         return any(True for _ in self.iterdir())
 
     def is_file(self) -> bool:
-        """Whether it is an object."""
         try:
             self.stat()
         except FileNotFoundError:
@@ -112,11 +122,10 @@ class RemotePath:
         return True
 
     def exists(self) -> bool:
-        """Whether it is an object or a folder."""
         return self.is_file() or self.is_dir()
 
     def iterdir(self) -> Iterator[Self]:
-        """The objects and folders right in it, by name; none if there is no such folder."""
+        """Yield the objects and folders directly in this folder, sorted by name; none if it does not exist."""
         try:
             with self.filesystem() as files:
                 found = files.ls(self.full_name, detail=True)
@@ -126,11 +135,22 @@ class RemotePath:
         return iter([type(self)(self.scheme, tuple(name.split("/"))) for name in sorted(names)])
 
     def glob(self, pattern: str) -> Iterator[Self]:
-        """What is right in it and matches."""
+        """Yield the objects and folders directly in this folder whose names match."""
         return (path for path in self.iterdir() if PurePosixPath(path.name).match(pattern))
 
+    def list_files(self) -> dict[str, tuple[int, float]]:
+        """Return {name relative to this folder: (size in bytes, modification time)} of every object below it."""
+        with self.filesystem() as files:
+            found = files.find(self.full_name, detail=True)
+        start = len(self.full_name) + 1
+        return {
+            name[start:]: (entry["size"], _modification_time(entry))
+            for name, entry in found.items()
+            if name[start:] and entry["type"] == "file"
+        }
+
     def stat(self) -> ObjectStat:
-        """The object's size; FileNotFoundError if it is none."""
+        """Return the size of the object; raise FileNotFoundError if it does not exist."""
         with self.filesystem() as files:
             found = files.info(self.full_name)
         if found["type"] != "file":
@@ -138,30 +158,29 @@ class RemotePath:
         return ObjectStat(found["size"])
 
     def read_bytes(self) -> bytes:
-        """All of it."""
         return self.read_range(None, None)
 
     def read_range(self, start: int | None, stop: int | None) -> bytes:
-        """Some bytes of it; FileNotFoundError if it is not there."""
+        """Return bytes [start, stop) of the object; raise FileNotFoundError if it does not exist."""
         if start is not None and start == stop:
             return b""
         with self.filesystem() as files:
             return files.cat_file(self.full_name, start=start, end=stop)
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
-        """As a file to read and seek in."""
+        """Return a seekable file that reads the object in pages."""
         if mode != "rb":
-            raise ValueError(f"{self}: opened with mode {mode!r}, where only 'rb' can be")
+            raise ValueError(f"{self}: mode is {mode!r}; remote files can only be opened with 'rb'")
         return io.BufferedReader(_PagedReader(self), PAGE_BYTES)
 
     @contextlib.contextmanager
     def filesystem(self) -> Iterator[Any]:
-        """fsspec's view of the store; its errors become StorageError, but what is not there stays FileNotFoundError."""
+        """Yield the fsspec file system; its errors become StorageError, except FileNotFoundError for a missing object."""
         try:
             yield _filesystem(self.scheme, tuple(os.environ.get(name) for name in ENVIRONMENT_VARIABLES))
         except CheckpointError:
             raise
-        except Exception as error:  # whatever kind the libraries below have for it
+        except Exception as error:  # each library below raises types of its own
             reason = explain_error(self, error)
             if reason is None and isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(errno.ENOENT, "no such object", str(self)) from error
@@ -174,33 +193,35 @@ AnyPath = Path | RemotePath
 
 
 def parse_path(path: str | AnyPath) -> AnyPath:
-    """The place that a user's word means; CheckpointError if it is a URL of a kind that is not known."""
+    """Return the local path or RemotePath that a string means; raise CheckpointError for an unsupported URL."""
     match = URL.fullmatch(path) if isinstance(path, str) else None
     if match:
         parts = [part for part in match[2].split("/") if part]
         if match[1] not in SCHEMES or not parts:
-            kinds = ", ".join(f"{scheme}://bucket/path" for scheme in SCHEMES)
-            raise CheckpointError(f"{path}: not a place that is known: {kinds}, or a path of this machine")
+            urls = ", ".join(f"{scheme}://bucket/path" for scheme in SCHEMES)
+            raise CheckpointError(f"{path}: unsupported URL; use {urls} or a local path")
         if {".", ".."} & set(parts):
-            raise CheckpointError(f"{path}: a URL has no . and .. in it")
+            raise CheckpointError(f"{path}: the URL contains . or ..; write the full path")
         return RemotePath(match[1], tuple(parts))
     if not isinstance(path, RemotePath) and Path(path).parts[:1] in {(f"{scheme}:",) for scheme in SCHEMES}:
-        raise CheckpointError(f"{path}: a URL that has become a path of this machine; only checkpoints can be remote")
+        raise CheckpointError(
+            f"{path}: a URL was converted to a local path; this setting must be a local path, or pass the URL as a string"
+        )
     return path if isinstance(path, RemotePath) else Path(path)
 
 
 def read_small(path: AnyPath, max_bytes: int) -> bytes:
-    """All of a plain file or an object of which no more than `most` bytes are expected."""
+    """Return the content of an object or of a local file; raise CheckpointError for a link or a local file above `max_bytes`."""
     if isinstance(path, RemotePath):
         return path.read_bytes()
     status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
-        raise CheckpointError(f"{path}: a link, not a plain file, or larger than {max_bytes} bytes")
+        raise CheckpointError(f"{path}: a link, not a regular file, or larger than {max_bytes} bytes")
     return path.read_bytes()
 
 
 def read_blocks(path: AnyPath, size: int | None = None) -> Iterator[bytes | memoryview]:
-    """A file a block at a time, each valid until the next; of an object the first `size` bytes (default: all)."""
+    """Yield a file block by block, each valid until the next; of an object only the first `size` bytes, if given."""
     if isinstance(path, RemotePath):
         size = path.stat().st_size if size is None else size
         for start in range(0, size, OBJECT_BLOCK_BYTES):
@@ -213,7 +234,7 @@ def read_blocks(path: AnyPath, size: int | None = None) -> Iterator[bytes | memo
 
 
 def map_bytes(path: AnyPath, start: int, stop: int) -> np.ndarray:
-    """Bytes of a file, mapped, or a range of an object, of which the last ones are kept; ValueError if it is shorter."""
+    """Return bytes [start, stop): memory-mapped of a file, read of an object; raise ValueError if it is shorter."""
     if isinstance(path, RemotePath):
         raw = np.frombuffer(_read_cached(path, start, stop), np.uint8)
         found = start + len(raw)
@@ -221,30 +242,33 @@ def map_bytes(path: AnyPath, start: int, stop: int) -> np.ndarray:
         found = path.stat().st_size
         raw = np.memmap(path, np.uint8, "r", start, (stop - start,)) if found >= stop else np.zeros(0, np.uint8)
     if found < stop:
-        raise ValueError(f"{path}: cut short: {found:,} bytes, an array ends at {stop:,}")
+        raise ValueError(_truncated(path, found, stop))
     return raw
 
 
 def read_into(path: Path, start: int, values: np.ndarray) -> None:
-    """Fill an array in C order from a file of this machine; ValueError if that is shorter."""
+    """Fill an array in C order from a local file at byte `start`; raise ValueError if the file is too short."""
     target = values.reshape(-1).view(np.uint8).data
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while target and (count := file.readinto(target)):
             target = target[count:]
     if target:
-        found = path.stat().st_size
-        raise ValueError(f"{path}: cut short: {found:,} bytes, an array ends at {start + values.nbytes:,}")
+        raise ValueError(_truncated(path, path.stat().st_size, start + values.nbytes))
+
+
+def _truncated(path: AnyPath, found: int, stop: int) -> str:
+    return f"{path}: truncated: the file has {found:,} bytes, but an array in it ends at byte {stop:,}; copy it again"
 
 
 @functools.lru_cache(2)
 def _read_cached(path: RemotePath, start: int, stop: int) -> bytes:
-    """An array that is wanted column by column comes as the same rows again and again."""
+    """Cached because reading an array column by column requests the same byte range repeatedly."""
     return path.read_range(start, stop)
 
 
 def local_copy(folder: AnyPath, names: tuple[str, ...]) -> Path:
-    """A folder of this machine with the small files `names` of `folder`: itself, or a copy that goes when we exit."""
+    """Return a local folder with the small files `names` of `folder`: itself, or a copy that is deleted at exit."""
     if isinstance(folder, Path):
         return folder
     copy = Path(tempfile.mkdtemp(prefix="mesh-transformer-"))
@@ -256,29 +280,29 @@ def local_copy(folder: AnyPath, names: tuple[str, ...]) -> Path:
 
 
 def kvstore_spec(folder: RemotePath) -> dict[str, Any]:
-    """Where TensorStore finds the objects of `folder`."""
+    """Return the TensorStore specification of the key-value store that holds the objects of `folder`."""
     bucket, *key = folder.parts
     spec: dict[str, Any] = {"bucket": bucket, "path": "".join(f"{part}/" for part in key)}
     if folder.scheme == "gs":
         return {"driver": "gcs", **spec}
-    return {"driver": "s3", **spec, **{key: value for key, value in _find_s3().items() if value}}
+    return {"driver": "s3", **spec, **{key: value for key, value in _s3_options().items() if value}}
 
 
 def kvstore_context() -> ts.Context:
-    """How patiently, and as whom; the same object for the same answer, so that connections are shared."""
+    """Return TensorStore's retry and credential options; equal options share one context and its connections."""
     return _make_context("AWS_ACCESS_KEY_ID" in os.environ)
 
 
 @functools.cache
 def _make_context(has_keys: bool) -> ts.Context:
     retries = {"max_retries": max(ATTEMPTS - 1, 1), "initial_delay": FIRST_PAUSE, "max_delay": "8s"}
-    # The default looks for keys in files too, and complains on stderr where there are none.
+    # The default also looks for keys in files, and prints a warning if there are none.
     credentials = {"aws_credentials": {"type": "environment"}} if has_keys else {}
     return ts.Context({"s3_request_retries": retries, "gcs_request_retries": retries, **credentials})
 
 
-def _find_s3() -> dict[str, str | None]:
-    """Endpoint and region by TensorStore's names; it asks the bucket for its region if that is neither given nor needed."""
+def _s3_options() -> dict[str, str | None]:
+    """Return endpoint and region by TensorStore's names; without a region it asks the bucket for its own."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     return {"endpoint": endpoint, "aws_region": region or ("us-east-1" if endpoint else None)}
@@ -286,18 +310,18 @@ def _find_s3() -> dict[str, str | None]:
 
 @functools.cache
 def _filesystem(scheme: str, _environment: tuple[str | None, ...]) -> Any:
-    """fsspec's for one scheme, made once for an environment; it may be used from all threads."""
+    """Return the fsspec file system of a scheme, cached per environment; all threads may use it."""
     try:
         import fsspec
 
         if scheme == "gs":
-            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what we say in a line
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints tracebacks of errors that are reported here
             return fsspec.filesystem("gs", use_listings_cache=False, skip_instance_cache=True)
         import s3fs.core
 
-        s3fs.core.set_custom_error_handler(lambda error: "(429)" in str(error))  # too many requests: known by code only
-        found = _find_s3()
-        client = {"endpoint_url": found["endpoint"], "region_name": found["aws_region"]}
+        s3fs.core.set_custom_error_handler(lambda error: "(429)" in str(error))  # s3fs does not retry status 429 itself
+        options = _s3_options()
+        client = {"endpoint_url": options["endpoint"], "region_name": options["aws_region"]}
         files = fsspec.filesystem(
             "s3",
             use_listings_cache=False,
@@ -310,36 +334,37 @@ def _filesystem(scheme: str, _environment: tuple[str | None, ...]) -> Any:
         return files
     except ImportError as error:
         raise StorageError(
-            f"{scheme}:// needs the package {SCHEMES[scheme]}: pip install 'mesh-transformer[remote]' ({error})"
+            f"{scheme}:// URLs need the package {SCHEMES[scheme]}: pip install 'mesh-transformer[remote]' ({error})"
         ) from error
 
 
-class _PagedReader(io.RawIOBase):
-    """An object as a file, of which a few pages are kept: an archive is read at its end, then here and there."""
+def _modification_time(entry: Mapping[str, Any]) -> float:
+    """Return seconds since 1970 by the store's clock, or the current time if the store does not report one."""
+    when = entry.get("LastModified") or entry.get("mtime")
+    return when.timestamp() if isinstance(when, datetime.datetime) else time.time()
+
+
+class _PagedReader(PositionedFile):
+    """An object as a file; a few pages are cached, because archives are read at the end first and then in several places."""
 
     def __init__(self, path: RemotePath):
         super().__init__()
-        self._path, self._size, self._at = path, path.stat().st_size, 0
+        self._path = path
+        self._size = path.stat().st_size
         self._read_page = functools.lru_cache(CACHED_PAGES)(self._fetch)
+
+    @property
+    def size(self) -> int:
+        return self._size
 
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
     def readinto(self, buffer: Any) -> int:
-        page, start = divmod(self._at, PAGE_BYTES)
-        data = self._read_page(page)[start : start + len(buffer)] if self._at < self._size else b""
+        page, start = divmod(self.position, PAGE_BYTES)
+        data = self._read_page(page)[start : start + len(buffer)] if self.position < self._size else b""
         buffer[: len(data)] = data
-        self._at += len(data)
+        self.position += len(data)
         return len(data)
 
     def _fetch(self, page: int) -> bytes:

@@ -36,10 +36,10 @@ def init_noise_scale() -> NoiseScaleState:
 
 def update_noise_scale(
     state: NoiseScaleState,
-    small_sq_norm: ArrayLike,
-    big_sq_norm: ArrayLike,
-    small_batch: int,
-    big_batch: int,
+    micro_sq_norm: ArrayLike,
+    full_sq_norm: ArrayLike,
+    micro_batch_size: int,
+    full_batch_size: int,
     *,
     decay: float = 0.99,
 ) -> NoiseScaleState:
@@ -50,14 +50,14 @@ def update_noise_scale(
     and `big_batch` are their sequences. A step where either norm is not finite leaves the averages alone. Raises
     ConfigError if the two batches are the same: with one batch size there is nothing to compare.
     """
-    if not 0 < small_batch < big_batch:
+    if not 0 < micro_batch_size < full_batch_size:
         raise ConfigError(
-            f"train.log_grad_noise_scale compares microbatches with the batch, but here they have {small_batch} and {big_batch} "
+            f"train.log_grad_noise_scale compares microbatches with the batch, but here they have {micro_batch_size} and {full_batch_size} "
             "sequences; set train.grad_accum_steps to 2 or more, or train.log_grad_noise_scale = false"
         )
-    small, big = jnp.asarray(small_sq_norm, jnp.float32), jnp.asarray(big_sq_norm, jnp.float32)
-    gradient = (big_batch * big - small_batch * small) / (big_batch - small_batch)
-    noise = (small - big) / (1.0 / small_batch - 1.0 / big_batch)
+    small, big = jnp.asarray(micro_sq_norm, jnp.float32), jnp.asarray(full_sq_norm, jnp.float32)
+    gradient = (full_batch_size * big - micro_batch_size * small) / (full_batch_size - micro_batch_size)
+    noise = (small - big) / (1.0 / micro_batch_size - 1.0 / full_batch_size)
     usable = jnp.isfinite(gradient) & jnp.isfinite(noise)
     averages = NoiseScaleState(
         decay * state.gradient + (1.0 - decay) * gradient,

@@ -25,8 +25,8 @@ from mesh_transformer.train.schedule import make_schedule
 
 Axes = Mapping[str, Mapping[str, tuple[str, ...]]]  # {module: {name: logical axes}}, as the parameters are nested
 
-COPIES = (STACK, "expert")  # axes along which lie independent matrices
-TABLES = ("vocab", "position", "buckets", "router")  # axes of embeddings, output layer and routers: a row per choice
+STACK_AXES = (STACK, "expert")  # axes along which lie independent matrices
+EMBEDDING_AXES = ("vocab", "position", "buckets", "router")  # axes of embeddings, output layer and routers: a row per choice
 MUON_RMS = 0.2  # of an update's elements, about what AdamW's have: Liu et al. 2025 (arXiv 2502.16982), section 2.2
 # Quintic iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): steep at 0, ends in about [0.7, 1.2]
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -75,7 +75,7 @@ def _make_scaling(config: OptimizerConfig, axes: Axes) -> optax.GradientTransfor
         case "lion":
             return optax.scale_by_lion(b1=beta1, b2=beta2, mu_dtype=dtype)
         case "muon":
-            inner = map_axes(lambda a: is_matrix(a) and not set(a) & set(TABLES), axes)
+            inner = map_axes(lambda a: is_matrix(a) and not set(a) & set(EMBEDDING_AXES), axes)
             outer = jax.tree.map(lambda is_inner: not is_inner, inner)
             muon = scale_by_muon(axes, momentum=beta1, dtype=dtype)
             return optax.chain(optax.masked(muon, inner), optax.masked(adam, outer))
@@ -85,7 +85,7 @@ def _make_scaling(config: OptimizerConfig, axes: Axes) -> optax.GradientTransfor
 
 def is_matrix(axes: tuple[str, ...]) -> bool:
     """Whether an array with these logical axes is a matrix on one side of the residual stream, or a stack of them."""
-    return "embed" in axes and any(axis != "embed" and axis not in COPIES for axis in axes)
+    return "embed" in axes and any(axis != "embed" and axis not in STACK_AXES for axis in axes)
 
 
 def map_axes(function: Callable[[tuple[str, ...]], Any], axes: Axes) -> dict[str, dict[str, Any]]:
@@ -159,7 +159,7 @@ def scale_by_factored_moment(axes: Axes, *, decay: float, eps: float) -> optax.G
             scaled = g * jax.lax.rsqrt(rows / jnp.mean(rows, axis=others, keepdims=True)) * jax.lax.rsqrt(columns)
         else:
             scaled = g * jax.lax.rsqrt(second)
-        layer = tuple(i for i, axis in enumerate(own) if axis not in COPIES)
+        layer = tuple(i for i, axis in enumerate(own) if axis not in STACK_AXES)
         rms = jnp.sqrt(jnp.mean(jnp.square(scaled), axis=layer, keepdims=True))
         return scaled / jnp.maximum(rms, 1.0)
 
@@ -212,7 +212,7 @@ def scale_by_muon(axes: Axes, *, momentum: float, dtype: Any) -> optax.GradientT
 def _orthogonalize_array(x: Array, axes: tuple[str, ...]) -> Array:
     """`x` with every layer's matrix made orthogonal and scaled to elements of root mean square 0.2."""
     embed, others = _dims(axes)
-    stack = tuple(i for i, axis in enumerate(axes) if axis in COPIES)
+    stack = tuple(i for i, axis in enumerate(axes) if axis in STACK_AXES)
     order = (*stack, embed, *others)
     moved = x.transpose(order)
     columns = math.prod(x.shape[i] for i in others)
@@ -266,7 +266,7 @@ def _keeps(field: str, axis: str) -> bool:
         case "over_embed":
             return axis != "embed"
         case "over_others":
-            return axis == "embed" or axis in COPIES
+            return axis == "embed" or axis in STACK_AXES
         case _:
             return field == ""
 
@@ -284,4 +284,4 @@ def _array_axes(path: Any, axes: Axes) -> tuple[str, ...]:
 def _dims(axes: tuple[str, ...]) -> tuple[int, tuple[int, ...]]:
     """Place of "embed" (-1 if there is none), and places of the axes it is set against."""
     embed = axes.index("embed") if "embed" in axes else -1
-    return embed, tuple(i for i, axis in enumerate(axes) if axis != "embed" and axis not in COPIES)
+    return embed, tuple(i for i, axis in enumerate(axes) if axis != "embed" and axis not in STACK_AXES)

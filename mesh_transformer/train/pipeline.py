@@ -1,21 +1,21 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Layers as stages that microbatches follow one another through: GPipe, and one forward one backward (1F1B).
+"""Pipeline parallelism over stages of layers: GPipe, and one forward, one backward (1F1B).
 
-P stages lie along the mesh axis `pipeline`, and M microbatches (train.grad_accum_steps) pass through them in ticks. The
-stages are one vmapped function whose mapped axis is cut over `pipeline`, so tensor, context and fsdp work inside them as
-everywhere, and rings too. After a tick every activation moves to the next stage: 1 / (batch and stream pieces) of
-B T D elements for each device, one collective permute.
+P stages are sharded over the mesh axis `pipeline`, and M microbatches (train.grad_accum_steps) pass through them in
+ticks. The stages are one vmapped function whose mapped axis is sharded over `pipeline`, so tensor, context and fsdp
+parallelism, and ring attention, work inside a stage as they do without a pipeline. After a tick every activation moves
+to the next stage: 1 / (shards of batch and activation_seq) of B T D elements per device, in one collective permute.
 
     tick of stage p     forward of microbatch m: m + p        backward of it: m + 2 (P - 1) - p
     1f1b                P - 1 ticks of forwards, M of a forward and a backward, P - 1 of backwards
     gpipe               M + P - 1 ticks of forwards, then as many of backwards, by automatic differentiation
 
-Both idle the same share of the time, (P - 1) / (M + P - 1). GPipe keeps what all M microbatches leave for the backward
-pass; 1F1B keeps only the inputs of 2 P - 1 at a stage and computes its layers again (once more than model.remat).
-Embedding and head belong to no stage: their tables are cut over `pipeline` as well, and all stages look up and score.
-What routers of experts did stays with their stage: sums over its microbatches, and the price of each is differentiated
-in that microbatch's own backward pass.
+Both have the same bubble, (P - 1) / (M + P - 1) of the time. GPipe saves the residuals of all M microbatches for the
+backward pass. 1F1B saves only the stage inputs of 2 P - 1 microbatches and recomputes the layers (once more than
+model.remat does). Embedding and head belong to no stage: their matrices are sharded over `pipeline` as well, and all
+stages embed and score. Router statistics stay on their stage and are summed over its microbatches; each router loss is
+differentiated in the backward pass of its own microbatch.
 """
 
 import dataclasses
@@ -31,275 +31,326 @@ from jaxtyping import Array, Float
 from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
-from mesh_transformer.model.moe.router import RoutingStats, empty_routing, router_losses
+from mesh_transformer.model.lm_head import head_matrix, lm_head
+from mesh_transformer.model.moe.router import RoutingStats, router_losses, zero_routing_stats
 from mesh_transformer.model.params import STACK, ParamInfo, Params
-from mesh_transformer.model.transformer import Transformer, describe_params, head_of
-from mesh_transformer.train.loss import TokenLosses, score_tokens
+from mesh_transformer.model.shapes import describe_params
+from mesh_transformer.model.transformer import Transformer
+from mesh_transformer.train.loss import TokenLosses, chunked_cross_entropy, loss_options
 
-STREAM = ("batch", "activation_seq", "activation_embed")
+ACTIVATION_AXES = ("batch", "activation_seq", "activation_embed")  # of [B, T, D]
 
 
-def bubble_share(config: Config) -> float:
-    """Share of the time that a stage waits for its first microbatch, or for the others to finish; 0 without a pipeline."""
+def bubble_fraction(config: Config) -> float:
+    """Return the fraction of the time that each stage idles; 0 without a pipeline."""
     stages = config.mesh.pipeline
     return (stages - 1) / (config.train.grad_accum_steps + stages - 1)
 
 
-class Parts(NamedTuple):
-    """The model cut where the pipeline needs it; all take parameters first and a dropout key (or None) second."""
+class Microbatches(NamedTuple):
+    """A batch split into microbatches, and the key of its dropout."""
 
-    embed: Callable[..., Array]  # (outer, key, tokens, positions) -> [B, T, D]
-    stage: Callable[..., tuple]  # ((own, shared), key, x, positions, segments) -> [B, T, D] and routing of its layers
-    finish: Callable[..., Array]  # (outer, key, x) -> [B, T, D], what the head scores
-    infos: dict[str, dict[str, ParamInfo]]
-    stages: int
-    unrouted: RoutingStats | None  # zeros of what the routers of all stages report, [P, L / P, ...]
-
-
-class Work(NamedTuple):
-    """A batch cut into microbatches, and the key of its dropout."""
-
-    batch: Batch  # [M, B, T], in ring order
-    isolated: bool
+    batch: Batch  # [M, B, T], in zigzag order
+    isolated: bool  # documents are isolated from each other
     key: Array | None
+    training: bool
+
+    @property
+    def count(self) -> int:
+        return self.batch.tokens.shape[0]
 
     def take(self, index: Array) -> Batch:
-        """Microbatch `index`, or one for each stage; the first or last where there is none of that number."""
+        """Return microbatch `index`, or one per stage; an index out of range is clipped."""
         return jax.tree.map(lambda x: x[jnp.clip(index, 0, x.shape[0] - 1)], self.batch)
 
-    def segments(self, part: Batch) -> Array | None:
-        """Segments of a microbatch where documents are kept apart."""
-        return part.segment_ids if self.isolated else None
+    def segment_ids(self, microbatch: Batch) -> Array | None:
+        """Return the segment ids of a microbatch if documents are isolated."""
+        return microbatch.segment_ids if self.isolated else None
 
-    def keys(self, index: Array, place: Any) -> Array | None:
-        """Dropout key of microbatch `index` (or of each) at a place: 0 is the embedding, p + 1 stage p."""
+    def keys(self, index: Array, position: Any) -> Array | None:
+        """Return the dropout key of microbatch `index` (or of each) in the embedding (position 0) or stage position - 1."""
         if (key := self.key) is None:
             return None
-        fold = lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j)  # noqa: E731
-        return jax.vmap(fold)(index, place) if index.ndim else fold(index, place)
+
+        def fold(index: Array, position: Any) -> Array:
+            return jax.random.fold_in(jax.random.fold_in(key, index), position)
+
+        return jax.vmap(fold)(index, position) if index.ndim else fold(index, position)
+
+    def is_active(self, index: Array) -> Array:
+        """Return whether each index is in range; other stages compute discarded values while the pipeline fills."""
+        return (index >= 0) & (index < self.count)
 
 
-def make_parts(config: Config) -> Parts:
-    """The functions of a run's model."""
-    model, stages = config.model, config.mesh.pipeline
-    short = dataclasses.replace(model, n_layers=model.n_layers // stages)
+class StageFns(NamedTuple):
+    """Parts of the model as pure functions; their first arguments are the parameters and a dropout key (or None)."""
 
-    def embed(tokens: Array, positions: Array) -> Array:
-        return Transformer(model).embed(tokens, positions)
-
-    def run_stage(x: Array, positions: Array, segments: Array | None) -> tuple[Array, RoutingStats | None]:
-        layers = Transformer(short)
-        x, _, routing = layers.run_layers(x, layers.see(positions, segments, None), None)
-        return x, routing
-
-    apply = hk.transform(run_stage).apply
-    return Parts(
-        embed=hk.transform(embed).apply,
-        stage=lambda params, *inputs: apply({**params[0], **params[1]}, *inputs),
-        finish=hk.transform(lambda x: Transformer(model).normalise(x)).apply,
-        infos=describe_params(model),
-        stages=stages,
-        unrouted=jax.tree.map(lambda x: jnp.zeros((stages, *x.shape)), empty_routing(short)),
-    )
+    embed: Callable[..., Array]  # (outer, key, tokens, positions) -> [B, T, D]
+    stage: Callable[..., tuple]  # ((stage, shared), key, x, positions, segment_ids) -> [B, T, D], routing of its layers
+    final_norm: Callable[..., Array]  # (outer, key, x) -> [B, T, D], the input of the head
+    infos: dict[str, dict[str, ParamInfo]]
+    n_stages: int
+    zero_routing: RoutingStats | None  # zeros of the router statistics of all stages, [P, L / P, ...]
 
 
-def split_params(params: Params, parts: Parts) -> tuple[Params, Params, Params]:
-    """(own, shared, outer): of each stage [P, L / P, ...], of all stages, and of embedding and head."""
-    own = {
-        module: {name: _constrain_own(x, parts, module, name) for name, x in arrays.items()}
-        for module, arrays in params.items()
-        if f"/{STACK}/" in module
-    }
-    shared = {module: arrays for module, arrays in params.items() if module.endswith("/relative_bias")}
-    return own, shared, {m: arrays for m, arrays in params.items() if m not in own and m not in shared}
+class SplitParams(NamedTuple):
+    """Parameters, or their gradients, by where they are used."""
+
+    stages: Params  # of the layers of each stage, [P, L / P, ...]
+    shared: Params  # used by all stages
+    outer: Params  # of embedding, final norm and head
 
 
-def _constrain_own(x: Array, parts: Parts, module: str, name: str) -> Array:
-    info = parts.infos[module][name]
-    return constrain(x.reshape(parts.stages, -1, *info.shape[1:]), "stage", "microbatch", *info.axes[1:])
+class Pipeline(NamedTuple):
+    """Everything that stays the same in all ticks."""
+
+    config: Config
+    fns: StageFns
+    microbatches: Microbatches
+    params: SplitParams
 
 
-def _join(own: Any) -> Any:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), own)
+class Carry(NamedTuple):
+    """Values that one tick of 1F1B passes to the next."""
 
-
-def _over_stages(function: Callable[..., Any], in_axes: tuple) -> Callable[..., Any]:
-    """Every stage at once, each where its layers are."""
-    return jax.vmap(function, in_axes=in_axes, spmd_axis_name="pipeline")
-
-
-def _pass_on(x: Float[Array, "P B T D"], by: int) -> Float[Array, "P B T D"]:
-    """What a stage has goes to the next (by = 1) or the one before (by = -1)."""
-    return constrain(jnp.roll(x, by, axis=0), "stage", *STREAM)
-
-
-def _at(x: Float[Array, "P B T D"], stage: int) -> Float[Array, "B T D"]:
-    """What one stage has, sent to all: added up, for all others add zeros."""
-    chosen = jnp.arange(x.shape[0])[:, None, None, None] == stage
-    return constrain(jnp.sum(jnp.where(chosen, x, 0), axis=0, dtype=x.dtype), *STREAM)
-
-
-def _put(x: Float[Array, "P B T D"], stage: int, value: Float[Array, "B T D"]) -> Float[Array, "P B T D"]:
-    """`x` with another value at one stage."""
-    chosen = jnp.arange(x.shape[0])[:, None, None, None] == stage
-    return constrain(jnp.where(chosen, value[None], x), "stage", *STREAM)
-
-
-def _due(index: Array, work: Work) -> Array:
-    """Whether there is a microbatch of each number: while a pipeline fills, stages compute for nothing."""
-    return (index >= 0) & (index < work.batch.tokens.shape[0])
-
-
-def _forward(
-    parts: Parts,
-    work: Work,
-    split: tuple[Params, Params, Params],
-    arriving: Array,
-    routing: RoutingStats | None,
-    tick: Array,
-) -> tuple[Array, Array, RoutingStats | None]:
-    """What the stages compute in a tick, from what they received; what they computed it from; and the routing, added up."""
-    own, shared, outer = split
-    first = work.take(tick)
-    x = parts.embed(outer, work.keys(tick, 0), first.tokens, first.positions)
-    arriving = _put(arriving, 0, x)
-    stage = jnp.arange(parts.stages)
-    index = tick - stage
-    part = work.take(index)
-    run = _over_stages(lambda own, *inputs: parts.stage((own, shared), *inputs), (0, 0, 0, 0, 0))
-    out, routed = run(own, work.keys(index, stage + 1), arriving, part.positions, work.segments(part))
-    due = _due(index, work)
-    count = lambda total, x: total + jnp.where(due.reshape(-1, *[1] * (x.ndim - 1)), x, 0)  # noqa: E731
-    return constrain(out, "stage", *STREAM), arriving, jax.tree.map(count, routing, routed)
-
-
-def _empty(config: Config, parts: Parts, work: Work) -> Array:
-    shape = (parts.stages, *work.batch.tokens.shape[1:], config.model.d_model)
-    return constrain(jnp.zeros(shape, config.model.dtype), "stage", *STREAM)
-
-
-def pipeline_hidden(config: Config, params: Params, work: Work) -> tuple[Float[Array, "M B T D"], RoutingStats | None]:
-    """What the head scores of every microbatch, and the routing summed over these; differentiable (GPipe)."""
-    parts = make_parts(config)
-    split, count = split_params(params, parts), work.batch.tokens.shape[0]
-
-    def tick(carry: tuple[Array, RoutingStats | None], index: Array) -> tuple[tuple[Array, RoutingStats | None], Array]:
-        out, _, routing = _forward(parts, work, split, *carry, index)
-        return (_pass_on(out, 1), routing), _at(out, parts.stages - 1)
-
-    ticks = jnp.arange(count + parts.stages - 1)
-    (_, routing), leaving = jax.lax.scan(tick, (_empty(config, parts, work), parts.unrouted), ticks)
-    finish = lambda x: parts.finish(split[2], None, x)  # noqa: E731
-    return jax.lax.map(finish, leaving[parts.stages - 1 :]), _join(routing)
-
-
-class Flow(NamedTuple):
-    """What a tick of 1F1B hands to the next."""
-
-    arriving: Float[Array, "P B T D"]  # outputs of the stages before
-    returning: Float[Array, "P B T D"]  # gradients of the stages after
-    kept: Float[Array, "R P B T D"]  # inputs of the last R = 2 P - 1 ticks' forwards
-    grads: tuple[Params, Params, Params]  # of own, shared, outer
+    incoming: Float[Array, "P B T D"]  # outputs of the previous stages
+    incoming_grads: Float[Array, "P B T D"]  # gradients from the next stages
+    inputs: Float[Array, "R P B T D"]  # ring buffer of the stage inputs of the last R = 2 P - 1 ticks
+    grads: SplitParams
     losses: TokenLosses
     routing: RoutingStats | None  # of all stages, [P, L / P, ...]
 
 
+def pipeline_hidden(
+    config: Config, params: Params, microbatches: Microbatches
+) -> tuple[Float[Array, "M B T D"], RoutingStats | None]:
+    """Return the head's inputs of all microbatches, and the summed routing; differentiable (GPipe)."""
+    pipeline = make_pipeline(config, params, microbatches)
+    n_stages = pipeline.fns.n_stages
+
+    def tick(carry: tuple[Array, RoutingStats | None], index: Array) -> tuple[tuple[Array, RoutingStats | None], Array]:
+        out, _, routing = _forward(pipeline, *carry, index)
+        return (_rotate(out, 1), routing), _select_stage(out, n_stages - 1)
+
+    def final_norm(x: Array) -> Array:
+        return pipeline.fns.final_norm(pipeline.params.outer, None, x)
+
+    ticks = jnp.arange(microbatches.count + n_stages - 1)
+    (_, routing), outputs = jax.lax.scan(tick, (_zero_activations(pipeline), pipeline.fns.zero_routing), ticks)
+    return jax.lax.map(final_norm, outputs[n_stages - 1 :]), _merge_stages(routing)
+
+
 def pipeline_gradients(
-    config: Config, params: Params, work: Work, tokens: Float[Array, ""]
+    config: Config, params: Params, microbatches: Microbatches, tokens: Float[Array, ""]
 ) -> tuple[Params, TokenLosses]:
-    """Gradients of the loss per token, and its sums, by 1F1B."""
-    parts = make_parts(config)
-    split, count = split_params(params, parts), work.batch.tokens.shape[0]
-    slots = 2 * parts.stages - 1
-    empty = _empty(config, parts, work)
-    kept = constrain(jnp.zeros((slots, *empty.shape), empty.dtype), "microbatch", "stage", *STREAM)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), split)
-    zeros = (split_params(_join(zeros[0]), parts)[0], *zeros[1:])
+    """Return the gradients of the loss per token, and the summed losses, by 1F1B."""
+    pipeline = make_pipeline(config, params, microbatches)
+    n_stages = pipeline.fns.n_stages
+    zero_x = _zero_activations(pipeline)
+    inputs = jnp.zeros((2 * n_stages - 1, *zero_x.shape), zero_x.dtype)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), pipeline.params)
+    zeros = zeros._replace(stages=split_params(_merge_stages(zeros.stages), pipeline.fns).stages)
     zero = jnp.zeros(())
-    flow = Flow(empty, empty, kept, zeros, TokenLosses(zero, zero, zero), parts.unrouted)
-    half = parts.stages - 1
-    phases = ((0, half, True, False), (half, half + count, True, True), (half + count, 2 * half + count, False, True))
+    carry = Carry(
+        incoming=zero_x,
+        incoming_grads=zero_x,
+        inputs=_constrain_inputs(inputs),
+        grads=zeros,
+        losses=TokenLosses(zero, zero, zero),
+        routing=pipeline.fns.zero_routing,
+    )
+    fill = n_stages - 1
+    count = microbatches.count
+    phases = ((0, fill, True, False), (fill, fill + count, True, True), (fill + count, 2 * fill + count, False, True))
     for first, end, forward, backward in phases:
-        tick = partial(_tick, config, parts, work, split, tokens, forward=forward, backward=backward)
-        flow, _ = jax.lax.scan(tick, flow, jnp.arange(first, end))
-    own, shared, outer = flow.grads
-    grads = {**_join(own), **shared, **outer}
-    return {module: grads[module] for module in params}, flow.losses._replace(routing=_join(flow.routing))
+        tick = partial(_tick, pipeline, tokens, forward=forward, backward=backward)
+        carry, _ = jax.lax.scan(tick, carry, jnp.arange(first, end))
+    grads = {**_merge_stages(carry.grads.stages), **carry.grads.shared, **carry.grads.outer}
+    losses = carry.losses._replace(routing=_merge_stages(carry.routing))
+    return {module: grads[module] for module in params}, losses
+
+
+def make_pipeline(config: Config, params: Params, microbatches: Microbatches) -> Pipeline:
+    """Return the pipeline of a step."""
+    fns = make_stage_fns(config, training=microbatches.training)
+    return Pipeline(config, fns, microbatches, split_params(params, fns))
+
+
+def make_stage_fns(config: Config, *, training: bool) -> StageFns:
+    """Return the functions of a run's model."""
+    model, n_stages = config.model, config.mesh.pipeline
+    stage_model = dataclasses.replace(model, n_layers=model.n_layers // n_stages)
+
+    def embed(tokens: Array, positions: Array) -> Array:
+        return Transformer(model).embed(tokens, positions)
+
+    def run_stage(x: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, RoutingStats | None]:
+        transformer = Transformer(stage_model)
+        context = transformer.attention_context(positions, segment_ids, None, training=training)
+        x, _, routing = transformer.run_layers(x, context, None)
+        return x, routing
+
+    apply = hk.transform(run_stage).apply
+    return StageFns(
+        embed=hk.transform(embed).apply,
+        stage=lambda params, *inputs: apply({**params[0], **params[1]}, *inputs),
+        final_norm=hk.transform(lambda x: Transformer(model).final_norm(x)).apply,
+        infos=describe_params(model),
+        n_stages=n_stages,
+        zero_routing=jax.tree.map(lambda x: jnp.zeros((n_stages, *x.shape)), zero_routing_stats(stage_model)),
+    )
+
+
+def split_params(params: Params, fns: StageFns) -> SplitParams:
+    """Split parameters into those of each stage, those that stages share, and those outside the stages."""
+    stages = {
+        module: {name: _split_stages(x, fns, module, name) for name, x in arrays.items()}
+        for module, arrays in params.items()
+        if f"/{STACK}/" in module
+    }
+    shared = {module: arrays for module, arrays in params.items() if module.endswith("/relative_bias")}
+    outer = {module: arrays for module, arrays in params.items() if module not in stages and module not in shared}
+    return SplitParams(stages, shared, outer)
+
+
+def _split_stages(x: Array, fns: StageFns, module: str, name: str) -> Array:
+    info = fns.infos[module][name]
+    return constrain(x.reshape(fns.n_stages, -1, *info.shape[1:]), "stage", "replicated", *info.axes[1:])
+
+
+def _merge_stages(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _vmap_stages(function: Callable[..., Any], in_axes: tuple) -> Callable[..., Any]:
+    """Map `function` over the stages, each on its own devices."""
+    return jax.vmap(function, in_axes=in_axes, spmd_axis_name="pipeline")
+
+
+def _rotate(x: Float[Array, "P B T D"], by: int) -> Float[Array, "P B T D"]:
+    """Send each stage's value to the next stage (by = 1) or the previous one (by = -1)."""
+    return constrain(jnp.roll(x, by, axis=0), "stage", *ACTIVATION_AXES)
+
+
+def _select_stage(x: Float[Array, "P B T D"], stage: int) -> Float[Array, "B T D"]:
+    """Return one stage's value on all stages, by a sum to which the other stages contribute zeros."""
+    is_selected = jnp.arange(x.shape[0])[:, None, None, None] == stage
+    return constrain(jnp.sum(jnp.where(is_selected, x, 0), axis=0, dtype=x.dtype), *ACTIVATION_AXES)
+
+
+def _set_stage(x: Float[Array, "P B T D"], stage: int, value: Float[Array, "B T D"]) -> Float[Array, "P B T D"]:
+    """Return `x` with `value` at one stage."""
+    is_selected = jnp.arange(x.shape[0])[:, None, None, None] == stage
+    return constrain(jnp.where(is_selected, value[None], x), "stage", *ACTIVATION_AXES)
+
+
+def _constrain_inputs(x: Float[Array, "R P B T D"]) -> Float[Array, "R P B T D"]:
+    return constrain(x, "replicated", "stage", *ACTIVATION_AXES)
+
+
+def _zero_activations(pipeline: Pipeline) -> Float[Array, "P B T D"]:
+    model = pipeline.config.model
+    shape = (pipeline.fns.n_stages, *pipeline.microbatches.batch.tokens.shape[1:], model.d_model)
+    return constrain(jnp.zeros(shape, model.dtype), "stage", *ACTIVATION_AXES)
+
+
+def _forward(
+    pipeline: Pipeline, incoming: Array, routing: RoutingStats | None, tick: Array
+) -> tuple[Array, Array, RoutingStats | None]:
+    """Run every stage for one tick. Return the stages' outputs, their inputs, and the routing summed so far."""
+    fns, microbatches, params = pipeline.fns, pipeline.microbatches, pipeline.params
+    first = microbatches.take(tick)
+    x = fns.embed(params.outer, microbatches.keys(tick, 0), first.tokens, first.positions)
+    inputs = _set_stage(incoming, 0, x)
+    stage = jnp.arange(fns.n_stages)
+    index = tick - stage
+    current = microbatches.take(index)
+    segment_ids = microbatches.segment_ids(current)
+    run = _vmap_stages(lambda stages, *args: fns.stage((stages, params.shared), *args), (0, 0, 0, 0, 0))
+    out, new_routing = run(params.stages, microbatches.keys(index, stage + 1), inputs, current.positions, segment_ids)
+    is_active = microbatches.is_active(index)
+
+    def add_active(total: Array, x: Array) -> Array:
+        return total + jnp.where(is_active.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+
+    return constrain(out, "stage", *ACTIVATION_AXES), inputs, jax.tree.map(add_active, routing, new_routing)
 
 
 def _tick(
-    config: Config,
-    parts: Parts,
-    work: Work,
-    split: tuple[Params, Params, Params],
-    tokens: Array,
-    flow: Flow,
-    tick: Array,
-    *,
-    forward: bool,
-    backward: bool,
-) -> tuple[Flow, None]:
-    """Every stage's forward, the loss of what leaves the last one, and every stage's backward."""
-    outer, last = split[2], parts.stages - 1
-    (d_own, d_shared, d_outer), add = flow.grads, partial(jax.tree.map, jnp.add)
+    pipeline: Pipeline, tokens: Array, carry: Carry, tick: Array, *, forward: bool, backward: bool
+) -> tuple[Carry, None]:
+    """Run the forward pass of every stage, the loss of the last stage's output, and every stage's backward pass."""
+    fns, microbatches, outer = pipeline.fns, pipeline.microbatches, pipeline.params.outer
+    last = fns.n_stages - 1
+    grads = carry.grads
+    add = partial(jax.tree.map, jnp.add)
     if forward:
-        out, taken, routing = _forward(parts, work, split, flow.arriving, flow.routing, tick)
-        kept = jax.lax.dynamic_update_index_in_dim(flow.kept, taken, tick % flow.kept.shape[0], 0)
-        kept = constrain(kept, "microbatch", "stage", *STREAM)
-        flow = flow._replace(arriving=_pass_on(out, 1), kept=kept, routing=routing)
+        out, new_inputs, routing = _forward(pipeline, carry.incoming, carry.routing, tick)
+        inputs = jax.lax.dynamic_update_index_in_dim(carry.inputs, new_inputs, tick % carry.inputs.shape[0], 0)
+        carry = carry._replace(incoming=_rotate(out, 1), inputs=_constrain_inputs(inputs), routing=routing)
         if backward:
-            part = work.take(tick - last)
-            score = partial(_score, config, parts, part, tokens)
-            (d_head, dy), sums = jax.grad(score, argnums=(0, 1), has_aux=True)(outer, _at(out, last))
-            d_outer = add(d_outer, d_head)
-            flow = flow._replace(returning=_put(flow.returning, last, dy), losses=add(flow.losses, sums))
+            loss_fn = partial(_microbatch_loss, pipeline, microbatches.take(tick - last), tokens)
+            (d_outer, dx), sums = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(outer, _select_stage(out, last))
+            grads = grads._replace(outer=add(grads.outer, d_outer))
+            incoming_grads = _set_stage(carry.incoming_grads, last, dx)
+            carry = carry._replace(incoming_grads=incoming_grads, losses=add(carry.losses, sums))
     if backward:
-        (own, shared, dx), first = _backward(config, parts, work, split, flow, tick), tick - 2 * last
-        part = work.take(first)
-        embed = lambda outer: parts.embed(outer, work.keys(first, 0), part.tokens, part.positions)  # noqa: E731
-        (d_table,) = jax.vjp(embed, outer)[1](_at(dx, 0))
-        flow = flow._replace(returning=_pass_on(dx, -1))
-        d_own, d_shared, d_outer = add(d_own, own), add(d_shared, shared), add(d_outer, d_table)
-    return flow._replace(grads=(d_own, d_shared, d_outer)), None
+        d_stages, d_shared, dx = _backward(pipeline, carry, tick)
+        first = tick - 2 * last
+        microbatch = microbatches.take(first)
+
+        def embed(outer: Params) -> Array:
+            return fns.embed(outer, microbatches.keys(first, 0), microbatch.tokens, microbatch.positions)
+
+        (d_outer,) = jax.vjp(embed, outer)[1](_select_stage(dx, 0))
+        carry = carry._replace(incoming_grads=_rotate(dx, -1))
+        grads = add(grads, SplitParams(d_stages, d_shared, d_outer))
+    return carry._replace(grads=grads), None
 
 
-def _score(
-    config: Config, parts: Parts, part: Batch, tokens: Array, outer: Params, x: Array
+def _microbatch_loss(
+    pipeline: Pipeline, microbatch: Batch, tokens: Array, outer: Params, x: Array
 ) -> tuple[Array, TokenLosses]:
-    """The loss per token that a microbatch adds, and its sums."""
-    head = head_of(outer, config.model)
-    x = parts.finish(outer, None, x)
-    scored: Any = score_tokens(
-        x, head.w, head.b, part.targets, part.mask, config.train.z_loss, config.train.loss_chunks
-    )
-    total, sums = scored
+    """Return a microbatch's contribution to the loss per token, and its summed losses."""
+    config = pipeline.config
+    head = lm_head(outer, config.model)
+    x = pipeline.fns.final_norm(outer, None, x)
+    w = head_matrix(head, config.model)
+    result: Any = chunked_cross_entropy(x, w, head.b, microbatch.targets, microbatch.mask, loss_options(config))
+    total, sums = result
     return total / tokens, sums
 
 
-def _backward(
-    config: Config, parts: Parts, work: Work, split: tuple[Params, Params, Params], flow: Flow, tick: Array
-) -> tuple:
-    """Gradients of every stage's layers, of what they share, and of their inputs, for the microbatch that is due there."""
-    (own, shared, _), count = split, work.batch.tokens.shape[0]
-    stage = jnp.arange(parts.stages)
-    index = tick - 2 * (parts.stages - 1) + stage
-    part = work.take(index)
-    due = _due(index, work)
-    gradient = jnp.where(due[:, None, None, None], flow.returning, 0)
-    slot = (index + stage) % flow.kept.shape[0]  # the tick of that microbatch's forward
+def _backward(pipeline: Pipeline, carry: Carry, tick: Array) -> tuple:
+    """Return the gradients of every stage's layers, of what stages share, and of the stage inputs, for one tick."""
+    fns, microbatches, params = pipeline.fns, pipeline.microbatches, pipeline.params
+    stage = jnp.arange(fns.n_stages)
+    index = tick - 2 * (fns.n_stages - 1) + stage
+    microbatch = microbatches.take(index)
+    is_active = microbatches.is_active(index)
+    d_out = jnp.where(is_active[:, None, None, None], carry.incoming_grads, 0)
+    slot = (index + stage) % carry.inputs.shape[0]  # the tick of that microbatch's forward pass
 
-    def back(
-        own: Params, kept: Array, slot: Array, key: Any, positions: Array, segments: Any, gradients: tuple[Array, Array]
+    def stage_vjp(
+        stages: Params, inputs: Array, slot: Array, key: Any, positions: Array, segment_ids: Any, cotangents: Any
     ) -> tuple:
-        def run(own: Params, shared: Params, x: Array) -> tuple[Array, Array]:
-            x, routing = parts.stage((own, shared), key, x, positions, segments)
-            return x, jnp.zeros(()) if routing is None else router_losses(config.model, routing) / count
+        def run(stages: Params, shared: Params, x: Array) -> tuple[Array, Array]:
+            x, routing = fns.stage((stages, shared), key, x, positions, segment_ids)
+            if routing is None:
+                return x, jnp.zeros(())
+            return x, router_losses(pipeline.config.model, routing) / microbatches.count
 
-        x = jax.lax.dynamic_index_in_dim(kept, slot, 0, keepdims=False)
-        return jax.vjp(run, own, shared, x)[1](gradients)
+        x = jax.lax.dynamic_index_in_dim(inputs, slot, 0, keepdims=False)
+        return jax.vjp(run, stages, params.shared, x)[1](cotangents)
 
-    gradients = (gradient, due.astype(jnp.float32))
-    d_own, d_shared, dx = _over_stages(back, (0, 1, 0, 0, 0, 0, 0))(
-        own, flow.kept, slot, work.keys(index, stage + 1), part.positions, work.segments(part), gradients
+    d_stages, d_shared, dx = _vmap_stages(stage_vjp, (0, 1, 0, 0, 0, 0, 0))(
+        params.stages,
+        carry.inputs,
+        slot,
+        microbatches.keys(index, stage + 1),
+        microbatch.positions,
+        microbatches.segment_ids(microbatch),
+        (d_out, is_active.astype(jnp.float32)),
     )
-    return d_own, jax.tree.map(lambda x: jnp.sum(x, axis=0), d_shared), constrain(dx, "stage", *STREAM)
+    d_shared = jax.tree.map(lambda x: jnp.sum(x, axis=0), d_shared)
+    return d_stages, d_shared, constrain(dx, "stage", *ACTIVATION_AXES)

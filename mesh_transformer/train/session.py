@@ -23,7 +23,7 @@ from mesh_transformer.reports.metrics_log import FILE, MetricsLog, read_metrics
 from mesh_transformer.storage.atomic_files import replace_file
 from mesh_transformer.storage.paths import AnyPath, RemotePath
 from mesh_transformer.train.loop import MeasureFn, Recorder, train
-from mesh_transformer.train.pipeline import bubble_share
+from mesh_transformer.train.pipeline import bubble_fraction
 from mesh_transformer.train.provenance import write_provenance
 from mesh_transformer.train.run import Run, open_run
 from mesh_transformer.train.run_folder import RunFolder
@@ -51,7 +51,7 @@ def train_config(
             run_on_all("put aside", lambda: _put_aside(folder.location, console), first_only=True)
         with stop.interruptible("the data was made"), data_progress(console) as report:
             data = open_data(config, on_progress=report)
-        run = open_run(config, data, layout, report=console.print, folder=folder)
+        run = open_run(config, data, layout, log=console.print, folder=folder)
         stop.raise_if_requested("the run was opened")
         first = run.step
         if speaks:
@@ -121,7 +121,7 @@ def _introduce(run: Run, data: Data, console: Console) -> None:
         "jax": f"{jax.__version__} on {jax.default_backend()}",
     }
     if config.mesh.pipeline > 1:
-        rows["pipeline"] = f"{config.mesh.pipeline_schedule}, {bubble_share(config):.0%} of the time idle"
+        rows["pipeline"] = f"{config.mesh.pipeline_schedule}, {bubble_fraction(config):.0%} of the time idle"
     print_rows(console, "", rows)
     for note in [*data.notes, *run.notes]:
         console.print(note, highlight=False, markup=False, soft_wrap=True)

@@ -13,7 +13,8 @@ from jaxtyping import PRNGKeyArray
 
 from mesh_transformer.config import Config
 from mesh_transformer.mesh import MeshLayout, format_sharding_table
-from mesh_transformer.model.transformer import describe_params, make_model
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.train.noise_scale import init_noise_scale
 from mesh_transformer.train.optimizer import make_optimizer, optimizer_state_axes
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One optimizer step: loss and gradients over microbatches, the guard, the update; and the step that only evaluates."""
+"""Training step: gradients over microbatches, skip guard, optimizer update. Evaluation step: losses only."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,14 +14,15 @@ from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
 from mesh_transformer.model.attention.ring import to_zigzag
-from mesh_transformer.model.moe.router import RoutingStats, empty_routing, router_losses
+from mesh_transformer.model.moe.router import RoutingStats, zero_routing_stats, router_losses
 from mesh_transformer.model.params import STACK, Params
-from mesh_transformer.model.transformer import Model, head_of, make_model
-from mesh_transformer.reports.metrics_log import representative_layers
+from mesh_transformer.model.transformer import Model, make_model
+from mesh_transformer.model.lm_head import head_matrix, lm_head
+from mesh_transformer.reports.metrics_table import representative_layers
 from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale
-from mesh_transformer.train.loss import TokenLosses, score_tokens
+from mesh_transformer.train.loss import TokenLosses, chunked_cross_entropy, loss_options
 from mesh_transformer.train.optimizer import global_norm
-from mesh_transformer.train.pipeline import Work, pipeline_gradients, pipeline_hidden
+from mesh_transformer.train.pipeline import Microbatches, pipeline_gradients, pipeline_hidden
 from mesh_transformer.train.schedule import make_schedule
 from mesh_transformer.train.state import GUARD_WINDOW, SkipGuard, TrainState, make_run_optimizer
 
@@ -29,208 +30,222 @@ Metrics = dict[str, Array]
 
 
 class Gradients(NamedTuple):
-    """What the backward pass over a batch leaves."""
+    """Result of the backward pass over a batch."""
 
     grads: Params  # of the mean loss over the batch, float32
     losses: TokenLosses
-    microbatch_sq_norm: Float[Array, ""]  # mean over microbatches of the squared norm of their own mean gradient
+    microbatch_sq_norm: Float[Array, ""]  # mean over microbatches of the squared norm of their mean gradient
 
 
 def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The pure function (state, batch) -> (state, metrics) that training runs and the planner compiles."""
+    """Return the pure function (state, batch) -> (state, metrics) that training runs and the planner compiles."""
     optimizer = make_run_optimizer(config)
     schedule = make_schedule(config.optimizer, config.train.steps)
-    gradients = make_gradients(config)
+    compute_gradients = make_gradients(config)
     train = config.train
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = dropout_key(config, state.step)
-        found = gradients(state.params, batch, key)
-        loss = found.losses.nats / found.losses.tokens
-        grad_norm = global_norm(found.grads)
-        ok = _accept(state.guard, loss, grad_norm, train.loss_spike_factor)
+        grads, losses, microbatch_sq_norm = compute_gradients(state.params, batch, key)
+        loss = losses.sum_loss / losses.tokens
+        grad_norm = global_norm(grads)
+        is_good = _is_good_step(state.guard, loss, grad_norm, train.loss_spike_factor)
 
-        updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         noise = state.noise
         if noise is not None:
-            small = batch.tokens.shape[0] // train.grad_accum_steps
+            batch_size = batch.tokens.shape[0]
             noise = update_noise_scale(
-                noise, found.microbatch_sq_norm, jnp.square(grad_norm), small, batch.tokens.shape[0]
+                noise,
+                microbatch_sq_norm,
+                jnp.square(grad_norm),
+                batch_size // train.grad_accum_steps,
+                batch_size,
             )
-        # Select, never multiply: 0 x NaN is NaN. A rejected step leaves every leaf as it was.
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old),
+        # Select instead of multiplying by 0 or 1: 0 x NaN is NaN. A skipped step leaves every leaf unchanged.
+        params, opt_state, noise = jax.tree.map(
+            lambda new, old: jnp.where(is_good, new, old),
             (params, opt_state, noise),
             (state.params, state.opt_state, state.noise),
         )
-        guard = _update_guard(state.guard, ok, loss, grad_norm)
+        guard = _update_guard(state.guard, is_good, loss, grad_norm)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
-            "log_z_square": found.losses.z_squares / found.losses.tokens,
+            "z_loss_raw": losses.sum_log_z_squared / losses.tokens,
             "skipped": guard.skipped,
-            "skipped_in_a_row": guard.in_a_row,
+            "consecutive_skips": guard.in_a_row,
         }
-        if found.losses.routing is not None:
-            metrics |= routing_stats(jax.tree.map(lambda x: x / train.grad_accum_steps, found.losses.routing))
-        if kept[2] is not None:
-            metrics["noise_scale"] = noise_scale(kept[2])
+        if losses.routing is not None:
+            metrics |= _routing_metrics(jax.tree.map(lambda x: x / train.grad_accum_steps, losses.routing))
+        if noise is not None:
+            metrics["noise_scale"] = noise_scale(noise)
         if train.log_layer_grad_norms:
-            metrics["layer_grad_norms"] = norms_by_layer(found.grads)
-        params, opt_state, noise = kept
+            metrics["layer_grad_norms"] = norms_by_layer(grads)
         return TrainState(state.step + 1, params, opt_state, guard, noise), metrics
 
     return train_step
 
 
 def dropout_key(config: Config, step: Int[Array, ""]) -> PRNGKeyArray | None:
-    """What dropout and routers of a step follow from; None without either."""
-    draws = config.model.dropout or config.model.experts
-    return jax.random.fold_in(jax.random.key(config.run.seed), step) if draws else None
+    """Return the random key of a step for dropout and router jitter; None for a model without either."""
+    is_random = config.model.dropout or config.model.experts
+    return jax.random.fold_in(jax.random.key(config.run.seed), step) if is_random else None
 
 
-def routing_stats(routing: RoutingStats) -> Metrics:
-    """What the metrics say of routers: means over the layers that have one, but for the worst of them."""
-    shares = routing.expert_load * routing.expert_load.shape[1]  # of an even load
+def _routing_metrics(routing: RoutingStats) -> Metrics:
+    """Return router metrics: means over the layers with experts, the maximum load, and the number of idle experts."""
+    load = routing.expert_load * routing.expert_load.shape[1]  # in multiples of a uniform load
     return {
-        "balance_loss": jnp.mean(routing.aux_loss),
+        "aux_loss": jnp.mean(routing.aux_loss),
         "router_z_loss": jnp.mean(routing.router_z),
         "router_entropy": jnp.mean(routing.entropy),
-        "dropped_share": jnp.mean(routing.dropped_fraction),
-        "expert_load": shares[jnp.array(representative_layers(shares.shape[0]))],
-        "largest_expert_load": jnp.max(shares),
-        "unused_experts": jnp.sum(routing.expert_load == 0),
+        "dropped_fraction": jnp.mean(routing.dropped_fraction),
+        "expert_load": load[jnp.array(representative_layers(load.shape[0]))],
+        "max_expert_load": jnp.max(load),
+        "idle_experts": jnp.sum(routing.expert_load == 0),
     }
 
 
 def make_eval_step(config: Config) -> Callable[[Params, Batch], TokenLosses]:
-    """The pure function (params, batch) -> summed losses, without dropout."""
+    """Return the pure function (params, batch) -> summed losses, without dropout."""
     model = make_model(config.model)
 
     def eval_step(params: Params, batch: Batch) -> TokenLosses:
-        return _score_batch(config, model, params, batch, None)[1]._replace(routing=None)
+        return _batch_loss(config, model, params, batch, None, training=False)[1]._replace(routing=None)
 
     return eval_step
 
 
 def model_inputs(config: Config, batch: Batch) -> dict[str, Any]:
-    """What a model reads beside tokens: an encoder's sources; positions and segments where documents are kept apart.
+    """Return the model's inputs besides tokens: encoder tokens; positions and segment ids if documents are isolated.
 
-    Elsewhere the model's own defaults cost nothing.
+    Without isolated documents the model uses its defaults, which need no memory.
     """
     if config.model.n_encoder_layers is not None:
-        return {"sources": batch.encoder_tokens}
-    return {"positions": batch.positions, "segments": batch.segment_ids} if config.data.isolate_documents else {}
+        return {"encoder_tokens": batch.encoder_tokens}
+    return {"positions": batch.positions, "segment_ids": batch.segment_ids} if config.data.isolate_documents else {}
 
 
-def _score_batch(
-    config: Config, model: Model, params: Params, batch: Batch, key: Array | None
+def _batch_loss(
+    config: Config, model: Model, params: Params, batch: Batch, key: Array | None, *, training: bool
 ) -> tuple[Array, TokenLosses]:
-    """The loss of the head, summed over a batch; and its parts, with what routers did, summed over microbatches."""
+    """Return the summed loss of a batch without router losses, and its parts; routing is summed over microbatches."""
     if config.mesh.pipeline > 1:
-        work = _make_work(config, batch, key)
-        (x, routing), targets, mask = pipeline_hidden(config, params, work), work.batch.targets, work.batch.mask
-        # Microbatches are interleaved rows of the batch, so that nothing moves; put back in the same way.
-        x, targets, mask = (y.swapaxes(0, 1).reshape(-1, *y.shape[2:]) for y in (x, targets, mask))
+        microbatches = _make_microbatches(config, batch, key, training=training)
+        hidden, routing = pipeline_hidden(config, params, microbatches)
+        # Microbatches are interleaved rows of the batch (`_split_batch`): undo this, without communication.
+        x, targets, mask = (
+            y.swapaxes(0, 1).reshape(-1, *y.shape[2:])
+            for y in (hidden, microbatches.batch.targets, microbatches.batch.mask)
+        )
     else:
-        x, routing = model.hidden(params, batch.tokens, dropout_key=key, **model_inputs(config, batch))
+        inputs = model_inputs(config, batch)
+        x, routing = model.hidden_states(params, batch.tokens, dropout_key=key, training=training, **inputs)
         targets, mask = to_zigzag(batch.targets), to_zigzag(batch.mask)
-    head = head_of(params, config.model)
-    scored: Any = score_tokens(x, head.w, head.b, targets, mask, config.train.z_loss, config.train.loss_chunks)
-    total, sums = scored
+    head = lm_head(params, config.model)
+    w = head_matrix(head, config.model)
+    result: Any = chunked_cross_entropy(x, w, head.b, targets, mask, loss_options(config))
+    total, sums = result
     return total, sums._replace(routing=routing)
 
 
-def _make_work(config: Config, batch: Batch, key: Array | None) -> Work:
-    parts = _cut(jax.tree.map(to_zigzag, batch), config.train.grad_accum_steps)
-    return Work(parts, config.data.isolate_documents, key)
+def _make_microbatches(config: Config, batch: Batch, key: Array | None, *, training: bool) -> Microbatches:
+    split = _split_batch(jax.tree.map(to_zigzag, batch), config.train.grad_accum_steps)
+    return Microbatches(split, config.data.isolate_documents, key, training)
 
 
 def make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gradients]:
-    """(parameters, batch, dropout key) -> gradients of the mean loss, accumulated in float32 over the microbatches."""
-    model, pieces = make_model(config.model), config.train.grad_accum_steps
+    """Return a function (params, batch, dropout key) -> gradients of the mean loss, accumulated in float32."""
+    model = make_model(config.model)
+    n_microbatches = config.train.grad_accum_steps
 
-    def loss_of(params: Params, part: Batch, key: Array | None, tokens: Array) -> tuple[Array, TokenLosses]:
-        total, sums = _score_batch(config, model, params, part, key)
+    def loss_fn(params: Params, microbatch: Batch, key: Array | None, tokens: Array) -> tuple[Array, TokenLosses]:
+        total, sums = _batch_loss(config, model, params, microbatch, key, training=True)
         if sums.routing is None:
             return total / tokens, sums
-        # Of means over a microbatch, which count alike: padding is routed like everything else.
-        return total / tokens + router_losses(config.model, sums.routing) / pieces, sums
+        # Router losses are means over a microbatch. All microbatches have equal weight because padding is routed too.
+        return total / tokens + router_losses(config.model, sums.routing) / n_microbatches, sums
 
     def gradients(params: Params, batch: Batch, key: Array | None) -> Gradients:
-        tokens = jnp.sum(batch.mask)  # of the whole batch, so that parts add up to its mean whatever their masks
+        tokens = jnp.sum(batch.mask)  # of the whole batch, so that microbatches sum to its mean whatever their masks
         if config.mesh.pipeline > 1 and config.mesh.pipeline_schedule == "1f1b":
-            grads, sums = pipeline_gradients(config, params, _make_work(config, batch, key), tokens)
+            grads, sums = pipeline_gradients(config, params, _make_microbatches(config, batch, key, training=True), tokens)
             return Gradients(grads, sums, jnp.zeros(()))
-        if pieces == 1 or config.mesh.pipeline > 1:
-            grads, sums = jax.grad(loss_of, has_aux=True)(params, batch, key, tokens)
+        if n_microbatches == 1 or config.mesh.pipeline > 1:
+            grads, sums = jax.grad(loss_fn, has_aux=True)(params, batch, key, tokens)
             return Gradients(grads, sums, jnp.zeros(()))
 
-        def accumulate(carry: Gradients, part: tuple[Array, Batch]) -> tuple[Gradients, None]:
-            index, microbatch = part
+        def accumulate(carry: Gradients, item: tuple[Array, Batch]) -> tuple[Gradients, None]:
+            index, microbatch = item
             micro_key = None if key is None else jax.random.fold_in(key, index)
-            grads, sums = jax.grad(loss_of, has_aux=True)(params, microbatch, micro_key, tokens)
-            own_mean = global_norm(grads) * tokens / jnp.sum(microbatch.mask)
+            grads, sums = jax.grad(loss_fn, has_aux=True)(params, microbatch, micro_key, tokens)
+            mean_norm = global_norm(grads) * tokens / jnp.sum(microbatch.mask)
             total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), (carry.grads, carry.losses), (grads, sums))
             grads, losses = total
-            return Gradients(grads, losses, carry.microbatch_sq_norm + jnp.square(own_mean) / pieces), None
+            return Gradients(grads, losses, carry.microbatch_sq_norm + jnp.square(mean_norm) / n_microbatches), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         zero = jnp.zeros(())
-        no_losses = TokenLosses(zero, zero, zero, empty_routing(config.model))
+        no_losses = TokenLosses(zero, zero, zero, zero_routing_stats(config.model))
         start = Gradients(zeros, no_losses, jnp.zeros(()))
-        return jax.lax.scan(accumulate, start, (jnp.arange(pieces), _cut(batch, pieces)))[0]
+        return jax.lax.scan(accumulate, start, (jnp.arange(n_microbatches), _split_batch(batch, n_microbatches)))[0]
 
     return gradients
 
 
-def _cut(batch: Batch, pieces: int) -> Batch:
-    """Microbatch i is rows i, i + pieces, ...: each device cuts its own rows, nothing moves."""
+def _split_batch(batch: Batch, n_microbatches: int) -> Batch:
+    """Split a batch into microbatches [M, B / M, ...]; row i goes to microbatch i mod M, so no row changes its device."""
 
-    def cut(x: Array) -> Array:
-        parts = x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(parts, "microbatch", "batch", *["sequence"] * (parts.ndim - 2))
+    def split(x: Array) -> Array:
+        microbatches = x.reshape(-1, n_microbatches, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(microbatches, "microbatch", "batch", *["sequence"] * (microbatches.ndim - 2))
 
-    return jax.tree.map(cut, batch)
+    return jax.tree.map(split, batch)
 
 
-def _accept(
+def _is_good_step(
     guard: SkipGuard, loss: Float[Array, ""], grad_norm: Float[Array, ""], loss_spike_factor: float
 ) -> Bool[Array, ""]:
-    """Finite, and no spike: below `loss_spike_factor` medians of the last WINDOW accepted steps, once there are so many."""
-    ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    """Return whether loss and gradient norm are finite and no spike.
+
+    A spike is above `loss_spike_factor` times the median of the last GUARD_WINDOW accepted steps; none is detected
+    before that many steps were accepted.
+    """
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if not loss_spike_factor:
-        return ok
-    calm = (loss <= loss_spike_factor * jnp.median(guard.losses)) & (
+        return is_finite
+    no_spike = (loss <= loss_spike_factor * jnp.median(guard.losses)) & (
         grad_norm <= loss_spike_factor * jnp.median(guard.grad_norms)
     )
-    return ok & (calm | (guard.accepted < GUARD_WINDOW))
+    return is_finite & (no_spike | (guard.accepted < GUARD_WINDOW))
 
 
-def _update_guard(guard: SkipGuard, ok: Bool[Array, ""], loss: Float[Array, ""], grad_norm: Float[Array, ""]) -> SkipGuard:
-    place = guard.accepted % GUARD_WINDOW
-    one = ok.astype(jnp.int32)
+def _update_guard(guard: SkipGuard, is_good: Bool[Array, ""], loss: Float[Array, ""], grad_norm: Float[Array, ""]) -> SkipGuard:
+    index = guard.accepted % GUARD_WINDOW
+    one = is_good.astype(jnp.int32)
     return SkipGuard(
         skipped=guard.skipped + 1 - one,
-        in_a_row=jnp.where(ok, 0, guard.in_a_row + 1),
+        in_a_row=jnp.where(is_good, 0, guard.in_a_row + 1),
         accepted=guard.accepted + one,
-        losses=guard.losses.at[place].set(jnp.where(ok, loss, guard.losses[place])),
-        grad_norms=guard.grad_norms.at[place].set(jnp.where(ok, grad_norm, guard.grad_norms[place])),
+        losses=guard.losses.at[index].set(jnp.where(is_good, loss, guard.losses[index])),
+        grad_norms=guard.grad_norms.at[index].set(jnp.where(is_good, grad_norm, guard.grad_norms[index])),
     )
 
 
 def norms_by_layer(grads: Params) -> Float[Array, "L"]:
-    """Norm of each layer of gradients, or of what has their structure, from the arrays stacked over the scan.
+    """Return the norm of each layer of the gradients (or parameters), from the arrays stacked over the layer scan.
 
-    Order within a period is the pattern's; an encoder's layers come first.
+    Layers within a period are in the order of the pattern; the encoder's layers come first.
     """
     stacks: dict[str, dict[str, Array]] = {}
     for module, arrays in grads.items():
         stack, _, inner = module.partition(f"/{STACK}/")
         if inner:
-            block, squares = inner.split("/")[0], stacks.setdefault(stack, {})
+            block = inner.split("/")[0]
+            squares = stacks.setdefault(stack, {})
             for grad in arrays.values():
                 square = jnp.sum(jnp.square(grad.astype(jnp.float32)), axis=tuple(range(1, grad.ndim)))
                 squares[block] = squares.get(block, 0.0) + square

@@ -18,7 +18,7 @@ MAX_COMPRESSED_BYTES = 64_000_000  # larger sets are not compressed for comparis
 FED_BYTES = 1_000_000  # between two looks at whether to stop
 
 
-class Score(NamedTuple):
+class ValidationScore(NamedTuple):
     """The result on one set."""
 
     loss: float  # nats per token
@@ -34,8 +34,8 @@ def evaluate(
     rows: Sequence[int] | None = None,
     max_batches: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    report: Callable[[int, int], None] = lambda done, total: None,
-) -> Score | None:
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ValidationScore | None:
     """Score the first `max_batches` batches (all by default); None if asked to stop before the end.
 
     Sums stay on the devices until the end. Bits per byte count every token, ends of text too, against the bytes of
@@ -52,12 +52,12 @@ def evaluate(
         sums.append(score_batch(batch))
         if index >= 2:
             jax.block_until_ready(sums[index - 2])  # stay at most two batches ahead
-        report(index + 1, total)
-    nats = math.fsum(float(part.nats) for part in sums)
+        on_progress(index + 1, total)
+    nats = math.fsum(float(part.sum_loss) for part in sums)
     tokens = math.fsum(float(part.tokens) for part in sums)
     n_bytes = validation.n_bytes * tokens / validation.n_tokens
     loss = nats / tokens
-    return Score(loss, math.exp(min(loss, 700.0)), nats / math.log(2) / n_bytes, int(tokens))
+    return ValidationScore(loss, math.exp(min(loss, 700.0)), nats / math.log(2) / n_bytes, int(tokens))
 
 
 def compressed_bits_per_byte(text: bytes, should_stop: Callable[[], bool] = lambda: False) -> dict[str, float]:

@@ -38,7 +38,8 @@ import numpy as np
 from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import MeshConfig
-from mesh_transformer.mesh import MeshLayout, keep_freed_memory, init_devices
+from mesh_transformer.host_memory import keep_freed_memory
+from mesh_transformer.mesh import MeshLayout, init_devices
 
 N_DEVICES = 8
 AXES = ("layers", "embed", "ff")
@@ -133,7 +134,7 @@ def save_ours_beside(folder: Path, arrays: Arrays) -> Row:
 
 
 def _save_ours(folder: Path, arrays: Arrays, *, asynchronous: bool) -> Row:
-    store = Store(folder / "ours", asynchronous=asynchronous)
+    store = Store(folder / "ours", async_save=asynchronous)
     axes = {name: AXES[: array.ndim] for name, array in arrays.items()}
 
     def save() -> None:

@@ -115,11 +115,11 @@ def prepare_texts(corpus: Path, sheet: dict[str, Any], component: str, folder: P
         return found
     # here, so that a run that goes on does without the libraries of a corpus
     from mesh_transformer.corpus.contamination import ContaminationIndex
-    from mesh_transformer.corpus.recipe import Decontaminate, EvaluationConfig, Recipe
+    from mesh_transformer.corpus.recipe import DecontaminateFilter, EvaluationConfig, Recipe
 
     recipe = check_table(Recipe, sheet["recipe"], where=str(corpus / "datasheet.json"))
     held_out = write_held_out(corpus, folder)
-    step = Decontaminate(kind="decontaminate", against=("held-out",), n_gram=OVERLAP)
+    step = DecontaminateFilter(kind="decontaminate", against=("held-out",), n_gram=OVERLAP)
     index = ContaminationIndex(step, {"held-out": EvaluationConfig(path=str(folder / "held-out"))})
     components = sheet["components"]
     sizes = {name: components[name]["effective_bytes"] for name in components}
@@ -176,7 +176,7 @@ def built_documents(corpus: Path, shares: dict[str, float]) -> Iterator[Source]:
 
 def raw_documents(recipe: Any, share: float) -> Iterator[Source]:
     """Documents of the sources for training before any step: of files that a hash picks all, of large ones a share."""
-    from mesh_transformer.corpus.sources import Reading, find_parts, read_part
+    from mesh_transformer.corpus.sources import ReadStats, find_parts, read_part
     from mesh_transformer.corpus.stage_filter import split_of
 
     for part in find_parts(recipe)[0]:
@@ -184,7 +184,7 @@ def raw_documents(recipe: Any, share: float) -> Iterator[Source]:
             is_large = file.size > LARGE
             if not is_large and not is_drawn(f"file:{file.path}", share):
                 continue
-            for document in read_part(part._replace(files=(file,)), recipe, Reading()):
+            for document in read_part(part._replace(files=(file,)), recipe, ReadStats()):
                 if split_of(document.name, recipe) == "train":
                     yield share if is_large else 1.0, Passage(part.component, document.name, document.text)
 

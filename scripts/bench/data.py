@@ -41,7 +41,7 @@ from mesh_transformer.corpus.filters import FILTERS, make_filters
 from mesh_transformer.corpus.parts import PartWriter, read_documents
 from mesh_transformer.corpus.quality import sample_texts, train_classifier
 from mesh_transformer.corpus.recipe import Recipe, load_recipe
-from mesh_transformer.corpus.sources import Reading, find_parts, read_part
+from mesh_transformer.corpus.sources import ReadStats, find_parts, read_part
 from mesh_transformer.corpus.stage_dedup import BoundedSignature, hash_line, hash_text, minhash_config
 from mesh_transformer.corpus.stages import Executor
 from mesh_transformer.corpus.word_tokenizer import WORDS
@@ -96,7 +96,7 @@ class Bench:
         """Name and text of a component's documents; too long ones are left out."""
         for part in self.parts:
             if part.component == component:
-                for document in read_part(part, self.recipe, Reading()):
+                for document in read_part(part, self.recipe, ReadStats()):
                     if len(document.text) < LONGEST:
                         yield document.name, document.text
 

@@ -29,7 +29,8 @@ from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.mesh import init_devices
 from mesh_transformer.reports.console import Progress
 from mesh_transformer.reports.metrics_log import MetricsLog
-from mesh_transformer.train.loop import Recorder, train_steps
+from mesh_transformer.train.loop import train_steps
+from mesh_transformer.train.recorder import Recorder
 from mesh_transformer.train.run import Run, open_run
 
 

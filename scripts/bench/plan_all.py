@@ -27,10 +27,10 @@ from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import load_config
 from mesh_transformer.plan.compile_jobs import CompileError, compile_job
 from mesh_transformer.plan.estimate import estimate_training
-from mesh_transformer.plan.fit import Verdict, judge
-from mesh_transformer.plan.job import Job
+from mesh_transformer.plan.fit import Plan, make_plan
+from mesh_transformer.plan.job import CompileJob
 from mesh_transformer.plan.report import describe_mesh
-from mesh_transformer.plan.suggestions import Remedy, change_config, find_remedy
+from mesh_transformer.plan.suggestions import Suggestion, change_config, suggest_change
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "# python device_plan.py "
@@ -41,10 +41,10 @@ class Row(NamedTuple):
     """One plan: as the file asks for it, and with the smallest change that fits where it does not."""
 
     command: str
-    job: Job
-    verdict: Verdict
-    remedy: Remedy | None
-    fixed: Verdict | None
+    job: CompileJob
+    verdict: Plan
+    remedy: Suggestion | None
+    fixed: Plan | None
 
 
 def find_commands(path: Path) -> Iterator[str]:
@@ -54,22 +54,22 @@ def find_commands(path: Path) -> Iterator[str]:
             yield line.removeprefix("# python ")
 
 
-def make_job(command: str) -> Job:
+def make_job(command: str) -> CompileJob:
     """The job of a command line of device_plan.py."""
     words = shlex.split(command)
     sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-    return Job(config=load_config(ROOT / words[1], sets), topology=words[words.index("--topology") + 1])
+    return CompileJob(config=load_config(ROOT / words[1], sets), topology=words[words.index("--topology") + 1])
 
 
 def plan_row(command: str, cache: Path) -> Row:
     """Compile one plan, and changes to it until one fits."""
     job, compile_one = make_job(command), functools.partial(compile_job, cache=cache)
-    verdict = judge(job.config, compile_one(job))
+    verdict = make_plan(job.config, compile_one(job))
     remedy = fixed = None
     if verdict.memory.fits is False:
-        remedy = find_remedy(job, verdict.measured, compile_one, report=lambda line: print(f"    {line}", flush=True))
+        remedy = suggest_change(job, verdict.stats, compile_one, log=lambda line: print(f"    {line}", flush=True))
         if remedy:
-            fixed = judge(change_config(job.config, remedy.change.overrides), remedy.measured)
+            fixed = make_plan(change_config(job.config, remedy.change.overrides), remedy.stats)
     return Row(command, job, verdict, remedy, fixed)
 
 
@@ -89,14 +89,14 @@ def format_rows(rows: list[Row]) -> str:
     for row in rows:
         lines.append(_format_row(row, row.verdict, ""))
         if row.fixed and row.remedy:
-            lines.append(_format_row(row, row.fixed, row.remedy.change.words))
+            lines.append(_format_row(row, row.fixed, row.remedy.change.description))
     lines += ["", "The commands:", "", "```", *(f"python {row.command}" for row in rows), "```", ""]
     lines += _format_errors(rows)
     return "\n".join(lines) + "\n"
 
 
-def _format_row(row: Row, verdict: Verdict, change: str) -> str:
-    measured, memory, roofline, cost = verdict.measured, verdict.memory, verdict.roofline, verdict.cost
+def _format_row(row: Row, verdict: Plan, change: str) -> str:
+    measured, memory, roofline, cost = verdict.stats, verdict.memory, verdict.roofline, verdict.cost
     name = Path(shlex.split(row.command)[1]).stem + (f", with {change}" if change else "")
     cells = [
         name,
@@ -107,10 +107,10 @@ def _format_row(row: Row, verdict: Verdict, change: str) -> str:
     ]
     if roofline is None or cost is None:
         return "| " + " | ".join([*cells, "-", "-", "-", "-", "-", f"{verdict.checkpoint_bytes / 1e9:,.0f}"]) + " |"
-    slow = roofline.longest / roofline.shortest
+    slow = roofline.upper_bound / roofline.lower_bound
     cells += [
-        f"{roofline.shortest:.3g} - {roofline.longest:.3g}",
-        f"{verdict.mfu_unhidden:.0%} - {verdict.mfu:.0%}",
+        f"{roofline.lower_bound:.3g} - {roofline.upper_bound:.3g}",
+        f"{verdict.mfu_no_overlap:.0%} - {verdict.mfu:.0%}",
         roofline.bound,
         f"{cost.tokens / cost.days / slow:.2g} - {cost.tokens / cost.days:.2g}",
         f"{cost.days:,.3g} - {cost.days * slow:,.3g}",
@@ -135,7 +135,7 @@ def _format_errors(rows: list[Row]) -> list[str]:
             guess, peak = estimate_training(job.config, job.topology).peak_bytes, verdict.memory.peak
             ratios.append(guess / peak)
             name = Path(shlex.split(row.command)[1]).stem
-            refused = " (refused)" if verdict.measured.refused else ""
+            refused = " (refused)" if verdict.stats.compiler_error else ""
             lines.append(
                 f"| {name} | {job.topology} | {guess / GIB:.2f} | {peak / GIB:.2f}{refused} | {guess / peak:.2f} |"
             )
@@ -144,10 +144,10 @@ def _format_errors(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _compiled_pairs(row: Row) -> Iterator[tuple[Job, Verdict]]:
+def _compiled_pairs(row: Row) -> Iterator[tuple[CompileJob, Plan]]:
     yield row.job, row.verdict
     if row.fixed:
-        yield Job(config=row.fixed.config, topology=row.job.topology), row.fixed
+        yield CompileJob(config=row.fixed.config, topology=row.job.topology), row.fixed
 
 
 def main(arguments: list[str]) -> int:
@@ -173,7 +173,7 @@ def main(arguments: list[str]) -> int:
             continue
         rows.append(row)
         shown = row.fixed or row.verdict
-        words = f", with {row.remedy.change.words}" if row.remedy else ""
+        words = f", with {row.remedy.change.description}" if row.remedy else ""
         fits = f"fits{words}" if shown.memory.fits else "does not fit, whatever was tried"
         print(f"    {shown.memory.peak / GIB:.2f} GiB, {fits}, {time.monotonic() - start:.0f} s", flush=True)
         options.output.write_text(format_rows(rows), encoding="utf-8")

@@ -28,6 +28,8 @@ import jax
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import SampleConfig
 from mesh_transformer.data.dataset import open_data
+from mesh_transformer.sample.engine.decoder_only import require_decoder_only
+from mesh_transformer.sample.engine.requests import RequestParams
 from mesh_transformer.sample.loading import LoadedModel, load_model
 
 KINDS = (
@@ -77,10 +79,11 @@ def find_windows(trained: LoadedModel, text: Path | None, count: int) -> list[li
 
 def measure(trained: LoadedModel, windows: list[list[int]], max_tokens: int) -> dict[str, Any]:
     """Perplexity of the windows' tokens, bytes of the weights and of a token in the cache, tokens per second of one row."""
-    engine, greedy, scores = trained.engine, SampleConfig(temperature=0.0), []
+    engine = require_decoder_only(trained.engine, "this benchmark")
+    greedy, scores = SampleConfig(temperature=0.0), []
     for first in range(0, len(windows), ROWS):
         for window in windows[first : first + ROWS]:
-            engine.submit(engine.make_row(window, greedy, max_tokens=1, score_prompt=True))
+            engine.submit(engine.make_request(window, RequestParams(greedy, max_tokens=1, score_prompt=True)))
         while not engine.idle:
             for event in engine.step():
                 scores += [score.logprob for score in event.prompt_scores or ()]

@@ -30,7 +30,10 @@ from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ModelConfig, SampleConfig
 from mesh_transformer.config.presets import PRESETS
 from mesh_transformer.model.transformer import make_model
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine, ChunkSizer
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+from mesh_transformer.sample.engine.engine import EngineOptions
+from mesh_transformer.sample.engine.generation import ChunkSizer
+from mesh_transformer.sample.engine.requests import RequestParams
 from mesh_transformer.serve.engine_thread import PAUSE
 
 TORCH = "transformers"
@@ -63,10 +66,12 @@ def main(arguments: list[str]) -> int:
         f"ours, {weights}": DecoderOnlyEngine(
             config,
             params,
-            weights=weights,
-            cache=options.cache,
-            slots=max(options.concurrent or options.batch),
-            prefix_bytes=0,
+            EngineOptions(
+                weight_dtype=weights,
+                kv_cache_dtype=options.cache,
+                slots=max(options.concurrent or options.batch),
+                prefix_cache_bytes=0,
+            ),
         )
         for weights in options.weights
     }
@@ -140,7 +145,7 @@ def _answer(engine: DecoderOnlyEngine, tokens: np.ndarray, max_tokens: int) -> d
     """
 
     def submit(prompt: np.ndarray) -> int:
-        row = engine.make_row(prompt.tolist(), SampleConfig(temperature=0.0), max_tokens=max_tokens)
+        row = engine.make_request(prompt.tolist(), RequestParams(SampleConfig(temperature=0.0), max_tokens=max_tokens))
         return engine.submit(row).id
 
     def run(prompts: np.ndarray, late: np.ndarray | None = None) -> tuple[list[float], float, float]:

@@ -116,7 +116,7 @@ def find_fault(store: Store, older: int, newer: int, path: Path) -> str:
     if not any(str(path) in problem for problem in store.verify(newer)):
         return f"verify names {store.verify(newer)}"
     said: list[str] = []
-    if store.newest_intact(said.append) != older:
+    if store.latest_valid(said.append) != older:
         return "newest_intact is not the older step"
     if not any(str(path) in text for text in said):
         return f"what is said names another file: {said}"

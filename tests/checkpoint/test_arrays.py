@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from mesh_transformer.checkpoint.arrays import _places, copy_to_host, place_copies
+from mesh_transformer.checkpoint.arrays import _local_slices, copy_to_host, put_copies
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.checkpoint.store import Store
 
@@ -65,8 +65,8 @@ def test_each_slice_belongs_to_one_device(arrays, values):
 
 def test_replicas_are_read_once(shardings):
     places = shardings(2, 2, 2)
-    assert {len(group) for group in _places(places["step"], ()).values()} == {8}
-    groups = _places(places["params/embed/w"], (64, 24))
+    assert {len(group) for group in _local_slices(places["step"], ()).values()} == {8}
+    groups = _local_slices(places["params/embed/w"], (64, 24))
     assert sorted(groups) == [((16 * i, 16 * i + 16), (0, 24)) for i in range(4)]
     assert {len(group) for group in groups.values()} == {2}
     assert {d for group in groups.values() for p in group for d in p.device_set} == set(jax.devices())
@@ -80,7 +80,7 @@ def test_replicas_share_no_memory():
     values[:] = np.arange(1024)
     expected = 2 * values
     single = [jax.sharding.SingleDeviceSharding(device) for device in jax.devices()]
-    copies = place_copies(values, single)
+    copies = put_copies(values, single)
     assert len({copy.unsafe_buffer_pointer() for copy in copies}) == 8
     for copy in copies:
         np.testing.assert_array_equal(jax.jit(lambda x: 2 * x, donate_argnums=0)(copy), expected)

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from mesh_transformer.checkpoint.bounded_pool import IN_FLIGHT, run_side_by_side
+from mesh_transformer.checkpoint.bounded_pool import IN_FLIGHT, run_bounded
 
 
 def test_results_come_in_order_and_few_are_ahead():
@@ -25,7 +25,7 @@ def test_results_come_in_order_and_few_are_ahead():
         second_done.set() if i == 1 else None
         return i
 
-    results = run_side_by_side(functools.partial(job, i) for i in range(20))
+    results = run_bounded(functools.partial(job, i) for i in range(20))
     for i, result in enumerate(results):
         assert result == i
         assert max(begun) <= i + IN_FLIGHT
@@ -41,7 +41,7 @@ def test_after_a_failure_no_other_begins():
         return i
 
     with pytest.raises(OSError, match="disk"):
-        list(run_side_by_side(functools.partial(job, i) for i in range(100)))
+        list(run_bounded(functools.partial(job, i) for i in range(100)))
     assert len(begun) <= 3 + IN_FLIGHT
 
 
@@ -66,7 +66,7 @@ def test_threads_end_with_the_jobs_or_the_first_failure():
     before = threading.active_count()
     for jobs in ([lambda: 1] * 5, [lambda: 1 // 0] * 5):
         with contextlib.suppress(ZeroDivisionError):
-            list(run_side_by_side(jobs))
+            list(run_bounded(jobs))
         deadline = time.monotonic() + 10
         while threading.active_count() > before and time.monotonic() < deadline:
             time.sleep(0.01)

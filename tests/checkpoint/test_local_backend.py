@@ -92,7 +92,7 @@ def test_killed_at_any_moment(tmp_path, nursery):
             time.sleep(0.002)
         reader = Store(root, writable=False)
         inside += any(".tmp-" in path.name for path in root.iterdir())
-        step = reader.newest()
+        step = reader.latest()
         assert step >= int(acknowledged.read_text().split()[-1])
         assert [reader.verify(complete) for complete in reader.steps()] == [[]] * len(reader.steps())
         restored = reader.restore(step, like)

@@ -33,7 +33,7 @@ from mesh_transformer.data.errors import DataError
 from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.params import flatten_names
-from mesh_transformer.model.transformer import describe_params
+from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.reports.metrics_log import read_metrics
 from mesh_transformer.storage import paths
 from mesh_transformer.storage.errors import CheckpointError, StorageError
@@ -236,7 +236,7 @@ def test_killed_before_its_commit(proxy, url, monkeypatch):
     assert (child.communicate()[0], child.returncode) == (b"leaving\n", -signal.SIGKILL)
     proxy.reset()
     reader = Store(url, writable=False)
-    assert (reader.steps(), reader.newest(), reader.newest_intact(print)) == ([1], 1, 1)
+    assert (reader.steps(), reader.latest(), reader.latest_valid(print)) == ([1], 1, 1)
     left = [key for key in keys(url) if key.startswith("step_2/")]
     assert len(left) == 6
     assert [bool(re.fullmatch(rf"step_2/OWNER\..*-{child.pid}-.*", key)) for key in left].count(True) == 1
@@ -261,7 +261,7 @@ def test_leftovers(url, client, monkeypatch):
     Store(url)
     assert there() == {1, 2, 4, 5}
     monkeypatch.setattr(folders, "FOREIGN_SECONDS", -5)
-    assert Store(url).newest() == 1
+    assert Store(url).latest() == 1
     assert there() == {1, 2}
 
 
@@ -323,7 +323,7 @@ def test_a_flipped_byte_is_found_and_named(url, client, program, capsys):
         restore(store, 2)
     assert not isinstance(raised.value, StorageError)
     said = []
-    assert find_checkpoint(url, report=said.append)[1] == 1
+    assert find_checkpoint(url, log=said.append)[1] == 1
     assert f"{url}/step_2/arrays/w/c.0.0: damaged" in said[0]
     client.delete_object(Bucket=BUCKET, Key=key)
     assert "c.0.0: missing (no such object); a file of w" in store.verify(2)[0]
@@ -356,8 +356,8 @@ FAILING = {503: "the store itself fails", "cut": "cannot be reached", 403: "perm
 def test_what_does_not_pass_is_one_clear_line(proxy, url):
     """And is no damage: nobody falls back to an older step because the network is down."""
     store = save(Store(url), 1, 2)
-    everywhere = [store.newest, lambda: Store(url), lambda: find_checkpoint(url)]
-    of_an_array = [lambda: restore(store, 2), lambda: store.verify(2), lambda: store.newest_intact(print)]
+    everywhere = [store.latest, lambda: Store(url), lambda: find_checkpoint(url)]
+    of_an_array = [lambda: restore(store, 2), lambda: store.verify(2), lambda: store.latest_valid(print)]
     for number, (action, words) in enumerate(FAILING.items()):
         for asked, where in ((everywhere[number:], ""), (of_an_array[: 3 - number], "/step_2/arrays/w/c.0.0")):
             proxy.rule = lambda method, path, action=action, where=where: action if where in path else None
@@ -369,7 +369,7 @@ def test_what_does_not_pass_is_one_clear_line(proxy, url):
     with pytest.raises(CheckpointError, match=r"step 3 was not saved .*the store itself fails"):
         save(store, 3)
     proxy.reset()
-    assert store.newest_intact(print) == 2
+    assert store.latest_valid(print) == 2
 
 
 def test_no_such_bucket_and_no_credentials(proxy, monkeypatch):

@@ -173,7 +173,7 @@ def test_a_failure_surfaces_once_and_later_saves_work(tmp_path, at):
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_full_and_readonly_disk(small_disk, asynchronous):
-    store = Store(small_disk / "run", asynchronous=asynchronous)
+    store = Store(small_disk / "run", async_save=asynchronous)
     state = {"w": jnp.ones((256, 1024), jnp.float32)}  # 1 MB
     axes = {"w": ("embed", "ff")}
     store.save(1, state, axes=axes, meta={})
@@ -286,8 +286,8 @@ def test_after_falling_back_the_last_intact_one_is_not_pruned(tmp_path):
     said = []
     store = Store(tmp_path, keep_last=2)
     with pytest.raises(CheckpointError, match="step_300/COMMIT: missing"):
-        store.newest()
-    assert store.newest_intact(said.append) == 100
+        store.latest()
+    assert store.latest_valid(said.append) == 100
     assert ["step_300/COMMIT" in said[0], "step_200/arrays/w/c.0.0" in said[1]] == [True, True]
     assert len(said) == 2
     store.restore(100, like_of(one(0)))
@@ -305,7 +305,7 @@ def test_after_falling_back_the_last_intact_one_is_not_pruned(tmp_path):
     assert store.verify(200) == []
     assert store.steps() == [150, 200]
     np.testing.assert_array_equal(store.restore(200, like_of(one(0)))["w"], 7)
-    assert store.newest_intact(said.append) == 200
+    assert store.latest_valid(said.append) == 200
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_what_pruning_counts(tmp_path, damaged, start, next_step, left):
         path.write_bytes(bytes(len(path.read_bytes())))
     store = Store(tmp_path, keep_last=2)
     if damaged:
-        assert store.newest_intact(lambda text: None) == start
+        assert store.latest_valid(lambda text: None) == start
     store.restore(start, like_of(one(0)))
     store.save(next_step, one(9), axes=ONE_AXES, meta={})
     store.wait()
@@ -360,15 +360,15 @@ def test_a_save_is_finished_at_exit(tmp_path):
 
 
 def test_never_from_scratch_beside_damage(tmp_path):
-    assert Store(tmp_path).newest() is None
-    assert Store(tmp_path).newest_intact(print) is None
+    assert Store(tmp_path).latest() is None
+    assert Store(tmp_path).latest_valid(print) is None
     store = save(tmp_path, 1, one(1), ONE_AXES)
     (store.folder(1) / "COMMIT").unlink()
     assert store.steps() == []
     with pytest.raises(CheckpointError, match="COMMIT: missing"):
-        store.newest()
+        store.latest()
     with pytest.raises(CheckpointError, match=r"none of the checkpoints \[1\] is intact"):
-        store.newest_intact(lambda text: None)
+        store.latest_valid(lambda text: None)
 
 
 def test_find_checkpoint(tmp_path):
@@ -383,7 +383,7 @@ def test_find_checkpoint(tmp_path):
     assert find_checkpoint(run / "checkpoints/step_8")[1] == 8
     (store.folder(9) / "arrays/w/c.0.0").unlink()
     said = []
-    assert find_checkpoint(run, report=said.append)[1] == 8
+    assert find_checkpoint(run, log=said.append)[1] == 8
     assert "step_9/arrays/w/c.0.0: missing" in said[0]
     with pytest.raises(CheckpointError, match=r"no such folder; .* holds the folders: step_8, step_9"):
         find_checkpoint(run / "checkpoints/step_7")

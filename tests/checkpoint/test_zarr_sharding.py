@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from mesh_transformer.checkpoint.arrays import Piece, StoredArray, list_shards, make_metadata
+from mesh_transformer.checkpoint.arrays import HostSlice, StoredArray, shard_jobs, make_metadata
 from mesh_transformer.checkpoint.manifest import ArrayRecord, CheckpointError, array_folder
 
 DTYPES = ("float32", "bfloat16", "bool", "int8", "uint16", "float64")
@@ -28,7 +28,7 @@ def write(folder, record: ArrayRecord, values: np.ndarray) -> StoredArray:
     array_folder(folder, "x").mkdir(parents=True)
     everything = tuple(slice(0, dim) for dim in record.shape)
     files = {
-        key: file for _, key, file in (job() for job in list_shards(folder, "x", record, [Piece(everything, values)]))
+        key: file for _, key, file in (job() for job in shard_jobs(folder, "x", record, [HostSlice(everything, values)]))
     }
     assert sum(file.size for file in files.values()) > values.nbytes
     return StoredArray(folder, "x", record)

@@ -6,7 +6,7 @@ import pytest
 
 from mesh_transformer.config import ModelConfig, parse_model
 from mesh_transformer.config.presets import PRESETS
-from mesh_transformer.model.transformer import count_params, describe_params
+from mesh_transformer.model.shapes import count_params, describe_params
 
 # Counts of the released files as transformers instantiates them, except GPT-3 (never released: the paper's table 2.1 in
 # GPT-2's form) and neox-* (the library's yml files: by the closed formula below alone). GPT-J is the unique count, as

@@ -28,7 +28,7 @@ from mesh_transformer.convert.huggingface.tensor_files import Planned, create_sa
 from mesh_transformer.convert.huggingface.tensor_map import FAMILIES
 from mesh_transformer.convert.lazy_arrays import whole
 from mesh_transformer.model.params import flatten_names
-from mesh_transformer.model.transformer import count_params, describe_params
+from mesh_transformer.model.shapes import count_params, describe_params
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(**LLAMA | dict(n_layers=3, d_model=48, n_heads=4, n_kv_heads=2, n_vocab=264, seq_len=32, d_ff=80))

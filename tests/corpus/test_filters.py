@@ -14,7 +14,7 @@ from datatrove.data import Document
 from mesh_transformer.corpus.filters import FILTERS, make_filters
 from mesh_transformer.corpus.markup import TO_TEXT
 from mesh_transformer.corpus.quality import load_classifier, train_classifier
-from mesh_transformer.corpus.recipe import Step
+from mesh_transformer.corpus.recipe import Filter
 from mesh_transformer.corpus.word_tokenizer import WORDS
 from mesh_transformer.data.errors import DataError
 
@@ -44,7 +44,7 @@ def apply(make_recipe):
 
 
 def test_every_kind_of_step_has_a_maker():
-    kinds = {one.__dataclass_fields__["kind"].type.__args__[0] for one in Step.__args__}
+    kinds = {one.__dataclass_fields__["kind"].type.__args__[0] for one in Filter.__args__}
     assert kinds == set(FILTERS)
 
 

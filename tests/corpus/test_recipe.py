@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mesh_transformer.config import ConfigError
-from mesh_transformer.corpus.recipe import load_recipe, resolve_epochs, steps_of
+from mesh_transformer.corpus.recipe import load_recipe, resolve_epochs, filters_for
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "corpus").glob("*.toml"))
 GOOD = """
@@ -40,13 +40,13 @@ def load(tmp_path, text, overrides=()):
 def test_shipped_recipes_load(path):
     recipe = load_recipe(path)
     assert len(recipe.components) >= 8
-    assert all(component.licence and component.consent and component.origin for component in recipe.components.values())
+    assert all(component.license and component.consent and component.origin for component in recipe.components.values())
 
 
 def test_steps_go_to_their_components(tmp_path):
     recipe = load(tmp_path, GOOD)
-    assert [step.kind for _, step in steps_of(recipe, "a")] == ["length"]
-    assert [(place, step.kind) for place, step in steps_of(recipe, "b-2")] == [(1, "gopher-quality")]
+    assert [step.kind for _, step in filters_for(recipe, "a")] == ["length"]
+    assert [(place, step.kind) for place, step in filters_for(recipe, "b-2")] == [(1, "gopher-quality")]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import tracemalloc
 import pytest
 import zstandard
 
-from mesh_transformer.corpus.sources import KINDS, Reading, find_parts, read_part
+from mesh_transformer.corpus.sources import KINDS, ReadStats, find_parts, read_part
 from mesh_transformer.data.errors import DataError
 
 pytest.importorskip("resiliparse")
@@ -23,7 +23,7 @@ from mesh_transformer.corpus.latex import nodes_to_text
 def read(recipe):
     """Texts by name of the file, and what was left out."""
     parts, _ = find_parts(recipe)
-    reading = Reading()
+    reading = ReadStats()
     found = [document for part in parts for document in read_part(part, recipe, reading)]
     return {document.name.rpartition("/")[2]: document.text for document in found}, reading
 
@@ -169,7 +169,7 @@ def test_mail_agrees_with_the_standard_library(tmp_path, read_one):
         ("text", "a.txt", b"PK\x03\x04\0\0rest", 0, "a.txt: has NUL bytes: binary"),
         ("text", "a.txt", b"caf\xe9\n", 0, "a.txt:1: byte 3 .0xe9. is not UTF-8"),
         ("text", "a.txt.gz", gzip.compress(b"x" * 99_999)[:-20], 0, "a.txt.gz: truncated archive"),
-        ("jsonl", "a.jsonl", b'{"text": "good"}\n{"text": 3}\n{"te', 1, "a.jsonl:2: int where text is wanted"),
+        ("jsonl", "a.jsonl", b'{"text": "good"}\n{"text": 3}\n{"te', 1, "a.jsonl:2: got int, expected text"),
         ("jsonl", "a.jsonl.gz", bytes(FLIPPED), 0, "a.jsonl.gz: damaged archive .*; nothing of it is read"),
         ("jsonl", "a.txt", b"x", 0, "a.txt: not named like jsonl"),
         ("mbox", "a.mbox", b"From a\nSubject: x\nContent-Type: image/png\n\nabc\n", 0, "a.mbox:1: a message without text"),
@@ -299,10 +299,10 @@ def test_sources_that_change_or_vanish_midway(write_texts, make_recipe):
     parts, _ = find_parts(recipe)
     (folder / "001.txt").write_text("two, longer")
     with pytest.raises(DataError, match=r"001.txt: has changed since the build began"):
-        list(read_part(parts[0], recipe, Reading()))
+        list(read_part(parts[0], recipe, ReadStats()))
     (folder / "001.txt").unlink()
     with pytest.raises(DataError, match=r"001.txt: was there when the build began: No such file"):
-        list(read_part(parts[0], recipe, Reading()))
+        list(read_part(parts[0], recipe, ReadStats()))
 
 
 def test_long_texts_become_pieces(read_one):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of damage is an error with file and line, or counted; whatever is whole is read the same however packed."""
+"""Dataset readers: damage is an error with file and line, or counted; compression does not change documents."""
 
 import gzip
 import json
@@ -19,11 +19,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from mesh_transformer.data import readers
+from mesh_transformer.data import compression, readers
+from mesh_transformer.data.errors import DataError, Document, SkippedDocuments
 from mesh_transformer.data.readers import (
-    SkippedDocuments,
-    DataError,
-    Document,
     find_files,
     find_root,
     read_documents,
@@ -34,7 +32,7 @@ N = 1000
 RANDOM = random.Random(0)
 TEXTS = [f"Document {i}: \u4e2d\U0001f600é " + " ".join(RANDOM.choices("abcdefghij", k=300)) for i in range(N)]
 LINES = "".join(json.dumps({"meta": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
-WHOLE = Document("whole", "a.txt")
+UNDAMAGED = Document("undamaged", "a.txt")
 
 
 def zst(data: bytes, *, checksum: bool = True) -> bytes:
@@ -57,7 +55,7 @@ SKIPPABLE = (0x184D2A53).to_bytes(4, "little") + (3).to_bytes(4, "little") + b"a
 class Bad(NamedTuple):
     file: str
     data: bytes
-    place: str  # behind the file's name, in the message
+    line: str  # after the file's name, in the message
     kind: str
     message: str
     good: int | None  # documents used under on_bad="skip"; None: some, fewer than all
@@ -65,25 +63,25 @@ class Bad(NamedTuple):
 
 
 BAD = [
-    Bad("half.jsonl.zst", zst(LINES)[: len(zst(LINES)) // 2], "", "truncated archive", "breaks off at byte", None),
+    Bad("half.jsonl.zst", zst(LINES)[: len(zst(LINES)) // 2], "", "truncated archive", "ends at byte", None),
     Bad("last.jsonl.zst", zst(LINES)[:-1], "", "truncated archive", f"byte {len(zst(LINES)) - 1:,}, ", N),
-    Bad("header.jsonl.zst", zst(LINES)[:3], "", "truncated archive", "breaks off at byte 3", 0),
+    Bad("header.jsonl.zst", zst(LINES)[:3], "", "truncated archive", "ends at byte 3", 0),
     Bad(
         "second.jsonl.zst", zst(LINES) + zst(LINES)[:-1], "", "truncated archive", f"at byte {len(zst(LINES)):,}", 2 * N
     ),
-    Bad("behind.jsonl.zst", zst(LINES) + b"garbage", "", "damaged archive", f"from byte {len(zst(LINES)):,}", N),
-    Bad("skippable.jsonl.zst", zst(LINES) + SKIPPABLE[:-1], "", "truncated archive", "breaks off", N),
+    Bad("trailing.jsonl.zst", zst(LINES) + b"garbage", "", "damaged archive", f"from byte {len(zst(LINES)):,}", N),
+    Bad("skippable.jsonl.zst", zst(LINES) + SKIPPABLE[:-1], "", "truncated archive", "ends at", N),
     Bad("flip.jsonl.zst", flip(zst(LINES), 0.5), "", "damaged archive", "damaged archive near byte", None),
     Bad(
-        "half.jsonl.gz", gzip.compress(LINES)[: len(gzip.compress(LINES)) // 2], "", "truncated archive", "breaks", None
+        "half.jsonl.gz", gzip.compress(LINES)[: len(gzip.compress(LINES)) // 2], "", "truncated archive", "ends", None
     ),
-    Bad("last.jsonl.gz", gzip.compress(LINES)[:-1], "", "truncated archive", "breaks off at byte", N),
+    Bad("last.jsonl.gz", gzip.compress(LINES)[:-1], "", "truncated archive", "ends at byte", N),
     Bad("crc.jsonl.gz", flip(gzip.compress(LINES), 0.9999), "", "damaged archive", "incorrect", None),
-    Bad("behind.jsonl.gz", gzip.compress(LINES) + b"garbage", "", "damaged archive", "from byte", N),
+    Bad("trailing.jsonl.gz", gzip.compress(LINES) + b"garbage", "", "damaged archive", "from byte", N),
     Bad("plain.jsonl.gz", LINES, "", "damaged archive", "byte 0", 0),
-    Bad("text.txt.zst", zst(b"words " * 99999)[:-2], "", "truncated archive", "breaks off", 0),
-    Bad("empty.jsonl", b"", "", "empty file", "an empty file", 0),
-    Bad("empty.jsonl.zst", b"", "", "empty file", "an empty archive", 0),
+    Bad("text.txt.zst", zst(b"words " * 99999)[:-2], "", "truncated archive", "ends at", 0),
+    Bad("empty.jsonl", b"", "", "empty file", "the file is empty", 0),
+    Bad("empty.jsonl.zst", b"", "", "empty file", "the archive is empty", 0),
     Bad("utf8.jsonl", lines(GOOD, b'{"text": "\xff"}\n', GOOD), ":2", "bad UTF-8", "byte 10 (0xff)", 2),
     Bad("utf8.txt", b"one\ntwo\nthr\xc3\x28ee", ":3", "bad UTF-8", "byte 11 (0xc3)", 0),
     Bad("cut.txt", "ends inside é".encode()[:-1], "", "bad UTF-8", "not UTF-8", 0),
@@ -91,10 +89,10 @@ BAD = [
     Bad("surrogate.jsonl", lines(b'{"text": "a\\ud800b"}\n', GOOD), ":1", "lone surrogate", "U+D800 at character 1", 1),
     Bad("broken.jsonl", lines(GOOD, b'{"text": "a"\n', GOOD), ":2", "broken JSON", "column", 2),
     Bad("cut.jsonl", lines(GOOD, b'{"text": "the las'), ":2", "broken JSON", "one JSON object per line", 1),
-    Bad("list.jsonl", lines(GOOD, ["text"]), ":2", "not an object", "a list where", 1),
-    Bad("number.jsonl", lines(7, GOOD), ":1", "not an object", "a number", 1),
-    Bad("string.jsonl", lines("text", GOOD), ":1", "not an object", "a string", 1),
-    Bad("null.jsonl", lines(None, GOOD), ":1", "not an object", "null where", 1),
+    Bad("list.jsonl", lines(GOOD, ["text"]), ":2", "not an object", "got a list", 1),
+    Bad("number.jsonl", lines(7, GOOD), ":1", "not an object", "got a number", 1),
+    Bad("string.jsonl", lines("text", GOOD), ":1", "not an object", "got a string", 1),
+    Bad("null.jsonl", lines(None, GOOD), ":1", "not an object", "got null", 1),
     Bad(
         "key.jsonl",
         lines(GOOD, {"content": "x", "id": 1}),
@@ -103,47 +101,47 @@ BAD = [
         "no key 'text'; keys here: 'content', 'id'",
         1,
     ),
-    Bad("nulltext.jsonl", lines({"text": None}, GOOD), ":1", "not text", "null where text is wanted", 1),
-    Bad("listtext.jsonl", lines(GOOD, GOOD, {"text": ["a"]}), ":3", "not text", "list where text", 2),
+    Bad("nulltext.jsonl", lines({"text": None}, GOOD), ":1", "not text", "got null, expected text", 1),
+    Bad("listtext.jsonl", lines(GOOD, GOOD, {"text": ["a"]}), ":3", "not text", "got list, expected", 2),
     Bad("nul.jsonl", lines(GOOD, {"text": "a\nb\0c"}), ":2", "NUL", "character 3 (line 2", 1),
     Bad("raw_nul.jsonl", lines(GOOD, b"\0" * 512 + b"\n", GOOD), ":2", "broken JSON", "column 1", 2),
     Bad("nul.txt", b"\0" * 4096, "", "NUL", "binary or damaged", 0),
     Bad("deep.jsonl", lines(b"[" * 200_000 + b"\n", GOOD), ":1", "broken JSON", "nested too deeply", 1),
-    Bad("digits.jsonl", lines(b'{"n": ' + b"7" * 9999 + b"}\n", GOOD), ":1", "broken JSON", "cannot be read", 1),
+    Bad("digits.jsonl", lines(b'{"n": ' + b"7" * 9999 + b"}\n", GOOD), ":1", "broken JSON", "cannot be parsed", 1),
     Bad("pretty.json", json.dumps(GOOD, indent=1).encode(), ":1", "broken JSON", "one JSON object per line", 0, 3),
     Bad("coding.py", b"# coding: klingon\nx = 1\n", "", "bad encoding", "klingon", 0),
     Bad("latin.py", b"name = '\xe9'\n", "", "bad encoding", "not Python source", 0),
     Bad("picture.png", b"\x89PNG\r\n\x1a\n\0\0", ":1", "bad UTF-8", "binary", 0),
     Bad("many.tar.gz", gzip.compress(b"x"), "", "unreadable type", "unpack it first", 0),
     Bad("many.zip", b"PK", "", "unreadable type", "unpack it first", 0),
-    Bad("tokens.bin", b"\1\0", "", "unreadable type", "by its prefix", 0),
+    Bad("tokens.bin", b"\1\0", "", "unreadable type", "the prefix of the pair", 0),
     Bad("old.txt.xz", b"\xfd7zXZ", "", "unreadable type", "use .zst or .gz", 0),
-    Bad("table.parquet", b"PAR1 and no more", "", "broken Parquet", "not a whole Parquet file", 0),
+    Bad("table.parquet", b"PAR1 and no more", "", "broken Parquet", "damaged or truncated Parquet file", 0),
     Bad("table.parquet.zst", zst(b"PAR1"), "", "unreadable type", "decompress it first", 0),
 ]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.file)
-def test_damage_is_an_error_with_place_or_counted(tmp_path: Path, bad: Bad) -> None:
+def test_damage_is_an_error_with_file_and_line_or_counted(tmp_path: Path, bad: Bad) -> None:
     file = tmp_path / bad.file
     file.write_bytes(bad.data)
     with pytest.raises(DataError) as caught:
         list(read_documents(tmp_path))
-    assert str(caught.value).startswith(f"{file}{bad.place}: ")
+    assert str(caught.value).startswith(f"{file}{bad.line}: ")
     assert bad.message in str(caught.value)
     assert "\n" not in str(caught.value)
 
-    (tmp_path / WHOLE.name).write_text(WHOLE.text)  # what stands beside the damage is used
+    (tmp_path / UNDAMAGED.name).write_text(UNDAMAGED.text)  # other documents are used
     count = SkippedDocuments()
     documents = list(read_documents(tmp_path, on_bad="skip", skipped=count))
     assert count.counts == {bad.kind: bad.count}
     assert count.examples[bad.kind][0] == str(caught.value)
-    assert WHOLE in documents
+    assert UNDAMAGED in documents
     used = len(documents) - 1
     if bad.good is None:
         assert 0 < used < N
         if bad.kind == "truncated archive":
-            assert [d.text for d in documents if d != WHOLE] == TEXTS[:used]
+            assert [d.text for d in documents if d != UNDAMAGED] == TEXTS[:used]
     else:
         assert used == bad.good
 
@@ -184,29 +182,29 @@ def test_streams_without_a_size_in_the_frame(tmp_path: Path) -> None:
 
 
 def test_every_truncation_is_noticed(tmp_path: Path) -> None:
-    """The readers of the zstandard package give what there is, without an error, at each of these lengths."""
+    """At each of these lengths, the stream readers of the zstandard package return partial data without an error."""
     few = LINES[:9000]
     for name, data in {"a.jsonl.zst": zst(few), "a.jsonl.gz": gzip.compress(few)}.items():
         for length in [*range(0, len(data), 37), *range(len(data) - 12, len(data))]:
             (tmp_path / name).write_bytes(data[:length])
-            with pytest.raises(DataError, match=r"breaks off at byte|an empty archive"):
+            with pytest.raises(DataError, match=r"ends at byte|the archive is empty"):
                 list(read_documents(tmp_path / name))
 
 
 def test_every_flipped_bit_that_matters_is_noticed(tmp_path: Path) -> None:
-    """With the checksums of gzip and zstd; either format has a few bits in its header that change no content."""
+    """With the checksums of gzip and zstd. Both formats have a few header bits that do not affect the content."""
     few, rng = LINES[: LINES.rindex(b"\n", 0, 9000) + 1], random.Random(0)
     messages: list[str] = []
     for name, data in {"a.jsonl.zst": zst(few), "a.jsonl.gz": gzip.compress(few, mtime=0)}.items():
         file = tmp_path / name
         file.write_bytes(data)
-        whole = list(read_documents(file))
+        undamaged = list(read_documents(file))
         for _ in range(120):
             damaged = bytearray(data)
             damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             file.write_bytes(damaged)
             try:
-                assert list(read_documents(file)) == whole
+                assert list(read_documents(file)) == undamaged
             except DataError as error:
                 messages.append(str(error))
     assert all(str(tmp_path) in message for message in messages)
@@ -260,7 +258,7 @@ def test_links_are_followed_each_folder_once(tmp_path: Path) -> None:
         list(read_documents(source))
 
 
-def test_no_such_path_names_the_nearest(tmp_path: Path) -> None:
+def test_missing_path_suggests_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_bytes(LINES)
     with pytest.raises(DataError, match=r"corpus\.json: no such file or folder; did you mean .*corpus\.jsonl\?"):
         read_documents(tmp_path / "corpus.json")
@@ -268,7 +266,7 @@ def test_no_such_path_names_the_nearest(tmp_path: Path) -> None:
         read_documents("python-stdlb")
     with pytest.raises(DataError, match="no such file or folder"):
         read_documents(tmp_path / "no" / "folder" / "here")
-    with pytest.raises(DataError, match="an empty path"):
+    with pytest.raises(DataError, match="the dataset path is empty"):
         read_documents("")
     (tmp_path / "empty" / ".git").mkdir(parents=True)
     with pytest.raises(DataError, match="empty: no files in this folder"):
@@ -278,53 +276,53 @@ def test_no_such_path_names_the_nearest(tmp_path: Path) -> None:
         read_documents(tmp_path / "pipe")
 
 
-def test_empty_texts_are_counted_and_never_all_there_is(tmp_path: Path) -> None:
+def test_empty_texts_are_counted_and_a_dataset_of_them_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines({"text": ""}, GOOD, {"text": ""}))
     (tmp_path / "b.txt").write_bytes(b"")
     count = SkippedDocuments()
     assert [d.name for d in read_documents(tmp_path, skipped=count)] == ["a.jsonl:2"]
     assert count.counts == {"empty text": 3}
-    with pytest.raises(DataError, match=r"b\.txt: not one document to use; left out 1 \(empty text\)"):
+    with pytest.raises(DataError, match=r"b\.txt: no usable document: skipped 1 \(empty text\)"):
         list(read_documents(tmp_path / "b.txt"))
     (tmp_path / "a.jsonl").write_bytes(b"\n \n")
-    with pytest.raises(DataError, match="nothing but blank lines"):
+    with pytest.raises(DataError, match="only blank lines"):
         list(read_documents(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_bytes(lines([], []))
-    with pytest.raises(DataError, match=r"not one document to use; left out 2 \(not an object\), first .*a\.jsonl:1"):
+    with pytest.raises(DataError, match=r"no usable document: skipped 2 \(not an object\), first: .*a\.jsonl:1"):
         list(read_documents(tmp_path / "a.jsonl", on_bad="skip", skipped=SkippedDocuments()))
 
 
 def test_skipping_needs_a_counter(tmp_path: Path) -> None:
     mode: Any = "ignore"
     (tmp_path / "a.jsonl").write_bytes(LINES)
-    with pytest.raises(ValueError, match="needs bad"):
+    with pytest.raises(ValueError, match="needs skipped"):
         read_documents(tmp_path, on_bad="skip")
     with pytest.raises(ValueError, match="on_bad='ignore'"):
         read_file(tmp_path / "a.jsonl", tmp_path, on_bad=mode)
 
 
 def test_counts_of_processes_add_up(tmp_path: Path) -> None:
-    whole, total = SkippedDocuments(), SkippedDocuments()
+    single, total = SkippedDocuments(), SkippedDocuments()
     for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
         (tmp_path / name).write_bytes(lines(GOOD, [], [], {}))
-    list(read_documents(tmp_path, on_bad="skip", skipped=whole))
+    list(read_documents(tmp_path, on_bad="skip", skipped=single))
     for file in find_files(tmp_path):
         part = SkippedDocuments()
         list(read_file(file, tmp_path, on_bad="skip", skipped=part))
         assert part.total == 3
         total.merge(pickle.loads(pickle.dumps(part)))
-    assert total.counts == whole.counts == {"not an object": 6, "no text": 3}
-    assert total.examples == whole.examples
-    assert total.summary_lines() == whole.summary_lines()
+    assert total.counts == single.counts == {"not an object": 6, "no text": 3}
+    assert total.examples == single.examples
+    assert total.summary_lines() == single.summary_lines()
     assert [len(examples) for examples in total.examples.values()] == [3, 3]
-    assert total.summary_lines()[0].startswith(f"left out 6 (not an object), first {tmp_path}/a.jsonl:2: a list")
+    assert total.summary_lines()[0].startswith(f"skipped 6 (not an object), first: {tmp_path}/a.jsonl:2: got a list")
 
 
 def test_parquet(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     texts = [*TEXTS, None, "", "a\0b"]
     pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), file, row_group_size=90)
-    with pytest.raises(DataError, match=rf"a\.parquet:{N + 1}: null where text is wanted"):
+    with pytest.raises(DataError, match=rf"a\.parquet:{N + 1}: got null, expected text"):
         list(read_documents(file))
     count = SkippedDocuments()
     documents = list(read_documents(file, on_bad="skip", skipped=count))
@@ -332,7 +330,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert count.counts == {"not text": 1, "empty text": 1, "NUL": 1}
     with pytest.raises(DataError, match="no column 'body'; columns here: 'id', 'text'"):
         list(read_documents(file, text_key="body"))
-    with pytest.raises(DataError, match=r"a\.parquet:1: int where text is wanted"):
+    with pytest.raises(DataError, match=r"a\.parquet:1: got int, expected text"):
         list(read_documents(file, text_key="id"))
 
 
@@ -344,7 +342,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     assert [d.text for d in read_documents(file)] == TEXTS
     for damaged in (flip(data, 0.3), flip(data, 0.5), data[:-1], data[: len(data) // 2], b""):
         file.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"a\.parquet.*not a whole Parquet file"):
+        with pytest.raises(DataError, match=r"a\.parquet.*damaged or truncated Parquet file"):
             list(read_documents(file))
 
 
@@ -356,7 +354,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
 
 
 def test_long_lines_and_bounded_memory(tmp_path: Path) -> None:
-    """A 100 MB line beside others; and 150 MB of ordinary lines, out of a few KB, never held together."""
+    """Read a 100 MB line among short ones, and 150 MB of lines from a few KB in bounded memory."""
     long = "x" * 100_000_000
     frame = zst(lines({"text": long}))
     (tmp_path / "a.jsonl.zst").write_bytes(zst(lines(GOOD)) + frame + zst(lines(GOOD)))
@@ -372,12 +370,12 @@ def test_long_lines_and_bounded_memory(tmp_path: Path) -> None:
 
 
 def test_endless_document_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "_LONGEST", 1_000_000)
+    monkeypatch.setattr(compression, "_MAX_DOCUMENT_BYTES", 1_000_000)
     (tmp_path / "a.jsonl.zst").write_bytes(zst(lines(GOOD) + b" " * 5_000_000))
     with pytest.raises(DataError, match="more than 1,000,000 bytes in one document"):
         list(read_documents(tmp_path))
     (tmp_path / "a.jsonl.zst").rename(tmp_path / "a.txt.zst")
-    with pytest.raises(DataError, match=r"are its lines documents \(\.jsonl\)"):
+    with pytest.raises(DataError, match=r"if each line is a document, use \.jsonl"):
         list(read_documents(tmp_path))
 
 
@@ -399,13 +397,43 @@ def test_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert count.counts == {"bad encoding": 1}
 
 
-def test_names_that_are_no_unicode_are_shown(tmp_path: Path) -> None:
+def test_file_names_that_are_not_unicode_are_escaped(tmp_path: Path) -> None:
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.txt"))).write_text("text")
     documents = list(read_documents(tmp_path))
     assert documents == [Document("text", "a\\xff.txt")]
     documents[0].name.encode()
 
 
-def test_reading_text_loads_no_array_library() -> None:
+def test_reading_text_does_not_import_numpy() -> None:
     code = "import sys, mesh_transformer.data.readers; sys.exit(bool({'jax', 'numpy', 'pyarrow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_kind_of_dataset_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset without files, given as a row of DATASETS, is listed, read, split and cached like files."""
+    from mesh_transformer.data.shard_builder import build_shards
+    from mesh_transformer.data.shards import TokenShard
+    from mesh_transformer.data.tokenizers import ByteTokenizer
+
+    texts = [[f"text {i} of {part}" for i in range(20)] for part in range(3)]
+
+    def read(partition, options, skipped):
+        assert options.path == "memory://texts"
+        yield from (Document(text, f"{partition.location}:{i}") for i, text in enumerate(texts[partition.version]))
+
+    memory = readers.DatasetReader(
+        matches=lambda path: path.startswith("memory://"),
+        list_partitions=lambda path: [readers.Partition(f"part{i}", 100, i) for i in range(3)],
+        read_documents=read,
+        read_tokens=lambda partition: iter(()),
+        holds_tokens=lambda partition: False,
+    )
+    monkeypatch.setattr(readers, "DATASETS", (memory, *readers.DATASETS))
+    assert [document.text for document in read_documents("memory://texts")] == sum(texts, [])
+    assert not readers.holds_tokens("memory://texts")
+    built = build_shards("memory://texts", ByteTokenizer(), tmp_path, holdout=4)
+    assert built["train"].n_documents + built["heldout"].n_documents == 60
+    assert built["heldout"].n_documents > 0
+    shard = TokenShard(built["train"].prefix)
+    decoded = {ByteTokenizer().decode(shard.document(i)) for i in range(shard.n_documents)}
+    assert decoded < set(sum(texts, []))

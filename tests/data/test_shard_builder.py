@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Building shards: the same bytes however often interrupted, and never stale."""
+"""Building shards: the same bytes after any interruptions, and never stale."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import xxhash
 
 from mesh_transformer.config import ConfigError, load_config
 from mesh_transformer.data import shard_builder
-from mesh_transformer.data.dataset import preview_sequences, open_data
+from mesh_transformer.data.dataset import open_data, preview_sequences
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.data.shards import TokenShard
 from mesh_transformer.data.tokenizers import load_tokenizer
@@ -46,19 +46,19 @@ def decode_all(prefix) -> list[str]:
     return [BYTES.decode(shard.document(i)[:-1]) for i in range(shard.n_documents)]
 
 
-def test_documents_come_back_split_by_the_stated_rule(texts, tmp_path):
+def test_documents_are_split_by_the_documented_rule(texts, tmp_path):
     built = make(texts, tmp_path, holdout=5)
     names = sorted(path.relative_to(texts).as_posix() for path in texts.rglob("*.txt"))
     expected = {"train": [], "heldout": []}
     for name in names:
-        side = "heldout" if xxhash.xxh3_64_intdigest(name.encode()) % 5 == 0 else "train"
-        expected[side].append((texts / name).read_text())
+        split = "heldout" if xxhash.xxh3_64_intdigest(name.encode()) % 5 == 0 else "train"
+        expected[split].append((texts / name).read_text())
     assert expected["heldout"]
-    for side, documents in expected.items():
-        assert decode_all(built[side].prefix) == documents
-        assert built[side].n_documents == len(documents)
-        assert built[side].n_bytes == sum(len(text.encode()) for text in documents)
-        assert built[side].n_tokens == built[side].n_bytes + len(documents)
+    for split, documents in expected.items():
+        assert decode_all(built[split].prefix) == documents
+        assert built[split].n_documents == len(documents)
+        assert built[split].n_bytes == sum(len(text.encode()) for text in documents)
+        assert built[split].n_tokens == built[split].n_bytes + len(documents)
     (texts / "part0" / "new.txt").write_text("another")
     again = make(texts, tmp_path, holdout=5)
     assert set(decode_all(built["heldout"].prefix)) <= set(decode_all(again["heldout"].prefix))
@@ -77,11 +77,11 @@ def test_the_cache_is_used_until_something_changes(texts, tmp_path):
 
 
 def test_workers_and_parts_do_not_change_the_bytes(texts, tmp_path, monkeypatch):
-    whole = make(texts, tmp_path / "one")["train"].prefix
-    monkeypatch.setattr(build, "PART_BYTES", 500)
+    single = make(texts, tmp_path / "one")["train"].prefix
+    monkeypatch.setattr(shard_builder, "PART_BYTES", 500)
     parts = make(texts, tmp_path / "many", workers=2)["train"].prefix
     for suffix in ("bin", "idx"):
-        assert Path(f"{whole}.{suffix}").read_bytes() == Path(f"{parts}.{suffix}").read_bytes()
+        assert Path(f"{single}.{suffix}").read_bytes() == Path(f"{parts}.{suffix}").read_bytes()
 
 
 def test_builders_at_the_same_time_share_one_result(texts, tmp_path):
@@ -96,8 +96,8 @@ def test_builders_at_the_same_time_share_one_result(texts, tmp_path):
     assert len(decode_all(results[0]["train"].prefix)) == 60
 
 
-def test_an_empty_side_and_a_shard_with_holdout_are_refused(texts, tmp_path):
-    with pytest.raises(DataError, match=r"heldout part is empty.*data\.holdout=100000"):
+def test_an_empty_split_and_a_shard_with_holdout_are_refused(texts, tmp_path):
+    with pytest.raises(DataError, match=r"the validation split is empty.*data\.holdout_one_in=100000"):
         make(texts, tmp_path, holdout=100_000)
     prefix = make(texts, tmp_path)["train"].prefix
     used = make(prefix, tmp_path)["train"]
@@ -105,7 +105,7 @@ def test_an_empty_side_and_a_shard_with_holdout_are_refused(texts, tmp_path):
         make(texts, tmp_path)["train"].n_tokens,
         make(texts, tmp_path)["train"].n_bytes,
     )
-    with pytest.raises(DataError, match="no names to split by"):
+    with pytest.raises(DataError, match="stores no document names"):
         make(prefix, tmp_path, holdout=5)
 
 
@@ -118,7 +118,7 @@ def test_bad_documents_stop_or_are_counted(texts, tmp_path):
     assert any("bad.txt" in note for note in built.notes)
 
 
-def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path):
+def test_a_killed_build_resumes_to_the_same_bytes(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     rng = np.random.default_rng(0)
@@ -169,7 +169,7 @@ from mesh_transformer.data.tokenizers import load_tokenizer
 if __name__ == "__main__":
     shard_builder.PART_BYTES = 1000
     shard_builder.build_shards({str(source)!r}, load_tokenizer("bytes"), {str(tmp_path / "cache")!r}, workers=2,
-        report=lambda *_: (print("part", flush=True), input()))
+        on_progress=lambda *_: (print("part", flush=True), input()))
 """
     (tmp_path / "program.py").write_text(program)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -183,7 +183,7 @@ if __name__ == "__main__":
     process.communicate()
     deadline = time.monotonic() + 20
     while any(_is_running(worker) for worker in workers):
-        assert time.monotonic() < deadline, "a worker outlives its builder"
+        assert time.monotonic() < deadline, "a worker survived its builder"
         time.sleep(0.05)
 
 
@@ -197,10 +197,10 @@ def _is_running(pid: int) -> bool:
 def test_leftovers_of_a_killed_join_are_removed_and_a_part_without_its_shard_is_made_again(
     texts, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(build, "PART_BYTES", 500)
+    monkeypatch.setattr(shard_builder, "PART_BYTES", 500)
     reference = make(texts, tmp_path / "reference")["train"].prefix
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_join", lambda *_: 1 / 0)
+        patch.setattr(shard_builder, "_join", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(texts, tmp_path)
     cache = tmp_path / "cache"
@@ -209,7 +209,7 @@ def test_leftovers_of_a_killed_join_are_removed_and_a_part_without_its_shard_is_
     assert len(records) > 1
     records[1].with_name(records[1].stem + "-train.bin").unlink()
     leftover = cache / f"{parts.stem}-train.tmp-123.bin"
-    leftover.write_bytes(b"half")
+    leftover.write_bytes(b"partial")
     made = make(texts, tmp_path)["train"].prefix
     assert not leftover.exists()
     for suffix in ("bin", "idx"):
@@ -228,7 +228,7 @@ def test_make_shards_program(texts, tmp_path):
     assert "exists" in again.stderr
 
 
-def test_a_run_opens_its_data_and_shows_it(texts, tmp_path):
+def test_a_run_opens_its_data_and_previews_it(texts, tmp_path):
     config_file = tmp_path / "run.toml"
     config_file.write_text(f"""
 [model]
@@ -258,5 +258,5 @@ batch_size = 4
         open_data(load_config(config_file, ["model.n_vocab=256"]))
     with pytest.raises(ConfigError, match=r"data\.max_epochs=0\.1"):
         open_data(load_config(config_file, ["data.max_epochs=0.1"]))
-    with pytest.raises(DataError, match=r"data source 'texts': .*did you mean"):
+    with pytest.raises(DataError, match=r"dataset 'texts': .*did you mean"):
         open_data(load_config(config_file, [f'data.train.texts.path="{tmp_path / "text"}"']))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The shard format, byte for byte, and what is refused."""
+"""Token shards: the format byte for byte, and refusal of damaged files."""
 
 import struct
 
@@ -61,7 +61,7 @@ def test_damage_is_refused_and_names_the_file(tmp_path, suffix, damage):
 @pytest.mark.parametrize(
     ("at", "what"), [(0, "magic"), (9, "version"), (17, "type"), (34, "size"), (50, "offset"), (78, "end")]
 )
-def test_a_wrong_index_is_refused(tmp_path, at, what):
+def test_a_damaged_index_is_refused(tmp_path, at, what):
     prefix = write(tmp_path / "d")
     path = tmp_path / "d.idx"
     data = bytearray(path.read_bytes())

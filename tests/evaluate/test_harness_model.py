@@ -22,7 +22,7 @@ from mesh_transformer.evaluate.checkpoint_eval import open_model
 from mesh_transformer.evaluate.harness_model import split_continuation, import_harness, make_adapter
 from mesh_transformer.evaluate.harness_tasks import TaskInputs, make_task, run_tasks
 from mesh_transformer.evaluate.loglikelihood import make_scorer
-from mesh_transformer.evaluate.superglue import judge_record
+from mesh_transformer.evaluate.superglue import score_record
 from mesh_transformer.evaluate.tasks import Example, read_examples
 
 ROOT = Path(__file__).parents[2]
@@ -315,7 +315,7 @@ def test_record_counts_words_and_whole_answers():
     document = {"entities": ["The Hague", "Rome", "New York City"], "answers": ["hague.", "York"]}
     for likeliest, expected in ((0, (1.0, 1.0)), (1, (0.0, 0.0)), (2, (0.5, 0.0))):
         answers = [(float(i == likeliest), False) for i in range(3)]
-        assert tuple(judge_record(document, answers).values()) == pytest.approx(expected)
+        assert tuple(score_record(document, answers).values()) == pytest.approx(expected)
 
 
 def test_classes_of_cb_count_alike():

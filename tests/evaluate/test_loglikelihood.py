@@ -12,8 +12,9 @@ from mesh_transformer.config import MeshConfig, ModelConfig
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.evaluate.loglikelihood import ScoringRequest, LoglikelihoodScorer, ScoringError, make_scorer
 from mesh_transformer.mesh import make_layout
-from mesh_transformer.model.transformer import describe_params, make_model
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.model.shapes import describe_params
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
 
 TOLERANCE = 1e-4  # nats of one token, against another library; within ours 1e-5
 CONFIG = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_vocab=40, seq_len=96, positions="rope-half")

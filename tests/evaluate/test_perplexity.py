@@ -15,7 +15,7 @@ from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.data.tokenizers import ByteTokenizer
 from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer
 from mesh_transformer.evaluate.perplexity import TextScore, sliding_windows, is_sampled, score_documents, weighted_total
-from mesh_transformer.evaluate.wikitext import WikiText, describe
+from mesh_transformer.evaluate.wikitext import WikiText, wikitext_results
 from mesh_transformer.model.transformer import make_model
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -145,6 +145,6 @@ def test_all_of_wikitext_2_comes_back(name, n_words, articles):
 
 
 def test_perplexity_of_words_spreads_the_nats_over_the_original():
-    results = describe(TextScore(negative_logprob=20.0, tokens=10, n_bytes=40, documents=1, size=40), n_words=5)
+    results = wikitext_results(TextScore(negative_logprob=20.0, tokens=10, n_bytes=40, documents=1, size=40), n_words=5)
     assert results["word_perplexity"] == pytest.approx(math.exp(4))
     assert results["token_perplexity"] == pytest.approx(math.exp(2))

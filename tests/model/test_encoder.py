@@ -12,7 +12,8 @@ import pytest
 from mesh_transformer.config import ConfigError, ModelConfig, parse_config
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.presets import T5
-from mesh_transformer.model.transformer import describe_params, init_cache, make_model
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.model.shapes import describe_params, init_cache
 
 SIZES = dict(n_layers=2, n_encoder_layers=4, d_model=16, n_heads=2, n_vocab=37, seq_len=24)
 CONFIG = ModelConfig(**T5 | SIZES)

@@ -16,7 +16,8 @@ from mesh_transformer.mesh import RULES
 from mesh_transformer.model.attention.dense import dense_attention, dense_attention_in_blocks
 from mesh_transformer.model.linear import dropout
 from mesh_transformer.model.params import flatten_names
-from mesh_transformer.model.transformer import count_params, describe_params, make_model
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.model.shapes import count_params, describe_params
 
 # Compiles in half the time; what is computed is the same.
 QUICK: dict[str, bool | int | float | str] = {

@@ -17,11 +17,11 @@ from mesh_transformer.mesh import make_layout
 from mesh_transformer.plan.compile_jobs import compile_job
 from mesh_transformer.plan.compile_worker import lower_training, make_topology_layout, measure, parse_refusal
 from mesh_transformer.plan.estimate import LABEL, estimate_training
-from mesh_transformer.plan.fit import judge
+from mesh_transformer.plan.fit import make_plan
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError
-from mesh_transformer.plan.job import Job, Measured, digest_code
-from mesh_transformer.plan.report import format_verdict, verdict_to_json
-from mesh_transformer.plan.suggestions import change_config, find_remedy, propose_changes
+from mesh_transformer.plan.job import CompileJob, CompiledStats, digest_code
+from mesh_transformer.plan.report import format_plan, plan_to_json
+from mesh_transformer.plan.suggestions import change_config, suggest_change, propose_changes
 from mesh_transformer.train.run import open_run
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: .[plan]")
@@ -49,9 +49,9 @@ def test_the_planned_program_is_the_trained_one(tmp_path):
     config = make_config(str(tmp_path / "texts"), **folders)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=str(tmp_path / "cache")))
     data = open_data(config)
-    run = open_run(config, data, make_layout(config.mesh), report=print)
+    run = open_run(config, data, make_layout(config.mesh), log=print)
     trained = run.train_step.lower(run.state, run.shard_batch(data.train.batch(0, 8), 8)).as_text()
-    job = Job(config=config, topology="cpu-8")
+    job = CompileJob(config=config, topology="cpu-8")
     planned, _ = lower_training(job, make_topology_layout(job))
     assert planned.as_text() == trained
     other = dataclasses.replace(job, config=change_config(config, ("optimizer.beta1=0.8",)))
@@ -59,25 +59,25 @@ def test_the_planned_program_is_the_trained_one(tmp_path):
 
 
 def test_what_a_cpu_program_needs():
-    job = Job(config=make_config(), topology="cpu-8")
-    measured = measure(Job.from_json(job.to_json()))
-    assert Measured.from_json(measured.to_json()) == measured
+    job = CompileJob(config=make_config(), topology="cpu-8")
+    measured = measure(CompileJob.from_json(job.to_json()))
+    assert CompiledStats.from_json(measured.to_json()) == measured
     assert measured.mesh == {**dict.fromkeys(measured.mesh, 1), "data": 2, "fsdp": 2, "tensor": 2}
     # Norms' scales, biases of the stream and the table of positions are cut by fsdp alone; all else by four.
-    assert measured.parameters * 4 / 4 < measured.kinds["parameters"] < measured.parameters * 4 / 2
+    assert measured.parameters * 4 / 4 < measured.bytes_by_kind["parameters"] < measured.parameters * 4 / 2
     assert measured.state_bytes == pytest.approx(12 * measured.parameters, rel=0.01)
-    assert measured.peak_bytes > sum(measured.kinds.values())
+    assert measured.peak_bytes > sum(measured.bytes_by_kind.values())
     assert {row.kind for row in measured.traffic} >= {"all-gather", "all-reduce"}
     assert measured.hbm_bytes > measured.argument_bytes
-    verdict = judge(job.config, measured)
+    verdict = make_plan(job.config, measured)
     assert verdict.memory.fits is None
-    assert sum(verdict.memory.kinds.values()) == pytest.approx(measured.peak_bytes, rel=1e-3)
-    assert json.loads(json.dumps(verdict_to_json(verdict)))["estimated"] is False
-    assert "not judged" in format_verdict(verdict)
+    assert sum(verdict.memory.bytes_by_kind.values()) == pytest.approx(measured.peak_bytes, rel=1e-3)
+    assert json.loads(json.dumps(plan_to_json(verdict)))["estimated"] is False
+    assert "not judged" in format_plan(verdict)
 
 
 def test_digests_are_of_the_program():
-    job = Job(config=make_config(), topology="cpu-8")
+    job = CompileJob(config=make_config(), topology="cpu-8")
     same = dataclasses.replace(job, config=make_config("elsewhere", run=dict(dir="there"), sample=dict(top_k=3)))
     assert job.digest() == same.digest()
     for change in ({"topology": "cpu-4"}, {"fast": True}, {"config": change_config(job.config, ("model.d_model=32",))}):
@@ -101,42 +101,42 @@ def test_a_tpu_that_is_not_here_and_the_smallest_change_that_fits(tmp_path):
     """Eight cores of a v2: what eight layers keep is too much, what they begin with is not."""
     model = dict(n_layers=8, d_model=64, seq_len=128, dtype="bfloat16")
     config = make_config(model=model, mesh=dict(fsdp=8, tensor=1), train=dict(batch_size=32_768))
-    job = Job(config=config, topology="v2-8", fast=True)
+    job = CompileJob(config=config, topology="v2-8", low_effort=True)
     refused = compile_job(job, cache=tmp_path)
-    verdict = judge(config, refused)
+    verdict = make_plan(config, refused)
     assert verdict.memory.fits is False
     assert refused.needed_bytes > refused.limit_bytes == pytest.approx(7.48 * 2**30, rel=0.01)
-    assert "exceeds available HBM" in format_verdict(verdict)
+    assert "exceeds available HBM" in format_plan(verdict)
     assert compile_job(job, cache=tmp_path) == refused  # kept: at once
 
     tried = []
 
-    def compile_one(job: Job) -> Measured:
+    def compile_one(job: CompileJob) -> CompiledStats:
         tried.append(job.config)
         return compile_job(job)
 
-    remedy = find_remedy(job, refused, compile_one)
+    remedy = suggest_change(job, refused, compile_one)
     assert remedy is not None
     assert remedy.change.overrides[0].startswith("model.remat=")
     assert len(tried) == remedy.tried + 1
-    fixed = judge(change_config(config, remedy.change.overrides), remedy.measured)
+    fixed = make_plan(change_config(config, remedy.change.overrides), remedy.stats)
     assert fixed.memory.fits
     assert fixed.roofline is not None
     assert set(fixed.roofline.terms) >= {"products", "memory", "fsdp"}
-    assert 0 < (fixed.mfu_unhidden or 0) < (fixed.mfu or 0) < 1
-    assert "MFU" in format_verdict(fixed)
+    assert 0 < (fixed.mfu_no_overlap or 0) < (fixed.mfu or 0) < 1
+    assert "MFU" in format_plan(fixed)
 
 
 @needs_cuda
 def test_a_gpu_that_is_not_here():
-    job = Job(config=make_config(mesh=dict(fsdp=2, tensor=1)), topology="2xH100")
-    verdict = judge(job.config, compile_job(job))
-    assert verdict.measured.platform == "gpu"
+    job = CompileJob(config=make_config(mesh=dict(fsdp=2, tensor=1)), topology="2xH100")
+    verdict = make_plan(job.config, compile_job(job))
+    assert verdict.stats.platform == "gpu"
     assert verdict.memory.fits
     assert any("MEM_FRACTION" in note for note in verdict.notes)
     # XLA refuses nothing for a GPU; the comparison is ours.
-    large = dataclasses.replace(verdict.measured, peak_bytes=10**12)
-    assert judge(job.config, large).memory.fits is False
+    large = dataclasses.replace(verdict.stats, peak_bytes=10**12)
+    assert make_plan(job.config, large).memory.fits is False
 
 
 def test_without_a_compiler_there_is_an_estimate_that_says_so(monkeypatch):
@@ -144,17 +144,17 @@ def test_without_a_compiler_there_is_an_estimate_that_says_so(monkeypatch):
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology")
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", fail)
-    job = Job(config=make_config(), topology="v5e-8")
+    job = CompileJob(config=make_config(), topology="v5e-8")
     with pytest.raises(MissingCompilerError, match=r"pip install -e '\.\[plan\]'"):
         measure(job)
-    verdict = judge(job.config, estimate_training(job.config, job.topology))
-    assert LABEL in format_verdict(verdict)
-    assert verdict_to_json(verdict)["estimated"] is True
+    verdict = make_plan(job.config, estimate_training(job.config, job.topology))
+    assert LABEL in format_plan(verdict)
+    assert plan_to_json(verdict)["estimated"] is True
 
 
 def test_a_mesh_that_does_not_fit_is_named():
     with pytest.raises(ConfigError, match="does not fit 4 device"):
-        compile_job(Job(config=make_config(mesh=dict(fsdp=8)), topology="cpu-4"))
+        compile_job(CompileJob(config=make_config(mesh=dict(fsdp=8)), topology="cpu-4"))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_refusals_are_read(text, needed):
 def test_changes_come_smallest_first_and_hold_together():
     config = make_config(train=dict(batch_size=64))
     changes = list(propose_changes(config, 8))
-    words = [change.words for change in changes]
+    words = [change.description for change in changes]
     assert words[0] == "the loss in 4 pieces"
     order = ("remat full", "2 microbatches instead of 1", "mesh fsdp=4", "first moments in bfloat16")
     assert [words.index(one) for one in order] == sorted(words.index(one) for one in order)
@@ -180,4 +180,4 @@ def test_changes_come_smallest_first_and_hold_together():
     assert together == sorted(together)
     assert all(change_config(config, change.overrides) != config for change in changes[:20])
     cut = make_config(train=dict(batch_size=64, grad_accum_steps=4))
-    assert "the batch in one piece instead of 4 microbatches" in [change.words for change in propose_changes(cut, 8)]
+    assert "the batch in one piece instead of 4 microbatches" in [change.description for change in propose_changes(cut, 8)]

@@ -11,13 +11,14 @@ import pytest
 
 from mesh_transformer.config import Config, ConfigError, SampleConfig, parse_config
 from mesh_transformer.config.presets import T5
-from mesh_transformer.model.transformer import describe_params
+from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.plan.compile_worker import make_topology_layout, measure
-from mesh_transformer.plan.decoding import lower_reading, lower_writing
-from mesh_transformer.plan.fit import judge
-from mesh_transformer.plan.job import Job, Measured
-from mesh_transformer.plan.report import format_verdict, verdict_to_json
+from mesh_transformer.plan.decoding import lower_seq2seq_encode, lower_seq2seq_decode
+from mesh_transformer.plan.fit import make_plan
+from mesh_transformer.plan.job import CompileJob, CompiledStats
+from mesh_transformer.plan.report import format_plan, plan_to_json
 from mesh_transformer.sample.engine.encoder_decoder import EncoderDecoderEngine
+from mesh_transformer.sample.engine.engine import EngineOptions
 
 MESH = dict(data=2, tensor=2, expert=2)
 CONTEXT = 128  # the engine's shortest cache
@@ -36,8 +37,8 @@ def make_config(serve: dict | None = None, **model: object) -> Config:
     return parse_config(table, where="test")
 
 
-def make_job(config: Config | None = None, *, batch: int = 8) -> Job:
-    return Job(config=config or make_config(), topology="cpu-8", batch=batch, context=CONTEXT)
+def make_job(config: Config | None = None, *, batch: int = 8) -> CompileJob:
+    return CompileJob(config=config or make_config(), topology="cpu-8", batch=batch, context=CONTEXT)
 
 
 def test_the_planned_programs_are_the_engines():
@@ -48,7 +49,14 @@ def test_the_planned_programs_are_the_engines():
         module: {name: jnp.asarray(rng.normal(size=info.shape) / 2, jnp.float32) for name, info in arrays.items()}
         for module, arrays in describe_params(model).items()
     }
-    engine = EncoderDecoderEngine(model, params, start=0, end=1, layout=layout, weights="bfloat16", cache="int8")
+    engine = EncoderDecoderEngine(
+        model,
+        params,
+        EngineOptions(weight_dtype="bfloat16", kv_cache_dtype="int8"),
+        start_token=0,
+        end_token=1,
+        layout=layout,
+    )
     ran: dict[str, str] = {}
 
     def watch(name, program):
@@ -58,42 +66,42 @@ def test_the_planned_programs_are_the_engines():
 
         return run
 
-    engine.writer._read = watch("read", engine.writer._read)
-    engine.writer._write = watch("write", engine.writer._write)
+    engine.programs._encode_program = watch("encode", engine.programs._encode_program)
+    engine.programs._decode_program = watch("decode", engine.programs._decode_program)
     prompts = [list(range(2, 40)) * 3 for _ in range(8)]
     assert len(prompts[0]) <= CONTEXT < 2 * len(prompts[0])
     found = engine.generate(prompts, SampleConfig(temperature=0.0), max_tokens=3)
     assert {len(sample.tokens) for (sample,) in found} == {3}
-    assert lower_reading(job, layout)[0].as_text() == ran["read"]
-    assert lower_writing(job, layout)[0].as_text() == ran["write"]
-    assert lower_writing(dataclasses.replace(job, context=64), layout)[0].as_text() != ran["write"]
+    assert lower_seq2seq_encode(job, layout)[0].as_text() == ran["encode"]
+    assert lower_seq2seq_decode(job, layout)[0].as_text() == ran["decode"]
+    assert lower_seq2seq_decode(dataclasses.replace(job, context=64), layout)[0].as_text() != ran["decode"]
 
 
 @pytest.fixture(scope="module")
-def measured() -> Measured:
-    return measure(Job.from_json(make_job().to_json()))
+def measured() -> CompiledStats:
+    return measure(CompileJob.from_json(make_job().to_json()))
 
 
 def test_what_sampling_with_an_encoder_needs(measured):
     job = make_job()
     reading = measured.reading
     assert reading is not None
-    assert Measured.from_json(measured.to_json()) == measured
+    assert CompiledStats.from_json(measured.to_json()) == measured
     # Decoder layers, own and encoder's places, rows, heads, places, channels, k and v, float32.
     assert measured.kinds["cache"] * 8 == 2 * 2 * 8 * 2 * CONTEXT * 8 * 2 * 4
     # While tokens are written the encoder's weights, about a third of all, lie there as well.
     assert measured.kinds["weights"] / 4 < measured.idle_bytes < measured.kinds["weights"] / 2
     assert reading.peak_bytes > measured.peak_bytes > measured.kinds["weights"] + measured.kinds["cache"]
     assert measured.hbm_bytes > measured.kinds["weights"]
-    verdict = judge(job.config, measured)
+    verdict = make_plan(job.config, measured)
     assert verdict.fits is None
-    text = format_verdict(verdict)
+    text = format_plan(verdict)
     assert text.index("FLOPs for a token of every row") < text.index("the encoder reads")
-    table = json.loads(json.dumps(verdict_to_json(verdict)))
+    table = json.loads(json.dumps(plan_to_json(verdict)))
     assert table["reading"]["peak_bytes"] == reading.peak_bytes
     assert table["peak_bytes"] == measured.peak_bytes
     narrow = make_job(make_config(serve=dict(weights="int8")))
-    assert lower_writing(narrow, make_topology_layout(narrow))[1].kinds["weights"] < measured.kinds["weights"] / 2
+    assert lower_seq2seq_decode(narrow, make_topology_layout(narrow))[1].bytes_by_kind["weights"] < measured.kinds["weights"] / 2
 
 
 def test_flops_are_of_what_a_token_passes():
@@ -106,19 +114,19 @@ def test_flops_are_of_what_a_token_passes():
     written = 2 * (4 * d * inner + 2 * d * inner + 2 * d * f) + 2 * attention  # own attention, queries of the other
     read = 2 * (4 * d * inner + 2 * d * f) + attention
     each = 2 * written + 2 * d * model.n_vocab
-    assert lower_writing(job, layout)[1].flops == pytest.approx(8 * each, rel=0.01)
+    assert lower_seq2seq_decode(job, layout)[1].flops == pytest.approx(8 * each, rel=0.01)
     once = 2 * s * (read + 2 * 2 * d * inner)
-    assert lower_reading(job, layout)[1].flops == pytest.approx(8 * (each + once), rel=0.01)
+    assert lower_seq2seq_encode(job, layout)[1].flops == pytest.approx(8 * (each + once), rel=0.01)
 
 
 def test_it_fits_if_both_programs_do(measured):
     job, place = make_job(), dict(topology="v5e-8", platform="tpu")
     small = dataclasses.replace(measured, **place, reading=dataclasses.replace(measured.reading, **place))
-    assert judge(job.config, small).fits is True
+    assert make_plan(job.config, small).fits is True
     large = dataclasses.replace(small, reading=dataclasses.replace(small.reading, peak_bytes=10**12))
-    verdict = judge(job.config, large)
+    verdict = make_plan(job.config, large)
     assert (verdict.fits, verdict.memory.fits) == (False, True)
-    assert verdict_to_json(verdict)["fits"] is False
+    assert plan_to_json(verdict)["fits"] is False
 
 
 def test_rows_and_context_that_cannot_be_are_refused():

@@ -10,21 +10,21 @@ import pytest
 from mesh_transformer.config import ConfigError, parse_config
 from mesh_transformer.plan.compile_worker import measure
 from mesh_transformer.plan.estimate import estimate_training
-from mesh_transformer.plan.fit import judge
+from mesh_transformer.plan.fit import make_plan
 from mesh_transformer.plan.hardware.chips import CPU, TPUS
-from mesh_transformer.plan.job import Job
+from mesh_transformer.plan.job import CompileJob
 from mesh_transformer.plan.roofline import make_roofline
-from mesh_transformer.plan.search import find_frontier, format_found, list_candidates, list_meshes, search
+from mesh_transformer.plan.search import find_frontier, format_search, list_candidates, list_meshes, search
 from mesh_transformer.plan.search_plot import draw_search
 
 
-def make_job(topology: str = "cpu-8", **model: object) -> Job:
+def make_job(topology: str = "cpu-8", **model: object) -> CompileJob:
     table = {
         "model": dict(n_layers=2, d_model=64, n_heads=4, n_vocab=264, seq_len=32) | model,
         "data": {"train": {"numbers": {"path": "made-up"}}},
         "train": dict(steps=10, batch_size=16),
     }
-    return Job(config=parse_config(table, where="test"), topology=topology)
+    return CompileJob(config=parse_config(table, where="test"), topology=topology)
 
 
 def test_meshes_are_those_that_divide():
@@ -39,11 +39,11 @@ def test_meshes_are_those_that_divide():
 def test_the_best_of_eight_cpu_devices():
     job = make_job()
     said: list[str] = []
-    found = search(job, measure, chip=CPU, count=2, report=said.append)
+    found = search(job, measure, chip=CPU, count=2, log=said.append)
     assert len(found.compiled) == 2
     assert len(found.considered) > 20
     assert [line for line in said if line.startswith("compiling")] == said
-    table = format_found(found, CPU)
+    table = format_search(found, CPU)
     assert "--set mesh.fsdp=" in table
     assert table.splitlines()[1].rstrip().endswith("*")
     picture = ElementTree.fromstring(draw_search(found, CPU, "a <small> model"))
@@ -68,9 +68,9 @@ def test_sampling_is_planned_by_the_engines_own_program():
     job = dataclasses.replace(make_job(n_heads=4, n_kv_heads=2), batch=8, context=16)
     measured = measure(job)
     cache_of_all = 2 * 8 * 2 * 16 * 16 * 2 * 4  # layers, rows, key-value heads, places, channels, k and v, float32
-    assert measured.kinds["cache"] * 8 == cache_of_all
-    assert measured.hbm_bytes > measured.kinds["weights"]  # every token reads every weight
-    assert judge(job.config, measured).checkpoint_bytes == 0
+    assert measured.bytes_by_kind["cache"] * 8 == cache_of_all
+    assert measured.hbm_bytes > measured.bytes_by_kind["weights"]  # every token reads every weight
+    assert make_plan(job.config, measured).checkpoint_bytes == 0
     with pytest.raises(ConfigError, match="use a multiple of 8"):
         measure(dataclasses.replace(job, batch=3))
     with pytest.raises(ConfigError, match="seq_len = 32"):
@@ -84,7 +84,7 @@ def test_the_roofline_of_known_work():
     roofline = make_roofline(measured, chip)
     assert roofline.terms["products"] == pytest.approx(10)
     assert roofline.bound == "products"
-    assert roofline.shortest == roofline.terms["products"] < roofline.longest
+    assert roofline.lower_bound == roofline.terms["products"] < roofline.upper_bound
 
 
 @pytest.mark.parametrize("experts", [dict(n_experts_per_token=2), dict(every=2, capacity_factor=1.5)], ids=str)

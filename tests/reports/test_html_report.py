@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from mesh_transformer.reports.html_report import make_page, downsample, write_report
+from mesh_transformer.reports.html_report import make_page, write_report
 from mesh_transformer.reports.metrics_log import FILE, MetricsError
 
 HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(1)>\"' onload='alert(1) & \ud800\x00"
@@ -184,20 +184,22 @@ def test_any_numbers_make_a_page_of_finite_coordinates(values):
 def test_experts_have_a_map_and_the_unused_are_counted():
     one, other = [[2.0, 1.0, 1.0, 0.0], [1.5, 1.5, 1.0, 0.0]], [[1.0] * 4, [4.0, 0.0, 0.0, 0.0]]
     loads = [*map(list, zip(one, other, strict=True)), [[HOSTILE, None, 1e400], [0.0, 0.0, 0.0, 0.0]], HOSTILE, [2.0]]
-    lines = [train_line(i + 1, expert_load=load, dropped_share=0.1, router_entropy=1.2) for i, load in enumerate(loads)]
+    lines = [
+        train_line(i + 1, expert_load=load, dropped_fraction=0.1, router_entropy=1.2) for i, load in enumerate(loads)
+    ]
     text = make_page("run", lines, "")
     page = Page(text)
     assert text.count('class="map"') == 2
     assert "1 of 8" in page.text["dd"], "in one layer, though used in the other"
     for title in (
-        "Load of experts, first layer",
-        "Load of experts, last layer",
-        "Choices that found their expert full",
-        "Entropy of the routers",
+        "Expert load, first layer",
+        "Expert load, last layer",
+        "Dropped tokens",
+        "Router entropy",
     ):
         assert title in page.text["b"]
-    assert "Balance loss" not in page.text["b"], "none was told of"
-    assert "Load of experts" not in " ".join(Page(make_page("run", [train_line(1)], "")).text["b"])
+    assert "Load-balancing loss" not in page.text["b"], "it was not logged"
+    assert "Expert load" not in " ".join(Page(make_page("run", [train_line(1)], "")).text["b"])
 
 
 def test_a_skipped_step_is_marked_but_does_not_set_the_scale():
@@ -223,18 +225,6 @@ def test_every_set_has_its_curve_and_its_latest_figures():
     assert [series["name"] for series in page.plots()[1]["series"]] == names
     assert "1.500" in page.text["dd"]
     assert "3.000" not in page.text["dd"]
-
-
-def test_thinning_keeps_ends_extremes_and_gaps():
-    points = [(float(i), 1.0 + i % 7) for i in range(5000)]
-    points[1234], points[4321] = (1234.0, 99.0), (4321.0, -99.0)
-    points[2000:2100] = [(x, None) for x, _ in points[2000:2100]]
-    thinned = downsample(points, 500)
-    assert 300 < len(thinned) <= 510
-    assert {points[0], points[-1], points[1234], points[4321]} <= set(thinned)
-    assert any(y is None for x, y in thinned if 2000 <= x < 2100)
-    assert [x for x, _ in thinned] == sorted({x for x, _ in thinned})
-    assert downsample(points[:500], 500) == points[:500]
 
 
 def test_no_metrics_and_damaged_metrics(tmp_path):

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Axes a person would choose, and lines that keep their extremes."""
+"""SVG: round ticks, distinct labels, series downsampled to their extremes, heat maps of deviations."""
 
 import pytest
 
-from mesh_transformer.reports.svg import MAX_POINTS, Series, format_number, heat_map, make_axis, plot
+from mesh_transformer.reports.svg import MAX_POINTS, Series, downsample, format_number, heat_map, make_axis, plot
 
 
 def test_ticks_are_round_and_cover_the_data():
@@ -35,3 +35,15 @@ def test_a_heat_map_shows_what_is_far_from_even():
     assert len(large) < 100_000
     assert "nothing recorded" in heat_map("t", "u", [], [], row_name="expert")
     assert "nothing recorded" in heat_map("t", "u", [1], [[None]], row_name="expert")
+
+
+def test_downsampling_retains_ends_extremes_and_gaps():
+    points = [(float(i), 1.0 + i % 7) for i in range(5000)]
+    points[1234], points[4321] = (1234.0, 99.0), (4321.0, -99.0)
+    points[2000:2100] = [(x, None) for x, _ in points[2000:2100]]
+    sampled = downsample(points, 500)
+    assert 300 < len(sampled) <= 510
+    assert {points[0], points[-1], points[1234], points[4321]} <= set(sampled)
+    assert any(y is None for x, y in sampled if 2000 <= x < 2100)
+    assert [x for x, _ in sampled] == sorted({x for x, _ in sampled})
+    assert downsample(points[:500], 500) == points[:500]

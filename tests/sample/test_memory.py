@@ -14,7 +14,7 @@ from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.data.tokenizers import ByteTokenizer
 from mesh_transformer.model.params import flatten_names
-from mesh_transformer.model.transformer import describe_params
+from mesh_transformer.model.shapes import describe_params
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

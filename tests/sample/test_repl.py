@@ -19,7 +19,8 @@ from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.config import SampleConfig, config_to_dict, parse_config
 from mesh_transformer.data.tokenizers import load_tokenizer
 from mesh_transformer.model.params import flatten_names
-from mesh_transformer.model.transformer import describe_params, make_model
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.sample.loading import load_model
 from mesh_transformer.sample.repl import SettingError, Repl, change_setting
 from mesh_transformer.sample.text_generation import StopStrings, complete_texts

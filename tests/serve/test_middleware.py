@@ -9,7 +9,8 @@ import pytest
 
 from mesh_transformer.config import ConfigError, ModelConfig, SampleConfig
 from mesh_transformer.model.transformer import make_model
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+from mesh_transformer.sample.engine.requests import RequestParams
 from mesh_transformer.serve.app import ClientDisconnected, run_until_disconnect
 from mesh_transformer.serve.engine_thread import EngineThread
 from mesh_transformer.serve.middleware import RequestLimits
@@ -122,19 +123,19 @@ def test_an_engine_that_fails_leaves_nobody_waiting():
     async def trial():
         worker = EngineThread(engine, capacity=3)
         worker.start(asyncio.get_running_loop())
-        fine = worker.submit([engine.make_row([1], SampleConfig(max_tokens=5))])
+        fine = worker.submit([engine.make_request([1], RequestParams(SampleConfig(max_tokens=5)))])
         tokens = [event.token async for events in fine.events() for event in events]
         worker.close(fine)
         assert (len(tokens), fine.n_drawn, worker.n_open) == (5, 5, 0)
         with pytest.raises(ApiError) as refused:
             worker.check_capacity(4)
         assert refused.value.status == 400
-        bad = worker.submit([engine.make_row([1], SampleConfig(max_tokens=5), constraint=Exploding())])
+        bad = worker.submit([engine.make_request([1], RequestParams(SampleConfig(max_tokens=5), constraint=Exploding()))])
         with pytest.raises(ApiError, match="engine has failed"):
             async for _ in bad.events():
                 pass
         with pytest.raises(ApiError) as refused:
-            worker.submit([engine.make_row([1], SampleConfig(max_tokens=5))])
+            worker.submit([engine.make_request([1], RequestParams(SampleConfig(max_tokens=5)))])
         return worker.failure, refused.value.status
 
     assert asyncio.run(trial()) == ("RuntimeError: no such mask", 503)

@@ -32,7 +32,8 @@ from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.config import config_to_dict, parse_config
 from mesh_transformer.data.tokenizers import ByteTokenizer
 from mesh_transformer.model.params import flatten_names
-from mesh_transformer.model.transformer import describe_params, make_model
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.model.shapes import describe_params
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-for-the-tests-only"

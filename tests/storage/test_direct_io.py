@@ -20,14 +20,14 @@ def pasts(request, monkeypatch):
     handed = []
     write_all = direct_io._write_all
 
-    def count(descriptor, values, offset, or_else=None):
-        if or_else is not None:
+    def count(descriptor, values, offset, fallback=None):
+        if fallback is not None:
             assert not offset % BLOCK
             assert not len(values) % BLOCK
             handed.append(len(values))
-        write_all(descriptor, values, offset, or_else)
+        write_all(descriptor, values, offset, fallback)
 
-    monkeypatch.setattr(direct_files, "_write_all", count)
+    monkeypatch.setattr(direct_io, "_write_all", count)
     if request.param == "plain":
         real = os.open
 

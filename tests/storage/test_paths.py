@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a place is, and what an error of a store means, without any store; test_remote.py has one."""
+"""What a path is, and what an error of a store means, without any store; test_remote.py has one."""
 
 import os
 import subprocess
@@ -24,14 +24,14 @@ from mesh_transformer.storage.paths import RemotePath, kvstore_spec, map_bytes, 
     ],
 )
 def test_urls(text, parts):
-    place = parse_path(text)
-    assert isinstance(place, RemotePath)
-    assert place.parts == parts
-    assert parse_path(str(place)) == place
-    child = place / "arrays/w"
-    assert (str(child), child.name, child.parent.parent) == (f"{place}/arrays/w", "w", place)
-    assert str(child.relative_to(place)) == "arrays/w"
-    assert child.with_name("v") == place / "arrays" / "v"
+    path = parse_path(text)
+    assert isinstance(path, RemotePath)
+    assert path.parts == parts
+    assert parse_path(str(path)) == path
+    child = path / "arrays/w"
+    assert (str(child), child.name, child.parent.parent) == (f"{path}/arrays/w", "w", path)
+    assert str(child.relative_to(path)) == "arrays/w"
+    assert child.with_name("v") == path / "arrays" / "v"
 
 
 @pytest.mark.parametrize("text", ["runs/a", "/runs/a", "s3", "C:file"])
@@ -41,7 +41,7 @@ def test_paths_of_this_machine(text):
 
 @pytest.mark.parametrize("text", ["http://host/run", "s3://", "gs:///", "hdfs://a/b", "s3://bucket/../other"])
 def test_urls_of_no_kind(text):
-    with pytest.raises(CheckpointError, match=r"not a place that is known|has no \. and \.\."):
+    with pytest.raises(CheckpointError, match=r"unsupported URL|contains \. or \.\."):
         parse_path(text)
 
 
@@ -55,13 +55,13 @@ def test_a_url_in_the_clothes_of_a_path_makes_no_folder(tmp_path, monkeypatch):
 def test_where_tensorstore_finds_it(monkeypatch):
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
-    place = parse_path("s3://bucket/run/a")
-    assert kvstore_spec(place) == {"driver": "s3", "bucket": "bucket", "path": "run/a/"}
+    path = parse_path("s3://bucket/run/a")
+    assert kvstore_spec(path) == {"driver": "s3", "bucket": "bucket", "path": "run/a/"}
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    assert kvstore_spec(place)["endpoint"] == "http://127.0.0.1:9"
-    assert kvstore_spec(place)["aws_region"] == "us-east-1"
+    assert kvstore_spec(path)["endpoint"] == "http://127.0.0.1:9"
+    assert kvstore_spec(path)["aws_region"] == "us-east-1"
     monkeypatch.setenv("AWS_REGION", "eu-north-1")
-    assert kvstore_spec(place)["aws_region"] == "eu-north-1"
+    assert kvstore_spec(path)["aws_region"] == "eu-north-1"
     assert kvstore_spec(parse_path("gs://bucket")) == {"driver": "gcs", "bucket": "bucket", "path": ""}
 
 
@@ -99,9 +99,9 @@ def test_local_files_are_seen_as_before(tmp_path):
 def test_without_the_extra_it_says_what_to_install():
     code = (
         "import sys; sys.modules['s3fs'] = sys.modules['gcsfs'] = None\n"
-        "from mesh_transformer.storage.paths import to_place\n"
+        "from mesh_transformer.storage.paths import parse_path\n"
         "for url in sys.argv[1:]:\n"
-        "    try: to_place(url).is_dir()\n"
+        "    try: parse_path(url).is_dir()\n"
         "    except ValueError as error: print(error)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The loss is the plain one however it is cut, and logits of all tokens or of the whole vocabulary exist nowhere."""
+"""Chunked and sharded losses equal the dense one, and logits of all tokens or of the full vocabulary never exist."""
 
 import re
 
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mesh_transformer.config import MeshConfig
+from mesh_transformer.config import MeshConfig, ModelConfig
 from mesh_transformer.mesh import make_layout, use_layout
-from mesh_transformer.train.loss import score_tokens
+from mesh_transformer.train.loss import LossOptions, chunked_cross_entropy
 
 B, T, D, V = 8, 16, 8, 96
 Z = 0.1
@@ -23,33 +23,34 @@ def make_arrays():
     return x, w, b, jax.random.randint(keys[3], (B, T), 0, V), (jax.random.uniform(keys[4], (B, T)) < 0.8) * 1.0
 
 
-def plain(x, w, b, targets, mask):
+def dense(x, w, b, targets, mask):
     logits = jnp.einsum("btd,dv->btv", x, w) + (0.0 if b is None else b[None, None])
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    nats = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(nats * mask) + Z * jnp.sum(jnp.square(log_z) * mask)
+    losses = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(losses * mask) + Z * jnp.sum(jnp.square(log_z) * mask)
 
 
-def in_pieces(pieces: int, layout=None):
+def chunked(chunks: int, layout=None):
     def loss(x, w, b, targets, mask):
         with use_layout(layout):
-            return 3.0 * score_tokens(x, w, b, targets, mask, Z, pieces)[0]
+            model = ModelConfig(n_layers=1, d_model=D, n_heads=1, n_vocab=V, seq_len=T, head_bias=b is not None)
+            return 3.0 * chunked_cross_entropy(x, w, b, targets, mask, LossOptions(model, Z, chunks))[0]
 
     return loss
 
 
 @pytest.mark.parametrize("mesh", [{}, dict(tensor=4, data=2), dict(fsdp=2, context=2, pipeline=2)], ids=str)
-@pytest.mark.parametrize(("pieces", "bias"), [(1, False), (4, True)])
-def test_scored_in_pieces_equals_plain(mesh, pieces, bias):
+@pytest.mark.parametrize(("chunks", "bias"), [(1, False), (4, True)])
+def test_chunked_loss_equals_the_dense_one(mesh, chunks, bias):
     x, w, b, targets, mask = make_arrays()
     b = b if bias else None
-    wanted = jax.value_and_grad(plain, argnums=(0, 1, 2) if bias else (0, 1))(x, w, b, targets, mask)
+    expected = jax.value_and_grad(dense, argnums=(0, 1, 2) if bias else (0, 1))(x, w, b, targets, mask)
     layout = make_layout(MeshConfig(**{"data": 1, **mesh})) if mesh else None
     argnums = (0, 1, 2) if bias else (0, 1)
-    found = jax.jit(jax.value_and_grad(in_pieces(pieces, layout), argnums=argnums))(x, w, b, targets, mask)
-    alone = jax.jit(in_pieces(pieces, layout))(x, w, b, targets, mask)  # nothing differentiated: another path
+    found = jax.jit(jax.value_and_grad(chunked(chunks, layout), argnums=argnums))(x, w, b, targets, mask)
+    alone = jax.jit(chunked(chunks, layout))(x, w, b, targets, mask)  # not differentiated: a separate code path
     np.testing.assert_allclose(alone, found[0], rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a / 3, b, rtol=1e-5, atol=1e-5)
 
 
@@ -58,24 +59,24 @@ def buffers(program: str) -> set[tuple[int, ...]]:
 
 
 def holds(program: str, tokens: int, vocab: int) -> bool:
-    """Whether some array has `vocab` entries for each of `tokens`."""
+    """Return whether an array has `vocab` entries for each of `tokens`."""
     return any(np.prod(shape) == tokens * vocab and vocab in shape for shape in buffers(program))
 
 
 def test_logits_of_all_tokens_never_exist():
     arrays = make_arrays()
     compiled = {
-        pieces: jax.jit(jax.grad(in_pieces(pieces), argnums=(0, 1))).lower(*arrays).compile() for pieces in (1, 4)
+        chunks: jax.jit(jax.grad(chunked(chunks), argnums=(0, 1))).lower(*arrays).compile() for chunks in (1, 4)
     }
-    programs = {pieces: program.as_text() for pieces, program in compiled.items()}
+    programs = {chunks: program.as_text() for chunks, program in compiled.items()}
     assert holds(programs[1], B * T, V)
     assert not holds(programs[4], B * T, V)
     assert holds(programs[4], B * T // 4, V)
-    whole, cut = (program.memory_analysis().temp_size_in_bytes for program in compiled.values())
-    assert cut < whole - B * T * V * 4 / 2
+    one_chunk, four_chunks = (program.memory_analysis().temp_size_in_bytes for program in compiled.values())
+    assert four_chunks < one_chunk - B * T * V * 4 / 2
 
 
-def test_a_cut_vocabulary_is_never_gathered():
+def test_a_sharded_vocabulary_is_never_gathered():
     layout = make_layout(MeshConfig(data=2, tensor=4))
     arrays = make_arrays()
     with use_layout(layout):
@@ -92,9 +93,9 @@ def test_a_cut_vocabulary_is_never_gathered():
                 strict=True,
             )
         ]
-        step = jax.jit(jax.grad(in_pieces(1, layout), argnums=(0, 1, 2)), in_shardings=shardings)
+        step = jax.jit(jax.grad(chunked(1, layout), argnums=(0, 1, 2)), in_shardings=shardings)
         program = step.lower(*arrays).compile().as_text()
     assert holds(program, B * T // 2, V // 4)
     assert not holds(program, B * T // 2, V)
     moved = re.findall(r"(?:all-gather|all-to-all|collective-permute)\(", program)
-    assert not moved, "only sums move"
+    assert not moved, "only sums are communicated"

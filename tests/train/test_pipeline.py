@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Stages idle as little as the schedule says, 1F1B keeps inputs of a few microbatches, and routers are heard of."""
+"""Tests of pipeline parallelism: bubble, memory of 1F1B, and router statistics and gradients."""
 
 import jax
 import numpy as np
@@ -9,38 +9,38 @@ import pytest
 from mesh_transformer.config import ConfigError, parse_config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import make_layout, use_layout
-from mesh_transformer.model.transformer import describe_params
-from mesh_transformer.train.pipeline import bubble_share
-from mesh_transformer.train.run import abstract_batch
+from mesh_transformer.model.shapes import describe_params
+from mesh_transformer.train.pipeline import bubble_fraction
+from mesh_transformer.train.compile import abstract_batch
 from mesh_transformer.train.state import describe_state, state_shardings
 from mesh_transformer.train.step import make_gradients, make_train_step
 
 
-def make_config(accumulation: int, schedule: str = "1f1b", **mesh):
+def make_config(n_microbatches: int, schedule: str = "1f1b", **mesh):
     return parse_config(
         {
             "model": dict(n_layers=4, d_model=32, n_heads=2, n_vocab=32, seq_len=16, remat="full"),
             "mesh": {"data": 1, "pipeline": 4, "pipeline_schedule": schedule, **mesh},
             "data": {"train": {"numbers": {"path": "made-up"}}},
-            "train": dict(steps=10, batch_size=2 * accumulation, grad_accum_steps=accumulation),
+            "train": dict(steps=10, batch_size=2 * n_microbatches, grad_accum_steps=n_microbatches),
         },
         where="test",
     )
 
 
-def test_bubble():
-    assert bubble_share(make_config(4)) == pytest.approx(3 / 7)
-    assert bubble_share(make_config(32)) == pytest.approx(3 / 35)
-    assert bubble_share(make_config(4, pipeline=1)) == 0
+def test_bubble_fraction():
+    assert bubble_fraction(make_config(4)) == pytest.approx(3 / 7)
+    assert bubble_fraction(make_config(32)) == pytest.approx(3 / 35)
+    assert bubble_fraction(make_config(4, pipeline=1)) == 0
 
 
-def test_stages_that_do_not_come_out_even_are_refused():
-    with pytest.raises(ConfigError, match=r"mesh\.pipeline=3 does not divide model\.n_layers=4"):
+def test_layers_must_be_divisible_by_stages():
+    with pytest.raises(ConfigError, match=r"mesh\.pipeline=3 does not divide the 4 repetitions"):
         make_config(4, pipeline=3)
 
 
-def temporary(accumulation: int, schedule: str) -> int:
-    config = make_config(accumulation, schedule)
+def temp_bytes(n_microbatches: int, schedule: str) -> int:
+    config = make_config(n_microbatches, schedule)
     layout = make_layout(config.mesh)
     shapes, axes = describe_state(config)
     shardings = state_shardings(layout, shapes, axes)
@@ -51,26 +51,26 @@ def temporary(accumulation: int, schedule: str) -> int:
     return program.memory_analysis().temp_size_in_bytes
 
 
-def test_memory_of_1f1b_does_not_grow_with_the_microbatches():
-    stream = 2 * 16 * 32 * 4  # bytes of a microbatch at a stage
-    assert temporary(32, "1f1b") - temporary(8, "1f1b") < 8 * stream
-    assert temporary(32, "gpipe") - temporary(8, "gpipe") > 24 * stream
+def test_memory_of_1f1b_is_independent_of_the_number_of_microbatches():
+    activation_bytes = 2 * 16 * 32 * 4  # of a microbatch on a stage
+    assert temp_bytes(32, "1f1b") - temp_bytes(8, "1f1b") < 8 * activation_bytes
+    assert temp_bytes(32, "gpipe") - temp_bytes(8, "gpipe") > 24 * activation_bytes
 
 
 EXPERTS = dict(n_experts=4, capacity_factor=0.8, group_size=2, aux_loss_weight=0.3)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
-def test_stages_hand_on_what_routers_did_and_its_gradients(schedule):
-    """As one device that accumulates as many microbatches: loads, shares and losses by layer, and the price of these."""
+def test_router_statistics_and_gradients_equal_one_device(schedule):
+    """Loads, fractions and router losses by layer, and all gradients, equal those of gradient accumulation on one device."""
     sizes = dict(n_layers=2, d_model=8, n_heads=1, n_vocab=16, seq_len=8, d_ff=8, positions="rope-half", norm="rmsnorm")
     rng = np.random.default_rng(0)
     tokens, ones = rng.integers(0, 16, (6, 9), dtype=np.int32), np.ones((6, 8), np.int32)
-    places = np.tile(np.arange(8, dtype=np.int32), (6, 1))
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], ones, places, ones.astype(np.float32))
+    positions = np.tile(np.arange(8, dtype=np.int32), (6, 1))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], ones, positions, ones.astype(np.float32))
     params: dict = {}
 
-    def find(**mesh):
+    def compute_gradients(**mesh):
         table = {
             "model": dict(sizes, ff_bias=False, qkv_bias=False, experts=EXPERTS),
             "mesh": {"data": 1, "pipeline_schedule": schedule, **mesh},
@@ -82,15 +82,16 @@ def test_stages_hand_on_what_routers_did_and_its_gradients(schedule):
         for module, infos in () if params else describe_params(config.model).items():
             params[module] = {name: 0.3 * rng.normal(size=i.shape).astype(np.float32) for name, i in infos.items()}
 
-        def traced(params, batch, key):
+        def with_layout(params, batch, key):
             with use_layout(layout):
                 return make_gradients(config)(params, batch, key)
 
-        return jax.jit(traced)(params, batch, jax.random.key(1))
+        return jax.jit(with_layout)(params, batch, jax.random.key(1))
 
-    wanted, found = find(), find(pipeline=2, expert=2)
-    assert wanted.losses.routing is not None
-    assert float(wanted.losses.routing.dropped.min()) > 0
-    assert wanted.losses.routing.load.shape == (2, 4)
-    for one, other in zip(jax.tree.leaves(wanted[:2]), jax.tree.leaves(found[:2]), strict=True):
+    expected = compute_gradients()
+    found = compute_gradients(pipeline=2, expert=2)
+    assert expected.losses.routing is not None
+    assert float(expected.losses.routing.dropped_fraction.min()) > 0
+    assert expected.losses.routing.expert_load.shape == (2, 4)
+    for one, other in zip(jax.tree.leaves(expected[:2]), jax.tree.leaves(found[:2]), strict=True):
         np.testing.assert_allclose(other, one, atol=1e-5 * np.abs(one).max(), rtol=0)

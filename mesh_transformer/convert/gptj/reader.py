@@ -34,8 +34,8 @@ from mesh_transformer.convert.import_plan import (
     make_model_config,
     raise_problems,
 )
-from mesh_transformer.convert.lazy_arrays import AddBias, Concat, FileArray, InMemory, LazyArray, Sum, full_index
 from mesh_transformer.convert.layout_views import LayoutView, parse_pattern
+from mesh_transformer.convert.lazy_arrays import AddBias, Concat, FileArray, InMemory, LazyArray, Sum, full_index
 from mesh_transformer.model.positions import T5_BUCKETS
 from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath
@@ -336,7 +336,9 @@ def _make_find(
 def _read_count(shards: Shards, position: int, name: str) -> int:
     leaves = shards.at(position)
     if any(leaf.dtype.kind not in "iu" or math.prod(leaf.shape) != 1 for leaf in leaves):
-        raise CheckpointError(f"{shards.folder}: {name} is {leaves[0].dtype}{list(leaves[0].shape)}, expected an integer")
+        raise CheckpointError(
+            f"{shards.folder}: {name} is {leaves[0].dtype}{list(leaves[0].shape)}, expected an integer"
+        )
     values = [int(leaf.read(full_index(leaf)).reshape(())) for leaf in leaves]
     if len(set(values)) > 1:
         raise CheckpointError(

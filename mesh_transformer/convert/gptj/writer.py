@@ -3,7 +3,6 @@
 """Write native weights as a checkpoint of mesh-transformer-jax with any number of shards; reader.py has the format."""
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -16,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from mesh_transformer.checkpoint.bounded_pool import run_side_by_side
+from mesh_transformer.checkpoint.bounded_pool import run_bounded
 from mesh_transformer.checkpoint.local_backend import write_synced
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
@@ -48,26 +47,224 @@ from mesh_transformer.storage.direct_io import DirectFile
 def make_external_config(config: ModelConfig, shards: int) -> dict[str, Any]:
     """Return the JSON configuration of a model for mesh-transformer-jax, without keys for training and storage.
 
-    The configuration is read back and compared with the model. CheckpointError lists the fields in which they differ,
-    so a field that the format cannot represent is never dropped silently.
+    The configuration is read back and compared with the model. CheckpointError lists the fields that differ, so a field
+    that the format cannot represent is never dropped silently.
     """
-    raise_problems("the model cannot be divided into shards", indivisible_dims(config, shards))
     problems: list[str] = []
+    incomparable: set[str] = set()
     pe = {native: external for external, native in POSITIONS.items()}.get(config.positions)
-    norm = {native: external for external, native in NORMS.items()}.get((config.norm, config.norm_bias))
-    compared = _describe(config)
     if pe is None:
-        problems.append(f"positions = {config.positions!r}, supported: {list(POSITIONS.values())}")
+        problems.append(f"positions = {config.positions!r}, must be one of {list(POSITIONS.values())}")
+        incomparable |= {"positions", "rope_dims", "rope_theta", "rope_scaling"}
+    norm = {native: external for external, native in NORMS.items()}.get((config.norm, config.norm_bias))
     if norm is None:
-        supported = sorted({native for native, _ in NORMS.values()})
-        problems.append(f"norm = {config.norm!r} with norm_bias = {config.norm_bias}, supported: {supported}")
-        compared -= {"norm", "norm_bias"}
-    external = dict(
+        problems.append(f"norm = {config.norm!r}, must be one of {sorted({native for native, _ in NORMS.values()})}")
+        incomparable |= {"norm", "norm_bias"}
+    external: dict[str, Any] = dict(
         layers=config.n_layers,
         d_model=config.d_model,
         n_heads=config.n_heads,
         n_vocab=config.n_vocab,
         norm=norm or "layernorm",
-        pe=pe or "rotary",
+        pe=pe or "fixed",
     )
+    external |= dict(pe_rotary_dims=config.rope_dim) if pe == "rotary" else {}
+    external |= dict(seq=config.seq_len, cores_per_replica=shards, per_replica_batch=1)
+    problems += _find_differences(config, external, incomparable)
+    raise_problems("mesh-transformer-jax v1 cannot represent this model", problems)
+    raise_problems("the model cannot be divided into shards", indivisible_dims(config, shards))
     return external
+
+
+def _find_differences(config: ModelConfig, external: Mapping[str, Any], incomparable: set[str]) -> list[str]:
+    """Return how a model differs in its function from the one that a JSON configuration describes."""
+    wanted = config.describe_function()
+    if "local" not in config.attention_pattern:
+        wanted["attention_pattern"] = ("global",)  # whatever its length
+    try:
+        found = make_model_config(read_model(external), "read back").describe_function()
+    except CheckpointError as error:  # with these sizes it is not a valid model
+        return [str(error)]
+    return [
+        f"{key} = {value!r}, must be {found.get(key)!r}"
+        for key, value in wanted.items()
+        if key not in incomparable and (key not in found or found[key] != value)
+    ]
+
+
+def write_gptj(
+    folder: Path,
+    plan: ImportPlan,
+    *,
+    shards: int,
+    dtype: str = "bfloat16",
+    slice_bytes: int = SLICE_BYTES,
+    progress: Progress = no_progress,
+) -> None:
+    """Write weights as a slim checkpoint folder/step_<step>, with the config.json and meta.json that its programs read.
+
+    Leaves that are summed, or used from shard 0 alone, are written to shard 0. The other shards get zeros, or ones for
+    scales of norms, so that reading them gives the same bits. A few slices of `slice_bytes` are in memory at once. An
+    .npz file gets its name when it is complete, and existing files are not written again, so the same call resumes after
+    an interruption. CheckpointError if the model, the number of shards or the dtype is not supported.
+    """
+    external_config = make_external_config(plan.config, shards)
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    target = to_dtype(dtype)
+    weights = _find_weights(plan)
+    leaves = [_make_leaf(leaf, weights, plan.config.d_model) for leaf in list_leaves(plan.config)]
+    leaves.append(ShardedLeaf("step", InMemory(np.array(plan.step, np.int32)), "replicated"))
+    counter = ByteCounter("writing", sum(leaf.nbytes(target) for leaf in leaves), progress)
+    folders = [folder / f"step_{plan.step}" / f"shard_{s}" for s in range(shards)]
+    for shard in folders:
+        shard.mkdir(parents=True, exist_ok=True)
+
+    def write(paths: Sequence[Path], leaves: Sequence[ShardedLeaf]) -> None:
+        if all(path.exists() for path in paths):
+            for leaf in leaves:
+                counter.add(leaf.nbytes(target))
+            return
+        for nbytes in _write_npz(paths, leaves, target, slice_bytes):
+            counter.add(nbytes)
+
+    size, more = divmod(len(leaves), NPZ_FILES)
+    rest = iter(leaves)
+    jobs = [
+        ([shard / f"{i}.npz" for shard in folders], list(itertools.islice(rest, size + (i < more))))
+        for i in range(NPZ_FILES)
+    ]
+    jobs.sort(key=lambda job: -sum(leaf.nbytes(target) for leaf in job[1]))  # the last to finish should be small
+    for _ in run_bounded(functools.partial(write, *job) for job in jobs):
+        pass
+    meta = {"step": plan.step, "checkpoints": [plan.step], "aux": {str(plan.step): {}}}
+    for name, table in (("config.json", external_config), ("meta.json", meta)):
+        write_synced(folder / name, json.dumps(table, indent=1).encode())
+
+
+Weights = dict[tuple[str | None, int | None], tuple[LazyArray, WeightSpec]]  # by name and layer
+
+
+def _find_weights(plan: ImportPlan) -> Weights:
+    """Return the weights of a plan. CheckpointError if one is missing or has a wrong shape."""
+    arrays = plan.values
+    missing = [f"{name} is missing" for name in describe_weights(plan.config) if name not in arrays]
+    raise_problems("nothing was written", missing)
+    found: Weights = {}
+    for spec, array in list_weights(plan.config, arrays):
+        wrong = [f"{spec.name} has shape {array.shape}, expected {spec.shape}"] if array.shape != spec.shape else []
+        raise_problems("nothing was written", wrong)
+        found[spec.name, spec.layer] = array, spec
+    return found
+
+
+class ShardedLeaf(NamedTuple):
+    """An external leaf of all shards together, and how it is divided between them."""
+
+    name: str
+    values: Packed | InMemory
+    # Dimension that is split over shards; "replicated"; otherwise shard 0 has all of it and the others have `fill`.
+    split: int | str
+    fill: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of all shards together."""
+        return self.values.shape
+
+    def nbytes(self, dtype: np.dtype) -> int:
+        """Return the number of bytes to read for it; 0 if it is in memory."""
+        return 0 if isinstance(self.values, InMemory) else math.prod(self.shape) * dtype.itemsize
+
+
+def _make_leaf(leaf: Leaf, weights: Weights, d_model: int) -> ShardedLeaf:
+    """Return the values of a leaf. A leaf without a native weight is zero, or one for an unused scale of a norm."""
+    mapping = leaf.mapping
+    fill = 1 if mapping.external.endswith("/scale") else 0
+    if (mapping.native, leaf.layer) not in weights:
+        unused = Packed([InMemory(np.full(d_model, fill, np.float32))], "embed", [("embed",)])
+        return ShardedLeaf(leaf.name, unused, "replicated")
+    array, spec = weights[mapping.native, leaf.layer]
+    split = "replicated" if mapping.merge == "mean" else mapping.merge
+    return ShardedLeaf(leaf.name, Packed([array], mapping.pattern, [spec.axes]), split, fill)
+
+
+def _write_npz(
+    paths: Sequence[Path], leaves: Sequence[ShardedLeaf], dtype: np.dtype, slice_bytes: int
+) -> Iterator[int]:
+    """Write the same .npz file of every shard durably, then rename them; yield numbers of bytes read.
+
+    All shards are written together. Otherwise a matrix that is split by columns would be read once per shard.
+    """
+    temporary = [path.with_suffix(".tmp") for path in paths]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(DirectFile(path)) for path in temporary]
+        archives = [stack.enter_context(zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)) for file in files]
+        for i, leaf in enumerate(leaves):
+            with contextlib.ExitStack() as inner:
+                members = [
+                    inner.enter_context(archive.open(zipfile.ZipInfo(f"arr_{i}.npy"), "w", force_zip64=True))
+                    for archive in archives
+                ]
+                yield from _write_leaf(members, leaf, dtype, slice_bytes)
+        for archive in archives:
+            archive.close()
+        for file in files:
+            file.sync()
+    for path, written in zip(paths, temporary, strict=True):
+        os.replace(written, path)
+
+
+def _write_leaf(members: Sequence[IO[bytes]], leaf: ShardedLeaf, dtype: np.dtype, slice_bytes: int) -> Iterator[int]:
+    is_in_memory = isinstance(leaf.values, InMemory)
+    dims = list(leaf.shape)
+    if isinstance(leaf.split, int):
+        dims[leaf.split] //= len(members)
+    for member in members:
+        descr = (leaf.values.dtype if is_in_memory else dtype).str
+        header = {"descr": descr, "fortran_order": False, "shape": tuple(dims)}
+        np.lib.format.write_array_header_1_0(member, header)
+    for first, values in _read_blocks(leaf, dtype, slice_bytes):
+        for member, part in _split(leaf, first, values, members):
+            member.write(to_c_order(part).reshape(-1).view(np.uint8).data)
+        yield 0 if is_in_memory else values.nbytes
+
+
+def _split(
+    leaf: ShardedLeaf, first: int, values: np.ndarray, members: Sequence[IO[bytes]]
+) -> Iterator[tuple[IO[bytes], np.ndarray]]:
+    """Yield the part of some rows that each shard gets, in the order of its bytes."""
+    match leaf.split:
+        case 0:
+            size = leaf.shape[0] // len(members)
+            for s in range(first // size, -(-(first + len(values)) // size)):
+                yield members[s], values[max(s * size - first, 0) : (s + 1) * size - first]
+        case int(dim):
+            yield from zip(members, np.split(values, len(members), dim), strict=True)
+        case "replicated":
+            yield from ((member, values) for member in members)
+        case _:
+            rest = np.full_like(values, leaf.fill)
+            yield from zip(members, [values, *[rest] * (len(members) - 1)], strict=True)
+
+
+def _read_blocks(leaf: ShardedLeaf, dtype: np.dtype, slice_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield blocks of rows of a leaf with the index of the first row. CheckpointError if a value overflows float16."""
+    if isinstance(leaf.values, InMemory):
+        yield 0, leaf.values.values
+        return
+    if not leaf.shape:  # a scalar norm
+        yield 0, leaf.values.arrays[0].read(()).astype(dtype)
+        return
+    if leaf.values.chunking.dim:
+        raise ValueError(f"{leaf.name}: the layout {leaf.values.pattern} does not start with the first native axis")
+    for first, last in leaf.values.slice_bounds(slice_bytes):
+        values = leaf.values.read_slice(0, first, last)
+        if values.dtype == dtype:
+            yield first, values
+            continue
+        with np.errstate(over="ignore"):
+            cast = values.astype(dtype)
+        if np.isfinite(values).sum() != np.isfinite(cast).sum():
+            raise CheckpointError(f"{leaf.name}: a value is too large for {dtype}; use float32 or bfloat16")
+        yield first, cast

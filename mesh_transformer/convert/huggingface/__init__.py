@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face checkpoints: tensor files, config and tensor-name tables, and NumPy reference implementations."""
+"""Hugging Face model folders: configuration and tensor maps, reader, file formats and reference implementations."""

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's config.json <-> our [model], a pair of functions for each kind of model."""
+"""Translate config.json of Hugging Face models to the native [model] section and back, one pair of functions per family."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,33 +10,34 @@ from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
 
 
-class Settings:
-    """A config.json that is asked for one key after the other; what was not asked for does not matter to the function."""
+class HFConfig:
+    """A config.json whose keys are read one by one. Keys that are not read do not affect the function of the model."""
 
     def __init__(self, table: Mapping[str, Any], where: object):
-        self.table, self.where = table, where
+        self.table = table
+        self.where = where
 
     def get(self, *keys: str, default: Any = None) -> Any:
-        """The value of the first of `keys` that is there; CheckpointError where there is neither one nor a default."""
+        """Return the value of the first of `keys` that is set, or the default. Raise CheckpointError without either."""
         for key in keys:
             if self.table.get(key) is not None:
                 return self.table[key]
         if default is None:
-            raise CheckpointError(f"{self.where}: lacks {' or '.join(keys)}")
+            raise CheckpointError(f"{self.where}: {' or '.join(keys)} is missing")
         return default
 
-    def expect(self, key: str, *allowed: Any) -> None:
-        """CheckpointError unless the key is absent, null, or one of `allowed`: other values are other functions."""
+    def require(self, key: str, *allowed: Any) -> None:
+        """Raise CheckpointError unless the key is absent, null or one of `allowed`; other values are other functions."""
         value = self.table.get(key)
         if value is not None and value not in allowed:
             raise CheckpointError(f"{self.where}: {key} = {value!r} is not supported; supported: {allowed}")
 
-    def choose(self, choices: Mapping[Any, str], *keys: str, default: Any) -> str:
-        """Our word for a choice of theirs."""
+    def translate(self, names: Mapping[Any, str], *keys: str, default: Any) -> str:
+        """Return the native name of an external value. Raise CheckpointError if it is not in `names`."""
         value = self.get(*keys, default=default)
-        if value not in choices:
-            raise CheckpointError(f"{self.where}: {keys[0]} = {value!r} is not supported; supported: {list(choices)}")
-        return choices[value]
+        if value not in names:
+            raise CheckpointError(f"{self.where}: {keys[0]} = {value!r} is not supported; supported: {list(names)}")
+        return names[value]
 
 
 ACTIVATIONS = {
@@ -48,33 +49,33 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-THEIR_ACTIVATIONS = {"gelu-tanh": "gelu_new", "gelu-erf": "gelu", "relu": "relu", "silu": "silu"}
+HF_ACTIVATIONS = {"gelu-tanh": "gelu_new", "gelu-erf": "gelu", "relu": "relu", "silu": "silu"}
 
 
-def read_gpt2(s: Settings) -> dict[str, Any]:
-    """GPT2Config."""
-    s.expect("scale_attn_weights", True)
-    s.expect("scale_attn_by_inverse_layer_idx", False)
-    s.expect("add_cross_attention", False)
+def read_gpt2(s: HFConfig) -> dict[str, Any]:
+    """Return the [model] section for a GPT2Config."""
+    s.require("scale_attn_weights", True)
+    s.require("scale_attn_by_inverse_layer_idx", False)
+    s.require("add_cross_attention", False)
     model = dict(
         n_layers=s.get("n_layer"), d_model=s.get("n_embd"), n_heads=s.get("n_head"), n_vocab=s.get("vocab_size"),
-        seq_len=s.get("n_positions", "n_ctx"), activation=s.choose(ACTIVATIONS, "activation_function", default="gelu_new"),
+        seq_len=s.get("n_positions", "n_ctx"), activation=s.translate(ACTIVATIONS, "activation_function", default="gelu_new"),
         norm_eps=s.get("layer_norm_epsilon", default=1e-5), tied_embeddings=s.table.get("tie_word_embeddings", True),
     )  # fmt: skip
     return model | {"d_ff": s.get("n_inner", default=4 * model["d_model"])}
 
 
 def write_gpt2(c: ModelConfig) -> dict[str, Any]:
-    """GPT2Config."""
+    """Return the keys of a GPT2Config."""
     return dict(
         n_layer=c.n_layers, n_embd=c.d_model, n_head=c.n_heads, vocab_size=c.n_vocab, n_positions=c.seq_len,
-        n_ctx=c.seq_len, activation_function=THEIR_ACTIVATIONS[c.activation], layer_norm_epsilon=c.norm_eps,
+        n_ctx=c.seq_len, activation_function=HF_ACTIVATIONS[c.activation], layer_norm_epsilon=c.norm_eps,
         n_inner=c.ff_dim,
     )  # fmt: skip
 
 
-def read_gpt_neo(s: Settings) -> dict[str, Any]:
-    """GPTNeoConfig."""
+def read_gpt_neo(s: HFConfig) -> dict[str, Any]:
+    """Return the [model] section for a GPTNeoConfig."""
     kinds = s.table.get("attention_layers")
     if kinds is None:
         kinds = [kind for pattern, count in s.get("attention_types") for _ in range(count) for kind in pattern]
@@ -82,33 +83,31 @@ def read_gpt_neo(s: Settings) -> dict[str, Any]:
         n_layers=s.get("num_layers"), d_model=s.get("hidden_size"), n_heads=s.get("num_heads"),
         n_vocab=s.get("vocab_size"), seq_len=s.get("max_position_embeddings"), attention_pattern=_shorten(list(kinds)),
         attention_window=s.get("window_size", default=256), attention_scale="none", qkv_bias=False,
-        activation=s.choose(ACTIVATIONS, "activation_function", default="gelu_new"),
+        activation=s.translate(ACTIVATIONS, "activation_function", default="gelu_new"),
         norm_eps=s.get("layer_norm_epsilon", default=1e-5), tied_embeddings=s.table.get("tie_word_embeddings", True),
     )  # fmt: skip
     if len(kinds) != model["n_layers"]:
-        raise CheckpointError(
-            f"{s.where}: attention_types are of {len(kinds)} layers, num_layers = {model['n_layers']}"
-        )
+        raise CheckpointError(f"{s.where}: attention_types has {len(kinds)} layers, num_layers is {model['n_layers']}")
     return model | {"d_ff": s.get("intermediate_size", default=4 * model["d_model"])}
 
 
 def write_gpt_neo(c: ModelConfig) -> dict[str, Any]:
-    """GPTNeoConfig."""
+    """Return the keys of a GPTNeoConfig."""
     return dict(
         num_layers=c.n_layers, hidden_size=c.d_model, num_heads=c.n_heads, vocab_size=c.n_vocab,
         max_position_embeddings=c.seq_len, window_size=c.attention_window, intermediate_size=c.ff_dim,
         attention_types=[[list(c.attention_pattern), c.n_layers // len(c.attention_pattern)]],
-        activation_function=THEIR_ACTIVATIONS[c.activation], layer_norm_epsilon=c.norm_eps,
+        activation_function=HF_ACTIVATIONS[c.activation], layer_norm_epsilon=c.norm_eps,
     )  # fmt: skip
 
 
-def read_gpt_j(s: Settings) -> dict[str, Any]:
-    """GPTJConfig."""
+def read_gpt_j(s: HFConfig) -> dict[str, Any]:
+    """Return the [model] section for a GPTJConfig."""
     model = dict(
         n_layers=s.get("n_layer"), d_model=s.get("n_embd"), n_heads=s.get("n_head"), n_vocab=s.get("vocab_size"),
         seq_len=s.get("n_positions"), positions="rope-interleaved", residual="parallel", qkv_bias=False,
         attention_out_bias=False, head_bias=True, tied_embeddings=s.table.get("tie_word_embeddings", False),
-        activation=s.choose(ACTIVATIONS, "activation_function", default="gelu_new"), init="gptj",
+        activation=s.translate(ACTIVATIONS, "activation_function", default="gelu_new"), init="gptj",
         norm_eps=s.get("layer_norm_epsilon", default=1e-5),
     )  # fmt: skip
     head = model["d_model"] // model["n_heads"]
@@ -117,10 +116,10 @@ def read_gpt_j(s: Settings) -> dict[str, Any]:
 
 
 def write_gpt_j(c: ModelConfig) -> dict[str, Any]:
-    """GPTJConfig."""
+    """Return the keys of a GPTJConfig."""
     return dict(
         n_layer=c.n_layers, n_embd=c.d_model, n_head=c.n_heads, vocab_size=c.n_vocab, n_positions=c.seq_len,
-        rotary_dim=c.rope_dim, n_inner=c.ff_dim, activation_function=THEIR_ACTIVATIONS[c.activation],
+        rotary_dim=c.rope_dim, n_inner=c.ff_dim, activation_function=HF_ACTIVATIONS[c.activation],
         layer_norm_epsilon=c.norm_eps,
     )  # fmt: skip
 
@@ -128,14 +127,14 @@ def write_gpt_j(c: ModelConfig) -> dict[str, Any]:
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def _read_rope(s: Settings, *base_keys: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The rope settings, wherever this version keeps them, and our fields for them."""
+def _read_rope(s: HFConfig, *base_keys: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the rope parameters, under the key of either version of transformers, and the native fields for them."""
     rope = s.table.get("rope_parameters") or s.table.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     fields: dict[str, Any] = dict(rope_theta=float(rope.get("rope_theta") or s.get(*base_keys, default=10_000.0)))
     if kind == "llama3":
         if missing := [key for key in LLAMA3 if key not in rope]:
-            raise CheckpointError(f"{s.where}: rotary embeddings of type 'llama3' lack {', '.join(missing)}")
+            raise CheckpointError(f"{s.where}: rotary embeddings of type 'llama3' need {', '.join(missing)}")
         factor, low, high, length = (rope[key] for key in LLAMA3)
         fields["rope_scaling"] = dict(
             factor=float(factor), low_freq_factor=float(low), high_freq_factor=float(high), original_seq_len=int(length)
@@ -148,7 +147,7 @@ def _read_rope(s: Settings, *base_keys: str) -> tuple[dict[str, Any], dict[str, 
 
 
 def _write_rope(c: ModelConfig) -> dict[str, Any]:
-    """The rope settings, with the keys of transformers before 5 and since."""
+    """Return the rope parameters, with the keys before and since transformers 5."""
     if c.rope_scaling is None:
         return {"rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
     scaling: dict[str, Any] = dict(zip(LLAMA3, dataclasses.astuple(c.rope_scaling), strict=True), rope_type="llama3")
@@ -159,8 +158,8 @@ def _write_rope(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_gpt_neox(s: Settings) -> dict[str, Any]:
-    """GPTNeoXConfig."""
+def read_gpt_neox(s: HFConfig) -> dict[str, Any]:
+    """Return the [model] section for a GPTNeoXConfig."""
     rope, fields = _read_rope(s, "rotary_emb_base", "rope_theta")
     bias = s.table.get("attention_bias", True)
     model = dict(
@@ -168,28 +167,28 @@ def read_gpt_neox(s: Settings) -> dict[str, Any]:
         n_vocab=s.get("vocab_size"), seq_len=s.get("max_position_embeddings"), d_ff=s.get("intermediate_size"),
         positions="rope-half", qkv_bias=bias, attention_out_bias=bias, **fields,
         residual="parallel-two-norms" if s.table.get("use_parallel_residual", True) else "serial",
-        activation=s.choose(ACTIVATIONS, "hidden_act", default="gelu"), norm_eps=s.get("layer_norm_eps", default=1e-5),
+        activation=s.translate(ACTIVATIONS, "hidden_act", default="gelu"), norm_eps=s.get("layer_norm_eps", default=1e-5),
         tied_embeddings=s.table.get("tie_word_embeddings", False), init="neox",
     )  # fmt: skip
-    share = rope.get("partial_rotary_factor") or s.get("rotary_pct", "partial_rotary_factor", default=0.25)
-    return model | {"rope_dims": int(model["d_model"] // model["n_heads"] * share)}
+    fraction = rope.get("partial_rotary_factor") or s.get("rotary_pct", "partial_rotary_factor", default=0.25)
+    return model | {"rope_dims": int(model["d_model"] // model["n_heads"] * fraction)}
 
 
 def write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
-    """GPTNeoXConfig, with the keys of transformers before 5 and since."""
-    share = c.rope_dim / c.head_dim
+    """Return the keys of a GPTNeoXConfig, with the names before and since transformers 5."""
+    fraction = c.rope_dim / c.head_dim
     return dict(
         num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
-        max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, rotary_pct=share, rotary_emb_base=c.rope_theta,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": share},
-        use_parallel_residual=c.residual == "parallel-two-norms", hidden_act=THEIR_ACTIVATIONS[c.activation],
+        max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, rotary_pct=fraction, rotary_emb_base=c.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": fraction},
+        use_parallel_residual=c.residual == "parallel-two-norms", hidden_act=HF_ACTIVATIONS[c.activation],
         layer_norm_eps=c.norm_eps, attention_bias=c.qkv_bias,
     )  # fmt: skip
 
 
-def read_llama(s: Settings) -> dict[str, Any]:
-    """LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config and Qwen3Config."""
-    s.expect("partial_rotary_factor", 1)
+def read_llama(s: HFConfig) -> dict[str, Any]:
+    """Return the [model] section for a LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config or Qwen3Config."""
+    s.require("partial_rotary_factor", 1)
     _, fields = _read_rope(s, "rope_theta")
     kind = s.table.get("model_type")
     heads = s.get("num_attention_heads")
@@ -198,7 +197,7 @@ def read_llama(s: Settings) -> dict[str, Any]:
         n_layers=s.get("num_hidden_layers"), d_model=s.get("hidden_size"), n_heads=heads, n_vocab=s.get("vocab_size"),
         seq_len=s.get("max_position_embeddings"), d_ff=s.get("intermediate_size"), norm="rmsnorm",
         n_kv_heads=s.get("num_key_value_heads", default=heads), d_head=s.get("head_dim", default=s.get("hidden_size") // heads),
-        positions="rope-half", **fields, activation=s.choose(ACTIVATIONS, "hidden_act", default="silu"),
+        positions="rope-half", **fields, activation=s.translate(ACTIVATIONS, "hidden_act", default="silu"),
         gated_ffn=True, qkv_bias=True if kind == "qwen2" else out_bias, attention_out_bias=out_bias,
         ff_bias=s.table.get("mlp_bias", False),
         norm_eps=s.get("rms_norm_eps", default=1e-6), tied_embeddings=s.table.get("tie_word_embeddings", False),
@@ -207,65 +206,68 @@ def read_llama(s: Settings) -> dict[str, Any]:
     return model | _read_windows(s, model["n_layers"])
 
 
-def _read_windows(s: Settings, n_layers: int) -> dict[str, Any]:
-    """Which layers see only near tokens: all of Mistral, Mixtral; of Qwen those that layer_types names, or the last ones."""
+def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
+    """Return the fields for sliding-window attention.
+
+    All layers of Mistral and Mixtral have it. Of Qwen, those that layer_types names, or else the last ones.
+    """
     kind = s.table.get("model_type")
-    everywhere = kind in ("mistral", "mixtral")
-    window = s.table.get("sliding_window", 4096 if kind == "mistral" else None)  # null: none; absent: its default
-    if not window or not (everywhere or (kind in ("qwen2", "qwen3") and s.table.get("use_sliding_window"))):
+    in_all_layers = kind in ("mistral", "mixtral")
+    window = s.table.get("sliding_window", 4096 if kind == "mistral" else None)  # null: no window; absent: the default
+    if not window or not (in_all_layers or (kind in ("qwen2", "qwen3") and s.table.get("use_sliding_window"))):
         return {}
-    if everywhere:
+    if in_all_layers:
         kinds = ["sliding_attention"] * n_layers
     else:
         first = s.get("max_window_layers", default=28)  # transformers' own default
         last = ["full_attention"] * min(first, n_layers) + ["sliding_attention"] * max(n_layers - first, 0)
         kinds = s.get("layer_types", default=last)
-    ours = {"full_attention": "global", "sliding_attention": "local"}
-    if len(kinds) != n_layers or set(kinds) - ours.keys():
-        raise CheckpointError(f"{s.where}: layer_types must be {' or '.join(ours)} for each of {n_layers} layers")
-    return dict(attention_pattern=_shorten([ours[each] for each in kinds]), attention_window=window)
+    native = {"full_attention": "global", "sliding_attention": "local"}
+    if len(kinds) != n_layers or set(kinds) - native.keys():
+        raise CheckpointError(f"{s.where}: layer_types must be {' or '.join(native)} for each of {n_layers} layers")
+    return dict(attention_pattern=_shorten([native[each] for each in kinds]), attention_window=window)
 
 
 def _shorten(kinds: list[str]) -> list[str]:
-    """The shortest pattern that repeats."""
+    """Return the shortest pattern whose repetition gives `kinds`."""
     lengths = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
     return next(kinds[:n] for n in lengths if kinds[:n] * (len(kinds) // n) == kinds)
 
 
 def write_llama(c: ModelConfig) -> dict[str, Any]:
-    """LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config or Qwen3Config."""
+    """Return the keys of a LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config or Qwen3Config."""
     table = dict(
         num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
         max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, num_key_value_heads=c.kv_heads,
-        head_dim=c.head_dim, hidden_act=THEIR_ACTIVATIONS[c.activation], rms_norm_eps=c.norm_eps, mlp_bias=c.ff_bias,
+        head_dim=c.head_dim, hidden_act=HF_ACTIVATIONS[c.activation], rms_norm_eps=c.norm_eps, mlp_bias=c.ff_bias,
         attention_bias=c.attention_out_bias, **_write_rope(c),
     )  # fmt: skip
     if "local" in c.attention_pattern:
         table |= dict(sliding_window=c.attention_window, use_sliding_window=True, max_window_layers=0)
     if len(set(c.attention_pattern)) > 1:
-        theirs = {"global": "full_attention", "local": "sliding_attention"}
-        kinds = [theirs[kind] for kind in c.attention_pattern] * (c.n_layers // len(c.attention_pattern))
+        external = {"global": "full_attention", "local": "sliding_attention"}
+        kinds = [external[kind] for kind in c.attention_pattern] * (c.n_layers // len(c.attention_pattern))
         table |= dict(layer_types=kinds)
     elif "global" in c.attention_pattern:
         table |= dict(sliding_window=None)
     return table
 
 
-def read_mixtral(s: Settings) -> dict[str, Any]:
-    """MixtralConfig: every token is taken, by experts whose gates are scaled to add up to 1."""
+def read_mixtral(s: HFConfig) -> dict[str, Any]:
+    """Return the [model] section for a MixtralConfig: dropless experts whose gates are normalized to sum to 1."""
     n_experts_per_token = s.get("num_experts_per_tok", default=2)
     if n_experts_per_token < 2:
         raise CheckpointError(
-            f"{s.where}: num_experts_per_tok = {n_experts_per_token} is not supported: its gate would be 1, where ours is the "
-            "expert's probability; supported: 2 and more"
+            f"{s.where}: num_experts_per_tok = {n_experts_per_token} is not supported: Mixtral's gate would be 1, "
+            "the native one is the expert's probability; supported: 2 or more"
         )
     experts = dict(n_experts=s.get("num_local_experts", default=8), n_experts_per_token=n_experts_per_token)
-    own_defaults = {"rope_theta": 1e6, "rms_norm_eps": 1e-5}
-    return read_llama(Settings(own_defaults | dict(s.table), s.where)) | dict(experts=experts)
+    defaults = {"rope_theta": 1e6, "rms_norm_eps": 1e-5}
+    return read_llama(HFConfig(defaults | dict(s.table), s.where)) | dict(experts=experts)
 
 
 def write_mixtral(c: ModelConfig) -> dict[str, Any]:
-    """MixtralConfig."""
+    """Return the keys of a MixtralConfig."""
     experts = {} if c.experts is None else vars(c.experts)
     table = write_llama(c) | {
         "num_local_experts": experts.get("n_experts"),

@@ -1,29 +1,28 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""config.json of T5 and SwitchTransformers <-> our [model]: as settings.py, of models with an encoder."""
+"""Translate config.json of T5 and SwitchTransformers to the native [model] section and back (see config_map.py)."""
 
 from typing import Any
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.presets import T5
-from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, THEIR_ACTIVATIONS, Settings
+from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS, HFConfig
 from mesh_transformer.model.positions import T5_BUCKETS, T5_MAX_DISTANCE
 
-READS = 512  # tokens of the encoder in training, which files do not always say; nothing learned depends on it
+DEFAULT_SEQ_LEN = 512  # of the encoder in training; config.json may omit it, and no weight depends on it
 
 
-def _read(s: Settings) -> dict[str, Any]:
-    """What both have in common."""
-    s.expect("relative_attention_num_buckets", T5_BUCKETS)
-    s.expect("relative_attention_max_distance", T5_MAX_DISTANCE)
-    # Since transformers 5 T5 says that it is tied whatever it is, and keeps a head that differs; this key tells.
+def _read(s: HFConfig) -> dict[str, Any]:
+    s.require("relative_attention_num_buckets", T5_BUCKETS)
+    s.require("relative_attention_max_distance", T5_MAX_DISTANCE)
+    # transformers 5 writes tie_word_embeddings = true for every T5, even if the head differs; this key is reliable.
     tied = s.table.get("scale_decoder_outputs", s.table.get("tie_word_embeddings", True))
     layers = s.get("num_layers")
     return T5 | dict(
         n_layers=s.get("num_decoder_layers", default=layers), n_encoder_layers=layers, d_model=s.get("d_model"),
         n_heads=s.get("num_heads"), d_head=s.get("d_kv", default=64), d_ff=s.get("d_ff"), n_vocab=s.get("vocab_size"),
-        seq_len=s.get("n_positions", default=READS), norm_eps=s.get("layer_norm_epsilon", default=1e-6),
+        seq_len=s.get("n_positions", default=DEFAULT_SEQ_LEN), norm_eps=s.get("layer_norm_epsilon", default=1e-6),
         tied_embeddings=tied, logit_scale="rsqrt_d_model" if tied else "none",
     )  # fmt: skip
 
@@ -37,52 +36,52 @@ def _write(c: ModelConfig) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def read_t5(s: Settings) -> dict[str, Any]:
-    """T5Config. "gated-gelu" is the approximate one, other words are what they say."""
-    gated = {f"gated-{word}": ours for word, ours in ACTIVATIONS.items()} | {"gated-gelu": "gelu-tanh"}
-    activation = s.choose(ACTIVATIONS | gated, "feed_forward_proj", default="relu")
+def read_t5(s: HFConfig) -> dict[str, Any]:
+    """Return the [model] section for a T5Config. Its "gated-gelu" is the tanh approximation."""
+    gated = {f"gated-{name}": native for name, native in ACTIVATIONS.items()} | {"gated-gelu": "gelu-tanh"}
+    activation = s.translate(ACTIVATIONS | gated, "feed_forward_proj", default="relu")
     return _read(s) | dict(activation=activation, gated_ffn=s.get("feed_forward_proj", default="relu") in gated)
 
 
 def write_t5(c: ModelConfig) -> dict[str, Any]:
-    """T5Config."""
-    activation = THEIR_ACTIVATIONS[c.activation]
+    """Return the keys of a T5Config."""
+    activation = HF_ACTIVATIONS[c.activation]
     if c.gated_ffn:
         activation = "gated-" + {"gelu_new": "gelu", "gelu": "unknown"}.get(activation, activation)
     return _write(c) | dict(feed_forward_proj=activation, scale_decoder_outputs=c.logit_scale == "rsqrt_d_model")
 
 
-def read_switch(s: Settings) -> dict[str, Any]:
-    """SwitchTransformersConfig, as transformers 5 runs it: what an expert does not take passes by."""
-    s.expect("router_bias", False)
-    s.expect("router_ignore_padding_tokens", False)
-    s.expect("router_dtype", "float32")
-    s.expect("is_gated_act", False)
-    s.expect("feed_forward_proj", *ACTIVATIONS)
-    s.expect("scale_decoder_outputs")
+def read_switch(s: HFConfig) -> dict[str, Any]:
+    """Return the [model] section for a SwitchTransformersConfig; dropped tokens give zero, as in transformers 5."""
+    s.require("router_bias", False)
+    s.require("router_ignore_padding_tokens", False)
+    s.require("router_dtype", "float32")
+    s.require("is_gated_act", False)
+    s.require("feed_forward_proj", *ACTIVATIONS)
+    s.require("scale_decoder_outputs")
     model = _read(s)
     steps = [_read_step(s, "encoder", model["n_encoder_layers"]), _read_step(s, "decoder", model["n_layers"])]
     if steps[0] != steps[1] or steps[0] > 2:
         raise CheckpointError(
-            f"{s.where}: every {steps[0]} layers of the encoder and every {steps[1]} of the decoder have experts; supported: "
-            "every layer, or every second one, of both"
+            f"{s.where}: experts in one of {steps[0]} encoder layers and one of {steps[1]} decoder layers are not "
+            "supported; supported: every layer of both, or every second layer of both"
         )
     experts = dict(
         n_experts=s.get("num_experts", default=8), layer_interval=steps[0], eval_capacity=s.get("expert_capacity", default=64),
         aux_loss_weight=float(s.get("router_aux_loss_coef", default=1e-3)),
         router_z_loss=float(s.get("router_z_loss_coef", default=1e-3)), router_jitter=float(s.get("router_jitter_noise", default=1e-2)),
     )  # fmt: skip
-    activation = s.choose(ACTIVATIONS, "dense_act_fn", "feed_forward_proj", default="relu")
+    activation = s.translate(ACTIVATIONS, "dense_act_fn", "feed_forward_proj", default="relu")
     return model | dict(activation=activation, experts=experts)
 
 
-def _read_step(s: Settings, stack: str, layers: int) -> int:
-    """One layer in so many has experts."""
+def _read_step(s: HFConfig, stack: str, layers: int) -> int:
+    """Return N if every N-th layer has experts."""
     return layers // s.get(f"num_sparse_{stack}_layers", default=3)
 
 
 def write_switch(c: ModelConfig) -> dict[str, Any]:
-    """SwitchTransformersConfig."""
+    """Return the keys of a SwitchTransformersConfig."""
     e = c.experts
     if e is None:
         return _write(c)
@@ -91,5 +90,5 @@ def write_switch(c: ModelConfig) -> dict[str, Any]:
         num_sparse_encoder_layers=sparse["encoder"], num_sparse_decoder_layers=sparse["decoder"], num_experts=e.n_experts,
         expert_capacity=e.eval_capacity, router_aux_loss_coef=e.aux_loss_weight, router_z_loss_coef=e.router_z_loss,
         router_jitter_noise=e.router_jitter, router_bias=False, router_dtype="float32", router_ignore_padding_tokens=False,
-        dense_act_fn=THEIR_ACTIVATIONS[c.activation],
+        dense_act_fn=HF_ACTIVATIONS[c.activation],
     )  # fmt: skip

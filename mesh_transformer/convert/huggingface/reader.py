@@ -1,6 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face model folder <-> arrays of ours, by the rows of names.py; a tensor at a time, a few rows at a time."""
+"""Hugging Face model folders: plan the import of their tensors, and pack native arrays into tensors for an export.
+
+The names and layouts of tensors are in tensor_map.py, those of configuration keys in config_map.py.
+"""
 
 import json
 from collections.abc import Mapping
@@ -9,54 +12,69 @@ from typing import Any
 import numpy as np
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface.config_map import Settings
+from mesh_transformer.convert.huggingface.config_map import HFConfig
 from mesh_transformer.convert.huggingface.tensor_files import find_tensors
-from mesh_transformer.convert.huggingface.tensor_map import FAMILIES, Entry, Family
+from mesh_transformer.convert.huggingface.tensor_map import FAMILIES, Family, TensorMapping
 from mesh_transformer.convert.import_plan import (
-    Foreign,
-    Leaf,
+    ImportPlan,
+    WeightSpec,
     assemble,
-    check,
     check_all_used,
-    describe_leaves,
+    list_weights,
     make_model_config,
 )
-from mesh_transformer.convert.lazy_arrays import Composed, FileArray, Lazy, Row, Stack, View, whole
+from mesh_transformer.convert.layout_views import LayoutView, Packed
+from mesh_transformer.convert.lazy_arrays import Index, LazyArray, Stack, full_index
 from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath, local_copy
 
 CONFIG = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
-CARRIED = (*TOKENIZER_FILES, "generation_config.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model")
+# Copied from one model folder to another.
+CARRIED_FILES = (
+    *TOKENIZER_FILES,
+    "generation_config.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
+COMPARED_ROWS = 4096  # of two copies of a matrix, compared at once
 
 
 def is_huggingface(folder: AnyPath) -> bool:
-    """Whether a folder looks like a model of transformers."""
+    """Return whether a folder looks like a model folder of transformers."""
     return (folder / CONFIG).is_file()
 
 
-def open_huggingface(folder: AnyPath) -> Foreign:
-    """What is in a model folder; CheckpointError lists all tensors that are missing, unknown or of another shape."""
-    settings, family = read_settings(folder)
-    model = family.read_config(settings)
+def open_huggingface(folder: AnyPath) -> ImportPlan:
+    """Plan the import of a model folder.
+
+    CheckpointError lists all tensors that are missing, unknown or have a wrong shape.
+    """
+    external_config, family = read_config(folder)
+    model = family.read_config(external_config)
     config = make_model_config(model, folder / CONFIG)
     tensors = find_tensors(folder)
     used: set[str] = set()
-
-    arrays = assemble(config, lambda leaf: find_array(tensors, family, leaf, used), folder)
-    notes = []
-    if config.tied_embeddings:
-        notes += _check_tied(tensors, family, used, folder)
-    for copy in family.copies:
-        notes += _check_copy(tensors, copy, find_name(tensors, family, family.entries["w_tokens"], None), used, folder)
+    arrays = assemble(config, lambda spec: find_array(tensors, family, spec, used), folder)
+    copies = {name: "these must be equal" for name in family.copies if name in tensors}
+    if config.tied_embeddings and (head := _find_optional(tensors, family, "w_head")):
+        copies[head] = f"but {CONFIG} says tie_word_embeddings; set it to false"
+    notes: list[str] = []
+    embedding = find_name(tensors, family, family.mappings["w_tokens"], None)
+    for copy, reason in copies.items():
+        if not _are_equal(tensors[copy], tensors[embedding]):
+            raise CheckpointError(f"{folder}: {copy} differs from {embedding}, {reason}")
+        used.add(copy)
+        notes.append(f"{copy} equals {embedding} and is stored once")
     check_all_used(set(tensors), used, lambda name: name.endswith(family.buffers or ("\0",)), folder)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     tokenizer = str(local_copy(folder, TOKENIZER_FILES)) if has_tokenizer else None
-    return Foreign(model, arrays, 0, tokenizer, tuple(notes))
+    return ImportPlan(config, model, arrays, 0, tokenizer, tuple(notes))
 
 
-def read_settings(folder: AnyPath) -> tuple[Settings, Family]:
-    """config.json and its family; CheckpointError if it is not there or of no family in names.py."""
+def read_config(folder: AnyPath) -> tuple[HFConfig, Family]:
+    """Return config.json and its family. Raise CheckpointError if it is missing, invalid or of an unsupported family."""
     path = folder / CONFIG
     try:
         table = json.loads(path.read_bytes())
@@ -64,14 +82,17 @@ def read_settings(folder: AnyPath) -> tuple[Settings, Family]:
     except StorageError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a model's configuration: {type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{path}: not a model configuration: {type(error).__name__}: {error}") from None
     if kind not in FAMILIES:
         raise CheckpointError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
-    return Settings(table, path), FAMILIES[kind]
+    return HFConfig(table, path), FAMILIES[kind]
 
 
 def find_family(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """The family that computes the same function, and its config.json; CheckpointError names what none of them has."""
+    """Return the model type of a family that computes the same function as a native model, and its config.json.
+
+    CheckpointError names the fields that the nearest family cannot represent.
+    """
     differences: dict[str, list[str]] = {}
     wanted = config.describe_function()
     for kind, family in FAMILIES.items():
@@ -81,76 +102,73 @@ def find_family(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             "tie_word_embeddings": config.tied_embeddings,
         }
         try:
-            again = make_model_config(family.read_config(Settings(table, kind)), kind).describe_function()
-        except CheckpointError:  # what the family would make of these sizes is no model at all
-            again = {}
-        differences[kind] = [f"{key} = {value!r}" for key, value in wanted.items() if again.get(key) != value]
+            found = make_model_config(family.read_config(HFConfig(table, kind)), kind).describe_function()
+        except CheckpointError:  # this family has no valid model of these sizes
+            found = {}
+        differences[kind] = [f"{key} = {value!r}" for key, value in wanted.items() if found.get(key) != value]
         if not differences[kind]:
             return kind, table
     nearest = min(differences, key=lambda kind: len(differences[kind]))
     raise CheckpointError(
-        f"no Hugging Face family computes this model's function; nearest is {nearest}, which has not: "
+        f"no Hugging Face family computes the function of this model; the nearest, {nearest}, does not support: "
         + ", ".join(differences[nearest])
     )
 
 
-def compose_tensors(config: ModelConfig, arrays: Mapping[str, Lazy], family: Family) -> dict[str, Composed]:
-    """Their tensors by name, made of our arrays."""
-    pieces: dict[str, list[tuple[Entry, Lazy, Leaf]]] = {}
-    for name, leaves in describe_leaves(config).items():
-        for place, leaf in enumerate(leaves):
-            entry = family.entries[leaf.name]
-            array = arrays[name] if leaf.layer is None else Row(arrays[name], place)
-            theirs = (entry.gated if config.gated_ffn and entry.gated else entry.theirs).replace("{i}", str(leaf.layer))
-            if "{e}" not in theirs:
-                pieces.setdefault(theirs, []).append((entry, array, leaf))
-                continue
-            one = leaf._replace(axes=leaf.axes[1:], shape=leaf.shape[1:])
-            for e in range(leaf.shape[0]):
-                pieces.setdefault(theirs.replace("{e}", str(e)), []).append((entry, Row(array, e), one))
-    tensors: dict[str, Composed] = {}
-    for name, found in pieces.items():
-        found.sort(key=lambda piece: piece[0].pick)
+def pack_tensors(config: ModelConfig, arrays: Mapping[str, LazyArray], family: Family) -> dict[str, Packed]:
+    """Return the external tensors by name, packed from native arrays."""
+    components: dict[str, list[tuple[TensorMapping, LazyArray, WeightSpec]]] = {}
+    for spec, array in list_weights(config, arrays):
+        mapping = family.mappings[spec.name]
+        name = mapping.gated_name if config.gated_ffn and mapping.gated_name else mapping.name
+        name = name.replace("{i}", str(spec.layer))
+        if "{e}" not in name:
+            components.setdefault(name, []).append((mapping, array, spec))
+            continue
+        for e in range(spec.shape[0]):
+            components.setdefault(name.replace("{e}", str(e)), []).append((mapping, Index(array, e), spec.expert()))
+    tensors: dict[str, Packed] = {}
+    for name, found in components.items():
+        found.sort(key=lambda component: component[0].component)
         pattern = found[0][0].pattern
-        tensors[name] = Composed([array for _, array, _ in found], pattern, [leaf.axes for _, _, leaf in found])
+        tensors[name] = Packed([array for _, array, _ in found], pattern, [spec.axes for _, _, spec in found])
     if family.needs_copies and not config.tied_embeddings:
-        tensors.update(dict.fromkeys(family.copies, tensors[family.entries["w_tokens"].theirs]))
+        tensors.update(dict.fromkeys(family.copies, tensors[family.mappings["w_tokens"].name]))
     return tensors
 
 
-def find_array(tensors: Mapping[str, Lazy], family: Family, leaf: Leaf, used: set[str]) -> Lazy:
-    """An array of ours, made of tensors of theirs, whose names `used` takes up.
+def find_array(tensors: Mapping[str, LazyArray], family: Family, spec: WeightSpec, used: set[str]) -> LazyArray:
+    """Return a native weight as a view of external tensors, whose names are added to `used`.
 
-    KeyError with a name that is not there; ValueError if a shape, or the number of experts, is another.
+    KeyError with the name of a missing tensor; ValueError for a wrong shape or number of experts.
     """
-    if leaf.name not in family.entries:
-        raise KeyError(f"{leaf.name}, which {family.architecture} does not have")
-    entry = family.entries[leaf.name]
+    if spec.name not in family.mappings:
+        raise KeyError(f"{spec.name}, which {family.architecture} does not have")
+    mapping = family.mappings[spec.name]
 
-    def view(leaf: Leaf, expert: int | None = None) -> Lazy:
-        name = find_name(tensors, family, entry, leaf.layer, expert)
+    def view(spec: WeightSpec, expert: int | None = None) -> LazyArray:
+        name = find_name(tensors, family, mapping, spec.layer, expert)
         used.add(name)
-        return View(tensors[name], entry.pattern, leaf.axes, leaf.shape, entry.pick)
+        return LayoutView(tensors[name], mapping.pattern, spec.axes, spec.shape, component=mapping.component)
 
-    if "{e}" not in entry.theirs:
-        return view(leaf)
-    start = entry.theirs.replace("{i}", str(leaf.layer)).partition("{e}")[0].removeprefix(family.prefix)
-    found = {name.removeprefix(family.prefix) for name in tensors}
-    places = {int(name.removeprefix(start).partition(".")[0]) for name in found if name.startswith(start)}
-    if places and max(places) + 1 != leaf.shape[0]:
+    if "{e}" not in mapping.name:
+        return view(spec)
+    start = mapping.name.replace("{i}", str(spec.layer)).partition("{e}")[0].removeprefix(family.prefix)
+    names = {name.removeprefix(family.prefix) for name in tensors}
+    experts = {int(name.removeprefix(start).partition(".")[0]) for name in names if name.startswith(start)}
+    if experts and max(experts) + 1 != spec.shape[0]:
         raise ValueError(
-            f"{CONFIG} says {leaf.shape[0]} experts, the files hold {max(places) + 1} in a layer; "
-            f"correct {family.experts_key} if the files are right, otherwise fetch those that belong to it"
+            f"{CONFIG} says {spec.shape[0]} experts, the files have {max(experts) + 1} per layer; "
+            f"correct {family.experts_key} if the files are right, otherwise download the files that belong to {CONFIG}"
         )
-    one = leaf._replace(axes=leaf.axes[1:], shape=leaf.shape[1:])
-    return Stack([view(one, e) for e in range(leaf.shape[0])])
+    return Stack([view(spec.expert(), e) for e in range(spec.shape[0])])
 
 
 def find_name(
-    tensors: Mapping[str, Any], family: Family, entry: Entry, layer: int | None, expert: int | None = None
+    tensors: Mapping[str, Any], family: Family, mapping: TensorMapping, layer: int | None, expert: int | None = None
 ) -> str:
-    """What an array is called in these files; KeyError with its usual name if it is not there."""
-    known = (entry.theirs, *entry.aliases, *filter(None, [entry.gated]))
+    """Return the name that a tensor has in these files. KeyError with its usual name if it is missing."""
+    known = (mapping.name, *mapping.aliases, *filter(None, [mapping.gated_name]))
     names = [name.replace("{i}", str(layer)).replace("{e}", str(expert)) for name in known]
     for full in names:
         for candidate in (full, full.removeprefix(family.prefix)):
@@ -159,32 +177,19 @@ def find_name(
     raise KeyError(names[0])
 
 
-def _check_tied(tensors: Mapping[str, FileArray], family: Family, used: set[str], folder: AnyPath) -> list[str]:
-    """A tied model's file may hold its head as well; it must then be the embedding itself."""
+def _find_optional(tensors: Mapping[str, Any], family: Family, weight: str) -> str | None:
     try:
-        head = find_name(tensors, family, family.entries["w_head"], None)
+        return find_name(tensors, family, family.mappings[weight], None)
     except KeyError:
-        return []
-    table = find_name(tensors, family, family.entries["w_tokens"], None)
-    reason = f"though {CONFIG} says tie_word_embeddings; set it to false"
-    return _check_copy(tensors, head, table, used, folder, reason)
+        return None
 
 
-def _check_copy(
-    tensors: Mapping[str, FileArray],
-    copy: str,
-    table: str,
-    used: set[str],
-    folder: AnyPath,
-    reason: str = "where one table serves for both",
-) -> list[str]:
-    """What is stored a second time must be the same."""
-    if copy not in tensors:
-        return []
-    same = tensors[copy].shape == tensors[table].shape
-    for first in range(0, tensors[copy].shape[0] if same else 0, 4096):
-        index = (slice(first, min(first + 4096, tensors[copy].shape[0])), whole(tensors[copy])[1])
-        same = same and np.array_equal(tensors[copy].read(index), tensors[table].read(index))
-    check([] if same else [f"{copy} differs from {table}, {reason}"], folder)
-    used.add(copy)
-    return [f"{copy} is {table}: stored once"]
+def _are_equal(a: LazyArray, b: LazyArray) -> bool:
+    """Return whether two matrices are equal, reading some rows at a time."""
+    if a.shape != b.shape:
+        return False
+    for first in range(0, a.shape[0], COMPARED_ROWS):
+        index = (slice(first, min(first + COMPARED_ROWS, a.shape[0])), full_index(a)[1])
+        if not np.array_equal(a.read(index), b.read(index)):
+            return False
+    return True

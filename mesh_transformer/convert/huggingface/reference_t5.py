@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a T5 or Switch checkpoint computes, from its own tensors, in NumPy: as originals.py, of models with an encoder."""
+"""NumPy reference implementation of T5 and SwitchTransformers, computed from their own tensors (see reference.py)."""
 
 import math
 from collections.abc import Mapping
@@ -8,78 +8,101 @@ from typing import Any
 
 import numpy as np
 
-from mesh_transformer.convert.huggingface.reference import ACTIVATIONS, Array, Tensors, gelu_tanh, heads, product
-from mesh_transformer.convert.lazy_arrays import Lazy
+from mesh_transformer.convert.huggingface.reference import (
+    ACTIVATIONS,
+    Array,
+    ExternalTensors,
+    gelu_tanh,
+    matmul,
+    split_heads,
+)
+from mesh_transformer.convert.lazy_arrays import LazyArray
 
 
-def run_t5(tensors: Mapping[str, Lazy], c: Mapping[str, Any], tokens: Array, sources: Array, mask: Array) -> Array:
-    """T5ForConditionalGeneration and SwitchTransformersForConditionalGeneration: logits [B, T, V].
+def run_t5(
+    tensors: Mapping[str, LazyArray], c: Mapping[str, Any], tokens: Array, encoder_tokens: Array, mask: Array
+) -> Array:
+    """Return logits [B, T, V] of T5ForConditionalGeneration or SwitchTransformersForConditionalGeneration.
 
-    `sources` [B, S] are read by the encoder, and `mask` is 1 where they are no padding.
+    `encoder_tokens` [B, S] are the encoder's input, and `mask` is 0 for padding among them.
     """
-    t, eps = Tensors(tensors, ""), c.get("layer_norm_epsilon", 1e-6)
-    memory = None
-    for stack, ids in (("encoder", sources), ("decoder", tokens)):
-        x, length = t.rows("shared.weight", ids), ids.shape[1]
-        there = np.arange(length)[None] - np.arange(length)[:, None]  # how far behind its query a key stands
-        table = t.vector(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
-        bias = np.moveaxis(table[_bucket(there, two_sided=stack == "encoder")], -1, 0)[None]
-        bias = np.where((mask if stack == "encoder" else np.ones_like(ids))[:, None, None] > 0, bias, -np.inf)
-        if stack == "decoder":
-            bias = np.where(there > 0, -np.inf, bias)
-        for i in range(c["num_layers" if stack == "encoder" else "num_decoder_layers"]):
-            b = f"{stack}.block.{i}.layer."
-            normed = t.rms(f"{b}0.layer_norm", x, eps)
-            x = x + _attend(t, f"{b}0.SelfAttention", normed, normed, bias, c["num_heads"])
-            if memory is not None:
-                normed, hidden = t.rms(f"{b}1.layer_norm", x, eps), np.where(mask[:, None, None] > 0, 0.0, -np.inf)
-                x = x + _attend(t, f"{b}1.EncDecAttention", normed, memory, hidden, c["num_heads"])
-            last = f"{b}{1 if memory is None else 2}."
-            x = x + _feed(t, c, last, t.rms(f"{last}layer_norm", x, eps))
-        memory = t.rms(f"{stack}.final_layer_norm", x, eps)
-    assert memory is not None
+    t = ExternalTensors(tensors, "")
+    encoder_output = _run_stack(t, c, "encoder", encoder_tokens, mask, None)
+    x = _run_stack(t, c, "decoder", tokens, mask, encoder_output)
     if c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True)):
-        memory = memory * c["d_model"] ** -0.5
+        x = x * c["d_model"] ** -0.5
     head = "lm_head.weight" if "lm_head.weight" in t else "shared.weight"
-    return product(memory, t.find(head), transposed=True)
+    return matmul(x, t.find(head), transposed=True)
 
 
-def _attend(t: Tensors, name: str, x: Array, memory: Array, bias: Array, n: int) -> Array:
-    q, k, v = (heads(t.linear(f"{name}.{y}", z), n) for y, z in (("q", x), ("k", memory), ("v", memory)))
+def _run_stack(
+    t: ExternalTensors, c: Mapping[str, Any], stack: str, tokens: Array, mask: Array, encoder_output: Array | None
+) -> Array:
+    """Return the output of the encoder, or of the decoder if `encoder_output` is given."""
+    eps = c.get("layer_norm_epsilon", 1e-6)
+    is_encoder = encoder_output is None
+    x = t.rows("shared.weight", tokens)
+    positions = np.arange(tokens.shape[1])
+    offset = positions[None] - positions[:, None]  # of the key from the query
+    table = t.vector(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+    bias = np.moveaxis(table[_bucket(offset, two_sided=is_encoder)], -1, 0)[None]
+    bias = np.where((mask if is_encoder else np.ones_like(tokens))[:, None, None] > 0, bias, -np.inf)
+    if not is_encoder:
+        bias = np.where(offset > 0, -np.inf, bias)
+    for i in range(c["num_layers" if is_encoder else "num_decoder_layers"]):
+        layer = f"{stack}.block.{i}.layer."
+        normed = t.rms(f"{layer}0.layer_norm", x, eps)
+        x = x + _attend(t, f"{layer}0.SelfAttention", normed, normed, bias, c["num_heads"])
+        if encoder_output is not None:
+            normed = t.rms(f"{layer}1.layer_norm", x, eps)
+            padding = np.where(mask[:, None, None] > 0, 0.0, -np.inf)
+            x = x + _attend(t, f"{layer}1.EncDecAttention", normed, encoder_output, padding, c["num_heads"])
+        last = f"{layer}{1 if is_encoder else 2}."
+        x = x + _feed_forward(t, c, last, t.rms(f"{last}layer_norm", x, eps))
+    return t.rms(f"{stack}.final_layer_norm", x, eps)
+
+
+def _attend(t: ExternalTensors, name: str, x: Array, keys_from: Array, bias: Array, n: int) -> Array:
+    inputs = (("q", x), ("k", keys_from), ("v", keys_from))
+    q, k, v = (split_heads(t.linear(f"{name}.{y}", z), n) for y, z in inputs)
     scores = q @ k.swapaxes(-1, -2) + bias  # not scaled
     weights = np.exp(scores - np.maximum(scores.max(axis=-1, keepdims=True), -1e30))
-    mixed = weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-30) @ v
-    return t.linear(f"{name}.o", mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1).astype(np.float32))
+    output = weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-30) @ v
+    return t.linear(f"{name}.o", output.swapaxes(1, 2).reshape(*x.shape[:2], -1).astype(np.float32))
 
 
-def _feed(t: Tensors, c: Mapping[str, Any], name: str, x: Array) -> Array:
+def _feed_forward(t: ExternalTensors, c: Mapping[str, Any], name: str, x: Array) -> Array:
     if f"{name}mlp.router.classifier.weight" not in t:
         return _dense(t, c, f"{name}{'mlp' if f'{name}mlp.wi.weight' in t else 'DenseReluDense'}", x)
     scores = t.linear(f"{name}mlp.router.classifier", x)
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    p, chosen = p / p.sum(axis=-1, keepdims=True), scores.argmax(axis=-1)
+    p = p / p.sum(axis=-1, keepdims=True)
+    expert = scores.argmax(axis=-1)
     y = np.zeros_like(x)
     for e in range(c["num_experts"]):
-        own = chosen == e
-        own &= np.cumsum(own, axis=1) <= c["expert_capacity"]  # of each sequence, the first ones
+        own = expert == e
+        own &= np.cumsum(own, axis=1) <= c["expert_capacity"]  # the first tokens of each sequence
         if own.any():
             y[own] = p[own][:, e, None] * _dense(t, c, f"{name}mlp.experts.expert_{e}", x[own])
     return y
 
 
-def _dense(t: Tensors, c: Mapping[str, Any], name: str, x: Array) -> Array:
-    words = c.get("feed_forward_proj") or c.get("dense_act_fn", "relu")
-    act = gelu_tanh if words == "gated-gelu" else ACTIVATIONS[words.removeprefix("gated-")]
-    if words.startswith("gated-"):
+def _dense(t: ExternalTensors, c: Mapping[str, Any], name: str, x: Array) -> Array:
+    kind = c.get("feed_forward_proj") or c.get("dense_act_fn", "relu")
+    act = gelu_tanh if kind == "gated-gelu" else ACTIVATIONS[kind.removeprefix("gated-")]
+    if kind.startswith("gated-"):
         return t.linear(f"{name}.wo", act(t.linear(f"{name}.wi_0", x)) * t.linear(f"{name}.wi_1", x))
     return t.linear(f"{name}.wo", act(t.linear(f"{name}.wi", x)))
 
 
-def _bucket(there: Array, *, two_sided: bool) -> Array:
-    """Of 32: one for each near distance, then ever wider ones up to 128; half of them for keys that come after."""
-    count, later = (16, np.where(there > 0, 16, 0)) if two_sided else (32, 0)
-    far = np.abs(there) if two_sided else np.maximum(-there, 0)
+def _bucket(offset: Array, *, two_sided: bool) -> Array:
+    """Return the relative position bucket, of 32: one per near distance, then growing ones up to 128.
+
+    If `two_sided`, half of the buckets are for keys after the query.
+    """
+    count, later = (16, np.where(offset > 0, 16, 0)) if two_sided else (32, 0)
+    distance = np.abs(offset) if two_sided else np.maximum(-offset, 0)
     near = count // 2
-    ratio = np.log(np.maximum(far, 1).astype(np.float32) / near) / np.float32(math.log(128 / near))
-    grown = near + (ratio * (count - near)).astype(int)
-    return later + np.where(far < near, far, np.minimum(grown, count - 1))
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / near) / np.float32(math.log(128 / near))
+    large = near + (ratio * (count - near)).astype(int)
+    return later + np.where(distance < near, distance, np.minimum(large, count - 1))

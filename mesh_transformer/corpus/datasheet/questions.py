@@ -19,9 +19,9 @@ def answer_questions(sheet: dict[str, Any], recipe: Recipe) -> Answers:
     unread = sum(sum(part["left_out"].values()) for part in parts.values())
     profanity = sheet["survey"]["profanity"].values()
     share = sum(one["profane"] for one in profanity) / max(sum(one["sentences"] for one in profanity), 1)
-    kinds = ", ".join(dict.fromkeys(step.kind for step in recipe.steps)) or "none"
-    masked = any(step.kind == "mask-pii" for step in recipe.steps)
-    tested = {name for step in recipe.steps if step.kind == "decontaminate" for name in step.against}
+    kinds = ", ".join(dict.fromkeys(step.kind for step in recipe.filters)) or "none"
+    masked = any(step.kind == "mask-pii" for step in recipe.filters)
+    tested = {name for step in recipe.filters if step.kind == "decontaminate" for name in step.against}
     consent = "; ".join(f"{name}: {part['consent']}" for name, part in parts.items() if part["consent"])
     licences = "; ".join(f"{name}: {part['licence']}" for name, part in parts.items())
     origins = "; ".join(f"{name}: {part['origin']}" for name, part in parts.items() if part["origin"])

@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel computes attention, chosen by where the program will run and never by where it is compiled.
+"""Attention kernels and their selection by the platform that the program runs on, which may differ from this machine.
 
-plain    all scores at once; everywhere, everything
-blocked  blocks with an online softmax, a ring where sequences are cut (blocks.py); no T5 bias, no dropout
-splash   JAX's Pallas kernel for TPU v4 and later; neither biases nor dropout
-triton   JAX's Pallas kernel for GPUs; neither windows, biases nor dropout
-cudnn    NVIDIA's, for GPUs in 16 bits; neither segments, biases nor dropout
+dense      all scores at once; every platform and every configuration
+blockwise  blocks with an online softmax, ring attention if the sequence is sharded (ring.py); no T5 bias, no dropout
+splash     JAX's Pallas kernel for TPU v4 and later; no biases, no dropout
+triton     JAX's Pallas kernel for GPUs; no windows, no biases, no dropout
+cudnn      NVIDIA's kernel for GPUs, in 16 bits; no segment IDs, no biases, no dropout
 """
 
 from typing import Any
@@ -17,69 +17,71 @@ from jaxtyping import Array, Float
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import current_layout, target_chip, target_platform
-from mesh_transformer.model.attention.dense import dense_attention, dense_attention_in_blocks
-from mesh_transformer.model.attention.masks import AttentionContext
+from mesh_transformer.model.attention.dense import attention_scale, dense_attention, dense_attention_in_blocks
+from mesh_transformer.model.attention.masks import AttentionContext, Masks
 from mesh_transformer.model.attention.ring import Ring, ring_attention
 from mesh_transformer.model.positions import alibi_slopes
 
-LONG = 1024  # on a CPU all scores at once are faster up to here; beyond, memory counts
-BLOCK = 512  # places in a block at most
+LONG_SEQUENCE = 1024  # on a CPU the dense kernel is faster up to this length; beyond it, memory matters
+MAX_BLOCK = 512  # positions per block
 
 
 def choose_kernel(config: ModelConfig, length: int, *, has_segments: bool, cached: bool) -> str:
-    """The kernel for sequences of `length`; ConfigError with the remedy where the one asked for cannot do it."""
+    """Return the kernel for sequences of `length`; ConfigError if the configured kernel does not support them."""
     if cached:
         return "dense"
-    pieces = _ring_size()
-    wanted = config.attention_kernel
-    if wanted == "auto" and pieces > 1:
-        wanted = "blockwise"  # the alternative gathers the sequence, which must be said
-    if wanted != "auto":
-        if reason := _refuse(wanted, config, length, segmented=has_segments):
-            raise ConfigError(f'model.attention_kernel = "{wanted}": {reason}; "dense" can do it')
-        return wanted
+    n_shards = _ring_size()
+    requested = config.attention_kernel
+    if requested == "auto" and n_shards > 1:
+        requested = "blockwise"  # falling back to "dense" would gather the sequence, so it must be requested explicitly
+    if requested != "auto":
+        if reason := _why_unsupported(requested, config, length, has_segments=has_segments):
+            raise ConfigError(f'model.attention_kernel = "{requested}" {reason}; use "dense"')
+        return requested
     match target_platform():
         case "tpu":
             ranking = ("splash", "blockwise", "dense")
         case "gpu":
             ranking = ("cudnn", "triton", "blockwise", "dense")
         case _:
-            ranking = ("blockwise", "dense") if length > LONG else ("dense",)
-    return next(kernel for kernel in ranking if not _refuse(kernel, config, length, segmented=has_segments))
+            ranking = ("blockwise", "dense") if length > LONG_SEQUENCE else ("dense",)
+    return next(kernel for kernel in ranking if not _why_unsupported(kernel, config, length, has_segments=has_segments))
 
 
-def _refuse(kernel: str, config: ModelConfig, length: int, *, segmented: bool) -> str | None:
-    """Why this kernel cannot compute this attention on the target, or None."""
+def _why_unsupported(kernel: str, config: ModelConfig, length: int, *, has_segments: bool) -> str | None:
+    """Return the reason why the kernel cannot compute this attention on the target platform, or None."""
     if kernel == "dense":
         return None
-    platform, pieces = target_platform(), _ring_size()
-    local, head_dim = "local" in config.attention_pattern, config.head_dim
+    platform = target_platform()
+    n_shards = _ring_size()
+    local = "local" in config.attention_pattern
+    head_dim = config.head_dim
     checks = [
-        (not config.causal, "it hides from a token what comes after it (model.causal)"),
-        (config.dropout > 0, "it has no dropout"),
-        (config.positions == "t5", "it has no T5 bias"),
-        (kernel != "blockwise" and config.positions == "alibi", "it has no ALiBi bias"),
-        (kernel != "blockwise" and pieces > 1, "only blocks go round a ring (mesh.context)"),
-        (kernel == "blockwise" and not _is_even(length, pieces), f"{length} places cannot be cut into even blocks"),
-        (kernel == "splash" and platform == "gpu", "it is for TPUs"),
-        (kernel == "splash" and target_chip() in ("TPU v2", "TPU v3"), "it needs a TPU v4 or later"),
-        (kernel == "splash" and length % 128 != 0, f"{length} places are no multiple of 128"),
-        (kernel in ("triton", "cudnn") and platform == "tpu", "it is for GPUs"),
-        (kernel == "triton" and local, "it has no windows"),
-        (kernel == "triton" and length % 128 != 0, f"{length} places are no multiple of 128"),
-        (kernel == "triton" and head_dim & (head_dim - 1) != 0, f"d_head={head_dim} is no power of two"),
-        (kernel == "triton" and head_dim > 128, f"d_head={head_dim} needs more shared memory than GPUs have"),
-        (kernel == "cudnn" and platform == "cpu", "it needs a GPU"),
-        (kernel == "cudnn" and segmented, "it cannot isolate documents"),
-        (kernel == "cudnn" and config.dtype == "float32", 'it needs model.dtype = "bfloat16"'),
-        (kernel == "cudnn" and (head_dim % 8 != 0 or head_dim > 128), f"d_head={head_dim} is not 8, 16, ... 128"),
+        (not config.causal, "supports causal attention only (model.causal=true)"),
+        (config.dropout > 0, "does not support dropout"),
+        (config.positions == "t5", "does not support the T5 bias"),
+        (kernel != "blockwise" and config.positions == "alibi", "does not support the ALiBi bias"),
+        (kernel != "blockwise" and n_shards > 1, "does not support ring attention (mesh.context)"),
+        (kernel == "blockwise" and not _has_even_blocks(length, n_shards), f"cannot split {length} positions evenly"),
+        (kernel == "splash" and platform == "gpu", "runs on TPUs only"),
+        (kernel == "splash" and target_chip() in ("TPU v2", "TPU v3"), "needs a TPU v4 or later"),
+        (kernel == "splash" and length % 128 != 0, f"needs a sequence length divisible by 128, not {length}"),
+        (kernel in ("triton", "cudnn") and platform == "tpu", "runs on GPUs only"),
+        (kernel == "triton" and local, "does not support attention windows"),
+        (kernel == "triton" and length % 128 != 0, f"needs a sequence length divisible by 128, not {length}"),
+        (kernel == "triton" and head_dim & (head_dim - 1) != 0, f"needs a power of two as d_head, not {head_dim}"),
+        (kernel == "triton" and head_dim > 128, f"needs d_head <= 128 (shared memory of a GPU), not {head_dim}"),
+        (kernel == "cudnn" and platform == "cpu", "runs on GPUs only"),
+        (kernel == "cudnn" and has_segments, "does not support isolated documents (data.isolate_documents)"),
+        (kernel == "cudnn" and config.dtype == "float32", 'needs model.dtype = "bfloat16"'),
+        (kernel == "cudnn" and (head_dim % 8 != 0 or head_dim > 128), f"needs d_head = 8, 16, ... 128, not {head_dim}"),
     ]
-    return next((reason for holds, reason in checks if holds), None)
+    return next((reason for applies, reason in checks if applies), None)
 
 
-def _is_even(length: int, pieces: int) -> bool:
-    cuts = 1 if pieces == 1 else 2 * pieces
-    return length % cuts == 0 and _block_length(length // pieces, pieces) >= min(length // cuts, 16)
+def _has_even_blocks(length: int, n_shards: int) -> bool:
+    n_chunks = 1 if n_shards == 1 else 2 * n_shards
+    return length % n_chunks == 0 and _block_length(length // n_shards, n_shards) >= min(length // n_chunks, 16)
 
 
 def _ring_size() -> int:
@@ -87,10 +89,10 @@ def _ring_size() -> int:
     return 1 if layout is None else layout.num_shards("sequence")
 
 
-def _block_length(length: int, pieces: int) -> int:
-    """The longest block of at most BLOCK places that divides a device's part of the sequence (on a ring: each half)."""
-    whole = length if pieces == 1 else length // 2
-    return next(size for size in range(min(BLOCK, whole), 0, -1) if whole % size == 0)
+def _block_length(length: int, n_shards: int) -> int:
+    """Return the longest block of at most MAX_BLOCK positions that divides a device's shard (on a ring: each half)."""
+    chunk = length if n_shards == 1 else length // 2
+    return next(size for size in range(min(MAX_BLOCK, chunk), 0, -1) if chunk % size == 0)
 
 
 def dispatch_attention(
@@ -99,81 +101,81 @@ def dispatch_attention(
     v: Float[Array, "B S K C"],
     config: ModelConfig,
     local: bool,
-    sight: AttentionContext,
+    context: AttentionContext,
 ) -> Float[Array, "B T H C"]:
-    """A layer's attention by `sight.kernel`; T = S for every kernel but the plain one."""
-    scale = config.head_dim**-0.5 if config.attention_scale == "rsqrt_d_head" else 1.0
-    if sight.masks is not None:
-        return _attend_plainly(q, k, v, config, local, sight, scale)
+    """Return one layer's attention output, computed by `context.kernel`. T = S for every kernel but the dense one."""
+    if context.masks is not None:
+        return _attend_dense(q, k, v, config, local, context.masks)
+    scale = attention_scale(config)
     layout = current_layout()
     slopes = jnp.asarray(alibi_slopes(config.n_heads)) if config.positions == "alibi" else None
     window = config.attention_window if local else None
 
-    def compute(q: Any, k: Any, v: Any, segments: Any, slopes: Any) -> Array:
-        k, v = (_own_heads(x, q.shape[2], config) for x in (k, v))
-        return KERNELS[sight.kernel](q * scale, k, v, segments, slopes, window)
+    def compute(q: Any, k: Any, v: Any, segment_ids: Any, slopes: Any) -> Array:
+        k = _local_kv_heads(k, q.shape[2], config)
+        v = _local_kv_heads(v, q.shape[2], config)
+        return KERNELS[context.kernel](q * scale, k, v, segment_ids, slopes, window)
 
     if layout is None:
-        return compute(q, k, v, sight.segment_ids, slopes)
-    # Kernels are opaque to the partitioner, and rings are explicit: every device computes its own rows and heads.
-    wide, narrow = (
-        layout.spec(("batch", "sequence", heads, "head_dim"), x.shape, f"activation [{heads}]")
-        for heads, x in (("heads", q), ("kv_heads", k))
-    )
-    flat = layout.spec(("batch", "sequence"), q.shape[:2], "activation [segments]")
+        return compute(q, k, v, context.segment_ids, slopes)
+    # The partitioner cannot see into kernels, and ring attention has explicit collectives: every device computes its own
+    # sequences and heads.
+    q_spec = layout.spec(("batch", "sequence", "heads", "head_dim"), q.shape, "activation [heads]")
+    kv_spec = layout.spec(("batch", "sequence", "kv_heads", "head_dim"), k.shape, "activation [kv_heads]")
+    ids_spec = layout.spec(("batch", "sequence"), q.shape[:2], "activation [segments]")
     return jax.shard_map(
         compute,
         mesh=layout.mesh,
-        in_specs=(wide, narrow, narrow, flat, layout.spec(("heads",), (config.n_heads,), "slopes")),
-        out_specs=wide,
+        in_specs=(q_spec, kv_spec, kv_spec, ids_spec, layout.spec(("heads",), (config.n_heads,), "slopes")),
+        out_specs=q_spec,
         check_vma=False,
-    )(q, k, v, sight.segment_ids, slopes)
+    )(q, k, v, context.segment_ids, slopes)
 
 
-def _attend_plainly(
-    q: Any, k: Any, v: Any, config: ModelConfig, local: bool, sight: AttentionContext, scale: float
-) -> Float[Array, "B T H C"]:
-    assert sight.masks is not None
-    masks = sight.masks
-    options: dict[str, Any] = dict(scale=scale, dropout_rate=config.dropout)
-    visible, length = masks.windowed if local else masks.full, q.shape[1]
-    # On a CPU the work saved counts, as long as a block is long; on accelerators one large product is faster.
+def _attend_dense(q: Any, k: Any, v: Any, config: ModelConfig, local: bool, masks: Masks) -> Float[Array, "B T H C"]:
+    options: dict[str, Any] = dict(scale=attention_scale(config), dropout_rate=config.dropout)
+    mask = masks.windowed if local else masks.full
+    length = q.shape[1]
+    # Blocks save work, which pays off on a CPU if a block is long; on accelerators one large matmul is faster.
     n_blocks = next((n for n in (4, 2) if length % n == 0 and length >= 64 * n), 1)
     if config.causal and k.shape[1] == length and n_blocks > 1 and target_platform() == "cpu" and _ring_size() == 1:
-        return dense_attention_in_blocks(q, k, v, visible, masks.bias, n_blocks=n_blocks, **options)
-    return dense_attention(q, k, v, visible, masks.bias, **options)
+        return dense_attention_in_blocks(q, k, v, mask, masks.bias, n_blocks=n_blocks, **options)
+    return dense_attention(q, k, v, mask, masks.bias, **options)
 
 
-def _own_heads(x: Float[Array, "B T K C"], heads: int, config: ModelConfig) -> Float[Array, "B T k C"]:
-    """Of key-value heads that every device has, those that its `heads` query heads share (fewer of them than devices)."""
+def _local_kv_heads(x: Float[Array, "B T K C"], n_local_heads: int, config: ModelConfig) -> Float[Array, "B T k C"]:
+    """Return the key-value heads that this device's query heads use, if the key-value heads are replicated."""
     group = config.n_heads // config.kv_heads
-    if x.shape[2] * group == heads:
+    if x.shape[2] * group == n_local_heads:
         return x
-    if heads % group and group % heads:
+    if n_local_heads % group and group % n_local_heads:
         raise ConfigError(
-            f"model.n_kv_heads={config.kv_heads}: {heads} query heads on a device do not share whole key-value heads; "
-            'change mesh.tensor, or use model.attention_kernel = "dense"'
+            f"model.n_kv_heads={config.kv_heads}: the {n_local_heads} query heads of a device do not share a whole number "
+            'of key-value heads; change mesh.tensor, or use model.attention_kernel = "dense"'
         )
     layout = current_layout()
     assert layout is not None
-    first = jax.lax.axis_index(tuple(a for a in layout.rules["heads"] if layout.mesh.shape[a] > 1)) * heads // group
-    return jax.lax.dynamic_slice_in_dim(x, first, max(heads // group, 1), axis=2)
+    mesh_axes = tuple(a for a in layout.rules["heads"] if layout.mesh.shape[a] > 1)
+    first = jax.lax.axis_index(mesh_axes) * n_local_heads // group
+    return jax.lax.dynamic_slice_in_dim(x, first, max(n_local_heads // group, 1), axis=2)
 
 
-def _blocked(q: Array, k: Array, v: Array, segments: Any, slopes: Any, window: int | None) -> Array:
+def _blockwise(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, window: int | None) -> Array:
     batch, length, heads, channels = q.shape
     kv_heads = k.shape[2]
-    size, layout = _ring_size(), current_layout()
+    size = _ring_size()
+    layout = current_layout()
     axis = next(a for a in layout.rules["sequence"] if layout.mesh.shape[a] > 1) if layout and size > 1 else None
     ring = Ring(axis, size, _block_length(length, size), window)
     q = q.reshape(batch, length, kv_heads, -1, channels).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    k = k.transpose(0, 2, 1, 3)
+    v = v.transpose(0, 2, 1, 3)
     slopes = None if slopes is None else slopes.reshape(kv_heads, -1)
-    mixed: Any = ring_attention(q, k, v, segments, slopes, ring)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
+    out: Any = ring_attention(q, k, v, segment_ids, slopes, ring)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
 
 
-def _splash(q: Array, k: Array, v: Array, segments: Any, slopes: Any, window: int | None) -> Array:
+def _splash(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, window: int | None) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -186,26 +188,27 @@ def _splash(q: Array, k: Array, v: Array, segments: Any, slopes: Any, window: in
     kernel: Any = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(**blocks),
-        interpret=target_platform() == "cpu",  # only ever asked for in order to compare
+        interpret=target_platform() == "cpu",  # used in tests only
     )
-    ids = None if segments is None else splash.SegmentIds(segments, segments)
+    ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     return jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0))(q, k, v, ids).transpose(0, 2, 1, 3)
 
 
-def _triton(q: Array, k: Array, v: Array, segments: Any, slopes: Any, window: int | None) -> Array:
+def _triton(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, window: int | None) -> Array:
     from jax.experimental.pallas.ops.gpu import attention
 
     group = q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-    return attention.mha(q, k, v, segments, causal=True, interpret=target_platform() == "cpu")
+    k = jnp.repeat(k, group, axis=2)
+    v = jnp.repeat(v, group, axis=2)
+    return attention.mha(q, k, v, segment_ids, causal=True, interpret=target_platform() == "cpu")
 
 
-def _cudnn(q: Array, k: Array, v: Array, segments: Any, slopes: Any, window: int | None) -> Array:
+def _cudnn(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, window: int | None) -> Array:
     side = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
         q, k, v, scale=1.0, is_causal=True, local_window_size=side, implementation="cudnn"
     )
 
 
-KERNELS = {"blockwise": _blocked, "splash": _splash, "triton": _triton, "cudnn": _cudnn}
+KERNELS = {"blockwise": _blockwise, "splash": _splash, "triton": _triton, "cudnn": _cudnn}

@@ -1,69 +1,55 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What each query may see, the cache of keys and values it may see them in, and the kernel that looks."""
+"""Attention masks, and the context that every layer of a stack attends in."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mesh_transformer.model.quantization import Quantized, quantize, dequantize
-
-
-class KVCache(NamedTuple):
-    """Keys and values of one layer, or of a stack of them; the place of a token in the cache is its position.
-
-    Heads come before places, so that the keys of a head are one matrix and attention's products read them as they lie.
-    """
-
-    k: Float[Array, "*L B K S C"] | Quantized
-    v: Float[Array, "*L B K S C"] | Quantized
-    cross_attention: Any = None  # of a layer that attends to an encoder: a Cache of the encoder's places
-
 
 class Masks(NamedTuple):
-    """Every pair of query and key, for the kernel that forms all scores at once."""
+    """Masks and bias of every query-key pair, for the kernel that materializes all scores."""
 
-    full: Bool[Array, "#B T S"]  # on global layers
-    windowed: Bool[Array, "#B T S"]  # on local layers: visible, and within the window
-    bias: Float[Array, "#B H T S"] | None  # added to scores
+    full: Bool[Array, "#B T S"]  # for global layers: True where the query attends to the key
+    windowed: Bool[Array, "#B T S"]  # for local layers: `full`, and within the attention window
+    bias: Float[Array, "#B H T S"] | None  # added to the scores
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder read, for the layers of its decoder."""
+    """Encoder output that the decoder's cross-attention reads."""
 
-    hidden_states: Float[Array, "B S D"] | None  # None: its keys and values are in the cache
-    mask: Bool[Array, "#B T S"]  # which of its places each query sees
+    hidden_states: Float[Array, "B S D"] | None  # None: its keys and values are already in the cache
+    mask: Bool[Array, "#B T S"]  # True where the query attends to the encoder position
 
 
 class AttentionContext(NamedTuple):
-    """What is the same for all layers."""
+    """Inputs of attention that are the same for all layers, and the mode that the layers run in."""
 
-    kernel: str  # of model.attention_kernel, "auto" resolved
-    positions: Int[Array, "B T"]  # for rotary embeddings
-    segment_ids: Int[Array, "B T"] | None  # attention stays within equal ones
-    masks: Masks | None  # for the kernel "dense"; the others find out block by block
-    decoding: bool = False  # a text is being read or written: experts take every token
-    encoder_output: EncoderOutput | None = None  # of a decoder that has an encoder
-
-
-def write_kv(cache: KVCache, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], positions: Int[Array, "B T"]) -> KVCache:
-    """One layer's cache with keys and values written at `positions`; places outside the cache are dropped."""
-    if positions.size == 1:
-        # XLA turns a scatter of one update into a slice update and fuses that into both its readers, which copies the
-        # whole cache four times a layer; writing the same values twice keeps it a scatter in place.
-        k, v, positions = jnp.tile(k, (1, 2, 1, 1)), jnp.tile(v, (1, 2, 1, 1)), jnp.tile(positions, (1, 2))
-    rows = jnp.arange(k.shape[0])[:, None]
-
-    def put(kept: Any, new: Any) -> Any:
-        if isinstance(kept, Quantized):
-            new = quantize(new, (-1,))
-        return jax.tree.map(lambda x, y: x.at[rows, :, positions].set(y.astype(x.dtype)), kept, new)
-
-    return cache._replace(k=put(cache.k, k), v=put(cache.v, v))
+    kernel: str  # a value of model.attention_kernel other than "auto"
+    positions: Int[Array, "B T"]  # for rotary embeddings and the KV cache
+    segment_ids: Int[Array, "B T"] | None  # a query attends only to keys with its own ID
+    masks: Masks | None  # for the "dense" kernel; the others derive the mask block by block
+    decoding: bool = False  # prefill or decode with a KV cache: experts have no capacity limit
+    training: bool = False  # experts use their training capacity, jitter and dropout
+    encoder_output: EncoderOutput | None = None  # for the decoder of an encoder-decoder model
 
 
-def read_kv(cache: KVCache, dtype: Any) -> tuple[Float[Array, "B S K C"], Float[Array, "B S K C"]]:
-    """One layer's keys and values in the type and order that attention takes."""
-    return dequantize(cache.k, dtype).swapaxes(1, 2), dequantize(cache.v, dtype).swapaxes(1, 2)
+def make_masks(
+    distance: Int[Array, "#B T S"],
+    segment_ids: Int[Array, "B T"] | None,
+    bias: Float[Array, "#B H T S"] | None,
+    *,
+    causal: bool,
+    window: int,
+) -> Masks:
+    """Return the masks for each `distance` = query position - key position."""
+    full = distance >= 0 if causal else jnp.ones_like(distance, bool)
+    if segment_ids is not None:
+        full = full & segment_mask(segment_ids, segment_ids)
+    return Masks(full, full & (jnp.abs(distance) < window), bias)
+
+
+def segment_mask(query_ids: Int[Array, "B T"], key_ids: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
+    """Return True where the query and the key have the same segment ID."""
+    return query_ids[:, :, None] == key_ids[:, None, :]

@@ -1,15 +1,17 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Attention block by block with an online softmax, alone or as a ring: memory grows with the sequence, not its square.
+"""Blockwise attention with an online softmax, on one device or as ring attention. Memory is linear in the length.
 
-A ring (Liu et al. 2023) is n devices along a mesh axis, each with 1/n of a sequence: its queries stay, keys and values go
-round. Causality would leave the first device idle and the last one busy, so the sequence is cut into 2n pieces and
-device i holds pieces i and 2n-1-i: in every step after the first each device has the same two of four squares to do.
-Which blocks of queries meet which blocks of keys in which step is a table (`make_steps`); a single device is a ring
-of one, and a window shortens the table, whole steps of the ring included.
+Ring attention (Liu et al. 2023) runs on n devices along one mesh axis. Each device holds 1/n of every sequence: its
+queries stay and the keys and values rotate. With contiguous shards, a causal mask would leave the first device idle and
+the last one busy. The sequence is therefore split into 2n chunks in the zigzag layout: device i holds chunks i and
+2n-1-i. In every step after the first, each device then has the same amount of work, two of four chunk pairs.
+`make_block_schedule` lists which blocks of queries attend to which blocks of keys in each step. A single device is a
+ring of one. A window shortens the schedule and can skip whole steps of the ring.
 
-Bytes sent by each device: forward, its keys and values once per step, 2 (n-1) B T/n K C elements; backward the same
-again and their gradients in float32 with one step more. All of it overlaps with the blocks' products.
+Bytes sent per device: the forward pass sends the keys and values once per step, 2 (n-1) B T/n K C elements. The
+backward pass sends the same again, and their gradients in float32 with one more step. All of it overlaps with the
+matmuls of the blocks.
 """
 
 from collections.abc import Callable
@@ -27,37 +29,41 @@ from mesh_transformer.model.attention.dense import MASK_VALUE
 
 
 class Ring(NamedTuple):
-    """How blocks are cut and where they travel."""
+    """Block size and ring topology."""
 
     axis: str | None  # mesh axis, inside shard_map; None: one device
-    size: int  # devices on it
-    block: int  # places
-    window: int | None  # a query sees this many keys, itself included; None: all before it
+    size: int  # number of devices
+    block: int  # positions per block
+    window: int | None  # number of keys that a query attends to, including its own; None: all earlier keys
 
 
 class RingStep(NamedTuple):
-    """What every device does while it has the keys of the device `shift` places before it."""
+    """The work of all devices while each holds the keys and values of the device `shift` ranks before it."""
 
     shift: int
-    # Row for each device; columns: block of queries, block of keys, first place of each, and whether to count it at all.
+    # One row per device and pair; columns: index of the query block, index of the key block, position of the first query,
+    # position of the first key, and 1 if the pair counts (0: padding).
     block_pairs: Int[np.ndarray, "n P 5"]
 
 
 def zigzag_order(length: int, size: int) -> Int[np.ndarray, "T"]:
-    """Places of a sequence in the order in which a ring of `size` devices holds them; `length` is a multiple of 2 size."""
+    """Return the positions of a sequence in the order that a ring of `size` devices holds them.
+
+    `length` must be a multiple of 2 * size.
+    """
     if size == 1:
         return np.arange(length)
-    pieces = np.arange(length).reshape(2 * size, -1)
-    return np.concatenate([np.concatenate([pieces[i], pieces[2 * size - 1 - i]]) for i in range(size)])
+    chunks = np.arange(length).reshape(2 * size, -1)
+    return np.concatenate([np.concatenate([chunks[i], chunks[2 * size - 1 - i]]) for i in range(size)])
 
 
 def to_zigzag(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "B T *rest"]:
-    """Along the sequence as the devices of a ring hold it; unchanged where sequences are not cut."""
+    """Return `x` with the sequence in zigzag order; unchanged if the sequence is not sharded."""
     return _reorder(x, zigzag_order)
 
 
 def from_zigzag(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "B T *rest"]:
-    """Along the sequence as it is read. Moves all of x between devices."""
+    """Return `x` with the sequence in its natural order. Moves all of `x` between devices."""
     return _reorder(x, lambda *sizes: np.argsort(zigzag_order(*sizes)))
 
 
@@ -68,7 +74,8 @@ def _reorder(x: Array, order: Callable[[int, int], np.ndarray]) -> Array:
         return x
     if x.shape[1] % (2 * size):
         raise ConfigError(
-            f"a sequence of {x.shape[1]} does not make 2 pieces for each of {size} devices; change mesh.context or seq_len"
+            f"sequence length {x.shape[1]} is not divisible by 2 * mesh.context = {2 * size}; "
+            "change mesh.context or model.seq_len"
         )
     axes = ("batch", "sequence", *["activation_embed"] * (x.ndim - 2))
     return constrain(x[:, order(x.shape[1], size)], *axes)
@@ -76,34 +83,34 @@ def _reorder(x: Array, order: Callable[[int, int], np.ndarray]) -> Array:
 
 @cache
 def make_block_schedule(length: int, ring: Ring) -> list[RingStep]:
-    """The table for `length` places on each device: every pair of blocks of which something is visible, once."""
-    n, block = ring.size, ring.block
-    starts = zigzag_order(n * length, n).reshape(n, -1, block)[:, :, 0]
+    """Return the steps for `length` positions per device. Each block pair with any visible pair occurs exactly once."""
+    starts = zigzag_order(ring.size * length, ring.size).reshape(ring.size, -1, ring.block)[:, :, 0]
     steps = []
-    for shift in range(n):
-        rows = []
-        for device in range(n):
-            queries, keys = starts[device], starts[(device - shift) % n]
-            rows.append(
+    for shift in range(ring.size):
+        by_device = []
+        for device in range(ring.size):
+            queries = starts[device]
+            keys = starts[(device - shift) % ring.size]
+            by_device.append(
                 [
                     (i, j, q, k, 1)
                     for i, q in enumerate(queries)
                     for j, k in enumerate(keys)
-                    if k <= q and (ring.window is None or q - k - block + 1 < ring.window)
+                    if k <= q and (ring.window is None or q - k - ring.block + 1 < ring.window)
                 ]
             )
-        longest = max(map(len, rows))
-        # Devices with less to do repeat a pair without counting it: all walk through the same program.
-        filled = [row + [(0, 0, queries[0], queries[0], 0)] * (longest - len(row)) for row in rows]
+        longest = max(map(len, by_device))
+        # All devices run the same program, so devices with less work repeat a pair that does not count.
+        padded = [pairs + [(0, 0, queries[0], queries[0], 0)] * (longest - len(pairs)) for pairs in by_device]
         if longest:
-            steps.append(RingStep(shift, np.array(filled, np.int32)))
+            steps.append(RingStep(shift, np.array(padded, np.int32)))
     return steps
 
 
-def _scores(
-    q: Array, k: Array, pair: Any, segments: Any, slopes: Array | None, ring: Ring
+def _block_scores(
+    q: Array, k: Array, pair: Any, segment_ids: Any, slopes: Array | None, ring: Ring
 ) -> Float[Array, "B K G T S"]:
-    """Of one block of queries and one of keys, in float32, with what is hidden far below zero."""
+    """Return the scores of one block of queries and one block of keys in float32, with the mask added."""
     scores = jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=jnp.float32)
     block = jnp.arange(ring.block)
     distance = (pair[2] + block)[:, None] - (pair[3] + block)[None]
@@ -112,30 +119,34 @@ def _scores(
         visible = visible & (distance < ring.window)
     if slopes is not None:
         scores = scores - slopes[None, :, :, None, None] * distance[None, None, None].astype(jnp.float32)
-    hidden = jnp.where(visible, 0.0, MASK_VALUE)[None]
-    if segments is not None:
-        hidden = jnp.where(visible[None] & (segments[0][:, :, None] == segments[1][:, None]), 0.0, MASK_VALUE)
-    return scores + hidden[:, None, None]
+    mask = jnp.where(visible, 0.0, MASK_VALUE)[None]
+    if segment_ids is not None:
+        query_ids, key_ids = segment_ids
+        mask = jnp.where(visible[None] & (query_ids[:, :, None] == key_ids[:, None]), 0.0, MASK_VALUE)
+    return scores + mask[:, None, None]
 
 
-def _take(x: Array, index: Array, ring: Ring, axis: int) -> Array:
+def _take_block(x: Array, index: Array, ring: Ring, axis: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, index * ring.block, ring.block, axis)
 
 
-def _add(x: Array, part: Array, index: Array, ring: Ring, axis: int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, _take(x, index, ring, axis) + part, index * ring.block, axis)
+def _add_block(x: Array, block: Array, index: Array, ring: Ring, axis: int) -> Array:
+    total = _take_block(x, index, ring, axis) + block
+    return jax.lax.dynamic_update_slice_in_dim(x, total, index * ring.block, axis)
 
 
-def _take_segments(own: Array | None, other: Array | None, pair: Any, ring: Ring) -> Any:
-    return None if own is None else (_take(own, pair[0], ring, 1), _take(other, pair[1], ring, 1))  # type: ignore[arg-type]
+def _take_segment_ids(query_ids: Array | None, key_ids: Array | None, pair: Any, ring: Ring) -> Any:
+    if query_ids is None or key_ids is None:
+        return None
+    return _take_block(query_ids, pair[0], ring, 1), _take_block(key_ids, pair[1], ring, 1)
 
 
-def _rotate(moving: Any, ring: Ring, distance: int) -> Any:
-    """What the device `distance` places before had."""
-    if distance % ring.size == 0:
-        return moving
-    routes = [(i, (i + distance) % ring.size) for i in range(ring.size)]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axis, routes), moving)
+def _rotate(tree: Any, ring: Ring, shift: int) -> Any:
+    """Send `tree` to the device `shift` ranks ahead, and return what arrives."""
+    if shift % ring.size == 0:
+        return tree
+    permutation = [(i, (i + shift) % ring.size) for i in range(ring.size)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axis, permutation), tree)
 
 
 def _local_block_pairs(step: RingStep, ring: Ring) -> Int[Array, "P 5"]:
@@ -147,83 +158,99 @@ def ring_attention(
     q: Float[Array, "B K G T C"],
     k: Float[Array, "B K T C"],
     v: Float[Array, "B K T C"],
-    segments: Int[Array, "B T"] | None,
+    segment_ids: Int[Array, "B T"] | None,
     slopes: Float[Array, "K G"] | None,
     ring: Ring,
 ) -> Float[Array, "B K G T C"]:
-    """Causal attention of scaled queries; arrays are this device's part of the sequence, in ring order."""
-    return _forward(q, k, v, segments, slopes, ring)[0]
+    """Return causal attention of scaled queries. The arrays are this device's shard, in zigzag order."""
+    return _forward(q, k, v, segment_ids, slopes, ring)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, segments: Any, slopes: Any, ring: Ring) -> tuple[Array, tuple]:
-    moving, at = (k, v, segments), 0
-    # Running maximum, sum and mixture of every query; the diagonal comes first, so the maximum is real from then on.
+def _forward(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, ring: Ring) -> tuple[Array, tuple]:
+    rotating = (k, v, segment_ids)
+    shift = 0
+    # Running maximum, sum of weights and weighted values of each query. The diagonal comes first, so the maximum is that
+    # of a visible key from the first step on.
     carry = (
         jnp.full(q.shape[:-1], MASK_VALUE, jnp.float32),
         jnp.zeros(q.shape[:-1], jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
     for step in make_block_schedule(q.shape[3], ring):
-        moving, at = _rotate(moving, ring, step.shift - at), step.shift
-        k_now, v_now, segments_now = moving
+        rotating = _rotate(rotating, ring, step.shift - shift)
+        shift = step.shift
+        k_now, v_now, key_ids_now = rotating
 
-        def fold(
-            carry: Any, pair: Array, k: Any = k_now, v: Any = v_now, other: Any = segments_now
+        def accumulate(
+            carry: Any, pair: Array, k: Any = k_now, v: Any = v_now, key_ids: Any = key_ids_now
         ) -> tuple[Any, None]:
-            high, total, mixed = (_take(x, pair[0], ring, 3) for x in carry)
-            own = _take_segments(segments, other, pair, ring)
-            scores = _scores(_take(q, pair[0], ring, 3), _take(k, pair[1], ring, 2), pair, own, slopes, ring)
-            higher = jnp.maximum(high, jnp.max(scores, axis=-1))
-            weights, faded = jnp.exp(scores - higher[..., None]), jnp.exp(high - higher)
-            seen = jnp.einsum(
+            high, total, out = (_take_block(x, pair[0], ring, 3) for x in carry)
+            ids = _take_segment_ids(segment_ids, key_ids, pair, ring)
+            scores = _block_scores(
+                _take_block(q, pair[0], ring, 3), _take_block(k, pair[1], ring, 2), pair, ids, slopes, ring
+            )
+            new_high = jnp.maximum(high, jnp.max(scores, axis=-1))
+            weights = jnp.exp(scores - new_high[..., None])
+            correction = jnp.exp(high - new_high)
+            block_out = jnp.einsum(
                 "bkgts,bksc->bkgtc",
                 weights.astype(v.dtype),
-                _take(v, pair[1], ring, 2),
+                _take_block(v, pair[1], ring, 2),
                 preferred_element_type=jnp.float32,
             )
-            new = (higher, total * faded + jnp.sum(weights, axis=-1), mixed * faded[..., None] + seen)
+            updated = (
+                new_high,
+                total * correction + jnp.sum(weights, axis=-1),
+                out * correction[..., None] + block_out,
+            )
             start = pair[0] * ring.block
             return tuple(
-                jax.lax.dynamic_update_slice_in_dim(x, part, start, 3) for x, part in zip(carry, new, strict=True)
+                jax.lax.dynamic_update_slice_in_dim(x, block, start, 3) for x, block in zip(carry, updated, strict=True)
             ), None
 
-        carry, _ = jax.lax.scan(fold, carry, _local_block_pairs(step, ring))
-    high, total, mixed = carry
-    out = (mixed / total[..., None]).astype(q.dtype)
-    return out, (q, k, v, segments, slopes, out, high + jnp.log(total))
+        carry, _ = jax.lax.scan(accumulate, carry, _local_block_pairs(step, ring))
+    high, total, out = carry
+    out = (out / total[..., None]).astype(q.dtype)
+    return out, (q, k, v, segment_ids, slopes, out, high + jnp.log(total))
 
 
-def _backward(ring: Ring, kept: tuple, gradient: Array) -> tuple:
-    q, k, v, segments, slopes, out, log_total = kept
-    # The softmax's own gradient needs one number per query: sum over keys of weight x its gradient.
-    along = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    dq, dkv = jnp.zeros(q.shape, jnp.float32), (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    moving, at = (k, v, segments, dkv), 0
+def _backward(ring: Ring, residuals: tuple, gradient: Array) -> tuple:
+    q, k, v, segment_ids, slopes, out, log_total = residuals
+    # The gradient of the softmax needs one number per query: the sum over keys of weight * gradient of the weight.
+    row_sum = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    dq = jnp.zeros(q.shape, jnp.float32)
+    dkv = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    rotating = (k, v, segment_ids, dkv)
+    shift = 0
     for step in make_block_schedule(q.shape[3], ring):
-        moving, at = _rotate(moving, ring, step.shift - at), step.shift
-        k_now, v_now, segments_now, dkv = moving
+        rotating = _rotate(rotating, ring, step.shift - shift)
+        shift = step.shift
+        k_now, v_now, key_ids_now, dkv = rotating
 
-        def fold(
-            carry: Any, pair: Array, k: Any = k_now, v: Any = v_now, other: Any = segments_now
+        def accumulate(
+            carry: Any, pair: Array, k: Any = k_now, v: Any = v_now, key_ids: Any = key_ids_now
         ) -> tuple[Any, None]:
             dq, dk, dv = carry
-            queries, outer = _take(q, pair[0], ring, 3), _take(gradient, pair[0], ring, 3)
-            keys, values = _take(k, pair[1], ring, 2), _take(v, pair[1], ring, 2)
-            own = _take_segments(segments, other, pair, ring)
-            scores = _scores(queries, keys, pair, own, slopes, ring)
-            weights = jnp.exp(scores - _take(log_total, pair[0], ring, 3)[..., None])
-            product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-            inner = product("bkgtc,bksc->bkgts", outer, values) - _take(along, pair[0], ring, 3)[..., None]
-            inner = (weights * inner).astype(q.dtype)
+            queries = _take_block(q, pair[0], ring, 3)
+            block_gradient = _take_block(gradient, pair[0], ring, 3)
+            keys = _take_block(k, pair[1], ring, 2)
+            values = _take_block(v, pair[1], ring, 2)
+            ids = _take_segment_ids(segment_ids, key_ids, pair, ring)
+            scores = _block_scores(queries, keys, pair, ids, slopes, ring)
+            weights = jnp.exp(scores - _take_block(log_total, pair[0], ring, 3)[..., None])
+            matmul = partial(jnp.einsum, preferred_element_type=jnp.float32)
+            d_weights = matmul("bkgtc,bksc->bkgts", block_gradient, values)
+            d_scores = (weights * (d_weights - _take_block(row_sum, pair[0], ring, 3)[..., None])).astype(q.dtype)
+            d_values = matmul("bkgts,bkgtc->bksc", weights.astype(q.dtype), block_gradient)
             return (
-                _add(dq, product("bkgts,bksc->bkgtc", inner, keys), pair[0], ring, 3),
-                _add(dk, product("bkgts,bkgtc->bksc", inner, queries), pair[1], ring, 2),
-                _add(dv, product("bkgts,bkgtc->bksc", weights.astype(q.dtype), outer), pair[1], ring, 2),
+                _add_block(dq, matmul("bkgts,bksc->bkgtc", d_scores, keys), pair[0], ring, 3),
+                _add_block(dk, matmul("bkgts,bkgtc->bksc", d_scores, queries), pair[1], ring, 2),
+                _add_block(dv, d_values, pair[1], ring, 2),
             ), None
 
-        (dq, *dkv), _ = jax.lax.scan(fold, (dq, *dkv), _local_block_pairs(step, ring))
-        moving = (k_now, v_now, segments_now, tuple(dkv))
-    dk, dv = _rotate(moving[3], ring, -at)
+        (dq, *dkv), _ = jax.lax.scan(accumulate, (dq, *dkv), _local_block_pairs(step, ring))
+        rotating = (k_now, v_now, key_ids_now, tuple(dkv))
+    dk, dv = _rotate(rotating[3], ring, -shift)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 

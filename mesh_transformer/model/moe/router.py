@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Which experts a token is for, what the routers of a model did, and what that costs in the training loss."""
+"""The router: logits, assignment of tokens to experts, capacity, statistics, and auxiliary losses."""
 
 import math
 from typing import NamedTuple
@@ -14,33 +14,35 @@ from mesh_transformer.model.attention.ring import from_zigzag, to_zigzag
 
 
 class RoutingStats(NamedTuple):
-    """What a router did with the tokens of a batch; arrays have a leading dimension of layers outside a layer."""
+    """Router statistics over the tokens of a batch. Outside a layer, arrays have a leading dimension of layers."""
 
-    expert_load: Float[Array, "*L E"]  # share of all choices that fell on each expert, before any passes by
-    aux_loss: Float[Array, "*L"]  # n_experts x sum of share x mean probability; 1 where either is even
+    expert_load: Float[Array, "*L E"]  # fraction of all assignments to each expert, dropped ones included
+    aux_loss: Float[Array, "*L"]  # n_experts * sum(load * mean probability); 1 if either is uniform
     router_z: Float[Array, "*L"]  # mean of (log of the partition function)^2
-    entropy: Float[Array, "*L"]  # mean, in nats; log(n_experts) where all are equally likely
-    dropped_fraction: Float[
-        Array, "*L"
-    ]  # share of choices that found their expert full; of tokens, if experts chose none of them
+    entropy: Float[Array, "*L"]  # mean, in nats; log(n_experts) if all experts are equally probable
+    # Fraction of assignments dropped because the expert was full; with expert choice, of tokens that no expert chose.
+    dropped_fraction: Float[Array, "*L"]
 
 
 class Assignment(NamedTuple):
-    """Which experts a token is for. Where experts choose, K is all of them, in their order."""
+    """Assignment of tokens to experts. With expert choice, K is the number of experts, in their order."""
 
     gates: Float[Array, "B T K"]
     experts: Int[Array, "B T K"]
-    rank_in_expert: Int[Array, "B T K"] | None  # how many of the group come to this expert before; None: every token is taken
-    dropout_mask: Bool[Array, "..."] | None  # hidden units that dropout leaves: [E groups C F], without a capacity [B T K F]
+    rank_in_expert: Int[Array, "B T K"] | None  # position in the expert's queue, within a group; None: no capacity
+    dropout_mask: Bool[Array, "..."] | None  # hidden units to keep: [E groups C F], or [B T K F] without a capacity
 
 
-def find_capacity(factor: float, tokens: int, n_experts_per_token: int, n_experts: int) -> int:
-    """Tokens that an expert takes of a group: `factor` times its even share, rounded up; never more than all."""
+def expert_capacity(factor: float, tokens: int, n_experts_per_token: int, n_experts: int) -> int:
+    """Return the number of tokens that an expert processes per group of `tokens` tokens.
+
+    The result is `factor` times an equal share, rounded up, and at most `tokens`.
+    """
     return min(math.ceil(factor * tokens * n_experts_per_token / n_experts), tokens)
 
 
-def rows_per_token(config: ModelConfig, *, training: bool = True) -> float:
-    """Rows that the experts of a layer compute for each token of a sequence: its choices, or all seats, empty ones too."""
+def expert_rows_per_token(config: ModelConfig, *, training: bool = True) -> float:
+    """Return the number of FFN rows that the experts of a layer compute per token, unused capacity included."""
     e = config.experts
     if e is None:
         return 0.0
@@ -50,74 +52,81 @@ def rows_per_token(config: ModelConfig, *, training: bool = True) -> float:
     if factor is None:
         return float(e.n_experts_per_token)
     tokens = e.group_size * config.seq_len
-    return find_capacity(factor, tokens, e.n_experts_per_token, e.n_experts) * e.n_experts / tokens
+    return expert_capacity(factor, tokens, e.n_experts_per_token, e.n_experts) * e.n_experts / tokens
 
 
 def count_expert_layers(config: ModelConfig) -> int:
-    """Layers that have experts, in the encoder too."""
+    """Return the number of layers with experts, including those of an encoder."""
     layers = config.n_layers + (config.n_encoder_layers or 0)
     return layers // len(config.pattern) * sum(has_experts for _, has_experts in config.pattern)
 
 
-def empty_routing(config: ModelConfig) -> RoutingStats | None:
-    """Zeros of the shapes that a model's routers report, to add to; None for a dense one."""
+def zero_routing_stats(config: ModelConfig) -> RoutingStats | None:
+    """Return zeros with the shapes of a model's routing statistics, for accumulation; None for a dense model."""
     if config.experts is None:
         return None
-    none = jnp.zeros(count_expert_layers(config))
-    return RoutingStats(jnp.zeros((none.size, config.experts.n_experts)), none, none, none, none)
+    zeros = jnp.zeros(count_expert_layers(config))
+    return RoutingStats(jnp.zeros((zeros.size, config.experts.n_experts)), zeros, zeros, zeros, zeros)
 
 
 def router_losses(config: ModelConfig, routing: RoutingStats) -> Float[Array, ""]:
-    """What the routers add to the training loss: balance (Switch, equation 4) and z (ST-MoE, arXiv 2202.08906, 5)."""
+    """Return the routers' part of the training loss.
+
+    It is the load-balancing loss (Switch, equation 4) plus the router z-loss (ST-MoE, arXiv 2202.08906, equation 5).
+    """
     assert config.experts is not None
     weights = config.experts
     return weights.aux_loss_weight * jnp.sum(routing.aux_loss) + weights.router_z_loss * jnp.sum(routing.router_z)
 
 
-def score_experts(x: Float[Array, "B T D"], w: Float[Array, "D E"], key: Array | None, jitter: float) -> Array:
-    """A router's logits, in float32 throughout: Switch, section 2.4."""
+def router_logits(
+    x: Float[Array, "B T D"], w: Float[Array, "D E"], key: Array | None, jitter: float
+) -> Float[Array, "B T E"]:
+    """Return a router's logits, in float32 throughout (Switch, section 2.4)."""
     x = x.astype(jnp.float32)
     if jitter and key is not None:
-        # In the sequence's order, so that a token meets the same noise wherever it lies.
+        # Sampled in the natural order of the sequence, so that the noise of a token does not depend on the mesh.
         x = x * to_zigzag(jax.random.uniform(key, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter))
     return jnp.einsum("btd,de->bte", x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
-def describe_routing(
-    logits: Float[Array, "B T E"], counts: Array, passed_by: Bool[Array, "..."], *, over_batch: bool
+def routing_stats(
+    logits: Float[Array, "B T E"], counts: Array, dropped: Bool[Array, "..."], *, over_batch: bool
 ) -> RoutingStats:
-    """Means over all tokens, on whichever device they are; `counts` says which experts each token is for."""
-    n_experts, tokens = logits.shape[-1], (0, 1) if over_batch else (1,)
+    """Return means over all tokens, on all devices. `counts` [B, T, E] holds the assignments of each token."""
+    n_experts = logits.shape[-1]
+    token_dims = (0, 1) if over_batch else (1,)
     probabilities = jax.nn.softmax(logits)
-    mean_counts = jnp.mean(counts, axis=tokens, dtype=jnp.float32)
-    share = mean_counts / jnp.sum(mean_counts, axis=-1, keepdims=True)
-    balance = n_experts * jnp.sum(share * jnp.mean(probabilities, axis=tokens), axis=-1)
+    mean_counts = jnp.mean(counts, axis=token_dims, dtype=jnp.float32)
+    load = mean_counts / jnp.sum(mean_counts, axis=-1, keepdims=True)
+    aux_loss = n_experts * jnp.sum(load * jnp.mean(probabilities, axis=token_dims), axis=-1)
     entropy = -jnp.sum(probabilities * jax.nn.log_softmax(logits), axis=-1)
     return RoutingStats(
-        expert_load=share if over_batch else jnp.mean(share, axis=0),
-        aux_loss=jnp.mean(balance),
+        expert_load=load if over_batch else jnp.mean(load, axis=0),
+        aux_loss=jnp.mean(aux_loss),
         router_z=jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))),
         entropy=jnp.mean(entropy),
-        dropped_fraction=jnp.mean(passed_by, dtype=jnp.float32),
+        dropped_fraction=jnp.mean(dropped, dtype=jnp.float32),
     )
 
 
-def take_turns(chosen: Int[Array, "B T K"], group: int) -> Int[Array, "B T K"]:
-    """How many of the same group of `group` sequences chose the same expert before.
+def rank_in_expert(experts: Int[Array, "B T K"], group_size: int) -> Int[Array, "B T K"]:
+    """Return how many earlier assignments in the same group of `group_size` sequences have the same expert.
 
-    By sorting: T k numbers for each sequence, which devices that share a group exchange, instead of sums over [T k, E].
+    Computed by sorting. Devices that share a group exchange T K numbers per sequence, instead of sums over [T K, E].
     """
-    flat = from_zigzag(chosen).reshape(chosen.shape[0] // group, -1)
+    flat = from_zigzag(experts).reshape(experts.shape[0] // group_size, -1)
     order = jnp.argsort(flat, axis=1, stable=True)
-    experts, places = jnp.take_along_axis(flat, order, axis=1), jnp.arange(flat.shape[1])[None]
-    is_first = jnp.concatenate([jnp.ones_like(experts[:, :1], bool), experts[:, 1:] != experts[:, :-1]], axis=1)
-    turns = places - jax.lax.cummax(jnp.where(is_first, places, 0), axis=1)
-    turns = jnp.take_along_axis(turns, jnp.argsort(order, axis=1), axis=1)
-    return to_zigzag(turns.reshape(chosen.shape))
+    ordered = jnp.take_along_axis(flat, order, axis=1)
+    index = jnp.arange(flat.shape[1])[None]
+    is_first = jnp.concatenate([jnp.ones_like(ordered[:, :1], bool), ordered[:, 1:] != ordered[:, :-1]], axis=1)
+    rank = index - jax.lax.cummax(jnp.where(is_first, index, 0), axis=1)
+    rank = jnp.take_along_axis(rank, jnp.argsort(order, axis=1), axis=1)
+    return to_zigzag(rank.reshape(experts.shape))
 
 
-def rank_tokens(probabilities: Float[Array, "B T E"], group: int) -> Int[Array, "B T E"]:
-    """How many of the same group of sequences an expert is likelier for; of equal ones the earlier comes first."""
+def rank_for_expert(probabilities: Float[Array, "B T E"], group_size: int) -> Int[Array, "B T E"]:
+    """Return each token's rank by probability for each expert, within its group. The earlier of equal tokens is first."""
     shape = probabilities.shape
-    wanted = -from_zigzag(jax.lax.stop_gradient(probabilities)).reshape(shape[0] // group, -1, shape[2])
-    return to_zigzag(jnp.argsort(jnp.argsort(wanted, axis=1, stable=True), axis=1).reshape(shape))
+    negated = -from_zigzag(jax.lax.stop_gradient(probabilities)).reshape(shape[0] // group_size, -1, shape[2])
+    return to_zigzag(jnp.argsort(jnp.argsort(negated, axis=1, stable=True), axis=1).reshape(shape))

@@ -44,7 +44,7 @@ TPUS = {chip.name: chip for chip in (TPU_V2, TPU_V3, TPU_V4, TPU_V5E, TPU_V5P, T
 CPU = Chip("cpu", "cpu", 50e9, 4 * GIB, 10e9, 1, 5e9, 5e9, 1_000_000, 16 * GB, 0)
 
 
-class Silicon(NamedTuple):
+class GpuSpec(NamedTuple):
     """What XLA wants to know of a GPU before it compiles for one; sizes in bytes."""
 
     product: str
@@ -59,19 +59,19 @@ class Silicon(NamedTuple):
     accelerated: bool  # has instructions of its architecture alone (sm_90a)
 
 
-def _ampere(product: str, memory: int) -> Silicon:
-    return Silicon(product, (8, 0), 108, 64, 1.41, memory, 41_943_040, 167_936, 166_912, accelerated=False)
+def _ampere(product: str, memory: int) -> GpuSpec:
+    return GpuSpec(product, (8, 0), 108, 64, 1.41, memory, 41_943_040, 167_936, 166_912, accelerated=False)
 
 
-def _hopper(product: str, memory: int) -> Silicon:
-    return Silicon(product, (9, 0), 132, 128, 1.98, memory, 52_428_800, 233_472, 232_448, accelerated=True)
+def _hopper(product: str, memory: int) -> GpuSpec:
+    return GpuSpec(product, (9, 0), 132, 128, 1.98, memory, 52_428_800, 233_472, 232_448, accelerated=True)
 
 
-def _blackwell(product: str, memory: int) -> Silicon:
-    return Silicon(product, (10, 0), 148, 128, 1.965, memory, 132_644_864, 233_472, 232_448, accelerated=True)
+def _blackwell(product: str, memory: int) -> GpuSpec:
+    return GpuSpec(product, (10, 0), 148, 128, 1.965, memory, 132_644_864, 233_472, 232_448, accelerated=True)
 
 
-SILICON = {
+GPU_SPECS = {
     "A100-40": _ampere("NVIDIA A100-SXM4-40GB", 42_298_834_944),
     "A100-80": _ampere("NVIDIA A100-SXM4-80GB", 85_100_068_864),
     "H100": _hopper("NVIDIA H100 80GB HBM3", 84_942_979_072),
@@ -83,7 +83,7 @@ SILICON = {
 def _gpu(
     name: str, flops: float, bandwidth: float, nvlink: float, network: float, host_memory: int, watts: float
 ) -> Chip:
-    memory = int(SILICON[name].memory * GPU_SHARE)
+    memory = int(GPU_SPECS[name].memory * GPU_SHARE)
     return Chip(name, "gpu", flops, memory, bandwidth, 1, nvlink, network, 8, host_memory, watts)
 
 
@@ -135,7 +135,7 @@ FAMILIES = {
 }
 
 # As JAX names the devices of a machine.
-KINDS = {
+DEVICE_KINDS = {
     "TPU v2": TPU_V2, "TPU v3": TPU_V3, "TPU v4": TPU_V4, "TPU v5 lite": TPU_V5E, "TPU v5e": TPU_V5E, "TPU v5": TPU_V5P,
     "TPU v5p": TPU_V5P, "TPU v6 lite": TPU_V6E, "TPU v6e": TPU_V6E, "TPU7x": TPU_V7X,
-} | {gpu.product: GPUS[name] for name, gpu in SILICON.items()}  # fmt: skip
+} | {gpu.product: GPUS[name] for name, gpu in GPU_SPECS.items()}  # fmt: skip

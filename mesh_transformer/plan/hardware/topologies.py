@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import ConfigError
-from mesh_transformer.plan.hardware.chips import FAMILIES, GPUS, SILICON, TPUS, Chip, Silicon
+from mesh_transformer.plan.hardware.chips import FAMILIES, GPUS, GPU_SPECS, TPUS, Chip, GpuSpec
 
 NVLINK_HOST = 8  # GPUs that NVLink joins
 DEFAULT_A100 = "A100-80"
@@ -120,7 +120,7 @@ def make_devices(topology: Topology) -> Sequence[Any]:
         if topology.chip.platform == "gpu":
             description = topologies.get_topology_desc(
                 platform="cuda",
-                target_config=gpu_target(SILICON[topology.chip.name]),
+                target_config=gpu_target(GPU_SPECS[topology.chip.name]),
                 topology=f"1x{topology.slices}x{math.prod(topology.shape)}",
             )
         else:
@@ -148,7 +148,7 @@ def _libtpu_options(topology: Topology) -> dict[str, Any]:
     return dict(topology_name=f"{FAMILIES[topology.chip.name].libtpu}:{shape}", **options)
 
 
-def gpu_target(gpu: Silicon) -> str:
+def gpu_target(gpu: GpuSpec) -> str:
     """A GPU as XLA's GpuTargetConfigProto in text form: what its code generator asks a real device for."""
     feature = "ACCELERATED_FEATURES" if gpu.accelerated else "NONE"
     major, minor = gpu.capability
@@ -181,4 +181,4 @@ device_description_str: "{gpu.product}"
 """
 
 
-GPUS_BANDWIDTH = {SILICON[name].product: chip.memory_bandwidth for name, chip in GPUS.items()}
+GPUS_BANDWIDTH = {GPU_SPECS[name].product: chip.memory_bandwidth for name, chip in GPUS.items()}

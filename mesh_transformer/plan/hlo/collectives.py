@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mesh_transformer.plan.hlo.parser import Instruction, Module
+from mesh_transformer.plan.hlo.parser import Instruction, HloModule
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
 _KIND = re.compile(rf"(?:ragged-)?({'|'.join(KINDS)})(?:-start)?$")
@@ -37,7 +37,7 @@ class Collective(NamedTuple):
     sent: float  # bytes in a step, by every device
 
 
-def read_collectives(module: Module, sizes: Sequence[int], axes: Sequence[str]) -> list[Collective]:
+def read_collectives(module: HloModule, sizes: Sequence[int], axes: Sequence[str]) -> list[Collective]:
     """All collectives of a program over a mesh of these `sizes` and `axes`, those with the most traffic first.
 
     The program numbers its devices as they lie in the mesh, row by row.
@@ -45,7 +45,7 @@ def read_collectives(module: Module, sizes: Sequence[int], axes: Sequence[str]) 
     found: dict[tuple[tuple[str, ...], str, int], tuple[int, float]] = {}
     seen: set[str] = set()
     for computation, instructions in module.computations.items():
-        times = module.times.get(computation, 0)
+        times = module.run_counts.get(computation, 0)
         for instruction in instructions if times else ():
             kind = _kind(instruction, computation)
             if kind is None or _repeated(instruction, seen):

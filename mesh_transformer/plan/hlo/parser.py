@@ -21,7 +21,7 @@ _CALLED = re.compile(
 _CONSTANT = re.compile(r"^-?\d+$")
 
 
-class Array(NamedTuple):
+class HloArray(NamedTuple):
     """One array of an instruction's result."""
 
     dtype: str
@@ -52,10 +52,10 @@ class Instruction(NamedTuple):
     is_root: bool
 
     @property
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[HloArray]:
         """The arrays of the result, those of a tuple in order."""
         return [
-            Array(dtype, tuple(int(dim) for dim in dims.split(",") if dim), layout or "")
+            HloArray(dtype, tuple(int(dim) for dim in dims.split(",") if dim), layout or "")
             for dtype, dims, layout in _ARRAY.findall(self.result)
         ]
 
@@ -67,7 +67,7 @@ class Instruction(NamedTuple):
                 yield role, name
 
 
-class Module:
+class HloModule:
     """A compiled program."""
 
     def __init__(self, text: str):
@@ -87,7 +87,7 @@ class Module:
         self.by_name = {i.name: i for instructions in self.computations.values() for i in instructions}
 
     @cached_property
-    def times(self) -> dict[str, int]:
+    def run_counts(self) -> dict[str, int]:
         """How often each computation runs in one call of the program; of a conditional's branches, each once."""
         times = {self.entry: 1}
         for name in self._callers_first():
@@ -139,7 +139,7 @@ class Module:
         value = None if first is None else _constant(first)
         return value or 0
 
-    def operand_arrays(self, instruction: Instruction) -> list[list[Array]]:
+    def operand_arrays(self, instruction: Instruction) -> list[list[HloArray]]:
         """The arrays of every operand's result."""
         return [self.by_name[name].arrays if name in self.by_name else [] for name in instruction.operands]
 

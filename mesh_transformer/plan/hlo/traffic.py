@@ -9,7 +9,7 @@ the update. Arrays in the chip's own memory count for nothing. It is an upper bo
 
 from typing import NamedTuple
 
-from mesh_transformer.plan.hlo.parser import Array, Instruction, Module
+from mesh_transformer.plan.hlo.parser import HloArray, Instruction, HloModule
 
 # Names for something that exists already, or is counted where it is called.
 FREE = {
@@ -19,7 +19,7 @@ FREE = {
 }  # fmt: skip
 
 
-def hbm_bytes(module: Module) -> float:
+def hbm_bytes(module: HloModule) -> float:
     """Bytes that one device reads from and writes to its memory in one call of the program."""
     fused = {
         callee
@@ -30,12 +30,12 @@ def hbm_bytes(module: Module) -> float:
     }
     total = 0.0
     for name, instructions in module.computations.items():
-        if name not in fused and (times := module.times.get(name, 0)):
+        if name not in fused and (times := module.run_counts.get(name, 0)):
             total += times * sum(_moved(module, instruction) for instruction in instructions)
     return total
 
 
-def _moved(module: Module, instruction: Instruction) -> float:
+def _moved(module: HloModule, instruction: Instruction) -> float:
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
         return 0.0
@@ -58,7 +58,7 @@ def _moved(module: Module, instruction: Instruction) -> float:
     return _size(instruction.arrays) + sum(map(_size, operands))
 
 
-def _read_of(module: Module, computation: str, place: int) -> float:
+def _read_of(module: HloModule, computation: str, place: int) -> float:
     """Bytes that a fused computation reads of its parameter number `place`."""
     instructions = module.computations.get(computation, [])
     name = next((i.name for i in instructions if i.opcode == "parameter" and i.inside.strip() == str(place)), None)
@@ -67,7 +67,7 @@ def _read_of(module: Module, computation: str, place: int) -> float:
     return _read_by_users(module, instructions, name)
 
 
-def _read_by_users(module: Module, instructions: list[Instruction], name: str) -> float:
+def _read_by_users(module: HloModule, instructions: list[Instruction], name: str) -> float:
     total = 0.0
     for user in instructions:
         if name not in user.operands:
@@ -88,7 +88,7 @@ def _read_by_users(module: Module, instructions: list[Instruction], name: str) -
     return total
 
 
-def _written(module: Module, computation: str, fusion: Instruction) -> float:
+def _written(module: HloModule, computation: str, fusion: Instruction) -> float:
     """Bytes that a fusion writes: whole results, or the updates of those updated in place."""
     by_name = {i.name: i for i in module.computations.get(computation, [])}
     root = next((i for i in by_name.values() if i.is_root), None)
@@ -110,18 +110,18 @@ def _written(module: Module, computation: str, fusion: Instruction) -> float:
     return total
 
 
-def _size(arrays: list[Array]) -> float:
+def _size(arrays: list[HloArray]) -> float:
     return float(sum(array.size for array in arrays if not array.on_chip))
 
 
-class Stacked(NamedTuple):
+class StackedBytes(NamedTuple):
     """Bytes of arrays that loops fill, one piece in each iteration."""
 
-    kept: int  # by the forward pass: what the backward pass will read
+    activations: int  # by the forward pass: what the backward pass will read
     gradients: int  # by the backward pass
 
 
-def read_stacked(module: Module) -> Stacked:
+def stacked_bytes(module: HloModule) -> StackedBytes:
     """What the loops over layers leave behind, from the arrays that each carries and fills."""
     kept = gradients = 0
     for instructions in module.computations.values():
@@ -141,10 +141,10 @@ def read_stacked(module: Module) -> Stacked:
                 gradients = max(gradients, filled)
             else:
                 kept = max(kept, filled)
-    return Stacked(kept, gradients)
+    return StackedBytes(kept, gradients)
 
 
-def _is_new(module: Module, name: str) -> bool:
+def _is_new(module: HloModule, name: str) -> bool:
     """Whether a loop's result is made in its body, not handed on."""
     made = module.by_name.get(name)
     while made is not None and made.opcode in ("copy", "bitcast") and made.operands:

@@ -1,143 +1,177 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The batch that is decoded: rows take seats in it and leave them, and it grows and shrinks with their number and length."""
+"""The decode batch of continuous batching: slots that requests enter and leave, resized to their number and length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mesh_transformer.config import SampleConfig
-from mesh_transformer.sample.engine.device_state import StepOutput, DecodeState
-from mesh_transformer.sample.engine.prefill import PrefillBatch, count_rows
-from mesh_transformer.sample.engine.programs import MAX_TOP_LOGPROBS, EnginePrograms
-from mesh_transformer.sample.engine.requests import Event, Request, stack_allowed, stack_requests
-from mesh_transformer.sample.engine.speculative import Drafter
+from mesh_transformer.sample.engine.buckets import Buckets
+from mesh_transformer.sample.engine.device_state import DecodeState, StepOutput
+from mesh_transformer.sample.engine.prefill import PrefillBatch
+from mesh_transformer.sample.engine.programs import EnginePrograms
+from mesh_transformer.sample.engine.requests import (
+    MAX_TOP_LOGPROBS,
+    Event,
+    Request,
+    SpeculativeStats,
+    blank_params,
+    stack_allowed,
+    stack_requests,
+)
+from mesh_transformer.sample.engine.speculative import Draft, Drafter
 
 
 class DecodeBatch:
-    """Some seats, of which those without a row are decoded in vain."""
+    """A batch of decode slots. Empty slots are decoded too; their output is discarded."""
 
-    def __init__(self, programs: EnginePrograms, pieces: int, bucket: Callable[[int], int], proposer: Drafter | None):
-        """Their number is a multiple of `pieces`; the cache has room for `bucket(length)` tokens."""
-        self._programs, self._pieces, self._bucket, self._proposer = programs, pieces, bucket, proposer
-        self._seats: list[Request | None] = []
+    def __init__(self, programs: EnginePrograms, buckets: Buckets, drafter: Drafter | None):
+        """Start without slots. With a `drafter`, its tokens are verified several at a time."""
+        self.drafter = drafter
+        self.stats = SpeculativeStats()
+        self._programs = programs
+        self._buckets = buckets
+        self._slots: list[Request | None] = []
         self._state: DecodeState | None = None
 
     @property
-    def rows(self) -> list[Request]:
-        """Those that have a seat."""
-        return [row for row in self._seats if row]
+    def requests(self) -> list[Request]:
+        return [request for request in self._slots if request]
 
     @property
     def state(self) -> DecodeState | None:
-        """What is on the devices; None before the first row."""
+        """State on the devices; None before the first request."""
         return self._state
 
-    def take_in(self, reading: PrefillBatch, rows: list[Request]) -> list[Event]:
-        """Give rows whose prompts have been read a seat and their first token."""
-        self._make_room(len(rows), max(row.length for row in rows) + 1)
+    def admit(self, prefill: PrefillBatch, requests: list[Request]) -> list[Event]:
+        """Put requests of a finished prefill into slots and sample their first tokens."""
+        self._resize_to_fit(len(requests), max(request.length for request in requests) + 1)
         assert self._state is not None
-        seats = [i for i, row in enumerate(self._seats) if row is None][: len(rows)]
-        for seat, row in zip(seats, rows, strict=True):
-            self._seats[seat] = row
-        # Padding repeats the last row and gives it a seat that is not there.
-        padding = count_rows(len(rows), self._pieces) - len(rows)
-        padded = rows + rows[-1:] * padding
-        source = np.array([reading.source[row.id] for row in padded], np.int32)
-        places = np.array(seats + [len(self._seats)] * padding, np.int32)
-        lengths = jnp.asarray([len(row.prompt) for row in padded], jnp.int32)
-        new = (
-            stack_requests(padded, self._programs.config.n_vocab),
-            lengths,
-            stack_allowed(padded, self._programs.config.n_vocab),
+        slots = [i for i, request in enumerate(self._slots) if request is None][: len(requests)]
+        for slot, request in zip(slots, requests, strict=True):
+            self._slots[slot] = request
+        # Padding repeats the last request, with the index of a slot that does not exist.
+        padding = self._buckets.batch_size(len(requests)) - len(requests)
+        padded = requests + requests[-1:] * padding
+        prompts = np.array([prefill.prompt_index[request.id] for request in padded], np.int32)
+        padded_slots = np.array(slots + [len(self._slots)] * padding, np.int32)
+        lengths = jnp.asarray([len(request.prompt) for request in padded], jnp.int32)
+        n_vocab = self._programs.config.n_vocab
+        new, output = self._programs.first_token(
+            prefill.logits[prompts], stack_requests(padded, n_vocab), lengths, stack_allowed(padded, n_vocab), _n_top(requests)
         )
-        # One row's cache after the other: a program for several would be compiled for every pair of batches.
-        fresh, record = self._programs.begin(reading.logits[source], new, _n_top(rows))
+        # Caches are copied one at a time: a program for several would be compiled for every pair of batch sizes.
         caches = self._state.caches
-        for prompt, seat in zip(source[: len(rows)], seats, strict=True):
-            caches = self._programs.put_row(caches, self._programs.take_row(reading.caches, prompt), np.int32(seat))
-        self._state = self._programs.seat(self._state._replace(caches=None), fresh, places)._replace(caches=caches)
-        events = self._take(record, rows)
-        scores = {row.id: reading.scores(row) for row in rows if row.score_prompt}
-        return [event._replace(prompt_scores=scores[event.request]) if event.request in scores else event for event in events]
+        for prompt, slot in zip(prompts[: len(requests)], slots, strict=True):
+            own = self._programs.copy_out(prefill.caches, prompt)
+            caches = self._programs.copy_in(caches, own, np.int32(slot))
+        # `insert` donates its state, which must not contain the caches that were donated already.
+        without_caches = self._programs.insert(self._state._replace(caches=None), new, padded_slots)
+        self._state = without_caches._replace(caches=caches)
+        events = self._make_events(jax.device_get(output), requests)
+        scores = {request.id: prefill.scores(request) for request in requests if request.params.score_prompt}
+        return [
+            event._replace(prompt_scores=scores[event.request]) if event.request in scores else event
+            for event in events
+        ]
 
-    def _make_room(self, n: int, length: int) -> None:
-        """Seats for `n` more rows and cache for `length` tokens; seats nobody uses go when there are four times too many."""
-        live = len(self.rows)
-        wanted, cache_len = count_rows(live + n, self._pieces), self._bucket(length)
-        if self._state is None or not live:
-            if self._state is None or (wanted, cache_len) != (len(self._seats), self._cache_len):
-                # Arrays of the same kinds and widths as rows ask for, whatever they hold.
-                blank = stack_requests([Request(-1, np.zeros(1, np.int32), SampleConfig(), 1)], self._programs.config.n_vocab)
-                self._state = None  # freed before the next one is made
-                self._state = self._programs.make_state(blank, wanted, cache_len)
-                self._seats = [None] * wanted
+    def decode(self, steps: int) -> list[Event]:
+        """Generate up to `steps` tokens for every request; with a draft, as many as it has accepted tokens, plus one."""
+        self._slots = [None if request and request.cancelled else request for request in self._slots]
+        slots = self._slots
+        if not self.requests:
+            return []
+        assert self._state is not None, "a request in a slot has a state"
+        allowed = stack_allowed(slots, self._programs.config.n_vocab)
+        # A constraint must see every token before the next one is sampled.
+        draft = self.drafter.draft(slots, self._state) if self.drafter and allowed is None else None
+        if allowed is not None:
+            steps = 1
+        elif draft is not None:
+            steps = draft.tokens.shape[1] + 1
+        longest = max(request.length for request in self.requests)
+        self._resize_to_fit(0, min(longest + steps, self._programs.config.seq_len))
+        if slots is not self._slots:  # resized: arrays indexed by slot are out of date
+            return self.decode(steps)
+        empty = np.array([request is None for request in slots])
+        if draft is None:
+            self._state, output = self._programs.decode(self._state, np.int32(steps), empty, allowed, _n_top(slots))
+            return self._make_events(jax.device_get(output), slots)
+        self._state, output = self._programs.verify(self._state, draft.tokens, empty, _n_top(slots))
+        output = jax.device_get(output)
+        self._count_accepted(draft, output, slots)
+        return self._make_events(output, slots)
+
+    def _resize_to_fit(self, n: int, length: int) -> None:
+        """Make space for `n` more requests and `length` tokens.
+
+        Shrinks the batch when it has four times more slots than requests.
+        """
+        n_active = len(self.requests)
+        wanted = self._buckets.batch_size(n_active + n)
+        cache_len = self._buckets.cache_len(length)
+        n_slots = len(self._slots)
+        if self._state is None or not n_active:
+            if self._state is None or (wanted, cache_len) != (n_slots, self._cache_len):
+                self._state = None  # freed before the next one is allocated
+                self._state = self._programs.make_state(blank_params(self._programs.config.n_vocab), wanted, cache_len)
+                self._slots = [None] * wanted
             return
-        n_seats = len(self._seats)
-        if wanted > n_seats or 4 * wanted <= n_seats or cache_len > self._cache_len:
-            self._resize(max(wanted, n_seats) if 4 * wanted > n_seats else wanted, max(cache_len, self._cache_len))
+        if wanted > n_slots or 4 * wanted <= n_slots or cache_len > self._cache_len:
+            self._resize(max(wanted, n_slots) if 4 * wanted > n_slots else wanted, max(cache_len, self._cache_len))
 
-    def _resize(self, n_seats: int, cache_len: int) -> None:
-        order = [i for i, row in enumerate(self._seats) if row]
-        order += [-1] * (n_seats - len(order))
+    def _resize(self, n_slots: int, cache_len: int) -> None:
+        order = [i for i, request in enumerate(self._slots) if request]
+        order += [-1] * (n_slots - len(order))
         self._state = self._programs.resize(self._state, np.array(order, np.int32), cache_len)
-        self._seats = [self._seats[i] if i >= 0 else None for i in order]
+        self._slots = [self._slots[i] if i >= 0 else None for i in order]
 
     @property
     def _cache_len(self) -> int:
         assert self._state is not None
         return jax.tree.leaves(self._state.caches)[0].shape[2]
 
-    def draw(self, steps: int) -> list[Event]:
-        """A burst of at most `steps` tokens for every seated row."""
-        self._seats = [None if row and row.cancelled else row for row in self._seats]
-        rows = self._seats
-        if not self.rows:
-            return []
-        assert self._state is not None, "rows have a seat"
-        allowed = stack_allowed(rows, self._programs.config.n_vocab)
-        proposed = self._proposer.propose(rows, self._state) if self._proposer and allowed is None else None
-        steps = 1 if allowed is not None else steps if proposed is None else proposed.shape[1] + 1
-        longest = max(row.length for row in self.rows)
-        self._make_room(0, min(longest + steps, self._programs.config.seq_len))
-        if rows is not self._seats:  # moved: what belongs to a seat is made again
-            return self.draw(steps)
-        empty = np.array([row is None for row in rows])
-        if proposed is not None:
-            self._state, record = self._programs.verify(self._state, proposed, empty, _n_top(rows))
-        else:
-            self._state, record = self._programs.decode(self._state, np.int32(steps), empty, allowed, _n_top(rows))
-        return self._take(record, rows)
-
-    def _take(self, record: StepOutput, rows: Sequence[Request | None]) -> list[Event]:
-        """Turn what a program drew for `rows` into events, one token of every row after the other; finished rows leave."""
-        got: StepOutput = jax.device_get(record)
-        live = got.live[: len(rows)]
-        last = live.shape[1] - 1 - np.argmax(live[:, ::-1], axis=1)
+    def _make_events(self, output: StepOutput, slots: Sequence[Request | None]) -> list[Event]:
+        """Convert program output to events, ordered by step; finished requests leave their slots."""
+        valid = output.valid[: len(slots)]
+        last = valid.shape[1] - 1 - np.argmax(valid[:, ::-1], axis=1)
         events = []
-        for step, i in zip(*np.nonzero(live.T), strict=True):
-            row = rows[i]
-            if row is None:
+        for step, i in zip(*np.nonzero(valid.T), strict=True):
+            request = slots[i]
+            if request is None:
                 continue
-            token = int(got.token[i, step])
-            row.tokens.append(token)
-            if row.constraint:
-                row.constraint.accept(token)
+            params = request.params
+            token = int(output.token[i, step])
+            request.tokens.append(token)
+            if params.constraint:
+                params.constraint.accept(token)
             finish: Literal["stop", "length"] | None = None
-            if got.finished[i] and step == last[i]:
-                finish = "stop" if token in row.stop_tokens else "length"
+            if output.finished[i] and step == last[i]:
+                finish = "stop" if token in params.stop_tokens else "length"
             top = None
-            if row.n_top and got.top is not None:
-                best, ids = got.top[0][i, step, : row.n_top], got.top[1][i, step, : row.n_top]
+            if params.top_logprobs and output.top is not None:
+                best = output.top[0][i, step, : params.top_logprobs]
+                ids = output.top[1][i, step, : params.top_logprobs]
                 top = list(zip(ids.tolist(), best.tolist(), strict=True))
-            events.append(Event(row.id, token, float(got.logprob[i, step]), finish, top))
-        ended = {event.row for event in events if event.finish}
-        self._seats = [None if row and row.id in ended else row for row in self._seats]
+            events.append(Event(request.id, token, float(output.logprob[i, step]), finish, top))
+        ended = {event.request for event in events if event.finish}
+        self._slots = [None if request and request.id in ended else request for request in self._slots]
         return events
 
+    def _count_accepted(self, draft: Draft, output: StepOutput, slots: Sequence[Request | None]) -> None:
+        n = draft.tokens.shape[1]
+        drafted = np.arange(n)[None] < draft.lengths[:, None]
+        accepted = drafted & np.asarray(output.valid[:, :n]) & (np.asarray(output.token[:, :n]) == draft.tokens)
+        for i, request in enumerate(slots):
+            if request:
+                for stats in (request.speculative, self.stats):
+                    stats.draft_tokens += int(drafted[i].sum())
+                    stats.accepted_tokens += int(accepted[i].sum())
 
-def _n_top(rows: Sequence[Request | None]) -> int:
-    return MAX_TOP_LOGPROBS if any(row and row.n_top for row in rows) else 0
+
+def _n_top(slots: Sequence[Request | None]) -> int:
+    """Number of alternatives to report: one of two values, so that there are two programs."""
+    return MAX_TOP_LOGPROBS if any(request and request.params.top_logprobs for request in slots) else 0

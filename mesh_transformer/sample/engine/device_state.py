@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What lies on the devices while rows are decoded, and what a program reports of the tokens it drew."""
+"""On-device state of the decode batch, and the output that each decode program returns."""
 
 from typing import Any, NamedTuple
 
@@ -10,32 +10,32 @@ from mesh_transformer.sample.sampling import SamplingOptions
 
 
 class BatchParams(NamedTuple):
-    """What each row wants; it does not change while the row is seated."""
+    """Parameters of the requests in a batch; constant while a request keeps its slot."""
 
     keys: Key[Array, "B"]
     options: SamplingOptions
-    prompt: Bool[Array, "B V"]  # tokens of the row's prompt
+    prompt: Bool[Array, "B V"]  # tokens that occur in the request's prompt
     bias: Float[Array, "B V"]  # added to the logits
-    limit: Int[Array, "B"]  # place of the last token the row may draw
+    last_position: Int[Array, "B"]  # of the last token the request may generate
     stop_tokens: Int[Array, "B Z"]  # padded with -1
 
 
 class DecodeState(NamedTuple):
-    """The seated rows, of which finished ones are empty seats."""
+    """State of the decode slots. Slots of finished requests are empty."""
 
-    caches: Any  # as init_cache, every layer an array [B, K, S, C] of its own
-    token: Int[Array, "B"]  # drawn last, not in the cache yet
-    place: Int[Array, "B"]  # of `token` in its sequence
+    caches: Any  # as init_cache, with a separate array [B, K, S, C] for every layer
+    token: Int[Array, "B"]  # sampled last, not in the KV cache yet
+    position: Int[Array, "B"]  # of `token` in its sequence
     finished: Bool[Array, "B"]
-    counts: Int[Array, "B V"]  # how often each token was drawn
-    asked: BatchParams
+    counts: Int[Array, "B V"]  # how often each token was generated
+    params: BatchParams
 
 
 class StepOutput(NamedTuple):
-    """What was drawn: N tokens for every row, of which those that are `live` count."""
+    """N sampled tokens for every slot, of which those marked `valid` were generated."""
 
     token: Int[Array, "B N"]
     logprob: Float[Array, "B N"]  # natural log, in the model's own distribution
-    live: Bool[Array, "B N"]
-    top: tuple[Float[Array, "B N M"], Int[Array, "B N M"]] | None  # log-probabilities and ids of the likeliest tokens
+    valid: Bool[Array, "B N"]
+    top: tuple[Float[Array, "B N M"], Int[Array, "B N M"]] | None  # log-probabilities and ids of the most probable tokens
     finished: Bool[Array, "B"]

@@ -1,145 +1,158 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The engine of a model with an encoder: the prompt is read once, and what the decoder writes is the answer.
+"""Engine of encoder-decoder models: the encoder runs once on the prompt, and the decoder generates the output.
 
-Rows that wait are answered in batches, one after the other; a batch ends with its last row. The encoder's keys and
-values stay in the cache, so a token costs one pass through the decoder. Every token is taken by its experts, in the
-encoder too, so that a row's answer depends neither on padding nor on its neighbours. A token at place p of sample i is
-drawn as in engine.py.
+Waiting requests run in batches, one after the other; a batch ends with its last request. The encoder's keys and values
+stay in the cache, so a token costs one pass through the decoder. Experts process every token, in the encoder too, so an
+output depends neither on padding nor on other requests in the batch.
 """
 
 import dataclasses
-import itertools
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from mesh_transformer.config import ConfigError, ModelConfig
+from mesh_transformer.config import ModelConfig
 from mesh_transformer.mesh import MeshLayout
+from mesh_transformer.sample.engine.buckets import Buckets
 from mesh_transformer.sample.engine.encoder_decoder_programs import EncoderDecoderPrograms, EncoderDecoderState
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
-from mesh_transformer.sample.engine.prefill import SHORTEST_CACHE, bucket, count_rows
+from mesh_transformer.sample.engine.engine import Engine, EngineOptions
 from mesh_transformer.sample.engine.programs import DECODE_CHUNK
-from mesh_transformer.sample.engine.requests import Event, PromptError, Request
+from mesh_transformer.sample.engine.requests import Event, PromptError, Request, make_keys
 from mesh_transformer.sample.sampling import stack_options
-
-SHORTEST_SOURCE = 16
 
 
 @dataclasses.dataclass
 class Batch:
-    """Rows that are being answered together."""
+    """Requests that are processed together."""
 
-    rows: list[Request]
-    writing: EncoderDecoderState
-    sources: Int[Array, "B S"] | None  # until they are read
-    ended: set[int] = dataclasses.field(default_factory=set)  # rows, by id
+    requests: list[Request]
+    state: EncoderDecoderState
+    encoder_tokens: Int[Array, "B S"] | None  # None once they are encoded
+    ended: set[int] = dataclasses.field(default_factory=set)  # ids of requests
 
     @property
     def unfinished(self) -> list[Request]:
-        """Rows that are to get more tokens."""
-        return [row for row in self.rows if not (row.cancelled or row.id in self.ended)]
+        return [request for request in self.requests if not (request.cancelled or request.id in self.ended)]
 
 
-class EncoderDecoderEngine(DecoderOnlyEngine):
-    """As Engine, of a model with an encoder; what only a decoder alone can do is refused."""
+class EncoderDecoderEngine(Engine):
+    """Static batching for an encoder-decoder model, without logit bias, scores, constraints or speculative decoding."""
 
     def __init__(
         self,
         config: ModelConfig,
         params: Mapping[str, Mapping[str, Any]],
+        options: EngineOptions | None = None,
         *,
-        start: int,
-        end: int,
+        start_token: int,
+        end_token: int,
         layout: MeshLayout | None = None,
-        slots: int = 32,
-        weights: str = "saved",
-        cache: str = "model",
     ):
-        """`params`, `layout`, `slots`, `weights` and `cache` as Engine's.
+        """Place `params` on the devices, as DecoderOnlyEngine does.
 
-        `start` is what the decoder is given first, `end` what follows a text that the encoder reads (data/span_corruption.py).
+        Args:
+          config: The model.
+          params: Its weights, on any devices.
+          options: Capacity and data types. There are no prefill chunks and there is no prefix cache.
+          start_token: First token of the decoder's input.
+          end_token: Appended to the encoder's tokens (data/span_corruption.py).
+          layout: Sharding of weights and caches. None: everything is on the default device.
         """
-        self.writer = EncoderDecoderPrograms(config, params, layout, weights=weights, cache=cache)
-        self.config, self.slots, self.start_token, self.end_token = config, slots, start, end
-        self._pieces = layout.batch_shards if layout else 1
-        self._ids, self._waiting, self._batch = itertools.count(), deque[Request](), None
+        options = options or EngineOptions()
+        self.config = config
+        self.slots = options.slots
+        self.programs = EncoderDecoderPrograms(
+            config, params, layout, weight_dtype=options.weight_dtype, kv_cache_dtype=options.kv_cache_dtype
+        )
+        self._start_token = start_token
+        self._end_token = end_token
+        self._buckets = Buckets(config.seq_len, layout.batch_shards if layout else 1)
+        self._waiting: deque[Request] = deque()
+        self._batch: Batch | None = None
 
     @property
-    def programs(self) -> Any:  # type: ignore[override]
-        """There are none of Engine's."""
-        raise ConfigError("model.n_encoder_layers: serving and scoring are for decoders alone; use device_sample.py")
-
-    def submit(self, row: Request) -> Request:
-        """See Engine; PromptError for what this engine does not do."""
-        if row.logit_bias or row.n_top or row.score_prompt or row.constraint:
-            raise PromptError("a model with an encoder draws tokens alone: no bias, scores or constraint")
-        return super().submit(row)
+    def compilations(self) -> dict[str, int]:
+        return dict(self.programs.compilations)
 
     @property
-    def seated(self) -> list[Request]:
-        """See Engine."""
+    def active(self) -> list[Request]:
         return [] if self._batch is None else self._batch.unfinished
 
     @property
     def queued(self) -> list[Request]:
-        """See Engine."""
         return list(self._waiting)
 
     @property
-    def idle(self) -> bool:
-        """See Engine."""
-        return not (self._waiting or self.seated)
+    def is_speculative(self) -> bool:
+        return False
+
+    def submit(self, request: Request) -> Request:
+        """Queue a request. Raise PromptError for parameters that only DecoderOnlyEngine supports."""
+        params = request.params
+        if params.logit_bias or params.top_logprobs or params.score_prompt or params.constraint:
+            raise PromptError(
+                "encoder-decoder models do not support logit_bias, top_logprobs, prompt scores or constraints; "
+                "remove them from the request"
+            )
+        self._waiting.append(request)
+        return request
 
     def step(self, steps: int = DECODE_CHUNK) -> list[Event]:
-        """See Engine; all rows of a batch get up to `steps` tokens."""
+        """Generate up to `steps` tokens for every request of the current batch, or of the next one if it has ended."""
         events: list[Event] = []
-        if not self.seated:
-            self._batch = self._admit()
+        if not self.active:
+            self._batch = self._start_batch()
         for _ in range(steps):
-            if self._batch is None or not self.seated:
+            if self._batch is None or not self.active:
                 break
             events += self._advance(self._batch)
         return events
 
-    def _admit(self) -> Batch | None:
-        rows = [row for row in self._waiting if not row.cancelled]
-        rows, self._waiting = rows[: self.slots], deque(rows[self.slots :])
-        if not rows:
+    def _start_batch(self) -> Batch | None:
+        waiting = [request for request in self._waiting if not request.cancelled]
+        requests = waiting[: self.slots]
+        self._waiting = deque(waiting[self.slots :])
+        if not requests:
             return None
-        texts = [[*row.prompt.tolist(), self.end_token][: self.config.seq_len] for row in rows]
-        length = bucket(max(map(len, texts)), SHORTEST_SOURCE, self.config.seq_len)
-        size = count_rows(len(rows), self._pieces)
-        padded = np.zeros((2, size, length), np.int32)  # tokens, and 1 where there is one
-        for i in range(size):
-            text = texts[min(i, len(texts) - 1)]
-            padded[0, i, : len(text)], padded[1, i, : len(text)] = text, 1
-        filled = [rows[min(i, len(rows) - 1)] for i in range(size)]
-        room = bucket(max(row.max_tokens for row in rows), SHORTEST_CACHE, self.config.seq_len)
-        keys = jnp.stack([jax.random.fold_in(jax.random.key(row.seed), row.sample) for row in filled])
-        options = stack_options([row.options for row in filled])
-        sources, segments = map(self.writer.place, padded)
-        return Batch(rows, self.writer.begin(segments, options, keys, self.start_token, room), sources)
+        prompts = [[*request.prompt.tolist(), self._end_token][: self.config.seq_len] for request in requests]
+        batch_size = self._buckets.batch_size(len(requests))
+        tokens = np.zeros((batch_size, self._buckets.prefill_len(max(map(len, prompts)))), np.int32)
+        segment_ids = np.zeros_like(tokens)
+        for i in range(batch_size):  # padding repeats the last request
+            prompt = prompts[min(i, len(prompts) - 1)]
+            tokens[i, : len(prompt)] = prompt
+            segment_ids[i, : len(prompt)] = 1
+        padded = requests + requests[-1:] * (batch_size - len(requests))
+        cache_len = self._buckets.cache_len(max(request.max_tokens for request in requests))
+        options = stack_options([request.params.options for request in padded])
+        state = self.programs.make_state(
+            self.programs.shard_batch(segment_ids), options, make_keys(padded), self._start_token, cache_len
+        )
+        return Batch(requests, state, self.programs.shard_batch(tokens))
 
     def _advance(self, batch: Batch) -> list[Event]:
-        """One token of every row."""
-        if batch.sources is None:
-            batch.writing, drawn = self.writer.write(batch.writing)
+        """Generate one token for every request."""
+        if batch.encoder_tokens is None:
+            batch.state, sampled = self.programs.decode(batch.state)
         else:
-            batch.writing, drawn = self.writer.read(batch.writing, batch.sources)
-            batch.sources = None
-        tokens, logprobs = np.asarray(drawn.token).tolist(), np.asarray(drawn.logprob).tolist()
+            batch.state, sampled = self.programs.encode(batch.state, batch.encoder_tokens)
+            batch.encoder_tokens = None
+        tokens = np.asarray(sampled.token).tolist()
+        logprobs = np.asarray(sampled.logprob).tolist()
         events = []
-        for row, token, logprob in zip(batch.rows, tokens, logprobs, strict=False):
-            if row.cancelled or row.id in batch.ended:
+        for request, token, logprob in zip(batch.requests, tokens, logprobs, strict=False):
+            if request.cancelled or request.id in batch.ended:
                 continue
-            row.tokens.append(token)
-            finish = "stop" if token in row.stop_tokens else "length" if len(row.tokens) >= row.max_tokens else None
-            batch.ended |= {row.id} if finish else set()
-            events.append(Event(row.id, token, logprob, finish))
+            request.tokens.append(token)
+            if token in request.params.stop_tokens:
+                finish = "stop"
+            else:
+                finish = "length" if len(request.tokens) >= request.max_tokens else None
+            if finish:
+                batch.ended.add(request.id)
+            events.append(Event(request.id, token, logprob, finish))
         return events

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled programs of a model with an encoder: read texts, and write the next token of every answer.
+"""Compiled programs of encoder-decoder models: encode prompts, and decode the next token of every output.
 
-The encoder's keys and values are in the cache once they were made, so that a token costs one pass through the decoder.
+The encoder's keys and values are cached, so that a token costs one pass through the decoder.
 """
 
 from collections.abc import Mapping
@@ -14,25 +14,25 @@ from jaxtyping import Array, Int, Key
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import MeshLayout, constrain
-from mesh_transformer.sample.engine.compiled_model import CompiledModel, constrain_caches
-from mesh_transformer.sample.engine.weights import unstack_layers, stack_layers
+from mesh_transformer.sample.engine.programs import CompiledModel, constrain_caches
+from mesh_transformer.sample.engine.weights import stack_layers, unstack_layers
 from mesh_transformer.sample.sampling import Sampled, SamplingOptions, position_keys, sample
 
 
 class EncoderDecoderState(NamedTuple):
-    """Answers that are being written together, as they lie on the devices."""
+    """On-device state of outputs that are decoded together."""
 
-    caches: Any  # as init_cache, every layer an array [B, K, S, C] of its own, of the encoder's places too
-    segments: Int[Array, "B S"]  # of what is read: 1, and 0 for padding
-    token: Int[Array, "B"]  # the last one, not in the cache yet
-    place: Int[Array, ""]  # of `token` in every answer
-    counts: Int[Array, "B V"]  # how often each token was drawn
+    caches: Any  # as init_cache, with a separate array [B, K, S, C] for every layer; includes cross-attention
+    segment_ids: Int[Array, "B S"]  # of the encoder's tokens: 1, and 0 for padding
+    token: Int[Array, "B"]  # the last one, not in the KV cache yet
+    position: Int[Array, ""]  # of `token` in every output
+    counts: Int[Array, "B V"]  # how often each token was generated
     options: SamplingOptions
     keys: Key[Array, "B"]
 
 
 class EncoderDecoderPrograms(CompiledModel):
-    """What RewritingEngine calls: jitted functions of one model, its weights bound."""
+    """Programs of an encoder-decoder model. States that are passed to them are donated."""
 
     def __init__(
         self,
@@ -40,73 +40,81 @@ class EncoderDecoderPrograms(CompiledModel):
         params: Mapping[str, Mapping[str, Any]],
         layout: MeshLayout | None,
         *,
-        weights: str = "saved",
-        cache: str = "model",
+        weight_dtype: str = "saved",
+        kv_cache_dtype: str = "model",
     ):
-        """See Engine; of weights given as shapes, programs can only be lowered."""
+        """See CompiledModel."""
         if config.encoder is None:
-            raise ConfigError("model.n_encoder_layers is not set: a decoder alone continues prompts with Engine")
-        super().__init__(config, params, layout, weights=weights, cache=cache)
-        self.begin = self._program("begin", self.empty_writing, static_argnums=(3, 4))
-        self._read = self._program("read", self._draw, donate_argnums=(1,))
-        self._write = self._program("write", self._draw, donate_argnums=(1,))
+            raise ConfigError("model.n_encoder_layers is not set: use DecoderOnlyEngine for decoder-only models")
+        super().__init__(config, params, layout, weight_dtype=weight_dtype, kv_cache_dtype=kv_cache_dtype)
+        self.make_state = self._program("make_state", self.empty_state, static_argnums=(3, 4))
+        self._encode_program = self._program("encode", self._step, donate_argnums=(1,))
+        self._decode_program = self._program("decode", self._step, donate_argnums=(1,))
 
-    def read(self, writing: EncoderDecoderState, sources: Int[Array, "B S"]) -> tuple[EncoderDecoderState, Sampled]:
-        """The first token of every row, once the encoder has read `sources`; the `writing` that goes in is gone."""
-        return self._read(self.weights, writing, sources)
+    def encode(
+        self, state: EncoderDecoderState, encoder_tokens: Int[Array, "B S"]
+    ) -> tuple[EncoderDecoderState, Sampled]:
+        """Run the encoder on `encoder_tokens` and sample the first token of every output."""
+        return self._encode_program(self.weights, state, encoder_tokens)
 
-    def write(self, writing: EncoderDecoderState) -> tuple[EncoderDecoderState, Sampled]:
-        """The next token of every row; the `writing` that goes in is gone."""
-        return self._write(self.weights, writing)
+    def decode(self, state: EncoderDecoderState) -> tuple[EncoderDecoderState, Sampled]:
+        """Sample the next token of every output."""
+        return self._decode_program(self.weights, state)
 
-    def lower_read(self, writing: EncoderDecoderState, sources: Any) -> Any:
-        """The program of `read` for arguments given as shapes, lowered and not compiled; weights may be shapes as well."""
-        return self._read.lower(self.weights, writing, sources)
+    def lower_encode(self, state: EncoderDecoderState, encoder_tokens: Any) -> Any:
+        """Lower, but not compile, the program of `encode` for arguments of shapes."""
+        return self._encode_program.lower(self.weights, state, encoder_tokens)
 
-    def lower_write(self, writing: EncoderDecoderState) -> Any:
-        """The program of `write`, as lower_read."""
-        return self._write.lower(self.weights, writing)
+    def lower_decode(self, state: EncoderDecoderState) -> Any:
+        """Lower, but not compile, the program of `decode` for a state of shapes."""
+        return self._decode_program.lower(self.weights, state)
 
-    def place(self, rows: Any) -> Int[Array, "B S"]:
-        """`rows` of the host on the devices, cut along the batch."""
-        axes, array = ("batch", "activation_embed"), jnp.asarray(rows)
-        return array if not self.layout else jax.device_put(array, self.layout.sharding(axes, array.shape, "sources"))
+    def shard_batch(self, values: Any) -> Int[Array, "B S"]:
+        """Return host values [B, S] on the devices, sharded over the batch."""
+        array = jnp.asarray(values)
+        if not self.layout:
+            return array
+        sharding = self.layout.sharding(("batch", "activation_embed"), array.shape, "encoder tokens")
+        return jax.device_put(array, sharding)
 
-    def empty_writing(
-        self, segments: Int[Array, "B S"], options: SamplingOptions, keys: Key[Array, "B"], start: int, room: int
+    def empty_state(
+        self, segment_ids: Int[Array, "B S"], options: SamplingOptions, keys: Key[Array, "B"], start: int, cache_len: int
     ) -> EncoderDecoderState:
-        """Answers of at most `room` tokens behind `start`, of which nothing is written and whose texts are not read."""
-        rows, source_len = segments.shape
-        token, place = jnp.full((rows,), start, jnp.int32), jnp.int32(0)
-        counts = jnp.zeros((rows, self.config.n_vocab), jnp.int32)
-        caches = self._empty_caches(rows, room, source_len)
-        return _constrain(EncoderDecoderState(caches, segments, token, place, counts, options, keys))
+        """Return a state before the encoder ran, with outputs that begin with `start` and have up to `cache_len` tokens."""
+        batch_size, encoder_len = segment_ids.shape
+        token = jnp.full((batch_size,), start, jnp.int32)
+        counts = jnp.zeros((batch_size, self.config.n_vocab), jnp.int32)
+        caches = self._empty_caches(batch_size, cache_len, encoder_len)
+        return _constrain(EncoderDecoderState(caches, segment_ids, token, jnp.int32(0), counts, options, keys))
 
-    def _draw(self, params: Any, writing: EncoderDecoderState, sources: Int[Array, "B S"] | None = None) -> tuple[EncoderDecoderState, Sampled]:
-        token, places = writing.token, jnp.broadcast_to(writing.place, writing.token.shape)
+    def _step(
+        self, weights: Any, state: EncoderDecoderState, encoder_tokens: Int[Array, "B S"] | None = None
+    ) -> tuple[EncoderDecoderState, Sampled]:
+        token = state.token
+        positions = jnp.broadcast_to(state.position, token.shape)
         logits, caches = self._model.apply(
-            stack_layers(params),
+            stack_layers(weights),
             token[:, None],
-            positions=places[:, None],
-            cache=stack_layers(writing.caches),
-            sources=sources,
-            source_segments=writing.segments,
+            positions=positions[:, None],
+            cache=stack_layers(state.caches),
+            encoder_tokens=encoder_tokens,
+            encoder_segment_ids=state.segment_ids,
         )
         logits = constrain(logits, "batch", "sequence", "activation_embed")
-        drawn = sample(logits[:, 0], writing.options, writing.counts, position_keys(writing.keys, places))
-        written = writing._replace(
+        sampled = sample(logits[:, 0], state.options, state.counts, position_keys(state.keys, positions))
+        updated = state._replace(
             caches=unstack_layers(caches),
-            token=drawn.token,
-            place=writing.place + 1,
-            counts=writing.counts.at[jnp.arange(token.size), drawn.token].add(1),
+            token=sampled.token,
+            position=state.position + 1,
+            counts=state.counts.at[jnp.arange(token.size), sampled.token].add(1),
         )
-        return _constrain(written), drawn
+        return _constrain(updated), sampled
 
 
-def _constrain(writing: EncoderDecoderState) -> EncoderDecoderState:
-    caches = constrain_caches(writing.caches)
-    rows = jax.tree.map(
+def _constrain(state: EncoderDecoderState) -> EncoderDecoderState:
+    caches = constrain_caches(state.caches)
+    others = jax.tree.map(
         lambda x: constrain(x, *("batch", "activation_embed")[: x.ndim]),
-        writing._replace(caches=None),
+        state._replace(caches=None),
     )
-    return rows._replace(caches=caches)
+    return others._replace(caches=caches)

@@ -1,120 +1,95 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens in, tokens out: rows join and leave a batch between bursts of decoding, as a handful of programs of fixed shapes.
+"""Engine interface: tokens in, tokens out, for many requests at once.
 
-A row is one sample of one prompt. It waits; its prompt is read in pieces, together with others of nearby length and
-beside the decoding of the rows before it; it gets a seat in the batch; it leaves at its last token. Lengths are rounded
-up to buckets, prompts to powers of two from 16 and caches to powers of two from 128, and the number of seats to a few
-sizes, so that a program compiled for one request serves all like it. A prompt is padded on the right: whatever its
-padding leaves in the cache is overwritten before a query can see it.
-
-A token at place p of sample i of a prompt is drawn with fold_in(fold_in(key(seed), i), p), so it does not depend on
-what else is in the batch, on the buckets, on how many tokens a burst has, or on what was proposed for it.
+Implementations are DecoderOnlyEngine (decoder_only.py) and EncoderDecoderEngine (encoder_decoder.py). Both sample the
+token at position p of sample i of a prompt with the key fold_in(fold_in(key(seed), i), p), so a token does not depend on
+the other requests in the batch, on padding, or on how many tokens are decoded at a time.
 """
 
-import itertools
+import dataclasses
 import math
-import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
 
 from mesh_transformer.config import ModelConfig, SampleConfig
-from mesh_transformer.mesh import MeshLayout
-from mesh_transformer.model.params import Params
-from mesh_transformer.sample.engine.decode_batch import DecodeBatch
-from mesh_transformer.sample.engine.prefill import SHORTEST_CACHE, PrefillBatch, bucket
-from mesh_transformer.sample.engine.prefix_cache import PrefixCache
-from mesh_transformer.sample.engine.programs import DECODE_CHUNK, EnginePrograms
-from mesh_transformer.sample.engine.requests import Constraint, Event, PromptError, Request
-from mesh_transformer.sample.engine.speculative import Drafter
-
-BESIDE_READING = 4  # tokens of a burst while prompts are being read
-READINGS = 2  # batches of prompts read in turn, so that a long one does not hold up short ones
+from mesh_transformer.sample.engine.generation import Generation
+from mesh_transformer.sample.engine.programs import DECODE_CHUNK
+from mesh_transformer.sample.engine.requests import Event, PromptError, Request, RequestParams, make_request
 
 
 class Completion(NamedTuple):
-    """What was drawn for one sample, a stop token that ended it included."""
+    """Tokens generated for one sample, including a stop token that ended it."""
 
     tokens: list[int]
     logprobs: list[float]
     finish: Literal["stop", "length"]
 
 
-class DecoderOnlyEngine:
-    """One model on its devices, ready to continue prompts. Not for several threads at once."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Capacity and data types of an engine."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: Params,
-        *,
-        layout: MeshLayout | None = None,
-        slots: int = 32,
-        prefill_chunk: int = 512,
-        prefix_bytes: int = 1 << 28,
-        proposer: Drafter | None = None,
-        weights: str = "saved",
-        cache: str = "model",
-    ):
-        """`params` as `make_model(config).init` gives them, placed anywhere; they may be deleted afterwards.
+    slots: int = 32  # requests decoded at once
+    prefill_chunk: int = 512  # longer prompts are prefilled in chunks of this many tokens
+    prefix_cache_bytes: int = 1 << 28  # KV caches kept for prompts that share a prefix; 0: none
+    weight_dtype: str = "saved"  # as ServeConfig.weight_dtype
+    kv_cache_dtype: str = "model"  # as ServeConfig.kv_cache_dtype
 
-        `layout` places weights and cache; without it everything stays on the default device. At most `slots` rows are
-        decoded at once. Prompts longer than `prefill_chunk` are read in pieces of it. Caches of read prompts are kept
-        up to `prefix_bytes` for prompts that begin alike (not where a mesh cuts the batch). `proposer` guesses tokens
-        that are then checked several at a time. `weights` and `cache` are of the types that ServeConfig says. Raises
-        ConfigError if an array does not divide over the mesh.
-        """
-        self.config = config
-        self.programs = EnginePrograms(config, params, layout, weights=weights, cache=cache)
-        self._pieces = layout.batch_shards if layout else 1
-        self.slots = -(-slots // self._pieces) * self._pieces
-        self.prefixes = PrefixCache(prefix_bytes if self._pieces == 1 else 0)
-        self._prefill_chunk = prefill_chunk
-        self._ids = itertools.count()
-        self._waiting: deque[Request] = deque()
-        self._readings: deque[PrefillBatch] = deque()
-        self._seats = DecodeBatch(self.programs, self._pieces, self.cache_len, proposer)
-        self._turns = 0
+
+class Engine(Protocol):
+    """A model on its devices that generates tokens for requests. Not thread-safe."""
+
+    config: ModelConfig
+    slots: int  # requests decoded at once
 
     @property
+    @abstractmethod
     def compilations(self) -> dict[str, int]:
-        """How many programs of each kind were compiled so far."""
-        return dict(self.programs.compilations)
+        """Number of compilations of every program so far."""
+        ...
 
     @property
-    def seated(self) -> list[Request]:
-        """Rows that are being decoded."""
-        return self._seats.rows
+    @abstractmethod
+    def active(self) -> list[Request]:
+        """Requests in decode slots."""
+        ...
 
     @property
+    @abstractmethod
     def queued(self) -> list[Request]:
-        """Rows that have drawn nothing yet: those whose prompts are being read, and those that wait."""
-        return [row for reading in self._readings for row in reading.rows] + list(self._waiting)
+        """Requests without a token yet: waiting, or in prefill."""
+        ...
+
+    @property
+    @abstractmethod
+    def is_speculative(self) -> bool:
+        """True if draft tokens are verified instead of decoding one token at a time."""
+        ...
+
+    @abstractmethod
+    def submit(self, request: Request) -> Request:
+        """Queue a request; its events come from `step`."""
+        ...
+
+    @abstractmethod
+    def step(self, steps: int = DECODE_CHUNK) -> list[Event]:
+        """Run one scheduler iteration, with at most about `steps` new tokens per request, and return its events."""
+        ...
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return not (self._waiting or self._readings or self.seated)
+        """True if there are no requests."""
+        return not (self.queued or self.active)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        options: SampleConfig | Sequence[SampleConfig],
-        **wishes: Any,
-    ) -> list[list[Completion]]:
-        """The completions of every prompt; see `start`."""
-        generation = self.start(prompts, options, **wishes)
-        rows: list[list[Event]] = [[] for _ in range(generation.n_rows)]
-        for event in generation.events(pause=math.inf):
-            rows[event.request].append(event)
-        done = [
-            Completion([e.token for e in row], [e.logprob for e in row], row[-1].finish or "length") for row in rows
-        ]
-        n = generation.n_rows // len(prompts)
-        return [done[first : first + n] for first in range(0, len(done), n)]
+    def make_request(self, prompt: Sequence[int], params: RequestParams, *, name: str = "the prompt") -> Request:
+        """Return a request to submit. Raise PromptError if the model cannot serve it; messages use `name`."""
+        return make_request(self.config, prompt, params, name=name)
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request: later steps return no events of it, and its slot becomes free."""
+        request.cancelled = True
 
     def start(
         self,
@@ -125,178 +100,52 @@ class DecoderOnlyEngine:
         stop_tokens: Sequence[int] = (),
         seed: int = 0,
         n: int = 1,
-    ) -> "Generation":
-        """`n` samples of every prompt on their way: sample i of prompt j is row j n + i.
+    ) -> Generation:
+        """Submit `n` samples of every prompt; sample i of prompt j has index j n + i.
 
-        `options` are for all prompts or one for each; `max_tokens` (default: theirs) counts drawn tokens. A row ends
-        behind a token of `stop_tokens`, or at max_tokens. Raises PromptError for a prompt that is empty, has ids outside
-        the vocabulary, or with max_tokens exceeds the model's seq_len.
+        Args:
+          prompts: Token ids.
+          options: Sampling options of all prompts, or one for each.
+          max_tokens: Generated tokens per sample; None: those of `options`.
+          stop_tokens: A sample ends after any of these.
+          seed: Seed of the samples.
+          n: Samples per prompt.
+
+        Raises:
+          PromptError: a prompt is empty, has ids outside the vocabulary, or with max_tokens exceeds seq_len.
         """
         each = [options] * len(prompts) if isinstance(options, SampleConfig) else list(options)
         if len(each) != len(prompts) or not prompts or n < 1:
             raise PromptError(
-                f"{len(prompts)} prompts with {len(each)} options and n={n}: give one or more of each, matching"
+                f"got {len(prompts)} prompts, {len(each)} options and n={n}; all must be at least 1, with one options per prompt"
             )
-        wishes: dict[str, Any] = dict(max_tokens=max_tokens, stop_tokens=stop_tokens, seed=seed)
-        rows = []
+        requests = []
         for number, (prompt, option) in enumerate(zip(prompts, each, strict=True), start=1):
             name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
-            rows += [self.make_row(prompt, option, **wishes, sample=i, name=name) for i in range(n)]
-        return Generation(self, [self.submit(row) for row in rows])
+            for sample in range(n):
+                params = RequestParams(
+                    option, max_tokens=max_tokens, stop_tokens=stop_tokens, seed=seed, sample=sample
+                )
+                requests.append(self.make_request(prompt, params, name=name))
+        return Generation(self, [self.submit(request) for request in requests])
 
-    def make_row(
+    def generate(
         self,
-        prompt: Sequence[int],
-        options: SampleConfig,
+        prompts: Sequence[Sequence[int]],
+        options: SampleConfig | Sequence[SampleConfig],
         *,
         max_tokens: int | None = None,
         stop_tokens: Sequence[int] = (),
         seed: int = 0,
-        sample: int = 0,
-        logit_bias: Mapping[int, float] | None = None,
-        n_top: int = 0,
-        score_prompt: bool = False,
-        constraint: Constraint | None = None,
-        name: str = "the prompt",
-    ) -> Request:
-        """A row to submit; PromptError says what of it cannot be done."""
-        bad = next((token for token in prompt if not -(2**31) <= token < 2**31), None)
-        if bad is not None:
-            raise PromptError(f"{name} has the token {bad}, but the model's vocabulary is 0..{self.config.n_vocab - 1}")
-        row = Request(
-            id=next(self._ids),
-            prompt=np.asarray(prompt, np.int32),
-            options=options,
-            max_tokens=options.max_tokens if max_tokens is None else max_tokens,
-            seed=seed,
-            sample=sample,
-            stop_tokens=list(dict.fromkeys(stop_tokens)),
-            logit_bias=dict(logit_bias or {}),
-            n_top=n_top,
-            score_prompt=score_prompt,
-            constraint=constraint,
-        )
-        row.check(self.config, name)
-        return row
-
-    def submit(self, row: Request) -> Request:
-        """Queue a row; its events come from `step`."""
-        self._waiting.append(row)
-        return row
-
-    def cancel(self, row: Request) -> None:
-        """Draw no more for this row: no event of it comes from later steps, and its place is free for another."""
-        row.cancelled = True
-
-    def step(self, steps: int = DECODE_CHUNK) -> list[Event]:
-        """One turn: admit, read one piece of prompts, draw up to `steps` tokens for all that have a seat."""
-        self._turns += 1
-        self._drop_cancelled()
-        self._admit()
-        events = self._read_on() if self._readings else []
-        if self.seated:
-            busy = bool(self._readings or self._waiting)
-            # A first token waits for no burst.
-            events += self._seats.draw(min(steps, 1 if events else BESIDE_READING if busy else DECODE_CHUNK))
-        return events
-
-    def cache_len(self, length: int) -> int:
-        """Size of the cache's bucket for sequences of `length` tokens."""
-        return bucket(length, SHORTEST_CACHE, self.config.seq_len)
-
-    def _drop_cancelled(self) -> None:
-        self._waiting = deque(row for row in self._waiting if not row.cancelled)
-        for reading in list(self._readings):
-            if all(row.cancelled for row in reading.rows):
-                self._readings.remove(reading)
-
-    def _admit(self) -> None:
-        """Begin to read the prompts of rows for which there is a seat, those of one length together."""
-        while self._waiting and len(self._readings) < READINGS:
-            free = self.slots - len(self.seated) - sum(len(reading.rows) for reading in self._readings)
-            if free <= 0:
-                return
-            kind = _reading_kind(self._waiting[0], self._prefill_chunk)
-            rows = [row for row in self._waiting if _reading_kind(row, self._prefill_chunk) == kind][:free]
-            chosen = {row.id for row in rows}
-            self._waiting = deque(row for row in self._waiting if row.id not in chosen)
-            self._readings.append(
-                PrefillBatch(self.programs, self.prefixes, rows, self._prefill_chunk, self._pieces, self.cache_len)
-            )
-
-    def _read_on(self) -> list[Event]:
-        """A piece of the prompts that are nearest their end, every second time of those that have waited longest."""
-        reading = self._readings[0] if self._turns % 2 else min(self._readings, key=lambda reading: reading.left)
-        reading.read_on()
-        if reading.left:
-            return []
-        self._readings.remove(reading)
-        rows = [row for row in reading.rows if not row.cancelled]
-        return self._seats.take_in(reading, rows) if rows else []
-
-
-class Generation:
-    """Some rows on their way, from an engine that does nothing else meanwhile."""
-
-    def __init__(self, engine: DecoderOnlyEngine, rows: list[Request]):
-        """See Engine.start."""
-        self._engine, self._rows = engine, rows
-        self._numbers = {row.id: number for number, row in enumerate(rows)}
-        self._unfinished = set(self._numbers)
-
-    @property
-    def n_rows(self) -> int:
-        """Samples of all prompts together."""
-        return len(self._rows)
-
-    @property
-    def done(self) -> bool:
-        """Whether all rows have ended and all their events are taken."""
-        return not self._unfinished
-
-    def stop(self, row: int) -> None:
-        """Draw no more tokens for this row."""
-        self._engine.cancel(self._rows[row])
-        self._unfinished.discard(self._rows[row].id)
-
-    def draw(self, steps: int) -> list[Event]:
-        """Events of the next turn of the engine, with at most `steps` tokens of every row."""
-        if self.done:
-            return []
-        events = [event for event in self._engine.step(steps) if event.request in self._unfinished]
-        self._unfinished -= {event.request for event in events if event.finish}
-        return [event._replace(row=self._numbers[event.request]) for event in events]
-
-    def events(self, *, pause: float = 0.1) -> Iterator[Event]:
-        """All events, in bursts of so many tokens that about `pause` seconds lie between them."""
-        pace = ChunkSizer(pause)
-        while not self.done:
-            with pace:
-                events = self.draw(pace.steps)
-            for event in events:
-                if not self._rows[event.request].cancelled:
-                    yield event
-
-
-class ChunkSizer:
-    """How many tokens a burst may have, so that one takes about `pause` seconds: `with pace:` times it."""
-
-    def __init__(self, pause: float):
-        """As many as there can be for an infinite pause."""
-        self._pause, self.steps = pause, DECODE_CHUNK if math.isinf(pause) else 1
-        self._start = 0.0
-
-    def __enter__(self) -> None:
-        self._start = time.monotonic()
-
-    def __exit__(self, *failure: object) -> None:
-        elapsed = time.monotonic() - self._start
-        if elapsed > self._pause:
-            self.steps = max(self.steps // 2, 1)
-        elif 2 * elapsed < self._pause:
-            self.steps = min(2 * self.steps, DECODE_CHUNK)
-
-
-def _reading_kind(row: Request, chunk: int) -> tuple[int, bool]:
-    """Rows of one kind are read together: the number of pieces of their prompts, and whether every token is scored."""
-    return -(-len(row.prompt) // chunk), row.score_prompt
+        n: int = 1,
+    ) -> list[list[Completion]]:
+        """Return `n` completions of every prompt; arguments as in `start`."""
+        generation = self.start(prompts, options, max_tokens=max_tokens, stop_tokens=stop_tokens, seed=seed, n=n)
+        found: list[list[Event]] = [[] for _ in range(generation.n_requests)]
+        for event in generation.events(interval=math.inf):
+            found[event.request].append(event)
+        completions = [
+            Completion([e.token for e in events], [e.logprob for e in events], events[-1].finish or "length")
+            for events in found
+        ]
+        return [completions[first : first + n] for first in range(0, len(completions), n)]

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What was read before: caches of earlier prompts, for those that begin with the same tokens."""
+"""Prefix cache: reuse the KV cache of earlier prompts that share a prefix."""
 
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -8,65 +8,65 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-SHORTEST = 16  # common tokens that are worth a copy
+MIN_PREFIX_LEN = 16  # shorter common prefixes are not worth a copy
 
 
 class Prefix(NamedTuple):
-    """The start of a prompt that need not be read again."""
+    """A prefix of a prompt whose keys and values are cached."""
 
     length: int
-    caches: Any  # one row; places from `length` on belong to another prompt
+    caches: Any  # of one sequence; positions from `length` on belong to another prompt
 
 
 class PrefixCache:
-    """Caches by prompt, the least recently used of which go when they take more than `max_bytes`."""
+    """KV caches by prompt, with least-recently-used eviction above `max_bytes` (0 disables the cache)."""
 
     def __init__(self, max_bytes: int):
-        """Nothing is kept with 0."""
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[bytes, Any] = OrderedDict()
+        self._entries: OrderedDict[bytes, Any] = OrderedDict()
         self.nbytes = 0
         self.reused_tokens = 0
 
-    def wants(self, prompt: np.ndarray) -> bool:
-        """Whether `keep` would keep this prompt's caches; those it has already count as used."""
+    def should_insert(self, prompt: np.ndarray) -> bool:
+        """Return whether to insert this prompt; mark it as recently used if it is cached already."""
         key = prompt.tobytes()
-        if key in self._kept:
-            self._kept.move_to_end(key)
+        if key in self._entries:
+            self._entries.move_to_end(key)
             return False
-        return self._max_bytes > 0 and len(prompt) >= SHORTEST
+        return self._max_bytes > 0 and len(prompt) >= MIN_PREFIX_LEN
 
-    def keep(self, prompt: np.ndarray, caches: Any) -> None:
-        """Remember a prompt (int32 [T]) and its row of caches, unless that alone is more than there is room for."""
+    def insert(self, prompt: np.ndarray, caches: Any) -> None:
+        """Add the caches of a prompt (int32 [T]), unless they alone exceed the limit."""
         size = _nbytes(caches)
         if size > self._max_bytes:
             return
-        self._kept[prompt.tobytes()] = caches
+        self._entries[prompt.tobytes()] = caches
         self.nbytes += size
         while self.nbytes > self._max_bytes:
-            _, oldest = self._kept.popitem(last=False)
+            _, oldest = self._entries.popitem(last=False)
             self.nbytes -= _nbytes(oldest)
 
-    def forget(self) -> None:
-        """All of them, and that any were of use."""
-        self._kept.clear()
-        self.nbytes = self.reused_tokens = 0
+    def clear(self) -> None:
+        """Remove all entries and reset the counters."""
+        self._entries.clear()
+        self.nbytes = 0
+        self.reused_tokens = 0
 
-    def find(self, prompt: np.ndarray) -> Prefix | None:
-        """The longest start that `prompt` shares with a kept one; its last token must be read in any case."""
+    def match(self, prompt: np.ndarray) -> Prefix | None:
+        """Return the longest cached prefix of `prompt` without its last token, whose logits are always needed."""
         best, best_key = 0, None
-        for key in self._kept:
+        for key in self._entries:
             other = np.frombuffer(key, np.int32)
             size = min(len(other), len(prompt) - 1)
             differ = np.flatnonzero(other[:size] != prompt[:size])
             common = int(differ[0]) if differ.size else size
             if common > best:
                 best, best_key = common, key
-        if best_key is None or best < SHORTEST:
+        if best_key is None or best < MIN_PREFIX_LEN:
             return None
-        self._kept.move_to_end(best_key)
+        self._entries.move_to_end(best_key)
         self.reused_tokens += best
-        return Prefix(best, self._kept[best_key])
+        return Prefix(best, self._entries[best_key])
 
 
 def _nbytes(caches: Any) -> int:

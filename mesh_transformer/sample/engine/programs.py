@@ -1,30 +1,43 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled programs of the engine: read a piece of prompts, seat rows, draw a burst of tokens, check proposed ones.
+"""Compiled programs of the engines: prefill, slot insertion, decode, and draft and verify of speculative decoding.
 
-Decoding one token reads every weight once, and takes as long as that; weights.py lays them out so that it takes no longer.
+Decoding one token reads every weight once, so the time per token is bound by memory bandwidth; weights.py prepares the
+weights so that nothing else is read.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.mesh import MeshLayout, constrain
-from mesh_transformer.sample.engine.compiled_model import CompiledModel, constrain_caches
-from mesh_transformer.sample.engine.device_state import BatchParams, StepOutput, DecodeState
-from mesh_transformer.sample.engine.weights import unstack_layers, stack_layers
+from mesh_transformer.mesh import MeshLayout, constrain, use_layout
+from mesh_transformer.model.shapes import init_cache
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.sample.engine.device_state import BatchParams, DecodeState, StepOutput
+from mesh_transformer.sample.engine.requests import MAX_TOP_LOGPROBS
+from mesh_transformer.sample.engine.weights import (
+    choose_compiler_options,
+    prepare_weights,
+    stack_layers,
+    unstack_layers,
+)
 from mesh_transformer.sample.sampling import position_keys, sample, top_logprobs
 
-DECODE_CHUNK = 16  # tokens at most that one call of the decoding program draws for every row
-MAX_TOP_LOGPROBS = 20  # alternatives reported for a token where a row asks for any
+DECODE_CHUNK = 16  # most tokens that one call of the decode program generates for every slot
 
 
-class EnginePrograms(CompiledModel):
-    """What the engine calls: jitted functions of one model, its weights bound, which count their compilations."""
+class CompiledModel:
+    """A model with its weights, mesh and jitted programs, whose compilations are counted.
+
+    Weights may be shapes (jax.ShapeDtypeStruct); the programs can then be lowered but not run.
+    """
 
     def __init__(
         self,
@@ -32,63 +45,113 @@ class EnginePrograms(CompiledModel):
         params: Mapping[str, Mapping[str, Any]],
         layout: MeshLayout | None,
         *,
-        weights: str = "saved",
-        cache: str = "model",
+        weight_dtype: str = "saved",
+        kv_cache_dtype: str = "model",
     ):
-        """See Engine; of weights given as shapes, programs can only be lowered."""
+        """Prepare the weights; dtypes are as in ServeConfig.
+
+        Raises:
+          ConfigError: the mesh has context or pipeline parallelism.
+        """
+        if layout and (layout.mesh.shape["context"] > 1 or layout.mesh.shape["pipeline"] > 1):
+            raise ConfigError(
+                "sampling does not support context or pipeline parallelism: set mesh.context and mesh.pipeline to 1"
+            )
+        # Layers are unrolled. A sequence of one token cannot be sharded, and nothing is differentiated.
+        unroll = max(config.n_layers, config.n_encoder_layers or 0)
+        self.config = dataclasses.replace(config, scan_unroll=unroll, remat="none", dropout=0.0)
+        self.layout = layout and layout._replace(rules={**layout.rules, "sequence": (), "activation_seq": ()})
+        self.compilations: Counter[str] = Counter()
+        self.weights = prepare_weights(params, self.config, self.layout, weight_dtype)
+        self._cache_dtype = None if kv_cache_dtype == "model" else kv_cache_dtype
+        self._model = make_model(self.config)
+        with use_layout(self.layout):
+            self._compiler_options = choose_compiler_options(self.weights, self.config)
+
+    def _program(self, name: str, function: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            self.compilations[name] += 1
+            with use_layout(self.layout):
+                return function(*arguments)
+
+        return jax.jit(counted, compiler_options=self._compiler_options, **jit_options)
+
+    def _empty_caches(self, batch_size: int, cache_len: int, encoder_len: int = 0) -> Any:
+        caches = init_cache(self.config, batch_size, cache_len, self._cache_dtype, encoder_len=encoder_len)
+        return constrain_caches(unstack_layers(caches))
+
+
+class PromptChunk(NamedTuple):
+    """Consecutive tokens of every prompt of a prefill batch."""
+
+    tokens: Int[Array | np.ndarray, "B T"]  # padded on the right
+    start: Int[Array | np.ndarray, "B"]  # position of the first one
+    last: Int[Array | np.ndarray, "B"]  # position of the prompt's last token, in this chunk or another
+    targets: Int[Array | np.ndarray, "B T"] | None = None  # next tokens, if they are to be scored
+
+
+class EnginePrograms(CompiledModel):
+    """Programs of a decoder-only model. Caches, logits and states that are passed to them are donated."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Mapping[str, Any]],
+        layout: MeshLayout | None,
+        *,
+        weight_dtype: str = "saved",
+        kv_cache_dtype: str = "model",
+    ):
+        """See CompiledModel."""
         if not config.causal or config.n_encoder_layers is not None:
             raise ConfigError(
-                "this engine continues texts with a decoder alone; one with an encoder is sampled by RewritingEngine "
-                "(device_sample.py), and an encoder alone (model.causal=false) writes nothing"
+                "DecoderOnlyEngine supports decoder-only models. Use EncoderDecoderEngine (device_sample.py) for "
+                "model.n_encoder_layers; encoder-only models (model.causal=false) cannot generate"
             )
-        super().__init__(config, params, layout, weights=weights, cache=cache)
+        super().__init__(config, params, layout, weight_dtype=weight_dtype, kv_cache_dtype=kv_cache_dtype)
         self.make_caches = self._program("make_caches", self._empty_caches, static_argnums=(0, 1))
         self.make_state = self._program("make_state", self.empty_state, static_argnums=(1, 2))
-        self.take_row = self._program("take_row", self._take_row)
-        self.put_row = self._program("put_row", self._put_row, donate_argnums=(0,))
+        self.copy_out = self._program("copy_out", self._copy_out)
+        self.copy_in = self._program("copy_in", self._copy_in, donate_argnums=(0,))
         self.resize = self._program("resize", self._resize, static_argnums=(2,))
-        self.begin = self._program("begin", self._begin, static_argnums=(2,))
-        self.seat = self._program("seat", self._seat, donate_argnums=(0,))
-        self._read = self._program("read", self._read_chunk, donate_argnums=(1, 2))
-        self._score = self._program("score", self._score_chunk, donate_argnums=(1, 2))
-        self._decode = self._program("decode", self._draw_burst, static_argnums=(5,), donate_argnums=(1,))
-        self._verify = self._program("verify", self._verify_proposed, static_argnums=(4,), donate_argnums=(1,))
-        self._propose = self._program("propose", self._draw_proposals, static_argnums=(6,), donate_argnums=(1,))
+        self.first_token = self._program("first_token", self._first_token, static_argnums=(4,))
+        self.insert = self._program("insert", self._insert, donate_argnums=(0,))
+        self._prefill_program = self._program("prefill", self._prefill, static_argnums=(4,), donate_argnums=(1, 2))
+        self._decode_program = self._program("decode", self._decode, static_argnums=(5,), donate_argnums=(1,))
+        self._verify_program = self._program("verify", self._verify, static_argnums=(4,), donate_argnums=(1,))
+        self._draft_program = self._program("draft", self._draft, static_argnums=(6,), donate_argnums=(1,))
 
-    def read(self, *arguments: Any) -> tuple[Any, Float[Array, "B V"]]:
-        """See _read_chunk; caches and logits that go in are gone."""
-        return self._read(self.weights, *arguments)
-
-    def score(self, *arguments: Any) -> tuple[Any, Float[Array, "B V"], tuple[Array, Array, Array]]:
-        """See _score_chunk; caches and logits that go in are gone."""
-        return self._score(self.weights, *arguments)
+    def prefill(self, *arguments: Any) -> tuple[Any, Float[Array, "B V"], tuple[Array, Array, Array] | None]:
+        """See _prefill."""
+        return self._prefill_program(self.weights, *arguments)
 
     def decode(self, *arguments: Any) -> tuple[DecodeState, StepOutput]:
-        """See _draw_burst; the state that goes in is gone."""
-        return self._decode(self.weights, *arguments)
-
-    def lower_decode(self, state: DecodeState) -> Any:
-        """The program of `decode` for a state given as shapes, lowered and not compiled; weights may be shapes as well."""
-        steps, cancelled = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct(state.token.shape, jnp.bool_)
-        return self._decode.lower(self.weights, state, steps, cancelled, None, 0)
-
-    def empty_state(self, like: BatchParams, rows: int, cache_len: int) -> DecodeState:
-        """All seats empty; `like` gives the kinds and widths of what rows ask for."""
-        asked = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows, *x.shape[1:])), like)
-        zeros = jnp.zeros(rows, jnp.int32)
-        counts = jnp.zeros((rows, self.config.n_vocab), jnp.int32)
-        return DecodeState(self._empty_caches(rows, cache_len), zeros, zeros, jnp.ones(rows, bool), counts, asked)
+        """See _decode."""
+        return self._decode_program(self.weights, *arguments)
 
     def verify(self, *arguments: Any) -> tuple[DecodeState, StepOutput]:
-        """See _verify_proposed; the state that goes in is gone."""
-        return self._verify(self.weights, *arguments)
+        """See _verify."""
+        return self._verify_program(self.weights, *arguments)
 
-    def propose(self, *arguments: Any) -> tuple[Any, Int[Array, "B N"]]:
-        """See _draw_proposals; the caches that go in are gone."""
-        return self._propose(self.weights, *arguments)
+    def draft(self, *arguments: Any) -> tuple[Any, Int[Array, "B N"]]:
+        """See _draft."""
+        return self._draft_program(self.weights, *arguments)
+
+    def lower_decode(self, state: DecodeState) -> Any:
+        """Lower, but not compile, the decode program for a state of shapes."""
+        steps = jax.ShapeDtypeStruct((), jnp.int32)
+        empty = jax.ShapeDtypeStruct(state.token.shape, jnp.bool_)
+        return self._decode_program.lower(self.weights, state, steps, empty, None, 0)
+
+    def empty_state(self, like: BatchParams, slots: int, cache_len: int) -> DecodeState:
+        """Return a state of empty slots; `like` gives the shapes and dtypes of request parameters."""
+        params = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (slots, *x.shape[1:])), like)
+        zeros = jnp.zeros(slots, jnp.int32)
+        counts = jnp.zeros((slots, self.config.n_vocab), jnp.int32)
+        return DecodeState(self._empty_caches(slots, cache_len), zeros, zeros, jnp.ones(slots, bool), counts, params)
 
     def _resize(self, state: DecodeState, order: Int[Array, "B"], cache_len: int) -> DecodeState:
-        """Row i of the result is row order[i] of `state`, or an empty seat where that is negative."""
+        """Return a state whose slot i is slot order[i] of `state`, or empty where order[i] is negative."""
         moved: DecodeState = jax.tree.map(lambda x: x[jnp.maximum(order, 0)], state)
 
         def fit(x: Array) -> Array:
@@ -97,115 +160,107 @@ class EnginePrograms(CompiledModel):
         caches = constrain_caches(jax.tree.map(fit, moved.caches))
         return moved._replace(caches=caches, finished=moved.finished | (order < 0))
 
-    def _take_row(self, caches: Any, row: Int[Array, ""]) -> Any:
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), caches)
+    def _copy_out(self, caches: Any, index: Int[Array, ""]) -> Any:
+        """Return the cache [1, ...] of the sequence at `index`."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), caches)
 
-    def _put_row(self, caches: Any, own: Any, row: Int[Array, ""]) -> Any:
-        """`caches` with what `own` [1, ...] holds in its row, as far as it has room for it."""
-        put = lambda x, y: jax.lax.dynamic_update_slice(x, y[:, :, : x.shape[2]], (row, 0, 0, 0))  # noqa: E731
+    def _copy_in(self, caches: Any, own: Any, index: Int[Array, ""]) -> Any:
+        """Return `caches` with `own` [1, ...], truncated to their length, at `index`."""
+
+        def put(x: Array, y: Array) -> Array:
+            return jax.lax.dynamic_update_slice(x, y[:, :, : x.shape[2]], (index, 0, 0, 0))
+
         return jax.tree.map(put, caches, own)
 
     def _forward(
-        self, params: Any, tokens: Int[Array, "B T"], places: Int[Array, "B T"], caches: Any, logits_at: Any = None
+        self, weights: Any, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], caches: Any, logits_at: Any = None
     ) -> tuple[Float[Array, "B U V"], Any]:
         logits, stacked = self._model.apply(
-            stack_layers(params), tokens, positions=places, cache=stack_layers(caches), logits_at=logits_at
+            stack_layers(weights), tokens, positions=positions, cache=stack_layers(caches), logits_at=logits_at
         )
         return constrain(logits, "batch", "sequence", "activation_embed"), constrain_caches(unstack_layers(stacked))
 
-    def _read_chunk(
-        self,
-        params: Any,
-        caches: Any,
-        logits: Float[Array, "B V"],
-        tokens: Int[Array, "B T"],
-        first: Int[Array, "B"],
-        last: Int[Array, "B"],
-    ) -> tuple[Any, Float[Array, "B V"]]:
-        """The caches with `tokens` at places `first`..., and the logits of rows whose place `last` is among them."""
-        size = tokens.shape[1]
-        places = first[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
-        found, caches = self._forward(params, tokens, places, caches, jnp.clip(last - first, 0, size - 1))
-        here = (last >= first) & (last < first + size)
-        return caches, jnp.where(here[:, None], found[:, 0], logits)
+    def _prefill(
+        self, weights: Any, caches: Any, logits: Float[Array, "B V"], chunk: PromptChunk, with_scores: bool
+    ) -> tuple[Any, Float[Array, "B V"], tuple[Array, Array, Array] | None]:
+        """Return the caches with `chunk` added, next-token logits, and scores of the targets (None without).
 
-    def _score_chunk(
-        self,
-        params: Any,
-        caches: Any,
-        logits: Float[Array, "B V"],
-        tokens: Int[Array, "B T"],
-        first: Int[Array, "B"],
-        last: Int[Array, "B"],
-        targets: Int[Array, "B T"],
-    ) -> tuple[Any, Float[Array, "B V"], tuple[Array, Array, Array]]:
-        """As _read_chunk; also of every place the log-probability of its target and of the likeliest tokens, and their ids."""
-        size = tokens.shape[1]
-        places = first[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
-        found, caches = self._forward(params, tokens, places, caches)
-        here = (last >= first) & (last < first + size)
-        at_last = jnp.take_along_axis(found, jnp.clip(last - first, 0, size - 1)[:, None, None], axis=1)[:, 0]
-        flat = found.reshape(-1, found.shape[-1])
+        `logits` are replaced where the prompt's last token is in the chunk. Scores are the targets' log-probabilities
+        [B, T], and the log-probabilities and ids [B, T, M] of the most probable tokens.
+        """
+        size = chunk.tokens.shape[1]
+        positions = chunk.start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+        last = jnp.clip(chunk.last - chunk.start, 0, size - 1)
+        # Logits of one position per prompt, unless all are scored.
+        found, caches = self._forward(weights, chunk.tokens, positions, caches, None if with_scores else last)
+        at_last = jnp.take_along_axis(found, last[:, None, None], axis=1)[:, 0] if with_scores else found[:, 0]
+        ends_here = (chunk.last >= chunk.start) & (chunk.last < chunk.start + size)
+        scores = self._score(found, chunk.targets) if with_scores and chunk.targets is not None else None
+        return caches, jnp.where(ends_here[:, None], at_last, logits), scores
+
+    def _score(self, logits: Float[Array, "B T V"], targets: Int[Array | np.ndarray, "B T"]) -> tuple[Array, Array, Array]:
+        flat = logits.reshape(-1, logits.shape[-1])
         best, ids = top_logprobs(flat, min(MAX_TOP_LOGPROBS, self.config.n_vocab))
         chosen = jnp.take_along_axis(flat, targets.reshape(-1, 1), axis=1)[:, 0] - jax.nn.logsumexp(flat, axis=1)
-        scores = (chosen.reshape(targets.shape), best.reshape(*targets.shape, -1), ids.reshape(*targets.shape, -1))
-        return caches, jnp.where(here[:, None], at_last, logits), scores
+        shape = targets.shape
+        return chosen.reshape(shape), best.reshape(*shape, -1), ids.reshape(*shape, -1)
 
-    def _begin(
+    def _first_token(
         self,
         logits: Float[Array, "N V"],
-        new: tuple[BatchParams, Int[Array, "N"], Bool[Array, "N V"] | None],
+        params: BatchParams,
+        lengths: Int[Array, "N"],
+        allowed: Bool[Array, "N V"] | None,
         n_top: int,
     ) -> tuple[DecodeState, StepOutput]:
-        """The first tokens of rows whose prompts have been read: their state, which has no caches yet.
-
-        `new` has what they ask for, the lengths of their prompts, and the tokens they are allowed (None: all).
-        """
-        asked, lengths, allowed = new
+        """Sample the first token after prompts of `lengths` tokens; return a state without caches."""
         zeros = jnp.zeros(lengths.shape, jnp.int32)
         counts = jnp.zeros((lengths.size, self.config.n_vocab), jnp.int32)
-        fresh = DecodeState(None, zeros, lengths - 1, zeros.astype(bool), counts, asked)
-        fresh, record = self._draw(fresh, logits, ~fresh.finished, allowed, n_top)
-        return fresh, jax.tree.map(lambda x: x[:, None], record)._replace(finished=fresh.finished)
+        state = DecodeState(None, zeros, lengths - 1, zeros.astype(bool), counts, params)
+        state, output = self._sample(state, logits, ~state.finished, allowed, n_top)
+        return state, jax.tree.map(lambda x: x[:, None], output)._replace(finished=state.finished)
 
-    def _seat(self, state: DecodeState, fresh: DecodeState, seats: Int[Array, "N"]) -> DecodeState:
-        """`state` with the rows of `fresh` on `seats`, both without caches; seats beyond the last drop out."""
-        return jax.tree.map(lambda x, y: x.at[seats].set(y, mode="drop"), state, fresh)
+    def _insert(self, state: DecodeState, new: DecodeState, slots: Int[Array, "N"]) -> DecodeState:
+        """Return `state` with `new` in `slots`, both without caches; indices past the last slot are ignored."""
+        return jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), state, new)
 
-    def _draw(
+    def _sample(
         self,
         state: DecodeState,
         logits: Float[Array, "B V"],
-        live: Bool[Array, "B"],
+        active: Bool[Array, "B"],
         allowed: Bool[Array, "B V"] | None,
         n_top: int,
     ) -> tuple[DecodeState, StepOutput]:
-        """The next token of every `live` row; the record has no dim of tokens yet."""
-        place, asked = state.place + 1, state.asked
-        keys = position_keys(asked.keys, place)
-        drawn = sample(logits, asked.options, state.counts, keys, prompt=asked.prompt, bias=asked.bias, allowed=allowed)
-        stopped = jnp.any(drawn.token[:, None] == asked.stop_tokens, axis=1)
-        rows = jnp.arange(live.size)
+        """Sample the next token of every `active` slot; the output has no dimension of tokens."""
+        params = state.params
+        position = state.position + 1
+        keys = position_keys(params.keys, position)
+        sampled = sample(
+            logits, params.options, state.counts, keys, prompt=params.prompt, bias=params.bias, allowed=allowed
+        )
+        stopped = jnp.any(sampled.token[:, None] == params.stop_tokens, axis=1)
+        slots = jnp.arange(active.size)
         updated = state._replace(
-            token=jnp.where(live, drawn.token, state.token),
-            place=jnp.where(live, place, state.place),
-            finished=state.finished | (live & (stopped | (place >= asked.limit))),
-            counts=state.counts.at[rows, drawn.token].add(live.astype(jnp.int32)),
+            token=jnp.where(active, sampled.token, state.token),
+            position=jnp.where(active, position, state.position),
+            finished=state.finished | (active & (stopped | (position >= params.last_position))),
+            counts=state.counts.at[slots, sampled.token].add(active.astype(jnp.int32)),
         )
         top = top_logprobs(logits, n_top) if n_top else None
-        return updated, StepOutput(drawn.token, drawn.logprob, live, top, updated.finished)
+        return updated, StepOutput(sampled.token, sampled.logprob, active, top, updated.finished)
 
-    def _draw_burst(
+    def _decode(
         self,
-        params: Any,
+        weights: Any,
         state: DecodeState,
         steps: Int[Array, ""],
-        cancelled: Bool[Array, "B"],
+        empty: Bool[Array, "B"],
         allowed: Bool[Array, "B V"] | None,
         n_top: int,
     ) -> tuple[DecodeState, StepOutput]:
-        """Up to `steps` tokens (at most BURST) for every row, fewer when all rows finish before."""
-        state = state._replace(finished=state.finished | cancelled)
+        """Generate up to `steps` tokens (at most DECODE_CHUNK) in every slot that is not `empty` or finished."""
+        state = state._replace(finished=state.finished | empty)
         shape = (state.token.size, DECODE_CHUNK)
         top = (jnp.zeros((*shape, n_top)), jnp.zeros((*shape, n_top), jnp.int32)) if n_top else None
         blank = StepOutput(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool), top, state.finished)
@@ -215,59 +270,67 @@ class EnginePrograms(CompiledModel):
             return (i < steps) & ~jnp.all(state.finished)
 
         def step(carry: Any) -> Any:
-            i, state, record = carry
-            logits, caches = self._forward(params, state.token[:, None], state.place[:, None], state.caches)
-            state, new = self._draw(state._replace(caches=caches), logits[:, 0], ~state.finished, allowed, n_top)
-            write = lambda x, y: x.at[:, i].set(y)  # noqa: E731
-            written = jax.tree.map(write, record._replace(finished=None), new._replace(finished=None))
+            i, state, output = carry
+            logits, caches = self._forward(weights, state.token[:, None], state.position[:, None], state.caches)
+            state, new = self._sample(state._replace(caches=caches), logits[:, 0], ~state.finished, allowed, n_top)
+            written = jax.tree.map(
+                lambda x, y: x.at[:, i].set(y), output._replace(finished=None), new._replace(finished=None)
+            )
             return i + 1, state, written._replace(finished=new.finished)
 
-        _, state, record = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, blank))
-        return state, record
+        _, state, output = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, blank))
+        return state, output
 
-    def _verify_proposed(
-        self, params: Any, state: DecodeState, proposed: Int[Array, "B N"], cancelled: Bool[Array, "B"], n_top: int
+    def _verify(
+        self, weights: Any, state: DecodeState, draft_tokens: Int[Array, "B N"], empty: Bool[Array, "B"], n_top: int
     ) -> tuple[DecodeState, StepOutput]:
-        """The tokens rows would draw one by one, as long as they are the `proposed` ones, and one more: one forward pass.
+        """Generate tokens as long as they equal `draft_tokens`, and one more, in a single forward pass.
 
-        Each place draws from its own key, so what is drawn does not depend on what was proposed. What the cache holds
-        behind the last token kept is overwritten before a query can see it.
+        Each position is sampled with its own key, so the tokens do not depend on the draft. KV cache entries of rejected
+        tokens are overwritten before any query reads them.
         """
-        state = state._replace(finished=state.finished | cancelled)
-        tokens = jnp.concatenate([state.token[:, None], proposed], axis=1)
-        places = state.place[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        logits, caches = self._forward(params, tokens, places, state.caches)
+        state = state._replace(finished=state.finished | empty)
+        tokens = jnp.concatenate([state.token[:, None], draft_tokens], axis=1)
+        positions = state.position[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        logits, caches = self._forward(weights, tokens, positions, state.caches)
 
         def step(carry: tuple[DecodeState, Array], x: tuple[Array, Array]) -> tuple[tuple[DecodeState, Array], StepOutput]:
-            state, running = carry
-            own_logits, guess = x
-            state, record = self._draw(state, own_logits, running, None, n_top)
-            return (state, running & ~state.finished & (record.token == guess)), record
+            state, active = carry
+            own_logits, draft_token = x
+            state, output = self._sample(state, own_logits, active, None, n_top)
+            return (state, active & ~state.finished & (output.token == draft_token)), output
 
-        last = jnp.full_like(state.token, -1)[None]
+        no_draft = jnp.full_like(state.token, -1)[None]  # after the last draft token
         carry = (state._replace(caches=None), ~state.finished)
-        (state, _), record = jax.lax.scan(step, carry, (logits.swapaxes(0, 1), jnp.concatenate([proposed.T, last])))
-        record = jax.tree.map(lambda x: x.swapaxes(0, 1), record)
-        return state._replace(caches=caches), record._replace(finished=state.finished)
+        xs = (logits.swapaxes(0, 1), jnp.concatenate([draft_tokens.T, no_draft]))
+        (state, _), output = jax.lax.scan(step, carry, xs)
+        output = jax.tree.map(lambda x: x.swapaxes(0, 1), output)
+        return state._replace(caches=caches), output._replace(finished=state.finished)
 
-    def _draw_proposals(
+    def _draft(
         self,
-        params: Any,
+        weights: Any,
         caches: Any,
         logits: Float[Array, "B V"],
-        place: Int[Array, "B"],
+        position: Int[Array, "B"],
         counts: Int[Array, "B V"],
-        asked: BatchParams,
+        params: BatchParams,
         n: int,
     ) -> tuple[Any, Int[Array, "B N"]]:
-        """`n` tokens as this model would draw them with the keys that its rows have, behind a token at `place`."""
-        rows = jnp.zeros(place.shape, bool)
-        state = DecodeState(None, place, place, rows, counts, asked._replace(limit=jnp.full_like(place, self.config.seq_len)))
-        proposed = []
+        """Sample `n` tokens after `position` with the requests' own keys, for another model to verify."""
+        unfinished = jnp.zeros(position.shape, bool)
+        params = params._replace(last_position=jnp.full_like(position, self.config.seq_len))
+        state = DecodeState(None, position, position, unfinished, counts, params)
+        draft_tokens = []
         for i in range(n):
-            state, record = self._draw(state, logits, ~rows, None, 0)
-            proposed.append(record.token)
+            state, output = self._sample(state, logits, ~unfinished, None, 0)
+            draft_tokens.append(output.token)
             if i + 1 < n:
-                found, caches = self._forward(params, state.token[:, None], state.place[:, None], caches)
+                found, caches = self._forward(weights, state.token[:, None], state.position[:, None], caches)
                 logits = found[:, 0]
-        return caches, jnp.stack(proposed, axis=1)
+        return caches, jnp.stack(draft_tokens, axis=1)
+
+
+def constrain_caches(caches: Any) -> Any:
+    """Constrain the sharding of per-layer caches, each array [B, K, S, C]."""
+    return jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", "position", "head_dim"), caches)

@@ -1,138 +1,196 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of the engine, a row for each sample, and what comes back, an event for each token."""
+"""Requests to the engine, one for each sample of a prompt, and the events it returns, one for each generated token."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from mesh_transformer.config import ModelConfig, SampleConfig
 from mesh_transformer.sample.engine.device_state import BatchParams
-from mesh_transformer.sample.engine.programs import MAX_TOP_LOGPROBS
 from mesh_transformer.sample.sampling import stack_options
 
-STOP_TOKENS = 8  # most that one row can have
+MAX_STOP_TOKENS = 8  # per request
+MAX_TOP_LOGPROBS = 20  # alternatives reported per token
+
+_request_ids = itertools.count()
 
 
 class PromptError(ValueError):
-    """A prompt the model cannot continue, or a wish it cannot grant; the message says why and what would fit."""
+    """Invalid prompt or request parameter; the message states the limit."""
 
 
 @runtime_checkable
 class Constraint(Protocol):
-    """What a row may draw next, given what it drew."""
+    """Restricts the tokens of one request given those it has generated so far (structured output)."""
 
     def allowed(self) -> np.ndarray:
-        """bool [V]; at least one token."""
+        """Return a bool mask [V] of the tokens allowed next; at least one must be allowed."""
         ...
 
     def accept(self, token: int) -> None:
-        """The row drew this token."""
+        """Record that the request generated `token`."""
         ...
 
 
 class Score(NamedTuple):
-    """How probable a token of a prompt was behind those before it."""
+    """Log-probability of a prompt token given the tokens before it."""
 
     logprob: float
-    top: list[tuple[int, float]]  # the likeliest tokens at its place
+    top: list[tuple[int, float]]  # most probable tokens at its position, with their log-probabilities
 
 
 class Event(NamedTuple):
-    """One token that was drawn."""
+    """One generated token."""
 
-    request: int
+    request: int  # Request.id; in the events of a Generation, the index of the request
     token: int
     logprob: float  # natural log, in the model's own distribution
-    finish: Literal["stop", "length"] | None  # why this is the row's last token, if it is
-    top: list[tuple[int, float]] | None = None  # likeliest tokens and their log-probabilities, where the row asked
-    prompt_scores: list[Score] | None = None  # of the prompt's tokens but the first, with the first event, where asked
+    finish: Literal["stop", "length"] | None  # set on the request's last token
+    top: list[tuple[int, float]] | None = None  # most probable tokens and their log-probabilities, if requested
+    prompt_scores: list[Score] | None = None  # first event only, if requested: scores of prompt tokens 1, 2, ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestParams:
+    """Parameters of a request besides its prompt."""
+
+    options: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    _: dataclasses.KW_ONLY
+    max_tokens: int | None = None  # generated tokens; None: options.max_tokens
+    stop_tokens: Sequence[int] = ()  # generation ends after any of these
+    seed: int = 0
+    sample: int = 0  # index of the sample among those of one prompt; folded into the key so that samples differ
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # token -> value added to its logit
+    top_logprobs: int = 0  # most probable tokens reported per token
+    score_prompt: bool = False  # also report log-probabilities of the prompt's tokens
+    constraint: Constraint | None = None
+
+
+@dataclasses.dataclass
+class SpeculativeStats:
+    """Token counts of speculative decoding."""
+
+    draft_tokens: int = 0  # proposed by the drafter and checked by the model
+    accepted_tokens: int = 0  # equal to what the model sampled
 
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One sample of one prompt, from the moment it is asked for to its last token."""
+    """One sample of one prompt, from submission to its last token."""
 
-    id: int
     prompt: np.ndarray  # int32 [T]
-    options: SampleConfig
-    max_tokens: int
-    seed: int = 0
-    sample: int = 0  # folded into the seed's key, so that samples of a prompt differ
-    stop_tokens: Sequence[int] = ()
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    n_top: int = 0
-    score_prompt: bool = False
-    constraint: Constraint | None = None
-    tokens: list[int] = dataclasses.field(default_factory=list)  # drawn so far
+    params: RequestParams
+    id: int = dataclasses.field(default_factory=lambda: next(_request_ids))
+    tokens: list[int] = dataclasses.field(default_factory=list)  # generated so far
     cancelled: bool = False
+    speculative: SpeculativeStats = dataclasses.field(default_factory=SpeculativeStats)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.params.options.max_tokens if self.params.max_tokens is None else self.params.max_tokens
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer so far."""
+        """Prompt tokens plus generated tokens."""
         return len(self.prompt) + len(self.tokens)
 
-    def check(self, config: ModelConfig, name: str) -> None:
-        """Raise PromptError where the model cannot do what is asked; `name` is what the person calls the prompt."""
-        length, longest = len(self.prompt), config.seq_len
-        room = config.max_new_tokens(length)
-        if not length:
-            raise PromptError(f"{name} is empty; begin with the end-of-text token")
-        named = {name: self.prompt.tolist(), "logit_bias": self.logit_bias, "stop_tokens": self.stop_tokens}
-        for what, tokens in named.items():
-            if outside := [token for token in tokens if not 0 <= token < config.n_vocab]:
-                raise PromptError(
-                    f"{what} has the token {outside[0]}, but the model's vocabulary is 0..{config.n_vocab - 1}"
-                )
-        if self.max_tokens < 1:
-            raise PromptError(f"max_tokens={self.max_tokens}: ask for at least one")
-        if length >= longest:
-            raise PromptError(
-                f"{name} has {length} tokens, but the model reads at most seq_len={longest} with the answer; shorten it"
-            )
-        if self.max_tokens > room:
-            raise PromptError(
-                f"{name} has {length} tokens and max_tokens={self.max_tokens} more exceed the model's seq_len={longest}; "
-                f"ask for at most max_tokens={room}, or shorten it"
-            )
-        if not 0 <= self.n_top <= MAX_TOP_LOGPROBS:
-            raise PromptError(f"{self.n_top} likeliest tokens were asked for; there can be {MAX_TOP_LOGPROBS}")
-        if len(self.stop_tokens) > STOP_TOKENS:
-            raise PromptError(f"{len(self.stop_tokens)} stop tokens; there can be {STOP_TOKENS}")
+    @property
+    def all_tokens(self) -> np.ndarray:
+        """int32 [length]: prompt and generated tokens."""
+        return np.concatenate([self.prompt, np.asarray(self.tokens, np.int32)])
 
 
-def stack_requests(rows: Sequence[Request], n_vocab: int) -> BatchParams:
-    """What `rows` ask for, as arrays."""
-    prompt, bias = np.zeros((len(rows), n_vocab), bool), np.zeros((len(rows), n_vocab), np.float32)
-    stop_tokens = np.full((len(rows), STOP_TOKENS), -1, np.int32)
-    for i, row in enumerate(rows):
-        prompt[i, row.prompt] = True
-        bias[i, list(row.logit_bias)] = list(row.logit_bias.values())
-        stop_tokens[i, : len(row.stop_tokens)] = row.stop_tokens
+def make_request(
+    config: ModelConfig, prompt: Sequence[int], params: RequestParams, *, name: str = "the prompt"
+) -> Request:
+    """Return a checked request. Raise PromptError if the model cannot serve it; messages call the prompt `name`."""
+    bad = next((token for token in prompt if not -(2**31) <= token < 2**31), None)
+    if bad is not None:
+        raise PromptError(_outside(name, bad, config))
+    params = dataclasses.replace(params, stop_tokens=list(dict.fromkeys(params.stop_tokens)))
+    request = Request(np.asarray(prompt, np.int32), params)
+    _check(request, config, name)
+    return request
+
+
+def _outside(name: str, token: int, config: ModelConfig) -> str:
+    return f"{name} has the token {token}, but the model's vocabulary is 0..{config.n_vocab - 1}"
+
+
+def _check(request: Request, config: ModelConfig, name: str) -> None:
+    params, seq_len = request.params, config.seq_len
+    length, max_tokens = len(request.prompt), request.max_tokens
+    limit = config.max_new_tokens(length)
+    if not length:
+        raise PromptError(f"{name} is empty; begin with the end-of-text token")
+    named = {name: request.prompt.tolist(), "logit_bias": params.logit_bias, "stop_tokens": params.stop_tokens}
+    for field, tokens in named.items():
+        if outside := [token for token in tokens if not 0 <= token < config.n_vocab]:
+            raise PromptError(_outside(field, outside[0], config))
+    if max_tokens < 1:
+        raise PromptError(f"max_tokens={max_tokens}: must be at least one")
+    if length >= seq_len:
+        raise PromptError(
+            f"{name} has {length} tokens, but prompt and output together have at most seq_len={seq_len}; shorten it"
+        )
+    if max_tokens > limit:
+        raise PromptError(
+            f"{name} has {length} tokens and max_tokens={max_tokens} more exceed the model's seq_len={seq_len}; "
+            f"use at most max_tokens={limit}, or shorten the prompt"
+        )
+    if not 0 <= params.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise PromptError(f"top_logprobs={params.top_logprobs}: must be between 0 and {MAX_TOP_LOGPROBS}")
+    if len(params.stop_tokens) > MAX_STOP_TOKENS:
+        raise PromptError(f"{len(params.stop_tokens)} stop tokens; a request can have at most {MAX_STOP_TOKENS}")
+
+
+def stack_requests(requests: Sequence[Request], n_vocab: int) -> BatchParams:
+    """Return the parameters of `requests` as arrays."""
+    prompt = np.zeros((len(requests), n_vocab), bool)
+    bias = np.zeros((len(requests), n_vocab), np.float32)
+    stop_tokens = np.full((len(requests), MAX_STOP_TOKENS), -1, np.int32)
+    for i, request in enumerate(requests):
+        params = request.params
+        prompt[i, request.prompt] = True
+        bias[i, list(params.logit_bias)] = list(params.logit_bias.values())
+        stop_tokens[i, : len(params.stop_tokens)] = params.stop_tokens
     return BatchParams(
-        keys=_make_keys(np.array([(row.seed, row.sample) for row in rows], np.uint32)),
-        options=stack_options([row.options for row in rows]),
+        keys=make_keys(requests),
+        options=stack_options([request.params.options for request in requests]),
         prompt=jnp.asarray(prompt),
         bias=jnp.asarray(bias),
-        limit=jnp.asarray([len(row.prompt) + row.max_tokens - 1 for row in rows], jnp.int32),
+        last_position=jnp.asarray([len(r.prompt) + r.max_tokens - 1 for r in requests], jnp.int32),
         stop_tokens=jnp.asarray(stop_tokens),
     )
 
 
-def stack_allowed(rows: Sequence[Request | None], n_vocab: int) -> Any:
-    """bool [B, V], what each row may draw; None if none is constrained. Rows that are not, and empty seats, may draw anything."""
-    if not any(row and row.constraint for row in rows):
+def blank_params(n_vocab: int) -> BatchParams:
+    """Return parameters of one default request, for their shapes and dtypes."""
+    return stack_requests([Request(np.zeros(1, np.int32), RequestParams(max_tokens=1), id=-1)], n_vocab)
+
+
+def stack_allowed(slots: Sequence[Request | None], n_vocab: int) -> Bool[Array, "B V"] | None:
+    """Return a mask of the tokens each slot may sample, or None if no request is constrained."""
+    if not any(request and request.params.constraint for request in slots):
         return None
-    allowed = np.ones((len(rows), n_vocab), bool)
-    for i, row in enumerate(rows):
-        if row and row.constraint:
-            allowed[i] = row.constraint.allowed()
-            assert allowed[i].any(), "a constraint must leave a token"
+    allowed = np.ones((len(slots), n_vocab), bool)
+    for i, request in enumerate(slots):
+        if request and request.params.constraint:
+            allowed[i] = request.params.constraint.allowed()
+            assert allowed[i].any(), "a constraint must allow at least one token"
     return jnp.asarray(allowed)
+
+
+def make_keys(requests: Sequence[Request]) -> Any:
+    """Return a random key [B] for each request: fold_in(key(seed), sample)."""
+    return _make_keys(np.array([(r.params.seed, r.params.sample) for r in requests], np.uint32))
 
 
 @jax.jit

@@ -1,15 +1,15 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Guesses of the tokens to come, cheap to make and checked several at a time (Leviathan et al. 2023, arXiv 2211.17192).
+"""Speculative decoding: cheap draft tokens, verified several at a time (Leviathan et al. 2023, arXiv 2211.17192).
 
-The engine draws each place's token with that place's own key, from the model's own distribution, and keeps it; a guess
-only decides whether the places behind it need not be computed again. So tokens are those drawn without guesses, not
-merely equally distributed. A small model guesses with the same keys as the large one, so that where their distributions
-agree they mostly draw the same token, at any temperature.
+The engine samples the token of every position with that position's own key from the model's own distribution, and keeps
+it. A draft token only decides whether the positions after it are already computed. The tokens are therefore those of
+plain decoding, not merely samples of the same distribution. A draft model uses the same keys as the model, so where the
+two distributions agree they mostly sample the same token, at any temperature.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,90 +17,116 @@ import numpy as np
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import MeshLayout
 from mesh_transformer.model.params import Params
+from mesh_transformer.sample.engine.buckets import Buckets
 from mesh_transformer.sample.engine.device_state import DecodeState
-from mesh_transformer.sample.engine.prefill import SHORTEST_CACHE, SHORTEST_PIECE, bucket
-from mesh_transformer.sample.engine.programs import EnginePrograms
+from mesh_transformer.sample.engine.programs import EnginePrograms, PromptChunk
 from mesh_transformer.sample.engine.requests import Request
+
+
+class Draft(NamedTuple):
+    """Draft tokens of every slot."""
+
+    tokens: np.ndarray  # int32 [B, N]; arbitrary for empty slots and past `lengths`
+    lengths: np.ndarray  # int32 [B], tokens drafted for each slot
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Where guesses come from."""
+    """Source of draft tokens."""
 
-    def propose(self, rows: Sequence[Request | None], state: DecodeState) -> np.ndarray | None:
-        """int32 [B, N] for the seats' rows (anything for empty seats), or None: not this time."""
+    def draft(self, slots: Sequence[Request | None], state: DecodeState) -> Draft | None:
+        """Return draft tokens for the requests in `slots`, or None to decode without."""
         ...
 
 
 class PromptLookupDrafter:
-    """What followed the last time that a row had its last `n` tokens (prompt lookup decoding): for texts that repeat themselves."""
+    """Prompt lookup decoding: draft the tokens that followed the last earlier occurrence of the sequence's last n-gram."""
 
-    def __init__(self, n: int = 3, guesses: int = 4):
-        """Sequences of `n` tokens are looked up, shorter ones where there is none."""
-        if n < 1 or guesses < 1:
-            raise ConfigError(f"n={n}, guesses={guesses}: both must be at least 1")
-        self._n, self._guesses = n, guesses
+    def __init__(self, max_ngram: int = 3, num_draft_tokens: int = 4):
+        """Look up n-grams of `max_ngram` tokens, and shorter ones if there is no match."""
+        if max_ngram < 1 or num_draft_tokens < 1:
+            raise ConfigError(f"max_ngram={max_ngram}, num_draft_tokens={num_draft_tokens}: both must be at least 1")
+        self._max_ngram = max_ngram
+        self._num_draft_tokens = num_draft_tokens
 
-    def propose(self, rows: Sequence[Request | None], state: DecodeState) -> np.ndarray | None:
-        """See Proposer; None if no row repeats anything."""
-        proposed, found = np.zeros((len(rows), self._guesses), np.int32), False
-        for i, row in enumerate(rows):
-            guess = self._look_up(np.concatenate([row.prompt, np.asarray(row.tokens, np.int32)])) if row else None
-            if guess is not None:
-                proposed[i, : len(guess)], found = guess, True
-        return proposed if found else None
+    def draft(self, slots: Sequence[Request | None], state: DecodeState) -> Draft | None:
+        """See Drafter. None if no sequence repeats an n-gram."""
+        tokens = np.zeros((len(slots), self._num_draft_tokens), np.int32)
+        lengths = np.zeros(len(slots), np.int32)
+        for i, request in enumerate(slots):
+            if request:
+                found = self._look_up(request.all_tokens)
+                tokens[i, : len(found)] = found
+                lengths[i] = len(found)
+        return Draft(tokens, lengths) if lengths.any() else None
 
-    def _look_up(self, tokens: np.ndarray) -> np.ndarray | None:
-        for n in range(min(self._n, len(tokens) - 1), 0, -1):
-            windows = np.lib.stride_tricks.sliding_window_view(tokens[:-1], n)
-            places = np.flatnonzero((windows == tokens[-n:]).all(axis=1))
-            if places.size:
-                return tokens[places[-1] + n :][: self._guesses]
-        return None
+    def _look_up(self, tokens: np.ndarray) -> np.ndarray:
+        for n in range(min(self._max_ngram, len(tokens) - 1), 0, -1):
+            ngrams = np.lib.stride_tricks.sliding_window_view(tokens[:-1], n)
+            matches = np.flatnonzero((ngrams == tokens[-n:]).all(axis=1))
+            if matches.size:
+                return tokens[matches[-1] + n :][: self._num_draft_tokens]
+        return tokens[:0]
 
 
 class DraftModelDrafter:
-    """A small model with the same vocabulary draws the guesses."""
+    """A small model with the same vocabulary samples the draft tokens."""
 
-    def __init__(self, config: ModelConfig, params: Params, *, guesses: int = 4, layout: MeshLayout | None = None):
-        """`params` of the small model, as for an Engine."""
-        self._programs, self._guesses = EnginePrograms(config, params, layout), guesses
+    def __init__(
+        self, config: ModelConfig, params: Params, *, num_draft_tokens: int = 4, layout: MeshLayout | None = None
+    ):
+        """Compile nothing yet; `params` are those of the draft model."""
         self.config = config
+        self._programs = EnginePrograms(config, params, layout)
+        self._buckets = Buckets(config.seq_len)
+        self._num_draft_tokens = num_draft_tokens
         self._caches: Any = None
-        self._rows: list[Request | None] = []  # whose tokens are in which row of the caches
-        self._seen = np.zeros(0, np.int32)  # and how many
+        self._slots: list[Request | None] = []  # requests whose tokens are in the caches
+        self._cached = np.zeros(0, np.int32)  # number of those tokens
 
-    def propose(self, rows: Sequence[Request | None], state: DecodeState) -> np.ndarray | None:
-        """See Proposer; None where a row is longer than the small model reads."""
-        lengths = np.array([row.length if row else 1 for row in rows], np.int32)
-        longest = int(lengths.max()) + self._guesses
+    def draft(self, slots: Sequence[Request | None], state: DecodeState) -> Draft | None:
+        """See Drafter. None if a sequence exceeds the draft model's seq_len."""
+        lengths = np.array([request.length if request else 1 for request in slots], np.int32)
+        longest = int(lengths.max()) + self._num_draft_tokens
         if longest > self.config.seq_len:
             return None
-        if state.counts.shape[1] != self.config.n_vocab:
-            raise ConfigError(
-                f"the small model's n_vocab={self.config.n_vocab} is not the large one's {state.counts.shape[1]}"
-            )
-        cache_len = bucket(longest, SHORTEST_CACHE, self.config.seq_len)
-        if self._caches is None or len(self._rows) != len(rows) or _cache_len(self._caches) < cache_len:
-            self._caches = self._programs.make_caches(len(rows), cache_len)
-            self._rows = list[Request | None]([None] * len(rows))
-            self._seen = np.zeros(len(rows), np.int32)
-        for i, row in enumerate(rows):
-            if row is not self._rows[i]:
-                self._rows[i], self._seen[i] = row, 0
-        self._seen = np.where([row is not None for row in rows], self._seen, lengths)
-        left = lengths - self._seen
-        tokens = np.zeros((len(rows), bucket(int(left.max()), SHORTEST_PIECE, self.config.seq_len)), np.int32)
-        for i, row in enumerate(rows):
-            if row:
-                tokens[i, : left[i]] = np.concatenate([row.prompt, np.asarray(row.tokens, np.int32)])[self._seen[i] :]
-        logits = jnp.zeros((len(rows), self.config.n_vocab), jnp.float32)
-        caches, logits = self._programs.read(self._caches, logits, tokens, self._seen, lengths - 1)
-        self._caches, proposed = self._programs.propose(
-            caches, logits, lengths - 1, state.counts, state.asked, self._guesses
+        check_vocabulary(self.config, state.counts.shape[1])
+        self._fit_caches(slots, self._buckets.cache_len(longest))
+        self._cached = np.where([request is not None for request in slots], self._cached, lengths)
+        new = lengths - self._cached
+        tokens = np.zeros((len(slots), self._buckets.prefill_len(int(new.max()))), np.int32)
+        for i, request in enumerate(slots):
+            if request:
+                tokens[i, : new[i]] = request.all_tokens[self._cached[i] :]
+        logits = jnp.zeros((len(slots), self.config.n_vocab), jnp.float32)
+        chunk = PromptChunk(tokens, self._cached, lengths - 1)
+        caches, logits, _ = self._programs.prefill(self._caches, logits, chunk, False)
+        self._caches, draft_tokens = self._programs.draft(
+            caches, logits, lengths - 1, state.counts, state.params, self._num_draft_tokens
         )
-        self._seen = lengths
-        return np.asarray(proposed)
+        self._cached = lengths
+        drafted = np.array([self._num_draft_tokens if request else 0 for request in slots], np.int32)
+        return Draft(np.asarray(draft_tokens), drafted)
+
+    def _fit_caches(self, slots: Sequence[Request | None], cache_len: int) -> None:
+        """Match the caches to `slots` and `cache_len`; what is cached for other requests is invalidated."""
+        if self._caches is None or len(self._slots) != len(slots) or _cache_len(self._caches) < cache_len:
+            self._caches = self._programs.make_caches(len(slots), cache_len)
+            self._slots = [None] * len(slots)
+            self._cached = np.zeros(len(slots), np.int32)
+        for i, request in enumerate(slots):
+            if request is not self._slots[i]:
+                self._slots[i] = request
+                self._cached[i] = 0
+
+
+def check_vocabulary(draft: ModelConfig, n_vocab: int) -> None:
+    """Raise ConfigError unless the draft model has `n_vocab` tokens."""
+    if draft.n_vocab != n_vocab:
+        raise ConfigError(
+            f"the draft model has n_vocab={draft.n_vocab}, but the model has n_vocab={n_vocab}; "
+            "use a draft model that was trained with the same tokenizer and vocabulary size"
+        )
 
 
 def _cache_len(caches: Any) -> int:

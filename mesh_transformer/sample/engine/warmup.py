@@ -1,57 +1,75 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that nobody made, so that those somebody makes find their programs compiled."""
+"""Synthetic warm-up requests that compile the programs before real traffic arrives."""
 
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from mesh_transformer.config import SampleConfig
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
-from mesh_transformer.sample.engine.prefill import SHORTEST_PIECE
+from mesh_transformer.sample.engine.buckets import MIN_PREFILL_LEN
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
 from mesh_transformer.sample.engine.programs import DECODE_CHUNK
+from mesh_transformer.sample.engine.requests import RequestParams
 
 
-def warm_up(engine: DecoderOnlyEngine, longest: int) -> Iterator[tuple[int, int]]:
-    """Compile what one request at a time needs, as long as prompt and answer have at most `longest` tokens.
+class WarmupRequest(NamedTuple):
+    """One request to run."""
 
-    Works while it is iterated, and says before every piece of work how many are done, and how many there are. Left out
-    are programs for several samples at once and for constraints. The engine must be idle, and forgets the prompts.
+    prompt: list[int]
+    max_tokens: int
+    top_logprobs: int
+
+
+def warm_up(engine: DecoderOnlyEngine, max_len: int) -> Iterator[tuple[int, int]]:
+    """Compile the programs for single requests of up to `max_len` tokens, prompt and output together.
+
+    Runs while it is iterated, and yields (requests done, requests in all) before each one. Programs for several samples
+    at once and for constraints are not compiled. With speculative decoding every request runs with and without draft
+    tokens. The engine must be idle; its prefix cache is cleared afterwards.
     """
-    prompts = list(_make_prompts(engine, longest))
+    requests = list(_warmup_requests(engine, max_len))
+    drafter = engine.drafter
     try:
-        for done, (prompt, max_tokens, n_top) in enumerate(prompts):
-            yield done, len(prompts)
-            engine.submit(engine.make_row(prompt, SampleConfig(), max_tokens=max_tokens, n_top=n_top))
-            while not engine.idle:
-                engine.step()
+        for done, request in enumerate(requests):
+            yield done, len(requests)
+            params = RequestParams(
+                SampleConfig(), max_tokens=request.max_tokens, top_logprobs=request.top_logprobs
+            )
+            for engine.drafter in (None, drafter) if drafter else (None,):
+                engine.submit(engine.make_request(request.prompt, params))
+                while not engine.idle:
+                    engine.step()
     finally:
-        engine.prefixes.forget()
+        engine.drafter = drafter
+        engine.prefix_cache.clear()
 
 
-def _make_prompts(engine: DecoderOnlyEngine, longest: int) -> Iterator[tuple[list[int], int, int]]:
-    """(prompt, max_tokens, n_top) for every size of the cache, and within it for every size of a piece that is read last."""
+def _warmup_requests(engine: DecoderOnlyEngine, max_len: int) -> Iterator[WarmupRequest]:
+    """Yield requests for every cache length, and for every length of the last prefill chunk within it."""
     n_vocab, seq_len = engine.config.n_vocab, engine.config.seq_len
-    fresh = (number % n_vocab for number in itertools.count())  # a token each, lest prompts begin alike
-    size, last = (
-        engine.cache_len(1),
-        engine.cache_len(min(longest + DECODE_CHUNK, seq_len)),
-    )  # a burst may end behind the answer
-    before: list[int] = []
-    while longest:
-        if size < last:  # an answer that grows into the next size
-            yield [next(fresh)] * (size - 2), 4, 0
-        whole = [next(fresh)] * max(size - 2 * DECODE_CHUNK, 1)  # so that the answer needs no larger cache
-        for n_top in (0, 1):  # without and with the likeliest tokens, as the page asks
-            yield whole, min(2, seq_len - len(whole)), n_top
-        if before:  # what goes on from something shorter
-            yield before + [next(fresh)] * (2 * DECODE_CHUNK + SHORTEST_PIECE), 1, 0
-        for piece in (SHORTEST_PIECE << i for i in range(size.bit_length())):
-            if 2 * piece > size:
+    cache_len = engine.buckets.cache_len
+    # Distinct first tokens, so that the prompts do not hit the prefix cache.
+    fresh = (number % n_vocab for number in itertools.count())
+    size = cache_len(1)
+    last = cache_len(min(max_len + DECODE_CHUNK, seq_len))  # a decode chunk may end after the output
+    shorter: list[int] = []
+    while max_len:
+        if size < last:  # output that grows into the next cache length
+            yield WarmupRequest([next(fresh)] * (size - 2), 4, 0)
+        longest = [next(fresh)] * max(size - 2 * DECODE_CHUNK, 1)  # whose output needs no larger cache
+        for top_logprobs in (0, 1):  # the web page requests alternatives
+            yield WarmupRequest(longest, min(2, seq_len - len(longest)), top_logprobs)
+        if shorter:  # continue a cached prompt of a smaller cache length
+            yield WarmupRequest(shorter + [next(fresh)] * (2 * DECODE_CHUNK + MIN_PREFILL_LEN), 1, 0)
+        for chunk in (MIN_PREFILL_LEN << i for i in range(size.bit_length())):
+            if 2 * chunk > size:
                 break
-            if before:  # what begins as `whole` does, so that no more than a piece is left to be read
-                yield whole[: size // 2] + [next(fresh)] * min(piece, size // 2 - 2 * DECODE_CHUNK), 1, 0
+            if shorter:  # shares a cached prefix with `longest`, so that only one chunk is left to prefill
+                yield WarmupRequest(longest[: size // 2] + [next(fresh)] * min(chunk, size // 2 - 2 * DECODE_CHUNK), 1, 0)
             else:
-                yield [next(fresh)] * piece, 1, 0
+                yield WarmupRequest([next(fresh)] * chunk, 1, 0)
         if size == last:
             return
-        size, before = engine.cache_len(size + 1), whole
+        size = cache_len(size + 1)
+        shorter = longest

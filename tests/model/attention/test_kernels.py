@@ -140,7 +140,8 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from mesh_transformer.config import MeshConfig, ModelConfig
 from mesh_transformer.mesh import make_layout, use_layout
-from mesh_transformer.model.transformer import describe_params, make_model
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.model.shapes import describe_params
 
 platform, kernel, target = sys.argv[1:]
 try:

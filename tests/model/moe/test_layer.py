@@ -17,10 +17,11 @@ from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.mesh import make_layout, use_layout
 from mesh_transformer.model.attention.ring import from_zigzag
-from mesh_transformer.model.moe.layer import Experts
-from mesh_transformer.model.moe.router import RoutingStats, find_capacity, router_losses
+from mesh_transformer.model.moe.layer import MoELayer
+from mesh_transformer.model.moe.router import RoutingStats, expert_capacity, router_losses
 from mesh_transformer.model.params import flatten_names, make_inits
-from mesh_transformer.model.transformer import count_params, describe_params, init_cache, make_model
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.model.shapes import count_params, describe_params, init_cache
 from mesh_transformer.train.flops import count_flops
 
 B, T, V = 4, 16, 24
@@ -44,7 +45,7 @@ def draw_params(config: ModelConfig, seed: int = 0):
 
 
 def apply_layer(config: ModelConfig, params, x, *, key=None, decoding: bool = False):
-    layer = hk.transform(lambda x: Experts(config, make_inits(config))(x, decoding=decoding))
+    layer = hk.transform(lambda x: MoELayer(config, make_inits(config))(x, decoding=decoding))
     return layer.apply(jax.tree.map(jnp.asarray, params), key, jnp.asarray(x))
 
 
@@ -105,7 +106,7 @@ def test_layer_equals_a_loop(n_experts_per_token, factor, gated):
         dict(n_experts_per_token=n_experts_per_token, capacity_factor=8.0, eval_capacity_factor=factor), gated_ffn=gated
     )
     params, x = draw_layer(config, skew=1.0)
-    capacity = None if factor is None else find_capacity(factor, T, n_experts_per_token, 4)
+    capacity = None if factor is None else expert_capacity(factor, T, n_experts_per_token, 4)
     wanted, wanted_routing = loop_over_tokens(config, params, x, capacity)
     found, routing = apply_layer(config, params, x)
     np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
@@ -123,7 +124,7 @@ def test_overflow_scales_the_input_where_said(n_experts_per_token):
         dict(n_experts_per_token=n_experts_per_token, eval_capacity_factor=0.4, dropped_tokens="gated-input")
     )
     params, x = draw_layer(config, skew=1.0)
-    wanted, routing = loop_over_tokens(config, params, x, find_capacity(0.4, T, n_experts_per_token, 4))
+    wanted, routing = loop_over_tokens(config, params, x, expert_capacity(0.4, T, n_experts_per_token, 4))
     assert routing.dropped_fraction > 0.2
     np.testing.assert_allclose(apply_layer(config, params, x)[0], wanted, atol=2e-6 * np.abs(wanted).max())
 
@@ -132,7 +133,7 @@ def test_overflow_scales_the_input_where_said(n_experts_per_token):
 def test_sequences_of_a_group_share_seats(group):
     config = make_config(dict(n_experts_per_token=2, eval_capacity_factor=1.0, group_size=group))
     params, x = draw_layer(config)
-    wanted, routing = loop_over_tokens(config, params, x, find_capacity(1.0, T * min(group, B), 2, 4))
+    wanted, routing = loop_over_tokens(config, params, x, expert_capacity(1.0, T * min(group, B), 2, 4))
     found, found_routing = apply_layer(config, params, x)
     np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
     np.testing.assert_allclose(found_routing.dropped, routing.dropped_fraction, rtol=1e-6)
@@ -283,7 +284,7 @@ def test_nothing_has_tokens_by_experts_by_capacity():
     params = {"experts": {name: jnp.zeros(shape) for name, shape in shapes.items()}}
     gradient = jax.grad(lambda params, x: jnp.sum(apply_layer(config, params, x)[0]), argnums=(0, 1))
     jaxpr = jax.make_jaxpr(gradient)(params, jnp.zeros((2, 256, 16))).jaxpr
-    capacity = find_capacity(1.0, 256, 2, 8)
+    capacity = expert_capacity(1.0, 256, 2, 8)
     assert largest_array(jaxpr) <= 2 * 256 * 2 * 24 < 2 * 256 * 8 * capacity / 10
 
 
@@ -295,7 +296,7 @@ TOKENS, TARGETS = jnp.asarray(np.random.default_rng(1).integers(0, V, (2, 8, T))
 def make_loss(config: ModelConfig, key=None):
     def loss(params, tokens, targets):
         model = make_model(config)
-        x, routing = model.hidden(params, tokens, dropout_key=key)
+        x, routing = model.hidden_states(params, tokens, dropout_key=key)
         logits = from_zigzag(x) @ params["transformer"]["w_tokens"].T
         nats = -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1))
         return nats if routing is None else nats + router_losses(config, routing), routing

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from mesh_transformer.config import ConfigError
-from mesh_transformer.plan.hardware.chips import FAMILIES, GPUS, SILICON, TPUS
+from mesh_transformer.plan.hardware.chips import FAMILIES, GPUS, GPU_SPECS, TPUS
 from mesh_transformer.plan.hardware.topologies import gpu_target, parse_topology, product_names
 from mesh_transformer.plan.run import parse_amount
 
@@ -92,7 +92,7 @@ def test_facts_are_of_the_right_size():
         assert 7 * 2**30 < chip.memory < 200 * 2**30
         assert chip.dcn_bandwidth < chip.link_bandwidth < chip.memory_bandwidth
         assert chip.memory * chip.devices * chip.per_host < 2 * chip.host_memory
-    for name, gpu in SILICON.items():
+    for name, gpu in GPU_SPECS.items():
         assert GPUS[name].memory == int(gpu.memory * 0.95)
         text = gpu_target(gpu)
         assert text.count("{") == text.count("}")

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from mesh_transformer.config import MeshConfig
 from mesh_transformer.mesh import MESH_AXES, make_layout
 from mesh_transformer.plan.hlo.collectives import read_collectives, sent_bytes
-from mesh_transformer.plan.hlo.parser import Module
-from mesh_transformer.plan.hlo.traffic import hbm_bytes, read_stacked
+from mesh_transformer.plan.hlo.parser import HloModule
+from mesh_transformer.plan.hlo.traffic import hbm_bytes, stacked_bytes
 
 LAYERS, ROWS, DIM = 5, 16, 32
 
@@ -41,7 +41,7 @@ def test_sums_in_a_loop_count_as_often_as_it_runs(mesh):
         return jax.lax.scan(layer, x, None, length=LAYERS)[0]
 
     text = compile_text(layers, shaped(mesh, (ROWS, DIM), "data", "tensor"), shaped(mesh, (DIM, DIM), "tensor"))
-    (row,) = read_collectives(Module(text), mesh.devices.shape, MESH_AXES)
+    (row,) = read_collectives(HloModule(text), mesh.devices.shape, MESH_AXES)
     assert (row.axes, row.kind, row.group, row.count) == (("tensor",), "all-reduce", 2, LAYERS)
     put_in = (ROWS // 2) * DIM * 4
     assert row.sent == LAYERS * 2 * put_in * (2 - 1) / 2
@@ -55,7 +55,7 @@ def test_gathers_and_sums_name_their_axes(mesh):
         return jnp.sum(jnp.square(x @ w), axis=0)
 
     text = compile_text(loss, shaped(mesh, (ROWS, DIM), ("data", "fsdp")), shaped(mesh, (DIM, DIM), "fsdp"))
-    rows = {row.kind: row for row in read_collectives(Module(text), mesh.devices.shape, MESH_AXES)}
+    rows = {row.kind: row for row in read_collectives(HloModule(text), mesh.devices.shape, MESH_AXES)}
     assert set(rows) == {"all-gather", "all-reduce"}
     assert rows["all-gather"].axes == ("fsdp",)
     assert rows["all-gather"].sent == DIM * DIM * 4 / 2 * (2 - 1)
@@ -127,8 +127,8 @@ HLO = HLO.replace("MEGASCALE", 'frontend_attributes={_xla_host_transfer_handler_
 
 def test_text_of_a_tpu_program():
     """Async steps count once, fused reduce-scatters as such, groups in all notations, loops from where they begin."""
-    module = Module(HLO)
-    assert module.times["body"] == 9 - 2
+    module = HloModule(HLO)
+    assert module.run_counts["body"] == 9 - 2
     rows = {row.kind: row for row in read_collectives(module, (4, 2), ("data", "tensor"))}
     assert set(rows) == {"all-gather", "reduce-scatter", "collective-permute", "send"}
     assert (rows["send"].axes, rows["send"].sent) == ((), 7 * 16 * 8 * 4)
@@ -147,13 +147,13 @@ def test_attributes_of_several_lines_end_no_computation():
         f"%begin = bf16[8,128]{{1,0}} fusion(%w), kind=kCustom, calls=%start, {table}",
     )
     assert noted.count("\n") == HLO.count("\n") + 3
-    rows = [read_collectives(Module(text), (4, 2), ("data", "tensor")) for text in (HLO, noted)]
+    rows = [read_collectives(HloModule(text), (4, 2), ("data", "tensor")) for text in (HLO, noted)]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 4
 
 
 def test_groups_that_cannot_be_read_are_an_error():
-    module = Module(HLO.replace("replica_groups=[4,2]<=[2,4]T(1,0)", "replica_groups=by_magic"))
+    module = HloModule(HLO.replace("replica_groups=[4,2]<=[2,4]T(1,0)", "replica_groups=by_magic"))
     with pytest.raises(ValueError, match="cannot read its groups"):
         read_collectives(module, (4, 2), ("data", "tensor"))
 
@@ -177,7 +177,7 @@ def test_memory_traffic_of_slices_and_updates():
         return jax.lax.scan(layer, x, stack)
 
     stack, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((LAYERS, DIM, DIM), (ROWS, DIM)))
-    module = Module(compile_text(layers, stack, x))
+    module = HloModule(compile_text(layers, stack, x))
     whole, layer = LAYERS * DIM * DIM * 4, (DIM * DIM + 3 * ROWS * DIM) * 4
     assert whole < hbm_bytes(module) < 4 * LAYERS * layer
-    assert read_stacked(module).kept == LAYERS * ROWS * DIM * 4
+    assert stacked_bytes(module).activations == LAYERS * ROWS * DIM * 4

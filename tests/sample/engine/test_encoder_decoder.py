@@ -13,7 +13,8 @@ from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig, Sample
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.presets import T5
 from mesh_transformer.mesh import make_layout
-from mesh_transformer.model.transformer import describe_params, make_model
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.sample.engine.encoder_decoder import EncoderDecoderEngine
 from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
 from mesh_transformer.sample.engine.requests import PromptError

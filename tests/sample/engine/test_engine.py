@@ -12,7 +12,8 @@ import pytest
 
 from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig, SampleConfig
 from mesh_transformer.mesh import make_layout
-from mesh_transformer.model.transformer import describe_params, make_model
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
 from mesh_transformer.sample.engine.programs import DECODE_CHUNK
 from mesh_transformer.sample.engine.requests import PromptError

@@ -10,7 +10,8 @@ from mesh_transformer.config import MeshConfig, ModelConfig, SampleConfig
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.params import STACK
 from mesh_transformer.model.quantization import quantize, dequantize
-from mesh_transformer.model.transformer import describe_params, make_model
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
 from mesh_transformer.sample.engine.weights import contracted_dims
 

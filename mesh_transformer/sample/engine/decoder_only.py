@@ -1,0 +1,169 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Engine of decoder-only models: continuous batching with chunked prefill and a few programs of fixed shapes.
+
+A request waits, its prompt is prefilled in chunks together with others of similar length, and it decodes in a slot until
+its last token. Prefill and decode alternate, so neither blocks the other. Prompt lengths are rounded up to powers of two
+from 16, cache lengths to powers of two from 128, and the number of slots to a few sizes, so that compiled programs are
+reused (buckets.py). Prompts are padded on the right: KV cache entries of the padding are overwritten before any query
+reads them.
+"""
+
+from collections import deque
+
+from mesh_transformer.config import ConfigError, ModelConfig
+from mesh_transformer.mesh import MeshLayout
+from mesh_transformer.model.params import Params
+from mesh_transformer.sample.engine.buckets import Buckets, round_up
+from mesh_transformer.sample.engine.decode_batch import DecodeBatch
+from mesh_transformer.sample.engine.device_state import DecodeState
+from mesh_transformer.sample.engine.engine import Engine, EngineOptions
+from mesh_transformer.sample.engine.prefill import PrefillBatch
+from mesh_transformer.sample.engine.prefix_cache import PrefixCache
+from mesh_transformer.sample.engine.programs import DECODE_CHUNK, EnginePrograms
+from mesh_transformer.sample.engine.requests import Event, Request, SpeculativeStats
+from mesh_transformer.sample.engine.speculative import Drafter
+
+DECODE_CHUNK_DURING_PREFILL = 4  # most tokens per decode chunk while prompts are prefilled
+MAX_PREFILLS = 2  # prefill batches processed in turn, so that a long prompt does not block short ones
+
+
+class DecoderOnlyEngine(Engine):
+    """Continuous batching for a decoder-only model, with prefix caching and speculative decoding."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        options: EngineOptions | None = None,
+        *,
+        layout: MeshLayout | None = None,
+        drafter: Drafter | None = None,
+    ):
+        """Place `params`, as returned by `make_model(config).init`, on the devices; they may be deleted afterwards.
+
+        Args:
+          config: The model.
+          params: Its weights, on any devices.
+          options: Capacity and data types. The prefix cache is disabled if `layout` shards the batch.
+          layout: Sharding of weights and caches. None: everything is on the default device.
+          drafter: Source of draft tokens for speculative decoding.
+
+        Raises:
+          ConfigError: an array does not divide over the mesh.
+        """
+        options = options or EngineOptions()
+        shards = layout.batch_shards if layout else 1
+        self.config = config
+        self.programs = EnginePrograms(
+            config, params, layout, weight_dtype=options.weight_dtype, kv_cache_dtype=options.kv_cache_dtype
+        )
+        self.slots = round_up(options.slots, shards)
+        self.buckets = Buckets(config.seq_len, shards)
+        self.prefix_cache = PrefixCache(options.prefix_cache_bytes if shards == 1 else 0)
+        self._prefill_chunk = options.prefill_chunk
+        self._waiting: deque[Request] = deque()
+        self._prefills: deque[PrefillBatch] = deque()
+        self._decode_batch = DecodeBatch(self.programs, self.buckets, drafter)
+        self._iterations = 0
+
+    @property
+    def compilations(self) -> dict[str, int]:
+        return dict(self.programs.compilations)
+
+    @property
+    def active(self) -> list[Request]:
+        return self._decode_batch.requests
+
+    @property
+    def queued(self) -> list[Request]:
+        return [request for prefill in self._prefills for request in prefill.requests] + list(self._waiting)
+
+    @property
+    def is_speculative(self) -> bool:
+        return self._decode_batch.drafter is not None
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """Source of draft tokens; may be replaced between steps."""
+        return self._decode_batch.drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter | None) -> None:
+        self._decode_batch.drafter = drafter
+
+    @property
+    def speculative_stats(self) -> SpeculativeStats:
+        """Draft token counts of all requests so far."""
+        return self._decode_batch.stats
+
+    @property
+    def state(self) -> DecodeState | None:
+        """State of the decode slots on the devices; None before the first request."""
+        return self._decode_batch.state
+
+    def submit(self, request: Request) -> Request:
+        self._waiting.append(request)
+        return request
+
+    def step(self, steps: int = DECODE_CHUNK) -> list[Event]:
+        """Admit requests, prefill one chunk, and decode up to `steps` tokens in every slot.
+
+        With speculative decoding, a slot generates one token plus the accepted draft tokens instead.
+        """
+        self._iterations += 1
+        self._drop_cancelled()
+        self._start_prefills()
+        events = self._prefill() if self._prefills else []
+        if self.active:
+            is_busy = bool(self._prefills or self._waiting)
+            # First tokens are returned after one more token, not after a whole chunk.
+            limit = 1 if events else DECODE_CHUNK_DURING_PREFILL if is_busy else DECODE_CHUNK
+            events += self._decode_batch.decode(min(steps, limit))
+        return events
+
+    def _drop_cancelled(self) -> None:
+        self._waiting = deque(request for request in self._waiting if not request.cancelled)
+        for prefill in list(self._prefills):
+            if all(request.cancelled for request in prefill.requests):
+                self._prefills.remove(prefill)
+
+    def _start_prefills(self) -> None:
+        """Start prefill of waiting requests for which there are slots, those of similar length together."""
+        while self._waiting and len(self._prefills) < MAX_PREFILLS:
+            free = self.slots - len(self.active) - sum(len(prefill.requests) for prefill in self._prefills)
+            if free <= 0:
+                return
+            kind = self._prefill_kind(self._waiting[0])
+            requests = [request for request in self._waiting if self._prefill_kind(request) == kind][:free]
+            chosen = {request.id for request in requests}
+            self._waiting = deque(request for request in self._waiting if request.id not in chosen)
+            self._prefills.append(
+                PrefillBatch(self.programs, self.prefix_cache, self.buckets, requests, self._prefill_chunk)
+            )
+
+    def _prefill_kind(self, request: Request) -> tuple[int, bool]:
+        """Requests of equal kind are prefilled together: number of chunks, and whether the prompt is scored."""
+        return -(-len(request.prompt) // self._prefill_chunk), request.params.score_prompt
+
+    def _prefill(self) -> list[Event]:
+        """Prefill one chunk of the batch closest to its end, or every second time of the one that started first."""
+        if self._iterations % 2:
+            prefill = self._prefills[0]
+        else:
+            prefill = min(self._prefills, key=lambda prefill: prefill.remaining)
+        prefill.prefill_chunk()
+        if prefill.remaining:
+            return []
+        self._prefills.remove(prefill)
+        requests = [request for request in prefill.requests if not request.cancelled]
+        return self._decode_batch.admit(prefill, requests) if requests else []
+
+
+def require_decoder_only(engine: Engine, purpose: str) -> DecoderOnlyEngine:
+    """Return `engine` if it is of a decoder-only model; raise ConfigError naming the `purpose` if not."""
+    if not isinstance(engine, DecoderOnlyEngine):
+        raise ConfigError(
+            f"{purpose} supports decoder-only models, but model.n_encoder_layers is set; use device_sample.py"
+        )
+    return engine

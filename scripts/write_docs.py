@@ -1,0 +1,248 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Write the generated pages of docs/reference: configuration fields (from the schema), presets and commands.
+
+examples:
+  python scripts/write_docs.py
+      write docs/reference/{config,presets,commands}.md
+  python scripts/write_docs.py --check
+      exit with 1 if a page differs from what would be written
+"""
+
+import ast
+import dataclasses
+import io
+import sys
+import tokenize
+import types
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mesh_transformer.__main__ import COMMANDS
+from mesh_transformer.cli import DONE, FAILED, PROGRAM, make_parser, run_command
+from mesh_transformer.config import Config, evaluation, model, moe, parse_model, schema
+from mesh_transformer.config.field_types import Resume
+from mesh_transformer.config.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs" / "reference"
+RESUME_WORDS = {Resume.FIXED: "no", Resume.LOGGED: "yes, logged", Resume.FREE: "yes"}
+HEADER = """# Configuration reference
+
+This page is generated from the schema (`mesh_transformer/config/`) by `python scripts/write_docs.py`. A run is one TOML file;
+every key below can also be set on the command line with `--set section.key=value`. Unknown keys, wrong types and values out
+of range are errors that name the nearest key.
+
+*Resume* says whether a resumed run may have another value: *no* is refused, *yes, logged* is accepted and noted in the log,
+*yes* is accepted.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Write or check all generated pages."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
+    options = parser.parse_args(arguments)
+    stale = []
+    for name, text in pages().items():
+        path = DOCS / name
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(name)
+        if not options.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    if options.check and stale:
+        print(f"out of date: {', '.join(stale)}; run python scripts/write_docs.py", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def pages() -> dict[str, str]:
+    """Return the generated pages: file name in docs/reference -> Markdown."""
+    return {"config.md": config_page(), "presets.md": presets_page(), "commands.md": commands_page()}
+
+
+class FieldRow(NamedTuple):
+    """One field of a section, as the page shows it."""
+
+    name: str
+    type: str
+    default: str
+    resume: str
+    meaning: str
+
+
+def config_page() -> str:
+    """Return the configuration reference: one table per section, nested sections after their parents."""
+    comments = {kind: _comments(module) for module in (schema, model, moe, evaluation) for kind in _classes(module)}
+    lines = [HEADER]
+    _write_section(lines, Config, "", Resume.FIXED, comments)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _write_section(lines: list[str], kind: Any, path: str, rule: Resume, comments: dict[type, dict]) -> None:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    rows = []
+    nested: list[tuple[str, Any, Resume]] = []
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        own = rule
+        if typing.get_origin(hint) is typing.Annotated:
+            own = next((marker for marker in hint.__metadata__ if isinstance(marker, Resume)), rule)
+        inner, suffix = _section_in(hint)
+        if inner is not None:
+            nested.append((f"{path}.{field.name}{suffix}".lstrip("."), inner, own))
+            if not path:
+                continue
+        meaning = comments[kind].get((kind.__name__, field.name), "")
+        rows.append(FieldRow(field.name, _type_words(hint), _default_words(field), RESUME_WORDS[own], meaning))
+    if path:
+        lines.append(f"## [{path}]\n\n{(kind.__doc__ or '').splitlines()[0]}\n")
+        lines.append("| key | type and range | default | resume | meaning |\n|---|---|---|---|---|")
+        for row in rows:
+            default = f"`{row.default}`" if row.default else "required"
+            lines.append(
+                f"| `{row.name}` | {_cell(row.type)} | {_cell(default)} | {row.resume} | {_cell(row.meaning)} |"
+            )
+        lines.append("")
+    for name, inner, own in nested:
+        _write_section(lines, inner, name, own, comments)
+
+
+def _section_in(hint: Any) -> tuple[Any, str]:
+    """Return (dataclass, path suffix) of a field that holds a section or a dictionary of sections; (None, "") otherwise."""
+    if typing.get_origin(hint) is typing.Annotated:
+        return _section_in(typing.get_args(hint)[0])
+    if dataclasses.is_dataclass(hint):
+        return hint, ""
+    for argument in typing.get_args(hint):
+        if dataclasses.is_dataclass(argument):
+            return argument, ".NAME" if typing.get_origin(hint) is dict else ""
+    return None, ""
+
+
+def _type_words(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
+    if origin is typing.Annotated:
+        bounds = [_bound_words(marker) for marker in hint.__metadata__]
+        return " ".join([_type_words(arguments[0]), *(words for words in bounds if words)])
+    if origin is typing.Literal:
+        return ", ".join(f'`"{value}"`' for value in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_type_words(one) for one in arguments if one is not types.NoneType)
+    if origin is tuple:
+        return f"list of {_type_words(arguments[0])}"
+    if origin is list:
+        return f"list of {_type_words(arguments[0])}"
+    if origin is dict:
+        inner, _ = _section_in(hint)
+        return f"table of sections by name ({inner.__name__})" if inner else f"table of {_type_words(arguments[1])}"
+    if dataclasses.is_dataclass(hint):
+        return "section"
+    return {int: "integer", float: "number", bool: "boolean", str: "string"}.get(hint, str(hint))
+
+
+def _bound_words(marker: Any) -> str:
+    signs = {"Gt": ">", "Ge": "≥", "Lt": "<", "Le": "≤"}
+    parts = []
+    for constraint in getattr(marker, "metadata", []):
+        sign = signs.get(type(constraint).__name__)
+        if sign:
+            parts.append(f"{sign} {getattr(constraint, type(constraint).__name__.lower())}")
+    return ", ".join(parts)
+
+
+def _default_words(field: dataclasses.Field) -> str:
+    default: Any = field.default
+    factory: Any = field.default_factory
+    if hasattr(default, "default_factory"):  # pydantic's Field
+        factory = default.default_factory
+        default = dataclasses.MISSING if factory is not None else default.default
+    if default is dataclasses.MISSING and factory in (dict, list, tuple):
+        return "{}" if factory is dict else "[]"
+    if default is dataclasses.MISSING or type(default).__name__ == "PydanticUndefinedType":
+        return "" if factory in (dataclasses.MISSING, None) else "defaults of the section"
+    if default is None:
+        return "unset"
+    if isinstance(default, tuple):
+        return "[" + ", ".join(f'"{one}"' if isinstance(one, str) else str(one) for one in default) + "]"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f'"{default}"' if isinstance(default, str) else f"{default}"
+
+
+def _classes(module: types.ModuleType) -> list[type]:
+    return [one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__]
+
+
+def _comments(module: types.ModuleType) -> dict[tuple[str, str], str]:
+    """Return the comment of each field, (class, field) -> text: the lines before it and the one at its end."""
+    source = Path(module.__file__ or "").read_text(encoding="utf-8")
+    by_line = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            alone = source.splitlines()[token.start[0] - 1].strip().startswith("#")
+            by_line[token.start[0]] = (token.string.lstrip("# "), alone)
+    found = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                before = []
+                line = field.lineno - 1
+                while line in by_line and by_line[line][1] and not by_line[line][0].startswith("--"):
+                    before.insert(0, by_line[line][0])
+                    line -= 1
+                after = [by_line[i][0] for i in range(field.lineno, (field.end_lineno or 0) + 1) if i in by_line]
+                found[node.name, field.target.id] = " ".join([*before, *after])
+    return found
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def presets_page() -> str:
+    """Return the table of presets with their sizes and exact parameter counts."""
+    from mesh_transformer.model.shapes import count_params
+
+    lines = [
+        "# Presets",
+        "",
+        '`[model] preset = "NAME"` takes a row of `mesh_transformer/config/presets.py`; other keys of `[model]` override it. This',
+        "page is generated by `python scripts/write_docs.py`; parameter counts are exact.",
+        "",
+        "| preset | parameters | n_layers | d_model | n_heads | d_ff | n_vocab | seq_len | experts |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in PRESETS.items():
+        c = parse_model(row, where=name)
+        encoder = f"{c.n_encoder_layers} + " if c.n_encoder_layers else ""
+        experts = str(c.experts.n_experts) if c.experts else ""
+        sizes = f"{encoder}{c.n_layers} | {c.d_model} | {c.n_heads} | {c.ff_dim} | {c.n_vocab} | {c.seq_len}"
+        lines.append(f"| `{name}` | {count_params(c):,} | {sizes} | {experts} |")
+    return "\n".join(lines) + "\n"
+
+
+def commands_page() -> str:
+    """Return the page of all commands: their docstrings, which are also their --help."""
+    lines = [
+        "# Commands",
+        "",
+        f"`{PROGRAM} COMMAND` runs from any directory once the package is installed. In a clone, the programs themselves run as",
+        "well. Every program prints its options with `--help`. This page is generated by `python scripts/write_docs.py`.",
+        "",
+    ]
+    for name, command in COMMANDS.items():
+        file = Path(*command.module.removeprefix("mesh_transformer.").split(".")).with_suffix(".py")
+        text = ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8"))) or ""
+        lines += [f"## {PROGRAM} {name}", "", f"In a clone: `python {file.as_posix()}`", "", "```text", text, "```", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
