@@ -1,12 +1,17 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Continue texts with a trained model: RUN -> text. RUN is a run folder or a checkpoint in it.
+"""Generate text with a trained model: RUN -> text. RUN is a run folder or a checkpoint in it.
 
 examples:
   python device_sample.py runs/quickstart
-      an interactive prompt; settings begin as the run's own [sample] section, /help shows what can be changed
+      an interactive prompt; options start as in the run's [sample] section, and /help lists the commands
   python device_sample.py runs/quickstart --prompt "def main(" --n 3 --max-tokens 64 --stop "\\n\\n" --json
-      three continuations up to an empty line, as one JSON object each: text, tokens, logprobs, finish reason
+      three samples up to an empty line, one JSON object each: prompt, text, tokens, logprobs, finish
+  python device_sample.py runs/large --speculative prompt-lookup
+  python device_sample.py runs/large --set 'serve.speculative="draft-model"' --set 'serve.draft_model="runs/small"'
+      speculative decoding: verify serve.num_speculative_tokens draft tokens (default: 4) in each forward pass; they come
+      from earlier repetitions in the text, or from a smaller model with the same vocabulary. The tokens are those of
+      plain decoding. --json adds `speculative`: draft_tokens and accepted_tokens. Decoder-only models only
 
 exit status: 0 done, 1 failed, 2 wrong usage or configuration
 """
@@ -21,11 +26,13 @@ FLAGS = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float} 
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, load, continue, print."""
+    """Load the model, then generate for the prompts or run the interactive prompt."""
     options = parse(arguments)
     overrides = list(options.set)
     overrides += [f"sample.{name}={value}" for name in FLAGS if (value := getattr(options, name)) is not None]
-    # JAX and what needs it come after the options: --help and errors in them answer at once.
+    if options.speculative:
+        overrides.append(f'serve.speculative="{options.speculative}"')
+    # JAX is imported after parsing, so that --help and usage errors are fast.
     from mesh_transformer.sample.loading import load_model
     from mesh_transformer.sample.repl import Repl
     from mesh_transformer.sample.text_generation import complete_texts
@@ -41,7 +48,7 @@ def main(arguments: list[str]) -> int:
     for number, completion in enumerate(completions):
         n_tokens = len(completion.tokens)
         if completion.finish == "length" and n_tokens < config.sample.max_tokens:
-            print(f"note: seq_len={config.model.seq_len} left room for {n_tokens} tokens", file=sys.stderr)
+            print(f"note: stopped after {n_tokens} tokens at seq_len={config.model.seq_len}", file=sys.stderr)
         if options.json:
             print(completion.to_json())
         else:
@@ -50,24 +57,31 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line, checked as far as it can be without the run."""
+    """Parse the command line and check what does not depend on the run."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart, or a checkpoint in it")
     parser.add_argument("--prompt", action="append", help='a text to continue; repeatable; "" begins a document')
-    parser.add_argument("--n", type=int, default=1, help="continuations of every prompt; default: %(default)s")
+    parser.add_argument("--n", type=int, default=1, help="samples per prompt; default: %(default)s")
     for name, kind in FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"the same as --set sample.{name}=...")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal texts; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts; default: %(default)s")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help=r"end before this; \n is a new line; repeatable"
+        "--stop", action="append", default=[], metavar="TEXT", help=r"end before TEXT; \n is a new line; repeatable"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object for every continuation")
+    parser.add_argument(
+        "--speculative",
+        choices=("none", "prompt-lookup", "draft-model"),
+        help="speculative decoding; the same as --set serve.speculative=...",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per sample")
     add_set_option(parser)
     options = parser.parse_args(arguments)
-    if options.n < 1 or options.seed < 0:
-        raise ConfigError(f"--n {options.n} --seed {options.seed}: --n is at least 1, --seed at least 0")
+    if options.n < 1:
+        raise ConfigError(f"--n {options.n}: must be at least 1")
+    if options.seed < 0:
+        raise ConfigError(f"--seed {options.seed}: must be at least 0")
     if options.prompt is None and (options.json or options.n != 1):
-        raise ConfigError("--json and --n need --prompt")
+        raise ConfigError("--json and --n need --prompt; add --prompt TEXT")
     options.stop = [_unescape(stop) for stop in options.stop]
     return options
 

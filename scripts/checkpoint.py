@@ -1,18 +1,18 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint holds, whether it is whole, and where two differ.
+"""Inspect a checkpoint, verify it, or compare two.
 
 examples:
   python scripts/checkpoint.py inspect runs/quickstart
-      step, parameters, arrays, configuration and metrics of the newest checkpoint of a run
+      step, parameters, arrays, configuration and metrics of the latest checkpoint of a run
   python scripts/checkpoint.py verify runs/quickstart/checkpoints/step_1000
-      read every byte; one line for each problem, exit status 1 if there is any
+      read every byte; one line per problem, exit status 1 if there is any
   python scripts/checkpoint.py diff runs/a runs/b --json
       names, shapes, dtypes and values, compared a slice at a time
   python scripts/checkpoint.py inspect s3://bucket/run
-      wherever a path is, s3://bucket/path or gs://bucket/path can be (pip install 'mesh-transformer[remote]')
+      paths may be s3://bucket/path or gs://bucket/path (pip install 'mesh-transformer[remote]')
 
-exit status: 0 done (diff: also if they differ), 1 failed or damaged, 2 wrong usage
+exit status: 0 success (diff: also if they differ), 1 failed or damaged, 2 usage error
 """
 
 import json
@@ -29,8 +29,8 @@ from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ConfigError
 
-BLOCK_BYTES = 32_000_000  # of each side, compared at a time
-SUMMARY = (
+BLOCK_BYTES = 32_000_000  # compared at a time, per checkpoint
+SUMMARY = (  # configuration fields that inspect prints
     "preset",
     "n_layers",
     "d_model",
@@ -45,18 +45,20 @@ SUMMARY = (
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, call, print."""
+    """Run the command line."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("action", choices=("inspect", "verify", "diff"))
-    parser.add_argument("path", metavar="PATH", nargs="+", help="a run folder, a folder of checkpoints, or one step's")
+    parser.add_argument("path", metavar="PATH", nargs="+", help="a run folder, a folder of checkpoints, or a folder step_<N>")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     expected = 2 if options.action == "diff" else 1
     if len(options.path) != expected:
-        raise ConfigError(f"{options.action} takes {expected} PATH, not {len(options.path)}")
+        arguments_needed = "2 PATH arguments" if expected == 2 else "1 PATH argument"
+        raise ConfigError(f"{options.action} takes {arguments_needed}, got {len(options.path)}")
     found = [find_checkpoint(path) for path in options.path]
     if options.action == "verify":
-        (store, step), problems = found[0], found[0][0].verify(found[0][1])
+        store, step = found[0]
+        problems = store.verify(step)
         result = {"path": str(store.folder(step)), "problems": problems}
         print(json.dumps(result) if options.json else "\n".join(problems or [f"{result['path']}: intact"]))
         return 1 if problems else 0
@@ -67,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 
 def describe(store: Store, step: int) -> dict[str, Any]:
-    """Everything but the values, as plain data."""
+    """Return everything in a checkpoint except the values, as JSON-compatible data."""
     manifest = store.read_manifest(step)
     arrays = {
         name: {
@@ -95,13 +97,13 @@ def describe(store: Store, step: int) -> dict[str, Any]:
 
 
 def digest_array(record: ArrayRecord) -> str:
-    """One digest of an array's files, as their digests are in the manifest: equal files in equal cuts have equal ones."""
+    """Return one digest of an array's files; it is equal for equal values with equal shard shapes."""
     files = "".join(f"{key} {file.digest}\n" for key, file in sorted(record.files.items()))
     return xxhash.xxh3_128_hexdigest(files.encode())
 
 
 def format_description(result: Mapping[str, Any]) -> str:
-    """A page for a person."""
+    """Return the text that `inspect` prints."""
     lines = [
         f"{result['path']}",
         f"step {result['step']}, saved {result['created']}",
@@ -109,17 +111,19 @@ def format_description(result: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         "",
     ]
-    rows = [("array", "shape", "axes", "dtype", "bytes", "digest")]
+    table = [("array", "shape", "axes", "dtype", "bytes", "digest")]
     for name, array in result["arrays"].items():
         shape = "x".join(map(str, array["shape"])) or "scalar"
-        rows.append((name, shape, " ".join(array["axes"]), array["dtype"], f"{array['bytes']:,}", array["digest"][:12]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4].rjust(widths[4]), row[5]]) for row in rows]
-    config, metrics, parent, data = (
-        result["meta"].get(key) for key in ("config", "metrics", "parent", "data_fingerprint")
-    )
+        table.append((name, shape, " ".join(array["axes"]), array["dtype"], f"{array['bytes']:,}", array["digest"][:12]))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4].rjust(widths[4]), row[5]]) for row in table]
+    meta = result["meta"]
+    config = meta.get("config")
+    metrics = meta.get("metrics")
+    parent = meta.get("parent")
+    data = meta.get("data_fingerprint")
     if isinstance(parent, dict):
-        lines.append("made from: " + ", ".join(f"{key} {value}" for key, value in parent.items()))
+        lines.append("initialized from: " + ", ".join(f"{key} {value}" for key, value in parent.items()))
     if data:
         lines.append(f"data fingerprint: {data}")
     for section, table in config.items() if isinstance(config, dict) else ():
@@ -127,20 +131,20 @@ def format_description(result: Mapping[str, Any]) -> str:
         lines += [f"{section}: " + ", ".join(f"{key} = {value}" for key, value in shown.items())] if shown else []
     if isinstance(metrics, dict) and metrics:
         lines.append("metrics: " + ", ".join(f"{key} {value}" for key, value in metrics.items()))
-    return "\n".join(line if line.isprintable() else ascii(line) for line in lines)  # no control codes of a stranger's
+    return "\n".join(line if line.isprintable() else ascii(line) for line in lines)  # escape control codes in untrusted text
 
 
 def compare(store: Store, step: int, other_store: Store, other_step: int) -> dict[str, Any]:
-    """Names that only one side has, arrays whose kind differs, and for all others whether and by how much values differ."""
+    """Return the names that only one checkpoint has, and how shapes, dtypes and values of the common arrays differ."""
     left, right = store.open_arrays(step), other_store.open_arrays(other_step)
     arrays: dict[str, Any] = {}
     for name in sorted(left.keys() & right.keys()):
         kinds = [f"{side.record.dtype}{list(side.shape)}" for side in (left[name], right[name])]
         arrays[name] = {"equal": False, "left": kinds[0], "right": kinds[1]} if kinds[0] != kinds[1] else {}
-        if left[name].shape == right[name].shape:  # of two types: as float64, in which each has its value
-            wide = np.float64 if arrays[name] else None
+        if left[name].shape == right[name].shape:  # different dtypes are compared as float64, which is exact for both
+            common_dtype = np.float64 if arrays[name] else None
             blocks = (
-                tuple(np.asarray(side.read(index), wide) for side in (left[name], right[name]))
+                tuple(np.asarray(side.read(index), common_dtype) for side in (left[name], right[name]))
                 for index in _blocks(left[name].record)
             )
             arrays[name] = _compare_blocks(blocks) | arrays[name]
@@ -151,7 +155,7 @@ def compare(store: Store, step: int, other_store: Store, other_step: int) -> dic
 
 
 def format_comparison(result: Mapping[str, Any]) -> str:
-    """One line for each difference."""
+    """Return the text that `diff` prints: one line per difference."""
     lines = [f"left   {result['left']}", f"right  {result['right']}"]
     lines += [f"only left   {name}" for name in result["left_only"]]
     lines += [f"only right  {name}" for name in result["right_only"]]
@@ -160,36 +164,38 @@ def format_comparison(result: Mapping[str, Any]) -> str:
         if not array["equal"] and "size" in array:
             words += [f"{array['different']:,} of {array['size']:,} values"]
             words += [f"max |difference| {array['max_difference']:.6g}"]
-            words += [f"{array['not_a_number']} not a number on one side"] if array["not_a_number"] else []
+            words += [f"{array['not_a_number']} NaN on one side"] if array["not_a_number"] else []
         if words:
             lines.append(f"differs     {name}: {', '.join(words)}")
     equal = sum(array["equal"] for array in result["arrays"].values())
-    return "\n".join([*lines, f"{equal} of {len(result['arrays'])} common arrays are equal bit for bit"])
+    return "\n".join([*lines, f"{equal} of {len(result['arrays'])} common arrays are identical"])
 
 
 def _compare_blocks(blocks: Iterator[tuple[np.ndarray, ...]]) -> dict[str, Any]:
-    size, different, strange, largest = 0, 0, 0, 0.0
+    size = different = not_a_number = 0
+    largest = 0.0
     for left, right in blocks:
         bits = f"u{left.itemsize}"
         unequal = np.atleast_1d(left).view(bits) != np.atleast_1d(right).view(bits)
-        size, different = size + left.size, different + int(np.count_nonzero(unequal))
+        size += left.size
+        different += int(np.count_nonzero(unequal))
         if unequal.any():
             values = [np.atleast_1d(side)[unequal].astype(np.float64) for side in (left, right)]
             with np.errstate(invalid="ignore"):  # inf - inf
                 distance = np.abs(values[0] - values[1])
-            strange += int(np.count_nonzero(np.isnan(distance)))
+            not_a_number += int(np.count_nonzero(np.isnan(distance)))
             largest = max(largest, float(np.nan_to_num(distance, nan=0.0, posinf=np.inf).max()))
-    values = {"size": size, "different": different, "max_difference": largest, "not_a_number": strange}
+    values = {"size": size, "different": different, "max_difference": largest, "not_a_number": not_a_number}
     return {"equal": not different, **values}
 
 
 def _blocks(record: ArrayRecord) -> Iterator[tuple[slice, ...]]:
-    """Slices that cover an array, whole shards' rows where those fit, each of at most BLOCK_BYTES."""
+    """Yield slices of at most BLOCK_BYTES that cover an array, aligned with its shards where possible."""
     shape = [min(part, dim) for part, dim in zip(record.shard, record.shape, strict=True)]
     size = max(record.nbytes // max(math.prod(record.shape), 1), 1)
-    for axis in range(len(shape)):
-        rest = math.prod(shape[axis + 1 :]) * math.prod(shape[:axis]) * size
-        shape[axis] = max(min(shape[axis], BLOCK_BYTES // max(rest, 1)), min(1, shape[axis]))
+    for dim in range(len(shape)):
+        rest = math.prod(shape[dim + 1 :]) * math.prod(shape[:dim]) * size
+        shape[dim] = max(min(shape[dim], BLOCK_BYTES // max(rest, 1)), min(1, shape[dim]))
     if 0 in shape:
         return
     starts = [range(0, dim, part) for dim, part in zip(record.shape, shape, strict=True)]

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The models of `transformers` that ours are compared with: their sizes, their goldens and, where torch is, themselves.
+"""Models of `transformers` that the native model is compared with: configurations, golden files, and live models.
 
-A golden file tests/golden/reference_<case>.npz holds the reference's weights under their own names ("weight:NAME",
-float16 values), tokens and targets [B, T], logits [B, T, V] and the gradients of the mean loss ("grad:NAME").
-`python tests/model/test_reference.py` writes them anew from the installed transformers.
+A golden file tests/golden/reference_<case>.npz holds the weights under the names of transformers ("weight:NAME", float16
+values), tokens and targets [B, T], logits [B, T, V] and the gradients of the mean loss ("grad:NAME").
+`python tests/model/test_reference.py` writes all of them from the installed transformers.
 """
 
 from collections.abc import Mapping
@@ -21,16 +21,16 @@ from mesh_transformer.config.presets import T5, T5_V1_1
 from mesh_transformer.convert.huggingface.reader import find_array
 from mesh_transformer.convert.huggingface.tensor_map import FAMILIES
 from mesh_transformer.convert.import_plan import PREFIX, assemble
-from mesh_transformer.convert.lazy_arrays import Held, whole
+from mesh_transformer.convert.lazy_arrays import InMemory, full_index
 
 GOLDEN = Path(__file__).parent / "golden"
 Arrays = dict[str, np.ndarray]
 
 
 class Case(NamedTuple):
-    kind: str  # of model, in transformers
+    kind: str  # model_type in transformers
     config: ModelConfig
-    used_vocab: int  # tokens come from below this: rows above are padding
+    used_vocab: int  # tokens are below this; the rest of the vocabulary is padding
 
 
 def make_case(kind: str, choices: dict[str, Any], used_vocab: int, **sizes) -> Case:
@@ -92,7 +92,7 @@ CASES |= {
     "t5-v1.1": make_case("t5", T5_V1_1, 35, **SMALL_T5),
     "switch": make_case("switch_transformers", dict(T5, experts=ExpertsConfig(**SWITCH_EXPERTS)), 35, **SMALL_T5),
 }
-# Odd sizes: three heads, layers whose numbers sort otherwise as text, one key-value head, a window that starts the pattern.
+# Unusual sizes: three heads, layer numbers that sort differently as text, one key-value head, a local first layer.
 ODD = dict(n_layers=12, d_model=24, n_heads=3, n_vocab=53, seq_len=40)
 LIVE_CASES = {
     "gpt2": make_case("gpt2", dict(d_ff=40), 53, **ODD),
@@ -146,7 +146,7 @@ LIVE_CASES = {
         **ODD,
     ),
 }
-ODD_T5 = ODD | dict(n_encoder_layers=3, n_layers=6, d_head=7, seq_len=190)  # sequences beyond the last bucket
+ODD_T5 = ODD | dict(n_encoder_layers=3, n_layers=6, d_head=7, seq_len=190)  # sequences longer than the last bucket
 LIVE_CASES |= {
     "t5": make_case("t5", T5, 53, **ODD_T5),
     "t5-gated-silu": make_case("t5", dict(T5, gated_ffn=True, activation="silu"), 53, **ODD_T5),
@@ -181,7 +181,7 @@ def read_golden(name: str) -> tuple[Arrays, np.ndarray, np.ndarray, np.ndarray, 
 
 
 def make_torch(case: Case):
-    """Their model, in evaluation mode, and its weights by the names that they have in files (tied ones once)."""
+    """Return the model of transformers in evaluation mode, and its weights by their names in files (tied ones once)."""
     transformers = pytest.importorskip(
         "transformers", reason="the live comparison needs pip install transformers torch"
     )
@@ -203,7 +203,7 @@ def make_torch(case: Case):
 
 
 def untie(model: Any) -> None:
-    """One table for both stacks and a head of its own, which not every class of transformers makes of its settings."""
+    """Give the model a separate head and shared embeddings, which some classes of transformers do not do by themselves."""
     model.lm_head.weight = type(model.lm_head.weight)(model.lm_head.weight.detach().clone())
     model.set_input_embeddings(model.shared)
 
@@ -212,18 +212,20 @@ def run_model(case: Case, model: Any, tokens: np.ndarray) -> Any:
     """The logits of their model, of an encoder and decoder beside `make_sources`."""
     import torch
 
-    words, read = torch.tensor(tokens, dtype=torch.long), make_sources(case, tokens)
-    if read is None:
-        return model(words).logits
-    sources, mask = (torch.tensor(x.copy(), dtype=torch.long) for x in read)
-    return model(input_ids=sources, attention_mask=mask, decoder_input_ids=words, use_cache=False).logits
+    input_ids = torch.tensor(tokens, dtype=torch.long)
+    encoder_inputs = make_encoder_inputs(case, tokens)
+    if encoder_inputs is None:
+        return model(input_ids).logits
+    encoder_tokens, mask = (torch.tensor(x.copy(), dtype=torch.long) for x in encoder_inputs)
+    return model(input_ids=encoder_tokens, attention_mask=mask, decoder_input_ids=input_ids, use_cache=False).logits
 
 
-class Part:
-    """A tensor in a file that is part of a parameter in memory, as far as a test uses either."""
+class TensorView:
+    """A tensor of a file that is a slice of a parameter in memory: the attributes of it that the tests use."""
 
     def __init__(self, parameter: Any, index: tuple[Any, ...]):
-        self.parameter, self.index = parameter, index
+        self.parameter = parameter
+        self.index = index
         self.shape = parameter[index].shape
 
     @property
@@ -239,26 +241,27 @@ class Part:
         return self.parameter.grad[self.index]
 
     @grad.setter
-    def grad(self, nothing: None) -> None:
-        self.parameter.grad = nothing
+    def grad(self, value: None) -> None:
+        self.parameter.grad = value
 
 
-def split_experts(name: str, fused: Any) -> dict[str, Part]:
-    """All experts of one of Mixtral's layers, [E, ...], as transformers since 5 keeps them; its files have one by one."""
+def split_experts(name: str, fused: Any) -> dict[str, TensorView]:
+    """Return one tensor per expert, as in files, for a parameter [E, ...] of all experts (Mixtral in transformers 5)."""
     start, _, end = name.partition(".mlp.experts.")
     parts = {}
     for e in range(fused.shape[0]):
-        theirs, half = f"{start}.block_sparse_moe.experts.{e}.w", fused.shape[1] // 2
+        prefix = f"{start}.block_sparse_moe.experts.{e}.w"
+        half = fused.shape[1] // 2
         if end == "down_proj":
-            parts[f"{theirs}2.weight"] = Part(fused, (e,))
+            parts[f"{prefix}2.weight"] = TensorView(fused, (e,))
         else:
-            parts[f"{theirs}1.weight"] = Part(fused, (e, slice(half)))
-            parts[f"{theirs}3.weight"] = Part(fused, (e, slice(half, None)))
+            parts[f"{prefix}1.weight"] = TensorView(fused, (e, slice(half)))
+            parts[f"{prefix}3.weight"] = TensorView(fused, (e, slice(half, None)))
     return parts
 
 
 def draw(case: Case, weights: Mapping[str, Any], seed: int) -> tuple[Arrays, np.ndarray, np.ndarray]:
-    """Weights that are far from their initial values (biases, norms and logits of order one), tokens and targets."""
+    """Return random weights far from initial values (biases, norms and logits of order one), tokens and targets."""
     rng = np.random.default_rng(seed)
     drawn = {}
     for name, weight in weights.items():
@@ -271,23 +274,24 @@ def draw(case: Case, weights: Mapping[str, Any], seed: int) -> tuple[Arrays, np.
     return drawn, tokens, targets
 
 
-def make_sources(case: Case, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """What an encoder reads beside these tokens, of another length, and which of it is no padding; None without one."""
+def make_encoder_inputs(case: Case, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return encoder tokens of another length than `tokens`, and their mask (0: padding); None without an encoder."""
     if case.config.encoder is None:
         return None
-    sources = np.flip(tokens, (0, 1))[:, : -tokens.shape[1] // 5]
-    return sources, (np.arange(sources.shape[1]) < sources.shape[1] - 3 * np.arange(len(sources))[:, None]).astype(
-        np.int32
-    )
+    encoder_tokens = np.flip(tokens, (0, 1))[:, : -tokens.shape[1] // 5]
+    batch, length = encoder_tokens.shape
+    mask = np.arange(length) < length - 3 * np.arange(batch)[:, None]
+    return encoder_tokens, mask.astype(np.int32)
 
 
-def import_arrays(theirs: Mapping[str, np.ndarray], kind: str, config: ModelConfig) -> dict[str, Arrays]:
-    """Their weights (or gradients) as ours; each of theirs must be used, and each of ours found."""
-    family, used = FAMILIES[kind], set()
-    held = {name: Held(array) for name, array in theirs.items()}
-    ours: dict[str, Arrays] = {}
-    for name, array in assemble(config, lambda leaf: find_array(held, family, leaf, used), kind).items():
+def import_arrays(external: Mapping[str, np.ndarray], kind: str, config: ModelConfig) -> dict[str, Arrays]:
+    """Return native parameters (or gradients), given those of transformers; each array must be used exactly once."""
+    family = FAMILIES[kind]
+    used: set[str] = set()
+    tensors = {name: InMemory(array) for name, array in external.items()}
+    native: dict[str, Arrays] = {}
+    for name, planned in assemble(config, lambda spec: find_array(tensors, family, spec, used), kind).items():
         module, _, leaf = name.removeprefix(PREFIX).rpartition("/")
-        ours.setdefault(module, {})[leaf] = array.read(whole(array))
-    assert used == set(theirs)
-    return ours
+        native.setdefault(module, {})[leaf] = planned.array.read(full_index(planned.array))
+    assert used == set(external)
+    return native

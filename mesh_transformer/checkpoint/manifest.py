@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint says of itself, and how each byte of it is checked. Format 1.
+"""Checkpoint format 1: manifest, commit marker, and verification of every byte.
 
     step_<N>/
-      arrays/<name>/zarr.json, c, c.<i>, c.<i>.<j> ...   one Zarr 3 array per name (chunks.py, arrays.py)
+      arrays/<name>/zarr.json, c, c.<i>, c.<i>.<j> ...   one Zarr 3 array per name (chunk_grid.py, arrays.py)
       manifest.json
       COMMIT
 
 A name is a path, such as "params/transformer/embed/w": parts of letters, digits and _.~=+@,:- that do not begin with a
-dot, and no name is a folder of another. Arrays are global: the mesh they were saved from is not in the format.
+dot, and no name is a folder of another. Arrays are global: the format does not contain the mesh they were saved from.
 
 manifest.json is one object:
 
@@ -18,13 +18,13 @@ manifest.json is one object:
     versions   {package: version} of python, jax, jaxlib, numpy, tensorstore
     arrays     {name: {shape, dtype, axes (logical axis of each dim), shard (shape of a file's part of the array),
                 chunk (shape of a checksummed part of a file), files: {file: [size in bytes, xxh3-128 in hex]}}}
-    meta       an object of the caller's: config, tokenizer, data cursor, metrics; NaN and Infinity are allowed
+    meta       an object of the caller: config, tokenizer, data cursor, metrics; NaN and Infinity are allowed
 
-COMMIT is written last, and exactly three lines: `mesh-transformer checkpoint 1`, `manifest <xxh3-128 of manifest.json>`,
-`commit <xxh3-128 of the two lines above>` (so that damage to COMMIT is told from damage to the manifest).
-So COMMIT vouches for the manifest, the manifest for every file by size and digest, and while an array is read crc32c
-vouches for each chunk and each index of chunks. Which files an array must have follows from shape and shard alone;
-a manifest that lists others, or fewer, or sizes too small for the shape, is refused.
+COMMIT is written last and has exactly three lines: `mesh-transformer checkpoint 1`, `manifest <xxh3-128 of
+manifest.json>`, `commit <xxh3-128 of the two lines above>` (which distinguishes damage to COMMIT from damage to the
+manifest). COMMIT thus verifies the manifest, the manifest verifies every file by size and digest, and while an array is
+read, crc32c verifies each chunk and each index of chunks. The files of an array follow from shape and shard alone; a
+manifest with other files, missing files, or sizes too small for the shape is rejected.
 """
 
 import dataclasses
@@ -51,33 +51,35 @@ from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import AnyPath, read_small
 
 FORMAT = 1
-MANIFEST, ARRAYS, METADATA = "manifest.json", "arrays", "zarr.json"
+MANIFEST = "manifest.json"
+ARRAYS = "arrays"
+METADATA = "zarr.json"
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_FILES = 1 << 24
-READERS = 4  # files hashed at once
+READERS = 4  # files hashed concurrently
 NAME_PART = re.compile(r"[A-Za-z0-9_~=+@,:-][A-Za-z0-9_.~=+@,:-]{0,199}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayRecord:
-    """One array of a checkpoint."""
+    """Shape, type, division into files, and digests of one array."""
 
     shape: tuple[int, ...]
     dtype: str
-    axes: tuple[str, ...]  # logical axis of each dim
+    axes: tuple[str, ...]  # logical axis of each dimension
     shard: tuple[int, ...]  # part of the array in one file
     chunk: tuple[int, ...]  # part of a shard with its own checksum
     files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Size of the values."""
+        """Return the size of the values in bytes."""
         return count_bytes(self.shape, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Everything in a checkpoint but the values."""
+    """Content of manifest.json: everything in a checkpoint except the values."""
 
     step: int
     created: str
@@ -87,29 +89,29 @@ class Manifest:
 
 
 def write_manifest(folder: AnyPath, manifest: Manifest) -> None:
-    """Write manifest.json, then COMMIT, both durable once the folder is synced."""
+    """Write manifest.json, then COMMIT; their names are durable after the folder is synced."""
     data = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1).encode()
     backend_for(folder).write_files({MANIFEST: data})
     backend_for(folder).write_files({COMMIT: _commit_text(data)})
 
 
 def read_manifest(folder: AnyPath, step: int) -> Manifest:
-    """The manifest in `folder`, its digest and its contents checked; CheckpointError names the file and what is wrong."""
+    """Return the verified manifest in `folder`; raise CheckpointError with the file and the problem."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint")
     commit, data = _read_small(folder / COMMIT), _read_small(folder / MANIFEST)
     if commit != _commit_text(data):
-        if _seal(commit.rpartition(b"commit ")[0]) != commit:
+        if _add_digest(commit.rpartition(b"commit ")[0]) != commit:
             raise CheckpointError(f"{folder / COMMIT}: damaged: not a commit marker")
         if not commit.startswith(f"mesh-transformer checkpoint {FORMAT}\n".encode()):
-            raise CheckpointError(f"{folder / COMMIT}: {commit[:60]!r} is another format; this program reads {FORMAT}")
-        raise CheckpointError(f"{folder / MANIFEST}: damaged: its digest is not the one in {COMMIT}")
+            raise CheckpointError(f"{folder / COMMIT}: {commit[:60]!r} is not format {FORMAT}, which this version reads")
+        raise CheckpointError(f"{folder / MANIFEST}: damaged: its digest does not match the one in {COMMIT}")
     try:
         manifest = _parse(json.loads(data))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: not a manifest: {type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{folder / MANIFEST}: invalid manifest: {type(error).__name__}: {error}") from None
     if manifest.step != step:
-        raise CheckpointError(f"{folder / MANIFEST}: is of step {manifest.step}; the folder was renamed")
+        raise CheckpointError(f"{folder / MANIFEST}: step is {manifest.step}, which does not match the folder; rename it to step_{manifest.step}")
     return manifest
 
 
@@ -120,22 +122,23 @@ def check_names(names: Iterable[str]) -> None:
         parts = name.split("/")
         if not all(NAME_PART.fullmatch(part) for part in parts):
             raise CheckpointError(
-                f"array name {name!r}: parts are 1 to 200 of A-Z a-z 0-9 _.~=+@,:- not beginning with a dot"
+                f"array name {name!r}: each part must have 1 to 200 characters of A-Z a-z 0-9 _.~=+@,:- and not begin "
+                "with a dot"
             )
         for end in range(1, len(parts)):
             if "/".join(parts[:end]) in names:
                 raise CheckpointError(
-                    f"array names {'/'.join(parts[:end])!r} and {name!r}: one is a folder of the other"
+                    f"array names {'/'.join(parts[:end])!r} and {name!r}: no name may be a folder of another"
                 )
 
 
 def array_folder(folder: AnyPath, name: str) -> AnyPath:
-    """Where the files of an array lie."""
+    """Return the folder with the files of an array."""
     return folder / ARRAYS / name
 
 
 def verify_sizes(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> dict[AnyPath, str]:
-    """Problems, by file, that sizes and kinds of files show without reading them: missing, cut, grown, a link, not a file."""
+    """Return {file: problem} from sizes and types of files, without reading them: missing, wrong size, or not a regular file."""
     problems: dict[AnyPath, str] = {}
     files = list(_files(folder, arrays))
     sizes = backend_for(folder).file_sizes(f"{ARRAYS}/{name}/{path.name}" for name, path, _ in files)
@@ -143,12 +146,12 @@ def verify_sizes(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> dict[Any
         if isinstance(size, str):
             problems[path] = f"{path}: {size}; a file of {name}"
         elif size != file.size:
-            problems[path] = f"{path}: {size} bytes instead of {file.size}; a file of {name}"
+            problems[path] = f"{path}: size is {size} bytes, expected {file.size}; a file of {name}"
     return problems
 
 
 def verify_digests(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> list[str]:
-    """Problems of all files of `arrays`, every byte read, at the disk's speed."""
+    """Return the problems of all files of `arrays`; reads and hashes every byte."""
     problems = verify_sizes(folder, arrays)
 
     def check(entry: tuple[str, AnyPath, FileRecord]) -> str:
@@ -157,18 +160,18 @@ def verify_digests(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> list[s
             same = path in problems or digest_file(path, file.size) == file
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror}); a file of {name}"
-        return "" if same else f"{path}: damaged: its digest is not the manifest's; a file of {name}"
+        return "" if same else f"{path}: damaged: its digest does not match the manifest; a file of {name}"
 
     with ThreadPoolExecutor(READERS) as readers:
         return [*problems.values(), *filter(None, readers.map(check, _files(folder, arrays)))]
 
 
 def check_metadata(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> None:
-    """Raise CheckpointError if an array's zarr.json is not the one that was written (no checksum of Zarr covers it)."""
+    """Raise CheckpointError if the zarr.json of an array was changed; no Zarr checksum covers it."""
     for name, record in arrays.items():
         path = array_folder(folder, name) / METADATA
         if digest_file(path, record.files[METADATA].size) != record.files[METADATA]:
-            raise CheckpointError(f"{path}: damaged: its digest is not the manifest's; a file of {name}")
+            raise CheckpointError(f"{path}: damaged: its digest does not match the manifest; a file of {name}")
 
 
 def _files(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> Iterator[tuple[str, AnyPath, FileRecord]]:
@@ -179,10 +182,11 @@ def _files(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> Iterator[tuple
 
 def _commit_text(manifest: bytes) -> bytes:
     digest = xxhash.xxh3_128_hexdigest(manifest)
-    return _seal(f"mesh-transformer checkpoint {FORMAT}\nmanifest {digest}\n".encode())
+    return _add_digest(f"mesh-transformer checkpoint {FORMAT}\nmanifest {digest}\n".encode())
 
 
-def _seal(lines: bytes) -> bytes:
+def _add_digest(lines: bytes) -> bytes:
+    """Append the last line of COMMIT, the digest of the lines above it."""
     return lines + f"commit {xxhash.xxh3_128_hexdigest(lines)}\n".encode()
 
 
@@ -191,13 +195,13 @@ def _read_small(path: AnyPath) -> bytes:
         return read_small(path, MAX_MANIFEST_BYTES)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: missing or unreadable ({error.strerror}); the checkpoint is not complete"
+            f"{path}: missing or unreadable ({error.strerror}); the checkpoint is incomplete"
         ) from None
 
 
 def _parse(table: dict[str, Any]) -> Manifest:
     if table["format"] != FORMAT:
-        raise ValueError(f"format {table['format']!r} instead of {FORMAT}")
+        raise ValueError(f"format is {table['format']!r}, expected {FORMAT}")
     arrays = {name: _parse_array(name, record) for name, record in table["arrays"].items()}
     check_names(arrays)
     if not isinstance(table["meta"], dict) or not isinstance(table["versions"], dict):
@@ -213,17 +217,18 @@ def _parse_array(name: str, table: dict[str, Any]) -> ArrayRecord:
     if record.dtype not in DTYPES:
         raise ValueError(f"array {name}: dtype {record.dtype!r} is not one of {', '.join(DTYPES)}")
     if not len(shape) == len(shard) == len(chunk) == len(record.axes):
-        raise ValueError(f"array {name}: shape, axes, shard and chunk differ in length")
+        raise ValueError(f"array {name}: shape, axes, shard and chunk have different lengths")
     if any(inner < 1 or outer < inner or outer % inner for outer, inner in zip(shard, chunk, strict=True)):
         raise ValueError(f"array {name}: chunks {chunk} do not divide shards {shard}")
     chunks_per_shard = count_bytes(shard, record.dtype) // count_bytes(chunk, record.dtype)
     if count_bytes(chunk, record.dtype) > MAX_CHUNK_BYTES or chunks_per_shard > MAX_CHUNKS:
         raise ValueError(
-            f"array {name}: chunks of {chunk} in shards of {shard} are larger or more than the format allows"
+            f"array {name}: chunks of {chunk} in shards of {shard} exceed {MAX_CHUNK_BYTES} bytes per chunk or {MAX_CHUNKS} "
+            "chunks per shard"
         )
     n_shards = count_shards(shape, shard)
     if n_shards > MAX_FILES or n_shards + 1 != len(files) or {METADATA, *shard_keys(shape, shard)} != files.keys():
-        raise ValueError(f"array {name}: its files are not those of shape {shape} in shards of {shard}")
+        raise ValueError(f"array {name}: its files do not match shape {shape} in shards of {shard}")
     if sum(file.size for key, file in files.items() if key != METADATA) < record.nbytes:
         raise ValueError(f"array {name}: its files are too small for shape {shape}")
     return record

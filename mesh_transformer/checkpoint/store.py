@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints of a run: saved beside training, restored onto any mesh, found, verified, and thinned out.
+"""Checkpoints of a run: saved asynchronously, restored onto any mesh, found, verified and pruned.
 
-A save goes through: slices copied to host (only this blocks training) -> files under a temporary name -> manifest ->
-COMMIT -> everything synced -> rename -> older steps pruned. A kill at any moment leaves the earlier checkpoints as
-they were and a temporary folder that the next writable Store removes. With several processes each has a Store, calls
-the same methods in the same order, and writes what it owns; process 0 commits once all have written (commit.py).
+Stages of a save: slices copied to host memory (the only one that blocks training) -> files under a temporary name ->
+manifest -> COMMIT -> sync -> rename -> older steps pruned. A kill at any moment leaves the earlier checkpoints unchanged
+and a temporary folder that the next writable Store removes. With several processes each has a Store, calls the same
+methods in the same order, and writes the slices it owns; process 0 commits once all have written (commit.py).
 """
 
 import json
@@ -42,7 +42,7 @@ from mesh_transformer.storage.paths import AnyPath, parse_path
 class Store:
     """The checkpoints under `root`. One thread at a time may use a Store; several runs may read a root, one may save.
 
-    A save in flight when the interpreter exits is finished first; its failure is then seen by nobody, so `wait` for it.
+    The interpreter finishes a pending save before it exits, but its failure is reported only by `wait`.
     """
 
     def __init__(
@@ -54,19 +54,20 @@ class Store:
         *,
         writable: bool = True,
     ):
-        """The newest `keep_last` steps stay, and for ever those divisible by `keep_every`. Leftovers are removed if `writable`."""
+        """Open a store that retains the latest `keep_last` steps and all steps divisible by `keep_every`.
+
+        A `writable` store creates `root` and removes leftovers of interrupted saves.
+        """
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
             raise CheckpointError(f"keep_last = {keep_last}, keep_every = {keep_every}: both must be at least 1")
         self.root = parse_path(root).absolute()
-        self.keep_last, self.keep_every, self.asynchronous, self.writable = (
-            keep_last,
-            keep_every,
-            async_save,
-            writable,
-        )
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.async_save = async_save
+        self.writable = writable
         self._executor = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: futures.Future[None] | None = None
-        self._held: set[int] = set()
+        self._current: set[int] = set()  # steps that this Store has saved, is saving, or has restored
         self._damaged: set[int] = set()
         if writable:
             run_on_all("open store", self._open, first_only=True)
@@ -81,71 +82,70 @@ class Store:
     ) -> None:
         """Save global arrays by name, with the logical axes of each and a JSON object `meta`.
 
-        Returns when this process's slices are in host memory: the arrays may be donated next. If an earlier save is
-        still being written this waits for it, and raises its failure instead of saving. A step that exists is replaced.
+        Returns when this process's slices are in host memory; the arrays may then be donated. If an earlier save is
+        pending, waits for it and raises its failure instead of saving. An existing checkpoint of the step is replaced.
         """
         if not self.writable:
-            raise CheckpointError(f"{self.root}: this store was opened for reading")
+            raise CheckpointError(f"{self.root}: this store was opened for reading; open it with writable=True to save")
         self.wait()
         if type(step) is not int or not 0 <= step < 10**18:
-            raise CheckpointError(f"step {step!r} is not a whole number from 0 to 10**18 - 1")
+            raise CheckpointError(f"step is {step!r}; it must be an integer from 0 to 10**18 - 1")
         if not arrays or arrays.keys() != axes.keys():
-            raise CheckpointError(f"no arrays, or arrays and axes differ in: {sorted(arrays.keys() ^ axes.keys())}")
+            raise CheckpointError(f"`arrays` must not be empty and must have the names of `axes`; they differ in: {sorted(arrays.keys() ^ axes.keys())}")
         check_names(arrays)
         records = {name: describe_array(name, array, axes[name]) for name, array in sorted(arrays.items())}
         try:
-            plain = json.loads(json.dumps(meta))  # the caller's may change while this is written
+            meta_copy = json.loads(json.dumps(meta))  # the caller may change its own during the save
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"meta of step {step} cannot be written as JSON: {error}") from error
-        save = PendingSave(
-            step, local_backend.make_owner(), records, copy_to_host({name: arrays[name] for name in records}), plain
-        )
-        self._held.add(step)
-        if self.asynchronous:
+        slices = copy_to_host({name: arrays[name] for name in records})
+        save = PendingSave(step, local_backend.make_owner(), records, slices, meta_copy)
+        self._current.add(step)
+        if self.async_save:
             self._pending = self._executor.submit(self._finish, save)
         else:
             self._finish(save)
 
     def check(self) -> bool:
-        """Whether nothing is being written; raises the failure of the last save if there is one by now; never waits."""
+        """Return whether no save is pending, without waiting; raise the failure of the last save, once, if it failed."""
         if self._pending and self._pending.done():
             self.wait()
         return self._pending is None
 
     def wait(self) -> None:
-        """Until no save is being written; raises CheckpointError, once, if the last one failed."""
+        """Wait for the pending save; raise CheckpointError, once, if it failed."""
         if self._pending:
             pending = self._pending
-            futures.wait([pending])  # interrupted here, the save goes on and can be waited for again
+            futures.wait([pending])  # if interrupted here, the save continues and can be waited for again
             self._pending = None
             pending.result()
 
     def holds(self, step: int) -> bool:
-        """Whether this Store has saved `step`, is saving it, or has restored it: saving it again would change nothing."""
-        return step in self._held
+        """Return whether this Store has saved `step`, is saving it, or has restored it, so that saving it again is redundant."""
+        return step in self._current
 
     def steps(self) -> list[int]:
-        """Complete checkpoints, ascending."""
+        """Return the steps of all complete checkpoints, ascending."""
         return [step for step, is_complete in backend_for(self.root).list_steps().items() if is_complete]
 
     def latest(self) -> int | None:
-        """The newest step, None if there is no checkpoint at all; CheckpointError if the newest folder lacks COMMIT.
+        """Return the latest step, None without checkpoints; raise CheckpointError if its folder lacks COMMIT.
 
-        Folders get their names when they are complete, so one without COMMIT has been tampered with; to take an older
-        step, or to start over, is then for a person to decide (`newest_intact` is that decision).
+        Folders are renamed to their final names when they are complete, so one without COMMIT has been tampered with. The
+        user then decides whether to use an older step or to start over (`latest_valid` chooses an older step).
         """
         found = backend_for(self.root).list_steps()
-        newest = max(found, default=None)
-        if newest is not None and not found[newest]:
+        step = max(found, default=None)
+        if step is not None and not found[step]:
             raise CheckpointError(
-                f"{self.folder(newest) / local_backend.COMMIT}: missing; move the folder away to use an older step"
+                f"{self.folder(step) / local_backend.COMMIT}: missing; move the folder away to use an older step"
             )
-        return newest
+        return step
 
     def latest_valid(self, log: Callable[[str], None]) -> int | None:
-        """The newest step whose every byte is as it was written; `report` is told what is wrong with each newer one.
+        """Return the latest step whose every byte is verified; `log` receives the problems of each later one.
 
-        None if there is no checkpoint at all; CheckpointError if there are some and none is intact.
+        Returns None without checkpoints; raises CheckpointError if there are checkpoints and none is valid.
         """
         found = sorted(backend_for(self.root).list_steps(), reverse=True)
         for step in found:
@@ -157,52 +157,46 @@ class Store:
             log(f"checkpoint {self.folder(step)} is damaged: {'; '.join(problems[:5])}{more}")
         if found:
             raise CheckpointError(
-                f"{self.root}: none of the checkpoints {found} is intact; move them away to start over"
+                f"{self.root}: none of the checkpoints {found} is valid; move them away to start over"
             )
         return None
 
     def restore(
         self, step: int, like: Mapping[str, Any], *, only: str = "", unstack: Collection[str] = ()
     ) -> dict[str, Any]:
-        """Arrays by name as `like` says: shape, dtype and sharding of each (jax.ShapeDtypeStruct), on any mesh.
+        """Return arrays by name with the shape, dtype and sharding in `like` (jax.ShapeDtypeStruct), on any mesh.
 
         `like` must name every array of the checkpoint whose name begins with `only`. Each device reads its own slice;
-        every byte read is checked. Of arrays in `rows` each place of the first dim is an array of its own, in a tuple,
-        where `like` says how one of them is sharded: they can be used as soon as they are read, with little else in
-        memory. Raises CheckpointError for damage and with all names that differ.
+        every byte read is checked. An array named in `unstack` becomes a tuple with one array per index of its first
+        dimension, and `like` has the sharding of one of them; this avoids a copy of the whole stack. Raises
+        CheckpointError for damage, or with all names that differ.
         """
         folder = self.folder(step)
         records = self.read_manifest(step).arrays
         _check_match(folder, {name: record for name, record in records.items() if name.startswith(only)}, like, only)
-        wanted = {name: records[name] for name in like}
-        _check_files(folder, wanted)
-        restored = restore_arrays(folder, wanted, {name: leaf.sharding for name, leaf in like.items()}, unstack=unstack)
-        if len(wanted) == len(records):
-            self._held.add(step)
+        requested = {name: records[name] for name in like}
+        _check_files(folder, requested)
+        restored = restore_arrays(folder, requested, {name: leaf.sharding for name, leaf in like.items()}, unstack=unstack)
+        if len(requested) == len(records):
+            self._current.add(step)
         return restored
 
-    def read_slice(self, step: int, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The values of one array at `index` in host memory, checked; CheckpointError if they are damaged."""
-        record = self.read_manifest(step).arrays[name]
-        _check_files(self.folder(step), {name: record})
-        return StoredArray(self.folder(step), name, record).read(index)
-
     def open_arrays(self, step: int) -> dict[str, StoredArray]:
-        """Every array, to be read a slice at a time; manifest and files are looked at now, and not again for each slice."""
+        """Return every array, to be read a slice at a time; manifest and file sizes are verified once, here."""
         folder, records = self.folder(step), self.read_manifest(step).arrays
         _check_files(folder, records)
         return {name: StoredArray(folder, name, record) for name, record in records.items()}
 
     def read_manifest(self, step: int) -> Manifest:
-        """All that a checkpoint holds but the values, checked."""
+        """Return the verified manifest of a checkpoint."""
         return read_manifest(self.folder(step), step)
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """What the caller of `save` gave as `meta`."""
+        """Return the `meta` of a save."""
         return dict(self.read_manifest(step).meta)
 
     def verify(self, step: int) -> list[str]:
-        """Everything that is wrong with a checkpoint, each with its file; reads every byte, at the disk's speed."""
+        """Return all problems of a checkpoint, each with its file; reads every byte."""
         try:
             manifest = self.read_manifest(step)
         except StorageError:
@@ -212,16 +206,16 @@ class Store:
         return verify_digests(self.folder(step), manifest.arrays)
 
     def prune(self) -> list[int]:
-        """Delete steps that are neither among the newest `keep_last` nor divisible by `keep_every`; those deleted.
+        """Delete and return the steps that are neither among the latest `keep_last` nor divisible by `keep_every`.
 
-        Only steps up to the newest one that this Store saved or restored are looked at (newer ones belong to a course
-        that was left), and of those, steps with missing files or known to be damaged do not count as kept.
+        Only steps up to the latest one that this Store saved or restored are considered (newer ones belong to an
+        abandoned branch of the run). Steps with missing files or known damage do not count toward `keep_last`.
         """
         self.wait()
-        return self._prune(max(self._held or self.steps(), default=0))
+        return self._prune(max(self._current or self.steps(), default=0))
 
     def folder(self, step: int) -> AnyPath:
-        """Where the checkpoint of `step` lies, or would."""
+        """Return the path of the checkpoint of `step`, which may not exist."""
         return local_backend.step_folder(self.root, step)
 
     def _open(self) -> None:
@@ -229,23 +223,23 @@ class Store:
             backend_for(self.root).create()
             backend_for(self.root).remove_leftovers()
         except OSError as error:
-            raise CheckpointError(f"{self.root}: cannot be used for checkpoints: {error}") from error
+            raise CheckpointError(f"{self.root}: cannot be used as a checkpoint folder: {error}") from error
 
     def _prune(self, last: int) -> list[int]:
         steps = [step for step in self.steps() if step <= last]
-        kept: list[int] = []
+        retained: list[int] = []
         for step in reversed(steps):
-            if len(kept) < self.keep_last and step not in self._damaged and self._looks_intact(step):
-                kept.append(step)
-        if len(kept) < self.keep_last:
+            if len(retained) < self.keep_last and step not in self._damaged and self._has_all_files(step):
+                retained.append(step)
+        if len(retained) < self.keep_last:
             return []
-        gone = [step for step in steps if step < kept[-1] and not (self.keep_every and step % self.keep_every == 0)]
-        for step in gone:
+        pruned = [step for step in steps if step < retained[-1] and not (self.keep_every and step % self.keep_every == 0)]
+        for step in pruned:
             backend_for(self.folder(step)).delete()
-            self._held.discard(step)
-        return gone
+            self._current.discard(step)
+        return pruned
 
-    def _looks_intact(self, step: int) -> bool:
+    def _has_all_files(self, step: int) -> bool:
         try:
             return not verify_sizes(self.folder(step), self.read_manifest(step).arrays)
         except StorageError:
@@ -254,32 +248,33 @@ class Store:
             return False
 
     def _finish(self, save: PendingSave) -> None:
-        """Commit and prune, in every process."""
+        """Commit a save and prune; called in every process."""
         try:
             commit_save(self.root, save)
         except BaseException:
-            self._held.discard(save.step)
+            self._current.discard(save.step)
             raise
         self._damaged.discard(save.step)
         try:
             run_on_all("prune", lambda: self._prune(save.step), first_only=True)
         except (OSError, StorageError, RemoteFailure) as error:
             raise CheckpointError(
-                f"step {save.step} was saved, but older ones could not be deleted: {error}"
+                f"step {save.step} was saved, but older checkpoints could not be deleted: {error}"
             ) from error
 
 
 def find_checkpoint(path: str | AnyPath, *, log: Callable[[str], None] | None = None) -> tuple[Store, int]:
-    """The checkpoint that `path` means, in a store opened for reading.
+    """Return the store, opened for reading, and the step of the checkpoint at `path`.
 
-    `path` is a run folder (its checkpoints/), a folder of checkpoints, or one step's. Of several steps it is the newest,
-    or with `report` the newest intact one (see Store.newest_intact). CheckpointError says what was found instead.
+    `path` is a run folder (with checkpoints/), a folder of checkpoints, or the folder of one step. Of several steps the
+    latest is returned, with `log` the latest valid one (see Store.latest_valid). Otherwise raises CheckpointError with
+    what was found instead.
     """
     path = parse_path(path).absolute()
     if not path.is_dir():
-        near = sorted(other.name for other in path.parent.iterdir() if other.is_dir()) if path.parent.is_dir() else []
-        kind = "is not a folder" if path.exists() else "no such folder"
-        raise CheckpointError(f"{path}: {kind}; {path.parent} holds the folders: {', '.join(near[:10]) or 'none'}")
+        others = sorted(other.name for other in path.parent.iterdir() if other.is_dir()) if path.parent.is_dir() else []
+        problem = "is not a folder" if path.exists() else "no such folder"
+        raise CheckpointError(f"{path}: {problem}; folders in {path.parent}: {', '.join(others[:10]) or 'none'}")
     named = local_backend.STEP.fullmatch(path.resolve().name)
     if named and not (path / "checkpoints").is_dir():
         return Store(path.resolve().parent, writable=False), int(named[1])
@@ -291,29 +286,29 @@ def find_checkpoint(path: str | AnyPath, *, log: Callable[[str], None] | None = 
     entries = sorted(entry.name for entry in path.iterdir())
     more = " ..." if len(entries) > 10 else ""
     raise CheckpointError(
-        f"{path}: no checkpoint in it (a run folder with checkpoints/step_<N>, a folder of step_<N>, or a step_<N> itself); "
-        f"found: {', '.join(entries[:10]) or 'nothing'}{more}"
+        f"{path}: contains no checkpoint, only: {', '.join(entries[:10]) or 'nothing'}{more}; give a run folder with "
+        "checkpoints/step_<N>, a folder of step_<N>, or a step_<N> folder"
     )
 
 
 def _check_match(folder: AnyPath, records: Mapping[str, ArrayRecord], like: Mapping[str, Any], only: str) -> None:
-    """Raise CheckpointError with every array that is missing, unexpected, or of other shape or dtype."""
+    """Raise CheckpointError with every array that is missing or unexpected, or whose shape or dtype differs."""
     problems = [f"missing in the checkpoint: {name}" for name in like if name not in records]
     scope = f' (names beginning with "{only}")' if only else ""
     problems += [f"unexpected in the checkpoint{scope}: {name}" for name in records if name not in like]
     for name, leaf in like.items():
         record = records.get(name)
         if record and (record.shape, record.dtype) != (tuple(leaf.shape), np.dtype(leaf.dtype).name):
-            asked = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-            problems.append(f"{name}: {record.dtype}{list(record.shape)} in the checkpoint, {asked} asked for")
+            requested = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+            problems.append(f"{name}: {record.dtype}{list(record.shape)} in the checkpoint, {requested} requested")
         if leaf.sharding is None:
             problems.append(f"{name}: no sharding given")
     if problems:
-        raise CheckpointError(f"{folder} does not hold what was asked for:\n  " + "\n  ".join(problems))
+        raise CheckpointError(f"{folder} does not match the requested arrays:\n  " + "\n  ".join(problems))
 
 
 def _check_files(folder: AnyPath, records: Mapping[str, ArrayRecord]) -> None:
-    """Raise CheckpointError for all that can be seen to be wrong without reading the values."""
+    """Raise CheckpointError with all problems that are visible without reading the values."""
     problems = verify_sizes(folder, records)
     if problems:
         raise CheckpointError("\n".join(problems.values()))

@@ -89,7 +89,7 @@ def _plan_record(name: str, planned: PlannedArray, options: WriteOptions) -> Arr
 
 def _reopen_staging(staging: Path, step: int) -> None:
     """Turn a committed step back into a temporary folder, if an earlier attempt stopped during verification or upload."""
-    final, temporary = staging / f"step_{step}", local_backend.temporary_folder(staging, step, RESUMABLE_OWNER)
+    final, temporary = staging / f"step_{step}", local_backend.staging_folder(staging, step, RESUMABLE_OWNER)
     if final.is_dir() and not temporary.exists():
         os.rename(final, temporary)
         for name in (local_backend.COMMIT, MANIFEST):

@@ -90,9 +90,7 @@ class CorpusBuilder:
         return run_stage(name, task, tasks, task.folder, self.executor, self.on_progress)
 
 
-def build_corpus(
-    recipe: Recipe, out: Path, executor: Executor, on_progress: ProgressFn = ignore_progress
-) -> Corpus:
+def build_corpus(recipe: Recipe, out: Path, executor: Executor, on_progress: ProgressFn = ignore_progress) -> Corpus:
     """Build the corpus in `out`, or resume an interrupted build.
 
     Raises DataError for unusable sources, ConfigError for weights that cannot be met, and CorpusError if anything is

@@ -94,5 +94,7 @@ def _join_fields(file: Path, number: int, line: str, keys: tuple[str, ...]) -> s
         record = json.loads(line)
         values = [record[key] for key in keys]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}:{number}: expected a JSON object with {', '.join(keys)}: {error!r}; check text_keys") from None
+        raise DataError(
+            f"{file}:{number}: expected a JSON object with {', '.join(keys)}: {error!r}; check text_keys"
+        ) from None
     return " ".join(part for value in values for part in (value if isinstance(value, list) else [str(value)]))

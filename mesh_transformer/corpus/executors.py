@@ -73,7 +73,9 @@ def run_on_slurm(pipeline: list[Any], tasks: int, folder: Path, workers: int, sl
     try:
         job.launch_job()
     except FileNotFoundError:
-        raise DataError("--slurm: sbatch is not installed; run this command on a machine that can submit jobs") from None
+        raise DataError(
+            "--slurm: sbatch is not installed; run this command on a machine that can submit jobs"
+        ) from None
     except subprocess.CalledProcessError as error:
         raise DataError(f"--slurm: sbatch failed with status {error.returncode}; its output is above") from None
     if job.job_id == -1:  # all parts are complete

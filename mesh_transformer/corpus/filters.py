@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What judges or mends one document at a time: most are DataTrove's filters and formatters as they are.
+"""Filters and edits of single documents; most are DataTrove's filters and formatters.
 
-A step is a function that may change a document's text, and returns why the document is dropped, or "" to keep it. A new
-one is a record in recipe.py and a row in MAKERS.
+A filter is a function that may change a document's text and returns the reason to drop the document, or "" to keep it.
+To add one, add its record to recipe.py and its factory to FILTERS.
 """
 
 import random

@@ -188,7 +188,9 @@ def mail_to_text(data: bytes) -> str:
         content = body.get_content() if body is not None else ""
         subject = str(message.get("subject", "") or "")
     except (LookupError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise DocumentError("broken mail", f"message that cannot be parsed: {' '.join(str(error).split())[:200]}") from None
+        raise DocumentError(
+            "broken mail", f"message that cannot be parsed: {' '.join(str(error).split())[:200]}"
+        ) from None
     if not isinstance(content, str) or not content.strip():
         raise DocumentError("no text", "message without text")
     if body is not None and body.get_content_type() == "text/html":

@@ -13,7 +13,8 @@ from pydantic.dataclasses import dataclass
 
 from mesh_transformer.config import ConfigError, check_table, config_to_dict, read_toml
 from mesh_transformer.config.field_types import STRICT, NonNegative, Positive, Rate
-from mesh_transformer.corpus.renamed import refuse_renamed, stored_field, to_stored_names, translate_stored
+from mesh_transformer.config.renamed import find_renamed, translate_stored
+from mesh_transformer.corpus.renamed import RECIPE, to_stored_names
 
 Kind = Literal["text", "code", "jsonl", "parquet", "warc", "mbox", "latex", "html", "man", "rst", "info"]
 Names = tuple[str, ...]
@@ -314,13 +315,14 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     """Read a recipe file and merge in "section.field=value" overrides; raise ConfigError with a line per mistake."""
     path = Path(path)
     table = read_toml(path, overrides)
-    refuse_renamed(table, where=str(path))
+    if renamed := find_renamed(table, RECIPE):
+        raise ConfigError("\n".join(f"{path}: {message}" for message in renamed))
     return check_table(Recipe, table, where=str(path))
 
 
 def load_stored_recipe(table: Mapping[str, Any], where: str) -> Recipe:
     """Return the recipe stored with a corpus, also by an earlier version."""
-    return check_table(Recipe, translate_stored(table), where=where)
+    return check_table(Recipe, translate_stored(table, RECIPE), where=where)
 
 
 def filters_for(recipe: Recipe, component: str) -> list[tuple[int, Filter]]:
@@ -376,8 +378,7 @@ def text_tables(recipe: Recipe) -> dict[str, Any]:
 
 def identify_filter(config: Filter) -> str:
     """Return the values of a filter as one string, by the names of version 1.0."""
-    fields = (
-        f"{stored_field('filters.*', field.name)}={getattr(config, field.name)!r}"
-        for field in dataclasses.fields(config)
-    )
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    stored = to_stored_names({"filters": {"0": values}})["steps"]["0"]
+    fields = (f"{name}={value!r}" for name, value in zip(stored, values.values(), strict=True))
     return f"{type(config).__name__.removesuffix('Filter')}({', '.join(fields)})"

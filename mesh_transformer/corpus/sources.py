@@ -19,7 +19,7 @@ from mesh_transformer.corpus.markup import INFO_MARK, TO_TEXT, html_to_text, ins
 from mesh_transformer.corpus.parts import digest_file
 from mesh_transformer.corpus.recipe import ComponentConfig, Recipe
 from mesh_transformer.data.compression import ChunkStream, check_length, read_chunks, split_lines
-from mesh_transformer.data.errors import SkippedDocuments, DataError, Document, DocumentError
+from mesh_transformer.data.errors import DataError, Document, DocumentError, SkippedDocuments
 from mesh_transformer.data.formats import check_characters, decode_python, decode_utf8, read_items
 from mesh_transformer.data.readers import find_files
 
@@ -181,14 +181,18 @@ def _find_damage(path: Path) -> DocumentError | None:
 
 
 def _unreadable(error: OSError) -> DocumentError:
-    return DocumentError("unreadable file", f"cannot be read: {error.strerror or error}; check its permissions or exclude it")
+    return DocumentError(
+        "unreadable file", f"cannot be read: {error.strerror or error}; check its permissions or exclude it"
+    )
 
 
 def _check_unchanged(file: SourceFile) -> None:
     try:
         status = os.stat(file.path)
     except OSError as error:
-        raise DataError(f"{file.path}: disappeared during the build: {error.strerror}; restore it and build again") from None
+        raise DataError(
+            f"{file.path}: disappeared during the build: {error.strerror}; restore it and build again"
+        ) from None
     if (status.st_size, status.st_mtime_ns) != (file.size, file.changed):
         raise DataError(f"{file.path}: changed during the build; build again")
 
@@ -196,7 +200,10 @@ def _check_unchanged(file: SourceFile) -> None:
 def _read_file(file: Path, component: ComponentConfig, limit: int, stats: ReadStats) -> Iterator[Item]:
     try:
         for number, text in KINDS[component.kind](file, component, limit, stats):
-            yield number, _too_long(f"{len(text):,} characters") if isinstance(text, str) and len(text) > limit else text
+            yield (
+                number,
+                _too_long(f"{len(text):,} characters") if isinstance(text, str) and len(text) > limit else text,
+            )
     except DocumentError as error:  # damage that makes the rest of the file unreadable
         yield error.line, error
     except OSError as error:
@@ -204,7 +211,9 @@ def _read_file(file: Path, component: ComponentConfig, limit: int, stats: ReadSt
 
 
 def _too_long(what: str) -> DocumentError:
-    return DocumentError("too long", f"{what} in one document: exceeds corpus.max_document_mb; split it, or raise the limit")
+    return DocumentError(
+        "too long", f"{what} in one document: exceeds corpus.max_document_mb; split it, or raise the limit"
+    )
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
@@ -279,7 +288,10 @@ def _read_markup(file: Path, component: ComponentConfig, limit: int, stats: Read
 def _read_records(file: Path, component: ComponentConfig, limit: int, stats: ReadStats) -> Iterator[Item]:
     suffixes = {suffix.lower() for suffix in file.suffixes[-2:]}
     if not suffixes & ({".parquet"} if component.kind == "parquet" else set(_LINES)):
-        raise DocumentError("unreadable type", f"unexpected file extension for kind {component.kind}; choose another kind, or exclude it")
+        raise DocumentError(
+            "unreadable type",
+            f"unexpected file extension for kind {component.kind}; choose another kind, or exclude it",
+        )
     for number, item in read_items(file, component.text_key, limit):
         yield number, _too_long(item.detail) if isinstance(item, DocumentError) and item.kind == "too long" else item
 

@@ -28,9 +28,7 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no pro
 
 
 @contextmanager
-def watch_preemption(
-    stop: StopRequest, log: Callable[[str], None], *, seconds: float = POLL_SECONDS
-) -> Iterator[None]:
+def watch_preemption(stop: StopRequest, log: Callable[[str], None], *, seconds: float = POLL_SECONDS) -> Iterator[None]:
     """Context that requests a stop on a preemption or maintenance notice; does nothing without a metadata server."""
     host = find_metadata_server()
     ended = threading.Event()

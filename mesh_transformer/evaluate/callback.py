@@ -2,29 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training that measures itself at the steps that [evaluate] names, with the code of device_evaluate.py."""
 
-from typing import Any
-
 from mesh_transformer.config import Config, ConfigError
 from mesh_transformer.distributed.coordination import process_count
-from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.evaluate.evaluation import EvalTarget, check_tasks, evaluate_model
 from mesh_transformer.evaluate.harness_tasks import load_definition
 from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer
 from mesh_transformer.evaluate.tasks import TEXT, WIKITEXT
-from mesh_transformer.mesh import MeshLayout
 from mesh_transformer.reports.evaluation_results import Evaluation
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
 from mesh_transformer.sample.engine.engine import EngineOptions
 from mesh_transformer.sample.engine.weights import prepare_weights
-from mesh_transformer.storage.paths import AnyPath
-from mesh_transformer.train.loop import MeasureFn, ProgressFn
+from mesh_transformer.train.loop import MeasureFn, TaskProgressFn
 from mesh_transformer.train.run import Run
-from mesh_transformer.train.session import train_config
-
-
-def train_measured(config: Config, layout: MeshLayout, stop: StopRequest, **options: Any) -> AnyPath:
-    """As train_config, and the tasks of [evaluate] on the way and at the end; ConfigError for those that cannot be done."""
-    return train_config(config, layout, stop, measure=make_measure(config), **options)
 
 
 def make_measure(config: Config) -> MeasureFn | None:
@@ -44,9 +33,11 @@ def make_measure(config: Config) -> MeasureFn | None:
     scorers: list[LoglikelihoodScorer] = []
     engines: list[DecoderOnlyEngine] = []
 
-    def measure_run(run: Run, tell: ProgressFn) -> Evaluation:
+    def measure_run(run: Run, tell: TaskProgressFn) -> Evaluation:
         if not scorers:
-            scorers.append(LoglikelihoodScorer(config.model, None, run.layout, batch_tokens=config.evaluate.batch_tokens))
+            scorers.append(
+                LoglikelihoodScorer(config.model, None, run.layout, batch_tokens=config.evaluate.batch_tokens)
+            )
         (scorer,), params = scorers, run.state.params
         scorer.params = params
         if generates and not engines:
@@ -56,7 +47,9 @@ def make_measure(config: Config) -> MeasureFn | None:
             engines[0].programs.weights = prepare_weights(params, engines[0].programs.config, run.layout, "saved")
         engine = engines[0] if generates else None
         try:
-            return evaluate_model(EvalTarget(config, run.data.tokenizer, scorer, engine, run.step, str(run.folder.location)), tell)
+            return evaluate_model(
+                EvalTarget(config, run.data.tokenizer, scorer, engine, run.step, str(run.folder.location)), tell
+            )
         finally:
             scorer.params = None  # the next step takes their memory
             if engine:

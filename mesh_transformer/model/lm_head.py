@@ -6,13 +6,17 @@ Every computation of logits uses these functions: the forward pass, the chunked 
 comparison of converted checkpoints. They accept JAX and NumPy arrays, except for `lm_logits`, which needs JAX.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.linear import linear
 from mesh_transformer.model.quantization import Quantized
+
+ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
 
 class LMHead(NamedTuple):
@@ -34,14 +38,14 @@ def head_matrix(head: LMHead, config: ModelConfig) -> Float[Array, "D V"]:
     return head.w.T if config.tied_embeddings else head.w
 
 
-def scale_hidden_states(x: Float[Array, "..."], config: ModelConfig) -> Float[Array, "..."]:
+def scale_hidden_states(x: Float[ArrayT, "*B D"], config: ModelConfig) -> Float[ArrayT, "*B D"]:
     """Return the output of the final norm, scaled as the input of the head's matmul."""
     return x * config.d_model**-0.5 if config.logit_scale == "rsqrt_d_model" else x
 
 
 def finish_logits(
-    product: Float[Array, "*B V"], bias: Float[Array, "V"] | None, config: ModelConfig
-) -> Float[Array, "*B V"]:
+    product: Float[ArrayT, "*B V"], bias: Float[ArrayT, "V"] | None, config: ModelConfig
+) -> Float[ArrayT, "*B V"]:
     """Return the logits, given the float32 product of the hidden states and the head's weight.
 
     The operation is elementwise, so V may be a device's shard of the vocabulary.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The interactive prompt: type a text, watch the model continue it, change how it draws."""
+"""Interactive prompt: type a text, watch the model continue it, change the sampling options."""
 
 import dataclasses
 import difflib
@@ -16,50 +16,56 @@ from pydantic import ValidationError
 from mesh_transformer.config import SampleConfig
 from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.distributed.stop import StopRequest
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.engine import Engine
 from mesh_transformer.sample.text_generation import TextGeneration
 
 HELP = '''\
-Type a text; the model continues it. A line that ends in \\ continues on the next, as does all between lines of """.
+Type a text; the model continues it. A line that ends in \\ continues on the next line; a text between lines of """ may
+have many lines.
 
-  /set NAME VALUE   change how tokens are drawn, for example /set temperature 0.7
-  /show             the settings
-  /seed N           the next completion's seed; it grows by one with every completion
-  /reset            all settings as at the start
-  /help             this text
-  /quit             leave, as does Ctrl-D; Ctrl-C ends a completion'''
+  /set NAME VALUE   change a sampling option, for example /set temperature 0.7
+  /show             show the sampling options and the seed
+  /seed N           set the seed of the next completion; it grows by one with every completion
+  /reset            restore the options and the seed of the start
+  /help             show this text
+  /quit             quit (also Ctrl-D); Ctrl-C interrupts a completion'''
 BLOCK = '"""'
 COMMANDS = ("/set", "/show", "/seed", "/reset", "/help", "/quit")
 FIELDS = [field.name for field in dataclasses.fields(SampleConfig) if field.name != "prompts"]
-# Control characters that a model draws would move the cursor or worse; they are shown as the symbols Unicode has for them.
+# Generated control characters could move the cursor or worse; they are replaced by Unicode's symbols for them.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 VISIBLE |= dict.fromkeys(range(128, 160), 65533)
 
 
-class SettingError(ValueError):
-    """A command of the prompt that cannot be followed."""
+class ReplError(ValueError):
+    """Invalid command or option at the interactive prompt."""
 
 
 class Repl:
-    """One session at a terminal, or over pipes, where only the texts go to stdout."""
+    """One session at a terminal, or over pipes, where stdout has only the completions."""
 
     def __init__(
-        self, engine: DecoderOnlyEngine, tokenizer: Tokenizer, options: SampleConfig, *, seed: int = 0, stops: Sequence[str] = ()
+        self, engine: Engine, tokenizer: Tokenizer, options: SampleConfig, *, seed: int = 0, stops: Sequence[str] = ()
     ) -> None:
-        self._engine, self._tokenizer, self._stops = engine, tokenizer, list(stops)
-        self._start = self._options, self._seed = options, seed
+        """Start with `options` and `seed`; completions end before any of `stops`."""
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._stops = list(stops)
+        self._start = (options, seed)
+        self._options = options
+        self._seed = seed
         self._reads_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self._dim = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         if self._reads_terminal:
             _load_history()
 
     def run(self) -> None:
-        """Until /quit or the end of input."""
+        """Read texts and commands until /quit or the end of input."""
         self._note("/help for help, Ctrl-D to leave")
         while True:
             try:
                 text, is_command = self._read()
-            except KeyboardInterrupt:  # as in a shell: what was typed is dropped
+            except KeyboardInterrupt:  # as in a shell: discard the line
                 print()
                 continue
             except EOFError:
@@ -67,18 +73,18 @@ class Repl:
             if is_command and text.strip() == "/quit":
                 break
             try:
-                self._follow(text) if is_command else self._complete(text)
+                self._run_command(text) if is_command else self._complete(text)
             except ValueError as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
 
-    def _follow(self, text: str) -> None:
+    def _run_command(self, text: str) -> None:
         name, *values = text.split(maxsplit=1)
         match name, "".join(values).strip():
-            case "/set", setting:
-                self._options = change_setting(self._options, setting)
+            case "/set", assignment:
+                self._options = set_option(self._options, assignment)
             case "/seed", number:
                 if not number.isdecimal():
-                    raise SettingError("/seed takes a whole number, for example /seed 3")
+                    raise ReplError(f"/seed needs an integer >= 0, got {number!r}; for example /seed 3")
                 self._seed = int(number)
             case "/show", _:
                 print("\n".join(f"{name} = {getattr(self._options, name)}" for name in FIELDS))
@@ -89,36 +95,40 @@ class Repl:
                 print(HELP, flush=True)
             case _:
                 near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
-                hint = f"did you mean {near[0]}?" if near else f"there are {' '.join(COMMANDS)}"
-                raise SettingError(
-                    f'{name} is no command; {hint} (a text that begins with / goes between lines of """)'
+                hint = f"did you mean {near[0]}?" if near else f"commands are {' '.join(COMMANDS)}"
+                raise ReplError(
+                    f'unknown command {name}; {hint} (put a text that begins with / between lines of """)'
                 )
 
     def _complete(self, prompt: str) -> None:
         start = time.monotonic()
-        seed, why = self._seed, ""
+        seed = self._seed
         self._seed += 1
-        # Noted, not raised: an exception in the middle of what XLA does can bring the process down at its end.
+        reason = ""
+        # The signal sets a flag instead of raising: an exception inside XLA can crash the process at exit.
         with StopRequest((signal.SIGINT,), "") as stop:
             generation = TextGeneration(
                 self._engine, self._tokenizer, [prompt], self._options, seed=seed, stops=self._stops
             )
-            for _, piece in generation:
-                self._write(piece)
+            for _, text in generation:
+                self._write(text)
                 if stop.requested:
-                    why = ", interrupted"
+                    reason = ", interrupted"
                     break
-        for _, piece in generation.interrupt():
-            self._write(piece)
+        for _, text in generation.interrupt():
+            self._write(text)
         seconds = time.monotonic() - start
         print(flush=True)
-        tokens, finish = generation.n_tokens, generation.completions()[0].finish
-        if finish == "length" and not why and tokens < self._options.max_tokens:
-            why = f", all that seq_len={self._engine.config.seq_len} leaves room for"
-        self._note(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, seed {seed}{why}")
+        tokens = generation.n_tokens
+        [completion] = generation.completions()
+        if completion.finish == "length" and not reason and tokens < self._options.max_tokens:
+            reason = f", stopped at seq_len={self._engine.config.seq_len}"
+        if stats := completion.speculative:
+            reason = f", {stats.accepted_tokens} of {stats.draft_tokens} draft tokens accepted" + reason
+        self._note(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, seed {seed}{reason}")
 
     def _read(self) -> tuple[str, bool]:
-        """The next text, and whether it is a command: a line, lines joined by a backslash at their end, or a block."""
+        """Return the next text and whether it is a command. A text is a line, lines that end in a backslash, or a block."""
         line = ""
         while not line.strip():
             line = self._read_line("> ")
@@ -151,25 +161,24 @@ class Repl:
             print(text, file=sys.stderr, flush=True)
 
 
-def change_setting(options: SampleConfig, setting: str) -> SampleConfig:
-    """`options` with "NAME VALUE" or "NAME = VALUE" applied; SettingError says what is wrong and what would be right."""
-    name, _, value = setting.replace("=", " ", 1).partition(" ")
+def set_option(options: SampleConfig, assignment: str) -> SampleConfig:
+    """Return `options` with "NAME VALUE" or "NAME = VALUE" applied. Raise ReplError for an unknown name or invalid value."""
+    name, _, value = assignment.replace("=", " ", 1).partition(" ")
     value = value.strip()
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.4)
-        raise SettingError(
-            f"{name!r} is no setting; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(FIELDS)}")
-        )
+        hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(FIELDS)}"
+        raise ReplError(f"unknown option {name!r}; {hint}")
     try:
         return dataclasses.replace(options, **{name: tomllib.loads(f"value = {value}")["value"]})
     except tomllib.TOMLDecodeError:
-        raise SettingError(f"/set {name} takes a number, not {value!r}") from None
+        raise ReplError(f"/set {name} needs a number, got {value!r}") from None
     except ValidationError as error:
-        raise SettingError(f"{name} = {value}: {error.errors()[0]['msg']}") from None
+        raise ReplError(f"{name} = {value}: {error.errors()[0]['msg']}") from None
 
 
 def _load_history() -> None:
-    """Arrow keys and history, where Python was built with them."""
+    """Enable arrow keys and history if Python was built with readline."""
     try:
         import readline
     except ImportError:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Text in, text out: prompts become tokens, tokens become whole characters, and stop strings end a text exactly."""
+"""Text generation: prompts are tokenized, tokens are detokenized as they arrive, and stop strings end the text."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.data.tokenizers import StreamDecoder, Tokenizer
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
-from mesh_transformer.sample.engine.requests import Event
+from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.sample.engine.requests import Event, SpeculativeStats
 
 Finish = Literal["stop", "length", "interrupted"]
 
@@ -20,54 +20,63 @@ class TextCompletion(NamedTuple):
 
     prompt: str
     text: str  # ends before the stop string
-    tokens: list[int]  # all that were drawn, those of the stop string or the end of text included
+    tokens: list[int]  # all generated tokens, including those of the stop string or the end of text
     logprobs: list[float]  # of each token in the model's own distribution, natural log
     finish: Finish
+    speculative: SpeculativeStats | None = None  # None without speculative decoding
 
     def to_json(self) -> str:
-        """One JSON object on one line."""
-        return json.dumps(self._asdict(), ensure_ascii=False)
+        """Return one JSON object on one line; without speculative decoding it has no such field."""
+        fields = self._asdict()
+        del fields["speculative"]
+        if self.speculative:
+            fields["speculative"] = dataclasses.asdict(self.speculative)
+        return json.dumps(fields, ensure_ascii=False)
 
 
 class StopStrings:
-    """Lets text through until one of the `stops` is complete, and holds back what could still become one.
+    """Filters streamed text: ends it at the first stop string, and holds back what could become one.
 
-    The first stop string to be complete counts (of several, the longest), whatever pieces the text arrives in.
+    The first stop string to be complete counts (the longest of several), however the text is split.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
+        """Raise ConfigError for an empty stop string."""
         if any(not stop for stop in stops):
-            raise ConfigError("a stop string is empty; it would end every text before it begins")
+            raise ConfigError("got an empty stop string, which would end every text at its start; remove it")
         self._stops = list(stops)
         self._held = ""
         self.complete = False
 
     def push(self, text: str) -> str:
-        """What may be shown now; nothing more once a stop string is complete."""
+        """Add text and return what can be shown; nothing once a stop string is complete."""
         if self.complete:
             return ""
         self._held += text
         ends = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
         if ends:
             self.complete = True
-            shown, self._held = self._held[: min(ends)[1]], ""
+            shown = self._held[: min(ends)[1]]
+            self._held = ""
             return shown
         keep = max(
             (n for stop in self._stops for n in range(len(stop)) if n and self._held.endswith(stop[:n])), default=0
         )
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
+        n_shown = len(self._held) - keep
+        shown = self._held[:n_shown]
+        self._held = self._held[n_shown:]
         return shown
 
     def finish(self) -> str:
-        """What was held back in vain."""
-        shown, self._held = self._held, ""
+        """Return the text that was held back but is not part of a stop string."""
+        shown = self._held
+        self._held = ""
         return shown
 
 
 @dataclasses.dataclass
-class TextRow:
-    """One sample's text as its tokens arrive: whole characters, up to the first stop string."""
+class TextStreamer:
+    """The text of one sample as its tokens arrive: complete characters, up to the first stop string."""
 
     prompt: str
     decoder: StreamDecoder
@@ -76,15 +85,15 @@ class TextRow:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finish: Finish = "interrupted"
-    decoded: int = 0  # whole characters so far, held back or not
+    decoded: int = 0  # complete characters so far, including those held back
 
     def push(self, event: Event) -> str:
-        """Take one token; what may be shown now. Once `finish` says why, there is no more to come."""
+        """Add a token and return the text that can be shown. `finish` is set with the last token."""
         self.tokens.append(event.token)
         self.logprobs.append(event.logprob)
-        piece = self.decoder.push([event.token])
-        self.decoded += len(piece)
-        shown = self.stops.push(piece)
+        decoded = self.decoder.push([event.token])
+        self.decoded += len(decoded)
+        shown = self.stops.push(decoded)
         if self.stops.complete:
             self.finish = "stop"
         elif event.finish:
@@ -94,21 +103,21 @@ class TextRow:
         return shown
 
     def close(self) -> str:
-        """What was held back, where no more tokens come."""
+        """Return the text that was held back, when no more tokens follow."""
         shown = self.stops.push(self.decoder.finish())
         return shown if self.stops.complete else shown + self.stops.finish()
 
 
 class TextGeneration:
-    """`n` continuations of every prompt on their way; iterating gives (row, new characters), rows as the engine's.
+    """`n` samples of every prompt in progress. Iteration yields (index, new text); indices are those of Engine.start.
 
-    Without room for `options.max_tokens` behind a prompt there are as many as fit. An empty prompt begins a document.
-    Raises PromptError for a prompt that is too long.
+    A sample has fewer than `options.max_tokens` tokens if the prompt leaves less space in seq_len. An empty prompt begins
+    a document.
     """
 
     def __init__(
         self,
-        engine: DecoderOnlyEngine,
+        engine: Engine,
         tokenizer: Tokenizer,
         prompts: Sequence[str],
         options: SampleConfig,
@@ -117,48 +126,60 @@ class TextGeneration:
         seed: int = 0,
         stops: Sequence[str] = (),
     ) -> None:
+        """Submit the requests. Raise PromptError for a prompt that is too long."""
         ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
-        rooms = [max(min(options.max_tokens, engine.config.max_new_tokens(len(prompt))), 1) for prompt in ids]
-        each = [dataclasses.replace(options, max_tokens=room) for room in rooms]
-        self._rows = [
-            TextRow(prompt, StreamDecoder(tokenizer, continues=bool(prompt)), StopStrings(stops))
+        limits = [max(min(options.max_tokens, engine.config.max_new_tokens(len(prompt))), 1) for prompt in ids]
+        each = [dataclasses.replace(options, max_tokens=limit) for limit in limits]
+        self._streamers = [
+            TextStreamer(prompt, StreamDecoder(tokenizer, continues=bool(prompt)), StopStrings(stops))
             for prompt in prompts
             for _ in range(n)
         ]
+        self._is_speculative = engine.is_speculative
         self._generation = engine.start(ids, each, n=n, seed=seed, stop_tokens=[tokenizer.end_of_text])
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         for event in self._generation.events():
-            row = self._rows[event.request]
-            shown = row.push(event)
-            if row.stops.complete:
+            streamer = self._streamers[event.request]
+            shown = streamer.push(event)
+            if streamer.stops.complete:
                 self._generation.stop(event.request)
             if shown:
                 yield event.request, shown
 
     def interrupt(self) -> list[tuple[int, str]]:
-        """End every row here; returns (row, characters) that were held back."""
+        """End all samples and return the text (index, characters) that was held back."""
         rest = []
-        for number, row in enumerate(self._rows):
-            if row.finish == "interrupted" and not row.stops.complete:
-                self._generation.stop(number)
-                shown = row.close()
-                row.text += shown
-                rest.append((number, shown))
+        for index, streamer in enumerate(self._streamers):
+            if streamer.finish == "interrupted" and not streamer.stops.complete:
+                self._generation.stop(index)
+                shown = streamer.close()
+                streamer.text += shown
+                rest.append((index, shown))
         return rest
 
     @property
     def n_tokens(self) -> int:
-        """Tokens drawn so far, over all rows."""
-        return sum(len(row.tokens) for row in self._rows)
+        """Tokens generated so far, over all samples."""
+        return sum(len(streamer.tokens) for streamer in self._streamers)
 
     def completions(self) -> list[TextCompletion]:
-        """All rows as far as they are, in order."""
-        return [TextCompletion(row.prompt, row.text, row.tokens, row.logprobs, row.finish) for row in self._rows]
+        """Return all samples as far as they are generated, in order."""
+        return [
+            TextCompletion(
+                streamer.prompt,
+                streamer.text,
+                streamer.tokens,
+                streamer.logprobs,
+                streamer.finish,
+                self._generation.speculative_stats(index) if self._is_speculative else None,
+            )
+            for index, streamer in enumerate(self._streamers)
+        ]
 
 
 def complete_texts(
-    engine: DecoderOnlyEngine,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     options: SampleConfig,
@@ -167,7 +188,7 @@ def complete_texts(
     seed: int = 0,
     stops: Sequence[str] = (),
 ) -> list[TextCompletion]:
-    """`n` continuations of every prompt, sample i of prompt j at j n + i; see TextGeneration."""
+    """Return `n` samples of every prompt; sample i of prompt j has index j n + i. See TextGeneration."""
     generation = TextGeneration(engine, tokenizer, prompts, options, n=n, seed=seed, stops=stops)
     for _ in generation:
         pass

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A few completions from the checkpoint a training run has just written, on the console and in its report."""
+"""Samples of a training run: completions of `sample.prompts`, on the console and in the run's report."""
 
 from pathlib import Path
 
@@ -16,23 +16,25 @@ from mesh_transformer.train.run_folder import RunFolder
 
 
 def log_training_samples(config: Config) -> None:
-    """Complete `sample.prompts` with the newest checkpoint of the run that `config` describes; nothing without prompts."""
+    """Complete `sample.prompts` with the latest checkpoint of the run that `config` describes."""
     if not config.sample.prompts:
         return
     with RunFolder(config, print) as folder:
-        _show(load_model(folder.location), folder.path)
+        _log_samples(load_model(folder.location), folder.path)
 
 
-def _show(trained: LoadedModel, run_dir: Path) -> None:
-    options, seed = trained.config.sample, trained.config.run.seed
-    completions = complete_texts(trained.engine, trained.tokenizer, options.prompts, options, seed=seed)
+def _log_samples(model: LoadedModel, run_dir: Path) -> None:
+    options = model.config.sample
+    completions = complete_texts(
+        model.engine, model.tokenizer, options.prompts, options, seed=model.config.run.seed
+    )
     console = Console()
-    console.print(Text(f"\nsamples of step {trained.step}, temperature {options.temperature}", style="bold"))
+    console.print(Text(f"\nsamples of step {model.step}, temperature {options.temperature}", style="bold"))
     for completion in completions:
-        console.out(completion.prompt, style="dim", highlight=False, end="")  # print would wrap, and lose a line's end
+        console.out(completion.prompt, style="dim", highlight=False, end="")  # print would wrap and strip line ends
         console.out(completion.text, highlight=False)
         console.rule(style="dim")
     text = "\n\n".join(f"{completion.prompt}{completion.text}" for completion in completions)
-    with MetricsLog(run_dir, trained.config.track, config={}, first_step=trained.step) as log:
-        log.event(trained.step, "samples", text)
+    with MetricsLog(run_dir, model.config.track, config={}, first_step=model.step) as log:
+        log.event(model.step, "samples", text)
     write_report(run_dir)

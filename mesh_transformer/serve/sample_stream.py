@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mesh_transformer.data.tokenizers import StreamDecoder, Tokenizer
 from mesh_transformer.sample.engine.requests import Event, Score
-from mesh_transformer.sample.text_generation import StopStrings, TextRow
+from mesh_transformer.sample.text_generation import StopStrings, TextStreamer
 
 
 class Delta(NamedTuple):
@@ -52,7 +52,7 @@ class SampleStream:
         self._tokenizer, self._n_top, self._empty, self._show = tokenizer, n_top, empty, show or format_logprobs
         self._prompt_tokens = list(prompt_tokens) if echo else []
         self._prompt = prompt if echo else ""
-        self.row = TextRow(prompt, StreamDecoder(tokenizer, continues=bool(prompt)), StopStrings(stops))
+        self.row = TextStreamer(prompt, StreamDecoder(tokenizer, continues=bool(prompt)), StopStrings(stops))
         self._pending: list[TokenLogprob] = []  # not shown yet, for their text is not
         self.done = self._begun = False
 

@@ -16,10 +16,10 @@ from mesh_transformer.reports.evaluation_results import Evaluation, metrics_of, 
 from mesh_transformer.train.recorder import Recorder
 from mesh_transformer.train.run import Run
 from mesh_transformer.train.schedule import batch_size_at, first_sequence
-from mesh_transformer.train.validation import compressed_bits_per_byte, evaluate
+from mesh_transformer.train.validation import compressed_bits_per_byte, validate
 
-ProgressFn = Callable[[str, int, int | None], None]  # (task, done, total or None)
-MeasureFn = Callable[[Run, ProgressFn], Evaluation]  # runs the tasks of [evaluate]; evaluate/callback.py makes it
+TaskProgressFn = Callable[[str, int, int | None], None]  # (task, done, total or None)
+MeasureFn = Callable[[Run, TaskProgressFn], Evaluation]  # runs the tasks of [evaluate]; evaluate/callback.py makes it
 
 
 class MeasurementInterrupted(Exception):
@@ -115,7 +115,7 @@ def _validate(run: Run, recorder: Recorder, stop: StopRequest, *, final: bool) -
     started, step = time.perf_counter(), run.step
     size = run.config.train.batch_size
     for name, validation in run.data.validation.items():
-        score = evaluate(
+        score = validate(
             validation,
             lambda batch: run.eval_step(run.state.params, run.shard_batch(batch, size)),
             rows=run.local_rows(size),

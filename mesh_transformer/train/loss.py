@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training loss of hidden states: cross entropy in float32, with the z-loss that keeps log Z near zero.
 
-    loss = -log softmax(logits)[target] + z_loss (log Z)^2        Z = sum(exp(logits)) over the vocabulary
+loss = -log softmax(logits)[target] + z_loss (log Z)^2        Z = sum(exp(logits)) over the vocabulary
 """
 
 from functools import partial

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""gradient -> update: one optax chain, and the logical axes of the state it keeps.
+"""Optimizers as one optax chain, and the logical axes of their state.
 
-What happens to an array follows from its logical axes, never from its name. A *matrix* has the axis "embed" and
-another one besides "layers": w_q [layers, embed, heads, head_dim] is a stack of matrices of embed x (heads head_dim),
-and a bias [layers, heads, head_dim] is none. Matrices decay, have factored second moments in Adafactor and, unless they
-are embeddings or the output layer, are orthogonalised by Muon.
+The logical axes of an array, not its name, decide how it is updated. A *matrix* has the axis "embed" and another axis
+besides "layers": w_q [layers, embed, heads, head_dim] is a stack of matrices of embed x (heads head_dim), and a bias
+[layers, heads, head_dim] is no matrix. Matrices have weight decay and factored second moments in Adafactor. Muon
+orthogonalizes the matrices that are not embeddings or the output layer.
 """
 
 import functools
@@ -23,35 +23,35 @@ from mesh_transformer.config import ConfigError, OptimizerConfig
 from mesh_transformer.model.params import STACK
 from mesh_transformer.train.schedule import make_schedule
 
-Axes = Mapping[str, Mapping[str, tuple[str, ...]]]  # {module: {name: logical axes}}, as the parameters are nested
+Axes = Mapping[str, Mapping[str, tuple[str, ...]]]  # {module: {name: logical axes}}, the structure of the parameters
 
-STACK_AXES = (STACK, "expert")  # axes along which lie independent matrices
-EMBEDDING_AXES = ("vocab", "position", "buckets", "router")  # axes of embeddings, output layer and routers: a row per choice
-MUON_RMS = 0.2  # of an update's elements, about what AdamW's have: Liu et al. 2025 (arXiv 2502.16982), section 2.2
-# Quintic iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): steep at 0, ends in about [0.7, 1.2]
+STACK_AXES = (STACK, "expert")  # axes along which independent matrices are stacked
+EMBEDDING_AXES = ("vocab", "position", "buckets", "router")  # axes of embeddings, output layer and routers
+MUON_RMS = 0.2  # RMS of an update's elements, similar to AdamW's: Liu et al. 2025 (arXiv 2502.16982), section 2.2
+# Quintic iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): steep at 0, converges to about [0.7, 1.2]
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, axes: Axes) -> optax.GradientTransformation:
-    """Clip, scale, decay, schedule, descend; for a run of `steps` steps over parameters with these logical axes.
+    """Return the optimizer of a run of `steps` steps: clipping, scaling, weight decay and learning rate schedule.
 
-    Weight decay is decoupled (Loshchilov and Hutter 2019) and multiplied by the learning rate. The scalings, by
-    config.name, with b1 = beta1 and b2 = beta2:
+    Weight decay is decoupled (Loshchilov and Hutter 2019) and multiplied by the learning rate. The
+    scaling depends on config.name, where b1 = beta1 and b2 = beta2:
 
         adamw      m / (sqrt(v) + eps), both bias-corrected
-        adafactor  g / sqrt(v), v factored (`scale_by_factored_moment`), then an average of updates with b1 (none if 0)
+        adafactor  g / sqrt(v), v factored (`scale_by_factored_moment`), then an average of the updates with b1 (none if b1 = 0)
         lion       sign(b1 m + (1 - b1) g), m an average with b2 (Chen et al. 2023, arXiv 2302.06675)
-        muon       `scale_by_muon` with momentum b1 for inner matrices; adamw for tables, norms and biases
+        muon       `scale_by_muon` with momentum b1 for inner matrices; adamw for embeddings, norms and biases
         sgd        m = b1 m + g
 
-    moment_dtype is the type of m. v stays float32: in bfloat16 it would stand still once 1 - b2 is below half a unit in
-    the last place, 2^-9. Raises ConfigError for a field that cannot be used.
+    moment_dtype is the type of m. v is always float32: in bfloat16 it would not change once 1 - b2 is below half a unit
+    in the last place, 2^-9. Raises ConfigError for an unknown axis in no_decay_axes.
     """
     present = {axis for leaves in axes.values() for array in leaves.values() for axis in array}
     if unknown := [axis for axis in config.no_decay_axes if axis not in present]:
         raise ConfigError(
-            f"optimizer.no_decay_axes: no array has the axis {unknown[0]!r}; there are {', '.join(sorted(present))}"
+            f"optimizer.no_decay_axes: no array has the axis {unknown[0]!r}; use some of {', '.join(sorted(present))}"
         )
     decays = map_axes(lambda a: is_matrix(a) and not set(a) & set(config.no_decay_axes), axes)
     return optax.chain(
@@ -84,23 +84,23 @@ def _make_scaling(config: OptimizerConfig, axes: Axes) -> optax.GradientTransfor
 
 
 def is_matrix(axes: tuple[str, ...]) -> bool:
-    """Whether an array with these logical axes is a matrix on one side of the residual stream, or a stack of them."""
+    """Return whether an array with these logical axes is a matrix next to the residual stream, or a stack of them."""
     return "embed" in axes and any(axis != "embed" and axis not in STACK_AXES for axis in axes)
 
 
 def map_axes(function: Callable[[tuple[str, ...]], Any], axes: Axes) -> dict[str, dict[str, Any]]:
-    """`function` of every array's logical axes, nested as the parameters are."""
+    """Apply `function` to the logical axes of every array; the result has the structure of the parameters."""
     return {module: {name: function(array) for name, array in leaves.items()} for module, leaves in axes.items()}
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
-    """Euclidean norm of all arrays together, squared and summed in float32 whatever their type."""
+    """Return the Euclidean norm of all arrays together, squared and summed in float32 whatever their type."""
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """Shorten the whole gradient to `limit` if it is longer (Pascanu et al. 2012), by a norm in float32."""
+    """Scale the gradient to the norm `limit` if its float32 norm is larger (Pascanu et al. 2012)."""
 
     def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
         del params
@@ -111,14 +111,14 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
 
 class FactoredMoment(NamedTuple):
-    """Second moment of a matrix as an outer product; both factors keep the "layers" axis."""
+    """Second moment of a matrix as an outer product; both factors have the "layers" axis."""
 
-    over_embed: Array  # mean over "embed": the array's other axes
-    over_others: Array  # mean over all others: "embed"
+    over_embed: Array  # mean over "embed"; has the array's other axes
+    over_others: Array  # mean over the other axes; has "embed"
 
 
 class FactoredState(NamedTuple):
-    """Steps taken, and for every parameter a FactoredMoment (matrices) or an array of its shape."""
+    """Number of steps, and for every parameter a FactoredMoment (matrices) or an array of its shape."""
 
     count: Array
     second: Any
@@ -128,11 +128,11 @@ def scale_by_factored_moment(axes: Axes, *, decay: float, eps: float) -> optax.G
     """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), sections 3 and 5 to 7.
 
     v averages g^2 + eps^2 with the rate min(decay, 1 - t^-0.8), t = 1, 2, ...: algorithm 4 capped as by Zhai et al.
-    2022 (arXiv 2106.04560). Updates g / sqrt(v) whose root mean square over one layer's array is above 1 are shortened
-    to 1. The learning rate is absolute (not relative to the parameter's size), so that it means what it does in AdamW.
+    2022 (arXiv 2106.04560). Updates g / sqrt(v) are scaled down to a root mean square of 1 over one layer's array. The
+    learning rate is absolute (not relative to the parameter's size), as in AdamW.
 
-    Optax's transformation factors an array's two longest dimensions, which in a stack may be "layers", and cuts
-    head-split matrices in half; here "embed" is factored against the others.
+    Optax's own transformation factors the two longest dimensions of an array, which may be "layers" in a stack, or only
+    a part of a matrix whose heads are split. Here "embed" is factored against all other axes.
     """
 
     def init_one(path: Any, param: Array) -> FactoredMoment | Array:
@@ -140,7 +140,7 @@ def scale_by_factored_moment(axes: Axes, *, decay: float, eps: float) -> optax.G
         embed, others = _dims(own)
         if not is_matrix(own):
             return jnp.zeros(param.shape, jnp.float32)
-        shapes = [[size for i, size in enumerate(param.shape) if i not in gone] for gone in ((embed,), others)]
+        shapes = [[size for i, size in enumerate(param.shape) if i not in reduced] for reduced in ((embed,), others)]
         return FactoredMoment(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
 
     def average_one(path: Any, g: Array, second: FactoredMoment | Array, *, rate: Array) -> FactoredMoment | Array:
@@ -177,17 +177,17 @@ def scale_by_factored_moment(axes: Axes, *, decay: float, eps: float) -> optax.G
 
 
 class MuonState(NamedTuple):
-    """Average of the gradients, one array of its shape for every parameter."""
+    """Average of the gradients, an array of its shape for every parameter."""
 
     momentum: Any
 
 
 def scale_by_muon(axes: Axes, *, momentum: float, dtype: Any) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024): Nesterov momentum, then the nearest orthogonal matrix, approximately.
+    """Muon (Jordan et al. 2024): Nesterov momentum, then approximately the nearest orthogonal matrix.
 
-    Each layer's array is one matrix of "embed" x (all other axes), all heads together. Updates are scaled by
-    0.2 sqrt(max(rows, columns)), which makes the root mean square of their elements about 0.2, so that learning rate
-    and weight decay may be those of AdamW (Liu et al. 2025). All arrays must be matrices (`is_matrix`).
+    Each layer's array is one matrix of "embed" x (all other axes, heads included). Updates are scaled by
+    0.2 sqrt(max(rows, columns)), so that the root mean square of their elements is about 0.2 and the learning rate and
+    weight decay of AdamW can be used (Liu et al. 2025). All arrays must be matrices (`is_matrix`).
     """
 
     def init(params: Any) -> MuonState:
@@ -210,7 +210,7 @@ def scale_by_muon(axes: Axes, *, momentum: float, dtype: Any) -> optax.GradientT
 
 
 def _orthogonalize_array(x: Array, axes: tuple[str, ...]) -> Array:
-    """`x` with every layer's matrix made orthogonal and scaled to elements of root mean square 0.2."""
+    """Orthogonalize every layer's matrix, and scale it to elements of root mean square 0.2."""
     embed, others = _dims(axes)
     stack = tuple(i for i, axis in enumerate(axes) if axis in STACK_AXES)
     order = (*stack, embed, *others)
@@ -223,7 +223,7 @@ def _orthogonalize_array(x: Array, axes: tuple[str, ...]) -> Array:
 
 
 def orthogonalize(x: Float[Array, "*stack m n"]) -> Float[Array, "*stack m n"]:
-    """U V^T of the singular value decomposition, with singular values of about 0.7 to 1.2 in place of 1, in float32."""
+    """Return U V^T of the singular value decomposition approximately, with singular values of 0.7 to 1.2, in float32."""
     a, b, c = NEWTON_SCHULZ
     wide = x.shape[-2] <= x.shape[-1]
     y = x.astype(jnp.float32) if wide else jnp.swapaxes(x, -1, -2).astype(jnp.float32)
@@ -235,33 +235,33 @@ def orthogonalize(x: Float[Array, "*stack m n"]) -> Float[Array, "*stack m n"]:
 
 
 def optimizer_state_axes(opt_state: Any, params: Mapping[str, Mapping[str, Any]], axes: Axes) -> Any:
-    """Logical axes of every leaf of an optimizer state, as a tree of tuples in the structure of `opt_state`.
+    """Return the logical axes of every leaf of an optimizer state, in the structure of `opt_state`.
 
-    `opt_state` is the state or its jax.eval_shape; `params` has anything with a shape for every array. A leaf is known
-    by the end of its path: [module][name] has the parameter's axes, and the factors of a FactoredMoment below it the
-    axes they keep. Leaves elsewhere are scalars. Raises ValueError for a leaf that is none of these.
+    `opt_state` is the state or its jax.eval_shape; `params` has an object with a shape for every array. The end of a
+    leaf's path identifies it: [module][name] has the axes of that parameter, and the factors of a FactoredMoment below
+    it have the axes that are not reduced. All other leaves are scalars. Raises ValueError for any other leaf.
     """
 
     def find(path: Any, leaf: Any) -> tuple[str, ...]:
-        place = path[:-1] if isinstance(path[-1], GetAttrKey) else path
-        if _is_array_path(place, axes):
-            module, name = place[-2].key, place[-1].key
-            field = path[-1].name if place is not path else ""
-            kept = [i for i, axis in enumerate(axes[module][name]) if _keeps(field, axis)]
-            if leaf.shape == tuple(params[module][name].shape[i] for i in kept):
-                return tuple(axes[module][name][i] for i in kept)
+        param_path = path[:-1] if isinstance(path[-1], GetAttrKey) else path
+        if _is_array_path(param_path, axes):
+            module, name = param_path[-2].key, param_path[-1].key
+            field = path[-1].name if param_path is not path else ""
+            dims = [i for i, axis in enumerate(axes[module][name]) if _has_axis(field, axis)]
+            if leaf.shape == tuple(params[module][name].shape[i] for i in dims):
+                return tuple(axes[module][name][i] for i in dims)
         elif leaf.shape == ():
             return ()
         raise ValueError(
             f"optimizer state {jax.tree_util.keystr(path)} of shape {leaf.shape} belongs to no parameter; "
-            "a leaf that mirrors one must lie at [module][name] and have its shape"
+            "the leaf of a parameter must be at [module][name] and have its shape"
         )
 
     return jax.tree_util.tree_map_with_path(find, opt_state)
 
 
-def _keeps(field: str, axis: str) -> bool:
-    """Whether the leaf `field` below a parameter's place keeps its `axis`; "" is the leaf at the place itself."""
+def _has_axis(field: str, axis: str) -> bool:
+    """Return whether a factor of a FactoredMoment ("": an array of the parameter's shape) has `axis` of the parameter."""
     match field:
         case "over_embed":
             return axis != "embed"
@@ -277,11 +277,11 @@ def _is_array_path(path: Any, axes: Axes) -> bool:
 
 
 def _array_axes(path: Any, axes: Axes) -> tuple[str, ...]:
-    assert _is_array_path(path, axes), f"no axes are known for {jax.tree_util.keystr(path)}"
+    assert _is_array_path(path, axes), f"no logical axes for {jax.tree_util.keystr(path)}"
     return axes[path[-2].key][path[-1].key]
 
 
 def _dims(axes: tuple[str, ...]) -> tuple[int, tuple[int, ...]]:
-    """Place of "embed" (-1 if there is none), and places of the axes it is set against."""
+    """Return the dimension of "embed" (-1 if there is none), and those of the axes it is factored against."""
     embed = axes.index("embed") if "embed" in axes else -1
     return embed, tuple(i for i, axis in enumerate(axes) if axis != "embed" and axis not in STACK_AXES)

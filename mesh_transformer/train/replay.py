@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A run's steps taken again, from its recipe and a checkpoint or from nothing, beside what it logged of them."""
+"""Replay of a run: its steps taken again from a checkpoint or from the start, to compare with its log."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,57 +20,58 @@ from mesh_transformer.train.schedule import batch_size_at, first_sequence
 
 
 class ReplayedStep(NamedTuple):
-    """A step that was taken again."""
+    """Result of a replayed step."""
 
-    step: int  # steps taken with it
+    step: int  # number of steps taken, including this one
     loss: np.float32
 
 
 def open_replay(run_dir: Path, until: int) -> tuple[Run, list[str]]:
-    """The run with its state at the newest checkpoint that is not beyond `until`, or at its beginning; nothing is written.
+    """Open a run read-only, at its latest checkpoint up to step `until` or at its start.
 
-    And what is no longer as it was when the run was made. Raises RecipeError, and what open_data and open_run raise.
+    Returns the run, and the differences between its environment and the current one. Raises ProvenanceError, and the
+    errors of open_data and open_run.
     """
-    recipe = read_provenance(run_dir)
-    config = read_config(recipe, run_dir)
+    provenance = read_provenance(run_dir)
+    config = read_config(provenance, run_dir)
     data = open_data(config)
-    if data.train.fingerprint != recipe["data_fingerprint"]:
+    if data.train.fingerprint != provenance["data_fingerprint"]:
         raise ProvenanceError(
-            f"{run_dir}: data.train holds other data now (fingerprint {data.train.fingerprint}, then "
-            f"{recipe['data_fingerprint']}): the run cannot be made again without the data it had"
+            f"{run_dir}: data.train has the fingerprint {data.train.fingerprint}, and the run was trained on data with "
+            f"the fingerprint {provenance['data_fingerprint']}; restore that data to replay the run"
         )
     store = Store(run_dir / "checkpoints", writable=False)
     at = max((step for step in store.steps() if step <= until), default=0)
     run = open_run(config, data, init_devices(config.mesh), at=at)
-    starts = [start for start in recipe["starts"] if start["step"] <= until]
-    return run, diff_environments((starts or recipe["starts"])[-1], run.environment)
+    starts = [start for start in provenance["starts"] if start["step"] <= until]
+    return run, diff_environments((starts or provenance["starts"])[-1], run.environment)
 
 
-def read_config(recipe: Mapping[str, Any], run_dir: Path) -> Config:
-    """The configuration in a recipe, in the folder where the run is now."""
-    table = dict(recipe["config"])
+def read_config(provenance: Mapping[str, Any], run_dir: Path) -> Config:
+    """Return the configuration of a run, with the run's current folder."""
+    table = dict(provenance["config"])
     table["run"] = {**table["run"], "dir": str(run_dir)}
     return parse_stored(table, where=f"{run_dir}/recipe.json")
 
 
 def read_batch(run: Run, step: int) -> Batch:
-    """What the step after `step` steps is given."""
+    """Return the batch of the step after `step` steps."""
     return run.data.train.batch(first_sequence(run.config.train, step), batch_size_at(run.config.train, step))
 
 
 def read_sharded_batch(run: Run, step: int) -> Batch:
-    """`batch_of` on the mesh."""
+    """Return `read_batch`, sharded over the mesh."""
     return run.shard_batch(read_batch(run, step), batch_size_at(run.config.train, step))
 
 
 def replay(run: Run, until: int) -> Iterator[ReplayedStep]:
-    """Take the steps up to `until`, one at a time."""
+    """Take the steps up to `until`, and yield each."""
     for step in range(run.step, until):
         run.state, metrics = run.train_step(run.state, read_sharded_batch(run, step))
         yield ReplayedStep(step + 1, np.float32(float(metrics["loss"])))
 
 
 def read_losses(run_dir: Path) -> dict[int, np.float32]:
-    """What the run logged, by steps taken; nan where it was not a number."""
+    """Return the losses that a run logged, by number of steps taken; nan for a loss that was not finite."""
     lines = [line for line in read_metrics(run_dir / FILE) if line["kind"] == "train"]
     return {line["step"]: np.float32(np.nan if line["loss"] is None else line["loss"]) for line in lines}

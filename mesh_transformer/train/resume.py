@@ -66,9 +66,7 @@ def _format_field(flat: Mapping[str, Any], path: str) -> str:
     return f"{path} = {flat.get(path)!r}" if has_section else f"no {section}"
 
 
-def init_from(
-    config: Config, state: TrainState, shardings: TrainState
-) -> tuple[TrainState, list[str]]:
+def init_from(config: Config, state: TrainState, shardings: TrainState) -> tuple[TrainState, list[str]]:
     """Return a new state with the weights of another checkpoint, and a note on where they come from.
 
     With `run.load_optimizer_state` it has the optimizer's moments as well. The step, the schedule and the skip guard

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What changes with the step alone: the learning rate, the batch size, and so the place in the data."""
+"""Schedules: learning rate, batch size and position in the data as functions of the step."""
 
 from collections.abc import Callable
 
@@ -16,10 +16,10 @@ MAX_RAMP_SIZES = 16  # a training step is compiled for each batch size
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
-    """Learning rate of step t = 0, 1, ..., as a float32 scalar; safe under jit.
+    """Return the learning rate of step t = 0, 1, ... as a float32 scalar; can be jitted.
 
-    With P = learning_rate, E = end_learning_rate, W = warmup_steps and D = decay_steps, and a(x) = x cut to [0, 1], all
-    but "gptj" are a(t / W) (1 if W = 0) times, or from W on equal to:
+    With P = learning_rate, E = end_learning_rate, W = warmup_steps and D = decay_steps, and a(x) = x clipped to [0, 1], all
+    but "gptj" are a(t / W) (1 if W = 0) times the following, or from step W on equal to it:
 
         cosine        E + (P - E) (1 + cos(pi a((t - W) / D))) / 2      D: steps - W unless set
         linear        P - (P - E) a((t - W) / D)                        D: steps - W unless set
@@ -31,9 +31,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
         a(t / W) P - (P - E) (1 - cos(pi a((t - W) / D))) / 2           D: steps - W unless set
 
-    With a warm-up, step 0 has rate 0 and step W is the first at the peak. wsd (warm-up, stable, decay) is that of Hu et
+    With a warm-up, step 0 has the rate 0, and step W is the first at the peak. wsd (warm-up, stable, decay) is that of Hu et
     al. 2024 (MiniCPM) with the linear decay and the 10 to 20 % of Haegele et al. 2024 (arXiv 2405.18392).
-    Raises ConfigError for a field that the schedule cannot use.
+    Raises ConfigError for a field that the schedule does not use.
     """
     peak, end, warmup = config.learning_rate, config.end_learning_rate, config.warmup_steps
     decay = _decay_steps(config, steps)
@@ -77,7 +77,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
 
 def _decay_steps(config: OptimizerConfig, steps: int) -> int:
-    """D of `make_schedule`'s formulas, at least 1."""
+    """Return D of the formulas in `make_schedule`, at least 1."""
     schedule, warmup, decay = config.schedule, config.warmup_steps, config.decay_steps
     if schedule in ("inverse-sqrt", "constant"):
         if decay is not None:
@@ -95,44 +95,44 @@ def _decay_steps(config: OptimizerConfig, steps: int) -> int:
         return max(min(steps // 5, steps - warmup), 1)
     if warmup + decay > steps:
         raise ConfigError(
-            f"optimizer.warmup_steps={warmup} and the final decay of optimizer.decay_steps={decay} do not fit into "
-            f"train.steps={steps}; lower one of them"
+            f"optimizer.warmup_steps={warmup} and optimizer.decay_steps={decay} together exceed train.steps={steps}; "
+            "lower one of them"
         )
     return decay
 
 
 def batch_ramp(train: TrainConfig) -> list[tuple[int, int]]:
-    """(first step, batch size in sequences) of every stage of the run, in order; one stage without a ramp.
+    """Return (first step, batch size in sequences) of every phase of the run; one phase without a ramp.
 
-    With F = batch_ramp_from and n = batch_size / F, the sizes are F m, m running from 1 to n in equal strides rounded down to
-    whole numbers: all n of them, or 16 if there are more. The r sizes take over at equal distances, stage i at step
-    ceil(i batch_ramp_steps / (r - 1)): a linear growth, F at step 0 and batch_size from batch_ramp_steps on (GPT-3, arXiv
-    2005.14165, appendix B). A multiple of F cuts evenly into whatever F does: microbatches and devices.
+    With F = batch_ramp_from and n = batch_size / F, the sizes are F m, where m increases from 1 to n in equal strides,
+    rounded down to integers: all n of them, or 16 if there are more. Phase i of the r sizes starts at step
+    ceil(i batch_ramp_steps / (r - 1)). The growth is linear, from F at step 0 to batch_size at batch_ramp_steps (GPT-3,
+    arXiv 2005.14165, appendix B). A multiple of F is divisible by the same numbers of microbatches and devices as F.
     """
     if train.batch_ramp_from is None or train.batch_ramp_from == train.batch_size:
         return [(0, train.batch_size)]
     multiples = train.batch_size // train.batch_ramp_from
     last = min(multiples, MAX_RAMP_SIZES) - 1
-    stages: dict[int, int] = {}
-    for i in range(last + 1):  # a ramp of fewer steps than sizes leaves some out: the later of two at one step counts
-        stages[-(-i * train.batch_ramp_steps // last)] = train.batch_ramp_from * (1 + i * (multiples - 1) // last)
-    return list(stages.items())
+    phases: dict[int, int] = {}
+    for i in range(last + 1):  # if there are more sizes than steps, the largest size of a step is used
+        phases[-(-i * train.batch_ramp_steps // last)] = train.batch_ramp_from * (1 + i * (multiples - 1) // last)
+    return list(phases.items())
 
 
 def batch_size_at(train: TrainConfig, step: int) -> int:
-    """Sequences in the batch of `step`."""
+    """Return the number of sequences in the batch of `step`."""
     _check_step(step)
     return next(size for first, size in reversed(batch_ramp(train)) if step >= first)
 
 
 def first_sequence(train: TrainConfig, step: int) -> int:
-    """Sequences in all batches before `step`: where its batch begins in the run's order. Exact."""
+    """Return the exact number of sequences in all batches before `step`: the index of its first sequence."""
     _check_step(step)
-    stages = batch_ramp(train)
-    ends = [first for first, _ in stages[1:]] + [max(step, stages[-1][0])]
-    return sum(size * max(min(step, end) - first, 0) for (first, size), end in zip(stages, ends, strict=True))
+    phases = batch_ramp(train)
+    ends = [first for first, _ in phases[1:]] + [max(step, phases[-1][0])]
+    return sum(size * max(min(step, end) - first, 0) for (first, size), end in zip(phases, ends, strict=True))
 
 
 def _check_step(step: int) -> None:
     if step < 0:
-        raise ValueError(f"step {step} is negative; steps count from 0")
+        raise ValueError(f"step {step} is negative; steps are numbered from 0")

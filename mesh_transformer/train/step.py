@@ -14,13 +14,13 @@ from mesh_transformer.config import Config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import constrain
 from mesh_transformer.model.attention.ring import to_zigzag
-from mesh_transformer.model.moe.router import RoutingStats, zero_routing_stats, router_losses
+from mesh_transformer.model.lm_head import head_matrix, lm_head
+from mesh_transformer.model.moe.router import RoutingStats, router_losses, zero_routing_stats
 from mesh_transformer.model.params import STACK, Params
 from mesh_transformer.model.transformer import Model, make_model
-from mesh_transformer.model.lm_head import head_matrix, lm_head
 from mesh_transformer.reports.metrics_table import representative_layers
-from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale
 from mesh_transformer.train.loss import TokenLosses, chunked_cross_entropy, loss_options
+from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale
 from mesh_transformer.train.optimizer import global_norm
 from mesh_transformer.train.pipeline import Microbatches, pipeline_gradients, pipeline_hidden
 from mesh_transformer.train.schedule import make_schedule
@@ -172,7 +172,9 @@ def make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gr
     def gradients(params: Params, batch: Batch, key: Array | None) -> Gradients:
         tokens = jnp.sum(batch.mask)  # of the whole batch, so that microbatches sum to its mean whatever their masks
         if config.mesh.pipeline > 1 and config.mesh.pipeline_schedule == "1f1b":
-            grads, sums = pipeline_gradients(config, params, _make_microbatches(config, batch, key, training=True), tokens)
+            grads, sums = pipeline_gradients(
+                config, params, _make_microbatches(config, batch, key, training=True), tokens
+            )
             return Gradients(grads, sums, jnp.zeros(()))
         if n_microbatches == 1 or config.mesh.pipeline > 1:
             grads, sums = jax.grad(loss_fn, has_aux=True)(params, batch, key, tokens)
@@ -223,7 +225,9 @@ def _is_good_step(
     return is_finite & (no_spike | (guard.accepted < GUARD_WINDOW))
 
 
-def _update_guard(guard: SkipGuard, is_good: Bool[Array, ""], loss: Float[Array, ""], grad_norm: Float[Array, ""]) -> SkipGuard:
+def _update_guard(
+    guard: SkipGuard, is_good: Bool[Array, ""], loss: Float[Array, ""], grad_norm: Float[Array, ""]
+) -> SkipGuard:
     index = guard.accepted % GUARD_WINDOW
     one = is_good.astype(jnp.int32)
     return SkipGuard(

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Named validation sets: loss, perplexity and bits per byte, beside what general compressors need for the same bytes."""
+"""Validation: loss, perplexity and bits per byte of a validation set, and bits per byte of general compressors."""
 
 import lzma
 import math
@@ -15,11 +15,11 @@ from mesh_transformer.data.loader import Batch
 from mesh_transformer.train.loss import TokenLosses
 
 MAX_COMPRESSED_BYTES = 64_000_000  # larger sets are not compressed for comparison: xz takes a second per megabyte
-FED_BYTES = 1_000_000  # between two looks at whether to stop
+COMPRESS_BYTES = 1_000_000  # compressed between two checks of should_stop
 
 
 class ValidationScore(NamedTuple):
-    """The result on one set."""
+    """Scores of one validation set."""
 
     loss: float  # nats per token
     perplexity: float
@@ -27,7 +27,7 @@ class ValidationScore(NamedTuple):
     tokens: int
 
 
-def evaluate(
+def validate(
     validation: ValidationSet,
     score_batch: Callable[[Batch], TokenLosses],
     *,
@@ -36,11 +36,11 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidationScore | None:
-    """Score the first `max_batches` batches (all by default); None if asked to stop before the end.
+    """Score the first `max_batches` batches (all by default); return None if `should_stop` before the end.
 
-    Sums stay on the devices until the end. Bits per byte count every token, ends of text too, against the bytes of
-    the text alone; on a part of a set its bytes are taken in proportion to tokens. `score_batch` gets the `rows` of each
-    batch that this process feeds (None: all) and answers for all processes.
+    Sums stay on the devices until the end. Bits per byte are the bits of all tokens, including end-of-text tokens, per
+    byte of text; for a part of a set, its bytes are estimated in proportion to its tokens. `score_batch` receives the
+    `rows` of each batch that this process reads (None: all) and returns sums over all processes.
     """
     total = min(validation.n_batches, max_batches or validation.n_batches)
     sums: list[TokenLosses] = []
@@ -51,26 +51,34 @@ def evaluate(
             return None
         sums.append(score_batch(batch))
         if index >= 2:
-            jax.block_until_ready(sums[index - 2])  # stay at most two batches ahead
+            jax.block_until_ready(sums[index - 2])  # dispatch at most two batches ahead
         on_progress(index + 1, total)
-    nats = math.fsum(float(part.sum_loss) for part in sums)
+    sum_loss = math.fsum(float(part.sum_loss) for part in sums)
     tokens = math.fsum(float(part.tokens) for part in sums)
     n_bytes = validation.n_bytes * tokens / validation.n_tokens
-    loss = nats / tokens
-    return ValidationScore(loss, math.exp(min(loss, 700.0)), nats / math.log(2) / n_bytes, int(tokens))
+    loss = sum_loss / tokens
+    return ValidationScore(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=sum_loss / math.log(2) / n_bytes,
+        tokens=int(tokens),
+    )
 
 
 def compressed_bits_per_byte(text: bytes, should_stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
-    """Bits per byte of `gzip -9` and `xz -9` on the same bytes in one piece; empty for more than 64 MB, or if stopped."""
+    """Return bits per byte of `gzip -9` and `xz -9` on the whole text; empty above 64 MB, or if `should_stop`."""
     if not text or len(text) > MAX_COMPRESSED_BYTES:
         return {}
     found = {}
-    tools = {"gzip": zlib.compressobj(9, zlib.DEFLATED, 31), "xz": lzma.LZMACompressor(preset=9)}  # 31: gzip's header
+    tools = {
+        "gzip": zlib.compressobj(9, zlib.DEFLATED, 31),
+        "xz": lzma.LZMACompressor(preset=9),
+    }  # 31: with a gzip header
     for name, tool in tools.items():
         size = 0
-        for start in range(0, len(text), FED_BYTES):
+        for start in range(0, len(text), COMPRESS_BYTES):
             if should_stop():
                 return {}
-            size += len(tool.compress(text[start : start + FED_BYTES]))
+            size += len(tool.compress(text[start : start + COMPRESS_BYTES]))
         found[f"{name}_bits_per_byte"] = 8 * (size + len(tool.flush())) / len(text)
     return found

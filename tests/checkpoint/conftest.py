@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A small state with every kind of array, placed on a mesh, in many small files."""
+"""A small state with every kind of array, sharded over a mesh and stored in many small files."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+
+from mesh_transformer.checkpoint import chunk_grid
 
 SPECS = {
     "params/embed/w": PartitionSpec(("fsdp", "tensor")),
@@ -41,8 +43,8 @@ def make_values() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", 256)
-    monkeypatch.setattr(chunks, "MAX_SHARD_BYTES", 1024)
+    monkeypatch.setattr(chunk_grid, "MAX_CHUNK_BYTES", 256)
+    monkeypatch.setattr(chunk_grid, "MAX_SHARD_BYTES", 1024)
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +59,7 @@ def axes(values: Mapping[str, np.ndarray]) -> dict[str, tuple[str, ...]]:
 
 @pytest.fixture(scope="session")
 def shardings() -> Callable[..., dict[str, NamedSharding]]:
-    """`shardings(data, fsdp, tensor)`: where each array lies on such a mesh."""
+    """`shardings(data, fsdp, tensor)` returns the sharding of each array on a mesh of these sizes."""
 
     def make(*dims: int) -> dict[str, NamedSharding]:
         mesh = jax.make_mesh(
@@ -73,21 +75,21 @@ def shardings() -> Callable[..., dict[str, NamedSharding]]:
 
 @pytest.fixture(scope="session")
 def arrays(values: Mapping[str, np.ndarray], shardings: Callable[..., Any]) -> dict[str, jax.Array]:
-    places = shardings(2, 2, 2)
-    return {name: jax.device_put(value, places[name]) for name, value in values.items()}
+    targets = shardings(2, 2, 2)
+    return {name: jax.device_put(value, targets[name]) for name, value in values.items()}
 
 
 @pytest.fixture(scope="session")
 def like(arrays: Mapping[str, jax.Array]) -> Callable[..., dict[str, jax.ShapeDtypeStruct]]:
-    """`like(shardings)`: what to ask of `restore`."""
+    """`like(shardings)` returns the argument of `restore`."""
 
-    def make(places: Mapping[str, NamedSharding]) -> dict[str, jax.ShapeDtypeStruct]:
-        return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[name]) for name, a in arrays.items()}
+    def make(targets: Mapping[str, NamedSharding]) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=targets[name]) for name, a in arrays.items()}
 
     return make
 
 
 @pytest.fixture(scope="session")
 def digests() -> Callable[..., dict[str, str]]:
-    """`digests(arrays)`: equal if and only if all bits are."""
+    """`digests(arrays)` is equal for two states if and only if all bits are."""
     return lambda arrays: {name: hashlib.sha256(np.asarray(a).tobytes()).hexdigest() for name, a in arrays.items()}

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A proxy between us and the server of an object store: it counts, fails and cuts connections by a rule."""
+"""Proxy in front of an object-store server: logs requests, and fails or cuts connections by a rule."""
 
 import contextlib
 import http.client
@@ -14,11 +14,11 @@ CODES = {403: "AccessDenied", 429: "SlowDown", 500: "InternalError", 503: "Servi
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Passes a request on, unless the rule of the moment breaks it."""
+    """Forwards a request, unless the current rule fails it."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # head and body together
+    wbufsize = -1  # headers and body in one write
 
     def log_message(self, *_):
         pass
@@ -28,7 +28,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.flush()
         return True
 
-    def pass_on(self):
+    def forward(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         action = self.server.rule(self.command, self.path)
         if action == "stall":
@@ -40,16 +40,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if action in CODES:
             status, headers, data = action, {}, ERROR.format(CODES[action]).encode()
         else:
-            with self.server.few:
-                connection = http.client.HTTPConnection("127.0.0.1", self.server.behind)
+            with self.server.connections:
+                connection = http.client.HTTPConnection("127.0.0.1", self.server.upstream_port)
                 connection.request(self.command, self.path, body, dict(self.headers))
                 answer = connection.getresponse()
                 status, headers, data = answer.status, dict(answer.getheaders()), answer.read()
                 connection.close()
-            if "/storage/v1/" in self.path:  # Google's tells the generation of an object; its emulator does not
+            if "/storage/v1/" in self.path:  # Google Cloud Storage returns the generation of an object; the emulator does not
                 headers["X-Goog-Generation"] = "1"
             last = re.fullmatch(r"bytes=-(\d+)", self.headers.get("Range", ""))
-            if last and status == 200:  # as stores have it, and their emulators not
+            if last and status == 200:  # stores support suffix ranges; the emulators do not
                 size, data = len(data), data[-int(last[1]) :]
                 status, headers["Content-Range"] = 206, f"bytes {size - len(data)}-{size - 1}/{size}"
         self.server.log.append((self.command, self.path, status, len(data)))
@@ -64,32 +64,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2] if action == "half" else data)
         self.close_connection = action == "half"
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
 
 
 class Proxy(http.server.ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # connections beyond wait for a second
+    request_queue_size = 128  # further connections wait for a second
 
-    def __init__(self, behind):
+    def __init__(self, upstream_port):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.behind, self.few = behind, threading.Semaphore(4)  # the server's own queue is short
+        self.upstream_port = upstream_port
+        self.connections = threading.Semaphore(4)  # the server's own queue is short
         self.reset()
 
     def reset(self):
-        self.log, self.rule = [], lambda method, path: None
+        self.log = []
+        self.rule = lambda method, path: None
 
     def handle_error(self, *_):
-        """A client that was killed, or gave up."""
+        """Ignore clients that were killed or disconnected."""
 
     def count(self, method, pattern):
         return sum(entry[0] == method and bool(re.search(pattern, entry[1])) for entry in self.log)
 
 
 @contextlib.contextmanager
-def run_proxy(behind):
-    """A proxy to that port, in a thread."""
-    with Proxy(behind) as proxy:
+def run_proxy(upstream_port):
+    """Run a proxy to a local port in a thread."""
+    with Proxy(upstream_port) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, daemon=True)
         thread.start()
         yield proxy

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays on disk are plain Zarr 3; what is read is no more than what is needed, each part once."""
+"""Stored arrays are plain Zarr 3; only the requested parts are read, each once."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from mesh_transformer.checkpoint.store import Store
 
 
 @pytest.mark.usefixtures("small_files")
-def test_any_reader_of_zarr_reads_it(tmp_path, arrays, axes, values):
+def test_tensorstore_reads_the_arrays(tmp_path, arrays, axes, values):
     store = Store(tmp_path)
     store.save(1, arrays, axes=axes, meta={})
     store.wait()
@@ -42,38 +42,39 @@ def test_a_slice_is_read_without_the_rest(tmp_path, arrays, axes, values):
     data[0] ^= 1  # in the first chunk of the last file
     last.write_bytes(data)
     begin = 64 - record.shard[0]
+    array = store.open_arrays(1)[name]
     for index in [(slice(0, begin), slice(None)), (slice(begin + record.chunk[0], 64), slice(3, 5))]:
-        np.testing.assert_array_equal(store.read_slice(1, name, index), values[name][index])
+        np.testing.assert_array_equal(array.read(index), values[name][index])
     with pytest.raises(
-        CheckpointError, match=rf"{last.name}: damaged or unreadable, a file of {name}: .*another checksum"
+        CheckpointError, match=rf"{last.name}: damaged or unreadable, a file of {name}: .*does not match its checksum"
     ):
-        store.read_slice(1, name, (slice(begin, begin + 1), slice(None)))
+        array.read((slice(begin, begin + 1), slice(None)))
 
 
 def test_each_slice_belongs_to_one_device(arrays, values):
-    pieces = copy_to_host(arrays)
+    slices = copy_to_host(arrays)
     for name, value in values.items():
-        seen = np.zeros(value.shape, int)
-        for piece in pieces[name]:
-            seen[piece.index] += 1
-            assert piece.values.tobytes() == value[piece.index].tobytes()
-            assert not any(np.shares_memory(piece.values, np.asarray(s.data)) for s in arrays[name].addressable_shards)
-        assert (seen == 1).all()
-    assert len(pieces["params/embed/w"]) == 4
-    assert len(pieces["step"]) == 1
+        count = np.zeros(value.shape, int)
+        for host_slice in slices[name]:
+            count[host_slice.index] += 1
+            assert host_slice.values.tobytes() == value[host_slice.index].tobytes()
+            assert not any(np.shares_memory(host_slice.values, np.asarray(s.data)) for s in arrays[name].addressable_shards)
+        assert (count == 1).all()
+    assert len(slices["params/embed/w"]) == 4
+    assert len(slices["step"]) == 1
 
 
 def test_replicas_are_read_once(shardings):
-    places = shardings(2, 2, 2)
-    assert {len(group) for group in _local_slices(places["step"], ()).values()} == {8}
-    groups = _local_slices(places["params/embed/w"], (64, 24))
+    targets = shardings(2, 2, 2)
+    assert {len(group) for group in _local_slices(targets["step"], ()).values()} == {8}
+    groups = _local_slices(targets["params/embed/w"], (64, 24))
     assert sorted(groups) == [((16 * i, 16 * i + 16), (0, 24)) for i in range(4)]
     assert {len(group) for group in groups.values()} == {2}
     assert {d for group in groups.values() for p in group for d in p.device_set} == set(jax.devices())
 
 
 def test_replicas_share_no_memory():
-    """Even of a buffer that is aligned as JAX likes it: each can be donated without the others noticing."""
+    """Even with an aligned buffer each replica can be donated without changing the others."""
     buffer = np.zeros(4096 + 64, np.uint8)
     begin = -buffer.ctypes.data % 64
     values = buffer[begin : begin + 4096].view(np.float32)

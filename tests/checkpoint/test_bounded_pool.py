@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs side by side: results in order, few at a time, and none begun once one has failed."""
+"""run_bounded: results in order, bounded concurrency, and no new job after a failure."""
 
 import contextlib
 import functools
@@ -15,45 +15,45 @@ import pytest
 from mesh_transformer.checkpoint.bounded_pool import IN_FLIGHT, run_bounded
 
 
-def test_results_come_in_order_and_few_are_ahead():
-    begun, second_done = [], threading.Event()
+def test_results_are_ordered_and_concurrency_is_bounded():
+    started, second_done = [], threading.Event()
 
     def job(i):
-        begun.append(i)
+        started.append(i)
         if i == 0:
-            assert second_done.wait(10)  # the first ends last
+            assert second_done.wait(10)  # the first job ends last
         second_done.set() if i == 1 else None
         return i
 
     results = run_bounded(functools.partial(job, i) for i in range(20))
     for i, result in enumerate(results):
         assert result == i
-        assert max(begun) <= i + IN_FLIGHT
+        assert max(started) <= i + IN_FLIGHT
 
 
-def test_after_a_failure_no_other_begins():
-    begun = []
+def test_no_job_starts_after_a_failure():
+    started = []
 
     def job(i):
-        begun.append(i)
+        started.append(i)
         if i == 2:
             raise OSError("disk")
         return i
 
     with pytest.raises(OSError, match="disk"):
         list(run_bounded(functools.partial(job, i) for i in range(100)))
-    assert len(begun) <= 3 + IN_FLIGHT
+    assert len(started) <= 3 + IN_FLIGHT
 
 
-def test_jobs_are_taken_after_the_programs_last_line():
-    """As a save that is under way then needs; a pool of the standard library refuses them."""
+def test_jobs_run_after_the_main_thread_has_ended():
+    """A pending save needs this; a ThreadPoolExecutor rejects jobs then."""
     code = """
 import threading, time
-from mesh_transformer.checkpoint.bounded_pool import Workers, run_side_by_side
+from mesh_transformer.checkpoint.bounded_pool import Workers, run_bounded
 def save(workers):
     time.sleep(0.3)
     with workers:
-        print(list(run_side_by_side([lambda i=i: i * i for i in range(9)], workers)), flush=True)
+        print(list(run_bounded([lambda i=i: i * i for i in range(9)], workers)), flush=True)
 threading.Thread(target=save, args=(Workers(),)).start()
 print("leaving", flush=True)
 """

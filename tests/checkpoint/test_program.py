@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/checkpoint.py: inspect, verify, diff, for people and for programs."""
+"""scripts/checkpoint.py: inspect, verify and diff, as text and as JSON."""
 
 import json
 
@@ -20,7 +20,7 @@ def program(load_script):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Runs a and b, saved at step 10; b differs in some arrays."""
+    """Return a folder with runs a and b, saved at step 10; some arrays differ."""
     w = np.arange(12, dtype=np.float32).reshape(3, 4)
     other = w.copy()
     other[1, 2] += 0.5
@@ -91,16 +91,16 @@ def test_diff(program, runs, capsys):
     assert result["arrays"]["nan"]["equal"] is True
     assert program.main(["diff", str(runs / "a"), str(runs / "b")]) == 0
     text = capsys.readouterr().out
-    assert "differs     params/w: 2 of 12 values, max |difference| 0.5, 1 not a number on one side" in text
+    assert "differs     params/w: 2 of 12 values, max |difference| 0.5, 1 NaN on one side" in text
     assert "only right  extra" in text
-    assert "2 of 4 common arrays are equal bit for bit" in text
+    assert "2 of 4 common arrays are identical" in text
     data = runs / "b/checkpoints/step_10/arrays/params/w/c.0.0"
     data.write_bytes(bytes(len(data.read_bytes())))
     with pytest.raises(CheckpointError, match=r"c\.0\.0"):
         program.main(["diff", str(runs / "a"), str(runs / "b")])
 
 
-def test_diff_of_two_types_says_by_how_much(program, tmp_path, capsys):
+def test_diff_of_two_dtypes_prints_the_difference(program, tmp_path, capsys):
     values = np.array([[1.0, 1 + 2**-9], [3.0, 4.0]], np.float32)
     for name, dtype in (("a", jnp.float32), ("b", jnp.bfloat16)):
         store = Store(tmp_path / name)
@@ -111,7 +111,7 @@ def test_diff_of_two_types_says_by_how_much(program, tmp_path, capsys):
     assert expected in capsys.readouterr().out
 
 
-def test_diff_in_small_blocks_sees_everything(program, runs, capsys, monkeypatch):
+def test_diff_in_small_blocks_finds_all_differences(program, runs, capsys, monkeypatch):
     monkeypatch.setattr(program, "BLOCK_BYTES", 8)
     assert program.main(["diff", str(runs / "a"), str(runs / "b"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["arrays"]["params/w"]["different"] == 2
@@ -122,17 +122,17 @@ def test_diff_in_small_blocks_sees_everything(program, runs, capsys, monkeypatch
 )
 def test_blocks_cover_an_array_once(program, monkeypatch, shape, shard):
     monkeypatch.setattr(program, "BLOCK_BYTES", 40)
-    seen = np.zeros(shape, int)
+    count = np.zeros(shape, int)
     for block in program._blocks(ArrayRecord(shape, "float32", ("embed",) * len(shape), shard, shard)):
-        seen[block] += 1
-        assert seen[block].size <= 10
-    assert (seen == 1).all()
+        count[block] += 1
+        assert count[block].size <= 10
+    assert (count == 1).all()
 
 
 def test_wrong_usage(program, runs, capsys):
-    with pytest.raises(ConfigError, match="diff takes 2 PATH, not 1"):
+    with pytest.raises(ConfigError, match="diff takes 2 PATH arguments, got 1"):
         program.main(["diff", str(runs / "a")])
-    with pytest.raises(ConfigError, match="verify takes 1 PATH, not 2"):
+    with pytest.raises(ConfigError, match="verify takes 1 PATH argument, got 2"):
         program.main(["verify", str(runs / "a"), str(runs / "b")])
     with pytest.raises(CheckpointError, match="no such folder"):
         program.main(["inspect", str(runs / "c")])

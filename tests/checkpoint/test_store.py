@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Saved on one mesh = restored on another, bit for bit; saves in the background; what is refused; what stays."""
+"""Store: restore on another mesh bit for bit, asynchronous saves, rejected arguments, pruning."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def save(root, step, arrays, axes, **options):
 
 
 def one(value, step=0):
-    """The smallest state."""
+    """Return the smallest state."""
     return {"w": jnp.full((4, 4), value, jnp.float32), "step": jnp.int32(step)}
 
 
@@ -46,11 +46,11 @@ def test_restores_on_any_mesh(tmp_path, values, axes, shardings, like, digests, 
     store = save(tmp_path, 3, arrays, axes)
     expected = digests(values)
     for dims in [(8, 1, 1), (1, 4, 2), (2, 2, 2), (1, 1, 1), (1, 2, 4)]:
-        places = shardings(*dims)
-        restored = store.restore(3, like(places))
+        targets = shardings(*dims)
+        restored = store.restore(3, like(targets))
         assert digests(restored) == expected
         for name, array in restored.items():
-            assert array.sharding == places[name]
+            assert array.sharding == targets[name]
             assert array.dtype == values[name].dtype
         if dims != saved_on:
             before, after = (
@@ -65,7 +65,7 @@ def test_restores_on_any_mesh(tmp_path, values, axes, shardings, like, digests, 
 
 @pytest.mark.usefixtures("small_files")
 def test_restored_arrays_may_be_donated(tmp_path, arrays, axes, shardings, like, values):
-    """Replicas are read once, but no two devices share memory with each other or with the reader."""
+    """Replicas are read once, but no two devices share a buffer with each other or with the reader."""
     store = save(tmp_path, 1, arrays, axes)
     restored = store.restore(1, like(shardings(8, 1, 1)))
     array = restored["params/embed/w"]
@@ -75,7 +75,7 @@ def test_restored_arrays_may_be_donated(tmp_path, arrays, axes, shardings, like,
         np.testing.assert_array_equal(shard.data, 2 * values["params/embed/w"])
 
 
-def test_what_is_kept_beside_the_arrays(tmp_path, arrays, axes):
+def test_manifest_and_meta(tmp_path, arrays, axes):
     store = save(tmp_path, 5, arrays, axes)
     assert json.dumps(store.read_meta(5)) == json.dumps(META)
     manifest = store.read_manifest(5)
@@ -89,23 +89,23 @@ def test_what_is_kept_beside_the_arrays(tmp_path, arrays, axes):
 def test_save_returns_before_writing_and_buffers_may_be_donated(tmp_path):
     store = Store(tmp_path)
     gate = threading.Event()
-    store._executor.submit(gate.wait)  # nothing is written before the gate opens
+    store._executor.submit(gate.wait)  # nothing is written until the gate opens
     x = jnp.arange(1 << 20, dtype=jnp.float32)
     before, expected = x.unsafe_buffer_pointer(), np.array(x)
     store.save(1, {"x": x}, axes={"x": ("embed",)}, meta={})
     y = jax.block_until_ready(jax.jit(lambda x: -x, donate_argnums=0)(x))
     assert x.is_deleted()
-    assert y.unsafe_buffer_pointer() == before, "the buffer was not reused: this proves nothing"
+    assert y.unsafe_buffer_pointer() == before, "the buffer was not reused, so the test is not conclusive"
     assert store.steps() == []
     assert store.holds(1)
     gate.set()
     store.wait()
     assert store.steps() == [1]
-    place = {"x": jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=y.sharding)}
-    np.testing.assert_array_equal(store.restore(1, place)["x"], expected)
+    template = {"x": jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=y.sharding)}
+    np.testing.assert_array_equal(store.restore(1, template)["x"], expected)
 
 
-def test_meta_is_taken_at_once(tmp_path):
+def test_meta_is_copied_immediately(tmp_path):
     store = Store(tmp_path)
     gate = threading.Event()
     store._executor.submit(gate.wait)
@@ -139,7 +139,7 @@ def test_saves_do_not_overlap(tmp_path):
 
 
 @pytest.mark.parametrize("at", ["wait", "check", "save"])
-def test_a_failure_surfaces_once_and_later_saves_work(tmp_path, at):
+def test_a_failure_is_raised_once_and_later_saves_work(tmp_path, at):
     root = tmp_path / "checkpoints"
     store = save(root, 1, one(1), ONE_AXES)
     root.rename(tmp_path / "aside")
@@ -150,7 +150,7 @@ def test_a_failure_surfaces_once_and_later_saves_work(tmp_path, at):
     store.check()  # not failed yet
     gate.set()
 
-    def notice():
+    def trigger():
         if at == "check":
             while True:
                 store.check()
@@ -160,7 +160,7 @@ def test_a_failure_surfaces_once_and_later_saves_work(tmp_path, at):
             store.save(3, one(3), axes=ONE_AXES, meta={})
 
     with pytest.raises(CheckpointError, match=r"step 2 was not saved in .*bytes"):
-        notice()
+        trigger()
     assert not store.holds(2)
     store.wait()
     root.unlink()
@@ -171,9 +171,9 @@ def test_a_failure_surfaces_once_and_later_saves_work(tmp_path, at):
     assert sorted(path.name for path in root.iterdir()) == ["step_1", "step_4"]
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_full_and_readonly_disk(small_disk, asynchronous):
-    store = Store(small_disk / "run", async_save=asynchronous)
+@pytest.mark.parametrize("async_save", [True, False])
+def test_full_and_readonly_disk(small_disk, async_save):
+    store = Store(small_disk / "run", async_save=async_save)
     state = {"w": jnp.ones((256, 1024), jnp.float32)}  # 1 MB
     axes = {"w": ("embed", "ff")}
     store.save(1, state, axes=axes, meta={})
@@ -201,7 +201,7 @@ def test_full_and_readonly_disk(small_disk, asynchronous):
     assert store.steps() == [1, 4]
 
 
-def test_refuses_what_cannot_be_saved(tmp_path):
+def test_rejects_arrays_that_cannot_be_saved(tmp_path):
     store = Store(tmp_path)
     gone = jnp.ones(3)
     gone.delete()
@@ -209,17 +209,17 @@ def test_refuses_what_cannot_be_saved(tmp_path):
         ({"w": np.ones(3)}, {"w": ("embed",)}, {}, "w: a ndarray is not a jax.Array"),
         ({"w": jnp.ones(3)}, {"w": ()}, {}, "w: 0 logical axes"),
         ({"w": jnp.ones(3)}, {"v": ("embed",)}, {}, r"differ in: \['v', 'w'\]"),
-        ({"w": jax.random.key(0)}, {"w": ()}, {}, "w: save a random key as"),
+        ({"w": jax.random.key(0)}, {"w": ()}, {}, "w: a random key cannot be saved"),
         ({"w": jnp.ones(3, jnp.complex64)}, {"w": ("embed",)}, {}, "w: dtype complex64"),
         ({"w": gone}, {"w": ("embed",)}, {}, "w: its buffer was donated"),
         ({"w": jnp.ones(3)}, {"w": ("embed",)}, {"x": object()}, "meta of step 1 cannot be written as JSON"),
         ({"../w": jnp.ones(3)}, {"../w": ("embed",)}, {}, r"array name '\.\./w'"),
-        ({"a": jnp.ones(3), "a/c": jnp.ones(3)}, {"a": ("embed",), "a/c": ("embed",)}, {}, "folder of the other"),
-        ({}, {}, {}, "no arrays"),
+        ({"a": jnp.ones(3), "a/c": jnp.ones(3)}, {"a": ("embed",), "a/c": ("embed",)}, {}, "no name may be a folder of another"),
+        ({}, {}, {}, "must not be empty"),
     ]:
         with pytest.raises(CheckpointError, match=match):
             store.save(1, arrays, axes=axes, meta=meta)
-    with pytest.raises(CheckpointError, match="step -1"):
+    with pytest.raises(CheckpointError, match="step is -1"):
         store.save(-1, one(1), axes=ONE_AXES, meta={})
     with pytest.raises(CheckpointError, match="keep_last = 0"):
         Store(tmp_path, keep_last=0)
@@ -229,30 +229,30 @@ def test_refuses_what_cannot_be_saved(tmp_path):
 def test_restore_names_every_difference(tmp_path, arrays, axes, shardings, like):
     store = save(tmp_path, 1, arrays, axes)
     wanted = like(shardings(1, 4, 2))
-    place = wanted["step"].sharding
+    sharding = wanted["step"].sharding
     del wanted["guard/key"]
-    wanted["params/new"] = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=place)
-    wanted["step"] = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=place)
-    wanted["params/embed/w"] = jax.ShapeDtypeStruct((64, 24), jnp.bfloat16, sharding=place)
+    wanted["params/new"] = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=sharding)
+    wanted["step"] = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=sharding)
+    wanted["params/embed/w"] = jax.ShapeDtypeStruct((64, 24), jnp.bfloat16, sharding=sharding)
     wanted["guard/seen"] = jax.ShapeDtypeStruct((7,), jnp.bool_)
     with pytest.raises(CheckpointError) as raised:
         store.restore(1, wanted)
     for line in [
         "missing in the checkpoint: params/new",
         "unexpected in the checkpoint: guard/key",
-        "step: int32[] in the checkpoint, int32[1] asked for",
-        "params/embed/w: float32[64, 24] in the checkpoint, bfloat16[64, 24] asked for",
+        "step: int32[] in the checkpoint, int32[1] requested",
+        "params/embed/w: float32[64, 24] in the checkpoint, bfloat16[64, 24] requested",
         "guard/seen: no sharding given",
     ]:
         assert line in str(raised.value)
 
 
-def test_restore_of_a_part(tmp_path, arrays, axes, shardings, like, digests, values):
+def test_partial_restore(tmp_path, arrays, axes, shardings, like, digests, values):
     store = save(tmp_path, 1, arrays, axes)
     wanted = {name: leaf for name, leaf in like(shardings(1, 1, 1)).items() if name.startswith("params/")}
     with pytest.raises(CheckpointError, match="unexpected in the checkpoint: opt_state/count"):
         store.restore(1, wanted)
-    shutil.rmtree(store.folder(1) / "arrays/opt_state")  # not asked for, not read
+    shutil.rmtree(store.folder(1) / "arrays/opt_state")  # not requested, so not read
     part = Store(tmp_path).restore(1, wanted, only="params/")
     assert digests(part) == {name: digest for name, digest in digests(values).items() if name in wanted}
     del wanted["params/embed/w"]
@@ -271,7 +271,7 @@ def test_pruning(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_35"]
 
 
-def test_after_falling_back_the_last_intact_one_is_not_pruned(tmp_path):
+def test_after_falling_back_the_last_valid_step_is_not_pruned(tmp_path):
     store = Store(tmp_path, keep_last=2)
     for step in (100, 200, 300):
         store.save(step, one(step), axes=ONE_AXES, meta={})
@@ -283,36 +283,33 @@ def test_after_falling_back_the_last_intact_one_is_not_pruned(tmp_path):
         save(tmp_path / "other", step, one(step), ONE_AXES)
         shutil.copytree(tmp_path / f"other/step_{step}", tmp_path / f"step_{step}", dirs_exist_ok=True)
 
-    said = []
+    logged = []
     store = Store(tmp_path, keep_last=2)
     with pytest.raises(CheckpointError, match="step_300/COMMIT: missing"):
         store.latest()
-    assert store.latest_valid(said.append) == 100
-    assert ["step_300/COMMIT" in said[0], "step_200/arrays/w/c.0.0" in said[1]] == [True, True]
-    assert len(said) == 2
+    assert store.latest_valid(logged.append) == 100
+    assert ["step_300/COMMIT" in logged[0], "step_200/arrays/w/c.0.0" in logged[1]] == [True, True]
+    assert len(logged) == 2
     store.restore(100, like_of(one(0)))
     assert store.holds(100)
     assert not store.holds(200)
     store.save(150, one(150), axes=ONE_AXES, meta={})
     store.wait()
-    assert store.steps() == [
-        100,
-        150,
-        200,
-    ]  # the damaged one is newer than the course taken: it stays, and counts for nothing
+    # The damaged step 200 is newer than the branch that continues: it stays, and does not count toward keep_last.
+    assert store.steps() == [100, 150, 200]
     store.save(200, one(7), axes=ONE_AXES, meta={})
     store.wait()
     assert store.verify(200) == []
     assert store.steps() == [150, 200]
     np.testing.assert_array_equal(store.restore(200, like_of(one(0)))["w"], 7)
-    assert store.latest_valid(said.append) == 200
+    assert store.latest_valid(logged.append) == 200
 
 
 @pytest.mark.parametrize(
     ("damaged", "start", "next_step", "left"), [((3, 4), 2, 5, [2, 3, 4, 5]), ((), 2, 3, [2, 3, 4])]
 )
-def test_what_pruning_counts(tmp_path, damaged, start, next_step, left):
-    """Neither steps known to be damaged nor those of a course that was left count among the newest."""
+def test_steps_that_count_toward_keep_last(tmp_path, damaged, start, next_step, left):
+    """Damaged steps and steps of an abandoned branch do not count toward keep_last."""
     store = Store(tmp_path, keep_last=9)
     for step in (1, 2, 3, 4):
         store.save(step, one(step), axes=ONE_AXES, meta={})
@@ -329,7 +326,7 @@ def test_what_pruning_counts(tmp_path, damaged, start, next_step, left):
     assert store.steps() == left
 
 
-def test_a_replaced_step_comes_back_if_its_successor_cannot_take_the_name(tmp_path, monkeypatch):
+def test_a_replaced_step_is_restored_if_the_rename_fails(tmp_path, monkeypatch):
     store = save(tmp_path, 1, one(1), ONE_AXES)
     rename = os.rename
 
@@ -359,7 +356,7 @@ def test_a_save_is_finished_at_exit(tmp_path):
     assert Store(tmp_path).steps() == [1]
 
 
-def test_never_from_scratch_beside_damage(tmp_path):
+def test_damage_is_never_taken_for_an_empty_store(tmp_path):
     assert Store(tmp_path).latest() is None
     assert Store(tmp_path).latest_valid(print) is None
     store = save(tmp_path, 1, one(1), ONE_AXES)
@@ -367,7 +364,7 @@ def test_never_from_scratch_beside_damage(tmp_path):
     assert store.steps() == []
     with pytest.raises(CheckpointError, match="COMMIT: missing"):
         store.latest()
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[1\] is intact"):
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[1\] is valid"):
         store.latest_valid(lambda text: None)
 
 
@@ -382,21 +379,21 @@ def test_find_checkpoint(tmp_path):
             found.save(1, one(1), axes=ONE_AXES, meta={})
     assert find_checkpoint(run / "checkpoints/step_8")[1] == 8
     (store.folder(9) / "arrays/w/c.0.0").unlink()
-    said = []
-    assert find_checkpoint(run, log=said.append)[1] == 8
-    assert "step_9/arrays/w/c.0.0: missing" in said[0]
-    with pytest.raises(CheckpointError, match=r"no such folder; .* holds the folders: step_8, step_9"):
+    logged = []
+    assert find_checkpoint(run, log=logged.append)[1] == 8
+    assert "step_9/arrays/w/c.0.0: missing" in logged[0]
+    with pytest.raises(CheckpointError, match=r"no such folder; folders in .*: step_8, step_9"):
         find_checkpoint(run / "checkpoints/step_7")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/notes.txt").write_text("")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in it .* found: notes\.txt"):
+    with pytest.raises(CheckpointError, match=r"contains no checkpoint, only: notes\.txt"):
         find_checkpoint(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="is not a folder"):
         find_checkpoint(tmp_path / "empty/notes.txt")
-    assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["notes.txt"]  # reading makes nothing
+    assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["notes.txt"]  # reading creates nothing
 
 
-def test_a_hundred_saves_hold_what_was_there_when_the_next_step_took_the_buffers(tmp_path):
+def test_a_hundred_saves_have_the_values_from_before_the_buffers_were_donated(tmp_path):
     store = Store(tmp_path, keep_last=100)
     advance = jax.jit(lambda state: {"w": jnp.sin(state["w"]) + 1, "step": state["step"] + 1}, donate_argnums=0)
     state, expected, reused = {"w": jnp.arange(300_000, dtype=jnp.float32), "step": jnp.int32(0)}, {}, 0
@@ -410,5 +407,6 @@ def test_a_hundred_saves_hold_what_was_there_when_the_next_step_took_the_buffers
     assert reused == 100
     assert store.steps() == list(expected)
     for step, values in expected.items():
-        np.testing.assert_array_equal(store.read_slice(step, "w", (slice(None),)), values)
-        assert store.read_slice(step, "step", ()) == step
+        stored = store.open_arrays(step)
+        np.testing.assert_array_equal(stored["w"].read((slice(None),)), values)
+        assert stored["step"].read(()) == step

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Our files of arrays are TensorStore's to the bit, parts of them are what numpy says, and damage is found and named."""
+"""Shard files equal TensorStore's byte for byte, slices equal NumPy's, and damage is detected and named."""
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "bool", "int8", "uint16", "float64")
 
 
 def make_case(rng: np.random.Generator, dtype: str) -> tuple[ArrayRecord, np.ndarray]:
-    """An array of up to three dims, cut at random, with values or zeros in any order in memory."""
+    """Return an array of up to three dimensions with random shards and chunks, values or zeros, in any memory order."""
     ndim = int(rng.integers(0, 4))
     shape = [int(n) for n in rng.integers(1, 12, ndim)]
     chunk = [int(rng.integers(1, dim + 1)) for dim in shape]
@@ -35,19 +35,20 @@ def write(folder, record: ArrayRecord, values: np.ndarray) -> StoredArray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_files_are_tensorstores(dtype, tmp_path):
+def test_the_files_equal_those_of_tensorstore(dtype, tmp_path):
     rng, several = np.random.default_rng(DTYPES.index(dtype)), 0
     for trial in range(25):
         record, values = make_case(rng, dtype)
-        ours, theirs = tmp_path / f"ours{trial}", tmp_path / f"theirs{trial}"
-        array = write(ours, record, values)
-        array_folder(theirs, "x").mkdir(parents=True)
+        native = tmp_path / f"native{trial}"
+        reference = tmp_path / f"reference{trial}"
+        array = write(native, record, values)
+        array_folder(reference, "x").mkdir(parents=True)
         spec = {
-            "driver": "zarr3", "kvstore": {"driver": "file", "path": f"{array_folder(theirs, 'x')}/"},
-            "metadata": make_metadata(record),            "store_data_equal_to_fill_value": True,
+            "driver": "zarr3", "kvstore": {"driver": "file", "path": f"{array_folder(reference, 'x')}/"},
+            "metadata": make_metadata(record), "store_data_equal_to_fill_value": True,
         }  # fmt: skip
         ts.open(spec, open=True, assume_metadata=True).result()[...].write(values).result()
-        files = [{p.name: p.read_bytes() for p in array_folder(place, "x").iterdir()} for place in (ours, theirs)]
+        files = [{p.name: p.read_bytes() for p in array_folder(folder, "x").iterdir()} for folder in (native, reference)]
         assert files[0] == files[1], record
         several += len(files[0]) > 1
         for _ in range(4):
@@ -57,7 +58,7 @@ def test_the_files_are_tensorstores(dtype, tmp_path):
     assert several > 5
 
 
-def test_every_flipped_byte_and_every_cut_is_found(tmp_path):
+def test_every_changed_byte_and_every_truncation_is_detected(tmp_path):
     record = ArrayRecord((5, 6), "int8", ("x", "y"), (4, 6), (2, 3))
     values = np.arange(30, dtype=np.int8).reshape(5, 6)
     array = write(tmp_path, record, values)
@@ -71,6 +72,6 @@ def test_every_flipped_byte_and_every_cut_is_found(tmp_path):
     file.unlink()
     with pytest.raises(CheckpointError, match=r"c\.0\.0: damaged or unreadable, a file of x: No such file"):
         array.read(everything)
-    np.testing.assert_array_equal(array.read((slice(4, 5), slice(0, 6))), values[4:5])  # the other file is whole
+    np.testing.assert_array_equal(array.read((slice(4, 5), slice(0, 6))), values[4:5])  # the other file is intact
     file.write_bytes(good)
     np.testing.assert_array_equal(array.read(everything), values)

@@ -221,7 +221,7 @@ def test_a_damaged_source_is_refused_and_nothing_looks_complete(theirs, tmp_path
 def test_what_is_no_checkpoint_is_said(tmp_path):
     assert "no such folder" in call(tmp_path / "nowhere", tmp_path / "out", expect=1).err
     (tmp_path / "empty").mkdir()
-    assert "no checkpoint in it" in call(tmp_path / "empty", tmp_path / "out", expect=1).err
+    assert "contains no checkpoint" in call(tmp_path / "empty", tmp_path / "out", expect=1).err
     (tmp_path / "old" / "step_1" / "shard_0").mkdir(parents=True)
     assert "--source-config" in call(tmp_path / "old", tmp_path / "out", expect=1).err
 

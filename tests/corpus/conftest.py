@@ -16,7 +16,7 @@ def make_recipe():
 
     def make(components: dict[str, dict], **tables) -> Recipe:
         corpus = {"name": "small"} | tables.pop("corpus", {})
-        components = {name: {"licence": "none"} | component for name, component in components.items()}
+        components = {name: {"license": "none"} | component for name, component in components.items()}
         return check_table(Recipe, {"corpus": corpus, "components": components, **tables}, where="small.toml")
 
     return make

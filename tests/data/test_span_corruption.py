@@ -147,7 +147,7 @@ def test_sentinels_of_the_tokenizer_come_first():
 
 
 def test_impossible_settings_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"hide 14 spans, for which the vocabulary has 7 sentinels; set model\.n_vocab=320"):
+    with pytest.raises(ConfigError, match=r"have 14 noise spans, but the vocabulary has 7 sentinels; set model\.n_vocab=320"):
         open_data(make_config(tmp_path, dict(seq_len=256)))
     with pytest.raises(ConfigError, match=r"give no encoder input of model\.seq_len=32 tokens; lower the density"):
         make_config(tmp_path, noise_density=0.9, mean_noise_span_length=1.0)

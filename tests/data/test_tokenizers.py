@@ -1,8 +1,7 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Text comes back from its ids, whole or bit by bit; special tokens cannot be written; real vocabularies give known ids."""
+"""Tokenizers: text survives encoding and decoding, text never becomes a special token, real vocabularies give known ids."""
 
-import copy
 import functools
 import json
 import pickle
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers as hf
+from small_tokenizers import END, llama_table, small_table, special
 
 from mesh_transformer.data import tokenizers
 from mesh_transformer.data.tokenizers import (
@@ -27,76 +27,18 @@ from mesh_transformer.data.tokenizers import (
     load_tokenizer,
     tokenizer_from_json,
 )
-from mesh_transformer.data.vocabularies import make_byte_alphabet
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 REAL = [
-    pytest.param(name, marks=pytest.mark.skipif(not folder.exists(), reason=f"{folder} is not there"))
+    pytest.param(name, marks=pytest.mark.skipif(not folder.exists(), reason=f"{folder} does not exist"))
     for name in ("gpt2", "gpt-neox")
     for folder in [SHARED / "tokenizers" / name]
 ]
-END = "<|endoftext|>"
 MIXED = (
     "naïve 中文 \U0001f600\U0001f469\u200d\U0001f680 e\u0301 \u0000\t\r\n  tabs\u2028and   spaces\n\n"
     + END
     + " don't 3.14"
 )
-
-
-def special(index: int, content: str, **changes: Any) -> dict[str, Any]:
-    fixed = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    return dict(fixed, id=index, content=content) | changes
-
-
-def small_table(**changes: Any) -> dict[str, Any]:
-    """Bytes, "th", "the", " the" and the end of text, as a tokenizer.json."""
-    tokens = [*sorted(make_byte_alphabet()), "th", "the", "\u0120the"]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    table = {
-        "version": "1.0",
-        "added_tokens": [special(len(tokens), END)],
-        "pre_tokenizer": level,
-        "decoder": level,
-        "model": {
-            "type": "BPE",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": ["t h", "th e", "\u0120 the"],
-        },
-    }
-    return copy.deepcopy(table) | changes
-
-
-def llama_table() -> dict[str, Any]:
-    """A vocabulary with byte fallback and a space before the first word, as converted from SentencePiece."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "h", "i", "hi", "\u2581hi"]
-    return {
-        "version": "1.0",
-        "added_tokens": [special(i, token) for i, token in enumerate(tokens[:3])],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "\u2581"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-            ],
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "unk_token": "<unk>",
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": ["h i", "\u2581 hi"],
-        },
-    }
 
 
 @functools.cache
@@ -129,7 +71,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 @pytest.mark.parametrize("tokenizer", ALL, indirect=True)
-def test_text_comes_back_and_never_becomes_special(tokenizer: Tokenizer) -> None:
+def test_text_survives_encoding_and_never_becomes_special(tokenizer: Tokenizer) -> None:
     texts = some_texts(150)
     batch = tokenizer.encode_batch(texts)
     for text, ids in zip(texts, batch, strict=True):
@@ -143,16 +85,16 @@ def test_text_comes_back_and_never_becomes_special(tokenizer: Tokenizer) -> None
 
 
 @pytest.mark.parametrize("tokenizer", ALL, indirect=True)
-def test_streamed_is_decoded_at_once(tokenizer: Tokenizer) -> None:
+def test_streamed_decoding_equals_decoding_at_once(tokenizer: Tokenizer) -> None:
     rng = random.Random(1)
     chosen = [rng.choices(range(-2, tokenizer.n_vocab + 50), k=60) for _ in range(60)]  # mostly not UTF-8
     for ids in [*chosen, *map(tokenizer.encode, some_texts(40))]:
-        stream, pieces, at = StreamDecoder(tokenizer), [], 0
+        stream, deltas, at = StreamDecoder(tokenizer), [], 0
         while at < len(ids):
             step = rng.randrange(4)
-            pieces.append(stream.push(ids[at : at + step]))
+            deltas.append(stream.push(ids[at : at + step]))
             at += step
-        assert "".join(pieces) + stream.finish() == tokenizer.decode(ids)
+        assert "".join(deltas) + stream.finish() == tokenizer.decode(ids)
         rest = StreamDecoder(tokenizer, continues=True)
         assert (rest.push(ids) + rest.finish()).encode() == tokenizer.decode_bytes(ids).decode(
             errors="replace"
@@ -160,13 +102,13 @@ def test_streamed_is_decoded_at_once(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ALL, indirect=True)
-def test_characters_stream_only_whole(tokenizer: Tokenizer) -> None:
+def test_only_complete_characters_are_streamed(tokenizer: Tokenizer) -> None:
     text = "a中\U0001f600é"
     stream = StreamDecoder(tokenizer)
-    pieces = [stream.push([token]) for token in tokenizer.encode(text)]
-    assert len(pieces) > len(text)
-    assert "\ufffd" not in "".join(pieces)
-    assert "".join(pieces) == text
+    deltas = [stream.push([token]) for token in tokenizer.encode(text)]
+    assert len(deltas) > len(text)
+    assert "\ufffd" not in "".join(deltas)
+    assert "".join(deltas) == text
     assert stream.finish() == ""
     assert len(tokenizer.encode("\U00012000")) > 1
     stream.push(tokenizer.encode("\U00012000")[:-1])
@@ -183,7 +125,7 @@ def test_ids_without_text(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ALL, indirect=True)
-def test_a_checkpoint_carries_it(tokenizer: Tokenizer) -> None:
+def test_storage_in_a_checkpoint(tokenizer: Tokenizer) -> None:
     copied = tokenizer_from_json(json.loads(json.dumps(tokenizer.to_json())))
     assert copied.fingerprint == tokenizer.fingerprint
     assert (copied.n_vocab, copied.end_of_text) == (tokenizer.n_vocab, tokenizer.end_of_text)
@@ -192,31 +134,31 @@ def test_a_checkpoint_carries_it(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "small", "llama"], indirect=True)
-def test_other_processes_get_the_same_rules(tokenizer: Tokenizer) -> None:
+def test_other_processes_get_an_equal_tokenizer(tokenizer: Tokenizer) -> None:
     sent = pickle.loads(pickle.dumps(tokenizer))
     assert sent.encode(MIXED) == tokenizer.encode(MIXED)
     assert sent.fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
-def test_a_process_that_gets_one_for_every_part_does_not_grow() -> None:
-    """The library keeps 5 MB of each of its objects that encoded these words."""
+def test_unpickling_repeatedly_does_not_leak_memory() -> None:
+    """Every new `tokenizers` object that encodes these words leaks 5 MB."""
 
     program = """
 import json, pickle, sys
 from pathlib import Path
 from mesh_transformer.data.tokenizers import FileTokenizer
-def held():
+def resident_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 sent = pickle.dumps(FileTokenizer(json.load(sys.stdin)))
 texts = [" ".join(f"word{i}" for i in range(part, 40_000, 8)) for part in range(8)]
 for _ in range(2):
     pickle.loads(sent).encode_batch(texts)
-before = held()
+before = resident_mb()
 for _ in range(6):
     pickle.loads(sent).encode_batch(texts)
-print(held() - before)
-"""  # in a process of its own: what else one of tests holds moves by ten
+print(resident_mb() - before)
+"""  # in a separate process: the memory of the test process varies by 10 MB
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, input=json.dumps(small_table()), capture_output=True, text=True, check=True)
     assert float(done.stdout) < 8
@@ -236,11 +178,11 @@ def test_bytes() -> None:
     data = random.Random(0).randbytes(1000)
     assert tokenizer.decode_bytes(data) == data
     assert tokenizer.decode(data) == data.decode(errors="replace")
-    # Caches of token shards and checkpoints are known by it.
+    # Caches of token shards and checkpoints are identified by it.
     assert tokenizer.fingerprint == "44db160ef62b8e6f59897f101a9b0bf327ce5cb8019ee9eedb5deb9a36e35945"
 
 
-@pytest.mark.skipif(not (SHARED / "tokenizers").exists(), reason="shared/tokenizers is not there")
+@pytest.mark.skipif(not (SHARED / "tokenizers").exists(), reason="shared/tokenizers does not exist")
 def test_real_vocabularies_give_known_ids() -> None:
     gpt2, neox = load_real("gpt2"), load_real("gpt-neox")
     assert (gpt2.n_vocab, gpt2.end_of_text) == (50257, 50256)
@@ -250,7 +192,7 @@ def test_real_vocabularies_give_known_ids() -> None:
     assert (neox.n_vocab, neox.end_of_text) == (
         50278,
         0,
-    )  # this file has a [PAD] at 50277 behind the 50277 trained ones
+    )  # this file has a [PAD] at 50277 after the 50277 trained tokens
     assert neox.encode("Hello world") == [12092, 1533]
     assert neox.encode("def f():\n    return 1")[4] == 50274  # four spaces are one token
     assert gpt2.fingerprint == "6fdb36add83a89774f0ab7d71477b2ca5c56a7465c3e37379f36fcb37b1ec74e"
@@ -258,8 +200,8 @@ def test_real_vocabularies_give_known_ids() -> None:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_ids_are_the_library_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of long texts, which we encode in parts and the library at once."""
+def test_ids_are_those_of_the_tokenizers_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for long texts, which FileTokenizer encodes in parts and `tokenizers` at once."""
     folder = SHARED / "tokenizers" / name
     if name == "gpt2":
         model = hf.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -281,9 +223,9 @@ def test_ids_are_the_library_s(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [library.encode(part).ids for part in texts]
 
 
-def test_parts_only_where_they_change_nothing() -> None:
+def test_long_texts_are_split_only_if_that_does_not_change_the_ids() -> None:
     level = small_table()["pre_tokenizer"]
-    whole = [
+    unsplittable = [
         llama_table(),
         small_table(pre_tokenizer=dict(level, add_prefix_space=True)),
         small_table(pre_tokenizer=dict(level, use_regex=False)),
@@ -291,14 +233,14 @@ def test_parts_only_where_they_change_nothing() -> None:
         small_table(added_tokens=[special(259, END), special(260, "a b", special=False)]),
     ]
     assert FileTokenizer(small_table())._part
-    assert [FileTokenizer(table)._part for table in whole] == [None] * 5
+    assert [FileTokenizer(table)._part for table in unsplittable] == [None] * 5
     tokenizer, text = FileTokenizer(small_table()), "the the " * 150_000
     assert len(list(tokenizers._split_text(text, tokenizer._part))) == 2
     assert tokenizer.encode(text) == [257, *[258] * 299_999, tokenizer.encode(" ")[0]]
 
 
-def test_settings_in_the_file_change_no_ids() -> None:
-    """Files may cut, fill, begin or randomly vary what they encode; training text is taken as it is."""
+def test_truncation_padding_and_dropout_are_ignored() -> None:
+    """A file may truncate, pad, prefix or randomly vary its ids; training text is encoded unchanged."""
     plain = FileTokenizer(small_table())
     table = small_table(
         truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
@@ -330,7 +272,7 @@ def test_end_of_text_is_special_even_if_the_file_says_otherwise(change: dict[str
     assert tokenizer.decode([259]) == ""
 
 
-def test_byte_fallback_decodes_as_the_library_does() -> None:
+def test_byte_fallback_decodes_like_the_tokenizers_package() -> None:
     tokenizer, library = FileTokenizer(llama_table()), hf.Tokenizer.from_str(json.dumps(llama_table()))
     ids = tokenizer.encode("hi hi é")
     assert ids == library.encode("hi hi é", add_special_tokens=False).ids
@@ -364,18 +306,18 @@ def without(*tokens: str) -> dict[str, Any]:
 
 
 ERRORS = {
-    "no token ends a document": small_table(added_tokens=[special(259, "[SEP]")]),
-    "no token ends a document; add one of": small_table(
+    "no end-of-text token": small_table(added_tokens=[special(259, "[SEP]")]),
+    "no end-of-text token; add one of": small_table(
         added_tokens=[], model=dict(small_table()["model"], vocab=small_table()["model"]["vocab"] | {"</s>": 259})
     ),
-    "1 bytes are not in the vocabulary": without("A"),
-    "no vocabulary in it": {"version": "1.0"},
+    "1 byte values are not in the vocabulary": without("A"),
+    "no vocabulary": {"version": "1.0"},
     "neither byte-level nor with byte fallback": small_table(pre_tokenizer={"type": "Whitespace"}, decoder=None),
     "neither byte-level nor": small_table(pre_tokenizer=None),
-    "alters texts": small_table(normalizer={"type": "Replace", "pattern": {"String": " "}, "content": ""}),
-    "marks at the parts of words": small_table(model=dict(small_table()["model"], end_of_word_suffix="</w>")),
+    "does not preserve text": small_table(normalizer={"type": "Replace", "pattern": {"String": " "}, "content": ""}),
+    "end_of_word_suffix and": small_table(model=dict(small_table()["model"], end_of_word_suffix="</w>")),
     "not a usable tokenizer.json": small_table(pre_tokenizer={"type": "Unheard"}),
-    "would end the document": small_table(
+    "would be encoded as the end of text": small_table(
         added_tokens=[],
         pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         model=dict(small_table()["model"], vocab=small_table()["model"]["vocab"] | {END: 259}, ignore_merges=True),
@@ -396,17 +338,17 @@ def test_unusable_vocabularies(tmp_path: Path, message: str) -> None:
 def test_unusable_files(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="did you mean bytes"):
         load_tokenizer("byte")
-    with pytest.raises(TokenizerError, match=r"neither tokenizer\.json nor vocab"):
+    with pytest.raises(TokenizerError, match=r"has neither tokenizer\.json nor vocab"):
         load_tokenizer(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps(small_table()["model"]["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e x\n")
-    with pytest.raises(TokenizerError, match=r"merges\.txt:3: two tokens"):
+    with pytest.raises(TokenizerError, match=r"merges\.txt:3: expected two tokens"):
         load_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nx yz\n")
     with pytest.raises(TokenizerError, match=r"not a usable.*yz"):
         load_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("t h\n")
-    with pytest.raises(TokenizerError, match="no token ends a document"):
+    with pytest.raises(TokenizerError, match="no end-of-text token"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: not valid JSON.*copy it again"):
@@ -416,25 +358,25 @@ def test_unusable_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\xff")
     with pytest.raises(TokenizerError, match=r"tokenizer\.model: not valid JSON.*give a tokenizer\.json"):
         load_tokenizer(tmp_path / "tokenizer.model")
-    with pytest.raises(TokenizerError, match="checkpoint: not the record of a tokenizer"):
+    with pytest.raises(TokenizerError, match="checkpoint: not a stored tokenizer"):
         tokenizer_from_json({"type": "words"})
 
 
-def test_training_one(load_script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_a_tokenizer(load_script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = load_script("train_tokenizer")
     for i in range(120):
         (tmp_path / f"{i}.txt").write_text(f"The number {i} is followed by the number {i + 1}. {END}\n" * 5)
     (tmp_path / "bad.jsonl").write_text("[]\n")
     written = tmp_path / "out" / "tokenizer.json"
     arguments = [str(tmp_path), str(tmp_path / "out"), "--vocab-size", "300"]
-    with pytest.raises(ValueError, match=r"bad\.jsonl:1: a list"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1: got a list"):
         script.main(arguments)
     assert not written.exists()
     assert script.main([*arguments, "--skip-bad"]) == 0
     captured = capsys.readouterr()
     assert "300 tokens from" in captured.out
     assert "held-out documents" in captured.out
-    assert "left out 1 (not an object)" in captured.err
+    assert "skipped 1 (not an object)" in captured.err
     assert [file.name for file in written.parent.iterdir()] == ["tokenizer.json"]
     tokenizer = load_tokenizer(tmp_path / "out")
     assert (tokenizer.n_vocab, tokenizer.end_of_text) == (300, 0)

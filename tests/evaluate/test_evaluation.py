@@ -19,7 +19,7 @@ from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.data.readers import read_documents
 from mesh_transformer.data.tokenizers import ByteTokenizer
 from mesh_transformer.distributed.stop import StopRequest
-from mesh_transformer.evaluate.callback import train_measured
+from mesh_transformer.evaluate.callback import make_measure
 from mesh_transformer.evaluate.evaluation import check_tasks
 from mesh_transformer.evaluate.published import find_published, pile_components, read_published
 from mesh_transformer.evaluate.synthetic_tasks import CONTEXT, END, make_choices, make_clozes, make_lines
@@ -34,6 +34,7 @@ from mesh_transformer.reports.evaluation_results import (
     write_evaluation,
 )
 from mesh_transformer.reports.metrics_log import read_metrics
+from mesh_transformer.train.session import train_config
 
 HAS_HARNESS = True
 try:
@@ -80,7 +81,7 @@ every = 2
 def trained(tmp_path_factory) -> tuple[Path, Config]:
     """A run that measured itself at steps 2 and 4."""
     config = load_config(write_config(tmp_path_factory.mktemp("evaluate")))
-    train_measured(config, make_layout(config.mesh), StopRequest(message=""))
+    train_config(config, make_layout(config.mesh), StopRequest(message=""), measure=make_measure(config))
     return Path(config.run.dir), config
 
 
@@ -166,7 +167,7 @@ def test_training_writes_answers_as_the_program_does(tmp_path, capsys):
     config = load_config(write_config(tmp_path), [*tasks, "model.seq_len=256", "data.holdout_one_in=2"])
     for file in (tmp_path / "texts").iterdir():
         file.write_text("".join(line + "\n" for line in re.findall(r"(?:\S+\s+){10}", file.read_text())))
-    train_measured(config, make_layout(config.mesh), StopRequest(message=""))
+    train_config(config, make_layout(config.mesh), StopRequest(message=""), measure=make_measure(config))
     evaluations = read_evaluations(Path(config.run.dir))
     assert list(evaluations) == [2, 4]
     capsys.readouterr()

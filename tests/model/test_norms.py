@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The norms against their papers' formulas in float64."""
+"""The norms equal the formulas of their papers in float64."""
 
 import haiku as hk
 import jax
@@ -30,7 +30,7 @@ FORMULAS = {
         lambda x: 1.7 * x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 0.1),
     ),
 }
-FORMULAS |= {  # mesh-transformer-jax's RMSNorm, elementwise or not
+FORMULAS |= {  # RMSNorm of mesh-transformer-jax, with a scale per channel or a single one
     f"gptj-{name}": (
         dict(scale=scale, bias=bias),
         lambda x, scale=scale, bias=bias: x / (np.linalg.norm(x, axis=-1, keepdims=True) + 0.1) * scale + bias,
@@ -43,8 +43,8 @@ FORMULAS |= {  # mesh-transformer-jax's RMSNorm, elementwise or not
 def test_norm_equals_its_formula(name):
     params, formula = FORMULAS[name]
     norm = make_norm(norm=name, norm_eps=0.1)
-    made = norm.init(None, jnp.asarray(X, jnp.float32))["norm"]
-    assert {key: value.shape for key, value in made.items()} == {key: value.shape for key, value in params.items()}
+    initial = norm.init(None, jnp.asarray(X, jnp.float32))["norm"]
+    assert {key: value.shape for key, value in initial.items()} == {key: value.shape for key, value in params.items()}
     found = norm.apply(
         {"norm": {key: jnp.asarray(value, jnp.float32) for key, value in params.items()}}, jnp.asarray(X, jnp.float32)
     )
@@ -52,13 +52,13 @@ def test_norm_equals_its_formula(name):
 
 
 @pytest.mark.parametrize("name", ["scalenorm", "gptj-scalenorm", "gptj-rmsnorm"])
-def test_norms_by_length_start_at_the_root_of_the_width(name):
+def test_initial_scale_of_norms_by_length_is_sqrt_d_model(name):
     norm = make_norm(norm=name)
     assert (norm.init(None, jnp.asarray(X, jnp.float32))["norm"]["scale"] == 4.0).all()
 
 
 @pytest.mark.parametrize("name", ["layernorm", "gptj-rmsnorm", "gptj-scalenorm"])
-def test_without_bias(name):
+def test_norms_without_bias_have_only_a_scale(name):
     assert set(make_norm(norm=name, norm_bias=False).init(None, jnp.zeros((1, 1, 16)))["norm"]) == {"scale"}
 
 
@@ -73,11 +73,12 @@ def test_norm_of_zeros_has_finite_gradients(name):
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_statistics_are_float32_and_the_result_keeps_its_dtype(name):
-    """A large mean with a small deviation: statistics in bfloat16 would lose the deviation altogether."""
+    """The mean is large and the deviation small: statistics in bfloat16 would lose the deviation."""
     norm = make_norm(norm=name)
     x = jnp.asarray(64.0 + np.random.default_rng(2).integers(0, 2, size=(1, 1, 16)), jnp.bfloat16)
     params = norm.init(None, x)
-    narrow, wide = norm.apply(params, x), norm.apply(params, x.astype(jnp.float32))
-    assert narrow.dtype == jnp.bfloat16
-    assert wide.dtype == jnp.float32
-    np.testing.assert_array_equal(np.asarray(narrow), np.asarray(wide.astype(jnp.bfloat16)))
+    y_bfloat16 = norm.apply(params, x)
+    y_float32 = norm.apply(params, x.astype(jnp.float32))
+    assert y_bfloat16.dtype == jnp.bfloat16
+    assert y_float32.dtype == jnp.float32
+    np.testing.assert_array_equal(np.asarray(y_bfloat16), np.asarray(y_float32.astype(jnp.bfloat16)))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Biases and rotations against transformers' and the papers' own numbers."""
+"""Position encodings, compared with transformers and with the numbers of the papers."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ from mesh_transformer.model.positions import alibi_slopes, apply_rope, t5_bucket
 FIRST_OF_BUCKET = [16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
 
 
-def test_t5_buckets_begin_where_they_should():
+def test_first_distance_of_each_t5_bucket():
     buckets = np.asarray(t5_buckets(jnp.arange(-3, 300)))
     assert list(buckets[:3]) == [0, 0, 0]  # the future, which is masked anyway
     buckets = buckets[3:]
@@ -26,13 +26,13 @@ def test_t5_buckets_equal_transformers():
     torch = pytest.importorskip("torch")
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     distance = np.arange(-20, 2100)
-    theirs = t5.T5Attention._relative_position_bucket(
+    expected = t5.T5Attention._relative_position_bucket(
         torch.tensor(-distance), bidirectional=False, num_buckets=32, max_distance=128
     )
-    np.testing.assert_array_equal(np.asarray(t5_buckets(jnp.asarray(distance))), theirs.numpy())
+    np.testing.assert_array_equal(np.asarray(t5_buckets(jnp.asarray(distance))), expected.numpy())
 
 
-SLOPES = {  # powers of 1/2: the paper's for 8 heads every half, and its rule for other counts
+SLOPES = {  # exponents of 1/2: those of the paper for 8 heads, and its rule for other numbers of heads
     4: [2, 4, 6, 8],
     8: [1, 2, 3, 4, 5, 6, 7, 8],
     6: [2, 4, 6, 8, 1, 3],
@@ -57,22 +57,22 @@ def make_config(**choices) -> ModelConfig:
     return ModelConfig(**{"n_layers": 1, "d_model": 16, "n_heads": 2, "n_vocab": 9, "seq_len": 8, **choices})
 
 
-@pytest.mark.parametrize("pairs", [True, False])
-def test_rotation_is_complex_multiplication(pairs):
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotation_is_complex_multiplication(interleaved):
     """Channels (a, b) times e^(i p theta), theta = base^(-2j/r)."""
-    config = make_config(positions="rope-interleaved" if pairs else "rope-half", rope_dims=6)
+    config = make_config(positions="rope-interleaved" if interleaved else "rope-half", rope_dims=6)
     x = np.random.default_rng(0).normal(size=(1, 3, 2, 8)).astype(np.float32)
     positions = np.array([[0, 7, 2000]], np.int32)
     rotated = np.asarray(apply_rope(jnp.asarray(x), jnp.asarray(positions), config))
-    first, second = (x[..., 0:6:2], x[..., 1:6:2]) if pairs else (x[..., :3], x[..., 3:6])
-    turned = (first + 1j * second) * np.exp(1j * positions[..., None, None] * 10_000.0 ** (-np.arange(3) / 3))
+    first, second = (x[..., 0:6:2], x[..., 1:6:2]) if interleaved else (x[..., :3], x[..., 3:6])
+    product = (first + 1j * second) * np.exp(1j * positions[..., None, None] * 10_000.0 ** (-np.arange(3) / 3))
     expected = x.copy()
-    if pairs:
-        expected[..., 0:6:2], expected[..., 1:6:2] = turned.real, turned.imag
+    if interleaved:
+        expected[..., 0:6:2], expected[..., 1:6:2] = product.real, product.imag
     else:
-        expected[..., :3], expected[..., 3:6] = turned.real, turned.imag
+        expected[..., :3], expected[..., 3:6] = product.real, product.imag
     assert np.abs(expected - x).max() > 0.1
-    # The angle is rounded to float32 at position 2000: 2000 x 6e-8.
+    # At position 2000, rounding the angle to float32 costs 2000 * 6e-8.
     np.testing.assert_allclose(rotated, expected, atol=5e-4)
     np.testing.assert_allclose(rotated[:, :2], expected[:, :2], atol=2e-6)
     np.testing.assert_array_equal(rotated[..., 6:], x[..., 6:])
@@ -83,9 +83,9 @@ def test_rotation_makes_scores_depend_on_distance_alone():
     q, k = np.random.default_rng(1).normal(size=(2, 1, 1, 2, 8)).astype(np.float32)
 
     def score(at_q, at_k):
-        q_turned = apply_rope(jnp.asarray(q), jnp.array([[at_q]]), config)
-        k_turned = apply_rope(jnp.asarray(k), jnp.array([[at_k]]), config)
-        return np.sum(np.asarray(q_turned * k_turned), axis=-1)
+        q_rotated = apply_rope(jnp.asarray(q), jnp.array([[at_q]]), config)
+        k_rotated = apply_rope(jnp.asarray(k), jnp.array([[at_k]]), config)
+        return np.sum(np.asarray(q_rotated * k_rotated), axis=-1)
 
     assert np.abs(score(9, 4) - score(9, 5)).max() > 1e-2
     np.testing.assert_allclose(score(9, 4), score(105, 100), atol=2e-5)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Ours = `transformers`, logits and gradients, for every family: against stored goldens always, and live where torch is."""
+"""Logits and gradients of every family equal those of `transformers`: golden files, and live if torch is installed."""
 
 import sys
 
@@ -16,7 +16,7 @@ from reference_models import (
     Case,
     draw,
     import_arrays,
-    make_sources,
+    make_encoder_inputs,
     make_torch,
     read_golden,
     run_model,
@@ -28,22 +28,24 @@ from mesh_transformer.model.transformer import make_model
 LOGITS_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4  # absolute; relative to the largest entry of the array
 
 
-# Compiles in half the time; what is computed is the same.
+# Halves the compile time.
 QUICK: dict[str, bool | int | float | str] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
 
 
-def run_ours(
+def run_native(
     case: Case, weights: Arrays, tokens: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, dict[str, Arrays]]:
-    """Logits, and gradients of the mean loss, of our model with their weights."""
-    model, read = make_model(case.config), make_sources(case, tokens)
-    more = {} if read is None else dict(zip(("sources", "source_segments"), map(jnp.asarray, read), strict=True))
+    """Return the logits of the native model with external weights, and the gradients of its mean loss."""
+    model = make_model(case.config)
+    inputs: dict[str, jax.Array] = {}
+    if (encoder_inputs := make_encoder_inputs(case, tokens)) is not None:
+        inputs["encoder_tokens"], inputs["encoder_segment_ids"] = map(jnp.asarray, encoder_inputs)
 
     def loss(params):
-        logits, _ = model.apply(params, jnp.asarray(tokens), **more)
+        logits, _ = model.apply(params, jnp.asarray(tokens), **inputs)
         log_p = jax.nn.log_softmax(logits)
         return -jnp.mean(jnp.take_along_axis(log_p, jnp.asarray(targets)[..., None], axis=-1)), logits
 
@@ -52,13 +54,13 @@ def run_ours(
     return np.asarray(logits), gradients
 
 
-def assert_equal(case: Case, ours: tuple[np.ndarray, dict[str, Arrays]], logits: np.ndarray, gradients: Arrays) -> None:
-    assert np.std(logits) > 0.1, "the reference says nothing: too small weights"
-    np.testing.assert_allclose(ours[0], logits, atol=LOGITS_TOLERANCE, rtol=0)
+def assert_equal(case: Case, native: tuple[np.ndarray, dict[str, Arrays]], logits: np.ndarray, gradients: Arrays) -> None:
+    assert np.std(logits) > 0.1, "the weights are too small: the reference logits are nearly constant"
+    np.testing.assert_allclose(native[0], logits, atol=LOGITS_TOLERANCE, rtol=0)
     wanted = flatten_names(import_arrays(gradients, case.kind, case.config))
-    found = flatten_names(ours[1])
+    found = flatten_names(native[1])
     assert found.keys() == wanted.keys()
-    # A key's bias moves all of a row's scores alike, so its gradient is zero but for rounding: compare on the queries' scale.
+    # A key's bias shifts all scores of a query equally, so its gradient is zero up to rounding: compared on another scale.
     largest = max(np.abs(gradient).max() for gradient in wanted.values())
     for name, gradient in wanted.items():
         scale = largest if name.endswith("attention/b_k") else np.abs(gradient).max()
@@ -67,9 +69,9 @@ def assert_equal(case: Case, ours: tuple[np.ndarray, dict[str, Arrays]], logits:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ours_equals_golden(name):
+def test_native_equals_golden(name):
     weights, tokens, targets, logits, gradients = read_golden(name)
-    assert_equal(CASES[name], run_ours(CASES[name], weights, tokens, targets), logits, gradients)
+    assert_equal(CASES[name], run_native(CASES[name], weights, tokens, targets), logits, gradients)
 
 
 # With torch
@@ -85,7 +87,7 @@ def run_torch(
     logits = run_model(case, model, tokens)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(targets, dtype=torch.long).flatten())
     loss.backward()
-    zeros = torch.zeros  # of an expert that nobody chose
+    zeros = torch.zeros  # for an expert that no token was assigned to
     gradients = {name: zeros(p.shape) if p.grad is None else p.grad for name, p in parameters.items()}
     return logits.detach().numpy(), {name: gradient.numpy() for name, gradient in gradients.items()}
 
@@ -96,29 +98,29 @@ def test_golden_equals_transformers(name):
     model, parameters = make_torch(case)
     weights, tokens, targets, logits, gradients = read_golden(name)
     live_logits, live_gradients = run_torch(case, model, parameters, weights, tokens, targets)
-    remedy = (
-        "the installed transformers computes something else: if that is right, run python tests/model/test_reference.py"
+    hint = (
+        "the installed transformers computes other values; if they are correct, run python tests/model/test_reference.py"
     )
-    np.testing.assert_allclose(live_logits, logits, atol=1e-5, rtol=0, err_msg=remedy)
-    assert live_gradients.keys() == gradients.keys(), remedy
+    np.testing.assert_allclose(live_logits, logits, atol=1e-5, rtol=0, err_msg=hint)
+    assert live_gradients.keys() == gradients.keys(), hint
     largest = max(np.abs(gradient).max() for gradient in gradients.values())
     for key, gradient in gradients.items():
         np.testing.assert_allclose(
-            live_gradients[key], gradient, atol=1e-5 * largest, rtol=0, err_msg=f"{key}: {remedy}"
+            live_gradients[key], gradient, atol=1e-5 * largest, rtol=0, err_msg=f"{key}: {hint}"
         )
 
 
 @pytest.mark.parametrize("name", LIVE_CASES)
-def test_ours_equals_transformers(name):
+def test_native_equals_transformers(name):
     case = LIVE_CASES[name]
     model, parameters = make_torch(case)
     weights, tokens, targets = draw(case, parameters, seed=len(name))
     logits, gradients = run_torch(case, model, parameters, weights, tokens, targets)
-    assert_equal(case, run_ours(case, weights, tokens, targets), logits, gradients)
+    assert_equal(case, run_native(case, weights, tokens, targets), logits, gradients)
 
 
 def write_goldens(names: list[str]) -> None:
-    """Those of all cases, or of `names`."""
+    """Write the golden files of `names`, or of all cases."""
     GOLDEN.mkdir(exist_ok=True)
     for seed, (name, case) in enumerate(CASES.items()):
         if names and name not in names:

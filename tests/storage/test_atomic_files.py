@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A file is replaced whole or not at all; a log goes on where a full disk stopped it, without a gap."""
+"""replace_file is atomic; LineFile loses no line on a full disk."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from mesh_transformer.storage.atomic_files import LineFile, replace_file
 
 
 def fill(folder):
-    """Take all room of a file system; the file that does."""
+    """Fill a file system; return the file that occupies the space."""
     ballast = folder / "ballast"
     with open(ballast, "wb", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
@@ -21,7 +21,7 @@ def fill(folder):
     return ballast
 
 
-def test_replaced_whole_or_not_at_all(small_disk):
+def test_replacement_is_atomic(small_disk):
     path = small_disk / "file"
     replace_file(path, b"first")
     ballast = fill(small_disk)
@@ -34,7 +34,7 @@ def test_replaced_whole_or_not_at_all(small_disk):
     assert path.read_bytes() == b"second"
 
 
-def test_lines_wait_for_room(small_disk, capsys):
+def test_lines_are_buffered_while_the_disk_is_full(small_disk, capsys):
     log = LineFile(small_disk / "log")
     lines = [b"%d " % i + bytes([65 + i % 26]) * 3000 for i in range(20)]
     log.write(lines[0])
@@ -42,16 +42,16 @@ def test_lines_wait_for_room(small_disk, capsys):
     for line in lines[1:10]:
         log.write(line)
     assert (small_disk / "log").stat().st_size < sum(map(len, lines[:10]))
-    assert capsys.readouterr().err.count("lines wait in memory") == 1
+    assert capsys.readouterr().err.count("buffering lines in memory") == 1
     ballast.unlink()
     for line in lines[10:]:
         log.write(line)
-    assert "has all its lines again" in capsys.readouterr().err
+    assert "all buffered lines are written" in capsys.readouterr().err
     log.close()
     assert (small_disk / "log").read_bytes() == b"".join(line + b"\n" for line in lines)
 
 
-def test_what_is_lost_in_the_end_is_said(small_disk):
+def test_close_reports_lost_bytes(small_disk):
     log = LineFile(small_disk / "log")
     fill(small_disk)
     log.write(bytes(10_000))
@@ -59,7 +59,7 @@ def test_what_is_lost_in_the_end_is_said(small_disk):
         log.close()
 
 
-def test_a_cut_line_is_removed_before_more_are_written(tmp_path):
+def test_an_incomplete_last_line_is_removed(tmp_path):
     path = tmp_path / "log"
     path.write_bytes(b"one\ntwo\nthr")
     log = LineFile(path)

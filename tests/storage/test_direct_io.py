@@ -1,5 +1,7 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
+"""DirectFile: writes at any offset, with and without O_DIRECT."""
+
 import concurrent.futures
 import itertools
 import os
@@ -15,16 +17,16 @@ SIZE = 5 * STAGING_BYTES + 123
 
 
 @pytest.fixture(params=["direct", "plain"])
-def pasts(request, monkeypatch):
-    """How many bytes went past the page cache; in "plain" the file system has no such writes."""
-    handed = []
+def direct_sizes(request, monkeypatch):
+    """Return the sizes of O_DIRECT writes; with "plain" the file system does not support them."""
+    sizes = []
     write_all = direct_io._write_all
 
     def count(descriptor, values, offset, fallback=None):
         if fallback is not None:
             assert not offset % BLOCK
             assert not len(values) % BLOCK
-            handed.append(len(values))
+            sizes.append(len(values))
         write_all(descriptor, values, offset, fallback)
 
     monkeypatch.setattr(direct_io, "_write_all", count)
@@ -37,12 +39,12 @@ def pasts(request, monkeypatch):
             return real(path, flags, *mode)
 
         monkeypatch.setattr(os, "open", refuse)
-    yield handed
+    yield sizes
     if request.param == "plain":
-        assert not handed
+        assert not sizes
 
 
-def test_any_parts_in_any_order_from_several_threads(tmp_path, pasts):
+def test_parts_in_any_order_from_several_threads(tmp_path, direct_sizes):
     rng = np.random.default_rng(0)
     wanted = rng.integers(0, 256, SIZE, np.uint8)
     cuts = np.unique([0, *rng.integers(0, SIZE, 12), 17, 17 + MIN_DIRECT_BYTES, BLOCK, SIZE])
@@ -53,11 +55,11 @@ def test_any_parts_in_any_order_from_several_threads(tmp_path, pasts):
         assert list(counts) == [last - first for first, last in parts]
         file.sync()
     assert path.read_bytes() == wanted.tobytes()
-    assert not pasts or sum(pasts) > SIZE / 2
+    assert not direct_sizes or sum(direct_sizes) > SIZE / 2
 
 
-@pytest.mark.usefixtures("pasts")
-def test_what_is_there_stays_around_a_part(tmp_path):
+@pytest.mark.usefixtures("direct_sizes")
+def test_a_partial_write_keeps_the_rest(tmp_path):
     path = tmp_path / "file"
     before = np.random.default_rng(1).integers(0, 256, SIZE, np.uint8)
     path.write_bytes(before.tobytes())
@@ -70,8 +72,8 @@ def test_what_is_there_stays_around_a_part(tmp_path):
     assert path.read_bytes() == b""
 
 
-@pytest.mark.usefixtures("pasts")
-def test_archives_are_written_into_it(tmp_path):
+@pytest.mark.usefixtures("direct_sizes")
+def test_zip_archives(tmp_path):
     members = {f"{i}": np.random.default_rng(i).bytes(i * STAGING_BYTES // 3 + i) for i in range(6)}
     with DirectFile(tmp_path / "zip") as file, zipfile.ZipFile(file, "w") as archive:
         for name, data in members.items():
@@ -82,7 +84,7 @@ def test_archives_are_written_into_it(tmp_path):
         assert {name: archive.read(name) for name in archive.namelist()} == members
 
 
-def test_a_write_that_ends_inside_a_block_goes_on_without(tmp_path, monkeypatch):
+def test_after_a_short_write_the_fallback_is_used(tmp_path, monkeypatch):
     wanted = np.random.default_rng(2).integers(0, 256, 4 * MIN_DIRECT_BYTES, np.uint8)
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: min(real(fd, data, offset), 5000))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a path is, and what an error of a store means, without any store; test_remote.py has one."""
+"""Parsing of paths and URLs, explanations of store errors, and local reads; no object store is involved."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.storage.errors import CheckpointError, explain_error
-from mesh_transformer.storage.paths import RemotePath, kvstore_spec, map_bytes, read_blocks, parse_path
+from mesh_transformer.storage.paths import RemotePath, kvstore_spec, map_bytes, parse_path, read_blocks
 
 
 @pytest.mark.parametrize(
@@ -35,24 +35,24 @@ def test_urls(text, parts):
 
 
 @pytest.mark.parametrize("text", ["runs/a", "/runs/a", "s3", "C:file"])
-def test_paths_of_this_machine(text):
+def test_local_paths(text):
     assert parse_path(text) == Path(text)
 
 
 @pytest.mark.parametrize("text", ["http://host/run", "s3://", "gs:///", "hdfs://a/b", "s3://bucket/../other"])
-def test_urls_of_no_kind(text):
+def test_unsupported_urls(text):
     with pytest.raises(CheckpointError, match=r"unsupported URL|contains \. or \.\."):
         parse_path(text)
 
 
-def test_a_url_in_the_clothes_of_a_path_makes_no_folder(tmp_path, monkeypatch):
+def test_a_url_converted_to_a_local_path_is_rejected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="a URL that has become a path"):
+    with pytest.raises(CheckpointError, match="a URL was converted to a local path"):
         Store(Path("s3://bucket/run") / "checkpoints")
     assert not list(tmp_path.iterdir())
 
 
-def test_where_tensorstore_finds_it(monkeypatch):
+def test_kvstore_spec(monkeypatch):
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     path = parse_path("s3://bucket/run/a")
@@ -70,33 +70,33 @@ def test_where_tensorstore_finds_it(monkeypatch):
     [
         (PermissionError("Access Denied"), "permission denied"),
         (ValueError("PERMISSION_DENIED: InvalidAccessKeyId"), "permission denied"),
-        (OSError(5, "An error occurred (503) when calling the PutObject operation"), "the store itself fails"),
-        (ValueError('UNAVAILABLE: CURL error[52] reading "http://h/bucket/x"'), "cannot be reached"),
-        (ConnectionResetError(104, "Connection reset by peer"), "cannot be reached"),
+        (OSError(5, "An error occurred (503) when calling the PutObject operation"), "the object store returned an error"),
+        (ValueError('UNAVAILABLE: CURL error[52] reading "http://h/bucket/x"'), "cannot connect"),
+        (ConnectionResetError(104, "Connection reset by peer"), "cannot connect"),
         (FileNotFoundError("The specified bucket does not exist"), "no such bucket: bucket"),
         (FileNotFoundError("bucket/run/Timeout/c.503.0"), None),
         (ValueError('DATA_LOSS: digest mismatch in "bucket/run/Connect/c.403.0"'), None),
     ],
 )
-def test_what_errors_mean(error, meaning):
+def test_explain_error(error, meaning):
     found = explain_error("s3://bucket/run", error)
     assert found is None if meaning is None else meaning in found
     assert explain_error("/bucket/run", error) is None
 
 
-def test_local_files_are_seen_as_before(tmp_path):
+def test_local_reads(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(range(100)))
     assert b"".join(bytes(block) for block in read_blocks(path)) == bytes(range(100))
     assert bytes(map_bytes(path, 10, 20)) == bytes(range(10, 20))
     for stop in (101, 10**6):
-        with pytest.raises(ValueError, match=f"cut short: 100 bytes, an array ends at {stop:,}"):
+        with pytest.raises(ValueError, match=f"truncated: the file has 100 bytes, but an array in it ends at byte {stop:,}"):
             map_bytes(path, 90, stop)
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(ValueError, match="truncated"):
         map_bytes(path, 200, 300)
 
 
-def test_without_the_extra_it_says_what_to_install():
+def test_a_missing_extra_is_named():
     code = (
         "import sys; sys.modules['s3fs'] = sys.modules['gcsfs'] = None\n"
         "from mesh_transformer.storage.paths import parse_path\n"

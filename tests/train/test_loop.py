@@ -19,7 +19,7 @@ from mesh_transformer.reports.console import Progress
 from mesh_transformer.reports.metrics_log import MetricsLog, read_metrics
 from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.train import loop
-from mesh_transformer.train.data_log import digest_tokens, read_log, effective_history
+from mesh_transformer.train.data_log import digest_tokens, effective_history, read_log
 from mesh_transformer.train.loop import Recorder, train
 from mesh_transformer.train.run import open_run
 

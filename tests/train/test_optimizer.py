@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Every optimizer against plain NumPy in float64 over several steps; masks and state layouts by logical axes."""
+"""Tests of every optimizer against float64 NumPy over several steps, and of masks and states by logical axes."""
 
 import functools
 
@@ -240,7 +240,7 @@ def test_decay_by_axes():
 
 
 def test_unknown_excepted_axis():
-    with pytest.raises(ConfigError, match="no array has the axis 'vocabulary'; there are buckets, embed"):
+    with pytest.raises(ConfigError, match="no array has the axis 'vocabulary'; use some of buckets, embed"):
         make_optimizer(make_config("adamw", no_decay_axes=("vocabulary",)), STEPS, AXES)
 
 
@@ -296,7 +296,7 @@ def test_second_moments_stay_float32():
         assert all(bool(jnp.all(leaf > 0)) for leaf in second)
 
 
-def test_muon_orthogonalises_every_layer():
+def test_muon_orthogonalizes_every_layer():
     x = np.random.default_rng(0).normal(size=(3, 16, 40)) * np.array([1e-6, 1.0, 1e6])[:, None, None]
     found = np.asarray(jax.jit(orthogonalize)(jnp.asarray(x, jnp.float32)))
     for layer, y in zip(x, found, strict=True):

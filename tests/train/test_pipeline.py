@@ -10,8 +10,8 @@ from mesh_transformer.config import ConfigError, parse_config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import make_layout, use_layout
 from mesh_transformer.model.shapes import describe_params
-from mesh_transformer.train.pipeline import bubble_fraction
 from mesh_transformer.train.compile import abstract_batch
+from mesh_transformer.train.pipeline import bubble_fraction
 from mesh_transformer.train.state import describe_state, state_shardings
 from mesh_transformer.train.step import make_gradients, make_train_step
 

@@ -122,5 +122,5 @@ def test_without_a_recipe_or_its_data_nothing_is_made_up(run_dir, programs, tmp_
     shutil.copytree(run_dir, copy)
     recipe = json.loads((copy / "recipe.json").read_text())
     (copy / "recipe.json").write_text(json.dumps({**recipe, "data_fingerprint": "0" * 16}))
-    with pytest.raises(ProvenanceError, match="holds other data now"):
+    with pytest.raises(ProvenanceError, match="restore that data to replay the run"):
         programs["reproduce"].main([str(copy)])

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Learning rates against published values and plain formulas; batch ramps against counting."""
+"""Tests of learning rates against published values and formulas, and of batch ramps against explicit sums."""
 
 import math
 
@@ -19,8 +19,8 @@ def make(name, *, steps=STEPS, **fields):
     return make_schedule(OptimizerConfig(schedule=name, **{**base, **fields}), steps)
 
 
-def by_hand(name, t):
-    """The rate at step t of a run of 110 steps with 10 of warm-up."""
+def reference_rate(name, t):
+    """Return the rate at step t of a run of 110 steps, 10 of them warm-up."""
     if t < WARMUP:
         return PEAK * t / WARMUP
     if name in ("cosine", "gptj"):
@@ -40,7 +40,7 @@ NAMES = ["cosine", "gptj", "linear", "wsd", "inverse-sqrt", "constant"]
 @pytest.mark.parametrize("name", NAMES)
 def test_formula_at_every_step(name):
     found = jax.jit(jax.vmap(make(name)))(np.arange(150))
-    np.testing.assert_allclose(found, [by_hand(name, t) for t in range(150)], rtol=2e-6, atol=1e-12)
+    np.testing.assert_allclose(found, [reference_rate(name, t) for t in range(150)], rtol=2e-6, atol=1e-12)
     assert found[0] == 0.0
     assert found.dtype == np.float32
 
@@ -51,7 +51,7 @@ def test_schedules_differ():
 
 
 def test_gptj_is_the_original():
-    """mesh-transformer-jax with 3000 steps of warm-up and 300,000 of annealing, as GPT-J was trained."""
+    """The schedule of GPT-J in mesh-transformer-jax: 3,000 steps of warm-up, 300,000 of annealing."""
     schedule = make(
         "gptj", steps=383_500, learning_rate=1.2e-4, end_learning_rate=1.2e-5, warmup_steps=3000, decay_steps=300_000
     )
@@ -61,7 +61,7 @@ def test_gptj_is_the_original():
 
 
 def test_gpt3_rates_at_tokens():
-    """GPT-3 175B: warm-up over 375M tokens, cosine until 260B, then constant; here 3.125M tokens are a step."""
+    """GPT-3 175B: warm-up over 375M tokens, cosine until 260B, then constant; a step has 3.125M tokens."""
     per_step = 3_125_000
     schedule = make(
         "cosine",
@@ -84,7 +84,9 @@ def test_no_warmup_starts_at_the_peak():
 def test_decay_steps_set():
     assert float(make("linear", decay_steps=50)(35)) == pytest.approx((PEAK + END) / 2)
     assert float(make("wsd", decay_steps=10)(105)) == pytest.approx((PEAK + END) / 2)
-    assert float(make("wsd", steps=12)(11)) == pytest.approx((PEAK + END) / 2)  # a fifth is 2, as many as are left
+    assert float(make("wsd", steps=12)(11)) == pytest.approx(
+        (PEAK + END) / 2
+    )  # a fifth of the steps is 2, all that are left after the warm-up
 
 
 @pytest.mark.parametrize(
@@ -93,10 +95,10 @@ def test_decay_steps_set():
         ("constant", {"decay_steps": 5}, "optimizer.decay_steps=5 has no effect"),
         ("inverse-sqrt", {"decay_steps": 5}, "optimizer.decay_steps=5 has no effect"),
         ("gptj", {"warmup_steps": 0}, "optimizer.warmup_steps=0"),
-        ("wsd", {"decay_steps": 101}, "do not fit into train.steps=110"),
+        ("wsd", {"decay_steps": 101}, "exceed train.steps=110"),
     ],
 )
-def test_refused(name, fields, message):
+def test_fields_without_effect_are_refused(name, fields, message):
     with pytest.raises(ConfigError, match=message):
         make(name, **fields)
 
@@ -129,11 +131,11 @@ def test_ramp(train):
 
 def test_ramp_is_linear():
     train = TrainConfig(steps=10**6, batch_size=1600, batch_ramp_from=16, batch_ramp_steps=30_000)
-    stages = batch_ramp(train)
-    assert len(stages) == 16
-    for first, size in stages:
+    phases = batch_ramp(train)
+    assert len(phases) == 16
+    for first, size in phases:
         assert abs(size - (16 + (1600 - 16) * first / 30_000)) <= 16
-    # exact where float32 would not be
+    # Exact for step numbers that float32 cannot represent.
     assert first_sequence(train, 10**9) - first_sequence(train, 10**9 - 1) == 1600
     assert batch_ramp(TrainConfig(steps=9, batch_size=8, batch_ramp_from=2, batch_ramp_steps=9)) == [
         (0, 2),

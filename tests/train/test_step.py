@@ -14,7 +14,14 @@ import pytest
 from mesh_transformer.config import Config, parse_config
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.mesh import MeshLayout, make_layout, use_layout
-from mesh_transformer.train.state import GUARD_WINDOW, TrainState, describe_state, flatten_state, make_init_state, state_shardings
+from mesh_transformer.train.state import (
+    GUARD_WINDOW,
+    TrainState,
+    describe_state,
+    flatten_state,
+    make_init_state,
+    state_shardings,
+)
 from mesh_transformer.train.step import make_gradients, make_train_step
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "train_curve.json"

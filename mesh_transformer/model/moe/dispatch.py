@@ -127,7 +127,9 @@ def _group_axes(layout: MeshLayout, batch: tuple[str, ...], batch_size: int, gro
     if local_size % group_size == 0:
         return ()
     axes: tuple[str, ...] = ()
-    axes_by_size = {local_size: axes}  # sequences held together by the devices along the last axes
+    axes_by_size: dict[int, tuple[str, ...]] = {
+        local_size: axes
+    }  # sequences held together by the devices along the last axes
     size = local_size
     for axis in reversed(batch):
         axes = (axis, *axes)
@@ -260,10 +262,7 @@ def _feed_forward(
 ) -> Array:
     activation = ACTIVATIONS[options.activation]
     hidden = matmul(x, weights.w_in)
-    if weights.w_gate is None:
-        hidden = activation(hidden)
-    else:
-        hidden = activation(matmul(x, weights.w_gate)) * hidden
+    hidden = activation(hidden) if weights.w_gate is None else activation(matmul(x, weights.w_gate)) * hidden
     if dropout_mask is not None:
         hidden = jnp.where(dropout_mask, hidden / (1.0 - options.dropout), 0).astype(hidden.dtype)
     return matmul(hidden, weights.w_out)

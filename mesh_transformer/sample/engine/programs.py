@@ -173,7 +173,12 @@ class EnginePrograms(CompiledModel):
         return jax.tree.map(put, caches, own)
 
     def _forward(
-        self, weights: Any, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], caches: Any, logits_at: Any = None
+        self,
+        weights: Any,
+        tokens: Int[Array | np.ndarray, "B T"],
+        positions: Int[Array | np.ndarray, "B T"],
+        caches: Any,
+        logits_at: Any = None,
     ) -> tuple[Float[Array, "B U V"], Any]:
         logits, stacked = self._model.apply(
             stack_layers(weights), tokens, positions=positions, cache=stack_layers(caches), logits_at=logits_at

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference_models import CASES, LIVE_CASES, draw, make_sources, make_torch, read_golden, run_model
+from reference_models import CASES, LIVE_CASES, draw, make_encoder_inputs, make_torch, read_golden, run_model
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.convert.gptj.reader import find_weights, open_gptj
@@ -24,7 +24,7 @@ FIXTURE = Path(__file__).parents[4] / "shared" / "fixtures" / "gptj_v1_4shards"
 
 def run(case, weights, settings, tokens) -> np.ndarray:
     """Their tensors through the forward pass of their kind."""
-    held, read = {key: Held(value) for key, value in weights.items()}, make_sources(case, tokens)
+    held, read = {key: Held(value) for key, value in weights.items()}, make_encoder_inputs(case, tokens)
     return run_huggingface(held, settings, tokens) if read is None else run_t5(held, settings, tokens, *read)
 
 

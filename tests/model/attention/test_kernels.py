@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel is chosen by the target, every kernel equals the plain one, and what it cannot do is refused with a remedy."""
+"""Selection of the attention kernel by platform, equality with the dense kernel, and errors for unsupported requests."""
 
 import dataclasses
 import os
@@ -29,13 +29,13 @@ GLOBAL = dataclasses.replace(MODEL, attention_pattern=("global",))
 
 
 def on(platform: str, kind: str) -> MeshLayout:
-    """The layout of one device that is not there."""
+    """Return the layout of a single device of another platform."""
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, device_kind=kind)]), size=1, shape={})
     return MeshLayout(mesh, RULES)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("platform", "kind", "changes", "segmented", "kernel"),
+    ("platform", "kind", "changes", "has_segments", "kernel"),
     [
         ("tpu", "TPU v4", {}, True, "splash"),
         ("tpu", "TPU v5p", {}, False, "splash"),
@@ -50,29 +50,29 @@ def on(platform: str, kind: str) -> MeshLayout:
         ("cpu", "cpu", {}, True, "dense"),
     ],
 )
-def test_kernel_follows_the_target(platform, kind, changes, segmented, kernel):
+def test_kernel_is_chosen_by_platform(platform, kind, changes, has_segments, kernel):
     config = dataclasses.replace(MODEL, **changes)
     with use_layout(on(platform, kind)):
-        assert choose_kernel(config, T, has_segments=segmented, cached=False) == kernel
-        assert choose_kernel(config, T, has_segments=segmented, cached=True) == "dense"
+        assert choose_kernel(config, T, has_segments=has_segments, cached=False) == kernel
+        assert choose_kernel(config, T, has_segments=has_segments, cached=True) == "dense"
     if platform == "cpu":
-        assert choose_kernel(config, 2048, has_segments=segmented, cached=False) == "blockwise"
+        assert choose_kernel(config, 2048, has_segments=has_segments, cached=False) == "blockwise"
 
 
 @pytest.mark.parametrize(
     ("platform", "changes", "length", "reason"),
     [
-        ("cpu", dict(attention_kernel="blockwise", positions="t5"), T, "no T5 bias"),
-        ("cpu", dict(attention_kernel="splash", dropout=0.1), T, "no dropout"),
-        ("cpu", dict(attention_kernel="splash"), 100, "no multiple of 128"),
-        ("gpu", dict(attention_kernel="splash"), T, "for TPUs"),
-        ("tpu", dict(attention_kernel="triton"), T, "for GPUs"),
-        ("gpu", dict(attention_kernel="triton"), T, "no windows"),
+        ("cpu", dict(attention_kernel="blockwise", positions="t5"), T, "does not support the T5 bias"),
+        ("cpu", dict(attention_kernel="splash", dropout=0.1), T, "does not support dropout"),
+        ("cpu", dict(attention_kernel="splash"), 100, "divisible by 128, not 100"),
+        ("gpu", dict(attention_kernel="splash"), T, "runs on TPUs only"),
+        ("tpu", dict(attention_kernel="triton"), T, "runs on GPUs only"),
+        ("gpu", dict(attention_kernel="triton"), T, "does not support attention windows"),
         ("gpu", dict(attention_kernel="cudnn"), T, "bfloat16"),
-        ("cpu", dict(attention_kernel="blockwise"), 4099, "even blocks"),
+        ("cpu", dict(attention_kernel="blockwise"), 4099, "cannot split 4099 positions evenly"),
     ],
 )
-def test_what_a_kernel_cannot_do_is_refused(platform, changes, length, reason):
+def test_unsupported_requests_are_refused(platform, changes, length, reason):
     config = dataclasses.replace(MODEL, **changes)
     with (
         use_layout(on(platform, platform)),
@@ -81,12 +81,12 @@ def test_what_a_kernel_cannot_do_is_refused(platform, changes, length, reason):
         choose_kernel(config, length, has_segments=False, cached=False)
 
 
-def test_a_ring_is_not_left_silently():
+def test_a_sharded_sequence_is_never_gathered_silently():
     with use_layout(make_layout(MeshConfig(data=1, context=4))):
         assert choose_kernel(MODEL, T, has_segments=True, cached=False) == "blockwise"
-        with pytest.raises(ConfigError, match='no dropout; "dense" can do it'):
+        with pytest.raises(ConfigError, match='does not support dropout; use "dense"'):
             choose_kernel(dataclasses.replace(MODEL, dropout=0.1), T, has_segments=True, cached=False)
-        with pytest.raises(ConfigError, match="only blocks go round a ring"):
+        with pytest.raises(ConfigError, match="does not support ring attention"):
             choose_kernel(dataclasses.replace(MODEL, attention_kernel="splash"), T, has_segments=True, cached=False)
 
 
@@ -94,37 +94,36 @@ def test_a_ring_is_not_left_silently():
     ("kernel", "local", "tensor"),
     [("splash", False, 4), ("splash", True, 1), ("triton", False, 1), ("blockwise", True, 4)],
 )
-def test_kernels_equal_the_plain_one_forward_and_backward(kernel, local, tensor):
-    """Interpreted on this CPU; two key-value heads on four devices are replicated."""
+def test_kernels_equal_the_dense_kernel_forward_and_backward(kernel, local, tensor):
+    """The kernels are interpreted on this CPU; two key-value heads on four devices are replicated."""
     config = MODEL if local else GLOBAL
     keys = jax.random.split(jax.random.key(0), 4)
     q, gradient = (jax.random.normal(key, (2, T, 4, 16)) for key in keys[:2])
     k, v = (jax.random.normal(key, (2, T, 2, 16)) for key in keys[2:])
-    segments = jnp.asarray(np.repeat([[1, 2, 3, 3], [1, 1, 2, 2]], T // 4, axis=1), jnp.int32)
+    segment_ids = jnp.asarray(np.repeat([[1, 2, 3, 3], [1, 1, 2, 2]], T // 4, axis=1), jnp.int32)
     distance = jnp.arange(T)[:, None] - jnp.arange(T)[None]
-    visible = (distance >= 0)[None] & (segments[:, :, None] == segments[:, None])
-    masks = Masks(visible, visible & (distance < 40)[None], None)
+    full = (distance >= 0)[None] & (segment_ids[:, :, None] == segment_ids[:, None])
+    masks = Masks(full, full & (distance < 40)[None], None)
     positions = jnp.zeros((2, T), jnp.int32)
-    plain, other = (
-        AttentionContext("dense", positions, segments, masks),
-        AttentionContext(kernel, positions, segments, None),
-    )
+    dense = AttentionContext("dense", positions, segment_ids, masks)
+    other = AttentionContext(kernel, positions, segment_ids, None)
 
-    def run(sight: AttentionContext, layout: MeshLayout | None):
+    def run(context: AttentionContext, layout: MeshLayout | None):
         def both(q, k, v):
             with use_layout(layout):
-                out, back = jax.vjp(lambda q, k, v: dispatch_attention(q, k, v, config, local, sight), q, k, v)
+                out, back = jax.vjp(lambda q, k, v: dispatch_attention(q, k, v, config, local, context), q, k, v)
                 return out, back(gradient)
 
         return jax.jit(both)(q, k, v)
 
     layout = make_layout(MeshConfig(data=1, tensor=tensor, rules={"kv_heads": ""}))
-    wanted, found = run(plain, None), run(other, layout if tensor > 1 else None)
+    wanted = run(dense, None)
+    found = run(other, layout if tensor > 1 else None)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-# What XLA must know of an H100 to compile for it.
+# Description of an H100 for XLA to compile for.
 H100 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 threads_per_core_limit: 2048 core_count: 132
@@ -158,17 +157,17 @@ config = ModelConfig(
     dtype="bfloat16", attention_kernel=kernel,
 )
 
-def place(axes, shape, dtype):
+def array(axes, shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes, shape, "x"))
 
 params = {
-    module: {name: place(info.axes, info.shape, jnp.float32) for name, info in infos.items()}
+    module: {name: array(info.axes, info.shape, jnp.float32) for name, info in infos.items()}
     for module, infos in describe_params(config).items()
 }
-tokens = place(("batch", "sequence"), (4, 256), jnp.int32)
+tokens = array(("batch", "sequence"), (4, 256), jnp.int32)
 with use_layout(layout):
-    def loss(params, tokens, segments):
-        return jnp.sum(make_model(config).hidden(params, tokens, segments=segments)[0].astype(jnp.float32))
+    def loss(params, tokens, segment_ids):
+        return jnp.sum(make_model(config).hidden_states(params, tokens, segment_ids=segment_ids)[0].astype(jnp.float32))
 
     fast = {"exec_time_optimization_effort": -1.0} if platform == "tpu" else {}
     program = jax.jit(jax.grad(loss)).lower(params, tokens, tokens).compile(compiler_options=fast).as_text()
@@ -177,11 +176,11 @@ print("calls:", program.count('custom_call_target="tpu_custom_call"'), program.c
 
 
 @pytest.mark.parametrize(("platform", "kernel"), [("tpu", "auto"), ("cuda", "triton")])
-def test_kernels_compile_for_a_chip_that_is_not_here(platform, kernel):
-    """On a TPU v5p the choice itself is tested: this process sees a CPU, the program gets the TPU's kernel."""
+def test_kernels_compile_for_an_absent_chip(platform, kernel):
+    """The TPU case tests the selection too: this process runs on a CPU, and the program gets the kernel of the TPU."""
     pytest.importorskip("libtpu" if platform == "tpu" else "jax_cuda13_plugin")
-    places = dict(TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
-    environment = {**os.environ, **places, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"}
+    tpu = dict(TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
+    environment = {**os.environ, **tpu, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"}
     command = [sys.executable, "-c", PROGRAM, platform, kernel, H100]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**environment, "PYTHONPATH": str(ROOT)}
@@ -190,4 +189,4 @@ def test_kernels_compile_for_a_chip_that_is_not_here(platform, kernel):
     if done.stdout.startswith("absent:"):
         pytest.skip(done.stdout)
     tpu_calls, gpu_calls = map(int, done.stdout.split()[1:])
-    assert (tpu_calls if platform == "tpu" else gpu_calls) >= 2, "forward and backward are not this kernel's"
+    assert (tpu_calls if platform == "tpu" else gpu_calls) >= 2, "forward and backward do not both use this kernel"

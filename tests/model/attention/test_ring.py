@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks meet exactly the blocks they see, every device of a ring has the same to do, and memory grows with the sequence."""
+"""Blockwise and ring attention: the block schedule, equality with dense attention, and memory linear in the length."""
 
 import jax
 import jax.numpy as jnp
@@ -22,43 +22,43 @@ from mesh_transformer.model.attention.ring import (
 
 @pytest.mark.parametrize("window", [None, 3, 9])
 @pytest.mark.parametrize(("size", "block"), [(1, 4), (4, 4), (4, 2)])
-def test_every_visible_pair_of_places_is_met_once_and_by_its_owner(size, block, window):
+def test_every_visible_pair_is_scheduled_once_on_the_device_that_holds_it(size, block, window):
     length = 32
     order = zigzag_order(length, size).reshape(size, -1)
-    met = np.zeros((length, length), int)
-    for shift, pairs in make_block_schedule(length // size, Ring("context", size, block, window)):
-        for device, rows in enumerate(pairs):
-            for query_block, key_block, query, key, counts in rows:
-                if counts:
-                    met[query : query + block, key : key + block] += 1
+    counts = np.zeros((length, length), int)
+    for shift, block_pairs in make_block_schedule(length // size, Ring("context", size, block, window)):
+        for device, pairs in enumerate(block_pairs):
+            for query_block, key_block, query, key, is_counted in pairs:
+                if is_counted:
+                    counts[query : query + block, key : key + block] += 1
                     assert order[device][query_block * block] == query
                     assert order[(device - shift) % size][key_block * block] == key
     distance = np.arange(length)[:, None] - np.arange(length)[None]
     visible = (distance >= 0) & (distance < (window or length))
-    assert (met[visible] == 1).all()
-    assert met.max() == 1
+    assert (counts[visible] == 1).all()
+    assert counts.max() == 1
     if block == 2 and window == 3:
-        assert met.sum() < visible.sum() * 3, "far blocks are left out"
+        assert counts.sum() < visible.sum() * 3, "blocks outside the window are scheduled"
 
 
-def test_devices_of_a_ring_have_equally_much_to_do():
+def test_devices_of_a_ring_have_equal_work():
     steps = make_block_schedule(32, Ring("context", 8, 4, None))
     assert [step.shift for step in steps] == list(range(8))
     for step in steps:
-        assert (step.block_pairs[..., 4] == 1).all(), "a device would wait for another"
-    # Without pieces from both ends the last device would have eight times the work of the first.
-    near = make_block_schedule(32, Ring("context", 8, 4, 4))
-    assert [step.shift for step in near] == [0, 1, 7], "a window needs neighbours alone"
+        assert (step.block_pairs[..., 4] == 1).all(), "devices have unequal work"
+    # A window needs the keys of neighboring devices only.
+    windowed =make_block_schedule(32, Ring("context", 8, 4, 4))
+    assert [step.shift for step in windowed] == [0, 1, 7]
 
 
-def test_order_of_a_ring_and_back():
+def test_zigzag_order_and_back():
     assert zigzag_order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
     x = jnp.arange(2 * 16).reshape(2, 16)
     with use_layout(make_layout(MeshConfig(data=1, context=4))):
-        held = to_zigzag(x)
-        assert held[0].tolist() != x[0].tolist()
-        np.testing.assert_array_equal(from_zigzag(held), x)
-        with pytest.raises(ConfigError, match=r"a sequence of 12 does not make 2 pieces for each of 4 devices"):
+        reordered = to_zigzag(x)
+        assert reordered[0].tolist() != x[0].tolist()
+        np.testing.assert_array_equal(from_zigzag(reordered), x)
+        with pytest.raises(ConfigError, match=r"sequence length 12 is not divisible by 2 \* mesh.context = 8"):
             to_zigzag(x[:, :12])
     assert to_zigzag(x) is x
 
@@ -71,34 +71,34 @@ def make_arrays(length: int):
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_blocks_equal_all_at_once_forward_and_backward(window):
+def test_blockwise_equals_dense_forward_and_backward(window):
     q, k, v, gradient = make_arrays(24)
-    segments = jnp.asarray(np.repeat([[1, 2, 3], [1, 1, 2]], 8, axis=1))
+    segment_ids = jnp.asarray(np.repeat([[1, 2, 3], [1, 1, 2]], 8, axis=1))
     slopes = jnp.array([0.5, 0.25, 0.125, 0.0625])
     distance = jnp.arange(24)[:, None] - jnp.arange(24)[None]
-    visible = (distance >= 0)[None] & (segments[:, :, None] == segments[:, None])
+    visible = (distance >= 0)[None] & (segment_ids[:, :, None] == segment_ids[:, None])
     bias = -slopes[None, :, None, None] * distance[None, None]
 
-    def plain(q, k, v):
-        seen = visible if window is None else visible & (distance < window)[None]
-        return dense_attention(q, k, v, seen, bias, scale=0.3)
+    def dense(q, k, v):
+        mask = visible if window is None else visible & (distance < window)[None]
+        return dense_attention(q, k, v, mask, bias, scale=0.3)
 
-    def blocked(q, k, v):
+    def blockwise(q, k, v):
         heads = (0.3 * q).reshape(2, 24, 2, 2, 8).transpose(0, 2, 3, 1, 4)
         ring = Ring(None, 1, 8, window)
-        mixed = ring_attention(heads, k.swapaxes(1, 2), v.swapaxes(1, 2), segments, slopes.reshape(2, 2), ring)
-        return mixed.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+        out = ring_attention(heads, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids, slopes.reshape(2, 2), ring)
+        return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
-    wanted, back = jax.vjp(plain, q, k, v)
-    found, own_back = jax.jit(lambda *x: jax.vjp(blocked, *x))(q, k, v)
-    unseen = dense_attention(q, k, v, (distance >= 0)[None], bias, scale=0.3)
-    assert np.abs(wanted - unseen).max() > 0.1, "segments make no difference"
+    wanted, back = jax.vjp(dense, q, k, v)
+    found, own_back = jax.jit(lambda *x: jax.vjp(blockwise, *x))(q, k, v)
+    unsegmented = dense_attention(q, k, v, (distance >= 0)[None], bias, scale=0.3)
+    assert np.abs(wanted - unsegmented).max() > 0.1, "the segment IDs have no effect"
     np.testing.assert_allclose(found, wanted, atol=2e-6)
     for a, b in zip(own_back(gradient), back(gradient), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_memory_grows_with_the_sequence_and_not_its_square():
+def test_memory_is_linear_in_the_length():
     def temporary(length: int, block: int) -> int:
         shapes = [
             jax.ShapeDtypeStruct((1, 1, *shape), jnp.float32) for shape in ((1, length, 8), (length, 8), (length, 8))
@@ -110,6 +110,7 @@ def test_memory_grows_with_the_sequence_and_not_its_square():
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    short, long = temporary(1024, 128), temporary(4096, 128)
+    short = temporary(1024, 128)
+    long = temporary(4096, 128)
     assert long < 4.5 * short
-    assert long < 4096**2 * 4 / 8, "scores of all pairs exist"
+    assert long < 4096**2 * 4 / 8, "the scores of all pairs are materialized"

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Experts = a plain loop over tokens and choices, = a dense layer where there is one, = themselves on any mesh."""
+"""The mixture-of-experts layer equals a loop over tokens, a dense layer if it has one expert, and itself on any mesh."""
 
 import dataclasses
 import math
@@ -45,12 +45,12 @@ def draw_params(config: ModelConfig, seed: int = 0):
 
 
 def apply_layer(config: ModelConfig, params, x, *, key=None, decoding: bool = False):
-    layer = hk.transform(lambda x: MoELayer(config, make_inits(config))(x, decoding=decoding))
+    layer = hk.transform(lambda x: MoELayer(config, make_inits(config))(x, training=key is not None, decoding=decoding))
     return layer.apply(jax.tree.map(jnp.asarray, params), key, jnp.asarray(x))
 
 
 def draw_layer(config: ModelConfig, *, skew: float = 0.0):
-    """Weights and input; with `skew` most tokens prefer the first expert."""
+    """Return weights and input. With `skew`, most tokens prefer the first expert."""
     assert config.experts is not None
     rng, (d, f, e) = np.random.default_rng(3), (config.d_model, config.ff_dim, config.experts.n_experts)
     w = dict(w_router=(d, e), w_in=(e, d, f), w_out=(e, f, d), **(dict(w_gate=(e, d, f)) if config.gated_ffn else {}))
@@ -63,38 +63,44 @@ def draw_layer(config: ModelConfig, *, skew: float = 0.0):
 
 
 def loop_over_tokens(config: ModelConfig, params, x: np.ndarray, capacity: int | None) -> tuple[np.ndarray, RoutingStats]:
-    """The layer in float64, a token and a choice at a time."""
+    """Compute the layer in float64, one token and one expert at a time."""
     e = config.experts
     assert e is not None
     w = {name: np.asarray(value, np.float64) for name, value in params["experts"].items()}
-    silu = lambda v: v / (1 + np.exp(-v))  # noqa: E731
-    y, count, seated, dropped = np.zeros(x.shape), np.zeros(e.n_experts), np.zeros(e.n_experts, int), 0
-    every, squares, entropies = [], [], []
-    for row in range(x.shape[0]):
-        if row % min(e.group_size, B) == 0:
-            seated = np.zeros(e.n_experts, int)
-        for place in range(x.shape[1]):
-            token = x[row, place].astype(np.float64)
+    
+    def silu(v):
+        return v / (1 + np.exp(-v))
+
+    y = np.zeros(x.shape)
+    count = np.zeros(e.n_experts)
+    used = np.zeros(e.n_experts, int)
+    dropped = 0
+    probabilities, squares, entropies = [], [], []
+    for sequence in range(x.shape[0]):
+        if sequence % min(e.group_size, B) == 0:
+            used = np.zeros(e.n_experts, int)
+        for position in range(x.shape[1]):
+            token = x[sequence, position].astype(np.float64)
             logits = token @ w["w_router"]
             p = np.exp(logits) / np.exp(logits).sum()
-            every.append(p)
+            probabilities.append(p)
             squares.append(np.log(np.exp(logits).sum()) ** 2)
             entropies.append(-(p * np.log(p)).sum())
             best = np.argsort(-p)[: e.n_experts_per_token]
             total = p[best].sum() if e.n_experts_per_token > 1 else 1.0
             for expert in best:
                 count[expert] += 1
-                if capacity is not None and seated[expert] >= capacity:
+                if capacity is not None and used[expert] >= capacity:
                     dropped += 1
-                    y[row, place] += p[expert] / total * token if e.dropped_tokens == "gated-input" else 0
+                    y[sequence, position] += p[expert] / total * token if e.dropped_tokens == "gated-input" else 0
                     continue
-                seated[expert] += 1
+                used[expert] += 1
                 hidden = token @ w["w_in"][expert]
                 hidden = silu(token @ w["w_gate"][expert]) * hidden if config.gated_ffn else silu(hidden)
-                y[row, place] += p[best][list(best).index(expert)] / total * (hidden @ w["w_out"][expert])
+                y[sequence, position] += p[best][list(best).index(expert)] / total * (hidden @ w["w_out"][expert])
     load = count / count.sum()
-    balance = e.n_experts * (load * np.mean(every, axis=0)).sum()
-    numbers = [balance, np.mean(squares), np.mean(entropies), dropped / count.sum()]
+    aux_loss = e.n_experts * (load * np.mean(probabilities, axis=0)).sum()
+    numbers = [aux_loss, np.mean(squares), np.mean(entropies), dropped / count.sum()]
     return y, RoutingStats(load, *map(np.asarray, numbers))  # type: ignore[arg-type]
 
 
@@ -112,14 +118,14 @@ def test_layer_equals_a_loop(n_experts_per_token, factor, gated):
     np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
     for name, value in routing._asdict().items():
         np.testing.assert_allclose(value, getattr(wanted_routing, name), rtol=1e-5, atol=1e-7, err_msg=name)
-    passed_by = np.all(wanted == 0, axis=-1)
-    assert bool(routing.dropped > 0) == ((factor is not None and n_experts_per_token < 4) or factor == 0.4)
-    np.testing.assert_array_equal(np.asarray(found)[passed_by], 0.0)  # exactly: the stream goes on unchanged
-    assert passed_by.any() or n_experts_per_token > 1 or factor is None
+    all_dropped = np.all(wanted == 0, axis=-1)
+    assert bool(routing.dropped_fraction > 0) == ((factor is not None and n_experts_per_token < 4) or factor == 0.4)
+    np.testing.assert_array_equal(np.asarray(found)[all_dropped], 0.0)  # exactly: the residual stream is unchanged
+    assert all_dropped.any() or n_experts_per_token > 1 or factor is None
 
 
 @pytest.mark.parametrize("n_experts_per_token", [1, 2])
-def test_overflow_scales_the_input_where_said(n_experts_per_token):
+def test_dropped_tokens_return_the_gated_input(n_experts_per_token):
     config = make_config(
         dict(n_experts_per_token=n_experts_per_token, eval_capacity_factor=0.4, dropped_tokens="gated-input")
     )
@@ -130,47 +136,49 @@ def test_overflow_scales_the_input_where_said(n_experts_per_token):
 
 
 @pytest.mark.parametrize("group", [2, 4, 64])
-def test_sequences_of_a_group_share_seats(group):
+def test_sequences_of_a_group_share_capacity(group):
     config = make_config(dict(n_experts_per_token=2, eval_capacity_factor=1.0, group_size=group))
     params, x = draw_layer(config)
     wanted, routing = loop_over_tokens(config, params, x, expert_capacity(1.0, T * min(group, B), 2, 4))
     found, found_routing = apply_layer(config, params, x)
     np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
-    np.testing.assert_allclose(found_routing.dropped, routing.dropped_fraction, rtol=1e-6)
+    np.testing.assert_allclose(found_routing.dropped_fraction, routing.dropped_fraction, rtol=1e-6)
     alone = apply_layer(make_config(dict(n_experts_per_token=2, eval_capacity_factor=1.0)), params, x)
-    assert float(alone[1].dropped) > float(found_routing.dropped) > 0
+    assert float(alone[1].dropped_fraction) > float(found_routing.dropped_fraction) > 0
 
 
-def test_experts_choose_their_tokens():
+def test_expert_choice_equals_a_loop():
     experts = dict(routing="expert-choice", allow_noncausal=True, capacity_factor=1.0, eval_capacity_factor=1.0)
     config = make_config(experts)
     params, x = draw_layer(config, skew=1.0)
     w = {name: np.asarray(value, np.float64) for name, value in params["experts"].items()}
-    wanted, taken = np.zeros(x.shape), np.zeros((*x.shape[:2], 4), bool)
+    wanted = np.zeros(x.shape)
+    processed = np.zeros((*x.shape[:2], 4), bool)
     logits = x.astype(np.float64) @ w["w_router"]
     p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-    for row in range(B):
+    for sequence in range(B):
         for expert in range(4):
-            for place in np.argsort(-p[row, :, expert])[: T // 4]:
-                hidden = x[row, place] @ w["w_in"][expert]
-                wanted[row, place] += p[row, place, expert] * (hidden / (1 + np.exp(-hidden)) @ w["w_out"][expert])
-                taken[row, place, expert] = True
+            for position in np.argsort(-p[sequence, :, expert])[: T // 4]:
+                hidden = x[sequence, position] @ w["w_in"][expert]
+                out = hidden / (1 + np.exp(-hidden)) @ w["w_out"][expert]
+                wanted[sequence, position] += p[sequence, position, expert] * out
+                processed[sequence, position, expert] = True
     found, routing = apply_layer(config, params, x)
     np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
-    np.testing.assert_allclose(routing.load, 0.25)
-    np.testing.assert_allclose(routing.dropped, np.mean(~taken.any(axis=-1)))
-    assert routing.dropped > 0
+    np.testing.assert_allclose(routing.expert_load, 0.25)
+    np.testing.assert_allclose(routing.dropped_fraction, np.mean(~processed.any(axis=-1)))
+    assert routing.dropped_fraction > 0
     changed = x.copy()
     changed[:, -1] *= 9
-    assert not np.allclose(apply_layer(config, params, changed)[0][:, :-1], found[:, :-1]), "later tokens count"
+    assert not np.allclose(apply_layer(config, params, changed)[0][:, :-1], found[:, :-1]), "later tokens have no influence"
     one, other = apply_layer(config, params, x, decoding=True), apply_layer(config, params, changed, decoding=True)
-    np.testing.assert_array_equal(one[0][:, :-1], other[0][:, :-1])  # in decoding they do not
+    np.testing.assert_array_equal(one[0][:, :-1], other[0][:, :-1])  # no influence in decoding
     chosen = np.argmax(p, axis=-1)
-    np.testing.assert_allclose(one[1].load, np.bincount(chosen.ravel(), minlength=4) / chosen.size)
+    np.testing.assert_allclose(one[1].expert_load, np.bincount(chosen.ravel(), minlength=4) / chosen.size)
 
 
-def test_dropout_of_experts_is_on_in_training_alone():
-    for factor in (None, 4.0):  # with room for all
+def test_expert_dropout_is_applied_in_training_only():
+    for factor in (None, 4.0):  # 4.0: capacity for all tokens
         plain = make_config(dict(n_experts_per_token=2, capacity_factor=factor))
         config = make_config(dict(n_experts_per_token=2, capacity_factor=factor, expert_dropout=0.25))
         params, x = draw_layer(config)
@@ -183,7 +191,7 @@ def test_dropout_of_experts_is_on_in_training_alone():
         np.testing.assert_array_less(jnp.abs(draws.mean(axis=0) - wanted) / spread, 5.0)
 
 
-def test_no_token_is_crowded_out_by_a_later_one():
+def test_a_later_token_never_displaces_an_earlier_one():
     config = make_config(dict(n_experts_per_token=2, eval_capacity_factor=0.5))
     params, x = draw_layer(config, skew=1.0)
     changed = x.copy()
@@ -193,7 +201,7 @@ def test_no_token_is_crowded_out_by_a_later_one():
     assert not np.array_equal(one[:, 9:], other[:, 9:])
 
 
-def test_a_row_does_not_depend_on_the_others():
+def test_a_sequence_does_not_depend_on_the_others_in_its_batch():
     config = make_config(dict(eval_capacity_factor=0.5))
     params, x = draw_layer(config, skew=1.0)
     np.testing.assert_allclose(
@@ -202,7 +210,7 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 @pytest.mark.parametrize("experts", [dict(n_experts_per_token=1), dict(n_experts_per_token=2)], ids=str)
-def test_every_token_is_taken_where_there_is_room(experts):
+def test_dropless_equals_a_large_capacity(experts):
     dropless = make_config(experts)
     roomy = make_config(dict(experts, eval_capacity_factor=4.0))
     params, x = draw_layer(dropless, skew=2.0)
@@ -213,7 +221,7 @@ def test_every_token_is_taken_where_there_is_room(experts):
 
     (one, routing), gradients = jax.value_and_grad(loss, has_aux=True)(params, dropless)
     (other, roomy_routing), roomy_gradients = jax.value_and_grad(loss, has_aux=True)(params, roomy)
-    assert routing.dropped == roomy_routing.dropped == 0
+    assert routing.dropped_fraction == roomy_routing.dropped_fraction == 0
     np.testing.assert_allclose(one, other, rtol=1e-6)
     for name, gradient in flatten_names(gradients).items():
         scale = np.abs(gradient).max()
@@ -221,17 +229,17 @@ def test_every_token_is_taken_where_there_is_room(experts):
         np.testing.assert_allclose(gradient, flatten_names(roomy_gradients)[name], atol=1e-5 * scale, err_msg=name)
 
 
-def test_router_is_wide_in_a_narrow_model():
-    """bfloat16 activations, but which expert, its gate and the losses follow from float32 products."""
+def test_router_computes_in_float32_in_a_bfloat16_model():
+    """Activations are bfloat16; assignments, gates and losses follow from float32 matmuls."""
     config = make_config(dict(n_experts_per_token=2), dtype="bfloat16")
     params, x = draw_layer(config)
-    narrow = jnp.asarray(x, jnp.bfloat16)
-    y, routing = apply_layer(config, params, narrow)
-    wide_y, wide_routing = apply_layer(config, params, narrow.astype(jnp.float32))
-    assert (y.dtype, routing.z_square.dtype) == (jnp.bfloat16, jnp.float32)
-    for one, other in zip(routing, wide_routing, strict=True):
+    x = jnp.asarray(x, jnp.bfloat16)
+    y, routing = apply_layer(config, params, x)
+    float32_y, float32_routing = apply_layer(config, params, x.astype(jnp.float32))
+    assert (y.dtype, routing.router_z.dtype) == (jnp.bfloat16, jnp.float32)
+    for one, other in zip(routing, float32_routing, strict=True):
         np.testing.assert_array_equal(one, other)
-    np.testing.assert_allclose(y.astype(jnp.float32), wide_y, atol=0.03 * np.abs(wide_y).max())
+    np.testing.assert_allclose(y.astype(jnp.float32), float32_y, atol=0.03 * np.abs(float32_y).max())
 
 
 def test_training_has_its_own_capacity_and_jitter():
@@ -241,27 +249,27 @@ def test_training_has_its_own_capacity_and_jitter():
     (_, evaluated), (_, one), (_, again), (_, other) = (
         apply_layer(config, params, x, key=key) for key in (None, keys[0], keys[0], keys[1])
     )
-    assert evaluated.dropped == 0
-    assert one.dropped > 0.5
-    assert float(one.z_square) == float(again.z_square) != float(other.z_square)
+    assert evaluated.dropped_fraction == 0
+    assert one.dropped_fraction > 0.5
+    assert float(one.router_z) == float(again.router_z) != float(other.router_z)
     steady = make_config(dict(capacity_factor=0.25))
-    assert apply_layer(steady, params, x, key=keys[0])[1].z_square == evaluated.z_square
+    assert apply_layer(steady, params, x, key=keys[0])[1].router_z == evaluated.router_z
 
 
-def test_balance_is_one_when_even_and_n_experts_when_all_choose_one():
+def test_aux_loss_is_one_for_a_uniform_load_and_n_experts_for_a_single_expert():
     config = make_config({})
     params, x = draw_layer(config)
     even = {"experts": dict(params["experts"], w_router=np.zeros_like(params["experts"]["w_router"]))}
     _, routing = apply_layer(config, even, x)
-    np.testing.assert_allclose([routing.balance, routing.entropy], [1.0, math.log(4)], rtol=1e-6)
+    np.testing.assert_allclose([routing.aux_loss, routing.entropy], [1.0, math.log(4)], rtol=1e-6)
     one_sided = {"experts": dict(params["experts"], w_router=np.zeros_like(params["experts"]["w_router"]))}
     one_sided["experts"]["w_router"][:, 2] = 50 * np.sign(x[0, 0])
     _, routing = apply_layer(config, one_sided, np.broadcast_to(x[:1, :1], x.shape))
-    np.testing.assert_allclose(routing.balance, 4.0, rtol=1e-6)
-    np.testing.assert_array_equal(routing.load, [0, 0, 1, 0])
+    np.testing.assert_allclose(routing.aux_loss, 4.0, rtol=1e-6)
+    np.testing.assert_array_equal(routing.expert_load, [0, 0, 1, 0])
 
 
-def test_balance_over_sequences_adds_up_over_parts_of_a_batch():
+def test_aux_loss_of_sequences_is_the_mean_over_microbatches():
     means = {}
     for over in ("batch", "sequence"):
         config = make_config(dict(aux_loss_scope=over))
@@ -278,7 +286,7 @@ def largest_array(jaxpr) -> int:
     return max([*sizes, *inner, 0])
 
 
-def test_nothing_has_tokens_by_experts_by_capacity():
+def test_no_array_has_tokens_by_experts_by_capacity():
     config = make_config(dict(n_experts=8, n_experts_per_token=2, eval_capacity_factor=1.0), seq_len=256)
     shapes = dict(w_router=(16, 8), w_in=(8, 16, 24), w_out=(8, 24, 16))
     params = {"experts": {name: jnp.zeros(shape) for name, shape in shapes.items()}}
@@ -296,10 +304,10 @@ TOKENS, TARGETS = jnp.asarray(np.random.default_rng(1).integers(0, V, (2, 8, T))
 def make_loss(config: ModelConfig, key=None):
     def loss(params, tokens, targets):
         model = make_model(config)
-        x, routing = model.hidden_states(params, tokens, dropout_key=key)
+        x, routing = model.hidden_states(params, tokens, dropout_key=key, training=key is not None)
         logits = from_zigzag(x) @ params["transformer"]["w_tokens"].T
-        nats = -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1))
-        return nats if routing is None else nats + router_losses(config, routing), routing
+        loss = -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1))
+        return loss if routing is None else loss + router_losses(config, routing), routing
 
     return jax.value_and_grad(loss, has_aux=True)
 
@@ -319,7 +327,7 @@ def test_one_expert_is_the_dense_layer():
         np.testing.assert_allclose(logits, make_model(dense).apply(copied, TOKENS)[0], atol=2e-5)
 
 
-def test_layers_take_turns_with_dense_ones():
+def test_layer_interval_alternates_with_dense_layers():
     config = make_config(
         dict(layer_interval=2, shared_expert=True),
         n_layers=12,
@@ -337,20 +345,20 @@ def test_layers_take_turns_with_dense_ones():
     assert described["transformer/layers/block_1/experts"]["w_in"].axes == ("layers", "expert", "embed", "ff")
     (_, routing), _ = make_loss(config)(draw_params(config), TOKENS, TARGETS)
     assert routing is not None
-    assert routing.load.shape == (6, 4)
+    assert routing.expert_load.shape == (6, 4)
     plain = dataclasses.replace(config, experts=None)
     assert count_params(config) - count_params(plain) == 6 * (4 * 2 * 16 * 24 + 16 * 4)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots", "attention"])
-def test_recomputed_equals_kept(remat):
+def test_rematerialized_equals_saved(remat):
     config = make_config(dict(n_experts_per_token=2, capacity_factor=1.0, router_jitter=0.1))
     params, key = draw_params(config), jax.random.key(4)
     wanted, found = (
         jax.jit(make_loss(each, key))(params, TOKENS, TARGETS)
         for each in (config, dataclasses.replace(config, remat=remat))
     )
-    assert wanted[0][1].dropped.min() > 0
+    assert wanted[0][1].dropped_fraction.min() > 0
     for one, other in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
@@ -366,8 +374,8 @@ def test_cached_equals_full(experts):
     full, _ = model.apply(params, TOKENS)
     cache, found = init_cache(config, TOKENS.shape[0], T), []
     for first, last in ((0, 5), (5, 6), (6, 7), (7, T)):
-        places = jnp.broadcast_to(jnp.arange(first, last), (TOKENS.shape[0], last - first))
-        logits, cache = model.apply(params, TOKENS[:, first:last], positions=places, cache=cache)
+        positions = jnp.broadcast_to(jnp.arange(first, last), (TOKENS.shape[0], last - first))
+        logits, cache = model.apply(params, TOKENS[:, first:last], positions=positions, cache=cache)
         found.append(logits)
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), full, atol=2e-5 * np.abs(full).max())
 
@@ -398,7 +406,7 @@ FORMS = {
     ),
     "group": dict(n_experts_per_token=2, capacity_factor=0.9, router_jitter=0.1, expert_dropout=0.2, group_size=8),
     "dropless": dict(n_experts_per_token=2, router_jitter=0.1, aux_loss_scope="sequence", expert_dropout=0.2),
-    "by expert": dict(
+    "expert choice": dict(
         routing="expert-choice",
         allow_noncausal=True,
         n_experts_per_token=2,
@@ -408,7 +416,7 @@ FORMS = {
     ),
 }
 SIZES: dict[str, Any] = dict(gated_ffn=True, d_ff=16, n_heads=8)
-_alone: dict[str, Any] = {}
+_one_device: dict[str, Any] = {}
 
 
 def run_on(config: ModelConfig, mesh: dict[str, Any] | None):
@@ -416,7 +424,7 @@ def run_on(config: ModelConfig, mesh: dict[str, Any] | None):
     if mesh is None:
         return jax.jit(make_loss(config, key))(params, TOKENS, TARGETS)
     layout = make_layout(MeshConfig(**{"data": 1, **mesh}))
-    placed = {
+    sharded = {
         module: {
             name: jax.device_put(array, layout.sharding(describe_params(config)[module][name].axes, array.shape, name))
             for name, array in arrays.items()
@@ -428,23 +436,23 @@ def run_on(config: ModelConfig, mesh: dict[str, Any] | None):
         with use_layout(layout):
             return make_loss(config, key)(params, tokens, targets)
 
-    return jax.jit(traced)(placed, TOKENS, TARGETS)
+    return jax.jit(traced)(sharded, TOKENS, TARGETS)
 
 
 @pytest.mark.parametrize(
     ("mesh", "form"),
-    [(mesh, form) for mesh in MESHES for form in FORMS if form != "by expert" or mesh == MESHES[6]]
+    [(mesh, form) for mesh in MESHES for form in FORMS if form != "expert choice" or mesh == MESHES[6]]
     + [(MESHES[3], "group of 4"), (MESHES[4], "group of 2"), (MESHES[4], "group of 4"), (MESHES[6], "group of 2")],
     ids=str,
 )
 def test_sharded_equals_one_device(mesh, form):
     name, _, group = form.partition(" of ")
     config = make_config({**FORMS[name], "n_experts": 8, **({"group_size": int(group)} if group else {})}, **SIZES)
-    if form not in _alone:
-        _alone[form] = run_on(config, None)
-    (loss, routing), gradients = _alone[form]
+    if form not in _one_device:
+        _one_device[form] = run_on(config, None)
+    (loss, routing), gradients = _one_device[form]
     (found, found_routing), found_gradients = run_on(config, mesh)
-    assert bool(routing.dropped.min() > 0) == (form != "dropless")
+    assert bool(routing.dropped_fraction.min() > 0) == (form != "dropless")
     np.testing.assert_allclose(found, loss, rtol=1e-5)
     for name, value in routing._asdict().items():
         np.testing.assert_allclose(getattr(found_routing, name), value, rtol=1e-5, atol=1e-7, err_msg=name)
@@ -456,7 +464,7 @@ def test_sharded_equals_one_device(mesh, form):
         )
 
 
-def test_experts_are_cut_and_exchanged():
+def test_experts_are_sharded_and_exchanged():
     config = make_config(dict(n_experts=8, capacity_factor=1.0))
     layout = make_layout(MeshConfig(data=2, expert=4))
     axes = describe_params(config)["transformer/layers/block_0/experts"]["w_in"]
@@ -468,22 +476,22 @@ def test_experts_are_cut_and_exchanged():
             return make_loss(config, key)(params, tokens, targets)
 
     text = jax.jit(traced).lower(params, TOKENS, TARGETS).as_text()
-    assert text.count("all_to_all") >= 4  # there and back, forward and backward
+    assert text.count("all_to_all") >= 4  # to the experts and back, forward and backward
 
 
 @pytest.mark.parametrize(
     ("experts", "mesh", "message"),
     [
-        (dict(n_experts=6), dict(data=2, expert=4), "expert = 6 does not divide over expert = 4.*mesh.rules.expert"),
+        (dict(n_experts=6), dict(data=2, expert=4), "expert = 6 is not divisible by expert = 4.*mesh.rules.expert"),
         (
             dict(n_experts=8), dict(data=2, expert=4, rules={"batch": ["data"]}),
-            "mesh.rules.expert: experts lie on expert, along which the batch is not cut; add it to mesh.rules.batch",
+            "mesh.rules.expert: experts are sharded over expert, but the batch is not; .*mesh.rules.batch",
         ),
-        (dict(group_size=3, eval_capacity_factor=1.0), dict(data=8), "group_size = 3 does not divide a batch of 8 .* for example, 1"),
+        (dict(group_size=3, eval_capacity_factor=1.0), dict(data=8), "group_size = 3 must divide the batch size 8, .* for example, 1"),
         (dict(group_size=2, eval_capacity_factor=1.0), dict(data=2, expert=4), r"group_size = 2: on this mesh .* one of \[1, 4, 8\]"),
     ],
 )  # fmt: skip
-def test_meshes_that_do_not_fit_are_refused(experts, mesh, message):
+def test_unsuitable_meshes_are_refused(experts, mesh, message):
     config = make_config(experts)
     trace, params = jax.make_jaxpr(make_loss(config)), draw_params(config)
     with use_layout(make_layout(MeshConfig(**mesh))), pytest.raises(ConfigError, match=message):

@@ -16,7 +16,9 @@ from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.transformer import make_model
 from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.sample.engine.encoder_decoder import EncoderDecoderEngine
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+from mesh_transformer.sample.engine.engine import EngineOptions
+from mesh_transformer.sample.engine.requests import RequestParams
 from mesh_transformer.sample.engine.requests import PromptError
 
 CONFIG = ModelConfig(
@@ -40,7 +42,7 @@ PARAMS = draw_params(CONFIG)
 
 
 def make_engine(**options) -> EncoderDecoderEngine:
-    return EncoderDecoderEngine(CONFIG, PARAMS, start=START, end=END, **options)
+    return EncoderDecoderEngine(CONFIG, PARAMS, **options, start=START, end=END)
 
 
 def test_greedy_is_the_full_forward_pass():
@@ -74,9 +76,7 @@ def test_greedy_is_what_transformers_generates(name):
     wanted = theirs.generate(
         sources, attention_mask=mask, do_sample=False, use_cache=False, max_new_tokens=12, decoder_start_token_id=START
     )[:, 1:]
-    engine = EncoderDecoderEngine(
-        case.config, import_arrays(weights, case.kind, case.config), start=START, end=END, slots=len(texts)
-    )
+    engine = EncoderDecoderEngine(case.config, import_arrays(weights, case.kind, case.config), EngineOptions(slots=len(texts)), start=START, end=END)
     options = SampleConfig(temperature=0.0, max_tokens=12)
     found = [sample.tokens for (sample,) in engine.generate([text[:-1] for text in texts], options)]
     assert found == wanted.tolist()
@@ -119,6 +119,6 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="serving and scoring are for decoders alone"):
         _ = engine.programs
     with pytest.raises(PromptError, match="no bias, scores or constraint"):
-        engine.submit(engine.make_row([3], GREEDY, n_top=2))
+        engine.submit(engine.make_request([3], RequestParams(GREEDY, top_logprobs=2)))
     with pytest.raises(PromptError, match="max_tokens=33 more exceed"):
-        engine.make_row([3], GREEDY, max_tokens=33)
+        engine.make_request([3], RequestParams(GREEDY, max_tokens=33))

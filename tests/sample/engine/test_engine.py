@@ -14,7 +14,9 @@ from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig, Sample
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.transformer import make_model
 from mesh_transformer.model.shapes import describe_params
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+from mesh_transformer.sample.engine.engine import EngineOptions
+from mesh_transformer.sample.engine.requests import RequestParams
 from mesh_transformer.sample.engine.programs import DECODE_CHUNK
 from mesh_transformer.sample.engine.requests import PromptError
 from mesh_transformer.sample.engine.speculative import DraftModelDrafter, PromptLookupDrafter
@@ -129,7 +131,7 @@ def test_samples_share_the_prompt_and_differ(shared):
 
 def test_first_tokens_wait_for_no_burst(shared):
     _, _, engine = shared
-    rows = [engine.submit(engine.make_row(prompt, WARM, max_tokens=30)) for prompt in random_prompts(9, 12)]
+    rows = [engine.submit(engine.make_request(prompt, RequestParams(WARM, max_tokens=30))) for prompt in random_prompts(9, 12)]
     first, second = engine.step(), engine.step()
     assert [event.row for event in first] == [rows[0].id, rows[1].id] * 2
     assert len(second) == 2 * DECODE_CHUNK
@@ -140,7 +142,7 @@ def test_first_tokens_wait_for_no_burst(shared):
 def test_prompt_in_pieces_is_at_once(shared):
     config, params, engine = shared
     prompts = random_prompts(70, 33, 32, 2)
-    pieces = DecoderOnlyEngine(config, params, prefill_chunk=16)
+    pieces = DecoderOnlyEngine(config, params, EngineOptions(prefill_chunk=16))
     expected = engine.generate(prompts, WARM, max_tokens=10)
     assert [[c.tokens for c in row] for row in pieces.generate(prompts, WARM, max_tokens=10)] == [
         [c.tokens for c in row] for row in expected
@@ -159,7 +161,7 @@ def test_logprobs_are_of_the_models_own_distribution(shared):
 
 
 def test_nearby_lengths_compile_nothing():
-    engine = DecoderOnlyEngine(*make(n_layers=1), prefix_bytes=0)
+    engine = DecoderOnlyEngine(*make(n_layers=1), EngineOptions(prefix_cache_bytes=0))
     engine.generate(random_prompts(17, 18), WARM, max_tokens=10)
     before = engine.compilations
     kinds = ("make_caches", "read", "make_state", "begin", "take_row", "put_row", "seat", "decode")
@@ -276,12 +278,12 @@ def run(engine, rows, *, until=None):
 
 def test_alone_is_among_31_others_that_come_and_go():
     config, params = make()
-    engine = DecoderOnlyEngine(config, params, slots=6, prefill_chunk=16)  # fewer seats than rows: they queue
+    engine = DecoderOnlyEngine(config, params, EngineOptions(slots=6, prefill_chunk=16))  # fewer seats than rows: they queue
     rng = np.random.default_rng(2)
     prompts = random_prompts(*rng.integers(1, 60, 32), seed=7)
     lengths = rng.integers(1, 30, 32).tolist()
     rows = [
-        engine.make_row(prompt, WARM, max_tokens=n, seed=i)
+        engine.make_request(prompt, RequestParams(WARM, max_tokens=n, seed=i))
         for i, (prompt, n) in enumerate(zip(prompts, lengths, strict=True))
     ]
     events = {row.id: [] for row in rows}
@@ -306,11 +308,11 @@ def test_alone_is_among_31_others_that_come_and_go():
 
 def test_long_prompt_does_not_hold_up_a_short_one(shared):
     config, params, _ = shared
-    engine = DecoderOnlyEngine(config, params, prefill_chunk=16)
+    engine = DecoderOnlyEngine(config, params, EngineOptions(prefill_chunk=16))
     [long, short] = random_prompts(80, 4)
-    first = engine.submit(engine.make_row(long, WARM, max_tokens=4))
+    first = engine.submit(engine.make_request(long, RequestParams(WARM, max_tokens=4)))
     engine.step(1)
-    second = engine.submit(engine.make_row(short, WARM, max_tokens=4))
+    second = engine.submit(engine.make_request(short, RequestParams(WARM, max_tokens=4)))
     events = run(engine, [first, second], until=lambda events: events[first.id])
     assert len(events[second.id]) == 4, "the short one should be done before the long one has its first token"
 
@@ -318,7 +320,7 @@ def test_long_prompt_does_not_hold_up_a_short_one(shared):
 def test_what_begins_alike_is_read_once(shared):
     config, params, _ = shared
     [start, a, b] = random_prompts(40, 9, 5)
-    plain = DecoderOnlyEngine(config, params, prefix_bytes=0)
+    plain = DecoderOnlyEngine(config, params, EngineOptions(prefix_cache_bytes=0))
     engine = DecoderOnlyEngine(config, params)
     for prompt in (start + a, start + b, start[:30] + b, start + a):
         [[expected]] = plain.generate([prompt], WARM, max_tokens=12)
@@ -327,7 +329,7 @@ def test_what_begins_alike_is_read_once(shared):
         np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
     assert plain.prefixes.reused_tokens == 0
     assert engine.prefixes.reused_tokens == 40 + 30 + 48
-    small = DecoderOnlyEngine(config, params, prefix_bytes=3 * engine.prefixes.nbytes // 4)
+    small = DecoderOnlyEngine(config, params, EngineOptions(prefix_cache_bytes=3 * engine.prefixes.nbytes // 4))
     for prompt in (start + a, start + b, start[:30] + b, start + a):
         small.generate([prompt], WARM, max_tokens=2)
     assert 0 < small.prefixes.nbytes <= 3 * engine.prefixes.nbytes // 4
@@ -369,7 +371,7 @@ def test_scores_of_a_prompt_and_likeliest_tokens(shared):
     config, params, _ = shared
     engine = DecoderOnlyEngine(config, params)
     [prompt] = random_prompts(60)
-    row = engine.submit(engine.make_row(prompt, WARM, max_tokens=3, n_top=4, score_prompt=True))
+    row = engine.submit(engine.make_request(prompt, RequestParams(WARM, max_tokens=3, top_logprobs=4, score_prompt=True)))
     events = run(engine, [row])[row.id]
     own = forward_logprobs(config, params, prompt + row.tokens)
     scores = events[0].prompt_scores
@@ -402,9 +404,9 @@ class OnlyEven:
 def test_constraint_bias_and_free_rows_beside_each_other(shared):
     config, _, engine = shared
     [prompt] = random_prompts(7)
-    constrained = engine.make_row(prompt, WARM, max_tokens=20, constraint=OnlyEven(config.n_vocab))
-    biased = engine.make_row(prompt, WARM, max_tokens=20, logit_bias={11: 100.0})
-    free = engine.make_row(prompt, WARM, max_tokens=20)
+    constrained = engine.make_request(prompt, RequestParams(WARM, max_tokens=20, constraint=OnlyEven(config.n_vocab)))
+    biased = engine.make_request(prompt, RequestParams(WARM, max_tokens=20, logit_bias={11: 100.0}))
+    free = engine.make_request(prompt, RequestParams(WARM, max_tokens=20))
     events = run(engine, [engine.submit(row) for row in (constrained, biased, free)])
     assert all(token % 2 == 0 for token in constrained.tokens)
     assert all(a != b for a, b in zip(constrained.tokens, constrained.tokens[1:], strict=False))
@@ -418,20 +420,20 @@ def test_constraint_bias_and_free_rows_beside_each_other(shared):
     ("wish", "message"),
     [
         (dict(logit_bias={97: 1.0}), "logit_bias has the token 97"),
-        (dict(n_top=21), "there can be 20"),
+        (dict(top_logprobs=21), "there can be 20"),
         (dict(stop_tokens=range(9)), "there can be 8"),
         (dict(max_tokens=0), "at least one"),
     ],
 )
 def test_wish_that_cannot_be_granted_is_refused(shared, wish, message):
     with pytest.raises(PromptError, match=message):
-        shared[2].make_row([1, 2], GREEDY, **(dict(max_tokens=9) | wish))
+        shared[2].make_request([1, 2], RequestParams(GREEDY, **(dict(max_tokens=9) | wish)))
 
 
 def test_cancelled_rows_make_room_at_once(shared):
     config, params, _ = shared
-    engine = DecoderOnlyEngine(config, params, slots=2)
-    rows = [engine.submit(engine.make_row(prompt, WARM, max_tokens=50)) for prompt in random_prompts(3, 4, 5, 6)]
+    engine = DecoderOnlyEngine(config, params, EngineOptions(slots=2))
+    rows = [engine.submit(engine.make_request(prompt, RequestParams(WARM, max_tokens=50))) for prompt in random_prompts(3, 4, 5, 6)]
     engine.step(1)
     engine.step(1)
     assert [row.id for row in engine.seated] == [rows[0].id, rows[1].id]

@@ -7,7 +7,9 @@ import pytest
 
 from mesh_transformer.config import ModelConfig, SampleConfig
 from mesh_transformer.model.transformer import make_model
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+from mesh_transformer.sample.engine.engine import EngineOptions
+from mesh_transformer.sample.engine.requests import RequestParams
 from mesh_transformer.sample.engine.warmup import warm_up
 
 CONFIG = ModelConfig(n_layers=1, d_model=16, n_heads=2, n_vocab=64, seq_len=1024)
@@ -18,9 +20,9 @@ def params():
     return jax.jit(make_model(CONFIG).init)(jax.random.key(0))
 
 
-def draw(engine, length, max_tokens, n_top=0):
+def draw(engine, length, max_tokens, top_logprobs=0):
     """As a server does for one sample of a prompt that begins as no other."""
-    row = engine.make_row([length % 64] * length, SampleConfig(), max_tokens=max_tokens, seed=length, n_top=n_top)
+    row = engine.make_request([length % 64] * length, RequestParams(SampleConfig(), max_tokens=max_tokens, seed=length, top_logprobs=n_top))
     engine.submit(row)
     while not engine.idle:
         engine.step()
@@ -29,7 +31,7 @@ def draw(engine, length, max_tokens, n_top=0):
 
 @pytest.mark.parametrize(("longest", "lengths"), [(240, (1, 16, 17, 60, 100, 210)), (496, (3, 33, 129, 250, 300, 466))])
 def test_requests_compile_nothing(params, longest, lengths):
-    cold, warm = DecoderOnlyEngine(CONFIG, params, prefill_chunk=128), DecoderOnlyEngine(CONFIG, params, prefill_chunk=128)
+    cold, warm = DecoderOnlyEngine(CONFIG, params, EngineOptions(prefill_chunk=128)), DecoderOnlyEngine(CONFIG, params, EngineOptions(prefill_chunk=128))
     steps = list(warm_up(warm, longest))
     assert [done for done, _ in steps] == list(range(steps[0][1]))
     assert warm.idle

@@ -12,7 +12,9 @@ from mesh_transformer.model.params import STACK
 from mesh_transformer.model.quantization import quantize, dequantize
 from mesh_transformer.model.transformer import make_model
 from mesh_transformer.model.shapes import describe_params
-from mesh_transformer.sample.engine.engine import DecoderOnlyEngine
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+from mesh_transformer.sample.engine.engine import EngineOptions
+from mesh_transformer.sample.engine.requests import RequestParams
 from mesh_transformer.sample.engine.weights import contracted_dims
 
 CONFIG = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, seq_len=64, n_vocab=101)
@@ -48,7 +50,7 @@ def round_weights(params):
 def test_eight_bits_are_the_rounded_model(params):
     rounded = round_weights(params)
     assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, rounded)), strict=True))
-    engine = DecoderOnlyEngine(CONFIG, params, weights="int8")
+    engine = DecoderOnlyEngine(CONFIG, params, EngineOptions(weight_dtype="int8"))
     assert nbytes(engine.programs.weights) < 0.45 * nbytes(
         params
     )  # of so small a model; norms and places stay as they are
@@ -58,10 +60,10 @@ def test_eight_bits_are_the_rounded_model(params):
 
 
 def test_eight_bits_over_a_mesh_are_those_of_one_device(params):
-    expected = draw(DecoderOnlyEngine(CONFIG, params, weights="int8", cache="int8"))
+    expected = draw(DecoderOnlyEngine(CONFIG, params, EngineOptions(weight_dtype="int8", kv_cache_dtype="int8")))
     layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2, rules={"vocab": ""}))
     for found, alone in zip(
-        draw(DecoderOnlyEngine(CONFIG, params, layout=layout, weights="int8", cache="int8")), expected, strict=True
+        draw(DecoderOnlyEngine(CONFIG, params, EngineOptions(weight_dtype="int8", kv_cache_dtype="int8"), layout=layout)), expected, strict=True
     ):
         assert found.tokens == alone.tokens
         np.testing.assert_allclose(found.logprobs, alone.logprobs, atol=2e-3)
@@ -69,7 +71,7 @@ def test_eight_bits_over_a_mesh_are_those_of_one_device(params):
 
 @pytest.mark.parametrize(("cache", "share", "tolerance"), [("bfloat16", 0.5, 0.03), ("int8", 0.4, 0.06)])
 def test_narrow_caches_cost_little(params, cache, share, tolerance):
-    plain, narrow = DecoderOnlyEngine(CONFIG, params), DecoderOnlyEngine(CONFIG, params, cache=cache)
+    plain, narrow = DecoderOnlyEngine(CONFIG, params), DecoderOnlyEngine(CONFIG, params, EngineOptions(kv_cache_dtype=cache))
     sizes = [nbytes(engine.programs.make_caches(1, 64)) for engine in (narrow, plain)]
     assert sizes[0] <= share * sizes[1]
     pairs = list(zip(draw(narrow), draw(plain), strict=True))
