@@ -209,7 +209,7 @@ def untie(model: Any) -> None:
 
 
 def run_model(case: Case, model: Any, tokens: np.ndarray) -> Any:
-    """The logits of their model, of an encoder and decoder beside `make_sources`."""
+    """Return the logits of a model of transformers. Its encoder, if any, runs on `make_encoder_inputs`."""
     import torch
 
     input_ids = torch.tensor(tokens, dtype=torch.long)

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig
 from mesh_transformer.mesh import RULES, constrain, format_sharding_table, make_layout, make_rules, use_layout
 from mesh_transformer.model.params import flatten_names
-from mesh_transformer.model.transformer import make_model
 from mesh_transformer.model.shapes import describe_params
+from mesh_transformer.model.transformer import make_model
 
 # Halves the compile time.
 QUICK: dict[str, bool | int | float | str] = {
@@ -56,7 +56,10 @@ def test_every_dimension_needs_an_axis():
 
 
 def test_indivisible_activation_is_refused():
-    with use_layout(make(data=4)), pytest.raises(ConfigError, match=r"activation \[batch, activation_embed\]: batch = 6"):
+    with (
+        use_layout(make(data=4)),
+        pytest.raises(ConfigError, match=r"activation \[batch, activation_embed\]: batch = 6"),
+    ):
         constrain(jnp.zeros((6, 2)), "batch", "activation_embed")
 
 
@@ -100,7 +103,9 @@ def test_mesh_uses_the_remaining_or_the_first_devices():
 
 
 def test_ring_attention_needs_one_mesh_axis():
-    with pytest.raises(ConfigError, match=r"mesh\.rules\.sequence: ring attention needs exactly one mesh axis, got fsdp and context"):
+    with pytest.raises(
+        ConfigError, match=r"mesh\.rules\.sequence: ring attention needs exactly one mesh axis, got fsdp and context"
+    ):
         make_layout(MeshConfig(data=1, fsdp=2, context=2, rules={"sequence": "fsdp context"}))
 
 
@@ -233,7 +238,9 @@ def test_sharded_equals_one_device(one_device, sizes, name, rules):
             compiler_options=QUICK,
         )
         sharded_params = jax.device_put(params, shardings)
-        sharded_loss, sharded_gradients = step(sharded_params, jax.device_put(tokens, batch), jax.device_put(targets, batch))
+        sharded_loss, sharded_gradients = step(
+            sharded_params, jax.device_put(tokens, batch), jax.device_put(targets, batch)
+        )
 
     # Weights and gradients are really sharded over fsdp and tensor, and the batch over data and fsdp.
     _, fsdp, tensor = sizes

@@ -151,5 +151,5 @@ def test_impossible_settings_are_refused(tmp_path):
         open_data(make_config(tmp_path, dict(seq_len=256)))
     with pytest.raises(ConfigError, match=r"give no encoder input of model\.seq_len=32 tokens; lower the density"):
         make_config(tmp_path, noise_density=0.9, mean_noise_span_length=1.0)
-    with pytest.raises(ConfigError, match=r"isolate_documents has no effect with model\.n_encoder_layers"):
+    with pytest.raises(ConfigError, match=r"isolate_documents=true has no effect with model\.n_encoder_layers"):
         make_config(tmp_path, isolate_documents=True)

@@ -12,13 +12,15 @@ import pytest
 from mesh_transformer.config import ConfigError, ModelConfig, parse_config
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.presets import T5
-from mesh_transformer.model.transformer import make_model
 from mesh_transformer.model.shapes import describe_params, init_cache
+from mesh_transformer.model.transformer import make_model
 
 SIZES = dict(n_layers=2, n_encoder_layers=4, d_model=16, n_heads=2, n_vocab=37, seq_len=24)
 CONFIG = ModelConfig(**T5 | SIZES)
 EXPERTS = dataclasses.replace(CONFIG, experts=ExpertsConfig(n_experts=4, layer_interval=2))
-ENCODER_TOKENS, TOKENS = (np.random.default_rng(i).integers(0, 37, (3, n), dtype=np.int32) for i, n in enumerate((9, 6)))
+ENCODER_TOKENS, TOKENS = (
+    np.random.default_rng(i).integers(0, 37, (3, n), dtype=np.int32) for i, n in enumerate((9, 6))
+)
 
 
 def draw_params(config: ModelConfig):
@@ -58,7 +60,13 @@ def test_padding_has_no_influence_and_order_has():
     np.testing.assert_array_equal(run(CONFIG, TOKENS, encoder_tokens=other, encoder_segment_ids=segment_ids), full)
     unpadded = run(CONFIG, TOKENS[1:2], encoder_tokens=ENCODER_TOKENS[1:2, :5])
     np.testing.assert_allclose(unpadded, full[1:2], atol=1e-5 * np.abs(full).max())
-    assert np.abs(run(CONFIG, TOKENS, encoder_tokens=ENCODER_TOKENS[:, ::-1]) - run(CONFIG, TOKENS, encoder_tokens=ENCODER_TOKENS)).max() > 1e-4
+    assert (
+        np.abs(
+            run(CONFIG, TOKENS, encoder_tokens=ENCODER_TOKENS[:, ::-1])
+            - run(CONFIG, TOKENS, encoder_tokens=ENCODER_TOKENS)
+        ).max()
+        > 1e-4
+    )
 
 
 @pytest.mark.parametrize("positions", ["t5", "alibi", "rope-half", "learned", "none"])
@@ -102,7 +110,9 @@ def test_unsupported_models_are_refused():
     with pytest.raises(ConfigError, match="an encoder-decoder model needs encoder_tokens"):
         make_model(CONFIG).apply(draw_params(CONFIG), jnp.asarray(TOKENS))
     alone = ModelConfig(**T5 | SIZES | dict(n_encoder_layers=None))
-    with pytest.raises(ConfigError, match=r"encoder_tokens was given, but the model has no encoder; set model\.n_encoder_layers"):
+    with pytest.raises(
+        ConfigError, match=r"encoder_tokens was given, but the model has no encoder; set model\.n_encoder_layers"
+    ):
         make_model(alone).apply(draw_params(alone), jnp.asarray(TOKENS), encoder_tokens=jnp.asarray(ENCODER_TOKENS))
     encoder = dataclasses.replace(alone, causal=False)
     with pytest.raises(ConfigError, match=r"model\.causal=false: an encoder-only model cannot decode"):

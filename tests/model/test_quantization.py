@@ -9,7 +9,7 @@ import pytest
 
 from mesh_transformer.model import quantization
 from mesh_transformer.model.linear import linear
-from mesh_transformer.model.quantization import quantize, dequantize
+from mesh_transformer.model.quantization import dequantize, quantize
 
 
 def sample(*shape: int) -> jax.Array:

@@ -54,7 +54,9 @@ def run_native(
     return np.asarray(logits), gradients
 
 
-def assert_equal(case: Case, native: tuple[np.ndarray, dict[str, Arrays]], logits: np.ndarray, gradients: Arrays) -> None:
+def assert_equal(
+    case: Case, native: tuple[np.ndarray, dict[str, Arrays]], logits: np.ndarray, gradients: Arrays
+) -> None:
     assert np.std(logits) > 0.1, "the weights are too small: the reference logits are nearly constant"
     np.testing.assert_allclose(native[0], logits, atol=LOGITS_TOLERANCE, rtol=0)
     wanted = flatten_names(import_arrays(gradients, case.kind, case.config))
@@ -98,16 +100,12 @@ def test_golden_equals_transformers(name):
     model, parameters = make_torch(case)
     weights, tokens, targets, logits, gradients = read_golden(name)
     live_logits, live_gradients = run_torch(case, model, parameters, weights, tokens, targets)
-    hint = (
-        "the installed transformers computes other values; if they are correct, run python tests/model/test_reference.py"
-    )
+    hint = "the installed transformers computes other values; if they are correct, run python tests/model/test_reference.py"
     np.testing.assert_allclose(live_logits, logits, atol=1e-5, rtol=0, err_msg=hint)
     assert live_gradients.keys() == gradients.keys(), hint
     largest = max(np.abs(gradient).max() for gradient in gradients.values())
     for key, gradient in gradients.items():
-        np.testing.assert_allclose(
-            live_gradients[key], gradient, atol=1e-5 * largest, rtol=0, err_msg=f"{key}: {hint}"
-        )
+        np.testing.assert_allclose(live_gradients[key], gradient, atol=1e-5 * largest, rtol=0, err_msg=f"{key}: {hint}")
 
 
 @pytest.mark.parametrize("name", LIVE_CASES)

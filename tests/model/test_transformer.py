@@ -16,8 +16,8 @@ from mesh_transformer.mesh import RULES
 from mesh_transformer.model.attention.dense import dense_attention, dense_attention_in_blocks
 from mesh_transformer.model.linear import dropout
 from mesh_transformer.model.params import flatten_names
-from mesh_transformer.model.transformer import make_model
 from mesh_transformer.model.shapes import count_params, describe_params
+from mesh_transformer.model.transformer import make_model
 
 # Halves the compile time.
 QUICK: dict[str, bool | int | float | str] = {
@@ -152,7 +152,9 @@ def test_packed_documents_equal_separate_ones(positions):
     restarting = jnp.array([[0, 1, 2, 0, 1, 2, 3, 4]])
     packed, _ = apply(params, TOKENS[:1], segment_ids=jnp.array([[1] * 3 + [2] * 5]), positions=restarting)
     unsegmented, _ = apply(params, TOKENS[:1], segment_ids=jnp.array([[1] * 8]), positions=restarting)
-    assert np.abs(packed - unsegmented)[:, 3:].max() > 1e-2  # without segment IDs the second document attends to the first
+    assert (
+        np.abs(packed - unsegmented)[:, 3:].max() > 1e-2
+    )  # without segment IDs the second document attends to the first
     alone, _ = apply(
         params, jnp.pad(TOKENS[:1, 3:], ((0, 0), (0, 3))), segment_ids=jnp.ones((1, 8), jnp.int32), positions=None
     )
@@ -330,10 +332,14 @@ def test_initial_weights_have_the_stated_deviations(name):
             continue
         is_truncated = truncated and leaf != "w_positions"
         # A normal distribution truncated at 2 sigma has 0.8796 of its standard deviation.
-        np.testing.assert_allclose(np.std(value), deviations[leaf] * (0.8796 if is_truncated else 1.0), rtol=0.03, err_msg=key)
+        np.testing.assert_allclose(
+            np.std(value), deviations[leaf] * (0.8796 if is_truncated else 1.0), rtol=0.03, err_msg=key
+        )
         assert (np.abs(value).max() <= 2 * deviations[leaf]) == is_truncated, key
         if "/layers/" in key:
-            assert np.abs(np.corrcoef(value[0].ravel(), value[1].ravel())[0, 1]) < 0.1, f"{key}: the layers are correlated"
+            assert np.abs(np.corrcoef(value[0].ravel(), value[1].ravel())[0, 1]) < 0.1, (
+                f"{key}: the layers are correlated"
+            )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -345,4 +351,6 @@ def test_dense_attention_in_blocks_equals_dense_attention(bias):
     scores = jax.random.normal(keys[3], (1, 4, 8, 8)) if bias else None
     expected = dense_attention(q, k, v, mask, scores, scale=0.7)
     assert not np.allclose(expected, dense_attention(q, k, v, jnp.ones_like(mask), scores, scale=0.7), atol=1e-2)
-    np.testing.assert_allclose(dense_attention_in_blocks(q, k, v, mask, scores, n_blocks=4, scale=0.7), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        dense_attention_in_blocks(q, k, v, mask, scores, n_blocks=4, scale=0.7), expected, atol=1e-6
+    )

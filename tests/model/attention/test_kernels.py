@@ -16,7 +16,7 @@ import pytest
 
 from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig
 from mesh_transformer.mesh import RULES, MeshLayout, make_layout, use_layout
-from mesh_transformer.model.attention.kernels import dispatch_attention, choose_kernel
+from mesh_transformer.model.attention.kernels import choose_kernel, dispatch_attention
 from mesh_transformer.model.attention.masks import AttentionContext, Masks
 
 ROOT = Path(__file__).parents[3]

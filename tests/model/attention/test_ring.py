@@ -12,11 +12,11 @@ from mesh_transformer.mesh import make_layout, use_layout
 from mesh_transformer.model.attention.dense import dense_attention
 from mesh_transformer.model.attention.ring import (
     Ring,
-    ring_attention,
     from_zigzag,
     make_block_schedule,
-    zigzag_order,
+    ring_attention,
     to_zigzag,
+    zigzag_order,
 )
 
 
@@ -47,7 +47,7 @@ def test_devices_of_a_ring_have_equal_work():
     for step in steps:
         assert (step.block_pairs[..., 4] == 1).all(), "devices have unequal work"
     # A window needs the keys of neighboring devices only.
-    windowed =make_block_schedule(32, Ring("context", 8, 4, 4))
+    windowed = make_block_schedule(32, Ring("context", 8, 4, 4))
     assert [step.shift for step in windowed] == [0, 1, 7]
 
 

@@ -20,8 +20,8 @@ from mesh_transformer.model.attention.ring import from_zigzag
 from mesh_transformer.model.moe.layer import MoELayer
 from mesh_transformer.model.moe.router import RoutingStats, expert_capacity, router_losses
 from mesh_transformer.model.params import flatten_names, make_inits
-from mesh_transformer.model.transformer import make_model
 from mesh_transformer.model.shapes import count_params, describe_params, init_cache
+from mesh_transformer.model.transformer import make_model
 from mesh_transformer.train.flops import count_flops
 
 B, T, V = 4, 16, 24
@@ -62,12 +62,14 @@ def draw_layer(config: ModelConfig, *, skew: float = 0.0):
     return {"experts": params}, x
 
 
-def loop_over_tokens(config: ModelConfig, params, x: np.ndarray, capacity: int | None) -> tuple[np.ndarray, RoutingStats]:
+def loop_over_tokens(
+    config: ModelConfig, params, x: np.ndarray, capacity: int | None
+) -> tuple[np.ndarray, RoutingStats]:
     """Compute the layer in float64, one token and one expert at a time."""
     e = config.experts
     assert e is not None
     w = {name: np.asarray(value, np.float64) for name, value in params["experts"].items()}
-    
+
     def silu(v):
         return v / (1 + np.exp(-v))
 
@@ -170,7 +172,9 @@ def test_expert_choice_equals_a_loop():
     assert routing.dropped_fraction > 0
     changed = x.copy()
     changed[:, -1] *= 9
-    assert not np.allclose(apply_layer(config, params, changed)[0][:, :-1], found[:, :-1]), "later tokens have no influence"
+    assert not np.allclose(apply_layer(config, params, changed)[0][:, :-1], found[:, :-1]), (
+        "later tokens have no influence"
+    )
     one, other = apply_layer(config, params, x, decoding=True), apply_layer(config, params, changed, decoding=True)
     np.testing.assert_array_equal(one[0][:, :-1], other[0][:, :-1])  # no influence in decoding
     chosen = np.argmax(p, axis=-1)
@@ -274,8 +278,8 @@ def test_aux_loss_of_sequences_is_the_mean_over_microbatches():
     for over in ("batch", "sequence"):
         config = make_config(dict(aux_loss_scope=over))
         params, x = draw_layer(config, skew=0.5)
-        parts = [apply_layer(config, params, part)[1].balance for part in (x[:2], x[2:])]
-        means[over] = (float(sum(parts)) / 2, float(apply_layer(config, params, x)[1].balance))
+        parts = [apply_layer(config, params, part)[1].aux_loss for part in (x[:2], x[2:])]
+        means[over] = (float(sum(parts)) / 2, float(apply_layer(config, params, x)[1].aux_loss))
     np.testing.assert_allclose(*means["sequence"], rtol=1e-6)
     assert abs(means["batch"][0] - means["batch"][1]) > 1e-4
 
