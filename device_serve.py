@@ -1,17 +1,18 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Answer over HTTP with a trained model: RUN -> OpenAI's API, and a page. RUN is a run folder or a checkpoint in it.
+"""Serve a trained model over HTTP with OpenAI's API and a web page. RUN is a run folder or a checkpoint in it.
 
 examples:
   python device_serve.py runs/quickstart
-      a page at http://127.0.0.1:8000, POST /v1/completions for programs, GET /metrics for Prometheus;
-      POST /v1/chat/completions for a model that brought a chat template (scripts/reshard_checkpoint.py carries it along)
+      a web page at http://127.0.0.1:8000, POST /v1/completions, GET /metrics for Prometheus, and
+      POST /v1/chat/completions for a model with a chat template (scripts/reshard_checkpoint.py copies it)
   python device_serve.py runs/quickstart --host 0.0.0.0 --token-file secret --set serve.slots=64 --set mesh.tensor=4
-      for other machines, which must send "Authorization: Bearer ..." with the file's content
+      reachable from other machines, which must send "Authorization: Bearer TOKEN" with the token in the file
 
-It compiles first what requests of up to serve.warmup_tokens tokens need: until then GET /health answers 503, and requests wait.
-SIGTERM and Ctrl-C: no new requests, up to serve.drain_seconds for those being answered, then the end.
-exit status: 0 done, 1 failed, 2 wrong usage or configuration
+The server first compiles the programs for requests of up to serve.warmup_tokens tokens. Until then GET /health returns 503
+and requests wait. On SIGTERM or Ctrl-C it accepts no new requests, and exits once running requests have finished, after at
+most serve.drain_seconds.
+exit status: 0 success, 1 failure, 2 invalid usage or configuration
 """
 
 import argparse
@@ -25,7 +26,7 @@ EXTRA = ("fastapi", "starlette", "uvicorn", "h11", "jinja2", "prometheus_client"
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, load, serve."""
+    """Load the model and serve it."""
     options = parse(arguments)
     try:
         from mesh_transformer.serve.server import check_host, read_token, serve
@@ -37,25 +38,25 @@ def main(arguments: list[str]) -> int:
     check_host(options.host, token)
     from mesh_transformer.sample.loading import load_model
 
-    trained = load_model(options.run, options.set)
-    print(f"{trained.where}: step {trained.step}", file=sys.stderr)
+    loaded = load_model(options.run, options.set)
+    print(f"{loaded.where}: step {loaded.step}", file=sys.stderr)
     name = options.name or Path(options.run).resolve().name
-    lived = serve(trained, name=name, host=options.host, port=options.port, token=token)
-    return DONE if lived else FAILED
+    succeeded = serve(loaded, name=name, host=options.host, port=options.port, token=token)
+    return DONE if succeeded else FAILED
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart, or a checkpoint in it")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free; default: %(default)s")
-    parser.add_argument("--token-file", type=Path, help="a file whose content every request must bring")
-    parser.add_argument("--name", help="the model's name in the API; default: RUN's last part")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0: any free port; default: %(default)s")
+    parser.add_argument("--token-file", type=Path, help="file with the bearer token that clients must send")
+    parser.add_argument("--name", help="name of the model in the API; default: last component of RUN")
     add_set_option(parser)
     options = parser.parse_args(arguments)
     if not 0 <= options.port < 65536:
-        raise ConfigError(f"--port {options.port}: a number from 0 to 65535 is wanted")
+        raise ConfigError(f"--port {options.port}: must be from 0 to 65535")
     return options
 
 

@@ -48,7 +48,9 @@ def main(arguments: list[str]) -> int:
     """Run the command line."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("action", choices=("inspect", "verify", "diff"))
-    parser.add_argument("path", metavar="PATH", nargs="+", help="a run folder, a folder of checkpoints, or a folder step_<N>")
+    parser.add_argument(
+        "path", metavar="PATH", nargs="+", help="a run folder, a folder of checkpoints, or a folder step_<N>"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     expected = 2 if options.action == "diff" else 1
@@ -114,7 +116,9 @@ def format_description(result: Mapping[str, Any]) -> str:
     table = [("array", "shape", "axes", "dtype", "bytes", "digest")]
     for name, array in result["arrays"].items():
         shape = "x".join(map(str, array["shape"])) or "scalar"
-        table.append((name, shape, " ".join(array["axes"]), array["dtype"], f"{array['bytes']:,}", array["digest"][:12]))
+        table.append(
+            (name, shape, " ".join(array["axes"]), array["dtype"], f"{array['bytes']:,}", array["digest"][:12])
+        )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines += ["  ".join([*map(str.ljust, row[:4], widths), row[4].rjust(widths[4]), row[5]]) for row in table]
     meta = result["meta"]
@@ -131,7 +135,9 @@ def format_description(result: Mapping[str, Any]) -> str:
         lines += [f"{section}: " + ", ".join(f"{key} = {value}" for key, value in shown.items())] if shown else []
     if isinstance(metrics, dict) and metrics:
         lines.append("metrics: " + ", ".join(f"{key} {value}" for key, value in metrics.items()))
-    return "\n".join(line if line.isprintable() else ascii(line) for line in lines)  # escape control codes in untrusted text
+    return "\n".join(
+        line if line.isprintable() else ascii(line) for line in lines
+    )  # escape control codes in untrusted text
 
 
 def compare(store: Store, step: int, other_store: Store, other_step: int) -> dict[str, Any]:

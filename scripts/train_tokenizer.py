@@ -63,7 +63,9 @@ def main(argv: list[str]) -> int:
     for line in skipped.summary_lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not held_out.n_trained:
-        raise ValueError(f"no document to train on in {', '.join(arguments.src)}: all were held out or skipped; add text")
+        raise ValueError(
+            f"no document to train on in {', '.join(arguments.src)}: all were held out or skipped; add text"
+        )
     write_atomically(arguments.dst, library.to_str(pretty=True))
     tokenizer = load_tokenizer(arguments.dst)
     print(f"{arguments.dst}: {tokenizer.n_vocab:,} tokens from {held_out.n_trained:,} documents")
@@ -78,7 +80,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser(__doc__ or "")
     parser.add_argument("src", nargs="+", metavar="SRC", help="documents to train on")
     parser.add_argument("dst", type=Path, metavar="DST", help="tokenizer.json to write, or a folder for it")
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help=f"number of tokens, at least {MIN_VOCAB_SIZE}")
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help=f"number of tokens, at least {MIN_VOCAB_SIZE}"
+    )
     parser.add_argument("--text-key", default="text", help="key or column that holds the text (default: text)")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count damaged documents instead of stopping")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Write the generated pages of docs/reference: configuration fields (from the schema), presets and commands.
+"""Write what is generated: docs/reference (configuration fields, presets, commands), and the notebooks' Colab badges.
 
 examples:
   python scripts/write_docs.py
@@ -12,8 +12,11 @@ examples:
 import ast
 import dataclasses
 import io
+import json
+import re
 import sys
 import tokenize
+import tomllib
 import types
 import typing
 from pathlib import Path
@@ -26,7 +29,9 @@ from mesh_transformer.config.field_types import Resume
 from mesh_transformer.config.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs" / "reference"
+GITHUB = "https://github.com/"
+COLAB = "https://colab.research.google.com/github"
+BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 RESUME_WORDS = {Resume.FIXED: "no", Resume.LOGGED: "yes, logged", Resume.FREE: "yes"}
 HEADER = """# Configuration reference
 
@@ -45,8 +50,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     options = parser.parse_args(arguments)
     stale = []
-    for name, text in pages().items():
-        path = DOCS / name
+    for path, text in pages().items():
+        name = path.relative_to(ROOT).as_posix()
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         stale.append(name)
@@ -59,9 +64,34 @@ def main(arguments: list[str]) -> int:
     return DONE
 
 
-def pages() -> dict[str, str]:
-    """Return the generated pages: file name in docs/reference -> Markdown."""
-    return {"config.md": config_page(), "presets.md": presets_page(), "commands.md": commands_page()}
+def pages() -> dict[Path, str]:
+    """Return the generated files: path -> content."""
+    docs = ROOT / "docs" / "reference"
+    return {
+        docs / "config.md": config_page(),
+        docs / "presets.md": presets_page(),
+        docs / "commands.md": commands_page(),
+        **{path: notebook_with_badge(path) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))},
+    }
+
+
+def notebook_with_badge(path: Path) -> str:
+    """Return a notebook whose badge and REPOSITORY follow `tool.mesh-transformer.repository` of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    repository = project["tool"]["mesh-transformer"]["repository"].rstrip("/")
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    first = notebook["cells"][0]
+    lines = [line for line in first["source"] if not line.startswith(BADGE)]
+    while len(lines) > 1 and not lines[1].strip():  # blank lines after the title
+        del lines[1]
+    badge = [f"{BADGE}({COLAB}/{repository.removeprefix(GITHUB)}/blob/main/notebooks/{path.name})\n", "\n"]
+    first["source"] = [lines[0], "\n", *(badge if repository else []), *lines[1:]]
+    for cell in notebook["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            cell["source"] = [
+                re.sub(r'^REPOSITORY = "[^"]*"', f'REPOSITORY = "{repository}"', line) for line in cell["source"]
+            ]
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
 class FieldRow(NamedTuple):

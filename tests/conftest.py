@@ -38,7 +38,7 @@ LONGEST = (
     "test_proofs",
     "test_processes",
     "test_journey",
-    "test_engine",
+    "test_decoder_only",
     "test_sharding",
     "test_step",
     "test_server",

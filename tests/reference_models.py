@@ -7,20 +7,22 @@ values), tokens and targets [B, T], logits [B, T, V] and the gradients of the me
 `python tests/model/test_reference.py` writes all of them from the installed transformers.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.model import RopeScalingConfig
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.presets import T5, T5_V1_1
-from mesh_transformer.convert.huggingface.reader import find_array
+from mesh_transformer.convert.huggingface.reader import find_array, find_family
 from mesh_transformer.convert.huggingface.tensor_map import FAMILIES
-from mesh_transformer.convert.import_plan import PREFIX, assemble
+from mesh_transformer.convert.import_plan import PREFIX, assemble, describe_weights
 from mesh_transformer.convert.lazy_arrays import InMemory, full_index
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -285,9 +287,8 @@ def make_encoder_inputs(case: Case, tokens: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def import_arrays(external: Mapping[str, np.ndarray], kind: str, config: ModelConfig) -> dict[str, Arrays]:
-    """Return native parameters (or gradients), given those of transformers; each array must be used exactly once."""
-    family = FAMILIES[kind]
-    used: set[str] = set()
+    """Return external weights (or gradients) in native form. Every external tensor has to be used."""
+    family, used = FAMILIES[kind], set()
     tensors = {name: InMemory(array) for name, array in external.items()}
     native: dict[str, Arrays] = {}
     for name, planned in assemble(config, lambda spec: find_array(tensors, family, spec, used), kind).items():
@@ -295,3 +296,22 @@ def import_arrays(external: Mapping[str, np.ndarray], kind: str, config: ModelCo
         native.setdefault(module, {})[leaf] = planned.array.read(full_index(planned.array))
     assert used == set(external)
     return native
+
+
+def make_model_folder(folder: Path, name: str) -> Arrays:
+    """Write the weights of a golden file as a Hugging Face model folder; return the tensors."""
+    weights = {key: np.asarray(value) for key, value in read_golden(name)[0].items()}
+    folder.mkdir()
+    _, table = find_family(CASES[name].config)
+    (folder / "config.json").write_text(json.dumps(table))
+    save_file(weights, folder / "model.safetensors")
+    return weights
+
+
+def make_random_arrays(config: ModelConfig) -> dict[str, InMemory]:
+    """Return native weights of a model with random values."""
+    rng = np.random.default_rng(0)
+    shapes = {}
+    for name, specs in describe_weights(config).items():
+        shapes[name] = specs[0].shape if specs[0].layer is None else (len(specs), *specs[0].shape)
+    return {name: InMemory(rng.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}

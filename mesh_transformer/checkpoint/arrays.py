@@ -70,6 +70,16 @@ class StoredArray(NamedTuple):
         """Return the NumPy dtype; bfloat16 is that of ml_dtypes."""
         return jax.numpy.dtype(self.record.dtype)
 
+    @property
+    def read_granularity(self) -> tuple[int, ...]:
+        """Return the number of indices along each dimension that are decoded together: the chunk shape."""
+        return self.record.chunk
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether the files are on a local file system, where repeated reads are cheap."""
+        return isinstance(self.folder, Path)
+
     def read(self, index: Slices) -> np.ndarray:
         """Return the values at `index` (slices with step 1), checked, in a buffer that a CPU device uses without a copy.
 
@@ -122,7 +132,9 @@ def describe_array(name: str, array: jax.Array, axes: Sequence[str]) -> ArrayRec
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         raise CheckpointError(f"array {name}: a random key cannot be saved; save jax.random.key_data(key)")
     if array.dtype.name not in DTYPES:
-        raise CheckpointError(f"array {name}: dtype {array.dtype.name} is not supported; use one of {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"array {name}: dtype {array.dtype.name} is not supported; use one of {', '.join(DTYPES)}"
+        )
     if len(axes) != array.ndim:
         raise CheckpointError(f"array {name}: {len(axes)} logical axes {tuple(axes)} for shape {array.shape}")
     if array.is_deleted():

@@ -126,7 +126,9 @@ def write_slice(name: str, record: ArrayRecord, make: Callable[[], HostSlice], f
 def _begin(root: AnyPath, save: PendingSave) -> None:
     backend_for(root).create_staging(save.step, save.owner)
     staging = backend_for(backend_for(root).staging_dir(save.step, save.owner))
-    staging.write_files({f"{ARRAYS}/{name}/{METADATA}": format_metadata(record) for name, record in save.records.items()})
+    staging.write_files(
+        {f"{ARRAYS}/{name}/{METADATA}": format_metadata(record) for name, record in save.records.items()}
+    )
 
 
 def _write_slices(root: AnyPath, save: PendingSave, written: Written) -> None:

@@ -104,14 +104,18 @@ def read_manifest(folder: AnyPath, step: int) -> Manifest:
         if _add_digest(commit.rpartition(b"commit ")[0]) != commit:
             raise CheckpointError(f"{folder / COMMIT}: damaged: not a commit marker")
         if not commit.startswith(f"mesh-transformer checkpoint {FORMAT}\n".encode()):
-            raise CheckpointError(f"{folder / COMMIT}: {commit[:60]!r} is not format {FORMAT}, which this version reads")
+            raise CheckpointError(
+                f"{folder / COMMIT}: {commit[:60]!r} is not format {FORMAT}, which this version reads"
+            )
         raise CheckpointError(f"{folder / MANIFEST}: damaged: its digest does not match the one in {COMMIT}")
     try:
         manifest = _parse(json.loads(data))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: invalid manifest: {type(error).__name__}: {error}") from None
     if manifest.step != step:
-        raise CheckpointError(f"{folder / MANIFEST}: step is {manifest.step}, which does not match the folder; rename it to step_{manifest.step}")
+        raise CheckpointError(
+            f"{folder / MANIFEST}: step is {manifest.step}, which does not match the folder; rename it to step_{manifest.step}"
+        )
     return manifest
 
 

@@ -30,9 +30,9 @@ from mesh_transformer.checkpoint.manifest import (
     Manifest,
     check_metadata,
     check_names,
+    read_manifest,
     verify_digests,
     verify_sizes,
-    read_manifest,
 )
 from mesh_transformer.distributed.coordination import RemoteFailure, run_on_all
 from mesh_transformer.storage.errors import CheckpointError, StorageError
@@ -91,7 +91,9 @@ class Store:
         if type(step) is not int or not 0 <= step < 10**18:
             raise CheckpointError(f"step is {step!r}; it must be an integer from 0 to 10**18 - 1")
         if not arrays or arrays.keys() != axes.keys():
-            raise CheckpointError(f"`arrays` must not be empty and must have the names of `axes`; they differ in: {sorted(arrays.keys() ^ axes.keys())}")
+            raise CheckpointError(
+                f"`arrays` must not be empty and must have the names of `axes`; they differ in: {sorted(arrays.keys() ^ axes.keys())}"
+            )
         check_names(arrays)
         records = {name: describe_array(name, array, axes[name]) for name, array in sorted(arrays.items())}
         try:
@@ -176,7 +178,9 @@ class Store:
         _check_match(folder, {name: record for name, record in records.items() if name.startswith(only)}, like, only)
         requested = {name: records[name] for name in like}
         _check_files(folder, requested)
-        restored = restore_arrays(folder, requested, {name: leaf.sharding for name, leaf in like.items()}, unstack=unstack)
+        restored = restore_arrays(
+            folder, requested, {name: leaf.sharding for name, leaf in like.items()}, unstack=unstack
+        )
         if len(requested) == len(records):
             self._current.add(step)
         return restored
@@ -233,7 +237,9 @@ class Store:
                 retained.append(step)
         if len(retained) < self.keep_last:
             return []
-        pruned = [step for step in steps if step < retained[-1] and not (self.keep_every and step % self.keep_every == 0)]
+        pruned = [
+            step for step in steps if step < retained[-1] and not (self.keep_every and step % self.keep_every == 0)
+        ]
         for step in pruned:
             backend_for(self.folder(step)).delete()
             self._current.discard(step)

@@ -111,7 +111,7 @@ class Packed:
 
     @property
     def chunking(self) -> Chunking:
-        """How the tensor is divided for reading and writing.
+        """Division of the tensor into slices for reading and writing.
 
         Slices along the first dimension are contiguous in the file that is written. Decoding a local chunk several times
         costs less than writing many short rows, so the first dimension is preferred. Chunks in an object store have to be

@@ -41,7 +41,7 @@ class LazyArray(Protocol):
 
     @property
     def is_local(self) -> bool:
-        """Whether repeated reads are cheap. False for arrays in an object store."""
+        """True if repeated reads are cheap, as for local files; False for arrays in an object store."""
         ...
 
     def read(self, index: Slices) -> np.ndarray:

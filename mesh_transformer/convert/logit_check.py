@@ -33,7 +33,7 @@ from mesh_transformer.model.attention.masks import AttentionContext, EncoderOutp
 from mesh_transformer.model.embedding import input_embeddings
 from mesh_transformer.model.lm_head import finish_logits, scale_hidden_states
 from mesh_transformer.model.norms import Norm
-from mesh_transformer.model.params import STACK
+from mesh_transformer.model.params import STACK, Params
 from mesh_transformer.model.transformer import Transformer
 from mesh_transformer.storage.errors import CheckpointError
 
@@ -164,7 +164,7 @@ def _run_stack(
 def _run_periods(
     config: ModelConfig,
     stacked: Mapping[str, LazyArray],
-    outside: hk.Params,
+    outside: Params,
     x: np.ndarray,
     encoder_output: np.ndarray | None,
 ) -> np.ndarray:
@@ -190,9 +190,9 @@ def _attention_context(transformer: Transformer, x: jax.Array) -> AttentionConte
     return transformer.attention_context(positions, None, None)
 
 
-def _read_params(arrays: Mapping[str, LazyArray], index: int | None = None) -> dict[str, dict[str, jax.Array]]:
+def _read_params(arrays: Mapping[str, LazyArray], index: int | None = None) -> Params:
     """Return arrays, or one index of the first dimension of each, as float32 parameters of Haiku."""
-    params: dict[str, dict[str, jax.Array]] = {}
+    params: Params = {}
     for name, array in arrays.items():
         everything = full_index(array)
         wanted = everything if index is None else (slice(index, index + 1), *everything[1:])

@@ -141,9 +141,10 @@ def write_huggingface(
         (staging / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1))
     config |= {"torch_dtype": options.dtype or plan.weight_dtype()}
     (staging / CONFIG).write_text(json.dumps(config, indent=1))
-    for name in CARRIED_FILES if carry_from else ():
-        if (carry_from / name).is_file():
-            (staging / name).write_bytes((carry_from / name).read_bytes())
+    if carry_from is not None:
+        for source in (carry_from / name for name in CARRIED_FILES):
+            if source.is_file():
+                (staging / source.name).write_bytes(source.read_bytes())
     return staging
 
 

@@ -61,7 +61,9 @@ class ChatTemplate:
             named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
             found = named.get(DEFAULT_NAME)
             if found is None and named:
-                raise ChatError(f"none of this model's chat templates ({', '.join(map(str, named))}) is named {DEFAULT_NAME}")
+                raise ChatError(
+                    f"none of this model's chat templates ({', '.join(map(str, named))}) is named {DEFAULT_NAME}"
+                )
         return found if isinstance(found, str) and found else None
 
     @functools.cached_property
@@ -120,7 +122,9 @@ class ChatTemplate:
     def _library(self) -> hf.Tokenizer:
         """The vocabulary as a `tokenizers` object that, unlike FileTokenizer's, encodes special tokens in a text."""
         if self._tokenizer_json is None:
-            raise ChatError("the chat template needs the tokenizer.json it was written for, which this model does not have")
+            raise ChatError(
+                "the chat template needs the tokenizer.json it was written for, which this model does not have"
+            )
         library = make_library(self._tokenizer_json, "tokenizer")
         known = {token.content for token in library.get_added_tokens_decoder().values()}
         # Tokens that only the model's files call special. Names that are not in the vocabulary stay text.

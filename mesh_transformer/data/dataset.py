@@ -168,9 +168,7 @@ def _open_validation(
     )
 
 
-def _open_corrupted(
-    config: Config, built: BuiltShards, shard: TokenShard, corruption: SpanCorruption
-) -> ValidationSet:
+def _open_corrupted(config: Config, built: BuiltShards, shard: TokenShard, corruption: SpanCorruption) -> ValidationSet:
     """Open a validation set of corrupted text: only targets count, with their share of the text's bytes.
 
     `text` is empty, because compressors cannot be compared on targets.

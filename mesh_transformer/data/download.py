@@ -17,7 +17,7 @@ from pathlib import Path
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.data.readers import FILES, find_reader
 from mesh_transformer.storage.errors import CheckpointError
-from mesh_transformer.storage.paths import RemotePath, read_blocks, parse_path
+from mesh_transformer.storage.paths import RemotePath, parse_path, read_blocks
 
 SHARD = (".bin", ".idx")
 

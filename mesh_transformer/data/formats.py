@@ -148,14 +148,18 @@ def _parse_line(line: bytes, text_key: str) -> str:
     except RecursionError:
         raise DocumentError("broken JSON", "JSON is nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise DocumentError("broken JSON", f"not one JSON object per line: {error.msg}, column {error.pos + 1}") from None
+        raise DocumentError(
+            "broken JSON", f"not one JSON object per line: {error.msg}, column {error.pos + 1}"
+        ) from None
     except ValueError as error:  # an integer of thousands of digits
         raise DocumentError("broken JSON", f"JSON cannot be parsed: {error}") from None
     if not isinstance(record, dict):
         kind = {list: "a list", str: "a string", type(None): "null"}.get(type(record), "a number or boolean")
         raise DocumentError("not an object", f"got {kind}, expected a JSON object with {text_key!r} on each line")
     if text_key not in record:
-        raise DocumentError("no text", f"no key {text_key!r}; keys here: {_list_names(list(record))} (text_key chooses one)")
+        raise DocumentError(
+            "no text", f"no key {text_key!r}; keys here: {_list_names(list(record))} (text_key chooses one)"
+        )
     return _check_text(record[text_key])
 
 
@@ -176,7 +180,9 @@ def check_characters(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
-        raise DocumentError("lone surrogate", f"lone surrogate {code} at character {error.start}: not Unicode") from None
+        raise DocumentError(
+            "lone surrogate", f"lone surrogate {code} at character {error.start}: not Unicode"
+        ) from None
 
 
 def decode_utf8(data: bytes) -> str:

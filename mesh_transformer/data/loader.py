@@ -78,7 +78,13 @@ class Loader:
         # Of the data and its order. Runs store it, so its form must not change.
         identity = [
             [
-                (dataset.name, dataset.shard.n_tokens, dataset.shard.n_documents, _digest(dataset.shard), dataset.weight)
+                (
+                    dataset.name,
+                    dataset.shard.n_tokens,
+                    dataset.shard.n_documents,
+                    _digest(dataset.shard),
+                    dataset.weight,
+                )
                 for dataset in datasets
             ],
             [seq_len, seed, shuffle, isolate_documents],

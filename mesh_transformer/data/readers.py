@@ -267,9 +267,7 @@ def _describe_file(file: Path) -> Partition:
     return Partition(str(file), status.st_size, status.st_mtime_ns)
 
 
-def _read_file_documents(
-    partition: Partition, options: ReadOptions, skipped: SkippedDocuments
-) -> Iterator[Document]:
+def _read_file_documents(partition: Partition, options: ReadOptions, skipped: SkippedDocuments) -> Iterator[Document]:
     file = Path(partition.location)
     return _read_one(file, find_root(options.path), options.text_key, options.on_bad, skipped)
 

@@ -54,7 +54,9 @@ class TokenShard:
         size = data.stat().st_size
         if size % dtype.itemsize or (len(ends) and ends[-1] * dtype.itemsize != size) or (not len(ends) and size):
             expected = int(ends[-1]) * dtype.itemsize if len(ends) else 0
-            raise DataError(f"{data}: {size:,} bytes, but {index.name} describes {expected:,}; copy or rebuild the shard")
+            raise DataError(
+                f"{data}: {size:,} bytes, but {index.name} describes {expected:,}; copy or rebuild the shard"
+            )
         self.ends = ends  # [documents]: end of each in tokens of the whole shard
         self.tokens = np.memmap(data, dtype, "r") if size else np.zeros(0, dtype)  # [tokens]
 
@@ -124,7 +126,9 @@ class ShardWriter:
         """Add a document, including its end of text. Raises DataError if an id does not fit the token type."""
         limits = np.iinfo(self.dtype)
         if len(tokens) and not (limits.min <= tokens.min() and tokens.max() <= limits.max):
-            raise DataError(f"{self.prefix}: token id {tokens.max()} does not fit {self.dtype}; use a larger token type")
+            raise DataError(
+                f"{self.prefix}: token id {tokens.max()} does not fit {self.dtype}; use a larger token type"
+            )
         self._data.write(np.ascontiguousarray(tokens, self.dtype).tobytes())
         self.sizes.append(len(tokens))
 

@@ -32,10 +32,10 @@ from mesh_transformer.data.vocabularies import (
     can_split,
     find_end_of_text,
     make_byte_table,
+    make_deterministic,
     make_library,
     read_gpt2,
     read_json,
-    make_deterministic,
     writes_leading_space,
 )
 
@@ -159,10 +159,14 @@ class FileTokenizer:
         self._part = _PART if can_split(self._table) else None
         self._bytes = make_byte_table(self._table, vocabulary, self._library.get_added_tokens_decoder(), where)
         if self.end_of_text in self.encode(name):
-            raise TokenizerError(f"{where}: the text {name} would be encoded as the end of text, because the vocabulary merges it; use another vocabulary")
+            raise TokenizerError(
+                f"{where}: the text {name} would be encoded as the end of text, because the vocabulary merges it; use another vocabulary"
+            )
         back = self.decode(self.encode(_PROBE))
         if unicodedata.normalize("NFKC", back).casefold() != _PROBE:
-            raise TokenizerError(f"{where}: does not preserve text: the ids of {_PROBE!r} decode to {back!r}; use another vocabulary")
+            raise TokenizerError(
+                f"{where}: does not preserve text: the ids of {_PROBE!r} decode to {back!r}; use another vocabulary"
+            )
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -267,7 +271,9 @@ def _to_utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
-        raise TokenizerError(f"lone surrogate {code} at character {error.start} of the text: not valid Unicode") from None
+        raise TokenizerError(
+            f"lone surrogate {code} at character {error.start} of the text: not valid Unicode"
+        ) from None
 
 
 def _decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

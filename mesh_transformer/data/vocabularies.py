@@ -67,7 +67,9 @@ def make_deterministic(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(model, Mapping) or not model.get("vocab"):
         raise TokenizerError(f"{where}: no vocabulary; give a tokenizer.json of Hugging Face tokenizers")
     if model.get("end_of_word_suffix") or model.get("continuing_subword_prefix"):
-        raise TokenizerError(f"{where}: end_of_word_suffix and continuing_subword_prefix are not supported; give a byte-level BPE")
+        raise TokenizerError(
+            f"{where}: end_of_word_suffix and continuing_subword_prefix are not supported; give a byte-level BPE"
+        )
     return {**table, "truncation": None, "padding": None, "model": {**model, "dropout": None}}
 
 
@@ -114,7 +116,9 @@ def make_byte_table(
         single.update(data if len(data) == 1 else b"")
     missing = len(_IN_UTF8 - single)
     if missing:
-        raise TokenizerError(f"{where}: {missing} byte values are not in the vocabulary, so texts would lose characters")
+        raise TokenizerError(
+            f"{where}: {missing} byte values are not in the vocabulary, so texts would lose characters"
+        )
     return found
 
 

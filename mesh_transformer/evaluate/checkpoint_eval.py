@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from mesh_transformer.checkpoint.store import find_checkpoint
 from mesh_transformer.config import ConfigError
 from mesh_transformer.convert.huggingface.reader import is_huggingface, open_huggingface
-from mesh_transformer.convert.lazy_arrays import Lazy
+from mesh_transformer.convert.lazy_arrays import LazyArray
 from mesh_transformer.data.tokenizers import load_tokenizer
 from mesh_transformer.evaluate.evaluation import ProgressFn, EvalTarget, check_tasks, evaluate_model, print_evaluation
 from mesh_transformer.storage.resume_log import ResumeLog
@@ -96,7 +96,7 @@ def open_model(path: str, overrides: Iterable[str] = ()) -> LoadedModel:
     params: Params = {}
     for name, like in describe_arrays(config, layout, {}, stacked=True).items():
         module, _, leaf = name.removeprefix("params/").rpartition("/")
-        params.setdefault(module, {})[leaf] = _read(foreign.arrays[name], like)
+        params.setdefault(module, {})[leaf] = _read(foreign.arrays[name].array, like)
     serve = config.serve
     options = EngineOptions(
         slots=serve.slots, weight_dtype=serve.weight_dtype, kv_cache_dtype=serve.kv_cache_dtype
@@ -105,7 +105,7 @@ def open_model(path: str, overrides: Iterable[str] = ()) -> LoadedModel:
     return LoadedModel(engine, load_tokenizer(foreign.tokenizer), config, 0, where)
 
 
-def _read(array: Lazy, like: jax.ShapeDtypeStruct) -> jax.Array:
+def _read(array: LazyArray, like: jax.ShapeDtypeStruct) -> jax.Array:
     """The values, each device's own; in the type in which they are saved."""
 
     def read(index: tuple[slice, ...] | None):

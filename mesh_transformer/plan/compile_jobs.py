@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mesh_transformer.config import ConfigError
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError, parse_topology
-from mesh_transformer.plan.job import CompileJob, CompiledStats
+from mesh_transformer.plan.job import CompiledStats, CompileJob
 
 # Several processes may load libtpu at once where no TPU is; and it says less.
 ABSENT_TPU = {

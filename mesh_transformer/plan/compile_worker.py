@@ -21,16 +21,16 @@ import jax
 import numpy as np
 
 from mesh_transformer.config import ConfigError
-from mesh_transformer.mesh import MeshLayout, make_layout, init_devices
-from mesh_transformer.plan.decoding import lower_decode, lower_seq2seq_encode, lower_seq2seq_decode
+from mesh_transformer.mesh import MeshLayout, init_devices, make_layout
+from mesh_transformer.plan.decoding import lower_decode, lower_seq2seq_decode, lower_seq2seq_encode
 from mesh_transformer.plan.hardware.chips import FAMILIES
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError, Topology, make_devices, parse_topology
 from mesh_transformer.plan.hlo.collectives import Collective, read_collectives
 from mesh_transformer.plan.hlo.parser import HloModule
 from mesh_transformer.plan.hlo.traffic import hbm_bytes, stacked_bytes
-from mesh_transformer.plan.job import CompileJob, CompiledStats, Traffic
-from mesh_transformer.train.flops import count_flops, count_jaxpr_flops
+from mesh_transformer.plan.job import CompiledStats, CompileJob, Traffic
 from mesh_transformer.train.compile import abstract_batch, abstract_state, jit_train_step, without_remat
+from mesh_transformer.train.flops import count_flops, count_jaxpr_flops
 from mesh_transformer.train.run import check_batches
 from mesh_transformer.train.state import describe_state, flatten_state, format_parameters, state_shardings
 
@@ -105,7 +105,9 @@ def measure(job: CompileJob, keep: Path | None = None) -> CompiledStats:
     return measured
 
 
-def _compile(job: CompileJob, layout: MeshLayout, program: tuple[Any, CompiledStats], keep: Path | None) -> CompiledStats:
+def _compile(
+    job: CompileJob, layout: MeshLayout, program: tuple[Any, CompiledStats], keep: Path | None
+) -> CompiledStats:
     lowered, measured = program
     if job.topology == "local" and measured.platform != "cpu":
         device = layout.mesh.devices.flat[0]

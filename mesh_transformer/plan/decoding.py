@@ -115,7 +115,9 @@ def _place(shapes: Any, layout: MeshLayout) -> Any:
     return jax.tree.map(put, shapes._replace(caches=None))._replace(caches=caches)
 
 
-def _describe(job: CompileJob, layout: MeshLayout, weights: Any, state: DecodeState | EncoderDecoderState, flops: float) -> CompiledStats:
+def _describe(
+    job: CompileJob, layout: MeshLayout, weights: Any, state: DecodeState | EncoderDecoderState, flops: float
+) -> CompiledStats:
     """What is known of a program before it is compiled."""
     shapes, axes = describe_state(job.config)
     held, caches = _device_bytes(state), _device_bytes(state.caches)

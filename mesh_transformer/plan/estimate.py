@@ -77,12 +77,23 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
     gradients = 4 * held
     plain = _makes_scores(model, topology)
     kept = model.n_layers * own / pieces.num_shards("sequence") * _activation_bytes(model, pieces, item, plain)
-    logits = rows * config.target_len / pieces.num_shards("sequence") / train.loss_chunks * model.n_vocab / pieces.num_shards("vocab")
+    logits = (
+        rows
+        * config.target_len
+        / pieces.num_shards("sequence")
+        / train.loss_chunks
+        * model.n_vocab
+        / pieces.num_shards("vocab")
+    )
     head = 4 * model.d_model * model.n_vocab / pieces.num_shards("vocab")
     working = max(LOGIT_BYTES * logits + head, _layer_bytes(model, pieces, rows * model.seq_len, item, plain))
     peak = 4 * held + moments + gradients * (2 if train.grad_accum_steps > 1 else 1) + kept + working
     counted = [
-        _flops(stack.model, count_active(stack.params, expert_rows_per_token(model), model), train.batch_size * stack.length)
+        _flops(
+            stack.model,
+            count_active(stack.params, expert_rows_per_token(model), model),
+            train.batch_size * stack.length,
+        )
         for stack in stacks
     ]
     flops, again = (sum(numbers) for numbers in zip(*counted, strict=True))

@@ -129,7 +129,9 @@ def make_plan(config: Config, stats: CompiledStats, *, tokens: float | None = No
     )
 
 
-def _cost(tokens: float, measured: CompiledStats, roofline: Roofline, chip: Chip, chips: int, price: float | None) -> Cost:
+def _cost(
+    tokens: float, measured: CompiledStats, roofline: Roofline, chip: Chip, chips: int, price: float | None
+) -> Cost:
     seconds = tokens / measured.tokens * roofline.lower_bound
     chip_hours = chips * seconds / 3600
     energy = chip_hours * chip.watts * OVERHEAD / 1e6

@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 
 from mesh_transformer.config import Config, config_to_dict, parse_config
 
-CODE_PACKAGES = ("model", "train", "sample", "plan")  # whose code, beside the modules above them, makes programs and records
+CODE_PACKAGES = (
+    "model",
+    "train",
+    "sample",
+    "plan",
+)  # whose code, beside the modules above them, makes programs and records
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "dm-haiku", "optax")
 
 
@@ -56,7 +61,9 @@ class CompileJob:
 def digest_code(package: Path = Path(__file__).parents[1]) -> str:
     """Of what makes a program beside its job: the package's code, and the libraries that compile it."""
     digest = hashlib.blake2b(digest_size=12)
-    for file in sorted([*package.glob("*.py"), *(file for room in CODE_PACKAGES for file in (package / room).rglob("*.py"))]):
+    for file in sorted(
+        [*package.glob("*.py"), *(file for room in CODE_PACKAGES for file in (package / room).rglob("*.py"))]
+    ):
         digest.update(f"{file.relative_to(package).as_posix()} ".encode() + file.read_bytes())
     for name in COMPILERS:
         try:
@@ -91,7 +98,9 @@ class CompiledStats:
     tokens: int  # in one step; drawn in one step where sampling
     flops: float  # the model's own
     hardware_flops: float  # with what is computed again
-    bytes_by_kind: dict[str, int]  # bytes of what goes into the program, from shapes: parameters, moments, other, batch, ...
+    bytes_by_kind: dict[
+        str, int
+    ]  # bytes of what goes into the program, from shapes: parameters, moments, other, batch, ...
     gradient_bytes: int  # bytes of all gradients at once, from shapes
     idle_bytes: int = 0  # of `kinds`, what lies there and the program does not touch
     state_bytes: int = 0  # of all devices together, replicas once: what a checkpoint holds

@@ -84,7 +84,9 @@ def _memory(verdict: Plan) -> str:
     memory = verdict.memory
     name, unit = ("GiB", GIB) if memory.peak >= GIB else ("MiB", MIB)
     rows = [("memory of each device", name)]
-    rows += [(kind, f"{size / unit:,.2f}") for kind, size in memory.bytes_by_kind.items() if size or kind == "parameters"]
+    rows += [
+        (kind, f"{size / unit:,.2f}") for kind, size in memory.bytes_by_kind.items() if size or kind == "parameters"
+    ]
     peak = "peak" if not verdict.stats.compiler_error else "needed, in the compiler's words"
     rows.append((peak, f"{memory.peak / unit:,.2f}"))
     if memory.usable is not None:

@@ -65,7 +65,12 @@ def _traffic_seconds(traffic: Traffic, chip: Chip) -> tuple[float, float]:
     if traffic.groups_spanned > 1:
         # Every host or slice sends out what its members together must tell the others, each over its own share.
         local = max(traffic.group / traffic.groups_spanned, 1.0)
-        crossing = traffic.sent * ((traffic.groups_spanned - 1) / traffic.groups_spanned) / ((traffic.group - 1) / traffic.group) / local
+        crossing = (
+            traffic.sent
+            * ((traffic.groups_spanned - 1) / traffic.groups_spanned)
+            / ((traffic.group - 1) / traffic.group)
+            / local
+        )
         outer = crossing / (chip.dcn_bandwidth * share)
         if local == 1.0:
             return 0.0, outer

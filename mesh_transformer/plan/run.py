@@ -17,7 +17,7 @@ from mesh_transformer.config import Config, ConfigError
 from mesh_transformer.plan.compile_jobs import compile_job
 from mesh_transformer.plan.fit import make_plan
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError, parse_topology
-from mesh_transformer.plan.job import CompileJob, CompiledStats
+from mesh_transformer.plan.job import CompiledStats, CompileJob
 from mesh_transformer.plan.report import format_plan, plan_to_json
 from mesh_transformer.plan.suggestions import Suggestion, suggest_change
 
@@ -75,7 +75,9 @@ def _estimate(job: CompileJob) -> CompiledStats:
     return estimate_training(job.config, job.topology)
 
 
-def _print_search(job: CompileJob, compile_one: Callable[[CompileJob], CompiledStats], options: argparse.Namespace) -> None:
+def _print_search(
+    job: CompileJob, compile_one: Callable[[CompileJob], CompiledStats], options: argparse.Namespace
+) -> None:
     from mesh_transformer.plan.hardware.chips import CPU
     from mesh_transformer.plan.search import format_search, search
     from mesh_transformer.plan.search_plot import draw_search

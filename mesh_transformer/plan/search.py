@@ -18,7 +18,7 @@ from mesh_transformer.plan.estimate import describe_model, estimate_training, me
 from mesh_transformer.plan.fit import memory_use
 from mesh_transformer.plan.hardware.chips import Chip
 from mesh_transformer.plan.hardware.topologies import parse_topology
-from mesh_transformer.plan.job import CompileJob, CompiledStats
+from mesh_transformer.plan.job import CompiledStats, CompileJob
 from mesh_transformer.plan.report import describe_mesh, format_ms, format_table
 from mesh_transformer.plan.roofline import make_roofline, model_flops_utilization
 from mesh_transformer.plan.suggestions import change_config
@@ -157,11 +157,7 @@ def find_frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 def format_search(found: SearchResult, chip: Chip) -> str:
     """The compiled candidates as a table, the fastest that fits first, frontier marked."""
     rows = [["mesh", "remat", "micro", "peak GiB", "estimate", "step ms", "MFU", "bound", "fits", "frontier"]]
-    points = [
-        (step_seconds(one, chip), float(memory_use(one.stats, chip).peak))
-        for one in found.compiled
-        if one.stats
-    ]
+    points = [(step_seconds(one, chip), float(memory_use(one.stats, chip).peak)) for one in found.compiled if one.stats]
     frontier = find_frontier(points)
     for i, one in enumerate(found.compiled):
         rows.append([*_describe_memory(one, chip), *_describe_time(one, chip)])

@@ -19,10 +19,12 @@ from mesh_transformer.plan.compile_jobs import CompileError
 from mesh_transformer.plan.estimate import describe_model, estimate_training, mesh_sizes
 from mesh_transformer.plan.fit import memory_use
 from mesh_transformer.plan.hardware.topologies import parse_topology
-from mesh_transformer.plan.job import CompileJob, CompiledStats
+from mesh_transformer.plan.job import CompiledStats, CompileJob
 
 REMAT_ORDER = ("none", "attention", "dots", "full", "offload")  # the more to the right, the less is kept
-ESTIMATE_LIMIT = 1.05  # times what is usable: an estimate above it, scaled by how far the first was off, is not compiled
+ESTIMATE_LIMIT = (
+    1.05  # times what is usable: an estimate above it, scaled by how far the first was off, is not compiled
+)
 MAX_COMPILES = 8
 MAX_COMBINED = 3  # changes
 
@@ -136,7 +138,9 @@ def _grad_accum(config: Config, sizes: dict[str, int], rules: dict[str, tuple[st
         rows //= sizes[axis]
     found, now = [], config.train.grad_accum_steps
     if now > 1:  # a sum of gradients beside those of a microbatch may be larger than what the microbatches save
-        found.append(ConfigChange(("train.grad_accum_steps=1",), f"the batch in one piece instead of {now} microbatches"))
+        found.append(
+            ConfigChange(("train.grad_accum_steps=1",), f"the batch in one piece instead of {now} microbatches")
+        )
     for count in (now * 2**n for n in range(1, 12)):
         if rows % count == 0:
             found.append(ConfigChange((f"train.grad_accum_steps={count}",), f"{count} microbatches instead of {now}"))

@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP server with the OpenAI API."""
+"""HTTP server with OpenAI's API for completions and chat completions."""

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The routes, and what every answer has in common."""
+"""The ASGI application: routes, error responses and event streams."""
 
 import asyncio
 import base64
@@ -21,15 +21,15 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from mesh_transformer.serve.chat_completions import start_chat
-from mesh_transformer.serve.completions import CompletionTask, Service, ApiFormat, error_json, start_completion
+from mesh_transformer.serve.completions import ApiFormat, CompletionTask, Service, error_json, start_completion
 from mesh_transformer.serve.protocol import (
     ApiError,
-    ChatCompletionResponse,
     ChatCompletionRequest,
-    CompleteResponse,
+    ChatCompletionResponse,
     CompleteRequest,
-    CompletionResponse,
+    CompleteResponse,
     CompletionRequest,
+    CompletionResponse,
     ErrorResponse,
     HealthResponse,
     ModelCard,
@@ -37,36 +37,40 @@ from mesh_transformer.serve.protocol import (
     describe_validation_errors,
 )
 
-ORIGINAL = ApiFormat(default_tokens=256)  # as many as mesh-transformer-jax's server drew
-BODIES = {"/complete": CompleteRequest, "/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
+LEGACY_FORMAT = ApiFormat(default_max_tokens=256)  # as many as mesh-transformer-jax's server generated
+BODIES = {
+    "/complete": CompleteRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+}
 ERRORS = {
-    400: "what is asked cannot be done",
-    401: "no token, or a wrong one",
-    403: "asked under another name than this machine's",
-    404: "no such thing",
-    405: "no such method",
-    408: "the request arrived too slowly",
-    413: "the request is too large",
-    429: "no place left; Retry-After says when to try again",
-    503: "it took too long, or the server is going down",
+    400: "invalid request",
+    401: "missing or wrong token",
+    403: "the Host header does not name this machine",
+    404: "not found",
+    405: "method not allowed",
+    408: "the request body arrived too slowly",
+    413: "the request body is too large",
+    429: "no capacity; Retry-After says when to try again",
+    503: "timeout, or the server is shutting down",
 }
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text} for status, text in ERRORS.items()
 }
 STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {}}}, "description": "the answer, or its stream"}
+    200: {"content": {"text/event-stream": {"schema": {}}}, "description": "the response, or its stream"}
 }
 
 
-Start = Callable[[], AbstractAsyncContextManager[CompletionTask]]  # begins a request's work
+StartFn = Callable[[], AbstractAsyncContextManager[CompletionTask]]  # starts a completion
 
 
 class ClientDisconnected(Exception):
-    """The client has gone."""
+    """The client closed the connection."""
 
 
 def make_app(service: Service, *, request_timeout_seconds: float) -> FastAPI:
-    """The application without what stands in front of it. `app.state.draining` becomes true when the server goes down."""
+    """Return the application without middleware. `app.state.draining` is set while the server shuts down."""
     app = FastAPI(title="Mesh Transformer", docs_url=None, redoc_url=None, responses=RESPONSES)
     app.state.draining = False
     _add_errors(app)
@@ -75,86 +79,89 @@ def make_app(service: Service, *, request_timeout_seconds: float) -> FastAPI:
 
     @app.post("/v1/completions", response_model=CompletionResponse, responses=STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue texts: OpenAI's format."""
-        return await answer(partial(start_completion, service, body), bool(body.stream), request)
+        """Continue text; OpenAI's format."""
+        return await respond(partial(start_completion, service, body), bool(body.stream), request)
 
     @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=STREAM)
     async def chat(body: ChatCompletionRequest, request: Request) -> Response:
-        """Answer messages: OpenAI's format, for models whose tokenizer has a chat template."""
-        return await answer(partial(start_chat, service, body), bool(body.stream), request)
+        """Respond to messages; OpenAI's format, for models whose tokenizer has a chat template."""
+        return await respond(partial(start_chat, service, body), bool(body.stream), request)
 
     @app.post("/complete", response_model=CompleteResponse)
     async def complete(body: CompleteRequest, request: Request) -> Response:
-        """Continue a text by 256 tokens: the format of mesh-transformer-jax's server."""
-        wanted = CompletionRequest(prompt=body.context, top_p=body.top_p, temperature=body.temp)
-        found = await run_until_disconnect(
-            full_response(partial(start_completion, service, wanted, ORIGINAL)), request, request_timeout_seconds
-        )
-        return JSONResponse({"completion": found["choices"][0]["text"]})
+        """Continue text by 256 tokens; the format of mesh-transformer-jax's server."""
+        completion_request = CompletionRequest(prompt=body.context, top_p=body.top_p, temperature=body.temp)
+        start = partial(start_completion, service, completion_request, LEGACY_FORMAT)
+        response = await run_until_disconnect(full_response(start), request, request_timeout_seconds)
+        return JSONResponse({"completion": response["choices"][0]["text"]})
 
-    async def answer(start: Start, stream: bool, request: Request) -> Response:
+    async def respond(start: StartFn, stream: bool, request: Request) -> Response:
         if stream:
             return EventStream(start, request_timeout_seconds)
         return JSONResponse(await run_until_disconnect(full_response(start), request, request_timeout_seconds))
 
-    plain = app.openapi
+    make_schema = app.openapi
 
     def openapi() -> dict[str, Any]:
-        schema = plain()
+        schema = make_schema()
         for path in schema["paths"].values():
             for operation in path.values():
-                operation["responses"].pop("422", None)  # it is 400 here
+                operation["responses"].pop("422", None)  # validation errors have status 400 here
         return schema
 
     app.openapi = openapi
     return app
 
 
-async def full_response(start: Start) -> dict[str, Any]:
-    """An answer in one piece."""
+async def full_response(start: StartFn) -> dict[str, Any]:
+    """Return the complete response of a completion."""
     async with start() as completion:
-        return await completion.whole()
+        return await completion.full_response()
 
 
 async def run_until_disconnect(work: Any, request: Request, seconds: float) -> Any:
-    """The result of `work`, which is cancelled when the client leaves (ClientDisconnected) or time is up (ApiError 503)."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_disconnect(request.receive))
+    """Return the result of `work`.
+
+    It is canceled if the client disconnects (raises ClientDisconnected) or after `seconds` (raises ApiError 503).
+    """
+    task = asyncio.ensure_future(work)
+    disconnect = asyncio.ensure_future(wait_disconnect(request.receive))
     try:
-        done, _ = await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait((task, disconnect), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if task in done:
             return task.result()
-        raise ClientDisconnected if gone in done else _too_long(seconds)
+        raise ClientDisconnected if disconnect in done else _timeout_error(seconds)
     finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.wait((task, gone))
+        task.cancel()
+        disconnect.cancel()
+        await asyncio.wait((task, disconnect))
 
 
 async def wait_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
-    """Return when the client has left."""
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class EventStream(Response):
-    """Server-sent events of a completion. What is wrong before the first one is an ordinary error."""
+    """Server-sent events of a completion. An error before the first event is an ordinary error response."""
 
-    def __init__(self, start: Start, seconds: float):
+    def __init__(self, start: StartFn, seconds: float):
         super().__init__()
-        self._start, self._seconds = start, seconds
+        self._start = start
+        self._seconds = seconds
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """See ASGI."""
-        gone = asyncio.ensure_future(wait_disconnect(receive))
+        disconnect = asyncio.ensure_future(wait_disconnect(receive))
         writing = asyncio.ensure_future(self._write(send))
         try:
-            await asyncio.wait((gone, writing), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((disconnect, writing), return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
                 writing.result()
         finally:
-            for each in (gone, writing):
-                each.cancel()
-            await asyncio.wait((gone, writing))
+            disconnect.cancel()
+            writing.cancel()
+            await asyncio.wait((disconnect, writing))
 
     async def _write(self, send: Any) -> None:
         async with self._start() as completion:
@@ -166,53 +173,56 @@ class EventStream(Response):
                     async for event in events:
                         await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
             except TimeoutError:
-                body = f"data: {json.dumps(error_json(_too_long(self._seconds)))}\n\ndata: [DONE]\n\n".encode()
-                with contextlib.suppress(TimeoutError):  # of a reader that does not read
+                error = json.dumps(error_json(_timeout_error(self._seconds)))
+                body = f"data: {error}\n\ndata: [DONE]\n\n".encode()
+                with contextlib.suppress(TimeoutError):  # the client may not be reading
                     await asyncio.wait_for(send({"type": "http.response.body", "body": body, "more_body": True}), 1.0)
             await send({"type": "http.response.body", "body": b""})
 
 
-def _too_long(seconds: float) -> ApiError:
-    return ApiError(503, f"no answer within {seconds:g} s; ask for fewer tokens, or stream", code="timeout")
+def _timeout_error(seconds: float) -> ApiError:
+    return ApiError(503, f"no response within {seconds:g} s; request fewer tokens, or use stream", code="timeout")
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
-    trained, created = service.loaded_model, int(time.time())
+    loaded = service.loaded_model
     model = dict(
         id=service.name,
         object="model",
-        created=created,
+        created=int(time.time()),
         owned_by="mesh-transformer",
-        max_model_len=trained.config.model.seq_len,
-        n_vocab=trained.config.model.n_vocab,
-        step=trained.step,
+        max_model_len=loaded.config.model.seq_len,
+        n_vocab=loaded.config.model.n_vocab,
+        step=loaded.step,
         defaults={
-            name: getattr(trained.config.sample, name)
+            name: getattr(loaded.config.sample, name)
             for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         },
     )
 
     @app.get("/v1/models", response_model=ModelList)
     async def models() -> Response:
-        """The model that is served."""
+        """List the served model."""
         return JSONResponse({"object": "list", "data": [model]})
 
     @app.get("/v1/models/{name:path}", response_model=ModelCard)
     async def one_model(name: str) -> Response:
-        """The same by its name."""
+        """Return the served model by name."""
         if name != service.name:
-            raise ApiError(404, f"the model served here is {service.name}", param="model", code="model_not_found")
+            raise ApiError(
+                404, f"unknown model; the served model is {service.name}", param="model", code="model_not_found"
+            )
         return JSONResponse(model)
 
     @app.get("/health", response_model=HealthResponse)
     async def health() -> Response:
-        """Whether requests are answered at once: 200, or 503 with the reason. The one route that needs no token."""
-        worker = service.engine_thread
-        if worker.failure:
+        """Return 200 if requests are processed immediately, else 503 with the reason. The only route without a token."""
+        engine_thread = service.engine_thread
+        if engine_thread.failure:
             status, reason = "failed", "the engine has failed"
         elif app.state.draining:
-            status, reason = "draining", "the server is going down"
-        elif compiling := worker.compiling:
+            status, reason = "draining", "the server is shutting down"
+        elif compiling := engine_thread.compiling:
             status, reason = "compiling", compiling
         else:
             return JSONResponse({"status": "ok"})
@@ -220,7 +230,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Numbers for Prometheus."""
+        """Return metrics for Prometheus."""
         return Response(service.metrics.expose(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -242,7 +252,7 @@ def _add_page(app: FastAPI) -> None:
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> Response:
-        """A page to try the model with."""
+        """Return a web page for trying the model."""
         return HTMLResponse(page, headers=headers)
 
 
@@ -259,13 +269,13 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
-        wrong = ApiError(error.status_code, str(error.detail)[:200])
-        return JSONResponse(error_json(wrong), error.status_code, headers=error.headers)
+        api_error = ApiError(error.status_code, str(error.detail)[:200])
+        return JSONResponse(error_json(api_error), error.status_code, headers=error.headers)
 
     @app.exception_handler(ClientDisconnected)
-    async def left(_: Request, error: ClientDisconnected) -> Response:
-        return Response(status_code=499)  # nobody reads it
+    async def disconnected(_: Request, error: ClientDisconnected) -> Response:
+        return Response(status_code=499)  # for the metrics: the client does not receive it
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        return JSONResponse(error_json(ApiError(500, "the server made a mistake", code="internal_error")), 500)
+        return JSONResponse(error_json(ApiError(500, "internal server error", code="internal_error")), 500)

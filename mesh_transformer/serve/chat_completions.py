@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""POST /v1/chat/completions: a chat is a completion of the prompt that the model's template makes of it, in another form."""
+"""POST /v1/chat/completions: a completion of the prompt that the chat template renders, in the format of chats."""
 
 import asyncio
 import contextlib
@@ -9,59 +9,77 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from mesh_transformer.data.chat_template import ChatError, NoChatTemplate
-from mesh_transformer.serve.completions import CompletionTask, Service, ApiFormat, check_length, check_model, start_completion
-from mesh_transformer.serve.protocol import ApiError, CommonParams, ChatCompletionRequest, CompletionRequest
+from mesh_transformer.serve.completions import (
+    ApiFormat,
+    CompletionTask,
+    Service,
+    check_length,
+    check_model,
+    start_completion,
+)
+from mesh_transformer.serve.protocol import ApiError, ChatCompletionRequest, CommonParams, CompletionRequest
 from mesh_transformer.serve.sample_stream import Delta, LogprobFormatter, format_chat_logprobs
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat(ApiFormat):
-    """Answers are messages."""
+    """Response format of chat completions, in which samples are messages."""
 
-    kind: str = "chatcmpl"
-    whole_object: str = "chat.completion"
+    id_prefix: str = "chatcmpl"
+    full_object: str = "chat.completion"
     chunk_object: str = "chat.completion.chunk"
     prompt_field: str = "messages"
-    continues: bool = False
-    show: LogprobFormatter = format_chat_logprobs
+    continues_prompt: bool = False
+    format_logprobs: LogprobFormatter = format_chat_logprobs
 
-    def opening(self, index: int) -> dict[str, Any]:
-        """Who speaks."""
+    def first_chunk(self, index: int) -> dict[str, Any]:
+        """Return the chunk with the role of the message."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def whole(self, index: int, piece: Delta) -> dict[str, Any]:
-        """See ApiFormat."""
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": piece.logprobs, "finish_reason": piece.finish}
+    def full(self, index: int, output: Delta) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "logprobs": output.logprobs,
+            "finish_reason": output.finish_reason,
+        }
 
-    def chunk(self, index: int, piece: Delta) -> dict[str, Any]:
-        """See ApiFormat."""
-        delta = {"content": piece.text} if piece.text else {}
-        return {"index": index, "delta": delta, "logprobs": piece.logprobs, "finish_reason": piece.finish}
+    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
+        return {
+            "index": index,
+            "delta": {"content": delta.text} if delta.text else {},
+            "logprobs": delta.logprobs,
+            "finish_reason": delta.finish_reason,
+        }
 
 
 @contextlib.asynccontextmanager
 async def start_chat(service: Service, request: ChatCompletionRequest) -> AsyncGenerator[CompletionTask, None]:
-    """A request on its way; without a limit the answer may be as long as there is room. ApiError says what cannot be granted."""
+    """Start a chat completion. Without a limit in the request, the output is limited only by seq_len.
+
+    Raises ApiError for an invalid request.
+    """
     check_model(service, request.model)
     service.engine_thread.check_capacity(request.n or 1)
-    # May take long, and the event loop answers others.
+    # In a thread, because it can be slow and the event loop serves other requests.
     prompt, stop_tokens = await asyncio.to_thread(_encode, service, request)
     shared = {name: getattr(request, name) for name in CommonParams.model_fields}
-    asked = CompletionRequest(
+    completion_request = CompletionRequest(
         prompt=prompt,
         max_tokens=request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         **shared,
     )
-    wire = ChatFormat(default_tokens=service.loaded_model.config.model.seq_len, stop_tokens=stop_tokens)
-    async with start_completion(service, asked, wire) as completion:
+    chat_format = ChatFormat(
+        default_max_tokens=service.loaded_model.config.model.seq_len, stop_tokens=stop_tokens
+    )
+    async with start_completion(service, completion_request, chat_format) as completion:
         yield completion
 
 
 def _encode(service: Service, request: ChatCompletionRequest) -> tuple[list[int], list[int]]:
-    """The prompt, and what ends its answer."""
+    """Return the prompt and the stop tokens."""
     try:
         text = service.chat_template.render([message.to_template() for message in request.messages])
         check_length(service, text, "messages")

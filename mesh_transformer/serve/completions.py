@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A request becomes rows of the engine, and what it draws a JSON object or a stream of chunks: all of POST /v1/completions."""
+"""POST /v1/completions: API request -> engine requests -> a JSON response or a stream of chunks."""
 
 import asyncio
 import contextlib
@@ -16,55 +16,67 @@ from mesh_transformer.data.chat_template import ChatTemplate
 from mesh_transformer.data.tokenizers import TokenizerError
 from mesh_transformer.sample.engine.requests import PromptError, Request, RequestParams
 from mesh_transformer.sample.loading import LoadedModel
-from mesh_transformer.serve.engine_thread import PendingRequest, EngineThread
+from mesh_transformer.serve.engine_thread import EngineThread, PendingRequest
 from mesh_transformer.serve.metrics import ServerMetrics
 from mesh_transformer.serve.protocol import ApiError, CompletionRequest
-from mesh_transformer.serve.sample_stream import SampleStream, Delta, LogprobFormatter, join_deltas, format_logprobs
-from mesh_transformer.serve.structured_output import GrammarMatcher, GrammarCompiler
+from mesh_transformer.serve.sample_stream import (
+    Delta,
+    LogprobFormatter,
+    OutputOptions,
+    SampleStream,
+    format_logprobs,
+    join_deltas,
+)
+from mesh_transformer.serve.structured_output import GrammarCompiler, GrammarMatcher
 
-DEFAULT_TOKENS = 16  # OpenAI's
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 class Service(NamedTuple):
-    """What answers are made with."""
+    """The objects shared by all API requests."""
 
     loaded_model: LoadedModel
     engine_thread: EngineThread
     metrics: ServerMetrics
     grammar_compiler: GrammarCompiler
     name: str  # of the model
-    max_token_bytes: int  # bytes
+    max_token_bytes: int  # of any token
     chat_template: ChatTemplate
 
 
 @dataclasses.dataclass(frozen=True)
 class ApiFormat:
-    """What answers look like, and what else differs between /v1/completions, which is this one, and chats (chats.py)."""
+    """Response format and defaults of an endpoint: those of /v1/completions; ChatFormat overrides them."""
 
-    default_tokens: int = DEFAULT_TOKENS  # without max_tokens, or as many as fit
-    stop_tokens: Sequence[int] = ()  # besides the end of the text
-    kind: str = "cmpl"  # what an answer's id begins with
-    whole_object: str = "text_completion"
+    default_max_tokens: int = DEFAULT_MAX_TOKENS  # without max_tokens; fewer if limited by seq_len
+    stop_tokens: Sequence[int] = ()  # in addition to the end of text
+    id_prefix: str = "cmpl"
+    full_object: str = "text_completion"
     chunk_object: str = "text_completion"
     prompt_field: str = "prompt"  # of the request
-    continues: bool = True  # the answer goes on with the prompt's text, and is not one of its own
-    show: LogprobFormatter = format_logprobs
+    continues_prompt: bool = True  # the output continues the prompt's text
+    format_logprobs: LogprobFormatter = format_logprobs
 
     def first_chunk(self, index: int) -> dict[str, Any] | None:
-        """What a stream has of sample `index` before its first token, if anything."""
+        """Return a chunk of sample `index` that precedes its first token, if any."""
         return None
 
-    def full(self, index: int, piece: Delta) -> dict[str, Any]:
-        """A sample."""
-        return {"index": index, "text": piece.text, "logprobs": piece.logprobs, "finish_reason": piece.finish}
+    def full(self, index: int, output: Delta) -> dict[str, Any]:
+        """Return the choice of a complete sample."""
+        return {
+            "index": index,
+            "text": output.text,
+            "logprobs": output.logprobs,
+            "finish_reason": output.finish_reason,
+        }
 
-    def chunk(self, index: int, piece: Delta) -> dict[str, Any]:
-        """A piece of one in a stream."""
-        return self.full(index, piece)
+    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
+        """Return the choice of a chunk in a stream."""
+        return self.full(index, delta)
 
 
 class CompletionTask:
-    """One request on its way. Close it, whatever happens: rows that go on are cancelled then."""
+    """One API request in progress. It must be closed, which cancels the remaining engine requests."""
 
     def __init__(
         self,
@@ -72,128 +84,135 @@ class CompletionTask:
         request: CompletionRequest,
         prompts: list[list[int]],
         grammar: GrammarMatcher | None,
-        wire: ApiFormat,
+        api_format: ApiFormat,
     ):
-        """Queues the rows; see `start_completion`."""
-        self._service, self._request, self._wire = service, request, wire
+        """Submit the engine requests; see `start_completion`."""
+        self._service = service
+        self._request = request
+        self._format = api_format
         self._start = time.monotonic()
-        self._id, self._created = f"{wire.kind}-{secrets.token_hex(12)}", int(time.time())
-        self._n, self._drawn = request.n or 1, max(request.best_of or 0, request.n or 1)
+        self._id = f"{api_format.id_prefix}-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        self._n = request.n or 1
+        self._n_generated = max(request.best_of or 0, self._n)  # samples per prompt
         self._n_prompt_tokens = sum(map(len, prompts))
-        rows = [row for j, prompt in enumerate(prompts) for row in self._make_rows(prompt, j, len(prompts), grammar)]
-        self._choices = [
-            self._make_choice(prompts[j], _text_of(service, request, j, prompts[j]) if wire.continues else "")
-            for j in range(len(prompts))
-            for _ in range(self._drawn)
+        requests = [
+            engine_request
+            for j, prompt in enumerate(prompts)
+            for engine_request in self._make_requests(prompt, j, len(prompts), grammar)
         ]
-        self._ticket: PendingRequest = service.engine_thread.submit(rows)
+        self._samples = [
+            self._make_stream(tokens, _prompt_text(service, prompt, tokens) if api_format.continues_prompt else "")
+            for prompt, tokens in zip(list_prompts(request), prompts, strict=True)
+            for _ in range(self._n_generated)
+        ]
+        self._pending: PendingRequest = service.engine_thread.submit(requests)
         service.metrics.prompt_tokens.inc(self._n_prompt_tokens)
 
     def close(self) -> None:
-        """See the class."""
-        measures = self._service.metrics
-        self._service.engine_thread.close(self._ticket)
-        measures.tokens.inc(self._ticket.n_drawn)
-        if self._ticket.open:
-            measures.cancelled.inc()
-        measures.seconds.observe(time.monotonic() - self._start)
+        """Cancel the remaining engine requests and count the completion in the metrics."""
+        metrics = self._service.metrics
+        self._service.engine_thread.close(self._pending)
+        metrics.generated_tokens.inc(self._pending.n_generated)
+        if self._pending.open:
+            metrics.canceled.inc()
+        metrics.seconds.observe(time.monotonic() - self._start)
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer in one piece: of `best_of` samples of each prompt the `n` likeliest."""
-        pieces: list[list[Delta]] = [[] for _ in self._choices]
-        async for number, piece in self._pieces():
-            pieces[number].append(piece)
-        wholes = [join_deltas(each) for each in pieces]
+    async def full_response(self) -> dict[str, Any]:
+        """Return the complete response, with the `n` most probable of `best_of` samples of each prompt."""
+        deltas: list[list[Delta]] = [[] for _ in self._samples]
+        async for index, delta in self._deltas():
+            deltas[index].append(delta)
+        outputs = [join_deltas(each) for each in deltas]
         choices = []
-        for first in range(0, len(wholes), self._drawn):
-            order = range(first, first + self._drawn)
-            if self._drawn > self._n:
-                order = sorted(order, key=lambda number: -self._choices[number].score)[: self._n]
-            choices += [self._wire.full(len(choices) + i, wholes[number]) for i, number in enumerate(order)]
-        return {**self._head(self._wire.whole_object), "choices": choices, "usage": self._usage()}
+        for first in range(0, len(outputs), self._n_generated):
+            order = range(first, first + self._n_generated)
+            if self._n_generated > self._n:
+                order = sorted(order, key=lambda index: -self._samples[index].mean_logprob)[: self._n]
+            choices += [self._format.full(len(choices) + i, outputs[index]) for i, index in enumerate(order)]
+        return {**self._header(self._format.full_object), "choices": choices, "usage": self._usage()}
 
     async def stream(self) -> AsyncGenerator[str, None]:
-        """Server-sent events; an error on the way is one as well."""
+        """Yield server-sent events; an error during generation is also an event."""
         options = self._request.stream_options
-        wants_usage = options is not None and options.include_usage
-        head = self._head(self._wire.chunk_object) | ({"usage": None} if wants_usage else {})
-        for number in range(len(self._choices)):
-            if opening := self._wire.first_chunk(number):
-                yield _event({**head, "choices": [opening]})
+        include_usage = options is not None and options.include_usage
+        header = self._header(self._format.chunk_object) | ({"usage": None} if include_usage else {})
+        for index in range(len(self._samples)):
+            if choice := self._format.first_chunk(index):
+                yield _server_sent_event({**header, "choices": [choice]})
         try:
-            async for number, piece in self._pieces():
-                if piece.text or piece.finish or any((piece.logprobs or {}).values()):
-                    yield _event({**head, "choices": [self._wire.chunk(number, piece)]})
-            if wants_usage:
-                yield _event({**head, "choices": [], "usage": self._usage()})
+            async for index, delta in self._deltas():
+                if delta.text or delta.finish_reason or any((delta.logprobs or {}).values()):
+                    yield _server_sent_event({**header, "choices": [self._format.chunk(index, delta)]})
+            if include_usage:
+                yield _server_sent_event({**header, "choices": [], "usage": self._usage()})
         except ApiError as error:
-            yield _event(error_json(error))
+            yield _server_sent_event(error_json(error))
         yield "data: [DONE]\n\n"
 
-    async def _pieces(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """(sample, what is new of it); a burst of tokens is one piece."""
-        first = True
-        async for events in self._ticket.events():
-            if first:
+    async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Yield (sample, new output); all tokens that arrive together are one delta."""
+        is_first = True
+        async for events in self._pending.events():
+            if is_first:
                 self._service.metrics.first_token.observe(time.monotonic() - self._start)
-                first = False
-            for number in dict.fromkeys(event.request for event in events):
-                choice = self._choices[number]
-                if choice.done:
+                is_first = False
+            for index in dict.fromkeys(event.request for event in events):
+                sample = self._samples[index]
+                if sample.done:
                     continue
-                piece = choice.push([event for event in events if event.request == number])
-                if choice.done:
-                    self._ticket.end(number)
-                    self._check_grammar(number)
-                yield number, piece
+                delta = sample.push([event for event in events if event.request == index])
+                if sample.done:
+                    self._pending.finish(index)
+                    self._check_grammar(index)
+                yield index, delta
 
-    def _check_grammar(self, number: int) -> None:
-        constraint = self._ticket.rows[number].params.constraint
+    def _check_grammar(self, index: int) -> None:
+        constraint = self._pending.requests[index].params.constraint
         if isinstance(constraint, GrammarMatcher) and constraint.error:
-            raise ApiError(400, f"the constraint is too much work to follow: {constraint.error[:200]}")
+            raise ApiError(400, f"the grammar is too complex; simplify it: {constraint.error[:200]}")
 
-    def _make_rows(self, prompt: list[int], j: int, n_prompts: int, grammar: GrammarMatcher | None) -> list[Request]:
-        request, trained = self._request, self._service.loaded_model
-        engine, seq_len = trained.engine, trained.config.model.seq_len
-        asked = request.max_tokens
-        room = max(min(self._wire.default_tokens, seq_len - len(prompt)), 1) if asked is None else max(asked, 1)
-        seed = secrets.randbits(32) if request.seed is None else request.seed % 2**32
+    def _make_requests(
+        self, prompt: list[int], j: int, n_prompts: int, grammar: GrammarMatcher | None
+    ) -> list[Request]:
+        request, loaded = self._request, self._service.loaded_model
+        if request.max_tokens is None:
+            max_tokens = min(self._format.default_max_tokens, loaded.config.model.seq_len - len(prompt))
+        else:
+            max_tokens = request.max_tokens
         params = RequestParams(
             make_options(request),
-            max_tokens=room,
-            stop_tokens=[trained.tokenizer.end_of_text, *self._wire.stop_tokens],
-            seed=seed,
+            max_tokens=max(max_tokens, 1),
+            stop_tokens=[loaded.tokenizer.end_of_text, *self._format.stop_tokens],
+            seed=secrets.randbits(32) if request.seed is None else request.seed % 2**32,
             logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
             top_logprobs=request.logprobs or 0,
             score_prompt=bool(request.echo) and request.logprobs is not None,
         )
         name = f"prompt {j + 1}" if n_prompts > 1 else "the prompt"
+        samples = [
+            dataclasses.replace(params, sample=i, constraint=grammar and grammar.fork())
+            for i in range(self._n_generated)
+        ]
         try:
-            samples = [
-                dataclasses.replace(params, sample=i, constraint=grammar and grammar.fork())
-                for i in range(self._drawn)
-            ]
-            return [engine.make_request(prompt, each, name=name) for each in samples]
+            return [loaded.engine.make_request(prompt, each, name=name) for each in samples]
         except PromptError as error:
-            param = "logit_bias" if str(error).startswith("logit_bias") else self._wire.prompt_field
+            param = "logit_bias" if str(error).startswith("logit_bias") else self._format.prompt_field
             code = "context_length_exceeded" if "seq_len" in str(error) else None
             raise ApiError(400, str(error)[:400], param=param, code=code) from None
 
-    def _make_choice(self, prompt: list[int], text: str) -> SampleStream:
+    def _make_stream(self, prompt_tokens: list[int], prompt: str) -> SampleStream:
         request = self._request
-        stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        return SampleStream(
-            self._service.loaded_model.tokenizer,
-            text,
-            prompt,
-            stops=stops,
-            n_top=request.logprobs,
+        options = OutputOptions(
+            stops=[request.stop] if isinstance(request.stop, str) else request.stop or [],
+            top_logprobs=request.logprobs,
             echo=bool(request.echo),
             empty=request.max_tokens == 0,
-            show=self._wire.show,
+            format_logprobs=self._format.format_logprobs,
         )
+        return SampleStream(self._service.loaded_model.tokenizer, prompt, prompt_tokens, options)
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _header(self, kind: str) -> dict[str, Any]:
         service = self._service
         return {
             "id": self._id,
@@ -204,26 +223,27 @@ class CompletionTask:
         }
 
     def _usage(self) -> dict[str, int]:
-        drawn = 0 if self._request.max_tokens == 0 else sum(len(choice.row.tokens) for choice in self._choices)
+        is_empty = self._request.max_tokens == 0
+        completion_tokens = 0 if is_empty else sum(len(sample.streamer.tokens) for sample in self._samples)
         return {
             "prompt_tokens": self._n_prompt_tokens,
-            "completion_tokens": drawn,
-            "total_tokens": self._n_prompt_tokens + drawn,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self._n_prompt_tokens + completion_tokens,
         }
 
 
 @contextlib.asynccontextmanager
 async def start_completion(
-    service: Service, request: CompletionRequest, wire: ApiFormat = ApiFormat()
+    service: Service, request: CompletionRequest, api_format: ApiFormat = ApiFormat()
 ) -> AsyncGenerator[CompletionTask, None]:
-    """A request on its way. ApiError says what cannot be granted."""
+    """Start a completion; it is closed at the end of the context. Raises ApiError for an invalid request."""
     check_model(service, request.model)
     texts = list_prompts(request)
     service.engine_thread.check_capacity(len(texts) * max(request.best_of or 0, request.n or 1))
-    # Both may take long, and the event loop answers others.
+    # In threads, because both can be slow and the event loop serves other requests.
     prompts = await asyncio.to_thread(_encode, service, texts)
-    grammar = await asyncio.to_thread(_make_grammar, service.grammar_compiler, request)
-    completion = CompletionTask(service, request, prompts, grammar, wire)
+    grammar = await asyncio.to_thread(_compile_grammar, service.grammar_compiler, request)
+    completion = CompletionTask(service, request, prompts, grammar, api_format)
     try:
         yield completion
     finally:
@@ -231,40 +251,40 @@ async def start_completion(
 
 
 def check_model(service: Service, name: str | None) -> None:
-    """ApiError 404 unless it is the model that is served, or none was named."""
+    """Raise ApiError 404 if `name` is given and is not the served model."""
     if name is not None and name != service.name:
-        raise ApiError(404, f"the model served here is {service.name}", param="model", code="model_not_found")
+        raise ApiError(404, f"unknown model; the served model is {service.name}", param="model", code="model_not_found")
 
 
 def list_prompts(request: CompletionRequest) -> list[str | list[int]]:
-    """Every prompt by itself, in any of the four ways to write them."""
+    """Return the list of prompts for any of the four forms of the field `prompt`."""
     prompt: Any = request.prompt
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
 def make_options(request: CompletionRequest) -> SampleConfig:
-    """How tokens are drawn, with OpenAI's defaults."""
+    """Return the sampling options, with OpenAI's defaults."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: value for name in names if (value := getattr(request, name)) is not None}
     return SampleConfig(**{"temperature": 1.0, "max_tokens": 1, **given})
 
 
 def error_json(error: ApiError) -> dict[str, Any]:
-    """OpenAI's envelope."""
+    """Return the body of an error response in OpenAI's format."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def check_length(service: Service, prompt: str | list[int], field: str) -> None:
-    """ApiError 400 for a prompt that has too many tokens, whatever they are; `field` is the request's."""
+    """Raise ApiError 400 for a prompt that exceeds seq_len with any tokens; `field` is the request's."""
     seq_len = service.loaded_model.config.model.seq_len
-    # Most text of any seq_len tokens is shorter; what is longer even than the longest need not be encoded.
-    size = len(prompt) if isinstance(prompt, list) else -(-len(prompt) // service.max_token_bytes)
-    if size > seq_len:
+    # A text longer than seq_len tokens of maximal length need not be encoded to know that it is too long.
+    min_tokens = len(prompt) if isinstance(prompt, list) else -(-len(prompt) // service.max_token_bytes)
+    if min_tokens > seq_len:
         raise ApiError(
             400,
-            f"a prompt of {len(prompt)} {'tokens' if isinstance(prompt, list) else 'characters'} is longer than the "
-            f"model reads (seq_len={seq_len} tokens, the answer included); shorten it",
+            f"the prompt has {len(prompt)} {'tokens' if isinstance(prompt, list) else 'characters'}, more than the "
+            f"model's context (seq_len={seq_len} tokens, including the output); shorten it",
             param=field,
             code="context_length_exceeded",
         )
@@ -281,24 +301,22 @@ def _encode(service: Service, prompts: Sequence[str | list[int]]) -> list[list[i
     return encoded
 
 
-def _text_of(service: Service, request: CompletionRequest, j: int, tokens: list[int]) -> str:
-    prompt = list_prompts(request)[j]
+def _prompt_text(service: Service, prompt: str | list[int], tokens: list[int]) -> str:
     return prompt if isinstance(prompt, str) else service.loaded_model.tokenizer.decode(tokens)
 
 
-def _make_grammar(grammars: GrammarCompiler, request: CompletionRequest) -> GrammarMatcher | None:
-    wanted = request.response_format
+def _compile_grammar(compiler: GrammarCompiler, request: CompletionRequest) -> GrammarMatcher | None:
+    response_format = request.response_format
     try:
         if request.guided_regex is not None:
-            return grammars.from_regex(request.guided_regex)
-        if wanted is not None and wanted.type != "text":
-            return grammars.from_schema(wanted.json_schema.schema_ if wanted.json_schema else None)
+            return compiler.from_regex(request.guided_regex)
+        if response_format is not None and response_format.type != "text":
+            return compiler.from_schema(response_format.json_schema.schema_ if response_format.json_schema else None)
     except PromptError as error:
-        raise ApiError(
-            400, str(error)[:400], param="guided_regex" if request.guided_regex else "response_format"
-        ) from None
+        param = "guided_regex" if request.guided_regex else "response_format"
+        raise ApiError(400, str(error)[:400], param=param) from None
     return None
 
 
-def _event(table: dict[str, Any]) -> str:
-    return f"data: {json.dumps(table, ensure_ascii=False)}\n\n"
+def _server_sent_event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

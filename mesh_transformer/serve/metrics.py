@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers for Prometheus, in a registry of the server's own."""
+"""Prometheus metrics of the server, in a registry of its own."""
 
 from typing import Any
 
@@ -13,35 +13,31 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 3
 
 
 class ServerMetrics:
-    """Counters that requests move, and gauges read from the engine's thread when somebody looks."""
+    """Counters that requests increment, and gauges that are read from the engine thread on each scrape."""
 
-    def __init__(self, worker: EngineThread):
+    def __init__(self, engine_thread: EngineThread):
         self._registry = CollectorRegistry()
-        make: dict[str, Any] = dict(namespace=PREFIX, registry=self._registry)
-        self.requests = Counter("requests", "Answered requests", ["path", "status"], **make)
-        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts", **make)
-        self.tokens = Counter("drawn_tokens", "Tokens drawn for requests", **make)
-        self.cancelled = Counter("cancelled", "Completions given up before their end", **make)
+        options: dict[str, Any] = dict(namespace=PREFIX, registry=self._registry)
+        self.requests = Counter("requests", "HTTP responses", ["path", "status"], **options)
+        self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens", **options)
+        self.generated_tokens = Counter("generated_tokens", "Generated tokens", **options)
+        self.canceled = Counter("canceled", "Completions canceled before their end", **options)
         self.first_token = Histogram(
-            "first_token_seconds", "From a completion's start to its first token", buckets=SECONDS, **make
+            "first_token_seconds", "Time to the first token of a completion", buckets=SECONDS, **options
         )
-        self.seconds = Histogram("completion_seconds", "From a completion's start to its end", buckets=SECONDS, **make)
-        prefixes = worker.engine.prefix_cache
+        self.seconds = Histogram("completion_seconds", "Time to the end of a completion", buckets=SECONDS, **options)
+        engine = engine_thread.engine
         for name, text, read in (
-            ("slots", "Samples that can be decoded at once", lambda: worker.engine.slots),
-            ("slots_used", "Samples being decoded", lambda: worker.seated),
-            ("queue", "Samples that wait for a slot or whose prompts are being read", lambda: worker.queued),
-            ("open_samples", "Samples somebody waits for", lambda: worker.n_open),
-            ("programs", "Programs compiled so far", lambda: sum(worker.engine.compilations.values())),
-            ("tokens_per_second", "Tokens drawn, over the last ten seconds", worker.tokens_per_second),
-            (
-                "reused_prompt_tokens",
-                "Tokens of prompts that did not have to be read again",
-                lambda: prefixes.reused_tokens,
-            ),
+            ("slots", "Sequences that can be decoded at once", lambda: engine.slots),
+            ("slots_used", "Sequences being decoded", lambda: engine_thread.n_active),
+            ("queue", "Sequences that wait for a slot or are in prefill", lambda: engine_thread.n_queued),
+            ("open_samples", "Samples of unfinished requests", lambda: engine_thread.n_pending),
+            ("programs", "Compilations so far", lambda: sum(engine.compilations.values())),
+            ("tokens_per_second", "Generated tokens per second, last 10 s", engine_thread.tokens_per_second),
+            ("reused_prompt_tokens", "Prompt tokens from the prefix cache", lambda: engine.prefix_cache.reused_tokens),
         ):
-            Gauge(name, text, **make).set_function(read)
+            Gauge(name, text, **options).set_function(read)
 
     def expose(self) -> bytes:
-        """The exposition format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self._registry)

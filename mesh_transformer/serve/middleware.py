@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in front of every route: who may ask, how much, and how slowly."""
+"""ASGI middleware for every route: authentication, body size and slow-client timeouts."""
 
 import asyncio
 import base64
@@ -16,12 +16,12 @@ from mesh_transformer.serve.protocol import ApiError
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-LOCAL = ("127.0.0.1", "localhost", "[::1]")
-OPEN_PATH = "/health"
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+PUBLIC_PATH = "/health"  # needs no token
 
 
 class RequestLimits:
-    """ASGI in front of ASGI: checks the token or the host's name, reads the body within limits, counts answers."""
+    """ASGI middleware that checks the token or the Host header, reads the body within limits, and counts responses."""
 
     def __init__(
         self,
@@ -32,75 +32,77 @@ class RequestLimits:
         body_timeout_seconds: float,
         count: Callable[[str, int], None],
     ):
-        """Without a `token` only requests to this machine's own name are let in: a page elsewhere may not ask for it."""
-        self._app, self._token, self._max_body, self._body_seconds = app, token, max_body_bytes, body_timeout_seconds
+        """Without a `token`, only requests to this machine's own name are allowed, which excludes pages of other sites."""
+        self._app = app
+        self._token = token
+        self._max_body_bytes = max_body_bytes
+        self._body_timeout_seconds = body_timeout_seconds
         self._count = count
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """See ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 499  # for a client that was gone before it got any
+        status = 499  # if the client disconnects before the response starts
 
-        async def noting(message: Message) -> None:
+        async def counting_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            self._admit(scope)
+            self._authorize(scope)
             body = await self._read_body(scope, receive)
             if body is not None:
-                await self._app(scope, _replay(body, receive), noting)
+                await self._app(scope, _replay(body, receive), counting_send)
         except ApiError as error:
-            await send_error(error, noting)
+            await send_error(error, counting_send)
         finally:
             route = scope.get("route")
             self._count(getattr(route, "path", "unknown"), status)
 
-    def _admit(self, scope: Message) -> None:
-        headers = dict(scope["headers"])  # of a repeated one the last
-        if scope["path"] == OPEN_PATH:
+    def _authorize(self, scope: Message) -> None:
+        headers = dict(scope["headers"])  # the last one of a repeated header
+        if scope["path"] == PUBLIC_PATH:
             return
         if self._token is None:
             host = headers.get(b"host", b"").decode("latin-1").lower()
-            if host.rpartition(":")[0] not in LOCAL and host not in LOCAL:
-                raise ApiError(403, "without a token this server answers only to 127.0.0.1 and localhost", code="host")
+            if host.rpartition(":")[0] not in LOCAL_HOSTS and host not in LOCAL_HOSTS:
+                raise ApiError(403, "got another Host header; without --token-file this server accepts only 127.0.0.1 and localhost", code="host")
         elif not hmac.compare_digest(_find_token(headers.get(b"authorization", b"")), self._token.encode()):
-            error = ApiError(401, "a bearer token is needed: Authorization: Bearer ...", code="invalid_api_key")
-            # For the page, browsers ask for a name, which does not matter, and a password: the token.
+            error = ApiError(401, "missing or wrong token; send the header Authorization: Bearer TOKEN", code="invalid_api_key")
+            # For the page, browsers ask for a user name, which is ignored, and a password: the token.
             error.headers["WWW-Authenticate"] = 'Basic realm="mesh transformer"' if scope["path"] == "/" else "Bearer"
             raise error
 
     async def _read_body(self, scope: Message, receive: Receive) -> bytes | None:
-        """All of it; None if the client leaves meanwhile."""
+        """Return the whole body; None if the client disconnects."""
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._max_body:
+        if not length.isdigit() or int(length) > self._max_body_bytes:
             raise self._too_large()
         parts, size = [], 0
         try:
-            async with asyncio.timeout(self._body_seconds):
+            async with asyncio.timeout(self._body_timeout_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
                     size += len(message.get("body", b""))
-                    if size > self._max_body:
+                    if size > self._max_body_bytes:
                         raise self._too_large()
                     parts.append(message.get("body", b""))
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
-            raise ApiError(408, f"the request did not arrive within {self._body_seconds:g} s", code="timeout") from None
+            raise ApiError(408, f"the request body did not arrive within {self._body_timeout_seconds:g} s; send it faster", code="timeout") from None
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"a request has at most {self._max_body} bytes", code="too_large")
+        return ApiError(413, f"the request body is too large; the maximum is {self._max_body_bytes} bytes", code="too_large")
 
 
 async def send_error(error: ApiError, send: Send) -> None:
-    """The envelope as a whole response."""
+    """Send a complete error response."""
     body = json.dumps(error_json(error)).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
     if error.status == 408:
@@ -123,7 +125,7 @@ def _find_token(authorization: bytes) -> bytes:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """First the body, then whatever else comes: that the client leaves."""
+    """Return a `receive` that gives the body first, then the remaining messages, such as a disconnect."""
     pending = True
 
     async def replayed() -> Message:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What clients may ask, strictly typed, and the shape of what they get: OpenAI's wire format and a few extensions."""
+"""Request and response schemas: OpenAI's API with a few extensions, strictly validated."""
 
 import difflib
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mesh_transformer.sample.engine.requests import MAX_TOP_LOGPROBS
 
-MAX_SAMPLES = 128  # of one prompt
+MAX_SAMPLES = 128  # per prompt
 MAX_STOPS = 16
-MOST_REGEX = 4096  # characters
-MAX_QUOTED = 200  # characters of a client's own words at most in an error, so that answers stay small
+MAX_REGEX = 4096  # characters
+MAX_QUOTED = 200  # characters of a request quoted in an error, so that responses stay small
 
 Texts = Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -28,79 +28,82 @@ TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class ApiError(Exception):
-    """A request that is not granted: HTTP status, one sentence, and which field it is about."""
+    """Error response: HTTP status, one sentence, and the field it refers to."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
         self.headers: dict[str, str] = {}
 
 
 class StrictModel(BaseModel):
-    """No field that is not known, no number written as a text, no NaN."""
+    """Base of request schemas: refuses unknown fields, numbers given as strings, and NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(StrictModel):
-    """What a stream ends with."""
+    """Additional content of a stream."""
 
-    include_usage: bool = False  # one more chunk, with the numbers of tokens
-    include_obfuscation: bool = False  # accepted; nothing is padded
+    include_usage: bool = False  # one more chunk at the end, with token counts
+    include_obfuscation: bool = False  # accepted, no effect
 
 
 class NamedSchema(StrictModel):
-    """A JSON schema under a name."""
+    """A named JSON schema."""
 
     name: Annotated[str, Field(max_length=64)] = "answer"
     description: Annotated[str, Field(max_length=2000)] | None = None
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None  # it always is
+    strict: bool | None = None  # ignored: always strict
 
 
 class ResponseFormat(StrictModel):
-    """What the answer must be: any text, any JSON object, or JSON that a schema admits."""
+    """Form of the output: any text, any JSON object, or JSON that conforms to a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
 
     @model_validator(mode="after")
     def check(self) -> "ResponseFormat":
-        """A schema comes with its type."""
+        """Check that `type` and `json_schema` agree."""
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError('json_schema goes with type "json_schema": give both or neither')
+            raise ValueError('json_schema and type "json_schema" belong together: give both or neither')
         return self
 
 
 class CommonParams(StrictModel):
-    """What completions and chats share. Without `seed` every prompt draws its own."""
+    """Parameters shared by completions and chat completions. Without `seed`, every prompt has a random seed."""
 
-    model: Annotated[str, Field(max_length=256)] | None = None  # the one that is served, if given
+    model: Annotated[str, Field(max_length=256)] | None = None  # if given, the name of the served model
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None  # None: 1; 0: greedy
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Stops | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # equal seeds draw equal texts
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # equal seeds give equal texts
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = None  # token id -> added to its logit
-    user: Annotated[str, Field(max_length=1000)] | None = None  # accepted and not kept
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = None  # token id -> value added to its logit
+    user: Annotated[str, Field(max_length=1000)] | None = None  # accepted and ignored
     response_format: ResponseFormat | None = None
-    # beyond OpenAI's
+    # extensions of OpenAI's API
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # 0: off
     min_p: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = None
-    guided_regex: Annotated[str, Field(min_length=1, max_length=MOST_REGEX)] | None = None  # the whole text matches it
+    guided_regex: Annotated[str, Field(min_length=1, max_length=MAX_REGEX)] | None = None  # matches the full output
 
     @model_validator(mode="after")
     def check_shared(self) -> "CommonParams":
-        """Rules across these fields."""
+        """Check combinations of these fields."""
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream")
+            raise ValueError("stream_options requires stream: set stream=true")
         if self.guided_regex is not None and self.response_format and self.response_format.type != "text":
-            raise ValueError("guided_regex and response_format both constrain the answer: give one")
+            raise ValueError("guided_regex and response_format both constrain the output: give one")
         return self
 
 
@@ -108,38 +111,38 @@ class CompletionRequest(CommonParams):
     """POST /v1/completions."""
 
     prompt: Prompt = ""
-    max_tokens: Annotated[int, Field(ge=0)] | None = None  # None: 16, or as many as fit; 0 only with echo
-    best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None  # drawn, of which the n likeliest are answered
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # likeliest tokens shown at each place
-    echo: bool | None = None  # the prompt is part of the text
-    suffix: Annotated[str, Field(max_length=1000)] | None = None  # refused: models here do not fill in
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # None: 16, or fewer if limited by seq_len; 0 only with echo
+    best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None  # samples generated, of which the n most probable are returned
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # most probable tokens listed at each position
+    echo: bool | None = None  # the output begins with the prompt
+    suffix: Annotated[str, Field(max_length=1000)] | None = None  # refused: no infilling
 
     @model_validator(mode="after")
     def check(self) -> "CompletionRequest":
-        """Rules across fields."""
+        """Check combinations of fields."""
         if self.suffix:
-            raise ValueError("suffix is not supported: this model continues texts, it does not fill in")
+            raise ValueError("suffix is not supported: this model continues text and cannot fill in; remove it")
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise ValueError("best_of must be at least n")
         if self.stream and (self.best_of or 0) > (self.n or 1):
-            raise ValueError("best_of greater than n cannot be streamed: the best are known at the end only")
+            raise ValueError("best_of greater than n cannot be streamed, because the best samples are known only at the end")
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens=0 needs echo: there would be nothing to answer")
+            raise ValueError("max_tokens=0 requires echo: otherwise the output would be empty")
         return self
 
 
 class TextPart(StrictModel):
-    """A part of a message; there are no others than text."""
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(StrictModel):
-    """What somebody said. An answer's message can be sent back as it came; models here call no tools."""
+class RequestMessage(StrictModel):
+    """A message of a chat. The message of a response is also valid; tool calls are not supported."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=2048)]  # parts: a line each
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=2048)]  # parts are joined by line ends
     name: Annotated[str, Field(max_length=64)] | None = None
     refusal: None = None
     annotations: None = None
@@ -148,7 +151,7 @@ class Message(StrictModel):
     tool_calls: None = None
 
     def to_template(self) -> dict[str, str]:
-        """What templates know of it."""
+        """Return the fields that chat templates use."""
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         named = {"role": self.role, "content": content, "name": self.name}
         return {name: text for name, text in named.items() if text is not None}
@@ -157,27 +160,27 @@ class Message(StrictModel):
 class ChatCompletionRequest(CommonParams):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=2048, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # None: as many as fit
-    max_tokens: Annotated[int, Field(ge=1)] | None = None  # its older name
+    messages: Annotated[list[RequestMessage], Field(min_length=1, max_length=2048, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # None: limited by seq_len only
+    max_tokens: Annotated[int, Field(ge=1)] | None = None  # older name of max_completion_tokens
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # likeliest tokens shown at each place
-    tools: list[Any] | None = None  # refused: answers are text
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # most probable tokens listed at each position
+    tools: list[Any] | None = None  # refused: no tool calls
 
     @model_validator(mode="after")
     def check(self) -> "ChatCompletionRequest":
-        """Rules across fields."""
+        """Check combinations of fields."""
         if self.tools:
-            raise ValueError("tools are not supported: this server answers with text")
+            raise ValueError("tools are not supported: this server generates text only; remove them")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens is the older name of max_completion_tokens: give one")
+            raise ValueError("max_tokens is the older name of max_completion_tokens: give only one")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs")
+            raise ValueError("top_logprobs requires logprobs: set logprobs=true")
         return self
 
 
 class CompleteRequest(StrictModel):
-    """POST /complete, as mesh-transformer-jax's device_serve.py took it."""
+    """POST /complete, the request of mesh-transformer-jax's device_serve.py."""
 
     context: str
     top_p: Annotated[float, Field(gt=0.0, le=1.0)]
@@ -185,13 +188,13 @@ class CompleteRequest(StrictModel):
 
 
 class CompleteResponse(BaseModel):
-    """What it gave."""
+    """Response of POST /complete."""
 
     completion: str
 
 
 class Logprobs(BaseModel):
-    """Token by token, natural logarithms in the model's own distribution; offsets count characters of the answer's text."""
+    """Natural log-probabilities of each token in the model's own distribution; offsets count characters of the output."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -200,7 +203,7 @@ class Logprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One sample."""
+    """One sample of a completion."""
 
     index: int
     text: str
@@ -209,7 +212,7 @@ class CompletionChoice(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens read, every prompt once, and drawn, those of stop strings and of rejected samples included."""
+    """Token counts: each prompt once, and all generated tokens, including stop strings and discarded samples."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -217,7 +220,7 @@ class Usage(BaseModel):
 
 
 class CompletionResponse(BaseModel):
-    """The answer, or one chunk of its stream."""
+    """A completion, or one chunk of its stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -229,7 +232,7 @@ class CompletionResponse(BaseModel):
 
 
 class ChatLogprob(BaseModel):
-    """A token, its natural logarithm in the model's own distribution, and its bytes, if it has any."""
+    """A token, its natural log-probability in the model's own distribution, and its bytes, if any."""
 
     token: str
     logprob: float
@@ -237,19 +240,19 @@ class ChatLogprob(BaseModel):
 
 
 class ChatTokenLogprob(ChatLogprob):
-    """One that was drawn."""
+    """A generated token."""
 
     top_logprobs: list[ChatLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """Token by token."""
+    """Log-probabilities of each generated token."""
 
     content: list[ChatTokenLogprob]
 
 
 class ResponseMessage(BaseModel):
-    """What the model says; `refusal` is there for clients that look for it."""
+    """Message of the model; `refusal` is always null."""
 
     role: Literal["assistant"]
     content: str
@@ -257,7 +260,7 @@ class ResponseMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One sample."""
+    """One sample of a chat completion."""
 
     index: int
     message: ResponseMessage
@@ -266,7 +269,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletionResponse(BaseModel):
-    """The answer. In its stream, of chat.completion.chunk, choices have `delta` for `message`."""
+    """A chat completion. The choices of a stream's chunks (chat.completion.chunk) have `delta` instead of `message`."""
 
     id: str
     object: Literal["chat.completion"]
@@ -278,7 +281,7 @@ class ChatCompletionResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One model; the fields from max_model_len on are extensions."""
+    """A served model. The fields from max_model_len on are extensions of OpenAI's API."""
 
     id: str
     object: Literal["model"]
@@ -291,14 +294,14 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models: one."""
+    """The list of models, which has one entry."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
 class ErrorBody(BaseModel):
-    """What is wrong, in words; `param` names the field."""
+    """Description of an error; `param` is the request field it refers to."""
 
     message: str
     type: str
@@ -307,34 +310,34 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The envelope of every error."""
+    """Body of every error response."""
 
     error: ErrorBody
 
 
 class HealthResponse(BaseModel):
-    """Whether requests are answered at once, and if not, why."""
+    """Readiness of the server, and the reason if it is not ready."""
 
     status: Literal["ok", "compiling", "draining", "failed"]
     reason: str | None = None
 
 
 def describe_validation_errors(errors: list[Any], known: Mapping[str, Any]) -> tuple[str, str | None]:
-    """One sentence for what pydantic found wrong in a body, which it never quotes at length, and the field's name."""
-    # What is there but wrong says more than what is missing, and in a union a value out of bounds more than a wrong type.
+    """Return one sentence for pydantic's errors in a request body, with limited quotes, and the name of the field."""
+    # A wrong value is more informative than a missing one, and in a union a value out of bounds more than a wrong type.
     error = min(errors, key=lambda error: (error["type"] == "missing", error["type"].endswith("_type")))
-    place = [str(part) for part in error["loc"] if part != "body"]
-    names = [part for part in place if part in known] or place[:1]
+    path = [str(part) for part in error["loc"] if part != "body"]
+    names = [part for part in path if part in known] or path[:1]
     if error["type"] == "extra_forbidden":
-        names = place[-1:]
-    elif place[:1] == ["messages"]:
-        names = place[:3]  # such as messages.0.role; what follows is which type of several was tried
+        names = path[-1:]
+    elif path[:1] == ["messages"]:
+        names = path[:3]  # such as messages.0.role; the rest names the member of a union
     field = ".".join(names)[:MAX_QUOTED] or None
     message = str(error["msg"]).removeprefix("Value error, ")[: 2 * MAX_QUOTED]
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(names[-1][:MAX_QUOTED], known, n=1, cutoff=0.6)
-        message = "no such field" + (f"; did you mean {near[0]}?" if near else "")
+        message = "unknown field" + (f"; did you mean {near[0]}?" if near else "")
     if field == "prompt" or (names[:1] == ["prompt"]):
-        message = "a text, a list of texts, a list of token ids or a list of such lists is wanted, none of them empty"
+        message = "must be a text, a list of texts, a list of token ids or a list of such lists, none of them empty"
         field = "prompt"
     return (f"{field}: {message}" if field else message), field

@@ -315,7 +315,9 @@ def _filesystem(scheme: str, _environment: tuple[str | None, ...]) -> Any:
         import fsspec
 
         if scheme == "gs":
-            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints tracebacks of errors that are reported here
+            logging.getLogger("gcsfs").setLevel(
+                logging.CRITICAL
+            )  # it prints tracebacks of errors that are reported here
             return fsspec.filesystem("gs", use_listings_cache=False, skip_instance_cache=True)
         import s3fs.core
 

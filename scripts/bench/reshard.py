@@ -33,7 +33,7 @@ from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.presets import PRESETS
 from mesh_transformer.convert.huggingface.reader import find_family
-from mesh_transformer.convert.huggingface.tensor_files import Planned, create_safetensors, write_values
+from mesh_transformer.convert.huggingface.tensor_files import TensorSpec, create_safetensors, write_values
 from mesh_transformer.convert.huggingface.tensor_map import FAMILIES
 from mesh_transformer.convert.lazy_arrays import to_dtype
 
@@ -82,24 +82,24 @@ def make_model_folder(folder: Path, n_layers: int, dtype: str = "float32") -> No
     shapes: dict[str, tuple[int, ...]] = {}
     d, ff, vocab = config.d_model, config.ff_dim, config.n_vocab
     sizes = {"embed": d, "(heads head_dim)": d, "(kv_heads head_dim)": d, "ff": ff, "vocab": vocab}
-    for entry in FAMILIES[kind].entries.values():
+    for mapping in FAMILIES[kind].mappings.values():
         shape = tuple(
             sizes[word]
-            for word in entry.pattern.replace("(heads head_dim)", "embed")
+            for word in mapping.pattern.replace("(heads head_dim)", "embed")
             .replace("(kv_heads head_dim)", "embed")
             .split()
         )
-        layers = range(n_layers) if "{i}" in entry.theirs else [0]
+        layers = range(n_layers) if "{i}" in mapping.name else [0]
         shapes |= {
-            entry.theirs.replace("{i}", str(i)): shape for i in layers if not entry.theirs.endswith(("_proj.bias",))
+            mapping.name.replace("{i}", str(i)): shape for i in layers if not mapping.name.endswith(("_proj.bias",))
         }
-    planned = {name: Planned(shape, to_dtype(dtype)) for name, shape in shapes.items()}
+    planned = {name: TensorSpec(shape, to_dtype(dtype)) for name, shape in shapes.items()}
     rng = np.random.default_rng(0)
-    for name, place in create_safetensors(folder / "model.safetensors", planned).items():
-        values = rng.standard_normal(place.shape, np.float32) * (
-            0.7 / math.sqrt(place.shape[-1]) if len(place.shape) == 2 else 0.1
+    for name, target in create_safetensors(folder / "model.safetensors", planned).items():
+        values = rng.standard_normal(target.shape, np.float32) * (
+            0.7 / math.sqrt(target.shape[-1]) if len(target.shape) == 2 else 0.1
         )
-        write_values(place, 0, values + (1.0 if ".ln_" in name and name.endswith("weight") else 0.0))
+        write_values(target, 0, values + (1.0 if ".ln_" in name and name.endswith("weight") else 0.0))
 
 
 def convert(root: Path, source: str, kind: str, max_memory: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
 from mesh_transformer.sample.engine.engine import EngineOptions
 from mesh_transformer.sample.engine.generation import ChunkSizer
 from mesh_transformer.sample.engine.requests import RequestParams
-from mesh_transformer.serve.engine_thread import PAUSE
+from mesh_transformer.serve.engine_thread import EVENT_INTERVAL
 
 TORCH = "transformers"
 
@@ -152,7 +152,7 @@ def _answer(engine: DecoderOnlyEngine, tokens: np.ndarray, max_tokens: int) -> d
         start, firsts, drawn, came, waited = time.perf_counter(), {}, 0, None, 0.0
         for prompt in prompts:
             submit(prompt)
-        latecomer, pace = -1, ChunkSizer(PAUSE)
+        latecomer, pace = -1, ChunkSizer(EVENT_INTERVAL)
         while not engine.idle:
             with pace:  # as a server does
                 events = engine.step(pace.steps)

@@ -166,7 +166,7 @@ async def leave(served: Served, options: Any) -> dict[str, Any]:
     start = time.monotonic()
     after = await wait_until_free(served.port)
     seconds = time.monotonic() - start
-    drawn = after["drawn_tokens_total"] - before["drawn_tokens_total"]
+    drawn = after["generated_tokens_total"] - before["generated_tokens_total"]
     return {
         "seconds_until_free": round(seconds, 2),
         "drawn_tokens": drawn,
@@ -203,8 +203,8 @@ async def soak(served: Served, options: Any) -> dict[str, Any]:
     growths = [after[1] - before[1] for before, after in itertools.pairwise(memory) if before[0] == after[0]]
     return {
         **_report(statuses, start),
-        "drawn_tokens": after["drawn_tokens_total"],
-        "cancelled": after["cancelled_total"],
+        "drawn_tokens": after["generated_tokens_total"],
+        "cancelled": after["canceled_total"],
         "memory_mb": [size for _, size in memory],
         "programs": int(after["programs"]),
         "memory_growth_mb": sum(growths),

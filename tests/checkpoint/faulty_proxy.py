@@ -46,7 +46,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 answer = connection.getresponse()
                 status, headers, data = answer.status, dict(answer.getheaders()), answer.read()
                 connection.close()
-            if "/storage/v1/" in self.path:  # Google Cloud Storage returns the generation of an object; the emulator does not
+            if (
+                "/storage/v1/" in self.path
+            ):  # Google Cloud Storage returns the generation of an object; the emulator does not
                 headers["X-Goog-Generation"] = "1"
             last = re.fullmatch(r"bytes=-(\d+)", self.headers.get("Range", ""))
             if last and status == 200:  # stores support suffix ranges; the emulators do not

@@ -58,7 +58,9 @@ def test_each_slice_belongs_to_one_device(arrays, values):
         for host_slice in slices[name]:
             count[host_slice.index] += 1
             assert host_slice.values.tobytes() == value[host_slice.index].tobytes()
-            assert not any(np.shares_memory(host_slice.values, np.asarray(s.data)) for s in arrays[name].addressable_shards)
+            assert not any(
+                np.shares_memory(host_slice.values, np.asarray(s.data)) for s in arrays[name].addressable_shards
+            )
         assert (count == 1).all()
     assert len(slices["params/embed/w"]) == 4
     assert len(slices["step"]) == 1

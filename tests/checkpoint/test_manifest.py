@@ -59,7 +59,11 @@ def test_every_flipped_bit_is_detected(two_steps, shardings, like, values, diges
         path = group[int(rng.integers(len(group)))]
         original = path.read_bytes()
         changed = bytearray(original)
-        at = int(rng.integers(len(original))) if trial % 3 else len(original) - 1 - int(rng.integers(min(64, len(original))))
+        at = (
+            int(rng.integers(len(original)))
+            if trial % 3
+            else len(original) - 1 - int(rng.integers(min(64, len(original))))
+        )
         changed[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(changed)
         assert_detected(store, wanted, path)
@@ -226,7 +230,9 @@ def test_links_are_refused(store, tmp_path, link):
     assert all("a link" in problem for problem in problems)
     assert str(path) in problems[0]
     with pytest.raises(CheckpointError, match="a link"):
-        store.restore(1, {}) if link in ("COMMIT", "manifest.json") else store.open_arrays(1)["a/w"].read((slice(None),) * 2)
+        store.restore(1, {}) if link in ("COMMIT", "manifest.json") else store.open_arrays(1)["a/w"].read(
+            (slice(None),) * 2
+        )
 
 
 def test_a_linked_step_is_ignored(store, tmp_path):

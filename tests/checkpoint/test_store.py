@@ -214,7 +214,12 @@ def test_rejects_arrays_that_cannot_be_saved(tmp_path):
         ({"w": gone}, {"w": ("embed",)}, {}, "w: its buffer was donated"),
         ({"w": jnp.ones(3)}, {"w": ("embed",)}, {"x": object()}, "meta of step 1 cannot be written as JSON"),
         ({"../w": jnp.ones(3)}, {"../w": ("embed",)}, {}, r"array name '\.\./w'"),
-        ({"a": jnp.ones(3), "a/c": jnp.ones(3)}, {"a": ("embed",), "a/c": ("embed",)}, {}, "no name may be a folder of another"),
+        (
+            {"a": jnp.ones(3), "a/c": jnp.ones(3)},
+            {"a": ("embed",), "a/c": ("embed",)},
+            {},
+            "no name may be a folder of another",
+        ),
         ({}, {}, {}, "must not be empty"),
     ]:
         with pytest.raises(CheckpointError, match=match):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from mesh_transformer.checkpoint.arrays import HostSlice, StoredArray, shard_jobs, make_metadata
+from mesh_transformer.checkpoint.arrays import HostSlice, StoredArray, make_metadata, shard_jobs
 from mesh_transformer.checkpoint.manifest import ArrayRecord, CheckpointError, array_folder
 
 DTYPES = ("float32", "bfloat16", "bool", "int8", "uint16", "float64")
@@ -28,7 +28,8 @@ def write(folder, record: ArrayRecord, values: np.ndarray) -> StoredArray:
     array_folder(folder, "x").mkdir(parents=True)
     everything = tuple(slice(0, dim) for dim in record.shape)
     files = {
-        key: file for _, key, file in (job() for job in shard_jobs(folder, "x", record, [HostSlice(everything, values)]))
+        key: file
+        for _, key, file in (job() for job in shard_jobs(folder, "x", record, [HostSlice(everything, values)]))
     }
     assert sum(file.size for file in files.values()) > values.nbytes
     return StoredArray(folder, "x", record)
@@ -48,7 +49,9 @@ def test_the_files_equal_those_of_tensorstore(dtype, tmp_path):
             "metadata": make_metadata(record), "store_data_equal_to_fill_value": True,
         }  # fmt: skip
         ts.open(spec, open=True, assume_metadata=True).result()[...].write(values).result()
-        files = [{p.name: p.read_bytes() for p in array_folder(folder, "x").iterdir()} for folder in (native, reference)]
+        files = [
+            {p.name: p.read_bytes() for p in array_folder(folder, "x").iterdir()} for folder in (native, reference)
+        ]
         assert files[0] == files[1], record
         several += len(files[0]) > 1
         for _ in range(4):

@@ -10,8 +10,8 @@ from reference_models import CASES, LIVE_CASES
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.moe import ExpertsConfig
-from mesh_transformer.convert.import_plan import describe_leaves
-from mesh_transformer.convert.lazy_arrays import Held
+from mesh_transformer.convert.import_plan import describe_weights
+from mesh_transformer.convert.lazy_arrays import InMemory
 from mesh_transformer.convert.logit_check import run_native
 
 SMALL = dict(n_layers=2, d_model=12, n_heads=4, n_vocab=19, seq_len=16)
@@ -36,9 +36,9 @@ def test_equals_the_forward_pass(name, monkeypatch):
     monkeypatch.setattr(originals, "BLOCK_BYTES", 300)
     config, rng = MODELS[name], np.random.default_rng(0)
     arrays = {}
-    for full, leaves in describe_leaves(config).items():
+    for full, leaves in describe_weights(config).items():
         shape = leaves[0].shape if leaves[0].layer is None else (len(leaves), *leaves[0].shape)
-        arrays[full] = Held(rng.normal(size=shape).astype(np.float32) / (2.0 if leaves[0].shape else 1.0))
+        arrays[full] = InMemory(rng.normal(size=shape).astype(np.float32) / (2.0 if leaves[0].shape else 1.0))
     tokens = rng.integers(0, config.n_vocab, (2, 15), dtype=np.int32)
     whole, parts = run_native(config, arrays, tokens), run_native(config, arrays, tokens, ceiling=1)
     assert np.std(whole) > 0.1

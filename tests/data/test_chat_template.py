@@ -97,9 +97,7 @@ def test_golden_prompts():
     ids=["chatml", "rich", "other tokens", "named", "llama"],
 )
 def test_prompts_are_those_of_transformers(tmp_path, source, table, config):
-    transformers = pytest.importorskip(
-        "transformers", reason="transformers is not installed"
-    )
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     template = make_template(source, table, config)
     for name, text in template._files.items():
         tokenizer_config = json.loads(text) | {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -72,9 +72,7 @@ BAD = [
     Bad("trailing.jsonl.zst", zst(LINES) + b"garbage", "", "damaged archive", f"from byte {len(zst(LINES)):,}", N),
     Bad("skippable.jsonl.zst", zst(LINES) + SKIPPABLE[:-1], "", "truncated archive", "ends at", N),
     Bad("flip.jsonl.zst", flip(zst(LINES), 0.5), "", "damaged archive", "damaged archive near byte", None),
-    Bad(
-        "half.jsonl.gz", gzip.compress(LINES)[: len(gzip.compress(LINES)) // 2], "", "truncated archive", "ends", None
-    ),
+    Bad("half.jsonl.gz", gzip.compress(LINES)[: len(gzip.compress(LINES)) // 2], "", "truncated archive", "ends", None),
     Bad("last.jsonl.gz", gzip.compress(LINES)[:-1], "", "truncated archive", "ends at byte", N),
     Bad("crc.jsonl.gz", flip(gzip.compress(LINES), 0.9999), "", "damaged archive", "incorrect", None),
     Bad("trailing.jsonl.gz", gzip.compress(LINES) + b"garbage", "", "damaged archive", "from byte", N),

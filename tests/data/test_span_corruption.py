@@ -96,7 +96,9 @@ def test_noise_spans_differ_between_epochs(tmp_path):
         loader.read_sequences(sorted(one, key=lambda row: row[1] % count)) for one in epochs
     )  # the same texts in the same order
     texts = [
-        restore(a.encoder_tokens[i], a.targets[i], loader.corruption).tolist() for a in (first, again) for i in range(count)
+        restore(a.encoder_tokens[i], a.targets[i], loader.corruption).tolist()
+        for a in (first, again)
+        for i in range(count)
     ]
     assert texts[:count] == texts[count:]
     assert np.mean(np.any(first.encoder_tokens != again.encoder_tokens, axis=1)) > 0.9
@@ -142,12 +144,16 @@ def test_sentinels_of_the_tokenizer_come_first():
     assert (tokenizer.first_sentinel, tokenizer.n_sentinels, tokenizer.decoder_start) == (269, 5, 260)
     corruption = make_span_corruption(make_config_of(n_vocab=320), tokenizer)
     assert (corruption.first_sentinel, corruption.decoder_start, corruption.end_of_text) == (269, 260, 256)
-    with pytest.raises(ConfigError, match=r"have 14 noise spans, but the vocabulary has 5 sentinels; lower model\.seq_len"):
+    with pytest.raises(
+        ConfigError, match=r"have 14 noise spans, but the vocabulary has 5 sentinels; lower model\.seq_len"
+    ):
         make_span_corruption(make_config_of(n_vocab=320, seq_len=256), tokenizer)
 
 
 def test_impossible_settings_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"have 14 noise spans, but the vocabulary has 7 sentinels; set model\.n_vocab=320"):
+    with pytest.raises(
+        ConfigError, match=r"have 14 noise spans, but the vocabulary has 7 sentinels; set model\.n_vocab=320"
+    ):
         open_data(make_config(tmp_path, dict(seq_len=256)))
     with pytest.raises(ConfigError, match=r"give no encoder input of model\.seq_len=32 tokens; lower the density"):
         make_config(tmp_path, noise_density=0.9, mean_noise_span_length=1.0)

@@ -85,7 +85,10 @@ def test_packed_and_unpacked_files_differ(tmp_path, sequences):
 
 
 def test_compression_is_detected_from_the_content(tmp_path):
-    sequences = [np.full(3 << 20, 7, np.uint32), np.arange(500, dtype=np.uint32)]  # one compressed chunk expands to several
+    sequences = [
+        np.full(3 << 20, 7, np.uint32),
+        np.arange(500, dtype=np.uint32),
+    ]  # one compressed chunk expands to several
     plain = tmp_path / "plain_zstd.tfrecords"  # the name says zlib, the content does not
     long = example(text=field(3, field(1, b"\x07" * (3 << 20))))
     plain.write_bytes(frame(long) + frame(example(text=feature(sequences[1]))))

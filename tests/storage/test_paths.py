@@ -70,7 +70,10 @@ def test_kvstore_spec(monkeypatch):
     [
         (PermissionError("Access Denied"), "permission denied"),
         (ValueError("PERMISSION_DENIED: InvalidAccessKeyId"), "permission denied"),
-        (OSError(5, "An error occurred (503) when calling the PutObject operation"), "the object store returned an error"),
+        (
+            OSError(5, "An error occurred (503) when calling the PutObject operation"),
+            "the object store returned an error",
+        ),
         (ValueError('UNAVAILABLE: CURL error[52] reading "http://h/bucket/x"'), "cannot connect"),
         (ConnectionResetError(104, "Connection reset by peer"), "cannot connect"),
         (FileNotFoundError("The specified bucket does not exist"), "no such bucket: bucket"),
@@ -90,7 +93,9 @@ def test_local_reads(tmp_path):
     assert b"".join(bytes(block) for block in read_blocks(path)) == bytes(range(100))
     assert bytes(map_bytes(path, 10, 20)) == bytes(range(10, 20))
     for stop in (101, 10**6):
-        with pytest.raises(ValueError, match=f"truncated: the file has 100 bytes, but an array in it ends at byte {stop:,}"):
+        with pytest.raises(
+            ValueError, match=f"truncated: the file has 100 bytes, but an array in it ends at byte {stop:,}"
+        ):
             map_bytes(path, 90, stop)
     with pytest.raises(ValueError, match="truncated"):
         map_bytes(path, 200, 300)

@@ -67,10 +67,13 @@ def read_switch(s: HFConfig) -> dict[str, Any]:
             "supported; supported: every layer of both, or every second layer of both"
         )
     experts = dict(
-        n_experts=s.get("num_experts", default=8), layer_interval=steps[0], eval_capacity=s.get("expert_capacity", default=64),
+        n_experts=s.get("num_experts", default=8),
+        layer_interval=steps[0],
+        eval_capacity=s.get("expert_capacity", default=64),
         aux_loss_weight=float(s.get("router_aux_loss_coef", default=1e-3)),
-        router_z_loss=float(s.get("router_z_loss_coef", default=1e-3)), router_jitter=float(s.get("router_jitter_noise", default=1e-2)),
-    )  # fmt: skip
+        router_z_loss=float(s.get("router_z_loss_coef", default=1e-3)),
+        router_jitter=float(s.get("router_jitter_noise", default=1e-2)),
+    )
     activation = s.translate(ACTIVATIONS, "dense_act_fn", "feed_forward_proj", default="relu")
     return model | dict(activation=activation, experts=experts)
 

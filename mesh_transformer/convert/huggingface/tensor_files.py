@@ -203,7 +203,7 @@ def write_values(target: FileArray, first: int, values: np.ndarray, dim: int = 0
     start = target.offset + first * inner
     stride = inner * target.shape[dim] if dim else 0
     values = values.astype(target.dtype, copy=False).reshape(rows, -1)
-    with DirectFile(Path(str(target.path)), empty=False) as file:
+    with DirectFile(Path(str(target.path)), truncate=False) as file:
         if not dim:
             file.write_at(values.view(np.uint8).data, start)
             return

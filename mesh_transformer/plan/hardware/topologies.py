@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import ConfigError
-from mesh_transformer.plan.hardware.chips import FAMILIES, GPUS, GPU_SPECS, TPUS, Chip, GpuSpec
+from mesh_transformer.plan.hardware.chips import FAMILIES, GPU_SPECS, GPUS, TPUS, Chip, GpuSpec
 
 NVLINK_HOST = 8  # GPUs that NVLink joins
 DEFAULT_A100 = "A100-80"

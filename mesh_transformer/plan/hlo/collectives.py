@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mesh_transformer.plan.hlo.parser import Instruction, HloModule
+from mesh_transformer.plan.hlo.parser import HloModule, Instruction
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
 _KIND = re.compile(rf"(?:ragged-)?({'|'.join(KINDS)})(?:-start)?$")

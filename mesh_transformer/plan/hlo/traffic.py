@@ -9,7 +9,7 @@ the update. Arrays in the chip's own memory count for nothing. It is an upper bo
 
 from typing import NamedTuple
 
-from mesh_transformer.plan.hlo.parser import HloArray, Instruction, HloModule
+from mesh_transformer.plan.hlo.parser import HloArray, HloModule, Instruction
 
 # Names for something that exists already, or is counted where it is called.
 FREE = {

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from mesh_transformer.config import ModelConfig, SampleConfig
 from mesh_transformer.sample.engine.generation import Generation
@@ -38,6 +38,7 @@ class EngineOptions:
     kv_cache_dtype: str = "model"  # as ServeConfig.kv_cache_dtype
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A model on its devices that generates tokens for requests. Not thread-safe."""
 

@@ -5,12 +5,13 @@
 import math
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mesh_transformer.sample.engine.programs import DECODE_CHUNK
 from mesh_transformer.sample.engine.requests import Event, Request, SpeculativeStats
 
 
+@runtime_checkable
 class Steppable(Protocol):
     """The part of an Engine that advances requests."""
 

@@ -16,11 +16,11 @@ import pytest
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig, parse_config
-from mesh_transformer.convert.gptj.reader import find_weights, list_slots, open_gptj, read_model, reader
-from mesh_transformer.convert.gptj.writer import old_config, write_gptj
-from mesh_transformer.convert.huggingface.reference import run_v1
-from mesh_transformer.convert.import_plan import Foreign, describe_leaves, make_model_config
-from mesh_transformer.convert.lazy_arrays import Held, whole
+from mesh_transformer.convert.gptj.reader import open_raw_weights, list_leaves, open_gptj, read_model, reader
+from mesh_transformer.convert.gptj.writer import make_external_config, write_gptj
+from mesh_transformer.convert.huggingface.reference import run_mtj
+from mesh_transformer.convert.import_plan import ImportPlan, describe_weights, make_model_config
+from mesh_transformer.convert.lazy_arrays import InMemory, full_index
 from mesh_transformer.convert.logit_check import run_native
 from mesh_transformer.model.positions import t5_buckets
 from mesh_transformer.model.transformer import make_model
@@ -34,8 +34,8 @@ ORIGINAL = json.loads((FIXTURE / "config.json").read_text()) if FIXTURE.exists()
 OLD = dict(layers=12, d_model=16, n_heads=4, n_vocab=24, norm="layernorm", pe="rotary", pe_rotary_dims=2, seq=8)
 
 
-def read_all(foreign: Foreign) -> dict[str, np.ndarray]:
-    return {name: array.read(whole(array)) for name, array in foreign.arrays.items()}
+def read_all(foreign: ImportPlan) -> dict[str, np.ndarray]:
+    return {name: array.read(full_index(array)) for name, array in foreign.arrays.items()}
 
 
 def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
@@ -104,7 +104,7 @@ def test_bfloat16_survives_a_round_trip(tmp_path):
     assert_same(read_all(open_gptj(tmp_path / "new/step_1234", ORIGINAL)), rounded)
     # What was neither folded nor summed nor only one shard's is the original's, byte for byte and in its place.
     theirs, ours = read_shard(FIXTURE / "slim/step_1234/shard_3"), read_shard(tmp_path / "new/step_1234/shard_3")
-    slots = list_slots(config)
+    slots = list_leaves(config)
     places = [i for i, slot in enumerate(slots) if slot.layer is not None and isinstance(slot.entry.merge, int)]
     assert len(places) == 12 * 7
     for place in places:
@@ -147,7 +147,7 @@ def test_adams_state_comes_under_the_names_of_a_run():
         assert foreign.arrays[name].dtype == expected[name].dtype
         assert foreign.arrays[name].read(()) == 1234
     shards = [read_shard(FIXTURE / f"full/step_1234/shard_{s}") for s in range(4)]
-    slots = [slot.name for slot in list_slots(run.model)]
+    slots = [slot.name for slot in list_leaves(run.model)]
     for start, prefix in ((1, reader.OPT_MU), (1 + len(slots), reader.OPT_NU)):
         block = f"{prefix}transformer/layers/block_0/"
         # Layer 2 is after layer 11; head 5 of 8 is the second one of shard 2.
@@ -160,12 +160,12 @@ def test_adams_state_comes_under_the_names_of_a_run():
         np.testing.assert_array_equal(found, shards[1][start + 1][5])
 
 
-def make_arrays(config: ModelConfig) -> dict[str, Held]:
+def make_arrays(config: ModelConfig) -> dict[str, InMemory]:
     rng = np.random.default_rng(0)
     shapes = {}
-    for name, leaves in describe_leaves(config).items():
+    for name, leaves in describe_weights(config).items():
         shapes[name] = leaves[0].shape if leaves[0].layer is None else (len(leaves), *leaves[0].shape)
-    return {name: Held(rng.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
+    return {name: InMemory(rng.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
 
 
 OTHERS = [
@@ -184,7 +184,7 @@ def test_what_is_written_is_read_back(changes, shards, tmp_path):
     write_gptj(tmp_path / "new", config, arrays, 5, **options)
     assert seen == sorted(seen)
     assert seen[-1] == (seen[0][1], seen[0][1])
-    foreign = open_gptj(tmp_path / "new/step_5", old_config(config, shards))
+    foreign = open_gptj(tmp_path / "new/step_5", make_external_config(config, shards))
     assert foreign.model == read_model(old)
     assert_same(read_all(foreign), {name: array.values for name, array in arrays.items()})
 
@@ -200,7 +200,7 @@ def test_ours_computes_what_the_shards_do_whatever_the_norm(norm, tmp_path):
         def differ(leaves):
             return [leaf * (3 if slot.entry.merge == "mean" else 1) for leaf, slot in leaves]
 
-        slots, start = list_slots(config), 0
+        slots, start = list_leaves(config), 0
         for piece in range(reader.PIECES):
             leaves = read_piece(folder / f"shard_1/{piece}.npz")
             own = slots[start : start + len(leaves)]
@@ -208,7 +208,7 @@ def test_ours_computes_what_the_shards_do_whatever_the_norm(norm, tmp_path):
             np.savez(folder / f"shard_1/{piece}.npz", *differ(zip(leaves, own, strict=False)), *rest)
             start += len(leaves)
     tokens = np.random.default_rng(1).integers(0, 24, (2, 8), dtype=np.int32)
-    theirs = run_v1(find_weights(folder, old), old, tokens)
+    theirs = run_mtj(open_raw_weights(folder, old), old, tokens)
     ours = run_native(config, open_gptj(folder, old).arrays, tokens)
     assert np.std(theirs) > 0.1
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)

@@ -20,11 +20,11 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.presets import LLAMA, T5
 from mesh_transformer.convert import reshard
-from mesh_transformer.convert.huggingface.config_map import Settings
-from mesh_transformer.convert.huggingface.reader import find_family, open_huggingface, read_settings
+from mesh_transformer.convert.huggingface.config_map import HFConfig
+from mesh_transformer.convert.huggingface.reader import find_family, open_huggingface, read_config
 from mesh_transformer.convert.huggingface.tensor_files import read_safetensors, read_torch
 from mesh_transformer.convert.import_plan import make_model_config
-from mesh_transformer.convert.lazy_arrays import whole
+from mesh_transformer.convert.lazy_arrays import full_index
 
 SILENT = lambda *_: None  # noqa: E731
 
@@ -73,7 +73,7 @@ def test_there_and_back_is_the_same_to_the_bit(name, tmp_path):
 def test_a_slice_is_read_as_of_the_whole(tmp_path):
     make_folder(tmp_path / "theirs", "gpt-neox")
     for name, array in open_huggingface(tmp_path / "theirs").arrays.items():
-        everything = array.read(whole(array))
+        everything = array.read(full_index(array))
         index = tuple(slice(dim // 3, max(dim - dim // 4, dim // 3 + 1)) for dim in array.shape)
         np.testing.assert_array_equal(array.read(index), everything[index], err_msg=name)
 
@@ -84,7 +84,7 @@ def test_a_cast_is_the_nearest_value(tmp_path):
     found = read_safetensors(tmp_path / "half" / "model.safetensors")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     for key, array in found.items():
-        np.testing.assert_array_equal(array.read(whole(array)), weights[key].astype(ml_dtypes.bfloat16))
+        np.testing.assert_array_equal(array.read(full_index(array)), weights[key].astype(ml_dtypes.bfloat16))
 
 
 def test_names_without_the_prefix_buffers_and_a_stored_tied_head(tmp_path):
@@ -187,11 +187,11 @@ def test_windows_are_on_the_layers_that_transformers_puts_them(tmp_path):
         (dict(use_sliding_window=False), ("global",), 256),
     ):
         edit_config(tmp_path / "theirs", **changes)
-        settings, family = read_settings(tmp_path / "theirs")
+        settings, family = read_config(tmp_path / "theirs")
         config = make_model_config(family.read_config(settings), "test")
         assert (config.attention_pattern, config.attention_window) == (pattern, window), changes
     settings.table.pop("sliding_window")
-    absent = family.read_config(Settings(settings.table | {"model_type": "mistral"}, "test"))
+    absent = family.read_config(HFConfig(settings.table | {"model_type": "mistral"}, "test"))
     assert (absent["attention_pattern"], absent["attention_window"]) == (["local"], 4096), "its configuration's default"
     edit_config(tmp_path / "theirs", use_sliding_window=True, layer_types=["sliding_attention"])
     with pytest.raises(CheckpointError, match=r"layer_types must be .* for each of 2 layers"):
@@ -313,7 +313,7 @@ def test_a_bin_is_read_without_torchs_unpickler(tmp_path):
     assert found.keys() == state.keys()
     for key, array in found.items():
         assert array.dtype == ml_dtypes.bfloat16
-        np.testing.assert_array_equal(array.read(whole(array)).astype(np.float32), state[key].float().numpy())
+        np.testing.assert_array_equal(array.read(full_index(array)).astype(np.float32), state[key].float().numpy())
     torch.save({"a": torch.ones(3, 4).T}, tmp_path / "turned.bin")
     with pytest.raises(CheckpointError, match="a is not contiguous"):
         read_torch(tmp_path / "turned.bin")

@@ -11,12 +11,12 @@ import pytest
 from reference_models import CASES, LIVE_CASES, draw, make_encoder_inputs, make_torch, read_golden, run_model
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
-from mesh_transformer.convert.gptj.reader import find_weights, open_gptj
+from mesh_transformer.convert.gptj.reader import open_raw_weights, open_gptj
 from mesh_transformer.convert.huggingface.reader import find_family, reference, tensor_map
-from mesh_transformer.convert.huggingface.reference import run_huggingface, run_v1
+from mesh_transformer.convert.huggingface.reference import run_huggingface, run_mtj
 from mesh_transformer.convert.huggingface.reference_t5 import run_t5
 from mesh_transformer.convert.import_plan import make_model_config
-from mesh_transformer.convert.lazy_arrays import Held
+from mesh_transformer.convert.lazy_arrays import InMemory
 from mesh_transformer.convert.logit_check import run_native
 
 FIXTURE = Path(__file__).parents[4] / "shared" / "fixtures" / "gptj_v1_4shards"
@@ -24,7 +24,7 @@ FIXTURE = Path(__file__).parents[4] / "shared" / "fixtures" / "gptj_v1_4shards"
 
 def run(case, weights, settings, tokens) -> np.ndarray:
     """Their tensors through the forward pass of their kind."""
-    held, read = {key: Held(value) for key, value in weights.items()}, make_encoder_inputs(case, tokens)
+    held, read = {key: InMemory(value) for key, value in weights.items()}, make_encoder_inputs(case, tokens)
     return run_huggingface(held, settings, tokens) if read is None else run_t5(held, settings, tokens, *read)
 
 
@@ -61,7 +61,7 @@ def test_equals_the_original():
     settings = json.loads((FIXTURE / "config.json").read_text())
     expected = np.load(FIXTURE / "expected.npz")
     tokens = np.asarray(expected["tokens"], np.int32)
-    logits = run_v1(find_weights(FIXTURE / "full/step_1234", settings), settings, tokens[:, :-1])
+    logits = run_mtj(open_raw_weights(FIXTURE / "full/step_1234", settings), settings, tokens[:, :-1])
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     losses = -np.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]

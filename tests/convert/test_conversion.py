@@ -23,10 +23,10 @@ from mesh_transformer.checkpoint.store import find_checkpoint
 from mesh_transformer.config import ModelConfig, parse_model
 from mesh_transformer.config.presets import LLAMA, PRESETS
 from mesh_transformer.convert import reshard
-from mesh_transformer.convert.huggingface.reader import compose_tensors, find_family
-from mesh_transformer.convert.huggingface.tensor_files import Planned, create_safetensors
+from mesh_transformer.convert.huggingface.reader import pack_tensors, find_family
+from mesh_transformer.convert.huggingface.tensor_files import TensorSpec, create_safetensors
 from mesh_transformer.convert.huggingface.tensor_map import FAMILIES
-from mesh_transformer.convert.lazy_arrays import whole
+from mesh_transformer.convert.lazy_arrays import full_index
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.shapes import count_params, describe_params
 
@@ -69,7 +69,7 @@ def call(*arguments, expect: int = 0, **options) -> SimpleNamespace:
 
 def values(path: Path) -> dict[str, np.ndarray]:
     arrays = reshard.open_source(path).foreign.arrays
-    return {name: array.read(whole(array)) for name, array in arrays.items()}
+    return {name: array.read(full_index(array)) for name, array in arrays.items()}
 
 
 def test_a_model_becomes_ours_samples_and_goes_back(theirs, tmp_path):
@@ -256,12 +256,14 @@ def test_six_billion_parameters_are_planned_without_reading_them(tmp_path):
     kind, table = find_family(config)
     weights = flatten_names(describe_params(config))
     arrays = {f"params/{name}": Unread(info.shape, np.dtype("float16")) for name, info in weights.items()}
-    tensors = compose_tensors(config, arrays, FAMILIES[kind])
+    tensors = pack_tensors(config, arrays, FAMILIES[kind])
     folder = tmp_path / "gptj"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(table))
     # A file with a hole where the values would be takes no room on the disk.
-    create_safetensors(folder / "model.safetensors", {name: Planned(t.shape, t.dtype) for name, t in tensors.items()})
+    create_safetensors(
+        folder / "model.safetensors", {name: TensorSpec(t.shape, t.dtype) for name, t in tensors.items()}
+    )
     report = json.loads(call(folder, tmp_path / "ours", "--max-memory", "2G", "--plan", "--json").out)
     assert report["bytes"] == 2 * 6_050_882_784 == 2 * count_params(config)
     text = call(folder, tmp_path / "v1", "--max-memory", "256M", "--plan", "--format", "gptj-v1").out

@@ -1,0 +1,273 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Conversion of a checkpoint from any format to any other: open, write, verify, publish.
+
+scripts/reshard_checkpoint.py is the command.
+"""
+
+import dataclasses
+import json
+import re
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from mesh_transformer.checkpoint.backends import backend_for
+from mesh_transformer.config import ConfigError
+from mesh_transformer.convert.bit_check import verify_bits
+from mesh_transformer.convert.destination import check_destination, publish, staging_folder
+from mesh_transformer.convert.gptj.writer import make_external_config
+from mesh_transformer.convert.huggingface.reader import find_family
+from mesh_transformer.convert.lazy_arrays import array_bytes
+from mesh_transformer.convert.logit_check import TOLERANCE, compare_logits
+from mesh_transformer.convert.progress import Progress, no_progress
+from mesh_transformer.convert.readers import OpenCheckpoint, open_checkpoint
+from mesh_transformer.convert.writers import WriteOptions, write_gptj_v1, write_huggingface, write_native
+from mesh_transformer.data.tokenizers import load_tokenizer, tokenizer_from_json
+from mesh_transformer.host_memory import keep_freed_memory
+from mesh_transformer.storage.errors import CheckpointError, StorageError
+from mesh_transformer.storage.paths import AnyPath, parse_path
+from mesh_transformer.storage.resume_log import open_staging_log
+
+# Files of a Hugging Face folder that a native checkpoint carries along, to be written on the way back.
+CARRIED_TEXTS = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json
+GPT2_END_OF_TEXT = 50256
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """Arguments of a conversion; the flags of scripts/reshard_checkpoint.py."""
+
+    source: str | AnyPath  # run, checkpoint, model folder or v1 shards; a path or URL
+    destination: str | AnyPath  # folder to create; a path or URL
+    format: Literal["native", "huggingface", "gptj-v1"] = "native"
+    shards: int = 8  # of format "gptj-v1"
+    dtype: str | None = None  # of the weights; None: unchanged
+    weights_only: bool = False  # leave out optimizer state and counters
+    max_memory: str = "1G"  # in addition to the interpreter
+    source_config: str | AnyPath | None = None  # JSON configuration of a mesh-transformer-jax checkpoint
+    tokenizer: str | None = None  # tokenizer.json, its folder, or "bytes", if the source has no tokenizer
+    overwrite: bool = False  # replace the destination when the new result is complete
+    staging: Path | None = None  # local folder in which a remote result is prepared; None: that of temporary files
+
+
+class Conversion(NamedTuple):
+    """A conversion whose source and destination have been checked."""
+
+    source: OpenCheckpoint
+    destination: AnyPath
+    partial: Path  # where the result is written
+    nbytes: int  # of the result's values
+    dtype: str | None  # of the weights; None: unchanged
+    may_round: bool  # whether the user asked for a dtype
+    max_memory: int  # bytes
+
+
+def prepare(options: ConversionOptions) -> Conversion:
+    """Open the source and check the destination. Raise CheckpointError or ConfigError if the conversion is impossible."""
+    max_memory = parse_bytes(options.max_memory)
+    destination = parse_path(options.destination)
+    source_config = parse_path(options.source_config) if options.source_config else None
+    source = open_checkpoint(parse_path(options.source), source_config)
+    if options.weights_only or options.format != "native":
+        source = source._replace(plan=source.plan.weights_only())
+    dtype = options.dtype
+    match options.format:  # raise if the format cannot represent the model
+        case "huggingface":
+            find_family(source.plan.config)
+        case "gptj-v1":
+            make_external_config(source.plan.config, options.shards)
+            dtype = dtype or source.plan.weight_dtype()  # all of its leaves have one type
+    nbytes = source.plan.nbytes(dtype)
+    check_destination(destination, options.overwrite, nbytes, options.staging)
+    partial = staging_folder(destination, options.staging)
+    return Conversion(source, destination, partial, nbytes, dtype, bool(options.dtype), max_memory)
+
+
+def plan_conversion(options: ConversionOptions) -> dict[str, Any]:
+    """Return the sizes of what a conversion would read, write and hold in memory, without reading any weights."""
+    conversion = prepare(options)
+    source = conversion.source
+    return {
+        "source": str(source.path),
+        "kind": source.kind,
+        "destination": str(conversion.destination),
+        "format": options.format,
+        "arrays": len(source.plan.arrays),
+        "bytes": conversion.nbytes,
+        "dtype": conversion.dtype or "unchanged",
+        "max_memory": conversion.max_memory,
+        "largest_array": max(array_bytes(array) for array in source.plan.values.values()),
+        "free_bytes": shutil.disk_usage(conversion.partial.parent).free,
+        "notes": list(source.plan.notes),
+    }
+
+
+def convert(options: ConversionOptions, progress: Progress = no_progress) -> dict[str, Any]:
+    """Convert, verify and publish; return the report, which is also stored in the result."""
+    keep_freed_memory(True)  # all blocks have the same size
+    conversion = prepare(options)
+    source, partial = conversion.source, conversion.partial
+    start = time.perf_counter()
+    result = write(conversion, options, progress)
+    write_seconds = time.perf_counter() - start
+    try:
+        verification = verify(conversion, result, options, progress)
+    except StorageError:  # the source is temporarily unreachable
+        raise
+    except CheckpointError:
+        shutil.rmtree(partial)
+        raise
+    seconds = time.perf_counter() - start
+    report = {
+        "source": str(source.path),
+        "kind": source.kind,
+        "destination": str(options.destination),
+        "format": options.format,
+        "bytes": conversion.nbytes,
+        "dtype": conversion.dtype or "unchanged",
+        "seconds": round(seconds, 2),
+        "write_seconds": round(write_seconds, 2),
+        "mb_per_s": round(conversion.nbytes / seconds / 1e6, 1),
+        "peak_memory_mb": round(peak_memory() / 1e6),
+        "notes": list(source.plan.notes),
+        **verification,
+    }
+    (partial / "conversion.json").write_text(json.dumps(report, indent=1))
+    upload = publish(partial, conversion.destination, progress)
+    return report | ({"upload": upload._asdict()} if upload else {})
+
+
+def write(conversion: Conversion, options: ConversionOptions, progress: Progress) -> Path:
+    """Write the result below the partial folder and return the folder of the checkpoint in it."""
+    source, partial = conversion.source, conversion.partial
+    meta = make_meta(source, options)
+    identity = {
+        "source": str(source.path.absolute()),
+        "stamp": _stamp(source.path),
+        "format": options.format,
+        "dtype": conversion.dtype,
+        "shards": options.shards,
+        "arrays": sorted(source.plan.arrays),
+        "memory": conversion.max_memory,
+    }
+    slice_bytes = conversion.max_memory // 6  # three workers, each with a slice as read and as written
+    write_options = WriteOptions(conversion.dtype, slice_bytes, progress)
+    with open_staging_log(partial, identity) as log:
+        match options.format:
+            case "gptj-v1":
+                return write_gptj_v1(partial, source.plan, write_options, shards=options.shards)
+            case "native":
+                return write_native(partial, source.plan, meta, log, write_options)
+            case _:
+                carry_from = source.path if source.kind == "huggingface" else None
+                result = write_huggingface(partial, source.plan, log, write_options, carry_from=carry_from)
+                _write_carried(partial, meta)
+                return result
+
+
+def make_meta(source: OpenCheckpoint, options: ConversionOptions) -> dict[str, Any]:
+    """Return the metadata of the result: that of the source, or the model's configuration and tokenizer."""
+    meta = dict(source.meta)
+    model = source.plan.model
+    if "config" not in meta:
+        meta["config"] = {"model": model}
+    if source.kind == "huggingface":
+        files = [source.path / name for name in CARRIED_TEXTS]
+        meta["carried"] = {file.name: file.read_bytes().decode() for file in files if file.is_file()}
+        meta["special_ids"] = {key: source.external_config[key] for key in SPECIAL_IDS if key in source.external_config}
+    if source.kind == "gptj-v1" and model["n_vocab"] > GPT2_END_OF_TEXT:  # it always uses the tokenizer of GPT-2
+        meta["special_ids"] = {"bos_token_id": GPT2_END_OF_TEXT, "eos_token_id": GPT2_END_OF_TEXT}
+    spec = options.tokenizer or (source.plan.tokenizer if source.kind == "huggingface" else None)
+    if spec:
+        tokenizer = load_tokenizer(spec)
+        if tokenizer.n_vocab > model["n_vocab"]:
+            raise ConfigError(
+                f"{spec}: the tokenizer has {tokenizer.n_vocab:,} entries, but the vocabulary of the model has only "
+                f"{model['n_vocab']:,}; pass the tokenizer of this model with --tokenizer"
+            )
+        meta["tokenizer"] = tokenizer.to_json()
+    meta["parent"] = {"kind": source.kind, "path": str(source.path.absolute()), "step": source.plan.step}
+    return meta
+
+
+def verify(conversion: Conversion, result: Path, options: ConversionOptions, progress: Progress) -> dict[str, Any]:
+    """Compare every array and the logits of both sides. Raise CheckpointError if they differ."""
+    source = conversion.source
+    written = open_checkpoint(result, result.parent / "config.json" if options.format == "gptj-v1" else None)
+    digests = verify_bits(source.plan, written.plan, conversion.dtype, progress)
+    keep_freed_memory(False)  # blocks from here on have other sizes
+    difference = compare_logits(source, written, conversion.max_memory, progress)
+    if not conversion.may_round and difference.largest > TOLERANCE * difference.scale:
+        raise CheckpointError(
+            f"the logits of {source.path} and of the result differ by {difference.largest:.3g} (largest logit: "
+            f"{difference.scale:.3g}); the result was deleted. This is a bug in the conversion, please report it"
+        )
+    cast = f" cast to {conversion.dtype}" if conversion.dtype else ""
+    return {
+        "arrays": len(digests),
+        "verified": f"each array of the result was read back and equals that of the source{cast} bit by bit",
+        "digests": digests,
+        "max_logit_difference": difference.largest,
+        "logits": f"on {difference.tokens} random tokens; largest logit {difference.scale:.3g}",
+        "logits_compared": describe_comparison(*difference.implementations),
+    }
+
+
+def describe_comparison(source: str, result: str) -> str:
+    """Return what computed the logits of the source and of the result, and what the comparison therefore does not test."""
+    if source == result:
+        return f"{source} ran on both sides, so this comparison tests the arrays and not the implementation"
+    return f"source: {source}; result: {result}; the original program was not run"
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes in "256M" or "1.5G". Raise ConfigError for anything else, or less than 64 MB."""
+    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if size < 64_000_000:
+        raise ConfigError(f"--max-memory {text}: expected a size such as 256M or 1G, at least 64M")
+    return size
+
+
+def _write_carried(folder: Path, meta: dict[str, Any]) -> None:
+    """Write the tokenizer and the files that came with the weights, unless they exist, and the IDs of special tokens.
+
+    transformers uses defaults for IDs that config.json does not have.
+    """
+    texts = dict(meta.get("carried", {}))
+    tokenizer = meta.get("tokenizer", {})
+    end = tokenizer_from_json(tokenizer).end_of_text if tokenizer else None
+    table = json.loads((folder / "config.json").read_bytes())
+    table |= meta.get("special_ids", {"bos_token_id": end, "eos_token_id": end})
+    (folder / "config.json").write_text(json.dumps(table, indent=1))
+    if tokenizer.get("type") == "file":
+        texts["tokenizer.json"] = json.dumps(tokenizer["tokenizer"], ensure_ascii=False)
+    for name in texts.keys() & {*CARRIED_TEXTS, "tokenizer.json"}:
+        if not (folder / name).exists():
+            (folder / name).write_text(texts[name], encoding="utf-8")
+
+
+def _stamp(path: AnyPath) -> list[Any]:
+    """Return names, sizes and modification times of files, so that a conversion does not resume with a changed source."""
+    return [(name, *status) for name, status in sorted(backend_for(path).list_files().items())]
+
+
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes. getrusage would include the parent process before the fork."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
