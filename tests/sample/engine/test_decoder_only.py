@@ -224,7 +224,7 @@ def test_sharded_is_one_device(mesh):
 
 def test_mesh_that_does_not_fit_is_refused():
     config, params = make_model_and_params(n_kv_heads=2)
-    with pytest.raises(ConfigError, match="kv_heads = 2 does not divide"):
+    with pytest.raises(ConfigError, match="kv_heads = 2 is not divisible by tensor = 4"):
         DecoderOnlyEngine(config, params, layout=make_layout(MeshConfig(data=1, tensor=4, rules={"vocab": ""})))
 
 

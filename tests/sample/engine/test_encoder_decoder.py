@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling with an encoder: what is drawn is what the full forward pass says, alone and among others, narrow or on a mesh."""
+"""EncoderDecoderEngine generates what the full forward pass predicts, alone and in a batch, quantized and on a mesh."""
 
 import dataclasses
 
@@ -16,10 +16,9 @@ from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.transformer import make_model
 from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.sample.engine.encoder_decoder import EncoderDecoderEngine
-from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine, require_decoder_only
 from mesh_transformer.sample.engine.engine import EngineOptions
-from mesh_transformer.sample.engine.requests import RequestParams
-from mesh_transformer.sample.engine.requests import PromptError
+from mesh_transformer.sample.engine.requests import PromptError, RequestParams
 
 CONFIG = ModelConfig(
     **T5 | dict(n_layers=2, n_encoder_layers=2, d_model=16, n_heads=2, n_vocab=40, seq_len=32),
@@ -30,7 +29,7 @@ START, END = 0, 1
 GREEDY = SampleConfig(temperature=0.0, max_tokens=7)
 
 
-def draw_params(config: ModelConfig):
+def random_params(config: ModelConfig):
     rng = np.random.default_rng(0)
     return {
         module: {name: jnp.asarray(rng.normal(size=info.shape) / 2, jnp.float32) for name, info in arrays.items()}
@@ -38,11 +37,11 @@ def draw_params(config: ModelConfig):
     }
 
 
-PARAMS = draw_params(CONFIG)
+PARAMS = random_params(CONFIG)
 
 
-def make_engine(**options) -> EncoderDecoderEngine:
-    return EncoderDecoderEngine(CONFIG, PARAMS, **options, start=START, end=END)
+def make_engine(options: EngineOptions | None = None, **keywords) -> EncoderDecoderEngine:
+    return EncoderDecoderEngine(CONFIG, PARAMS, options, start_token=START, end_token=END, **keywords)
 
 
 def test_greedy_is_the_full_forward_pass():
@@ -58,9 +57,9 @@ def test_greedy_is_the_full_forward_pass():
 
 @pytest.mark.parametrize("name", ["t5", "t5-v1.1", "switch-every-layer-none-dropped"])
 def test_greedy_is_what_transformers_generates(name):
-    """Prompts of different lengths, padded there on the right and here with their batch."""
+    """Prompts have different lengths; both sides pad them on the right."""
     case = (LIVE_CASES | CASES)[name]
-    theirs, parameters = make_torch(case)
+    external, parameters = make_torch(case)
     import torch
 
     weights, tokens, _ = draw(case, parameters, seed=len(name))
@@ -72,53 +71,59 @@ def test_greedy_is_what_transformers_generates(name):
         torch.tensor([[*map(value, text), *[0] * (longest - len(text))] for text in texts])
         for value in (int, lambda _: 1)
     )
-    theirs.generation_config.eos_token_id = None  # none ends early
-    wanted = theirs.generate(
+    external.generation_config.eos_token_id = None  # no sequence ends early
+    expected = external.generate(
         sources, attention_mask=mask, do_sample=False, use_cache=False, max_new_tokens=12, decoder_start_token_id=START
     )[:, 1:]
-    engine = EncoderDecoderEngine(case.config, import_arrays(weights, case.kind, case.config), EngineOptions(slots=len(texts)), start=START, end=END)
+    engine = EncoderDecoderEngine(case.config, import_arrays(weights, case.kind, case.config), EngineOptions(slots=len(texts)), start_token=START, end_token=END)
     options = SampleConfig(temperature=0.0, max_tokens=12)
     found = [sample.tokens for (sample,) in engine.generate([text[:-1] for text in texts], options)]
-    assert found == wanted.tolist()
+    assert found == expected.tolist()
     assert len({tuple(row) for row in found}) > 1
 
 
-def test_alone_is_among_others():
-    options, wishes = SampleConfig(temperature=1.0, max_tokens=9), dict(seed=5, n=2)
-    together = make_engine(slots=4).generate(PROMPTS, options, **wishes)
-    apart = [make_engine().generate([prompt], options, **wishes)[0] for prompt in PROMPTS]
+def test_alone_equals_in_a_batch():
+    options = SampleConfig(temperature=1.0, max_tokens=9)
+    together = make_engine(EngineOptions(slots=4)).generate(PROMPTS, options, seed=5, n=2)
+    apart = [make_engine().generate([prompt], options, seed=5, n=2)[0] for prompt in PROMPTS]
     assert [[s.tokens for s in samples] for samples in together] == [[s.tokens for s in samples] for samples in apart]
     assert together[0][0].tokens != together[0][1].tokens
 
 
-def test_a_mesh_and_narrow_weights_draw_the_same():
-    wanted = [found.tokens for (found,) in make_engine().generate(PROMPTS, GREEDY)]
+def test_a_mesh_generates_the_same_tokens():
+    expected = [found.tokens for (found,) in make_engine().generate(PROMPTS, GREEDY)]
     layout = make_layout(MeshConfig(data=2, tensor=2, expert=2))
-    assert [found.tokens for (found,) in make_engine(layout=layout).generate(PROMPTS, GREEDY)] == wanted
-    assert [
-        len(found.tokens) for (found,) in make_engine(weights="bfloat16", cache="int8").generate(PROMPTS, GREEDY)
-    ] == [7] * 3
+    assert [found.tokens for (found,) in make_engine(layout=layout).generate(PROMPTS, GREEDY)] == expected
 
 
-def test_a_stop_token_ends_a_row():
+def test_quantized_weights_and_caches_cost_little():
+    plain = make_engine().generate(PROMPTS, GREEDY)
+    quantized = make_engine(EngineOptions(weight_dtype="bfloat16", kv_cache_dtype="int8")).generate(PROMPTS, GREEDY)
+    assert [len(found.tokens) for (found,) in quantized] == [7] * 3
+    for (found,), (expected,) in zip(quantized, plain, strict=True):
+        assert found.logprobs != expected.logprobs
+        np.testing.assert_allclose(found.logprobs[:1], expected.logprobs[:1], atol=0.1)
+
+
+def test_a_stop_token_ends_a_request():
     (found,) = make_engine().generate(PROMPTS[:1], GREEDY)[0]
     stop = found.tokens[3]
     (cut,) = make_engine().generate(PROMPTS[:1], GREEDY, stop_tokens=[stop])[0]
     assert (cut.tokens, cut.finish) == (found.tokens[: found.tokens.index(stop) + 1], "stop")
 
 
-def test_what_cannot_be_is_refused():
-    with pytest.raises(ConfigError, match=r"sampled by RewritingEngine \(device_sample\.py\)"):
+def test_unsupported_models_meshes_and_requests_are_refused():
+    with pytest.raises(ConfigError, match=r"Use EncoderDecoderEngine \(device_sample\.py\)"):
         DecoderOnlyEngine(CONFIG, PARAMS)
     alone = dataclasses.replace(CONFIG, n_encoder_layers=None)
     with pytest.raises(ConfigError, match=r"model\.n_encoder_layers is not set"):
-        EncoderDecoderEngine(alone, draw_params(alone), start=START, end=END)
+        EncoderDecoderEngine(alone, random_params(alone), start_token=START, end_token=END)
     with pytest.raises(ConfigError, match=r"set mesh\.context and mesh\.pipeline to 1"):
         make_engine(layout=make_layout(MeshConfig(context=8)))
     engine = make_engine()
-    with pytest.raises(ConfigError, match="serving and scoring are for decoders alone"):
-        _ = engine.programs
-    with pytest.raises(PromptError, match="no bias, scores or constraint"):
+    with pytest.raises(ConfigError, match=r"serving supports decoder-only models.*use device_sample\.py"):
+        require_decoder_only(engine, "serving")
+    with pytest.raises(PromptError, match="do not support logit_bias"):
         engine.submit(engine.make_request([3], RequestParams(GREEDY, top_logprobs=2)))
     with pytest.raises(PromptError, match="max_tokens=33 more exceed"):
         engine.make_request([3], RequestParams(GREEDY, max_tokens=33))
