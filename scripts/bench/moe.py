@@ -36,8 +36,8 @@ import numpy as np
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import Config, ConfigError, load_config
 from mesh_transformer.data.loader import Batch
-from mesh_transformer.reports.html_report import CSS
 from mesh_transformer.reports.metrics_log import FILE, read_metrics
+from mesh_transformer.reports.page import make_html_page, make_plots
 from mesh_transformer.reports.svg import Series, plot
 from mesh_transformer.train.flops import count_flops
 from mesh_transformer.train.state import make_init_state
@@ -238,11 +238,7 @@ def make_page(runs: dict[str, list[list[Point]]], tokens: int) -> str:
             single += [Series("a seed", [(place(p), p.loss) for p in curve], "faint") for curve in curves]
         series = [*(single if len(single) > len(means) else ()), *means]
         figures.append(plot(title, "nats per token", series))
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>experts</title><style>{CSS}</style></head>'
-        f'<body><main><h1>Experts beside a dense model of as many FLOPs per token</h1><section class="plots">'
-        f"{''.join(figures)}</section></main></body></html>\n"
-    )
+    return make_html_page("Experts and a dense model of equal FLOPs per token", make_plots(figures))
 
 
 if __name__ == "__main__":
