@@ -68,9 +68,7 @@ def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedMode
     params = _read_params(store, step, config, layout)
     tokenizer = tokenizer_from_json(meta["tokenizer"], where=where)
     serve = config.serve
-    options = EngineOptions(
-        slots=serve.slots, weight_dtype=serve.weight_dtype, kv_cache_dtype=serve.kv_cache_dtype
-    )
+    options = EngineOptions(slots=serve.slots, weight_dtype=serve.weight_dtype, kv_cache_dtype=serve.kv_cache_dtype)
     engine: Engine
     if config.model.n_encoder_layers is None:
         drafter = _make_drafter(config, layout)
@@ -170,9 +168,7 @@ def _load_draft_model(config: Config, layout: MeshLayout) -> Drafter:
             raise ConfigError("an encoder-decoder model cannot draft tokens; use a decoder-only model")
         check_vocabulary(draft.model, config.model.n_vocab)
         params = _read_params(store, step, draft, layout)
-        return DraftModelDrafter(
-            draft.model, params, num_draft_tokens=serve.num_speculative_tokens, layout=layout
-        )
+        return DraftModelDrafter(draft.model, params, num_draft_tokens=serve.num_speculative_tokens, layout=layout)
     except ConfigError as error:
         raise ConfigError(f"serve.draft_model={serve.draft_model!r}: {error}") from None
 

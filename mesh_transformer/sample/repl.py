@@ -96,9 +96,7 @@ class Repl:
             case _:
                 near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
                 hint = f"did you mean {near[0]}?" if near else f"commands are {' '.join(COMMANDS)}"
-                raise ReplError(
-                    f'unknown command {name}; {hint} (put a text that begins with / between lines of """)'
-                )
+                raise ReplError(f'unknown command {name}; {hint} (put a text that begins with / between lines of """)')
 
     def _complete(self, prompt: str) -> None:
         start = time.monotonic()

@@ -29,7 +29,9 @@ class SamplingOptions(NamedTuple):
     top_k: Int[Array, "B"]  # (0) keep the k most probable tokens
     top_p: Float[Array, "B"]  # (1) keep the smallest set of most probable tokens with at least this total probability
     min_p: Float[Array, "B"]  # (0) drop tokens less probable than this times the most probable one
-    repetition_penalty: Float[Array, "B"]  # (1) divides positive logits of tokens that occurred, multiplies negative ones
+    repetition_penalty: Float[
+        Array, "B"
+    ]  # (1) divides positive logits of tokens that occurred, multiplies negative ones
     presence_penalty: Float[Array, "B"]  # (0) subtracted from the logits of generated tokens
     frequency_penalty: Float[Array, "B"]  # (0) subtracted once for every time a token was generated
 
@@ -182,7 +184,9 @@ def _keep_first(
     logit. This needs only sums over the vocabulary. Their cost does not depend on the distribution (sorting 50,000
     logits takes ten times as long on a CPU), and a sharded vocabulary need not be gathered.
     """
-    rank = jax.lax.bitcast_convert_type(jnp.abs(scaled), jnp.int32)  # logits are <= 0, and the bits of floats are ordered
+    rank = jax.lax.bitcast_convert_type(
+        jnp.abs(scaled), jnp.int32
+    )  # logits are <= 0, and the bits of floats are ordered
     last = _bisect(rank, weights, wanted, bits=31)[:, None]
     tied = rank == last
     before = jnp.sum(jnp.where(rank < last, weights, 0.0), axis=-1)

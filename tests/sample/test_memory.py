@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint opens for sampling in little more memory than its weights have bytes, and is as wide in memory as on disk."""
+"""Loading a checkpoint takes little more memory than its weights, which keep their data type."""
 
 import json
 import subprocess
@@ -21,23 +21,23 @@ PROGRAM = """
 import json, re, sys
 from pathlib import Path
 from mesh_transformer.config import SampleConfig
-from mesh_transformer.sample.loading import load_trained
+from mesh_transformer.sample.loading import load_model
 
 def read(key):
     return 1024 * int(re.search(key + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 
 small, large = sys.argv[1:]
-load_trained(small)  # what imports and compilation take is no part of this
+load_model(small)  # excludes the memory of imports and compilation
 before = read("VmRSS")
-trained = load_trained(large)
-opened = read("VmHWM") - before
-[[done]] = trained.engine.generate([[1, 2, 3]], SampleConfig(), max_tokens=2)
-print(json.dumps({"opened": opened, "sampled": read("VmHWM") - before, "tokens": len(done.tokens)}))
+model = load_model(large)
+loaded = read("VmHWM") - before
+[[done]] = model.engine.generate([[1, 2, 3]], SampleConfig(), max_tokens=2)
+print(json.dumps({"loaded": loaded, "sampled": read("VmHWM") - before, "tokens": len(done.tokens)}))
 """
 
 
 def save(folder: Path, **sizes: int) -> int:
-    """A checkpoint of zeros in bfloat16; bytes of its weights."""
+    """Write a checkpoint of bfloat16 zeros and return the bytes of its weights."""
     model = dict(n_heads=8, n_vocab=264, seq_len=32, positions="rope-interleaved", **sizes)
     described = flatten_names(describe_params(ModelConfig(**model)))
     store = Store(folder / "checkpoints")
@@ -49,7 +49,7 @@ def save(folder: Path, **sizes: int) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_opening_takes_little_more_than_the_weights(tmp_path):
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     save(tmp_path / "small", n_layers=1, d_model=64)
     size = save(tmp_path / "large", n_layers=16, d_model=1024)
     assert size > 400_000_000
@@ -58,5 +58,5 @@ def test_opening_takes_little_more_than_the_weights(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["tokens"] == 2
-    assert size * 0.9 < found["opened"] < size * 1.15
-    assert found["sampled"] < size * 2, "all weights were widened at once"
+    assert size * 0.9 < found["loaded"] < size * 1.15
+    assert found["sampled"] < size * 2, "all weights were converted at once"

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Filters against plain Python in float64, token by token; the draw against its distribution."""
+"""Filters equal plain Python in float64; sampled tokens follow their distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def jit_sample(logits, options, counts, keys, prompt) -> Sampled:
 
 
 def options_for(rows):
-    """Options from one dictionary of changes per request."""
+    """Return options from one dictionary of changes per request."""
     return stack_options([SampleConfig(**{**OFF, **row}) for row in rows])
 
 
@@ -48,7 +48,7 @@ def keys_for(n, seed=0):
 
 
 def filter_padded(logits, rows):
-    """What `filter_logits` leaves of at most 15 requests, padded to 1000 tokens so that all tests share a program."""
+    """Apply filter_logits to at most 15 requests, padded to 1000 tokens so that all tests share a program."""
     n, n_vocab = logits.shape
     full = np.full((15, 1000), -np.inf, np.float32)
     full[:n, :n_vocab] = logits
@@ -56,8 +56,8 @@ def filter_padded(logits, rows):
     return np.asarray(jit_filter(full, options_for([*rows, *[{}] * (15 - n)])))[:n, :n_vocab]
 
 
-def draw(logits, rows, counts=None, prompt=None, keys=None):
-    """Tokens and log-probabilities of a few small requests, padded to 8 with 40 tokens so that all share a program."""
+def sample_padded(logits, rows, counts=None, prompt=None, keys=None):
+    """Sample for a few requests, padded to 8 requests and 40 tokens so that all tests share a program."""
     n, n_vocab = logits.shape
 
     def pad(x, fill):
@@ -75,7 +75,7 @@ def draw(logits, rows, counts=None, prompt=None, keys=None):
 
 
 def kept_by_hand(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, **_):
-    """Ids that the filters keep, by ranking and adding up in float64."""
+    """Return the ids that the filters keep, by ranking and summing in float64."""
     x = np.asarray(logits, np.float64)
     weights = np.exp((x - x.max()) / temperature)
     ranked = sorted(range(len(x)), key=lambda i: (-x[i], i))
@@ -131,7 +131,7 @@ def test_filters_match_plain_python(n_vocab, deviation):
 
 
 def test_ties():
-    """Equal tokens are ranked by id, also across the end of what is kept."""
+    """Tokens of equal probability are ranked by id, also at the limit of a filter."""
     logits = np.zeros((6, 600), np.float32)
     logits[4:, 500] = 1.0
     choices = [{"top_k": 1}, {"top_k": 4}, {"top_p": 0.5}, {"top_k": 4, "top_p": 0.5}, {"top_k": 4}, {"top_k": 300}]
@@ -147,7 +147,7 @@ def test_top_k_masks_id_0():
     filtered = filter_padded(logits, choices)
     assert [int(i) for i in np.flatnonzero(filtered[0] > -np.inf)] == [1, 2]
     drawn = {
-        int(t) for seed in range(10) for t in draw(np.tile(logits, (8, 1)), choices * 8, keys=keys_for(8, seed)).token
+        int(t) for seed in range(10) for t in sample_padded(np.tile(logits, (8, 1)), choices * 8, keys=keys_for(8, seed)).token
     }
     assert drawn == {1, 2}
 
@@ -156,15 +156,15 @@ def test_greedy():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4, 30)).astype(np.float32)
     logits[1, [7, 20]] = 9.0
-    all_greedy = draw(np.concatenate([logits, logits]), [{"temperature": 0.0}] * 8)
+    all_greedy = sample_padded(np.concatenate([logits, logits]), [{"temperature": 0.0}] * 8)
     best = [int(np.argmax(row)) for row in logits]
     assert best[1] == 7
     assert all_greedy.token.tolist() == best * 2
-    assert all_greedy.drawn_logprob.tolist() == [0.0] * 8
-    some = draw(logits, [{"temperature": 0.0}, {}, {"temperature": 0.0}, {}])
+    assert all_greedy.sampling_logprob.tolist() == [0.0] * 8
+    some = sample_padded(logits, [{"temperature": 0.0}, {}, {"temperature": 0.0}, {}])
     assert [int(some.token[i]) for i in (0, 2)] == [best[0], best[2]]
     for choice in ({"top_k": 1, "temperature": 2.0}, {"top_p": 1e-6}, {"temperature": 1e-30}, {"min_p": 0.9999}):
-        found = draw(logits[[0, 2]], [choice] * 2)
+        found = sample_padded(logits[[0, 2]], [choice] * 2)
         assert found.token.tolist() == [best[0], best[2]], choice
 
 
@@ -191,17 +191,17 @@ def test_penalties():
     logits = rng.normal(size=(5, 12)).astype(np.float32) * 2
     counts, prompt = rng.integers(0, 4, size=(5, 12)), rng.random((5, 12)) < 0.4
     assert np.any(prompt & (counts == 0))
-    found = draw(logits, choices, counts, prompt)
+    found = sample_padded(logits, choices, counts, prompt)
     for row, choice in enumerate(choices):
         wanted = penalties_by_hand(logits[row], counts[row], prompt[row], **choice) / choice.get("temperature", 1.0)
         token = int(found.token[row])
-        assert float(found.drawn_logprob[row]) == pytest.approx(
+        assert float(found.sampling_logprob[row]) == pytest.approx(
             wanted[token] - np.log(np.sum(np.exp(wanted))), abs=1e-5
         )
         raw = logits[row].astype(np.float64)
         assert float(found.logprob[row]) == pytest.approx(raw[token] - np.log(np.sum(np.exp(raw))), abs=1e-5)
         one = slice(row, row + 1)
-        best = draw(logits[one], [{**choice, "temperature": 0.0}], counts[one], prompt[one])
+        best = sample_padded(logits[one], [{**choice, "temperature": 0.0}], counts[one], prompt[one])
         assert int(best.token[0]) == int(np.argmax(wanted))
 
 
@@ -210,13 +210,13 @@ def test_prompt_counts_for_repetition_only():
     prompt = np.array([[True, False]])
     for choice, token in (({"repetition_penalty": 2.0}, 1), ({"presence_penalty": 2.0, "frequency_penalty": 2.0}, 0)):
         rows = [{**choice, "temperature": 0.0}]
-        assert int(draw(logits, rows, prompt=prompt).token[0]) == token
-        assert int(draw(logits, rows).token[0]) == 0
+        assert int(sample_padded(logits, rows, prompt=prompt).token[0]) == token
+        assert int(sample_padded(logits, rows).token[0]) == 0
 
 
 @pytest.mark.parametrize("choice", [{}, {"temperature": 1.7}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}])
-def test_draw_follows_the_distribution(choice):
-    """Chi-square of 20,000 draws; the bounds are the 0.999 quantiles."""
+def test_sampled_tokens_follow_the_distribution(choice):
+    """Chi-square test of 20,000 samples; the bounds are the 0.999 quantiles."""
     draws = 20_000
     logits = np.array([0.3, -1.0, 1.2, 0.0, -0.4, 0.9, -2.0, 0.5], np.float32)
     kept = sorted(kept_by_hand(logits, **choice))
@@ -229,17 +229,17 @@ def test_draw_follows_the_distribution(choice):
     assert tally.sum() == tally[kept].sum() == draws
     bound = {4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32}[len(kept) - 1]
     assert np.sum((tally[kept] - expected) ** 2 / expected) < bound
-    if choice:  # the test can tell: the plain distribution over the same tokens is far off
+    if choice:  # the unfiltered distribution over the same tokens fails the test
         plain = np.exp(logits.astype(np.float64))
         plain = draws * plain / plain.sum()
         assert np.sum((tally - plain) ** 2 / plain) > 2 * bound
     logprobs = np.log(weights / weights.sum())
     wanted = [logprobs[kept.index(int(token))] for token in drawn.token[:20]]
-    np.testing.assert_allclose(drawn.drawn_logprob[:20], wanted, atol=1e-5)
+    np.testing.assert_allclose(drawn.sampling_logprob[:20], wanted, atol=1e-5)
 
 
-def test_alone_and_among_others():
-    """The company, whatever filters it uses, changes nothing."""
+def test_alone_equals_in_a_batch():
+    """Other requests in the batch have no effect, whatever filters they use."""
     rng = np.random.default_rng(0)
     logits = (0.2 * rng.normal(size=(4, 700))).astype(np.float32)
     logits[:2] *= 20
@@ -256,12 +256,12 @@ def test_alone_and_among_others():
             alone = jit_sample(logits[one], options_for([choice]), counts[one], own_key, counts[one] > 0)
             assert int(alone.token[0]) == int(together.token[row])
         tokens.add(int(together.token[2]))
-    assert len(tokens) > 6  # positions do draw differently
+    assert len(tokens) > 6  # tokens differ between positions
 
 
 def test_options_need_no_recompilation():
     for rows in ([{}, {}], [{"top_k": 2}, {"top_p": 0.5}], [{"temperature": 0.0}, {"min_p": 0.1}]):
-        draw(np.zeros((2, 9)), rows)
+        sample_padded(np.zeros((2, 9)), rows)
     assert TRACED.count((8, 40)) == 1
 
 
@@ -274,15 +274,15 @@ def test_top_logprobs():
 
 
 def test_bfloat16_logits():
-    """Are widened before anything is computed from them; without a prompt nothing is missing either."""
-    narrow = jnp.asarray(np.random.default_rng(0).normal(size=(8, 40)), jnp.bfloat16)
+    """bfloat16 logits are converted to float32 first; the prompt mask is optional."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(8, 40)), jnp.bfloat16)
     options, counts = make_options(SampleConfig(top_p=0.7), 8), np.zeros((8, 40), np.int32)
-    from_narrow = jax.jit(sample)(narrow, options, counts, keys_for(8))
-    from_wide = draw(np.asarray(narrow, np.float32), [{"top_p": 0.7, "temperature": 0.8}] * 8)
-    assert from_narrow.logprob.dtype == jnp.float32
-    assert all(np.array_equal(a, b) for a, b in zip(from_narrow, from_wide, strict=True))
+    from_bfloat16 = jax.jit(sample)(logits, options, counts, keys_for(8))
+    from_float32 = sample_padded(np.asarray(logits, np.float32), [{"top_p": 0.7, "temperature": 0.8}] * 8)
+    assert from_bfloat16.logprob.dtype == jnp.float32
+    assert all(np.array_equal(a, b) for a, b in zip(from_bfloat16, from_float32, strict=True))
 
 
 def test_no_requests():
-    with pytest.raises(ConfigError, match="no request"):
+    with pytest.raises(ConfigError, match="got no requests"):
         stack_options([])

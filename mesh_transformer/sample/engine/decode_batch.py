@@ -61,7 +61,11 @@ class DecodeBatch:
         lengths = jnp.asarray([len(request.prompt) for request in padded], jnp.int32)
         n_vocab = self._programs.config.n_vocab
         new, output = self._programs.first_token(
-            prefill.logits[prompts], stack_requests(padded, n_vocab), lengths, stack_allowed(padded, n_vocab), _n_top(requests)
+            prefill.logits[prompts],
+            stack_requests(padded, n_vocab),
+            lengths,
+            stack_allowed(padded, n_vocab),
+            _n_top(requests),
         )
         # Caches are copied one at a time: a program for several would be compiled for every pair of batch sizes.
         caches = self._state.caches

@@ -148,10 +148,8 @@ class DecoderOnlyEngine(Engine):
 
     def _prefill(self) -> list[Event]:
         """Prefill one chunk of the batch closest to its end, or every second time of the one that started first."""
-        if self._iterations % 2:
-            prefill = self._prefills[0]
-        else:
-            prefill = min(self._prefills, key=lambda prefill: prefill.remaining)
+        shortest = min(self._prefills, key=lambda prefill: prefill.remaining)
+        prefill = self._prefills[0] if self._iterations % 2 else shortest
         prefill.prefill_chunk()
         if prefill.remaining:
             return []

@@ -37,5 +37,7 @@ class StepOutput(NamedTuple):
     token: Int[Array, "B N"]
     logprob: Float[Array, "B N"]  # natural log, in the model's own distribution
     valid: Bool[Array, "B N"]
-    top: tuple[Float[Array, "B N M"], Int[Array, "B N M"]] | None  # log-probabilities and ids of the most probable tokens
+    top: (
+        tuple[Float[Array, "B N M"], Int[Array, "B N M"]] | None
+    )  # log-probabilities and ids of the most probable tokens
     finished: Bool[Array, "B"]

@@ -78,7 +78,12 @@ class EncoderDecoderPrograms(CompiledModel):
         return jax.device_put(array, sharding)
 
     def empty_state(
-        self, segment_ids: Int[Array, "B S"], options: SamplingOptions, keys: Key[Array, "B"], start: int, cache_len: int
+        self,
+        segment_ids: Int[Array, "B S"],
+        options: SamplingOptions,
+        keys: Key[Array, "B"],
+        start: int,
+        cache_len: int,
     ) -> EncoderDecoderState:
         """Return a state before the encoder ran, with outputs that begin with `start` and have up to `cache_len` tokens."""
         batch_size, encoder_len = segment_ids.shape

@@ -124,9 +124,7 @@ class Engine(Protocol):
         for number, (prompt, option) in enumerate(zip(prompts, each, strict=True), start=1):
             name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
             for sample in range(n):
-                params = RequestParams(
-                    option, max_tokens=max_tokens, stop_tokens=stop_tokens, seed=seed, sample=sample
-                )
+                params = RequestParams(option, max_tokens=max_tokens, stop_tokens=stop_tokens, seed=seed, sample=sample)
                 requests.append(self.make_request(prompt, params, name=name))
         return Generation(self, [self.submit(request) for request in requests])
 

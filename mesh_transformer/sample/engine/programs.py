@@ -203,7 +203,9 @@ class EnginePrograms(CompiledModel):
         scores = self._score(found, chunk.targets) if with_scores and chunk.targets is not None else None
         return caches, jnp.where(ends_here[:, None], at_last, logits), scores
 
-    def _score(self, logits: Float[Array, "B T V"], targets: Int[Array | np.ndarray, "B T"]) -> tuple[Array, Array, Array]:
+    def _score(
+        self, logits: Float[Array, "B T V"], targets: Int[Array | np.ndarray, "B T"]
+    ) -> tuple[Array, Array, Array]:
         flat = logits.reshape(-1, logits.shape[-1])
         best, ids = top_logprobs(flat, min(MAX_TOP_LOGPROBS, self.config.n_vocab))
         chosen = jnp.take_along_axis(flat, targets.reshape(-1, 1), axis=1)[:, 0] - jax.nn.logsumexp(flat, axis=1)
@@ -299,7 +301,9 @@ class EnginePrograms(CompiledModel):
         positions = state.position[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         logits, caches = self._forward(weights, tokens, positions, state.caches)
 
-        def step(carry: tuple[DecodeState, Array], x: tuple[Array, Array]) -> tuple[tuple[DecodeState, Array], StepOutput]:
+        def step(
+            carry: tuple[DecodeState, Array], x: tuple[Array, Array]
+        ) -> tuple[tuple[DecodeState, Array], StepOutput]:
             state, active = carry
             own_logits, draft_token = x
             state, output = self._sample(state, own_logits, active, None, n_top)

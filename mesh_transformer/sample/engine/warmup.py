@@ -33,9 +33,7 @@ def warm_up(engine: DecoderOnlyEngine, max_len: int) -> Iterator[tuple[int, int]
     try:
         for done, request in enumerate(requests):
             yield done, len(requests)
-            params = RequestParams(
-                SampleConfig(), max_tokens=request.max_tokens, top_logprobs=request.top_logprobs
-            )
+            params = RequestParams(SampleConfig(), max_tokens=request.max_tokens, top_logprobs=request.top_logprobs)
             for engine.drafter in (None, drafter) if drafter else (None,):
                 engine.submit(engine.make_request(request.prompt, params))
                 while not engine.idle:
@@ -66,7 +64,9 @@ def _warmup_requests(engine: DecoderOnlyEngine, max_len: int) -> Iterator[Warmup
             if 2 * chunk > size:
                 break
             if shorter:  # shares a cached prefix with `longest`, so that only one chunk is left to prefill
-                yield WarmupRequest(longest[: size // 2] + [next(fresh)] * min(chunk, size // 2 - 2 * DECODE_CHUNK), 1, 0)
+                yield WarmupRequest(
+                    longest[: size // 2] + [next(fresh)] * min(chunk, size // 2 - 2 * DECODE_CHUNK), 1, 0
+                )
             else:
                 yield WarmupRequest([next(fresh)] * chunk, 1, 0)
         if size == last:

@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from engine_models import make_model_and_params, random_prompts
 
-from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig, SampleConfig
+from mesh_transformer.config import ConfigError, MeshConfig, SampleConfig
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.transformer import make_model
-from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
 from mesh_transformer.sample.engine.engine import EngineOptions
 from mesh_transformer.sample.engine.programs import DECODE_CHUNK
@@ -64,7 +62,9 @@ def test_greedy_with_cache_is_greedy_without(name):
     config, params = make_model_and_params(**FAMILIES[name])
     prompts, all_tokens = random_prompts(3, 21, 10), set()
     tolerance = 0.15 if config.dtype == "bfloat16" else 2e-4
-    for prompt, [done] in zip(prompts, DecoderOnlyEngine(config, params).generate(prompts, GREEDY, max_tokens=20), strict=True):
+    for prompt, [done] in zip(
+        prompts, DecoderOnlyEngine(config, params).generate(prompts, GREEDY, max_tokens=20), strict=True
+    ):
         logprobs = forward_logprobs(config, params, prompt + done.tokens)[len(prompt) - 1 : -1]
         found = logprobs[np.arange(20), done.tokens]
         np.testing.assert_allclose(found, done.logprobs, atol=tolerance)
@@ -208,7 +208,9 @@ def test_stopped_request_has_no_more_events(shared):
 
 @pytest.mark.parametrize("mesh", [dict(data=2, tensor=2), dict(data=1, fsdp=2, tensor=4)])
 def test_sharded_is_one_device(mesh):
-    config, params = make_model_and_params(positions="rope-half", attention_pattern=("global", "local"), attention_window=6)
+    config, params = make_model_and_params(
+        positions="rope-half", attention_pattern=("global", "local"), attention_window=6
+    )
     prompts = random_prompts(5, 20, 9)
     expected = DecoderOnlyEngine(config, params).generate(prompts, WARM, max_tokens=12, n=3)
     layout = make_layout(MeshConfig(**mesh, rules={"sequence": "tensor", "vocab": ""}))
@@ -264,7 +266,9 @@ def run(engine, requests, *, until=None):
 
 def test_alone_equals_among_31_others_that_come_and_go():
     config, params = make_model_and_params()
-    engine = DecoderOnlyEngine(config, params, EngineOptions(slots=6, prefill_chunk=16))  # fewer slots than requests: they queue
+    engine = DecoderOnlyEngine(
+        config, params, EngineOptions(slots=6, prefill_chunk=16)
+    )  # fewer slots than requests: they queue
     rng = np.random.default_rng(2)
     prompts = random_prompts(*rng.integers(1, 60, 32), seed=7)
     lengths = rng.integers(1, 30, 32).tolist()

@@ -13,10 +13,10 @@ from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig, Sample
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.presets import T5
 from mesh_transformer.mesh import make_layout
-from mesh_transformer.model.transformer import make_model
 from mesh_transformer.model.shapes import describe_params
-from mesh_transformer.sample.engine.encoder_decoder import EncoderDecoderEngine
+from mesh_transformer.model.transformer import make_model
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine, require_decoder_only
+from mesh_transformer.sample.engine.encoder_decoder import EncoderDecoderEngine
 from mesh_transformer.sample.engine.engine import EngineOptions
 from mesh_transformer.sample.engine.requests import PromptError, RequestParams
 
@@ -75,7 +75,13 @@ def test_greedy_is_what_transformers_generates(name):
     expected = external.generate(
         sources, attention_mask=mask, do_sample=False, use_cache=False, max_new_tokens=12, decoder_start_token_id=START
     )[:, 1:]
-    engine = EncoderDecoderEngine(case.config, import_arrays(weights, case.kind, case.config), EngineOptions(slots=len(texts)), start_token=START, end_token=END)
+    engine = EncoderDecoderEngine(
+        case.config,
+        import_arrays(weights, case.kind, case.config),
+        EngineOptions(slots=len(texts)),
+        start_token=START,
+        end_token=END,
+    )
     options = SampleConfig(temperature=0.0, max_tokens=12)
     found = [sample.tokens for (sample,) in engine.generate([text[:-1] for text in texts], options)]
     assert found == expected.tolist()

@@ -9,9 +9,9 @@ import pytest
 from mesh_transformer.config import MeshConfig, ModelConfig, SampleConfig
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.params import STACK
-from mesh_transformer.model.quantization import quantize, dequantize
-from mesh_transformer.model.transformer import make_model
+from mesh_transformer.model.quantization import dequantize, quantize
 from mesh_transformer.model.shapes import describe_params
+from mesh_transformer.model.transformer import make_model
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
 from mesh_transformer.sample.engine.engine import EngineOptions
 from mesh_transformer.sample.engine.weights import contracted_dims
@@ -62,7 +62,11 @@ def test_int8_on_a_mesh_equals_one_device(params):
     expected = generate(DecoderOnlyEngine(CONFIG, params, EngineOptions(weight_dtype="int8", kv_cache_dtype="int8")))
     layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2, rules={"vocab": ""}))
     for found, alone in zip(
-        generate(DecoderOnlyEngine(CONFIG, params, EngineOptions(weight_dtype="int8", kv_cache_dtype="int8"), layout=layout)), expected, strict=True
+        generate(
+            DecoderOnlyEngine(CONFIG, params, EngineOptions(weight_dtype="int8", kv_cache_dtype="int8"), layout=layout)
+        ),
+        expected,
+        strict=True,
     ):
         assert found.tokens == alone.tokens
         np.testing.assert_allclose(found.logprobs, alone.logprobs, atol=2e-3)
