@@ -50,7 +50,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = make_parser(__doc__ or "")
     parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart, or a checkpoint in it")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0: any free port; default: %(default)s")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port to listen on, 0: any free port; default: %(default)s"
+    )
     parser.add_argument("--token-file", type=Path, help="file with the bearer token that clients must send")
     parser.add_argument("--name", help="name of the model in the API; default: last component of RUN")
     add_set_option(parser)

@@ -27,6 +27,7 @@ from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.evaluate.callback import make_measure
 from mesh_transformer.evaluate.checkpoint_eval import open_model
 from mesh_transformer.mesh import MeshLayout, init_devices
+from mesh_transformer.sample.engine.decoder_only import require_decoder_only
 from mesh_transformer.sample.loading import LoadedModel
 from mesh_transformer.sample.text_generation import TextCompletion, TextGeneration
 from mesh_transformer.train.session import train_config
@@ -101,7 +102,7 @@ class Model:
             raise ConfigError("logits of an encoder-decoder model need encoder and decoder tokens; use mesh_transformer.model")
         if not ids:
             raise ConfigError("the prompt has no tokens; give at least one")
-        return self._loaded.engine.logits(ids)
+        return require_decoder_only(self._loaded.engine, "logits").logits(ids)
 
     def _start(
         self, prompts: Sequence[str], n: int, seed: int, stop: Sequence[str], sampling: dict[str, Any]

@@ -1,16 +1,17 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Runs side by side: loss against tokens, FLOPs and time as one page, their numbers as one table, and a scaling law.
+"""Compare training runs: a page of losses against tokens, FLOPs and time, a table, and a scaling law.
 
-Each argument is a run folder. FLOPs are those of training as the model itself needs them, counted from its step. The law
-L = a C^-b + c is fitted to the last losses of four or more runs, one point each (held out, where all runs have a set of
-one name); and to each run's own curve, which tells how that run went on, not how sizes compare.
+Each argument is a run folder. FLOPs are the model's own training FLOPs, counted from its training step. The law
+L = a C^-b + c is fitted to the last losses of four or more runs, one point per run (validation losses, if all runs have a
+validation set of the same name). It is also fitted to each run's own curve, which describes that run's progress but does not
+compare sizes.
 
 examples:
   python scripts/compare_runs.py runs/small runs/medium runs/large runs/xl
-      the table here, the page in compare.html
+      print the table, and write the page to compare.html
   python scripts/compare_runs.py runs/* --output comparison.html --json
-      the same as one JSON object: a program's view of the table and of the fits
+      print the table and the fits as one JSON object instead
 """
 
 import json
@@ -32,23 +33,38 @@ from mesh_transformer.config import Config, ConfigError, load_config
 from mesh_transformer.evaluate.scaling import Fit, fit_law
 from mesh_transformer.reports.console import format_time
 from mesh_transformer.reports.evaluation_results import metrics_of, read_evaluations
-from mesh_transformer.reports.html_report import CSS, active_seconds, smooth, downsample
+from mesh_transformer.reports.html_report import active_seconds, smooth
 from mesh_transformer.reports.metrics_log import FILE, read_metrics
-from mesh_transformer.reports.svg import DASHES, Series, format_number, plot
+from mesh_transformer.reports.page import make_html_page, make_plots
+from mesh_transformer.reports.svg import DASHES, Series, downsample, format_number, plot
 from mesh_transformer.storage.atomic_files import replace_file
-from mesh_transformer.train.flops import count_flops
 from mesh_transformer.train.compile import abstract_batch, without_remat
+from mesh_transformer.train.flops import count_flops
 from mesh_transformer.train.schedule import first_sequence
 from mesh_transformer.train.state import describe_state
 from mesh_transformer.train.step import make_train_step
 
 COLORS = ("#3056d3", "#d1495b", "#0f8b6d", "#b7791f", "#7b4fb5", "#00838f", "#ad1457", "#546e7a")
-CURVES = "b and c of a run's own curve are those of the same law fitted to its training loss: how it went on, not how sizes compare"
-LAST = 20  # logged steps whose median is the last training loss
+CURVES = "b and c of a run's own curve are fitted to its training loss: they describe that run's progress, not how model sizes compare"
+LAST_STEPS = 20  # logged steps whose median is the last training loss
+MAX_POINTS = 300  # of a curve
+AXES = (  # title, attribute of History, unit, logarithmic
+    ("Loss against tokens", "tokens", "nats per token, smoothed", True),
+    ("Loss against FLOPs", "flops", "nats per token, smoothed", True),
+    ("Loss against time", "seconds", "nats per token, smoothed; seconds without interruptions", False),
+)
+
+
+class Scores(NamedTuple):
+    """Results on one validation set, a value for each evaluation."""
+
+    tokens: list[float]
+    losses: list[float]
+    bits_per_byte: list[float]
 
 
 class History(NamedTuple):
-    """A run as its metrics tell it, a value for each logged step."""
+    """Metrics of a run, a value for each logged step."""
 
     name: str
     parameters: float
@@ -56,46 +72,70 @@ class History(NamedTuple):
     flops: list[float]
     seconds: list[float]
     losses: list[float]
-    held_out: dict[str, tuple[list[float], list[float], list[float]]]  # set -> tokens, losses, bits per byte
-    results: dict[str, float]  # of its newest evaluation
+    held_out: dict[str, Scores]  # by validation set
+    results: dict[str, float]  # of its latest evaluation
 
     @property
     def last_loss(self) -> float:
-        """Of training, less noisy than its last step."""
-        return statistics.median(self.losses[-LAST:])
+        """Training loss at the end of the run: a median, less noisy than the last step."""
+        return statistics.median(self.losses[-LAST_STEPS:])
+
+
+class Comparison(NamedTuple):
+    """Everything that is printed and drawn."""
+
+    histories: Sequence[History]
+    fits: Sequence[Fit | None]  # of each run's own curve
+    law: Fit | None  # over the runs
+    points: list[tuple[float, float]]  # FLOPs and last loss of each run
+    headings: list[str]
+    rows: list[list[str]]
 
 
 def main(arguments: list[str]) -> int:
-    """Read, fit, draw, print."""
+    """Compare the runs named on the command line."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
-    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the page; default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=Path("compare.html"), help="path of the page (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     names = _short_names([Path(run) for run in options.runs])
     histories = [read_history(Path(run), name) for run, name in zip(options.runs, names, strict=True)]
-    law, points = fit_across(histories)
-    fits = [fit_law(history.flops, history.losses) for history in histories]
-    headings, rows = make_table(histories, fits)
-    replace_file(options.output, make_page(histories, fits, law, points, headings, rows).encode())
+    comparison = compare(histories)
+    replace_file(options.output, make_page(comparison).encode())
     if options.json:
-        runs = [describe(history, fit) for history, fit in zip(histories, fits, strict=True)]
-        print(json.dumps({"runs": runs, "law": law and law._asdict(), "points": points}, indent=2))
+        runs = [describe(history, fit) for history, fit in zip(histories, comparison.fits, strict=True)]
+        law = comparison.law and comparison.law._asdict()
+        print(json.dumps({"runs": runs, "law": law, "points": comparison.points}, indent=2))
     else:
-        _print(headings, rows, law)
-    print(f"drawn in {options.output}", file=sys.stderr)
+        _print(comparison)
+    print(f"wrote {options.output}", file=sys.stderr)
     return 0
 
 
+def compare(histories: Sequence[History]) -> Comparison:
+    """Fit the laws and make the table."""
+    law, points = fit_across(histories)
+    fits = [fit_law(history.flops, history.losses) for history in histories]
+    headings, rows = make_table(histories, fits)
+    return Comparison(histories, fits, law, points, headings, rows)
+
+
 def read_history(run: Path, name: str) -> History:
-    """A run from its metrics.jsonl and config.toml; ConfigError if it has not trained."""
+    """Read a run from its metrics.jsonl and config.toml; ConfigError if it has no training steps."""
     lines = read_metrics(run / FILE)
     if not any(line["kind"] == "train" for line in lines) or not (run / "config.toml").is_file():
-        raise ConfigError(f"{run}: no run that has trained: it needs {FILE} with steps in it, and config.toml")
+        raise ConfigError(f"{run}: not a trained run; a run folder has config.toml and {FILE} with training steps")
     config = load_config(run / "config.toml")
-    per_sequence, seq_len = flops_per_sequence(config), config.model.seq_len
-    tokens, flops, seconds, losses = [], [], [], []
-    held_out: dict[str, tuple[list[float], list[float], list[float]]] = {}
+    per_sequence = flops_per_sequence(config)
+    seq_len = config.model.seq_len
+    tokens: list[float] = []
+    flops: list[float] = []
+    seconds: list[float] = []
+    losses: list[float] = []
+    held_out: dict[str, Scores] = {}
     for line, passed in zip(lines, active_seconds(lines), strict=True):
         sequences = first_sequence(config.train, line["step"])
         if line["kind"] == "train" and line.get("loss") is not None:
@@ -104,9 +144,10 @@ def read_history(run: Path, name: str) -> History:
             seconds.append(passed)
             losses.append(line["loss"])
         elif line["kind"] == "evaluation" and line.get("loss") is not None:
-            found = held_out.setdefault(line["set"], ([], [], []))
-            for values, value in zip(found, (sequences * seq_len, line["loss"], line["bits_per_byte"]), strict=True):
-                values.append(value)
+            scores = held_out.setdefault(line["set"], Scores([], [], []))
+            scores.tokens.append(sequences * seq_len)
+            scores.losses.append(line["loss"])
+            scores.bits_per_byte.append(line["bits_per_byte"])
     parameters = next((line["parameters"] for line in lines if "parameters" in line), math.nan)
     evaluations = read_evaluations(run)
     results = metrics_of(evaluations[max(evaluations)]) if evaluations else {}
@@ -114,24 +155,27 @@ def read_history(run: Path, name: str) -> History:
 
 
 def flops_per_sequence(config: Config) -> float:
-    """Of one sequence through the training step, nothing computed twice; the step is traced, not compiled."""
+    """Return the training FLOPs of one sequence without recomputation. The step is traced, not compiled."""
     shapes, _ = describe_state(config)
     step = make_train_step(without_remat(config))
     return count_flops(step, shapes, abstract_batch(config)) / config.train.batch_size
 
 
 def fit_across(histories: Sequence[History]) -> tuple[Fit | None, list[tuple[float, float]]]:
-    """The law over the runs' last losses, held out if all have a set of one name; and each run's point (FLOPs, loss)."""
+    """Return the law over the runs, and each run's point (FLOPs, last loss).
+
+    The loss is that of the validation set that all runs have, or else the training loss.
+    """
     common = set.intersection(*(set(history.held_out) for history in histories))
     name = min(common, default=None)
     points = [
-        (history.flops[-1], history.held_out[name][1][-1] if name else history.last_loss) for history in histories
+        (history.flops[-1], history.held_out[name].losses[-1] if name else history.last_loss) for history in histories
     ]
     return fit_law(*zip(*points, strict=True)), points
 
 
 def describe(history: History, fit: Fit | None) -> dict[str, Any]:
-    """What a program would want to know of a run."""
+    """Return a run as JSON values."""
     return {
         "name": history.name,
         "parameters": history.parameters,
@@ -139,14 +183,17 @@ def describe(history: History, fit: Fit | None) -> dict[str, Any]:
         "flops": history.flops[-1],
         "seconds": history.seconds[-1],
         "loss": history.last_loss,
-        "held_out": {name: {"loss": found[1][-1], "bits_per_byte": found[2][-1]} for name, found in history.held_out.items()},
+        "held_out": {
+            name: {"loss": scores.losses[-1], "bits_per_byte": scores.bits_per_byte[-1]}
+            for name, scores in history.held_out.items()
+        },
         "results": history.results,
         "curve_fit": fit and fit._asdict(),
-    }  # fmt: skip
+    }
 
 
 def make_table(histories: Sequence[History], fits: Sequence[Fit | None]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row of text for each run."""
+    """Return the headings, and a row of text for each run."""
     sets = sorted({name for history in histories for name in history.held_out})
     shown = sorted({key for h in histories for key in h.results if key.endswith((".acc", ".bits_per_byte"))})
     headings = [
@@ -161,7 +208,7 @@ def make_table(histories: Sequence[History], fits: Sequence[Fit | None]) -> tupl
     ]
     rows = []
     for history in histories:
-        bits = [f"{history.held_out[s][2][-1]:.4f}" if s in history.held_out else "" for s in sets]
+        bits = [f"{history.held_out[s].bits_per_byte[-1]:.4f}" if s in history.held_out else "" for s in sets]
         rows.append(
             [
                 history.name, format_number(history.parameters), format_number(history.tokens[-1]),
@@ -175,72 +222,71 @@ def make_table(histories: Sequence[History], fits: Sequence[Fit | None]) -> tupl
     return headings, rows
 
 
-def make_page(
-    histories: Sequence[History],
-    fits: Sequence[Fit | None],
-    law: Fit | None,
-    points: Sequence[tuple[float, float]],
-    headings: Sequence[str],
-    rows: Sequence[Sequence[str]],
-) -> str:
-    """One page without network or scripts."""
-    plots = []
-    for title, attribute, is_log in (
-        ("Loss against tokens", "tokens", True),
-        ("Loss against FLOPs", "flops", True),
-        ("Loss against time", "seconds", False),
-    ):
-        series = [
-            Series(h.name, downsample(smooth(list(zip(getattr(h, attribute), h.losses, strict=True))), 300), _style(i))
-            for i, h in enumerate(histories)
-        ]
-        unit = "nats per token, smoothed" + ("" if is_log else "; seconds without interruptions")
-        plots.append(plot(title, unit, series, log_x=is_log))
-    for name in sorted({name for history in histories for name in history.held_out}):
-        series = [
-            Series(h.name, list(zip(h.held_out[name][0], h.held_out[name][2], strict=True)), _style(i), markers=True)
-            for i, h in enumerate(histories)
-            if name in h.held_out
-        ]
-        plots.append(plot(f"Held-out bits per byte, {name}", "by tokens", series, log_x=True))
-    if law is not None:
-        compute = [x for x, _ in points]
-        grid = np.geomspace(min(compute), 4 * max(compute), 60)
-        series = [
-            Series("the law, to four times the FLOPs", [(float(x), law(float(x))) for x in grid], "main dashed"),
-            *(Series(h.name, [point], _style(i)) for i, (h, point) in enumerate(zip(histories, points, strict=True))),
-        ]
-        plots.append(plot("Last loss against FLOPs", "nats per token", series, log_x=True))
-    body = "".join(
-        f"<tr><td><b class=key style='color:{COLORS[i % len(COLORS)]}'>■</b> {escape(row[0])}"
-        + "".join(f"<td>{escape(cell)}" for cell in row[1:])
-        for i, row in enumerate(rows)
+def make_page(comparison: Comparison) -> str:
+    """Return the page: the table, the law and the plots."""
+    body = (
+        f"{_html_table(comparison)}<p>{escape(_describe_law(comparison))}</p>"
+        f"<p>{CURVES if any(comparison.fits) else ''}</p>{make_plots(_plots(comparison))}"
     )
-    head = "".join(f"<th>{escape(name)}" for name in headings)
     colors = "".join(
         f"path.c{i}{{stroke:{c}}}circle.c{i}{{fill:{c}}}.key.c{i}::before{{background:{c}}}"
         for i, c in enumerate(COLORS)
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>runs side by side</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<style>{CSS}{colors}.scores b.key::before{{content:none}}</style></head><body><main><h1>Runs side by side</h1>"
-        f"<div class=numbers><table class=scores><tr>{head}{body}</table></div>"
-        f"<p>{escape(_tell_law(law, len(histories)))}</p><p>{CURVES if any(fits) else ''}</p>"
-        f'<section class="plots">{"".join(plots)}</section></main></body></html>\n'
-    )
+    return make_html_page("Comparison of runs", body, styles=f"{colors}.scores b.key::before{{content:none}}\n")
 
 
-def _tell_law(law: Fit | None, n_runs: int) -> str:
-    if law is not None:
-        return f"law of the runs' last losses, C in FLOPs: {law}"
-    few = (
-        f"{n_runs} run(s) are fewer than the four that a law of three numbers needs"
-        if n_runs < 4
-        else "losses do not fall"
+def _html_table(comparison: Comparison) -> str:
+    """Return the table with each run's color in front of its name."""
+    head = "".join(f"<th>{escape(name)}" for name in comparison.headings)
+    body = "".join(
+        f"<tr><td><b class=key style='color:{COLORS[i % len(COLORS)]}'>■</b> {escape(row[0])}"
+        + "".join(f"<td>{escape(cell)}" for cell in row[1:])
+        for i, row in enumerate(comparison.rows)
     )
-    return f"no law of the runs' last losses: {few}"
+    return f"<div class=numbers><table class=scores><tr>{head}{body}</table></div>"
+
+
+def _plots(comparison: Comparison) -> list[str]:
+    histories = comparison.histories
+    plots = []
+    for title, attribute, unit, is_log in AXES:
+        series = [Series(h.name, _curve(getattr(h, attribute), h.losses), _style(i)) for i, h in enumerate(histories)]
+        plots.append(plot(title, unit, series, log_x=is_log))
+    for name in sorted({name for history in histories for name in history.held_out}):
+        series = [
+            Series(h.name, list(zip(scores.tokens, scores.bits_per_byte, strict=True)), _style(i), markers=True)
+            for i, h in enumerate(histories)
+            if (scores := h.held_out.get(name))
+        ]
+        plots.append(plot(f"Held-out bits per byte, {name}", "by tokens", series, log_x=True))
+    if comparison.law is not None:
+        plots.append(_law_plot(comparison, comparison.law))
+    return plots
+
+
+def _curve(xs: Sequence[float], losses: Sequence[float]) -> list[tuple[float, float | None]]:
+    return downsample(smooth(list(zip(xs, losses, strict=True))), MAX_POINTS)
+
+
+def _law_plot(comparison: Comparison, law: Fit) -> str:
+    compute = [x for x, _ in comparison.points]
+    grid = np.geomspace(min(compute), 4 * max(compute), 60)
+    series = [
+        Series("the law, to four times the FLOPs", [(float(x), law(float(x))) for x in grid], "main dashed"),
+        *(
+            Series(history.name, [point], _style(i))
+            for i, (history, point) in enumerate(zip(comparison.histories, comparison.points, strict=True))
+        ),
+    ]
+    return plot("Last loss against FLOPs", "nats per token", series, log_x=True)
+
+
+def _describe_law(comparison: Comparison) -> str:
+    n_runs = len(comparison.rows)
+    if comparison.law is not None:
+        return f"scaling law of the runs' last losses, C in FLOPs: {comparison.law}"
+    reason = f"{n_runs} run(s) given, at least 4 are needed" if n_runs < 4 else "losses do not fall with compute"
+    return f"no scaling law: {reason}"
 
 
 def _style(number: int) -> str:
@@ -248,20 +294,20 @@ def _style(number: int) -> str:
 
 
 def _short_names(runs: Sequence[Path]) -> list[str]:
-    """Last parts of the paths, or the paths themselves where these would not tell runs apart."""
+    """Return the last parts of the paths, or the paths if those are not distinct."""
     names = [run.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
-def _print(headings: Sequence[str], rows: Sequence[Sequence[str]], law: Fit | None) -> None:
+def _print(comparison: Comparison) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for number, heading in enumerate(headings):
+    for number, heading in enumerate(comparison.headings):
         table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
-    for row in rows:
+    for row in comparison.rows:
         table.add_row(*map(Text, row))
     console.print(table)
-    console.print(Text(_tell_law(law, len(rows))), soft_wrap=True)
+    console.print(Text(_describe_law(comparison)), soft_wrap=True)
 
 
 if __name__ == "__main__":

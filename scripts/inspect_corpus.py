@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Look into a corpus that build_corpus.py made: random documents, what was dropped and why, nearest duplicates.
+"""Inspect a corpus built by build_corpus.py: random documents, dropped documents with reasons, near duplicates.
 
 examples:
-  python scripts/inspect_corpus.py corpora/machine --n 3 --component licences
-      three documents for training, the same ones for the same --seed
+  python scripts/inspect_corpus.py corpora/machine --n 3 --component licenses
+      three training documents, the same for the same --seed
   python scripts/inspect_corpus.py corpora/machine --dropped gopher
-      what steps or reasons with this word in them took
-  python scripts/inspect_corpus.py corpora/machine --near /usr/share/common-licenses/Apache-2.0
-      documents that share a MinHash band with this one, also those that were removed, with their similarity
+      documents dropped by a filter, or for a reason, with this word in its name
+  python scripts/inspect_corpus.py corpora/machine --duplicates-of /usr/share/common-licenses/Apache-2.0
+      documents that share a MinHash band with this one, including removed ones, with their similarity
 """
 
 import argparse
@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 
 from mesh_transformer.cli import make_parser, run_command
-from mesh_transformer.config import check_table
-from mesh_transformer.corpus.parts import read_documents
-from mesh_transformer.corpus.recipe import Recipe
+from mesh_transformer.corpus.parts import read_documents, read_dropped
+from mesh_transformer.corpus.recipe import load_stored_recipe
 from mesh_transformer.corpus.stage_dedup import BoundedSignature, minhash_config
 from mesh_transformer.corpus.stages import CorpusError
 from mesh_transformer.corpus.word_tokenizer import WORDS
@@ -33,107 +32,120 @@ Record = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
-    """Show what is asked for."""
+    """Print the requested documents."""
     options = parse(arguments)
     if not (options.corpus / "manifest.json").is_file():
-        raise CorpusError(f"{options.corpus}: no manifest.json: no corpus, or one that is not whole; build it again")
-    if options.near:
-        show_near(options)
+        raise CorpusError(f"{options.corpus}: no manifest.json: not a corpus, or incomplete; build it again")
+    if options.duplicates_of:
+        print_duplicates(options)
         return 0
     if options.dropped is not None:
-        records = sample(read_dropped(options), options)
+        records = sample(find_dropped(options), options)
     else:
         folder = options.corpus / "documents" / ("heldout" if options.heldout else "train")
         paths = sorted(folder.glob(f"{options.component or '*'}-*.jsonl.zst"))
         records = sample((record for path in paths for record in read_documents(path)), options)
     if not records:
-        raise CorpusError("nothing there that fits; look at datasheet.html for components, steps and reasons")
+        raise CorpusError("no document matches; see datasheet.html for components, filters and reasons")
     for record in records:
-        show(record, options.characters)
+        print_document(record, options.characters)
     return 0
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("corpus", type=Path, metavar="CORPUS", help="folder of a corpus")
-    parser.add_argument("--n", type=int, default=5, help="how many documents; default: %(default)s")
-    parser.add_argument("--component", default="", help="only of this one")
-    parser.add_argument("--heldout", action="store_true", help="held-out documents")
-    parser.add_argument("--dropped", metavar="WORD", nargs="?", const="", help="dropped ones, for this step or reason")
-    parser.add_argument("--near", metavar="ID", default="", help="nearest duplicates of the document with this id")
-    parser.add_argument("--seed", type=int, default=0, help="another choice; default: %(default)s")
-    parser.add_argument("--characters", type=int, default=1000, help="shown of each; default: %(default)s")
+    parser.add_argument("--n", type=int, default=5, help="number of documents; default: %(default)s")
+    parser.add_argument("--component", default="", help="only of this component")
+    parser.add_argument("--heldout", action="store_true", help="held-out instead of training documents")
+    parser.add_argument(
+        "--dropped", metavar="WORD", nargs="?", const="", help="dropped documents with WORD in the filter or reason"
+    )
+    parser.add_argument(
+        "--duplicates-of", metavar="ID", default="", help="near duplicates of the document with this id"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample; default: %(default)s")
+    parser.add_argument(
+        "--characters", type=int, default=1000, help="printed characters of each document; default: %(default)s"
+    )
     return parser.parse_args(arguments)
 
 
 def sample(records: Iterator[Record], options: argparse.Namespace) -> list[Record]:
-    """Evenly drawn, in one pass and bounded memory."""
-    draw, kept = random.Random(options.seed), []
+    """Return a uniform sample in one pass (reservoir sampling)."""
+    rng = random.Random(options.seed)
+    sampled: list[Record] = []
     for number, record in enumerate(records):
-        if len(kept) < options.n:
-            kept.append(record)
-        elif (place := draw.randrange(number + 1)) < options.n:
-            kept[place] = record
-    return kept
+        if len(sampled) < options.n:
+            sampled.append(record)
+        elif (index := rng.randrange(number + 1)) < options.n:
+            sampled[index] = record
+    return sampled
 
 
-def read_dropped(options: argparse.Namespace) -> Iterator[Record]:
-    """Documents that steps, duplicates and lines took, whose step or reason has the word."""
-    for path in sorted((options.corpus / "work").glob("*/dropped/*.jsonl.zst")):
-        for record in read_documents(path):
-            meta = record["meta"]
-            fits = options.dropped in f"{meta['step']} {meta['reason']}"
-            if fits and options.component in ("", meta["component"]):
-                yield record
+def find_dropped(options: argparse.Namespace) -> Iterator[Record]:
+    """Yield dropped documents whose filter or reason contains the word."""
+    for record in read_dropped(options.corpus):
+        meta = record["meta"]
+        matches = options.dropped in f"{meta['filter']} {meta['reason']}"
+        if matches and options.component in ("", meta["component"]):
+            yield record
 
 
-def show(record: Record, characters: int) -> None:
-    """One document with what is known of it."""
+def print_document(record: Record, characters: int) -> None:
+    """Print a document with its metadata."""
     meta = ", ".join(f"{key} {value}" for key, value in record["meta"].items())
     print(f"--- {record['id']} ({meta})")
     text = record["text"]
     print(text[:characters] + (f"\n[... {len(text) - characters:,} more characters]" if len(text) > characters else ""))
 
 
-def show_near(options: argparse.Namespace) -> None:
-    """Candidates by equal bands, from the signatures of the build, then their true similarity."""
-    table = json.loads((options.corpus / "manifest.json").read_text())["recipe"]
-    recipe = check_table(Recipe, table, where=str(options.corpus / "manifest.json"))
+def print_duplicates(options: argparse.Namespace) -> None:
+    """Find candidates with equal bands in the signatures of the build, and print them by their exact similarity."""
+    manifest = options.corpus / "manifest.json"
+    recipe = load_stored_recipe(json.loads(manifest.read_text(encoding="utf-8"))["recipe"], where=str(manifest))
     if recipe.duplicates.near == "none":
-        raise CorpusError('this corpus has no signatures: its recipe says duplicates.near = "none"')
+        raise CorpusError('this corpus has no signatures: it was built with duplicates.near = "none"')
     work = options.corpus / "work"
-    filtered, signed = (next(work.glob(f"{stage}-*")) for stage in ("filter", "sign"))
+    filtered = next(work.glob("filter-*"))
+    signed = next(work.glob("sign*-*"))  # "signatures", or "sign" in version 1.0
     parts = sorted((filtered / "documents").glob("*.jsonl.zst"))
-    wanted = next((r for path in parts for r in read_documents(path) if r["id"] == options.near), None)
-    if wanted is None:
-        raise CorpusError(f"{options.near}: no such document after the steps; ids are shown by look.py without --near")
+    original = next((r for path in parts for r in read_documents(path) if r["id"] == options.duplicates_of), None)
+    if original is None:
+        raise CorpusError(
+            f"{options.duplicates_of}: no filtered document has this id; "
+            "scripts/inspect_corpus.py without --duplicates-of prints ids"
+        )
     language: Any = WORDS
     block = BoundedSignature(str(signed / "signatures"), minhash_config(recipe), language=language)
-    shingles = block.get_shingles(wanted["text"])
+    shingles = block.get_shingles(original["text"])
     if not len(shingles):
-        raise CorpusError(f"{options.near}: fewer than duplicates.n_gram words: only exact duplicates are found of it")
+        raise CorpusError(
+            f"{options.duplicates_of}: fewer than duplicates.n_gram = {recipe.duplicates.n_gram} words: "
+            "it has no near duplicates, only exact ones"
+        )
     signature = block.get_signature(shingles)
     found = [(similarity(block, shingles, r["text"]), r) for r in find_candidates(signed, parts, signature)]
     found.sort(key=lambda one: -one[0])
-    for likeness, record in found[: options.n + 1]:
-        print(f"{likeness:.3f}  {record['meta']['pile_set_name']}  {record['id']}")
+    for jaccard, record in found[: options.n + 1]:
+        print(f"{jaccard:.3f}  {record['meta']['pile_set_name']}  {record['id']}")
 
 
 def find_candidates(signed: Path, parts: list[Path], signature: list[list[int]]) -> Iterator[Record]:
-    """Documents of all parts with a band of the signature, a part at a time."""
+    """Yield the documents of all parts that share a band with the signature."""
     for number, path in enumerate(parts):
         hits: set[int] = set()
         for band, hashes in enumerate(signature):
-            record = np.dtype([("hashes", "<u8", len(hashes)), ("document", "<u4")])
-            rows = np.fromfile(signed / f"signatures/bucket_{band:03d}/{number:05d}.minhash.sig", record)
-            hits |= set(rows["document"][(rows["hashes"] == np.array(hashes, np.uint64)).all(axis=1)].tolist())
+            dtype = np.dtype([("hashes", "<u8", len(hashes)), ("document", "<u4")])
+            entries = np.fromfile(signed / f"signatures/bucket_{band:03d}/{number:05d}.minhash.sig", dtype)
+            hits |= set(entries["document"][(entries["hashes"] == np.array(hashes, np.uint64)).all(axis=1)].tolist())
         if hits:
-            yield from (one for place, one in enumerate(read_documents(path)) if place in hits)
+            yield from (record for i, record in enumerate(read_documents(path)) if i in hits)
 
 
 def similarity(block: BoundedSignature, shingles: np.ndarray, text: str) -> float:
-    """Jaccard similarity of two documents' n-grams."""
+    """Return the Jaccard similarity of the n-grams of two documents."""
     other = block.get_shingles(text)
     return len(np.intersect1d(shingles, other)) / max(len(np.union1d(shingles, other)), 1)
 

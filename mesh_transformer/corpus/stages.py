@@ -240,4 +240,4 @@ def _read_record(folder: Path, rank: int) -> dict[str, Any] | None:
         raise DataError(f"{path}: invalid JSON in the record of a part; remove the file and build again") from None
     if any(sizes[name] != output["size"] for name, output in record.get("outputs", {}).items()):
         return None
-    return {RENAMED_RECORD_KEYS.get(key, key): value for key, value in record.items()}
+    return {RENAMED_RECORD_KEYS.get(str(key), str(key)): value for key, value in record.items()}

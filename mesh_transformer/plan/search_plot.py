@@ -12,7 +12,7 @@ from mesh_transformer.reports.svg import Axis, Frame, draw_grid, element, make_a
 
 FRAME = Frame(width=1080, height=520, left=70, right=320, top=56, bottom=52)
 GIB = 2**30
-LINE = 40  # of the list beside the plot: two rows of text
+LIST_STEP = 40  # height of an entry of the list next to the plot: two lines of text
 STYLE = """
 svg{background:#fff;color:#1b1f24;font:13px system-ui,sans-serif}.grid{stroke:#e3e6ea}.axis{fill:#57606a}
 .estimate{fill:#c3c9d1}.fits{fill:#1f6feb}.over{fill:#cf222e}.limit{stroke:#cf222e;stroke-dasharray:6 4}
@@ -49,10 +49,9 @@ def draw_search(found: SearchResult, chip: Chip, title: str) -> str:
         path = " L".join(f"{FRAME.x(across, x):.1f} {FRAME.y(up, y):.1f}" for x, y in line)
         parts.append(f'<path class="frontier" d="M{path}"/>')
     parts += _draw_compiled(compiled, across, up, chip)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {FRAME.width} {FRAME.height}" width="{FRAME.width}" height="{FRAME.height}" '
-        f'role="img" aria-label="{escape(title)}"><style>{STYLE}</style>{"".join(parts)}</svg>\n'
-    )
+    body = f"<style>{STYLE}</style>{''.join(parts)}"
+    size = f'viewBox="0 0 {FRAME.width} {FRAME.height}" width="{FRAME.width}" height="{FRAME.height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(title)}">{body}</svg>\n'
 
 
 def _coordinates(one: Candidate, chip: Chip) -> tuple[float, float]:
@@ -61,11 +60,11 @@ def _coordinates(one: Candidate, chip: Chip) -> tuple[float, float]:
 
 
 def _draw_compiled(compiled: list[tuple[Candidate, float, float]], across: Axis, up: Axis, chip: Chip) -> list[str]:
-    """Numbered dots, the best last and on top, and the list that names them."""
+    """Return the numbered dots, the best one on top, and the list that describes them."""
     parts = []
     for number, (one, x, y) in reversed(list(enumerate(compiled, start=1))):
         fits = one.stats is not None and memory_use(one.stats, chip).fits
-        style, row = "fits" if fits else "over", FRAME.top + 12 + (number - 1) * LINE
+        style, row = "fits" if fits else "over", FRAME.top + 12 + (number - 1) * LIST_STEP
         for px, py in ((FRAME.x(across, x), FRAME.y(up, y)), (FRAME.x_end + 34, row)):
             parts.append(f'<circle class="{style}" cx="{px:.1f}" cy="{py:.1f}" r="9"/>')
             parts.append(f'<text class="number" x="{px:.1f}" y="{py + 4:.1f}" text-anchor="middle">{number}</text>')

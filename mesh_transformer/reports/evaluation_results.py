@@ -1,10 +1,14 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Results of evaluation in a run folder: evaluation_<step>.json in lm-evaluation-harness's form; as tables and as plots.
+"""Evaluation results of a run folder: evaluation_<step>.json in lm-evaluation-harness's format, tables and plots.
 
-{"results": {TASK: {"alias": TASK, "METRIC,none": value, "METRIC_stderr,none": value}}, "n-samples": {TASK: {"effective": n}},
- "versions": ..., "higher_is_better": ..., "config": {"model": "mesh-transformer", "step": ..., ...}, "date": <unix seconds>,
- "published": [{"model": ..., "source": ..., "scores": {"TASK.METRIC": value}}]}   published: of those tasks and metrics alone
+{"results": {TASK: {"alias": TASK, "METRIC,FILTER": value, "METRIC_stderr,FILTER": value}}, "versions": ...,
+ "n-samples": {TASK: {"effective": n, "cut": <prompts that were truncated>}}, "higher_is_better": ...,
+ "config": {"model": "mesh-transformer", "step": ..., ...}, "date": <unix seconds>,
+ "published": [{"model": ..., "source": ..., "scores": {"TASK.METRIC": value}}]}
+
+FILTER is the harness's answer filter, "none" if the answer is used as it is. "published" has results of other models for
+the same tasks and metrics.
 """
 
 import json
@@ -13,7 +17,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mesh_transformer.reports.svg import DASHES, Series, plot
+from mesh_transformer.reports.page import make_html_table, make_plots
+from mesh_transformer.reports.svg import DASHES, STYLES, Series, plot
 from mesh_transformer.storage.atomic_files import replace_file
 
 Evaluation = Mapping[str, Any]
@@ -26,12 +31,12 @@ TEXT_COLUMNS = {
     "tokens_per_byte": ("tokens/byte", "{:.4f}"),
     "bytes": ("bytes", "{:,.0f}"),
 }
+TASK_HEADINGS = ("", "metric", "value", "standard error", "examples", "few-shot", "truncated prompts")
 COUNTS = ("documents", "bytes", "tokens", "words")
-STYLES = ("main", "accent", "second", "third", "fourth")
 
 
 class Table(NamedTuple):
-    """Cells as text; the first column names the row."""
+    """A table of text cells; the first column names the row."""
 
     title: str
     headings: list[str]
@@ -39,12 +44,12 @@ class Table(NamedTuple):
 
 
 def evaluation_file(run_dir: Path, step: int) -> Path:
-    """Where the results of a step are."""
+    """Return the path of the results of a step."""
     return run_dir / f"evaluation_{step}.json"
 
 
 def write_evaluation(run_dir: Path, step: int, evaluation: Evaluation) -> Path:
-    """Write the results of a step; those of other tasks that the file has already stay in it."""
+    """Write the results of a step and return the path; results of other tasks in the file are retained."""
     path = evaluation_file(run_dir, step)
     before = _read(path) if path.exists() else {}
     merged = {**evaluation, **{key: {**before.get(key, {}), **evaluation.get(key, {})} for key in MERGED}}
@@ -56,7 +61,7 @@ def write_evaluation(run_dir: Path, step: int, evaluation: Evaluation) -> Path:
 
 
 def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
-    """All results of a run folder by step; ValueError, naming the file, for one that is not ours."""
+    """Return all results of a run folder by step; ValueError, naming the file, for one in another format."""
     steps = {}
     for path in run_dir.glob("evaluation_*.json"):
         if (step := path.stem.removeprefix("evaluation_")).isdigit():
@@ -65,70 +70,66 @@ def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, float]:
-    """ "TASK.METRIC" -> value, without standard errors and counts; METRIC_FILTER where an answer is read in several ways."""
+    """Return "TASK.METRIC" -> value without standard errors and counts; with several filters, "TASK.METRIC_FILTER"."""
     found = {}
     for task, values in evaluation["results"].items():
-        for metric, reading, value in _measures(values):
+        for metric, answer_filter, value in _metric_values(values):
             if metric not in COUNTS:
-                found[f"{task}.{metric}{reading and f'_{reading}'}"] = float(value)
+                found[f"{task}.{metric}{answer_filter and f'_{answer_filter}'}"] = float(value)
     return found
 
 
-def _measures(values: Mapping[str, Any]) -> Iterable[tuple[str, str, float]]:
-    """Metric, how the answer was read ("" for as it is), and value; without standard errors and what is no number."""
+def _metric_values(values: Mapping[str, Any]) -> Iterable[tuple[str, str, float]]:
+    """Yield metric, filter ("" for none) and value; standard errors and text are left out."""
     for key, value in values.items():
-        metric, comma, reading = key.partition(",")
+        metric, comma, answer_filter = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
-            yield metric, "" if reading == "none" else reading, value
+            yield metric, "" if answer_filter == "none" else answer_filter, value
 
 
 def make_tables(evaluation: Evaluation) -> list[Table]:
-    """What was measured: texts, tasks, and this model among those that others have published."""
-    results, tables = evaluation["results"], []
+    """Return tables of texts, of tasks, and of published results of other models; without empty ones."""
+    results = evaluation["results"]
     texts = {task: values for task, values in results.items() if "bits_per_byte,none" in values}
+    tasks = {task: values for task, values in results.items() if task not in texts}
+    tables = []
     if texts:
         columns = [key for key in TEXT_COLUMNS if any(f"{key},none" in values for values in texts.values())]
         rows = [[task, *(_cell(values, key) for key in columns)] for task, values in texts.items()]
         tables.append(Table("text", ["", *(TEXT_COLUMNS[key][0] for key in columns)], rows))
-    rows = []
-    for task, values in results.items():
-        if task in texts:
-            continue
-        counts = evaluation.get("n-samples", {}).get(task, {})
-        of_it = [
-            str(counts.get("effective", "")),
-            str(evaluation.get("n-shot", {}).get(task, 0)),
-            str(counts.get("cut", "")),
-        ]
-        for metric, reading, value in _measures(values):
-            error = values.get(f"{metric}_stderr,{reading or 'none'}")
-            is_number = isinstance(error, int | float)
-            name = f"{metric} ({reading})" if reading else metric
-            rows.append([task, name, f"{value:.4g}", f"{error:.2g}" if is_number else "", *of_it])
-    if rows:
-        headings = ["", "metric", "value", "standard error", "items", "shots", "prompts cut"]
-        shown = len(headings) if any(row[-1] for row in rows) else len(headings) - 1
-        tables.append(Table("tasks", headings[:shown], [row[:shown] for row in rows]))
+    if rows := [row for task, values in tasks.items() for row in _task_rows(evaluation, task, values)]:
+        shown = len(TASK_HEADINGS) if any(row[-1] for row in rows) else len(TASK_HEADINGS) - 1
+        tables.append(Table("tasks", list(TASK_HEADINGS[:shown]), [row[:shown] for row in rows]))
     if evaluation.get("published"):
-        tables.append(_compare(evaluation))
+        tables.append(_comparison(evaluation))
     return tables
 
 
+def _task_rows(evaluation: Evaluation, task: str, values: Mapping[str, Any]) -> Iterable[list[str]]:
+    """Yield a row per metric of a task; the columns are TASK_HEADINGS."""
+    samples = evaluation.get("n-samples", {}).get(task, {})
+    counts = [
+        str(samples.get("effective", "")),
+        str(evaluation.get("n-shot", {}).get(task, 0)),
+        str(samples.get("cut", "")),
+    ]
+    for metric, answer_filter, value in _metric_values(values):
+        error = values.get(f"{metric}_stderr,{answer_filter or 'none'}")
+        name = f"{metric} ({answer_filter})" if answer_filter else metric
+        yield [task, name, f"{value:.4g}", f"{error:.2g}" if isinstance(error, int | float) else "", *counts]
+
+
 def draw_evaluations(evaluations: Mapping[int, Evaluation]) -> str:
-    """The section of the report page; empty without results."""
+    """Return the section of the report page; empty without results."""
     if not evaluations:
         return ""
-    step, newest = list(evaluations.items())[-1]
-    parts = []
-    for table in make_tables(newest):
-        head = "".join(f"<th>{escape(name)}" for name in table.headings)
-        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in table.rows)
-        parts.append(
-            f"<h3>{escape(table.title)}</h3><div class=numbers><table class=scores><tr>{head}{rows}</table></div>"
-        )
-    plots = "".join(_plots(evaluations)) if len(evaluations) > 1 else ""
-    figures = f'<div class="plots">{plots}</div>' if plots else ""
-    return f"<section><h2>Evaluation, step {step:,}</h2>{''.join(parts)}{figures}</section>"
+    step, latest = list(evaluations.items())[-1]
+    parts = [
+        f"<h3>{escape(table.title)}</h3>{make_html_table(table.headings, table.rows, style='scores')}"
+        for table in make_tables(latest)
+    ]
+    plots = list(_plots(evaluations)) if len(evaluations) > 1 else []
+    return f"<section><h2>Evaluation, step {step:,}</h2>{''.join(parts)}{make_plots(plots)}</section>"
 
 
 def _plots(evaluations: Mapping[int, Evaluation]) -> Iterable[str]:
@@ -147,13 +148,13 @@ def _plots(evaluations: Mapping[int, Evaluation]) -> Iterable[str]:
             yield plot(title, "by step", series)
 
 
-def _compare(evaluation: Evaluation) -> Table:
-    ours = metrics_of(evaluation)
-    names = [name for name in ours if any(name in row["scores"] for row in evaluation["published"])]
-    rows = [["this model", *(_number(ours[name]) for name in names), ""]]
+def _comparison(evaluation: Evaluation) -> Table:
+    own = metrics_of(evaluation)
+    names = [name for name in own if any(name in row["scores"] for row in evaluation["published"])]
+    rows = [["this model", *(_number(own[name]) for name in names), ""]]
     for row in evaluation["published"]:
         rows.append([row["model"], *(_number(row["scores"].get(name)) for name in names), row["source"]])
-    return Table("beside what others have published", ["", *names, "source"], rows)
+    return Table("compared with published results", ["", *names, "source"], rows)
 
 
 def _cell(values: Mapping[str, Any], key: str) -> str:
@@ -181,4 +182,4 @@ def _read(path: Path) -> dict[str, Any]:
             return found
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{path}: not the results of an evaluation; move it away")
+    raise ValueError(f"{path}: not evaluation results in lm-evaluation-harness's format; move the file away")

@@ -128,11 +128,13 @@ def _validation_tile(name: str, line: Line) -> Tile:
 def active_seconds(lines: Sequence[Line]) -> list[float]:
     """Return the seconds from the first line to each line, without the time between an interruption and its resumption."""
     passed = [0.0]
-    previous = None
+    previous: float | None = None
     for line in lines:
         time = _number(line, "time")
-        is_break = previous is None or time is None or line.get("event") == "resumed"
-        passed.append(passed[-1] + (0.0 if is_break else max(time - previous, 0.0)))
+        if previous is None or time is None or line.get("event") == "resumed":
+            passed.append(passed[-1])
+        else:
+            passed.append(passed[-1] + max(time - previous, 0.0))
         previous = previous if time is None else time
     return passed[1:] or passed
 

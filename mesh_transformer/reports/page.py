@@ -52,4 +52,5 @@ def make_plots(plots: Sequence[str], heading: str = "") -> str:
 
 @cache
 def read_package_file(name: str) -> str:
+    """Return the text of a file of this package."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -66,16 +66,20 @@ class Frame(NamedTuple):
 
     @property
     def x_end(self) -> int:
+        """Right end of the plotting area."""
         return self.width - self.right
 
     @property
     def y_end(self) -> int:
+        """Lower end of the plotting area."""
         return self.height - self.bottom
 
     def x(self, axis: Axis, value: float) -> float:
+        """Return the horizontal coordinate of a value."""
         return self.left + axis.fraction(value) * (self.x_end - self.left)
 
     def y(self, axis: Axis, value: float) -> float:
+        """Return the vertical coordinate of a value."""
         return self.y_end - axis.fraction(value) * (self.y_end - self.top)
 
 

@@ -71,9 +71,7 @@ async def start_chat(service: Service, request: ChatCompletionRequest) -> AsyncG
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         **shared,
     )
-    chat_format = ChatFormat(
-        default_max_tokens=service.loaded_model.config.model.seq_len, stop_tokens=stop_tokens
-    )
+    chat_format = ChatFormat(default_max_tokens=service.loaded_model.config.model.seq_len, stop_tokens=stop_tokens)
     async with start_completion(service, completion_request, chat_format) as completion:
         yield completion
 

@@ -69,9 +69,15 @@ class RequestLimits:
         if self._token is None:
             host = headers.get(b"host", b"").decode("latin-1").lower()
             if host.rpartition(":")[0] not in LOCAL_HOSTS and host not in LOCAL_HOSTS:
-                raise ApiError(403, "got another Host header; without --token-file this server accepts only 127.0.0.1 and localhost", code="host")
+                raise ApiError(
+                    403,
+                    "without --token-file, the Host header must be 127.0.0.1 or localhost",
+                    code="host",
+                )
         elif not hmac.compare_digest(_find_token(headers.get(b"authorization", b"")), self._token.encode()):
-            error = ApiError(401, "missing or wrong token; send the header Authorization: Bearer TOKEN", code="invalid_api_key")
+            error = ApiError(
+                401, "missing or wrong token; send the header Authorization: Bearer TOKEN", code="invalid_api_key"
+            )
             # For the page, browsers ask for a user name, which is ignored, and a password: the token.
             error.headers["WWW-Authenticate"] = 'Basic realm="mesh transformer"' if scope["path"] == "/" else "Bearer"
             raise error
@@ -95,10 +101,16 @@ class RequestLimits:
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
-            raise ApiError(408, f"the request body did not arrive within {self._body_timeout_seconds:g} s; send it faster", code="timeout") from None
+            raise ApiError(
+                408,
+                f"the request body did not arrive within {self._body_timeout_seconds:g} s; send it faster",
+                code="timeout",
+            ) from None
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the request body is too large; the maximum is {self._max_body_bytes} bytes", code="too_large")
+        return ApiError(
+            413, f"the request body is too large; the maximum is {self._max_body_bytes} bytes", code="too_large"
+        )
 
 
 async def send_error(error: ApiError, send: Send) -> None:

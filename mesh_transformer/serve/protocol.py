@@ -88,7 +88,9 @@ class CommonParams(StrictModel):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # equal seeds give equal texts
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = None  # token id -> value added to its logit
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = (
+        None  # token id -> value added to its logit
+    )
     user: Annotated[str, Field(max_length=1000)] | None = None  # accepted and ignored
     response_format: ResponseFormat | None = None
     # extensions of OpenAI's API
@@ -112,8 +114,10 @@ class CompletionRequest(CommonParams):
 
     prompt: Prompt = ""
     max_tokens: Annotated[int, Field(ge=0)] | None = None  # None: 16, or fewer if limited by seq_len; 0 only with echo
-    best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None  # samples generated, of which the n most probable are returned
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # most probable tokens listed at each position
+    best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None  # samples; the n most probable are returned
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = (
+        None  # most probable tokens listed at each position
+    )
     echo: bool | None = None  # the output begins with the prompt
     suffix: Annotated[str, Field(max_length=1000)] | None = None  # refused: no infilling
 
@@ -125,7 +129,9 @@ class CompletionRequest(CommonParams):
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise ValueError("best_of must be at least n")
         if self.stream and (self.best_of or 0) > (self.n or 1):
-            raise ValueError("best_of greater than n cannot be streamed, because the best samples are known only at the end")
+            raise ValueError(
+                "best_of greater than n cannot be streamed, because the best samples are known only at the end"
+            )
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens=0 requires echo: otherwise the output would be empty")
         return self
@@ -164,7 +170,9 @@ class ChatCompletionRequest(CommonParams):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # None: limited by seq_len only
     max_tokens: Annotated[int, Field(ge=1)] | None = None  # older name of max_completion_tokens
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # most probable tokens listed at each position
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = (
+        None  # most probable tokens listed at each position
+    )
     tools: list[Any] | None = None  # refused: no tool calls
 
     @model_validator(mode="after")

@@ -129,15 +129,15 @@ def check_host(host: str, token: str | None) -> None:
     except ValueError:
         local = host == "localhost"
     if not local and token is None:
-        raise ConfigError(f"--host {host}: other machines can reach this address; pass --token-file, or use --host 127.0.0.1")
+        raise ConfigError(
+            f"--host {host}: other machines can reach this address; pass --token-file, or use --host 127.0.0.1"
+        )
 
 
 def _make_service(loaded: LoadedModel, name: str) -> Service:
     tokenizer, limits, n_vocab = loaded.tokenizer, loaded.config.serve, loaded.config.model.n_vocab
     engine = require_decoder_only(loaded.engine, "serving")
-    engine_thread = EngineThread(
-        engine, capacity=limits.slots + limits.max_queue, warmup_tokens=limits.warmup_tokens
-    )
+    engine_thread = EngineThread(engine, capacity=limits.slots + limits.max_queue, warmup_tokens=limits.warmup_tokens)
     return Service(
         loaded_model=loaded,
         engine_thread=engine_thread,
@@ -157,7 +157,9 @@ async def _watch(server: uvicorn.Server, engine_thread: EngineThread) -> None:
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     if engine_thread.compiling:
         print(
-            f"compiling: requests wait until this is done, and {address}/health returns 503", file=sys.stderr, flush=True
+            f"compiling: requests wait until this is done, and {address}/health returns 503",
+            file=sys.stderr,
+            flush=True,
         )
     while engine_thread.compiling and not engine_thread.failure:
         await asyncio.sleep(0.02)

@@ -129,11 +129,11 @@ class Bench:
         return self.size / (time.process_time() - start)
 
     def measure_steps(self) -> list[Row]:
-        """Every kind of [[steps]]."""
+        """Every kind of [[filters]]."""
         self.tokenizer = self.options.tokenizer or self._train_tokenizer()
         recipe = make_recipe(self.folder, list(FILTERS), self.tokenizer, self.texts)
         model = self.folder / "quality.bin"
-        positives, negatives = (sample_texts(self.texts[half::2], 1000, 0) for half in (0, 1))
+        positives, negatives = (sample_texts((text for _, text in self.texts[half::2]), 1000, 0) for half in (0, 1))
         train_classifier(positives, negatives, model, 0)
         steps = make_filters(recipe, "text", dict.fromkeys(range(len(FILTERS)), model))
         rates = [self.rate(partial(lambda one, text: one(Document(text, "x")), step)) for _, step in steps]
@@ -242,8 +242,8 @@ def make_recipe(folder: Path, kinds: list[str], tokenizer: str, texts: Texts, pa
     }
     table = {
         "corpus": {"name": "bench", "part_mb": part_mb},
-        "components": {"text": {"kind": "jsonl", "paths": [str(folder / "sources")], "licence": "that of the sources"}},
-        "steps": [{"kind": kind} | settings.get(kind, {}) for kind in kinds],
+        "components": {"text": {"kind": "jsonl", "paths": [str(folder / "sources")], "license": "that of the sources"}},
+        "filters": [{"kind": kind} | settings.get(kind, {}) for kind in kinds],
         "evaluation": {"evaluation": {"path": str(evaluation)}},
         "duplicates": {"near": "fineweb"},
         "lines": {"min_documents": 50},
@@ -290,8 +290,8 @@ def peak_memory() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / MB
 
 
-ALONE = {"match-bands": 14, "decide": 1, "shards": 1}  # tasks of stages that have no more than these, however large
-BY_DOCUMENT = ("match-bands", "match-exact", "decide")
+ALONE = {"match-bands": 14, "removals": 1, "shards": 1}  # tasks of stages that have no more than these, however large
+BY_DOCUMENT = ("match-bands", "match-exact", "removals")
 
 
 def project(builds: list[Row]) -> list[Row]:
@@ -328,7 +328,7 @@ def describe(result: Row) -> str:
         lines.append(
             f"on paper, {PILE_MB / 1e6:.3f} TB and {PILE_DOCUMENTS:,} documents on machines of {CORES} such cores; stages in "
             "parts take what they take here for each byte or document, whatever the number of parts; storage keeps up; "
-            f"match-bands has {ALONE['match-bands']} tasks, decide and the shard of the mixture one:"
+            f"match-bands has {ALONE['match-bands']} tasks, removals and the shard of the mixture one:"
         )
     for row in result["projection"]:
         longest = sorted(row["stages"].items(), key=lambda item: -item[1])[:4]

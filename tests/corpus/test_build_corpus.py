@@ -49,7 +49,7 @@ def texts_of(folder: Path) -> dict[str, str]:
 
 def test_a_corpus_end_to_end(tmp_path, sources, make_recipe):
     recipe = make_recipe(
-        sources, heldout={"one_in": 8}, steps=[{"kind": "language"}, {"kind": "length", "min_bytes": LEAST}]
+        sources, heldout={"one_in": 8}, filters=[{"kind": "language"}, {"kind": "length", "min_bytes": LEAST}]
     )
     corpus = build_corpus(recipe, tmp_path / "out", Executor())
     train, heldout = (texts_of(tmp_path / "out/documents" / side) for side in ("train", "heldout"))
@@ -106,7 +106,7 @@ def test_a_corpus_end_to_end(tmp_path, sources, make_recipe):
     fewer = make_recipe(
         {name: own | {"epochs": 1} for name, own in sources.items()},
         heldout={"one_in": 8},
-        steps=[{"kind": "language"}, {"kind": "length", "min_bytes": LEAST}],
+        filters=[{"kind": "language"}, {"kind": "length", "min_bytes": LEAST}],
     )
     again = build_corpus(fewer, tmp_path / "out", Executor())
     assert TokenShard(tmp_path / "out/tokens/train").n_documents == len(train)
@@ -117,7 +117,7 @@ def test_a_corpus_end_to_end(tmp_path, sources, make_recipe):
 def test_killed_at_any_moment_and_begun_again_it_gives_the_same_bytes(tmp_path, sources, make_recipe):
     whole = build_corpus(make_recipe(sources), tmp_path / "whole", Executor()).manifest
     tables = [
-        f'[components.{name}]\nkind = "{own["kind"]}"\npaths = {own["paths"]}\nlicence = "none"\n'
+        f'[components.{name}]\nkind = "{own["kind"]}"\npaths = {own["paths"]}\nlicense = "none"\n'
         f"epochs = {own.get('epochs', 1)}\n"
         for name, own in sources.items()
     ]
@@ -181,7 +181,7 @@ def test_weights_that_cannot_be_met_and_components_that_come_to_nothing(tmp_path
     assert shares == pytest.approx([50_000, 50_000], rel=0.2)
     with pytest.raises(CorpusError, match="component notes: nothing is left of it for training"):
         build_corpus(
-            make_recipe(sources, steps=[{"kind": "length", "min_bytes": 1000, "components": ["notes"]}]),
+            make_recipe(sources, filters=[{"kind": "length", "min_bytes": 1000, "components": ["notes"]}]),
             tmp_path / "out",
             Executor(),
         )
@@ -193,8 +193,8 @@ def test_a_quality_step_trains_its_own_classifier(tmp_path, sources, make_recipe
     for number, text in enumerate(odd):
         (tmp_path / "notes" / f"odd-{number}.txt").write_text(text)
     step = {"kind": "quality", "positives": ["books"], "negatives": ["notes"], "components": ["notes"], "alpha": 2.0}
-    corpus = build_corpus(make_recipe(sources, steps=[step], duplicates={"near": "none"}), tmp_path / "out", Executor())
-    counts = [record["steps"] for record in corpus.filtered]
+    corpus = build_corpus(make_recipe(sources, filters=[step], duplicates={"near": "none"}), tmp_path / "out", Executor())
+    counts = [record["filters"] for record in corpus.filtered]
     assert [len(steps) for steps in counts] == [1, 0]
     dropped = counts[0][0]["dropped"]
     assert set(dropped) == {"low quality"}

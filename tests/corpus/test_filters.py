@@ -36,7 +36,7 @@ def apply(make_recipe):
     """Run a text through one step: the reason it is dropped for, and the text as it is then."""
 
     def run(text, model=None, name="a", **step):
-        recipe = make_recipe({"a": {"kind": "text", "paths": ["a"]}}, steps=[step])
+        recipe = make_recipe({"a": {"kind": "text", "paths": ["a"]}}, filters=[step])
         document = Document(text, name)
         return FILTERS[step["kind"]](recipe.steps[0], recipe, model)(document), document
 
@@ -89,7 +89,7 @@ def test_words_and_sentences():
 
 
 def test_minimum_of_a_component_is_its_first_step(make_recipe):
-    recipe = make_recipe({"a": {"kind": "text", "paths": ["a"], "min_bytes": 9}}, steps=[{"kind": "mask-pii"}])
+    recipe = make_recipe({"a": {"kind": "text", "paths": ["a"], "min_bytes": 9}}, filters=[{"kind": "mask-pii"}])
     steps = make_filters(recipe, "a", {})
     assert [name for name, _ in steps] == ["min_bytes", "0-mask-pii"]
     assert steps[0][1](Document("12345678", "x")) == "under 9 bytes"
@@ -131,7 +131,7 @@ def clean(make_recipe, evaluation):
     def run(text, **settings):
         table = {"held": {"path": str(evaluation[0]), "text_keys": ["question", "choices"]}}
         step = {"kind": "decontaminate", "against": ["held"], **settings}
-        recipe = make_recipe({"a": {"kind": "text", "paths": ["a"]}}, evaluation=table, steps=[step])
+        recipe = make_recipe({"a": {"kind": "text", "paths": ["a"]}}, evaluation=table, filters=[step])
         document = Document(text, "x")
         return FILTERS["decontaminate"](recipe.steps[0], recipe, None)(document), document.text
 
@@ -165,7 +165,7 @@ def test_evaluation_sets_that_cannot_be_read(make_recipe, tmp_path):
     recipe = make_recipe(
         {"a": {"kind": "text", "paths": ["a"]}},
         evaluation={"held": {"path": str(tmp_path / "set.jsonl")}},
-        steps=[{"kind": "decontaminate", "against": ["held"]}],
+        filters=[{"kind": "decontaminate", "against": ["held"]}],
     )
     with pytest.raises(DataError, match=r"set.jsonl:2: no JSON object with text"):
         make_filters(recipe, "a", {})

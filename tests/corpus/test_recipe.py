@@ -16,15 +16,15 @@ name = "x"
 [components.a]
 kind = "text"
 paths = ["a"]
-licence = "MIT"
+license = "MIT"
 [components.b-2]
 kind = "man"
 paths = ["b"]
-licence = "MIT"
-[[steps]]
+license = "MIT"
+[[filters]]
 kind = "length"
-without = ["b-2"]
-[[steps]]
+exclude_components = ["b-2"]
+[[filters]]
 kind = "gopher-quality"
 components = ["b-2"]
 """
@@ -53,11 +53,11 @@ def test_steps_go_to_their_components(tmp_path):
     ("old", "new", "message"),
     [
         ('kind = "text"', 'kind = "txet"', "components.a.kind = .*did you mean 'text'"),
-        ('without = ["b-2"]', 'witout = ["b-2"]', "steps.0.length.witout is not a field; did you mean 'without'"),
-        ('kind = "gopher-quality"', 'kind = "gofer-quality"', "steps.1.kind = .*did you mean 'gopher-quality'"),
-        ('kind = "length"', "", "steps.0.kind is missing"),
-        ('without = ["b-2"]', 'without = ["b"]', "steps.0.without: 'b' is not declared; there are: a, b-2"),
-        ('licence = "MIT"\n[[steps]]', "[[steps]]", "components.b-2.licence is missing"),
+        ('exclude_components = ["b-2"]', 'exclude_componnets = ["b-2"]', "filters.0.length.exclude_componnets is not a field; did you mean 'without'"),
+        ('kind = "gopher-quality"', 'kind = "gofer-quality"', "filters.1.kind = .*did you mean 'gopher-quality'"),
+        ('kind = "length"', "", "filters.0.kind is missing"),
+        ('exclude_components = ["b-2"]', 'exclude_components = ["b"]', "filters.0.without: 'b' is not declared; there are: a, b-2"),
+        ('license = "MIT"\n[[filters]]', "[[filters]]", "components.b-2.license is missing"),
         ("[components.a]", '[components."a/b"]', "components.a/b: a name is letters"),
         ('paths = ["a"]', 'paths = ["a"]\nweight = 1.0', "components.b-2 has no weight, but components.a has"),
         ('paths = ["a"]', 'paths = ["a"]\nepochs = 0.0', "components.a.epochs = 0.0"),

@@ -48,7 +48,7 @@ def answers() -> bool:
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     """A partition; jobs find this project and these tests."""
-    monkeypatch.setattr(clusters, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(executors, "POLL_SECONDS", 0.1)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{Path(__file__).parent}")
     if not answers():
         programs = {
@@ -97,7 +97,7 @@ def test_a_job_is_cancelled_with_its_build(tmp_path, slurm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_stage("write", Write(folder), 2, folder, Executor(2, slurm=slurm))
     number = (folder / "slurm-job").read_text()
-    assert not executors._is_there(number)
+    assert not executors._is_queued(number)
     assert len(run_stage("write", Write(folder), 2, folder, Executor(2, slurm=slurm))) == 2
 
 

@@ -230,7 +230,7 @@ def test_of_a_long_line_no_more_is_held_than_a_document_may_have(tmp_path, read_
 
 def test_a_long_file_that_is_cut_up_is_no_long_document(read_one):
     text = "word " * 300_000
-    texts, reading = read_one("text", "a.txt", text, pieces_kb=500, corpus={"max_document_mb": 1})
+    texts, reading = read_one("text", "a.txt", text, chunk_kb=500, corpus={"max_document_mb": 1})
     assert "".join(texts.values()) == text
     assert reading.bad.total == 0
 
@@ -307,14 +307,14 @@ def test_sources_that_change_or_vanish_midway(write_texts, make_recipe):
 
 def test_long_texts_become_pieces(read_one):
     text = "".join(f"word {n}\nmore of it\n\n" for n in range(200)) + "x" * 2500
-    texts, _ = read_one("text", "a.txt", text, pieces_kb=1)
+    texts, _ = read_one("text", "a.txt", text, chunk_kb=1)
     assert "".join(texts.values()) == text
     assert list(texts) == [f"a.txt:{n}" for n in range(1, len(texts) + 1)]
     assert all(len(piece) <= 1000 for piece in texts.values())
     assert [piece.endswith("\n\n") for piece in texts.values()] == [True] * (len(texts) - 3) + [False] * 3
-    assert read_one("text", "a.txt", text, pieces_kb=10)[0] == {"a.txt": text}
-    with pytest.raises(ValueError, match=r"components.a.pieces_kb: files of this kind are many documents already"):
-        read_one("warc", "a.warc", warc(PAGE), pieces_kb=1)
+    assert read_one("text", "a.txt", text, chunk_kb=10)[0] == {"a.txt": text}
+    with pytest.raises(ValueError, match=r"components.a.chunk_kb: files of this kind are many documents already"):
+        read_one("warc", "a.warc", warc(PAGE), chunk_kb=1)
 
 
 @pytest.mark.parametrize("pattern", ["", "/*.txt"])

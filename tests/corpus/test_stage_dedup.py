@@ -42,7 +42,7 @@ def test_exact_duplicates_across_components_keep_the_first(remove):
 
 def test_duplicates_inside_components_alone(remove):
     a, b = [prose(1), prose(2), prose(1)], [prose(2), prose(3)]
-    kept, _ = remove({"a": a, "b": b}, duplicates={"near": "none", "across": False})
+    kept, _ = remove({"a": a, "b": b}, duplicates={"near": "none", "across_components": False})
     assert kept == {"a": [0, 1], "b": [0, 1]}
 
 
@@ -67,7 +67,7 @@ def test_training_text_that_is_held_out_elsewhere_goes(make_recipe):
     """Groups by hand: rows are group, part, document, held out."""
     groups = np.array([[0, 0, 0, 0], [0, 1, 5, 1], [0, 1, 6, 0], [1, 0, 1, 0], [1, 1, 2, 0]])
     for across, expected in ((True, [(0, 0), (1, 2), (1, 6)]), (False, [(0, 0), (1, 6)])):
-        recipe = make_recipe({n: {"kind": "text", "paths": ["x"]} for n in "ab"}, duplicates={"across": across})
+        recipe = make_recipe({n: {"kind": "text", "paths": ["x"]} for n in "ab"}, duplicates={"across_components": across})
         removals = RemovalStage(recipe, ("a", "b"), *[None] * 3, 1, None)._choose(groups)
         assert [(row["rank"], row["document"]) for row in removals] == expected
         assert tuple(removals[0])[2:] == (1, 5)
@@ -85,7 +85,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_share_of_equal_hashes_is_the_similarity(make_recipe, tmp_path):
-    recipe = make_recipe({"a": {"kind": "text", "paths": ["x"]}}, duplicates={"near": "own", "bands": 40, "rows": 50})
+    recipe = make_recipe({"a": {"kind": "text", "paths": ["x"]}}, duplicates={"near": "custom", "bands": 40, "rows": 50})
     block = BoundedSignature(str(tmp_path), minhash_config(recipe), language=WORDS)
     words = prose(1, 3000).split(" ")
     other = words[:2000] + prose(2, 1000).split(" ")
@@ -112,6 +112,6 @@ def test_long_documents_have_the_signature_of_all_their_pieces(make_recipe, tmp_
 def test_the_hash_of_a_long_text_is_that_of_its_words(monkeypatch):
     texts = ["", " \n", "ΟΔΟΣ\u2003Der  WEG\x1czum\xa0Meer\n", "x" * 50, "Σ ΑΣ  " * 9, prose(5)]
     for size in (1, 3, 8, 1 << 20):
-        monkeypatch.setattr(duplicates, "HASHED", size)
+        monkeypatch.setattr(stage_dedup, "HASHED", size)
         for text in texts:
             assert stage_dedup.hash_text(text) == xxhash.xxh3_64_intdigest(" ".join(text.lower().split()).encode())

@@ -7,6 +7,7 @@ import pytest
 from mesh_transformer.config import ConfigError, MeshConfig
 from mesh_transformer.distributed.bootstrap import ProcessConfig, detect_process
 
+JAX_VARIABLES = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
 SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}
 
 
@@ -16,8 +17,8 @@ SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}
         ({}, {}, None),
         ({"processes": 1}, SLURM, None),
         (dict(processes=2, process_id=1, coordinator="a:1"), {}, ProcessConfig("a:1", 2, 1)),
-        ({}, dict(JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0"), ProcessConfig("a:1", 2, 0)),
-        (dict(process_id=1), dict(JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0"), ProcessConfig("a:1", 2, 1)),
+        ({}, JAX_VARIABLES, ProcessConfig("a:1", 2, 0)),
+        (dict(process_id=1), JAX_VARIABLES, ProcessConfig("a:1", 2, 1)),
         ({}, SLURM, ProcessConfig(None, None, None)),
         ({}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
         ({}, {"OMPI_COMM_WORLD_SIZE": "2"}, ProcessConfig(None, None, None)),
@@ -25,7 +26,7 @@ SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}
         ({}, {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
         ({"processes": "auto"}, {}, ProcessConfig(None, None, None)),
     ],
-)  # fmt: skip
+)
 def test_process_is_detected(config, environment, process):
     assert detect_process(MeshConfig(**config), environment) == process
 

@@ -398,5 +398,5 @@ def test_answers_read_in_several_ways_are_told_apart():
     evaluation = {"results": results, "n-shot": {"sums": 5}, "n-samples": {"sums": {"effective": 8, "cut": 2}}}
     assert metrics_of(evaluation) == {"sums.exact_match_strict": 0.5, "sums.exact_match_loose": 0.75}
     (table,) = make_tables(evaluation)
-    assert table.headings[-3:] == ["items", "shots", "prompts cut"]
+    assert table.headings[-3:] == ["examples", "few-shot", "truncated prompts"]
     assert table.rows[0] == ["sums", "exact_match (strict)", "0.5", "0.1", "8", "5", "2"]

@@ -30,8 +30,8 @@ def test_a_law_without_noise_is_found_exactly():
     assert fit(1e20) == pytest.approx(float(law(np.array(1e20))), rel=1e-4)
 
 
-def test_errors_cover_what_noise_does():
-    """Of many noisy samples about two thirds lie within a standard error of the truth, as errors promise."""
+def test_errors_cover_noise():
+    """About two thirds of noisy samples lie within a standard error of the true value."""
     rng = np.random.default_rng(0)
     within = []
     for _ in range(50):
@@ -45,7 +45,7 @@ def test_errors_cover_what_noise_does():
     ("compute", "losses"),
     [([1, 2, 3], [3, 2, 1]), ([1, 2, 4, 8], [1, 2, 3, 4]), ([0, 1, 2, 3], [4, 3, 2, 1]), ([1, 1, 1, 1], [4, 3, 2, 1])],
 )
-def test_no_law_where_there_is_none(compute, losses):
+def test_no_law_for_few_or_rising_losses(compute, losses):
     assert fit_law(compute, losses) is None
 
 
@@ -84,7 +84,7 @@ def compare(load_script):
     return load_script("compare_runs")
 
 
-def test_runs_side_by_side(compare, tmp_path, capsys):
+def test_runs_are_compared(compare, tmp_path, capsys):
     sizes = (8, 16, 24, 48)
     runs = [make_run(tmp_path / f"d{d}", d, 2 + 4 * d**-0.5) for d in sizes]
     page = tmp_path / "compare.html"
@@ -110,16 +110,16 @@ def test_runs_side_by_side(compare, tmp_path, capsys):
         assert words in text
     assert compare.main([*map(str, runs[:2]), "--output", str(page)]) == 0
     out = capsys.readouterr().out
-    assert "fewer than the four" in out
+    assert "at least 4 are needed" in out
     assert "held bits/byte" in out
 
 
-def test_no_run_is_named(compare, tmp_path):
-    with pytest.raises(ConfigError, match="no run that has trained"):
+def test_a_folder_without_training_is_an_error(compare, tmp_path):
+    with pytest.raises(ConfigError, match="not a trained run"):
         compare.main([str(tmp_path), "--output", str(tmp_path / "page.html")])
 
 
-def test_time_leaves_interruptions_out(compare, tmp_path):
+def test_time_excludes_interruptions(compare, tmp_path):
     run = make_run(tmp_path / "run", 8, 2.0)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for i, line in enumerate(lines):

@@ -100,8 +100,8 @@ def test_unsupported_models_are_refused():
         with pytest.raises(ValueError, match=message):
             ModelConfig(**T5 | SIZES | changes)
 
-    refuse("n_encoder_layers=4 needs causal=true", causal=False)
-    refuse('n_encoder_layers=4 needs residual="serial"', residual="parallel")
+    refuse("n_encoder_layers=4 requires causal=true", causal=False)
+    refuse('n_encoder_layers=4 requires residual="serial"', residual="parallel")
     refuse(
         "n_encoder_layers=3 is not a multiple of 2",
         n_encoder_layers=3,
@@ -122,10 +122,14 @@ def test_unsupported_models_are_refused():
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("mesh", dict(context=2), r"model\.n_encoder_layers needs mesh\.context=1"),
-        ("mesh", dict(pipeline=2), r"model\.n_encoder_layers needs mesh\.pipeline=1"),
-        ("train", dict(loss_chunks=3), r"what the decoder writes \(data\.noise_density\)=8 is not a multiple"),
-        ("model", dict(n_encoder_layers=None, causal=False), r"model\.causal=false: next-token training would show"),
+        ("mesh", dict(context=2), r"mesh\.context=2 is not supported with model\.n_encoder_layers"),
+        ("mesh", dict(pipeline=2), r"mesh\.pipeline=2 is not supported with model\.n_encoder_layers"),
+        ("train", dict(loss_chunks=3), r"the decoder's length \(data\.noise_density\)=8 is not a multiple"),
+        (
+            "model",
+            dict(n_encoder_layers=None, causal=False),
+            r"model\.causal=false cannot be trained on next-token prediction",
+        ),
     ],
 )
 def test_unsupported_runs_are_refused(section, values, message):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The report: whole, small, without anything from elsewhere, and unmoved by hostile or missing numbers."""
+"""The HTML report: complete, small, self-contained, and safe against hostile or missing values."""
 
 import json
 import math
@@ -18,7 +18,7 @@ VOID = {"meta", "line", "circle", "path", "rect", "img", "td", "th", "tr", "br"}
 
 
 class Page(HTMLParser):
-    """What a browser would find: elements, attributes, scripts, and the text of each kind of element."""
+    """Parsed page: elements, attributes, and the text of each kind of element."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -28,7 +28,7 @@ class Page(HTMLParser):
         self._open: list[str] = []
         self.feed(page)
         self.close()
-        assert not self._open, "every element that needs an end has one"
+        assert not self._open, "every element is closed"
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
@@ -104,13 +104,13 @@ def test_a_run_of_ten_thousand_points_is_small_and_complete(tmp_path):
     assert "def main():" in page.text["pre"]
     loss = find_points(page, 0, "training")
     assert loss[0][0] == 1
-    assert loss[-1][0] == 10_000, "axes reach to the last step"
+    assert loss[-1][0] == 10_000, "the axis ends at the last step"
     assert max(y for _, y in loss) == pytest.approx(
         max(line["loss"] for line in lines if line["kind"] == "train"), abs=1e-5
     )
 
 
-def test_nothing_comes_from_elsewhere_and_only_our_script_may_run():
+def test_the_page_is_self_contained_and_runs_only_its_own_script():
     text = make_page("run", [train_line(1)], "")
     page = Page(text)
     assert not re.search(r"https?:|//[a-z]|@import|url\(", text.replace("//-", ""))
@@ -122,7 +122,7 @@ def test_nothing_comes_from_elsewhere_and_only_our_script_may_run():
     assert re.search(r"script-src 'sha256-[A-Za-z0-9+/=]{44}'$", str(policy))
 
 
-def test_hostile_texts_stay_texts(tmp_path):
+def test_hostile_text_is_escaped(tmp_path):
     lines = [
         train_line(1, loss=HOSTILE, grad_norm={"a": HOSTILE}, mfu=True, skipped=HOSTILE),
         train_line(2, layer_grad_norms=[HOSTILE, 1.0]),
@@ -139,7 +139,7 @@ def test_hostile_texts_stay_texts(tmp_path):
         {**line, **({"event": "other", "text": ""} if line.get("event") == HOSTILE else {})} for line in harmless
     ]
     page, plain = Page(make_page(HOSTILE, lines, HOSTILE)), Page(make_page("run", harmless, ""))
-    assert page.tags == plain.tags, "the same elements, whatever the texts say"
+    assert page.tags == plain.tags, "text never adds elements"
     assert [name for _, name, _ in page.attributes] == [name for _, name, _ in plain.attributes]
     assert page.text["script"] == plain.text["script"]
     assert page.text["pre"].count("<script>alert(1)</script>") == 2
@@ -181,7 +181,7 @@ def test_any_numbers_make_a_page_of_finite_coordinates(values):
         assert -10 <= float(number) <= 641
 
 
-def test_experts_have_a_map_and_the_unused_are_counted():
+def test_experts_have_heat_maps_and_idle_ones_are_counted():
     one, other = [[2.0, 1.0, 1.0, 0.0], [1.5, 1.5, 1.0, 0.0]], [[1.0] * 4, [4.0, 0.0, 0.0, 0.0]]
     loads = [*map(list, zip(one, other, strict=True)), [[HOSTILE, None, 1e400], [0.0, 0.0, 0.0, 0.0]], HOSTILE, [2.0]]
     lines = [
@@ -190,7 +190,7 @@ def test_experts_have_a_map_and_the_unused_are_counted():
     text = make_page("run", lines, "")
     page = Page(text)
     assert text.count('class="map"') == 2
-    assert "1 of 8" in page.text["dd"], "in one layer, though used in the other"
+    assert "1 of 8" in page.text["dd"], "idle in one layer, used in the other"
     for title in (
         "Expert load, first layer",
         "Expert load, last layer",
@@ -209,16 +209,18 @@ def test_a_skipped_step_is_marked_but_does_not_set_the_scale():
     assert max(y for _, y in find_points(unmarked, 0, "training")) == 900.0
     marked = make_page("run", [*lines, event(10, "skipped", "step 9 skipped")], "")
     assert max(y for _, y in find_points(Page(marked), 0, "training")) == 2.2
-    assert max(y for _, y in find_points(Page(marked), 2, "norm")) == 800.0, "the norm that caused it is shown"
+    assert max(y for _, y in find_points(Page(marked), 2, "norm")) == 800.0, (
+        "the gradient norm of a skipped step is plotted"
+    )
     assert marked.count('class="mark"') == 2
 
 
-def test_time_leaves_out_what_passed_until_a_resumption():
+def test_time_excludes_interruptions():
     lines = [train_line(1), train_line(61), {**event(61, "resumed"), "time": 2e9}, {**train_line(62), "time": 2e9 + 5}]
     assert "<dd>1:05</dd>" in make_page("run", lines, "")
 
 
-def test_every_set_has_its_curve_and_its_latest_figures():
+def test_every_validation_set_has_a_curve_and_its_latest_score():
     names = [f"set{i}" for i in range(6)]
     lines = [evaluation(s, name, loss=1.0, bits_per_byte=3.0 / s + i) for s in (1, 2) for i, name in enumerate(names)]
     page = Page(make_page("run", [train_line(1), *lines], ""))
@@ -227,7 +229,7 @@ def test_every_set_has_its_curve_and_its_latest_figures():
     assert "3.000" not in page.text["dd"]
 
 
-def test_no_metrics_and_damaged_metrics(tmp_path):
+def test_missing_and_damaged_metrics(tmp_path):
     assert "no step yet" in write_report(tmp_path).read_text()
     (tmp_path / FILE).write_text("nonsense\n")
     before = (tmp_path / "report.html").read_bytes()

@@ -26,7 +26,7 @@ def steps(run_dir: Path) -> list[int]:
     return [line["step"] for line in read_metrics(run_dir / FILE)]
 
 
-def test_lines_are_what_was_written(tmp_path):
+def test_lines_round_trip(tmp_path):
     with open_log(tmp_path / "new" / "run") as log:
         log.train(1, {"loss": 2.5, "skipped": 0})
         log.evaluation(1, "stdlib", {"bits_per_byte": 1.25})
@@ -38,13 +38,13 @@ def test_lines_are_what_was_written(tmp_path):
     assert event == {"step": 1, "kind": "event", "event": "samples", "text": 'a\u2028b\n"c"', "parameters": 7}
 
 
-def test_a_line_is_there_when_written_not_when_closed(tmp_path):
+def test_a_line_is_on_disk_before_the_log_is_closed(tmp_path):
     with open_log(tmp_path) as log:
         log.train(1, {"loss": 1.0})
         assert steps(tmp_path) == [1]
 
 
-def test_numbers_of_numpy_and_numbers_that_are_not_finite(tmp_path):
+def test_numpy_and_non_finite_numbers(tmp_path):
     with open_log(tmp_path) as log:
         values = {"loss": np.float32("nan"), "grad_norm": float("inf"), "lr": np.float32(0.5), "n": np.int64(3)}
         log.train(1, {**values, "layers": np.array([1.0, -np.inf])})
@@ -54,7 +54,7 @@ def test_numbers_of_numpy_and_numbers_that_are_not_finite(tmp_path):
     assert "NaN" not in log.path.read_text()
 
 
-def test_resuming_cuts_off_what_comes_after(tmp_path):
+def test_resuming_removes_later_lines(tmp_path):
     with open_log(tmp_path) as log:
         for step in range(1, 8):
             log.train(step, {"loss": 1.0 / step})
@@ -65,11 +65,11 @@ def test_resuming_cuts_off_what_comes_after(tmp_path):
         log.train(6, {"loss": 9.0})
     after = log.path.read_bytes().splitlines(keepends=True)
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 5, 6]
-    assert after[:-1] == [*before[:5], before[7]], "what stays is the same to the byte"
+    assert after[:-1] == [*before[:5], before[7]], "retained lines are the same to the byte"
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
-def test_a_log_that_need_not_be_cut_is_not_rewritten(tmp_path):
+def test_a_log_without_later_lines_is_not_rewritten(tmp_path):
     with open_log(tmp_path) as log:
         log.train(1, {"loss": 1.0})
     before = log.path.stat().st_ino
@@ -84,20 +84,20 @@ def test_a_log_that_need_not_be_cut_is_not_rewritten(tmp_path):
 @pytest.mark.parametrize(
     "cut", [b'{"step": 3, "ki', b'{"step": 3, "kind": "train", "loss": 1.0}', b"\x00\x00\x00", b"\xe2\x80"]
 )
-def test_a_last_line_that_a_crash_cut_short(tmp_path, cut):
+def test_an_incomplete_last_line_is_ignored(tmp_path, cut):
     with open_log(tmp_path) as log:
         log.train(1, {"loss": 1.0})
         log.train(2, {"loss": 0.5})
-    whole = log.path.read_bytes()
-    log.path.write_bytes(whole + cut)
+    complete = log.path.read_bytes()
+    log.path.write_bytes(complete + cut)
     assert steps(tmp_path) == [1, 2]
     with open_log(tmp_path, first_step=2) as log:
         log.train(3, {"loss": 0.25})
-    assert log.path.read_bytes().startswith(whole)
+    assert log.path.read_bytes().startswith(complete)
     assert steps(tmp_path) == [1, 2, 3]
 
 
-def test_killed_while_writing(tmp_path):
+def test_a_killed_writer_loses_no_line(tmp_path):
     program = f"""
 import itertools
 from pathlib import Path
@@ -122,7 +122,7 @@ with MetricsLog(Path({str(tmp_path)!r}), TrackConfig(), config={{}}, first_step=
 
 
 @pytest.mark.parametrize("damage", [b"{garbage\n", b"[1]\n", b'{"kind": "train"}\n', b"\n", b"\xff\xfe\n"])
-def test_damage_elsewhere_is_an_error_with_its_place(tmp_path, damage):
+def test_damage_before_the_last_line_is_an_error_with_its_line(tmp_path, damage):
     path = tmp_path / FILE
     path.write_bytes(b'{"step": 1, "kind": "train"}\n' + damage + b'{"step": 2, "kind": "train"}\n')
     with pytest.raises(MetricsError, match=r"metrics\.jsonl:2: not a metrics line.*remove the line"):
@@ -133,11 +133,11 @@ def test_damage_elsewhere_is_an_error_with_its_place(tmp_path, damage):
     assert path.read_bytes() == before
 
 
-def test_no_file_is_no_lines(tmp_path):
+def test_a_missing_file_has_no_lines(tmp_path):
     assert read_metrics(tmp_path / FILE) == []
 
 
-def test_the_format_of_a_line_is_json_and_nothing_else(tmp_path):
+def test_lines_are_ascii_json(tmp_path):
     with open_log(tmp_path) as log:
         log.event(1, "samples", "é\x00\x7f\ud800")
     (raw,) = log.path.read_bytes().splitlines()

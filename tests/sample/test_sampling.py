@@ -70,8 +70,8 @@ def sample_padded(logits, rows, counts=None, prompt=None, keys=None):
     counts = pad(np.zeros((n, n_vocab), np.int32) if counts is None else counts.astype(np.int32), 0)
     prompt = pad(np.zeros((n, n_vocab), bool) if prompt is None else prompt, False)
     options = options_for([*rows, *[{}] * (8 - n)])
-    drawn = jit_sample(logits, options, counts, keys_for(8) if keys is None else keys, prompt)
-    return Sampled(*(np.asarray(value)[:n] for value in drawn))
+    sampled = jit_sample(logits, options, counts, keys_for(8) if keys is None else keys, prompt)
+    return Sampled(*(np.asarray(value)[:n] for value in sampled))
 
 
 def kept_by_hand(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, **_):
@@ -146,10 +146,12 @@ def test_top_k_masks_id_0():
     choices = [{"top_k": 2, "temperature": 50.0}]
     filtered = filter_padded(logits, choices)
     assert [int(i) for i in np.flatnonzero(filtered[0] > -np.inf)] == [1, 2]
-    drawn = {
-        int(t) for seed in range(10) for t in sample_padded(np.tile(logits, (8, 1)), choices * 8, keys=keys_for(8, seed)).token
+    sampled = {
+        int(t)
+        for seed in range(10)
+        for t in sample_padded(np.tile(logits, (8, 1)), choices * 8, keys=keys_for(8, seed)).token
     }
-    assert drawn == {1, 2}
+    assert sampled == {1, 2}
 
 
 def test_greedy():
@@ -217,25 +219,25 @@ def test_prompt_counts_for_repetition_only():
 @pytest.mark.parametrize("choice", [{}, {"temperature": 1.7}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}])
 def test_sampled_tokens_follow_the_distribution(choice):
     """Chi-square test of 20,000 samples; the bounds are the 0.999 quantiles."""
-    draws = 20_000
+    n_samples = 20_000
     logits = np.array([0.3, -1.0, 1.2, 0.0, -0.4, 0.9, -2.0, 0.5], np.float32)
     kept = sorted(kept_by_hand(logits, **choice))
     weights = np.exp(logits[kept].astype(np.float64) / choice.get("temperature", 1.0))
-    expected = draws * weights / weights.sum()
-    options = SamplingOptions(*(jnp.repeat(value, draws) for value in options_for([choice])))
-    zeros = np.zeros((draws, 8), np.int32)
-    drawn = jit_sample(np.tile(logits, (draws, 1)), options, zeros, keys_for(draws, seed=1), zeros > 0)
-    tally = np.bincount(drawn.token, minlength=8)
-    assert tally.sum() == tally[kept].sum() == draws
+    expected = n_samples * weights / weights.sum()
+    options = SamplingOptions(*(jnp.repeat(value, n_samples) for value in options_for([choice])))
+    zeros = np.zeros((n_samples, 8), np.int32)
+    sampled = jit_sample(np.tile(logits, (n_samples, 1)), options, zeros, keys_for(n_samples, seed=1), zeros > 0)
+    tally = np.bincount(sampled.token, minlength=8)
+    assert tally.sum() == tally[kept].sum() == n_samples
     bound = {4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32}[len(kept) - 1]
     assert np.sum((tally[kept] - expected) ** 2 / expected) < bound
     if choice:  # the unfiltered distribution over the same tokens fails the test
         plain = np.exp(logits.astype(np.float64))
-        plain = draws * plain / plain.sum()
+        plain = n_samples * plain / plain.sum()
         assert np.sum((tally - plain) ** 2 / plain) > 2 * bound
     logprobs = np.log(weights / weights.sum())
-    wanted = [logprobs[kept.index(int(token))] for token in drawn.token[:20]]
-    np.testing.assert_allclose(drawn.sampling_logprob[:20], wanted, atol=1e-5)
+    wanted = [logprobs[kept.index(int(token))] for token in sampled.token[:20]]
+    np.testing.assert_allclose(sampled.sampling_logprob[:20], wanted, atol=1e-5)
 
 
 def test_alone_equals_in_a_batch():

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Who is let in, and what happens when time is up or the engine fails."""
+"""Middleware: access without and with a token, timeouts, disconnects, and failures of the engine."""
 
 import asyncio
 
@@ -18,11 +18,11 @@ from mesh_transformer.serve.protocol import ApiError
 from mesh_transformer.serve.server import check_host, read_token
 
 
-def test_only_this_machine_without_a_token():
+def test_only_loopback_addresses_without_a_token():
     for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"):
         check_host(host, None)
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org", ""):
-        with pytest.raises(ConfigError, match="give --token-file"):
+        with pytest.raises(ConfigError, match="pass --token-file"):
             check_host(host, None)
         check_host(host, "a token")
 
@@ -51,19 +51,19 @@ def test_token_files(tmp_path):
         (b"", 403),
     ],
 )
-def test_without_a_token_other_names_are_refused(host, status):
-    """A page elsewhere whose name resolves to this machine may not use the server through its reader's browser."""
-    assert asyncio.run(ask_guard(headers=[(b"host", host)])) == status
+def test_without_a_token_other_host_headers_are_refused(host, status):
+    """A site whose name resolves to this machine cannot use the server through a visitor's browser (DNS rebinding)."""
+    assert asyncio.run(call_limits(headers=[(b"host", host)])) == status
 
 
-async def ask_guard(headers):
+async def call_limits(headers):
     statuses = []
 
     async def app(scope, receive, send):
-        assert (await receive())["body"] == b"whole"
+        assert (await receive())["body"] == b"body"
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    parts = [dict(type="http.request", body=b"wh", more_body=True), dict(type="http.request", body=b"ole")]
+    parts = [dict(type="http.request", body=b"bo", more_body=True), dict(type="http.request", body=b"dy")]
 
     async def receive():
         return parts.pop(0)
@@ -71,13 +71,13 @@ async def ask_guard(headers):
     async def send(message):
         statuses.append(message.get("status"))
 
-    guard = RequestLimits(app, token=None, max_body_bytes=5, body_timeout_seconds=1.0, count=lambda path, status: None)
-    await guard(dict(type="http", path="/v1/models", headers=headers), receive, send)
+    limits = RequestLimits(app, token=None, max_body_bytes=5, body_timeout_seconds=1.0, count=lambda path, status: None)
+    await limits(dict(type="http", path="/v1/models", headers=headers), receive, send)
     return statuses[0]
 
 
 class FakeRequest:
-    """A client that leaves after some seconds."""
+    """A client that disconnects after some seconds."""
 
     def __init__(self, seconds):
         self._seconds = seconds
@@ -87,7 +87,7 @@ class FakeRequest:
         return {"type": "http.disconnect"}
 
 
-def test_time_is_up_or_the_client_gone():
+def test_timeout_and_disconnect_cancel_the_work():
     ended = []
 
     async def work(seconds):
@@ -100,14 +100,14 @@ def test_time_is_up_or_the_client_gone():
     assert asyncio.run(run_until_disconnect(work(0.0), FakeRequest(9.0), 9.0)) == "done"
     with pytest.raises(ClientDisconnected):
         asyncio.run(run_until_disconnect(work(8.0), FakeRequest(0.0), 9.0))
-    with pytest.raises(ApiError, match=r"no answer within 0\.01 s") as error:
+    with pytest.raises(ApiError, match=r"no response within 0\.01 s") as error:
         asyncio.run(run_until_disconnect(work(7.0), FakeRequest(9.0), 0.01))
     assert error.value.status == 503
     assert ended == [0.0, 8.0, 7.0]
 
 
 class Exploding:
-    """A constraint with a mistake in it."""
+    """A constraint that raises an exception."""
 
     def allowed(self):
         raise RuntimeError("no such mask")
@@ -116,26 +116,28 @@ class Exploding:
         """Never called."""
 
 
-def test_an_engine_that_fails_leaves_nobody_waiting():
+def test_engine_failure_is_raised_in_all_waiting_tasks():
     config = ModelConfig(n_layers=1, d_model=8, n_heads=1, n_vocab=16, seq_len=32)
     engine = DecoderOnlyEngine(config, jax.jit(make_model(config).init)(jax.random.key(0)))
 
     async def trial():
-        worker = EngineThread(engine, capacity=3)
-        worker.start(asyncio.get_running_loop())
-        fine = worker.submit([engine.make_request([1], RequestParams(SampleConfig(max_tokens=5)))])
-        tokens = [event.token async for events in fine.events() for event in events]
-        worker.close(fine)
-        assert (len(tokens), fine.n_drawn, worker.n_open) == (5, 5, 0)
+        thread = EngineThread(engine, capacity=3)
+        thread.start(asyncio.get_running_loop())
+        pending = thread.submit([engine.make_request([1], RequestParams(SampleConfig(max_tokens=5)))])
+        tokens = [event.token async for events in pending.events() for event in events]
+        thread.close(pending)
+        assert (len(tokens), pending.n_generated, thread.n_pending) == (5, 5, 0)
         with pytest.raises(ApiError) as refused:
-            worker.check_capacity(4)
+            thread.check_capacity(4)
         assert refused.value.status == 400
-        bad = worker.submit([engine.make_request([1], RequestParams(SampleConfig(max_tokens=5), constraint=Exploding()))])
+        failing = thread.submit(
+            [engine.make_request([1], RequestParams(SampleConfig(max_tokens=5), constraint=Exploding()))]
+        )
         with pytest.raises(ApiError, match="engine has failed"):
-            async for _ in bad.events():
+            async for _ in failing.events():
                 pass
         with pytest.raises(ApiError) as refused:
-            worker.submit([engine.make_request([1], RequestParams(SampleConfig(max_tokens=5)))])
-        return worker.failure, refused.value.status
+            thread.submit([engine.make_request([1], RequestParams(SampleConfig(max_tokens=5)))])
+        return thread.failure, refused.value.status
 
     assert asyncio.run(trial()) == ("RuntimeError: no such mask", 503)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever is drawn under a mask matches, with tokens of bytes and with tokens of several characters."""
+"""Structured output: text sampled under the masks matches, with byte tokens and with longer tokens."""
 
 import json
 import re
@@ -26,13 +26,13 @@ def trained_tokenizer() -> Tokenizer:
     return FileTokenizer(json.loads(library.to_str()))
 
 
-def draw(tokenizer, grammar, seed, most=300):
+def sample_tokens(tokenizer, grammar, seed, max_tokens=300):
     rng, tokens = np.random.default_rng(seed), []
-    while len(tokens) < most:
+    while len(tokens) < max_tokens:
         token = int(rng.choice(np.flatnonzero(grammar.allowed())))
         grammar.accept(token)
         if token == tokenizer.end_of_text:
-            assert np.flatnonzero(grammar.allowed()).tolist() == [token]  # nothing behind it
+            assert np.flatnonzero(grammar.allowed()).tolist() == [token]  # nothing can follow it
             break
         tokens.append(token)
     return tokens
@@ -41,30 +41,32 @@ def draw(tokenizer, grammar, seed, most=300):
 @pytest.mark.parametrize("make", [ByteTokenizer, trained_tokenizer])
 def test_texts_match(make):
     tokenizer = make()
-    grammars = GrammarCompiler(tokenizer, tokenizer.n_vocab + 7)  # a model's table may be longer than its vocabulary
+    compiler = GrammarCompiler(tokenizer, tokenizer.n_vocab + 7)  # a model's embedding matrix may have more rows
     regex = r"(true|false)-[0-9]{2,4} café"
-    first = grammars.from_regex(regex)
+    first = compiler.from_regex(regex)
     assert first.allowed().shape == (tokenizer.n_vocab + 7,)
     assert not first.allowed()[tokenizer.n_vocab :].any()
-    drawn = [draw(tokenizer, first.fork(), seed) for seed in range(20)]
-    texts = {tokenizer.decode(tokens) for tokens in drawn}
+    sampled = [sample_tokens(tokenizer, first.fork(), seed) for seed in range(20)]
+    texts = {tokenizer.decode(tokens) for tokens in sampled}
     assert len(texts) > 10
     assert all(re.fullmatch(regex, text) for text in texts), texts
     if make is trained_tokenizer:
-        assert any(len(tokens) < len(tokenizer.decode(tokens)) for tokens in drawn)
+        assert any(len(tokens) < len(tokenizer.decode(tokens)) for tokens in sampled)
     items = dict(type="array", items=dict(enum=["a", 1, None]), minItems=1, maxItems=3)
     schema = dict(type="object", properties=dict(name=items), required=["name"], additionalProperties=False)
-    answers = [json.loads(tokenizer.decode(draw(tokenizer, grammars.from_schema(schema), seed))) for seed in range(10)]
+    answers = [
+        json.loads(tokenizer.decode(sample_tokens(tokenizer, compiler.from_schema(schema), seed))) for seed in range(10)
+    ]
     assert all(set(answer["name"]) <= {"a", 1, None} and list(answer) == ["name"] for answer in answers)
 
 
-def test_what_cannot_be_followed_is_refused_at_once():
-    grammars = GrammarCompiler(ByteTokenizer(), 257)
+def test_invalid_grammars_are_refused_at_once():
+    compiler = GrammarCompiler(ByteTokenizer(), 257)
     with pytest.raises(PromptError, match=r"guided_regex: .*unclosed"):
-        grammars.from_regex("([")
+        compiler.from_regex("([")
     with pytest.raises(PromptError, match=r"response_format: .*nonsense"):
-        grammars.from_schema({"type": "nonsense"})
+        compiler.from_schema({"type": "nonsense"})
     with pytest.raises(PromptError, match=r"response_format: .*retriev"):
-        grammars.from_schema({"$ref": "file:///etc/passwd"})
-    with pytest.raises(PromptError, match="a schema of 70"):
-        grammars.from_schema({"const": "x" * 70_000})
+        compiler.from_schema({"$ref": "file:///etc/passwd"})
+    with pytest.raises(PromptError, match="the schema has 70"):
+        compiler.from_schema({"const": "x" * 70_000})

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Training goes on while its disk is full, read-only, forbidden or slow; what it writes is whole again afterwards."""
+"""Tests that training continues while its disk is full, read-only, forbidden or slow, and that its files recover."""
 
 import contextlib
 import os
@@ -18,9 +18,10 @@ from mesh_transformer.mesh import make_layout
 from mesh_transformer.reports.console import Progress
 from mesh_transformer.reports.metrics_log import MetricsLog, read_metrics
 from mesh_transformer.storage.errors import CheckpointError
-from mesh_transformer.train import loop
+from mesh_transformer.train import recorder
 from mesh_transformer.train.data_log import digest_tokens, effective_history, read_log
-from mesh_transformer.train.loop import Recorder, train
+from mesh_transformer.train.loop import train
+from mesh_transformer.train.recorder import Recorder
 from mesh_transformer.train.run import open_run
 
 
@@ -57,8 +58,8 @@ sequences = true
     return path
 
 
-class At(Progress):
-    """Does something to the machine once a step has been told."""
+class ActingProgress(Progress):
+    """Runs an action after the metrics of a step are displayed."""
 
     def __init__(self, *args, actions=(), **options):
         super().__init__(*args, **options)
@@ -74,12 +75,12 @@ class At(Progress):
 
 
 def train_run(run, actions=()):
-    """Train; what was said."""
+    """Train, and return the printed notes."""
     config = run.config
     run.dir.mkdir(exist_ok=True)
     with (
         MetricsLog(run.dir, config.track, config={}, first_step=run.step) as log,
-        At("test", config.train.steps, run.step, console=Console(quiet=True), actions=actions) as progress,
+        ActingProgress("test", config.train.steps, run.step, console=Console(quiet=True), actions=actions) as progress,
     ):
         train(run, Recorder(run, log, progress))
     return progress.notes
@@ -103,9 +104,9 @@ def undisturbed(config_file, tmp_path_factory):
     return run
 
 
-def test_training_outlives_its_disk(config_file, undisturbed, small_disk, monkeypatch):
-    """Full, without room for more files, forbidden, slow: one after the other, saves in the background."""
-    monkeypatch.setattr(loop, "SLOW_SECONDS", 0.2)
+def test_training_survives_disk_errors(config_file, undisturbed, small_disk, monkeypatch):
+    """The disk is full, out of inodes, forbidden and slow, one after the other, with asynchronous saves."""
+    monkeypatch.setattr(recorder, "SLOW_SECONDS", 0.2)
     config = load_config(config_file, [f'run.dir="{small_disk / "run"}"'])
     assert config.checkpoint.async_save
     run = open_run(config, open_data(config), make_layout(config.mesh))
@@ -115,7 +116,7 @@ def test_training_outlives_its_disk(config_file, undisturbed, small_disk, monkey
 
     def await_save():
         if run.store._pending:
-            futures.wait([run.store._pending])  # the save before has its own fault, or none
+            futures.wait([run.store._pending])  # the earlier save must end under its own condition
 
     def fill_disk():
         await_save()
@@ -137,7 +138,7 @@ def test_training_outlives_its_disk(config_file, undisturbed, small_disk, monkey
         os.seteuid(65534)
 
     def slow_down():
-        run.store._executor.submit(time.sleep, 0.5)  # the next save comes behind this
+        run.store._executor.submit(time.sleep, 0.5)  # the next save waits for this
 
     actions = {3: fill_disk, 5: use_up_files, 7: forbid, 9: lambda: os.seteuid(0), 11: slow_down}
     try:
@@ -149,13 +150,13 @@ def test_training_outlives_its_disk(config_file, undisturbed, small_disk, monkey
     for step, words in ((4, "No space left"), (6, "No space left"), (8, "Permission denied")):
         text = next(line["text"] for line in failed if line["step"] == step)
         assert words in text
-        assert "training goes on" in text
+        assert "training continues" in text
         assert text in notes
     assert run.store.steps() == [14, 16]
     assert all(run.store.verify(step) == [] for step in (14, 16))
     assert sorted(os.listdir(run.dir)) == ["checkpoints", "metrics.jsonl", "report.html", "sequences.jsonl"]
     assert sorted(os.listdir(run.dir / "checkpoints")) == ["step_14", "step_16"]
-    assert losses(run.dir) == losses(undisturbed.dir), "nothing is missing, nothing is there twice"
+    assert losses(run.dir) == losses(undisturbed.dir), "every step is logged exactly once"
     assert 14 in [line["step"] for line in events(run.dir, "slow disk")]
     assert "<details open>" in (run.dir / "report.html").read_text()
     assert "<details open>" not in (undisturbed.dir / "report.html").read_text()
@@ -164,8 +165,8 @@ def test_training_outlives_its_disk(config_file, undisturbed, small_disk, monkey
     assert counted == effective_history(read_log(undisturbed.dir))
 
 
-def test_a_read_only_disk_and_a_last_save_that_fails(config_file, undisturbed, small_disk, tmp_path):
-    """Only the checkpoints lie on that disk, and nothing is written in the background."""
+def test_a_failed_last_save_is_raised(config_file, undisturbed, small_disk, tmp_path):
+    """Only the checkpoints are on the disk, and saves are synchronous."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").symlink_to(small_disk)
     config = load_config(config_file, [f'run.dir="{tmp_path / "run"}"', "checkpoint.async_save=false"])
@@ -182,16 +183,16 @@ def test_a_read_only_disk_and_a_last_save_that_fails(config_file, undisturbed, s
     assert losses(run.dir) == losses(undisturbed.dir)
 
 
-def test_the_record_of_sequences_is_what_the_steps_were_given(undisturbed):
+def test_data_log_matches_the_data(undisturbed):
     loader, counted = undisturbed.data.train, effective_history(read_log(undisturbed.dir))
-    seen = [one for given in counted.values() for one in given.sequences]
-    assert len(seen) == len(set(seen)) == 16 * 8, "within one pass each is seen once"
-    for given in counted.values():
-        assert digest_tokens(loader.read_sequences(given.sequences).tokens) == given.digest
-        assert digest_tokens(loader.read_sequences(given.sequences[::-1]).tokens) != given.digest
+    sequences = [sequence for batch in counted.values() for sequence in batch.sequences]
+    assert len(sequences) == len(set(sequences)) == 16 * 8, "each sequence is used once in an epoch"
+    for batch in counted.values():
+        assert digest_tokens(loader.read_sequences(batch.sequences).tokens) == batch.digest
+        assert digest_tokens(loader.read_sequences(batch.sequences[::-1]).tokens) != batch.digest
 
 
-def test_what_counts_of_several_attempts():
+def test_effective_history_of_several_attempts():
     first = (0, {1: "a", 2: "b", 3: "c"})
     assert effective_history([first]) == {1: "a", 2: "b", 3: "c"}
     assert effective_history([first, (2, {3: "d"}), (3, {}), (3, {4: "e"})]) == {1: "a", 2: "b", 3: "d", 4: "e"}

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A recorded run made again equals itself, a step taken again its logged loss; what was tampered with does not."""
+"""Tests that a reproduced run and a replayed step equal the log, and that a changed log is detected."""
 
 import json
 import shutil
@@ -55,18 +55,18 @@ every = 4
 
 @pytest.fixture(autouse=True)
 def all_devices(monkeypatch):
-    """The tests' devices are started already."""
-    monkeypatch.setattr(replay, "start_devices", make_layout)
+    """Use the devices of the test process, which are initialized already."""
+    monkeypatch.setattr(replay, "init_devices", make_layout)
 
 
-def test_what_a_recipe_says(run_dir):
-    recipe = read_provenance(run_dir)
-    assert recipe["config"]["train"]["steps"] == 6
-    assert [start["step"] for start in recipe["starts"]] == [0]
-    start = recipe["starts"][0]
+def test_contents_of_recipe_json(run_dir):
+    provenance = read_provenance(run_dir)
+    assert provenance["config"]["train"]["steps"] == 6
+    assert [start["step"] for start in provenance["starts"]] == [0]
+    start = provenance["starts"][0]
     assert {"python", "jax", "dm-haiku", "optax", "tensorstore"} <= start["versions"].keys()
     assert start["devices"] == {"cpu": 8}
-    assert len(recipe["data_fingerprint"]) == 16
+    assert len(provenance["data_fingerprint"]) == 16
     other = {**start, "devices": {"TPU v4": 8}, "versions": {**start["versions"], "jax": "0.1"}}
     assert diff_environments(other, start) == [
         "devices: was {'TPU v4': 8}, now {'cpu': 8}",
@@ -75,27 +75,27 @@ def test_what_a_recipe_says(run_dir):
     assert diff_environments(start, dict(start)) == []
 
 
-def test_made_again_it_is_equal_but_for_the_loss_that_was_changed(run_dir, programs, capsys, tmp_path):
+def test_reproduced_run_differs_only_in_the_changed_loss(run_dir, programs, capsys, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
     lines = (copy / "metrics.jsonl").read_text().splitlines()
-    place = next(i for i, line in enumerate(map(json.loads, lines)) if line["step"] == 2 and "loss" in line)
-    line = json.loads(lines[place])
-    lines[place] = json.dumps({**line, "loss": float(np.nextafter(np.float32(line["loss"]), np.float32(np.inf)))})
+    index = next(i for i, line in enumerate(map(json.loads, lines)) if line["step"] == 2 and "loss" in line)
+    line = json.loads(lines[index])
+    lines[index] = json.dumps({**line, "loss": float(np.nextafter(np.float32(line["loss"]), np.float32(np.inf)))})
     (copy / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
 
     assert programs["reproduce"].main([str(copy), "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert (result["compared"], result["first_differing_step"], result["ulps"]) == (6, 2, 1)
-    assert result["differing_arrays"] == [], "the checkpoint of the last step was not tampered with"
-    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before, "the run was only read"
+    assert result["differing_arrays"] == [], "the last checkpoint was not changed"
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before, "the run folder was not written"
     assert "step 2 is the first that differs" in programs["reproduce"].format_result(result)
     untouched = {**result, "first_differing_step": None}
     assert "6 losses up to step 6 are equal, bit for bit" in programs["reproduce"].format_result(untouched)
 
 
-def test_a_step_taken_again(run_dir, programs, capsys):
+def test_a_replayed_step_equals_its_log(run_dir, programs, capsys):
     assert programs["replay_step"].main([str(run_dir), "6", "--json", "--worst", "2"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["equal"], result["from_checkpoint"]) == (True, 4)
@@ -114,13 +114,13 @@ def test_a_step_taken_again(run_dir, programs, capsys):
     assert "NOT the logged" in programs["replay_step"].format_result({**result, "equal": False})
 
 
-def test_without_a_recipe_or_its_data_nothing_is_made_up(run_dir, programs, tmp_path):
+def test_missing_provenance_and_changed_data_are_errors(run_dir, programs, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 1.0}\n')
     with pytest.raises(ProvenanceError, match=r"recipe\.json: no such file"):
         programs["reproduce"].main([str(tmp_path)])
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
-    recipe = json.loads((copy / "recipe.json").read_text())
-    (copy / "recipe.json").write_text(json.dumps({**recipe, "data_fingerprint": "0" * 16}))
+    provenance = json.loads((copy / "recipe.json").read_text())
+    (copy / "recipe.json").write_text(json.dumps({**provenance, "data_fingerprint": "0" * 16}))
     with pytest.raises(ProvenanceError, match="restore that data to replay the run"):
         programs["reproduce"].main([str(copy)])

@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What the datasheet's sections are made of: style, tables, numbers."""
+"""Building blocks of the datasheet page: style, sections, tables, matrices and formatted numbers."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import NamedTuple
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --ink: #1d1f21; --dim: #5f666d; --line: #d9d7d0; --bar: #1f6f5c; }
@@ -30,17 +31,18 @@ dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0; overflow-wrap: anywh
 code { overflow-wrap: anywhere; }
 """
 MB = 1e6
+CELL = 46  # pixels: width of a matrix cell
 
 
 def make_section(title: str, body: str) -> str:
-    """A headline and what is below it, which is HTML."""
+    """Return a section; `body` is HTML, `title` is text."""
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 
 def make_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = (), *, left: bool = False
 ) -> str:
-    """A table whose cells are text; the first column is a name, with `left` all are."""
+    """Return a table of text cells, aligned right except for the first column; with `left` all are aligned left."""
     css = " class=left" if left else ""
     lines = ["<tr>" + "".join(f"<th{css}>{escape(cell)}</th>" for cell in head) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td{css}>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
@@ -50,7 +52,7 @@ def make_table(
 
 
 def format_size(count: float) -> str:
-    """Bytes in the unit that fits."""
+    """Format a number of bytes with a binary unit."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -59,5 +61,49 @@ def format_size(count: float) -> str:
 
 
 def format_count(count: int) -> str:
-    """Short enough for a square of 46 pixels."""
+    """Format a count to fit a matrix cell of 46 pixels."""
     return f"{count:,}" if count < 10_000 else f"{count / 1000:.0f}k"
+
+
+class Cell(NamedTuple):
+    """One cell of a matrix; `opacity` is between 0 and 1."""
+
+    opacity: float
+    text: str
+    tooltip: str
+
+
+def draw_matrix(
+    name: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Cell]]],
+    *,
+    height: int,
+    names_right: bool = False,
+) -> str:
+    """Return a matrix as inline SVG, its cells `height` pixels high, with the names of the rows on one side."""
+    left = 0 if names_right else 130
+    top = 96  # space for the rotated column names
+    right = left + CELL * len(columns)
+    baseline = height // 2 + 5
+    body = [
+        f'<text transform="translate({left + j * CELL + 26} {top - 6}) rotate(-45)">{escape(column)}</text>'
+        for j, column in enumerate(columns)
+    ]
+    for i, (row_name, cells) in enumerate(rows):
+        y = top + i * height
+        position = f'x="{right + 8}"' if names_right else f'x="{left - 6}" text-anchor="end"'
+        body.append(f'<text {position} y="{y + baseline}">{escape(row_name)}</text>')
+        for j, cell in enumerate(cells):
+            x = left + j * CELL
+            body.append(
+                f'<rect class="cell" x="{x}" y="{y}" width="{CELL}" height="{height}" fill-opacity="{cell.opacity:.2f}">'
+                f"<title>{escape(cell.tooltip)}</title></rect>"
+            )
+            if cell.text:
+                css = ' class="on"' if cell.opacity > 0.6 else ""
+                body.append(
+                    f'<text{css} x="{x + CELL / 2}" y="{y + baseline}" text-anchor="middle">{escape(cell.text)}</text>'
+                )
+    size = f'width="{right + (438 if names_right else 90)}" height="{top + height * len(rows) + 8}"'
+    return f'<div class=scroll><svg role="img" aria-label="{escape(name)}" {size}>{"".join(body)}</svg></div>'

@@ -1,84 +1,88 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The questions of Datasheets for Datasets (Gebru et al. 2021), in short, with what the build and its recipe answer."""
+"""Questions of Datasheets for Datasets (Gebru et al. 2021), abridged, with answers from the build and its recipe."""
 
 from typing import Any
 
 from mesh_transformer.corpus.recipe import Recipe
 
-Answers = dict[str, list[tuple[str, str]]]  # chapter -> question, answer; "" where nobody has given one
+Answers = dict[str, list[tuple[str, str]]]  # chapter -> question, answer; "": not answered
 
 
 def answer_questions(sheet: dict[str, Any], recipe: Recipe) -> Answers:
-    """All of them; `sheet` is what datasheet.describe_corpus has found so far."""
-    said, parts = recipe.datasheet, sheet["components"]
+    """Return all questions with their answers; `sheet` is the rest of the datasheet."""
+    given = recipe.datasheet
+    parts = sheet["components"]
     documents = sum(part["train_documents"] for part in parts.values())
     heldout = sum(part["heldout_documents"] for part in parts.values())
-    raw, kept = (sum(part[key] for part in parts.values()) / 1e6 for key in ("raw_bytes", "train_bytes"))
+    raw = sum(part["raw_bytes"] for part in parts.values()) / 1e6
+    retained = sum(part["train_bytes"] for part in parts.values()) / 1e6
     removed = sum(part["exact_duplicates"] + part["near_duplicates"] for part in parts.values())
-    unread = sum(sum(part["left_out"].values()) for part in parts.values())
+    skipped = sum(sum(part["skipped"].values()) for part in parts.values())
     profanity = sheet["survey"]["profanity"].values()
     share = sum(one["profane"] for one in profanity) / max(sum(one["sentences"] for one in profanity), 1)
-    kinds = ", ".join(dict.fromkeys(step.kind for step in recipe.filters)) or "none"
-    masked = any(step.kind == "mask-pii" for step in recipe.filters)
-    tested = {name for step in recipe.filters if step.kind == "decontaminate" for name in step.against}
+    kinds = ", ".join(dict.fromkeys(config.kind for config in recipe.filters)) or "none"
+    masked = any(config.kind == "mask-pii" for config in recipe.filters)
+    tested = {name for config in recipe.filters if config.kind == "decontaminate" for name in config.against}
     consent = "; ".join(f"{name}: {part['consent']}" for name, part in parts.items() if part["consent"])
-    licences = "; ".join(f"{name}: {part['licence']}" for name, part in parts.items())
+    licenses = "; ".join(f"{name}: {part['license']}" for name, part in parts.items())
     origins = "; ".join(f"{name}: {part['origin']}" for name, part in parts.items() if part["origin"])
     return {
         "Motivation": [
-            ("What was it made for?", recipe.corpus.about),
-            ("Who made it, on whose behalf?", said.made_by),
-            ("Who paid for it?", said.paid_by),
+            ("For what purpose was it created?", recipe.corpus.about),
+            ("Who created it, on whose behalf?", given.made_by),
+            ("Who funded it?", given.paid_by),
         ],
         "Composition": [
-            ("What does an instance stand for?", f"One document: a file, page, message or line of {len(parts)} components."),
-            ("How many are there?", f"{documents:,} for training, {heldout:,} held out; {kept:.1f} MB of {raw:.1f} MB raw."),
-            ("Is it a sample of a larger set?", "All that the sources below held on the day of the build, less what steps took."),
-            ("What does an instance consist of?", "Text (UTF-8), an id with its place in the source, its component; tokens."),
-            ("Is there a label or target?", "None, but the component and, where measured, language and quality."),
-            ("Is anything missing?", " ".join([*recipe.corpus.gaps, f"{unread:,} places could not be read."])),
-            ("Are relations between instances explicit?", "Pieces and lines of one file share its name; nothing else is kept."),
-            ("Are there splits?", f"Held out: one in {recipe.heldout.one_in} by a hash of the name, 0 texts in both."
-             if recipe.heldout.one_in else "None are held out."),
-            ("Are there errors, noise, redundancies?", f"{removed:,} duplicates were removed; near ones below the bands' "
-             "reach stay. Markup is turned to text by rules, not always well: see the samples."),
-            ("Does it depend on anything outside?", "No: text is stored. Links in it lead where they lead."),
-            ("Is anything confidential?", said.people),
-            ("Is anything offensive?", f"{share:.2%} of sampled sentences are taken for profane, see Profanity."),
-            ("Can groups or persons be told?", said.people),
-            ("What was done about personal data?", "E-mail and public IP addresses are masked, names are not." if masked
-             else "Nothing: no step masks personal data."),
+            ("What do the instances represent?", f"Documents: files, pages, messages or lines of {len(parts)} components."),
+            ("How many instances are there?",
+             f"{documents:,} for training, {heldout:,} held out; {retained:.1f} MB of {raw:.1f} MB raw."),
+            ("Is it a sample of a larger set?", "All that the sources contained on the day of the build, after filtering."),
+            ("What does each instance consist of?", "Text (UTF-8), an id from its file and position, its component; tokens."),
+            ("Is there a label or target?", "None except the component and, where measured, language and quality."),
+            ("Is any information missing?", " ".join([*recipe.corpus.gaps, f"{skipped:,} documents could not be read."])),
+            ("Are relations between instances explicit?", "Chunks and lines of a file share its name; there are no others."),
+            ("Are there recommended splits?", f"Held out: one in {recipe.heldout.one_in} by a hash of the name, 0 texts in both."
+             if recipe.heldout.one_in else "None: no documents are held out."),
+            ("Are there errors, noise or redundancies?", f"{removed:,} duplicates were removed; near duplicates that MinHash did "
+             "not find remain. Markup is converted to text by rules, with errors: see the samples."),
+            ("Does it rely on external resources?", "No: the text is stored. Links in it are not resolved."),
+            ("Does it contain confidential data?", given.people),
+            ("Does it contain offensive data?", f"{share:.2%} of sampled sentences are classified as profane, see Profanity."),
+            ("Can individuals be identified?", given.people),
+            ("How was personal data handled?", "E-mail and public IP addresses are masked, names are not." if masked
+             else "It was not: no filter masks personal data."),
         ],
         "Collection": [
-            ("Where is it from, and how was it acquired?", origins),
-            ("How was it chosen?", f"All files of the paths in the recipe; steps: {kinds}."),
-            ("Who collected it?", said.made_by),
-            ("Over what time?", said.timeframe),
-            ("Was there an ethical review, a study of its effect on people?", said.review),
-            ("Did people know and consent, and can they withdraw?", consent),
+            ("How was the data acquired?", origins),
+            ("How was it selected?", f"All files of the paths in the recipe; filters: {kinds}."),
+            ("Who collected it?", given.made_by),
+            ("Over what timeframe?", given.timeframe),
+            ("Was there an ethical review or an impact analysis?", given.review),
+            ("Did individuals consent, and can they revoke it?", consent),
         ],
         "Preprocessing": [
-            ("What was done to it?", f"Steps: {kinds}. Duplicates: exact {'removed' if recipe.duplicates.exact else 'kept'}, "
-             f"near ones {recipe.duplicates.near}. See what each step took."),
-            ("Is the raw text kept?", "No copy: the manifest has name and digest of every source file."),
+            ("What preprocessing was done?", f"Filters: {kinds}. Exact duplicates "
+             f"{'removed' if recipe.duplicates.exact else 'retained'}; "
+             f"near duplicates: {recipe.duplicates.near}. See Filters and deduplication."),
+            ("Is the raw data available?", "Not as a copy: the manifest has name and digest of every source file."),
             ("Is the software available?", "Yes: scripts/build_corpus.py with the recipe at the end of this page."),
         ],
         "Uses": [
-            ("What has it been used for?", said.used_for),
-            ("What else might it be used for?", said.used_for),
-            ("Does its making bear on later use?", " ".join(recipe.corpus.gaps)),
-            ("Was it kept apart from test sets?", f"Overlap of n-grams cut or dropped against {', '.join(sorted(tested))}."
-             if tested else "No: no step compares it with any."),
-            ("What should it not be used for?", said.not_for),
+            ("What has it been used for?", given.used_for),
+            ("What else could it be used for?", given.used_for),
+            ("Does its composition affect future uses?", " ".join(recipe.corpus.gaps)),
+            ("Was it decontaminated?", f"Shared n-grams were cut or dropped against {', '.join(sorted(tested))}."
+             if tested else "No: no filter compares it with evaluation sets."),
+            ("What should it not be used for?", given.not_for),
         ],
         "Distribution": [
-            ("Who gets it, how and when?", said.given_to),
-            ("Under which licence or terms?", licences),
+            ("To whom, how and when is it distributed?", given.given_to),
+            ("Under which license or terms?", licenses),
         ],
         "Maintenance": [
-            ("Who keeps it, and can be asked?", said.kept_by),
-            ("Will it be corrected and updated?", said.kept_by),
-            ("Can others extend it?", "Yes: a component or step more in the recipe, then build again."),
+            ("Who maintains it, and can be contacted?", given.kept_by),
+            ("Will it be updated?", given.kept_by),
+            ("Can others extend it?", "Yes: add components or filters to the recipe and build again."),
         ],
     }  # fmt: skip

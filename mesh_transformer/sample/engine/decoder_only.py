@@ -10,6 +10,9 @@ reads them.
 """
 
 from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import MeshLayout
@@ -21,7 +24,7 @@ from mesh_transformer.sample.engine.engine import Engine, EngineOptions
 from mesh_transformer.sample.engine.prefill import PrefillBatch
 from mesh_transformer.sample.engine.prefix_cache import PrefixCache
 from mesh_transformer.sample.engine.programs import DECODE_CHUNK, EnginePrograms
-from mesh_transformer.sample.engine.requests import Event, Request, SpeculativeStats
+from mesh_transformer.sample.engine.requests import Event, PromptError, Request, SpeculativeStats
 from mesh_transformer.sample.engine.speculative import Drafter
 
 DECODE_CHUNK_DURING_PREFILL = 4  # most tokens per decode chunk while prompts are prefilled
@@ -101,6 +104,21 @@ class DecoderOnlyEngine(Engine):
     def state(self) -> DecodeState | None:
         """State of the decode slots on the devices; None before the first request."""
         return self._decode_batch.state
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return the logits of the next token after each of `tokens`, float32 [len(tokens), n_vocab].
+
+        Raises:
+          PromptError: there are no tokens, more than seq_len, or ids outside the vocabulary.
+        """
+        seq_len, n_vocab = self.config.seq_len, self.config.n_vocab
+        if not 0 < len(tokens) <= seq_len:
+            raise PromptError(f"got {len(tokens)} tokens; logits need at least one and at most seq_len={seq_len}")
+        if outside := [token for token in tokens if not 0 <= token < n_vocab]:
+            raise PromptError(f"got the token {outside[0]}, but the model's vocabulary is 0..{n_vocab - 1}")
+        padded = np.zeros((self.buckets.batch_size(1), self.buckets.prefill_len(len(tokens))), np.int32)
+        padded[:, : len(tokens)] = tokens
+        return np.asarray(self.programs.logits(padded)[0, : len(tokens)])
 
     def submit(self, request: Request) -> Request:
         self._waiting.append(request)

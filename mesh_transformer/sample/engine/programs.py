@@ -116,25 +116,30 @@ class EnginePrograms(CompiledModel):
         self.resize = self._program("resize", self._resize, static_argnums=(2,))
         self.first_token = self._program("first_token", self._first_token, static_argnums=(4,))
         self.insert = self._program("insert", self._insert, donate_argnums=(0,))
+        self._logits_program = self._program("logits", self._logits)
         self._prefill_program = self._program("prefill", self._prefill, static_argnums=(4,), donate_argnums=(1, 2))
         self._decode_program = self._program("decode", self._decode, static_argnums=(5,), donate_argnums=(1,))
         self._verify_program = self._program("verify", self._verify, static_argnums=(4,), donate_argnums=(1,))
         self._draft_program = self._program("draft", self._draft, static_argnums=(6,), donate_argnums=(1,))
 
+    def logits(self, tokens: Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
+        """Return the logits of the next token after each token, float32, without a KV cache."""
+        return self._logits_program(self.weights, tokens)
+
     def prefill(self, *arguments: Any) -> tuple[Any, Float[Array, "B V"], tuple[Array, Array, Array] | None]:
-        """See _prefill."""
+        """Run _prefill with the engine's weights."""
         return self._prefill_program(self.weights, *arguments)
 
     def decode(self, *arguments: Any) -> tuple[DecodeState, StepOutput]:
-        """See _decode."""
+        """Run _decode with the engine's weights."""
         return self._decode_program(self.weights, *arguments)
 
     def verify(self, *arguments: Any) -> tuple[DecodeState, StepOutput]:
-        """See _verify."""
+        """Run _verify with the engine's weights."""
         return self._verify_program(self.weights, *arguments)
 
     def draft(self, *arguments: Any) -> tuple[Any, Int[Array, "B N"]]:
-        """See _draft."""
+        """Run _draft with the engine's weights."""
         return self._draft_program(self.weights, *arguments)
 
     def lower_decode(self, state: DecodeState) -> Any:
@@ -184,6 +189,10 @@ class EnginePrograms(CompiledModel):
             stack_layers(weights), tokens, positions=positions, cache=stack_layers(caches), logits_at=logits_at
         )
         return constrain(logits, "batch", "sequence", "activation_embed"), constrain_caches(unstack_layers(stacked))
+
+    def _logits(self, weights: Any, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T V"]:
+        logits, _ = self._model.apply(stack_layers(weights), tokens)
+        return constrain(logits, "batch", "sequence", "activation_embed").astype(jnp.float32)
 
     def _prefill(
         self, weights: Any, caches: Any, logits: Float[Array, "B V"], chunk: PromptChunk, with_scores: bool

@@ -19,7 +19,7 @@ from mesh_transformer.model.params import STACK
 from mesh_transformer.model.quantization import Quantized, quantize
 from mesh_transformer.model.shapes import describe_params
 
-CPU_NARROW_OPTIONS = {
+CPU_CONVERT_LATE = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion",
 }
@@ -83,8 +83,8 @@ def choose_compiler_options(weights: Any, config: ModelConfig) -> dict[str, str]
     By default XLA converts all of them at once, outside the decode loop, which takes three times the memory.
     """
     widest = max(jnp.dtype(config.dtype).itemsize, 4)
-    has_narrow = any(leaf.dtype.itemsize < widest for leaf in jax.tree.leaves(weights) if leaf.ndim > 1)
-    return CPU_NARROW_OPTIONS if has_narrow and target_platform() == "cpu" else None
+    must_convert = any(leaf.dtype.itemsize < widest for leaf in jax.tree.leaves(weights) if leaf.ndim > 1)
+    return CPU_CONVERT_LATE if must_convert and target_platform() == "cpu" else None
 
 
 def unstack_layers(stacked: Any) -> Any:

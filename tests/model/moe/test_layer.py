@@ -491,8 +491,14 @@ def test_experts_are_sharded_and_exchanged():
             dict(n_experts=8), dict(data=2, expert=4, rules={"batch": ["data"]}),
             "mesh.rules.expert: experts are sharded over expert, but the batch is not; .*mesh.rules.batch",
         ),
-        (dict(group_size=3, eval_capacity_factor=1.0), dict(data=8), "group_size = 3 must divide the batch size 8, .* for example, 1"),
-        (dict(group_size=2, eval_capacity_factor=1.0), dict(data=2, expert=4), r"group_size = 2: on this mesh .* one of \[1, 4, 8\]"),
+        (
+            dict(group_size=3, eval_capacity_factor=1.0), dict(data=8),
+            "group_size = 3 must divide the batch size 8, .* for example, 1",
+        ),
+        (
+            dict(group_size=2, eval_capacity_factor=1.0), dict(data=2, expert=4),
+            r"group_size = 2: on this mesh .* one of \[1, 4, 8\]",
+        ),
     ],
 )  # fmt: skip
 def test_unsuitable_meshes_are_refused(experts, mesh, message):

@@ -57,6 +57,18 @@ def shared():
     return config, params, DecoderOnlyEngine(config, params)
 
 
+def test_logits_equal_the_forward_pass(shared):
+    config, params, engine = shared
+    [prompt] = random_prompts(21)
+    logits = engine.logits(prompt)
+    assert (logits.shape, logits.dtype) == ((21, config.n_vocab), np.float32)
+    own = forward_logprobs(config, params, prompt)
+    np.testing.assert_allclose(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True), own, atol=2e-4)
+    for tokens, message in (([], "got 0 tokens"), ([97], "got the token 97"), ([1] * 97, "at most seq_len=96")):
+        with pytest.raises(PromptError, match=message):
+            engine.logits(tokens)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_with_cache_is_greedy_without(name):
     config, params = make_model_and_params(**FAMILIES[name])

@@ -8,12 +8,14 @@ from engine_models import make_model_and_params, random_prompts
 
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+from mesh_transformer.sample.engine.device_state import DecodeState
 from mesh_transformer.sample.engine.requests import Request, RequestParams
 from mesh_transformer.sample.engine.speculative import DraftModelDrafter, PromptLookupDrafter
 from mesh_transformer.sample.engine.warmup import warm_up
 
 GREEDY = SampleConfig(temperature=0.0)
 WARM = SampleConfig(temperature=1.0, top_p=0.95)
+UNUSED_STATE = DecodeState(*[None] * 6)  # prompt lookup needs only the tokens
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def test_tokens_are_those_of_plain_decoding(plain, kind, options):
 
 def test_sequences_end_at_seq_len(plain):
     """Draft tokens past the last position are not generated."""
-    [prompt] = random_prompts(90)
+    prompt = [5, 6, 7] * 30
     [[expected]] = plain.generate([prompt], GREEDY, max_tokens=6)
     engine = DecoderOnlyEngine(*make_model_and_params(), drafter=PromptLookupDrafter(1, 8))
     [[found]] = engine.generate([prompt], GREEDY, max_tokens=6)
@@ -73,10 +75,10 @@ def test_sequences_end_at_seq_len(plain):
 
 def test_prompt_lookup_drafts_what_followed_the_last_match():
     requests = [Request(np.array(tokens, np.int32), RequestParams()) for tokens in ([1, 2, 3, 9, 1, 2], [4, 5, 6])]
-    draft = PromptLookupDrafter(max_ngram=3, num_draft_tokens=4).draft([requests[0], None, requests[1]], None)
+    draft = PromptLookupDrafter(max_ngram=3, num_draft_tokens=4).draft([requests[0], None, requests[1]], UNUSED_STATE)
     assert draft.lengths.tolist() == [4, 0, 0]
     assert draft.tokens[0].tolist() == [3, 9, 1, 2]
-    assert PromptLookupDrafter().draft([requests[1]], None) is None
+    assert PromptLookupDrafter().draft([requests[1]], UNUSED_STATE) is None
 
 
 def test_warm_up_compiles_plain_and_speculative_decoding():

@@ -26,7 +26,7 @@ def test_building_and_looking(tmp_path, write_texts, program, capsys):
     changed[100] = "other"
     folder = write_texts("texts", [prose(1, 300), " ".join(changed), "short", *(prose(i) for i in range(10, 20))])
     (tmp_path / "small.toml").write_text(
-        f'[corpus]\nname = "small"\n[components.a]\nkind = "text"\npaths = ["{folder}"]\nlicence = "none"\nmin_bytes = 20\n'
+        f'[corpus]\nname = "small"\n[components.a]\nkind = "text"\npaths = ["{folder}"]\nlicense = "none"\nmin_bytes = 20\n'
     )
     out = str(tmp_path / "out")
     command = [str(tmp_path / "small.toml"), out, "--workers", "1", "--set", "heldout.one_in=0"]
