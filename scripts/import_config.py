@@ -1,15 +1,16 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A configuration of mesh-transformer-jax (JSON), GPT-Neo (JSON) or GPT-NeoX (YAML) as TOML of ours.
+"""Translate a configuration of mesh-transformer-jax (JSON), GPT-Neo (JSON) or GPT-NeoX (YAML) to TOML.
 
-The TOML goes to stdout (or --output), and a table to stderr: what became of every key, whose meaning differs (DANGEROUS),
-which are unknown; then the effective batch and the last learning rate. OLD may be several files that make up one run.
+The TOML is printed to stdout (or written to --output). A table on stderr says what happened to every key, which keys have
+a different meaning here (DANGEROUS) and which are unknown; then it gives the effective batch and the final learning rate.
+Several OLD files form one configuration.
 
 examples:
   python scripts/import_config.py 6B_roto_256.json --output gptj.toml
-      GPT-J's own run; train with: python device_train.py gptj.toml
+      the run of GPT-J; train with: python device_train.py gptj.toml
   python scripts/import_config.py configs/20B.yml configs/local_setup.yml --devices 96
-      GPT-NeoX's batch depends on the number of devices, which its files do not say
+      the batch of GPT-NeoX depends on the number of devices, which its files do not contain
 
 exit status: 0 done, 1 failed, 2 wrong usage, or keys that are missing or cannot be used
 """
@@ -31,25 +32,27 @@ from mesh_transformer.config import ConfigError, config_to_toml, parse_config
 
 
 class Import:
-    """An old configuration, the table of ours that it becomes, and what is said of every key."""
+    """An old configuration, the table of the new one, and a note on every key."""
 
     def __init__(
         self, old: Mapping[str, Any], rules: Mapping[str, keys.Rule], required: list[str], fixed: Mapping[str, str]
     ):
         if missing := [key for key in required if key not in old]:
             raise ConfigError(f"these keys are missing: {', '.join(missing)}")
-        self.old, self.table, self.verdicts = old, {}, {}
+        self.old = old
+        self.table: dict[str, Any] = {}
+        self.notes: dict[str, str] = {}
         for key, value in old.items():
-            rule = rules.get(key, keys.Rule("", "UNKNOWN: nothing here reads it, and nothing replaces it"))
-            self.verdicts[key] = "ignored because it is off" if rule == keys.NO_EQUAL and not value else rule.why
+            rule = rules.get(key, keys.Rule("", "UNKNOWN: it has no counterpart here and was dropped"))
+            self.notes[key] = "ignored because it is disabled" if rule == keys.NO_EQUAL and not value else rule.why
             if rule.field:
                 self.set(**{rule.field: rule.cast(value)})
                 verb = "used as" if rule.field.rpartition(".")[2] == key else "renamed to"
-                self.verdicts[key] = f"{verb} {rule.field}" + (f"; {rule.why}" if rule.why else "")
-        self.verdicts |= fixed
+                self.notes[key] = f"{verb} {rule.field}" + (f"; {rule.why}" if rule.why else "")
+        self.notes |= fixed
 
     def set(self, **fields: Any) -> None:
-        """Put values at dotted paths."""
+        """Set values at dotted paths."""
         for path, value in fields.items():
             table = self.table
             for name in path.split(".")[:-1]:
@@ -57,82 +60,85 @@ class Import:
             table[path.rpartition(".")[2]] = value
 
     def update(self, section: str, **fields: Any) -> None:
-        """Put values into a section."""
+        """Set values in a section."""
         self.set(**{f"{section}.{name}": value for name, value in fields.items()})
 
     def pattern(self, key: str, n_layers: int) -> list[str]:
-        """[[[kind, ...], times], ...] as the shortest pattern that repeats."""
+        """Return the shortest repeating pattern of [[[kind, ...], times], ...]."""
         kinds = [kind for group, times in self.old.get(key, [[["global"], n_layers]]) for kind in group * times]
         if len(kinds) != n_layers or set(kinds) - {"global", "local"}:
-            raise ConfigError(f'{key} must give "global" or "local" for each of {n_layers} layers, not {self.old[key]}')
+            raise ConfigError(f'{key} = {self.old[key]} must give "global" or "local" for each of {n_layers} layers')
         lengths = (n for n in range(1, n_layers + 1) if n_layers % n == 0)
         return next(kinds[:n] for n in lengths if kinds[:n] * (n_layers // n) == kinds)
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A positive whole number."""
+        """Return the value of a key, which must be a positive integer."""
         value = self.old.get(key, default)
         if value is None:
             raise ConfigError(f"{key} is missing")
         if type(value) is not int or value < 1:
-            raise ConfigError(f"{key} = {json.dumps(value)} must be a positive whole number")
+            raise ConfigError(f"{key} = {json.dumps(value)} must be a positive integer")
         return value
 
 
-def _name(text: str) -> str:
-    """The name of a source, which is a part of a path here."""
+def _source_name(text: str) -> str:
+    """Return the name of a data source, in which dots are not allowed."""
     return text.replace(".", "_")
 
 
-def convert_original(new: Import, devices: int | None) -> None:
-    """What mesh-transformer-jax computes from several keys, or has in its code."""
+def convert_mtj(new: Import, devices: int | None) -> None:
+    """Set what mesh-transformer-jax computes from several keys or hard-codes."""
     from mesh_transformer.convert.gptj.reader import NORMS, POSITIONS
 
     old, count = new.old, new.count
     norm, pe, d_head = str(old["norm"]), old["pe"], count("d_model") // count("n_heads")
     if pe not in POSITIONS or norm not in {*NORMS, "layernorm-desync"}:
-        raise ConfigError(f"norm = {norm!r}, pe = {pe!r}: one of them is not the program's; pe: {', '.join(POSITIONS)}")
+        raise ConfigError(
+            f"norm = {norm!r} or pe = {pe!r} is not supported; norm: {', '.join(NORMS)}, layernorm-desync; "
+            f"pe: {', '.join(POSITIONS)}"
+        )
     kind, bias = NORMS.get(norm, NORMS["layernorm"])
-    new.update("model", **keys.ORIGINAL_MODEL, positions=POSITIONS[pe], norm=kind, norm_bias=bias)
+    new.update("model", **keys.MTJ_MODEL, positions=POSITIONS[pe], norm=kind, norm_bias=bias)
     if norm == "layernorm-desync":
-        new.verdicts["norm"] = (
-            keys.DANGER + "each shard had a norm of its own; here all have one, and weights cannot come"
+        new.notes["norm"] = (
+            keys.DANGER + "each shard had its own norm; here all share one, so the weights cannot be imported"
         )
     if pe == "rotary":
         dims = old.get("pe_rotary_dims", d_head)
         new.update("model", rope_dims=min(dims, d_head))
         if dims > d_head:
-            new.verdicts["pe_rotary_dims"] = (
-                keys.DANGER + f"it was clamped to d_head = {d_head} without a word, as here"
+            new.notes["pe_rotary_dims"] = (
+                keys.DANGER + f"it was silently clamped to d_head = {d_head}; here it is set to that value"
             )
     elif "pe_rotary_dims" in old:
         del new.table["model"]["rope_dims"]
-        new.verdicts["pe_rotary_dims"] = "ignored because nothing rotates"
-    accumulation = count("gradient_accumulation_steps", 1)
+        new.notes["pe_rotary_dims"] = "ignored because pe is not rotary"
+    grad_accum_steps = count("gradient_accumulation_steps", 1)
     replicas, rest = divmod(devices or count("tpu_size"), count("cores_per_replica"))
     if rest or not replicas:
-        raise ConfigError("tpu_size (or --devices) is not a multiple of cores_per_replica")
-    new.update("train", batch_size=accumulation * count("per_replica_batch") * replicas, grad_accum_steps=accumulation)
-    new.update("train", z_loss=1e-4, evaluate_batches=math.ceil(count("val_batches", 100) / accumulation))
+        raise ConfigError("tpu_size (or --devices) is not a multiple of cores_per_replica; set --devices")
+    new.update("train", batch_size=grad_accum_steps * count("per_replica_batch") * replicas, grad_accum_steps=grad_accum_steps)
+    new.update("train", z_loss=1e-4, evaluate_batches=math.ceil(count("val_batches", 100) / grad_accum_steps))
     new.update("optimizer", schedule="gptj", beta1=0.9, beta2=0.999, eps=1e-8, clip_norm=1.0)
     new.update("checkpoint", keep_last=3)
     if old.get("ckpt_every") == 1:
-        new.verdicts["ckpt_every"] = keys.DANGER + "1 meant never there; here it is every step"
+        new.notes["ckpt_every"] = keys.DANGER + "1 meant never; here it means every step"
     new.update("data", tokenizer=keys.GPT2, shuffle=False)
     sets = old.get("val_set", {})
     for name, index in (sets if isinstance(sets, dict) else {"validation": sets}).items():
-        new.update("data", **{f"validation.{_name(name)}.path": f"data/{index}"})
+        new.update("data", **{f"validation.{_source_name(name)}.path": f"data/{index}"})
 
 
 def convert_neo(new: Import, devices: int | None) -> None:
-    """What GPT-Neo computes from several keys, or has in its code."""
+    """Set what GPT-Neo computes from several keys or hard-codes."""
     del devices
     old, steps = new.old, new.count("train_steps")
     rates = {key: old.get(key, 0) or 0 for key in ("embed_dropout", "attn_dropout", "res_dropout")}
     new.update("model", attention_pattern=new.pattern("attention_types", new.count("n_layer")), qkv_bias=False)
     new.update("model", attention_scale="rsqrt_d_head", dropout=max(rates.values()))
     if len(set(rates.values())) > 1:
-        new.verdicts |= dict.fromkeys(
-            rates, keys.DANGER + "there are three rates and ours is one: the largest was taken"
+        new.notes |= dict.fromkeys(
+            rates, keys.DANGER + "there were three rates and there is one here; the largest is used"
         )
     decay = (old.get("lr_decay_end") or steps) - old["warmup_steps"]
     new.update("optimizer", end_learning_rate=old["lr"] / 10, decay_steps=decay)
@@ -140,22 +146,22 @@ def convert_neo(new: Import, devices: int | None) -> None:
     new.update("data", tokenizer=keys.GPT2)
     for entry in old["datasets"]:
         name, weight = (entry, 1.0) if isinstance(entry, str) else (entry[0], entry[3] if len(entry) > 3 else 1.0)
-        new.update("data", **{f"train.{_name(name)}.path": f"data/{name}.index", f"train.{_name(name)}.weight": weight})
+        new.update("data", **{f"train.{_source_name(name)}.path": f"data/{name}.index", f"train.{_source_name(name)}.weight": weight})
 
 
 def convert_neox(new: Import, devices: int | None) -> None:
-    """What GPT-NeoX computes from several keys, or takes by default."""
+    """Set what GPT-NeoX computes from several keys or has as defaults."""
     old, count, adam = new.old, new.count, new.old["optimizer"].get("params", {})
-    shards, accumulation = count("model_parallel_size", 1), count("gradient_accumulation_steps", 1)
+    shards, grad_accum_steps = count("model_parallel_size", 1), count("gradient_accumulation_steps", 1)
     if "data_path" not in old and "train_data_paths" not in old:
-        raise ConfigError("data_path is missing, and train_data_paths as well")
+        raise ConfigError("data_path and train_data_paths are both missing; one of them is required")
     if "train_batch_size" not in old:
         if devices is None:
-            raise ConfigError("the batch depends on the number of GPUs, which the files do not say: add --devices N")
+            raise ConfigError("the batch depends on the number of GPUs, which the files do not contain; add --devices N")
         replicas, rest = divmod(devices, shards * max(old.get("pipe_parallel_size", 1), 1))
         if rest or not replicas:
             raise ConfigError("--devices is not a multiple of model_parallel_size x pipe_parallel_size")
-        new.update("train", batch_size=count("train_micro_batch_size_per_gpu") * accumulation * replicas)
+        new.update("train", batch_size=count("train_micro_batch_size_per_gpu") * grad_accum_steps * replicas)
     norm, dims = (
         old.get("norm", "layernorm"),
         int(count("hidden_size") / count("num_attention_heads") * old.get("rotary_pct", 1)),
@@ -178,8 +184,8 @@ def convert_neox(new: Import, devices: int | None) -> None:
     if any(kind.get("enabled", True) if isinstance(kind, dict) else kind not in (None, "fp32") for kind in kinds):
         new.update("model", dtype="bfloat16")
     if not own_init:
-        new.verdicts["(model) init"] = (
-            keys.DANGER + 'ours has only small_init with wang_init; model.init = "gpt2" was taken'
+        new.notes["(model) init"] = (
+            keys.DANGER + 'only small_init with wang_init is supported; model.init = "gpt2" is used'
         )
     kind, decay = old["optimizer"].get("type", "adam").lower(), old.get("lr_decay_iters") or count("train_iters")
     warmup = int(old.get("warmup", 0.01) * decay)
@@ -193,31 +199,31 @@ def convert_neox(new: Import, devices: int | None) -> None:
     multiple = old.get("make_vocab_size_divisible_by", 128) * shards
     new.update("model", n_vocab=-(-(50277 if own else 50257) // multiple) * multiple)
     new.update("data", tokenizer=old.get("vocab_file", "20B_tokenizer.json") if own else keys.GPT2)
-    new.verdicts["(model) n_vocab"] = (
-        keys.DANGER + f"it came from the tokenizer: {'GPT-NeoX-20B' if own else 'GPT-2'}'s is assumed"
+    new.notes["(model) n_vocab"] = (
+        keys.DANGER + f"it came from the tokenizer; that of {'GPT-NeoX-20B' if own else 'GPT-2'} is assumed"
     )
-    for side, ours in (("train", "train"), ("valid", "validation")):
+    for side, section in (("train", "train"), ("valid", "validation")):
         paths = old.get(f"{side}_data_paths") or []
         for i, (path, weight) in enumerate(
             zip(paths, old.get(f"{side}_data_weights") or [1.0] * len(paths), strict=True)
         ):
-            new.update("data", **{f"{ours}.{side}{i}.path": path, f"{ours}.{side}{i}.weight": weight})
+            new.update("data", **{f"{section}.{side}{i}.path": path, f"{section}.{side}{i}.weight": weight})
 
 
 FORMATS = {
-    "mesh-transformer-jax": (keys.ORIGINAL, keys.ORIGINAL_REQUIRED, keys.ORIGINAL_FIXED, convert_original),
+    "mesh-transformer-jax": (keys.MTJ, keys.MTJ_REQUIRED, keys.MTJ_FIXED, convert_mtj),
     "GPT-Neo": (keys.NEO, keys.NEO_REQUIRED, keys.NEO_FIXED, convert_neo),
     "GPT-NeoX": (keys.NEOX, keys.NEOX_REQUIRED, {}, convert_neox),
 }
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML without keys that are there twice, and with 1e-4 as a number, which YAML 1.1 takes for a text."""
+    """YAML that refuses duplicate keys and reads 1e-4 as a number, which YAML 1.1 reads as text."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
-        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-            raise ConfigError(f"the key {twice[0]} is there twice")
+        if duplicates := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise ConfigError(f"the key {duplicates[0]} occurs twice; remove one")
         return super().construct_mapping(node, deep)
 
 
@@ -227,10 +233,13 @@ _Yaml.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None"), ["N"])
 
 
 def read_old(paths: list[Path]) -> dict[str, Any]:
-    """The keys of all files, with _ for -. JSON is YAML; so are GPT-NeoX's files, with comments, last commas and constants."""
+    """Return the keys of all files, with "-" replaced by "_".
+
+    JSON is read as YAML, and so are the files of GPT-NeoX, with comments, trailing commas and constants.
+    """
     old: dict[str, Any] = {}
     for path in paths:
-        text = path.read_text(encoding="utf-8").replace("\t", " ")  # JSON may be indented by tabs, YAML may not
+        text = path.read_text(encoding="utf-8").replace("\t", " ")  # JSON allows tabs as indentation, YAML does not
         try:
             table = _Yaml(text).get_single_data()
         except yaml.YAMLError as error:
@@ -240,55 +249,55 @@ def read_old(paths: list[Path]) -> dict[str, Any]:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         if not isinstance(table, dict):
-            raise ConfigError(f"{path}: holds no keys and values")
+            raise ConfigError(f"{path}: expected a mapping of keys to values, found a {type(table).__name__}")
         new = [(str(key).replace("-", "_"), value) for key, value in table.items()]
         keys_so_far = [*old, *(key for key, _ in new)]
-        if twice := [key for n, key in enumerate(keys_so_far) if key in keys_so_far[:n]]:
-            raise ConfigError(f"{path}: the key {twice[0]} is there twice")
+        if duplicates := [key for n, key in enumerate(keys_so_far) if key in keys_so_far[:n]]:
+            raise ConfigError(f"{path}: the key {duplicates[0]} occurs twice; remove one")
         old |= dict(new)
     return old
 
 
 def import_config(paths: list[Path], devices: int | None = None) -> tuple[str, str]:
-    """The TOML, and what became of every key."""
+    """Return the TOML, and the table of what happened to every key."""
     where, old = str(paths[0]), read_old(paths)
     name = max(FORMATS, key=lambda name: len(FORMATS[name][0].keys() & old.keys()))
     rules, required, fixed, convert = FORMATS[name]
     if len(rules.keys() & old.keys()) < 3:
-        raise ConfigError(f"{where}: not a configuration of {', '.join(FORMATS)}")
+        raise ConfigError(f"{where}: not a configuration of {', '.join(FORMATS)}; too few known keys")
     try:
         new = Import(old, rules, required, fixed)
         convert(new, devices)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except (TypeError, ValueError, AttributeError, LookupError) as error:
-        raise ConfigError(f"{where}: a value is not of the kind that {name} has there: {error}") from error
+        raise ConfigError(f"{where}: a value has a type that {name} does not allow: {error}") from error
     config = parse_config(new.table, where=where, run_dir=f"runs/{paths[0].stem}")
-    from mesh_transformer.train.schedule import make_schedule  # after the errors above: it imports JAX
+    from mesh_transformer.train.schedule import make_schedule  # after the errors above, because it imports JAX
 
     tokens = config.train.batch_size * config.model.seq_len
     last = float(make_schedule(config.optimizer, config.train.steps)(config.train.steps - 1))
-    shown = {key: json.dumps(old[key]) if key in old else "" for key in new.verdicts}
-    lines = [f"{key:<{max(map(len, shown))}}  {value[:24]:<24}  {new.verdicts[key]}" for key, value in shown.items()]
-    found = [sum(word in verdict for verdict in new.verdicts.values()) for word in ("DANGEROUS", "UNKNOWN")]
+    shown = {key: json.dumps(old[key]) if key in old else "" for key in new.notes}
+    lines = [f"{key:<{max(map(len, shown))}}  {value[:24]:<24}  {new.notes[key]}" for key, value in shown.items()]
+    found = [sum(word in note for note in new.notes.values()) for word in ("DANGEROUS", "UNKNOWN")]
     lines += [f"{where} is a configuration of {name}: {found[0]} DANGEROUS, {found[1]} UNKNOWN",
-              f"batch: {config.train.batch_size:,} sequences of {config.model.seq_len:,}, {tokens:,} tokens a step; "
+              f"batch: {config.train.batch_size:,} sequences of {config.model.seq_len:,}, {tokens:,} tokens per step; "
               f"{tokens * config.train.steps:,} tokens in {config.train.steps:,} steps",
-              f"learning rate of the last step: {last:.6g}"]  # fmt: skip
+              f"learning rate at the last step: {last:.6g}"]  # fmt: skip
     return config_to_toml(config, mark_changes=True), "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, convert, print."""
+    """Parse the arguments, translate the configuration, print it."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("old", nargs="+", type=Path, metavar="OLD", help="its configuration; several files are one run")
-    parser.add_argument("--output", type=Path, metavar="NEW.toml", help="where the TOML goes; default: stdout")
-    parser.add_argument("--devices", type=int, metavar="N", help="devices it ran on, where its files do not say")
+    parser.add_argument("old", nargs="+", type=Path, metavar="OLD", help="configuration file; several files form one configuration")
+    parser.add_argument("--output", type=Path, metavar="NEW.toml", help="file to write the TOML to; default: stdout")
+    parser.add_argument("--devices", type=int, metavar="N", help="number of devices of the old run, if its files do not contain it")
     options = parser.parse_args(arguments)
     if options.output and options.output.exists():
-        raise ConfigError(f"{options.output} exists; remove it, or choose another name")
+        raise ConfigError(f"{options.output} exists; remove it or choose another name")
     if options.devices is not None and options.devices < 1:
-        raise ConfigError("--devices is at least 1")
+        raise ConfigError(f"--devices {options.devices}: expected at least 1")
     toml, report = import_config(options.old, options.devices)
     print(report, file=sys.stderr)
     if not options.output:

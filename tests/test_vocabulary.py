@@ -62,12 +62,14 @@ RETIRED_WORDS = {
 }
 # Whole identifiers.
 RETIRED_NAMES = {
-    "Asked", "Attempts", "Bound", "Choices", "CommonStop", "Foreign", "Found", "Given", "Grammars", "Held", "HeadNorm",
-    "Left", "Measures", "Pace", "Place", "Placed", "Places", "Reading", "Remedy", "Replayed", "RewritingEngine", "Seats",
-    "Sight", "Silicon", "Subject", "Ticket", "Told", "Trained", "Watch", "Wire", "Writing", "abandon", "attend_by",
-    "draw_burst", "hide_spans", "lay_out", "load_trained", "look_up", "meet_compiled", "put_aside", "read_on",
-    "room_behind", "run_side_by_side", "show_samples", "take_in", "take_turns", "train_measured", "unless_left",
-    "wait_until_gone", "what_counts",
+    "Asked", "Attempts", "Bound", "Choices", "CommonStop", "Foreign", "Found", "Given", "Grammars", "HeadNorm", "Held",
+    "Left", "Measures", "NarrowParams", "Pace", "Place", "Placed", "Places", "Reading", "Remedy", "Replayed",
+    "RewritingEngine", "Seats", "Sight", "Silicon", "Subject", "Ticket", "Told", "Trained", "Watch", "Wire", "Writing",
+    "abandon", "add_up", "attend_by", "attend_in_ring", "batch_pieces", "describe_routing", "draw_burst",
+    "empty_routing", "find_capacity", "from_ring_order", "head_of", "hide_spans", "lay_out", "load_trained", "look_up",
+    "meet_compiled", "normalise", "put_aside", "rank_tokens", "read_on", "room_behind", "rotary_frequencies",
+    "rows_per_token", "run_side_by_side", "score_experts", "show_samples", "source_segments", "start_devices",
+    "take_in", "take_turns", "to_ring_order", "train_measured", "unless_left", "wait_until_gone", "what_counts",
 }  # fmt: skip
 # External names that contain a retired word: keys of other projects' files, command-line tools, Python's own.
 ALLOWED_NAMES: set[str] = {"in_place", "inplace", "placeholder", "replace"}

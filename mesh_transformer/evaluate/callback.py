@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Training that measures itself at the steps that [evaluate] names, with the code of device_evaluate.py."""
+"""Evaluation callback of training: runs the tasks of [evaluate] at the configured steps."""
 
 from mesh_transformer.config import Config, ConfigError
 from mesh_transformer.distributed.coordination import process_count
@@ -8,55 +8,73 @@ from mesh_transformer.evaluate.evaluation import EvalTarget, check_tasks, evalua
 from mesh_transformer.evaluate.harness_tasks import load_definition
 from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer
 from mesh_transformer.evaluate.tasks import TEXT, WIKITEXT
+from mesh_transformer.reports.console import ProgressFn
 from mesh_transformer.reports.evaluation_results import Evaluation
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
 from mesh_transformer.sample.engine.engine import EngineOptions
 from mesh_transformer.sample.engine.weights import prepare_weights
-from mesh_transformer.train.loop import MeasureFn, TaskProgressFn
+from mesh_transformer.train.loop import MeasureFn
 from mesh_transformer.train.run import Run
 
 
 def make_measure(config: Config) -> MeasureFn | None:
-    """What the loop calls; None without tasks. Every process does the same work on the batches that all share.
+    """Return the callback for the training loop, or None if [evaluate] names no tasks.
 
-    A task that generates text has the weights laid out once more while it is measured, as decoding wants them.
+    Raises ConfigError for an invalid [evaluate].
     """
     if not config.evaluate.tasks:
         return None
-    names = check_tasks(config)
-    generates = [name for name in names if name not in (TEXT, WIKITEXT) and _generates(name)]
-    if generates and process_count() > 1:
+    generating = [name for name in check_tasks(config) if _generates(name)]
+    if generating and process_count() > 1:
         raise ConfigError(
-            f"task {generates[0]!r} generates text, which a run of several processes does not; leave it to "
-            "device_evaluate.py"
+            f"task {generating[0]!r} generates text, which training with several processes does not support; remove it from "
+            "evaluate.tasks, and run it with device_evaluate.py"
         )
-    scorers: list[LoglikelihoodScorer] = []
-    engines: list[DecoderOnlyEngine] = []
+    return EvaluationCallback(config, generates=bool(generating))
 
-    def measure_run(run: Run, tell: TaskProgressFn) -> Evaluation:
-        if not scorers:
-            scorers.append(
-                LoglikelihoodScorer(config.model, None, run.layout, batch_tokens=config.evaluate.batch_tokens)
-            )
-        (scorer,), params = scorers, run.state.params
-        scorer.params = params
-        if generates and not engines:
-            options = EngineOptions(slots=config.serve.slots, prefix_cache_bytes=0)
-            engines.append(DecoderOnlyEngine(config.model, params, options, layout=run.layout))
-        elif generates:
-            engines[0].programs.weights = prepare_weights(params, engines[0].programs.config, run.layout, "saved")
-        engine = engines[0] if generates else None
+
+class EvaluationCallback:
+    """Runs the tasks on the current parameters. All processes call it and share every batch.
+
+    A task that generates text needs a second copy of the weights while it runs, in the layout of decoding.
+    """
+
+    def __init__(self, config: Config, *, generates: bool) -> None:
+        self.config = config
+        self.generates = generates
+        self._scorer: LoglikelihoodScorer | None = None  # compiled once, at the first call
+        self._engine: DecoderOnlyEngine | None = None
+
+    def __call__(self, run: Run, on_progress: ProgressFn) -> Evaluation:
+        scorer = self._open_scorer(run)
+        engine = self._open_engine(run) if self.generates else None
+        location = str(run.folder.location)
         try:
-            return evaluate_model(
-                EvalTarget(config, run.data.tokenizer, scorer, engine, run.step, str(run.folder.location)), tell
-            )
+            target = EvalTarget(self.config, run.data.tokenizer, scorer, engine, run.step, location)
+            return evaluate_model(target, on_progress)
         finally:
-            scorer.params = None  # the next step takes their memory
+            scorer.params = None  # free the memory for the next step
             if engine:
                 engine.programs.weights = None
 
-    return measure_run
+    def _open_scorer(self, run: Run) -> LoglikelihoodScorer:
+        if self._scorer is None:
+            batch_tokens = self.config.evaluate.batch_tokens
+            self._scorer = LoglikelihoodScorer(self.config.model, None, run.layout, batch_tokens=batch_tokens)
+        self._scorer.params = run.state.params
+        return self._scorer
+
+    def _open_engine(self, run: Run) -> DecoderOnlyEngine:
+        params = run.state.params
+        if self._engine is None:
+            options = EngineOptions(slots=self.config.serve.slots, prefix_cache_bytes=0)
+            self._engine = DecoderOnlyEngine(self.config.model, params, options, layout=run.layout)
+        else:
+            programs = self._engine.programs
+            programs.weights = prepare_weights(params, programs.config, run.layout, "saved")
+        return self._engine
 
 
 def _generates(name: str) -> bool:
-    return load_definition(name)["output_type"] == "generate_until"
+    """Return whether a task generates text. Tasks outside the harness do not."""
+    return name not in (TEXT, WIKITEXT) and load_definition(name)["output_type"] == "generate_until"

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A model and the tasks that [evaluate] names -> results in lm-evaluation-harness's form, for a person and for programs."""
+"""Run the tasks of [evaluate] on a model and return results in lm-evaluation-harness's format."""
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,75 +16,97 @@ from rich.text import Text
 from mesh_transformer.config import Config, ConfigError, config_to_dict
 from mesh_transformer.data.errors import Document
 from mesh_transformer.data.tokenizers import Tokenizer
-from mesh_transformer.evaluate.harness_model import import_harness, make_adapter
-from mesh_transformer.evaluate.harness_tasks import TaskInputs, resolve_num_fewshot, load_definition, run_tasks
+from mesh_transformer.evaluate.harness_tasks import (
+    TaskInputs,
+    import_harness,
+    load_definition,
+    resolve_num_fewshot,
+    run_tasks,
+)
 from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer
 from mesh_transformer.evaluate.perplexity import TextScore, is_sampled, score_documents, weighted_total
 from mesh_transformer.evaluate.published import find_published, pile_components
-from mesh_transformer.evaluate.synthetic_tasks import ITEMS
-from mesh_transformer.evaluate.tasks import TASKS, TEXT, WIKITEXT, Example, expand_names, find_task, read_examples, to_key
+from mesh_transformer.evaluate.synthetic_tasks import DEFAULT_EXAMPLES
+from mesh_transformer.evaluate.tasks import (
+    TASKS,
+    TEXT,
+    WIKITEXT,
+    Example,
+    expand_names,
+    find_task,
+    read_examples,
+    to_key,
+)
 from mesh_transformer.evaluate.texts import check_paths, read_texts
 from mesh_transformer.evaluate.wikitext import WikiText, wikitext_results
+from mesh_transformer.reports.console import ProgressFn
 from mesh_transformer.reports.evaluation_results import Evaluation, make_tables, metrics_of
 from mesh_transformer.sample.engine.engine import Engine
 
-EXAMPLES = 100  # items of held-out text that are shown and not asked, where shots are asked for
-ProgressFn = Callable[[str, int, int | None], None]  # what is being done, how much of it, of how much if that is known
+FEWSHOT_POOL = 100  # synthetic examples that are reserved for few-shot prompts
 
 
 class EvalTarget(NamedTuple):
-    """What is measured."""
+    """The model to evaluate, and the configuration that names the tasks."""
 
     config: Config
     tokenizer: Tokenizer
     scorer: LoglikelihoodScorer
-    engine: Engine | None  # to generate text; None while training
+    engine: Engine | None  # generates text; None if no task needs it
     step: int
-    location: str  # the checkpoint, or the run
+    location: str  # of the checkpoint or run
 
 
 def check_tasks(config: Config) -> list[str]:
-    """The names of the tasks that [evaluate] asks for, before anything is computed.
+    """Check [evaluate] before anything is computed, and return the names of its tasks.
 
-    Raises ConfigError for what cannot be done, DataError for a file that is not there.
+    Raises ConfigError for an invalid configuration, DataError for a missing file.
     """
     evaluate = config.evaluate
     names = expand_names(evaluate.tasks or (TEXT,))
-    asked = [name for name in names if name not in (TEXT, WIKITEXT)]
-    made = [to_key(name) for name in asked if find_task(name).make]
+    harness_names = _harness_names(names)
+    synthetic = [to_key(name) for name in harness_names if find_task(name).make]
     keys = [to_key(name) for name in names]
     for key in keys:
-        if key not in (TEXT, *made) and key not in evaluate.data:
-            raise ConfigError(
-                f"task {key!r} needs its file: --data {key}=PATH, or evaluate.data.{key} in the configuration"
-            )
-    if asked:
+        if key not in (TEXT, *synthetic) and key not in evaluate.data:
+            raise ConfigError(f"task {key!r} needs a data file: add --data {key}=PATH, or set evaluate.data.{key}")
+    if harness_names:
         import_harness()
-    for name in asked:
-        has_some = to_key(name) in {**evaluate.fewshot_data, **dict.fromkeys(made)}
-        resolve_num_fewshot(name, load_definition(name), _shots_of(name, config), sys.maxsize if has_some else 0)
-    reads_texts = TEXT in names or bool(made)
+    for name in harness_names:
+        has_pool = to_key(name) in {**evaluate.fewshot_data, **dict.fromkeys(synthetic)}
+        resolve_num_fewshot(name, load_definition(name), _num_fewshot(name, config), sys.maxsize if has_pool else 0)
+    reads_texts = TEXT in names or bool(synthetic)
     for name in evaluate.data:
         is_task = _is_task(name, config)
         if (is_task and name not in keys) or (not is_task and not reads_texts):
             raise ConfigError(
-                f"evaluate.data.{name} is read by none of the tasks {', '.join(names)}; add --task "
-                f"{name if is_task else TEXT}, or leave it out"
+                f"evaluate.data.{name} is not used by the tasks {', '.join(names)}; add --task "
+                f"{name if is_task else TEXT}, or remove it"
             )
-    for field in ("examples", "num_fewshot_by_task"):
-        for name in getattr(evaluate, field):
-            if name not in map(to_key, asked):
-                raise ConfigError(f"evaluate.{field}.{name}: {name!r} is none of the tasks {', '.join(names)}")
+    for field, entries in (
+        ("fewshot_data", evaluate.fewshot_data),
+        ("num_fewshot_by_task", evaluate.num_fewshot_by_task),
+    ):
+        for name in entries:
+            if name not in map(to_key, harness_names):
+                raise ConfigError(
+                    f"evaluate.{field}.{name}: {name!r} is not one of the tasks {', '.join(names)}; add --task {name}, "
+                    "or remove it"
+                )
     check_paths(config, _components(config) if reads_texts else (TEXT,))
     return names
 
 
+def _harness_names(names: list[str]) -> list[str]:
+    return [name for name in names if name not in (TEXT, WIKITEXT)]
+
+
 def _components(config: Config) -> list[str]:
-    """What of evaluate.data is text to be scored, and not the file of a task."""
+    """Return the names in evaluate.data that are text to score, not files of tasks."""
     return [name for name in config.evaluate.data if not _is_task(name, config)]
 
 
-def _shots_of(name: str, config: Config) -> int | None:
+def _num_fewshot(name: str, config: Config) -> int | None:
     return config.evaluate.num_fewshot_by_task.get(to_key(name), config.evaluate.num_fewshot)
 
 
@@ -92,34 +114,32 @@ def _is_task(name: str, config: Config) -> bool:
     return name in TASKS or name == WIKITEXT or name in map(to_key, config.evaluate.tasks)
 
 
-def evaluate_model(subject: EvalTarget, report: ProgressFn = lambda what, done, total: None) -> dict[str, Any]:
-    """Results of all tasks; see benchmarks.py for their form. Raises ConfigError, DataError and what scoring raises."""
-    evaluate = subject.config.evaluate
-    names = check_tasks(subject.config)
+def evaluate_model(target: EvalTarget, on_progress: ProgressFn = lambda name, done, total: None) -> dict[str, Any]:
+    """Return the results of all tasks; reports/evaluation_results.py describes their format.
+
+    Raises ConfigError, DataError and what scoring raises.
+    """
+    evaluate = target.config.evaluate
+    names = check_tasks(target.config)
     found: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}, "n-shot": {}, "higher_is_better": {}}
     if TEXT in names:
-        _add_texts(found, _score(subject, _read_texts(subject), TEXT, report))
+        _add_texts(found, _score(target, _read_texts(target), TEXT, on_progress))
     if WIKITEXT in names:
-        path = Path(evaluate.data[WIKITEXT]).expanduser()
-        corpus = WikiText(path.read_text(encoding="utf-8"), str(path))
-        picked = [
-            article for article in corpus.articles() if is_sampled(article.document.name, evaluate.sample_fraction)
-        ]
-        picked = picked[: evaluate.limit]
-        scores = _score(subject, ((WIKITEXT, article.document) for article in picked), WIKITEXT, report)
-        results = wikitext_results(scores[WIKITEXT], sum(article.n_words for article in picked))
-        _add(found, WIKITEXT, results, scores[WIKITEXT].documents)
-    if asked := [name for name in names if name not in (TEXT, WIKITEXT)]:
-        items = {name: _find_questions(subject, name) for name in asked}
-        adapter = make_adapter(subject.scorer, subject.tokenizer, subject.engine, report)
-        for key, values in run_tasks(adapter, items).items():
+        _add_wikitext(found, target, on_progress)
+    if harness_names := _harness_names(names):
+        # not at the top: this import needs lm-evaluation-harness, an optional dependency
+        from mesh_transformer.evaluate.harness_model import HarnessModel
+
+        model = HarnessModel(target.scorer, target.tokenizer, target.engine, on_progress)
+        results = run_tasks(model, {name: _read_inputs(target, name) for name in harness_names})
+        for key, values in results.items():
             found[key] |= _to_plain(values)
     found["config"] = {
         "model": "mesh-transformer",
-        "model_args": subject.location,
-        "step": subject.step,
+        "model_args": target.location,
+        "step": target.step,
         "evaluate": config_to_dict(evaluate),
-        "tokenizer": subject.tokenizer.fingerprint,
+        "tokenizer": target.tokenizer.fingerprint,
         "jax": jax.__version__,
     }
     found["date"] = time.time()
@@ -128,40 +148,40 @@ def evaluate_model(subject: EvalTarget, report: ProgressFn = lambda what, done, 
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """The tables of benchmarks.py."""
+    """Print the tables of reports/evaluation_results.py."""
     for table in make_tables(evaluation):
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
         for number, heading in enumerate(table.headings):
-            left = number == 0 or heading in ("metric", "source")
-            shown.add_column(heading, justify="left" if left else "right", overflow="fold")
+            is_left = number == 0 or heading in ("metric", "source")
+            shown.add_column(heading, justify="left" if is_left else "right", overflow="fold")
         for row in table.rows:
             shown.add_row(*(Text(cell) for cell in row), style="bold" if row[0] == "this model" else "")
         console.print(shown)
         console.print()
 
 
-def _read_texts(subject: EvalTarget) -> Iterator[tuple[str, Document]]:
-    return read_texts(subject.config, subject.tokenizer, _components(subject.config))
+def _read_texts(target: EvalTarget) -> Iterator[tuple[str, Document]]:
+    return read_texts(target.config, target.tokenizer, _components(target.config))
 
 
 def _score(
-    subject: EvalTarget, documents: Iterator[tuple[str, Document]], what: str, report: ProgressFn
+    target: EvalTarget, documents: Iterator[tuple[str, Document]], name: str, on_progress: ProgressFn
 ) -> dict[str, TextScore]:
-    evaluate = subject.config.evaluate
+    evaluate = target.config.evaluate
     return score_documents(
-        subject.scorer,
-        subject.tokenizer,
+        target.scorer,
+        target.tokenizer,
         documents,
         context=evaluate.context,
         stride=evaluate.stride,
         limit=evaluate.limit,
         fraction=evaluate.sample_fraction,
-        report=lambda n_bytes: report(f"{what}: bytes", n_bytes, None),
+        on_progress=lambda n_bytes: on_progress(f"{name}: bytes", n_bytes, None),
     )
 
 
 def _add_texts(found: dict[str, Any], scores: dict[str, TextScore]) -> None:
-    """Every component, and the total where there are several; of the Pile's 22 the total is the Pile's."""
+    """Add every component, and the total of several; that of the Pile's 22 components is called "pile"."""
     for name, score in scores.items():
         _add(found, f"{TEXT}:{name}", score.to_results(), score.documents)
     if len(scores) > 1:
@@ -169,35 +189,50 @@ def _add_texts(found: dict[str, Any], scores: dict[str, TextScore]) -> None:
         _add(found, total, weighted_total(scores), sum(score.documents for score in scores.values()))
 
 
-def _add(found: dict[str, Any], name: str, values: dict[str, float], n_items: int) -> None:
+def _add_wikitext(found: dict[str, Any], target: EvalTarget, on_progress: ProgressFn) -> None:
+    evaluate = target.config.evaluate
+    path = Path(evaluate.data[WIKITEXT]).expanduser()
+    corpus = WikiText(path.read_text(encoding="utf-8"), str(path))
+    articles = [article for article in corpus.articles() if is_sampled(article.document.name, evaluate.sample_fraction)]
+    articles = articles[: evaluate.limit]
+    documents = ((WIKITEXT, article.document) for article in articles)
+    score = _score(target, documents, WIKITEXT, on_progress)[WIKITEXT]
+    results = wikitext_results(score, sum(article.n_words for article in articles))
+    _add(found, WIKITEXT, results, score.documents)
+
+
+def _add(found: dict[str, Any], name: str, values: dict[str, float], n_documents: int) -> None:
     found["results"][name] = {"alias": name, **{f"{key},none": value for key, value in values.items()}}
     found["versions"][name] = 1.0
-    found["n-samples"][name] = {"original": n_items, "effective": n_items}
+    found["n-samples"][name] = {"original": n_documents, "effective": n_documents}
     found["higher_is_better"][name] = dict.fromkeys(values, False)
 
 
-def _find_questions(subject: EvalTarget, name: str) -> TaskInputs:
-    """What a task asks and shows: records of its files, or items of held-out text, of which some are shown, not asked."""
-    evaluate, make, key = subject.config.evaluate, find_task(name).make, to_key(name)
-    shots = _shots_of(name, subject.config)
-    examples = read_examples(name, evaluate.fewshot_data[key]) if key in evaluate.fewshot_data else []
+def _read_inputs(target: EvalTarget, name: str) -> TaskInputs:
+    """Return the examples of a task, read from its files or made from held-out text."""
+    evaluate = target.config.evaluate
+    make = find_task(name).make
+    key = to_key(name)
+    num_fewshot = _num_fewshot(name, target.config)
+    fewshot = read_examples(name, evaluate.fewshot_data[key]) if key in evaluate.fewshot_data else []
     if make is None:
-        return TaskInputs(read_examples(name, evaluate.data[key], evaluate.limit), examples, shots)
-    count, spare = evaluate.limit or ITEMS, EXAMPLES if shots and not examples else 0
-    made = make((document for _, document in _read_texts(subject)), count + spare)
-    items = [Example(record, f"item {number} of held-out text") for number, record in enumerate(made)]
-    n_asked = min(count, max(len(items) - spare, len(items) // 2))  # of little text half is asked
-    return TaskInputs(items[:n_asked], examples or items[n_asked:], shots)
+        return TaskInputs(read_examples(name, evaluate.data[key], evaluate.limit), fewshot, num_fewshot)
+    count = evaluate.limit or DEFAULT_EXAMPLES
+    reserved = FEWSHOT_POOL if num_fewshot and not fewshot else 0
+    made = make((document for _, document in _read_texts(target)), count + reserved)
+    examples = [Example(record, f"example {number} of held-out text") for number, record in enumerate(made)]
+    n_scored = min(count, max(len(examples) - reserved, len(examples) // 2))  # at least half, if there is little text
+    return TaskInputs(examples[:n_scored], fewshot or examples[n_scored:], num_fewshot)
 
 
 def _to_plain(values: dict[str, Any]) -> dict[str, Any]:
-    """The harness's numbers as JSON has them: NumPy's as Python's, those that are not finite as text."""
+    """Return the harness's numbers as JSON values: NumPy's as Python's, those that are not finite as text."""
     plain: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             plain[key] = _to_plain(value)
         else:
             number = value.item() if hasattr(value, "item") else value
-            finite = not isinstance(number, float) or abs(number) < float("inf")
-            plain[key] = number if finite else str(number)
+            is_finite = not isinstance(number, float) or abs(number) < float("inf")
+            plain[key] = number if is_finite else str(number)
     return plain

@@ -1,193 +1,193 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Our models as lm-evaluation-harness wants them (its TemplateLM); nothing is ever fetched.
+"""Model adapter for lm-evaluation-harness (its TemplateLM interface).
 
-Import it where tasks are asked for, through `import_harness`: the harness is an optional part of an installation.
+Importing this module imports the harness, which is an optional dependency: import it only when harness tasks are run.
 """
 
-import importlib
 import json
-import logging
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import xxhash
 
 from mesh_transformer.config import ConfigError, SampleConfig
 from mesh_transformer.data.tokenizers import Tokenizer
-from mesh_transformer.storage.resume_log import ResumeLog
-from mesh_transformer.evaluate.loglikelihood import ScoringRequest, LoglikelihoodScorer
+from mesh_transformer.evaluate.harness_tasks import import_harness
+from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer, ScoringRequest
+from mesh_transformer.reports.console import ProgressFn
 from mesh_transformer.sample.engine.engine import Engine
 from mesh_transformer.sample.text_generation import complete_texts
 
-MAX_TOKENS = 256  # of an answer, where the task does not say
-ANSWERS = 64  # that are drawn before they are kept and their number is told
-ProgressFn = Callable[[str, int, int | None], None]  # kind of request, done, in all
+DEFAULT_MAX_TOKENS = 256  # of an answer, if the task does not set max_gen_toks
+GENERATION_BATCH = 64  # answers that are generated before they are stored and progress is reported
+
+TemplateLM: Any = import_harness("lm_eval.api.model").TemplateLM
+harness_utils: Any = import_harness("lm_eval.utils")
 
 
-def import_harness(name: str = "lm_eval") -> Any:
-    """A module of the harness; ConfigError says how to install it."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a task of ours never needs the network; said before it is imported
-    os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress is told
-    os.environ["DISABLE_MULTIPROC"] = "1"  # its standard errors: JAX's threads do not survive a fork
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("lm_eval", "datasets", "evaluate"):
-            raise ConfigError(
-                f"tasks need lm-evaluation-harness ({error}): pip install 'mesh-transformer[evaluate]'"
-            ) from None
-        raise
+class HarnessModel(TemplateLM):
+    """A model of the harness. Contexts that are too long are truncated from the left, as in the harness's own models."""
+
+    batch_size = 1
+
+    def __init__(
+        self,
+        scorer: LoglikelihoodScorer,
+        tokenizer: Tokenizer,
+        engine: Engine | None = None,
+        on_progress: ProgressFn = lambda kind, done, total: None,
+    ) -> None:
+        """`engine` is required only by tasks that generate text."""
+        super().__init__()
+        self.truncated: dict[Any, set[Any]] = defaultdict(set)  # task -> examples whose prompts were truncated
+        self._scorer = scorer
+        self._tokenizer = tokenizer
+        self._engine = engine
+        self._on_progress = on_progress
+        self._examples: list[tuple[Any, Any]] = []  # task and example of each request being scored
+
+    @property
+    def max_length(self) -> int:
+        return self._scorer.config.seq_len
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._tokenizer.fingerprint
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.end_of_text
+
+    @property
+    def world_size(self) -> int:
+        return 1  # all processes share every batch; the harness sees one
+
+    @property
+    def rank(self) -> int:
+        return 0
+
+    def get_model_info(self) -> dict[str, Any]:
+        return {"model": "mesh-transformer", "max_length": self.max_length}
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self._tokenizer.encode(string)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self._examples = [(request.task_name, request.doc_id) for request in requests]
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        chunks: list[ScoringRequest] = []
+        owners: list[int] = []  # index of the request that a chunk belongs to
+        for number, ((context, continuation), context_ids, ids) in enumerate(requests):
+            if not ids:
+                raise ConfigError(
+                    f"continuation {continuation!r} of {context[-30:]!r} has no tokens; it needs at least 1"
+                )
+            if len(context_ids) + len(ids) > self.max_length + 1:
+                task, example = self._examples[number]
+                self.truncated[task].add(example)
+            own = split_continuation(context_ids, ids, self.max_length)
+            chunks += own
+            owners += [number] * len(own)
+        totals = [(0.0, True)] * len(requests)
+        for number, (logprob, is_greedy) in zip(owners, self._score("log-likelihoods", chunks), strict=True):
+            total, all_greedy = totals[number]
+            totals[number] = total + logprob, all_greedy and is_greedy
+        return totals
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        windows: list[ScoringRequest] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            ids = self._tokenizer.encode(request.args[0])
+            for window in harness_utils.get_rolling_token_windows(ids, self.eot_token_id, self.max_length, 1):
+                context, scored = harness_utils.make_disjoint_window(window)
+                windows.append(ScoringRequest([*context, *scored], len(scored)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for number, (logprob, _) in zip(owners, self._score("text windows", windows), strict=True):
+            totals[number] += logprob
+        return totals
+
+    def _score(self, name: str, requests: Sequence[ScoringRequest]) -> list[tuple[float, bool]]:
+        return self._scorer.score_totals(requests, lambda done, total: self._on_progress(name, done, total))
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        if self._engine is None:
+            raise ConfigError("the task generates text, which needs a sampling engine; run it with device_evaluate.py")
+        by_params: dict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            by_params[json.dumps(request.args[1], sort_keys=True)].append(number)
+        answers: dict[int, str] = {}
+        for numbers in by_params.values():
+            for first in range(0, len(numbers), GENERATION_BATCH):
+                batch = numbers[first : first + GENERATION_BATCH]
+                answers |= self._generate(self._engine, {number: requests[number] for number in batch})
+                self._on_progress("answers", len(answers), len(requests))
+        return [answers[number] for number in range(len(requests))]
+
+    def _generate(self, engine: Engine, requests: Mapping[int, Any]) -> dict[int, str]:
+        """Return the answers to requests with the same sampling parameters; those in the resume log are reused."""
+        log = self._scorer.resume_log
+        options, stops = _generation_kwargs(next(iter(requests.values())).args[1], self.max_length)
+        answers: dict[int, str] = {}
+        prompts: dict[int, str] = {}
+        for number, request in requests.items():
+            prompt, is_truncated = _truncate_left(
+                self._tokenizer, request.args[0], self.max_length - options.max_tokens
+            )
+            if is_truncated:
+                self.truncated[request.task_name].add(request.doc_id)
+            known = log.get(_digest(request)) if log else None
+            if known is None:
+                prompts[number] = prompt
+            else:
+                answers[number] = known
+        if prompts:
+            completions = complete_texts(engine, self._tokenizer, list(prompts.values()), options, stops=stops)
+            for number, completion in zip(prompts, completions, strict=True):
+                answers[number] = completion.text
+                if log:
+                    log.add(_digest(requests[number]), completion.text)
+        return answers
 
 
-def split_continuation(context: Sequence[int], continuation: Sequence[int], longest: int) -> list[ScoringRequest]:
-    """Queries for a continuation behind what fits before it: one, or more where it alone is longer than the model reads.
+def split_continuation(context: Sequence[int], continuation: Sequence[int], max_length: int) -> list[ScoringRequest]:
+    """Return requests that together score a continuation, after as much of the context as fits.
 
-    Each of several scores half of what the model reads, or the rest, and sees the other half.
+    A continuation longer than `max_length` is scored in several requests, of half that length each, after the other half.
     """
-    whole, first = [*context, *continuation], len(context)
-    step = len(continuation) if len(continuation) <= longest else max(longest // 2, 1)
-    ends = [*range(first + step, len(whole), step), len(whole)]
+    tokens = [*context, *continuation]
+    first = len(context)
+    step = len(continuation) if len(continuation) <= max_length else max(max_length // 2, 1)
+    ends = [*range(first + step, len(tokens), step), len(tokens)]
     starts = [first, *ends[:-1]]
-    return [ScoringRequest(whole[max(end - longest - 1, 0) : end], end - start) for start, end in zip(starts, ends, strict=True)]
+    return [
+        ScoringRequest(tokens[max(end - max_length - 1, 0) : end], end - start)
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
-def make_adapter(
-    scorer: LoglikelihoodScorer,
-    tokenizer: Tokenizer,
-    engine: Engine | None = None,
-    report: ProgressFn = lambda kind, done, total: None,
-) -> Any:
-    """A model of the harness. Likelihoods come from `scorer`; `engine` is needed where text is generated."""
-    model, windows = import_harness("lm_eval.api.model"), import_harness("lm_eval.utils")
-    longest = scorer.config.seq_len
-
-    class MeshTransformer(model.TemplateLM):
-        """Contexts that are too long lose their beginning, as in the harness's own models."""
-
-        batch_size, max_length, tokenizer_name = 1, longest, tokenizer.fingerprint
-
-        def __init__(self) -> None:
-            super().__init__()
-            self._asked: list[tuple[Any, Any]] = []
-            self.cut: dict[Any, set[Any]] = defaultdict(set)  # task -> its items whose prompts lost their beginning
-
-        @property
-        def eot_token_id(self) -> int:
-            return tokenizer.end_of_text
-
-        @property
-        def world_size(self) -> int:
-            return 1  # several processes share every batch; to the harness they are one
-
-        @property
-        def rank(self) -> int:
-            return 0
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            return tokenizer.encode(string)
-
-        def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-            self._asked = [(request.task_name, request.doc_id) for request in requests]
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
-        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-            queries, owners = [], []
-            for number, ((context, continuation), context_ids, ids) in enumerate(requests):
-                if not ids:
-                    raise ConfigError(f"no tokens in the continuation {continuation!r} behind {context[-30:]!r}")
-                if len(context_ids) + len(ids) > longest + 1:
-                    task, item = self._asked[number]
-                    self.cut[task].add(item)
-                cut = split_continuation(context_ids, ids, longest)
-                queries += cut
-                owners += [number] * len(cut)
-            found = scorer.score_totals(queries, lambda done, total: report("likelihoods", done, total))
-            totals = [(0.0, True)] * len(requests)
-            for number, (logprob, is_likeliest) in zip(owners, found, strict=True):
-                total, greedy = totals[number]
-                totals[number] = total + logprob, greedy and is_likeliest
-            return totals
-
-        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-            queries, owners = [], []
-            for number, request in enumerate(requests):
-                ids = tokenizer.encode(request.args[0])
-                for window in windows.get_rolling_token_windows(ids, tokenizer.end_of_text, longest, 1):
-                    context, scored = windows.make_disjoint_window(window)
-                    queries.append(ScoringRequest([*context, *scored], len(scored)))
-                    owners.append(number)
-            found = scorer.score_totals(queries, lambda done, total: report("windows of texts", done, total))
-            totals = [0.0] * len(requests)
-            for number, (logprob, _) in zip(owners, found, strict=True):
-                totals[number] += logprob
-            return totals
-
-        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            if engine is None:
-                raise ConfigError("generating text needs an engine")
-            return _answer(engine, tokenizer, requests, self.cut, scorer.resume_log, report)
-
-        def get_model_info(self) -> dict[str, Any]:
-            return {"model": "mesh-transformer", "max_length": longest}
-
-    return MeshTransformer()
-
-
-def _answer(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    requests: Sequence[Any],
-    cut: Mapping[Any, set[Any]],
-    journal: ResumeLog | None,
-    report: ProgressFn,
-) -> list[str]:
-    """The answer to every request; those that want the same are drawn together. `cut` gets the items that are too long."""
-    answers, done, longest = [""] * len(requests), 0, engine.config.seq_len
-    keys = [xxhash.xxh3_128_hexdigest(json.dumps(request.args, sort_keys=True).encode()) for request in requests]
-    alike: dict[str, list[int]] = defaultdict(list)
-    for number, request in enumerate(requests):
-        alike[json.dumps(request.args[1], sort_keys=True)].append(number)
-    for numbers in alike.values():
-        options, stops = _read_wishes(requests[numbers[0]].args[1], longest)
-        for first in range(0, len(numbers), ANSWERS):
-            some, prompts = numbers[first : first + ANSWERS], {}
-            for number in some:
-                request = requests[number]
-                prompt, is_cut = _fit(tokenizer, request.args[0], longest - options.max_tokens)
-                if is_cut:
-                    cut[request.task_name].add(request.doc_id)
-                known = journal.get(keys[number]) if journal else None
-                if known is None:
-                    prompts[number] = prompt
-                else:
-                    answers[number] = known
-            if prompts:
-                found = complete_texts(engine, tokenizer, list(prompts.values()), options, stops=stops)
-                for number, completion in zip(prompts, found, strict=True):
-                    answers[number] = completion.text
-                    if journal:
-                        journal.put(keys[number], completion.text)
-            done += len(some)
-            report("answers", done, len(requests))
-    return answers
-
-
-def _read_wishes(wishes: Mapping[str, Any], longest: int) -> tuple[SampleConfig, list[str]]:
-    """How a task wants its answers, and the strings that end one; greedy unless it says do_sample."""
-    is_drawn, stops = bool(wishes.get("do_sample")), wishes.get("until") or []
+def _generation_kwargs(kwargs: Mapping[str, Any], max_length: int) -> tuple[SampleConfig, list[str]]:
+    """Return the sampling parameters and stop strings of a task; greedy unless it sets do_sample."""
+    do_sample = bool(kwargs.get("do_sample"))
+    stops = kwargs.get("until") or []
     options = SampleConfig(
-        temperature=float(wishes.get("temperature", 1.0)) if is_drawn else 0.0,
-        top_p=float(wishes.get("top_p", 1.0)) if is_drawn else 1.0,
-        max_tokens=min(int(wishes.get("max_gen_toks", MAX_TOKENS)), max(longest // 2, 1)),
+        temperature=float(kwargs.get("temperature", 1.0)) if do_sample else 0.0,
+        top_p=float(kwargs.get("top_p", 1.0)) if do_sample else 1.0,
+        max_tokens=min(int(kwargs.get("max_gen_toks", DEFAULT_MAX_TOKENS)), max(max_length // 2, 1)),
     )
     return options, [stops] if isinstance(stops, str) else list(stops)
 
 
-def _fit(tokenizer: Tokenizer, prompt: str, room: int) -> tuple[str, bool]:
-    """The prompt, or its end where it is too long, as in the harness's own models; and whether that is so."""
+def _truncate_left(tokenizer: Tokenizer, prompt: str, max_tokens: int) -> tuple[str, bool]:
+    """Return the prompt, or its end if it has more than `max_tokens` tokens, and whether it was truncated."""
     ids = tokenizer.encode(prompt)
-    return (tokenizer.decode(ids[-room:]), True) if len(ids) > room else (prompt, False)
+    return (tokenizer.decode(ids[-max_tokens:]), True) if len(ids) > max_tokens else (prompt, False)
+
+
+def _digest(request: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(request.args, sort_keys=True).encode())

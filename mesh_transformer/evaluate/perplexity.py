@@ -18,7 +18,7 @@ import xxhash
 from mesh_transformer.config import ConfigError
 from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.data.tokenizers import Tokenizer
-from mesh_transformer.evaluate.loglikelihood import ScoringRequest, LoglikelihoodScorer
+from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer, ScoringRequest
 
 CHUNK_TOKENS = 1 << 18  # tokens that are held and scored at a time
 
@@ -66,7 +66,9 @@ class TextScore(NamedTuple):
         }
 
 
-def sliding_windows(tokens: Sequence[int], end_of_text: int, context: int, stride: int | None = None) -> Iterator[ScoringRequest]:
+def sliding_windows(
+    tokens: Sequence[int], end_of_text: int, context: int, stride: int | None = None
+) -> Iterator[ScoringRequest]:
     """Queries that together score every token of a document once, in order.
 
     A window reads at most `context` tokens and begins `stride` (default: context) tokens behind the one before.
@@ -93,7 +95,7 @@ def score_documents(
     stride: int | None = None,
     limit: int | None = None,
     fraction: float = 1.0,
-    report: Callable[[int], None] = lambda n_bytes: None,
+    on_progress: Callable[[int], None] = lambda n_bytes: None,
 ) -> dict[str, TextScore]:
     """Score documents by the component that stands before each; components in the order in which they come.
 
@@ -112,7 +114,7 @@ def score_documents(
         nonlocal told
         before, told = told, scored_bytes
         queries = [query for _, query in waiting]
-        found = scorer.score_totals(queries, lambda done, total: report(before + (told - before) * done // total))
+        found = scorer.score_totals(queries, lambda done, total: on_progress(before + (told - before) * done // total))
         for (total, _), (logprob, _) in zip(waiting, found, strict=True):
             total.nats.append(-logprob)
         waiting.clear()

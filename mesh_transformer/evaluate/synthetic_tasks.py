@@ -14,7 +14,7 @@ import xxhash
 
 from mesh_transformer.data.errors import DataError, Document
 
-ITEMS = 200  # of a task, where nobody limits them
+DEFAULT_EXAMPLES = 200  # of a task, where nobody limits them
 CONTEXT, END = 40, 8  # words that are shown, and words of an end to choose
 EVERY = 5 * (CONTEXT + END)  # words from one item of a document to the next
 N_CHOICES = 4

@@ -121,4 +121,8 @@ def _split_within(chunk: str, words: Collection[str]) -> list[str]:
 
 def wikitext_results(score: TextScore, n_words: int) -> dict[str, float]:
     """Results of the corpus: perplexity for each word of the original and each token of the model, and per byte."""
-    return {"word_perplexity": math.exp(min(score.negative_logprob / n_words, 700.0)), "words": n_words, **score.to_results()}
+    return {
+        "word_perplexity": math.exp(min(score.negative_logprob / n_words, 700.0)),
+        "words": n_words,
+        **score.to_results(),
+    }

@@ -1,12 +1,13 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs compiled in processes of their own, and their results kept by digest."""
+"""Compilation of jobs in subprocesses, with a cache of results by digest."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mesh_transformer.config import ConfigError
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError, parse_topology
 from mesh_transformer.plan.job import CompiledStats, CompileJob
 
-# Several processes may load libtpu at once where no TPU is; and it says less.
+# Lets several processes load libtpu on a machine without TPUs, with less logging.
 ABSENT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -26,17 +27,18 @@ ABSENT_TPU = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-ROOT = Path(__file__).parents[2]
+PACKAGE_PARENT = Path(__file__).parents[2]  # a clone's root, or site-packages if installed
 
 
 class CompileError(RuntimeError):
-    """The compiler failed for another reason than memory; the message is its last line."""
+    """The compiler failed for a reason other than memory; the message is its last line."""
 
 
 def environment(topology: str) -> dict[str, str]:
-    """The environment of a process that compiles for a topology."""
+    """Return the environment of a subprocess that compiles for a topology."""
     env = dict(os.environ)
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    if str(PACKAGE_PARENT) not in map(sysconfig.get_path, ("purelib", "platlib")):  # not installed: a clone, or a copy
+        env["PYTHONPATH"] = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [env.get("PYTHONPATH")])])
     if topology == "local":
         return env
     env["JAX_PLATFORMS"] = "cpu"
@@ -45,33 +47,33 @@ def environment(topology: str) -> dict[str, str]:
         env["JAX_NUM_CPU_DEVICES"] = str(found.devices)
     else:
         env |= ABSENT_TPU
-    env["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is compiled for absent devices cannot be read back
+    env["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # programs compiled for absent devices cannot be deserialized
     return env
 
 
 def compile_job(job: CompileJob, *, cache: Path | None = None) -> CompiledStats:
-    """What was measured of a job, from `cache` if it is there; the compiled program's text lies there beside it.
+    """Return the statistics of a job, from the folder `cache` if possible, which also stores the compiled program's text.
 
-    Raises ConfigError and MissingCompilerError as the worker does, and CompileError where the compiler fails.
+    Raises ConfigError or MissingCompilerError as the worker does, and CompileError if the compiler fails.
     """
-    place = None if cache is None or job.topology == "local" else cache / f"{job.digest()}.json"
-    if place is not None and place.exists():
-        return CompiledStats.from_json(place.read_text(encoding="utf-8"))
-    if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    measured = _compile_apart(job, None if place is None else place.with_suffix(".hlo.gz"))
-    if place is not None:
-        part = place.with_suffix(f".{os.getpid()}")
-        part.write_text(measured.to_json(), encoding="utf-8")
-        part.replace(place)
-    return measured
+    path = None if cache is None or job.topology == "local" else cache / f"{job.digest()}.json"
+    if path is not None and path.exists():
+        return CompiledStats.from_json(path.read_text(encoding="utf-8"))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    stats = _compile_in_subprocess(job, None if path is None else path.with_suffix(".hlo.gz"))
+    if path is not None:
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(stats.to_json(), encoding="utf-8")
+        temporary.replace(path)
+    return stats
 
 
-def _compile_apart(job: CompileJob, keep: Path | None) -> CompiledStats:
+def _compile_in_subprocess(job: CompileJob, text_path: Path | None) -> CompiledStats:
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         result = Path(folder) / "result.json"
         done = subprocess.run(
-            [sys.executable, "-m", "mesh_transformer.plan.compile_worker", str(result), *([str(keep)] if keep else [])],
+            [sys.executable, "-m", "mesh_transformer.plan.compile_worker", str(result), *([str(text_path)] if text_path else [])],
             input=job.to_json(),
             env=environment(job.topology),
             stdout=subprocess.DEVNULL,
@@ -82,7 +84,7 @@ def _compile_apart(job: CompileJob, keep: Path | None) -> CompiledStats:
         if not result.exists():
             lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
             last = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception): ", line)), lines[-1])
-            raise CompileError(f"{job.topology}: compiling failed: {last.strip()}")
+            raise CompileError(f"{job.topology}: compilation failed: {last.strip()}")
         answer = json.loads(result.read_text(encoding="utf-8"))
     match answer.get("error"):
         case "ConfigError":

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a measured program fits, what its memory is spent on, and what the run will need around it."""
+"""Plan of a run from a compiled program: memory use and fit, step time, cost, checkpoint and host memory."""
 
 import math
 from typing import NamedTuple
@@ -12,43 +12,43 @@ from mesh_transformer.plan.job import CompiledStats
 from mesh_transformer.plan.roofline import Roofline, make_roofline, model_flops_utilization
 
 DAY = 86_400
-OVERHEAD = 1.1  # of a data centre: energy drawn for each unit that reaches the chips
+PUE = 1.1  # power usage effectiveness: energy a data center draws per unit that reaches the chips
 
 
 class MemoryUse(NamedTuple):
-    """Bytes of one device."""
+    """Memory use of one device in bytes."""
 
-    bytes_by_kind: dict[str, int]  # add up to the peak
-    peak: int  # needed
-    usable: int | None  # None where it is not known (a CPU, devices at hand)
+    bytes_by_kind: dict[str, int]  # their sum is the peak
+    peak: int  # required
+    usable: int | None  # None if unknown (a CPU, local devices)
     fits: bool | None
 
 
 def memory_use(stats: CompiledStats, chip: Chip | None) -> MemoryUse:
-    """What a device's memory is spent on, against what is there.
+    """Return a device's memory use by kind and whether it fits.
 
-    What goes in is exact. Of what the program makes, gradients are as large as their shapes say, activations those that
-    its loops hand to the backward pass; the rest of the peak is temporary. Not all of these are there at once, so that
-    the rest may be negative: then some lie where others were.
+    Arguments are exact. Gradients have the size of their shapes, activations are the arrays that loops save for the
+    backward pass, and the rest of the peak is temporary. These do not all exist at the same time, so the rest may be
+    negative: the kinds then share memory.
     """
-    kinds = dict(stats.bytes_by_kind)
+    by_kind = dict(stats.bytes_by_kind)
     usable = stats.limit_bytes or (chip.memory if chip else None)
     if stats.compiler_error:
-        needed = stats.needed_bytes
-        kinds["gradients, activations, logits, temporary"] = max(needed - sum(kinds.values()), 0)
-        return MemoryUse(kinds, needed, usable, False)
-    kinds["padding"] = max(stats.argument_bytes - sum(kinds.values()), 0)
-    kinds["gradients"] = stats.gradient_bytes
-    kinds["activations"] = stats.activation_bytes
-    kinds["logits"] = stats.logits_bytes
-    rest = stats.peak_bytes - sum(kinds.values())
-    kinds["temporary" if rest >= 0 else "shared, not all at once"] = rest
-    # XLA never refuses a program for a GPU: the comparison is ours.
-    return MemoryUse(kinds, stats.peak_bytes, usable, None if usable is None else stats.peak_bytes <= usable)
+        required = stats.needed_bytes
+        by_kind["gradients, activations, logits, temporary"] = max(required - sum(by_kind.values()), 0)
+        return MemoryUse(by_kind, required, usable, False)
+    by_kind["padding"] = max(stats.argument_bytes - sum(by_kind.values()), 0)
+    by_kind["gradients"] = stats.gradient_bytes
+    by_kind["activations"] = stats.activation_bytes
+    by_kind["logits"] = stats.logits_bytes
+    rest = stats.peak_bytes - sum(by_kind.values())
+    by_kind["temporary" if rest >= 0 else "shared (not all live at once)"] = rest
+    # XLA never rejects a program for a GPU, so compare here.
+    return MemoryUse(by_kind, stats.peak_bytes, usable, None if usable is None else stats.peak_bytes <= usable)
 
 
 class Cost(NamedTuple):
-    """Time, energy and money of a run, at the roofline's shortest step."""
+    """Time, energy and money of a run, at the roofline's lower bound."""
 
     tokens: float  # budget
     days: float
@@ -58,58 +58,52 @@ class Cost(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything a plan says."""
+    """Result of planning a run on a topology."""
 
     config: Config
     stats: CompiledStats
     chip: Chip | None
     memory: MemoryUse
-    roofline: Roofline | None  # None where nothing is known of the chip, or the program was not compiled
-    mfu: float | None  # at the roofline's shortest step
-    mfu_no_overlap: float | None  # at its longest
+    roofline: Roofline | None  # None for an unknown chip, or if the program was not compiled
+    mfu: float | None  # at the roofline's lower bound
+    mfu_no_overlap: float | None  # at its upper bound
     cost: Cost | None
-    checkpoint_bytes: int  # on disk, of one step
-    host_bytes: int  # of one host at most: its devices' state, copied to be written beside training, or being restored
+    checkpoint_bytes: int  # of one checkpoint on disk
+    host_bytes: int  # at most, per host: a copy of its devices' state during a save or a restore
     host_memory: int | None
     hosts: int
     notes: list[str]
-    encode: "Plan | None" = None  # of the program that reads texts, where a model with an encoder is sampled
+    encode: "Plan | None" = None  # of an encoder-decoder model that decodes: the program that encodes prompts
 
     @property
     def fits(self) -> bool | None:
-        """Whether every program does; None where it is not known."""
+        """Return whether all programs fit; None if unknown."""
         return self.memory.fits if self.encode is None or not self.memory.fits else self.encode.memory.fits
 
 
 def make_plan(config: Config, stats: CompiledStats, *, tokens: float | None = None, price: float | None = None) -> Plan:
-    """The plan that follows from what was measured; `tokens` to train on (default: the run's own), `price` of a chip-hour."""
+    """Return the plan of a compiled program; `tokens` to train on (default: those of the run), `price` per chip-hour."""
     topology = parse_topology(stats.topology)
     chip = topology.chip or DEVICE_KINDS.get(stats.device_kind)
     memory = memory_use(stats, chip)
     roofline = make_roofline(stats, chip) if chip and not stats.compiler_error else None
     notes = [topology.note] if topology.note else []
     if stats.low_effort:
-        notes.append("compiled with --fast: memory is approximate, by some percent either way; decide without it")
+        notes.append("compiled with --low-effort: memory is accurate to a few percent; compile without it before you decide")
     if stats.platform == "gpu" and chip:
         notes.append(
-            f"usable is 95% of the memory of each {chip.name}: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX takes 0.75 unless told)"
+            f"usable is 95% of the memory of each {chip.name}: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX's default is 0.75)"
         )
     unused = topology.devices - stats.devices
     if unused > 0:
-        notes.append(f"{unused} of {topology.devices} devices are not in the mesh")
+        notes.append(f"{unused} of {topology.devices} devices are not used by the mesh")
     budget = tokens if tokens is not None else float(config.train.steps * stats.tokens)
-    cost = mfu = slow = None
+    cost = mfu = mfu_no_overlap = None
     if roofline and chip:
         mfu = model_flops_utilization(stats, chip, roofline.lower_bound)
-        slow = model_flops_utilization(stats, chip, roofline.upper_bound)
-        cost = _cost(
-            budget,
-            stats,
-            roofline,
-            chip,
-            topology.chips if topology.shape else stats.devices // chip.devices,
-            price,
-        )
+        mfu_no_overlap = model_flops_utilization(stats, chip, roofline.upper_bound)
+        chips = topology.chips if topology.shape else stats.devices // chip.devices
+        cost = _cost(budget, stats, roofline, chip, chips, price)
     on_device = sum(stats.bytes_by_kind.get(kind, 0) for kind in ("parameters", "moments", "other state"))
     return Plan(
         config=config,
@@ -118,7 +112,7 @@ def make_plan(config: Config, stats: CompiledStats, *, tokens: float | None = No
         memory=memory,
         roofline=roofline,
         mfu=mfu,
-        mfu_no_overlap=slow,
+        mfu_no_overlap=mfu_no_overlap,
         cost=cost,
         checkpoint_bytes=stats.state_bytes,
         host_bytes=on_device * math.ceil(stats.devices / topology.hosts),
@@ -130,9 +124,9 @@ def make_plan(config: Config, stats: CompiledStats, *, tokens: float | None = No
 
 
 def _cost(
-    tokens: float, measured: CompiledStats, roofline: Roofline, chip: Chip, chips: int, price: float | None
+    tokens: float, stats: CompiledStats, roofline: Roofline, chip: Chip, chips: int, price: float | None
 ) -> Cost:
-    seconds = tokens / measured.tokens * roofline.lower_bound
+    seconds = tokens / stats.tokens * roofline.lower_bound
     chip_hours = chips * seconds / 3600
-    energy = chip_hours * chip.watts * OVERHEAD / 1e6
+    energy = chip_hours * chip.watts * PUE / 1e6
     return Cost(tokens, seconds / DAY, chip_hours, energy, None if price is None else chip_hours * price)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What is to be compiled, and what was measured of it: records that travel between processes as JSON."""
+"""Compilation jobs and their statistics: records that processes exchange as JSON."""
 
 import dataclasses
 import functools
@@ -23,27 +23,26 @@ COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "dm-haiku", "optax"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileJob:
-    """One program of a run on one topology."""
+    """A program of a run on one topology."""
 
     config: Config
     topology: str
-    low_effort: bool = False  # least compiler effort: a fifth of the time, memory off by some percent either way
-    batch: int = 0  # rows to sample for; 0: the program is the training step
-    context: int = 0  # tokens of each row in the cache
+    low_effort: bool = False  # lowest compiler effort: a fifth of the time, memory accurate to a few percent
+    batch: int = 0  # sequences to decode; 0: the program is the training step
+    context: int = 0  # length of the KV cache per sequence
 
     def to_json(self) -> str:
-        """As text for another process."""
         return json.dumps({**dataclasses.asdict(self), "config": config_to_dict(self.config)})
 
     @classmethod
     def from_json(cls, text: str) -> "CompileJob":
-        """From `to_json`."""
         table = json.loads(text)
         return cls(**{**table, "config": parse_config(table["config"], where="job")})
 
     def digest(self) -> str:
-        """Equal for jobs whose program is the same: where a run lives, its data and its samples do not matter, but the code
-        that makes the program does, and what compiles it.
+        """Return a digest that is equal for jobs with the same program.
+
+        It covers the code that makes the program and the compiler's version, but not the run's folder, data or samples.
         """
         table = json.loads(self.to_json())
         for name in ("run", "checkpoint", "sample", "track"):
@@ -59,10 +58,10 @@ class CompileJob:
 
 @functools.cache
 def digest_code(package: Path = Path(__file__).parents[1]) -> str:
-    """Of what makes a program beside its job: the package's code, and the libraries that compile it."""
+    """Return a digest of the package's code and of the versions of the libraries that compile it."""
     digest = hashlib.blake2b(digest_size=12)
     for file in sorted(
-        [*package.glob("*.py"), *(file for room in CODE_PACKAGES for file in (package / room).rglob("*.py"))]
+        [*package.glob("*.py"), *(file for name in CODE_PACKAGES for file in (package / name).rglob("*.py"))]
     ):
         digest.update(f"{file.relative_to(package).as_posix()} ".encode() + file.read_bytes())
     for name in COMPILERS:
@@ -74,62 +73,60 @@ def digest_code(package: Path = Path(__file__).parents[1]) -> str:
 
 
 class Traffic(NamedTuple):
-    """Collective operations over some axes of the mesh in one step; see collectives.py."""
+    """Collective operations over some axes of the mesh in one step; see hlo/collectives.py."""
 
     axes: list[str]
     kind: str
     group: int
     count: int
-    sent: float  # bytes, by every device
-    torus_dims: int = 1  # directions of the torus that members of a group are spread over
-    wrapped: bool = False  # whether those directions close to rings
-    groups_spanned: int = 1  # slices, or hosts of GPUs, that a group is spread over
+    sent: float  # bytes per device
+    torus_dims: int = 1  # dimensions of the torus that a group spans
+    wrapped: bool = False  # whether these dimensions are rings
+    groups_spanned: int = 1  # slices, or hosts of GPUs, that a group spans
 
 
 @dataclasses.dataclass(kw_only=True)
 class CompiledStats:
-    """What tracing and compiling found. Bytes are of one device, FLOPs of all together."""
+    """Statistics of a traced and compiled program. Bytes are per device, FLOPs are of all devices together."""
 
     topology: str
     platform: str
     devices: int
     mesh: dict[str, int]
     parameters: int
-    tokens: int  # in one step; drawn in one step where sampling
-    flops: float  # the model's own
-    hardware_flops: float  # with what is computed again
+    tokens: int  # processed, or generated, in one step
+    flops: float  # model FLOPs
+    hardware_flops: float  # including recomputation
     bytes_by_kind: dict[
         str, int
-    ]  # bytes of what goes into the program, from shapes: parameters, moments, other, batch, ...
-    gradient_bytes: int  # bytes of all gradients at once, from shapes
-    idle_bytes: int = 0  # of `kinds`, what lies there and the program does not touch
-    state_bytes: int = 0  # of all devices together, replicas once: what a checkpoint holds
-    argument_bytes: int = 0  # with what is idle, and so is the peak
+    ]  # arguments, from shapes: parameters, moments, other, batch, ...
+    gradient_bytes: int  # of all gradients together, from shapes
+    idle_bytes: int = 0  # of the arguments, those in memory that the program does not use
+    state_bytes: int = 0  # of all devices together, replicas once: the size of a checkpoint
+    argument_bytes: int = 0  # including idle_bytes, as is the peak
     temporary_bytes: int = 0
     peak_bytes: int = 0
-    activation_bytes: int = 0  # activations that the forward pass leaves to the backward pass
-    logits_bytes: int = 0  # the largest array over the vocabulary
-    hbm_bytes: float = 0.0  # moved in a step
+    activation_bytes: int = 0  # activations that the forward pass saves for the backward pass
+    logits_bytes: int = 0  # the largest array with a vocabulary dimension
+    hbm_bytes: float = 0.0  # moved to and from HBM in a step
     traffic: list[Traffic] = dataclasses.field(default_factory=list)
-    compiler_error: str = ""  # the compiler's words where the program does not fit
-    needed_bytes: int = 0  # its figures
+    compiler_error: str = ""  # the compiler's message if the program does not fit
+    needed_bytes: int = 0  # from that message
     limit_bytes: int = 0
-    device_kind: str = ""  # of devices that are here, as their maker names them
+    device_kind: str = ""  # of local devices, as the vendor names them
     compile_seconds: float = 0.0
     compiler: str = ""  # versions
     low_effort: bool = False
     sharding_table: str = ""
-    encode: "CompiledStats | None" = None  # where a model with an encoder is sampled: the program that reads texts
+    encode: "CompiledStats | None" = None  # of an encoder-decoder model: the program that encodes prompts
 
     def to_json(self) -> str:
-        """As text."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "CompiledStats":
-        """From `to_json`."""
         table: dict[str, Any] = json.loads(text)
-        table["traffic"] = [Traffic(*row) for row in table["traffic"]]
+        table["traffic"] = [Traffic(*fields) for fields in table["traffic"]]
         if table.get("reading"):
             table["reading"] = cls.from_json(json.dumps(table["reading"]))
         return cls(**table)

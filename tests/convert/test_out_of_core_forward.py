@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Products over some rows of a weight at a time = the one forward pass, for every choice that a model can make."""
+"""The out-of-core forward pass equals that of the model, for every architecture option."""
 
 import dataclasses
 
@@ -10,6 +10,8 @@ from reference_models import CASES, LIVE_CASES
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.moe import ExpertsConfig
+from mesh_transformer.convert import out_of_core_forward
+from mesh_transformer.convert.huggingface import reference
 from mesh_transformer.convert.import_plan import describe_weights
 from mesh_transformer.convert.lazy_arrays import InMemory
 from mesh_transformer.convert.logit_check import run_native
@@ -20,11 +22,11 @@ MODELS = {
     "llama-gqa": CASES["llama-gqa"].config,
     "qwen3": dataclasses.replace(LIVE_CASES["qwen3"].config, n_layers=3),
     "mixtral": CASES["mixtral"].config,
-    "experts-in-turn": ModelConfig(**SMALL, ff_bias=False, experts=ExpertsConfig(n_experts=3, layer_interval=2)),
+    "alternating-experts": ModelConfig(**SMALL, ff_bias=False, experts=ExpertsConfig(n_experts=3, layer_interval=2)),
     "neox": CASES["gpt-neox"].config,
     "t5-parallel": ModelConfig(**SMALL, positions="t5", residual="parallel", norm="gptj-scalenorm", head_bias=True),
     "alibi": ModelConfig(**SMALL, positions="alibi", norm="scalenorm", activation="relu"),
-    "pairs": ModelConfig(
+    "rope-interleaved": ModelConfig(
         **SMALL, positions="rope-interleaved", d_head=8, rope_dims=4, gated_ffn=True, tied_embeddings=False
     ),
 }
@@ -32,15 +34,16 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_forward_pass(name, monkeypatch):
-    monkeypatch.setattr(blockwise, "BLOCK_BYTES", 300)  # several blocks of every weight
-    monkeypatch.setattr(originals, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(out_of_core_forward, "BLOCK_BYTES", 300)  # several blocks of every weight
+    monkeypatch.setattr(reference, "BLOCK_BYTES", 300)
     config, rng = MODELS[name], np.random.default_rng(0)
     arrays = {}
-    for full, leaves in describe_weights(config).items():
-        shape = leaves[0].shape if leaves[0].layer is None else (len(leaves), *leaves[0].shape)
-        arrays[full] = InMemory(rng.normal(size=shape).astype(np.float32) / (2.0 if leaves[0].shape else 1.0))
+    for array_name, specs in describe_weights(config).items():
+        shape = specs[0].shape if specs[0].layer is None else (len(specs), *specs[0].shape)
+        arrays[array_name] = InMemory(rng.normal(size=shape).astype(np.float32) / (2.0 if specs[0].shape else 1.0))
     tokens = rng.integers(0, config.n_vocab, (2, 15), dtype=np.int32)
-    whole, parts = run_native(config, arrays, tokens), run_native(config, arrays, tokens, ceiling=1)
-    assert np.std(whole) > 0.1
-    assert not np.array_equal(whole, parts), "the same program ran twice"
-    np.testing.assert_allclose(parts, whole, atol=1e-5 * np.abs(whole).max(), rtol=0)
+    expected = run_native(config, arrays, tokens)
+    found = run_native(config, arrays, tokens, max_memory=1)
+    assert np.std(expected) > 0.1
+    assert not np.array_equal(found, expected), "the same implementation ran twice"
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)

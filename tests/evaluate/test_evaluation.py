@@ -171,7 +171,7 @@ def test_training_writes_answers_as_the_program_does(tmp_path, capsys):
     evaluations = read_evaluations(Path(config.run.dir))
     assert list(evaluations) == [2, 4]
     capsys.readouterr()
-    arguments = ["--task", "local_line", "--task", "local_choice", "--limit", "4", "--shots", "local_line=1"]
+    arguments = ["--task", "local_line", "--task", "local_choice", "--limit", "4", "--num-fewshot", "local_line=1"]
     found, _ = run_program(capsys, config.run.dir, *arguments)
     for name in ("results", "n-shot", "n-samples"):
         assert found[name].keys() == {"local_line", "local_choice"}
@@ -310,18 +310,21 @@ def test_bad_records_are_named(tmp_path):
     ("overrides", "words"),
     [
         (['evaluate.tasks=["hellaswg"]'], r"no task 'hellaswg'; there are text, wikitext2, local, superglue, lambada"),
-        (['evaluate.tasks=["hellaswag"]'], "'hellaswag' needs its file: --data hellaswag=PATH"),
-        (['evaluate.tasks=["wikitext2"]'], "'wikitext2' needs its file"),
-        (["evaluate.fewshot_data.piqa='x'"], r"evaluate\.examples\.piqa: 'piqa' is none of the tasks text"),
+        (['evaluate.tasks=["hellaswag"]'], "'hellaswag' needs a data file: add --data hellaswag=PATH"),
+        (['evaluate.tasks=["wikitext2"]'], "'wikitext2' needs a data file"),
+        (["evaluate.fewshot_data.piqa='x'"], r"evaluate\.fewshot_data\.piqa: 'piqa' is not one of the tasks text"),
         (["evaluate.num_fewshot_by_task.local_line=1"], r"evaluate\.num_fewshot_by_task\.local_line"),
-        (['evaluate.tasks=["absent.yaml"]', 'evaluate.data.absent="x"'], "no such file here, nor among the tasks"),
+        (
+            ['evaluate.tasks=["absent.yaml"]', 'evaluate.data.absent="x"'],
+            "no such file, neither here nor in the harness",
+        ),
         (
             ['evaluate.tasks=["rte"]', 'evaluate.data.rte="x"', "evaluate.num_fewshot=4"],
-            "4 shots need as many examples, and there are none",
+            "4-shot evaluation needs 4 examples, got 0",
         ),
         (['evaluate.tasks=["local_line"]', 'evaluate.fewshot_data.local_line="/absent"'], "/absent: no such file"),
         (['evaluate.tasks=["a/x.yaml", "b/x.yaml"]'], "two tasks are called 'x'"),
-        (['evaluate.data.piqa="x"'], r"evaluate\.data\.piqa is read by none of the tasks text; add --task piqa"),
+        (['evaluate.data.piqa="x"'], r"evaluate\.data\.piqa is not used by the tasks text; add --task piqa"),
         (['evaluate.data.mine="x"', 'evaluate.tasks=["wikitext2"]', 'evaluate.data.wikitext2="y"'], "add --task text"),
         (["data.holdout_one_in=0"], "held no text out of its training; name some"),
         (['evaluate.data.mine="/absent"'], "/absent: no such file or folder"),
@@ -339,9 +342,9 @@ def test_wrong_use_of_the_program(trained, tmp_path):
     for arguments, words in (
         (["--data", "hellaswag"], "expected NAME=PATH"),
         (["--data", "a b=c"], "expected NAME=PATH"),
-        (["--examples", "rte"], "--examples rte: expected NAME=PATH"),
-        (["--shots", "rte=many"], "--shots rte=many: expected N or NAME=N"),
-        (["--shots", "-1"], "--shots -1: expected N or NAME=N"),
+        (["--fewshot-data", "rte"], "--fewshot-data rte: expected NAME=PATH"),
+        (["--num-fewshot", "rte=many"], "--num-fewshot rte=many: expected N or NAME=N"),
+        (["--num-fewshot", "-1"], "--num-fewshot -1: expected N or NAME=N"),
         (["--set", "train.steps=3"], "what can be set is"),
         (["--set", "evaluate.context=65"], r"evaluate\.context=65: the model's seq_len is 64"),
         (["--data", f"mine={tmp_path}"], "no files in this folder"),

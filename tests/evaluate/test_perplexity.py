@@ -14,7 +14,7 @@ from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.data.tokenizers import ByteTokenizer
 from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer
-from mesh_transformer.evaluate.perplexity import TextScore, sliding_windows, is_sampled, score_documents, weighted_total
+from mesh_transformer.evaluate.perplexity import TextScore, is_sampled, score_documents, sliding_windows, weighted_total
 from mesh_transformer.evaluate.wikitext import WikiText, wikitext_results
 from mesh_transformer.model.transformer import make_model
 

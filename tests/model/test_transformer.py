@@ -65,7 +65,7 @@ def make_loss(config: ModelConfig):
 
 
 def assert_close(found, wanted, tolerance: float) -> None:
-    """Compare arrays with an absolute tolerance relative to their largest entry (for a key's bias, whose gradient is rounding error, of the query's)."""
+    """Compare each array within `tolerance` of its largest entry, or of the query's bias for a key's bias (rounding)."""
     wanted = flatten_names(wanted)
     for key, value in flatten_names(found).items():
         scale = np.abs(wanted[key.replace("/b_k", "/b_q")]).max()

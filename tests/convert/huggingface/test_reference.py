@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The foreign forward passes in NumPy = transformers' and the original's own; with them a wrong import is seen."""
+"""The NumPy reference implementations equal transformers and mesh-transformer-jax."""
 
 import dataclasses
 import json
@@ -11,31 +11,32 @@ import pytest
 from reference_models import CASES, LIVE_CASES, draw, make_encoder_inputs, make_torch, read_golden, run_model
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
-from mesh_transformer.convert.gptj.reader import open_raw_weights, open_gptj
-from mesh_transformer.convert.huggingface.reader import find_family, reference, tensor_map
-from mesh_transformer.convert.huggingface.reference import run_huggingface, run_mtj
+from mesh_transformer.convert.gptj.reader import open_gptj, open_raw_weights
+from mesh_transformer.convert.gptj.reference import run_mtj
+from mesh_transformer.convert.huggingface import reference, tensor_map
+from mesh_transformer.convert.huggingface.reader import find_family
+from mesh_transformer.convert.huggingface.reference import run_huggingface
 from mesh_transformer.convert.huggingface.reference_t5 import run_t5
-from mesh_transformer.convert.import_plan import make_model_config
 from mesh_transformer.convert.lazy_arrays import InMemory
 from mesh_transformer.convert.logit_check import run_native
 
 FIXTURE = Path(__file__).parents[4] / "shared" / "fixtures" / "gptj_v1_4shards"
 
 
-def run(case, weights, settings, tokens) -> np.ndarray:
-    """Their tensors through the forward pass of their kind."""
-    held, read = {key: InMemory(value) for key, value in weights.items()}, make_encoder_inputs(case, tokens)
-    return run_huggingface(held, settings, tokens) if read is None else run_t5(held, settings, tokens, *read)
+def run(case, weights, config, tokens) -> np.ndarray:
+    """Run the reference implementation of a case."""
+    tensors, read = {key: InMemory(value) for key, value in weights.items()}, make_encoder_inputs(case, tokens)
+    return run_huggingface(tensors, config, tokens) if read is None else run_t5(tensors, config, tokens, *read)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_golden(name, monkeypatch):
-    monkeypatch.setattr(originals, "BLOCK_BYTES", 300)  # several blocks of every weight
+    monkeypatch.setattr(reference, "BLOCK_BYTES", 300)  # several blocks of every weight
     case = CASES[name]
     weights, tokens, _, logits, _ = read_golden(name)
-    settings = tensor_map.FAMILIES[case.kind].write_config(case.config)
-    settings |= {"model_type": case.kind, "tie_word_embeddings": case.config.tied_embeddings}
-    found = run(case, weights, settings, tokens)
+    config = tensor_map.FAMILIES[case.kind].write_config(case.config)
+    config |= {"model_type": case.kind, "tie_word_embeddings": case.config.tied_embeddings}
+    found = run(case, weights, config, tokens)
     assert np.std(logits) > 0.1
     np.testing.assert_allclose(found, logits, atol=2e-5, rtol=0)
 
@@ -50,33 +51,37 @@ def test_equals_transformers(name):
     for key, parameter in parameters.items():
         parameter.data = torch.tensor(weights[key])
     logits = run_model(case, model, tokens).detach().numpy()
-    settings = model.config.to_dict() | {"tie_word_embeddings": case.config.tied_embeddings}
-    found = run(case, weights, settings, tokens)
+    config = model.config.to_dict() | {"tie_word_embeddings": case.config.tied_embeddings}
+    found = run(case, weights, config, tokens)
     assert np.std(logits) > 0.1
     np.testing.assert_allclose(found, logits, atol=5e-5, rtol=0)
 
 
-@pytest.mark.skipif(not FIXTURE.exists(), reason="the original's fixtures are not on this machine (../shared/fixtures)")
-def test_equals_the_original():
-    settings = json.loads((FIXTURE / "config.json").read_text())
+@pytest.mark.skipif(
+    not FIXTURE.exists(), reason="the mesh-transformer-jax fixtures are not available (../shared/fixtures)"
+)
+def test_equals_mesh_transformer_jax():
+    config = json.loads((FIXTURE / "config.json").read_text())
     expected = np.load(FIXTURE / "expected.npz")
     tokens = np.asarray(expected["tokens"], np.int32)
-    logits = run_mtj(open_raw_weights(FIXTURE / "full/step_1234", settings), settings, tokens[:, :-1])
+    logits = run_mtj(open_raw_weights(FIXTURE / "full/step_1234", config), config, tokens[:, :-1])
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     losses = -np.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(losses, expected["full_token_loss"], atol=1e-5, rtol=0)
-    foreign = open_gptj(FIXTURE / "full/step_1234", settings)
-    ours = run_native(make_model_config(foreign.model, "test"), foreign.arrays, tokens[:, :-1])
-    np.testing.assert_allclose(ours, logits, atol=2e-5, rtol=0)
+    plan = open_gptj(FIXTURE / "full/step_1234", config)
+    native = run_native(plan.config, plan.values, tokens[:, :-1])
+    np.testing.assert_allclose(native, logits, atol=2e-5, rtol=0)
 
 
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(CheckpointError, match=r"what a bert computes; there are: gpt2, .*qwen3"):
+def test_unknown_model_type_is_refused():
+    with pytest.raises(
+        CheckpointError, match=r"no reference implementation of model_type 'bert'; supported: gpt2, .*qwen3"
+    ):
         run_huggingface({}, {"model_type": "bert"}, np.zeros((1, 1), np.int32))
 
 
-def test_every_family_has_one():
-    assert reference.RUNS.keys() | set(tensor_map.WITH_ENCODER) == tensor_map.FAMILIES.keys()
+def test_every_family_has_a_reference_implementation():
+    assert reference.MODELS.keys() | set(tensor_map.ENCODER_DECODER) == tensor_map.FAMILIES.keys()
     for case in (CASES | LIVE_CASES).values():
         assert find_family(dataclasses.replace(case.config, dropout=0.0))[0] in tensor_map.FAMILIES
