@@ -44,11 +44,11 @@ class Import:
         self.notes: dict[str, str] = {}
         for key, value in old.items():
             rule = rules.get(key, keys.Rule("", "UNKNOWN: it has no counterpart here and was dropped"))
-            self.notes[key] = "ignored because it is disabled" if rule == keys.NO_EQUAL and not value else rule.why
+            self.notes[key] = "ignored because it is disabled" if rule == keys.UNSUPPORTED and not value else rule.note
             if rule.field:
                 self.set(**{rule.field: rule.cast(value)})
                 verb = "used as" if rule.field.rpartition(".")[2] == key else "renamed to"
-                self.notes[key] = f"{verb} {rule.field}" + (f"; {rule.why}" if rule.why else "")
+                self.notes[key] = f"{verb} {rule.field}" + (f"; {rule.note}" if rule.note else "")
         self.notes |= fixed
 
     def set(self, **fields: Any) -> None:
@@ -117,7 +117,9 @@ def convert_mtj(new: Import, devices: int | None) -> None:
     replicas, rest = divmod(devices or count("tpu_size"), count("cores_per_replica"))
     if rest or not replicas:
         raise ConfigError("tpu_size (or --devices) is not a multiple of cores_per_replica; set --devices")
-    new.update("train", batch_size=grad_accum_steps * count("per_replica_batch") * replicas, grad_accum_steps=grad_accum_steps)
+    new.update(
+        "train", batch_size=grad_accum_steps * count("per_replica_batch") * replicas, grad_accum_steps=grad_accum_steps
+    )
     new.update("train", z_loss=1e-4, evaluate_batches=math.ceil(count("val_batches", 100) / grad_accum_steps))
     new.update("optimizer", schedule="gptj", beta1=0.9, beta2=0.999, eps=1e-8, clip_norm=1.0)
     new.update("checkpoint", keep_last=3)
@@ -146,7 +148,10 @@ def convert_neo(new: Import, devices: int | None) -> None:
     new.update("data", tokenizer=keys.GPT2)
     for entry in old["datasets"]:
         name, weight = (entry, 1.0) if isinstance(entry, str) else (entry[0], entry[3] if len(entry) > 3 else 1.0)
-        new.update("data", **{f"train.{_source_name(name)}.path": f"data/{name}.index", f"train.{_source_name(name)}.weight": weight})
+        new.update(
+            "data",
+            **{f"train.{_source_name(name)}.path": f"data/{name}.index", f"train.{_source_name(name)}.weight": weight},
+        )
 
 
 def convert_neox(new: Import, devices: int | None) -> None:
@@ -157,7 +162,9 @@ def convert_neox(new: Import, devices: int | None) -> None:
         raise ConfigError("data_path and train_data_paths are both missing; one of them is required")
     if "train_batch_size" not in old:
         if devices is None:
-            raise ConfigError("the batch depends on the number of GPUs, which the files do not contain; add --devices N")
+            raise ConfigError(
+                "the batch depends on the number of GPUs, which the files do not contain; add --devices N"
+            )
         replicas, rest = divmod(devices, shards * max(old.get("pipe_parallel_size", 1), 1))
         if rest or not replicas:
             raise ConfigError("--devices is not a multiple of model_parallel_size x pipe_parallel_size")
@@ -290,9 +297,13 @@ def import_config(paths: list[Path], devices: int | None = None) -> tuple[str, s
 def main(arguments: list[str]) -> int:
     """Parse the arguments, translate the configuration, print it."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("old", nargs="+", type=Path, metavar="OLD", help="configuration file; several files form one configuration")
+    parser.add_argument(
+        "old", nargs="+", type=Path, metavar="OLD", help="configuration file; several files form one configuration"
+    )
     parser.add_argument("--output", type=Path, metavar="NEW.toml", help="file to write the TOML to; default: stdout")
-    parser.add_argument("--devices", type=int, metavar="N", help="number of devices of the old run, if its files do not contain it")
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="number of devices of the old run, if its files do not contain it"
+    )
     options = parser.parse_args(arguments)
     if options.output and options.output.exists():
         raise ConfigError(f"{options.output} exists; remove it or choose another name")

@@ -1,58 +1,65 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of every key of other programs' configurations; the tables of import_config.py."""
+"""Tables of scripts/import_config.py: what happens to every key of the configurations of other programs."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-GPT2 = "gpt2"  # a folder with GPT-2's vocab.json and merges.txt
+GPT2 = "gpt2"  # folder with vocab.json and merges.txt of GPT-2
 DANGER = "DANGEROUS because "
 
 
+def keep(value: Any) -> Any:
+    """Return the value unchanged."""
+    return value
+
+
 class Rule(NamedTuple):
-    """What becomes of a key: the field it is written to, if it is, and what to say of it."""
+    """What happens to a key: the field that gets its value, if any, and a note for the user."""
 
     field: str
-    why: str
-    cast: Callable[[Any], Any] = lambda value: value
+    note: str
+    cast: Callable[[Any], Any] = keep
 
 
-def use(field: str, why: str = "", cast: Callable[[Any], Any] = lambda value: value) -> Rule:
-    """The value goes to a field of ours."""
-    return Rule(field, why, cast)
+def use(field: str, note: str = "", cast: Callable[[Any], Any] = keep) -> Rule:
+    """Set a field to the value."""
+    return Rule(field, note, cast)
 
 
 def uses(section: str, **fields: str) -> dict[str, Rule]:
-    """Values that go to fields of one section, their keys as keywords."""
+    """Set fields of one section to the values of the keys that the keywords name."""
     return {key: Rule(f"{section}.{field}", "") for key, field in fields.items()}
 
 
-def part(field: str, why: str = "") -> Rule:
-    """A field of ours is computed from this value and others."""
-    return Rule("", f"used as part of {field}" + (f"; {why}" if why else ""))
+def part(field: str, note: str = "") -> Rule:
+    """Compute a field from this value and others."""
+    return Rule("", f"used as part of {field}" + (f"; {note}" if note else ""))
 
 
-def ignore(why: str, *keys: str) -> dict[str, Rule]:
-    """Nothing of ours depends on these keys."""
-    return dict.fromkeys(keys, Rule("", f"ignored because {why}"))
+def ignore(reason: str, *keys: str) -> dict[str, Rule]:
+    """Ignore keys on which nothing here depends."""
+    return dict.fromkeys(keys, Rule("", f"ignored because {reason}"))
 
 
-def danger(why: str, field: str = "", cast: Callable[[Any], Any] = lambda value: value) -> Rule:
-    """It means something else here, or nothing; a person has to look."""
-    return Rule(field, DANGER + why, cast)
+def danger(reason: str, field: str = "", cast: Callable[[Any], Any] = keep) -> Rule:
+    """Warn the user that the key has a different meaning here, or none."""
+    return Rule(field, DANGER + reason, cast)
 
 
 def remat(flag: Any) -> str:
-    """Our word for recomputing activations."""
+    """Return the value of model.remat for a flag that enables activation checkpointing."""
     return "full" if flag else "none"
 
 
-ACCUMULATION = danger("there it multiplied the batch; here train.batch_size is the whole batch and this only cuts it",
-                      "train.grad_accum_steps")  # fmt: skip
-MESH = "not part of the function or of checkpoints any more: change it freely"
-SAME_LR = "multiplied by the learning rate, on matrices only, as there"
-ORIGINAL = {
+GRAD_ACCUM = danger(
+    "it multiplied the batch size; here train.batch_size is the size of the whole batch, which this divides",
+    "train.grad_accum_steps",
+)
+MESH = "neither the model's function nor its checkpoints depend on it any more, so it can be changed"
+DECAY = "multiplied by the learning rate and applied to matrices only, as before"
+MTJ = {
     **uses("model", layers="n_layers", d_model="d_model", n_heads="n_heads", n_vocab="n_vocab"),
     **uses("optimizer", warmup_steps="warmup_steps", lr="learning_rate", end_lr="end_learning_rate"),
     **uses("train", total_steps="steps", val_every="evaluate_every"),
@@ -60,51 +67,53 @@ ORIGINAL = {
     "norm": part("model.norm"),
     "pe": part("model.positions"),
     "pe_rotary_dims": use("model.rope_dims"),
-    "seq": danger("it trained on the length of the records (2,049 ids); here this is what the data is cut to",
+    "seq": danger("it trained on the length of the records (2,049 IDs); here the data is split into sequences of this length",
                   "model.seq_len"),
     "cores_per_replica": use("mesh.tensor", MESH),
     "per_replica_batch": part("train.batch_size"),
-    "tpu_size": danger("device_train took the number of devices it found instead, and the batch with it; here "
-                       "train.batch_size is the same on any number of them"),
-    "gradient_accumulation_steps": ACCUMULATION,
-    "anneal_steps": use("optimizer.decay_steps", 'with optimizer.schedule = "gptj", its own formula'),
-    "weight_decay": use("optimizer.weight_decay", SAME_LR),
+    "tpu_size": danger("device_train used the number of devices present instead, which changed the batch size; here "
+                       "train.batch_size does not depend on the number of devices"),
+    "gradient_accumulation_steps": GRAD_ACCUM,
+    "anneal_steps": use("optimizer.decay_steps", 'with optimizer.schedule = "gptj", which has the same formula'),
+    "weight_decay": use("optimizer.weight_decay", DECAY),
     "model_dir": use("run.dir", cast=lambda value: f"runs/{value}"),
-    "train_set": use("data.train.train.path", "an index of TFRecords is read as it is", lambda value: f"data/{value}"),
+    "train_set": use("data.train.train.path", "an index of TFRecords can be used unchanged", lambda value: f"data/{value}"),
     "val_set": part("data.validation"),
-    "val_batches": part("train.evaluate_batches", "as many sequences, in batches of train.batch_size"),
+    "val_batches": part("train.evaluate_batches", "the number of sequences is the same, in batches of train.batch_size"),
     "ckpt_every": use("checkpoint.every"),
-    "keep_every": danger("device_train read and ignored it; here these checkpoints stay for ever and take disk",
+    "keep_every": danger("device_train read and ignored it; here these checkpoints are never deleted and use disk space",
                          "checkpoint.keep_every"),
-    "early_cast": danger("its presence alone, even as false, made all weights bfloat16; here they are float32"),
-    **ignore("runs live in run.dir on this machine", "bucket"),
-    **ignore("a run is named by its folder, run.dir", "name"),
-    **ignore("there is no evaluation harness yet", "eval_harness_tasks"),
-    **ignore("train.log_grad_noise_scale = true measures it, with averages of its own", "noise_scale_alpha"),
-    **ignore("version 1 did not read it", "comment", "d_head", "early_collect", "bf16_optimizer", "eval_only", "gen_length"),
+    "early_cast": danger("its presence, even with the value false, made all weights bfloat16; here they are float32"),
+    **ignore("runs are stored in run.dir", "bucket"),
+    **ignore("the name of a run is that of its folder, run.dir", "name"),
+    **ignore("training does not run lm-evaluation-harness; use device_evaluate.py", "eval_harness_tasks"),
+    **ignore("train.log_grad_noise_scale = true measures it with its own averaging", "noise_scale_alpha"),
+    **ignore("mesh-transformer-jax did not read it", "comment", "d_head", "early_collect", "bf16_optimizer", "eval_only", "gen_length"),
     **ignore("only train.py read it", "val_batch_multiplier"),
 }  # fmt: skip
-ORIGINAL_REQUIRED = [
+MTJ_REQUIRED = [
     "layers", "d_model", "n_heads", "n_vocab", "norm", "pe", "seq", "cores_per_replica", "per_replica_batch",
     "warmup_steps", "anneal_steps", "lr", "end_lr", "weight_decay", "total_steps", "train_set",
 ]  # fmt: skip
-ORIGINAL_FIXED = {
-    "(code) Adam": "used as optimizer.beta1 = 0.9, beta2 = 0.999, eps = 1e-8; our own default of beta2 is another",
-    "(code) clip norm": "used as optimizer.clip_norm = 1.0; there the norm was in bfloat16 and counted some biases often",
-    "(code) z-loss": DANGER + "it was on log Z less the largest logit; train.z_loss = 1e-4 is on log Z itself",
-    "(code) biases": DANGER + "those of embedding and MLP output learned cores_per_replica times as fast; not here",
+MTJ_FIXED = {
+    "(code) Adam": "used as optimizer.beta1 = 0.9, beta2 = 0.999, eps = 1e-8; the default of beta2 here is different",
+    "(code) clip norm": "used as optimizer.clip_norm = 1.0; the old norm was computed in bfloat16 and counted some biases several times",
+    "(code) z-loss": DANGER
+    + "it applied to log Z minus the largest logit; train.z_loss = 1e-4 applies to log Z itself",
+    "(code) biases": DANGER
+    + "those of the embedding and of the MLP output had cores_per_replica times the learning rate; here they do not",
     "(code) precision": DANGER
-    + "it summed microbatches in bfloat16, we in float32; activations are float32 in both, and "
+    + "microbatch gradients were summed in bfloat16, here in float32; activations are float32 in both, and "
     'model.dtype = "bfloat16" is faster',
-    "(code) order": "used as data.shuffle = false; sequences of seq_len are cut anew, not one from each record",
-    "(code) tokenizer": f'used as data.tokenizer = "{GPT2}", a folder with GPT-2\'s vocab.json and merges.txt',
-    "(code) seed 42": "ignored because its first weights depended on cores_per_replica; ours follow from run.seed",
+    "(code) order": "used as data.shuffle = false; the text is split into sequences of seq_len, not into one per record",
+    "(code) tokenizer": f'used as data.tokenizer = "{GPT2}", a folder with vocab.json and merges.txt of GPT-2',
+    "(code) seed 42": "ignored because the initial weights depended on cores_per_replica; here they depend on run.seed",
 }
-ORIGINAL_MODEL: dict[str, Any] = dict(
+MTJ_MODEL: dict[str, Any] = dict(
     residual="parallel", qkv_bias=False, attention_out_bias=False, head_bias=True, tied_embeddings=False, init="gptj",
     remat="full",
 )  # fmt: skip
-NO_EQUAL = danger("no model of ours has it; ours is another model where it is on")
+UNSUPPORTED = danger("this feature is not supported; if it was enabled, the translated model is a different one")
 NEO = {
     **uses("model", n_layer="n_layers", n_embd="d_model", n_head="n_heads", n_ctx="seq_len", n_vocab="n_vocab",
            local_attention_radius="attention_window"),
@@ -112,26 +121,26 @@ NEO = {
     **uses("train", train_batch_size="batch_size", train_steps="steps"),
     **uses("checkpoint", steps_per_checkpoint="every"),
     "attention_types": part("model.attention_pattern"),
-    **dict.fromkeys(("embed_dropout", "attn_dropout", "res_dropout"), part("model.dropout", "one rate for all three")),
-    "scale_by_depth": danger('it scaled by 1 / sqrt(layers); model.init = "gpt2" by 1 / sqrt(2 layers), as GPT-2 did'),
-    "lr_decay": danger("its curve began at step 0, ours begins after the warm-up; both end at a tenth", "optimizer.schedule"),
+    **dict.fromkeys(("embed_dropout", "attn_dropout", "res_dropout"), part("model.dropout", "there is one rate for all three")),
+    "scale_by_depth": danger('it scaled by 1 / sqrt(layers); model.init = "gpt2" scales by 1 / sqrt(2 layers), as GPT-2 does'),
+    "lr_decay": danger("its decay started at step 0, here it starts after the warmup; both end at a tenth of the learning rate", "optimizer.schedule"),
     "lr_decay_end": part("optimizer.decay_steps"),
-    "opt_name": danger("its Adam did not correct its moments' bias, ours does; its Adafactor had no schedule", "optimizer.name",
+    "opt_name": danger("its Adam had no bias correction, here it has; its Adafactor had no schedule", "optimizer.name",
                        lambda value: {"adam": "adamw"}.get(value.lower(), value.lower())),
-    "weight_decay": use("optimizer.weight_decay", SAME_LR + ", but for its final norm"),
+    "weight_decay": use("optimizer.weight_decay", DECAY + ", except for the final norm"),
     "gradient_clipping": use("optimizer.clip_norm", cast=lambda value: value or 0.0),
     "eval_steps": use("train.evaluate_batches", "in batches of train.batch_size"),
     "recompute_grad": use("model.remat", cast=remat),
-    "precision": danger("its weights were of this type as well; ours stay float32", "model.dtype"),
-    "datasets": danger("their paths are in files of their own; list the .tfrecords in data/NAME.index, one per line"),
+    "precision": danger("it applied to weights as well; here they stay float32", "model.dtype"),
+    "datasets": danger("their paths are in other files; list the .tfrecords in data/NAME.index, one per line"),
     "model_path": use("run.dir", cast=lambda value: f"runs/{Path(value).name}"),
-    **ignore("it read activation_fn, so that every model had the tanh GELU, as here", "activation_function"),
+    **ignore("GPT-Neo read activation_fn instead, so every model had the tanh GELU, as here", "activation_function"),
     **ignore("microbatches do not change the result; set train.grad_accum_steps", "tokens_per_mb_per_replica"),
-    **ignore("the mesh does not change the function; set mesh.fsdp and mesh.tensor", "mesh_shape", "layout"),
+    **ignore("the function does not depend on the mesh; set mesh.fsdp and mesh.tensor", "mesh_shape", "layout"),
     **ignore("nothing here depends on it", "eval_batch_size", "predict_steps", "predict_batch_size", "iterations",
              "model", "eval_tasks", "ada_epsilon1", "ada_epsilon2"),
     **dict.fromkeys(("activation_fn", "scale_by_in", "axial_pos_emb", "rotary_emb", "mlp_glu", "scalenorm", "rezero", "num_mem_kv",
-                     "macaron", "share_parameters", "no_weight_tie", "moe_layers", "mlm_training", "entmax_loss"), NO_EQUAL),
+                     "macaron", "share_parameters", "no_weight_tie", "moe_layers", "mlm_training", "entmax_loss"), UNSUPPORTED),
 }  # fmt: skip
 NEO_REQUIRED = [
     "n_layer", "n_embd", "n_head", "n_ctx", "n_vocab", "attention_types", "lr", "lr_decay", "warmup_steps",
@@ -140,9 +149,9 @@ NEO_REQUIRED = [
 NEO_FIXED = {
     "(code) z-loss": "used as train.z_loss = 1e-4",
     "(code) scores": DANGER
-    + 'their scale was in the first weights; model.attention_scale = "rsqrt_d_head" is for training '
-    'afresh, weights trained there need "none"',
-    "(code) tokenizer": ORIGINAL_FIXED["(code) tokenizer"],
+    + 'their scale was part of the initial weights; model.attention_scale = "rsqrt_d_head" is for training '
+    'from scratch, weights trained with GPT-Neo need "none"',
+    "(code) tokenizer": MTJ_FIXED["(code) tokenizer"],
 }
 
 NEOX = {
@@ -158,25 +167,25 @@ NEOX = {
     "pos_emb": part("model.positions"),
     "rotary_pct": part("model.rope_dims"),
     "no_weight_tying": use("model.tied_embeddings", cast=lambda value: not value),
-    "gpt_j_residual": part("model.residual", "with two norms, unlike GPT-J's"),
+    "gpt_j_residual": part("model.residual", "it has two norms, unlike that of GPT-J"),
     "gpt_j_tied": part("model.residual"),
     "activation": part("model.activation"),
-    "bias_gelu_fusion": part("model.activation", "fused it is the tanh form, else the exact one"),
+    "bias_gelu_fusion": part("model.activation", "if fused, the tanh approximation, otherwise the exact one"),
     "attention_config": part("model.attention_pattern"),
     **dict.fromkeys(("init_method", "output_layer_init_method"), part("model.init")),
-    **dict.fromkeys(("hidden_dropout", "attention_dropout"), part("model.dropout", "one rate for both")),
+    **dict.fromkeys(("hidden_dropout", "attention_dropout"), part("model.dropout", "there is one rate for both")),
     "optimizer": part("optimizer"),
     "lr_decay_iters": part("optimizer.decay_steps"),
-    "warmup": part("optimizer.warmup_steps", "a share of lr_decay_iters there, steps here"),
+    "warmup": part("optimizer.warmup_steps", "it is a fraction of lr_decay_iters, here it is a number of steps"),
     "train_micro_batch_size_per_gpu": part("train.batch_size"),
-    "gradient_accumulation_steps": ACCUMULATION,
+    "gradient_accumulation_steps": GRAD_ACCUM,
     "model_parallel_size": use("mesh.tensor", MESH),
     "checkpoint_activations": use("model.remat", cast=remat),
-    **dict.fromkeys(("fp16", "bf16", "precision"), danger("there is no loss scaling and no float16; see model.dtype")),
-    "split": danger("it split a shard by position; documents of a shard cannot be split here: set data.validation.NAME.path"),
+    **dict.fromkeys(("fp16", "bf16", "precision"), danger("float16 and loss scaling are not supported; see model.dtype")),
+    "split": danger("it split a file by position, which is not supported; set data.validation.NAME.path to other data"),
     "tensorboard_dir": use("track.tensorboard", cast=bool),
     **dict.fromkeys(("vocab_file", "merge_file", "tokenizer_type"), part("data.tokenizer")),
-    "make_vocab_size_divisible_by": part("model.n_vocab", "padded as there"),
+    "make_vocab_size_divisible_by": part("model.n_vocab", "padded in the same way"),
     **ignore("mesh.fsdp shards layers, gradients and moments", "pipe_parallel_size", "zero_optimization"),
     **ignore("model.seq_len is the number of positions", "max_position_embeddings"),
     **ignore("nothing here depends on it", "load", "log_dir", "hostfile", "launcher", "num_nodes", "num_gpus",

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations of the programs before this one become ours, with nothing left unsaid, or are refused."""
+"""scripts/import_config.py translates old configurations, with a note on every key, or refuses them."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def write(folder: Path, table, name="old.json") -> Path:
 
 
 def function(preset: str) -> dict:
-    """What determines what a model of the table computes, but for its vocabulary, which programs pad."""
+    """Return what determines the function of a preset, except for the vocabulary size, which programs pad."""
     found = parse_model(PRESETS[preset], where=preset).describe_function()
     return {key: value for key, value in found.items() if key != "n_vocab"}
 
@@ -68,33 +68,35 @@ def check(toml: str, preset: str):
     return config
 
 
-def test_gpt_js_own(tmp_path):
+def test_gpt_j(tmp_path):
     toml, report = call(write(tmp_path, GPT_J))
     config = check(toml, "gptj-6b")
     assert (config.train.batch_size, config.train.grad_accum_steps) == (512, 16)
     assert (config.optimizer.schedule, config.optimizer.beta2, config.train.z_loss) == ("gptj", 0.999, 1e-4)
     for key in GPT_J:
         assert f"\n{key} " in f"\n{report}", key
-    assert "1,048,576 tokens a step" in report
-    assert "learning rate of the last step: 1.2e-05" in report
+    assert "1,048,576 tokens per step" in report
+    assert "learning rate at the last step: 1.2e-05" in report
     assert "7 DANGEROUS, 0 UNKNOWN" in report
     half, _ = call(write(tmp_path, GPT_J), "--devices", 128)
     assert check(half, "gptj-6b").train.batch_size == 256
 
 
-def test_gpt_neos(tmp_path):
+def test_gpt_neo(tmp_path):
     toml, report = call(write(tmp_path, NEO))
-    expected = function("gpt-neo-2.7b") | {"attention_scale": "rsqrt_d_head"}  # for training afresh, and said
+    expected = function("gpt-neo-2.7b") | {
+        "attention_scale": "rsqrt_d_head"
+    }  # for training from scratch; the notes say so
     config = parse_config(tomllib.loads(toml), where="test")
     found = config.model.describe_function()
     assert {key: found[key] for key in expected} == expected
     assert config.train.batch_size * config.model.seq_len == 2**20
-    assert 'weights trained there need "none"' in report
+    assert 'weights trained with GPT-Neo need "none"' in report
     assert "moe_layers" in report
-    assert "ignored because it is off" in report
+    assert "ignored because it is disabled" in report
 
 
-def test_gpt_neoxs_in_two_files(tmp_path):
+def test_gpt_neox_in_two_files(tmp_path):
     files = write(tmp_path, NEOX, "20B.yml"), write(tmp_path, '{"data-path": "data/pile"}', "local.yml")
     toml, report = call(*files, "--devices", 96)
     config = check(toml, "gpt-neox-20b")
@@ -104,11 +106,11 @@ def test_gpt_neoxs_in_two_files(tmp_path):
     assert "add --devices N" in call(*files, expect=2)[1]
 
 
-def test_yaml_in_blocks_and_json_with_tabs_say_the_same(tmp_path):
+def test_block_yaml_and_json_with_tabs_are_equivalent(tmp_path):
     import yaml
 
     table = yaml.safe_load(NEOX)
-    table["optimizer"]["params"]["lr"] = "1e-4"  # no dot: a text in YAML 1.1
+    table["optimizer"]["params"]["lr"] = "1e-4"  # without a dot this is text in YAML 1.1
     blocks = yaml.safe_dump(table | {"min_lr": 1e-5}).replace("'1e-4'", "1e-4") + "data-path: data/pile\n"
     assert "num-layers: 44\n" in blocks
     toml, report = call(write(tmp_path, blocks, "20B.yml"), "--devices", 96)
@@ -122,24 +124,24 @@ def test_yaml_in_blocks_and_json_with_tabs_say_the_same(tmp_path):
 REFUSED = {
     "no number": ({**GPT_J, "lr": None}, "optimizer.learning_rate = null: must be a valid number"),
     "unknown": ({"a": 1, "layers": 2}, "not a configuration of mesh-transformer-jax, GPT-Neo, GPT-NeoX"),
-    "twice": ('{"layers": 1, "layers": 2}', "the key layers is there twice"),
+    "twice": ('{"layers": 1, "layers": 2}', "the key layers occurs twice"),
     "yaml": ("num-layers: [3\n", "old.json:2: neither JSON nor YAML"),
-    "list": ("[1]", "holds no keys and values"),
+    "list": ("[1]", "expected a mapping of keys to values, found a list"),
     "cores": ({**GPT_J, "tpu_size": 12}, "tpu_size (or --devices) is not a multiple of cores_per_replica"),
-    "norm": ({**GPT_J, "norm": "batchnorm"}, "one of them is not the program's"),
+    "norm": ({**GPT_J, "norm": "batchnorm"}, "norm = 'batchnorm' or pe = 'rotary' is not supported"),
     "heads": ({**GPT_J, "n_heads": 3}, "d_model=4096 is not a multiple of n_heads=3"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_wrong_is_said_in_one_line(name, tmp_path):
-    table, words = REFUSED[name]
+def test_errors_are_one_line(name, tmp_path):
+    table, message = REFUSED[name]
     out, err = call(write(tmp_path, table), expect=2)
     assert not out
-    assert words in err
+    assert message in err
 
 
-def test_every_missing_key_is_named_and_nothing_is_overwritten(tmp_path):
+def test_missing_keys_are_named_and_files_are_not_overwritten(tmp_path):
     table = {key: value for key, value in GPT_J.items() if key not in ("lr", "norm")}
     assert "these keys are missing: norm, lr" in call(write(tmp_path, table), expect=2)[1]
     old = write(tmp_path, GPT_J)

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""SuperGLUE's tasks (1905.00537) that take more than a row: WSC's spans, MultiRC's groups of answers, ReCoRD's entities.
+"""SuperGLUE tasks (arXiv 1905.00537) that need more than a row of tasks.py: WSC, MultiRC and ReCoRD.
 
-MultiRC is counted as its authors do: F1a over all answers, and EM, the share of questions all of whose answers are
-judged rightly. ReCoRD's prompt and measures are those of the harness, whose own definition needs `transformers`.
+MultiRC uses its authors' metrics: F1a over all answers, and EM, the fraction of questions with all answers classified
+correctly. ReCoRD uses the prompt and metrics of the harness, whose own definition needs `transformers`.
 """
 
 import re
@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Record = Mapping[str, Any]
-Answer = tuple[float, bool]  # log-probability, and whether every token was the likeliest
+Answer = tuple[float, bool]  # log-probability, and whether every token was the most probable one
 
 
 def read_wsc(record: Record) -> Iterable[dict[str, Any]]:
-    """A record of WSC with its spans side by side, as the Hub has them, written as they are in the text."""
+    """Yield a WSC record with the fields of the Hugging Face Hub and spans spelled as in the text."""
     spans = record.get("target", record)
     found: dict[str, Any] = {"text": record["text"], "label": int(bool(record["label"]))}
     for number in (1, 2):
@@ -31,7 +31,7 @@ def read_wsc(record: Record) -> Iterable[dict[str, Any]]:
 
 
 def _as_in_text(span: str, text: str, first_word: str) -> str:
-    """The span with the case of its first word there, without a last full stop or a line's end; as it is if it is there."""
+    """Return a span that is not in the text literally with the case of its first word there, without a final period."""
     if span in text:
         return span
     change = str.lower if first_word[0].islower() else str.upper
@@ -39,7 +39,7 @@ def _as_in_text(span: str, text: str, first_word: str) -> str:
 
 
 def read_multirc(record: Record) -> Iterable[dict[str, Any]]:
-    """Every answer of a passage; a record of the Hub is one answer already."""
+    """Yield one record per answer of a MultiRC passage; Hub records have one answer already."""
     if "passage" not in record:
         fields = {name: record[name] for name in ("paragraph", "question", "answer", "idx")}
         yield fields | {"label": int(bool(record["label"]))}
@@ -56,16 +56,16 @@ def read_multirc(record: Record) -> Iterable[dict[str, Any]]:
 
 
 def multirc_choices(document: Record) -> list[str]:
-    """The answer said to be wrong, and said to be right: by the number of the label, 1 of right ones.
+    """Return the choices by label: 0 says that the answer is wrong, 1 that it is correct.
 
-    The harness's definition (version 2.0) has them the other way round, so that it counts every wrong judgement, and
-    shows wrong ones as examples.
+    The harness's definition (version 2.0) has them in reverse order, so that it counts errors as correct and shows wrong
+    few-shot examples.
     """
     return [f"{document['answer']}\nIs the answer correct? {word}" for word in ("no", "yes")]
 
 
 def score_multirc(document: Record, answers: Sequence[Answer]) -> dict[str, Any]:
-    """What one answer adds to each measure."""
+    """Return the contribution of one answer to each metric."""
     says_right, is_right = answers[1][0] > answers[0][0], bool(document["label"])
     question = (document["idx"]["paragraph"], document["idx"]["question"])
     return {
@@ -83,7 +83,7 @@ def average_f1a(judged: Sequence[tuple[bool, bool]]) -> float:
 
 
 def average_em(judged: Sequence[tuple[Any, bool]]) -> float:
-    """The share of questions without a mistake."""
+    """Return the fraction of questions without an error."""
     questions: dict[Any, bool] = defaultdict(lambda: True)
     for question, is_correct in judged:
         questions[question] &= is_correct
@@ -91,62 +91,63 @@ def average_em(judged: Sequence[tuple[Any, bool]]) -> float:
 
 
 def read_record(record: Record) -> Iterable[dict[str, Any]]:
-    """Every query of a passage with its candidates, in alphabetical order; a record of the Hub is one query already."""
+    """Yield one record per query of a ReCoRD passage, candidates sorted; Hub records have one query already."""
     if "qas" not in record:
         passage, queries = record["passage"], [record]
         entities, answers_of = record["entities"], lambda query: query["answers"]
     else:
         passage, queries = record["passage"]["text"], record["qas"]
-        # where an entity ends is its last character
+        # an entity's end is the index of its last character
         entities = [passage[entity["start"] : entity["end"] + 1] for entity in record["passage"]["entities"]]
         answers_of = lambda query: [answer["text"] for answer in query["answers"]]  # noqa: E731
     for query in queries:
         answers = sorted(set(answers_of(query)))
         if not answers or "@placeholder" not in query["query"]:
-            raise ValueError("a query has @placeholder in it, and answers")
+            raise ValueError("a query needs answers and the text @placeholder")
         yield {"passage": passage, "query": query["query"], "entities": sorted(set(entities)), "answers": answers}
 
 
 def record_prompt(document: Record) -> str:
-    """The passage and its highlights as a list, which the query goes on."""
+    """Return the prompt: the passage, and its highlights as a list that the query continues."""
     text, *highlights = document["passage"].strip().split("\n@highlight\n")
     return f"{text}\n\n" + "".join(f"  - {highlight}.\n" for highlight in highlights)
 
 
 def record_choices(document: Record) -> list[str]:
-    """The query with each candidate in it."""
+    """Return the query with each candidate inserted."""
     return [f"  - {document['query']}".replace("@placeholder", entity) for entity in document["entities"]]
 
 
 def record_target(document: Record) -> str:
-    """The query with the first of the right answers."""
+    """Return the query with the first correct answer inserted."""
     return f"  - {document['query']}".replace("@placeholder", document["answers"][0])
 
 
 def score_record(document: Record, answers: Sequence[Answer]) -> dict[str, float]:
-    """F1 of words and exact match of the likeliest candidate, the best over all right answers."""
-    likeliest = max(range(len(answers)), key=lambda i: answers[i][0])
-    said, right = _words(document["entities"][likeliest]), [_words(answer) for answer in document["answers"]]
-    return {"f1": max(_f1(said, one) for one in right), "em": float(said in right)}
+    """Return word F1 and exact match of the most probable candidate, each the best over all correct answers."""
+    predicted_index = max(range(len(answers)), key=lambda i: answers[i][0])
+    predicted = _words(document["entities"][predicted_index])
+    correct = [_words(answer) for answer in document["answers"]]
+    return {"f1": max(_f1(predicted, words) for words in correct), "em": float(predicted in correct)}
 
 
 def _words(text: str) -> list[str]:
-    """Lower case, without punctuation and articles, as SQuAD's evaluation has it."""
+    """Return the words in lower case without punctuation and articles, as in SQuAD's evaluation."""
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-def _f1(said: list[str], right: list[str]) -> float:
-    if not said or not right:
-        return float(said == right)
-    common = sum((Counter(said) & Counter(right)).values())
-    return 2 * common / (len(said) + len(right))
+def _f1(predicted: list[str], correct: list[str]) -> float:
+    if not predicted or not correct:
+        return float(predicted == correct)
+    common = sum((Counter(predicted) & Counter(correct)).values())
+    return 2 * common / (len(predicted) + len(correct))
 
 
 MULTIRC = {
     "doc_to_choice": multirc_choices,
     "process_results": score_multirc,
-    "metadata": {"version": "2.0 with no and yes in their places"},
+    "metadata": {"version": "2.0 with no and yes in order of the labels"},
     "metric_list": [
         dict(metric="acc", aggregation="mean", higher_is_better=True),
         dict(metric="f1a", aggregation=average_f1a, higher_is_better=True),

@@ -73,7 +73,13 @@ def _compile_in_subprocess(job: CompileJob, text_path: Path | None) -> CompiledS
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         result = Path(folder) / "result.json"
         done = subprocess.run(
-            [sys.executable, "-m", "mesh_transformer.plan.compile_worker", str(result), *([str(text_path)] if text_path else [])],
+            [
+                sys.executable,
+                "-m",
+                "mesh_transformer.plan.compile_worker",
+                str(result),
+                *([str(text_path)] if text_path else []),
+            ],
             input=job.to_json(),
             env=environment(job.topology),
             stdout=subprocess.DEVNULL,

@@ -89,7 +89,9 @@ def make_plan(config: Config, stats: CompiledStats, *, tokens: float | None = No
     roofline = make_roofline(stats, chip) if chip and not stats.compiler_error else None
     notes = [topology.note] if topology.note else []
     if stats.low_effort:
-        notes.append("compiled with --low-effort: memory is accurate to a few percent; compile without it before you decide")
+        notes.append(
+            "compiled with --low-effort: memory is accurate to a few percent; compile without it before you decide"
+        )
     if stats.platform == "gpu" and chip:
         notes.append(
             f"usable is 95% of the memory of each {chip.name}: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX's default is 0.75)"
@@ -123,9 +125,7 @@ def make_plan(config: Config, stats: CompiledStats, *, tokens: float | None = No
     )
 
 
-def _cost(
-    tokens: float, stats: CompiledStats, roofline: Roofline, chip: Chip, chips: int, price: float | None
-) -> Cost:
+def _cost(tokens: float, stats: CompiledStats, roofline: Roofline, chip: Chip, chips: int, price: float | None) -> Cost:
     seconds = tokens / stats.tokens * roofline.lower_bound
     chip_hours = chips * seconds / 3600
     energy = chip_hours * chip.watts * PUE / 1e6

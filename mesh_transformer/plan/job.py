@@ -17,7 +17,7 @@ CODE_PACKAGES = (
     "train",
     "sample",
     "plan",
-)  # whose code, beside the modules above them, makes programs and records
+)  # with the top-level modules, the code of programs
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "dm-haiku", "optax")
 
 
@@ -97,9 +97,7 @@ class CompiledStats:
     tokens: int  # processed, or generated, in one step
     flops: float  # model FLOPs
     hardware_flops: float  # including recomputation
-    bytes_by_kind: dict[
-        str, int
-    ]  # arguments, from shapes: parameters, moments, other, batch, ...
+    bytes_by_kind: dict[str, int]  # arguments, from shapes: parameters, moments, other, batch, ...
     gradient_bytes: int  # of all gradients together, from shapes
     idle_bytes: int = 0  # of the arguments, those in memory that the program does not use
     state_bytes: int = 0  # of all devices together, replicas once: the size of a checkpoint

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A verdict as a page of text and as one JSON object."""
+"""Text and JSON output of a plan."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,32 +12,32 @@ from mesh_transformer.plan.job import CompiledStats, Traffic
 MIB, GIB, GB = 2**20, 2**30, 10**9
 
 
-def format_plan(verdict: Plan) -> str:
-    """The plan as people read it."""
-    measured = verdict.stats
-    parts = [_heading(measured), _memory(verdict)]
-    if measured.bytes_by_kind.get("cache") is None:
-        parts.append(_training(verdict))
+def format_plan(plan: Plan) -> str:
+    """Return the text of a plan."""
+    stats = plan.stats
+    parts = [_heading(stats), _memory(plan)]
+    if stats.bytes_by_kind.get("cache") is None:
+        parts.append(_training(plan))
     else:
-        parts.append(_sampling(verdict))
-    if verdict.roofline:
-        parts.append(_times(verdict))
-    if measured.traffic:
-        parts.append(_traffic(measured.traffic))
-    if measured.state_bytes:
-        parts.append(_storage(verdict))
-    if verdict.encode:
+        parts.append(_sampling(plan))
+    if plan.roofline:
+        parts.append(_times(plan))
+    if stats.traffic:
+        parts.append(_traffic(stats.traffic))
+    if stats.state_bytes:
+        parts.append(_storage(plan))
+    if plan.encode:
         parts += [
-            "before that, once for all rows, the encoder reads and the first tokens are drawn",
-            _memory(verdict.encode),
+            "encoder: runs once per batch before decoding, and samples the first tokens",
+            _memory(plan.encode),
         ]
-        parts += [_times(verdict.encode)] if verdict.encode.roofline else []
-    parts += [f"note: {note}" for note in verdict.notes]
+        parts += [_times(plan.encode)] if plan.encode.roofline else []
+    parts += [f"note: {note}" for note in plan.notes]
     return "\n\n".join(parts)
 
 
 def format_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Rows with columns of equal width: the first `left` to the left, the others to the right."""
+    """Return rows as aligned columns: the first `left` are left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -50,100 +50,98 @@ def format_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 def format_ms(seconds: float) -> str:
-    """Milliseconds with three digits, or all that lie before the point."""
+    """Format seconds as milliseconds with at least three significant digits."""
     return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
 def describe_mesh(sizes: dict[str, int]) -> str:
-    """The axes of more than one device."""
+    """Return the mesh axes with more than one device, as text."""
     return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
-def describe_fit(verdict: Plan) -> str:
-    """Yes or no, and by how much."""
-    memory = verdict.memory
+def describe_fit(plan: Plan) -> str:
+    """Return whether a plan fits in memory and the difference, as text."""
+    memory = plan.memory
     if memory.fits is None or memory.usable is None:
-        return "not judged: what these devices hold is not known"
+        return "unknown: the memory of these devices is not known"
     spare = memory.usable - memory.peak
     share = abs(spare) / memory.usable
     if not memory.fits:
-        return f"no: {-spare / GIB:,.2f} GiB ({share:.0%}) too much"
-    return f"yes: {spare / GIB:,.2f} GiB ({share:.0%}) to spare"
+        return f"no: {-spare / GIB:,.2f} GiB ({share:.0%}) over the limit"
+    return f"yes: {spare / GIB:,.2f} GiB ({share:.0%}) free"
 
 
-def _heading(measured: CompiledStats) -> str:
-    how = measured.compiler if measured.compiler == LABEL else f"compiled by {measured.compiler}"
-    how += f" in {measured.compile_seconds:.0f} s" if measured.compile_seconds else ""
-    mesh = describe_mesh(measured.mesh)
-    return (
-        f"{measured.topology}: {measured.devices:,} device(s), mesh {mesh}; {measured.parameters:,} parameters\n{how}"
-    )
+def _heading(stats: CompiledStats) -> str:
+    how = stats.compiler if stats.compiler == LABEL else f"compiled by {stats.compiler}"
+    how += f" in {stats.compile_seconds:.0f} s" if stats.compile_seconds else ""
+    mesh = describe_mesh(stats.mesh)
+    return f"{stats.topology}: {stats.devices:,} device(s), mesh {mesh}; {stats.parameters:,} parameters\n{how}"
 
 
-def _memory(verdict: Plan) -> str:
-    memory = verdict.memory
+def _memory(plan: Plan) -> str:
+    memory = plan.memory
     name, unit = ("GiB", GIB) if memory.peak >= GIB else ("MiB", MIB)
-    rows = [("memory of each device", name)]
+    rows = [("memory per device", name)]
     rows += [
         (kind, f"{size / unit:,.2f}") for kind, size in memory.bytes_by_kind.items() if size or kind == "parameters"
     ]
-    peak = "peak" if not verdict.stats.compiler_error else "needed, in the compiler's words"
+    peak = "peak" if not plan.stats.compiler_error else "required, reported by the compiler"
     rows.append((peak, f"{memory.peak / unit:,.2f}"))
     if memory.usable is not None:
         rows.append(("usable", f"{memory.usable / unit:,.2f}"))
-    text = format_table(rows) + f"\nfits: {describe_fit(verdict)}"
-    return text + (f"\n{verdict.stats.compiler_error}" if verdict.stats.compiler_error else "")
+    text = format_table(rows) + f"\nfits: {describe_fit(plan)}"
+    return text + (f"\n{plan.stats.compiler_error}" if plan.stats.compiler_error else "")
 
 
-def _training(verdict: Plan) -> str:
-    measured = verdict.stats
-    again = measured.hardware_flops / measured.flops - 1 if measured.flops else 0.0
+def _training(plan: Plan) -> str:
+    stats = plan.stats
+    recomputed = stats.hardware_flops / stats.flops - 1 if stats.flops else 0.0
     rows = [
-        ("tokens a step", f"{measured.tokens:,}"),
-        ("model FLOPs a step", f"{measured.flops:.4g}"),
-        ("hardware FLOPs a step", f"{measured.hardware_flops:.4g} ({again:.0%} computed again)"),
+        ("tokens per step", f"{stats.tokens:,}"),
+        ("model FLOPs per step", f"{stats.flops:.4g}"),
+        ("hardware FLOPs per step", f"{stats.hardware_flops:.4g} ({recomputed:.0%} recomputed)"),
     ]
     return format_table(rows, left=2)
 
 
-def _sampling(verdict: Plan) -> str:
-    measured, job = verdict.stats, verdict.stats.bytes_by_kind
+def _sampling(plan: Plan) -> str:
+    stats, job = plan.stats, plan.stats.bytes_by_kind
     rows = [
-        ("rows", f"{measured.tokens:,}"),
-        ("cache of all devices", f"{job['cache'] * measured.devices / GIB:,.2f} GiB at most (replicas included)"),
-        ("FLOPs for a token of every row", f"{measured.flops:.4g}"),
+        ("sequences", f"{stats.tokens:,}"),
+        ("KV cache of all devices", f"{job['cache'] * stats.devices / GIB:,.2f} GiB (including replicas)"),
+        ("FLOPs per token of every sequence", f"{stats.flops:.4g}"),
     ]
-    if verdict.roofline:
-        rows.append(("tokens/s at most, all rows", f"{measured.tokens / verdict.roofline.lower_bound:,.0f}"))
-        rows.append(("tokens/s at most, each row", f"{1 / verdict.roofline.lower_bound:,.1f}"))
-        rows.append(("  if nothing overlaps", f"{1 / verdict.roofline.upper_bound:,.1f}"))
+    if plan.roofline:
+        rows.append(("maximum tokens/s, all sequences", f"{stats.tokens / plan.roofline.lower_bound:,.0f}"))
+        rows.append(("maximum tokens/s, per sequence", f"{1 / plan.roofline.lower_bound:,.1f}"))
+        rows.append(("  without overlap", f"{1 / plan.roofline.upper_bound:,.1f}"))
     return format_table(rows, left=2)
 
 
-def _times(verdict: Plan) -> str:
-    roofline, cost = verdict.roofline, verdict.cost
+def _times(plan: Plan) -> str:
+    roofline, cost = plan.roofline, plan.cost
     assert roofline is not None
     rows = [("roofline of a step", "ms", "")]
     for name, seconds in sorted(roofline.terms.items(), key=lambda term: -term[1]):
         rows.append((name, format_ms(seconds), "<- bound" if name == roofline.bound else ""))
-    rows.append(("at least, all else hidden", format_ms(roofline.lower_bound), f"MFU {verdict.mfu:.0%}"))
-    rows.append(("if nothing overlaps", format_ms(roofline.upper_bound), f"MFU {verdict.mfu_no_overlap:.0%}"))
+    rows.append(("lower bound (full overlap)", format_ms(roofline.lower_bound), f"MFU {plan.mfu:.0%}"))
+    rows.append(("upper bound (no overlap)", format_ms(roofline.upper_bound), f"MFU {plan.mfu_no_overlap:.0%}"))
     text = format_table(rows)
-    if cost is None or verdict.stats.bytes_by_kind.get("cache") is not None:
+    if cost is None or plan.stats.bytes_by_kind.get("cache") is not None:
         return text
-    return text + "\n\n" + format_table(_cost_rows(verdict, cost), left=2)
+    return text + "\n\n" + format_table(_cost_rows(plan, cost), left=2)
 
 
 def _amount(value: float) -> str:
-    """Three digits, or all that lie before the point."""
+    """Format a value with at least three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _cost_rows(verdict: Plan, cost: Cost) -> list[tuple[str, str]]:
-    assert verdict.roofline is not None
-    slow = verdict.roofline.upper_bound / verdict.roofline.lower_bound
+def _cost_rows(plan: Plan, cost: Cost) -> list[tuple[str, str]]:
+    assert plan.roofline is not None
+    slow = plan.roofline.upper_bound / plan.roofline.lower_bound
     rows = [
-        ("tokens a day", f"{cost.tokens / cost.days:.4g} (or {cost.tokens / cost.days / slow:.4g})"),
+        ("tokens per day", f"{cost.tokens / cost.days:.4g} (or {cost.tokens / cost.days / slow:.4g})"),
         (f"days for {cost.tokens:.4g} tokens", f"{_amount(cost.days)} (or {_amount(cost.days * slow)})"),
         ("chip-hours", f"{_amount(cost.chip_hours)} (or {_amount(cost.chip_hours * slow)})"),
         ("energy", f"{_amount(cost.megawatt_hours)} MWh (or {_amount(cost.megawatt_hours * slow)})"),
@@ -156,54 +154,54 @@ def _cost_rows(verdict: Plan, cost: Cost) -> list[tuple[str, str]]:
 def _traffic(traffic: Sequence[Traffic]) -> str:
     most = max(row.sent for row in traffic)
     name, unit = ("GB", GB) if most >= GB else ("MB", 1e6)
-    rows = [("sent by each device in a step", "operation", "group", "times", name)]
+    rows = [("sent per device and step", "operation", "group", "count", name)]
     shown = [row for row in traffic if row.sent >= most / 1000][:12]
     for row in shown:
         over = "+".join(row.axes) + (f" ({row.groups_spanned} slices or hosts)" if row.groups_spanned > 1 else "")
         rows.append((over or "dcn", row.kind, str(row.group), f"{row.count:,}", f"{row.sent / unit:,.3f}"))
     if rest := sum(row.sent for row in traffic) - sum(row.sent for row in shown):
-        rows.append(("others", "", "", "", f"{rest / unit:,.3f}"))
+        rows.append(("other", "", "", "", f"{rest / unit:,.3f}"))
     return format_table(rows, left=2)
 
 
-def _storage(verdict: Plan) -> str:
-    keep = verdict.config.checkpoint.keep_last + 1  # the one that is being written is whole before an older one goes
+def _storage(plan: Plan) -> str:
+    count = plan.config.checkpoint.keep_last + 1  # a new checkpoint is complete before an older one is deleted
     rows = [
-        ("a checkpoint on disk", f"{verdict.checkpoint_bytes / GB:,.1f} GB"),
-        (f"disk for {keep} of them", f"{keep * verdict.checkpoint_bytes / GB:,.1f} GB"),
-        (f"host memory to save or restore, each of {verdict.hosts:,}", f"{verdict.host_bytes / GB:,.1f} GB at most"),
+        ("checkpoint on disk", f"{plan.checkpoint_bytes / GB:,.1f} GB"),
+        (f"disk for {count} checkpoints", f"{count * plan.checkpoint_bytes / GB:,.1f} GB"),
+        (f"host memory to save or restore, per host ({plan.hosts:,})", f"{plan.host_bytes / GB:,.1f} GB maximum"),
     ]
-    if verdict.host_memory:
-        rows.append(("host memory there is", f"{verdict.host_memory / GB:,.0f} GB"))
+    if plan.host_memory:
+        rows.append(("host memory available", f"{plan.host_memory / GB:,.0f} GB"))
     return format_table(rows, left=2)
 
 
-def plan_to_json(verdict: Plan) -> dict[str, Any]:
-    """The plan as plain values; sizes in bytes, times in seconds, energy in MWh."""
-    measured, memory, roofline, cost = verdict.stats, verdict.memory, verdict.roofline, verdict.cost
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """Return a plan as JSON-compatible values; sizes in bytes, times in seconds, energy in MWh."""
+    stats, memory, roofline, cost = plan.stats, plan.memory, plan.roofline, plan.cost
     table: dict[str, Any] = {
-        "topology": measured.topology,
-        "devices": measured.devices,
-        "mesh": measured.mesh,
-        "compiler": measured.compiler,
-        "estimated": measured.compiler == LABEL,
-        "fast": measured.low_effort,
-        "parameters": measured.parameters,
-        "tokens_per_step": measured.tokens,
+        "topology": stats.topology,
+        "devices": stats.devices,
+        "mesh": stats.mesh,
+        "compiler": stats.compiler,
+        "estimated": stats.compiler == LABEL,
+        "low_effort": stats.low_effort,
+        "parameters": stats.parameters,
+        "tokens_per_step": stats.tokens,
         "bytes_by_kind": memory.bytes_by_kind,
         "peak_bytes": memory.peak,
         "usable_bytes": memory.usable,
-        "fits": verdict.fits,
-        "refused": measured.compiler_error,
-        "flops_per_step": measured.flops,
-        "hardware_flops_per_step": measured.hardware_flops,
-        "hbm_bytes_per_step": measured.hbm_bytes,
-        "sent_bytes_per_step": [row._asdict() for row in measured.traffic],
-        "checkpoint_bytes": verdict.checkpoint_bytes,
-        "host_bytes": verdict.host_bytes,
-        "host_memory_bytes": verdict.host_memory,
-        "hosts": verdict.hosts,
-        "notes": verdict.notes,
+        "fits": plan.fits,
+        "compiler_error": stats.compiler_error,
+        "flops_per_step": stats.flops,
+        "hardware_flops_per_step": stats.hardware_flops,
+        "hbm_bytes_per_step": stats.hbm_bytes,
+        "sent_bytes_per_step": [row._asdict() for row in stats.traffic],
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "host_bytes": plan.host_bytes,
+        "host_memory_bytes": plan.host_memory,
+        "hosts": plan.hosts,
+        "notes": plan.notes,
     }
     if roofline:
         table |= {
@@ -211,12 +209,12 @@ def plan_to_json(verdict: Plan) -> dict[str, Any]:
             "bound_by": roofline.bound,
             "step_seconds": roofline.lower_bound,
             "step_seconds_without_overlap": roofline.upper_bound,
-            "mfu": verdict.mfu,
-            "mfu_without_overlap": verdict.mfu_no_overlap,
+            "mfu": plan.mfu,
+            "mfu_without_overlap": plan.mfu_no_overlap,
         }
     if cost:
         table |= {f"run_{name}": value for name, value in cost._asdict().items()}
         table["tokens_per_day"] = cost.tokens / cost.days
-    if verdict.encode:
-        table["reading"] = plan_to_json(verdict.encode)
+    if plan.encode:
+        table["encode"] = plan_to_json(plan.encode)
     return table

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What device_plan.py does with its arguments: compile or estimate, judge, look for what fits, print."""
+"""Planning of a run: compile or estimate it, print the plan, and suggest a change if it does not fit in memory."""
 
-import argparse
+import dataclasses
 import functools
 import json
 import re
@@ -15,112 +15,141 @@ import jax
 
 from mesh_transformer.config import Config, ConfigError
 from mesh_transformer.plan.compile_jobs import compile_job
-from mesh_transformer.plan.fit import make_plan
+from mesh_transformer.plan.estimate import estimate_training
+from mesh_transformer.plan.fit import Plan, make_plan
+from mesh_transformer.plan.hardware.chips import CPU
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError, parse_topology
 from mesh_transformer.plan.job import CompiledStats, CompileJob
 from mesh_transformer.plan.report import format_plan, plan_to_json
+from mesh_transformer.plan.search import format_search, search
+from mesh_transformer.plan.search_plot import draw_search
 from mesh_transformer.plan.suggestions import Suggestion, suggest_change
 
 AMOUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Options of a plan; see the flags of device_plan.py."""
+
+    topology: str = "local"
+    title: str = ""  # name of the run, in the plot
+    low_effort: bool = False
+    tokens: float | None = None
+    price_per_chip_hour: float | None = None
+    decode: bool = False
+    batch: int = 8
+    context: int | None = None
+    search: int | None = None
+    plot: Path | None = None
+    cache: Path | None = None
+    print_json: bool = False
+    print_parameters: bool = False
+
+
 def parse_amount(text: str) -> float:
-    """ "300B" -> 3e11. Raises ConfigError for what is no such number."""
+    """Parse a number such as "300B" (3e11); raise ConfigError for other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMBT]?)", text)
     if match is None or not float(match[1]):
-        raise ConfigError(f"--tokens {text}: expected a number such as 300B, 1.5T or 2e9")
+        raise ConfigError(f"--tokens {text}: expected a positive number such as 300B, 1.5T or 2e9")
     return float(match[1]) * AMOUNTS[match[2]]
 
 
-def run_plan(config: Config, options: argparse.Namespace) -> None:
-    """Plan as asked, and print."""
-    topology = parse_topology(options.topology)  # a wrong name is said before anything else
+def run_plan(config: Config, options: PlanOptions) -> None:
+    """Plan a run and print the result."""
+    topology = parse_topology(options.topology)  # report an unknown name before anything else
     if topology.name != "local":
-        jax.config.update("jax_platforms", "cpu")  # whatever devices are here, they are not what is planned for
-    batch, context = (options.batch, options.context or config.model.seq_len) if options.sample else (0, 0)
-    job = CompileJob(config=config, topology=options.topology, low_effort=options.fast, batch=batch, context=context)
-    compile_one = functools.partial(compile_job, cache=Path(options.cache) if options.cache else None)
-    tokens = parse_amount(options.tokens) if options.tokens else None
-    judged = functools.partial(make_plan, tokens=tokens, price=options.price_per_chip_hour)
+        jax.config.update("jax_platforms", "cpu")  # the local devices are not the ones that are planned for
+    job = CompileJob(
+        config=config,
+        topology=options.topology,
+        low_effort=options.low_effort,
+        batch=options.batch if options.decode else 0,
+        context=(options.context or config.model.seq_len) if options.decode else 0,
+    )
+    compile_one = functools.partial(compile_job, cache=options.cache)
     if options.search:
         _print_search(job, compile_one, options)
-        return
-    missing, remedy = "", None
+    else:
+        _print_plan(job, compile_one, options)
+
+
+def _print_plan(job: CompileJob, compile_one: Callable[[CompileJob], CompiledStats], options: PlanOptions) -> None:
+    missing = ""
     try:
-        measured = compile_one(job)
+        stats = compile_one(job)
     except MissingCompilerError as error:
-        if options.sample:
+        if options.decode:
             raise
-        missing, measured = str(error), _estimate(job)
-    verdict = judged(config, measured)
-    if verdict.memory.fits is False and topology.chip and not missing and not options.sample:
-        remedy = suggest_change(job, measured, compile_one, log=_say)
-    if options.json:
-        table = plan_to_json(verdict) | ({"missing": missing} if missing else {})
-        if verdict.memory.fits is False:
-            table["smallest_change"] = _remedy_to_json(remedy, judged, job)
+        missing = str(error)
+        stats = estimate_training(job.config, job.topology)
+    plan = _make_plan(job, stats, options)
+    is_too_large = plan.memory.fits is False
+    suggestion = None
+    if is_too_large and plan.chip and job.topology != "local" and not missing and not options.decode:
+        suggestion = suggest_change(job, stats, compile_one, log=_log)
+    if options.print_json:
+        table = plan_to_json(plan) | ({"missing": missing} if missing else {})
+        if is_too_large:
+            table["smallest_change"] = _suggestion_to_json(suggestion, job, options)
         print(json.dumps(table))
         return
-    print(measured.sharding_table + "\n" if measured.sharding_table and options.parameters else "", end="")
-    print(format_plan(verdict))
+    if stats.sharding_table and options.print_parameters:
+        print(stats.sharding_table)
+    print(format_plan(plan))
     if missing:
         print(f"\nnot compiled: {missing}")
-    if verdict.memory.fits is False and not missing and not options.sample:
-        print("\n" + _describe_remedy(remedy))
+    elif is_too_large and not options.decode:
+        print("\n" + _describe_suggestion(suggestion))
 
 
-def _estimate(job: CompileJob) -> CompiledStats:
-    from mesh_transformer.plan.estimate import estimate_training
-
-    return estimate_training(job.config, job.topology)
+def _make_plan(job: CompileJob, stats: CompiledStats, options: PlanOptions) -> Plan:
+    return make_plan(job.config, stats, tokens=options.tokens, price=options.price_per_chip_hour)
 
 
-def _print_search(
-    job: CompileJob, compile_one: Callable[[CompileJob], CompiledStats], options: argparse.Namespace
-) -> None:
-    from mesh_transformer.plan.hardware.chips import CPU
-    from mesh_transformer.plan.search import format_search, search
-    from mesh_transformer.plan.search_plot import draw_search
-
+def _print_search(job: CompileJob, compile_one: Callable[[CompileJob], CompiledStats], options: PlanOptions) -> None:
     topology = parse_topology(job.topology)
-    if not topology.devices or options.sample:
-        raise ConfigError("--search needs a topology of known size (v5e-8, 8xH100, cpu-8) and plans training")
+    if not topology.devices:
+        raise ConfigError(f"--search with --topology {job.topology}: name the devices (v5e-8, 8xH100, cpu-8)")
+    if options.decode:
+        raise ConfigError("--search plans training; remove --decode")
     chip = topology.chip or CPU
-    found = search(job, compile_one, chip=chip, count=options.search, log=_say)
-    if options.json:
-        rows = [
+    assert options.search
+    result = search(job, compile_one, chip=chip, count=options.search, log=_log)
+    if options.print_json:
+        candidates = [
             {"overrides": list(one.overrides), "estimate": one.estimate.peak_bytes}
             | plan_to_json(make_plan(job.config, one.stats))
-            for one in found.compiled
+            for one in result.compiled
             if one.stats
         ]
-        print(json.dumps({"considered": len(found.considered), "compiled": rows}))
+        print(json.dumps({"considered": len(result.considered), "compiled": candidates}))
     else:
-        print(format_search(found, chip))
-    if options.picture:
-        title = f"{Path(options.config).stem} on {job.topology}: {len(found.considered):,} candidates"
-        Path(options.picture).write_text(draw_search(found, chip, title), encoding="utf-8")
-        _say(f"picture: {options.picture}")
+        print(format_search(result, chip))
+    if options.plot:
+        title = f"{options.title} on {job.topology}: {len(result.considered):,} candidates"
+        options.plot.write_text(draw_search(result, chip, title), encoding="utf-8")
+        _log(f"plot: {options.plot}")
 
 
-def _describe_remedy(remedy: Suggestion | None) -> str:
-    if remedy is None:
-        return "nothing that was tried fits: take a larger topology, or --search"
-    words = " ".join(f"--set '{override}'" for override in remedy.change.overrides)
-    peak = remedy.stats.peak_bytes / 2**30
-    return f"smallest change that fits: {remedy.change.description} (peak {peak:,.2f} GiB, compiled)\n    {words}"
+def _describe_suggestion(suggestion: Suggestion | None) -> str:
+    if suggestion is None:
+        return "No tested configuration fits in memory. Use a larger topology or --search."
+    flags = " ".join(f"--set '{override}'" for override in suggestion.change.overrides)
+    peak = suggestion.stats.peak_bytes / 2**30
+    return f"smallest change that fits: {suggestion.change.description} (peak {peak:,.2f} GiB, compiled)\n    {flags}"
 
 
-def _remedy_to_json(remedy: Suggestion | None, judged: Any, job: CompileJob) -> dict[str, Any] | None:
-    if remedy is None:
+def _suggestion_to_json(suggestion: Suggestion | None, job: CompileJob, options: PlanOptions) -> dict[str, Any] | None:
+    if suggestion is None:
         return None
     return {
-        "overrides": list(remedy.change.overrides),
-        "words": remedy.change.description,
-        "tried_before": remedy.tried,
-        "plan": plan_to_json(judged(job.config, remedy.stats)),
+        "overrides": list(suggestion.change.overrides),
+        "description": suggestion.change.description,
+        "tried_before": suggestion.tried,
+        "plan": plan_to_json(_make_plan(job, suggestion.stats, options)),
     }
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr)

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The best mesh, remat and microbatch of a run on a topology: all by formula, the few best compiled.
+"""Search for the best mesh, remat policy and number of microbatches: all are estimated, the best few compiled.
 
-Step times lie between two bounds (roofline.py); candidates are compared by the middle of the two. A candidate is on the
-frontier if no other is both faster and smaller.
+Step times have a lower and an upper bound (roofline.py); candidates are compared by the mean of the two. A candidate is
+on the Pareto frontier if no other is both faster and smaller.
 """
 
 import dataclasses
@@ -24,26 +24,26 @@ from mesh_transformer.plan.roofline import make_roofline, model_flops_utilizatio
 from mesh_transformer.plan.suggestions import change_config
 
 GIB = 2**30
-ESTIMATE_LIMIT = 1.15  # of the usable memory: an estimate above it is not worth a compile
+ESTIMATE_LIMIT = 1.15  # of the usable memory; candidates with a higher estimate are not compiled
 MAX_TENSOR = 16
-MAX_PER_MESH = 2  # compiled candidates of one mesh
-SEARCHED_AXES = ("data", "fsdp", "tensor")  # other axes stay as they are
+MAX_PER_MESH = 2  # compiled candidates per mesh
+SEARCHED_AXES = ("data", "fsdp", "tensor")  # other axes keep their sizes
 
 
 class Candidate(NamedTuple):
-    """A point of the search."""
+    """A configuration that the search considers."""
 
     overrides: tuple[str, ...]
     mesh: dict[str, int]
     remat: str
     grad_accum_steps: int
     estimate: CompiledStats
-    seconds: float  # of a step, by the estimate
-    stats: CompiledStats | None = None  # once compiled
+    seconds: float  # per step, estimated
+    stats: CompiledStats | None = None  # after compilation
 
 
 class SearchResult(NamedTuple):
-    """A search's result: what was compiled, the fastest that fits first, and all that was considered."""
+    """Compiled candidates, the fastest that fits first, and all considered candidates."""
 
     compiled: list[Candidate]
     considered: list[Candidate]
@@ -57,11 +57,11 @@ def search(
     count: int = 4,
     log: Callable[[str], None] = lambda line: None,
 ) -> SearchResult:
-    """Estimate every candidate, compile the `count` most promising. ConfigError if none can be tried at all."""
+    """Estimate every candidate and compile the `count` most promising; raise ConfigError if there are no candidates."""
     considered = sorted(list_candidates(job, chip), key=lambda one: one.seconds)
     if not considered:
         raise ConfigError(
-            f"{job.topology}: no mesh of its devices divides the model and a batch of {job.config.train.batch_size}"
+            f"{job.topology}: no mesh of its devices divides both the model and a batch of {job.config.train.batch_size}"
         )
     promising = [one for one in considered if one.estimate.peak_bytes <= ESTIMATE_LIMIT * chip.memory]
     promising = promising or sorted(considered, key=lambda one: one.estimate.peak_bytes)
@@ -73,17 +73,17 @@ def search(
             continue
         log(f"compiling {describe_candidate(one)}")
         try:
-            measured = compile_one(dataclasses.replace(job, config=change_config(job.config, one.overrides)))
+            stats = compile_one(dataclasses.replace(job, config=change_config(job.config, one.overrides)))
         except (ConfigError, CompileError) as error:
-            log(f"  left out: {error}")
+            log(f"  skipped: {error}")
             continue
-        compiled.append(one._replace(measured=measured))
+        compiled.append(one._replace(stats=stats))
     compiled.sort(key=lambda one: (not _fits(one, chip), step_seconds(one, chip)))
     return SearchResult(compiled, considered)
 
 
 def list_candidates(job: CompileJob, chip: Chip) -> Iterator[Candidate]:
-    """Every mesh, remat and microbatch that divides, with its estimate."""
+    """Yield every mesh, remat policy and number of microbatches that divides, with its estimate."""
     config, devices = job.config, parse_topology(job.topology).devices
     params = describe_model(config.model)
     policies = get_args(get_type_hints(ModelConfig)["remat"])
@@ -91,21 +91,21 @@ def list_candidates(job: CompileJob, chip: Chip) -> Iterator[Candidate]:
         rows, left = divmod(config.train.batch_size, _batch_shards(config, mesh))
         if left or not rows:
             continue
-        for accumulation in (n for n in (2**i for i in range(rows.bit_length())) if rows % n == 0):
+        for grad_accum_steps in (n for n in (2**i for i in range(rows.bit_length())) if rows % n == 0):
             for remat in policies:
                 overrides = (
                     *(f"mesh.{axis}={mesh[axis]}" for axis in SEARCHED_AXES),
                     f'model.remat="{remat}"',
-                    f"train.grad_accum_steps={accumulation}",
+                    f"train.grad_accum_steps={grad_accum_steps}",
                 )
-                guess = estimate_training(change_config(config, overrides), job.topology, params)
-                roofline = make_roofline(guess, chip)
+                estimate = estimate_training(change_config(config, overrides), job.topology, params)
+                roofline = make_roofline(estimate, chip)
                 seconds = (roofline.lower_bound + roofline.upper_bound) / 2
-                yield Candidate(overrides, mesh, remat, accumulation, guess, seconds)
+                yield Candidate(overrides, mesh, remat, grad_accum_steps, estimate, seconds)
 
 
 def list_meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
-    """All ways to lay so many devices along the searched axes, that divide the model's own sizes."""
+    """Yield all assignments of `devices` devices to the searched axes that divide the model's sizes."""
     fixed = {axis: getattr(config.mesh, axis) for axis in MESH_AXES if axis not in SEARCHED_AXES}
     inner, left = divmod(devices, math.prod(fixed.values()))
     if left:
@@ -131,12 +131,12 @@ def _divisors(number: int) -> list[int]:
 
 
 def describe_candidate(one: Candidate) -> str:
-    """Mesh, remat and microbatches in a few words."""
+    """Return a short description of a candidate."""
     return f"{describe_mesh(one.mesh)}, remat {one.remat}, {one.grad_accum_steps} microbatch(es)"
 
 
 def step_seconds(one: Candidate, chip: Chip) -> float:
-    """The middle of the two bounds on a compiled candidate's step, or its estimate."""
+    """Return the mean of the two bounds on a compiled candidate's step, or its estimate."""
     if one.stats is None or one.stats.compiler_error:
         return one.seconds
     roofline = make_roofline(one.stats, chip)
@@ -148,35 +148,39 @@ def _fits(one: Candidate, chip: Chip) -> bool:
 
 
 def find_frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Places of the points (seconds, bytes) that no other beats in both."""
+    """Return the indices of the points (seconds, bytes) on the Pareto frontier."""
     return [
         i for i, (x, y) in enumerate(points) if not any((a <= x and b <= y) and (a < x or b < y) for a, b in points)
     ]
 
 
-def format_search(found: SearchResult, chip: Chip) -> str:
-    """The compiled candidates as a table, the fastest that fits first, frontier marked."""
+def format_search(result: SearchResult, chip: Chip) -> str:
+    """Return the compiled candidates as a table, the fastest that fits first, with the Pareto frontier marked."""
     rows = [["mesh", "remat", "micro", "peak GiB", "estimate", "step ms", "MFU", "bound", "fits", "frontier"]]
-    points = [(step_seconds(one, chip), float(memory_use(one.stats, chip).peak)) for one in found.compiled if one.stats]
+    points = [
+        (step_seconds(one, chip), float(memory_use(one.stats, chip).peak)) for one in result.compiled if one.stats
+    ]
     frontier = find_frontier(points)
-    for i, one in enumerate(found.compiled):
+    for i, one in enumerate(result.compiled):
         rows.append([*_describe_memory(one, chip), *_describe_time(one, chip)])
         fits = _fits(one, chip)
         rows[-1] += ["yes" if fits else "no", "*" if i in frontier and fits else ""]
-    best = found.compiled[0] if found.compiled and _fits(found.compiled[0], chip) else None
+    best = result.compiled[0] if result.compiled and _fits(result.compiled[0], chip) else None
     lines = [format_table(rows, left=2), ""]
-    lines.append(f"{len(found.considered):,} candidates by formula, {len(found.compiled)} compiled")
+    lines.append(f"{len(result.considered):,} candidates estimated, {len(result.compiled)} compiled")
     if best:
         lines.append("best    " + " ".join(f"--set {_quote(o)}" for o in best.overrides))
     else:
-        lines.append("none of those compiled fits; a larger topology, a smaller batch, or bfloat16 moments")
+        lines.append(
+            'No compiled candidate fits. Use a larger topology, a smaller batch, or optimizer.moment_dtype="bfloat16".'
+        )
     return "\n".join(lines)
 
 
 def _describe_memory(one: Candidate, chip: Chip) -> list[str]:
     assert one.stats is not None
-    peak, guess = memory_use(one.stats, chip).peak, one.estimate.peak_bytes
-    return [describe_mesh(one.mesh), one.remat, str(one.grad_accum_steps), f"{peak / GIB:.2f}", f"{guess / GIB:.2f}"]
+    peak, estimate = memory_use(one.stats, chip).peak, one.estimate.peak_bytes
+    return [describe_mesh(one.mesh), one.remat, str(one.grad_accum_steps), f"{peak / GIB:.2f}", f"{estimate / GIB:.2f}"]
 
 
 def _describe_time(one: Candidate, chip: Chip) -> list[str]:

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest change to a run with which it fits: candidates in the order of what they cost, each compiled.
+"""The smallest configuration change with which a run fits in memory; candidates are compiled in order of their cost.
 
-First what leaves the trained function as it is and costs time alone: score fewer logits at a time, recompute more, cut
-the batch into more microbatches, cut the residual stream over `tensor`, move replicas into `fsdp`, then devices into
-`tensor`. Then what changes it a little: moments in bfloat16, a smaller batch, an optimizer that keeps less. One change
-is tried before two.
+First changes that cost only time and do not affect the training result: more loss chunks, more recomputation, more
+microbatches, residual stream sharded over `tensor`, replicas moved to `fsdp`, then devices moved to `tensor`. Then
+changes that affect it: moments in bfloat16, a smaller batch, an optimizer with less state. Single changes are tried
+before pairs.
 """
 
 import dataclasses
@@ -21,23 +21,21 @@ from mesh_transformer.plan.fit import memory_use
 from mesh_transformer.plan.hardware.topologies import parse_topology
 from mesh_transformer.plan.job import CompiledStats, CompileJob
 
-REMAT_ORDER = ("none", "attention", "dots", "full", "offload")  # the more to the right, the less is kept
-ESTIMATE_LIMIT = (
-    1.05  # times what is usable: an estimate above it, scaled by how far the first was off, is not compiled
-)
+REMAT_ORDER = ("none", "attention", "dots", "full", "offload")  # by decreasing activation memory
+ESTIMATE_LIMIT = 1.05  # of the usable memory; changes whose scaled estimate is higher are not compiled
 MAX_COMPILES = 8
-MAX_COMBINED = 3  # changes
+MAX_COMBINED = 3  # changes tried together
 
 
 class ConfigChange(NamedTuple):
-    """Overrides, as one would give them to --set, and what they are."""
+    """Overrides, as given to --set, and their description."""
 
     overrides: tuple[str, ...]
     description: str
 
 
 class Suggestion(NamedTuple):
-    """A change that fits, what was measured with it, and how many others were compiled in vain."""
+    """A change that fits, the statistics with it, and the number of changes compiled before it that do not fit."""
 
     change: ConfigChange
     stats: CompiledStats
@@ -45,7 +43,7 @@ class Suggestion(NamedTuple):
 
 
 def change_config(config: Config, overrides: tuple[str, ...]) -> Config:
-    """The run with overrides; ConfigError where they contradict it."""
+    """Return the configuration with overrides; raise ConfigError if the result is invalid."""
     table = config_to_dict(config)
     for override in overrides:
         merge_override(table, override)
@@ -59,29 +57,26 @@ def suggest_change(
     *,
     log: Callable[[str], None] = lambda line: None,
 ) -> Suggestion | None:
-    """The first candidate that compiles within the memory of the topology; None if none of those tried does.
-
-    `measured` is of the job itself, which does not fit.
-    """
+    """Return the first change with which a job fits, None if no tested change does; `stats` are those of the job itself."""
     topology = parse_topology(job.topology)
     assert topology.chip is not None
     params, tried = describe_model(job.config.model), 0
-    needed = memory_use(stats, topology.chip).peak
-    scale = needed / estimate_training(job.config, job.topology, params).peak_bytes if needed else 1.0
+    required = memory_use(stats, topology.chip).peak
+    scale = required / estimate_training(job.config, job.topology, params).peak_bytes if required else 1.0
     for change in propose_changes(job.config, topology.devices):
         if tried == MAX_COMPILES:
             break
         try:
             config = change_config(job.config, change.overrides)
-            guess = scale * estimate_training(config, job.topology, params).peak_bytes
-            if guess > ESTIMATE_LIMIT * topology.chip.memory:
+            estimate = scale * estimate_training(config, job.topology, params).peak_bytes
+            if estimate > ESTIMATE_LIMIT * topology.chip.memory:
                 continue
             log(f"trying {change.description}")
             stats = compile_one(dataclasses.replace(job, config=config))
         except ConfigError:
             continue
         except CompileError as error:
-            log(f"  left out: {error}")
+            log(f"  skipped: {error}")
             continue
         if memory_use(stats, topology.chip).fits:
             return Suggestion(change, stats, tried)
@@ -90,13 +85,13 @@ def suggest_change(
 
 
 def propose_changes(config: Config, devices: int) -> Iterator[ConfigChange]:
-    """Single changes from the smallest to the largest, then pairs, then triples; of each, the mildest first."""
+    """Yield single changes from the smallest to the largest, then pairs, then triples, each by increasing cost."""
     groups = [group for group in _groups(config, devices) if group]
     for count in range(1, MAX_COMBINED + 1):
         for chosen in itertools.combinations(groups, count):
-            places = itertools.product(*(range(len(group)) for group in chosen))
-            for place in sorted(places, key=sum):
-                changes = [group[i] for group, i in zip(chosen, place, strict=True)]
+            indices = itertools.product(*(range(len(group)) for group in chosen))
+            for choice in sorted(indices, key=sum):
+                changes = [group[i] for group, i in zip(chosen, choice, strict=True)]
                 overrides = tuple(override for change in changes for override in change.overrides)
                 yield ConfigChange(overrides, " and ".join(change.description for change in changes))
 
@@ -115,12 +110,12 @@ def _groups(config: Config, devices: int) -> list[list[ConfigChange]]:
     ]
 
 
-def _loss(config: Config, cut_by: tuple[str, ...], sizes: dict[str, int]) -> list[ConfigChange]:
-    """Logits of a quarter, or a sixteenth, of the sequences at a time: as much work as before."""
-    length = config.model.seq_len // math.prod(sizes[axis] for axis in cut_by)
+def _loss(config: Config, sequence_axes: tuple[str, ...], sizes: dict[str, int]) -> list[ConfigChange]:
+    """Divide the loss into 4 or 16 times as many chunks; the number of FLOPs is unchanged."""
+    length = config.model.seq_len // math.prod(sizes[axis] for axis in sequence_axes)
     counts = [config.train.loss_chunks * n for n in (4, 16)]
     return [
-        ConfigChange((f"train.loss_chunks={count}",), f"the loss in {count} pieces")
+        ConfigChange((f"train.loss_chunks={count}",), f"loss in {count} chunks")
         for count in counts
         if length % count == 0
     ]
@@ -137,10 +132,8 @@ def _grad_accum(config: Config, sizes: dict[str, int], rules: dict[str, tuple[st
     for axis in rules["batch"]:
         rows //= sizes[axis]
     found, now = [], config.train.grad_accum_steps
-    if now > 1:  # a sum of gradients beside those of a microbatch may be larger than what the microbatches save
-        found.append(
-            ConfigChange(("train.grad_accum_steps=1",), f"the batch in one piece instead of {now} microbatches")
-        )
+    if now > 1:  # the accumulated gradients may need more memory than microbatches save
+        found.append(ConfigChange(("train.grad_accum_steps=1",), f"one batch instead of {now} microbatches"))
     for count in (now * 2**n for n in range(1, 12)):
         if rows % count == 0:
             found.append(ConfigChange((f"train.grad_accum_steps={count}",), f"{count} microbatches instead of {now}"))
@@ -150,7 +143,7 @@ def _grad_accum(config: Config, sizes: dict[str, int], rules: dict[str, tuple[st
 def _sequence_parallel(config: Config, sizes: dict[str, int], rules: dict[str, tuple[str, ...]]) -> list[ConfigChange]:
     if sizes.get("tensor", 1) == 1 or "tensor" in rules["activation_seq"]:
         return []
-    return [ConfigChange(("mesh.sequence_parallel=true",), "the residual stream cut over tensor between blocks")]
+    return [ConfigChange(("mesh.sequence_parallel=true",), "residual stream sharded over tensor between blocks")]
 
 
 def _mesh(config: Config, sizes: dict[str, int]) -> list[ConfigChange]:
@@ -171,13 +164,13 @@ def _moments(config: Config) -> list[ConfigChange]:
 
 
 def _batch(config: Config) -> list[ConfigChange]:
-    """One microbatch and no more: no sum of gradients beside its own."""
+    """Reduce the batch to one microbatch, which needs no accumulated gradients."""
     train = config.train
     if train.grad_accum_steps == 1:
         return []
     size = train.batch_size // train.grad_accum_steps
     overrides = (f"train.batch_size={size}", "train.grad_accum_steps=1")
-    return [ConfigChange(overrides, f"batches of {size} instead of {train.batch_size}, in one piece")]
+    return [ConfigChange(overrides, f"batch size {size} instead of {train.batch_size}, without accumulation")]
 
 
 def _optimizer(config: Config) -> list[ConfigChange]:
@@ -186,6 +179,6 @@ def _optimizer(config: Config) -> list[ConfigChange]:
     overrides = ('optimizer.name="adafactor"', 'optimizer.moment_dtype="bfloat16"')
     slim = (*overrides, "optimizer.beta1=0.0")
     return [
-        ConfigChange(overrides, "adafactor with averages in bfloat16 instead of adamw"),
-        ConfigChange(slim, "adafactor without averages instead of adamw"),
+        ConfigChange(overrides, "adafactor with bfloat16 momentum instead of adamw"),
+        ConfigChange(slim, "adafactor without momentum instead of adamw"),
     ]

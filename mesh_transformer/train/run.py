@@ -132,7 +132,7 @@ def open_run(
     )
 
     def find_step() -> int | None:
-        return store.newest() if config.checkpoint.resume == "latest" else store.newest_intact(log)
+        return store.latest() if config.checkpoint.resume == "latest" else store.latest_valid(log)
 
     step = broadcast_from_first("latest step", find_step) if at is None else at or None
     if step is not None:
