@@ -86,9 +86,9 @@ MTJ = {
     "early_cast": danger("its presence, even with the value false, made all weights bfloat16; here they are float32"),
     **ignore("runs are stored in run.dir", "bucket"),
     **ignore("the name of a run is that of its folder, run.dir", "name"),
-    **ignore("training does not run lm-evaluation-harness; use device_evaluate.py", "eval_harness_tasks"),
+    **ignore("evaluation tasks are set in the [evaluate] section", "eval_harness_tasks"),
     **ignore("train.log_grad_noise_scale = true measures it with its own averaging", "noise_scale_alpha"),
-    **ignore("mesh-transformer-jax did not read it", "comment", "d_head", "early_collect", "bf16_optimizer", "eval_only", "gen_length"),
+    **ignore("it was never read", "comment", "d_head", "early_collect", "bf16_optimizer", "eval_only", "gen_length"),
     **ignore("only train.py read it", "val_batch_multiplier"),
 }  # fmt: skip
 MTJ_REQUIRED = [
@@ -97,11 +97,11 @@ MTJ_REQUIRED = [
 ]  # fmt: skip
 MTJ_FIXED = {
     "(code) Adam": "used as optimizer.beta1 = 0.9, beta2 = 0.999, eps = 1e-8; the default of beta2 here is different",
-    "(code) clip norm": "used as optimizer.clip_norm = 1.0; the old norm was computed in bfloat16 and counted some biases several times",
+    "(code) clip norm": "used as optimizer.clip_norm = 1.0; the old norm was in bfloat16 and counted some biases several times",
     "(code) z-loss": DANGER
     + "it applied to log Z minus the largest logit; train.z_loss = 1e-4 applies to log Z itself",
     "(code) biases": DANGER
-    + "those of the embedding and of the MLP output had cores_per_replica times the learning rate; here they do not",
+    + "those of embedding and MLP output had cores_per_replica times the learning rate; not here",
     "(code) precision": DANGER
     + "microbatch gradients were summed in bfloat16, here in float32; activations are float32 in both, and "
     'model.dtype = "bfloat16" is faster',
@@ -123,7 +123,7 @@ NEO = {
     "attention_types": part("model.attention_pattern"),
     **dict.fromkeys(("embed_dropout", "attn_dropout", "res_dropout"), part("model.dropout", "there is one rate for all three")),
     "scale_by_depth": danger('it scaled by 1 / sqrt(layers); model.init = "gpt2" scales by 1 / sqrt(2 layers), as GPT-2 does'),
-    "lr_decay": danger("its decay started at step 0, here it starts after the warmup; both end at a tenth of the learning rate", "optimizer.schedule"),
+    "lr_decay": danger("its decay started at step 0, here after the warmup; both end at a tenth of the peak", "optimizer.schedule"),
     "lr_decay_end": part("optimizer.decay_steps"),
     "opt_name": danger("its Adam had no bias correction, here it has; its Adafactor had no schedule", "optimizer.name",
                        lambda value: {"adam": "adamw"}.get(value.lower(), value.lower())),

@@ -18,7 +18,9 @@ from reference_models import make_random_arrays
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig, parse_config
-from mesh_transformer.convert.gptj.reader import list_leaves, open_gptj, open_raw_weights, read_model, reader
+from mesh_transformer.convert.gptj import reader, writer
+from mesh_transformer.convert.gptj.reader import list_leaves, open_gptj, open_raw_weights, read_model
+from mesh_transformer.convert.gptj.reference import run_mtj
 from mesh_transformer.convert.gptj.writer import make_external_config, write_gptj
 from mesh_transformer.convert.import_plan import ImportPlan, PlannedArray, make_model_config
 from mesh_transformer.convert.lazy_arrays import InMemory, full_index
