@@ -16,7 +16,7 @@ def keep(value: Any) -> Any:
 
 
 class Rule(NamedTuple):
-    """What happens to a key: the field that gets its value, if any, and a note for the user."""
+    """Treatment of a key: the field that gets its value, if any, and a note for the user."""
 
     field: str
     note: str

@@ -50,7 +50,7 @@ class LazyArray(Protocol):
 
 
 def full_index(array: LazyArray) -> Slices:
-    """Return the index that selects the whole array."""
+    """Return the index that selects all of an array."""
     return tuple(slice(0, dim) for dim in array.shape)
 
 
@@ -108,7 +108,7 @@ class FileArray(_Elementwise):
 
 
 class InMemory(_Elementwise):
-    """A NumPy array behind the `LazyArray` interface, for small arrays."""
+    """A NumPy array with the `LazyArray` interface, for small arrays."""
 
     def __init__(self, values: np.ndarray):
         self.values = values

@@ -54,7 +54,7 @@ def group_slices(tensor: Packed, slice_bytes: int) -> Iterator[list[tuple[int, i
 
     A slice along the first dimension is contiguous in the file and forms a list of its own. Slices along another
     dimension interleave, so one worker writes all of them. Those are twice as large, because they are transposed a few
-    rows at a time and not as a whole.
+    rows at a time.
     """
     interleaved = bool(tensor.shape and tensor.chunking.dim)
     bounds = list(tensor.slice_bounds(slice_bytes * (2 if interleaved else 1)))

@@ -76,7 +76,9 @@ def sliding_windows(
     """
     stride = context if stride is None else stride
     if not 0 < stride <= context:
-        raise ConfigError(f"evaluate.stride={stride} with a context of {context} tokens: the stride must be between 1 and the context")
+        raise ConfigError(
+            f"evaluate.stride={stride} with a context of {context} tokens: the stride must be between 1 and the context"
+        )
     padded = [end_of_text, *tokens]
     scored = 0
     for first in range(0, len(tokens), stride):
@@ -116,7 +118,9 @@ def score_documents(
         before = reported
         reported = scored_bytes
         requests = [request for _, request in waiting]
-        found = scorer.score_totals(requests, lambda done, total: on_progress(before + (reported - before) * done // total))
+        found = scorer.score_totals(
+            requests, lambda done, total: on_progress(before + (reported - before) * done // total)
+        )
         for (total, _), (logprob, _) in zip(waiting, found, strict=True):
             total.nats.append(-logprob)
         waiting.clear()

@@ -66,20 +66,21 @@ def multirc_choices(document: Record) -> list[str]:
 
 def score_multirc(document: Record, answers: Sequence[Answer]) -> dict[str, Any]:
     """Return the contribution of one answer to each metric."""
-    says_right, is_right = answers[1][0] > answers[0][0], bool(document["label"])
+    predicted = answers[1][0] > answers[0][0]
+    correct = bool(document["label"])
     question = (document["idx"]["paragraph"], document["idx"]["question"])
     return {
-        "acc": float(says_right == is_right),
-        "f1a": (says_right, is_right),
-        "em": (question, says_right == is_right),
+        "acc": float(predicted == correct),
+        "f1a": (predicted, correct),
+        "em": (question, predicted == correct),
     }
 
 
 def average_f1a(judged: Sequence[tuple[bool, bool]]) -> float:
-    """F1 of the answers that were said to be right."""
-    both = sum(said and right for said, right in judged)
-    either = sum(said + right for said, right in judged)
-    return 2 * both / either if either else 0.0
+    """Return the F1 of the answers classified as correct."""
+    true_positives = sum(predicted and correct for predicted, correct in judged)
+    positives = sum(predicted + correct for predicted, correct in judged)  # predicted ones and correct ones
+    return 2 * true_positives / positives if positives else 0.0
 
 
 def average_em(judged: Sequence[tuple[Any, bool]]) -> float:
@@ -93,18 +94,23 @@ def average_em(judged: Sequence[tuple[Any, bool]]) -> float:
 def read_record(record: Record) -> Iterable[dict[str, Any]]:
     """Yield one record per query of a ReCoRD passage, candidates sorted; Hub records have one query already."""
     if "qas" not in record:
-        passage, queries = record["passage"], [record]
-        entities, answers_of = record["entities"], lambda query: query["answers"]
+        passage = record["passage"]
+        entities = record["entities"]
+        queries = [(record["query"], record["answers"])]
     else:
-        passage, queries = record["passage"]["text"], record["qas"]
+        passage = record["passage"]["text"]
         # an entity's end is the index of its last character
         entities = [passage[entity["start"] : entity["end"] + 1] for entity in record["passage"]["entities"]]
-        answers_of = lambda query: [answer["text"] for answer in query["answers"]]  # noqa: E731
-    for query in queries:
-        answers = sorted(set(answers_of(query)))
-        if not answers or "@placeholder" not in query["query"]:
+        queries = [(item["query"], [answer["text"] for answer in item["answers"]]) for item in record["qas"]]
+    for query, answers in queries:
+        if not answers or "@placeholder" not in query:
             raise ValueError("a query needs answers and the text @placeholder")
-        yield {"passage": passage, "query": query["query"], "entities": sorted(set(entities)), "answers": answers}
+        yield {
+            "passage": passage,
+            "query": query,
+            "entities": sorted(set(entities)),
+            "answers": sorted(set(answers)),
+        }
 
 
 def record_prompt(document: Record) -> str:

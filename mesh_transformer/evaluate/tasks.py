@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks as rows: which definition of lm-evaluation-harness asks and counts, and how a file's records become what it reads.
+"""Table of tasks: the lm-evaluation-harness definition of each, and the conversion of data files to its records.
 
-The harness's own definitions read the records of the Hugging Face Hub. A record may have that form or the one in which
-its authors published it (labels in words or as truth values, MultiRC's and ReCoRD's passages with all their questions,
-WSC's spans): each row gives it the Hub's. Labels that the authors keep in a file of their own (PIQA's) have to be in the
-records, under "label". A definition that is no row here is named by its file, of the harness or of one's own.
+The harness's definitions read records in the format of the Hugging Face Hub. Each row also accepts the format published by
+the data set's authors (labels as words or booleans, MultiRC and ReCoRD passages with all their questions, WSC spans) and
+converts it. Labels that the authors publish in a separate file (PIQA) must be added to the records as "label". Tasks
+without a row are named by their definition file, which may be the harness's or the user's.
 """
 
 import json
@@ -24,27 +24,23 @@ Record = Mapping[str, Any]
 
 
 class Task(NamedTuple):
-    """One task: what asks and counts, and where its items come from."""
+    """One task: its definition, and the origin of its examples."""
 
-    definition: str  # a file of the harness's tasks, or of one's own; empty: `settings` are all of it
-    convert: Callable[
-        [Record], Iterable[dict[str, Any]]
-    ]  # a record as published -> one as the definition reads it, or many
-    settings: Mapping[str, Any] = {}  # what differs from the definition, in its terms
-    make: Callable[[Iterable[Document], int], list[dict[str, Any]]] | None = (
-        None  # items of held-out text, not of a file
-    )
+    definition: str  # a file of the harness or of the user; empty: `settings` is the full definition
+    convert: Callable[[Record], Iterable[dict[str, Any]]]  # published record -> records of the definition
+    settings: Mapping[str, Any] = {}  # overrides of the definition
+    make: Callable[[Iterable[Document], int], list[dict[str, Any]]] | None = None  # makes examples from held-out text
 
 
 class Example(NamedTuple):
-    """A record as the definition reads it, and its file and line."""
+    """A record of the definition, and its file and line."""
 
     record: dict[str, Any]
     location: str
 
 
 def _pick(*fields: str, **labels: tuple[str, ...]) -> Callable[[Record], Iterable[dict[str, Any]]]:
-    """Records of these fields; a label as its number, given so, as one of these names, or as a truth value."""
+    """Return a converter that selects fields; labels, given as number, name or boolean, become numbers."""
 
     def convert(record: Record) -> Iterable[dict[str, Any]]:
         picked = {field: record[field] for field in fields}
@@ -58,7 +54,7 @@ def _number(field: str, label: Any, names: Sequence[str]) -> int:
         return names.index(label)
     number = int(label)
     if not 0 <= number < len(names):
-        raise ValueError(f"{field} {label!r} is none of {', '.join(names)}")
+        raise ValueError(f"{field} {label!r} is not one of {', '.join(names)}")
     return number
 
 
@@ -71,7 +67,7 @@ def _hellaswag(record: Record) -> Iterable[dict[str, Any]]:
 
 def _winogrande(record: Record) -> Iterable[dict[str, Any]]:
     if "_" not in record["sentence"] or str(record["answer"]) not in ("1", "2"):
-        raise ValueError(f"a sentence has a _, and an answer is 1 or 2, not {record['answer']!r}")
+        raise ValueError(f"answer {record['answer']!r}: a sentence needs a _, and an answer of 1 or 2")
     yield {name: record[name] for name in ("sentence", "option1", "option2")} | {"answer": str(record["answer"])}
 
 
@@ -82,7 +78,7 @@ def _arc(record: Record) -> Iterable[dict[str, Any]]:
     if not isinstance(choices, Mapping):
         choices = {key: [choice[key] for choice in choices or ()] for key in ("text", "label")}
     if record["answerKey"] not in choices["label"]:
-        raise ValueError(f"answerKey {record['answerKey']!r} is none of {choices['label']}")
+        raise ValueError(f"answerKey {record['answerKey']!r} is not one of {choices['label']}")
     texts = {"text": list(choices["text"]), "label": list(choices["label"])}
     yield {"question": question, "choices": texts, "answerKey": record["answerKey"]}
 
@@ -101,7 +97,7 @@ METRICS: dict[str, dict[str, Any]] = {
 
 
 def _own(kind: str, *metrics: str, **settings: Any) -> dict[str, Any]:
-    """Settings of a task of ours: a query, and a target or choices with the number of the right one."""
+    """Return the definition of a native task: a query, and a target, or choices with the index of the correct one."""
     right = (
         {"doc_to_choice": "choices", "doc_to_target": "gold"}
         if kind == "multiple_choice"
@@ -136,7 +132,7 @@ TASKS = {
     "wsc": Task("super_glue/wsc/default.yaml", read_wsc),
     "multirc": Task("super_glue/multirc/default.yaml", read_multirc, MULTIRC),
     "record": Task("", read_record, RECORD),
-    # made from held-out text, so that there is something to ask where nothing can be downloaded
+    # made from held-out text: they need no data set
     "local_choice": Task("", _as_it_is, _own("multiple_choice", "acc", "acc_norm"), make_choices),
     "local_cloze": Task("", _as_it_is, _own("loglikelihood", "perplexity", "acc"), make_clozes),
     "local_line": Task("", _as_it_is, _own("generate_until", "exact_match", generation_kwargs=_LINE), make_lines),
@@ -149,40 +145,42 @@ TEXT, WIKITEXT = "text", "wikitext2"  # measured without the harness
 
 
 def is_file(name: str) -> bool:
-    """Whether a task is named by the file of its definition."""
+    """Return whether a task is named by its definition file."""
     return name.endswith((".yaml", ".yml"))
 
 
 def find_task(name: str) -> Task:
-    """A row, or a definition named by its file, whose records are taken as they are."""
+    """Return the row of a task; a task named by its file reads records without conversion."""
     return Task(name, _as_it_is) if is_file(name) else TASKS[name]
 
 
 def to_key(name: str) -> str:
-    """By what a task's data and results are called: of a file its name without ending."""
+    """Return the name of a task's data and results: for a definition file, its name without suffix."""
     return Path(name).stem if is_file(name) else name
 
 
 def expand_names(names: Iterable[str]) -> list[str]:
-    """Names of tasks, groups replaced by what is in them; ConfigError for one that is not known."""
+    """Return task names with groups expanded; ConfigError for an unknown name."""
     found: list[str] = []
     for name in names:
         for one in GROUPS.get(name, (name,)):
             if one not in TASKS and one not in (TEXT, WIKITEXT) and not is_file(one):
                 every = ", ".join([TEXT, WIKITEXT, *GROUPS, *TASKS])
-                raise ConfigError(f"no task {one!r}; there are {every}, and files of the harness (gsm8k/gsm8k.yaml)")
+                raise ConfigError(
+                    f"unknown task {one!r}; choose from {every}, or give a definition file of the harness (gsm8k/gsm8k.yaml)"
+                )
             if one not in found:
                 found.append(one)
     keys = [to_key(name) for name in found]
     if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ConfigError(f"two tasks are called {twice[0]!r}; give one's file another name, or measure them apart")
+        raise ConfigError(f"two tasks are named {twice[0]!r}; rename one of the files, or evaluate them separately")
     return found
 
 
 def read_examples(name: str, path: str, limit: int | None = None) -> list[Example]:
     """The items of task `name` in a file or folder of JSONL (.gz, .zst) or Parquet; the first `limit` of them.
 
-    Raises DataError, with file and line, for a record that is no such item.
+    Raises DataError, with file and line, for a record that cannot be converted.
     """
     items: list[Example] = []
     convert = find_task(name).convert
@@ -196,9 +194,9 @@ def read_examples(name: str, path: str, limit: int | None = None) -> list[Exampl
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             fields = ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
             kind = "no field" if isinstance(error, KeyError) else type(error).__name__
-            raise DataError(f"{where}: not a record of {name} ({kind}: {error}); it has {fields}") from None
+            raise DataError(f"{where}: not a record of {name} ({kind}: {error}); its fields: {fields}") from None
     if not items:
-        raise DataError(f"{path}: no records of {name} in it")
+        raise DataError(f"{path}: the file has no records; it needs at least one record of {name}")
     return items[:limit]
 
 
@@ -220,7 +218,9 @@ def _parse(line: str | bytes, where: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise DataError(f"{where}: not JSON, of which a task's file has one object a line: {error}") from None
+        raise DataError(
+            f"{where}: not JSON ({error}); the data file of a task needs one JSON object per line"
+        ) from None
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Where the documents to be scored come from: files that [evaluate] names, or what the run held out of its training."""
+"""Documents to score: files named in [evaluate], or the held-out text of the run."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -19,9 +19,9 @@ from mesh_transformer.data.tokenizers import Tokenizer
 
 
 def read_texts(config: Config, tokenizer: Tokenizer, components: Iterable[str]) -> Iterator[tuple[str, Document]]:
-    """Component and document, one after the other: of `components` of evaluate.data or, without any, what the run held out.
+    """Yield pairs of component and document: of `components` of evaluate.data, or without any, of the held-out text.
 
-    Raises DataError for damage, with file and line.
+    Raises DataError, with file and line, for damaged data.
     """
     evaluate, names = config.evaluate, list(components)
     for name in names:
@@ -43,15 +43,17 @@ def read_texts(config: Config, tokenizer: Tokenizer, components: Iterable[str]) 
 
 
 def check_paths(config: Config, components: Iterable[str]) -> None:
-    """That there is something under every path of evaluate.data and examples, and text held out without `components`.
+    """Check that every path of evaluate.data and fewshot_data exists, and that there is text without `components`.
 
-    Raises DataError for a path that is not there, ConfigError where there is no text.
+    Raises DataError for a missing path, ConfigError if the run has no held-out text.
     """
     for path in (*config.evaluate.data.values(), *config.evaluate.fewshot_data.values()):
         if not is_remote(path) and not is_shard(path.removesuffix(".bin").removesuffix(".idx")):
             list_partitions(path)
     if not list(components) and not config.data.validation and not config.data.holdout_one_in:
-        raise ConfigError("the run held no text out of its training; name some: --data NAME=PATH")
+        raise ConfigError(
+            "the run has no held-out text (data.holdout_one_in, [data.validation]); add text: --data NAME=PATH"
+        )
 
 
 def _read(path: str, text_key: str, config: Config, tokenizer: Tokenizer) -> Iterator[Document]:
@@ -65,19 +67,15 @@ def _read(path: str, text_key: str, config: Config, tokenizer: Tokenizer) -> Ite
             yield Document(tokenizer.decode(tokens[tokens != tokenizer.end_of_text].tolist()), f"{prefix}:{index}")
         return
     if holds_tokens(path):
-        raise DataError(
-            f"{path}: TFRecords hold tokens, whose text is not known; name the text itself: --data NAME=PATH"
-        )
+        raise DataError(f"{path}: TFRecords contain tokens without their text; give the text itself: --data NAME=PATH")
     yield from read_documents(path, text_key=text_key)
 
 
 def _read_groups(path: str, evaluate: EvaluateConfig) -> Iterator[tuple[str, Document]]:
-    """Documents of JSONL, compressed or not, by the value of a field that may lie within others ("meta.pile_set_name")."""
+    """Yield documents of JSONL, grouped by a field, which may be nested ("meta.pile_set_name")."""
     for file in find_files(path):
         if ".jsonl" not in file.suffixes:
-            raise DataError(
-                f"{file}: evaluate.group_key divides lines of .jsonl, .jsonl.zst or .jsonl.gz, nothing else"
-            )
+            raise DataError(f"{file}: evaluate.group_key needs files in .jsonl, .jsonl.zst or .jsonl.gz format")
         try:
             yield from _read_lines(file, evaluate)
         except DocumentError as flaw:
@@ -96,7 +94,7 @@ def _read_lines(file: Path, evaluate: EvaluateConfig) -> Iterator[tuple[str, Doc
                 group = group[key]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{file}:{number}: no object with {evaluate.text_key!r} and {evaluate.group_key!r} in it "
-                f"({type(error).__name__}: {error}); evaluate.text_key and evaluate.group_key name the fields"
+                f"{file}:{number}: not an object with fields {evaluate.text_key!r} and {evaluate.group_key!r} "
+                f"({type(error).__name__}: {error}); set evaluate.text_key and evaluate.group_key to its fields"
             ) from None
         yield str(group), Document(str(text), f"{file.name}:{number}")

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""WikiText as its authors cut it into words -> text as people write it, and back to the very same words.
+"""WikiText detokenization: convert the corpus from separate words to running text, and back without loss.
 
-Its words stand apart by spaces (`end .`, `2 @-@ part`, `1 @,@ 000`). A model of running text should be given running
-text, and its perplexity be told per word of the original (GPT-2, section 3.1): for that the change has to lose nothing.
-Words that are written together are found again by rules, with one exception: what is a word of the corpus as it stands
-(`Mr.`, `St.`) is never cut. Where the rules would not give back the words they were given, the words stay apart.
+In the corpus, words are separated by spaces (`end .`, `2 @-@ part`, `1 @,@ 000`). A model of running text should be
+given running text, with perplexity reported per word of the original (GPT-2, section 3.1), so the conversion must be
+reversible. Joined words are split by rules, except that a string that is a word of the corpus (`Mr.`, `St.`) is never
+split. If the rules would not recover the original words, the words stay separate.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.evaluate.perplexity import TextScore
 
-WITHIN = {"@-@": "-", "@,@": ",", "@.@": "."}  # how the authors write what stands within a word
+WITHIN = {"@-@": "-", "@,@": ",", "@.@": "."}  # the corpus's notation for punctuation inside a word
 OPENING = set("([$£#")
 CLOSING = set(".,;:!?)]%") | {"'"}
 QUOTE = '"'
@@ -28,33 +28,34 @@ class Article(NamedTuple):
     """Running text, and the number of words it was made of."""
 
     document: Document
-    n_words: int  # ends of lines included: perplexities of this corpus are told by them
+    n_words: int  # including line ends, as in published perplexities
 
 
 class WikiText:
-    """A corpus as its authors distribute it, split into articles."""
+    """The corpus in its published form, split into articles."""
 
     def __init__(self, text: str, where: str = "WikiText") -> None:
-        """Raises DataError for text that is not cut into words by single spaces, with a space at both ends of a line."""
+        """Raises DataError for a line that does not have a single space before, between and after its words."""
         self.lines = text.splitlines(keepends=True)
         for number, line in enumerate(self.lines, 1):
             if line != " \n" and not re.fullmatch(r" (\S+ )+\n", line):
                 raise DataError(
-                    f"{where}:{number}: {line[:40]!r} is no line of WikiText: words with one space before, between and "
-                    "behind them; give wiki.test.tokens (or .raw) as its authors distribute it"
+                    f"{where}:{number}: {line[:40]!r} is not a WikiText line, which has one space before, between and after its "
+                    "words; use the published wiki.test.tokens (or .raw)"
                 )
         self._words = {word for line in self.lines for word in line.split(" ")}
         self.where = where
 
     def articles(self) -> Iterator["Article"]:
-        """Every article as running text; what stands before the first heading belongs to the first."""
-        start, seen = 0, False
+        """Yield every article as running text; text before the first heading belongs to the first article."""
+        start = 0
+        has_heading = False
         for i, line in enumerate(self.lines):
             if _HEADING.fullmatch(line):
-                if seen:
+                if has_heading:
                     yield self._article(start, i)
                     start = i
-                seen = True
+                has_heading = True
         yield self._article(start, len(self.lines))
 
     def _article(self, first: int, end: int) -> "Article":
@@ -63,7 +64,7 @@ class WikiText:
         return Article(document, sum(len(line.split()) + 1 for line in lines))
 
     def join(self, line: str) -> str:
-        """A line of words as running text."""
+        """Return a line of words as running text."""
         groups = _group(line.split())
         chunks: list[str] = []
         for group in groups:
@@ -72,13 +73,13 @@ class WikiText:
         return " ".join(chunks) + "\n"
 
     def split(self, line: str) -> str:
-        """The line of words that `join` made this of."""
+        """Return the line of words from which `join` made a line of running text."""
         words = [word for chunk in line.split() for word in split_words(chunk, self._words)]
         return f" {' '.join(words)} \n" if words else " \n"
 
 
 def _group(words: Sequence[str]) -> list[list[str]]:
-    """Words that are to be written together."""
+    """Return groups of words that are written without spaces."""
     groups: list[list[str]] = []
     glue = in_quote = False
     for word in words:
@@ -94,22 +95,22 @@ def _group(words: Sequence[str]) -> list[list[str]]:
 
 
 def split_words(chunk: str, words: Collection[str]) -> list[str]:
-    """The words that a run without spaces consists of; one that is itself among `words` stays whole."""
+    """Split a string without spaces into words; a string in `words` is not split."""
     before: list[str] = []
-    behind: list[str] = []
+    after: list[str] = []
     while chunk not in words:
         if len(chunk) > 1 and (chunk[0] in OPENING or chunk[0] == QUOTE):
             before.append(chunk[0])
             chunk = chunk[1:]
         elif len(chunk) > 1 and (chunk[-1] in CLOSING or chunk[-1] == QUOTE):
-            behind.append(chunk[-1])
+            after.append(chunk[-1])
             chunk = chunk[:-1]
         elif (suffix := re.search(r"'[a-z]{1,2}$", chunk)) and suffix.start():
-            behind.append(suffix[0])
+            after.append(suffix[0])
             chunk = chunk[: suffix.start()]
         else:
             break
-    return [*before, *_split_within(chunk, words), *reversed(behind)]
+    return [*before, *_split_within(chunk, words), *reversed(after)]
 
 
 def _split_within(chunk: str, words: Collection[str]) -> list[str]:
@@ -120,7 +121,7 @@ def _split_within(chunk: str, words: Collection[str]) -> list[str]:
 
 
 def wikitext_results(score: TextScore, n_words: int) -> dict[str, float]:
-    """Results of the corpus: perplexity for each word of the original and each token of the model, and per byte."""
+    """Return the results of the corpus: perplexity per original word and per model token, and bits per byte."""
     return {
         "word_perplexity": math.exp(min(score.negative_logprob / n_words, 700.0)),
         "words": n_words,

@@ -24,10 +24,11 @@ from mesh_transformer.checkpoint import local_backend
 from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import ConfigError, ModelConfig, load_config
-from mesh_transformer.convert import reshard
-from mesh_transformer.convert.import_plan import Foreign
-from mesh_transformer.convert.lazy_arrays import FileArray, Held, whole
+from mesh_transformer.convert.import_plan import ImportPlan, PlannedArray
+from mesh_transformer.convert.lazy_arrays import FileArray, InMemory, full_index
+from mesh_transformer.convert.readers import open_checkpoint
 from mesh_transformer.convert.upload import upload_folder
+from mesh_transformer.convert.writers import WriteOptions, write_gptj_v1, write_huggingface
 from mesh_transformer.data.download import download_dataset
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.distributed.stop import StopRequest
@@ -38,6 +39,7 @@ from mesh_transformer.reports.metrics_log import read_metrics
 from mesh_transformer.storage import paths
 from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import parse_path
+from mesh_transformer.storage.resume_log import open_staging_log
 from mesh_transformer.train.session import train_config
 
 boto3 = pytest.importorskip("boto3", reason="needs moto[server], which brings boto3")
@@ -396,11 +398,10 @@ def theirs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "theirs"
     rng = np.random.default_rng(3)
     described = flatten_names(describe_params(CONFIG))
-    arrays = {f"params/{name}": Held(rng.normal(size=p.shape).astype("f")) for name, p in described.items()}
+    arrays = {f"params/{name}": PlannedArray(InMemory(rng.normal(size=p.shape).astype("f")), p.axes) for name, p in described.items()}
     model = {key: value for key, value in dataclasses.asdict(CONFIG).items() if value is not None}
-    source = reshard.Source("native", folder, Foreign(model, arrays, 0, None), {}, {})
-    journal = reshard.Journal(folder, {})
-    return reshard.write_huggingface(folder, source, dtype=None, journal=journal, progress=lambda *_: None)
+    with open_staging_log(folder, {}) as log:
+        return write_huggingface(folder, ImportPlan(CONFIG, model, arrays, 0), log, WriteOptions())
 
 
 def convert(program, *arguments):
@@ -429,7 +430,7 @@ def test_from_here_to_there_and_back(proxy, url, theirs, program, tmp_path, caps
     assert find_checkpoint(f"{url}/ours")[0].verify(0) == []
     assert not [key for key in keys(f"{url}/ours") if key == "UPLOADING"]
     assert not list(tmp_path.iterdir())
-    with pytest.raises(CheckpointError, match=rf"{url}/ours exists; choose another place or say --overwrite"):
+    with pytest.raises(CheckpointError, match=rf"{url}/ours exists; choose another destination or pass --overwrite"):
         convert(program, theirs, f"{url}/ours", *staging)
     place, original = parse_path(f"{url}/theirs"), parse_path(f"{url}/v1")
     convert(program, f"{url}/ours", place, "--format", "huggingface", *staging)
@@ -437,15 +438,15 @@ def test_from_here_to_there_and_back(proxy, url, theirs, program, tmp_path, caps
     before, after = load_file(theirs / "model.safetensors"), load((place / "model.safetensors").read_bytes())
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[key], after[key]) for key in before)
-    source = reshard.open_source(theirs)
-    reshard.write_original(tmp_path / "v1", source, shards=2, dtype=None, progress=lambda *_: None)
+    source = open_checkpoint(theirs)
+    write_gptj_v1(tmp_path / "v1", source.plan, WriteOptions(), shards=2)
     upload_folder(tmp_path / "v1", original, lambda *_: None)
     assert puts()[-1].endswith("/v1/meta.json")
-    for found in (reshard.open_source(place), reshard.open_source(original, original / "config.json")):
-        arrays = found.foreign.arrays
-        assert arrays.keys() >= source.foreign.arrays.keys()
-        for name, array in source.foreign.arrays.items():
-            np.testing.assert_array_equal(arrays[name].read(whole(array)), array.read(whole(array)))
+    for found in (open_checkpoint(place), open_checkpoint(original, original / "config.json")):
+        arrays = found.plan.values
+        assert arrays.keys() >= source.plan.values.keys()
+        for name, array in source.plan.values.items():
+            np.testing.assert_array_equal(arrays[name].read(full_index(array)), array.read(full_index(array)))
 
 
 def test_an_object_that_changes_on_its_way_is_seen(proxy, url, client, tmp_path):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Small sources, and recipes over them."""
+"""Fixtures: small source files and recipes for them."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from mesh_transformer.corpus.recipe import Recipe
 
 @pytest.fixture
 def make_recipe():
-    """A checked recipe from tables; components need only kind and paths."""
+    """Return a function from tables to a checked recipe; components need only kind and paths."""
 
     def make(components: dict[str, dict], **tables) -> Recipe:
         corpus = {"name": "small"} | tables.pop("corpus", {})
@@ -24,7 +24,7 @@ def make_recipe():
 
 @pytest.fixture
 def write_texts(tmp_path):
-    """Texts as files FOLDER/NUMBER.txt; the folder."""
+    """Return a function that writes texts as FOLDER/NUMBER.txt and returns the folder."""
 
     def write(folder: str, texts: list[str]) -> Path:
         (tmp_path / folder).mkdir()

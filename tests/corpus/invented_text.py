@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Texts for tests, of words that nobody uses."""
+"""Texts of invented words for tests."""
 
 import random
 
@@ -12,11 +12,11 @@ WORDS = [
 
 
 def prose(seed: int, words: int = 120) -> str:
-    """Sentences of invented words; texts of different seeds have next to nothing in common."""
-    draw = random.Random(seed)
+    """Return sentences of invented words; texts of different seeds share almost nothing."""
+    rng = random.Random(seed)
     sentences = []
     while words > 0:
-        length = min(draw.randint(6, 12), words)
+        length = min(rng.randint(6, 12), words)
         words -= length
-        sentences.append(" ".join(draw.choice(WORDS) for _ in range(length)).capitalize() + ".")
+        sentences.append(" ".join(rng.choice(WORDS) for _ in range(length)).capitalize() + ".")
     return "\n".join(sentences) + "\n"

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""On a real Ray cluster of two nodes a corpus has the same bytes, and a rank that fails there fails the build."""
+"""A Ray cluster of two nodes builds the same bytes, and a failing part fails the build."""
 
 import logging
 
@@ -15,12 +15,12 @@ from ray.cluster_utils import Cluster
 from mesh_transformer.corpus.build import build_corpus
 from mesh_transformer.corpus.stages import CorpusError, Executor
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # from Ray
 
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """The address of two nodes with a processor each, so that parts at once are parts on different nodes."""
+    """Return the address of a cluster of two nodes with one CPU each, so that parallel parts run on different nodes."""
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     node = dict(num_cpus=1, memory=4 << 30, object_store_memory=100 << 20)
     nodes = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
@@ -45,7 +45,7 @@ def test_two_nodes(tmp_path, write_texts, make_recipe, cluster):
     (tmp_path / "b" / "bad.txt").write_bytes(b"\xff")
     strict = make_recipe(components, duplicates={"near": "none"}, corpus={"on_bad_document": "error"})
     with pytest.raises(
-        CorpusError, match=r"stage filter: 1 of 2 parts have no whole result \(1\); DataError: .*bad.txt"
+        CorpusError, match=r"stage filter: 1 of 2 parts are incomplete \(1\); DataError: .*bad.txt"
     ):
         build_corpus(strict, tmp_path / "there", Executor(workers=2, ray=cluster))
     assert not (tmp_path / "there" / "manifest.json").exists()

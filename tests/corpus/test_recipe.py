@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes are read strictly; mistakes are named with their place and the nearest right word; weights become epochs."""
+"""Recipes are read strictly: errors name the field and the closest valid name, renamed keys are refused."""
 
 from pathlib import Path
 
@@ -43,33 +43,33 @@ def test_shipped_recipes_load(path):
     assert all(component.license and component.consent and component.origin for component in recipe.components.values())
 
 
-def test_steps_go_to_their_components(tmp_path):
+def test_filters_run_on_their_components(tmp_path):
     recipe = load(tmp_path, GOOD)
-    assert [step.kind for _, step in filters_for(recipe, "a")] == ["length"]
-    assert [(place, step.kind) for place, step in filters_for(recipe, "b-2")] == [(1, "gopher-quality")]
+    assert [config.kind for _, config in filters_for(recipe, "a")] == ["length"]
+    assert [(number, config.kind) for number, config in filters_for(recipe, "b-2")] == [(1, "gopher-quality")]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ('kind = "text"', 'kind = "txet"', "components.a.kind = .*did you mean 'text'"),
-        ('exclude_components = ["b-2"]', 'exclude_componnets = ["b-2"]', "filters.0.length.exclude_componnets is not a field; did you mean 'without'"),
+        ('exclude_components = ["b-2"]', 'exclude_componnets = ["b-2"]', "filters.0.length.exclude_componnets is not a field; did you mean 'exclude_components'"),
         ('kind = "gopher-quality"', 'kind = "gofer-quality"', "filters.1.kind = .*did you mean 'gopher-quality'"),
         ('kind = "length"', "", "filters.0.kind is missing"),
-        ('exclude_components = ["b-2"]', 'exclude_components = ["b"]', "filters.0.without: 'b' is not declared; there are: a, b-2"),
+        ('exclude_components = ["b-2"]', 'exclude_components = ["b"]', "filters.0.exclude_components: 'b' is not declared; declared: a, b-2"),
         ('license = "MIT"\n[[filters]]', "[[filters]]", "components.b-2.license is missing"),
-        ("[components.a]", '[components."a/b"]', "components.a/b: a name is letters"),
+        ("[components.a]", '[components."a/b"]', "components.a/b: invalid name; use letters"),
         ('paths = ["a"]', 'paths = ["a"]\nweight = 1.0', "components.b-2 has no weight, but components.a has"),
         ('paths = ["a"]', 'paths = ["a"]\nepochs = 0.0', "components.a.epochs = 0.0"),
     ],
 )
-def test_mistakes_are_named(tmp_path, old, new, message):
+def test_invalid_fields_are_reported(tmp_path, old, new, message):
     assert old in GOOD
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, GOOD.replace(old, new, 1))
 
 
-def test_weights_without_a_sum(tmp_path):
+def test_weights_need_the_size_of_the_mixture(tmp_path):
     text = GOOD.replace('paths = ["a"]', 'paths = ["a"]\nweight = 1.0').replace(
         'paths = ["b"]', 'paths = ["b"]\nweight = 3.0'
     )
@@ -77,5 +77,21 @@ def test_weights_without_a_sum(tmp_path):
         load(tmp_path, text)
     recipe = load(tmp_path, text, ["mixture.bytes=4000"])
     assert resolve_epochs(recipe, {"a": 1000, "b-2": 1000}) == {"a": 1.0, "b-2": 3.0}
-    with pytest.raises(ConfigError, match=r"components.b-2.weight = 3.0 asks for 0.0 MB.*6.0 passes.*max_epochs = 4.0"):
+    with pytest.raises(ConfigError, match=r"components.b-2.weight = 3.0 requires 0.0 MB.*6.0 epochs.*max_epochs = 4.0"):
         resolve_epochs(recipe, {"a": 1000, "b-2": 500})
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "message"),
+    [
+        ("[[filters]]", "[[steps]]", "steps was renamed: use filters"),
+        ('license = "MIT"', 'licence = "MIT"', "components.a.licence was renamed: use components.a.license"),
+        ('kind = "text"', 'kind = "source"', 'components.a.kind = "source" was renamed: use "code"'),
+        ('paths = ["b"]', 'paths = ["b"]\npieces_kb = 1', "components.b-2.pieces_kb was renamed: use components.b-2.chunk_kb"),
+        ("exclude_components", "without", "filters.0.without was renamed: use filters.0.exclude_components"),
+    ],
+)
+def test_renamed_keys_are_refused_with_the_new_name(tmp_path, new, old, message):
+    assert new in GOOD
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, GOOD.replace(new, old))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of a stage as a job array: on Slurm where there is one, else on three programs that do as its commands do."""
+"""Stages as job arrays: on Slurm where it is installed, otherwise on scripts that imitate its commands."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from mesh_transformer.data.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 SBATCH = r"""#!/bin/bash
-# runs the array's parts one after the other in the background, and says their number as sbatch does
+# runs the tasks of the array sequentially in the background, and prints the job number as sbatch does
 for last; do :; done
 grep -q -- '--partition=cpu$' "$last" || { echo "invalid partition specified" >&2; exit 1; }
 script=$JOBS/script; cp "$last" "$script"
@@ -37,8 +37,8 @@ SCANCEL = '#!/bin/bash\nkill $(cat "$JOBS/7"); rm -f "$JOBS/7"; echo "$1" >>"$JO
 SRUN = '#!/bin/bash\nwhile [[ $1 == -* ]]; do [ "$1" = -n ] && shift; shift; done\nexec "$@"\n'
 
 
-def answers() -> bool:
-    """Whether there is a real Slurm with a partition named cpu."""
+def has_slurm() -> bool:
+    """Return whether Slurm is running with a partition named cpu."""
     if not shutil.which("sinfo"):
         return False
     done = subprocess.run(["sinfo", "--noheader", "--partition", "cpu"], capture_output=True, text=True, timeout=20)
@@ -47,10 +47,10 @@ def answers() -> bool:
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A partition; jobs find this project and these tests."""
+    """A partition whose jobs can import this project and these tests."""
     monkeypatch.setattr(executors, "POLL_SECONDS", 0.1)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{Path(__file__).parent}")
-    if not answers():
+    if not has_slurm():
         programs = {
             "sbatch": SBATCH,
             "squeue": SQUEUE,
@@ -70,22 +70,22 @@ def slurm(tmp_path, monkeypatch):
 def test_parts_of_a_job_array(tmp_path, slurm):
     folder = tmp_path / "write-0"
     folder.mkdir()
-    machines = Executor(2, slurm=slurm)
+    executor = Executor(2, slurm=slurm)
     with pytest.raises(
-        CorpusError, match=r"stage write: 1 of 2 parts have no whole result \(1\); DataError: the source is"
+        CorpusError, match=r"stage write: 1 of 2 parts are incomplete \(1\); DataError: the source is"
     ):
-        run_stage("write", Write(folder, "raise"), 2, folder, machines)
-    assert [record["number"] for record in run_stage("write", Write(folder), 2, folder, machines)] == [0, 1]
-    assert made(folder) == [0, 1, 1], "a part that was whole is made again"
+        run_stage("write", Write(folder, "raise"), 2, folder, executor)
+    assert [record["number"] for record in run_stage("write", Write(folder), 2, folder, executor)] == [0, 1]
+    assert made(folder) == [0, 1, 1], "a complete part was made again"
     script = (folder / "log" / "launch_script.slurm").read_text()
     assert "#SBATCH --partition=cpu\n" in script
     assert "#SBATCH --time=5\n" in script
     assert f'export PATH="{Path(sys.executable).parent}:$PATH"' in script
     assert not (folder / "slurm-job").exists()
-    run_stage("write", Write(folder), 2, folder, machines)  # nothing is left to submit
+    run_stage("write", Write(folder), 2, folder, executor)  # all parts are complete: nothing is submitted
 
 
-def test_a_job_is_cancelled_with_its_build(tmp_path, slurm, monkeypatch):
+def test_stopping_the_build_cancels_its_job(tmp_path, slurm, monkeypatch):
     folder = tmp_path / "write-0"
     folder.mkdir()
 
@@ -101,14 +101,14 @@ def test_a_job_is_cancelled_with_its_build(tmp_path, slurm, monkeypatch):
     assert len(run_stage("write", Write(folder), 2, folder, Executor(2, slurm=slurm))) == 2
 
 
-def test_a_job_that_slurm_does_not_take(tmp_path, slurm):
+def test_a_job_that_slurm_refuses_is_an_error(tmp_path, slurm):
     folder = tmp_path / "write-0"
     folder.mkdir()
-    with pytest.raises(DataError, match="sbatch refused with status 1"):
+    with pytest.raises(DataError, match="sbatch failed with status 1"):
         run_stage("write", Write(folder), 2, folder, Executor(2, slurm=slurm._replace(partition="nowhere")))
 
 
-def test_without_slurm(tmp_path, monkeypatch):
+def test_missing_slurm_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(DataError, match="there is no sbatch here; start this on a machine that submits jobs"):
+    with pytest.raises(DataError, match="sbatch is not installed; run this command on a machine that can submit jobs"):
         run_stage("write", Write(tmp_path), 2, tmp_path, Executor(2, slurm=Slurm("cpu", {})))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A stage is whole, or it has failed: lost parts, killed workers, files cut short and full disks are found."""
+"""Incomplete stages are detected: lost parts, killed workers, truncated files and full disks."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from mesh_transformer.data.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class Write:
-    """Writes its number; in the part `fails` something goes wrong."""
+    """Task that writes its number; part 1 fails in the way that `fails` names."""
 
     folder: Path
     fails: str = ""
@@ -44,40 +44,40 @@ def made(folder: Path) -> list[int]:
 
 
 def test_parts_are_made_once(tmp_path):
-    seen = []
-    records = run_stage("write", Write(tmp_path), 3, tmp_path, Executor(), lambda *progress: seen.append(progress))
+    progress = []
+    records = run_stage("write", Write(tmp_path), 3, tmp_path, Executor(), lambda *update: progress.append(update))
     assert [record["number"] for record in records] == [0, 1, 2]
-    assert seen[-1] == ("write", 3, 3)
+    assert progress[-1] == ("write", 3, 3)
     assert run_stage("write", Write(tmp_path), 3, tmp_path, Executor()) == records
     assert made(tmp_path) == [0, 1, 2]
 
 
-def test_a_failure_is_raised_and_made_good_by_the_next_run(tmp_path):
+def test_a_failed_part_is_raised_and_made_by_the_next_run(tmp_path):
     with pytest.raises(DataError, match="the source is damaged"):
         run_stage("write", Write(tmp_path, "raise"), 3, tmp_path, Executor())
     assert len(run_stage("write", Write(tmp_path), 3, tmp_path, Executor())) == 3
     assert made(tmp_path) == [0, 1, 1, 2]
 
 
-def test_a_killed_worker_is_noticed(tmp_path):
-    with pytest.raises(CorpusError, match="a worker was killed, most likely for want of memory"):
+def test_a_killed_worker_is_detected(tmp_path):
+    with pytest.raises(CorpusError, match="a worker was killed, most likely because memory ran out"):
         run_stage("write", Write(tmp_path, "kill"), 3, tmp_path, Executor(workers=2))
     assert len(run_stage("write", Write(tmp_path), 3, tmp_path, Executor())) == 3
 
 
-def test_a_part_whose_file_is_short_or_gone_is_not_done(tmp_path):
-    with pytest.raises(CorpusError, match=r"stage write: 1 of 3 parts have no whole result .1."):
+def test_a_part_with_a_truncated_or_missing_file_is_not_done(tmp_path):
+    with pytest.raises(CorpusError, match=r"stage write: 1 of 3 parts are incomplete .1."):
         run_stage("write", Write(tmp_path, "short"), 3, tmp_path, Executor())
     run_stage("write", Write(tmp_path), 3, tmp_path, Executor())
     (tmp_path / "2.txt").unlink()
     run_stage("write", Write(tmp_path), 3, tmp_path, Executor())
     assert made(tmp_path) == [0, 1, 1, 2, 2]
     (tmp_path / "records" / "00000.json").write_text("{")
-    with pytest.raises(DataError, match=r"00000.json: a record that cannot be read"):
+    with pytest.raises(DataError, match=r"00000.json: invalid JSON in the record of a part"):
         run_stage("write", Write(tmp_path), 3, tmp_path, Executor())
 
 
-def test_a_part_that_datatrove_calls_complete_needs_its_record(tmp_path):
+def test_a_part_that_datatrove_marks_complete_needs_its_record(tmp_path):
     run_stage("write", Write(tmp_path), 2, tmp_path, Executor())
     (tmp_path / "records" / "00001.json").unlink()
     assert (tmp_path / "log" / "completions" / "00001").is_file()
@@ -87,7 +87,7 @@ def test_a_part_that_datatrove_calls_complete_needs_its_record(tmp_path):
 
 @pytest.fixture
 def small_files():
-    """No file may grow beyond 64 kB, as if the disk were full."""
+    """Limit files to 64 kB, to simulate a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))
     yield
@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_no_part(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_are_read_back_whole_or_not_at_all(tmp_path):
+def test_truncated_and_missing_parts_are_errors(tmp_path):
     path = tmp_path / "a.jsonl.zst"
     with PartWriter(path) as part:
         part.add("Grüße\n", "a:1", {"side": "train"})
@@ -119,7 +119,7 @@ def test_parts_are_read_back_whole_or_not_at_all(tmp_path):
     with pytest.raises(DataError, match="truncated archive"):
         list(read_documents(path))
     path.unlink()
-    with pytest.raises(DataError, match="a part of the corpus is gone"):
+    with pytest.raises(DataError, match="a part of the corpus is missing"):
         list(read_documents(path))
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What the text speaks of: sentences with pronouns, words that lean to one, profanity and topics of a sample."""
+"""Content statistics: sentences with pronouns, biased words, profanity and topics of a sample."""
 
 import pytest
 from invented_text import prose
@@ -12,7 +12,7 @@ from mesh_transformer.corpus.survey import SAMPLE, find_sentences, find_topics, 
 
 
 def test_sentences_with_pronouns():
-    text = "He came. There the hero sat.\nShe, he said, is HERE\n\nthe next. (She left!) Nobody did."
+    text = "He came. There the hero sat.\nShe, he said, is HERE\n\nthe next. (She left!) No one did."
     assert find_sentences(text) == [
         ({"he"}, {"he", "came"}),
         ({"he", "she"}, {"she", "he", "said", "is", "here"}),
@@ -21,7 +21,7 @@ def test_sentences_with_pronouns():
     assert find_sentences("The other theme. Shell, then.") == []
 
 
-def test_words_lean_to_the_pronoun_they_stand_with(tmp_path, write_texts, make_recipe):
+def test_words_are_biased_to_the_pronoun_they_occur_with(tmp_path, write_texts, make_recipe):
     soldiers = [f"He is a military man {i}. " * 3 + prose(i) for i in range(8)]
     wives = [f"She is a happy married woman {i}. And she met a man. " + prose(100 + i) for i in range(16)]
     sources = {name: {"kind": "text", "paths": [str(write_texts(name, texts))]} for name, texts in
@@ -29,18 +29,18 @@ def test_words_lean_to_the_pronoun_they_stand_with(tmp_path, write_texts, make_r
     recipe = make_recipe(sources, heldout={"one_in": 0}, duplicates={"near": "none"}, corpus={"part_mb": 1})
     found = build_corpus(recipe, tmp_path / "out", Executor()).survey["pronouns"]
     assert found["sentences"] == {"a": {"he": 24, "she": 0}, "b": {"he": 0, "she": 32}}
-    assert [row["word"] for row in found["he"]] == ["military", "man"]
-    assert {row["word"] for row in found["she"]} == {"happy", "married", "woman", "met"}
-    man = next(row for row in found["he"] if row["word"] == "man")
+    assert [entry["word"] for entry in found["he"]] == ["military", "man"]
+    assert {entry["word"] for entry in found["she"]} == {"happy", "married", "woman", "met"}
+    man = next(entry for entry in found["he"] if entry["word"] == "man")
     assert (man["he"], man["she"]) == (24, 16)
     assert man["lean"] == pytest.approx((24 / 24 - 16 / 32) * 40**0.5, abs=1e-3)
-    assert [(row["word"], row["he"], row["she"]) for row in found["named"][:2]] == [
+    assert [(entry["word"], entry["he"], entry["she"]) for entry in found["named"][:2]] == [
         ("military", 24, 0),
         ("criminal", 0, 0),
     ]
 
 
-def test_profanity_and_topics_are_told_apart_and_the_same_each_time():
+def test_profanity_and_topics_are_found_deterministically():
     rude, polite = ["You stupid fucking bastard. Good day."] * 3, ["A pleasant day in the garden. Good day."] * 3
     assert measure_profanity({"rude": rude, "polite": polite, "none": []}) == {
         "rude": {"sentences": 6, "profane": 3},
@@ -48,8 +48,8 @@ def test_profanity_and_topics_are_told_apart_and_the_same_each_time():
         "none": {"sentences": 0, "profane": 0},
     }
     texts = {
-        "sea": [f"ship sail harbour captain anchor {prose(i, 8)}" for i in range(12)],
-        "farm": [f"plough cow barn wheat harvest {prose(50 + i, 8)}" for i in range(12)],
+        "sea": [f"ship sail harbor captain anchor {prose(i, 8)}" for i in range(12)],
+        "farm": [f"plow cow barn wheat harvest {prose(50 + i, 8)}" for i in range(12)],
     }
     found = find_topics(texts)
     assert found == find_topics(texts)
@@ -57,8 +57,8 @@ def test_profanity_and_topics_are_told_apart_and_the_same_each_time():
         name: found["words"][max(range(len(shares)), key=shares.__getitem__)]
         for name, shares in found["shares"].items()
     }
-    assert {"ship", "sail", "harbour"} <= set(main["sea"])
-    assert {"plough", "cow"} <= set(main["farm"])
+    assert {"ship", "sail", "harbor"} <= set(main["sea"])
+    assert {"plow", "cow"} <= set(main["farm"])
     assert find_topics({"a": ["1 2 3"]}) == {"words": [], "shares": {}}
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""From a run to its numbers: the program, in training, on the page; what is asked of held-out text; what cannot be done."""
+"""Evaluation: device_evaluate.py, evaluation during training, the report, synthetic tasks, and invalid configurations."""
 
 import json
 import math
@@ -295,7 +295,7 @@ def test_bad_records_are_named(tmp_path):
     file.write_text(json.dumps(good) + "\n" + json.dumps(good | {"label": 2}) + "\n")
     with pytest.raises(DataError, match=r"copa\.jsonl:2: not a record of copa .*label 2"):
         read_examples("copa", str(file))
-    with pytest.raises(DataError, match=r"copa\.jsonl:1: not a record of piqa .*goal.*it has premise"):
+    with pytest.raises(DataError, match=r"copa\.jsonl:1: not a record of piqa .*goal.*its fields: premise"):
         read_examples("piqa", str(file))
     assert len(read_examples("copa", str(file), limit=1)) == 1
     file.write_text("not JSON\n")
@@ -309,7 +309,10 @@ def test_bad_records_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (['evaluate.tasks=["hellaswg"]'], r"no task 'hellaswg'; there are text, wikitext2, local, superglue, lambada"),
+        (
+            ['evaluate.tasks=["hellaswg"]'],
+            r"unknown task 'hellaswg'; choose from text, wikitext2, local, superglue, lambada",
+        ),
         (['evaluate.tasks=["hellaswag"]'], "'hellaswag' needs a data file: add --data hellaswag=PATH"),
         (['evaluate.tasks=["wikitext2"]'], "'wikitext2' needs a data file"),
         (["evaluate.fewshot_data.piqa='x'"], r"evaluate\.fewshot_data\.piqa: 'piqa' is not one of the tasks text"),
@@ -323,10 +326,10 @@ def test_bad_records_are_named(tmp_path):
             "4-shot evaluation needs 4 examples, got 0",
         ),
         (['evaluate.tasks=["local_line"]', 'evaluate.fewshot_data.local_line="/absent"'], "/absent: no such file"),
-        (['evaluate.tasks=["a/x.yaml", "b/x.yaml"]'], "two tasks are called 'x'"),
+        (['evaluate.tasks=["a/x.yaml", "b/x.yaml"]'], "two tasks are named 'x'"),
         (['evaluate.data.piqa="x"'], r"evaluate\.data\.piqa is not used by the tasks text; add --task piqa"),
         (['evaluate.data.mine="x"', 'evaluate.tasks=["wikitext2"]', 'evaluate.data.wikitext2="y"'], "add --task text"),
-        (["data.holdout_one_in=0"], "held no text out of its training; name some"),
+        (["data.holdout_one_in=0"], "the run has no held-out text"),
         (['evaluate.data.mine="/absent"'], "/absent: no such file or folder"),
         (["evaluate.limit=0"], "evaluate.limit = 0"),
         (['evaluate.tasks="text"'], "evaluate.tasks"),
@@ -346,7 +349,7 @@ def test_wrong_use_of_the_program(trained, tmp_path):
         (["--num-fewshot", "rte=many"], "--num-fewshot rte=many: expected N or NAME=N"),
         (["--num-fewshot", "-1"], "--num-fewshot -1: expected N or NAME=N"),
         (["--set", "train.steps=3"], "what can be set is"),
-        (["--set", "evaluate.context=65"], r"evaluate\.context=65: the model's seq_len is 64"),
+        (["--set", "evaluate.context=65"], r"evaluate\.context=65: must be between 1 and model\.seq_len=64"),
         (["--data", f"mine={tmp_path}"], "no files in this folder"),
         (["--data", f"mine={tmp_path / 'absent'}"], "no such file or folder"),
     ):

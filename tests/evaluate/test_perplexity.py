@@ -100,7 +100,7 @@ def test_total_is_weighted_by_size():
         ([], {}, DataError, "no documents"),
         ([("empty", Document("", "0"))], {}, DataError, "empty: no text"),
         ([("a", Document("text", "0"))], {"context": 33}, ConfigError, "seq_len is 32"),
-        ([("a", Document("text", "0"))], {"stride": 33}, ConfigError, "a stride of 33 with a context of 32"),
+        ([("a", Document("text", "0"))], {"stride": 33}, ConfigError, "evaluate.stride=33 with a context of 32"),
     ],
 )
 def test_nothing_to_score_is_an_error(scorer, documents, options, error, words):
@@ -127,7 +127,7 @@ def test_wikitext_reads_as_text_and_comes_back():
     (article,) = corpus.articles()
     assert article.document.text == "".join(joined)
     assert article.n_words == len("".join(LINES).split()) + len(LINES)
-    with pytest.raises(DataError, match=r"my\.txt:2: .* no line of WikiText"):
+    with pytest.raises(DataError, match=r"my\.txt:2: .* not a WikiText line"):
         WikiText(" a b \nrunning text\n", "my.txt")
 
 
