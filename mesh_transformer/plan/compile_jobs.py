@@ -97,4 +97,4 @@ def _compile_in_subprocess(job: CompileJob, text_path: Path | None) -> CompiledS
             raise ConfigError(answer["message"])
         case "MissingCompilerError":
             raise MissingCompilerError(answer["message"])
-    return CompiledStats.from_json(json.dumps(answer["measured"]))
+    return CompiledStats.from_json(json.dumps(answer["stats"]))

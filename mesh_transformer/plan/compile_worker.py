@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One job traced and compiled: `python -m mesh_transformer.plan.compile_worker RESULT < JOB`, in a process of its own.
+"""Worker process that traces and compiles one job: `python -m mesh_transformer.plan.compile_worker RESULT < JOB`.
 
-A process of its own because the environment must be right before JAX starts, because a compiler that is asked for too
-much may take its process with it, and because what it leaves behind in memory is then gone.
+A separate process, because the environment must be set before JAX starts, a compiler that runs out of memory may abort
+its process, and the compiler's memory is freed when the process ends.
 """
 
 import gzip
@@ -41,19 +41,19 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def make_topology_layout(job: CompileJob) -> MeshLayout:
-    """The run's mesh over the devices of its topology."""
+    """Return the mesh of a run over the devices of its topology."""
     topology, mesh = parse_topology(job.topology), job.config.mesh
     if topology.chip is not None:
         return make_layout(mesh, make_devices(topology))
     if not topology.devices:
         return init_devices(mesh)
     if len(jax.devices("cpu")) < topology.devices:
-        raise ConfigError(f"{topology.name}: this process has {len(jax.devices('cpu'))} CPU device(s)")
+        raise ConfigError(f"{topology.name}: this process has only {len(jax.devices('cpu'))} CPU device(s)")
     return make_layout(mesh, jax.devices("cpu")[: topology.devices])
 
 
 def lower_training(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStats]:
-    """The very step that training runs, lowered from shapes alone, and what is known before it is compiled."""
+    """Lower the training step from shapes; return it with the statistics that are known before compilation."""
     config = job.config
     check_batches(config, layout)
     shapes, axes = describe_state(config)
@@ -62,7 +62,7 @@ def lower_training(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledSt
     traced = jit_train_step(config, layout, shardings).trace(state, batch)
     hardware = count_jaxpr_flops(traced.jaxpr.jaxpr)
     plain = without_remat(config)
-    own = hardware if plain == config else count_flops(jit_train_step(plain, layout, shardings), shapes, batch)
+    model_flops = hardware if plain == config else count_flops(jit_train_step(plain, layout, shardings), shapes, batch)
     kinds = {"parameters": 0, "moments": 0, "other state": 0}
     names = {"params": "parameters", "opt_state": "moments"}
     for name, leaf in flatten_state(state).items():
@@ -75,7 +75,7 @@ def lower_training(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledSt
         mesh=dict(layout.mesh.shape),
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         tokens=config.train.batch_size * config.model.seq_len,
-        flops=own,
+        flops=model_flops,
         hardware_flops=hardware,
         bytes_by_kind=kinds,
         gradient_bytes=sum(4 * _device_bytes(leaf) // leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)),
@@ -86,69 +86,69 @@ def lower_training(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledSt
 
 
 def _device_bytes(leaf: Any) -> int:
-    """Bytes of an array on one device, from its shape and sharding."""
+    """Return the bytes of an array on one device, from its shape and sharding."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def measure(job: CompileJob, keep: Path | None = None) -> CompiledStats:
-    """Trace and compile a job. A program that the compiler refuses for its size is a result too, without the figures.
+def measure(job: CompileJob, text_path: Path | None = None) -> CompiledStats:
+    """Trace and compile a job; if the compiler rejects the program for its size, `compiler_error` is set.
 
-    The compiled program's text is written to `keep`, compressed.
+    The text of the compiled program is written to `text_path`, compressed.
     """
     layout = make_topology_layout(job)
     if not job.batch:
-        return _compile(job, layout, lower_training(job, layout), keep)
+        return _compile(job, layout, lower_training(job, layout), text_path)
     if job.config.model.encoder is None:
-        return _compile(job, layout, lower_decode(job, layout), keep)
-    measured = _compile(job, layout, lower_seq2seq_decode(job, layout), keep)
-    measured.encode = _compile(job, layout, lower_seq2seq_encode(job, layout), None)
-    return measured
+        return _compile(job, layout, lower_decode(job, layout), text_path)
+    stats = _compile(job, layout, lower_seq2seq_decode(job, layout), text_path)
+    stats.encode = _compile(job, layout, lower_seq2seq_encode(job, layout), None)
+    return stats
 
 
 def _compile(
-    job: CompileJob, layout: MeshLayout, program: tuple[Any, CompiledStats], keep: Path | None
+    job: CompileJob, layout: MeshLayout, program: tuple[Any, CompiledStats], text_path: Path | None
 ) -> CompiledStats:
-    lowered, measured = program
-    if job.topology == "local" and measured.platform != "cpu":
+    lowered, stats = program
+    if job.topology == "local" and stats.platform != "cpu":
         device = layout.mesh.devices.flat[0]
-        measured.device_kind, stats = device.device_kind, device.memory_stats() or {}
-        measured.limit_bytes = stats.get("bytes_limit", 0)
-    measured.compiler = f"jax {jax.__version__}, {_compiler_version(measured.platform)}"
+        stats.device_kind, stats = device.device_kind, device.memory_stats() or {}
+        stats.limit_bytes = stats.get("bytes_limit", 0)
+    stats.compiler = f"jax {jax.__version__}, {_compiler_version(stats.platform)}"
     start = time.monotonic()
-    options = LOW_EFFORT if job.low_effort and measured.platform == "tpu" else None
+    options = LOW_EFFORT if job.low_effort and stats.platform == "tpu" else None
     try:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "hbm" not in str(error).lower():
             raise
-        measured.compiler_error = str(error).splitlines()[0]
-        measured.needed_bytes, limit = parse_refusal(str(error))
-        measured.limit_bytes = limit or measured.limit_bytes
-        return measured
+        stats.compiler_error = str(error).splitlines()[0]
+        stats.needed_bytes, limit = parse_refusal(str(error))
+        stats.limit_bytes = limit or stats.limit_bytes
+        return stats
     finally:
-        measured.compile_seconds = time.monotonic() - start
+        stats.compile_seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
-    measured.argument_bytes = memory.argument_size_in_bytes
-    measured.temporary_bytes = memory.temp_size_in_bytes
-    together = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    measured.peak_bytes = together if measured.platform == "cpu" else memory.peak_memory_in_bytes
-    measured.argument_bytes += measured.idle_bytes
-    measured.peak_bytes += measured.idle_bytes
+    stats.argument_bytes = memory.argument_size_in_bytes
+    stats.temporary_bytes = memory.temp_size_in_bytes
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    stats.peak_bytes = total if stats.platform == "cpu" else memory.peak_memory_in_bytes
+    stats.argument_bytes += stats.idle_bytes
+    stats.peak_bytes += stats.idle_bytes
     text = compiled.as_text()
-    if keep is not None:
-        keep.write_bytes(gzip.compress(text.encode(), 3))
+    if text_path is not None:
+        text_path.write_bytes(gzip.compress(text.encode(), 3))
     module = HloModule(text)
     stacked = stacked_bytes(module)
-    measured.activation_bytes = stacked.activations
-    measured.logits_bytes = _largest_logits(module, job, layout)
-    measured.hbm_bytes = hbm_bytes(module)
-    rows = read_collectives(module, layout.mesh.devices.shape, layout.mesh.axis_names)
-    measured.traffic = [locate_traffic(row, layout, parse_topology(job.topology)) for row in rows]
-    return measured
+    stats.activation_bytes = stacked.activations
+    stats.logits_bytes = _largest_logits(module, job, layout)
+    stats.hbm_bytes = hbm_bytes(module)
+    collectives = read_collectives(module, layout.mesh.devices.shape, layout.mesh.axis_names)
+    stats.traffic = [locate_traffic(one, layout, parse_topology(job.topology)) for one in collectives]
+    return stats
 
 
 def parse_refusal(text: str) -> tuple[int, int]:
-    """Bytes needed and available, from XLA's message; zeros where it names none."""
+    """Return the bytes required and available according to XLA's message, zeros if it has none."""
     match = OUT_OF_MEMORY.search(text) or USED_OF.search(text)
     if match is None:
         return 0, 0
@@ -157,7 +157,7 @@ def parse_refusal(text: str) -> tuple[int, int]:
 
 
 def _largest_logits(module: HloModule, job: CompileJob, layout: MeshLayout) -> int:
-    """Bytes of the largest array that has the vocabulary for a side and is no weight."""
+    """Return the bytes of the largest array with a vocabulary dimension that is not a weight."""
     model = job.config.model
     vocab = layout.sharding(("vocab",), (model.n_vocab,), "vocab").shard_shape((model.n_vocab,))[0]
     embed = layout.sharding(("embed",), (model.d_model,), "embed").shard_shape((model.d_model,))[0]
@@ -172,29 +172,29 @@ def _largest_logits(module: HloModule, job: CompileJob, layout: MeshLayout) -> i
     return largest
 
 
-def locate_traffic(row: Collective, layout: MeshLayout, topology: Topology) -> Traffic:
-    """A row with where its groups lie in the hardware: over slices or hosts, and over which directions of the torus."""
-    traffic = Traffic(list(row.axes), row.kind, row.group, row.count, row.sent)
+def locate_traffic(collective: Collective, layout: MeshLayout, topology: Topology) -> Traffic:
+    """Return the traffic of a collective with the slices or hosts and the torus dimensions that its groups span."""
+    traffic = Traffic(list(collective.axes), collective.kind, collective.group, collective.count, collective.sent)
     if topology.chip is None:
         return traffic
     names = layout.mesh.axis_names
-    first = tuple(slice(None) if name in row.axes else 0 for name in names)
+    first = tuple(slice(None) if name in collective.axes else 0 for name in names)
     members = list(np.asarray(layout.mesh.devices[first]).flat)
     if topology.chip.platform == "gpu":
-        return traffic._replace(outer=len({device.process_index for device in members}))
+        return traffic._replace(spanned=len({device.process_index for device in members}))
     slices = [getattr(device, "slice_index", None) for device in members]
-    outer = len(set(slices))
-    coords = np.array([d.coords for d, own in zip(members, slices, strict=True) if own == slices[0]])
+    spanned = len(set(slices))
+    coords = np.array([d.coords for d, number in zip(members, slices, strict=True) if number == slices[0]])
     spread = [i for i in range(coords.shape[1]) if len(set(coords[:, i])) > 1]
     shape = [*topology.shape, 1]
-    wrapped = bool(spread) and all(_closes(topology, shape[i], len(set(coords[:, i]))) for i in spread)
-    return traffic._replace(torus_dims=len(spread), wrapped=wrapped, outer=outer)
+    wrapped = bool(spread) and all(_is_ring(topology, shape[i], len(set(coords[:, i]))) for i in spread)
+    return traffic._replace(torus_dims=len(spread), wrapped=wrapped, spanned=spanned)
 
 
-def _closes(topology: Topology, size: int, used: int) -> bool:
-    """Whether a direction of the torus of `size` chips is a ring, of which a group takes all.
+def _is_ring(topology: Topology, size: int, used: int) -> bool:
+    """Return whether a torus dimension of `size` chips is a ring that a group spans completely.
 
-    Cubes of 4 x 4 x 4 chips are joined by optical switches into rings; flat pods are rings at their full length only.
+    Optical switches connect cubes of 4 x 4 x 4 chips to rings; 2D pods have rings only at their full length.
     """
     assert topology.chip is not None
     if used < size:
@@ -212,20 +212,23 @@ def _compiler_version(platform: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read a job from standard input, write what was measured, or why it cannot be, to the file named first.
+    """Read a job from standard input and write its statistics, or the error, to the file in the first argument.
 
-    A second name is a place for the compiled program.
+    A second argument is the path for the text of the compiled program.
     """
-    keep = Path(arguments[1]) if len(arguments) > 1 else None
+    text_path = Path(arguments[1]) if len(arguments) > 1 else None
     try:
-        measured = measure(CompileJob.from_json(sys.stdin.read()), keep)
-        answer: dict[str, Any] = {"measured": json.loads(measured.to_json())}
+        stats = measure(CompileJob.from_json(sys.stdin.read()), text_path)
+        answer: dict[str, Any] = {"stats": json.loads(stats.to_json())}
     except (ConfigError, MissingCompilerError) as error:
         answer = {"error": type(error).__name__, "message": str(error)}
     except RuntimeError as error:
         if "cudnn" not in str(error).lower() or isinstance(error, jax.errors.JaxRuntimeError):
             raise
-        answer = {"error": "MissingCompilerError", "message": f"{error} (pip install -e '.[plan]' brings cuDNN)"}
+        answer = {
+            "error": "MissingCompilerError",
+            "message": f"{error} (pip install 'mesh-transformer[plan]' installs cuDNN)",
+        }
     Path(arguments[0]).write_text(json.dumps(answer), encoding="utf-8")
     return 0
 

@@ -398,7 +398,10 @@ def theirs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "theirs"
     rng = np.random.default_rng(3)
     described = flatten_names(describe_params(CONFIG))
-    arrays = {f"params/{name}": PlannedArray(InMemory(rng.normal(size=p.shape).astype("f")), p.axes) for name, p in described.items()}
+    arrays = {
+        f"params/{name}": PlannedArray(InMemory(rng.normal(size=p.shape).astype("f")), p.axes)
+        for name, p in described.items()
+    }
     model = {key: value for key, value in dataclasses.asdict(CONFIG).items() if value is not None}
     with open_staging_log(folder, {}) as log:
         return write_huggingface(folder, ImportPlan(CONFIG, model, arrays, 0), log, WriteOptions())

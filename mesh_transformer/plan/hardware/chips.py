@@ -1,33 +1,33 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What one chip of every kind can do, and the products they are sold in.
+"""Specifications of TPU and GPU chips, and the products they are sold in.
 
-Rates and sizes are the makers' published ones, of dense products in bfloat16. Usable memory of a TPU is what its
-compiler names when a program does not fit; of a GPU, 95% of what its driver reports, the share that a process can be
-given (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; JAX takes 0.75 unless told). Marked `~`: not published, our assumption.
+Rates and sizes are those that vendors publish, FLOP/s of dense bfloat16 matmuls. Usable memory of a TPU is the limit that
+its compiler reports when a program does not fit; of a GPU, 95% of what its driver reports, the fraction that a process
+can allocate (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; JAX's default is 0.75). Values marked `~` are not published but assumed.
 """
 
 from typing import NamedTuple
 
 GIB, GB = 2**30, 10**9
-GPU_SHARE = 0.95  # of a GPU's memory, for one process
+GPU_FRACTION = 0.95  # of a GPU's memory, for one process
 
 
 class Chip(NamedTuple):
-    """One chip. Bandwidths are bytes per second in one direction."""
+    """Specification of a chip. Bandwidths are bytes per second in one direction."""
 
     name: str
     platform: str  # tpu or gpu
-    flops: float  # peak, bfloat16 products with float32 sums
-    memory: int  # bytes a program can use, of each device
+    flops: float  # peak, bfloat16 matmuls with float32 accumulation
+    memory: int  # bytes that a program can use, per device
     memory_bandwidth: float
-    links: int  # of the fast network (ICI, NVLink counted as one)
-    link_bandwidth: float  # of each link
+    links: int  # of the fast network (ICI; NVLink counts as one)
+    link_bandwidth: float  # per link
     dcn_bandwidth: float  # to other hosts or slices, the chip's share of its host's network
-    per_host: int  # chips
+    per_host: int  # chips per host
     host_memory: int  # bytes
     watts: float
-    devices: int = 1  # that JAX sees in one chip
+    devices: int = 1  # that JAX reports per chip
 
 
 TPU_V2 = Chip("v2", "tpu", 45e12, int(7.48 * GIB), 700e9, 4, 62e9, 3.1e9, 4, 334 * GB, 280, 2)
@@ -40,23 +40,23 @@ TPU_V7X = Chip("v7x", "tpu", 2307e12, int(94.75 * GIB), 7370e9, 6, 100e9, 12.5e9
 TPUS = {chip.name: chip for chip in (TPU_V2, TPU_V3, TPU_V4, TPU_V5E, TPU_V5P, TPU_V6E, TPU_V7X)}
 
 
-# A CPU made into devices: rates of no one's machine, so that a search can rank meshes on a laptop.
+# CPU devices, with nominal rates so that a search can rank meshes on a laptop.
 CPU = Chip("cpu", "cpu", 50e9, 4 * GIB, 10e9, 1, 5e9, 5e9, 1_000_000, 16 * GB, 0)
 
 
 class GpuSpec(NamedTuple):
-    """What XLA wants to know of a GPU before it compiles for one; sizes in bytes."""
+    """Properties that XLA needs in order to compile for a GPU; sizes in bytes."""
 
     product: str
     capability: tuple[int, int]
     cores: int  # streaming multiprocessors
-    fpus: int  # float32 units of each
+    fpus: int  # float32 units per multiprocessor
     clock_ghz: float
     memory: int  # as the driver reports it
     cache: int  # level 2
-    shared: int  # of each multiprocessor
-    shared_optin: int  # of one block that asks for it
-    accelerated: bool  # has instructions of its architecture alone (sm_90a)
+    shared: int  # shared memory per multiprocessor
+    shared_optin: int  # shared memory per block, on request
+    accelerated: bool  # has architecture-specific instructions (sm_90a)
 
 
 def _ampere(product: str, memory: int) -> GpuSpec:
@@ -83,7 +83,7 @@ GPU_SPECS = {
 def _gpu(
     name: str, flops: float, bandwidth: float, nvlink: float, network: float, host_memory: int, watts: float
 ) -> Chip:
-    memory = int(GPU_SPECS[name].memory * GPU_SHARE)
+    memory = int(GPU_SPECS[name].memory * GPU_FRACTION)
     return Chip(name, "gpu", flops, memory, bandwidth, 1, nvlink, network, 8, host_memory, watts)
 
 
@@ -100,10 +100,10 @@ GPUS = {
 
 
 class Family(NamedTuple):
-    """How a kind of TPU is sold: the number in a product's name, and the torus of chips it means."""
+    """Products of a TPU generation: the number in a product's name, and its torus of chips."""
 
-    libtpu: str  # its name in a topology of libtpu
-    names: tuple[str, ...]  # what people write before the number; the first is ours
+    libtpu: str  # name in libtpu's topologies
+    names: tuple[str, ...]  # accepted prefixes of product names; the first one is printed
     slices: dict[int, tuple[int, ...]]
 
 
@@ -134,7 +134,7 @@ FAMILIES = {
     "v7x": Family("tpu7x", ("v7x", "tpu7x", "ironwood"), {2: (1, 1, 1), **_up_to(4096)}),
 }
 
-# As JAX names the devices of a machine.
+# Device kinds as JAX reports them.
 DEVICE_KINDS = {
     "TPU v2": TPU_V2, "TPU v3": TPU_V3, "TPU v4": TPU_V4, "TPU v5 lite": TPU_V5E, "TPU v5e": TPU_V5E, "TPU v5": TPU_V5P,
     "TPU v5p": TPU_V5P, "TPU v6 lite": TPU_V6E, "TPU v6e": TPU_V6E, "TPU7x": TPU_V7X,

@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A product's name as people say it -> how many chips of which kind, and devices of it to compile for.
+"""Topologies by product name: number and kind of chips, and devices to compile for.
 
-v3-8, v4-2048, v5p-1024, v7x-128      number of cores; two of them are a chip
+v3-8, v4-2048, v5p-1024, v7x-128      number of cores, two per chip
 v5e-256 (v5litepod-256), v6e-8        number of chips
-2xv5e-256                             two slices, joined by the data-centre network
+2xv5e-256                             two slices, connected by the data-center network
 H100, 8xH100, 128x8xH100              GPUs; GPUs of one host; hosts x GPUs
-cpu-8                                 this machine's CPU as eight devices
-local                                 the devices at hand
+cpu-8                                 the local CPU as eight devices
+local                                 the local devices
 """
 
 import difflib
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mesh_transformer.config import ConfigError
 from mesh_transformer.plan.hardware.chips import FAMILIES, GPU_SPECS, GPUS, TPUS, Chip, GpuSpec
 
-NVLINK_HOST = 8  # GPUs that NVLink joins
+NVLINK_HOST = 8  # GPUs connected by NVLink
 DEFAULT_A100 = "A100-80"
 
 
@@ -31,31 +31,31 @@ class Topology(NamedTuple):
     """A named set of devices."""
 
     name: str
-    chip: Chip | None  # None: this machine's own devices, of which nothing is known beforehand
-    shape: tuple[int, ...]  # chips of one slice along each direction; (devices,) of a CPU; () for local
-    slices: int = 1  # or hosts of GPUs: what the slower network joins
-    note: str = ""  # what was assumed of an ambiguous name
+    chip: Chip | None  # None: local devices, which are not known in advance
+    shape: tuple[int, ...]  # chips of one slice per dimension; (devices,) for a CPU; () for local
+    slices: int = 1  # or hosts of GPUs, which the slower network connects
+    note: str = ""  # assumption made for an ambiguous name
 
     @property
     def chips(self) -> int:
-        """Chips of all slices."""
+        """Return the number of chips of all slices."""
         return self.slices * math.prod(self.shape)
 
     @property
     def devices(self) -> int:
-        """Devices that JAX sees; 0 for local, which only the machine itself knows."""
+        """Return the number of devices that JAX reports; 0 for local devices."""
         return self.chips * (self.chip.devices if self.chip else 1) if self.shape else 0
 
     @property
     def hosts(self) -> int:
-        """Machines that the chips sit in."""
+        """Return the number of host machines."""
         if self.chip is None:
             return 1
         return self.slices * math.ceil(math.prod(self.shape) / self.chip.per_host)
 
 
 def parse_topology(name: str) -> Topology:
-    """The topology a name means. Raises ConfigError for an unknown one, with the nearest that exist."""
+    """Return the topology of a name; raise ConfigError for an unknown one, with the closest that exist."""
     if name == "local":
         return Topology(name, None, ())
     if match := re.fullmatch(r"cpu-([1-9]\d*)", name):
@@ -69,7 +69,7 @@ def parse_topology(name: str) -> Topology:
         outer, inner, gpu = match[1], match[2], match[3].upper()
         if gpu in GPUS or gpu == "A100":
             return _gpu_topology(name, int(outer or 1) if inner else 1, int(inner or outer or 1), gpu)
-    raise ConfigError(f"--topology {name}: no such product; {_nearest(name)}")
+    raise ConfigError(f"--topology {name}: unknown product; {_nearest(name)}")
 
 
 def _find_slice(prefix: str, number: int) -> tuple[str, tuple[int, ...]] | None:
@@ -83,23 +83,23 @@ def _gpu_topology(name: str, hosts: int, gpus: int, gpu: str) -> Topology:
     note = ""
     if gpu == "A100":
         gpu = DEFAULT_A100
-        note = f"A100 is taken to be {DEFAULT_A100}, with 80 GB; A100-40 is the one with 40 GB"
+        note = f"A100 means {DEFAULT_A100} with 80 GB; use A100-40 for 40 GB"
     if gpus > NVLINK_HOST:
         each = gpus // NVLINK_HOST if gpus % NVLINK_HOST == 0 else math.ceil(gpus / NVLINK_HOST)
         raise ConfigError(
-            f"--topology {name}: a host holds at most {NVLINK_HOST} GPUs; say hosts x GPUs, as {each}x{NVLINK_HOST}x{gpu}"
+            f"--topology {name}: a host has at most {NVLINK_HOST} GPUs; write hosts x GPUs, for example {each}x{NVLINK_HOST}x{gpu}"
         )
     return Topology(name, GPUS[gpu], (gpus,), hosts, note)
 
 
 def product_names() -> list[str]:
-    """Every product of one slice or host."""
+    """Return the names of all products of one slice or host."""
     tpus = [f"{family.names[0]}-{number}" for family in FAMILIES.values() for number in family.slices]
     return tpus + [f"{count}{gpu}" for gpu in GPUS for count in ("", "2x", "4x", "8x")] + ["cpu-8", "local"]
 
 
 def _nearest(name: str) -> str:
-    """Nearest products: of the same kind by number, otherwise by spelling; and how names are made."""
+    """Return the closest products, by number within a generation and otherwise by spelling, with example names."""
     match = re.fullmatch(r"((?:[1-9]\d*x)?)([a-z0-9]+?)-(\d+)", name)
     for family in FAMILIES.values():
         if match and match[2] in family.names:
@@ -108,11 +108,11 @@ def _nearest(name: str) -> str:
     aliases = {f"{alias}-{n}": None for family in FAMILIES.values() for alias in family.names for n in family.slices}
     near = difflib.get_close_matches(name, [*product_names(), *aliases, "16x8xH100"], n=3, cutoff=0.4)
     hint = f"the nearest are {', '.join(near)}; " if near else ""
-    return hint + "names are like v3-8, v5p-1024, 2xv5e-256, 8xH100, 16x8xA100-80, cpu-8, local"
+    return hint + "examples: v3-8, v5p-1024, 2xv5e-256, 8xH100, 16x8xA100-80, cpu-8, local"
 
 
 def make_devices(topology: Topology) -> Sequence[Any]:
-    """Devices to compile for, of a TPU or GPU topology; they hold nothing. Raises MissingCompilerError."""
+    """Return abstract devices of a TPU or GPU topology to compile for; raise MissingCompilerError."""
     from jax.experimental import topologies
 
     assert topology.chip is not None, "local and cpu-N are JAX's own devices"
@@ -129,7 +129,7 @@ def make_devices(topology: Topology) -> Sequence[Any]:
         if "not installed" in str(error) or "not implemented" in str(error):
             raise MissingCompilerError(
                 f"{topology.name}: the compiler for {topology.chip.platform.upper()}s is not installed; "
-                "pip install -e '.[plan]' brings libtpu (Google's licence) and the CUDA plugin"
+                "pip install 'mesh-transformer[plan]' installs libtpu (under Google's license) and the CUDA plugin"
             ) from None
         raise
     return description.devices
@@ -139,7 +139,7 @@ def _libtpu_options(topology: Topology) -> dict[str, Any]:
     assert topology.chip is not None
     options: dict[str, Any] = {}
     if topology.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # a chip's two cores as one device, as on the real ones
+        options["chip_config_name"] = "megacore"  # one device per chip with two cores, as on the hardware
     if math.prod(topology.shape) == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
     if topology.slices > 1:
@@ -149,7 +149,7 @@ def _libtpu_options(topology: Topology) -> dict[str, Any]:
 
 
 def gpu_target(gpu: GpuSpec) -> str:
-    """A GPU as XLA's GpuTargetConfigProto in text form: what its code generator asks a real device for."""
+    """Return a GPU as the text of XLA's GpuTargetConfigProto, which replaces queries of a real device."""
     feature = "ACCELERATED_FEATURES" if gpu.accelerated else "NONE"
     major, minor = gpu.capability
     return f"""gpu_device_info {{

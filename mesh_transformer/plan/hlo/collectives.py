@@ -1,16 +1,16 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that every device sends over each axis of the mesh in one step, read from the compiled program.
+"""Bytes that each device sends over each mesh axis in one step, from the text of the compiled program.
 
-Of an operation on groups of g devices, each of which puts in O bytes, every device sends at least
+In an operation on groups of g devices with operands of O bytes each, every device sends at least
 
-    all-gather          O (g - 1)        its own piece to all others
-    reduce-scatter      O (g - 1) / g    what it has of the others' pieces
-    all-reduce          2 O (g - 1) / g  the two of them, one after the other
+    all-gather          O (g - 1)        its operand to all others
+    reduce-scatter      O (g - 1) / g    its part of the results of all others
+    all-reduce          2 O (g - 1) / g  a reduce-scatter followed by an all-gather
     all-to-all          O (g - 1) / g
     collective-permute  O                (also send, to another slice, and broadcast)
 
-which is what rings and tori reach. Operations in loops count as often as the loop runs. An asynchronous operation
+which rings and tori achieve. Operations in loops are multiplied by the trip count. An asynchronous operation
 appears several times (its start, its done, and on TPUs the steps between them); it is counted once.
 """
 
@@ -28,51 +28,51 @@ _KIND = re.compile(rf"(?:ragged-)?({'|'.join(KINDS)})(?:-start)?$")
 
 
 class Collective(NamedTuple):
-    """Collective operations of one kind on one set of axes, over a whole step."""
+    """Collective operations of one kind over one set of mesh axes, in one step."""
 
-    axes: tuple[str, ...]  # mesh axes along which the members of a group differ; none for what goes to other slices
+    axes: tuple[str, ...]  # mesh axes along which members of a group differ; empty for sends to other slices
     kind: str
-    group: int  # members of a group
-    count: int  # operations in a step
-    sent: float  # bytes in a step, by every device
+    group: int  # members per group
+    count: int  # operations per step
+    sent: float  # bytes per step and device
 
 
 def read_collectives(module: HloModule, sizes: Sequence[int], axes: Sequence[str]) -> list[Collective]:
-    """All collectives of a program over a mesh of these `sizes` and `axes`, those with the most traffic first.
+    """Return all collectives of a program over a mesh of these `sizes` and `axes`, by decreasing traffic.
 
-    The program numbers its devices as they lie in the mesh, row by row.
+    The program numbers its devices in row-major order of the mesh.
     """
     found: dict[tuple[tuple[str, ...], str, int], tuple[int, float]] = {}
-    seen: set[str] = set()
+    visited: set[str] = set()
     for computation, instructions in module.computations.items():
         times = module.run_counts.get(computation, 0)
         for instruction in instructions if times else ():
             kind = _kind(instruction, computation)
-            if kind is None or _repeated(instruction, seen):
+            if kind is None or _repeated(instruction, visited):
                 continue
-            over, group = (), 2  # between slices the program names no devices, only what leaves this one
+            over, group = (), 2  # sends between slices name no devices
             if kind != "send":
                 over, group = _axes_of(_members(instruction, math.prod(sizes)), sizes, axes, kind)
             if group < 2:
                 continue
-            put_in = sum(array.size for arrays in module.operand_arrays(instruction) for array in arrays)
+            operand_bytes = sum(array.size for arrays in module.operand_arrays(instruction) for array in arrays)
             count, sent = found.get((over, kind, group), (0, 0.0))
-            found[over, kind, group] = (count + times, sent + times * sent_bytes(kind, put_in, group))
+            found[over, kind, group] = (count + times, sent + times * sent_bytes(kind, operand_bytes, group))
     rows = [Collective(over, kind, group, *rest) for (over, kind, group), rest in found.items()]
     return sorted(rows, key=lambda row: -row.sent)
 
 
-def sent_bytes(kind: str, put_in: float, group: int) -> float:
-    """Bytes that one device sends for one operation; see above."""
+def sent_bytes(kind: str, operand_bytes: float, group: int) -> float:
+    """Return the bytes that one device sends for one operation; see the table above."""
     match kind:
         case "all-gather":
-            return put_in * (group - 1)
+            return operand_bytes * (group - 1)
         case "all-reduce":
-            return 2 * put_in * (group - 1) / group
+            return 2 * operand_bytes * (group - 1) / group
         case "reduce-scatter" | "all-to-all":
-            return put_in * (group - 1) / group
+            return operand_bytes * (group - 1) / group
         case _:
-            return put_in
+            return operand_bytes
 
 
 def _kind(instruction: Instruction, computation: str) -> str | None:
@@ -81,23 +81,23 @@ def _kind(instruction: Instruction, computation: str) -> str | None:
     match = _KIND.match(instruction.opcode)
     if match is None:
         return None
-    # TPUs write a reduce-scatter as an all-reduce fused with the slice that keeps a piece of it.
+    # On TPUs a reduce-scatter is an all-reduce fused with the slice of its result.
     return "reduce-scatter" if computation.startswith("all-reduce-scatter") else match[1]
 
 
-def _repeated(instruction: Instruction, seen: set[str]) -> bool:
-    """Whether another step of the same asynchronous operation was counted already."""
+def _repeated(instruction: Instruction, visited: set[str]) -> bool:
+    """Return whether another stage of the same asynchronous operation was counted already."""
     chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
     if chain is None:
         return False
-    if chain[1] in seen:
+    if chain[1] in visited:
         return True
-    seen.add(chain[1])
+    visited.add(chain[1])
     return False
 
 
 def _members(instruction: Instruction, devices: int) -> np.ndarray:
-    """[groups, members] of device numbers; of permutations the pairs [pairs, 2]. ValueError for a form not known."""
+    """Return device numbers [groups, members], of permutations [pairs, 2]; raise ValueError for an unknown notation."""
     text = instruction.attributes
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
         return np.array([[int(n) for n in pair] for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]).reshape(-1, 2)
@@ -109,11 +109,11 @@ def _members(instruction: Instruction, devices: int) -> np.ndarray:
     if listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text):
         groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
         return np.array(groups) if groups else np.arange(devices)[None]
-    raise ValueError(f"{instruction.name}: cannot read its groups: {text[:200]}")
+    raise ValueError(f"{instruction.name}: unknown notation of replica groups: {text[:200]}")
 
 
 def _mesh_members(mesh: str, order: str | None, axes: str, devices: int) -> np.ndarray:
-    """Groups along `axes` of a mesh with names: 'a'=2,'b'=4 and 'b'; 'b':(2)2 is the part of b after the first 2."""
+    """Return the groups along `axes` of a named mesh, such as 'a'=2,'b'=4 and 'b'; 'b':(2)2 is the part of b after the first 2."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     numbers = np.arange(devices)
     if order:
@@ -121,8 +121,8 @@ def _mesh_members(mesh: str, order: str | None, axes: str, devices: int) -> np.n
         if iota is None:
             numbers = np.array([int(n) for n in order.split(",")])
         else:
-            source, turned = (tuple(int(n) for n in part.split(",")) if part else None for part in iota.groups())
-            numbers = numbers.reshape(source).transpose(turned)
+            source, permutation = (tuple(int(n) for n in part.split(",")) if part else None for part in iota.groups())
+            numbers = numbers.reshape(source).transpose(permutation)
     chosen = {
         name: (int(before or 1), int(size or 0))
         for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
@@ -139,11 +139,11 @@ def _mesh_members(mesh: str, order: str | None, axes: str, devices: int) -> np.n
 
 
 def _axes_of(members: np.ndarray, sizes: Sequence[int], axes: Sequence[str], kind: str) -> tuple[tuple[str, ...], int]:
-    """Axes along which members of a group differ, and how many members there are."""
+    """Return the axes along which members of a group differ, and the number of members."""
     if not members.size:
         return (), 0
-    places = np.stack(np.unravel_index(members, sizes), axis=-1)  # [groups, members, axes]
-    differ = np.any(places != places[:, :1], axis=(0, 1))
+    coordinates = np.stack(np.unravel_index(members, sizes), axis=-1)  # [groups, members, axes]
+    differ = np.any(coordinates != coordinates[:, :1], axis=(0, 1))
     over = tuple(axis for axis, differs in zip(axes, differ, strict=True) if differs)
     if kind == "collective-permute":
         return over, 2 if over else 0

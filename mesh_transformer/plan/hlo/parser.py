@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a compiled program as computations of instructions, and how often each computation runs in one step."""
+"""Parser of HLO text: computations, their instructions, and how often each computation runs in one step."""
 
 import math
 import re
@@ -22,7 +22,7 @@ _CONSTANT = re.compile(r"^-?\d+$")
 
 
 class HloArray(NamedTuple):
-    """One array of an instruction's result."""
+    """An array in the result of an instruction."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -30,18 +30,18 @@ class HloArray(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes without the padding of tiles."""
+        """Return the bytes without tile padding."""
         bits = BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else 0)
         return math.prod(self.shape) * bits // 8
 
     @property
     def on_chip(self) -> bool:
-        """Whether it lies in the chip's own fast memory, not in HBM."""
+        """Return whether the array is in on-chip memory instead of HBM."""
         return re.search(r"S\([1-9]\d*\)", self.layout) is not None
 
 
 class Instruction(NamedTuple):
-    """One line: %name = result opcode(operands), attributes."""
+    """An instruction: `%name = result opcode(operands), attributes`."""
 
     name: str
     result: str
@@ -53,14 +53,14 @@ class Instruction(NamedTuple):
 
     @property
     def arrays(self) -> list[HloArray]:
-        """The arrays of the result, those of a tuple in order."""
+        """Return the arrays of the result; those of a tuple in order."""
         return [
             HloArray(dtype, tuple(int(dim) for dim in dims.split(",") if dim), layout or "")
             for dtype, dims, layout in _ARRAY.findall(self.result)
         ]
 
     def called(self) -> Iterator[tuple[str, str]]:
-        """(role, computation) of every computation it calls: role is body, condition, calls, ..."""
+        """Yield (role, computation) for every called computation; roles are body, condition, calls, ..."""
         for match in _CALLED.finditer(self.attributes):
             role = match[0].split("=")[0]
             for name in _NAME.findall(match[1]):
@@ -68,10 +68,10 @@ class Instruction(NamedTuple):
 
 
 class HloModule:
-    """A compiled program."""
+    """The computations of a compiled program."""
 
     def __init__(self, text: str):
-        """`text` as `compiled.as_text()` gives it."""
+        """Parse the result of `compiled.as_text()`."""
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         current: list[Instruction] | None = None
@@ -88,35 +88,34 @@ class HloModule:
 
     @cached_property
     def run_counts(self) -> dict[str, int]:
-        """How often each computation runs in one call of the program; of a conditional's branches, each once."""
-        times = {self.entry: 1}
+        """Return how often each computation runs in one call of the program; each branch of a conditional counts once."""
+        counts = {self.entry: 1}
         for name in self._callers_first():
             for instruction in self.computations[name]:
                 for role, callee in instruction.called():
                     loops = role in ("body", "condition")
-                    runs = times.get(name, 0) * (self.trip_count(instruction) if loops else 1)
-                    times[callee] = times.get(callee, 0) + runs
-        return times
+                    runs = counts.get(name, 0) * (self.trip_count(instruction) if loops else 1)
+                    counts[callee] = counts.get(callee, 0) + runs
+        return counts
 
     def _callers_first(self) -> list[str]:
         order: list[str] = []
-        seen: set[str] = set()
+        visited: set[str] = set()
         stack: list[tuple[str, bool]] = [(self.entry, False)]
         while stack:
             name, done = stack.pop()
             if done:
                 order.append(name)
-            elif name not in seen and name in self.computations:
-                seen.add(name)
+            elif name not in visited and name in self.computations:
+                visited.add(name)
                 stack.append((name, True))
                 stack += [(callee, False) for i in self.computations[name] for _, callee in i.called()]
         return order[::-1]
 
     def trip_count(self, loop: Instruction) -> int:
-        """Iterations of a `while`: what XLA knows, or the bound in its condition less where its counter begins.
+        """Return the iterations of a `while`: XLA's known trip count, or the bound in its condition minus the initial count.
 
-        Scans count from a constant up by one; a loop whose bound is no constant, such as one over tokens still to be
-        drawn, is counted once.
+        Scans count up by one from a constant. A loop whose bound is not constant, such as the decoding loop, counts once.
         """
         if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes):
             return int(known[1])
@@ -127,33 +126,33 @@ class HloModule:
         return max(bounds[0] - self._first_count(loop, condition), 1)
 
     def _first_count(self, loop: Instruction, condition: list[Instruction]) -> int:
-        """The constant that the loop's counter begins with; 0 where it is not plain to see."""
-        places = [re.search(r"index=(\d+)", i.attributes) for i in condition if i.opcode == "get-tuple-element"]
+        """Return the initial value of the loop's counter, 0 if it is not a visible constant."""
+        indices = [re.search(r"index=(\d+)", i.attributes) for i in condition if i.opcode == "get-tuple-element"]
         start = self.by_name.get(loop.operands[0]) if loop.operands else None
-        if len(places) != 1 or places[0] is None or start is None or start.opcode != "tuple":
+        if len(indices) != 1 or indices[0] is None or start is None or start.opcode != "tuple":
             return 0
-        place = int(places[0][1])
-        first = self.by_name.get(start.operands[place]) if place < len(start.operands) else None
+        index = int(indices[0][1])
+        first = self.by_name.get(start.operands[index]) if index < len(start.operands) else None
         while first is not None and first.opcode in ("copy", "bitcast") and first.operands:
             first = self.by_name.get(first.operands[0])
         value = None if first is None else _constant(first)
         return value or 0
 
     def operand_arrays(self, instruction: Instruction) -> list[list[HloArray]]:
-        """The arrays of every operand's result."""
+        """Return the arrays of each operand."""
         return [self.by_name[name].arrays if name in self.by_name else [] for name in instruction.operands]
 
 
 def _join_lines(text: str) -> Iterator[str]:
-    """Lines of the text, an instruction whose attributes hold a table of several lines as one."""
-    whole = ""
+    """Yield the lines of the text; an instruction whose attributes span several lines is joined."""
+    joined = ""
     for line in text.splitlines():
         if line.startswith((" ", "%", "ENTRY ", "HloModule")) or line.rstrip() in ("}", ""):
-            yield whole
-            whole = line
+            yield joined
+            joined = line
         else:
-            whole += line
-    yield whole
+            joined += line
+    yield joined
 
 
 def _constant(instruction: Instruction) -> int | None:
@@ -163,7 +162,7 @@ def _constant(instruction: Instruction) -> int | None:
 
 
 def parse_instruction(line: str) -> Instruction | None:
-    """One line of a computation's body; None where it is no instruction."""
+    """Parse a line of a computation; return None if it is not an instruction."""
     text = line.strip()
     is_root = text.startswith("ROOT ")
     name, equals, rest = text.removeprefix("ROOT ").partition(" = ")
@@ -187,7 +186,7 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Place of the parenthesis that closes the one at `opening`."""
+    """Return the index of the parenthesis that closes the one at `opening`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, opening):
         depth += 1 if match[0] == "(" else -1

@@ -1,17 +1,17 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program moves and keeps: bytes read from and written to HBM in a step, and arrays stacked by loops.
+"""HBM traffic of a compiled program, and the arrays that its loops stack.
 
-XLA's own figures count the body of a loop once. Here every instruction outside of fusions counts as often as it runs:
-what it reads and what it writes. Of an array that is only sliced, the slices count; of one that is updated in place,
-the update. Arrays in the chip's own memory count for nothing. It is an upper bound in that caches are not modelled.
+XLA's own numbers count the body of a loop once. Here the operands and results of every instruction outside of fusions
+count as often as it runs. For an array that is only sliced, the slices count; for one that is updated in number, the
+update. Arrays in on-chip memory do not count. This is an upper bound, because caches are not modeled.
 """
 
 from typing import NamedTuple
 
 from mesh_transformer.plan.hlo.parser import HloArray, HloModule, Instruction
 
-# Names for something that exists already, or is counted where it is called.
+# Instructions that move nothing, or whose computations are counted separately.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "iota", "opt-barrier", "optimization-barrier", "async-start", "async-update",
@@ -20,7 +20,7 @@ FREE = {
 
 
 def hbm_bytes(module: HloModule) -> float:
-    """Bytes that one device reads from and writes to its memory in one call of the program."""
+    """Return the bytes that one device reads from and writes to HBM in one call of the program."""
     fused = {
         callee
         for instructions in module.computations.values()
@@ -30,8 +30,8 @@ def hbm_bytes(module: HloModule) -> float:
     }
     total = 0.0
     for name, instructions in module.computations.items():
-        if name not in fused and (times := module.run_counts.get(name, 0)):
-            total += times * sum(_moved(module, instruction) for instruction in instructions)
+        if name not in fused and (count := module.run_counts.get(name, 0)):
+            total += count * sum(_moved(module, instruction) for instruction in instructions)
     return total
 
 
@@ -42,7 +42,7 @@ def _moved(module: HloModule, instruction: Instruction) -> float:
     operands = module.operand_arrays(instruction)
     if opcode == "fusion":
         callee = next(name for _, name in instruction.called())
-        reads = sum(min(_read_of(module, callee, place), _size(arrays)) for place, arrays in enumerate(operands))
+        reads = sum(min(_read_of(module, callee, number), _size(arrays)) for number, arrays in enumerate(operands))
         return reads + _written(module, callee, instruction)
     match opcode:
         case "dynamic-slice" | "slice" | "gather":
@@ -58,10 +58,10 @@ def _moved(module: HloModule, instruction: Instruction) -> float:
     return _size(instruction.arrays) + sum(map(_size, operands))
 
 
-def _read_of(module: HloModule, computation: str, place: int) -> float:
-    """Bytes that a fused computation reads of its parameter number `place`."""
+def _read_of(module: HloModule, computation: str, number: int) -> float:
+    """Return the bytes that a fused computation reads of its parameter `number`."""
     instructions = module.computations.get(computation, [])
-    name = next((i.name for i in instructions if i.opcode == "parameter" and i.inside.strip() == str(place)), None)
+    name = next((i.name for i in instructions if i.opcode == "parameter" and i.inside.strip() == str(number)), None)
     if name is None:
         return float("inf")
     return _read_by_users(module, instructions, name)
@@ -77,11 +77,11 @@ def _read_by_users(module: HloModule, instructions: list[Instruction], name: str
         elif user.opcode == "bitcast":
             total += _read_by_users(module, instructions, user.name)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            continue  # updated in place
+            continue  # updated in number
         elif user.opcode == "fusion":
             callee = next(called for _, called in user.called())
             total += sum(
-                _read_of(module, callee, place) for place, operand in enumerate(user.operands) if operand == name
+                _read_of(module, callee, number) for number, operand in enumerate(user.operands) if operand == name
             )
         else:
             return float("inf")
@@ -89,7 +89,7 @@ def _read_by_users(module: HloModule, instructions: list[Instruction], name: str
 
 
 def _written(module: HloModule, computation: str, fusion: Instruction) -> float:
-    """Bytes that a fusion writes: whole results, or the updates of those updated in place."""
+    """Return the bytes that a fusion writes: its results, or the updates of arrays that are updated in number."""
     by_name = {i.name: i for i in module.computations.get(computation, [])}
     root = next((i for i in by_name.values() if i.is_root), None)
     if root is None:
@@ -115,15 +115,15 @@ def _size(arrays: list[HloArray]) -> float:
 
 
 class StackedBytes(NamedTuple):
-    """Bytes of arrays that loops fill, one piece in each iteration."""
+    """Bytes of arrays that loops fill, one slice per iteration."""
 
-    activations: int  # by the forward pass: what the backward pass will read
-    gradients: int  # by the backward pass
+    activations: int  # filled by the forward pass and read by the backward pass
+    gradients: int  # filled by the backward pass
 
 
 def stacked_bytes(module: HloModule) -> StackedBytes:
-    """What the loops over layers leave behind, from the arrays that each carries and fills."""
-    kept = gradients = 0
+    """Return the bytes of the arrays that loops over layers stack, by the pass that fills them."""
+    activations = gradients = 0
     for instructions in module.computations.values():
         for loop in instructions:
             if loop.opcode != "while" or (count := module.trip_count(loop)) < 2:
@@ -140,16 +140,16 @@ def stacked_bytes(module: HloModule) -> StackedBytes:
             if "transpose(" in loop.attributes:
                 gradients = max(gradients, filled)
             else:
-                kept = max(kept, filled)
-    return StackedBytes(kept, gradients)
+                activations = max(activations, filled)
+    return StackedBytes(activations, gradients)
 
 
 def _is_new(module: HloModule, name: str) -> bool:
-    """Whether a loop's result is made in its body, not handed on."""
+    """Return whether a result of a loop is computed in its body, not passed through."""
     made = module.by_name.get(name)
     while made is not None and made.opcode in ("copy", "bitcast") and made.operands:
         made = module.by_name.get(made.operands[0])
-    if made is not None and made.opcode == "get-tuple-element":  # of what goes into the body, or of a fusion's results
+    if made is not None and made.opcode == "get-tuple-element":  # an argument of the body, or a result of a fusion
         made = module.by_name.get(made.operands[0])
         return made is not None and made.opcode != "parameter"
     return made is not None
