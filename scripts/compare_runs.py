@@ -45,7 +45,9 @@ from mesh_transformer.train.state import describe_state
 from mesh_transformer.train.step import make_train_step
 
 COLORS = ("#3056d3", "#d1495b", "#0f8b6d", "#b7791f", "#7b4fb5", "#00838f", "#ad1457", "#546e7a")
-CURVES = "b and c of a run's own curve are fitted to its training loss: they describe that run's progress, not how model sizes compare"
+CURVES = (
+    "b and c of a run's own curve are fitted to its training loss: they describe its progress, not how sizes compare"
+)
 LAST_STEPS = 20  # logged steps whose median is the last training loss
 MAX_POINTS = 300  # of a curve
 AXES = (  # title, attribute of History, unit, logarithmic

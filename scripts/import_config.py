@@ -90,8 +90,11 @@ def convert_mtj(new: Import, devices: int | None) -> None:
     """Set what mesh-transformer-jax computes from several keys or hard-codes."""
     from mesh_transformer.convert.gptj.reader import NORMS, POSITIONS
 
-    old, count = new.old, new.count
-    norm, pe, d_head = str(old["norm"]), old["pe"], count("d_model") // count("n_heads")
+    old = new.old
+    count = new.count
+    norm = str(old["norm"])
+    pe = old["pe"]
+    d_head = count("d_model") // count("n_heads")
     if pe not in POSITIONS or norm not in {*NORMS, "layernorm-desync"}:
         raise ConfigError(
             f"norm = {norm!r} or pe = {pe!r} is not supported; norm: {', '.join(NORMS)}, layernorm-desync; "
@@ -134,7 +137,8 @@ def convert_mtj(new: Import, devices: int | None) -> None:
 def convert_neo(new: Import, devices: int | None) -> None:
     """Set what GPT-Neo computes from several keys or hard-codes."""
     del devices
-    old, steps = new.old, new.count("train_steps")
+    old = new.old
+    steps = new.count("train_steps")
     rates = {key: old.get(key, 0) or 0 for key in ("embed_dropout", "attn_dropout", "res_dropout")}
     new.update("model", attention_pattern=new.pattern("attention_types", new.count("n_layer")), qkv_bias=False)
     new.update("model", attention_scale="rsqrt_d_head", dropout=max(rates.values()))
@@ -156,8 +160,11 @@ def convert_neo(new: Import, devices: int | None) -> None:
 
 def convert_neox(new: Import, devices: int | None) -> None:
     """Set what GPT-NeoX computes from several keys or has as defaults."""
-    old, count, adam = new.old, new.count, new.old["optimizer"].get("params", {})
-    shards, grad_accum_steps = count("model_parallel_size", 1), count("gradient_accumulation_steps", 1)
+    old = new.old
+    count = new.count
+    adam = old["optimizer"].get("params", {})
+    shards = count("model_parallel_size", 1)
+    grad_accum_steps = count("gradient_accumulation_steps", 1)
     if "data_path" not in old and "train_data_paths" not in old:
         raise ConfigError("data_path and train_data_paths are both missing; one of them is required")
     if "train_batch_size" not in old:
@@ -169,10 +176,8 @@ def convert_neox(new: Import, devices: int | None) -> None:
         if rest or not replicas:
             raise ConfigError("--devices is not a multiple of model_parallel_size x pipe_parallel_size")
         new.update("train", batch_size=count("train_micro_batch_size_per_gpu") * grad_accum_steps * replicas)
-    norm, dims = (
-        old.get("norm", "layernorm"),
-        int(count("hidden_size") / count("num_attention_heads") * old.get("rotary_pct", 1)),
-    )
+    norm = old.get("norm", "layernorm")
+    rope_dims = int(count("hidden_size") / count("num_attention_heads") * old.get("rotary_pct", 1))
     eps = {"rmsnorm": "rms_norm_epsilon"}.get(norm, f"{norm}_epsilon")
     residual = (
         "serial" if not old.get("gpt_j_residual") else "parallel" if old.get("gpt_j_tied") else "parallel-two-norms"
@@ -180,13 +185,19 @@ def convert_neox(new: Import, devices: int | None) -> None:
     gelu = "gelu-tanh" if old.get("bias_gelu_fusion") else "gelu-erf"
     activation = old.get("activation", "gelu")
     own_init = (old.get("init_method"), old.get("output_layer_init_method")) == ("small_init", "wang_init")
-    new.update("model", positions=keys.NEOX_POSITIONS.get(old["pos_emb"], old["pos_emb"]), residual=residual,
-               norm_eps=old.get(eps, 1e-5 if norm == "layernorm" else 1e-8), init="neox" if own_init else "gpt2",
-               activation={"gelu": gelu, "swish": "silu"}.get(activation, activation), head_bias=False,
-               attention_pattern=new.pattern("attention_config", count("num_layers")),
-               dropout=max(old["hidden_dropout"], old["attention_dropout"]))  # fmt: skip
+    new.update(
+        "model",
+        positions=keys.NEOX_POSITIONS.get(old["pos_emb"], old["pos_emb"]),
+        residual=residual,
+        norm_eps=old.get(eps, 1e-5 if norm == "layernorm" else 1e-8),
+        init="neox" if own_init else "gpt2",
+        activation={"gelu": gelu, "swish": "silu"}.get(activation, activation),
+        head_bias=False,
+        attention_pattern=new.pattern("attention_config", count("num_layers")),
+        dropout=max(old["hidden_dropout"], old["attention_dropout"]),
+    )
     if old["pos_emb"] == "rotary":
-        new.update("model", rope_dims=dims)
+        new.update("model", rope_dims=rope_dims)
     kinds = [old.get(key) for key in ("fp16", "bf16", "precision")]
     if any(kind.get("enabled", True) if isinstance(kind, dict) else kind not in (None, "fp32") for kind in kinds):
         new.update("model", dtype="bfloat16")
@@ -194,12 +205,21 @@ def convert_neox(new: Import, devices: int | None) -> None:
         new.notes["(model) init"] = (
             keys.DANGER + 'only small_init with wang_init is supported; model.init = "gpt2" is used'
         )
-    kind, decay = old["optimizer"].get("type", "adam").lower(), old.get("lr_decay_iters") or count("train_iters")
+    kind = old["optimizer"].get("type", "adam").lower()
+    decay = old.get("lr_decay_iters") or count("train_iters")
     warmup = int(old.get("warmup", 0.01) * decay)
     beta1, beta2 = adam.get("betas", (0.9, 0.999))
-    new.update("optimizer", name="adamw" if "adam" in kind else kind, learning_rate=adam.get("lr"), beta1=beta1, beta2=beta2,
-               eps=adam.get("eps", 1e-8), warmup_steps=warmup, schedule=old.get("lr_decay_style", "linear"),
-               end_learning_rate=old.get("min_lr", 0.0))  # fmt: skip
+    new.update(
+        "optimizer",
+        name="adamw" if "adam" in kind else kind,
+        learning_rate=adam.get("lr"),
+        beta1=beta1,
+        beta2=beta2,
+        eps=adam.get("eps", 1e-8),
+        warmup_steps=warmup,
+        schedule=old.get("lr_decay_style", "linear"),
+        end_learning_rate=old.get("min_lr", 0.0),
+    )
     if old.get("lr_decay_style", "linear") != "constant":
         new.update("optimizer", decay_steps=decay - warmup)
     own = old.get("tokenizer_type", "GPT2BPETokenizer") == "HFTokenizer"

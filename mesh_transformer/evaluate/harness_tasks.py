@@ -50,7 +50,7 @@ def load_definition(name: str) -> dict[str, Any]:
     """Return the harness configuration of a task; ConfigError for a missing file, or one that defines no single task."""
     row = find_task(name)
     if not row.definition:
-        return dict(row.settings)
+        return dict(row.overrides)
     loader = import_harness("lm_eval.tasks._yaml_loader")
     own = Path(row.definition).expanduser()
     packaged = Path(import_harness().__file__).parent / "tasks" / row.definition
@@ -58,18 +58,18 @@ def load_definition(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"task {name}: no such file, neither here nor in the harness's tasks {packaged.parent}")
     try:
-        settings = loader.load_yaml(path)
+        definition = loader.load_yaml(path)
     except Exception as error:  # of YAML, or of Python code that the file refers to
         raise ConfigError(f"{path}: cannot be read as a task ({type(error).__name__}: {error})") from None
-    if "output_type" not in settings and "task" not in settings:
+    if "output_type" not in definition and "task" not in definition:
         raise ConfigError(f"{path}: not the definition of one task; it is a group, or a part that other files include")
-    return settings | row.settings
+    return definition | row.overrides
 
 
-def resolve_num_fewshot(name: str, settings: Mapping[str, Any], shots: int | None, available: int) -> int:
+def resolve_num_fewshot(name: str, definition: Mapping[str, Any], num_fewshot: int | None, available: int) -> int:
     """Return the number of few-shot examples: `shots` or the definition's; ConfigError if fewer are available."""
-    count = shots if shots is not None else settings.get("num_fewshot") or 0
-    if available < count and not (settings.get("fewshot_config") or {}).get("samples"):
+    count = num_fewshot if num_fewshot is not None else definition.get("num_fewshot") or 0
+    if available < count and not (definition.get("fewshot_config") or {}).get("samples"):
         key = to_key(name)
         raise ConfigError(
             f"task {name}: {count}-shot evaluation needs {count} examples, got {available}; give training records with "
@@ -85,39 +85,39 @@ def make_task(name: str, inputs: TaskInputs) -> Any:
     read.
     """
     dataset, tasks = import_harness("datasets").Dataset, import_harness("lm_eval.api.task")
-    settings = load_definition(name)
+    definition = load_definition(name)
     for field in ("dataset_path", "dataset_name", "dataset_kwargs", "tag", "group", "task_alias"):
-        settings.pop(field, None)
-    test_split = settings.get("test_split") or settings.get("validation_split")
+        definition.pop(field, None)
+    test_split = definition.get("test_split") or definition.get("validation_split")
     if test_split is None:
         raise ConfigError(f"task {name}: its definition names neither test_split nor validation_split")
-    shots = resolve_num_fewshot(name, settings, inputs.num_fewshot, len(inputs.fewshot_examples))
-    fewshot_config = dict(settings.get("fewshot_config") or {})
-    sampled_from = fewshot_config.pop("split", None) or settings.get("fewshot_split")
+    num_fewshot = resolve_num_fewshot(name, definition, inputs.num_fewshot, len(inputs.fewshot_examples))
+    fewshot_config = dict(definition.get("fewshot_config") or {})
+    sampled_from = fewshot_config.pop("split", None) or definition.get("fewshot_split")
     splits = {test_split: inputs.examples}
     if inputs.fewshot_examples:
-        fewshot_split = sampled_from or settings.get("training_split") or settings.get("validation_split")
+        fewshot_split = sampled_from or definition.get("training_split") or definition.get("validation_split")
         fewshot_split = "train" if fewshot_split in (None, test_split) else fewshot_split
         splits[fewshot_split] = inputs.fewshot_examples
         # all of them: the harness would sample one more and leave one out
-        is_named = sampled_from == fewshot_split or len(inputs.fewshot_examples) == shots
-        settings |= {"training_split": fewshot_split, "fewshot_split": fewshot_split if is_named else None}
+        is_named = sampled_from == fewshot_split or len(inputs.fewshot_examples) == num_fewshot
+        definition |= {"training_split": fewshot_split, "fewshot_split": fewshot_split if is_named else None}
     else:
-        settings |= {"training_split": None, "fewshot_split": None}
-    if settings.get("test_split"):
-        settings["validation_split"] = None  # the questions are one file
+        definition |= {"training_split": None, "fewshot_split": None}
+    if definition.get("test_split"):
+        definition["validation_split"] = None  # the questions are one file
     sets = {split: dataset.from_list([item.record for item in items]) for split, items in splits.items()}
-    settings |= {"task": to_key(name), "custom_dataset": lambda **_: sets, "num_fewshot": shots}
-    settings["fewshot_config"] = fewshot_config or None
+    definition |= {"task": to_key(name), "custom_dataset": lambda **_: sets, "num_fewshot": num_fewshot}
+    definition["fewshot_config"] = fewshot_config or None
     try:
-        task = tasks.ConfigurableTask(config=settings)
+        task = tasks.ConfigurableTask(config=definition)
     except Exception as error:  # of the definition's templates and functions
         first = inputs.examples[0]
         fields = ", ".join(first.record)
         raise DataError(
             f"{first.location}: task {name} cannot read its records ({type(error).__name__}: {error}); the first has {fields}"
         ) from None
-    if is_file(name) and not settings.get("process_docs"):  # other records were converted already
+    if is_file(name) and not definition.get("process_docs"):  # other records were converted already
         for item in (*inputs.examples, *inputs.fewshot_examples):
             _check(task, name, item)
     task.set_fewshot_seed(SEED)

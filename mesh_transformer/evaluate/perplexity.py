@@ -39,7 +39,7 @@ class TextScore(NamedTuple):
         return self.negative_logprob / math.log(2) / self.n_bytes
 
     @property
-    def nats_per_byte(self) -> float:
+    def loss_per_byte(self) -> float:
         """Loss in nats per UTF-8 byte."""
         return self.negative_logprob / self.n_bytes
 
@@ -57,7 +57,7 @@ class TextScore(NamedTuple):
         """Return the values by their names in evaluation results."""
         return {
             "bits_per_byte": self.bits_per_byte,
-            "nats_per_byte": self.nats_per_byte,
+            "nats_per_byte": self.loss_per_byte,
             "nats_per_token": self.loss,
             "token_perplexity": math.exp(min(self.loss, 700.0)),
             "tokens_per_byte": self.tokens_per_byte,
@@ -77,7 +77,7 @@ def sliding_windows(
     stride = context if stride is None else stride
     if not 0 < stride <= context:
         raise ConfigError(
-            f"evaluate.stride={stride} with a context of {context} tokens: the stride must be between 1 and the context"
+            f"evaluate.stride={stride} with a context of {context} tokens: must be between 1 and the context"
         )
     padded = [end_of_text, *tokens]
     scored = 0
@@ -122,7 +122,7 @@ def score_documents(
             requests, lambda done, total: on_progress(before + (reported - before) * done // total)
         )
         for (total, _), (logprob, _) in zip(waiting, found, strict=True):
-            total.nats.append(-logprob)
+            total.negative_logprobs.append(-logprob)
         waiting.clear()
 
     for component, document in documents:
@@ -149,14 +149,14 @@ def score_documents(
 
 @dataclasses.dataclass
 class _Sum:
-    nats: list[float] = dataclasses.field(default_factory=list)
+    negative_logprobs: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
     n_bytes: int = 0
     documents: int = 0
     size: int = 0
 
     def finish(self) -> TextScore:
-        return TextScore(math.fsum(self.nats), self.tokens, self.n_bytes, self.documents, self.size)
+        return TextScore(math.fsum(self.negative_logprobs), self.tokens, self.n_bytes, self.documents, self.size)
 
 
 def is_sampled(name: str, fraction: float) -> bool:

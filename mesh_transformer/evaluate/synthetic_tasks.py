@@ -27,7 +27,7 @@ def make_choices(documents: Iterable[Document], limit: int) -> list[dict[str, An
     spans = _pick(documents, limit + N_CHOICES)
     if len(spans) < N_CHOICES:
         raise DataError(
-            f"the held-out text has {len(spans)} spans of {CONTEXT + END} words, but {N_CHOICES} are needed; add text: --data NAME=PATH"
+            f"the held-out text has {len(spans)} spans of {CONTEXT + END} words, {N_CHOICES} are needed; add text: --data NAME=PATH"
         )
     examples = []
     for number, (key, words) in enumerate(spans[:limit]):

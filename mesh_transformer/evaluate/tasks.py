@@ -26,9 +26,9 @@ Record = Mapping[str, Any]
 class Task(NamedTuple):
     """One task: its definition, and the origin of its examples."""
 
-    definition: str  # a file of the harness or of the user; empty: `settings` is the full definition
+    definition: str  # a file of the harness or of the user; empty: `overrides` is the full definition
     convert: Callable[[Record], Iterable[dict[str, Any]]]  # published record -> records of the definition
-    settings: Mapping[str, Any] = {}  # overrides of the definition
+    overrides: Mapping[str, Any] = {}  # overrides of the definition
     make: Callable[[Iterable[Document], int], list[dict[str, Any]]] | None = None  # makes examples from held-out text
 
 
@@ -96,7 +96,7 @@ METRICS: dict[str, dict[str, Any]] = {
 }
 
 
-def _own(kind: str, *metrics: str, **settings: Any) -> dict[str, Any]:
+def _own(kind: str, *metrics: str, **overrides: Any) -> dict[str, Any]:
     """Return the definition of a native task: a query, and a target, or choices with the index of the correct one."""
     right = (
         {"doc_to_choice": "choices", "doc_to_target": "gold"}
@@ -105,7 +105,7 @@ def _own(kind: str, *metrics: str, **settings: Any) -> dict[str, Any]:
     )
     metric_list = [dict(METRICS[metric], metric=metric) for metric in metrics]
     common = {"output_type": kind, "test_split": "test", "doc_to_text": "query", "metric_list": metric_list}
-    return common | right | {"target_delimiter": "", "metadata": {"version": 1.0}} | settings
+    return common | right | {"target_delimiter": "", "metadata": {"version": 1.0}} | overrides
 
 
 _LINE = {"until": ["\n"], "do_sample": False, "max_gen_toks": 64}
@@ -167,7 +167,7 @@ def expand_names(names: Iterable[str]) -> list[str]:
             if one not in TASKS and one not in (TEXT, WIKITEXT) and not is_file(one):
                 every = ", ".join([TEXT, WIKITEXT, *GROUPS, *TASKS])
                 raise ConfigError(
-                    f"unknown task {one!r}; choose from {every}, or give a definition file of the harness (gsm8k/gsm8k.yaml)"
+                    f"unknown task {one!r}; choose from {every}, or give a file of the harness (gsm8k/gsm8k.yaml)"
                 )
             if one not in found:
                 found.append(one)

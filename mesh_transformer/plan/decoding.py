@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The engines' programs, lowered from shapes alone: what sampling needs on hardware that is not there.
+"""The sampling engines' programs, lowered from shapes for hardware that need not be present.
 
-Of a decoder alone the program that draws tokens for rows with full caches. Of a model with an encoder the program that
-writes a token behind texts that were read, and the one that reads them.
+Of a decoder-only model: the program that decodes a token per sequence with full KV caches. Of an encoder-decoder model:
+the program that decodes a token per sequence, and the one that encodes the prompts.
 """
 
 import math
@@ -27,10 +27,10 @@ from mesh_transformer.train.state import describe_state, format_parameters
 
 
 def lower_decode(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStats]:
-    """The program that draws tokens for `job.batch` rows with caches of `job.context` tokens.
+    """Lower the program that decodes `job.batch` sequences with KV caches of `job.context` tokens.
 
-    The figures are of one token of every row: the program's loop over tokens counts once. Raises ConfigError where rows
-    or context do not fit.
+    The statistics are of one token per sequence: the program's loop over tokens counts once. Raises ConfigError if the
+    batch or the context is not supported.
     """
     _check(job, layout)
     model, serve = job.config.model, job.config.serve
@@ -40,54 +40,58 @@ def lower_decode(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStat
     )
     params = jax.eval_shape(lambda: blank_params(model.n_vocab))
     state = jax.eval_shape(lambda like: programs.empty_state(like, job.batch, job.context), params)
-    state = _place(state, layout)
-    flops = _product_flops(describe_model(model), model) + model.n_layers * _attention_flops(job)
+    state = _with_shardings(state, layout)
+    flops = _matmul_flops(describe_model(model), model) + model.n_layers * _attention_flops(job)
     return programs.lower_decode(state), _describe(job, layout, programs.weights, state, flops * job.batch)
 
 
 def lower_seq2seq_decode(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStats]:
-    """Of a model with an encoder: the program that draws a token for `job.batch` rows, as `lower_decoding`.
+    """Lower the program of an encoder-decoder model that decodes `job.batch` sequences, as `lower_decode`.
 
-    What the encoder read has `job.context` tokens, and so has the cache of what is written.
+    Encoder output and KV cache have `job.context` tokens each.
     """
-    writer, writing = _make_writer(job, layout)
-    measured = _describe(job, layout, writer.weights, writing, _writing_flops(job) * job.batch)
-    named = {f"{module}/{name}": own for module, arrays in writer.weights.items() for name, own in arrays.items()}
-    measured.idle_bytes = sum(_device_bytes(own) for name, own in named.items() if _is_of_reading(name))
-    return writer.lower_decode(writing), measured
+    programs, state = _make_programs(job, layout)
+    stats = _describe(job, layout, programs.weights, state, _decode_flops(job) * job.batch)
+    named = {f"{module}/{name}": own for module, arrays in programs.weights.items() for name, own in arrays.items()}
+    stats.idle_bytes = sum(_device_bytes(own) for name, own in named.items() if _is_encode_param(name))
+    return programs.lower_decode(state), stats
 
 
 def lower_seq2seq_encode(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStats]:
-    """The program that comes before that of `lower_writing`: it reads the texts and draws the first tokens."""
-    writer, writing = _make_writer(job, layout)
-    sources = _place(jax.ShapeDtypeStruct((job.batch, job.context), jnp.int32), layout)
+    """Lower the program that encodes the prompts and samples the first tokens, before `lower_seq2seq_decode`."""
+    programs, state = _make_programs(job, layout)
+    encoder_tokens = _with_shardings(jax.ShapeDtypeStruct((job.batch, job.context), jnp.int32), layout)
     model = job.config.model
     assert model.encoder is not None
     params = describe_model(model)
-    read = {name: info for name, info in params.items() if _is_of_reading(name)}
+    encode_params = {name: info for name, info in params.items() if _is_encode_param(name)}
     layers = model.encoder.n_layers * _attention_flops(job)
-    flops = _writing_flops(job) + job.context * (2.0 * count_active(read, _chosen(model), model) + layers)
-    return writer.lower_encode(writing, sources), _describe(job, layout, writer.weights, writing, flops * job.batch)
+    flops = _decode_flops(job) + job.context * (
+        2.0 * count_active(encode_params, _experts_per_token(model), model) + layers
+    )
+    return programs.lower_encode(state, encoder_tokens), _describe(
+        job, layout, programs.weights, state, flops * job.batch
+    )
 
 
 def _check(job: CompileJob, layout: MeshLayout) -> None:
     if job.batch % layout.batch_shards:
         raise ConfigError(
-            f"--batch {job.batch}: rows do not divide over {layout.batch_shards} device(s) along the batch; "
+            f"--batch {job.batch} is not divisible by the {layout.batch_shards} device(s) that share the batch; "
             f"use a multiple of {layout.batch_shards}, or another mesh (--set mesh.fsdp=1 --set mesh.tensor=...)"
         )
     if job.context > job.config.model.seq_len:
         raise ConfigError(
-            f"--context {job.context}: the model reads at most model.seq_len = {job.config.model.seq_len} tokens"
+            f"--context {job.context} exceeds model.seq_len = {job.config.model.seq_len}; use a shorter context"
         )
 
 
-def _make_writer(job: CompileJob, layout: MeshLayout) -> tuple[EncoderDecoderPrograms, EncoderDecoderState]:
-    """The engine's programs, and the answers of `job.batch` rows as shapes and places."""
+def _make_programs(job: CompileJob, layout: MeshLayout) -> tuple[EncoderDecoderPrograms, EncoderDecoderState]:
+    """Return the engine's programs, and the state of `job.batch` sequences as shapes with shardings."""
     _check(job, layout)
     shapes, _ = describe_state(job.config)
     serve = job.config.serve
-    writer = EncoderDecoderPrograms(
+    programs = EncoderDecoderPrograms(
         job.config.model,
         shapes.params,
         layout,
@@ -95,32 +99,34 @@ def _make_writer(job: CompileJob, layout: MeshLayout) -> tuple[EncoderDecoderPro
         kv_cache_dtype=serve.kv_cache_dtype,
     )
 
-    def begin() -> EncoderDecoderState:
-        segments, keys = jnp.ones((job.batch, job.context), jnp.int32), jax.random.split(jax.random.key(0), job.batch)
-        return writer.empty_state(segments, make_options(SampleConfig(), job.batch), keys, 0, job.context)
+    def empty_state() -> EncoderDecoderState:
+        segment_ids = jnp.ones((job.batch, job.context), jnp.int32)
+        keys = jax.random.split(jax.random.key(0), job.batch)
+        return programs.empty_state(segment_ids, make_options(SampleConfig(), job.batch), keys, 0, job.context)
 
-    return writer, _place(jax.eval_shape(begin), layout)
+    return programs, _with_shardings(jax.eval_shape(empty_state), layout)
 
 
-def _place(shapes: Any, layout: MeshLayout) -> Any:
-    """Shapes with places: those of `caches` as caches lie, all else cut along the batch."""
+def _with_shardings(shapes: Any, layout: MeshLayout) -> Any:
+    """Add shardings to shapes: caches are sharded as in the engine, all other arrays along the batch."""
 
-    def put(leaf: jax.ShapeDtypeStruct, *axes: str) -> jax.ShapeDtypeStruct:
+    def with_sharding(leaf: jax.ShapeDtypeStruct, *axes: str) -> jax.ShapeDtypeStruct:
         axes = axes or ("batch", *["activation_embed"] * leaf.ndim)[: leaf.ndim]
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(axes, leaf.shape, "state"))
 
     if not isinstance(shapes, DecodeState | EncoderDecoderState):
-        return jax.tree.map(put, shapes)
-    caches = jax.tree.map(lambda leaf: put(leaf, "batch", "kv_heads", "position", "head_dim"), shapes.caches)
-    return jax.tree.map(put, shapes._replace(caches=None))._replace(caches=caches)
+        return jax.tree.map(with_sharding, shapes)
+    caches = jax.tree.map(lambda leaf: with_sharding(leaf, "batch", "kv_heads", "position", "head_dim"), shapes.caches)
+    return jax.tree.map(with_sharding, shapes._replace(caches=None))._replace(caches=caches)
 
 
 def _describe(
     job: CompileJob, layout: MeshLayout, weights: Any, state: DecodeState | EncoderDecoderState, flops: float
 ) -> CompiledStats:
-    """What is known of a program before it is compiled."""
+    """Return the statistics that are known before compilation."""
     shapes, axes = describe_state(job.config)
-    held, caches = _device_bytes(state), _device_bytes(state.caches)
+    state_bytes = _device_bytes(state)
+    cache_bytes = _device_bytes(state.caches)
     return CompiledStats(
         topology=job.topology,
         platform=layout.mesh.devices.flat[0].platform,
@@ -130,7 +136,7 @@ def _describe(
         tokens=job.batch,
         flops=flops,
         hardware_flops=flops,
-        bytes_by_kind={"weights": _device_bytes(weights), "cache": caches, "request": held - caches},
+        bytes_by_kind={"weights": _device_bytes(weights), "cache": cache_bytes, "request": state_bytes - cache_bytes},
         gradient_bytes=0,
         low_effort=job.low_effort,
         sharding_table=format_parameters(shapes, axes, layout),
@@ -138,33 +144,33 @@ def _describe(
 
 
 def _device_bytes(shapes: Any) -> int:
-    """Bytes of one device."""
+    """Return the bytes on one device."""
     leaves = jax.tree.leaves(shapes)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _chosen(model: ModelConfig) -> float:
+def _experts_per_token(model: ModelConfig) -> float:
     return model.experts.n_experts_per_token if model.experts else 0.0
 
 
-def _product_flops(params: Mapping[str, ParamInfo], model: ModelConfig) -> float:
-    """Of a token that meets `params`, one that is looked up first."""
-    looked_up = model.n_vocab * model.d_model * (not model.tied_embeddings)
-    return 2.0 * (count_active(params, _chosen(model), model) - looked_up)
+def _matmul_flops(params: Mapping[str, ParamInfo], model: ModelConfig) -> float:
+    """Return the matmul FLOPs of a token that `params` process; its embedding look-up needs none."""
+    embedding = model.n_vocab * model.d_model * (not model.tied_embeddings)
+    return 2.0 * (count_active(params, _experts_per_token(model), model) - embedding)
 
 
 def _attention_flops(job: CompileJob) -> float:
-    """Of a token that looks at all places of a cache, in one layer."""
+    """Return the FLOPs of a token that attends to a full cache, in one layer."""
     return 4.0 * job.config.model.n_heads * job.config.model.head_dim * job.context
 
 
-def _writing_flops(job: CompileJob) -> float:
-    """Of a token that is written: through the decoder, which looks at what is written and at what was read."""
+def _decode_flops(job: CompileJob) -> float:
+    """Return the FLOPs of a decoded token, including self-attention and cross-attention."""
     model = job.config.model
-    params = {name: info for name, info in describe_model(model).items() if not _is_of_reading(name)}
-    return _product_flops(params, model) + 2 * model.n_layers * _attention_flops(job)
+    params = {name: info for name, info in describe_model(model).items() if not _is_encode_param(name)}
+    return _matmul_flops(params, model) + 2 * model.n_layers * _attention_flops(job)
 
 
-def _is_of_reading(name: str) -> bool:
-    """Whether tokens that are read meet this parameter, and those that are written do not."""
+def _is_encode_param(name: str) -> bool:
+    """Return whether a parameter processes encoder tokens and not decoded ones."""
     return name.startswith("transformer/encoder/") or name.endswith(("/cross_attention/w_k", "/cross_attention/w_v"))

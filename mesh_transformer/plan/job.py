@@ -12,12 +12,8 @@ from typing import Any, NamedTuple
 
 from mesh_transformer.config import Config, config_to_dict, parse_config
 
-CODE_PACKAGES = (
-    "model",
-    "train",
-    "sample",
-    "plan",
-)  # with the top-level modules, the code of programs
+# With the top-level modules, the packages whose code makes programs.
+CODE_PACKAGES = ("config", "model", "train", "sample", "plan")
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "dm-haiku", "optax")
 
 

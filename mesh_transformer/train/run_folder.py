@@ -102,5 +102,5 @@ class RunFolder:
                 status = path.stat()
                 version = (status.st_size, status.st_mtime_ns)
                 if self._uploaded.get(path.name) != version:
-                    store.write({path.name: path.read_bytes()})
+                    store.write_files({path.name: path.read_bytes()})
                     self._uploaded[path.name] = version

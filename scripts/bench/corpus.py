@@ -1,26 +1,26 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What filtering, deduplication and the mixture of a corpus are worth: one small model trained on as much text of each of
+"""Compare a corpus with its raw sources: train one small model on the same amount of text of each of
 
-  mixture    CORPUS as built: filtered, without duplicates, components by their epochs
-  raw        the same sources as they lie there: no step, no deduplication, every component as large as it is
+  mixture    CORPUS as built: filtered, deduplicated, components by their epochs
+  raw        the same sources without filters and deduplication, components by their size
   COMPONENT  one component of CORPUS alone
 
-and measured on the held-out documents of CORPUS, component by component, as in table 4 of the Pile's paper.
+and measure bits per byte on the held-out documents of CORPUS by component, as in table 4 of The Pile's paper.
 
-No held-out text is trained on, for all three in the same way: what the corpus held out by name stays out of the raw text
-too, and any passage that shares 13 words in a row with a held-out document loses them and 200 characters around them
-(GPT-3, appendix C), or goes if that happens in more than ten places. Then no 13-gram is shared; that is checked again.
+No run trains on held-out text. Documents that the corpus held out by name are excluded from the raw text as well. A
+passage that shares 13 consecutive words with a held-out document loses them and 200 characters on each side (GPT-3,
+appendix C), or is dropped if it has more than ten such overlaps. The result is checked for shared 13-grams.
 
-Text is drawn in passages of at most 16,384 characters by a hash of their names, files of the raw sources likewise. Runs
-stay in OUT and go on where they were if the same command is given again; the table is also in OUT/bits_per_byte.json.
+Text is sampled in passages of at most 16,384 characters by a hash of their names; files of the raw sources likewise. Runs
+are stored in OUT; the same command resumes them. The table is also in OUT/bits_per_byte.json.
 
 examples:
   python scripts/bench/corpus.py corpora/machine runs/corpus
-      three runs of the quickstart's model on 2 MB of text each; some 15 minutes on two cores
+      three runs of the quickstart model on 2 MB of text each; about 15 minutes on two cores
   python scripts/bench/corpus.py corpora/machine runs/corpus-large --component manual-pages --mb 20 --seeds 2 \\
       --set model.d_model=256
-      other sizes; whatever of the model is set is set for all
+      other sizes; --set applies to all runs
 
 exit status: 0 done, 1 failed, 2 wrong usage, 75 preempted (run it again to continue)
 """
@@ -39,37 +39,43 @@ from typing import Any, NamedTuple
 import xxhash
 
 from mesh_transformer.cli import PREEMPTED, Preempted, add_set_option, make_parser, run_command
-from mesh_transformer.config import ConfigError, check_table, load_config
+from mesh_transformer.config import ConfigError, load_config
 from mesh_transformer.reports.evaluation_results import metrics_of, read_evaluations
 from mesh_transformer.storage.atomic_files import replace_file
 
 ROOT = Path(__file__).parents[2]
 PASSAGE = 16_384  # characters
-LARGE = 1_000_000  # bytes of a source file that is read for some of its passages, not picked as a whole
-SPARE = 1.4  # so much more is drawn than is trained on, for what decontamination takes
-OVERLAP = 13  # words in a row
-HELD_OUT_KB = 60  # of a component, at most
-CUT = "passages cut, dropped"
+LARGE_FILE = 1_000_000  # bytes; larger source files are sampled by passage, smaller ones as a whole
+SPARE = 1.4  # sampled text per trained text, since decontamination removes some
+OVERLAP = 13  # consecutive words
+HELD_OUT_KB = 60  # maximum per component
+CUT_LABEL = "passages cut, dropped"
 
 
 class Passage(NamedTuple):
-    """A piece of a document."""
+    """Part of a document."""
 
     component: str
     name: str
     text: str
 
 
-Source = tuple[float, Passage]  # what share of its passages is drawn, and a whole document
+Source = tuple[float, Passage]  # fraction of its passages to sample, and a whole document
 
 
 def main(arguments: list[str]) -> int:
-    """Draw the texts, train, measure, print the table."""
+    """Sample the texts, train, measure and print the table."""
     options = parse(arguments)
-    sheet = read_sheet(options.corpus)
+    from mesh_transformer.corpus.datasheet.content import (
+        read_datasheet,  # imported late: a missing library is a short error
+    )
+
+    sheet = read_datasheet(options.corpus)
     component = options.component or max(sheet["components"], key=lambda n: sheet["components"][n]["effective_bytes"])
     if component not in sheet["components"]:
-        raise ConfigError(f"--component {component}: {options.corpus} has {', '.join(sheet['components'])}")
+        raise ConfigError(
+            f"--component {component}: not in {options.corpus}; its components: {', '.join(sheet['components'])}"
+        )
     texts = prepare_texts(options.corpus, sheet, component, options.out / "texts", options.mb)
     names = ["mixture", "raw", component]
     runs = {name: [train(options, texts, name, seed) for seed in range(options.seeds)] for name in names}
@@ -81,59 +87,59 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse and check the command line."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("corpus", type=Path, metavar="CORPUS", help="a folder that scripts/build_corpus.py made")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the texts, the runs and the table")
-    parser.add_argument("--component", help="the one of the third run; default: the largest of the mixture")
-    parser.add_argument("--mb", type=float, default=2.0, help="text to train on, MB; default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each; default: %(default)s")
-    parser.add_argument("--config", default=str(ROOT / "configs/quickstart.toml"), help="model; default: %(default)s")
+    parser.add_argument(
+        "corpus", type=Path, metavar="CORPUS", help="folder of a corpus built by scripts/build_corpus.py"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="output folder for texts, runs and table")
+    parser.add_argument("--component", help="component of the third run; default: the largest of the mixture")
+    parser.add_argument("--mb", type=float, default=2.0, help="MB of training text; default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=1, help="number of runs for each text; default: %(default)s")
+    parser.add_argument(
+        "--config", default=str(ROOT / "configs/quickstart.toml"), help="model configuration; default: %(default)s"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_set_option(parser)
     options = parser.parse_args(arguments)
-    if options.seeds < 1 or options.mb <= 0:
-        raise ConfigError("--seeds is at least 1, and --mb more than 0")
+    if options.seeds < 1:
+        raise ConfigError(f"--seeds {options.seeds}: must be at least 1")
+    if options.mb <= 0:
+        raise ConfigError(f"--mb {options.mb}: must be greater than 0")
     return options
 
 
-def read_sheet(corpus: Path) -> dict[str, Any]:
-    """The datasheet of a corpus that is whole."""
-    if not (corpus / "manifest.json").is_file() or not (corpus / "datasheet.json").is_file():
-        raise ConfigError(f"{corpus}: not a whole corpus: build it with scripts/build_corpus.py")
-    return json.loads((corpus / "datasheet.json").read_text(encoding="utf-8"))
-
-
 def prepare_texts(corpus: Path, sheet: dict[str, Any], component: str, folder: Path, mb: float) -> dict[str, Any]:
-    """Write the texts to train on and to measure, unless they are there; what they came to, by text and component."""
+    """Write training and held-out texts unless they exist; return their sizes by text and component."""
     plan = {"digest": sheet["digest"], "component": component, "mb": mb, "passage": PASSAGE}
     summary = folder / "summary.json"
     if summary.is_file():
         found = json.loads(summary.read_text(encoding="utf-8"))
         if found["plan"] != plan:
-            raise ConfigError(f"{folder}: holds texts of {found['plan']}, not of {plan}; name another OUT")
+            raise ConfigError(f"{folder}: contains texts of {found['plan']}, not of {plan}; choose another OUT")
         return found
-    # here, so that a run that goes on does without the libraries of a corpus
+    # Imported late so that resuming does not require the libraries of the corpus extra.
     from mesh_transformer.corpus.contamination import ContaminationIndex
-    from mesh_transformer.corpus.recipe import DecontaminateFilter, EvaluationConfig, Recipe
+    from mesh_transformer.corpus.recipe import DecontaminateFilter, EvaluationConfig, load_stored_recipe
 
-    recipe = check_table(Recipe, sheet["recipe"], where=str(corpus / "datasheet.json"))
+    recipe = load_stored_recipe(sheet["recipe"], where=str(corpus / "datasheet.json"))
     held_out = write_held_out(corpus, folder)
-    step = DecontaminateFilter(kind="decontaminate", against=("held-out",), n_gram=OVERLAP)
-    index = ContaminationIndex(step, {"held-out": EvaluationConfig(path=str(folder / "held-out"))})
+    config = DecontaminateFilter(kind="decontaminate", against=("held-out",), n_gram=OVERLAP)
+    index = ContaminationIndex(config, {"held-out": EvaluationConfig(path=str(folder / "held-out"))})
     components = sheet["components"]
     sizes = {name: components[name]["effective_bytes"] for name in components}
-    shares = {name: SPARE * 1e6 * mb / sum(sizes.values()) * components[name]["epochs"] for name in components}
-    alone = {component: SPARE * 1e6 * mb / components[component]["train_bytes"]}
-    share = SPARE * 1e6 * mb / sum(entry["raw_bytes"] for entry in components.values())
-    drawn = {
-        "mixture": draw(built_documents(corpus, shares)),
-        "raw": draw(raw_documents(recipe, share)),
-        component: draw(built_documents(corpus, alone)),
+    target = SPARE * 1e6 * mb
+    fractions = {name: target / sum(sizes.values()) * components[name]["epochs"] for name in components}
+    single = {component: target / components[component]["train_bytes"]}
+    raw_fraction = target / sum(entry["raw_bytes"] for entry in components.values())
+    sampled = {
+        "mixture": sample(built_documents(corpus, fractions)),
+        "raw": sample(raw_documents(recipe, raw_fraction)),
+        component: sample(built_documents(corpus, single)),
     }
     trained = {
         name: write_clean(folder.absolute() / f"{name}.jsonl.zst", passages, index, int(1e6 * mb))
-        for name, passages in drawn.items()
+        for name, passages in sampled.items()
     }
     found = {"plan": plan, "held_out": held_out, "trained": trained}
     replace_file(summary, (json.dumps(found, indent=2) + "\n").encode())
@@ -141,7 +147,7 @@ def prepare_texts(corpus: Path, sheet: dict[str, Any], component: str, folder: P
 
 
 def write_held_out(corpus: Path, folder: Path) -> dict[str, int]:
-    """held-out/COMPONENT.jsonl, of the first documents by hash; bytes of each component that has any."""
+    """Write held-out/COMPONENT.jsonl with the first documents by hash; return the bytes of each component."""
     from mesh_transformer.corpus.parts import read_documents
 
     documents: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -163,82 +169,83 @@ def write_held_out(corpus: Path, folder: Path) -> dict[str, int]:
     return found
 
 
-def built_documents(corpus: Path, shares: dict[str, float]) -> Iterator[Source]:
-    """Documents for training of the components that have a share, with it."""
+def built_documents(corpus: Path, fractions: dict[str, float]) -> Iterator[Source]:
+    """Yield the training documents of the components in `fractions`, each with its fraction."""
     from mesh_transformer.corpus.parts import read_documents
 
     for path in sorted((corpus / "documents/train").glob("*.jsonl.zst")):
         for record in read_documents(path):
-            if (name := record["meta"]["pile_set_name"]) not in shares:
-                break  # all of a file are of one component
-            yield shares[name], Passage(name, record["id"], record["text"])
+            if (name := record["meta"]["pile_set_name"]) not in fractions:
+                break  # all documents of a file are of one component
+            yield fractions[name], Passage(name, record["id"], record["text"])
 
 
-def raw_documents(recipe: Any, share: float) -> Iterator[Source]:
-    """Documents of the sources for training before any step: of files that a hash picks all, of large ones a share."""
+def raw_documents(recipe: Any, fraction: float) -> Iterator[Source]:
+    """Yield the unfiltered training documents of sampled files completely, and of all large files with `fraction`."""
     from mesh_transformer.corpus.sources import ReadStats, find_parts, read_part
     from mesh_transformer.corpus.stage_filter import split_of
 
     for part in find_parts(recipe)[0]:
         for file in part.files:
-            is_large = file.size > LARGE
-            if not is_large and not is_drawn(f"file:{file.path}", share):
+            is_large = file.size > LARGE_FILE
+            if not is_large and not is_sampled(f"file:{file.path}", fraction):
                 continue
             for document in read_part(part._replace(files=(file,)), recipe, ReadStats()):
                 if split_of(document.name, recipe) == "train":
-                    yield share if is_large else 1.0, Passage(part.component, document.name, document.text)
+                    yield fraction if is_large else 1.0, Passage(part.component, document.name, document.text)
 
 
-def is_drawn(name: str, share: float) -> bool:
-    """Whether a hash of the name lies in this share of all hashes."""
-    return xxhash.xxh3_64_intdigest(name.encode()) < share * 2**64
+def is_sampled(name: str, fraction: float) -> bool:
+    """Return whether the hash of a name is in the first `fraction` of all hashes."""
+    return xxhash.xxh3_64_intdigest(name.encode()) < fraction * 2**64
 
 
-def draw(documents: Iterable[Source]) -> list[Passage]:
-    """Passages of documents by the documents' shares, in the order of a hash of their names."""
-    drawn = []
-    for share, document in documents:
+def sample(documents: Iterable[Source]) -> list[Passage]:
+    """Sample the passages of documents by the fractions of the documents, ordered by a hash of their names."""
+    passages = []
+    for fraction, document in documents:
         for number, start in enumerate(range(0, len(document.text), PASSAGE)):
             name = f"{document.name}#{number}"
-            if is_drawn(f"passage:{name}", share):
-                drawn.append(Passage(document.component, name, document.text[start : start + PASSAGE]))
-    return sorted(drawn, key=lambda passage: xxhash.xxh3_64_intdigest(f"order:{passage.name}".encode()))
+            if is_sampled(f"passage:{name}", fraction):
+                passages.append(Passage(document.component, name, document.text[start : start + PASSAGE]))
+    return sorted(passages, key=lambda passage: xxhash.xxh3_64_intdigest(f"order:{passage.name}".encode()))
 
 
 def write_clean(path: Path, passages: Iterable[Passage], index: Any, size: int) -> dict[str, Any]:
-    """Write `size` bytes of text that shares nothing with the held-out one; what was taken, cut and left out.
+    """Write `size` bytes of text that share no n-gram with held-out text; return what was written, cut and dropped.
 
-    Raises DataError if anything is shared in the end.
+    Raises DataError if a written passage still shares an n-gram.
     """
     from datatrove.data import Document
 
     from mesh_transformer.corpus.parts import PartWriter
     from mesh_transformer.data.errors import DataError
 
-    taken: Counter[str] = Counter()
+    written: Counter[str] = Counter()
     counts = {"passages": 0, "cut": 0, "cut_bytes": 0, "dropped": 0}
     with PartWriter(path) as part:
         for passage in passages:
             if part.bytes >= size:
                 break
             document = Document(passage.text, passage.name)
-            if index.clean(document):
+            if index.decontaminate(document):
                 counts["dropped"] += 1
                 continue
             counts["passages"] += 1
             counts["cut"] += document.text != passage.text
             counts["cut_bytes"] += len(passage.text.encode()) - len(document.text.encode())
-            if (again := Document(document.text, passage.name)) and (index.clean(again) or again.text != document.text):
+            again = Document(document.text, passage.name)
+            if index.decontaminate(again) or again.text != document.text:
                 raise DataError(
-                    f"{passage.name}: shares {OVERLAP} words in a row with a held-out document after cutting"
+                    f"{passage.name}: still shares {OVERLAP} consecutive words with a held-out document after decontamination"
                 )
             part.add(document.text, passage.name, {"pile_set_name": passage.component})
-            taken[passage.component] += len(document.text.encode())
-    return {"path": str(path), "bytes": part.bytes, **counts, "components": dict(taken.most_common())}
+            written[passage.component] += len(document.text.encode())
+    return {"path": str(path), "bytes": part.bytes, **counts, "components": dict(written.most_common())}
 
 
 def train(options: argparse.Namespace, texts: dict[str, Any], name: str, seed: int) -> dict[str, float]:
-    """Train on a text in a run folder of its own, or go on; bits per byte of each component, and of all."""
+    """Train on a text in its own run folder, or resume; return bits per byte of each component and of all."""
     run = (options.out / f"{name}-seed{seed}").absolute()
     held_out = {component: str(held_out_file(options.out / "texts", component)) for component in texts["held_out"]}
     changes = [
@@ -253,8 +260,8 @@ def train(options: argparse.Namespace, texts: dict[str, Any], name: str, seed: i
         *(f"evaluate.data.{component}={json.dumps(path)}" for component, path in held_out.items()),
         *options.set,
     ]
-    sizes = load_config(options.config, changes)
-    steps = max(int(1e6 * options.mb / (sizes.train.batch_size * sizes.model.seq_len)), 1)
+    config = load_config(options.config, changes)
+    steps = max(int(1e6 * options.mb / (config.train.batch_size * config.model.seq_len)), 1)
     changes += [f"train.steps={steps}", f"checkpoint.every={max(steps // 4, 1)}"]
     if steps not in read_evaluations(run):
         command = [sys.executable, str(ROOT / "device_train.py"), options.config]
@@ -263,48 +270,48 @@ def train(options: argparse.Namespace, texts: dict[str, Any], name: str, seed: i
             [*command, *(f"--set={change}" for change in changes)], stdout=sys.stderr, cwd=ROOT, check=False
         )
         if finished.returncode == PREEMPTED:
-            raise Preempted("the same command goes on")
+            raise Preempted("run the same command again to resume")
         if finished.returncode:
-            raise ChildProcessError(f"training on {name} ended with status {finished.returncode}; see above")
+            raise ChildProcessError(f"training on {name} failed with status {finished.returncode}; its output is above")
     measured = metrics_of(read_evaluations(run)[steps])
     found = {component: measured[f"text:{component}.bits_per_byte"] for component in held_out}
     return found | ({"all": measured["text.bits_per_byte"]} if len(held_out) > 1 else {})
 
 
 def held_out_file(folder: Path, component: str) -> Path:
-    """What of a component is measured."""
+    """Return the path of the held-out texts of a component."""
     return (folder / "held-out" / f"{component}.jsonl").absolute()
 
 
 def make_table(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Component -> text trained on -> mean over the seeds, and standard deviation where there are several."""
-    rows: dict[str, dict[str, dict[str, float]]] = {}
-    for row in next(iter(runs.values()))[0]:
-        rows[row] = {}
+    """Return component -> training text -> mean over the seeds, and standard deviation if there are several."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for component in next(iter(runs.values()))[0]:
+        table[component] = {}
         for name, seeds in runs.items():
-            values = [found[row] for found in seeds]
-            rows[row][name] = {"mean": statistics.fmean(values)}
+            values = [found[component] for found in seeds]
+            table[component][name] = {"mean": statistics.fmean(values)}
             if len(values) > 1:
-                rows[row][name]["sd"] = statistics.stdev(values)
-    return rows
+                table[component][name]["sd"] = statistics.stdev(values)
+    return table
 
 
 def format_result(texts: dict[str, Any], table: dict[str, dict[str, dict[str, float]]]) -> str:
-    """What was trained on, and bits per byte; the best of a row with a star."""
+    """Return the training texts and bits per byte as tables; a star marks the best of each line."""
     names = list(texts["trained"])
-    width = max(map(len, [*table, CUT])) + 2
+    width = max(map(len, [*table, CUT_LABEL])) + 2
     heading = f"{'':<{width}}" + "".join(f"{name:>24}" for name in names)
-    lines = ["MB trained on, by component", heading]
+    lines = ["MB of training text, by component", heading]
     for component in [*texts["held_out"], *sorted({c for n in names for c in texts["trained"][n]["components"]})]:
-        shares = [texts["trained"][name]["components"].get(component, 0) / 1e6 for name in names]
-        line = f"{component:<{width}}" + "".join(f"{share:>24.3f}" for share in shares)
+        sizes = [texts["trained"][name]["components"].get(component, 0) / 1e6 for name in names]
+        line = f"{component:<{width}}" + "".join(f"{size:>24.3f}" for size in sizes)
         if line not in lines:
             lines.append(line)
     totals = [texts["trained"][name] for name in names]
-    lines.append(f"{'together':<{width}}" + "".join(f"{total['bytes'] / 1e6:>24.3f}" for total in totals))
-    lines.append(f"{CUT:<{width}}" + "".join(f"{total['cut']:>18,}{total['dropped']:>6,}" for total in totals))
-    lines += ["", "bits per byte of held-out text, the lowest of a row with a star", f"{heading}{'bytes':>12}"]
-    for row, found in table.items():
+    lines.append(f"{'total':<{width}}" + "".join(f"{total['bytes'] / 1e6:>24.3f}" for total in totals))
+    lines.append(f"{CUT_LABEL:<{width}}" + "".join(f"{total['cut']:>18,}{total['dropped']:>6,}" for total in totals))
+    lines += ["", "bits per byte of held-out text, * = lowest of the line", f"{heading}{'bytes':>12}"]
+    for component, found in table.items():
         best = min(math.inf, *(value["mean"] for value in found.values()))
         cells = ""
         for name in names:
@@ -312,8 +319,8 @@ def format_result(texts: dict[str, Any], table: dict[str, dict[str, dict[str, fl
             spread = f" ± {found[name]['sd']:.4f}" if "sd" in found[name] else ""
             cell = f"{mean:.4f}{spread}{'*' if mean == best else ' '}"
             cells += f"{cell:>24}"
-        size = texts["held_out"].get(row, sum(texts["held_out"].values()))
-        lines.append(f"{row:<{width}}{cells}{size:>12,}")
+        size = texts["held_out"].get(component, sum(texts["held_out"].values()))
+        lines.append(f"{component:<{width}}{cells}{size:>12,}")
     return "\n".join(lines)
 
 

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How well duplicates are found: exact and near ones planted among documents of random words, precision and recall.
+"""Measure precision and recall of deduplication on duplicates planted among documents of random words.
 
-Words are drawn as often as Zipf's law has them, so documents have next to nothing in common but what is planted. A near
-duplicate shares its first words with its original, as many as give the stated Jaccard similarity of 5-grams.
+Words follow Zipf's law, so documents share almost nothing except what is planted. A near duplicate shares its first words
+with its original, as many as give the stated Jaccard similarity of 5-grams.
 
 examples:
   python scripts/bench/dedup.py
@@ -36,13 +36,17 @@ _LETTERS = str.maketrans("0123456789ABCDEFGHIJKLMNOP", "abcdefghijklmnopqrstuvwx
 
 
 def main(arguments: list[str]) -> int:
-    """Plant, build, count."""
+    """Plant duplicates, build a corpus, and print precision and recall."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--documents", type=int, default=50_000, help="originals; default: %(default)s")
-    parser.add_argument("--planted", type=int, default=1000, help="of exact, and of near ones; default: %(default)s")
-    parser.add_argument("--preset", choices=["pile", "fineweb"], action="append", help="default: both")
-    parser.add_argument("--workers", type=int, default=2, help="processes; default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--documents", type=int, default=50_000, help="number of originals; default: %(default)s")
+    parser.add_argument(
+        "--planted", type=int, default=1000, help="number of exact, and of near duplicates; default: %(default)s"
+    )
+    parser.add_argument(
+        "--preset", choices=["pile", "fineweb"], action="append", help="near-duplicate preset; default: both"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="worker processes; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print only JSON")
     options = parser.parse_args(arguments)
     results = {preset: measure(preset, options) for preset in options.preset or ["pile", "fineweb"]}
     if options.json:
@@ -51,37 +55,37 @@ def main(arguments: list[str]) -> int:
     for preset, result in results.items():
         print(f"{preset}: {result['seconds']:.1f} s, precision {result['precision']:.4f}")
         print(f"{'planted':>10} {'count':>6} {'similarity':>10} {'found':>7} {'theory':>7}")
-        for row in result["rows"]:
-            shown = (row["planted"], row["count"], row["similarity"], row["recall"], row["theory"])
-            print("{:>10} {:>6} {:>10.3f} {:>7.3f} {:>7.3f}".format(*shown))
+        for level in result["rows"]:
+            values = (level["planted"], level["count"], level["similarity"], level["recall"], level["theory"])
+            print("{:>10} {:>6} {:>10.3f} {:>7.3f} {:>7.3f}".format(*values))
     return 0
 
 
 def plant(options: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
-    """Name, text and true similarity of all documents: originals, then exact duplicates, then near ones."""
-    draw = np.random.default_rng(1)
-    chances = 1 / np.arange(1, VOCABULARY + 1)
-    words = draw.choice(VOCABULARY, size=(options.documents + options.planted, WORDS), p=chances / chances.sum())
+    """Yield name, text and true similarity of all documents: originals, then exact and near duplicates."""
+    rng = np.random.default_rng(1)
+    weights = 1 / np.arange(1, VOCABULARY + 1)
+    words = rng.choice(VOCABULARY, size=(options.documents + options.planted, WORDS), p=weights / weights.sum())
     for number in range(options.documents):
-        yield "original", write(words[number]), 0.0
+        yield "original", to_text(words[number]), 0.0
     for number in range(options.planted):
-        yield "exact", write(words[number]).title(), 1.0
+        yield "exact", to_text(words[number]).title(), 1.0
     for number in range(options.planted):
         level = LEVELS[number % len(LEVELS)]
         grams = WORDS - N_GRAM + 1  # of each; J = shared / (2 grams - shared)
         shared = round(2 * grams * level / (1 + level))
         other = words[options.documents + number]
         text = np.concatenate([words[options.planted + number][: shared + N_GRAM - 1], other])[:WORDS]
-        yield f"near {level}", write(text), shared / (2 * grams - shared)
+        yield f"near {level}", to_text(text), shared / (2 * grams - shared)
 
 
-def write(words: np.ndarray) -> str:
-    """A text of words that are numbers in letters: digits are all one to DataTrove's shingles."""
+def to_text(words: np.ndarray) -> str:
+    """Write word numbers in letters: DataTrove's shingles treat all digits as equal."""
     return " ".join(np.base_repr(word, 26).translate(_LETTERS) for word in words)
 
 
 def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Precision over all that was removed, recall of each kind that was planted beside what the bands should find."""
+    """Return precision of all removals, and for each planted level its recall and the recall predicted for the bands."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         kinds = []
@@ -91,7 +95,7 @@ def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
                 file.write(json.dumps({"text": text}) + "\n")
         table = {
             "corpus": {"name": "planted"},
-            "components": {"all": {"kind": "jsonl", "paths": [str(root / "all.jsonl")], "licence": "none"}},
+            "components": {"all": {"kind": "jsonl", "paths": [str(root / "all.jsonl")], "license": "none"}},
             "heldout": {"one_in": 0},
             "duplicates": {"near": preset},
         }

@@ -1,15 +1,15 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Every plan that the files in configs/ name in their first lines, compiled, as one table.
+"""Compile every plan that the files in configs/ list in their first lines, and write them as one table.
 
-A line `# python device_plan.py configs/NAME.toml --topology T [--set KEY=VALUE ...]` asks for one. What was compiled is
-kept by a digest of the program, so that an interrupted call goes on where it was; a plan takes one to ten minutes.
+A line `# python device_plan.py configs/NAME.toml --topology T [--set KEY=VALUE ...]` requests a plan. Compiled results
+are cached by a digest of the program, so an interrupted run resumes; a plan takes one to ten minutes.
 
 examples:
   python scripts/bench/plan_all.py
       compile what is missing and write docs/plans.md
-  python scripts/bench/plan_all.py configs/gptj_6b.toml --output gptj.md --fresh
-      the plans of one file, compiled anew
+  python scripts/bench/plan_all.py configs/gptj_6b.toml --output gptj.md --no-cache
+      the plans of one file, compiled again
 """
 
 import functools
@@ -37,144 +37,144 @@ COMMAND = "# python device_plan.py "
 GIB = 2**30
 
 
-class Row(NamedTuple):
-    """One plan: as the file asks for it, and with the smallest change that fits where it does not."""
+class PlannedRun(NamedTuple):
+    """A plan as the configuration requests it and, if it does not fit, with the smallest change that fits."""
 
     command: str
     job: CompileJob
-    verdict: Plan
-    remedy: Suggestion | None
+    plan: Plan
+    suggestion: Suggestion | None
     fixed: Plan | None
 
 
 def find_commands(path: Path) -> Iterator[str]:
-    """The plans that a configuration's first lines ask for."""
+    """Yield the commands in a configuration's first lines."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith(COMMAND):
             yield line.removeprefix("# python ")
 
 
 def make_job(command: str) -> CompileJob:
-    """The job of a command line of device_plan.py."""
+    """Return the job of a device_plan.py command."""
     words = shlex.split(command)
     sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     return CompileJob(config=load_config(ROOT / words[1], sets), topology=words[words.index("--topology") + 1])
 
 
-def plan_row(command: str, cache: Path) -> Row:
-    """Compile one plan, and changes to it until one fits."""
+def plan_command(command: str, cache: Path) -> PlannedRun:
+    """Compile a plan and, if it does not fit, changes of its configuration until one fits."""
     job, compile_one = make_job(command), functools.partial(compile_job, cache=cache)
-    verdict = make_plan(job.config, compile_one(job))
-    remedy = fixed = None
-    if verdict.memory.fits is False:
-        remedy = suggest_change(job, verdict.stats, compile_one, log=lambda line: print(f"    {line}", flush=True))
-        if remedy:
-            fixed = make_plan(change_config(job.config, remedy.change.overrides), remedy.stats)
-    return Row(command, job, verdict, remedy, fixed)
+    plan = make_plan(job.config, compile_one(job))
+    suggestion = fixed = None
+    if plan.memory.fits is False:
+        suggestion = suggest_change(job, plan.stats, compile_one, log=lambda line: print(f"    {line}", flush=True))
+        if suggestion:
+            fixed = make_plan(change_config(job.config, suggestion.change.overrides), suggestion.stats)
+    return PlannedRun(command, job, plan, suggestion, fixed)
 
 
-def format_rows(rows: list[Row]) -> str:
-    """The page."""
+def format_rows(rows: list[PlannedRun]) -> str:
+    """Return the page docs/plans.md."""
     lines = [
         "# Plans",
         "",
         "What every run in `configs/` needs on the hardware it is meant for. Each row was compiled at the compiler's default",
         "effort, for devices that were not there (`python scripts/bench/plan_all.py`); none is a formula. Peak and usable memory are",
         "GiB of one device. Step times lie between two bounds: everything hidden behind the longest of products, memory and",
-        "communication, and nothing hidden. Days are for the run's own tokens. None of these was measured on the hardware.",
+        "communication, and nothing hidden. Days are for the run's own tokens. None of these was stats on the hardware.",
         "",
-        "| run | topology | mesh | peak / usable | fits | step s | MFU | bound by | tokens a day | days | checkpoint GB |",
+        "| run | topology | mesh | peak / usable | fits | step s | MFU | bound by | tokens per day | days | checkpoint GB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        lines.append(_format_row(row, row.verdict, ""))
-        if row.fixed and row.remedy:
-            lines.append(_format_row(row, row.fixed, row.remedy.change.description))
+        lines.append(_format_row(row, row.plan, ""))
+        if row.fixed and row.suggestion:
+            lines.append(_format_row(row, row.fixed, row.suggestion.change.description))
     lines += ["", "The commands:", "", "```", *(f"python {row.command}" for row in rows), "```", ""]
     lines += _format_errors(rows)
     return "\n".join(lines) + "\n"
 
 
-def _format_row(row: Row, verdict: Plan, change: str) -> str:
-    measured, memory, roofline, cost = verdict.stats, verdict.memory, verdict.roofline, verdict.cost
+def _format_row(row: PlannedRun, plan: Plan, change: str) -> str:
+    stats, memory, roofline, cost = plan.stats, plan.memory, plan.roofline, plan.cost
     name = Path(shlex.split(row.command)[1]).stem + (f", with {change}" if change else "")
     cells = [
         name,
-        measured.topology,
-        describe_mesh(measured.mesh),
+        stats.topology,
+        describe_mesh(stats.mesh),
         f"{memory.peak / GIB:.2f} / {(memory.usable or 0) / GIB:.2f}",
         "yes" if memory.fits else "**no**",
     ]
     if roofline is None or cost is None:
-        return "| " + " | ".join([*cells, "-", "-", "-", "-", "-", f"{verdict.checkpoint_bytes / 1e9:,.0f}"]) + " |"
+        return "| " + " | ".join([*cells, "-", "-", "-", "-", "-", f"{plan.checkpoint_bytes / 1e9:,.0f}"]) + " |"
     slow = roofline.upper_bound / roofline.lower_bound
     cells += [
         f"{roofline.lower_bound:.3g} - {roofline.upper_bound:.3g}",
-        f"{verdict.mfu_no_overlap:.0%} - {verdict.mfu:.0%}",
+        f"{plan.mfu_no_overlap:.0%} - {plan.mfu:.0%}",
         roofline.bound,
         f"{cost.tokens / cost.days / slow:.2g} - {cost.tokens / cost.days:.2g}",
         f"{cost.days:,.3g} - {cost.days * slow:,.3g}",
-        f"{verdict.checkpoint_bytes / 1e9:,.0f}",
+        f"{plan.checkpoint_bytes / 1e9:,.0f}",
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def _format_errors(rows: list[Row]) -> list[str]:
-    """The memory estimate (plan/estimate.py) against every compile."""
+def _format_errors(rows: list[PlannedRun]) -> list[str]:
+    """Return the section that compares the memory estimate (plan/estimate.py) with every compilation."""
     lines = [
-        "## The estimate against the compiler",
+        "## Accuracy of the estimate",
         "",
-        "`plan/estimate.py` prunes searches, and stands in where no compiler is installed. Its peak against the compiled one:",
+        "`plan/estimate.py` prunes searches, and replaces the compiler where none is installed. Its peak memory compared with the compiled one:",
         "",
         "| run | topology | estimate GiB | compiled GiB | estimate / compiled |",
         "|---|---|---|---|---|",
     ]
     ratios = []
     for row in rows:
-        for job, verdict in _compiled_pairs(row):
-            guess, peak = estimate_training(job.config, job.topology).peak_bytes, verdict.memory.peak
-            ratios.append(guess / peak)
+        for job, plan in _compiled_pairs(row):
+            estimate, peak = estimate_training(job.config, job.topology).peak_bytes, plan.memory.peak
+            ratios.append(estimate / peak)
             name = Path(shlex.split(row.command)[1]).stem
-            refused = " (refused)" if verdict.stats.compiler_error else ""
+            refused = " (refused)" if plan.stats.compiler_error else ""
             lines.append(
-                f"| {name} | {job.topology} | {guess / GIB:.2f} | {peak / GIB:.2f}{refused} | {guess / peak:.2f} |"
+                f"| {name} | {job.topology} | {estimate / GIB:.2f} | {peak / GIB:.2f}{refused} | {estimate / peak:.2f} |"
             )
     if ratios:
         lines += ["", f"Median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}."]
     return lines
 
 
-def _compiled_pairs(row: Row) -> Iterator[tuple[CompileJob, Plan]]:
-    yield row.job, row.verdict
+def _compiled_pairs(row: PlannedRun) -> Iterator[tuple[CompileJob, Plan]]:
+    yield row.job, row.plan
     if row.fixed:
         yield CompileJob(config=row.fixed.config, topology=row.job.topology), row.fixed
 
 
 def main(arguments: list[str]) -> int:
-    """Compile what is missing, write the page."""
+    """Run the command line."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("configs", nargs="*", type=Path, help="default: every file in configs/")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "plans.md", help="default: %(default)s")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/mesh-transformer/plans").expanduser())
-    parser.add_argument("--fresh", action="store_true", help="use nothing that was compiled before")
+    parser.add_argument("--no-cache", action="store_true", help="ignore cached results")
     options = parser.parse_args(arguments)
-    jax.config.update("jax_platforms", "cpu")  # whatever devices are here, they are not what is planned for
-    cache = options.cache / f"fresh-{int(time.time())}" if options.fresh else options.cache
+    jax.config.update("jax_platforms", "cpu")  # the local devices are not the ones that are planned for
+    cache = options.cache / f"uncached-{int(time.time())}" if options.no_cache else options.cache
     paths = options.configs or sorted((ROOT / "configs").glob("*.toml"))
     rows, failed = [], 0
     for command in (command for path in paths for command in find_commands(path)):
         print(command, flush=True)
         start = time.monotonic()
         try:
-            row = plan_row(command, cache)
+            row = plan_command(command, cache)
         except CompileError as error:
             failed += 1
             print(f"    {error}", file=sys.stderr, flush=True)
             continue
         rows.append(row)
-        shown = row.fixed or row.verdict
-        words = f", with {row.remedy.change.description}" if row.remedy else ""
-        fits = f"fits{words}" if shown.memory.fits else "does not fit, whatever was tried"
+        shown = row.fixed or row.plan
+        words = f", with {row.suggestion.change.description}" if row.suggestion else ""
+        fits = f"fits{words}" if shown.memory.fits else "does not fit; no tested change does"
         print(f"    {shown.memory.peak / GIB:.2f} GiB, {fits}, {time.monotonic() - start:.0f} s", flush=True)
         options.output.write_text(format_rows(rows), encoding="utf-8")
     return 1 if failed else 0

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""From sources to shards: the same bytes for any number of workers and stops, mixed as asked, and trainable."""
+"""Building a corpus: the same bytes for any number of workers and interruptions, the configured mixture, valid shards."""
 
 import json
 import os
@@ -27,12 +27,12 @@ from mesh_transformer.data.shards import TokenShard
 from mesh_transformer.data.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).parents[2]
-LEAST = 650  # bytes: some of the notes have fewer
+MIN_BYTES = 650  # some of the notes are shorter
 
 
 @pytest.fixture
 def sources(write_texts):
-    """Two components: 60 short texts, and 40 longer ones in two files of JSON lines, one with a broken line."""
+    """Two components: 60 short texts, and 40 longer ones in two JSON-lines files, one with a broken line."""
     books = write_texts("books", [])
     for half in (0, 1):
         lines = [json.dumps({"text": prose(1000 + half * 20 + i, 200)}) for i in range(20)]
@@ -49,20 +49,20 @@ def texts_of(folder: Path) -> dict[str, str]:
 
 def test_a_corpus_end_to_end(tmp_path, sources, make_recipe):
     recipe = make_recipe(
-        sources, heldout={"one_in": 8}, filters=[{"kind": "language"}, {"kind": "length", "min_bytes": LEAST}]
+        sources, heldout={"one_in": 8}, filters=[{"kind": "language"}, {"kind": "length", "min_bytes": MIN_BYTES}]
     )
     corpus = build_corpus(recipe, tmp_path / "out", Executor())
-    train, heldout = (texts_of(tmp_path / "out/documents" / side) for side in ("train", "heldout"))
+    train, heldout = (texts_of(tmp_path / "out/documents" / split) for split in ("train", "heldout"))
     dropped = [r for path in (tmp_path / "out/work").glob("*/dropped/*") for r in read_documents(path)]
     assert len(train) + len(heldout) + len(dropped) == 100
-    assert {record["meta"]["reason"] for record in dropped} == {f"under {LEAST} bytes"}
+    assert {record["meta"]["reason"] for record in dropped} == {f"under {MIN_BYTES} bytes"}
     assert len(heldout) > 4
     assert all(split_of(name, recipe) == "heldout" for name in heldout)
     assert not set(train.values()) & set(heldout.values())
     assert corpus.split_check["in_both"] == 0
     assert corpus.split_check["heldout_texts"] == len(heldout)
 
-    # the shard holds every copy of every document, in another order than the sources
+    # The shard holds every copy of every document, in a different order from the sources.
     shard, tokenizer = TokenShard(tmp_path / "out/tokens/train"), ByteTokenizer()
     copies = [tokenizer.decode(shard.document(i)) for i in range(shard.n_documents)]
     counts = {name: copies.count(text) for name, text in train.items()}
@@ -75,21 +75,21 @@ def test_a_corpus_end_to_end(tmp_path, sources, make_recipe):
     order = [next(name for name, text in train.items() if text == copy) for copy in copies]
     assert order != sorted(order)
     for component in sources:
-        held = TokenShard(tmp_path / f"out/tokens/heldout-{component}")
-        assert [tokenizer.decode(held.document(i)) for i in range(held.n_documents)] == [
+        shard = TokenShard(tmp_path / f"out/tokens/heldout-{component}")
+        assert [tokenizer.decode(shard.document(i)) for i in range(shard.n_documents)] == [
             text for name, text in heldout.items() if f"/{component}/" in name
         ]
 
     sheet = write_datasheet(corpus, tmp_path / "out")
     parts = sheet["components"]
     assert parts["books"]["raw_documents"] == 40
-    assert parts["books"]["left_out"] == {"broken JSON": 1}
+    assert parts["books"]["skipped"] == {"broken JSON": 1}
     assert parts["books"]["weight"] + parts["notes"]["weight"] == pytest.approx(1)
     assert parts["books"]["effective_bytes"] / parts["books"]["train_bytes"] == pytest.approx(np.mean(books), rel=0.02)
     assert sum(part["train_documents"] for part in parts.values()) == len(train)
     page = (tmp_path / "out/datasheet.html").read_text()
-    assert not re.search(r"""(src|href)=["']?http|@import|url\(""", page), "a page that asks nobody for anything"
-    for word in ("Composition", f"under {LEAST} bytes", sheet["digest"], "broken JSON", "<svg"):
+    assert not re.search(r"""(src|href)=["']?http|@import|url\(""", page), "the page requests external resources"
+    for word in ("Composition", f"under {MIN_BYTES} bytes", sheet["digest"], "broken JSON", "<svg"):
         assert word in page
 
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
@@ -101,12 +101,12 @@ def test_a_corpus_end_to_end(tmp_path, sources, make_recipe):
     }
     assert len(manifest["inputs"]) == 62
 
-    # a change of the mixture alone makes no document anew
+    # A change of the mixture rebuilds no documents.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/work").glob("select*/*/*.zst")}
     fewer = make_recipe(
         {name: own | {"epochs": 1} for name, own in sources.items()},
         heldout={"one_in": 8},
-        filters=[{"kind": "language"}, {"kind": "length", "min_bytes": LEAST}],
+        filters=[{"kind": "language"}, {"kind": "length", "min_bytes": MIN_BYTES}],
     )
     again = build_corpus(fewer, tmp_path / "out", Executor())
     assert TokenShard(tmp_path / "out/tokens/train").n_documents == len(train)
@@ -114,8 +114,8 @@ def test_a_corpus_end_to_end(tmp_path, sources, make_recipe):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/work").glob("select*/*/*.zst")}
 
 
-def test_killed_at_any_moment_and_begun_again_it_gives_the_same_bytes(tmp_path, sources, make_recipe):
-    whole = build_corpus(make_recipe(sources), tmp_path / "whole", Executor()).manifest
+def test_a_killed_build_resumes_to_the_same_bytes(tmp_path, sources, make_recipe):
+    expected = build_corpus(make_recipe(sources), tmp_path / "uninterrupted", Executor()).manifest
     tables = [
         f'[components.{name}]\nkind = "{own["kind"]}"\npaths = {own["paths"]}\nlicense = "none"\n'
         f"epochs = {own.get('epochs', 1)}\n"
@@ -131,27 +131,27 @@ def test_killed_at_any_moment_and_begun_again_it_gives_the_same_bytes(tmp_path, 
         "2",
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for stage in ("filter", "sign"):
+    for stage in ("filter", "signatures"):
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE)
         while process.poll() is None and not list((tmp_path / "out/work").glob(f"{stage}-*/records/*.json")):
             time.sleep(0.01)
         assert process.poll() is None, process.stderr.read()
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        assert not (tmp_path / "out/manifest.json").exists(), "a corpus with lost parts is called whole"
+        assert not (tmp_path / "out/manifest.json").exists(), "an incomplete corpus has a manifest"
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    assert json.loads((tmp_path / "out/manifest.json").read_text()) == whole
+    assert json.loads((tmp_path / "out/manifest.json").read_text()) == expected
 
 
-def test_a_change_makes_the_parts_anew_that_it_concerns_and_no_others(tmp_path, write_texts, make_recipe):
-    """Each file is a part, for two of them are more than a megabyte."""
+def test_a_change_rebuilds_only_the_affected_parts(tmp_path, write_texts, make_recipe):
+    """Each file is a part of its own, since two exceed the part size of 1 MB."""
     notes = write_texts("notes", [prose(i, 2000) * 50 for i in range(3)])
     more = write_texts("more", [prose(9)])
     components = {name: {"kind": "text", "paths": [str(folder)]} for name, folder in (("notes", notes), ("more", more))}
     length = {"kind": "length", "components": ["notes"]}
 
-    def build(out: str, steps: list[dict]) -> tuple[str, list[int]]:
-        recipe = make_recipe(components, corpus={"part_mb": 1}, duplicates={"near": "none"}, steps=steps)
+    def build(out: str, filters: list[dict]) -> tuple[str, list[int]]:
+        recipe = make_recipe(components, corpus={"part_mb": 1}, duplicates={"near": "none"}, filters=filters)
         digest = build_corpus(recipe, tmp_path / out, Executor()).manifest["digest"]
         kept = sorted((tmp_path / out / "work").glob("filter-*/documents/*"))
         assert [path.name for path in kept] == [f"{rank:05d}.jsonl.zst" for rank in range(len(kept))]
@@ -159,7 +159,7 @@ def test_a_change_makes_the_parts_anew_that_it_concerns_and_no_others(tmp_path, 
 
     _, first = build("out", [length])
     (notes / "001.txt").write_text(prose(7, 2000) * 50)
-    (notes / "000.txt").unlink()  # so that the others get other numbers
+    (notes / "000.txt").unlink()  # changes the numbers of the other parts
     _, second = build("out", [length])
     assert [new == old for new, old in zip(second, first[1:], strict=True)] == [False, True, True]
     digest, third = build("out", [length | {"min_bytes": 9}])
@@ -179,7 +179,9 @@ def test_weights_that_cannot_be_met_and_components_that_come_to_nothing(tmp_path
     corpus = build_corpus(make_recipe(weighted, mixture={"bytes": 100_000}), tmp_path / "out", Executor())
     shares = [sum(r["train"]["copied_bytes"] for r in corpus.tokenized if r["component"] == name) for name in sources]
     assert shares == pytest.approx([50_000, 50_000], rel=0.2)
-    with pytest.raises(CorpusError, match="component notes: nothing is left of it for training"):
+    with pytest.raises(
+        CorpusError, match="component notes: no training text is left after filtering and deduplication"
+    ):
         build_corpus(
             make_recipe(sources, filters=[{"kind": "length", "min_bytes": 1000, "components": ["notes"]}]),
             tmp_path / "out",
@@ -188,14 +190,16 @@ def test_weights_that_cannot_be_met_and_components_that_come_to_nothing(tmp_path
     assert not (tmp_path / "out/manifest.json").exists()
 
 
-def test_a_quality_step_trains_its_own_classifier(tmp_path, sources, make_recipe):
+def test_a_quality_filter_trains_its_own_classifier(tmp_path, sources, make_recipe):
     odd = [prose(2000 + i).replace("an", "xx") for i in range(30)]
     for number, text in enumerate(odd):
         (tmp_path / "notes" / f"odd-{number}.txt").write_text(text)
     step = {"kind": "quality", "positives": ["books"], "negatives": ["notes"], "components": ["notes"], "alpha": 2.0}
-    corpus = build_corpus(make_recipe(sources, filters=[step], duplicates={"near": "none"}), tmp_path / "out", Executor())
+    corpus = build_corpus(
+        make_recipe(sources, filters=[step], duplicates={"near": "none"}), tmp_path / "out", Executor()
+    )
     counts = [record["filters"] for record in corpus.filtered]
-    assert [len(steps) for steps in counts] == [1, 0]
+    assert [len(filters) for filters in counts] == [1, 0]
     dropped = counts[0][0]["dropped"]
     assert set(dropped) == {"low quality"}
     kept = texts_of(tmp_path / "out/documents/train")
@@ -205,33 +209,35 @@ def test_a_quality_step_trains_its_own_classifier(tmp_path, sources, make_recipe
 def test_a_component_that_cannot_be_read_says_why(tmp_path, sources, make_recipe, write_texts):
     sources["empty"] = {"kind": "text", "paths": [str(write_texts("empty", [" "]))]}
     with pytest.raises(
-        CorpusError, match=r"component empty: no document of it could be read, first .*000.txt: empty text"
+        CorpusError, match=r"component empty: none of its documents could be read; first error: .*000.txt: empty text"
     ):
         build_corpus(make_recipe(sources), tmp_path / "out", Executor())
 
 
-def refuse_room(path: Path, mode: str):
-    """A file that has no room for a byte, if it is to be written."""
+def open_full(path: Path, mode: str):
+    """Open /dev/full instead of a file that is to be written."""
     return open("/dev/full" if "w" in mode else path, mode)
 
 
-def refuse_array(run):
-    """NumPy's own error for a disk that is full."""
+def write_full(run):
+    """Raise NumPy's error for a full disk."""
     np.zeros(1 << 20, np.uint8).tofile("/dev/full")
 
 
 @pytest.mark.parametrize(
-    ("place", "refuse"),
+    ("target", "replacement"),
     [
-        ("mesh_transformer.corpus.parts.open", refuse_room),
-        ("mesh_transformer.corpus.stage_mix._Run._write", refuse_array),
+        ("mesh_transformer.corpus.parts.open", open_full),
+        ("mesh_transformer.corpus.stage_mix._RunWriter._write", write_full),
     ],
 )
-def test_a_full_disk_says_so_and_the_next_build_goes_on(tmp_path, sources, make_recipe, monkeypatch, place, refuse):
+def test_a_full_disk_is_reported_and_the_next_build_resumes(
+    tmp_path, sources, make_recipe, monkeypatch, target, replacement
+):
     recipe = make_recipe(sources, duplicates={"near": "none"})
     with monkeypatch.context() as patch:
-        patch.setattr(place, refuse, raising=False)
-        with pytest.raises(CorpusError, match=f"{tmp_path}/out: its disk is full; free some room and build again"):
+        patch.setattr(target, replacement, raising=False)
+        with pytest.raises(CorpusError, match=f"{tmp_path}/out: disk full; free some space and build again"):
             build_corpus(recipe, tmp_path / "out", Executor())
     assert not (tmp_path / "out/manifest.json").exists()
     assert build_corpus(recipe, tmp_path / "out", Executor()).manifest["outputs"]
@@ -247,7 +253,7 @@ def test_a_source_that_disappears_midway(tmp_path, sources, make_recipe, monkeyp
 
     find_parts = build.find_parts
     monkeypatch.setattr(build, "find_parts", find_and_lose)
-    with pytest.raises(DataError, match=r"005.txt: was there when the build began"):
+    with pytest.raises(DataError, match=r"005.txt: disappeared during the build"):
         build_corpus(make_recipe(sources), tmp_path / "out", Executor())
     assert not (tmp_path / "out/manifest.json").exists()
 
@@ -258,5 +264,5 @@ def test_one_build_at_a_time(tmp_path, sources, make_recipe):
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(CorpusError, match="another build is at work there"):
+        with pytest.raises(CorpusError, match="another build is running in this folder"):
             build_corpus(make_recipe(sources), tmp_path / "out", Executor())

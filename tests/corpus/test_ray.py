@@ -44,8 +44,6 @@ def test_two_nodes(tmp_path, write_texts, make_recipe, cluster):
 
     (tmp_path / "b" / "bad.txt").write_bytes(b"\xff")
     strict = make_recipe(components, duplicates={"near": "none"}, corpus={"on_bad_document": "error"})
-    with pytest.raises(
-        CorpusError, match=r"stage filter: 1 of 2 parts are incomplete \(1\); DataError: .*bad.txt"
-    ):
+    with pytest.raises(CorpusError, match=r"stage filter: 1 of 2 parts are incomplete \(1\); DataError: .*bad.txt"):
         build_corpus(strict, tmp_path / "there", Executor(workers=2, ray=cluster))
     assert not (tmp_path / "there" / "manifest.json").exists()

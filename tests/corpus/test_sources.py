@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of source gives its texts; damage is a counted place with file and line, never a missing document."""
+"""Every kind of source yields its texts; damage is counted with file and line, and no document is lost silently."""
 
 import gzip
 import json
@@ -21,16 +21,16 @@ from mesh_transformer.corpus.latex import nodes_to_text
 
 
 def read(recipe):
-    """Texts by name of the file, and what was left out."""
+    """Return texts by file name, and the statistics of stats."""
     parts, _ = find_parts(recipe)
-    reading = ReadStats()
-    found = [document for part in parts for document in read_part(part, recipe, reading)]
-    return {document.name.rpartition("/")[2]: document.text for document in found}, reading
+    stats = ReadStats()
+    found = [document for part in parts for document in read_part(part, recipe, stats)]
+    return {document.name.rpartition("/")[2]: document.text for document in found}, stats
 
 
 @pytest.fixture
 def read_one(tmp_path, make_recipe):
-    """Write one file and read it as a kind."""
+    """Return a function that writes one file and reads it as a kind of source."""
 
     def read_it(kind, name, data, **component):
         (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
@@ -130,7 +130,7 @@ MAN_TEXT = "NAME\n\nls - list files\n\nOPTIONS\n\n-a, --all all of them\n\none\n
 RST_TEXT = "Title\n=====\n\nUse the_call and a link with code:\n\n    kept as it is\n\nMind this."
 CASES = {
     "text": ("a.txt", "Grüße\r\nzwei\n", {"a.txt": "Grüße\nzwei\n"}),
-    "source": ("a.py", b"# -*- coding: latin-1 -*-\nx = '\xe9'\n", {"a.py": "# -*- coding: latin-1 -*-\nx = 'é'\n"}),
+    "code": ("a.py", b"# -*- coding: latin-1 -*-\nx = '\xe9'\n", {"a.py": "# -*- coding: latin-1 -*-\nx = 'é'\n"}),
     "jsonl": ("a.jsonl.zst", LINES, {"a.jsonl.zst:1": "one", "a.jsonl.zst:3": "two"}),
     "parquet": ("a.parquet", lambda: parquet(["one", "two"]), {"a.parquet:1": "one", "a.parquet:2": "two"}),
     "warc": ("a.warc.gz", gzip.compress(warc(PAGE)), {"a.warc.gz:1": "Head\n\nCats & dogs live here."}),
@@ -144,11 +144,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_its_texts(read_one, kind):
+def test_every_kind_yields_its_texts(read_one, kind):
     name, data, expected = CASES[kind]
-    texts, reading = read_one(kind, name, data() if callable(data) else data)
+    texts, stats = read_one(kind, name, data() if callable(data) else data)
     assert texts == expected
-    assert reading.bad.total == 0
+    assert stats.bad.total == 0
 
 
 def test_mail_agrees_with_the_standard_library(tmp_path, read_one):
@@ -166,49 +166,49 @@ def test_mail_agrees_with_the_standard_library(tmp_path, read_one):
 @pytest.mark.parametrize(
     ("kind", "name", "data", "good", "message"),
     [
-        ("text", "a.txt", b"PK\x03\x04\0\0rest", 0, "a.txt: has NUL bytes: binary"),
+        ("text", "a.txt", b"PK\x03\x04\0\0rest", 0, "a.txt: contains NUL bytes: a binary file"),
         ("text", "a.txt", b"caf\xe9\n", 0, "a.txt:1: byte 3 .0xe9. is not UTF-8"),
         ("text", "a.txt.gz", gzip.compress(b"x" * 99_999)[:-20], 0, "a.txt.gz: truncated archive"),
         ("jsonl", "a.jsonl", b'{"text": "good"}\n{"text": 3}\n{"te', 1, "a.jsonl:2: got int, expected text"),
-        ("jsonl", "a.jsonl.gz", bytes(FLIPPED), 0, "a.jsonl.gz: damaged archive .*; nothing of it is read"),
-        ("jsonl", "a.txt", b"x", 0, "a.txt: not named like jsonl"),
-        ("mbox", "a.mbox", b"From a\nSubject: x\nContent-Type: image/png\n\nabc\n", 0, "a.mbox:1: a message without text"),
-        ("warc", "a.warc", warc(PAGE, PAGE)[:-60], 1, "a.warc:2: .* bytes of it are missing at the end"),
-        ("warc", "a.warc", b"no archive at all\n", 0, "a.warc: not a web archive"),
+        ("jsonl", "a.jsonl.gz", bytes(FLIPPED), 0, "a.jsonl.gz: damaged archive .*; the whole file is skipped"),
+        ("jsonl", "a.txt", b"x", 0, "a.txt: unexpected file extension for kind jsonl"),
+        ("mbox", "a.mbox", b"From a\nSubject: x\nContent-Type: image/png\n\nabc\n", 0, "a.mbox:1: message without text"),
+        ("warc", "a.warc", warc(PAGE, PAGE)[:-60], 1, "a.warc:2: the last .* bytes are missing"),
+        ("warc", "a.warc", b"no archive at all\n", 0, "a.warc: invalid WARC data"),
     ],
 )  # fmt: skip
-def test_damage_is_counted_with_its_place(read_one, kind, name, data, good, message):
-    texts, reading = read_one(kind, name, data)
+def test_damage_is_counted_with_its_position(read_one, kind, name, data, good, message):
+    texts, stats = read_one(kind, name, data)
     assert len(texts) == good
-    assert reading.bad.total >= 1
+    assert stats.bad.total >= 1
     with pytest.raises(DataError, match=message):
         read_one(kind, name, data, corpus={"on_bad_document": "error"})
 
 
 def test_empty_texts_are_counted(read_one):
-    texts, reading = read_one("text", "a.txt", b" \n", corpus={"on_bad_document": "error"})
+    texts, stats = read_one("text", "a.txt", b" \n", corpus={"on_bad_document": "error"})
     assert not texts
-    assert reading.bad.counts == {"empty text": 1}
+    assert stats.bad.counts == {"empty text": 1}
 
 
-def test_other_encodings_are_decoded_where_the_recipe_names_one(read_one):
-    texts, reading = read_one("text", "a.txt", b"caf\xe9\n", encoding="latin-1")
+def test_files_are_decoded_by_the_encoding_of_the_recipe(read_one):
+    texts, stats = read_one("text", "a.txt", b"caf\xe9\n", encoding="latin-1")
     assert texts == {"a.txt": "café\n"}
-    assert reading.decoded == {"latin-1": 1}
+    assert stats.decoded == {"latin-1": 1}
 
 
-def test_long_lines_are_left_out(read_one):
+def test_long_lines_are_skipped(read_one):
     line = json.dumps({"text": "x" * 1_100_000})
-    texts, reading = read_one(
+    texts, stats = read_one(
         "jsonl", "a.jsonl", f'{{"text": "a"}}\n{line}\n{{"text": "b"}}\n', corpus={"max_document_mb": 1}
     )
     assert list(texts) == ["a.jsonl:1", "a.jsonl:3"]
-    assert reading.bad.counts == {"too long": 1}
+    assert stats.bad.counts == {"too long": 1}
     assert read_one("text", "a.txt", "x" * 1_100_000, corpus={"max_document_mb": 1})[1].bad.counts == {"too long": 1}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "mbox"])
-def test_of_a_long_line_no_more_is_held_than_a_document_may_have(tmp_path, read_one, kind):
+def test_long_lines_are_skipped_in_bounded_memory(tmp_path, read_one, kind):
     with gzip.GzipFile(tmp_path / "a.gz", "wb", 1) as file:
         file.write(b'From a\n\n{"text": "one"}\n\nFrom b\n\n{"text": "')
         for _ in range(40):
@@ -217,22 +217,22 @@ def test_of_a_long_line_no_more_is_held_than_a_document_may_have(tmp_path, read_
     data = (tmp_path / "a.gz").read_bytes()
     name = "a.jsonl.gz" if kind == "jsonl" else "a.mbox.gz"
     tracemalloc.start()
-    texts, reading = read_one(kind, name, data, corpus={"max_document_mb": 1})
+    texts, stats = read_one(kind, name, data, corpus={"max_document_mb": 1})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    places, lost = (["3", "11"], "7") if kind == "jsonl" else (["1", "3"], "2")
-    assert list(texts) == [f"{name}:{place}" for place in places]
-    assert reading.bad.counts["too long"] == 1
-    where = f"{tmp_path}/{name}:{lost}: more than 1,000,000 bytes in one document: more than corpus.max_document_mb"
-    assert reading.bad.examples["too long"][0].startswith(where)
+    numbers, lost = (["3", "11"], "7") if kind == "jsonl" else (["1", "3"], "2")
+    assert list(texts) == [f"{name}:{number}" for number in numbers]
+    assert stats.bad.counts["too long"] == 1
+    where = f"{tmp_path}/{name}:{lost}: more than 1,000,000 bytes in one document: exceeds corpus.max_document_mb"
+    assert stats.bad.examples["too long"][0].startswith(where)
     assert peak < 12e6
 
 
-def test_a_long_file_that_is_cut_up_is_no_long_document(read_one):
+def test_a_long_file_may_be_split_into_documents(read_one):
     text = "word " * 300_000
-    texts, reading = read_one("text", "a.txt", text, chunk_kb=500, corpus={"max_document_mb": 1})
+    texts, stats = read_one("text", "a.txt", text, chunk_kb=500, corpus={"max_document_mb": 1})
     assert "".join(texts.values()) == text
-    assert reading.bad.total == 0
+    assert stats.bad.total == 0
 
 
 LATEX_BITS = [
@@ -243,16 +243,17 @@ LATEX_BITS = [
 ]  # fmt: skip
 
 
-def test_latex_gives_what_the_library_alone_gives():
+def test_latex_agrees_with_the_library():
     from pylatexenc.latex2text import LatexNodes2Text
 
-    draw, different = random.Random(0), set()
+    rng = random.Random(0)
+    different = set()
     for _ in range(500):
-        source = "".join(draw.choices(LATEX_BITS, k=draw.randint(1, 40)))
-        alone = LatexNodes2Text(math_mode="verbatim", strict_latex_spaces=False)
+        source = "".join(rng.choices(LATEX_BITS, k=rng.randint(1, 40)))
+        library = LatexNodes2Text(math_mode="verbatim", strict_latex_spaces=False)
         try:
-            expected = alone.latex_to_text(source, tolerant_parsing=True)
-        except (LookupError, ValueError) as error:  # what neither can read
+            expected = library.latex_to_text(source, tolerant_parsing=True)
+        except (LookupError, ValueError) as error:  # both must refuse the same source
             with pytest.raises(type(error)):
                 nodes_to_text(source)
             continue
@@ -261,14 +262,16 @@ def test_latex_gives_what_the_library_alone_gives():
     assert len(different) > 400
 
 
-@pytest.mark.parametrize("end", ["verb", "title", "sqrt"])  # IndexError, AttributeError, KeyError of the library
-def test_latex_that_breaks_off_is_counted(read_one, end):
-    texts, reading = read_one("latex", "a.tex", f"A text that ends in \\{end}")
+@pytest.mark.parametrize(
+    "end", ["verb", "title", "sqrt"]
+)  # these cause IndexError, AttributeError and KeyError in the library
+def test_truncated_latex_is_counted(read_one, end):
+    texts, stats = read_one("latex", "a.tex", f"A text that ends in \\{end}")
     assert not texts
-    assert reading.bad.counts == {"broken LaTeX": 1}
+    assert stats.bad.counts == {"broken LaTeX": 1}
 
 
-def test_latex_has_no_date_of_the_day(read_one):
+def test_latex_text_does_not_depend_on_the_date(read_one):
     begin, end = r"\title{A}\begin{document}", r"It is \today.\end{document}"
     assert read_one("latex", "a.tex", rf"{begin}\maketitle {end}")[0] == {"a.tex": "It is ."}
     given = rf"{begin}\title{{One}}\date{{1991}}\maketitle {end}"
@@ -276,13 +279,13 @@ def test_latex_has_no_date_of_the_day(read_one):
 
 
 def test_components_without_files(tmp_path, make_recipe):
-    there = {"kind": "text", "paths": [__file__]}
-    gone = {"kind": "text", "paths": [str(tmp_path / "*.txt")], "origin": "the library"}
-    with pytest.raises(DataError, match=r"component b: no file in .*where to get it: the library; or set its optional"):
-        find_parts(make_recipe({"a": there, "b": gone}))
-    assert find_parts(make_recipe({"a": there, "b": gone | {"optional": True}}))[1] == ["b"]
-    with pytest.raises(DataError, match="is in components a and b"):
-        find_parts(make_recipe({"a": there, "b": there}))
+    present = {"kind": "text", "paths": [__file__]}
+    absent = {"kind": "text", "paths": [str(tmp_path / "*.txt")], "origin": "the library"}
+    with pytest.raises(DataError, match=r"component b: no files match .*; origin: the library; or set its optional"):
+        find_parts(make_recipe({"a": present, "b": absent}))
+    assert find_parts(make_recipe({"a": present, "b": absent | {"optional": True}}))[1] == ["b"]
+    with pytest.raises(DataError, match="is in the components a and b"):
+        find_parts(make_recipe({"a": present, "b": present}))
 
 
 def test_links_and_overlapping_patterns_count_once(tmp_path, write_texts, make_recipe):
@@ -293,54 +296,56 @@ def test_links_and_overlapping_patterns_count_once(tmp_path, write_texts, make_r
     assert [os.path.basename(file.path) for part in parts for file in part.files] == ["000.txt"]
 
 
-def test_sources_that_change_or_vanish_midway(write_texts, make_recipe):
+def test_sources_that_change_or_disappear_during_the_build(write_texts, make_recipe):
     folder = write_texts("texts", ["one", "two"])
     recipe = make_recipe({"a": {"kind": "text", "paths": [str(folder)]}})
     parts, _ = find_parts(recipe)
     (folder / "001.txt").write_text("two, longer")
-    with pytest.raises(DataError, match=r"001.txt: has changed since the build began"):
+    with pytest.raises(DataError, match=r"001.txt: changed during the build"):
         list(read_part(parts[0], recipe, ReadStats()))
     (folder / "001.txt").unlink()
-    with pytest.raises(DataError, match=r"001.txt: was there when the build began: No such file"):
+    with pytest.raises(DataError, match=r"001.txt: disappeared during the build: No such file"):
         list(read_part(parts[0], recipe, ReadStats()))
 
 
-def test_long_texts_become_pieces(read_one):
+def test_long_texts_are_split_into_chunks(read_one):
     text = "".join(f"word {n}\nmore of it\n\n" for n in range(200)) + "x" * 2500
     texts, _ = read_one("text", "a.txt", text, chunk_kb=1)
     assert "".join(texts.values()) == text
     assert list(texts) == [f"a.txt:{n}" for n in range(1, len(texts) + 1)]
-    assert all(len(piece) <= 1000 for piece in texts.values())
-    assert [piece.endswith("\n\n") for piece in texts.values()] == [True] * (len(texts) - 3) + [False] * 3
+    assert all(len(chunk) <= 1000 for chunk in texts.values())
+    assert [chunk.endswith("\n\n") for chunk in texts.values()] == [True] * (len(texts) - 3) + [False] * 3
     assert read_one("text", "a.txt", text, chunk_kb=10)[0] == {"a.txt": text}
-    with pytest.raises(ValueError, match=r"components.a.chunk_kb: files of this kind are many documents already"):
+    with pytest.raises(ValueError, match=r"components.a.chunk_kb: files of kind warc already hold many documents"):
         read_one("warc", "a.warc", warc(PAGE), chunk_kb=1)
 
 
 @pytest.mark.parametrize("pattern", ["", "/*.txt"])
-def test_links_that_lead_nowhere_are_counted(tmp_path, write_texts, make_recipe, pattern):
+def test_broken_links_are_counted(tmp_path, write_texts, make_recipe, pattern):
     folder = write_texts("texts", ["one"])
     (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
     component = {"kind": "text", "paths": [f"{folder}{pattern}"]}
-    texts, reading = read(make_recipe({"a": component}))
+    texts, stats = read(make_recipe({"a": component}))
     assert list(texts) == ["000.txt"]
-    assert reading.bad.counts == {"broken link": 1}
-    assert list(reading.digests) == [str(folder / "000.txt")]
-    with pytest.raises(DataError, match=r"component a: .*gone.txt: a link that leads nowhere; exclude it"):
+    assert stats.bad.counts == {"broken link": 1}
+    assert list(stats.digests) == [str(folder / "000.txt")]
+    with pytest.raises(DataError, match=r"component a: .*gone.txt: broken link; restore its target or exclude it"):
         read(make_recipe({"a": component}, corpus={"on_bad_document": "error"}))
     assert list(read(make_recipe({"a": component | {"exclude": ["*/gone.txt"]}}))[0]) == ["000.txt"]
 
 
-def test_files_that_cannot_be_read_are_counted(write_texts, make_recipe, monkeypatch):
+def test_unreadable_files_are_counted(write_texts, make_recipe, monkeypatch):
     folder = write_texts("texts", ["one", "two"])
     monkeypatch.setattr("mesh_transformer.corpus.sources.digest_file", refuse_second)
-    texts, reading = read(make_recipe({"a": {"kind": "text", "paths": [str(folder)]}}))
+    texts, stats = read(make_recipe({"a": {"kind": "text", "paths": [str(folder)]}}))
     assert list(texts) == ["000.txt"]
-    assert reading.bad.examples == {"unreadable file": [f"{folder}/001.txt: cannot be read: Permission denied"]}
+    assert stats.bad.examples == {
+        "unreadable file": [f"{folder}/001.txt: cannot be read: Permission denied; check its permissions or exclude it"]
+    }
 
 
 def refuse_second(path: str) -> str:
-    """As the system does to who may not read it; root may read all."""
+    """Raise PermissionError for one file; file permissions would not stop root."""
     if path.endswith("001.txt"):
         raise PermissionError(13, "Permission denied")
     return "0" * 32

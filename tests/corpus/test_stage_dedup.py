@@ -66,7 +66,9 @@ def test_training_text_that_is_held_out_elsewhere_is_removed(make_recipe):
     """Columns of the groups: group, part, document, held out."""
     groups = np.array([[0, 0, 0, 0], [0, 1, 5, 1], [0, 1, 6, 0], [1, 0, 1, 0], [1, 1, 2, 0]])
     for across_components, expected in ((True, [(0, 0), (1, 2), (1, 6)]), (False, [(0, 0), (1, 6)])):
-        recipe = make_recipe({n: {"kind": "text", "paths": ["x"]} for n in "ab"}, duplicates={"across_components": across_components})
+        recipe = make_recipe(
+            {n: {"kind": "text", "paths": ["x"]} for n in "ab"}, duplicates={"across_components": across_components}
+        )
         removals = RemovalStage(recipe, ("a", "b"), *[None] * 3, 1, None)._find_removals(groups)
         assert [(entry["rank"], entry["document"]) for entry in removals] == expected
         assert tuple(removals[0])[2:] == (1, 5)
@@ -84,7 +86,9 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_the_fraction_of_equal_hashes_is_the_similarity(make_recipe, tmp_path):
-    recipe = make_recipe({"a": {"kind": "text", "paths": ["x"]}}, duplicates={"near": "custom", "bands": 40, "rows": 50})
+    recipe = make_recipe(
+        {"a": {"kind": "text", "paths": ["x"]}}, duplicates={"near": "custom", "bands": 40, "rows": 50}
+    )
     block = BoundedSignature(str(tmp_path), minhash_config(recipe), language=WORDS)
     words = prose(1, 3000).split(" ")
     other = words[:2000] + prose(2, 1000).split(" ")

@@ -79,7 +79,7 @@ every = 2
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Config]:
-    """A run that measured itself at steps 2 and 4."""
+    """A run that was evaluated at steps 2 and 4."""
     config = load_config(write_config(tmp_path_factory.mktemp("evaluate")))
     train_config(config, make_layout(config.mesh), StopRequest(message=""), measure=make_measure(config))
     return Path(config.run.dir), config
@@ -91,7 +91,7 @@ def run_program(capsys, *arguments: str) -> tuple[dict, str]:
     return json.loads(out), err
 
 
-def test_training_measures_itself_as_the_program_does(trained, capsys):
+def test_training_and_the_program_give_the_same_results(trained, capsys):
     run_dir, _ = trained
     evaluations = read_evaluations(run_dir)
     assert list(evaluations) == [2, 4]
@@ -108,8 +108,8 @@ def test_training_measures_itself_as_the_program_does(trained, capsys):
     assert "Bits per byte of texts" in page, "two steps make a curve"
 
 
-def test_own_held_out_text_is_what_the_loss_is_of(trained):
-    """The validation loss packs documents and counts ends of text; of the same documents, bytes are the same."""
+def test_held_out_text_is_that_of_the_validation_loss(trained):
+    """Validation packs documents and counts end-of-text tokens, but scores the same bytes."""
     run_dir, config = trained
     documents = list(read_texts(config, ByteTokenizer(), []))
     assert {name for name, _ in documents} == {"words"}
@@ -118,7 +118,7 @@ def test_own_held_out_text_is_what_the_loss_is_of(trained):
     assert len(documents) < 12
 
 
-def test_components_are_told_apart_and_weighed(trained, tmp_path, capsys):
+def test_components_are_scored_separately_and_weighted(trained, tmp_path, capsys):
     run_dir, _ = trained
     records = [{"text": "one " * n, "meta": {"pile_set_name": name}} for name, n in (("A", 30), ("B", 9), ("A", 4))]
     file = tmp_path / "part.jsonl.zst"
@@ -137,7 +137,7 @@ def test_components_are_told_apart_and_weighed(trained, tmp_path, capsys):
 
 @needs_harness
 @pytest.mark.filterwarnings("default")
-def test_own_items_need_no_data_set(trained, capsys):
+def test_synthetic_tasks_need_no_data_set(trained, capsys):
     run_dir, _ = trained
     arguments = [str(run_dir), "--task", "local", "--task", "wikitext2", "--limit", "3"]
     corpus = run_dir / "wiki.txt"
@@ -157,8 +157,8 @@ def test_own_items_need_no_data_set(trained, capsys):
 
 @needs_harness
 @pytest.mark.filterwarnings("default")
-def test_training_writes_answers_as_the_program_does(tmp_path, capsys):
-    """A task that generates, with shots: measured twice while training, and afterwards of the checkpoint."""
+def test_training_and_the_program_generate_the_same_answers(tmp_path, capsys):
+    """A few-shot generation task, run twice during training and once more on the checkpoint."""
     tasks = [
         'evaluate.tasks=["local_line", "local_choice"]',
         "evaluate.limit=4",
@@ -184,28 +184,28 @@ def test_training_writes_answers_as_the_program_does(tmp_path, capsys):
 
 @needs_harness
 @pytest.mark.filterwarnings("default")
-def test_a_stopped_evaluation_goes_on(trained, tmp_path, capsys, monkeypatch):
-    """Nothing that was answered is asked again, of text, choices and lines; the results are those of one go."""
+def test_an_interrupted_evaluation_resumes(trained, tmp_path, capsys, monkeypatch):
+    """Finished results of text, choices and lines are reused; the final results equal an uninterrupted evaluation."""
     run_dir = Path(shutil.copytree(trained[0], tmp_path / "run"))
     (tmp_path / "lines.txt").write_text("".join(f"line {i} is a line of {i % 7} words or so\n" for i in range(200)))
     arguments = ["--task", "text", "--task", "local_choice", "--task", "local_line", "--limit", "3"]
     arguments += ["--data", f"lines={tmp_path / 'lines.txt'}", "--set", "evaluate.batch_tokens=64"]
-    whole, _ = run_program(capsys, str(run_dir), *arguments)
+    expected, _ = run_program(capsys, str(run_dir), *arguments)
     partial = run_dir / "evaluation_4.partial.jsonl"
     assert not partial.exists()
 
     @contextmanager
-    def stop_at(what: str, done: int):
-        def report(now: str, n: int, total: int | None) -> None:
-            if now == what and n >= done:
+    def stop_at(task: str, done: int):
+        def on_progress(name: str, n: int, total: int | None) -> None:
+            if name == task and n >= done:
                 raise KeyboardInterrupt
 
-        yield report
+        yield on_progress
 
     counts = [0]
-    for what, done in (("text: bytes", 500), ("likelihoods", 2), ("answers", 3)):
+    for task, done in (("text: bytes", 500), ("log-likelihoods", 2), ("answers", 3)):
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate_module, "show_progress", lambda what=what, done=done: stop_at(what, done))
+            patch.setattr(evaluate_module, "show_progress", lambda task=task, done=done: stop_at(task, done))
             with pytest.raises(KeyboardInterrupt):
                 device_evaluate.main([str(run_dir), *arguments])
         counts.append(len(partial.read_bytes().splitlines()) - 1)
@@ -214,14 +214,14 @@ def test_a_stopped_evaluation_goes_on(trained, tmp_path, capsys, monkeypatch):
         file.write(b'{"key": "half a li')
     capsys.readouterr()
     found, err = run_program(capsys, str(run_dir), *arguments)
-    assert f"going on with {counts[-1]:,} answers" in err
-    assert metrics_of(found) == pytest.approx(metrics_of(whole), rel=1e-5)
+    assert f"resuming an interrupted evaluation with {counts[-1]:,} results" in err
+    assert metrics_of(found) == pytest.approx(metrics_of(expected), rel=1e-5)
     assert not partial.exists()
     for text in ('{"model": "another"}\n{"key": "a", "is": [0.0, true]}\n', "no JSON\n", '{"model": "another"}\n[]\n'):
         partial.write_text(text)
         found, err = run_program(capsys, str(run_dir), *arguments)
-        assert "going on" not in err
-        assert metrics_of(found) == pytest.approx(metrics_of(whole), rel=1e-6)
+        assert "resuming" not in err
+        assert metrics_of(found) == pytest.approx(metrics_of(expected), rel=1e-6)
 
 
 DOCUMENTS = [
@@ -232,7 +232,7 @@ DOCUMENTS = [
 ]
 
 
-def test_items_follow_from_the_documents_alone():
+def test_synthetic_examples_depend_on_the_documents_only():
     choices = make_choices(DOCUMENTS, 5)
     assert choices == make_choices(DOCUMENTS[::-1], 5)
     assert choices[:3] == make_choices(DOCUMENTS, 3)
@@ -246,7 +246,7 @@ def test_items_follow_from_the_documents_alone():
     assert {item["gold"] for item in make_choices(DOCUMENTS, 30)} == {0, 1, 2, 3}
 
 
-def test_clozes_and_lines_are_of_the_text():
+def test_clozes_and_lines_come_from_the_text():
     prose = [Document("The cat saw a dog. " * 40 + "\n", "prose")]
     for item in make_clozes(prose, 4):
         assert item["query"] + item["target"] in prose[0].text
@@ -259,7 +259,7 @@ def test_clozes_and_lines_are_of_the_text():
             make([Document("too short", "0")], 3)
 
 
-def test_items_of_our_own_source_can_be_made():
+def test_synthetic_examples_of_source_code():
     documents = list(read_documents(Path(__file__).parents[2] / "mesh_transformer"))
     assert all(len(make(documents, 10)) == 10 for make in (make_choices, make_clozes, make_lines))
 
@@ -271,8 +271,8 @@ FEWGLUE = Path(__file__).parents[3] / "shared" / "data" / "fewglue"
     ("name", "count"),
     [("boolq", 32), ("cb", 32), ("copa", 32), ("rte", 32), ("wic", 32), ("wsc", 32), ("record", 32), ("multirc", 0)],
 )
-def test_fewglue_is_read(name, count):
-    """In the form in which its authors publish it; a passage of MultiRC has several items."""
+def test_fewglue_records_are_read(name, count):
+    """Records in their published format; a MultiRC passage has several examples."""
     files = {path.parent.name.lower(): path for path in FEWGLUE.glob("*/train.jsonl")}
     if name not in files:
         pytest.skip("FewGLUE lies beside the project in ../shared/data only where it was put")
@@ -289,7 +289,7 @@ def test_fewglue_is_read(name, count):
     assert read_examples(name, str(files[name]), limit=3) == items[:3]
 
 
-def test_bad_records_are_named(tmp_path):
+def test_bad_records_are_errors_with_their_line(tmp_path):
     file = tmp_path / "copa.jsonl"
     good = dict(premise="It broke.", choice1="It fell.", choice2="It flew.", question="cause", label=0)
     file.write_text(json.dumps(good) + "\n" + json.dumps(good | {"label": 2}) + "\n")
@@ -335,12 +335,12 @@ def test_bad_records_are_named(tmp_path):
         (['evaluate.tasks="text"'], "evaluate.tasks"),
     ],
 )
-def test_what_cannot_be_measured_is_said_at_once(tmp_path, overrides, words):
+def test_invalid_configurations_are_errors(tmp_path, overrides, words):
     with pytest.raises(ValueError, match=words):
         check_tasks(load_config(write_config(tmp_path), overrides))
 
 
-def test_wrong_use_of_the_program(trained, tmp_path):
+def test_invalid_usage(trained, tmp_path):
     run_dir, _ = trained
     for arguments, words in (
         (["--data", "hellaswag"], "expected NAME=PATH"),
@@ -357,7 +357,7 @@ def test_wrong_use_of_the_program(trained, tmp_path):
             device_evaluate.main([str(run_dir), *arguments])
 
 
-def test_published_rows_are_whole():
+def test_published_rows_are_complete():
     rows = read_published()
     assert len(rows) > 50
     assert len(pile_components()) == 22
@@ -373,7 +373,7 @@ def test_published_rows_are_whole():
     assert davinci["scores"] == {"pile.bits_per_byte": 0.7177}
 
 
-def test_results_are_kept_together(tmp_path):
+def test_results_of_several_evaluations_are_merged(tmp_path):
     first = {
         "results": {"a": {"acc,none": 0.5}},
         "published": [{"model": "m", "source": "s", "scores": {"a.acc": 0.6}}],
@@ -392,14 +392,14 @@ def test_results_are_kept_together(tmp_path):
         read_evaluations(tmp_path)
 
 
-def test_every_line_of_a_plot_looks_different():
+def test_every_line_of_a_plot_has_its_own_style():
     results = {f"text:{i}": {"bits_per_byte,none": 1.0 + i} for i in range(12)}
     drawn = draw_evaluations({step: {"results": results} for step in (1, 2)})
     looks = re.findall('class="key ([^"]+)"', drawn)
     assert len(looks) == len(set(looks)) == 12
 
 
-def test_answers_read_in_several_ways_are_told_apart():
+def test_answers_of_several_filters_are_reported_separately():
     results = {"sums": {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1, "exact_match,loose": 0.75}}
     evaluation = {"results": results, "n-shot": {"sums": 5}, "n-samples": {"sums": {"effective": 8, "cut": 2}}}
     assert metrics_of(evaluation) == {"sums.exact_match_strict": 0.5, "sums.exact_match_loose": 0.75}

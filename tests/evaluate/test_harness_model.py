@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""lm-evaluation-harness: our adapter = its own model of `transformers` = its own client before our server; tasks as it has them."""
+"""lm-evaluation-harness: the adapter agrees with the harness's `transformers` model, its API client, and its own tasks."""
 
 import json
 import os
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 pytest.importorskip("lm_eval", reason="the harness needs pip install 'mesh-transformer[evaluate]'")
 from mesh_transformer.evaluate.harness_model import HarnessModel, split_continuation  # noqa: E402 (imports the harness)
 
-pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to mend
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of the harness are not errors of this project
 
 TOLERANCE = 1e-4  # nats of a continuation
 TEXT = (
@@ -47,7 +47,7 @@ GREEDY = {"until": ["."], "do_sample": False, "max_gen_toks": 12}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random model of `transformers` with a small vocabulary of its own."""
+    """A random `transformers` model with a small vocabulary."""
     path = tmp_path_factory.mktemp("neox")
     library = tokenizers.ByteLevelBPETokenizer()
     library.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def theirs(folder):
+def reference_model(folder):
     pytest.importorskip("accelerate", reason="the harness's own model needs pip install transformers torch accelerate")
     return import_harness("lm_eval.models.huggingface").HFLM(
         pretrained=str(folder), device="cpu", dtype="float32", batch_size=1
@@ -76,7 +76,7 @@ def theirs(folder):
 
 
 @pytest.fixture(scope="module")
-def ours(folder):
+def native_model(folder):
     trained = open_model(str(folder))
     return HarnessModel(make_scorer(trained.engine), trained.tokenizer, trained.engine)
 
@@ -86,31 +86,33 @@ def ask(model: Any, kind: str, arguments: list[tuple]) -> list:
     return getattr(model, kind)([instance(kind, {}, of_it, i) for i, of_it in enumerate(arguments)])
 
 
-def test_likelihoods_are_those_of_the_harness_own_model(ours, theirs):
+def test_likelihoods_are_those_of_the_harness_own_model(native_model, reference_model):
     for (mine, greedy), (wanted, is_best) in zip(
-        ask(ours, "loglikelihood", PAIRS), ask(theirs, "loglikelihood", PAIRS), strict=True
+        ask(native_model, "loglikelihood", PAIRS), ask(reference_model, "loglikelihood", PAIRS), strict=True
     ):
         assert mine == pytest.approx(wanted, abs=TOLERANCE)
         assert greedy == is_best
 
 
-def test_rolling_likelihoods_are_those_of_the_harness_own_model(ours, theirs):
+def test_rolling_likelihoods_are_those_of_the_harness_own_model(native_model, reference_model):
     texts = [(TEXT,), (TEXT * 2,), ("short",)]
-    assert len(ours.tok_encode(TEXT * 2)) > 2 * ours.max_length
+    assert len(native_model.tok_encode(TEXT * 2)) > 2 * native_model.max_length
     np.testing.assert_allclose(
-        ask(ours, "loglikelihood_rolling", texts), ask(theirs, "loglikelihood_rolling", texts), rtol=1e-6
+        ask(native_model, "loglikelihood_rolling", texts),
+        ask(reference_model, "loglikelihood_rolling", texts),
+        rtol=1e-6,
     )
 
 
-def test_answers_are_those_of_the_harness_own_model(ours, theirs):
+def test_answers_are_those_of_the_harness_own_model(native_model, reference_model):
     prompts = [(context, GREEDY) for context, _ in PAIRS[:2]]
-    answers = ask(ours, "generate_until", prompts)
-    assert answers == ask(theirs, "generate_until", prompts)
+    answers = ask(native_model, "generate_until", prompts)
+    assert answers == ask(reference_model, "generate_until", prompts)
     assert any(answers)
 
 
-def test_the_harness_client_gets_the_same_numbers_from_our_server(folder, ours, tmp_path):
-    """Its local-completions with token ids, echo and logprobs."""
+def test_the_harness_client_gets_the_same_numbers_from_our_server(folder, native_model, tmp_path):
+    """The client is local-completions with token ids, echo and logprobs."""
     pytest.importorskip("tenacity", reason="the harness's client needs pip install 'lm_eval[api]'")
     subprocess.run(
         [sys.executable, "scripts/reshard_checkpoint.py", str(folder), str(tmp_path / "run")], cwd=ROOT, check=True,
@@ -126,12 +128,12 @@ def test_the_harness_client_gets_the_same_numbers_from_our_server(folder, ours, 
                 model="run",
                 base_url=f"http://127.0.0.1:{port}/v1/completions",
                 tokenizer=str(folder),
-                max_length=ours.max_length - 1,  # it asks for one token more, which has to fit as well
+                max_length=native_model.max_length - 1,  # the client requests one more token, which must fit as well
                 batch_size=1,
             )
             pairs = [pair for pair in PAIRS if pair[0] != TEXT]
             for (served, is_best), (mine, greedy) in zip(
-                ask(client, "loglikelihood", pairs), ask(ours, "loglikelihood", pairs), strict=True
+                ask(client, "loglikelihood", pairs), ask(native_model, "loglikelihood", pairs), strict=True
             ):
                 assert served == pytest.approx(mine, abs=TOLERANCE)
                 assert greedy == is_best
@@ -216,13 +218,13 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-def make_theirs(name: str, asked: list[dict], examples: list[dict], shots: int) -> Any:
-    """The harness's own task over records of the Hub, set up as its simple_evaluate does."""
+def make_reference_task(name: str, requests: list[dict], examples: list[dict], shots: int) -> Any:
+    """Return the harness's own task over Hub records, set up as in its simple_evaluate."""
     path, _ = RECORDS[name]
     lm_eval, tasks = import_harness(), import_harness("lm_eval.api.task")
     dataset = import_harness("datasets").Dataset
     config = import_harness("lm_eval.tasks._yaml_loader").load_yaml(Path(lm_eval.__file__).parent / "tasks" / path)
-    sets = {"train": dataset.from_list(examples), **dict.fromkeys(("validation", "test"), dataset.from_list(asked))}
+    sets = {"train": dataset.from_list(examples), **dict.fromkeys(("validation", "test"), dataset.from_list(requests))}
     for key in ("dataset_path", "dataset_name", "tag"):
         config.pop(key, None)
     task = tasks.ConfigurableTask(config=config | {"custom_dataset": lambda **_: sets, "num_fewshot": shots})
@@ -231,17 +233,17 @@ def make_theirs(name: str, asked: list[dict], examples: list[dict], shots: int) 
 
 
 def describe(task: Any) -> list:
-    """All that a task asks, and what it makes of some answers."""
+    """Return the requests of a task, and its results for some answers."""
     task.build_all_requests()
     of_one = [instance for instance in task.instances if instance.doc_id == 0]
-    asked = [instance.args for instance in task.instances]
+    requests = [instance.args for instance in task.instances]
     if task.config.task == "record":
-        return [asked]
-    return [asked, task.process_results(task.eval_docs[0], [(-float(i), False) for i in range(len(of_one))])]
+        return [requests]
+    return [requests, task.process_results(task.eval_docs[0], [(-float(i), False) for i in range(len(of_one))])]
 
 
 def vary(record: dict, number: int) -> dict:
-    """A record like this one."""
+    """Return a variant of a record."""
     field = next(
         name
         for name in ("text", "passage", "premise", "goal", "support", "sentence", "question", "ctx_a", "sentence1")
@@ -251,27 +253,29 @@ def vary(record: dict, number: int) -> dict:
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_tasks_ask_what_the_harness_asks(name, tmp_path, monkeypatch):
-    """Its own task of this name, given the same records, has the same requests, examples and right answers."""
-    if name == "record":  # it imports what newer transformers have no more; what it asks does without
+def test_tasks_have_the_requests_of_the_harness(name, tmp_path, monkeypatch):
+    """The harness's own task, given the same records, has the same requests, examples and correct answers."""
+    if name == "record":  # it imports modules that newer versions of transformers lack, and does not use them
         pytest.importorskip("transformers", reason="the harness's ReCoRD imports transformers")
         for module in ("transformers.data.metrics", "transformers.data.metrics.squad_metrics"):
             monkeypatch.setitem(sys.modules, module, ModuleType(module))
     record, file = RECORDS[name][1], tmp_path / "records.jsonl"
     file.write_text(json.dumps(AS_PUBLISHED.get(name, record)))
-    ours, theirs = make_task(name, TaskInputs(read_examples(name, str(file)))), make_theirs(name, [record], [record], 0)
-    assert describe(ours) == describe(theirs)
-    assert len(ours.instances) > 1 or name == "lambada"
+    task = make_task(name, TaskInputs(read_examples(name, str(file))))
+    reference = make_reference_task(name, [record], [record], 0)
+    assert describe(task) == describe(reference)
+    assert len(task.instances) > 1 or name == "lambada"
     if name == "lambada":  # its definition has no training records
         return
-    asked, examples = [vary(record, i) for i in range(3)], [vary(record, i) for i in range(10, 18)]
-    items, shown = ([Example(one, "") for one in read_back(name, of_it, tmp_path)] for of_it in (asked, examples))
-    ours, theirs = make_task(name, TaskInputs(items, shown, 3)), make_theirs(name, asked, examples, 3)
-    wanted = describe(theirs)
-    assert describe(ours) == wanted
+    requests, examples = [vary(record, i) for i in range(3)], [vary(record, i) for i in range(10, 18)]
+    items, shown = ([Example(one, "") for one in read_back(name, of_it, tmp_path)] for of_it in (requests, examples))
+    task = make_task(name, TaskInputs(items, shown, 3))
+    reference = make_reference_task(name, requests, examples, 3)
+    wanted = describe(reference)
+    assert describe(task) == wanted
     prompts = {arguments[0] for arguments in wanted[0]}
-    assert len(prompts) >= 3, "examples are drawn anew for every question"
-    assert describe(make_task(name, TaskInputs(items, shown, 3))) == wanted, "and the same every time"
+    assert len(prompts) >= 3, "few-shot examples are sampled for every question"
+    assert describe(make_task(name, TaskInputs(items, shown, 3))) == wanted, "the same examples every time"
 
 
 def read_back(name: str, records: list[dict], folder: Path) -> list[dict]:
@@ -280,8 +284,8 @@ def read_back(name: str, records: list[dict], folder: Path) -> list[dict]:
     return [item.record for item in read_examples(name, str(file))]
 
 
-def test_multirc_counts_right_answers_as_right(tmp_path):
-    """As its authors do: F1a over all answers, EM over questions. The harness's definition has yes and no turned round."""
+def test_multirc_counts_correct_answers(tmp_path):
+    """F1a over all answers and EM over questions, as its authors do; the harness's definition swaps yes and no."""
     answers = [[("a", 1), ("b", 0)], [("c", 1), ("d", 1)]]
     questions = [
         dict(question=f"q{i}?", idx=i, answers=[dict(text=t, label=label, idx=j) for j, (t, label) in enumerate(of_it)])
@@ -291,8 +295,10 @@ def test_multirc_counts_right_answers_as_right(tmp_path):
     file.write_text(json.dumps(dict(idx=7, passage=dict(text="P.", questions=questions))))
     task = make_task("multirc", TaskInputs(read_examples("multirc", str(file))))
     task.build_all_requests()
-    asked = [instance.args for instance in task.instances]
-    assert asked[:2] == [("P.\nQuestion: q0?\nAnswer:", f" a\nIs the answer correct? {word}") for word in ("no", "yes")]
+    requests = [instance.args for instance in task.instances]
+    assert requests[:2] == [
+        ("P.\nQuestion: q0?\nAnswer:", f" a\nIs the answer correct? {word}") for word in ("no", "yes")
+    ]
     said = [1, 0, 1, 0]  # all but the last are right
     judged = [
         task.process_results(doc, [(-1.0, False), (-0.5 if yes else -2.0, False)])
@@ -312,7 +318,7 @@ def test_multirc_counts_right_answers_as_right(tmp_path):
 
 
 def test_record_counts_words_and_whole_answers():
-    """The best over all right answers, without case, punctuation and articles, as SQuAD has it."""
+    """The best score over all correct answers, without case, punctuation and articles, as in SQuAD."""
     document = {"entities": ["The Hague", "Rome", "New York City"], "answers": ["hague.", "York"]}
     for likeliest, expected in ((0, (1.0, 1.0)), (1, (0.0, 0.0)), (2, (0.5, 0.0))):
         answers = [(float(i == likeliest), False) for i in range(3)]
@@ -320,7 +326,7 @@ def test_record_counts_words_and_whole_answers():
 
 
 def test_classes_of_cb_count_alike():
-    """Macro-F1, by the harness's definition."""
+    """CB is scored by macro-F1, as the harness defines it."""
     items = [Example(dict(premise="p", hypothesis="h", label=label), "") for label in (0, 0, 0, 1, 2, 2)]
     task = make_task("cb", TaskInputs(items))
     predictions = (0, 0, 1, 1, 2, 0)
@@ -331,18 +337,21 @@ def test_classes_of_cb_count_alike():
     assert task.aggregation()["f1"](judged) == pytest.approx(np.mean([2 * 2 / 6, 2 * 1 / 3, 2 * 1 / 3]))
 
 
-def test_results_have_the_harness_form(ours):
+def test_results_have_the_harness_form(native_model):
     records = [{"query": TEXT[:40], "choices": [" a", " mesh", " of"], "gold": gold} for gold in (0, 1, 2, 1)]
     line = [{"query": TEXT, "target": "devices"}]
     with warnings.catch_warnings():
         found = run_tasks(
-            ours,
+            native_model,
             {name: TaskInputs([Example(one, "") for one in of_it], num_fewshot=0)
              for name, of_it in (("local_choice", records), ("local_line", line))},
         )  # fmt: skip
     results = found["results"]["local_choice"]
     likelihoods = np.array(
-        [[total for total, _ in ask(ours, "loglikelihood", [(i["query"], c) for c in i["choices"]])] for i in records]
+        [
+            [total for total, _ in ask(native_model, "loglikelihood", [(i["query"], c) for c in i["choices"]])]
+            for i in records
+        ]
     )
     assert results["acc,none"] == np.mean(likelihoods.argmax(1) == [0, 1, 2, 1])
     assert 0 < results["acc_stderr,none"] < 1
@@ -366,18 +375,18 @@ num_fewshot: 2
 """
 
 
-def test_a_definition_named_by_its_file(ours, tmp_path):
-    """Its own number of shots counts; what its templates cannot read is named."""
+def test_a_definition_named_by_its_file(native_model, tmp_path):
+    """The definition's num_fewshot is used; a record that its templates cannot read is an error with its line."""
     (tmp_path / "sums.yaml").write_text(DEFINITION)
     name = str(tmp_path / "sums.yaml")
     items = [Example({"question": f"{i} + 1", "answer": f"{i + 1}"}, f"sums.jsonl:{i + 1}") for i in range(5)]
     task = make_task(name, TaskInputs(items[:2], items[2:]))
     task.build_all_requests()
-    prompt, wishes = task.instances[0].args
+    prompt, kwargs = task.instances[0].args
     assert prompt.endswith("\n\n0 + 1 =")
     assert prompt.count("=") == 3
-    assert wishes["until"] == [" "]
-    assert run_tasks(ours, {name: TaskInputs(items[:2], items[2:])})["n-shot"] == {"sums": 2}
+    assert kwargs["until"] == [" "]
+    assert run_tasks(native_model, {name: TaskInputs(items[:2], items[2:])})["n-shot"] == {"sums": 2}
     with pytest.raises(
         ConfigError,
         match="needs 2 examples, got 0; give training records with --fewshot-data sums=FILE",
@@ -391,7 +400,7 @@ def test_a_definition_named_by_its_file(ours, tmp_path):
     assert make_task("gsm8k/gsm8k.yaml", TaskInputs(items, num_fewshot=0)).config.task == "gsm8k"
 
 
-def test_what_cannot_be_asked_is_said(folder):
+def test_requests_that_cannot_be_served_are_errors(folder):
     trained = open_model(str(folder))
     adapter = HarnessModel(make_scorer(trained.engine), trained.tokenizer)
     with pytest.raises(ConfigError, match="needs a sampling engine"):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Bits per byte: every token once, given what the protocol gives it; sums that add up, WikiText's words come back."""
+"""Bits per byte: every token is scored once with the context of the protocol; WikiText round trips."""
 
 import math
 from pathlib import Path
@@ -41,13 +41,14 @@ def test_windows_score_every_token_once(length, context, stride):
         assert all(query.n_scored == len(query.tokens) - 1 for query in queries), "segments do not overlap"
 
 
-def test_no_text_has_no_windows():
+def test_an_empty_document_has_no_windows():
     assert list(sliding_windows([], 99, 8)) == []
 
 
-def test_bits_per_byte_are_those_of_the_definition(scorer):
-    """Computed anew, a document at a time, from logits of the plain forward pass."""
-    nats, forward = 0.0, jax.jit(make_model(CONFIG).apply)
+def test_bits_per_byte_equal_the_definition(scorer):
+    """Scores equal those from the logits of a plain forward pass, one document at a time."""
+    total_loss = 0.0
+    forward = jax.jit(make_model(CONFIG).apply)
     for text in TEXTS:
         ids = list(text.encode())
         for first in range(0, len(ids), CONFIG.seq_len):
@@ -55,16 +56,16 @@ def test_bits_per_byte_are_those_of_the_definition(scorer):
             inputs = [ids[first - 1] if first else 256, *targets[:-1]]
             padded = jnp.asarray([inputs + [0] * (CONFIG.seq_len - len(inputs))])
             logits, _ = forward(scorer.params, padded)
-            nats -= float(jax.nn.log_softmax(logits[0])[np.arange(len(targets)), np.array(targets)].sum())
+            total_loss -= float(jax.nn.log_softmax(logits[0])[np.arange(len(targets)), np.array(targets)].sum())
     documents = [("ours", Document(text, f"{i}")) for i, text in enumerate(TEXTS)]
     score = score_documents(scorer, ByteTokenizer(), documents)["ours"]
     n_bytes = len("".join(TEXTS).encode())
     assert (score.tokens, score.n_bytes, score.documents) == (n_bytes, n_bytes, 4)
-    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
-    assert score.to_results()["token_perplexity"] == pytest.approx(math.exp(nats / n_bytes), rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(total_loss / math.log(2) / n_bytes, rel=1e-5)
+    assert score.to_results()["token_perplexity"] == pytest.approx(math.exp(total_loss / n_bytes), rel=1e-5)
 
 
-def test_components_limits_and_shares(scorer):
+def test_components_limits_and_fractions(scorer):
     documents = [(f"part {i % 2}", Document(text * 3, f"name {i}")) for i, text in enumerate(TEXTS * 4)]
     whole = score_documents(scorer, ByteTokenizer(), documents)
     assert [whole[name].documents for name in ("part 0", "part 1")] == [8, 8]
@@ -80,8 +81,8 @@ def test_components_limits_and_shares(scorer):
     assert {name for name in names if is_sampled(name, 0.1)} <= {name for name in names if is_sampled(name, 0.2)}
 
 
-def test_a_stride_lets_tokens_see_more(scorer):
-    """The same tokens, and another number: each sees a longer context."""
+def test_a_stride_gives_tokens_more_context(scorer):
+    """The same tokens are scored, with longer contexts and a different result."""
     documents = [("ours", Document("Every token of a text knows those before it. " * 4, "0"))]
     apart = score_documents(scorer, ByteTokenizer(), documents)["ours"]
     strided = score_documents(scorer, ByteTokenizer(), documents, stride=4)["ours"]
@@ -118,7 +119,7 @@ LINES = [
 ]
 
 
-def test_wikitext_reads_as_text_and_comes_back():
+def test_wikitext_is_detokenized_and_restored():
     corpus = WikiText("".join(LINES))
     joined = [corpus.join(line) for line in LINES]
     assert joined[3] == 'He said, "It is 1,000 (or 3.5), Mr. Smith\'s"; then St. Paul and $5.\n'
@@ -132,7 +133,7 @@ def test_wikitext_reads_as_text_and_comes_back():
 
 
 @pytest.mark.parametrize(("name", "n_words", "articles"), [("test", 245_569, 62), ("valid", 217_646, 60)])
-def test_all_of_wikitext_2_comes_back(name, n_words, articles):
+def test_wikitext_2_is_restored(name, n_words, articles):
     path = SHARED / f"wikitext2_{name}.txt"
     if not path.exists():
         pytest.skip("WikiText-2 lies beside the project in ../shared/data only where it was put")
@@ -144,7 +145,7 @@ def test_all_of_wikitext_2_comes_back(name, n_words, articles):
     assert (sum(found), len(found)) == (n_words, articles)
 
 
-def test_perplexity_of_words_spreads_the_nats_over_the_original():
+def test_word_perplexity_divides_the_loss_by_the_original_words():
     results = wikitext_results(TextScore(negative_logprob=20.0, tokens=10, n_bytes=40, documents=1, size=40), n_words=5)
     assert results["word_perplexity"] == pytest.approx(math.exp(4))
     assert results["token_perplexity"] == pytest.approx(math.exp(2))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of a model that samples with an encoder: both of its engine's programs, as the engine runs them."""
+"""Plans of decoding with an encoder-decoder model: both programs equal those of its engine."""
 
 import dataclasses
 import json
@@ -13,9 +13,9 @@ from mesh_transformer.config import Config, ConfigError, SampleConfig, parse_con
 from mesh_transformer.config.presets import T5
 from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.plan.compile_worker import make_topology_layout, measure
-from mesh_transformer.plan.decoding import lower_seq2seq_encode, lower_seq2seq_decode
+from mesh_transformer.plan.decoding import lower_seq2seq_decode, lower_seq2seq_encode
 from mesh_transformer.plan.fit import make_plan
-from mesh_transformer.plan.job import CompileJob, CompiledStats
+from mesh_transformer.plan.job import CompiledStats, CompileJob
 from mesh_transformer.plan.report import format_plan, plan_to_json
 from mesh_transformer.sample.engine.encoder_decoder import EncoderDecoderEngine
 from mesh_transformer.sample.engine.engine import EngineOptions
@@ -78,30 +78,33 @@ def test_the_planned_programs_are_the_engines():
 
 
 @pytest.fixture(scope="module")
-def measured() -> CompiledStats:
+def stats() -> CompiledStats:
     return measure(CompileJob.from_json(make_job().to_json()))
 
 
-def test_what_sampling_with_an_encoder_needs(measured):
+def test_what_sampling_with_an_encoder_needs(stats):
     job = make_job()
-    reading = measured.reading
-    assert reading is not None
-    assert CompiledStats.from_json(measured.to_json()) == measured
+    encode = stats.encode
+    assert encode is not None
+    assert CompiledStats.from_json(stats.to_json()) == stats
     # Decoder layers, own and encoder's places, rows, heads, places, channels, k and v, float32.
-    assert measured.kinds["cache"] * 8 == 2 * 2 * 8 * 2 * CONTEXT * 8 * 2 * 4
+    assert stats.bytes_by_kind["cache"] * 8 == 2 * 2 * 8 * 2 * CONTEXT * 8 * 2 * 4
     # While tokens are written the encoder's weights, about a third of all, lie there as well.
-    assert measured.kinds["weights"] / 4 < measured.idle_bytes < measured.kinds["weights"] / 2
-    assert reading.peak_bytes > measured.peak_bytes > measured.kinds["weights"] + measured.kinds["cache"]
-    assert measured.hbm_bytes > measured.kinds["weights"]
-    verdict = make_plan(job.config, measured)
-    assert verdict.fits is None
-    text = format_plan(verdict)
+    assert stats.bytes_by_kind["weights"] / 4 < stats.idle_bytes < stats.bytes_by_kind["weights"] / 2
+    assert encode.peak_bytes > stats.peak_bytes > stats.bytes_by_kind["weights"] + stats.bytes_by_kind["cache"]
+    assert stats.hbm_bytes > stats.bytes_by_kind["weights"]
+    plan = make_plan(job.config, stats)
+    assert plan.fits is None
+    text = format_plan(plan)
     assert text.index("FLOPs for a token of every row") < text.index("the encoder reads")
-    table = json.loads(json.dumps(plan_to_json(verdict)))
-    assert table["reading"]["peak_bytes"] == reading.peak_bytes
-    assert table["peak_bytes"] == measured.peak_bytes
+    table = json.loads(json.dumps(plan_to_json(plan)))
+    assert table["encode"]["peak_bytes"] == encode.peak_bytes
+    assert table["peak_bytes"] == stats.peak_bytes
     narrow = make_job(make_config(serve=dict(weights="int8")))
-    assert lower_seq2seq_decode(narrow, make_topology_layout(narrow))[1].bytes_by_kind["weights"] < measured.kinds["weights"] / 2
+    assert (
+        lower_seq2seq_decode(narrow, make_topology_layout(narrow))[1].bytes_by_kind["weights"]
+        < stats.bytes_by_kind["weights"] / 2
+    )
 
 
 def test_flops_are_of_what_a_token_passes():
@@ -119,14 +122,14 @@ def test_flops_are_of_what_a_token_passes():
     assert lower_seq2seq_encode(job, layout)[1].flops == pytest.approx(8 * (each + once), rel=0.01)
 
 
-def test_it_fits_if_both_programs_do(measured):
+def test_it_fits_if_both_programs_do(stats):
     job, place = make_job(), dict(topology="v5e-8", platform="tpu")
-    small = dataclasses.replace(measured, **place, reading=dataclasses.replace(measured.reading, **place))
+    small = dataclasses.replace(stats, **place, encode=dataclasses.replace(stats.encode, **place))
     assert make_plan(job.config, small).fits is True
-    large = dataclasses.replace(small, reading=dataclasses.replace(small.reading, peak_bytes=10**12))
-    verdict = make_plan(job.config, large)
-    assert (verdict.fits, verdict.memory.fits) == (False, True)
-    assert plan_to_json(verdict)["fits"] is False
+    large = dataclasses.replace(small, encode=dataclasses.replace(small.encode, peak_bytes=10**12))
+    plan = make_plan(job.config, large)
+    assert (plan.fits, plan.memory.fits) == (False, True)
+    assert plan_to_json(plan)["fits"] is False
 
 
 def test_rows_and_context_that_cannot_be_are_refused():

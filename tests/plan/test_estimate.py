@@ -1,13 +1,20 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The estimate of encoders and decoders against the paper's table of FLOPs per sequence."""
+"""Estimates compared with published FLOPs per sequence and with the real optimizer state."""
 
+import math
+import typing
+
+import jax
 import pytest
 
-from mesh_transformer.config import parse_config
-from mesh_transformer.plan.estimate import estimate_training
+from mesh_transformer.config import OptimizerConfig, parse_config
+from mesh_transformer.plan.compile_worker import lower_training, make_topology_layout
+from mesh_transformer.plan.estimate import describe_model, describe_moments, estimate_training
+from mesh_transformer.plan.job import CompileJob
+from mesh_transformer.train.state import describe_state
 
-# Switch (2101.03961), table 9, forward; there of 512 tokens and a target, here of 512 and 114.
+# Switch Transformers (arXiv 2101.03961), table 9, forward pass; here of 512 source and 114 target tokens.
 PUBLISHED = {
     "t5-v1.1-base": 124e9,
     "t5-v1.1-large": 425e9,
@@ -20,11 +27,43 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_flops_per_sequence_are_the_papers(name):
+def test_flops_per_sequence_match_the_paper(name):
     table = {
         "model": {"preset": name},
         "data": {"train": {"a": {"path": "x"}}},
         "train": {"steps": 1, "batch_size": 64},
     }
-    measured = estimate_training(parse_config(table, where=name), "local")
-    assert measured.flops / 3 / 64 == pytest.approx(PUBLISHED[name], rel=0.15)
+    stats = estimate_training(parse_config(table, where=name), "local")
+    assert stats.flops / 3 / 64 == pytest.approx(PUBLISHED[name], rel=0.15)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(OptimizerConfig)["name"]))
+def test_optimizer_state_has_the_size_of_the_real_one(name, beta1):
+    """Every optimizer of the schema, with one device and sharded over eight."""
+    table = {
+        "model": dict(n_layers=2, d_model=64, n_heads=4, n_vocab=264, seq_len=32, tied_embeddings=False),
+        "data": {"train": {"a": {"path": "x"}}},
+        "train": {"steps": 10, "batch_size": 8},
+        "optimizer": {"name": name, "beta1": beta1, "moment_dtype": "bfloat16"},
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+    }
+    config = parse_config(table, where=name)
+    job = CompileJob(config=config, topology="cpu-8")
+    estimate = estimate_training(config, "cpu-8")
+    _, traced = lower_training(job, make_topology_layout(job))
+    assert estimate.bytes_by_kind["moments"] == traced.bytes_by_kind["moments"]
+    shapes, _ = describe_state(config)
+    state = [leaf for tree in (shapes.params, shapes.opt_state) for leaf in jax.tree.leaves(tree)]
+    assert estimate.state_bytes == sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in state)
+
+
+def test_muon_counts_both_moments_of_arrays_that_adam_updates():
+    model = parse_config(
+        {"model": {"preset": "gpt2"}, "data": {"train": {"a": {"path": "x"}}}, "train": {"steps": 1, "batch_size": 1}},
+        where="test",
+    ).model
+    muon = sum(moment.nbytes for moment in describe_moments(OptimizerConfig(name="muon"), model))
+    embedding = 4 * model.n_vocab * model.d_model
+    n_bytes = 4 * sum(math.prod(info.shape) for info in describe_model(model).values())
+    assert muon > n_bytes + embedding

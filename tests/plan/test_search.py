@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The search looks at everything that divides, compiles the best, and draws what it found."""
+"""Search considers all configurations that divide, compiles the best, and plots the result."""
 
 import dataclasses
 import xml.etree.ElementTree as ElementTree
@@ -27,7 +27,7 @@ def make_job(topology: str = "cpu-8", **model: object) -> CompileJob:
     return CompileJob(config=parse_config(table, where="test"), topology=topology)
 
 
-def test_meshes_are_those_that_divide():
+def test_meshes_divide_the_model():
     job = make_job()
     meshes = list(list_meshes(job.config, 8))
     sizes = {(mesh["data"], mesh["fsdp"], mesh["tensor"]) for mesh in meshes}
@@ -38,18 +38,18 @@ def test_meshes_are_those_that_divide():
 
 def test_the_best_of_eight_cpu_devices():
     job = make_job()
-    said: list[str] = []
-    found = search(job, measure, chip=CPU, count=2, log=said.append)
-    assert len(found.compiled) == 2
-    assert len(found.considered) > 20
-    assert [line for line in said if line.startswith("compiling")] == said
-    table = format_search(found, CPU)
+    logged: list[str] = []
+    result = search(job, measure, chip=CPU, count=2, log=logged.append)
+    assert len(result.compiled) == 2
+    assert len(result.considered) > 20
+    assert [line for line in logged if line.startswith("compiling")] == logged
+    table = format_search(result, CPU)
     assert "--set mesh.fsdp=" in table
     assert table.splitlines()[1].rstrip().endswith("*")
-    picture = ElementTree.fromstring(draw_search(found, CPU, "a <small> model"))
+    picture = ElementTree.fromstring(draw_search(result, CPU, "a <small> model"))
     circles = [node.get("class") for node in picture.iter("{http://www.w3.org/2000/svg}circle")]
-    assert circles.count("fits") == 2 * 2  # in the plot and in the list beside it
-    assert circles.count("guess") == len(found.considered)
+    assert circles.count("fits") == 2 * 2  # in the plot and in the list next to it
+    assert circles.count("estimate") == len(result.considered)
 
 
 def test_a_batch_that_never_divides_is_an_error():
@@ -64,13 +64,15 @@ def test_frontier():
     assert find_frontier([(1.0, 9.0), (2.0, 5.0), (3.0, 5.0), (4.0, 1.0), (5.0, 2.0)]) == [0, 1, 3]
 
 
-def test_sampling_is_planned_by_the_engines_own_program():
+def test_decoding_is_planned_with_the_engines_program():
     job = dataclasses.replace(make_job(n_heads=4, n_kv_heads=2), batch=8, context=16)
-    measured = measure(job)
-    cache_of_all = 2 * 8 * 2 * 16 * 16 * 2 * 4  # layers, rows, key-value heads, places, channels, k and v, float32
-    assert measured.bytes_by_kind["cache"] * 8 == cache_of_all
-    assert measured.hbm_bytes > measured.bytes_by_kind["weights"]  # every token reads every weight
-    assert make_plan(job.config, measured).checkpoint_bytes == 0
+    stats = measure(job)
+    cache_of_all = (
+        2 * 8 * 2 * 16 * 16 * 2 * 4
+    )  # layers, sequences, KV heads, positions, head channels, k and v, float32
+    assert stats.bytes_by_kind["cache"] * 8 == cache_of_all
+    assert stats.hbm_bytes > stats.bytes_by_kind["weights"]  # every token reads every weight
+    assert make_plan(job.config, stats).checkpoint_bytes == 0
     with pytest.raises(ConfigError, match="use a multiple of 8"):
         measure(dataclasses.replace(job, batch=3))
     with pytest.raises(ConfigError, match="seq_len = 32"):
@@ -78,25 +80,25 @@ def test_sampling_is_planned_by_the_engines_own_program():
 
 
 def test_the_roofline_of_known_work():
-    """Ten times the peak's FLOPs take ten seconds; a bound is never above the sum."""
+    """Ten times the peak FLOP/s take ten seconds; the lower bound is less than the upper bound."""
     chip, job = TPUS["v5e"], make_job("v5e-8")
-    measured = dataclasses.replace(estimate_training(job.config, job.topology), hardware_flops=8 * chip.flops * 10)
-    roofline = make_roofline(measured, chip)
-    assert roofline.terms["products"] == pytest.approx(10)
-    assert roofline.bound == "products"
-    assert roofline.lower_bound == roofline.terms["products"] < roofline.upper_bound
+    stats = dataclasses.replace(estimate_training(job.config, job.topology), hardware_flops=8 * chip.flops * 10)
+    roofline = make_roofline(stats, chip)
+    assert roofline.terms["matmul"] == pytest.approx(10)
+    assert roofline.bound == "matmul"
+    assert roofline.lower_bound == roofline.terms["matmul"] < roofline.upper_bound
 
 
-@pytest.mark.parametrize("experts", [dict(n_experts_per_token=2), dict(every=2, capacity_factor=1.5)], ids=str)
-def test_formulas_count_the_experts_that_a_token_meets(experts):
-    """As the traced step does, and so does a token that is drawn."""
+@pytest.mark.parametrize("experts", [dict(n_experts_per_token=2), dict(layer_interval=2, capacity_factor=1.5)], ids=str)
+def test_formulas_count_active_experts(experts):
+    """The estimate agrees with the traced training step and with decoding."""
     job = make_job(experts=dict(n_experts=8, **experts), ff_bias=False)
-    guess, traced = estimate_training(job.config, "cpu-1"), measure(dataclasses.replace(job, topology="cpu-1"))
-    assert guess.flops == pytest.approx(traced.flops, rel=0.03)
+    estimate, traced = estimate_training(job.config, "cpu-1"), measure(dataclasses.replace(job, topology="cpu-1"))
+    assert estimate.flops == pytest.approx(traced.flops, rel=0.03)
     dense = measure(
         make_job(ff_bias=False),
     )
-    assert guess.parameters == traced.parameters > 2 * dense.parameters
+    assert estimate.parameters == traced.parameters > 2 * dense.parameters
     drawn, plain = (measure(dataclasses.replace(each, batch=8, context=16)) for each in (job, make_job(ff_bias=False)))
     layer, router = 4 * 64 * 256, 64 * 8 * 2
     layers, more = (2, layer) if "n_experts_per_token" in experts else (1, 0)

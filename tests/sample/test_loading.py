@@ -15,7 +15,7 @@ PROMPTS = ["abcabcabcabc", "a prompt"]
 
 
 def complete(model, **changes):
-    options = dataclasses.replace(model.config.sample, max_tokens=24, **changes)
+    options = dataclasses.replace(model.config.sample, max_tokens=60, **changes)
     return complete_texts(model.engine, model.tokenizer, PROMPTS, options, seed=3)
 
 
@@ -35,10 +35,9 @@ def test_speculative_decoding_generates_the_same_tokens(run, model, save_run, me
     stats = [c.speculative for c in found]
     assert all(0 <= each.accepted_tokens <= each.draft_tokens for each in stats)
     if method == "draft-model":
-        assert [each.accepted_tokens for each in stats] == [len(c.tokens) - 1 - 6 for c in found] or temperature > 0
-        assert sum(each.accepted_tokens for each in stats) > 20
+        assert min(each.accepted_tokens for each in stats) >= 40, "59 tokens after the first, mostly in steps of 4"
     else:
-        assert stats[0].draft_tokens > 0
+        assert sum(each.draft_tokens for each in stats) > 0
 
 
 def test_a_draft_model_may_differ_but_not_in_its_vocabulary(run, model, save_run):

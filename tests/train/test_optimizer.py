@@ -61,7 +61,7 @@ def make_config(name, **fields):
 
 @functools.cache
 def run(config, *, scale=1.0):
-    """Parameters after STEPS updates, flattened, and the last state."""
+    """Return the flattened parameters after STEPS updates, and the last state."""
     optimizer = make_optimizer(config, STEPS, AXES)
 
     @jax.jit
@@ -84,7 +84,7 @@ def rate_at(config, t):
 
 
 def run_numpy(config, make_rule, *, decaying=DECAYING, scale=1.0):
-    """The same by a rule (name, gradient, t) -> direction per array."""
+    """Return the same from a rule (name, gradient, t) -> direction of an array."""
     params, rules = flatten(make_tree(0)), {}
     for t in range(STEPS):
         grads = {name: scale * g for name, g in flatten(make_tree(t + 1)).items()}
@@ -131,7 +131,7 @@ def sgd_rule(name, shape, config):
 
 
 def as_matrices(name, x):
-    """[layers, embed, all else] of an inner matrix of AXES (layers may be missing: then one)."""
+    """Return an inner matrix of AXES as [layers, embed, other axes], with one layer if it has none."""
     return {
         "w_q": lambda: x.reshape(7, 6, 8),
         "w_o": lambda: np.moveaxis(x, 3, 1).reshape(7, 6, 8),
@@ -214,9 +214,9 @@ RULES = {
 def test_steps_match_numpy(name):
     config = make_config(name)
     found, _ = run(config)
-    wanted = run_numpy(config, RULES[name])
+    expected = run_numpy(config, RULES[name])
     start = flatten(make_tree(0))
-    for array, value in wanted.items():
+    for array, value in expected.items():
         assert not np.allclose(value, start[array], rtol=1e-3), array
         np.testing.assert_allclose(found[array], value, rtol=2e-5, atol=2e-5, err_msg=array)
 
@@ -228,7 +228,7 @@ def test_optimizers_differ():
 
 
 def test_decay_by_axes():
-    """Without gradients only decay moves anything: the matrices, and of them not those with an excepted axis."""
+    """With zero gradients only weight decay changes the matrices, except those with an excluded axis."""
     for excepted, decaying in (((), DECAYING), (("vocab", "position"), {"w_q", "w_o", "w_in"})):
         config = make_config("sgd", no_decay_axes=excepted, weight_decay=0.5)
         found, _ = run(config, scale=0.0)
@@ -239,7 +239,7 @@ def test_decay_by_axes():
         np.testing.assert_allclose(found["w_q"], factor * start["w_q"], rtol=1e-5)
 
 
-def test_unknown_excepted_axis():
+def test_unknown_no_decay_axis():
     with pytest.raises(ConfigError, match="no array has the axis 'vocabulary'; use some of buckets, embed"):
         make_optimizer(make_config("adamw", no_decay_axes=("vocabulary",)), STEPS, AXES)
 
@@ -265,7 +265,7 @@ def test_clip_norm_zero_is_off():
 
 
 def test_norm_is_float32():
-    """Summed in bfloat16, ones would stop counting at 256."""
+    """A sum of ones in bfloat16 would stop at 256."""
     ones = {"a": {"b": jnp.ones(10_000, jnp.bfloat16)}}
     assert global_norm(ones).dtype == jnp.float32
     assert float(global_norm(ones)) == 100.0
@@ -277,15 +277,15 @@ def test_norm_is_float32():
 
 @pytest.mark.parametrize("name", RULES)
 def test_bfloat16_moments(name):
-    wide, wide_state = run(make_config(name))
-    narrow, narrow_state = run(make_config(name, moment_dtype="bfloat16"))
-    types = {str(leaf.dtype) for leaf in jax.tree.leaves(narrow_state)}
+    float32, float32_state = run(make_config(name))
+    bfloat16, bfloat16_state = run(make_config(name, moment_dtype="bfloat16"))
+    types = {str(leaf.dtype) for leaf in jax.tree.leaves(bfloat16_state)}
     assert "bfloat16" in types
-    assert "bfloat16" not in {str(leaf.dtype) for leaf in jax.tree.leaves(wide_state)}
-    assert any(not np.array_equal(wide[array], narrow[array]) for array in wide)
+    assert "bfloat16" not in {str(leaf.dtype) for leaf in jax.tree.leaves(float32_state)}
+    assert any(not np.array_equal(float32[array], bfloat16[array]) for array in float32)
     if name != "lion":  # whose signs may flip
         # a rounded moment is off by 2^-9 of itself, and a step is at most about the learning rate
-        assert all(np.max(np.abs(wide[array] - narrow[array])) < 2e-3 for array in wide)
+        assert all(np.max(np.abs(float32[array] - bfloat16[array])) < 2e-3 for array in float32)
 
 
 def test_second_moments_stay_float32():
@@ -310,13 +310,15 @@ def test_muon_orthogonalizes_every_layer():
 
 
 def test_muon_first_step_is_optax():
-    """One plain matrix: at the first step optax's differs by nothing but scale-free bias correction."""
+    """For one matrix, the first step equals optax's: its bias correction does not change an orthogonalized update."""
     g = jnp.asarray(np.random.default_rng(0).normal(size=(8, 20)), jnp.float32)
-    ours = scale_by_muon({"m": {"w": ("embed", "ff")}}, momentum=0.9, dtype=jnp.float32)
-    found, _ = ours.update({"m": {"w": g}}, ours.init({"m": {"w": g}}))
-    theirs = optax.contrib.scale_by_muon(beta=0.9, weight_dimension_numbers={"w": optax.contrib.MuonDimensionNumbers()})
-    wanted, _ = theirs.update({"w": g}, theirs.init({"w": g}))
-    np.testing.assert_allclose(found["m"]["w"], 0.2 * np.sqrt(20) * wanted["w"], atol=1e-4)
+    native = scale_by_muon({"m": {"w": ("embed", "ff")}}, momentum=0.9, dtype=jnp.float32)
+    found, _ = native.update({"m": {"w": g}}, native.init({"m": {"w": g}}))
+    reference = optax.contrib.scale_by_muon(
+        beta=0.9, weight_dimension_numbers={"w": optax.contrib.MuonDimensionNumbers()}
+    )
+    expected, _ = reference.update({"w": g}, reference.init({"w": g}))
+    np.testing.assert_allclose(found["m"]["w"], 0.2 * np.sqrt(20) * expected["w"], atol=1e-4)
 
 
 def test_muon_step_has_the_size_of_adam():
@@ -330,7 +332,7 @@ def test_muon_step_has_the_size_of_adam():
 
 
 def test_adafactor_factors_matrices_not_layers():
-    """Layers are the longest dimension but one here: by length alone, optax factors layers x ff."""
+    """Layers are the second longest dimension here: optax, which goes by length, would factor layers x ff."""
     state = jax.eval_shape(make_optimizer(make_config("adafactor"), STEPS, AXES).init, make_tree(0))
     second = next(s for s in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "second")) if hasattr(s, "second"))
     w_in = second.second["t/layers/feed_forward"]["w_in"]
@@ -345,18 +347,18 @@ def test_adafactor_factors_matrices_not_layers():
 
 def test_adafactor_of_one_matrix_is_optax():
     axes = {"m": {"w": ("embed", "ff"), "b": ("ff",)}}
-    ours = scale_by_factored_moment(axes, decay=1.0, eps=1e-15)
-    theirs = optax.chain(
+    native = scale_by_factored_moment(axes, decay=1.0, eps=1e-15)
+    reference = optax.chain(
         optax.scale_by_factored_rms(min_dim_size_to_factor=1, epsilon=1e-30), optax.clip_by_block_rms(1.0)
     )
     rng = np.random.default_rng(0)
     params = {"m": {"w": jnp.zeros((5, 9)), "b": jnp.zeros(9)}}
-    our_state, their_state = ours.init(params), theirs.init(params)
+    our_state, their_state = native.init(params), reference.init(params)
     for _ in range(4):
         grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
-        found, our_state = jax.jit(ours.update)(grads, our_state)
-        wanted, their_state = jax.jit(theirs.update)(grads, their_state, params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted)
+        found, our_state = jax.jit(native.update)(grads, our_state)
+        expected, their_state = jax.jit(reference.update)(grads, their_state, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -375,14 +377,16 @@ def test_state_axes(name):
 
     jax.tree.map(check, shapes, axes)
     assert checked == len(jax.tree.leaves(shapes)) > 10
-    wanted = {("layers", "embed"), ("layers", "heads", "head_dim")} if name == "adafactor" else set(AXES["t"].values())
-    assert wanted <= set(
+    expected = (
+        {("layers", "embed"), ("layers", "heads", "head_dim")} if name == "adafactor" else set(AXES["t"].values())
+    )
+    assert expected <= set(
         jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], str) if x else False)
     )
 
 
 def test_state_axes_of_equal_sizes():
-    """Where embed = ff the shapes do not tell the factors apart; their names do."""
+    """With embed = ff the factors have equal shapes, and are distinguished by their names."""
     axes = {"m": {"w": ("layers", "embed", "ff")}}
     params = {"m": {"w": jnp.zeros((2, 4, 4))}}
     shapes = jax.eval_shape(scale_by_factored_moment(axes, decay=0.9, eps=1e-8).init, params)
@@ -406,11 +410,11 @@ def test_unknown_state_leaves(state):
 
 
 def test_sharded_state_follows_parameters():
-    """Adafactor, the state least like its parameters, laid out over eight devices gives the same steps as on one."""
+    """Adafactor, whose state differs most from the parameters, takes the same steps on eight devices as on one."""
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rules = {"embed": "fsdp", "head_dim": "tensor"}
 
-    def place(leaf, axes):
+    def shard(leaf, axes):
         spec = jax.sharding.PartitionSpec(*(rules.get(axis) for axis in axes))
         return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
 
@@ -420,9 +424,9 @@ def test_sharded_state_follows_parameters():
     state = jax.jit(optimizer.init)(params)
     axes = optimizer_state_axes(state, params, some)
     alone, _ = jax.jit(optimizer.update)(grads, state, params)
-    placed_params, placed_grads = (jax.tree.map(place, tree, some) for tree in (params, grads))
-    placed_state = jax.tree.map(place, state, axes)
-    assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed_state))
-    together, _ = jax.jit(optimizer.update)(placed_grads, placed_state, placed_params)
+    sharded_params, sharded_grads = (jax.tree.map(shard, tree, some) for tree in (params, grads))
+    sharded_state = jax.tree.map(shard, state, axes)
+    assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(sharded_state))
+    together, _ = jax.jit(optimizer.update)(sharded_grads, sharded_state, sharded_params)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(alone))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), alone, together)

@@ -84,9 +84,8 @@ def test_no_warmup_starts_at_the_peak():
 def test_decay_steps_set():
     assert float(make("linear", decay_steps=50)(35)) == pytest.approx((PEAK + END) / 2)
     assert float(make("wsd", decay_steps=10)(105)) == pytest.approx((PEAK + END) / 2)
-    assert float(make("wsd", steps=12)(11)) == pytest.approx(
-        (PEAK + END) / 2
-    )  # a fifth of the steps is 2, all that are left after the warm-up
+    # A fifth of 12 steps is 2, which are all that are left after the warm-up.
+    assert float(make("wsd", steps=12)(11)) == pytest.approx((PEAK + END) / 2)
 
 
 @pytest.mark.parametrize(

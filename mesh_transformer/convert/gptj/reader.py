@@ -335,10 +335,10 @@ def _make_find(
 
 def _read_count(shards: Shards, position: int, name: str) -> int:
     leaves = shards.at(position)
-    if any(leaf.dtype.kind not in "iu" or math.prod(leaf.shape) != 1 for leaf in leaves):
-        raise CheckpointError(
-            f"{shards.folder}: {name} is {leaves[0].dtype}{list(leaves[0].shape)}, expected an integer"
-        )
+    for s, leaf in enumerate(leaves):
+        if leaf.dtype.kind not in "iu" or math.prod(leaf.shape) != 1:
+            found = f"{leaf.dtype}{list(leaf.shape)}"
+            raise CheckpointError(f"{shards.folder}: {name} of shard_{s} is {found}, expected an integer")
     values = [int(leaf.read(full_index(leaf)).reshape(())) for leaf in leaves]
     if len(set(values)) > 1:
         raise CheckpointError(

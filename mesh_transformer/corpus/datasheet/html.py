@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
+from mesh_transformer.reports.svg import element, image, rect, text
+
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --ink: #1d1f21; --dim: #5f666d; --line: #d9d7d0; --bar: #1f6f5c; }
 @media (prefers-color-scheme: dark) {
@@ -87,23 +89,20 @@ def draw_matrix(
     right = left + CELL * len(columns)
     baseline = height // 2 + 5
     body = [
-        f'<text transform="translate({left + j * CELL + 26} {top - 6}) rotate(-45)">{escape(column)}</text>'
+        element("text", escape(column), transform=f"translate({left + j * CELL + 26} {top - 6}) rotate(-45)")
         for j, column in enumerate(columns)
     ]
     for i, (row_name, cells) in enumerate(rows):
         y = top + i * height
-        position = f'x="{right + 8}"' if names_right else f'x="{left - 6}" text-anchor="end"'
-        body.append(f'<text {position} y="{y + baseline}">{escape(row_name)}</text>')
+        if names_right:
+            body.append(text(right + 8, y + baseline, row_name))
+        else:
+            body.append(text(left - 6, y + baseline, row_name, anchor="end"))
         for j, cell in enumerate(cells):
             x = left + j * CELL
-            body.append(
-                f'<rect class="cell" x="{x}" y="{y}" width="{CELL}" height="{height}" fill-opacity="{cell.opacity:.2f}">'
-                f"<title>{escape(cell.tooltip)}</title></rect>"
-            )
+            body.append(rect(x, y, CELL, height, style="cell", opacity=cell.opacity, tip=cell.tooltip))
             if cell.text:
-                css = ' class="on"' if cell.opacity > 0.6 else ""
-                body.append(
-                    f'<text{css} x="{x + CELL / 2}" y="{y + baseline}" text-anchor="middle">{escape(cell.text)}</text>'
-                )
-    size = f'width="{right + (438 if names_right else 90)}" height="{top + height * len(rows) + 8}"'
-    return f'<div class=scroll><svg role="img" aria-label="{escape(name)}" {size}>{"".join(body)}</svg></div>'
+                style = "on" if cell.opacity > 0.6 else ""
+                body.append(text(x + CELL / 2, y + baseline, cell.text, style=style, anchor="middle"))
+    width = right + (438 if names_right else 90)
+    return f"<div class=scroll>{image(width, top + height * len(rows) + 8, ''.join(body), label=name)}</div>"

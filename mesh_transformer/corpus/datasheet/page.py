@@ -18,6 +18,7 @@ from mesh_transformer.corpus.datasheet.html import (
     make_table,
 )
 from mesh_transformer.corpus.datasheet.survey import make_profanity, make_pronouns, make_topics
+from mesh_transformer.reports.svg import image, rect, text
 
 
 def make_page(sheet: dict[str, Any]) -> str:
@@ -161,17 +162,13 @@ def _lengths(sheet: dict[str, Any]) -> str:
         for bit in range(low, high + 1):
             count = part["lengths"].get(str(bit), 0)
             height = 70 * count / largest
-            tip = f"<title>under {format_size(2**bit)}: {count:,} documents</title>"
+            tip = f"under {format_size(2**bit)}: {count:,} documents"
             x = 4 + (bit - low) * 12
-            y = 96 - height
-            bars.append(f'<rect class="bar" x="{x}" y="{y:.1f}" width="10" height="{height:.1f}">{tip}</rect>')
-        ticks = "".join(
-            f'<text class="faint" x="{4 + (bit - low) * 12}" y="110">{format_size(2**bit)}</text>'
-            for bit in range(low, high + 1) if bit % 5 == 0
-        )  # fmt: skip
+            bars.append(rect(x, 96 - height, 10, height, style="bar", tip=tip))
+            if bit % 5 == 0:
+                bars.append(text(x, 110, format_size(2**bit), style="faint"))
         width = 40 + (high - low + 1) * 12
-        inside = f'<text x="4" y="14">{escape(name)}</text>{"".join(bars)}{ticks}'
-        charts.append(f'<svg role="img" width="{width}" height="118">{inside}</svg>')
+        charts.append(image(width, 118, text(4, 14, name) + "".join(bars)))
     return f"<p>Bytes of a training document; every bar is a power of two.</p><div>{''.join(charts)}</div>"
 
 
@@ -186,13 +183,11 @@ def _languages(sheet: dict[str, Any]) -> str:
         x = 0.0
         bar = []
         for i, (language, share) in enumerate(shares):
-            tip = f"<title>{escape(language)} {share:.1%}</title>"
             opacity = max(1 - 0.18 * i, 0.12)
-            shape = f'x="{x:.1f}" y="3" width="{320 * share:.1f}" height="14" fill-opacity="{opacity:.2f}"'
-            bar.append(f'<rect class="bar" {shape}>{tip}</rect>')
+            bar.append(rect(x, 3, 320 * share, 14, style="bar", opacity=opacity, tip=f"{language} {share:.1%}"))
             x += 320 * share
         words = ", ".join(f"{escape(language)} {share:.1%}" for language, share in shares[:5])
-        chart = f'<svg width="320" height="20">{"".join(bar)}</svg>'
+        chart = image(320, 20, "".join(bar))
         rows.append(f"<tr><td>{escape(name)}</td><td>{chart}</td><td class=left>{words}</td></tr>")
     note = "<p>Shares of bytes as identified by py3langid, which also assigns a language to code.</p>"
     return f"{note}<div class=scroll><table>{''.join(rows)}</table></div>"

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Products by the names people use, and a table that agrees with itself."""
+"""Topologies by product name, and consistency of the hardware table."""
 
 import math
 import re
@@ -8,7 +8,7 @@ import re
 import pytest
 
 from mesh_transformer.config import ConfigError
-from mesh_transformer.plan.hardware.chips import FAMILIES, GPUS, GPU_SPECS, TPUS
+from mesh_transformer.plan.hardware.chips import FAMILIES, GPU_SPECS, GPUS, TPUS
 from mesh_transformer.plan.hardware.topologies import gpu_target, parse_topology, product_names
 from mesh_transformer.plan.run import parse_amount
 
@@ -42,15 +42,15 @@ def test_names(name, kind, chips, devices, hosts):
     assert (topology.chip.name, topology.chips, topology.devices, topology.hosts) == (kind, chips, devices, hosts)
 
 
-def test_devices_of_this_machine():
+def test_local_devices():
     assert parse_topology("cpu-8").devices == 8
     assert parse_topology("local").devices == 0
 
 
-def test_a_default_is_said_aloud():
+def test_an_assumed_default_is_noted():
     topology = parse_topology("8xA100")
     assert topology.chip is GPUS["A100-80"]
-    assert "A100-40 is the one with 40 GB" in topology.note
+    assert "use A100-40 for 40 GB" in topology.note
     assert not parse_topology("8xA100-40").note
 
 
@@ -63,30 +63,30 @@ def test_a_default_is_said_aloud():
         ("v8-8", "v3-8"),
         ("16xH100", "2x8xH100"),
         ("8xV100", "8xH100"),
-        ("cpu-0", "names are like"),
+        ("cpu-0", "examples: v3-8"),
         ("2xlocal", "local"),
-        ("", "names are like"),
+        ("", "examples: v3-8"),
     ],
 )
-def test_unknown_names_are_refused_with_the_nearest(name, hint):
+def test_unknown_names_are_rejected_with_the_closest(name, hint):
     with pytest.raises(ConfigError, match=re.escape(hint)):
         parse_topology(name)
 
 
-def test_every_product_is_found_and_none_twice():
+def test_product_names_are_unique_and_parsed():
     names = product_names()
     assert len(names) == len(set(names))
     assert all(parse_topology(name).name == name for name in names)
 
 
-def test_shapes_hold_the_chips_their_number_says():
+def test_slice_shapes_match_their_numbers():
     for kind, family in FAMILIES.items():
-        cores = kind in ("v2", "v3", "v4", "v5p", "v7x")  # sold by cores, two to a chip
+        cores = kind in ("v2", "v3", "v4", "v5p", "v7x")  # named by cores, two per chip
         for number, shape in family.slices.items():
             assert math.prod(shape) * (2 if cores else 1) == number, f"{kind}-{number}"
 
 
-def test_facts_are_of_the_right_size():
+def test_specifications_are_plausible():
     for chip in [*TPUS.values(), *GPUS.values()]:
         assert 40e12 < chip.flops < 3000e12
         assert 7 * 2**30 < chip.memory < 200 * 2**30

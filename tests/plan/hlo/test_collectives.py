@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes over each axis of the mesh, as read from compiled programs, against bytes worked out by hand."""
+"""Bytes sent over each mesh axis, from compiled programs, compared with values computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from mesh_transformer.plan.hlo.collectives import read_collectives, sent_bytes
 from mesh_transformer.plan.hlo.parser import HloModule
 from mesh_transformer.plan.hlo.traffic import hbm_bytes, stacked_bytes
 
-LAYERS, ROWS, DIM = 5, 16, 32
+LAYERS, BATCH, DIM = 5, 16, 32
 
 
 def compile_text(function, *arguments) -> str:
@@ -30,8 +30,8 @@ def shaped(mesh, shape, *spec):
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
 
 
-def test_sums_in_a_loop_count_as_often_as_it_runs(mesh):
-    """x [rows over data, dim over tensor] times w [dim over tensor, dim] leaves partial sums to be added over tensor."""
+def test_collectives_in_a_loop_are_multiplied_by_its_trip_count(mesh):
+    """x [batch over data, dim over tensor] times w [dim over tensor, dim] leaves partial sums, reduced over tensor."""
 
     def layers(x, w):
         def layer(x, _):
@@ -40,21 +40,21 @@ def test_sums_in_a_loop_count_as_often_as_it_runs(mesh):
 
         return jax.lax.scan(layer, x, None, length=LAYERS)[0]
 
-    text = compile_text(layers, shaped(mesh, (ROWS, DIM), "data", "tensor"), shaped(mesh, (DIM, DIM), "tensor"))
+    text = compile_text(layers, shaped(mesh, (BATCH, DIM), "data", "tensor"), shaped(mesh, (DIM, DIM), "tensor"))
     (row,) = read_collectives(HloModule(text), mesh.devices.shape, MESH_AXES)
     assert (row.axes, row.kind, row.group, row.count) == (("tensor",), "all-reduce", 2, LAYERS)
-    put_in = (ROWS // 2) * DIM * 4
+    put_in = (BATCH // 2) * DIM * 4
     assert row.sent == LAYERS * 2 * put_in * (2 - 1) / 2
 
 
 def test_gathers_and_sums_name_their_axes(mesh):
-    """A weight over fsdp is gathered; the mean of rows over data and fsdp is added up over both."""
+    """A weight over fsdp is gathered; a sum over the batch over data and fsdp is reduced over both."""
 
     def loss(x, w):
         w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
         return jnp.sum(jnp.square(x @ w), axis=0)
 
-    text = compile_text(loss, shaped(mesh, (ROWS, DIM), ("data", "fsdp")), shaped(mesh, (DIM, DIM), "fsdp"))
+    text = compile_text(loss, shaped(mesh, (BATCH, DIM), ("data", "fsdp")), shaped(mesh, (DIM, DIM), "fsdp"))
     rows = {row.kind: row for row in read_collectives(HloModule(text), mesh.devices.shape, MESH_AXES)}
     assert set(rows) == {"all-gather", "all-reduce"}
     assert rows["all-gather"].axes == ("fsdp",)
@@ -126,21 +126,21 @@ HLO = HLO.replace("MEGASCALE", 'frontend_attributes={_xla_host_transfer_handler_
 
 
 def test_text_of_a_tpu_program():
-    """Async steps count once, fused reduce-scatters as such, groups in all notations, loops from where they begin."""
+    """Async stages count once, fused reduce-scatters as such, groups in all notations, loops from their initial count."""
     module = HloModule(HLO)
     assert module.run_counts["body"] == 9 - 2
     rows = {row.kind: row for row in read_collectives(module, (4, 2), ("data", "tensor"))}
     assert set(rows) == {"all-gather", "reduce-scatter", "collective-permute", "send"}
     assert (rows["send"].axes, rows["send"].sent) == ((), 7 * 16 * 8 * 4)
     gather, scatter, ring = rows["all-gather"], rows["reduce-scatter"], rows["collective-permute"]
-    # [2,4] transposed: 0 4 | 1 5 | ...: devices two rows of the mesh apart
+    # [2,4] transposed: 0 4 | 1 5 | ...: devices two mesh rows apart
     assert (gather.axes, gather.group, gather.count, gather.sent) == (("data",), 2, 7, 7 * 4 * 128 * 2)
     assert (scatter.axes, scatter.count, scatter.sent) == (("tensor",), 7, 7 * 16 * 8 * 4 / 2)
     assert (ring.axes, ring.sent) == (("data",), 7 * 16 * 8 * 4)
 
 
-def test_attributes_of_several_lines_end_no_computation():
-    """A kernel's notes may hold a table; its closing brackets stand at the beginnings of lines."""
+def test_attributes_may_span_lines():
+    """Kernel metadata may contain a table whose closing brackets are at the start of lines."""
     table = 'frontend_attributes={kernel_metadata={\n"xprof_metadata": {"blocks": "{\n}"\n}}}, metadata={op_name="a"}\n'
     noted = HLO.replace(
         "%begin = bf16[8,128]{1,0} fusion(%w), kind=kCustom, calls=%start\n",
@@ -152,9 +152,9 @@ def test_attributes_of_several_lines_end_no_computation():
     assert len(rows[0]) == 4
 
 
-def test_groups_that_cannot_be_read_are_an_error():
+def test_unknown_group_notations_are_an_error():
     module = HloModule(HLO.replace("replica_groups=[4,2]<=[2,4]T(1,0)", "replica_groups=by_magic"))
-    with pytest.raises(ValueError, match="cannot read its groups"):
+    with pytest.raises(ValueError, match="unknown notation of replica groups"):
         read_collectives(module, (4, 2), ("data", "tensor"))
 
 
@@ -168,7 +168,7 @@ def test_formulas():
 
 
 def test_memory_traffic_of_slices_and_updates():
-    """A loop that reads a layer of a stack and writes a layer of another moves the layers, not the stacks."""
+    """A loop that reads a slice of one stack and writes a slice of another moves the slices, not the stacks."""
 
     def layers(stack, x):
         def layer(x, w):
@@ -176,8 +176,8 @@ def test_memory_traffic_of_slices_and_updates():
 
         return jax.lax.scan(layer, x, stack)
 
-    stack, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((LAYERS, DIM, DIM), (ROWS, DIM)))
+    stack, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((LAYERS, DIM, DIM), (BATCH, DIM)))
     module = HloModule(compile_text(layers, stack, x))
-    whole, layer = LAYERS * DIM * DIM * 4, (DIM * DIM + 3 * ROWS * DIM) * 4
-    assert whole < hbm_bytes(module) < 4 * LAYERS * layer
-    assert stacked_bytes(module).activations == LAYERS * ROWS * DIM * 4
+    stack_bytes, layer_bytes = LAYERS * DIM * DIM * 4, (DIM * DIM + 3 * BATCH * DIM) * 4
+    assert stack_bytes < hbm_bytes(module) < 4 * LAYERS * layer_bytes
+    assert stacked_bytes(module).activations == LAYERS * BATCH * DIM * 4

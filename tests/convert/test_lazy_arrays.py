@@ -1,0 +1,90 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Lazy arrays equal the NumPy operation that they stand for, in every slice, and combine the properties of their parts."""
+
+import numpy as np
+import pytest
+
+from mesh_transformer.convert.lazy_arrays import (
+    AddBias,
+    Concat,
+    FileArray,
+    Index,
+    InMemory,
+    LazyArray,
+    Stack,
+    Sum,
+    full_index,
+    to_c_order,
+)
+from mesh_transformer.storage.paths import parse_path
+
+A, B = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+CASES: dict[str, tuple[LazyArray, np.ndarray]] = {
+    "concat": (Concat([InMemory(A), InMemory(B)], 1), np.concatenate([A, B], axis=1)),
+    "stack": (Stack([InMemory(A), InMemory(B)]), np.stack([A, B])),
+    "mixed types": (Stack([InMemory(A), InMemory(B.astype(np.float16))]), np.stack([A, B.astype(np.float16)])),
+    "sum": (Sum([InMemory(A), InMemory(B)]), A + B),
+    "mean": (Sum([InMemory(A), InMemory(A), InMemory(A)], mean=True), A),
+    "bias": (AddBias(InMemory(A), InMemory(B[0])), A + B[0]),
+    "index": (Index(Stack([InMemory(A), InMemory(B)]), 1), B),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_slices_equal_numpy(name):
+    array, expected = CASES[name]
+    assert array.shape == expected.shape
+    assert array.dtype == expected.dtype == np.float32
+    index = tuple(slice(dim // 3, dim - dim // 4) for dim in array.shape)
+    np.testing.assert_array_equal(array.read(full_index(array)), expected)
+    np.testing.assert_array_equal(array.read(index), expected[index])
+
+
+class Chunked(InMemory):
+    """An array in memory that reports remote chunks."""
+
+    def __init__(self, values: np.ndarray):
+        super().__init__(values)
+        self.is_local = False
+
+    @property
+    def read_granularity(self) -> tuple[int, ...]:
+        return (2, 3)
+
+
+def test_combinations_report_location_and_granularity():
+    remote = Chunked(A)
+    assert Index(remote, 0).read_granularity == (3,)
+    assert not Index(remote, 0).is_local
+    for array in (Concat([InMemory(A), remote], 0), Stack([InMemory(A), remote]), Sum([InMemory(A), remote])):
+        assert not array.is_local
+        assert set(array.read_granularity) == {1}
+    assert not FileArray(parse_path("s3://bucket/file"), 0, (2,), A.dtype).is_local
+
+
+def test_file_arrays(tmp_path):
+    path = tmp_path / "values"
+    path.write_bytes(bytes(8) + A.tobytes())
+    array = FileArray(path, 8, A.shape, A.dtype)
+    assert array.is_local
+    np.testing.assert_array_equal(array.read(full_index(array)), A)
+    np.testing.assert_array_equal(array.read((slice(1, 4), slice(2, 5))), A[1:4, 2:5])
+    with pytest.raises(ValueError, match="an array ends at"):
+        FileArray(path, 16, A.shape, A.dtype).read(full_index(array))
+
+
+def test_c_order_of_a_transposed_array():
+    values = np.arange(40 * 50).reshape(40, 50).T
+    packed = to_c_order(values)
+    assert packed.flags.c_contiguous
+    np.testing.assert_array_equal(packed, values)
+
+
+def test_arrays_that_do_not_fit_together_are_refused():
+    with pytest.raises(ValueError, match="cannot concatenate"):
+        Concat([InMemory(A), InMemory(A[:, :2])], 0)
+    with pytest.raises(ValueError, match="cannot stack"):
+        Stack([InMemory(A), InMemory(A[:2])])
+    with pytest.raises(ValueError, match="cannot add"):
+        Sum([InMemory(A), InMemory(A[:2])])
