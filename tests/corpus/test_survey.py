@@ -24,8 +24,10 @@ def test_sentences_with_pronouns():
 def test_words_are_biased_to_the_pronoun_they_occur_with(tmp_path, write_texts, make_recipe):
     soldiers = [f"He is a military man {i}. " * 3 + prose(i) for i in range(8)]
     wives = [f"She is a happy married woman {i}. And she met a man. " + prose(100 + i) for i in range(16)]
-    sources = {name: {"kind": "text", "paths": [str(write_texts(name, texts))]} for name, texts in
-               (("a", soldiers), ("b", wives))}  # fmt: skip
+    sources = {
+        name: {"kind": "text", "paths": [str(write_texts(name, texts))]}
+        for name, texts in (("a", soldiers), ("b", wives))
+    }
     recipe = make_recipe(sources, heldout={"one_in": 0}, duplicates={"near": "none"}, corpus={"part_mb": 1})
     found = build_corpus(recipe, tmp_path / "out", Executor()).survey["pronouns"]
     assert found["sentences"] == {"a": {"he": 24, "she": 0}, "b": {"he": 0, "she": 32}}
@@ -66,8 +68,12 @@ def test_samples_are_bounded_and_do_not_depend_on_parts(tmp_path, write_texts, m
     folder = write_texts("a", [f"text {i} " + prose(i, 600) for i in range(SAMPLE + 50)])
     surveys = []
     for part_mb in (1, 2):
-        recipe = make_recipe({"a": {"kind": "text", "paths": [str(folder)]}}, heldout={"one_in": 0},
-                             duplicates={"near": "none"}, corpus={"part_mb": part_mb})  # fmt: skip
+        recipe = make_recipe(
+            {"a": {"kind": "text", "paths": [str(folder)]}},
+            heldout={"one_in": 0},
+            duplicates={"near": "none"},
+            corpus={"part_mb": part_mb},
+        )
         corpus = build_corpus(recipe, tmp_path / f"out{part_mb}", Executor())
         surveys.append(corpus.survey)
         assert len(corpus.parts) == 3 - part_mb

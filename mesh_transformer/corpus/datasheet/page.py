@@ -68,10 +68,16 @@ def _composition(sheet: dict[str, Any]) -> str:
     rows = []
     for name, part in sorted(parts.items(), key=lambda item: -item[1]["weight"]):
         row = [
-            name, f"{part['raw_bytes'] / MB:.1f}", f"{part['train_bytes'] / MB:.1f}", f"{part['weight']:.2%}",
-            f"{part['epochs']:.2f}", f"{part['effective_bytes'] / MB:.1f}", f"{part['train_documents']:,}",
-            format_size(part["mean_document_bytes"]), f"{part['tokens_per_byte']:.4f}",
-        ]  # fmt: skip
+            name,
+            f"{part['raw_bytes'] / MB:.1f}",
+            f"{part['train_bytes'] / MB:.1f}",
+            f"{part['weight']:.2%}",
+            f"{part['epochs']:.2f}",
+            f"{part['effective_bytes'] / MB:.1f}",
+            f"{part['train_documents']:,}",
+            format_size(part["mean_document_bytes"]),
+            f"{part['tokens_per_byte']:.4f}",
+        ]
         if published:
             found = part["published"] or {}
             row += [str(found.get(key, "")) for key in ("raw_gib", "weight", "epochs")]
@@ -79,11 +85,17 @@ def _composition(sheet: dict[str, Any]) -> str:
     retained = sum(part["train_bytes"] for part in parts.values())
     documents = sum(part["train_documents"] for part in parts.values())
     total = [
-        "all", f"{sum(part['raw_bytes'] for part in parts.values()) / MB:.1f}", f"{retained / MB:.1f}", "100.00%", "",
-        f"{sum(part['effective_bytes'] for part in parts.values()) / MB:.1f}", f"{documents:,}",
+        "all",
+        f"{sum(part['raw_bytes'] for part in parts.values()) / MB:.1f}",
+        f"{retained / MB:.1f}",
+        "100.00%",
+        "",
+        f"{sum(part['effective_bytes'] for part in parts.values()) / MB:.1f}",
+        f"{documents:,}",
         format_size(retained / max(documents, 1)),
-        f"{sum(part['tokens'] for part in parts.values()) / max(retained, 1):.4f}", *[""] * 3 * published,
-    ]  # fmt: skip
+        f"{sum(part['tokens'] for part in parts.values()) / max(retained, 1):.4f}",
+        *[""] * 3 * published,
+    ]
     note = (
         "<p>Raw: text of all readable documents. Retained: training text after filters, deduplication and line removal. "
         f"Effective: retained text times epochs, as in the mixture. Tokenizer: {escape(sheet['tokenizer'])}.</p>"
