@@ -67,7 +67,7 @@ class Tokenizer(Protocol):
 
     @property
     def leading_space(self) -> bool:
-        """Whether encoding adds a space before the first word, which decoding drops at the start of a text."""
+        """True if encoding adds a space before the first word, which decoding drops at the start of a text."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -92,7 +92,7 @@ class Tokenizer(Protocol):
 
 
 class StreamDecoder:
-    """Decodes ids incrementally: only complete characters are returned, in all the same text as `decode` of all ids.
+    """Decodes ids incrementally: only complete characters are returned, which together are the text that `decode` gives for all ids.
 
     With `continues`, the ids follow a prompt, so a leading space is part of the text.
     """

@@ -33,7 +33,7 @@ class PendingRequest:
 
     @property
     def open(self) -> bool:
-        """Whether more events will arrive."""
+        """True while more events will arrive."""
         return bool(self._unfinished)
 
     async def events(self) -> AsyncIterator[list[Event]]:

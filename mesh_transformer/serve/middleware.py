@@ -101,11 +101,8 @@ class RequestLimits:
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
-            raise ApiError(
-                408,
-                f"the request body did not arrive within {self._body_timeout_seconds:g} s; send it faster",
-                code="timeout",
-            ) from None
+            message = f"the request body did not arrive within {self._body_timeout_seconds:g} s; send it faster"
+            raise ApiError(408, message, code="timeout") from None
 
     def _too_large(self) -> ApiError:
         return ApiError(

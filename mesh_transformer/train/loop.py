@@ -12,14 +12,14 @@ from mesh_transformer.cli import Preempted
 from mesh_transformer.data.loader import Prefetcher
 from mesh_transformer.distributed.coordination import process_index
 from mesh_transformer.distributed.stop import StopRequest
+from mesh_transformer.reports.console import ProgressFn
 from mesh_transformer.reports.evaluation_results import Evaluation, metrics_of, write_evaluation
 from mesh_transformer.train.recorder import Recorder
 from mesh_transformer.train.run import Run
 from mesh_transformer.train.schedule import batch_size_at, first_sequence
 from mesh_transformer.train.validation import compressed_bits_per_byte, validate
 
-TaskProgressFn = Callable[[str, int, int | None], None]  # (task, done, total or None)
-MeasureFn = Callable[[Run, TaskProgressFn], Evaluation]  # runs the tasks of [evaluate]; evaluate/callback.py makes it
+MeasureFn = Callable[[Run, ProgressFn], Evaluation]  # runs the tasks of [evaluate]; evaluate/callback.py makes it
 
 
 class MeasurementInterrupted(Exception):

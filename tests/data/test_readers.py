@@ -427,11 +427,11 @@ def test_a_kind_of_dataset_is_one_row(tmp_path: Path, monkeypatch: pytest.Monkey
         holds_tokens=lambda partition: False,
     )
     monkeypatch.setattr(readers, "DATASETS", (memory, *readers.DATASETS))
-    assert [document.text for document in read_documents("memory://texts")] == sum(texts, [])
+    assert [document.text for document in read_documents("memory://texts")] == [text for part in texts for text in part]
     assert not readers.holds_tokens("memory://texts")
     built = build_shards("memory://texts", ByteTokenizer(), tmp_path, holdout=4)
     assert built["train"].n_documents + built["heldout"].n_documents == 60
     assert built["heldout"].n_documents > 0
     shard = TokenShard(built["train"].prefix)
     decoded = {ByteTokenizer().decode(shard.document(i)) for i in range(shard.n_documents)}
-    assert decoded < set(sum(texts, []))
+    assert decoded < {text for part in texts for text in part}

@@ -150,7 +150,7 @@ def test_sentinels_of_the_tokenizer_come_first():
         make_span_corruption(make_config_of(n_vocab=320, seq_len=256), tokenizer)
 
 
-def test_impossible_settings_are_refused(tmp_path):
+def test_invalid_configs_are_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"have 14 noise spans, but the vocabulary has 7 sentinels; set model\.n_vocab=320"
     ):

@@ -353,8 +353,8 @@ def test_unusable_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: not valid JSON.*copy it again"):
         load_tokenizer(tmp_path)
-    with pytest.raises(TokenizerError, match=r"tokeniser\.json: no such.*did you mean .*tokenizer\.json"):
-        load_tokenizer(tmp_path / "tokeniser.json")
+    with pytest.raises(TokenizerError, match=r"tokenzier\.json: no such.*did you mean .*tokenizer\.json"):
+        load_tokenizer(tmp_path / "tokenzier.json")
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\xff")
     with pytest.raises(TokenizerError, match=r"tokenizer\.model: not valid JSON.*give a tokenizer\.json"):
         load_tokenizer(tmp_path / "tokenizer.model")

@@ -102,7 +102,7 @@ def test_training_and_the_program_give_the_same_results(trained, capsys):
     assert bits[0] != bits[1]
     found, err = run_program(capsys, str(run_dir))
     assert metrics_of(found)["text:words.bits_per_byte"] == pytest.approx(bits[1], rel=1e-5)
-    assert "kept in" in err
+    assert "evaluation_4.json" in err
     page = (run_dir / "report.html").read_text()
     assert "Evaluation, step 4" in page
     assert "Bits per byte of texts" in page, "two steps make a curve"
