@@ -62,15 +62,17 @@ RETIRED_WORDS = {
 }
 # Whole identifiers.
 RETIRED_NAMES = {
-    "AddRow", "Asked", "Attempts", "Bound", "Choices", "CommonStop", "Composed", "Foreign", "Found", "Given",
-    "Grammars", "HeadNorm", "Held", "Lazy", "Left", "Measures", "NarrowParams", "Pace", "Place", "Placed", "Places",
-    "Reading", "Remedy", "Replayed", "RewritingEngine", "Seats", "Sight", "Silicon", "Subject", "Ticket", "Told",
-    "Trained", "Watch", "Wire", "Writing", "abandon", "add_up", "attend_by", "attend_in_ring", "batch_pieces",
-    "describe_routing", "draw_burst", "empty_routing", "find_capacity", "find_uneven", "from_ring_order", "grain_of",
-    "head_of", "hide_spans", "is_here", "lay_out", "load_trained", "look_up", "meet_compiled", "normalise",
-    "old_config", "put_aside", "rank_tokens", "read_on", "room_behind", "rotary_frequencies", "rows_per_token",
-    "run_side_by_side", "run_v1", "score_experts", "show_samples", "source_segments", "start_devices", "take_in",
-    "take_turns", "to_ring_order", "train_measured", "unless_left", "wait_until_gone", "what_counts",
+    "AddRow", "Asked", "Attempts", "Bound", "Choices", "CommonStop", "Composed", "Drawn", "Foreign", "Found", "Given",
+    "Grammars", "HeadNorm", "Held", "Lazy", "Left", "Measures", "NarrowParams", "NgramProposer", "Pace", "Place",
+    "Placed", "Places", "Prefixes", "Proposer", "Reading", "Remedy", "Replayed", "RewritingEngine", "Seats", "Sight",
+    "Silicon", "Subject", "Terminal", "TextRow", "Ticket", "Told", "Trained", "Watch", "Wire", "Writing", "abandon",
+    "add_up", "attend_by", "attend_in_ring", "batch_pieces", "describe_routing", "draw_burst", "draw_proposals",
+    "empty_routing", "find_capacity", "find_uneven", "from_ring_order", "grain_of", "head_of", "hide_spans", "is_here",
+    "lay_out", "load_trained", "look_up", "make_row", "meet_compiled", "normalise", "old_config", "put_aside",
+    "put_row", "rank_tokens", "read_chunk", "read_on", "read_trained_config", "room_behind", "rotary_frequencies",
+    "rows_per_token", "run_side_by_side", "run_v1", "score_chunk", "score_experts", "show_samples", "source_segments",
+    "split_layers", "start_devices", "take_in", "take_row", "take_turns", "to_ring_order", "train_measured",
+    "unless_left", "verify_proposed", "wait_until_gone", "what_counts",
 }  # fmt: skip
 # External names that contain a retired word: keys of other projects' files, command-line tools, Python's own.
 ALLOWED_NAMES: set[str] = {"in_place", "inplace", "placeholder", "replace"}
@@ -87,7 +89,7 @@ BRITISH = (
     r"|licence[sd]?|centre[sd]?|colour\w*|behaviour\w*|neighbour\w*|favour\w*|honour\w*|labell\w+|modell\w+|cancell(?:ed|ing)"
     r"|catalogue\w*|programme[sd]?|grey|artefact\w*|judgement|travell\w+|fulfil|whilst|analyse[sd]?"
 )
-ALLOWED_PROSE = re.compile(r"CancelledError|LICENCE|components\.\*\.licence|cancelled\(|\.cancelled|grey(?:hound)")
+ALLOWED_PROSE = re.compile(r"CancelledError|LICENCE|components\.\*\.licence|cancelled\(|\.cancelled|grey(?:hound)|anew in every pass")
 RIDDLE = re.compile(r"^(What|Which|Where|Who|Whose|How|Whether|Whatever|Of which|Such)\b")
 
 

@@ -160,7 +160,8 @@ class FileTokenizer:
         self._bytes = make_byte_table(self._table, vocabulary, self._library.get_added_tokens_decoder(), where)
         if self.end_of_text in self.encode(name):
             raise TokenizerError(
-                f"{where}: the text {name} would be encoded as the end of text, because the vocabulary merges it; use another vocabulary"
+                f"{where}: the text {name} would be encoded as the end of text, because the vocabulary merges it; "
+                "use another vocabulary"
             )
         back = self.decode(self.encode(_PROBE))
         if unicodedata.normalize("NFKC", back).casefold() != _PROBE:

@@ -66,11 +66,7 @@ Source = tuple[float, Passage]  # fraction of its passages to sample, and a whol
 def main(arguments: list[str]) -> int:
     """Sample the texts, train, measure and print the table."""
     options = parse(arguments)
-    from mesh_transformer.corpus.datasheet.content import (
-        read_datasheet,  # imported late: a missing library is a short error
-    )
-
-    sheet = read_datasheet(options.corpus)
+    sheet = read_sheet(options.corpus)
     component = options.component or max(sheet["components"], key=lambda n: sheet["components"][n]["effective_bytes"])
     if component not in sheet["components"]:
         raise ConfigError(
@@ -107,6 +103,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.mb <= 0:
         raise ConfigError(f"--mb {options.mb}: must be greater than 0")
     return options
+
+
+def read_sheet(corpus: Path) -> dict[str, Any]:
+    """Return the datasheet of a complete corpus, without the libraries of the corpus extra."""
+    if not (corpus / "manifest.json").is_file() or not (corpus / "datasheet.json").is_file():
+        raise ConfigError(f"{corpus}: not a complete corpus; build it with scripts/build_corpus.py")
+    return json.loads((corpus / "datasheet.json").read_text(encoding="utf-8"))
 
 
 def prepare_texts(corpus: Path, sheet: dict[str, Any], component: str, folder: Path, mb: float) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from invented_text import prose
 pytest.importorskip("datatrove")
 from mesh_transformer.config import ConfigError
 from mesh_transformer.corpus.build import build_corpus
-from mesh_transformer.corpus.datasheet.content import read_datasheet, write_datasheet
+from mesh_transformer.corpus.datasheet.content import write_datasheet
 from mesh_transformer.corpus.parts import read_documents
-from mesh_transformer.corpus.stages import CorpusError, Executor
+from mesh_transformer.corpus.stages import Executor
 
 WORDS = 13
 
@@ -44,7 +44,7 @@ def test_training_texts_share_nothing_with_held_out_texts(bench, tmp_path, write
     out = tmp_path / "corpus"
     recipe = make_recipe(components, heldout={"one_in": 4}, duplicates={"near": "none"})
     write_datasheet(build_corpus(recipe, out, Executor()), out)
-    sheet = read_datasheet(out)
+    sheet = bench.read_sheet(out)
     found = bench.prepare_texts(out, sheet, "books", tmp_path / "texts", 0.5)
     held_out = {
         name: [
@@ -89,7 +89,7 @@ def test_passages_are_sampled_by_their_fractions(bench):
 
 
 def test_wrong_usage_is_reported(bench, tmp_path):
-    with pytest.raises(CorpusError, match=r"not a complete corpus .*; build it with scripts/build_corpus\.py"):
+    with pytest.raises(ConfigError, match=r"not a complete corpus; build it with scripts/build_corpus\.py"):
         bench.main([str(tmp_path), str(tmp_path / "out")])
     with pytest.raises(ConfigError, match="--seeds 0: must be at least 1"):
         bench.parse([str(tmp_path), str(tmp_path / "out"), "--seeds", "0"])
