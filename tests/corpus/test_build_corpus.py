@@ -167,7 +167,7 @@ def test_a_change_rebuilds_only_the_affected_parts(tmp_path, write_texts, make_r
     assert digest == build("again", [length | {"min_bytes": 9}])[0]
 
 
-def test_weights_that_cannot_be_met_and_components_that_come_to_nothing(tmp_path, sources, make_recipe):
+def test_unattainable_weights_and_empty_components_are_errors(tmp_path, sources, make_recipe):
     weighted = {
         name: {k: v for k, v in own.items() if k != "epochs"} | {"weight": 1.0} for name, own in sources.items()
     }
@@ -206,7 +206,7 @@ def test_a_quality_filter_trains_its_own_classifier(tmp_path, sources, make_reci
     assert dropped["low quality"] + len(kept) == 90 + 40
 
 
-def test_a_component_that_cannot_be_read_says_why(tmp_path, sources, make_recipe, write_texts):
+def test_an_unreadable_component_reports_its_first_error(tmp_path, sources, make_recipe, write_texts):
     sources["empty"] = {"kind": "text", "paths": [str(write_texts("empty", [" "]))]}
     with pytest.raises(
         CorpusError, match=r"component empty: none of its documents could be read; first error: .*000.txt: empty text"
@@ -243,7 +243,7 @@ def test_a_full_disk_is_reported_and_the_next_build_resumes(
     assert build_corpus(recipe, tmp_path / "out", Executor()).manifest["outputs"]
 
 
-def test_a_source_that_disappears_midway(tmp_path, sources, make_recipe, monkeypatch):
+def test_a_source_that_disappears_during_the_build(tmp_path, sources, make_recipe, monkeypatch):
     from mesh_transformer.corpus import build
 
     def find_and_lose(recipe):

@@ -21,7 +21,7 @@ from mesh_transformer.corpus.latex import nodes_to_text
 
 
 def read(recipe):
-    """Return texts by file name, and the statistics of stats."""
+    """Return texts by file name, and the read statistics."""
     parts, _ = find_parts(recipe)
     stats = ReadStats()
     found = [document for part in parts for document in read_part(part, recipe, stats)]

@@ -100,7 +100,7 @@ def test_total_is_weighted_by_size():
     [
         ([], {}, DataError, "no documents"),
         ([("empty", Document("", "0"))], {}, DataError, "empty: no text"),
-        ([("a", Document("text", "0"))], {"context": 33}, ConfigError, "seq_len is 32"),
+        ([("a", Document("text", "0"))], {"context": 33}, ConfigError, "must be between 1 and model.seq_len=32"),
         ([("a", Document("text", "0"))], {"stride": 33}, ConfigError, "evaluate.stride=33 with a context of 32"),
     ],
 )

@@ -149,7 +149,7 @@ def test_without_a_compiler_the_plan_is_marked_as_an_estimate(monkeypatch):
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", fail)
     job = CompileJob(config=make_config(), topology="v5e-8")
-    with pytest.raises(MissingCompilerError, match=r"pip install -e '\.\[plan\]'"):
+    with pytest.raises(MissingCompilerError, match=r"pip install 'mesh-transformer\[plan\]'"):
         measure(job)
     plan = make_plan(job.config, estimate_training(job.config, job.topology))
     assert LABEL in format_plan(plan)

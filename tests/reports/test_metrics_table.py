@@ -4,6 +4,9 @@
 
 import json
 
+import jax
+
+from mesh_transformer.config import load_config
 from mesh_transformer.reports.console import format_values
 from mesh_transformer.reports.html_report import make_page
 from mesh_transformer.reports.metrics_log import FILE, read_metrics
@@ -15,6 +18,9 @@ from mesh_transformer.reports.metrics_table import (
     format_table,
     representative_layers,
 )
+from mesh_transformer.train.compile import abstract_batch
+from mesh_transformer.train.state import describe_state
+from mesh_transformer.train.step import make_train_step
 
 OLD_NAMES = {
     "skipped_in_a_row": "consecutive_skips",
@@ -60,3 +66,30 @@ def test_representative_layers():
     assert representative_layers(1) == [0]
     assert representative_layers(2) == [0, 1]
     assert representative_layers(12) == [0, 4, 8, 11]
+
+
+def test_every_value_of_the_training_step_has_a_row(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("""
+[model]
+n_layers = 2
+d_model = 16
+n_heads = 2
+n_vocab = 32
+seq_len = 16
+experts = {n_experts = 2}
+[data.train.x]
+path = "x"
+[train]
+steps = 2
+batch_size = 4
+grad_accum_steps = 2
+log_layer_grad_norms = true
+log_grad_noise_scale = true
+""")
+    config = load_config(path)
+    shapes, _ = describe_state(config)
+    _, metrics = jax.eval_shape(make_train_step(config), shapes, abstract_batch(config))
+    assert set(metrics) <= set(BY_NAME), "add a row to TRAIN_METRICS for each new value"
+    derived = {"tokens_per_s", "mfu", "step_ms", "batch_size", "epoch"}  # by train/recorder.py
+    assert set(BY_NAME) == set(metrics) | derived
