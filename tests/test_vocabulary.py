@@ -62,7 +62,7 @@ RETIRED_WORDS = {
 }
 # Whole identifiers.
 RETIRED_NAMES = {
-    "AddRow", "Asked", "Attempts", "Bound", "Choices", "CommonStop", "Composed", "Drawn", "Foreign", "Found", "Given",
+    "AddRow", "Asked", "Attempts", "BadDocuments", "Bound", "ChatWire", "Choices", "CommonStop", "Composed", "Drawn", "Foreign", "Found", "Given",
     "Grammars", "HeadNorm", "Held", "Lazy", "Left", "Measures", "NarrowParams", "NgramProposer", "Pace", "Place",
     "Placed", "Places", "Prefixes", "Proposer", "Reading", "Remedy", "Replayed", "RewritingEngine", "Seats", "Sight",
     "Silicon", "Subject", "Terminal", "TextRow", "Ticket", "Told", "Trained", "Watch", "Wire", "Writing", "abandon",

@@ -74,9 +74,9 @@ def implementation_of(checkpoint: OpenCheckpoint) -> str:
     """Return a description of the code that `logits_of` runs for a checkpoint."""
     match checkpoint.kind:
         case "huggingface":
-            return f"the NumPy reference implementation of {checkpoint.external_config['model_type']} in transformers"
+            return f"this project's NumPy reimplementation of {checkpoint.external_config['model_type']}"
         case "gptj-v1":
-            return "the NumPy reference implementation of mesh-transformer-jax"
+            return "this project's NumPy reimplementation of mesh-transformer-jax"
         case _:
             return "the Mesh Transformer model"
 

@@ -92,7 +92,7 @@ class Tokenizer(Protocol):
 
 
 class StreamDecoder:
-    """Decodes ids incrementally: only complete characters are returned, which together are the text that `decode` gives for all ids.
+    """Decodes ids incrementally: returns only complete characters, in total the same text as `decode`.
 
     With `continues`, the ids follow a prompt, so a leading space is part of the text.
     """

@@ -118,7 +118,8 @@ class SampleStream:
         if self._options.top_logprobs is None or not self._prompt_tokens:
             return
         decoder, start = StreamDecoder(self._tokenizer), 0
-        for token, score in zip(self._prompt_tokens, [None, *(scores or [])], strict=True):
+        by_token: list[Score | None] = [None, *(scores or [])]  # the first token has no score
+        for token, score in zip(self._prompt_tokens, by_token, strict=True):
             self._pending.append(TokenLogprob(start, token, score and score.logprob, score and score.top))
             start += len(decoder.push([token]))
 

@@ -35,7 +35,7 @@ def kind(path):
 
 
 def assert_detected(store, wanted, path):
-    """Check that the damage is reported by restore and by verify, each naming the file (and its array), and skipped by latest_valid."""
+    """Check that restore and verify name the damaged file and its array, and that latest_valid skips the step."""
     problems = store.verify(2)
     assert any(str(path) in problem for problem in problems), problems
     with pytest.raises(CheckpointError) as raised:

@@ -112,12 +112,14 @@ def test_output_does_not_depend_on_concurrent_requests(server):
 
 
 def test_logprobs_of_a_prompt_equal_those_of_generating_it(server):
-    drawn = server.complete(prompt="Say", max_tokens=10, seed=2, logprobs=1)["choices"][0]["logprobs"]
-    ids = [name[0] if len(name := token.encode("latin-1")) == 1 else int(token[-2:], 16) for token in drawn["tokens"]]
+    generated = server.complete(prompt="Say", max_tokens=10, seed=2, logprobs=1)["choices"][0]["logprobs"]
+    ids = [
+        name[0] if len(name := token.encode("latin-1")) == 1 else int(token[-2:], 16) for token in generated["tokens"]
+    ]
     body = dict(prompt=[[*b"Say", *ids]], echo=True, logprobs=1, max_tokens=1, temperature=0.0)
     echoed = server.complete(**body)["choices"][0]["logprobs"]  # how evaluation harnesses request log-likelihoods
     assert echoed["token_logprobs"][0] is echoed["top_logprobs"][0] is None
-    assert echoed["token_logprobs"][3:-1] == pytest.approx(drawn["token_logprobs"], abs=1e-4)
+    assert echoed["token_logprobs"][3:-1] == pytest.approx(generated["token_logprobs"], abs=1e-4)
     assert echoed["tokens"][:3] == ["S", "a", "y"]
     assert len(echoed["tokens"]) == 14
     only = server.complete(**{**body, "max_tokens": 0})

@@ -1,7 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints in an object store: a real server that speaks S3's language, and between us and it a proxy that counts,
-fails and cuts connections."""
+"""ObjectStoreBackend with S3: commit protocol, leftovers, faults, uploads and downloads; a real server behind a faulty proxy."""
 
 import collections
 import dataclasses
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faulty_proxy import run_proxy
 from safetensors.numpy import load, load_file
 
 from mesh_transformer.checkpoint import local_backend
@@ -42,67 +40,29 @@ from mesh_transformer.storage.paths import parse_path
 from mesh_transformer.storage.resume_log import open_staging_log
 from mesh_transformer.train.session import train_config
 
-boto3 = pytest.importorskip("boto3", reason="needs moto[server], which brings boto3")
-pytest.importorskip("moto", reason="needs moto[server], an S3 server for tests")
-pytest.importorskip("s3fs", reason="needs s3fs (the extra `remote`)")
+boto3 = pytest.importorskip("boto3", reason="needs moto[server], which installs boto3")
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "bucket"
-SERVER = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()
-server.stop()
-"""
 
 
 @pytest.fixture(scope="module")
-def behind():
-    """The port of a server of its own process."""
-    environment = {**os.environ, "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(1 << 26)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, **pipes) as process:
-        yield int(process.stdout.readline())
-        process.stdin.close()
-        process.wait(10)
-
-
-@pytest.fixture(scope="module")
-def client(behind):
-    """The server without the proxy."""
+def client(s3_port):
+    """A client of the server that bypasses the proxy."""
     made = boto3.client(
         "s3",
-        endpoint_url=f"http://127.0.0.1:{behind}",
+        endpoint_url=f"http://127.0.0.1:{s3_port}",
         region_name="us-east-1",
         aws_access_key_id="a",
         aws_secret_access_key="b",
     )
-    made.create_bucket(Bucket=BUCKET)
     yield made
     made.close()
 
 
-@pytest.fixture(scope="module")
-def running_proxy(behind):
-    with run_proxy(behind) as proxy:
-        yield proxy
-
-
 @pytest.fixture
-def proxy(running_proxy, client, monkeypatch, tmp_path):
-    running_proxy.reset()
-    for name in paths.ENVIRONMENT_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running_proxy.server_port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "no-such-file"))
-    return running_proxy
+def proxy(s3_proxy):
+    return s3_proxy
 
 
 @pytest.fixture
@@ -111,10 +71,10 @@ def url(proxy, request):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """An error is one at once."""
+def no_retries(monkeypatch):
+    """Raise errors without retries."""
     for name, value in {"ATTEMPTS": 1, "BODY_ATTEMPTS": 1, "FIRST_PAUSE": "1ms"}.items():
-        monkeypatch.setattr(places, name, value)
+        monkeypatch.setattr(paths, name, value)
     caches = (paths._filesystem, paths._make_context)
     for cache in caches:
         cache.cache_clear()
@@ -155,46 +115,21 @@ def path_of(url, name):
     return "/".join([*parse_path(url).parts[1:], name])
 
 
-@pytest.mark.usefixtures("small_files")
-def test_restores_on_another_mesh(proxy, url, arrays, axes, shardings, like, digests, values):
-    store = Store(f"{url}/checkpoints")
-    store.save(3, arrays, axes=axes, meta={"loss": float("nan")})
-    assert store.holds(3)
-    store.wait()
-    found, step = find_checkpoint(url)
-    assert (str(found.root), step, found.steps()) == (f"{url}/checkpoints", 3, [3])
-    places = shardings(1, 4, 2)
-    restored = found.restore(3, like(places))
-    assert digests(restored) == digests(values)
-    assert {a.sharding for a in restored.values()} == set(paths.values())
-    assert found.verify(3) == []
-    assert np.isnan(found.read_meta(3)["loss"])
-    assert find_checkpoint(f"{url}/checkpoints/step_3")[1] == 3
-    with pytest.raises(CheckpointError, match="opened for reading"):
-        found.save(4, arrays, axes=axes, meta={})
-    assert not [key for key in keys(url) if "OWNER" in key]
-    proxy.log.clear()
-    index = (slice(63, 64), slice(0, 24))
-    np.testing.assert_array_equal(found.read_slice(3, "params/embed/w", index), values["params/embed/w"][index])
-    read = [entry for entry in proxy.log if re.search("params/embed/w/c", entry[1])]
-    assert 0 < sum(entry[3] for entry in read) < values["params/embed/w"].nbytes / 4, "not by range"
-
-
-def test_what_is_local_and_what_is_remote_are_the_same_bytes(url, tmp_path, program, capsys):
+def test_local_and_remote_checkpoints_have_the_same_bytes(url, tmp_path, program, capsys):
     for root in (url, tmp_path / "run"):
         save(Store(root), 1)
     local = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert set(keys(url)) == local
-    for name in local - {"step_1/manifest.json", "step_1/COMMIT"}:  # which hold the time
+    for name in local - {"step_1/manifest.json", "step_1/COMMIT"}:  # they contain the time
         assert (parse_path(url) / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
     assert program["checkpoint"].main(["diff", url, str(tmp_path / "run")]) == 0
-    assert "2 of 2 common arrays are equal bit for bit" in capsys.readouterr().out
+    assert "2 of 2 common arrays are identical" in capsys.readouterr().out
     save(Store(tmp_path / "run"), 2)
     assert program["checkpoint"].main(["diff", str(tmp_path / "run"), url]) == 0
     assert "differs     w: 16 of 16 values" in capsys.readouterr().out
 
 
-def test_inspect_reads_the_manifest_and_nothing_else(proxy, url, program, capsys):
+def test_inspect_reads_only_the_manifest(proxy, url, program, capsys):
     store = Store(f"{url}/checkpoints")
     state = {"w": jnp.ones((1000, 1000)), "step": jnp.int32(3)}
     store.save(3, state, axes=AXES, meta={})
@@ -225,7 +160,7 @@ def spawn(*arguments):
 
 
 def test_killed_before_its_commit(proxy, url, monkeypatch):
-    """And what was in flight when its process left in peace is finished first."""
+    """A pending save is finished before its process exits normally."""
     child = spawn(url, "1", "2")
 
     def kill(method, path):
@@ -250,21 +185,24 @@ def test_killed_before_its_commit(proxy, url, monkeypatch):
 
 
 def test_leftovers(url, client, monkeypatch):
-    """What a live process of this host writes stays, and for an hour what may be of one elsewhere."""
+    """Steps of live processes of this host stay, and for an hour those of other hosts."""
     host, pid, start, _ = local_backend.make_owner().rsplit("-", 3)
     save(Store(url), 1)
     marks = {2: local_backend.make_owner(), 3: f"{host}-{pid}-{int(start) + 1}-00", 4: "other.host-1-1-00", 5: None}
     for step, owner in marks.items():
         for name in [f"OWNER.{owner}"] * bool(owner) + ["arrays/w/c.0.0"]:
             client.put_object(Bucket=BUCKET, Key=path_of(url, f"step_{step}/{name}"), Body=b"x")
-    there = lambda: {int(key.split("/")[0][5:]) for key in keys(url)}  # noqa: E731
+
+    def steps():
+        return {int(key.split("/")[0][5:]) for key in keys(url)}
+
     Store(url, writable=False)
-    assert there() == {1, 2, 3, 4, 5}
+    assert steps() == {1, 2, 3, 4, 5}
     Store(url)
-    assert there() == {1, 2, 4, 5}
-    monkeypatch.setattr(folders, "FOREIGN_SECONDS", -5)
+    assert steps() == {1, 2, 4, 5}
+    monkeypatch.setattr(local_backend, "OTHER_HOST_SECONDS", -5)
     assert Store(url).latest() == 1
-    assert there() == {1, 2}
+    assert steps() == {1, 2}
 
 
 def test_a_failed_save_leaves_nothing(proxy, url):
@@ -282,7 +220,7 @@ def test_a_failed_save_leaves_nothing(proxy, url):
     assert store.steps() == [1, 2]
 
 
-def test_a_step_that_is_replaced_is_never_half_there(proxy, url):
+def test_a_replaced_step_is_never_incomplete(proxy, url):
     store = save(Store(url), 1, 2)
     seen = []
 
@@ -313,26 +251,28 @@ def test_pruning_takes_commit_first(proxy, url):
     assert len(deleted) == 6
 
 
-def test_a_flipped_byte_is_found_and_named(url, client, program, capsys):
+def test_damage_is_reported_by_every_command(url, client, program, capsys):
     store = save(Store(url), 1, 2)
     key = path_of(url, "step_2/arrays/w/c.0.0")
     data = bytearray(client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
     data[7] ^= 4
     client.put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
     assert program["checkpoint"].main(["verify", f"{url}/step_2"]) == 1
-    assert capsys.readouterr().out.startswith(f"{url}/step_2/arrays/w/c.0.0: damaged: its digest is not the manifest's")
+    assert capsys.readouterr().out.startswith(
+        f"{url}/step_2/arrays/w/c.0.0: damaged: its digest does not match the manifest"
+    )
     with pytest.raises(CheckpointError, match=rf"{url}/step_2/arrays/w/c\.0\.0: damaged or unreadable") as raised:
         restore(store, 2)
     assert not isinstance(raised.value, StorageError)
-    said = []
-    assert find_checkpoint(url, log=said.append)[1] == 1
-    assert f"{url}/step_2/arrays/w/c.0.0: damaged" in said[0]
+    logged = []
+    assert find_checkpoint(url, log=logged.append)[1] == 1
+    assert f"{url}/step_2/arrays/w/c.0.0: damaged" in logged[0]
     client.delete_object(Bucket=BUCKET, Key=key)
     assert "c.0.0: missing (no such object); a file of w" in store.verify(2)[0]
 
 
-def test_what_passes_is_survived(proxy, url):
-    """The first request of each kind fails, each in another way, those of listings too."""
+def test_one_fault_of_each_kind_is_retried(proxy, url):
+    """The first request of each kind fails, each in a different way, including listings."""
     failed = {}
 
     def fail_once(method, path):
@@ -351,34 +291,34 @@ def test_what_passes_is_survived(proxy, url):
     assert len([entry for entry in proxy.log if entry[2] in (503, 500, "cut")]) == len(failed)
 
 
-FAILING = {503: "the store itself fails", "cut": "cannot be reached", 403: "permission denied; .* need to list"}
+FAILING = {503: "the object store returned an error", "cut": "cannot connect", 403: "permission denied; .* need list"}
 
 
-@pytest.mark.usefixtures("impatient")
-def test_what_does_not_pass_is_one_clear_line(proxy, url):
-    """And is no damage: nobody falls back to an older step because the network is down."""
+@pytest.mark.usefixtures("no_retries")
+def test_a_permanent_fault_is_one_clear_line(proxy, url):
+    """A network failure is not damage: no older step is used because of it."""
     store = save(Store(url), 1, 2)
-    everywhere = [store.latest, lambda: Store(url), lambda: find_checkpoint(url)]
+    of_the_store = [store.latest, lambda: Store(url), lambda: find_checkpoint(url)]
     of_an_array = [lambda: restore(store, 2), lambda: store.verify(2), lambda: store.latest_valid(print)]
     for number, (action, words) in enumerate(FAILING.items()):
-        for asked, where in ((everywhere[number:], ""), (of_an_array[: 3 - number], "/step_2/arrays/w/c.0.0")):
+        for requests, where in ((of_the_store[number:], ""), (of_an_array[: 3 - number], "/step_2/arrays/w/c.0.0")):
             proxy.rule = lambda method, path, action=action, where=where: action if where in path else None
-            for ask in asked:
+            for request in requests:
                 with pytest.raises(StorageError, match=rf"{url}{where}.*: {words}") as raised:
-                    ask()
+                    request()
                 assert "\n" not in str(raised.value)
     proxy.rule = lambda method, path: 503 if method == "PUT" and "step_3" in path else None
-    with pytest.raises(CheckpointError, match=r"step 3 was not saved .*the store itself fails"):
+    with pytest.raises(CheckpointError, match=r"step 3 was not saved .*the object store returned an error"):
         save(store, 3)
     proxy.reset()
     assert store.latest_valid(print) == 2
 
 
 def test_no_such_bucket_and_no_credentials(proxy, monkeypatch):
-    for ask in (lambda: find_checkpoint("s3://elsewhere/run"), lambda: Store("s3://elsewhere/run")):
-        with pytest.raises(StorageError, match=r"s3://elsewhere/run.*: no such bucket: elsewhere; make it first"):
-            ask()
-    with pytest.raises(CheckpointError, match=rf"no such folder; s3://{BUCKET} holds the folders: "):
+    for request in (lambda: find_checkpoint("s3://elsewhere/run"), lambda: Store("s3://elsewhere/run")):
+        with pytest.raises(StorageError, match=r"s3://elsewhere/run.*: no such bucket: elsewhere; create it"):
+            request()
+    with pytest.raises(CheckpointError, match=rf"no such folder; folders in s3://{BUCKET}: "):
         find_checkpoint(f"s3://{BUCKET}/nothing-here")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -419,7 +359,7 @@ def test_from_here_to_there_and_back(proxy, url, theirs, program, tmp_path, caps
     with pytest.raises(StorageError, match=rf"{url}/ours/.*/w_tokens/c.0.0: permission denied"):
         convert(program, theirs, f"{url}/ours", *staging)
     assert Store(f"{url}/ours", writable=False).steps() == []
-    with pytest.raises(CheckpointError, match="no checkpoint in it"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         find_checkpoint(f"{url}/ours")
     begun = {path for path in puts() if "/c." in path}
     assert len(begun) > 10
@@ -452,8 +392,8 @@ def test_from_here_to_there_and_back(proxy, url, theirs, program, tmp_path, caps
             np.testing.assert_array_equal(arrays[name].read(full_index(array)), array.read(full_index(array)))
 
 
-def test_an_object_that_changes_on_its_way_is_seen(proxy, url, client, tmp_path):
-    """What is read back is compared; with it missing or different nothing counts as complete."""
+def test_an_object_that_changes_during_an_upload_is_detected(proxy, url, client, tmp_path):
+    """Uploaded objects are read back and compared; a difference leaves the upload incomplete."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "weights").write_bytes(bytes(range(256)))
     key, tampered = path_of(url, "weights"), []
@@ -475,7 +415,7 @@ def test_an_object_that_changes_on_its_way_is_seen(proxy, url, client, tmp_path)
     assert client.get_object(Bucket=BUCKET, Key=key)["Body"].read() == bytes(range(256))
 
 
-def test_a_part_of_an_object_is_read(proxy, url, client):
+def test_byte_ranges_of_objects(proxy, url, client):
     values = np.arange(64 * 48, dtype=np.float32).reshape(64, 48)
     place = parse_path(url) / "file"
     client.put_object(Bucket=BUCKET, Key=path_of(url, "file"), Body=b"header--" + values.tobytes() + b"end")
@@ -485,48 +425,39 @@ def test_a_part_of_an_object_is_read(proxy, url, client):
     assert sum(entry[3] for entry in proxy.log) == 4 * 48 * 4
     with place.open() as file:
         assert (file.read(6), file.seek(-3, os.SEEK_END), file.read()) == (b"header", 8 + values.nbytes, b"end")
-    with pytest.raises(ValueError, match=f"{url}/file: cut short"):
+    with pytest.raises(ValueError, match=f"{url}/file: truncated"):
         FileArray(place, 8, (65, 48), values.dtype).read((slice(0, 65), slice(0, 48)))
     empty = FileArray(place, 8, (0, 48), values.dtype).read((slice(0, 0), slice(0, 48)))
     assert empty.shape == (0, 48)
     np.testing.assert_array_equal(FileArray(place, 12, (), values.dtype).read(()), 1.0)
 
 
-@pytest.fixture
-def hasty(monkeypatch):
-    """Pauses before a request is made again are short."""
-    monkeypatch.setattr(places, "FIRST_PAUSE", "5ms")
-    paths._make_context.cache_clear()
-    yield
-    paths._make_context.cache_clear()
-
-
-@pytest.mark.usefixtures("hasty")
-def test_fifty_faults_lose_nothing(proxy, url):
-    """Refusals, overload, broken connections, halves of answers and stalls, at random; never one that all tries meet."""
-    draw, met, last = np.random.default_rng(0), collections.Counter(), {}
+@pytest.mark.usefixtures("short_pauses")
+def test_fifty_random_faults_lose_nothing(proxy, url):
+    """Errors, overload, cut connections, truncated responses and stalls at random; no request fails in all attempts."""
+    rng, injected, last = np.random.default_rng(0), collections.Counter(), {}
 
     def fault(method, path):
         path = path.partition("?")[0]
-        may = last.get((method, path), 0) < 2 and sum(met.values()) < 60
-        kind = draw.choice(
+        may = last.get((method, path), 0) < 2 and sum(injected.values()) < 60
+        kind = rng.choice(
             ["503", "429", "500", "cut", "half", "stall", ""], p=[0.06, 0.06, 0.06, 0.06, 0.06, 0.01, 0.69]
         )
         if not may or not kind or (kind == "half" and method != "GET"):
             last[method, path] = 0
             return None
         last[method, path] = last.get((method, path), 0) + 1
-        met[str(kind)] += 1
+        injected[str(kind)] += 1
         return int(kind) if kind.isdigit() else str(kind)
 
     proxy.rule = fault
     store, step = Store(url), 0
-    while sum(met.values()) < 50:
+    while sum(injected.values()) < 50:
         step += 1
         save(store, step)
         np.testing.assert_array_equal(restore(store, step)["w"], step)
         assert store.steps()[-1] == step
-    assert set(met) == {"503", "429", "500", "cut", "half", "stall"}
+    assert set(injected) == {"503", "429", "500", "cut", "half", "stall"}
     proxy.reset()
     assert Store(url).steps() == [step - 1, step]
     assert store.verify(step) == store.verify(step - 1) == []
@@ -535,7 +466,7 @@ def test_fifty_faults_lose_nothing(proxy, url):
 
 @pytest.fixture
 def remote_run(url, client, tmp_path):
-    """A run all of whose files are in the store, and so is its text."""
+    """Return the configuration of a run whose files and text are in the store."""
     for i in range(3):
         text = " ".join(f"{i}.{j}" for j in range(400))
         client.put_object(Bucket=BUCKET, Key=path_of(url, f"texts/{i}.txt"), Body=text.encode())
@@ -563,8 +494,8 @@ every = 2
     return path
 
 
-def test_a_run_lives_in_the_store(proxy, url, client, remote_run, tmp_path):
-    """Text, checkpoints, metrics, report; it goes on elsewhere, and a store that fails costs no step."""
+def test_uploads_of_a_run_survive_a_failing_store(proxy, url, client, remote_run, tmp_path):
+    """Text, checkpoints, metrics and report are in the store; a failing store costs no step, and another machine resumes."""
 
     def go(steps, cache):
         config = load_config(remote_run, [f"train.steps={steps}", f'data.cache_dir="{tmp_path / cache}"'])
@@ -590,7 +521,7 @@ def test_a_run_lives_in_the_store(proxy, url, client, remote_run, tmp_path):
         train_config(config, make_layout(config.mesh, jax.devices()[:1]), StopRequest(()), restart=True)
 
 
-def test_sources_are_fetched_whole(proxy, url, client, tmp_path):
+def test_datasets_are_downloaded_completely(proxy, url, client, tmp_path):
     put = lambda name, body: client.put_object(Bucket=BUCKET, Key=path_of(url, name), Body=body)  # noqa: E731
     for name in ("a/one.txt", "a/b/two.txt", "shard.bin", "shard.idx", "half.bin"):
         put(name, name.encode())
