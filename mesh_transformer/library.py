@@ -2,21 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Python library: load a model, compute logits, generate, train and reshard, from notebooks and scripts.
 
-    import mesh_transformer as mt
+import mesh_transformer as mt
 
-    model = mt.load_model("runs/quickstart")
-    print(model.generate("def ", max_tokens=40))
-    run_dir = mt.train("quickstart", ["train.steps=100"])
-    mt.reshard(run_dir, "out/model", format="huggingface")
+model = mt.load_model("runs/quickstart")
+print(model.generate("def ", max_tokens=40))
+run_dir = mt.train("quickstart", ["train.steps=100"])
+mt.reshard(run_dir, "out/model", format="huggingface")
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import Config, ConfigError, MeshConfig, load_config
@@ -27,12 +26,21 @@ from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.evaluate.callback import make_measure
 from mesh_transformer.evaluate.checkpoint_eval import open_model
 from mesh_transformer.mesh import MeshLayout, init_devices
-from mesh_transformer.sample.engine.decoder_only import require_decoder_only
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
 from mesh_transformer.sample.loading import LoadedModel
 from mesh_transformer.sample.text_generation import TextCompletion, TextGeneration
 from mesh_transformer.train.session import train_config
 
-SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 
 
 class Model:
@@ -95,14 +103,16 @@ class Model:
     def logits(self, prompt: str | Sequence[int]) -> np.ndarray:
         """Return the logits of the next token after each token of `prompt`, float32 [tokens, n_vocab].
 
-        `prompt` is a text or a list of token ids. Encoder-decoder models are not supported.
+        `prompt` is a text or a list of token IDs. Raises PromptError for an empty or too long prompt, and ConfigError for an
+        encoder-decoder model.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if self.config.model.n_encoder_layers is not None:
-            raise ConfigError("logits of an encoder-decoder model need encoder and decoder tokens; use mesh_transformer.model")
-        if not ids:
-            raise ConfigError("the prompt has no tokens; give at least one")
-        return require_decoder_only(self._loaded.engine, "logits").logits(ids)
+        engine = self._loaded.engine
+        if not isinstance(engine, DecoderOnlyEngine):
+            raise ConfigError(
+                "an encoder-decoder model has no logits of a prompt alone; use mesh_transformer.model with encoder and decoder tokens"
+            )
+        return engine.logits(ids)
 
     def _start(
         self, prompts: Sequence[str], n: int, seed: int, stop: Sequence[str], sampling: dict[str, Any]
@@ -112,3 +122,81 @@ class Model:
         options = dataclasses.replace(self.config.sample, **sampling)
         loaded = self._loaded
         return TextGeneration(loaded.engine, loaded.tokenizer, prompts, options, n=n, seed=seed, stops=stop)
+
+
+def load_model(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Model:
+    """Load a trained model onto devices.
+
+    Args:
+      path: a run folder (its latest valid checkpoint), a checkpoint folder, or a Hugging Face model folder; also s3:// and
+        gs:// paths.
+      overrides: settings as on the command line, such as "mesh.tensor=4", 'serve.weight_dtype="int8"' or
+        "sample.temperature=0.0". By default the model is on one device.
+
+    Raises:
+      ConfigError: an override that would change the model, or a mesh that does not fit.
+      CheckpointError: no checkpoint, or a damaged one.
+    """
+    return Model(open_model(os.fspath(path), overrides))
+
+
+def make_mesh(**axes: int) -> MeshLayout:
+    """Return a mesh of this process's devices with the given axis sizes, and the default sharding rules.
+
+    `make_mesh(fsdp=4, tensor=2)` uses all remaining devices as replicas (`data=-1`). `cpu_devices=8` splits the CPU into
+    eight devices, if JAX has not been used before. Use the result as `with mesh_transformer.mesh.use_layout(layout):`.
+    Raises ConfigError if the sizes do not fit the number of devices.
+    """
+    return init_devices(MeshConfig(**axes))
+
+
+def train(config: str | os.PathLike[str] | Config, overrides: Iterable[str] = (), *, restart: bool = False) -> str:
+    """Train or resume a run, and return its run folder.
+
+    Args:
+      config: a TOML file, the name of a shipped configuration ("quickstart"), or a `Config`.
+      overrides: settings as on the command line, such as "train.steps=100"; only with a file.
+      restart: start over; an existing run folder is kept under another name.
+
+    Raises:
+      ConfigError: an invalid configuration, or a run folder of another run.
+      Preempted: a stop was requested (Ctrl-C, SIGTERM); the run is saved and resumes with the same call.
+    """
+    if isinstance(config, Config):
+        if list(overrides):
+            raise ConfigError(
+                "overrides need a configuration file; change the fields of a Config with dataclasses.replace"
+            )
+    else:
+        config = load_config(Path(config), overrides)
+    with StopRequest() as stop, join_processes(config.mesh):
+        layout = init_devices(config.mesh)
+        return str(train_config(config, layout, stop, restart=restart, measure=make_measure(config)))
+
+
+def reshard(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    format: Literal["native", "huggingface", "gptj-v1"] = "native",
+    **options: Any,
+) -> dict[str, Any]:
+    """Convert a checkpoint to another format or dtype in bounded memory, verify the result, and return the report.
+
+    Args:
+      source: a run, a checkpoint, a Hugging Face model folder, or shards of mesh-transformer-jax (detected).
+      destination: the folder to create.
+      format: "native", "huggingface" or "gptj-v1".
+      **options: fields of `mesh_transformer.convert.conversion.ConversionOptions`: dtype, weights_only, max_memory,
+        tokenizer, source_config, shards, overwrite, staging.
+
+    Raises:
+      CheckpointError: the source is damaged or not supported, or the result differs from the source.
+      ConfigError: invalid options.
+    """
+    known = {field.name for field in dataclasses.fields(ConversionOptions)}
+    if unknown := sorted(set(options) - known):
+        raise ConfigError(f"{unknown[0]} is not an option of reshard; expected one of: {', '.join(sorted(known))}")
+    return convert(
+        ConversionOptions(source=os.fspath(source), destination=os.fspath(destination), format=format, **options)
+    )

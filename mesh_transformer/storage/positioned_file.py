@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Base class of raw files that keep their position in Python: seek and tell."""
+"""Base class of raw files that keep their position in Python."""
 
 import abc
 import io
@@ -21,9 +21,6 @@ class PositionedFile(io.RawIOBase, abc.ABC):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self.position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         match whence:

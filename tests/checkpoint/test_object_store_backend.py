@@ -222,17 +222,17 @@ def test_a_failed_save_leaves_nothing(proxy, url):
 
 def test_a_replaced_step_is_never_incomplete(proxy, url):
     store = save(Store(url), 1, 2)
-    seen = []
+    observed = []
 
     def watch(method, path):
         if method in ("PUT", "DELETE") and "step_2/" in path:
-            seen.append((method, path.split("step_2/")[1]))
+            observed.append((method, path.split("step_2/")[1]))
         return None
 
     proxy.rule = watch
     store.save(2, one(7), axes=AXES, meta={})
     store.wait()
-    names = [(method, re.sub(r"^OWNER.*", "OWNER", name)) for method, name in seen]
+    names = [(method, re.sub(r"^OWNER.*", "OWNER", name)) for method, name in observed]
     assert names[:2] == [("PUT", "OWNER"), ("DELETE", "COMMIT")]
     assert names[-3:] == [("PUT", "manifest.json"), ("PUT", "COMMIT"), ("DELETE", "OWNER")]
     assert {name for method, name in names if method == "DELETE"} >= {"arrays/w/c.0.0", "manifest.json"}
@@ -333,7 +333,7 @@ CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=4, n_vocab=64, seq_len=16, 
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
+def model_folder(tmp_path_factory):
     """A model folder of transformers, with random weights."""
     folder = tmp_path_factory.mktemp("models") / "theirs"
     rng = np.random.default_rng(3)
@@ -351,13 +351,13 @@ def convert(program, *arguments):
     assert program["reshard_checkpoint"].main([*map(str, arguments), "--json"]) == 0
 
 
-def test_from_here_to_there_and_back(proxy, url, theirs, program, tmp_path, capsys):
+def test_from_here_to_there_and_back(proxy, url, model_folder, program, tmp_path, capsys):
     """Every kind of model folder as a remote source and as a remote destination; the bits are the same at the end."""
     staging = ("--staging", tmp_path)
     puts = lambda: [entry[1] for entry in proxy.log if entry[0] == "PUT" and entry[2] == 200]  # noqa: E731
     proxy.rule = lambda method, path: 403 if method == "PUT" and "w_tokens/c" in path else None
     with pytest.raises(StorageError, match=rf"{url}/ours/.*/w_tokens/c.0.0: permission denied"):
-        convert(program, theirs, f"{url}/ours", *staging)
+        convert(program, model_folder, f"{url}/ours", *staging)
     assert Store(f"{url}/ours", writable=False).steps() == []
     with pytest.raises(CheckpointError, match="contains no checkpoint"):
         find_checkpoint(f"{url}/ours")
@@ -365,7 +365,7 @@ def test_from_here_to_there_and_back(proxy, url, theirs, program, tmp_path, caps
     assert len(begun) > 10
     proxy.reset()
     capsys.readouterr()
-    convert(program, theirs, f"{url}/ours", *staging)
+    convert(program, model_folder, f"{url}/ours", *staging)
     report = json.loads(capsys.readouterr().out)
     assert not begun & set(puts()), "what was there was put again"
     assert puts()[-1].endswith("step_0/COMMIT")
@@ -374,18 +374,18 @@ def test_from_here_to_there_and_back(proxy, url, theirs, program, tmp_path, caps
     assert not [key for key in keys(f"{url}/ours") if key == "UPLOADING"]
     assert not list(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=rf"{url}/ours exists; choose another destination or pass --overwrite"):
-        convert(program, theirs, f"{url}/ours", *staging)
-    place, original = parse_path(f"{url}/theirs"), parse_path(f"{url}/v1")
-    convert(program, f"{url}/ours", place, "--format", "huggingface", *staging)
+        convert(program, model_folder, f"{url}/ours", *staging)
+    remote, original = parse_path(f"{url}/theirs"), parse_path(f"{url}/v1")
+    convert(program, f"{url}/ours", remote, "--format", "huggingface", *staging)
     assert puts()[-1].endswith("/theirs/config.json")
-    before, after = load_file(theirs / "model.safetensors"), load((place / "model.safetensors").read_bytes())
+    before, after = load_file(model_folder / "model.safetensors"), load((remote / "model.safetensors").read_bytes())
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[key], after[key]) for key in before)
-    source = open_checkpoint(theirs)
+    source = open_checkpoint(model_folder)
     write_gptj_v1(tmp_path / "v1", source.plan, WriteOptions(), shards=2)
     upload_folder(tmp_path / "v1", original, lambda *_: None)
     assert puts()[-1].endswith("/v1/meta.json")
-    for found in (open_checkpoint(place), open_checkpoint(original, original / "config.json")):
+    for found in (open_checkpoint(remote), open_checkpoint(original, original / "config.json")):
         arrays = found.plan.values
         assert arrays.keys() >= source.plan.values.keys()
         for name, array in source.plan.values.items():
@@ -408,28 +408,28 @@ def test_an_object_that_changes_during_an_upload_is_detected(proxy, url, client,
         upload_folder(tmp_path, parse_path(url), lambda *_: None)
     assert keys(url) == ["UPLOADING", "weights"]
     client.put_object(Bucket=BUCKET, Key=path_of(url, "old/extra"), Body=b"x")
-    told = []
-    done = upload_folder(tmp_path, parse_path(url), lambda *progress: told.append(progress))
+    progress_calls = []
+    done = upload_folder(tmp_path, parse_path(url), lambda *progress: progress_calls.append(progress))
     assert (done.objects, done.put, keys(url)) == (2, 2, ["config.json", "weights"])
-    assert told[-1][1] == told[-1][2] == 2 * 258
+    assert progress_calls[-1][1] == progress_calls[-1][2] == 2 * 258
     assert client.get_object(Bucket=BUCKET, Key=key)["Body"].read() == bytes(range(256))
 
 
 def test_byte_ranges_of_objects(proxy, url, client):
     values = np.arange(64 * 48, dtype=np.float32).reshape(64, 48)
-    place = parse_path(url) / "file"
+    remote = parse_path(url) / "file"
     client.put_object(Bucket=BUCKET, Key=path_of(url, "file"), Body=b"header--" + values.tobytes() + b"end")
-    array = FileArray(place, 8, values.shape, values.dtype)
+    array = FileArray(remote, 8, values.shape, values.dtype)
     index = (slice(60, 64), slice(5, 7))
     np.testing.assert_array_equal(array.read(index), values[index])
     assert sum(entry[3] for entry in proxy.log) == 4 * 48 * 4
-    with place.open() as file:
+    with remote.open() as file:
         assert (file.read(6), file.seek(-3, os.SEEK_END), file.read()) == (b"header", 8 + values.nbytes, b"end")
     with pytest.raises(ValueError, match=f"{url}/file: truncated"):
-        FileArray(place, 8, (65, 48), values.dtype).read((slice(0, 65), slice(0, 48)))
-    empty = FileArray(place, 8, (0, 48), values.dtype).read((slice(0, 0), slice(0, 48)))
+        FileArray(remote, 8, (65, 48), values.dtype).read((slice(0, 65), slice(0, 48)))
+    empty = FileArray(remote, 8, (0, 48), values.dtype).read((slice(0, 0), slice(0, 48)))
     assert empty.shape == (0, 48)
-    np.testing.assert_array_equal(FileArray(place, 12, (), values.dtype).read(()), 1.0)
+    np.testing.assert_array_equal(FileArray(remote, 12, (), values.dtype).read(()), 1.0)
 
 
 @pytest.mark.usefixtures("short_pauses")

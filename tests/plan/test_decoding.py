@@ -100,9 +100,9 @@ def test_what_sampling_with_an_encoder_needs(stats):
     table = json.loads(json.dumps(plan_to_json(plan)))
     assert table["encode"]["peak_bytes"] == encode.peak_bytes
     assert table["peak_bytes"] == stats.peak_bytes
-    narrow = make_job(make_config(serve=dict(weights="int8")))
+    int8_job = make_job(make_config(serve=dict(weights="int8")))
     assert (
-        lower_seq2seq_decode(narrow, make_topology_layout(narrow))[1].bytes_by_kind["weights"]
+        lower_seq2seq_decode(int8_job, make_topology_layout(int8_job))[1].bytes_by_kind["weights"]
         < stats.bytes_by_kind["weights"] / 2
     )
 
@@ -123,8 +123,9 @@ def test_flops_are_of_what_a_token_passes():
 
 
 def test_it_fits_if_both_programs_do(stats):
-    job, place = make_job(), dict(topology="v5e-8", platform="tpu")
-    small = dataclasses.replace(stats, **place, encode=dataclasses.replace(stats.encode, **place))
+    job = make_job()
+    hardware = dict(topology="v5e-8", platform="tpu")
+    small = dataclasses.replace(stats, **hardware, encode=dataclasses.replace(stats.encode, **hardware))
     assert make_plan(job.config, small).fits is True
     large = dataclasses.replace(small, encode=dataclasses.replace(small.encode, peak_bytes=10**12))
     plan = make_plan(job.config, large)
