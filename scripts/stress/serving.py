@@ -169,7 +169,7 @@ async def leave(served: Served, options: Any) -> dict[str, Any]:
     drawn = after["generated_tokens_total"] - before["generated_tokens_total"]
     return {
         "seconds_until_free": round(seconds, 2),
-        "drawn_tokens": drawn,
+        "generated_tokens": drawn,
         "of": 20 * 200,
         "held": seconds < 1.0 and drawn < 20 * 200,
     }
@@ -203,7 +203,7 @@ async def soak(served: Served, options: Any) -> dict[str, Any]:
     growths = [after[1] - before[1] for before, after in itertools.pairwise(memory) if before[0] == after[0]]
     return {
         **_report(statuses, start),
-        "drawn_tokens": after["generated_tokens_total"],
+        "generated_tokens": after["generated_tokens_total"],
         "cancelled": after["canceled_total"],
         "memory_mb": [size for _, size in memory],
         "programs": int(after["programs"]),

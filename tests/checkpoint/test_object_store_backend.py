@@ -539,6 +539,6 @@ def test_datasets_are_downloaded_completely(proxy, url, client, tmp_path):
         download_dataset(f"{url}/none", tmp_path)
     put("a/one.txt", b"newer and longer")
     proxy.rule = lambda method, path: 403 if method == "GET" and path.endswith("one.txt") else None
-    with pytest.raises(DataError, match=rf"{url}/a: cannot be fetched: .*permission denied"):
+    with pytest.raises(DataError, match=rf"{url}/a: cannot be downloaded: .*permission denied"):
         download_dataset(f"{url}/a", tmp_path)
     assert (folder / "one.txt").read_bytes() == b"changed", "a file is there whole, or as it was"

@@ -26,7 +26,7 @@ CONTEXT = 128  # the engine's shortest cache
 
 def make_config(serve: dict | None = None, **model: object) -> Config:
     sizes = dict(n_layers=2, n_encoder_layers=2, d_model=16, n_heads=2, d_ff=32, n_vocab=40, seq_len=CONTEXT)
-    experts = dict(n_experts=4, every=2)
+    experts = dict(n_experts=4, layer_interval=2)
     table = {
         "model": T5 | sizes | dict(experts=experts) | model,
         "mesh": MESH,
@@ -42,7 +42,7 @@ def make_job(config: Config | None = None, *, batch: int = 8) -> CompileJob:
 
 
 def test_the_planned_programs_are_the_engines():
-    job = make_job(make_config(serve=dict(weights="bfloat16", cache="int8")))
+    job = make_job(make_config(serve=dict(weight_dtype="bfloat16", kv_cache_dtype="int8")))
     layout, model = make_topology_layout(job), job.config.model
     rng = np.random.default_rng(0)
     params = {
@@ -82,47 +82,49 @@ def stats() -> CompiledStats:
     return measure(CompileJob.from_json(make_job().to_json()))
 
 
-def test_what_sampling_with_an_encoder_needs(stats):
+def test_statistics_of_encoder_decoder_decoding(stats):
     job = make_job()
     encode = stats.encode
     assert encode is not None
     assert CompiledStats.from_json(stats.to_json()) == stats
-    # Decoder layers, own and encoder's places, rows, heads, places, channels, k and v, float32.
+    # Decoder layers, self- and cross-attention, sequences, heads, positions, head channels, k and v, float32.
     assert stats.bytes_by_kind["cache"] * 8 == 2 * 2 * 8 * 2 * CONTEXT * 8 * 2 * 4
-    # While tokens are written the encoder's weights, about a third of all, lie there as well.
+    # During decoding the encoder's weights, about a third of all, stay in memory.
     assert stats.bytes_by_kind["weights"] / 4 < stats.idle_bytes < stats.bytes_by_kind["weights"] / 2
     assert encode.peak_bytes > stats.peak_bytes > stats.bytes_by_kind["weights"] + stats.bytes_by_kind["cache"]
     assert stats.hbm_bytes > stats.bytes_by_kind["weights"]
     plan = make_plan(job.config, stats)
     assert plan.fits is None
     text = format_plan(plan)
-    assert text.index("FLOPs for a token of every row") < text.index("the encoder reads")
+    assert text.index("FLOPs per token of every sequence") < text.index("encoder: runs once per batch")
     table = json.loads(json.dumps(plan_to_json(plan)))
     assert table["encode"]["peak_bytes"] == encode.peak_bytes
     assert table["peak_bytes"] == stats.peak_bytes
-    int8_job = make_job(make_config(serve=dict(weights="int8")))
+    int8_job = make_job(make_config(serve=dict(weight_dtype="int8")))
     assert (
         lower_seq2seq_decode(int8_job, make_topology_layout(int8_job))[1].bytes_by_kind["weights"]
         < stats.bytes_by_kind["weights"] / 2
     )
 
 
-def test_flops_are_of_what_a_token_passes():
-    """Of a dense model large enough that norms and tables do not count."""
+def test_flops_per_token():
+    """A dense model that is large enough for norms and embeddings to be negligible."""
     job = make_job(make_config(experts=None, d_model=64, d_ff=256))
     layout = make_topology_layout(job)
     model = job.config.model
     d, f, inner, s = model.d_model, model.ff_dim, model.n_heads * model.head_dim, CONTEXT
     attention = 2 * 2 * inner * s
-    written = 2 * (4 * d * inner + 2 * d * inner + 2 * d * f) + 2 * attention  # own attention, queries of the other
-    read = 2 * (4 * d * inner + 2 * d * f) + attention
-    each = 2 * written + 2 * d * model.n_vocab
+    decoded = (
+        2 * (4 * d * inner + 2 * d * inner + 2 * d * f) + 2 * attention
+    )  # self-attention, queries of cross-attention
+    encoded = 2 * (4 * d * inner + 2 * d * f) + attention
+    each = 2 * decoded + 2 * d * model.n_vocab
     assert lower_seq2seq_decode(job, layout)[1].flops == pytest.approx(8 * each, rel=0.01)
-    once = 2 * s * (read + 2 * 2 * d * inner)
+    once = 2 * s * (encoded + 2 * 2 * d * inner)
     assert lower_seq2seq_encode(job, layout)[1].flops == pytest.approx(8 * (each + once), rel=0.01)
 
 
-def test_it_fits_if_both_programs_do(stats):
+def test_a_plan_fits_if_both_programs_fit(stats):
     job = make_job()
     hardware = dict(topology="v5e-8", platform="tpu")
     small = dataclasses.replace(stats, **hardware, encode=dataclasses.replace(stats.encode, **hardware))
@@ -133,7 +135,7 @@ def test_it_fits_if_both_programs_do(stats):
     assert plan_to_json(plan)["fits"] is False
 
 
-def test_rows_and_context_that_cannot_be_are_refused():
+def test_unsupported_batch_and_context_are_rejected():
     with pytest.raises(ConfigError, match="use a multiple of 4"):
         measure(make_job(batch=3))
     with pytest.raises(ConfigError, match=f"seq_len = {CONTEXT}"):
