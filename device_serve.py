@@ -9,6 +9,7 @@ examples:
   python device_serve.py runs/quickstart --host 0.0.0.0 --token-file secret --set serve.slots=64 --set mesh.tensor=4
       reachable from other machines, which must send "Authorization: Bearer TOKEN" with the token in the file
 
+--set 'serve.speculative="prompt-lookup"' or "draft-model" enables speculative decoding; see device_sample.py --help.
 The server first compiles the programs for requests of up to serve.warmup_tokens tokens. Until then GET /health returns 503
 and requests wait. On SIGTERM or Ctrl-C it accepts no new requests, and exits once running requests have finished, after at
 most serve.drain_seconds.

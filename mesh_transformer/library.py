@@ -110,7 +110,7 @@ class Model:
         engine = self._loaded.engine
         if not isinstance(engine, DecoderOnlyEngine):
             raise ConfigError(
-                "an encoder-decoder model has no logits of a prompt alone; use mesh_transformer.model with encoder and decoder tokens"
+                "logits of an encoder-decoder model depend on encoder and decoder tokens; use mesh_transformer.model"
             )
         return engine.logits(ids)
 

@@ -120,7 +120,8 @@ class SampleStream:
         decoder, start = StreamDecoder(self._tokenizer), 0
         by_token: list[Score | None] = [None, *(scores or [])]  # the first token has no score
         for token, score in zip(self._prompt_tokens, by_token, strict=True):
-            self._pending.append(TokenLogprob(start, token, score and score.logprob, score and score.top))
+            logprob, top = (score.logprob, score.top) if score else (None, None)
+            self._pending.append(TokenLogprob(start, token, logprob, top))
             start += len(decoder.push([token]))
 
     def _take_logprobs(self) -> dict[str, list[Any]] | None:

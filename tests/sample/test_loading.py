@@ -36,8 +36,8 @@ def test_speculative_decoding_generates_the_same_tokens(run, model, save_run, me
     assert all(0 <= each.accepted_tokens <= each.draft_tokens for each in stats)
     if method == "draft-model":
         assert min(each.accepted_tokens for each in stats) >= 40, "59 tokens after the first, mostly in steps of 4"
-    else:
-        assert sum(each.draft_tokens for each in stats) > 0
+    elif temperature == 0:  # random text hardly repeats itself
+        assert stats[0].draft_tokens > 0
 
 
 def test_a_draft_model_may_differ_but_not_in_its_vocabulary(run, model, save_run):

@@ -48,7 +48,7 @@ def test_greedy_is_the_full_forward_pass():
     model = make_model(CONFIG)
     for prompt, (found,) in zip(PROMPTS, make_engine().generate(PROMPTS, GREEDY), strict=True):
         given = [START, *found.tokens[:-1]]
-        logits, _ = model.apply(PARAMS, jnp.asarray([given]), sources=jnp.asarray([[*prompt, END]]))
+        logits, _ = model.apply(PARAMS, jnp.asarray([given]), encoder_tokens=jnp.asarray([[*prompt, END]]))
         assert np.asarray(logits[0]).argmax(axis=-1).tolist() == found.tokens
         assert len(set(found.tokens)) > 1
         log_p = np.asarray(logits[0] - np.logaddexp.reduce(np.asarray(logits[0]), axis=-1, keepdims=True))
