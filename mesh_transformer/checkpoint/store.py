@@ -91,8 +91,9 @@ class Store:
         if type(step) is not int or not 0 <= step < 10**18:
             raise CheckpointError(f"step is {step!r}; it must be an integer from 0 to 10**18 - 1")
         if not arrays or arrays.keys() != axes.keys():
+            different = sorted(arrays.keys() ^ axes.keys())
             raise CheckpointError(
-                f"`arrays` must not be empty and must have the names of `axes`; they differ in: {sorted(arrays.keys() ^ axes.keys())}"
+                f"`arrays` must not be empty and must have the names of `axes`; they differ in: {different}"
             )
         check_names(arrays)
         records = {name: describe_array(name, array, axes[name]) for name, array in sorted(arrays.items())}

@@ -124,7 +124,8 @@ def _format_errors(rows: list[PlannedRun]) -> list[str]:
     lines = [
         "## Accuracy of the estimate",
         "",
-        "`plan/estimate.py` prunes searches, and replaces the compiler where none is installed. Its peak memory compared with the compiled one:",
+        "`plan/estimate.py` prunes searches, and replaces the compiler where none is installed. Its peak",
+        "memory compared with the compiled one:",
         "",
         "| run | topology | estimate GiB | compiled GiB | estimate / compiled |",
         "|---|---|---|---|---|",

@@ -172,7 +172,7 @@ def test_unattainable_weights_and_empty_components_are_errors(tmp_path, sources,
         name: {k: v for k, v in own.items() if k != "epochs"} | {"weight": 1.0} for name, own in sources.items()
     }
     with pytest.raises(
-        ConfigError, match=r"components.notes.weight = 1.0 asks for 0.5 MB.*lower the weight or mixture.bytes"
+        ConfigError, match=r"components.notes.weight = 1.0 requires 0.5 MB.*lower the weight or mixture.bytes"
     ):
         build_corpus(make_recipe(weighted, mixture={"bytes": 1_000_000}), tmp_path / "out", Executor())
     assert not (tmp_path / "out/manifest.json").exists()
