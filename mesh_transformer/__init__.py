@@ -13,11 +13,11 @@ __version__ = "2.0.0"
 
 if TYPE_CHECKING:
     from mesh_transformer.config import Config, ConfigError, load_config
-    from mesh_transformer.library import Model, load_model, make_mesh, reshard, train
+    from mesh_transformer.library import Model, load_model, make_mesh, reshard, train_model
 
-__all__ = ["Config", "ConfigError", "Model", "load_config", "load_model", "make_mesh", "reshard", "train"]
+__all__ = ["Config", "ConfigError", "Model", "load_config", "load_model", "make_mesh", "reshard", "train_model"]
 
-_MODULES = {name: "mesh_transformer.library" for name in ("Model", "load_model", "make_mesh", "reshard", "train")} | {
+_MODULES = {name: "mesh_transformer.library" for name in ("Model", "load_model", "make_mesh", "reshard", "train_model")} | {
     name: "mesh_transformer.config" for name in ("Config", "ConfigError", "load_config")
 }
 

@@ -6,7 +6,7 @@ import mesh_transformer as mt
 
 model = mt.load_model("runs/quickstart")
 print(model.generate("def ", max_tokens=40))
-run_dir = mt.train("quickstart", ["train.steps=100"])
+run_dir = mt.train_model("quickstart", ["train.steps=100"])
 mt.reshard(run_dir, "out/model", format="huggingface")
 """
 
@@ -96,9 +96,16 @@ class Model:
         return completions[0].text if isinstance(prompt, str) and n == 1 else completions
 
     def stream(self, prompt: str, *, seed: int = 0, stop: Sequence[str] = (), **sampling: Any) -> Iterator[str]:
-        """Generate text after one prompt and yield it as it is decoded; arguments as in `generate`."""
-        for _, text in self._start([prompt], 1, seed, stop, sampling):
-            yield text
+        """Generate text after one prompt and yield it as it is decoded; arguments as in `generate`.
+
+        Closing the iterator, or an exception such as KeyboardInterrupt, ends the sample.
+        """
+        generation = self._start([prompt], 1, seed, stop, sampling)
+        try:
+            for _, text in generation:
+                yield text
+        finally:
+            generation.interrupt()  # otherwise the engine would go on decoding it with the next request
 
     def logits(self, prompt: str | Sequence[int]) -> np.ndarray:
         """Return the logits of the next token after each token of `prompt`, float32 [tokens, n_vocab].
@@ -150,7 +157,7 @@ def make_mesh(**axes: int) -> MeshLayout:
     return init_devices(MeshConfig(**axes))
 
 
-def train(config: str | os.PathLike[str] | Config, overrides: Iterable[str] = (), *, restart: bool = False) -> str:
+def train_model(config: str | os.PathLike[str] | Config, overrides: Iterable[str] = (), *, restart: bool = False) -> str:
     """Train or resume a run, and return its run folder.
 
     Args:

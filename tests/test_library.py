@@ -31,7 +31,7 @@ def run_dir(tmp_path_factory):
         f'data.train={{texts={{path="{texts}"}}}}',
         f'data.cache_dir="{folder / "cache"}"',
     ]
-    return mt.train("quickstart", [*SMALL, "data.holdout_one_in=5", *overrides])
+    return mt.train_model("quickstart", [*SMALL, "data.holdout_one_in=5", *overrides])
 
 
 def test_importing_does_not_import_jax():
@@ -51,9 +51,9 @@ def test_an_unknown_name_lists_the_public_ones():
 def test_train_resumes_and_returns_the_run_folder(run_dir):
     assert (Path(run_dir) / "report.html").is_file()
     config = mt.load_config(Path(run_dir) / "config.toml")
-    assert mt.train(config) == run_dir
+    assert mt.train_model(config) == run_dir
     with pytest.raises(mt.ConfigError, match="overrides need a configuration file"):
-        mt.train(config, ["train.steps=7"])
+        mt.train_model(config, ["train.steps=7"])
 
 
 def test_generate_equals_the_program(run_dir):

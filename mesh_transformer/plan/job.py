@@ -121,6 +121,6 @@ class CompiledStats:
     def from_json(cls, text: str) -> "CompiledStats":
         table: dict[str, Any] = json.loads(text)
         table["traffic"] = [Traffic(*fields) for fields in table["traffic"]]
-        if table.get("reading"):
-            table["reading"] = cls.from_json(json.dumps(table["reading"]))
+        if table.get("encode"):
+            table["encode"] = cls.from_json(json.dumps(table["encode"]))
         return cls(**table)

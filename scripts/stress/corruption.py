@@ -1,18 +1,18 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Damage a checkpoint in every kind of place and show that none of it is ever restored as if nothing had happened.
+"""Stress test of checkpoint verification: damage every kind of file and check that the damage is always detected.
 
 examples:
   python scripts/stress/corruption.py --trials 400
-      flip, cut and delete in array data, shard indices, zarr.json, manifest.json and COMMIT of a small checkpoint
+      flip bits in, truncate and delete array data, shard indices, zarr.json, manifest.json and COMMIT of a small checkpoint
   python scripts/stress/corruption.py runs/quickstart --trials 40 --json
-      the same on a copy of the newest checkpoint of a run
+      the same on a copy of the latest checkpoint of a run
 
-In each trial one file of the newer of two checkpoints is damaged. Restoring that step must then raise an error that
-names the file or its array, `verify` must name it, and the newest intact step must be the older one, with a message
-that names what is damaged. A trial fails if anything is restored, whatever the values.
+Each trial damages one file of the later of two checkpoints. Restoring that step must then raise an error that names the
+file or its array, `verify` must name the file, and the latest valid step must be the earlier one, with a message that
+names the damaged file. A trial fails if the step is restored, whatever the values are.
 
-exit status: 0 all found, 1 something was not, 2 wrong usage
+exit status: 0 all damage was detected, 1 some was not, 2 wrong usage
 """
 
 import collections
@@ -32,153 +32,160 @@ from mesh_transformer.checkpoint.chunk_grid import count_bytes
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.cli import make_parser, run_command
 
-HOW = ("flip", "truncate", "delete")
+DAMAGES = ("flip", "truncate", "delete")
 KINDS = ("data", "index", "zarr.json", "manifest.json", "COMMIT")
 
 
-class Place(NamedTuple):
-    """Bytes `low` to `high` of a file of a checkpoint."""
+class ByteRange(NamedTuple):
+    """Bytes `start` to `stop` of a file of a checkpoint."""
 
-    kind: str
+    kind: str  # one of KINDS
     path: Path
-    low: int
-    high: int
+    start: int
+    stop: int
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, damage, print."""
+    """Run the stress test and print its result."""
     parser = make_parser(__doc__ or "")
     parser.add_argument(
-        "path", metavar="PATH", nargs="?", help="a run folder or a checkpoint; by default one made here"
+        "path", metavar="PATH", nargs="?", help="run folder or checkpoint; default: a small checkpoint made for the test"
     )
-    parser.add_argument("--trials", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0, help="of the places")
+    parser.add_argument("--trials", type=int, default=300, help="number of damaged files; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the damage; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="prove-damage-") as folder:
+    with tempfile.TemporaryDirectory(prefix="stress-corruption-") as folder:
         root = Path(folder) / "checkpoints"
         if options.path:
-            copy_checkpoint(options.path, root)
+            copy_checkpoints(options.path, root)
         else:
             make_checkpoints(root)
-        result = prove(root, options.trials, random.Random(options.seed))
+        result = run_trials(root, options.trials, random.Random(options.seed))
     print(json.dumps(result) if options.json else format_result(result))
     return 1 if result["missed"] else 0
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """A table, and every trial that failed."""
-    lines = [f"{kind:14} {how:9} {count} of {of}" for (kind, how, count, of) in result["table"]]
-    total = f"{result['found']} of {result['trials']} damages found, named, and answered with the older checkpoint"
+    """Return a table of the trials, and every trial that failed."""
+    lines = [f"{kind:14} {damage:9} {count} of {of}" for (kind, damage, count, of) in result["table"]]
+    total = f"{result['detected']} of {result['trials']} damaged files were detected, and the earlier checkpoint was used"
     return "\n".join([*lines, total, *(f"MISSED: {text}" for text in result["missed"])])
 
 
-def prove(root: Path, trials: int, chance: random.Random) -> dict[str, Any]:
-    """Trials spread over kinds of places and of damage; what was found and what was missed."""
+def run_trials(root: Path, trials: int, rng: random.Random) -> dict[str, Any]:
+    """Damage files of all kinds in all ways, and return what was detected and what was missed."""
     store = Store(root, keep_last=2)
-    older, newer = store.steps()
-    places = list_places(store, newer)
-    found: collections.Counter[tuple[str, str]] = collections.Counter()
+    earlier, later = store.steps()
+    ranges = list_byte_ranges(store, later)
+    detected: collections.Counter[tuple[str, str]] = collections.Counter()
     tried: collections.Counter[tuple[str, str]] = collections.Counter()
     missed: list[str] = []
     for trial in range(trials):
-        kind, how = KINDS[trial % len(KINDS)], HOW[trial // len(KINDS) % len(HOW)]
-        fitting = [place for place in places if place.kind == kind]
-        place = chance.choices(fitting, [place.high - place.low for place in fitting])[0]  # the larger the more often
-        saved = place.path.read_bytes()
-        what = damage_file(place.path, how, chance, place.low, place.high)
-        tried[kind, how] += 1
-        problem = find_fault(store, older, newer, place.path)
-        place.path.write_bytes(saved)
+        kind = KINDS[trial % len(KINDS)]
+        damage = DAMAGES[trial // len(KINDS) % len(DAMAGES)]
+        candidates = [each for each in ranges if each.kind == kind]
+        target = rng.choices(candidates, [each.stop - each.start for each in candidates])[0]  # weighted by size
+        original = target.path.read_bytes()
+        description = damage_file(target.path, damage, rng, target.start, target.stop)
+        tried[kind, damage] += 1
+        problem = check_detection(store, earlier, later, target.path)
+        target.path.write_bytes(original)
         if problem:
-            missed.append(f"{place.path.relative_to(root)}: {what}: {problem}")
+            missed.append(f"{target.path.relative_to(root)}: {description}: {problem}")
         else:
-            found[kind, how] += 1
-    if store.verify(newer):
-        missed.append("the checkpoint was not whole again at the end")
-    table = [(kind, how, found[kind, how], tried[kind, how]) for kind in KINDS for how in HOW if tried[kind, how]]
-    return {"trials": trials, "found": sum(found.values()), "missed": missed, "table": table}
+            detected[kind, damage] += 1
+    if store.verify(later):
+        missed.append("the checkpoint is still damaged after all files were put back")
+    table = [
+        (kind, damage, detected[kind, damage], tried[kind, damage])
+        for kind in KINDS
+        for damage in DAMAGES
+        if tried[kind, damage]
+    ]
+    return {"trials": trials, "detected": detected.total(), "missed": missed, "table": table}
 
 
-def find_fault(store: Store, older: int, newer: int, path: Path) -> str:
-    """What went wrong in answer to a damaged file; empty if everything is as it should be."""
-    array = (
-        path.parent.relative_to(Path(str(store.folder(newer))) / "arrays").as_posix() if "arrays" in path.parts else ""
-    )
-    names = [str(path), *([array] if array else [])]
+def check_detection(store: Store, earlier: int, later: int, path: Path) -> str:
+    """Return how the store failed to detect the damaged file `path`, "" if it detected it."""
+    arrays = Path(str(store.folder(later))) / "arrays"
+    names = [str(path)]
+    if path.is_relative_to(arrays):
+        names.append(path.parent.relative_to(arrays).as_posix())
     try:
-        restore(store, newer)
+        restore(store, later)
     except ValueError as error:
         if not any(name in str(error) for name in names):
-            return f"the error names neither file nor array: {error}"
+            return f"the error names neither the file nor its array: {error}"
     else:
         return "restored without an error"
-    if not any(str(path) in problem for problem in store.verify(newer)):
-        return f"verify names {store.verify(newer)}"
-    said: list[str] = []
-    if store.latest_valid(said.append) != older:
-        return "newest_intact is not the older step"
-    if not any(str(path) in text for text in said):
-        return f"what is said names another file: {said}"
+    problems = store.verify(later)
+    if not any(str(path) in problem for problem in problems):
+        return f"verify does not name the file: {problems}"
+    messages: list[str] = []
+    if store.latest_valid(messages.append) != earlier:
+        return "latest_valid is not the earlier step"
+    if not any(str(path) in message for message in messages):
+        return f"the messages of latest_valid do not name the file: {messages}"
     return ""
 
 
 def restore(store: Store, step: int) -> dict[str, jax.Array]:
-    """Every array of a checkpoint, on one device."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Return every array of a checkpoint, on one device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     records = store.read_manifest(step).arrays
     like = {
-        name: jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype), sharding=place)
+        name: jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype), sharding=sharding)
         for name, record in records.items()
     }
     return store.restore(step, like)
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Every file of a checkpoint."""
+    """Return every file of a checkpoint."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def list_places(store: Store, step: int) -> list[Place]:
-    """Every place of a checkpoint that can be damaged."""
-    folder, places = store.folder(step), []
+def list_byte_ranges(store: Store, step: int) -> list[ByteRange]:
+    """Return the byte ranges that make up a checkpoint."""
+    folder = Path(str(store.folder(step)))
+    ranges = []
     for name, record in store.read_manifest(step).arrays.items():
         n_chunks = count_bytes(record.shard, record.dtype) // max(count_bytes(record.chunk, record.dtype), 1)
-        index_bytes = 16 * n_chunks + 4  # two numbers a chunk, and crc32c
+        index_bytes = 16 * n_chunks + 4  # two uint64 per chunk, and a CRC-32C
         for key, file in record.files.items():
-            path = Path(str(folder)) / "arrays" / name / key
+            path = folder / "arrays" / name / key
             if key == "zarr.json":
-                places.append(Place(key, path, 0, file.size))
+                ranges.append(ByteRange(key, path, 0, file.size))
             else:
-                places.append(Place("index", path, file.size - index_bytes, file.size))
-                places.append(Place("data", path, 0, file.size - index_bytes))
+                ranges.append(ByteRange("index", path, file.size - index_bytes, file.size))
+                ranges.append(ByteRange("data", path, 0, file.size - index_bytes))
     for name in ("manifest.json", "COMMIT"):
-        path = Path(str(folder)) / name
-        places.append(Place(name, path, 0, path.stat().st_size))
-    return [place for place in places if place.high > place.low]
+        ranges.append(ByteRange(name, folder / name, 0, (folder / name).stat().st_size))
+    return [each for each in ranges if each.stop > each.start]
 
 
-def damage_file(path: Path, how: str, chance: random.Random, low: int = 0, high: int | None = None) -> str:
-    """Flip a bit between two places of a file, cut it there, or delete it; what was done."""
+def damage_file(path: Path, damage: str, rng: random.Random, start: int = 0, stop: int | None = None) -> str:
+    """Flip a bit of bytes `start` to `stop` of a file, truncate it there, or delete it; return a description."""
     size = path.stat().st_size
-    if how == "delete" or not size:
+    if damage == "delete" or not size:
         path.unlink()
         return "deleted"
-    place = chance.randrange(low, size if high is None else high)
-    if how == "truncate":
-        os.truncate(path, place)
-        return f"cut to {place} of {size} bytes"
-    bit = chance.randrange(8)
+    offset = rng.randrange(start, size if stop is None else stop)
+    if damage == "truncate":
+        os.truncate(path, offset)
+        return f"truncated to {offset} of {size} bytes"
+    bit = rng.randrange(8)
     with open(path, "r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         byte = file.read(1)[0]
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([byte ^ 1 << bit]))
-    return f"bit {bit} of byte {place} of {size} flipped"
+    return f"flipped bit {bit} of byte {offset} of {size}"
 
 
 def make_checkpoints(root: Path) -> None:
-    """Two steps of a small state: arrays of several chunks, small ones, zeros, a scalar."""
+    """Save two steps of a small state: an array of several chunks, small arrays, zeros and a scalar."""
     store = Store(root, keep_last=2)
     for step in (1, 2):
         arrays = {
@@ -192,13 +199,16 @@ def make_checkpoints(root: Path) -> None:
     store.wait()
 
 
-def copy_checkpoint(path: str, root: Path) -> None:
-    """The newest checkpoint that `path` means, and the one before it."""
+def copy_checkpoints(path: str, root: Path) -> None:
+    """Copy the checkpoint at `path` and the one before it. Raises ValueError if there is no earlier one."""
     store, step = find_checkpoint(path)
-    shutil.copytree(str(store.folder(step)), root / f"step_{step}")
-    if len(steps := [other for other in store.steps() if other < step]) == 0:
-        raise ValueError(f"{path}: there is no older checkpoint to fall back to")
-    shutil.copytree(str(store.folder(steps[-1])), root / f"step_{steps[-1]}")
+    earlier = [other for other in store.steps() if other < step]
+    if not earlier:
+        raise ValueError(
+            f"{path}: step {step} is the only checkpoint; the test needs an earlier one (checkpoint.keep_last=2)"
+        )
+    for each in (step, earlier[-1]):
+        shutil.copytree(str(store.folder(each)), root / f"step_{each}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Attempts at a run, each a process of device_train.py that can be killed, and what they left: used by proofs and soaks.
+"""Library of the stress tests: start device_train.py in a process that can be killed, inject faults, compare checkpoints.
 
-Every attempt is a process of its own that runs the program's own main. It is forked from a server that has imported
-the libraries but started no device, and it finds compiled steps in a cache: that saves ten seconds an attempt, and
-leaves what is proved alone.
+Every attempt at a run is a separate process that calls the main function of device_train.py. It is forked from a server
+process that has imported the libraries but has not initialized JAX devices, and it reads compiled programs from a cache.
+This saves about ten seconds per attempt and does not change what is tested.
 """
 
 import atexit
@@ -19,8 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,22 +34,45 @@ PRELOAD = [
     "device_train",
     "mesh_transformer.scripts.stress.fault_injection",
 ]
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 UNFINISHED = (".tmp-", ".old-", ".trash-")  # parts of names that only an unfinished save or deletion leaves
 TEMPORARY = (".tmp", *UNFINISHED)
 
 
+class MemorySample(NamedTuple):
+    """Memory of an attempt at one point in time."""
+
+    seconds: float  # since the start of the attempt
+    resident_bytes: int
+    log_bytes: int  # size of its log, which grows at every step
+
+
+class CheckpointDiff(NamedTuple):
+    """Comparison of two checkpoints of the same step."""
+
+    step: int
+    n_arrays: int
+    n_different: int  # arrays whose bytes differ, or that only one of the checkpoints has
+    first: str  # name of the first array that differs, "" if all are equal
+    ulps: int  # largest distance in units in the last place
+    relative: float  # largest difference divided by the largest absolute value of its array
+
+
 @functools.cache
-def start_server(compiled: str = "") -> Any:
-    """The context that forks attempts; `compiled` is the folder of the compiled steps, a passing one by default."""
-    if not compiled:
-        compiled = tempfile.mkdtemp(prefix="compiled-")
-        atexit.register(shutil.rmtree, compiled, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+def start_fork_server(cache_dir: str = "") -> ForkServerContext:
+    """Return the multiprocessing context that forks attempts.
+
+    `cache_dir` is the folder of JAX's compilation cache; "" is a temporary one.
+    """
+    if not cache_dir:
+        cache_dir = tempfile.mkdtemp(prefix="compiled-")
+        atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache_dir
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    places = (str(ROOT), str(ROOT / "scripts"))
-    os.environ["PYTHONPATH"] = os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])
-    sys.path[:0] = [place for place in places if place not in sys.path]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
@@ -56,136 +80,129 @@ def start_server(compiled: str = "") -> Any:
 
 @dataclasses.dataclass
 class Attempt:
-    """One process that trains, from its start to its end."""
+    """One training process, from its start to its end."""
 
-    process: Any
-    log: Path  # everything it prints
-    started: float
-    # seconds since its start, bytes of memory, bytes of its log
-    samples: list[tuple[float, int, int]] = dataclasses.field(default_factory=list)
+    process: ForkServerProcess
+    log: Path  # its stdout and stderr
+    started: float  # time.monotonic()
+    samples: list[MemorySample] = dataclasses.field(default_factory=list)
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        assert self.process.pid is not None, "the process was started"
         return self.process.pid
 
     def is_running(self) -> bool:
-        """Whether it has not ended yet."""
         return self.process.is_alive()
 
-    def send(self, number: signal.Signals) -> None:
-        """A signal; nothing if it has ended."""
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal; do nothing if the process has ended."""
         if self.process.is_alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """Its exit status, minus the signal that killed it; None if it still runs after so long."""
+        """Return the exit status, or minus the signal that ended the process; None if it still runs after `seconds`."""
         self.process.join(seconds)
         return self.process.exitcode
 
-    def last_words(self, lines: int = 5) -> str:
-        """The end of what it printed."""
+    def log_tail(self, lines: int = 5) -> str:
+        """Return the last lines of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
 
 
 def start_attempt(
     config: str | Path, overrides: Sequence[str], log: Path, *, user: int | None = None, nan_every: int = 0
 ) -> Attempt:
-    """Start device_train.py on a configuration; what it prints is added to `log`.
+    """Start device_train.py with a configuration; its output is appended to `log`.
 
-    `user` is the id it runs under. With `nan_every` = n the losses of one batch in n are not numbers.
+    The process runs under the user id `user`, if given. With `nan_every` = n the loss of every n-th batch is NaN.
     """
     arguments = [str(config), *(word for item in overrides for word in ("--set", item))]
-    process = start_server().Process(target=run_attempt, args=(arguments, str(log), user, nan_every))
+    process = start_fork_server().Process(target=run_attempt, args=(arguments, str(log), user, nan_every))
     log.touch()
     process.start()
     return Attempt(process, log, time.monotonic())
 
 
 def run_attempt(arguments: list[str], log: str, user: int | None, nan_every: int) -> None:
-    """The process itself: the program's main, with its output in a file."""
+    """Run the training program in this process with its output in a file, and exit. Called in the forked process."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
+    for standard_stream in (1, 2):
+        os.dup2(descriptor, standard_stream)
     if user is not None:
         os.setuid(user)
     os.chdir(ROOT)
     sys.argv = ["device_train.py", *arguments]
 
-    import device_train  # already there, by way of the server
+    import device_train  # imported by the server already
     from mesh_transformer.cli import run_command
 
     if nan_every:
-        poison_batches(nan_every)
+        inject_nan_batches(nan_every)
     sys.exit(run_command(device_train.main))
 
 
-def poison_batches(every: int) -> None:
-    """From here on, in this process, every so many training batches one has weights that are not numbers."""
+def inject_nan_batches(every: int) -> None:
+    """Make the loss weights of every `every`-th training batch NaN, from now on in this process."""
     from mesh_transformer.data.loader import Batch, Loader
 
-    whole = Loader.batch
+    original = Loader.batch
 
     def batch(self: Loader, first: int, size: int, rows: Iterable[int] | None = None) -> Batch:
-        made = whole(self, first, size, rows)
+        made = original(self, first, size, rows)
         is_bad = first // size % every == every - 1
         return made._replace(mask=made.mask * np.float32(np.nan)) if is_bad else made
 
     Loader.batch = batch
 
 
-def list_unfinished(root: Path) -> list[str]:
-    """Names of what unfinished saves left in a folder of checkpoints."""
+def list_unfinished_saves(root: Path) -> list[str]:
+    """Return the names that unfinished saves and deletions left in a folder of checkpoints."""
     names = os.listdir(root) if root.is_dir() else []
     return [name for name in names if any(part in name for part in UNFINISHED)]
 
 
-def list_debris(folder: Path) -> list[str]:
-    """Everything below that bears a temporary name."""
+def list_temporary_files(folder: Path) -> list[str]:
+    """Return every path under `folder` whose name is a temporary one."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if any(t in path.name for t in TEMPORARY))
 
 
+def latest_step(root: Path) -> int:
+    """Return the latest committed step in a folder of checkpoints, 0 without checkpoints."""
+    return max(Store(root, writable=False).steps(), default=0)
+
+
 def read_resident_bytes(pid: int) -> int | None:
-    """Memory that a process holds, None once it has ended."""
+    """Return the resident memory of a process, None once it has ended."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return None
 
 
-def compare_steps(left: Path, right: Path, step: int) -> dict[str, Any]:
-    """Two checkpoints of one step in two folders: leaves, those that differ, the first of them, and by how much.
-
-    `ulps` is the largest distance in units in the last place, `difference` the largest in shares of a leaf's largest value.
-    """
-    sides = [Store(root, writable=False).open_arrays(step) for root in (left, right)]
-    result: dict[str, Any] = {
-        "step": step,
-        "leaves": len(sides[0]),
-        "different": 0,
-        "first": None,
-        "ulps": 0,
-        "difference": 0.0,
-    }
-    for name in sorted(sides[0].keys() | sides[1].keys()):
-        if not (name in sides[0] and name in sides[1]):
-            distance = -1
-        else:
-            values = [side[name].read(tuple(slice(0, dim) for dim in side[name].shape)) for side in sides]
+def compare_checkpoints(left: Path, right: Path, step: int) -> CheckpointDiff:
+    """Compare the checkpoints of one step in two folders of checkpoints, bit for bit."""
+    stores = [Store(root, writable=False).open_arrays(step) for root in (left, right)]
+    first = ""
+    n_different = 0
+    ulps = 0
+    relative = 0.0
+    for name in sorted(stores[0].keys() | stores[1].keys()):
+        if name in stores[0] and name in stores[1]:
+            values = [store[name].read(tuple(slice(0, dim) for dim in store[name].shape)) for store in stores]
             if values[0].tobytes() == values[1].tobytes():
                 continue
-            distance = count_ulps(*values)
+            ulps = max(ulps, count_ulps(*values))
             wide = [value.astype(np.float64) for value in values]
             scale = max(float(np.abs(wide[0]).max()), np.finfo(np.float64).tiny)
-            result["difference"] = max(result["difference"], float(np.abs(wide[0] - wide[1]).max()) / scale)
-        result["different"] += 1
-        result["first"] = result["first"] or name
-        result["ulps"] = max(result["ulps"], distance)
-    return result
+            relative = max(relative, float(np.abs(wide[0] - wide[1]).max()) / scale)
+        n_different += 1
+        first = first or name
+    return CheckpointDiff(step, len(stores[0]), n_different, first, ulps, relative)
 
 
 def count_ulps(left: np.ndarray, right: np.ndarray) -> int:
-    """The largest distance of two arrays in units in the last place (floats), or as they are (integers)."""
+    """Return the largest distance of two arrays: in units in the last place (floats), or as it is (integers)."""
     if left.dtype.kind in "biu":
         return int(np.abs(left.astype(np.int64) - right.astype(np.int64)).max())
     bits = np.dtype(f"i{left.itemsize}")

@@ -1,20 +1,20 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Train without interruption, and again under kills and stops; prove that both end in the same bits and saw the same data.
+"""Stress test of resuming: a run that is killed and stopped must end in the same bits and the same data as one that is not.
 
 examples:
   python scripts/stress/resume.py configs/tiny.toml --kills 200 --terms 20
-      half of the kills at any moment of an attempt's life, half inside a save (--in-save); then the parameters,
-      the optimizer's state and everything else in the last checkpoint are compared bit for bit
+      half of the kills at a random moment of an attempt, half during a save (--in-save); the parameters, the optimizer
+      state and all other arrays of the last checkpoint are then compared bit for bit
   python scripts/stress/resume.py configs/tiny.toml --kills 20 --mesh-after fsdp=2,tensor=2,cpu_devices=4 --json
-      every other attempt goes on on that mesh: bits may differ there, losses by --tolerance, the data not at all
+      every second attempt continues on that mesh: bits may differ, losses by --tolerance, the data not at all
 
-An interrupted run is one run folder with as many attempts as it takes; there are as many runs as the kills need. After
-every kill the newest checkpoint must be whole and, on the same mesh, equal to that of the uninterrupted run at the same
-step; the next attempt must begin from it. A stop (SIGTERM, SIGINT and SIGUSR1 in turn) must end with status 75 and a
-checkpoint of the last step begun.
+An interrupted run is one run folder and as many attempts as are needed to finish it; there are as many runs as are needed
+for all kills. After every kill the latest checkpoint must be intact and, on the same mesh, equal to that of the
+uninterrupted run at the same step; the next attempt must resume from it. A stop (SIGTERM, SIGINT and SIGUSR1 in turn)
+must end with status 75 and a checkpoint of the last step that was started.
 
-exit status: 0 proved, 1 not, 2 wrong usage
+exit status: 0 passed, 1 failed, 2 wrong usage
 """
 
 import collections
@@ -27,307 +27,334 @@ import signal
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
-from mesh_transformer.scripts.stress.fault_injection import (
-    Attempt,
-    compare_steps,
-    list_debris,
-    list_unfinished,
-    start_attempt,
-    start_server,
-)
-
-from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.cli import PREEMPTED, add_set_option, make_parser, run_command
 from mesh_transformer.config import Config, ConfigError, load_config
 from mesh_transformer.reports.metrics_log import FILE, read_metrics
-from mesh_transformer.train.data_log import BatchRecord, read_log, effective_history
+from mesh_transformer.scripts.stress.fault_injection import (
+    STOP_SIGNALS,
+    Attempt,
+    CheckpointDiff,
+    compare_checkpoints,
+    latest_step,
+    list_temporary_files,
+    list_unfinished_saves,
+    start_attempt,
+    start_fork_server,
+)
+from mesh_transformer.train.data_log import BatchRecord, effective_history, read_log
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAVE_SECONDS = 0.08  # within which after a save's beginning a kill meant for it comes
-LONGEST = 3600.0  # seconds an attempt may take
+from mesh_transformer.checkpoint.store import Store
+
+SAVE_SECONDS = 0.08  # a kill during a save is sent within this time after the save began
+MAX_ATTEMPT_SECONDS = 3600.0
 
 
 @dataclasses.dataclass
-class Tally:
-    """What was counted, and what was wrong."""
+class Result:
+    """Counts of a stress test, and the problems it found."""
 
     kills: int = 0
     in_save: int = 0  # kills that left an unfinished save
     stops: int = 0
     runs: int = 0
     resumes: int = 0
-    not_newest: int = 0  # resumes from another step than the newest committed one
-    equal_checkpoints: int = 0  # newest checkpoints after a kill or stop that equal the uninterrupted run's
-    checkpoints: int = 0  # of so many compared
-    slowest_stop: float = 0.0  # seconds from a signal to the end
-    seen_twice: int = 0
-    never_seen: int = 0
-    first_differing: str = ""
+    not_from_latest: int = 0  # resumes from another step than the latest committed one
+    equal_checkpoints: int = 0  # latest checkpoints after a kill or stop that equal the uninterrupted run's
+    checkpoints: int = 0  # latest checkpoints that were compared
+    slowest_stop: float = 0.0  # seconds from a signal to the end of the process
+    repeated_sequences: int = 0
+    missing_sequences: int = 0
+    first_different: str = ""  # name of an array
     ulps: int = 0
-    difference: float = 0.0  # the largest of a leaf, in shares of its largest value
-    loss_difference: float = 0.0  # largest relative one
+    relative_difference: float = 0.0  # largest difference divided by the largest absolute value of its array
+    loss_difference: float = 0.0  # largest relative difference of a loss
     problems: list[str] = dataclasses.field(default_factory=list)
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, prove, print."""
+    """Run the stress test and print its result."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("config", metavar="CONFIG", help="a TOML file, such as configs/tiny.toml")
+    parser.add_argument("config", metavar="CONFIG", help="TOML file of the run, for example configs/tiny.toml")
     add_set_option(parser)
-    parser.add_argument("--kills", type=int, default=10, help="kill -9, so many in all")
-    parser.add_argument("--in-save", type=float, default=0.5, metavar="SHARE", help="of them inside a save, at least")
-    parser.add_argument("--terms", type=int, default=2, help="stops by SIGTERM, SIGINT and SIGUSR1, so many in all")
-    parser.add_argument("--mesh-after", metavar="AXES", help="the mesh of every other attempt: fsdp=2,cpu_devices=4")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="of losses on another mesh, relative")
+    parser.add_argument("--kills", type=int, default=10, help="total number of kills (SIGKILL); default: %(default)s")
     parser.add_argument(
-        "--minutes", type=float, default=1e6, help="after these no more kills, whatever is still to come"
+        "--in-save",
+        type=float,
+        default=0.5,
+        metavar="FRACTION",
+        help="minimum fraction of kills during a save; default: %(default)s",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--work", type=Path, help="folder for the runs; by default a passing one")
+    parser.add_argument(
+        "--terms", type=int, default=2, help="total number of SIGTERM, SIGINT and SIGUSR1; default: %(default)s"
+    )
+    parser.add_argument("--mesh-after", metavar="AXES", help="mesh of every second attempt: fsdp=2,cpu_devices=4")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="relative, of losses on another mesh; default: %(default)s"
+    )
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop killing after this time; default: no limit")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments; default: %(default)s")
+    parser.add_argument("--work", type=Path, help="folder for the runs; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     axes = parse_axes(options.mesh_after) if options.mesh_after else []
     load_config(options.config, [*options.set, *axes])
-    work = options.work or Path(tempfile.mkdtemp(prefix="prove-resume-"))
+    work = options.work or Path(tempfile.mkdtemp(prefix="stress-resume-"))
     work.mkdir(parents=True, exist_ok=True)
     try:
-        tally = Proof(options, work, axes).run()
+        result = ResumeTest(options, work, axes).run()
     finally:
         if not options.work:
             shutil.rmtree(work)
-    print(json.dumps(dataclasses.asdict(tally)) if options.json else format_tally(tally, bool(axes)))
-    return 1 if tally.problems else 0
+    print(json.dumps(dataclasses.asdict(result)) if options.json else format_result(result, bool(axes)))
+    return 1 if result.problems else 0
 
 
 def parse_axes(text: str) -> list[str]:
-    """`fsdp=2,cpu_devices=4` as overrides; ConfigError if it is not of that form."""
+    """Return the config overrides for `fsdp=2,cpu_devices=4`. Raises ConfigError for text of another form."""
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(name and number.isdigit() for name, _, number in pairs):
         raise ConfigError(f"--mesh-after {text}: expected AXIS=SIZE,..., for example fsdp=2,tensor=2,cpu_devices=4")
     return [f"mesh.{name}={number}" for name, _, number in pairs]
 
 
-def format_tally(tally: Tally, other_mesh: bool) -> str:
-    """A page for a person."""
+def format_result(result: Result, other_mesh: bool) -> str:
+    """Return the result as lines of text."""
     lines = [
-        f"{tally.runs} interrupted runs: {tally.kills} kills, {tally.in_save} of them inside a save; {tally.stops} stops, "
-        f"the slowest took {tally.slowest_stop:.1f} s",
-        f"{tally.resumes} resumes, {tally.not_newest} of them not from the newest committed step",
-        f"{tally.equal_checkpoints} of {tally.checkpoints} checkpoints left behind equal the uninterrupted run's, bit for bit",
-        f"sequences seen twice: {tally.seen_twice}, never: {tally.never_seen}",
-        f"first differing leaf: {tally.first_differing or 'none'}, {tally.ulps} ulps, {tally.difference:.3g} of its values; "
-        "largest relative difference of a loss: "
-        f"{tally.loss_difference:.3g}" + (" (two meshes)" if other_mesh else ""),
+        f"{result.runs} interrupted runs: {result.kills} kills, {result.in_save} of them during a save; "
+        f"{result.stops} stops, the slowest took {result.slowest_stop:.1f} s",
+        f"{result.resumes} resumes, {result.not_from_latest} of them not from the latest committed step",
+        f"{result.equal_checkpoints} of {result.checkpoints} checkpoints after a kill or stop equal the uninterrupted "
+        "run's, bit for bit",
+        f"sequences used more often than in the uninterrupted run: {result.repeated_sequences}, less often: "
+        f"{result.missing_sequences}",
+        f"first array that differs: {result.first_different or 'none'}; largest difference: {result.ulps} ulps, "
+        f"{result.relative_difference:.3g} of the array's largest value",
+        f"largest relative difference of a loss: {result.loss_difference:.3g}" + (" (two meshes)" if other_mesh else ""),
+        *(f"PROBLEM: {problem}" for problem in result.problems),
     ]
-    return "\n".join(
-        [*lines, *(f"PROBLEM: {problem}" for problem in tally.problems), *([] if tally.problems else ["proved"])]
-    )
+    return "\n".join([*lines, "failed" if result.problems else "passed"])
 
 
-class Proof:
-    """The uninterrupted run, and the interrupted ones beside it."""
+class ResumeTest:
+    """Two uninterrupted runs, and interrupted runs that must equal them."""
 
-    def __init__(self, options: Any, work: Path, axes: list[str]):
-        self.options, self.work, self.axes = options, work, axes
-        self.tally, self.random = Tally(), random.Random(options.seed)
-        self.straight = work / "straight"
-        self.begun: dict[Path, int] = {}  # attempts that came to train, by run
-        self.life = 0.0  # seconds of an uninterrupted attempt
-        self.until = time.monotonic() + 60 * options.minutes
-        start_server(str(work / "compiled"))
+    def __init__(self, options: Namespace, work: Path, axes: list[str]):
+        self.options = options
+        self.work = work
+        self.axes = axes  # overrides of every second attempt
+        self.result = Result()
+        self.random = random.Random(options.seed)
+        self.uninterrupted = work / "uninterrupted"
+        self.n_starts: dict[Path, int] = {}  # attempts of each run that started training
+        self.attempt_seconds = 0.0  # of an uninterrupted attempt
+        self.deadline = time.monotonic() + 60 * options.minutes
+        start_fork_server(str(work / "compiled"))
 
-    def run(self) -> Tally:
-        """Everything in order."""
-        every = self.config(self.straight).checkpoint.every
-        attempt = self.start(self.straight, [f"checkpoint.keep_every={every}"], self.work / "straight.log")
-        if attempt.wait(LONGEST):
-            raise RuntimeError(f"the uninterrupted run failed:\n{attempt.last_words()}")
-        self.check_data(self.straight)
-        if self.axes:  # so that its steps are compiled before anything is timed
-            self.start(self.work / "other-mesh", self.axes, self.work / "other-mesh.log").wait(LONGEST)
-        attempt = self.start(self.work / "again", [], self.work / "again.log")  # the same seed twice; and timed
-        if attempt.wait(LONGEST):
-            raise RuntimeError(f"the second uninterrupted run failed:\n{attempt.last_words()}")
-        self.life = time.monotonic() - attempt.started
+    def run(self) -> Result:
+        every = self.config(self.uninterrupted).checkpoint.every
+        attempt = self.start(self.uninterrupted, [f"checkpoint.keep_every={every}"], self.work / "uninterrupted.log")
+        if attempt.wait(MAX_ATTEMPT_SECONDS):
+            raise RuntimeError(f"the uninterrupted run failed:\n{attempt.log_tail()}")
+        self.check_data_log(self.uninterrupted)
+        if self.axes:  # compile its steps before anything is timed
+            self.start(self.work / "other-mesh", self.axes, self.work / "other-mesh.log").wait(MAX_ATTEMPT_SECONDS)
+        # The same seed again: must be equal, and gives the time of an attempt with a warm cache.
+        attempt = self.start(self.work / "again", [], self.work / "again.log")
+        if attempt.wait(MAX_ATTEMPT_SECONDS):
+            raise RuntimeError(f"the second uninterrupted run failed:\n{attempt.log_tail()}")
+        self.attempt_seconds = time.monotonic() - attempt.started
         self.compare_runs(self.work / "again", same_mesh=True)
-        while self.is_left() and self.tally.runs < 10 + 2 * (self.options.kills + self.options.terms):
-            self.interrupt_run(self.work / f"run_{self.tally.runs}")
-            self.tally.runs += 1
-        if self.is_left():
-            self.problem("the runs were over before all kills were placed; use more steps, or rarer saves")
-        return self.tally
+        while self.has_faults_left() and self.result.runs < 10 + 2 * (self.options.kills + self.options.terms):
+            self.interrupt_run(self.work / f"run_{self.result.runs}")
+            self.result.runs += 1
+        if self.has_faults_left():
+            self.add_problem(
+                "the runs ended before all kills and stops were sent; set a larger train.steps or checkpoint.every"
+            )
+        return self.result
 
-    def is_left(self) -> bool:
-        """Whether kills or stops are still to come."""
-        tally, options = self.tally, self.options
-        if time.monotonic() > self.until:
+    def has_faults_left(self) -> bool:
+        """Return whether kills or stops remain to be sent."""
+        if time.monotonic() > self.deadline:
             return False
-        wanted = round(options.in_save * options.kills)
-        return tally.kills < options.kills or tally.in_save < wanted or tally.stops < options.terms
+        wanted_in_save = round(self.options.in_save * self.options.kills)
+        return (
+            self.result.kills < self.options.kills
+            or self.result.in_save < wanted_in_save
+            or self.result.stops < self.options.terms
+        )
 
     def config(self, run_dir: Path) -> Config:
-        """The configuration of a run."""
         return load_config(self.options.config, self.overrides(run_dir))
 
     def overrides(self, run_dir: Path) -> list[str]:
-        """What every run of the proof says otherwise than its file."""
+        """Return the config overrides that all runs of the test have in common."""
         return [*self.options.set, f"run.dir={json.dumps(str(run_dir))}", "track.sequences=true", "train.log_every=1"]
 
-    def start(self, run_dir: Path, more: list[str], log: Path) -> Attempt:
-        """An attempt at a run."""
-        return start_attempt(self.options.config, [*self.overrides(run_dir), *more], log)
+    def start(self, run_dir: Path, overrides: list[str], log: Path) -> Attempt:
+        return start_attempt(self.options.config, [*self.overrides(run_dir), *overrides], log)
 
     def interrupt_run(self, run_dir: Path) -> None:
-        """One run: attempts, each killed or stopped, until one comes through; then everything is compared."""
-        root, log = run_dir / "checkpoints", self.work / f"{run_dir.name}.log"
+        """Start and interrupt attempts at one run until one finishes it, then compare the run."""
+        root = run_dir / "checkpoints"
+        log = self.work / f"{run_dir.name}.log"
         for number in range(10**6):
-            before = newest(root)
+            latest = latest_step(root)
             attempt = self.start(run_dir, self.axes if number % 2 else [], log)
-            if self.is_left():
+            if self.has_faults_left():
                 self.interrupt(attempt, root)
-            status = attempt.wait(LONGEST)
-            self.check_resume(run_dir, number, before)
+            status = attempt.wait(MAX_ATTEMPT_SECONDS)
+            self.check_first_step(run_dir, number, latest)
             if status == 0:
                 break
             if status not in (PREEMPTED, -signal.SIGKILL):
-                return self.problem(f"{run_dir.name}: attempt {number} ended with {status}: {attempt.last_words()}")
-            self.check_newest(root)
+                self.add_problem(f"{run_dir.name}: attempt {number} ended with status {status}: {attempt.log_tail()}")
+                return
+            self.check_latest(root)
         self.compare_runs(run_dir, same_mesh=not self.axes)
-        if not any(self.tally.problems):
+        if not self.result.problems:
             shutil.rmtree(run_dir)
 
     def interrupt(self, attempt: Attempt, root: Path) -> None:
-        """Kill or stop an attempt at a random moment, and count it if it was still running."""
-        tally, options = self.tally, self.options
-        left = [options.kills - tally.kills, options.terms - tally.stops]
-        stops = self.random.random() * max(sum(left), 1) < left[1]
-        in_save = not stops and tally.in_save < options.in_save * max(tally.kills, 1)
-        if in_save:
+        """Kill or stop an attempt at a random moment, and count the fault if the attempt was still running."""
+        result = self.result
+        kills_left = self.options.kills - result.kills
+        stops_left = self.options.terms - result.stops
+        is_stop = self.random.random() * max(kills_left + stops_left, 1) < stops_left
+        if not is_stop and result.in_save < self.options.in_save * max(result.kills, 1):
             wait_for_save(attempt, root, self.random.randint(1, 4))
             time.sleep(self.random.uniform(0, SAVE_SECONDS))
         else:
-            attempt.wait(self.random.uniform(0, self.life))
+            attempt.wait(self.random.uniform(0, self.attempt_seconds))
         if not attempt.is_running():
             return
-        if stops:
-            number = STOPS[tally.stops % len(STOPS)]
-            sent = time.monotonic()
-            attempt.send(number)
-            status = attempt.wait(LONGEST)
-            if status == PREEMPTED:
-                tally.stops += 1
-                tally.slowest_stop = max(tally.slowest_stop, time.monotonic() - sent)
-            elif status == -number:
-                pass  # before the program itself had begun: nothing to stop, nothing lost
-            elif status:
-                self.problem(f"{number.name} ended with status {status}: {attempt.last_words()}")
+        if is_stop:
+            self.stop(attempt, STOP_SIGNALS[result.stops % len(STOP_SIGNALS)])
             return
-        attempt.send(signal.SIGKILL)
-        if attempt.wait(LONGEST) == -signal.SIGKILL:
-            tally.kills += 1
-            tally.in_save += bool(list_unfinished(root))
+        attempt.send_signal(signal.SIGKILL)
+        if attempt.wait(MAX_ATTEMPT_SECONDS) == -signal.SIGKILL:
+            result.kills += 1
+            result.in_save += bool(list_unfinished_saves(root))
 
-    def check_newest(self, root: Path) -> None:
-        """What a kill left must be whole, and on the same mesh what the uninterrupted run had at that step."""
-        step = newest(root)
+    def stop(self, attempt: Attempt, number: signal.Signals) -> None:
+        """Send a stop signal, and count the stop if the attempt ends as preempted."""
+        sent = time.monotonic()
+        attempt.send_signal(number)
+        status = attempt.wait(MAX_ATTEMPT_SECONDS)
+        if status == PREEMPTED:
+            self.result.stops += 1
+            self.result.slowest_stop = max(self.result.slowest_stop, time.monotonic() - sent)
+        elif status and status != -number:  # -number: the program had not installed its handler yet, nothing is lost
+            self.add_problem(f"{number.name} ended the attempt with status {status}: {attempt.log_tail()}")
+
+    def check_latest(self, root: Path) -> None:
+        """Check that the latest checkpoint is intact and, on the same mesh, equals the uninterrupted run's."""
+        step = latest_step(root)
         if not step:
             return
         if problems := Store(root, writable=False).verify(step):
-            self.problem(f"{root.parent.name}: step {step} is damaged: {problems[0]}")
-        elif not self.axes and (self.straight / "checkpoints" / f"step_{step}").is_dir():
-            self.tally.checkpoints += 1
-            result = compare_steps(self.straight / "checkpoints", root, step)
-            self.tally.equal_checkpoints += not result["different"]
-            self.note_difference(result, root.parent.name)
+            self.add_problem(f"{root.parent.name}: step {step} is damaged: {problems[0]}")
+        elif not self.axes and (self.uninterrupted / "checkpoints" / f"step_{step}").is_dir():
+            self.result.checkpoints += 1
+            diff = compare_checkpoints(self.uninterrupted / "checkpoints", root, step)
+            self.result.equal_checkpoints += not diff.n_different
+            self.check_equal(diff, root.parent.name)
 
-    def check_resume(self, run_dir: Path, number: int, before: int) -> None:
-        """The attempt began from what was newest when it started, if it came to begin."""
+    def check_first_step(self, run_dir: Path, number: int, latest: int) -> None:
+        """Check that an attempt, if it started training, resumed from the step that was the latest at its start."""
         attempts = read_log(run_dir)
-        if len(attempts) > self.begun.get(run_dir, 0):
-            if number:
-                self.tally.resumes += 1
-                if attempts[-1][0] != before:
-                    self.tally.not_newest += 1
-                    self.problem(f"{run_dir.name}: attempt {number} began from {attempts[-1][0]}, newest was {before}")
-            self.begun[run_dir] = len(attempts)
+        if len(attempts) <= self.n_starts.get(run_dir, 0):
+            return
+        self.n_starts[run_dir] = len(attempts)
+        if not number:
+            return
+        self.result.resumes += 1
+        first_step = attempts[-1][0]
+        if first_step != latest:
+            self.result.not_from_latest += 1
+            self.add_problem(f"{run_dir.name}: attempt {number} resumed from step {first_step}, the latest was {latest}")
 
     def compare_runs(self, run_dir: Path, *, same_mesh: bool) -> None:
-        """The end of a run beside that of the first uninterrupted one: bits, losses, data, debris."""
+        """Compare a finished run with the uninterrupted one: bits, losses, data, temporary files."""
         steps = self.config(run_dir).train.steps
-        result = compare_steps(self.straight / "checkpoints", run_dir / "checkpoints", steps)
-        if not same_mesh:
-            self.tally.first_differing = self.tally.first_differing or result["first"] or ""
-            self.tally.ulps = max(self.tally.ulps, result["ulps"])
-            self.tally.difference = max(self.tally.difference, result["difference"])
+        diff = compare_checkpoints(self.uninterrupted / "checkpoints", run_dir / "checkpoints", steps)
+        if same_mesh:
+            self.check_equal(diff, run_dir.name)
         else:
-            self.note_difference(result, run_dir.name)
-        there, here = (read_losses(path) for path in (self.straight, run_dir))
-        if list(here) != list(there):
-            self.problem(f"{run_dir.name}: its metrics hold the steps {list(here)[:3]} ... {list(here)[-3:]}")
-        differences = [abs(here[step] / there[step] - 1) for step in there if step in here]
-        self.tally.loss_difference = max(self.tally.loss_difference, *differences)
-        if self.tally.loss_difference > (0.0 if same_mesh else self.options.tolerance):
-            self.problem(f"{run_dir.name}: a loss differs by {self.tally.loss_difference:.3g} of it")
-        self.compare_data(effective_history(read_log(self.straight)), effective_history(read_log(run_dir)), run_dir.name)
-        if debris := list_debris(run_dir):
-            self.problem(f"{run_dir.name}: left behind: {debris[:5]}")
+            self.record_diff(diff)
+        expected = read_losses(self.uninterrupted)
+        losses = read_losses(run_dir)
+        if list(losses) != list(expected):
+            first = list(losses)[:3]
+            last = list(losses)[-3:]
+            self.add_problem(f"{run_dir.name}: the metrics log has other steps than the uninterrupted run's: {first} ... {last}")
+        differences = [abs(losses[step] / expected[step] - 1) for step in expected if step in losses]
+        self.result.loss_difference = max(self.result.loss_difference, *differences)
+        if self.result.loss_difference > (0.0 if same_mesh else self.options.tolerance):
+            self.add_problem(f"{run_dir.name}: a loss differs by {self.result.loss_difference:.3g}, relative")
+        self.compare_data(effective_history(read_log(self.uninterrupted)), effective_history(read_log(run_dir)), run_dir.name)
+        if leftovers := list_temporary_files(run_dir):
+            self.add_problem(f"{run_dir.name}: temporary files were left: {leftovers[:5]}")
 
-    def compare_data(self, there: dict[int, BatchRecord], here: dict[int, BatchRecord], name: str) -> None:
-        """Every sequence as often as the uninterrupted run saw it, and in the same step."""
-        counts = [
-            collections.Counter(one for given in side.values() for one in given.sequences) for side in (there, here)
-        ]
-        twice, never = counts[1] - counts[0], counts[0] - counts[1]
-        self.tally.seen_twice += sum(twice.values())
-        self.tally.never_seen += sum(never.values())
-        if there != here:
-            steps = [step for step in there.keys() | here.keys() if there.get(step) != here.get(step)]
-            self.problem(f"{name}: {len(steps)} steps saw other sequences, the first of them step {min(steps)}")
+    def compare_data(self, expected: dict[int, BatchRecord], used: dict[int, BatchRecord], name: str) -> None:
+        """Check that every step used the same sequences as in the uninterrupted run."""
+        expected_counts = count_sequences(expected)
+        used_counts = count_sequences(used)
+        self.result.repeated_sequences += (used_counts - expected_counts).total()
+        self.result.missing_sequences += (expected_counts - used_counts).total()
+        if expected != used:
+            steps = [step for step in expected.keys() | used.keys() if expected.get(step) != used.get(step)]
+            self.add_problem(f"{name}: {len(steps)} steps used other sequences, the first is step {min(steps)}")
 
-    def check_data(self, run_dir: Path) -> None:
-        """The record says what the steps were given: its numbers lead to tokens with its digest."""
+    def check_data_log(self, run_dir: Path) -> None:
+        """Check that the sequences in the data log have the token digests in the data log."""
         from mesh_transformer.data.dataset import open_data
         from mesh_transformer.train.data_log import digest_tokens
 
         loader = open_data(self.config(run_dir)).train
-        for step, given in effective_history(read_log(run_dir)).items():
-            if digest_tokens(loader.read_sequences(given.sequences).tokens) != given.digest:
-                return self.problem(f"{run_dir.name}: step {step} was given other tokens than its record says")
+        for step, batch in effective_history(read_log(run_dir)).items():
+            if digest_tokens(loader.read_sequences(batch.sequences).tokens) != batch.digest:
+                self.add_problem(f"{run_dir.name}: step {step}: the digest in the data log is not that of its sequences")
+                return
 
-    def note_difference(self, result: dict[str, Any], name: str) -> None:
-        """A difference where there must be none."""
-        if result["different"]:
-            self.tally.first_differing = self.tally.first_differing or result["first"]
-            self.tally.ulps = max(self.tally.ulps, result["ulps"])
-            self.problem(
-                f"{name}: step {result['step']}: {result['different']} of {result['leaves']} leaves differ, the first "
-                f"{result['first']}, {result['ulps']} ulps"
+    def check_equal(self, diff: CheckpointDiff, name: str) -> None:
+        """Record a problem if any array differs."""
+        if diff.n_different:
+            self.record_diff(diff)
+            self.add_problem(
+                f"{name}: step {diff.step}: {diff.n_different} of {diff.n_arrays} arrays differ, the first is "
+                f"{diff.first}; at most {diff.ulps} ulps"
             )
 
-    def problem(self, text: str) -> None:
-        """Note it, and go on."""
-        self.tally.problems.append(text)
+    def record_diff(self, diff: CheckpointDiff) -> None:
+        result = self.result
+        result.first_different = result.first_different or diff.first
+        result.ulps = max(result.ulps, diff.ulps)
+        result.relative_difference = max(result.relative_difference, diff.relative)
+
+    def add_problem(self, text: str) -> None:
+        self.result.problems.append(text)
 
 
-def newest(root: Path) -> int:
-    """The newest committed step, 0 if there is none."""
-    return max(Store(root, writable=False).steps(), default=0)
+def count_sequences(history: dict[int, BatchRecord]) -> collections.Counter[tuple[int, int]]:
+    """Return how often each (source, sequence) is used."""
+    return collections.Counter(sequence for batch in history.values() for sequence in batch.sequences)
 
 
 def read_losses(run_dir: Path) -> dict[int, float]:
-    """The losses of metrics.jsonl by step."""
+    """Return the losses in metrics.jsonl by step."""
     return {line["step"]: line["loss"] for line in read_metrics(run_dir / FILE) if line["kind"] == "train"}
 
 
 def wait_for_save(attempt: Attempt, root: Path, count: int) -> None:
-    """Until the attempt has begun to write so many checkpoints, or has ended."""
-    seen: set[str] = set()
+    """Wait until the attempt has begun its `count`-th save, or has ended."""
+    names: set[str] = set()
     mark = f"-{attempt.pid}-"
-    while len(seen) < count and attempt.is_running():
-        seen |= {name for name in (os.listdir(root) if root.is_dir() else ()) if ".tmp-" in name and mark in name}
+    while len(names) < count and attempt.is_running():
+        names |= {name for name in (os.listdir(root) if root.is_dir() else ()) if ".tmp-" in name and mark in name}
         time.sleep(0.0005)
 
 

@@ -115,6 +115,6 @@ def test_the_signature_does_not_depend_on_chunks(make_recipe, tmp_path):
 def test_the_hash_does_not_depend_on_chunks(monkeypatch):
     texts = ["", " \n", "ΟΔΟΣ\u2003Der  WEG\x1czum\xa0Meer\n", "x" * 50, "Σ ΑΣ  " * 9, prose(5)]
     for size in (1, 3, 8, 1 << 20):
-        monkeypatch.setattr(stage_dedup, "HASHED", size)
+        monkeypatch.setattr(stage_dedup, "HASH_CHARACTERS", size)
         for text in texts:
             assert stage_dedup.hash_text(text) == xxhash.xxh3_64_intdigest(" ".join(text.lower().split()).encode())
