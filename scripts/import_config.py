@@ -143,8 +143,8 @@ def convert_neo(new: Import, devices: int | None) -> None:
     new.update("model", attention_pattern=new.pattern("attention_types", new.count("n_layer")), qkv_bias=False)
     new.update("model", attention_scale="rsqrt_d_head", dropout=max(rates.values()))
     if len(set(rates.values())) > 1:
-        note = keys.DANGER + "there were three rates and there is one here; the largest is used"
-        new.notes.update(dict.fromkeys(rates, note))
+        note: str = keys.DANGER + "there were three rates and there is one here; the largest is used"
+        new.notes |= dict.fromkeys(rates, note)
     decay = (old.get("lr_decay_end") or steps) - old["warmup_steps"]
     new.update("optimizer", end_learning_rate=old["lr"] / 10, decay_steps=decay)
     new.update("train", z_loss=1e-4)

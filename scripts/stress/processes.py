@@ -1,21 +1,21 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Proof by counting that a run of several processes cannot be lost: processes killed at random, topologies changed.
+"""Stress test of runs of several processes: processes are killed, and the run moves to other topologies; nothing may be lost.
 
-A tiny model is trained by device_train.py in real processes (jax.distributed, collectives over Gloo) on this machine.
-With --trials one process of all, drawn at random, is killed with SIGKILL again and again, every second time while a
-checkpoint is being written; after each kill the others must stop by themselves, and the newest checkpoint must be
-intact and not older than the last one seen committed. With --moves the run is stopped by SIGTERM to one process and goes
-on in another number of processes and on another mesh. At the end its losses and final state are compared with those of
-a run that nobody interrupted, and the examples that its steps were given are counted.
+device_train.py trains a tiny model in several processes on this machine (jax.distributed, collectives over Gloo). With
+--trials a random process is killed (SIGKILL) that many times, every second time during a save. After each kill the other
+processes must stop by themselves, and the latest checkpoint must be intact and no older than the last one that was
+committed before the kill. With --moves one process gets SIGTERM, and the run continues with another number of processes
+on another mesh. At the end the losses and the final state are compared with those of an uninterrupted run, and the
+examples that the steps used are counted.
 
 examples:
   python scripts/stress/processes.py --processes 2 --trials 30
-      30 kills, the state at the end bit-equal
+      30 kills; the final state must be equal bit for bit
   python scripts/stress/processes.py --moves 4:data=4,fsdp=2 2:fsdp=4 1:tensor=2,fsdp=2 4:tensor=4
-      processes:mesh of each leg, the first of which is also that of kills and of the run to compare with
+      PROCESSES:MESH of each stage; the first is also the topology of the kills and of the uninterrupted run
 
-exit status: 0 nothing was lost, 1 something was
+exit status: 0 nothing was lost, 1 something was, 2 wrong usage
 """
 
 import functools
@@ -27,22 +27,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mesh_transformer.cli import FAILED, PREEMPTED, make_parser, run_command
+from mesh_transformer.scripts.launch import local
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts" / "launch"))
-import local  # noqa: E402  (a program, not a package)
-
-DEVICES, BATCH, SEQ_LEN = 4, 8, 16  # devices: of all processes together
-EVERY = 2  # steps between two checkpoints
-LEG_SECONDS = 600.0  # for a leg to come as far as is wanted
-STOP_SECONDS = 60.0  # the others may take after a kill
+ROOT = Path(__file__).resolve().parents[2]
+N_DEVICES = 4  # of all processes together
+BATCH_SIZE = 8
+SEQ_LEN = 16
+SAVE_EVERY = 2  # steps
+STAGE_SECONDS = 600.0  # time limit of a stage
+STOP_SECONDS = 60.0  # time limit for the other processes after a kill
 HEARTBEAT_SECONDS = 20.0
 CONFIG = """
 [model]
@@ -69,269 +69,290 @@ heartbeat_seconds = {heartbeat}
 
 
 class Topology(NamedTuple):
-    """Processes, and sizes of the mesh axes."""
+    """Number of processes, and sizes of the mesh axes ("fsdp=2")."""
 
-    processes: int
+    n_processes: int
     mesh: tuple[str, ...]
 
 
 def main(arguments: list[str]) -> int:
-    """Kill or move, compare, print."""
+    """Run the stress test and print its result."""
     if arguments[:1] == ["--child"]:
-        return run_child(Path(arguments[1]), arguments[2:])
+        return run_child(Path(arguments[1]), arguments[2], arguments[3:])
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--processes", type=int, default=2, help="of a run that is killed; default: %(default)s")
-    parser.add_argument("--trials", type=int, default=0, help="kills")
-    parser.add_argument("--moves", nargs="+", metavar="N:MESH", help="topologies, one leg each")
-    parser.add_argument("--leg-steps", type=int, default=4, help="least steps of a leg; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims; default: %(default)s")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes for --trials; default: %(default)s")
+    parser.add_argument("--trials", type=int, default=0, help="number of kills; default: %(default)s")
+    parser.add_argument("--moves", nargs="+", metavar="N:MESH", help="topology of each stage")
+    parser.add_argument("--leg-steps", type=int, default=4, help="minimum steps of a stage; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments and victims; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     if not (options.trials or options.moves):
-        parser.error("say --trials, --moves or both")
-    legs = [parse_topology(text) for text in options.moves or [f"{options.processes}:fsdp=2"]]
+        parser.error("nothing to do: give --trials, --moves or both")
+    topologies = [parse_topology(text) for text in options.moves or [f"{options.processes}:fsdp=2"]]
+    first = topologies[0]
     with tempfile.TemporaryDirectory() as temporary:
-        proof, first = Proof(Path(temporary), random.Random(options.seed), quiet=options.json), legs[0]
-        report: dict[str, Any] = {}
+        test = ProcessesTest(Path(temporary), random.Random(options.seed), quiet=options.json)
+        result: dict[str, Any] = {}
         if options.trials:
-            report |= proof.kill(first, options.trials)
+            result |= test.kill(first, options.trials)
         if options.moves:
-            report |= proof.move(legs, options.leg_steps)
-        report |= proof.compare(first)
-    is_moved = first != proof.last
-    good = report["wrong"] == [] and report["examples seen twice"] == report["examples never seen"] == 0
-    good = good and report["largest relative difference of losses"] <= (1e-5 if is_moved else 0.0)
-    good = good and (is_moved or report["arrays that differ"] == 0)
+            result |= test.move(topologies, options.leg_steps)
+        result |= test.compare(first)
+    has_moved = first != test.topology
+    passed = (
+        result["problems"] == []
+        and result["repeated_examples"] == result["missing_examples"] == 0
+        and result["max_loss_difference"] <= (1e-5 if has_moved else 0.0)
+        and (has_moved or result["different_arrays"] == 0)
+    )
     if options.json:
-        print(json.dumps(report))
+        print(json.dumps(result))
     else:
-        print("\n".join(f"{name:<40} {value}" for name, value in report.items()))
-        print("nothing was lost" if good else "something was lost")
-    return 0 if good else FAILED
+        print("\n".join(f"{name:<24} {value}" for name, value in result.items()))
+        print("nothing was lost" if passed else "something was lost")
+    return 0 if passed else FAILED
 
 
 def parse_topology(text: str) -> Topology:
-    """ "4:fsdp=2,tensor=2" -> 4 processes, those sizes."""
+    """Return the topology for text such as "4:fsdp=2,tensor=2"."""
     count, _, mesh = text.partition(":")
     return Topology(int(count), tuple(part for part in mesh.split(",") if part))
 
 
-class Proof:
-    """A run and one to compare it with, in a folder."""
+class ProcessesTest:
+    """An interrupted run and an uninterrupted one, in one folder."""
 
-    def __init__(self, folder: Path, draw: random.Random, *, quiet: bool):
-        self.folder, self.draw, self.quiet = folder, draw, quiet
-        self.wrong: list[str] = []
-        self.last = Topology(0, ())
+    def __init__(self, folder: Path, rng: random.Random, *, quiet: bool):
+        self.folder = folder
+        self.random = rng
+        self.quiet = quiet
+        self.problems: list[str] = []
+        self.topology = Topology(0, ())  # the latest of the interrupted run
         (folder / "texts").mkdir()
-        for i in range(20):  # no two examples are alike
+        for i in range(20):  # all examples are different
             (folder / "texts" / f"{i}.txt").write_text(" ".join(f"{i}.{j}" for j in range(2500)))
         self.config = folder / "tiny.toml"
-        sizes = dict(seq_len=SEQ_LEN, batch=BATCH, every=EVERY, heartbeat=HEARTBEAT_SECONDS)
+        sizes = dict(seq_len=SEQ_LEN, batch=BATCH_SIZE, every=SAVE_EVERY, heartbeat=HEARTBEAT_SECONDS)
         self.config.write_text(CONFIG.format(folder=folder, **sizes))
 
     def kill(self, topology: Topology, trials: int) -> dict[str, Any]:
-        """So many kills; what happened."""
-        inside, stops, named, victims = 0, [], 0, []
+        """Kill a random process `trials` times; return what was counted."""
+        in_save = 0
+        peer_named = 0
+        stop_seconds: list[float] = []
+        victims: list[int] = []
         for trial in range(trials):
-            leg = Leg(self, "run", topology)
-            leg.wait_for_step(self.newest() + EVERY)
-            victim = self.draw.randrange(topology.processes)
+            stage = Stage(self, "run", topology)
+            stage.wait_for_checkpoint(self.latest_step() + SAVE_EVERY)
+            victim = self.random.randrange(topology.n_processes)
             if trial % 2:
-                leg.wait_for_draft()
-            time.sleep(self.draw.random() * (0.02 if trial % 2 else 1.0))
-            before = self.newest()
-            leg.processes[victim].kill()
+                stage.wait_for_save()
+            time.sleep(self.random.random() * (0.02 if trial % 2 else 1.0))
+            committed = self.latest_step()
+            stage.processes[victim].kill()
             killed = time.monotonic()
-            codes = leg.wait(STOP_SECONDS)
-            stops.append(time.monotonic() - killed)
-            inside += bool(leg.drafts())
-            others = [code for process, code in enumerate(codes) if process != victim]
-            named += f"process {victim} of {topology.processes}" in leg.output()
+            statuses = stage.wait(STOP_SECONDS)
+            stop_seconds.append(time.monotonic() - killed)
             victims.append(victim)
-            if any(code in (None, 0) for code in others):
-                self.wrong.append(f"trial {trial}: the others ended with {others}")
-            self.check_newest(f"trial {trial}", before)
-            self.say(
-                f"kill {trial + 1}: process {victim}, others gone after {stops[-1]:.1f} s, newest step {self.newest()}"
+            in_save += bool(stage.list_staging_folders())
+            peer_named += f"process {victim} of {topology.n_processes}" in stage.read_output()
+            others = [status for process, status in enumerate(statuses) if process != victim]
+            if any(status in (None, 0) for status in others):
+                self.problems.append(f"trial {trial}: the other processes ended with statuses {others}")
+            self.check_latest(f"trial {trial}", committed)
+            self.log(
+                f"kill {trial + 1}: process {victim}; the others stopped after {stop_seconds[-1]:.1f} s; "
+                f"latest step {self.latest_step()}"
             )
-        self.last = topology
+        self.topology = topology
         return {
             "kills": trials,
-            "of process": {process: victims.count(process) for process in range(topology.processes)},
-            "inside a save": inside,
-            "others named the one killed": named,
-            "seconds until the others had stopped, most": round(max(stops), 1),
+            "kills_by_process": {process: victims.count(process) for process in range(topology.n_processes)},
+            "kills_in_save": in_save,
+            "killed_process_named": peer_named,  # by the others, in their output
+            "max_stop_seconds": round(max(stop_seconds), 1),  # from a kill until the others had stopped
         }
 
-    def move(self, legs: Sequence[Topology], leg_steps: int) -> dict[str, Any]:
-        """One leg after the other; what happened."""
-        reached = []
-        for number, topology in enumerate(legs[:-1]):
-            leg = Leg(self, "run", topology)
-            leg.wait_for_step(self.newest() + leg_steps, committed=False)
-            leg.processes[self.draw.randrange(topology.processes)].send_signal(signal.SIGTERM)
-            codes = leg.wait(STOP_SECONDS)
-            if set(codes) != {PREEMPTED}:
-                self.wrong.append(
-                    f"leg {number}: ended with {codes} after SIGTERM to one process\n{leg.output()[-2000:]}"
+    def move(self, topologies: Sequence[Topology], leg_steps: int) -> dict[str, Any]:
+        """Run on each topology but the last until SIGTERM to one process; return what was counted."""
+        stopped_at = []
+        for number, topology in enumerate(topologies[:-1]):
+            stage = Stage(self, "run", topology)
+            stage.wait_for_step(self.latest_step() + leg_steps)
+            stage.processes[self.random.randrange(topology.n_processes)].send_signal(signal.SIGTERM)
+            statuses = stage.wait(STOP_SECONDS)
+            if set(statuses) != {PREEMPTED}:
+                self.problems.append(
+                    f"stage {number}: ended with statuses {statuses} after SIGTERM to one process\n"
+                    f"{stage.read_output()[-2000:]}"
                 )
-            self.check_newest(f"leg {number}", 0)
-            reached.append(self.newest())
-            self.say(f"leg {number + 1}: {topology}, stopped with step {reached[-1]}")
-        self.last = legs[-1]
-        return {"legs": [f"{leg.processes}:{','.join(leg.mesh)}" for leg in legs], "stopped at steps": reached}
+            self.check_latest(f"stage {number}", 0)
+            stopped_at.append(self.latest_step())
+            self.log(f"stage {number + 1}: {topology}, stopped with step {stopped_at[-1]}")
+        self.topology = topologies[-1]
+        stages = [f"{each.n_processes}:{','.join(each.mesh)}" for each in topologies]
+        return {"stages": stages, "stopped_at_steps": stopped_at}
 
     def compare(self, topology: Topology) -> dict[str, Any]:
-        """Finish the run, do it again without interruptions, and compare."""
-        steps = self.newest() + 2 * EVERY
-        for name, where in (("run", self.last), ("straight", topology)):
-            leg = Leg(self, name, where, f"train.steps={steps}")
-            if set(codes := leg.wait(LEG_SECONDS)) != {0}:
-                raise RuntimeError(f"{name}: ended with {codes}: {leg.output()[-3000:]}")
-        left = [path.name for path in (self.folder / "run" / "checkpoints").iterdir() if "-" in path.name]
-        self.wrong += [f"left behind: {name}" for name in left]
-        losses = [self.losses(name) for name in ("run", "straight")]
-        if list(losses[0]) != list(range(1, steps + 1)):
-            self.wrong.append(f"the metrics name the steps {list(losses[0])}")
-        states = [self.state(name, steps) for name in ("run", "straight")]
-        differ = [name for name, array in states[0].items() if array.tobytes() != states[1][name].tobytes()]
-        seen = self.examples(steps)
+        """Finish the run, run it again on `topology` without interruptions, and compare the two."""
+        steps = self.latest_step() + 2 * SAVE_EVERY
+        for name, used in (("run", self.topology), ("uninterrupted", topology)):
+            stage = Stage(self, name, used, f"train.steps={steps}")
+            if set(statuses := stage.wait(STAGE_SECONDS)) != {0}:
+                raise RuntimeError(f"{name}: ended with statuses {statuses}: {stage.read_output()[-3000:]}")
+        leftovers = [path.name for path in (self.folder / "run" / "checkpoints").iterdir() if "-" in path.name]
+        self.problems += [f"temporary folder was left: {name}" for name in leftovers]
+        losses = self.read_losses("run")
+        expected = self.read_losses("uninterrupted")
+        if list(losses) != list(range(1, steps + 1)):
+            self.problems.append(f"the metrics log has the steps {list(losses)}, expected 1 to {steps}")
+        state = self.read_state("run", steps)
+        expected_state = self.read_state("uninterrupted", steps)
+        different = [name for name, array in state.items() if array.tobytes() != expected_state[name].tobytes()]
+        examples = self.read_examples(steps)
         return {
-            "wrong": self.wrong,
+            "problems": self.problems,
             "steps": steps,
-            "largest relative difference of losses": max(
-                abs(losses[0].get(step, np.inf) - loss) / loss for step, loss in losses[1].items()
+            "max_loss_difference": max(  # relative
+                abs(losses.get(step, np.inf) - loss) / loss for step, loss in expected.items()
             ),
-            "arrays that differ": len(differ),
-            "largest difference of a weight, in ulps": max(  # of the largest weight of its array
-                count_ulps(array, states[1][name]) for name, array in states[0].items() if name.startswith("params/")
+            "different_arrays": len(different),
+            "max_weight_ulps": max(
+                count_ulps_of_max(array, expected_state[name])
+                for name, array in state.items()
+                if name.startswith("params/")
             ),
-            "examples seen": len(seen),
-            "examples seen twice": len(seen) - len(set(seen)),
-            "examples never seen": len(set(range(steps * BATCH)) - set(seen)),
+            "examples": len(examples),
+            "repeated_examples": len(examples) - len(set(examples)),
+            "missing_examples": len(set(range(steps * BATCH_SIZE)) - set(examples)),
         }
 
-    def newest(self) -> int:
-        """The newest committed step, 0 if there is none."""
+    def latest_step(self) -> int:
+        """Return the latest committed step of the interrupted run, 0 without checkpoints."""
         found = (self.folder / "run" / "checkpoints").glob("step_*/COMMIT")
         return max((int(path.parent.name[5:]) for path in found if path.parent.name[5:].isdigit()), default=0)
 
-    def check_newest(self, where: str, least: int) -> None:
-        """The newest checkpoint is not older than that, and every byte is as it was written."""
+    def check_latest(self, where: str, min_step: int) -> None:
+        """Check that every byte of the latest checkpoint is intact, and that its step is at least `min_step`."""
         program = [sys.executable, ROOT / "scripts" / "checkpoint.py", "verify", self.folder / "run"]
         done = subprocess.run([*program], capture_output=True, text=True, check=False)
-        if done.returncode or self.newest() < least:
-            self.wrong.append(
-                f"{where}: newest step {self.newest()}, committed was {least}: {done.stdout}{done.stderr}"
+        if done.returncode or self.latest_step() < min_step:
+            self.problems.append(
+                f"{where}: latest step {self.latest_step()}, expected {min_step} or later: {done.stdout}{done.stderr}"
             )
 
-    def losses(self, run: str) -> dict[int, float]:
-        """By step."""
+    def read_losses(self, run: str) -> dict[int, float]:
+        """Return the losses of a run by step."""
         lines = map(json.loads, (self.folder / run / "metrics.jsonl").read_text().splitlines())
         return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
-    def state(self, run: str, step: int) -> dict[str, np.ndarray]:
-        """Every array of a checkpoint."""
+    def read_state(self, run: str, step: int) -> dict[str, np.ndarray]:
+        """Return every array of a checkpoint."""
         from mesh_transformer.checkpoint.store import Store
 
         arrays = Store(self.folder / run / "checkpoints", writable=False).open_arrays(step)
         return {name: array.read((slice(None),) * len(array.shape)) for name, array in arrays.items()}
 
-    def examples(self, steps: int) -> list[int]:
-        """Numbers of the examples that the steps were given, by the last attempt at each: what its processes read of it."""
-        given: dict[int, dict[str, set[int]]] = {}
+    def read_examples(self, steps: int) -> list[int]:
+        """Return the indices of the examples that each step used in the last attempt that took it."""
+        used: dict[int, dict[str, set[int]]] = {}
         for line in map(json.loads, (self.folder / "run.examples").read_text().splitlines()):
-            attempts = given.setdefault(line["first"] // BATCH, {})
+            attempts = used.setdefault(line["first"] // BATCH_SIZE, {})
             attempts.setdefault(line["attempt"], set()).update(line["examples"])
-        return [example for step in range(steps) for example in sorted(list(given[step].values())[-1])]
+        return [example for step in range(steps) for example in sorted(list(used[step].values())[-1])]
 
-    def say(self, text: str) -> None:
-        """How far it is."""
+    def log(self, text: str) -> None:
+        """Print progress."""
         if not self.quiet:
             print(text, flush=True)
 
 
-class Leg:
+class Stage:
     """The processes of a run between two interruptions."""
 
-    def __init__(self, proof: Proof, name: str, topology: Topology, *settings: str):
-        self.proof, self.run = proof, proof.folder / name
-        self.log = open(proof.folder / "output", "w+", encoding="utf-8")  # noqa: SIM115 (closed in wait)
-        devices = max(DEVICES // topology.processes, 1)
+    def __init__(self, test: ProcessesTest, name: str, topology: Topology, *overrides: str):
+        self.test = test
+        self.run = test.folder / name
+        self.log_path = test.folder / "output"
         mesh = [f"mesh.{part}" for part in topology.mesh]
-        settings = (f'run.dir="{self.run}"', f"mesh.cpu_devices={devices}", *mesh, *settings)
+        devices = max(N_DEVICES // topology.n_processes, 1)
+        overrides = (f'run.dir="{self.run}"', f"mesh.cpu_devices={devices}", *mesh, *overrides)
         attempt = f"{time.monotonic_ns()}"
-        command = [sys.executable, __file__, "--child", f"{self.run}.examples", attempt, str(proof.config)]
-        command += [f"--set={setting}" for setting in settings]
+        command = [sys.executable, __file__, "--child", f"{self.run}.examples", attempt, str(test.config)]
+        command += [f"--set={override}" for override in overrides]
         cache = {
-            "JAX_COMPILATION_CACHE_DIR": f"{proof.folder}/compiled",
+            "JAX_COMPILATION_CACHE_DIR": f"{test.folder}/compiled",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
+        output = open(self.log_path, "w", encoding="utf-8")  # noqa: SIM115 (threads write to it until the end)
         self.processes = local.start_processes(
-            command, topology.processes, output=self.log, JAX_PLATFORMS="cpu", **cache
+            command, topology.n_processes, output=output, JAX_PLATFORMS="cpu", **cache
         )
 
-    def wait_for_step(self, step: int, *, committed: bool = True) -> None:
-        """Until a checkpoint of that step is there, or the step is taken."""
-        told = re.compile(rf"step {step}/")
-        self._until(lambda: self.proof.newest() >= step if committed else told.search(self.output()), f"step {step}")
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Wait until the checkpoint of a step, or of a later one, is committed."""
+        self._wait_until(lambda: self.test.latest_step() >= step, f"the checkpoint of step {step}")
 
-    def wait_for_draft(self) -> None:
-        """Until a checkpoint is being written."""
-        self._until(self.drafts, "a save")
+    def wait_for_step(self, step: int) -> None:
+        """Wait until a step is logged."""
+        pattern = re.compile(rf"step {step}/")
+        self._wait_until(lambda: pattern.search(self.read_output()) is not None, f"step {step}")
 
-    def drafts(self) -> list[Path]:
-        """Checkpoints that are being written, or were."""
+    def wait_for_save(self) -> None:
+        """Wait until a checkpoint is being written."""
+        self._wait_until(lambda: bool(self.list_staging_folders()), "a save")
+
+    def list_staging_folders(self) -> list[Path]:
+        """Return the folders of unfinished saves."""
         return list((self.run / "checkpoints").glob("step_*.tmp-*"))
 
-    def output(self) -> str:
-        """What was printed so far."""
-        return Path(self.log.name).read_text(encoding="utf-8")
+    def read_output(self) -> str:
+        """Return the output of all processes so far."""
+        return self.log_path.read_text(encoding="utf-8")
 
     def wait(self, seconds: float) -> list[int | None]:
-        """Exit statuses; None of a process that had not ended by then, which is killed."""
+        """Return the exit statuses; None for a process that still ran after `seconds` and was killed."""
         end = time.monotonic() + seconds
         while any(process.poll() is None for process in self.processes) and time.monotonic() < end:
             time.sleep(0.02)
-        codes = [process.poll() for process in self.processes]
+        statuses = [process.poll() for process in self.processes]
         for process in self.processes:
             process.kill()
             process.wait()
-        return codes
+        return statuses
 
-    def _until(self, is_so: Any, what: str) -> None:
-        end = time.monotonic() + LEG_SECONDS
-        while not is_so():
+    def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + STAGE_SECONDS
+        while not condition():
             if time.monotonic() > end or any(process.poll() is not None for process in self.processes):
                 self.wait(0)
-                raise RuntimeError(f"{what} was not reached: {self.output()[-3000:]}")
+                raise RuntimeError(f"the processes did not reach {what}: {self.read_output()[-3000:]}")
             time.sleep(0.002)
 
 
-def count_ulps(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest difference, in float32 steps at the largest value of `b`."""
+def count_ulps_of_max(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the largest difference in units in the last place of the largest absolute value of `b`."""
     return float(np.abs(a - b).max() / np.spacing(np.abs(b).max()))
 
 
-def run_child(examples: Path, arguments: list[str]) -> int:
-    """device_train.py, with a note of every example that this process reads."""
+def run_child(examples: Path, attempt: str, arguments: list[str]) -> int:
+    """Run device_train.py in this process, and append the examples that it reads to the file `examples`."""
     sys.path.insert(0, str(ROOT))
     import device_train
     from mesh_transformer.data.loader import Batch, Loader
 
-    attempt, *arguments = arguments
-    read = Loader.batch
+    original = Loader.batch
 
-    @functools.wraps(read)
-    def noting(self: Loader, first: int, size: int, rows: Iterable[int] | None = None) -> Batch:
-        own = list(range(size) if rows is None else rows)
-        line = json.dumps({"attempt": attempt, "first": first, "examples": [first + row for row in own]})
+    @functools.wraps(original)
+    def batch(self: Loader, first: int, size: int, rows: Iterable[int] | None = None) -> Batch:
+        read = list(range(size) if rows is None else rows)
+        line = json.dumps({"attempt": attempt, "first": first, "examples": [first + row for row in read]})
         with open(examples, "a", encoding="utf-8") as file:
             file.write(line + "\n")
-        return read(self, first, size, rows)
+        return original(self, first, size, rows)
 
-    Loader.batch = noting
+    Loader.batch = batch
     return device_train.main(arguments)
 
 

@@ -292,7 +292,7 @@ class ResumeTest:
             last = list(losses)[-3:]
             self.add_problem(f"{run_dir.name}: the metrics log has other steps than the uninterrupted run's: {first} ... {last}")
         differences = [abs(losses[step] / expected[step] - 1) for step in expected if step in losses]
-        self.result.loss_difference = max(self.result.loss_difference, *differences)
+        self.result.loss_difference = max([self.result.loss_difference, *differences])
         if self.result.loss_difference > (0.0 if same_mesh else self.options.tolerance):
             self.add_problem(f"{run_dir.name}: a loss differs by {self.result.loss_difference:.3g}, relative")
         self.compare_data(effective_history(read_log(self.uninterrupted)), effective_history(read_log(run_dir)), run_dir.name)

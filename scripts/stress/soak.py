@@ -1,19 +1,19 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Train for an hour under kills, stops, damage, full disks and batches that are not numbers; nothing may be lost.
+"""Soak test: train for an hour under kills, stops, damaged checkpoints, full disks and NaN batches; nothing may be lost.
 
 examples:
   python scripts/stress/soak.py --minutes 60
-      the quickstart, undisturbed once, then again and again under a fault every --pause seconds or so
+      the quickstart once without faults, then repeatedly with a fault every --pause seconds on average
   python scripts/stress/soak.py configs/tiny.toml --minutes 3 --json
-      a short one
+      a short test
 
-Faults: kill -9; SIGTERM, SIGINT and SIGUSR1; a file of the newest checkpoint flipped, cut or deleted while nothing runs;
-a disk without room for a while (a file system in memory, where mounting is allowed; else this fault is left out, and
-said so). One batch in 50 gives a loss that is not a number, in the undisturbed run, too. Each disturbed run must end
-with the bits, the losses and the data of the undisturbed one, without debris. Memory is sampled throughout.
+Faults: SIGKILL; SIGTERM, SIGINT and SIGUSR1; a file of the latest checkpoint with a flipped bit, truncated or deleted
+while no process runs; a full disk for a while (a tmpfs; without permission to mount one, this fault is left out and the
+result says so). One batch in 50 has a NaN loss, also in the run without faults. Each run with faults must end with the
+bits, the losses and the data of the run without, and leave no temporary files. Memory is sampled throughout.
 
-exit status: 0 nothing lost, 1 something was, 2 wrong usage
+exit status: 0 nothing was lost, 1 something was, 2 wrong usage
 """
 
 import collections
@@ -28,78 +28,83 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from mesh_transformer.scripts.stress.corruption import damage_file, list_files
-from mesh_transformer.scripts.stress.fault_injection import (
-    Attempt,
-    compare_steps,
-    list_debris,
-    read_resident_bytes,
-    start_attempt,
-    start_server,
-)
-from mesh_transformer.scripts.stress.resume import newest, read_losses
 
 from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.cli import PREEMPTED, add_set_option, make_parser, run_command
 from mesh_transformer.config import load_config
 from mesh_transformer.reports.metrics_log import FILE, read_metrics
-from mesh_transformer.train.data_log import read_log, effective_history
+from mesh_transformer.scripts.stress.corruption import DAMAGES, damage_file, list_files
+from mesh_transformer.scripts.stress.fault_injection import (
+    STOP_SIGNALS,
+    Attempt,
+    MemorySample,
+    compare_checkpoints,
+    latest_step,
+    list_temporary_files,
+    read_resident_bytes,
+    start_attempt,
+    start_fork_server,
+)
+from mesh_transformer.scripts.stress.resume import read_losses
+from mesh_transformer.train.data_log import effective_history, read_log
 
 NAN_EVERY = 50
 DISK_BYTES = 200_000_000
 SAMPLE_SECONDS = 5.0
-SETTLING = 4  # samples of a process that trains, after which its memory should stay as it is
+WARMUP_SAMPLES = 4  # memory samples of a training process that are ignored; memory should be constant afterwards
 FAULTS = ("kill", "stop", "damage", "full disk")
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclasses.dataclass
 class Result:
-    """What was counted, and what was wrong."""
+    """Counts of a soak test, and the problems it found."""
 
     minutes: float = 0.0
-    rounds: int = 0  # disturbed runs that came to their end
-    equal: int = 0  # of those, with the bits, losses and data of the undisturbed run
+    runs: int = 0  # runs with faults that finished
+    equal: int = 0  # of those, with the bits, losses and data of the run without faults
     attempts: int = 0
     faults: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(FAULTS, 0))
-    statuses: dict[str, int] = dataclasses.field(default_factory=dict)  # how attempts ended
-    events: dict[str, int] = dataclasses.field(default_factory=dict)  # of all metrics.jsonl at the ends of the runs
-    peak_bytes: list[int] = dataclasses.field(default_factory=list)  # of each attempt that settled
-    growth: list[float] = dataclasses.field(default_factory=list)  # bytes per minute of each, once settled
-    memory: list[tuple[float, int]] = dataclasses.field(default_factory=list)  # of the undisturbed run: seconds, bytes
+    statuses: dict[str, int] = dataclasses.field(default_factory=dict)  # exit status -> attempts
+    events: dict[str, int] = dataclasses.field(default_factory=dict)  # event in metrics.jsonl -> count, all runs
+    peak_bytes: list[int] = dataclasses.field(default_factory=list)  # of each attempt with enough samples
+    growth: list[float] = dataclasses.field(default_factory=list)  # bytes per minute of each, after the warm-up
+    # of the run without faults: seconds, bytes
+    memory: list[tuple[float, int]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, soak, print."""
+    """Run the soak test and print its result."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("config", metavar="CONFIG", nargs="?", default="configs/quickstart.toml")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?",
+        default="configs/quickstart.toml",
+        help="TOML file of the run; default: %(default)s",
+    )
     add_set_option(parser)
-    parser.add_argument("--minutes", type=float, default=60.0, help="in all, about")
-    parser.add_argument("--pause", type=float, default=40.0, help="seconds between faults, on average")
-    parser.add_argument("--seed", type=int, default=0, help="of faults and moments")
-    parser.add_argument("--work", type=Path, help="folder for the runs; by default a passing one")
+    parser.add_argument("--minutes", type=float, default=60.0, help="approximate total time; default: %(default)s")
+    parser.add_argument("--pause", type=float, default=40.0, help="mean seconds between faults; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of faults and moments; default: %(default)s")
+    parser.add_argument("--work", type=Path, help="folder for the runs; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     steps = min(max(round(4 * options.minutes), 24), 510)
     options.set = [f"train.steps={steps}", "train.evaluate_every=0", "checkpoint.every=8", *options.set]
     load_config(options.config, options.set)
     work = options.work or Path(tempfile.mkdtemp(prefix="soak-"))
-    work.mkdir(parents=True, exist_ok=True)
     disk = work / "disk"
-    disk.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
-    mounted = (
-        not os.geteuid() and bool(shutil.which("mount")) and not subprocess.run(mount, capture_output=True).returncode
-    )
+    disk.mkdir(parents=True, exist_ok=True)
+    is_mounted = mount_tmpfs(disk)
     try:
-        result = Soak(options, work, disk, mounted).run()
+        result = SoakTest(options, work, disk, is_mounted).run()
     finally:
-        if mounted:
+        if is_mounted:
             subprocess.run(["umount", str(disk)], check=False)
         if not options.work:
             shutil.rmtree(work, ignore_errors=True)
@@ -107,155 +112,180 @@ def main(arguments: list[str]) -> int:
     return 1 if result.problems else 0
 
 
+def mount_tmpfs(folder: Path) -> bool:
+    """Mount a tmpfs of DISK_BYTES at `folder`; return whether that was possible."""
+    if os.geteuid() or not shutil.which("mount"):
+        return False
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def format_counts(counts: dict[str, int]) -> str:
+    """Return counts by name on one line."""
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
 def format_result(result: Result) -> str:
-    """A page for a person."""
-    words = lambda counts: ", ".join(f"{name} {count}" for name, count in counts.items())  # noqa: E731
-    grown = max(result.growth, default=0.0)
+    """Return the result as lines of text."""
+    growth = max(result.growth, default=0.0)
     shown = [result.memory[i * (len(result.memory) - 1) // 9] for i in range(10)] if result.memory else []
     lines = [
-        f"{result.minutes:.1f} minutes, {result.attempts} attempts, faults: {words(result.faults)}",
-        f"attempts ended with status: {words(result.statuses)}",
-        f"{result.equal} of {result.rounds} disturbed runs equal the undisturbed one, bit for bit",
-        f"events: {words(result.events)}",
-        f"memory: {len(result.peak_bytes)} attempts settled, at most {max(result.peak_bytes, default=0) / 1e6:.0f} MB, growing "
-        f"by at most {grown / 1e6:.2f} MB a minute",
-        "memory of the undisturbed run: " + ", ".join(f"{at:.0f} s {size / 1e6:.0f} MB" for at, size in shown),
+        f"{result.minutes:.1f} minutes, {result.attempts} attempts, faults: {format_counts(result.faults)}",
+        f"exit statuses of the attempts: {format_counts(result.statuses)}",
+        f"{result.equal} of {result.runs} runs with faults equal the run without faults, bit for bit",
+        f"events: {format_counts(result.events)}",
+        f"memory of {len(result.peak_bytes)} attempts after the warm-up: at most "
+        f"{max(result.peak_bytes, default=0) / 1e6:.0f} MB, growing by at most {growth / 1e6:.2f} MB per minute",
+        "memory of the run without faults: " + ", ".join(f"{at:.0f} s {size / 1e6:.0f} MB" for at, size in shown),
         *result.notes,
         *(f"PROBLEM: {problem}" for problem in result.problems),
     ]
     return "\n".join([*lines, *([] if result.problems else ["nothing was lost"])])
 
 
-class Soak:
-    """The undisturbed run, and the disturbed ones beside it."""
+class SoakTest:
+    """A run without faults, and runs with faults that must equal it."""
 
-    def __init__(self, options: Any, work: Path, disk: Path, mounted: bool):
-        self.options, self.work, self.disk = options, work, disk
-        self.result, self.random = Result(), random.Random(options.seed)
-        self.faults = FAULTS if mounted else FAULTS[:3]
-        if not mounted:
-            self.result.notes.append("no file system could be mounted: full disks were left out")
-        self.begun, self.life = time.monotonic(), 0.0
-        start_server(str(work / "compiled"))
+    def __init__(self, options: Namespace, work: Path, disk: Path, is_mounted: bool):
+        self.options = options
+        self.work = work
+        self.disk = disk
+        self.result = Result()
+        self.random = random.Random(options.seed)
+        self.faults = FAULTS if is_mounted else tuple(fault for fault in FAULTS if fault != "full disk")
+        if not is_mounted:
+            self.result.notes.append("no tmpfs could be mounted: full disks were left out")
+        self.started = time.monotonic()
+        self.attempt_seconds = 0.0  # of the run without faults
+        start_fork_server(str(work / "compiled"))
 
     def run(self) -> Result:
-        """Everything in order."""
         attempt = self.start("clean", self.work / "clean")
-        self.watch(attempt, 10.0**9, into=self.result.memory)
+        self.sample_memory(attempt, float("inf"))
+        self.result.memory = [(round(sample.seconds, 1), sample.resident_bytes) for sample in attempt.samples]
         if status := attempt.wait():
-            raise RuntimeError(f"the undisturbed run ended with {status}:\n{attempt.last_words()}")
-        self.life = time.monotonic() - attempt.started
-        until = self.begun + 60 * self.options.minutes
-        while not self.result.rounds or until - time.monotonic() > 1.5 * self.life:
-            name = f"round_{self.result.rounds}"
-            self.disturb(name, self.disk / name, until - self.life)
-            self.result.rounds += 1
+            raise RuntimeError(f"the run without faults ended with status {status}:\n{attempt.log_tail()}")
+        self.attempt_seconds = time.monotonic() - attempt.started
+        deadline = self.started + 60 * self.options.minutes
+        while not self.result.runs or deadline - time.monotonic() > 1.5 * self.attempt_seconds:
+            name = f"run_{self.result.runs}"
+            self.run_with_faults(name, self.disk / name, deadline - self.attempt_seconds)
+            self.result.runs += 1
             self.compare(name, self.disk / name)
             shutil.rmtree(self.disk / name)
-        self.result.minutes = (time.monotonic() - self.begun) / 60
+        self.result.minutes = (time.monotonic() - self.started) / 60
         return self.result
 
     def start(self, name: str, run_dir: Path) -> Attempt:
-        """An attempt at a run."""
-        own = (f"run.dir={json.dumps(str(run_dir))}", 'checkpoint.resume="latest-valid"', "checkpoint.keep_last=3")
-        overrides = [*self.options.set, *own, "track.sequences=true", "train.log_every=1"]
+        overrides = [
+            *self.options.set,
+            f"run.dir={json.dumps(str(run_dir))}",
+            'checkpoint.resume="latest-valid"',
+            "checkpoint.keep_last=3",
+            "track.sequences=true",
+            "train.log_every=1",
+        ]
         self.result.attempts += 1
         return start_attempt(self.options.config, overrides, self.work / f"{name}.log", nan_every=NAN_EVERY)
 
-    def disturb(self, name: str, run_dir: Path, until: float) -> None:
-        """One run under faults, until it has come to its end; no faults after `until`."""
+    def run_with_faults(self, name: str, run_dir: Path, faults_until: float) -> None:
+        """Start attempts at a run and inject faults until one attempt finishes it; no faults after `faults_until`."""
         for _ in range(10**6):
             attempt = self.start(name, run_dir)
             was_full = False
             while attempt.is_running():
-                calm = self.random.uniform(0.2, 1.8) * self.options.pause
-                self.watch(attempt, calm if time.monotonic() < until else 10.0**9)
+                pause = self.random.uniform(0.2, 1.8) * self.options.pause
+                self.sample_memory(attempt, pause if time.monotonic() < faults_until else float("inf"))
                 if attempt.is_running():
-                    was_full |= self.cause(self.random.choice(self.faults), attempt, run_dir)
+                    fault = self.random.choice(self.faults)
+                    self.inject(fault, attempt, run_dir)
+                    was_full |= fault == "full disk"
             status = attempt.wait()
-            key = str(status)
-            self.result.statuses[key] = self.result.statuses.get(key, 0) + 1
+            self.result.statuses[str(status)] = self.result.statuses.get(str(status), 0) + 1
             if status == 0:
                 return
-            allowed = {PREEMPTED, -signal.SIGKILL, *(-number for number in STOPS), *([1] if was_full else [])}
+            allowed = {PREEMPTED, -signal.SIGKILL, *(-number for number in STOP_SIGNALS), *([1] if was_full else [])}
             if status not in allowed:
-                self.problem(f"{name}: an attempt ended with {status}: {attempt.last_words()}")
+                self.add_problem(f"{name}: an attempt ended with status {status}: {attempt.log_tail()}")
                 if status == 2:
                     return
 
-    def cause(self, fault: str, attempt: Attempt, run_dir: Path) -> bool:
-        """One fault; whether the disk was full."""
+    def inject(self, fault: str, attempt: Attempt, run_dir: Path) -> None:
+        """Inject one of FAULTS; except for a full disk, wait until the attempt has ended."""
         self.result.faults[fault] += 1
-        if fault == "kill":
-            attempt.send(signal.SIGKILL)
-        elif fault == "stop":
-            attempt.send(self.random.choice(STOPS))
-        elif fault == "full disk":
-            ballast = self.disk / "ballast"
-            fill(ballast)
-            self.watch(attempt, self.random.uniform(5, 30))
-            ballast.unlink()
-            return True
-        else:
-            attempt.send(signal.SIGKILL)
-            attempt.wait()
-            root = run_dir / "checkpoints"
-            steps = Store(root, writable=False).steps() if root.is_dir() else []
-            if len(steps) > 1:
-                path = self.random.choice(list_files(root / f"step_{steps[-1]}"))
-                damage_file(path, self.random.choice(("flip", "truncate", "delete")), self.random)
+        match fault:
+            case "kill":
+                attempt.send_signal(signal.SIGKILL)
+            case "stop":
+                attempt.send_signal(self.random.choice(STOP_SIGNALS))
+            case "damage":
+                attempt.send_signal(signal.SIGKILL)
+                attempt.wait()
+                self.damage_latest(run_dir / "checkpoints")
+            case "full disk":
+                ballast = self.disk / "ballast"
+                fill_disk(ballast)
+                self.sample_memory(attempt, self.random.uniform(5, 30))
+                ballast.unlink()
+                return
         attempt.wait()
-        return False
 
-    def watch(self, attempt: Attempt, seconds: float, into: list[tuple[float, int]] | None = None) -> None:
-        """Sample the memory of an attempt for some time, or until it ends."""
-        samples, until = attempt.samples, time.monotonic() + seconds
+    def damage_latest(self, root: Path) -> None:
+        """Damage a file of the latest checkpoint, if there is an earlier one."""
+        steps = Store(root, writable=False).steps() if root.is_dir() else []
+        if len(steps) > 1:
+            path = self.random.choice(list_files(root / f"step_{steps[-1]}"))
+            damage_file(path, self.random.choice(DAMAGES), self.random)
+
+    def sample_memory(self, attempt: Attempt, seconds: float) -> None:
+        """Sample the memory of an attempt for `seconds`, or until it ends."""
+        samples = attempt.samples
+        until = time.monotonic() + seconds
         while attempt.is_running() and time.monotonic() < until:
             resident = read_resident_bytes(attempt.pid)
             if resident:
-                samples.append((time.monotonic() - attempt.started, resident, attempt.log.stat().st_size))
+                log_bytes = attempt.log.stat().st_size
+                samples.append(MemorySample(time.monotonic() - attempt.started, resident, log_bytes))
             attempt.wait(min(SAMPLE_SECONDS, max(until - time.monotonic(), 0.0)))
-        # Every step is told: where the log has grown, it was training, and not compiling or evaluating.
-        training = [after[:2] for before, after in itertools.pairwise(samples) if after[2] > before[2]][SETTLING:]
+        # Every step is logged: while the log grows, the process trains; otherwise it compiles or evaluates.
+        training = [after for before, after in itertools.pairwise(samples) if after.log_bytes > before.log_bytes]
+        training = training[WARMUP_SAMPLES:]
         if not attempt.is_running() and len(training) > 5:
-            self.result.peak_bytes.append(max(size for _, size in training))
-            self.result.growth.append(60 * find_slope(training))
-        if into is not None:
-            into += [(round(at, 1), size) for at, size, _ in samples]
+            self.result.peak_bytes.append(max(sample.resident_bytes for sample in training))
+            self.result.growth.append(60 * fit_slope([(sample.seconds, sample.resident_bytes) for sample in training]))
 
     def compare(self, name: str, run_dir: Path) -> None:
-        """A disturbed run that has ended, beside the undisturbed one."""
-        clean, before = self.work / "clean", len(self.result.problems)
-        step = newest(clean / "checkpoints")
-        result = compare_steps(clean / "checkpoints", run_dir / "checkpoints", step)
-        if result["different"]:
-            self.problem(
-                f"{name}: {result['different']} of {result['leaves']} leaves differ, the first {result['first']}"
-            )
+        """Compare a finished run with the run without faults."""
+        clean = self.work / "clean"
+        n_problems = len(self.result.problems)
+        diff = compare_checkpoints(
+            clean / "checkpoints", run_dir / "checkpoints", latest_step(clean / "checkpoints")
+        )
+        if diff.n_different:
+            self.add_problem(f"{name}: {diff.n_different} of {diff.n_arrays} arrays differ, the first is {diff.first}")
         if read_losses(clean) != read_losses(run_dir):
-            self.problem(f"{name}: its losses are others")
+            self.add_problem(f"{name}: its losses differ")
         if effective_history(read_log(clean)) != effective_history(read_log(run_dir)):
-            self.problem(f"{name}: it saw other sequences")
-        if debris := list_debris(run_dir):
-            self.problem(f"{name}: left behind: {debris[:5]}")
-        if len(kept := Store(run_dir / "checkpoints", writable=False).steps()) != 3:
-            self.problem(f"{name}: keeps the checkpoints {kept}")
+            self.add_problem(f"{name}: it used other sequences")
+        if leftovers := list_temporary_files(run_dir):
+            self.add_problem(f"{name}: temporary files were left: {leftovers[:5]}")
+        if len(steps := Store(run_dir / "checkpoints", writable=False).steps()) != 3:
+            self.add_problem(f"{name}: expected 3 checkpoints, found steps {steps}")
         lines = read_metrics(run_dir / FILE)
-        self.result.equal += len(self.result.problems) == before
+        self.result.equal += len(self.result.problems) == n_problems
         events = collections.Counter(line["event"] for line in lines if line["kind"] == "event")
         self.result.events = dict(collections.Counter(self.result.events) + events)
         skipped = [line["skipped"] for line in lines if line["kind"] == "train"][-1]
         expected = load_config(self.options.config, self.options.set).train.steps // NAN_EVERY
         if skipped != expected:
-            self.problem(f"{name}: {skipped} steps were skipped, {expected} were bad")
+            self.add_problem(f"{name}: {skipped} steps were skipped, {expected} had a NaN loss")
 
-    def problem(self, text: str) -> None:
-        """Note it, and go on."""
+    def add_problem(self, text: str) -> None:
         self.result.problems.append(text)
 
 
-def fill(ballast: Path) -> None:
-    """Take all room there is."""
+def fill_disk(ballast: Path) -> None:
+    """Write a file that takes all free space of its file system."""
     with open(ballast, "wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12, 1):
             while True:
@@ -266,10 +296,11 @@ def fill(ballast: Path) -> None:
                     break
 
 
-def find_slope(samples: list[tuple[float, int]]) -> float:
-    """Of the line through (seconds, bytes) with the least squares, in bytes per second."""
+def fit_slope(samples: Sequence[tuple[float, int]]) -> float:
+    """Return the slope of the least-squares line through (x, y) samples; 0 if all x are equal."""
     n = len(samples)
-    mean_x, mean_y = sum(x for x, _ in samples) / n, sum(y for _, y in samples) / n
+    mean_x = sum(x for x, _ in samples) / n
+    mean_y = sum(y for _, y in samples) / n
     spread = sum((x - mean_x) ** 2 for x, _ in samples)
     return sum((x - mean_x) * (y - mean_y) for x, y in samples) / spread if spread else 0.0
 
