@@ -30,8 +30,7 @@ from mesh_transformer.convert.out_of_core_forward import run_layers
 from mesh_transformer.convert.progress import ByteCounter, Progress
 from mesh_transformer.convert.readers import OpenCheckpoint
 from mesh_transformer.model.attention.masks import AttentionContext, EncoderOutput
-from mesh_transformer.model.embedding import input_embeddings
-from mesh_transformer.model.lm_head import finish_logits, scale_hidden_states
+from mesh_transformer.model.formulas import finish_logits, input_embeddings, scale_hidden_states
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK, Params
 from mesh_transformer.model.transformer import Transformer

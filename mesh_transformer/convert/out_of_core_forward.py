@@ -6,6 +6,7 @@ Everything else is done by the functions of the model package. Only the order of
 compares it with the model's forward pass.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -17,12 +18,12 @@ import numpy as np
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface.reference import BLOCK_BYTES
 from mesh_transformer.convert.lazy_arrays import Index, LazyArray, full_index
-from mesh_transformer.model.attention.dense import attention_scale, dense_attention
+from mesh_transformer.model.attention.dense import dense_attention
 from mesh_transformer.model.attention.masks import AttentionContext
 from mesh_transformer.model.feed_forward import ACTIVATIONS
+from mesh_transformer.model.formulas import Branches, apply_branches
 from mesh_transformer.model.norms import Norm, QKNorm
 from mesh_transformer.model.positions import apply_rope
-from mesh_transformer.model.residual import Branches, apply_branches
 from mesh_transformer.storage.errors import CheckpointError
 
 Array = np.ndarray
@@ -58,7 +59,7 @@ class OutOfCoreLayer:
         masks = context.masks
         assert masks is not None, "only the dense kernel has masks"
         mask = masks.windowed if self.local else masks.full
-        output = dense_attention(q, k, v, mask, masks.bias, scale=attention_scale(self.config))
+        output = dense_attention(q, k, v, mask, masks.bias, dataclasses.replace(self.config, dropout=0.0))
         return self.matmul(np.asarray(output), "attention/w_o", "attention/b_o", input_dims=2)
 
     def feed_forward(self, x: Array) -> Array:

@@ -3,31 +3,14 @@
 """Token embeddings from a matrix whose rows may be sharded over many devices and are never gathered."""
 
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mesh_transformer.config import ModelConfig
 from mesh_transformer.mesh import MeshLayout, axes_of, current_layout, psum_or_scatter
 from mesh_transformer.model.quantization import Quantized, dequantize
-
-ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
-
-
-def input_embeddings(
-    tokens: Float[ArrayT, "B T D"], positions: Float[ArrayT, "*B T D"] | None, config: ModelConfig
-) -> Float[ArrayT, "B T D"]:
-    """Return the residual stream before the first layer, given the embeddings of tokens and learned positions.
-
-    Accepts JAX and NumPy arrays.
-    """
-    if config.positions != "learned":
-        return tokens
-    assert positions is not None
-    return tokens + positions
 
 
 def embed_tokens(

@@ -2,21 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The language-model head: final hidden states -> logits.
 
-Every computation of logits uses these functions: the forward pass, the chunked loss, the log-likelihood scorer and the
-comparison of converted checkpoints. They accept JAX and NumPy arrays, except for `lm_logits`, which needs JAX.
+The formulas of logits are in formulas.py; the chunked loss and the comparison of converted checkpoints use them as well.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from jaxtyping import Array, Float
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.model.formulas import finish_logits
 from mesh_transformer.model.linear import linear
 from mesh_transformer.model.quantization import Quantized
-
-ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
 
 class LMHead(NamedTuple):
@@ -36,24 +32,6 @@ def head_matrix(head: LMHead, config: ModelConfig) -> Float[Array, "D V"]:
     """Return the head's weight, not quantized, as the right-hand side of a matmul."""
     assert not isinstance(head.w, Quantized)
     return head.w.T if config.tied_embeddings else head.w
-
-
-def scale_hidden_states(x: Float[ArrayT, "*B D"], config: ModelConfig) -> Float[ArrayT, "*B D"]:
-    """Return the output of the final norm, scaled as the input of the head's matmul."""
-    return x * config.d_model**-0.5 if config.logit_scale == "rsqrt_d_model" else x
-
-
-def finish_logits(
-    product: Float[ArrayT, "*B V"], bias: Float[ArrayT, "V"] | None, config: ModelConfig
-) -> Float[ArrayT, "*B V"]:
-    """Return the logits, given the float32 product of the hidden states and the head's weight.
-
-    The operation is elementwise, so V may be a device's shard of the vocabulary.
-    """
-    if not config.head_bias:
-        return product
-    assert bias is not None
-    return product + bias.reshape(*[1] * (product.ndim - 1), -1)
 
 
 def lm_logits(x: Float[Array, "*B D"], head: LMHead, config: ModelConfig) -> Float[Array, "*B V"]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.model.formulas import initial_norm_scale, norm_scale
 from mesh_transformer.model.params import param
 
 
@@ -69,7 +70,6 @@ class Norm(hk.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the normalized x, in x's dtype."""
         c = self.config
-        ones = hk.initializers.Constant(1.0)
         zeros = hk.initializers.Constant(0.0)
         if c.norm == "scalenorm":  # Nguyen and Salazar 2019: one learned length
             x_float32 = x.astype(jnp.float32)
@@ -80,7 +80,7 @@ class Norm(hk.Module):
         if c.norm.startswith("gptj-"):
             return self._divide_by_length(x)
         # layernorm: Ba et al. 2016; rmsnorm: Zhang and Sennrich 2019, as in Llama
-        scale = param("scale", ones, embed=c.d_model)
+        scale = norm_scale(param("scale", hk.initializers.Constant(initial_norm_scale(c)), embed=c.d_model), c)
         centered = c.norm == "layernorm"
         bias = param("bias", zeros, embed=c.d_model) if centered and c.norm_bias else jnp.zeros_like(scale)
         return normalize(x, scale, bias, c.norm_eps, centered)

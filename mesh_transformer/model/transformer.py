@@ -18,17 +18,17 @@ from mesh_transformer.model.attention.kv_cache import KVCache
 from mesh_transformer.model.attention.layer import Attention, CrossAttention
 from mesh_transformer.model.attention.masks import AttentionContext, EncoderOutput, make_masks, segment_mask
 from mesh_transformer.model.attention.ring import from_zigzag, to_zigzag
-from mesh_transformer.model.embedding import embed_tokens, input_embeddings
+from mesh_transformer.model.embedding import embed_tokens
 from mesh_transformer.model.feed_forward import FeedForward
+from mesh_transformer.model.formulas import Branches, apply_branches, input_embeddings, scale_hidden_states
 from mesh_transformer.model.linear import dropout
-from mesh_transformer.model.lm_head import LMHead, lm_logits, scale_hidden_states
+from mesh_transformer.model.lm_head import LMHead, lm_logits
 from mesh_transformer.model.moe.layer import MoELayer
 from mesh_transformer.model.moe.router import RoutingStats
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import STACK, Params, make_inits, param
 from mesh_transformer.model.positions import RelativeBias
 from mesh_transformer.model.quantization import Quantized
-from mesh_transformer.model.residual import Branches, apply_branches
 
 InferenceParams = Mapping[str, Mapping[str, Array | Quantized]]  # Params, some of which may be quantized
 KVCaches = tuple[KVCache, ...]  # one per block of the layer pattern, each stacked over the iterations of the layer scan

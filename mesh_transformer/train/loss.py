@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from mesh_transformer.config import Config, ModelConfig
 from mesh_transformer.mesh import axes_of, current_layout, psum_or_scatter
-from mesh_transformer.model.lm_head import finish_logits
+from mesh_transformer.model.formulas import finish_logits
 from mesh_transformer.model.moe.router import RoutingStats
 
 

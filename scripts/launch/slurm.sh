@@ -2,13 +2,13 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
 #
-# A run under Slurm: one process per task, which finds the others by Slurm's own variables.
+# Slurm launcher: one process per task. The processes find each other through Slurm's environment variables.
 #
 #   sbatch --nodes=4 scripts/launch/slurm.sh run.toml --set mesh.fsdp=8
-#   DRY_RUN=1 bash scripts/launch/slurm.sh run.toml      (print what would be run)
+#   DRY_RUN=1 bash scripts/launch/slurm.sh run.toml      (print the commands)
 #
-# Two minutes before the end of the time limit, or of the allocation, Slurm sends USR1: the run saves, exits with 75, and
-# the job puts itself back into the queue. run.dir must lie where all nodes see the same files. For a process per GPU say
+# Two minutes before the end of the time limit or of the allocation, Slurm sends USR1: the run saves a checkpoint and exits
+# with 75, and the job requeues itself. run.dir must be on a file system that all nodes share. For one process per GPU, add
 # --ntasks-per-node=8 --gpus-per-task=1.
 #SBATCH --job-name=mesh-transformer
 #SBATCH --nodes=1
@@ -30,7 +30,7 @@ call() {
 }
 
 cd "$folder" || exit 1
-call srun --kill-on-bad-exit=1 "$python" scripts/launch/supervise.py --leave-preempted -- \
+call srun --kill-on-bad-exit=1 "$python" scripts/launch/supervise.py --no-restart-on-preemption -- \
   "$python" device_train.py "$@"
 status=$?
 

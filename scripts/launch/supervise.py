@@ -1,22 +1,22 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Keep a command going: start it again when it was preempted, crashed or hangs; every launcher here calls this.
+"""Supervisor: run a command and restart it when it is preempted, crashes or hangs. All other launchers use it.
 
-On each host the supervisor runs one process of a run. A process that is lost ends the others within a minute
-(mesh_transformer/distributed/bootstrap.py), so that all supervisors start theirs again, and training goes on from the newest
-checkpoint. After a crash it pauses, twice as long each time up to five minutes; attempts that come no further than
-starting are counted, and there are --tries of them. A run hangs when it passes no step for --hang-minutes: training
-touches the file that MESH_TRANSFORMER_PROGRESS names at every step.
+On each host the supervisor runs one process of a run. If a process is lost, the others exit within a minute
+(mesh_transformer/distributed/watchdog.py); all supervisors then restart theirs, and training resumes from the latest
+checkpoint. After a crash the supervisor pauses, twice as long after each, at most five minutes. It gives up after
+--max-failures consecutive failures without a training step. A run hangs if it takes no step for --hang-minutes: at every
+step, training touches the file that the environment variable MESH_TRANSFORMER_PROGRESS names.
 
-Signals are passed on to the command. Once it has been asked to stop in this way it is not started again.
+Signals are forwarded to the command. After a signal the command is not restarted.
 
 examples:
   python scripts/launch/supervise.py -- python device_train.py configs/quickstart.toml
-      until it is done, whatever happens meanwhile
-  python scripts/launch/supervise.py --leave-preempted -- python device_train.py run.toml
-      under a scheduler that starts it again itself when it exits with 75
+      train until the run is complete
+  python scripts/launch/supervise.py --no-restart-on-preemption -- python device_train.py run.toml
+      for a scheduler that restarts the job itself when it exits with 75
 
-exit status: 0 done, 2 wrong usage or configuration, 75 preempted, else that of the last try
+exit status: 0 done, 2 wrong usage or configuration, 75 preempted, else that of the last attempt
 """
 
 import os
@@ -32,22 +32,37 @@ from pathlib import Path
 from mesh_transformer.cli import DONE, FAILED, PREEMPTED, WRONG_USAGE, make_parser, run_command
 from mesh_transformer.distributed.stop import PROGRESS_VARIABLE, SIGNALS
 
-LONGEST_PAUSE = 300.0
-KILL_SECONDS = 30.0  # after SIGTERM to a command that hangs
+MAX_PAUSE_SECONDS = 300.0
+KILL_SECONDS = 30.0  # from SIGTERM to SIGKILL for a command that hangs
 
 
 def main(arguments: list[str]) -> int:
-    """Parse and supervise."""
+    """Supervise the command that follows "--"."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--tries", type=int, default=10, help="in a row that fail without a step; default: %(default)s")
-    parser.add_argument("--pause", type=float, default=5.0, help="seconds after the first crash; default: %(default)s")
-    parser.add_argument("--hang-minutes", type=float, default=30.0, help="without a step; default: %(default)s")
-    parser.add_argument("--leave-preempted", action="store_true", help="exit with 75 instead of starting again")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be run and stop")
+    parser.add_argument(
+        "--max-failures",
+        type=int,
+        default=10,
+        help="consecutive failures without a step before giving up; default: %(default)s",
+    )
+    parser.add_argument(
+        "--pause", type=float, default=5.0, help="seconds to pause after the first crash; default: %(default)s"
+    )
+    parser.add_argument(
+        "--hang-minutes",
+        type=float,
+        default=30.0,
+        help="time without a step after which the command is ended; default: %(default)s",
+    )
+    parser.add_argument(
+        "--no-restart-on-preemption", action="store_true", help="exit with 75 instead of restarting the command"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the command and exit")
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, command = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    options = parser.parse_args(arguments[:split])
+    command = arguments[split + 1 :]
     if not command:
-        parser.error("the command follows behind --, as in: supervise.py -- python device_train.py CONFIG")
+        parser.error("no command: put it after --, for example: supervise.py -- python device_train.py CONFIG")
     if options.dry_run:
         print(*command)
         return DONE
@@ -56,54 +71,59 @@ def main(arguments: list[str]) -> int:
 
 
 class Supervisor:
-    """One command, again and again."""
+    """Runs one command and restarts it."""
 
     def __init__(self, command: list[str], options: Namespace, progress: Path):
-        self.command, self.options, self.progress = command, options, progress
+        self.command = command
+        self.options = options
+        self.progress = progress  # file that the command touches at every step
         self.child: subprocess.Popen[bytes] | None = None
-        self.asked = False
+        self.stop_requested = False
 
     def run(self) -> int:
-        """Until it is done, wrong, asked to stop, or out of tries; the exit status."""
+        """Return the last exit status, once the command is done, misconfigured, stopped, or has failed too often."""
         for number in SIGNALS:
-            signal.signal(number, self._pass_on)
-        tries, environment = 0, {**os.environ, PROGRESS_VARIABLE: str(self.progress)}
+            signal.signal(number, self._forward_signal)
+        environment = {**os.environ, PROGRESS_VARIABLE: str(self.progress)}
+        max_failures = self.options.max_failures
+        failures = 0
         while True:
             self.progress.unlink(missing_ok=True)
             status = self._run_once(environment)
-            if status in (DONE, WRONG_USAGE) or self.asked:
+            if status in (DONE, WRONG_USAGE) or self.stop_requested:
                 return status
-            tries = 1 if self.progress.exists() else tries + 1
-            if status == PREEMPTED and self.options.leave_preempted:
+            failures = 1 if self.progress.exists() else failures + 1
+            if status == PREEMPTED and self.options.no_restart_on_preemption:
                 return status
-            if tries >= self.options.tries:
-                say(f"gave up after {tries} tries without a step")
+            if failures >= max_failures:
+                log(f"gave up after {failures} consecutive failures without a step")
                 return status
-            pause = 0.0 if status == PREEMPTED else min(self.options.pause * 2 ** (tries - 1), LONGEST_PAUSE)
-            say(f"ended with status {status}; starting again in {pause:g} s (try {tries + 1} of {self.options.tries})")
+            pause = 0.0 if status == PREEMPTED else min(self.options.pause * 2 ** (failures - 1), MAX_PAUSE_SECONDS)
+            log(f"exit status {status}; restarting in {pause:g} s (failure {failures} of {max_failures})")
             end = time.monotonic() + pause
-            while time.monotonic() < end and not self.asked:
+            while time.monotonic() < end and not self.stop_requested:
                 time.sleep(0.1)
-            if self.asked:
+            if self.stop_requested:
                 return PREEMPTED
 
     def _run_once(self, environment: Mapping[str, str]) -> int:
+        """Run the command until it ends or hangs, and return its exit status."""
         started = time.time()
         self.child = subprocess.Popen(self.command, env=environment, start_new_session=True)
-        if self.asked:  # between two tries
+        if self.stop_requested:  # by a signal just before the command started
             self.child.terminate()
         while self.child.poll() is None:
-            last = self.progress.stat().st_mtime if self.progress.exists() else started
-            if time.time() - last > 60 * self.options.hang_minutes:
-                say(f"no step for {self.options.hang_minutes:g} minutes: ending it")
+            last_step = self.progress.stat().st_mtime if self.progress.exists() else started
+            if time.time() - last_step > 60 * self.options.hang_minutes:
+                log(f"no step for {self.options.hang_minutes:g} minutes: ending the command")
                 self._end()
             time.sleep(0.1)
         status = self.child.returncode
-        self._kill_group()  # what it had started
+        self._kill_group()  # processes that the command started and did not end
         return status if status >= 0 else FAILED
 
     def _end(self) -> None:
-        assert self.child is not None, "it runs"
+        assert self.child is not None, "the command was started"
         self.child.terminate()
         end = time.monotonic() + min(KILL_SECONDS, 60 * self.options.hang_minutes)
         while self.child.poll() is None and time.monotonic() < end:
@@ -112,20 +132,20 @@ class Supervisor:
         self.child.wait()
 
     def _kill_group(self) -> None:
-        assert self.child is not None, "it was started"
+        assert self.child is not None, "the command was started"
         try:
             os.killpg(self.child.pid, signal.SIGKILL)
-        except ProcessLookupError:  # nothing is left of it
+        except ProcessLookupError:  # no process of the group is left
             return
 
-    def _pass_on(self, number: int, _frame: object) -> None:
-        self.asked = True
+    def _forward_signal(self, number: int, _frame: object) -> None:
+        self.stop_requested = True
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(number)
 
 
-def say(text: str) -> None:
-    """One line on stderr."""
+def log(text: str) -> None:
+    """Print a line on stderr."""
     print(f"supervise: {text}", file=sys.stderr, flush=True)
 
 

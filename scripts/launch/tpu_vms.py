@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A run on all hosts of a Cloud TPU, over ssh: gcloud starts a supervised process on each, which finds the others.
+"""Cloud TPU launcher: start one supervised process on every host of a TPU, with gcloud over ssh.
 
-The project and its packages are expected on every host, in --folder; `--setup` installs them there first. run.dir must
-be in a bucket (gs://...), because the hosts share no disk. What the processes print comes back here; that of one host
-alone with --worker.
+The project and its packages must be in --folder on every host; `--setup` installs the packages first. run.dir must be in
+a bucket (gs://...), because the hosts share no disk. The output of all processes is printed here. The processes find each
+other through the TPU's metadata.
 
 examples:
   python scripts/launch/tpu_vms.py my-pod --zone us-central2-b -- run.toml --set 'run.dir="gs://bucket/run"'
@@ -25,23 +25,24 @@ SETUP = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,remote]'"
 
 
 def main(arguments: list[str]) -> int:
-    """Make the command, print or run it."""
+    """Build the gcloud command, and print or run it."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("name", help="of the TPU")
-    parser.add_argument("--zone", required=True)
-    parser.add_argument("--project", help="default: gcloud's own")
-    parser.add_argument("--worker", default="all", help="host; default: %(default)s, as a run needs")
+    parser.add_argument("name", metavar="NAME", help="name of the TPU")
+    parser.add_argument("--zone", required=True, help="zone of the TPU")
+    parser.add_argument("--project", help="Google Cloud project; default: that of gcloud's configuration")
+    parser.add_argument("--worker", default="all", help="host; default: %(default)s, which a run requires")
     parser.add_argument(
-        "--folder", default="mesh-transformer", help="of the project on the hosts; default: %(default)s"
+        "--folder", default="mesh-transformer", help="folder of the project on the hosts; default: %(default)s"
     )
     parser.add_argument("--setup", action="store_true", help="install the project's packages first")
-    parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and exit")
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, train = parser.parse_args(arguments[:split]), arguments[split + 1 :]
-    if not train:
-        parser.error("what device_train.py is given follows behind --")
+    options = parser.parse_args(arguments[:split])
+    train_arguments = arguments[split + 1 :]
+    if not train_arguments:
+        parser.error("no arguments for device_train.py: put them after --, for example: tpu_vms.py NAME ... -- run.toml")
     python = ".venv/bin/python"
-    supervised = [python, "scripts/launch/supervise.py", "--", python, "device_train.py", *train]
+    supervised = [python, "scripts/launch/supervise.py", "--", python, "device_train.py", *train_arguments]
     on_host = [f"cd {shlex.quote(options.folder)}", *([SETUP] if options.setup else [])]
     on_host.append(shlex.join([*supervised, "--set", 'mesh.processes="auto"']))
     command = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", options.name, f"--zone={options.zone}"]

@@ -13,7 +13,7 @@ examples:
   python scripts/stress/processes.py --processes 2 --trials 30
       30 kills; the final state must be equal bit for bit
   python scripts/stress/processes.py --moves 4:data=4,fsdp=2 2:fsdp=4 1:tensor=2,fsdp=2 4:tensor=4
-      PROCESSES:MESH of each stage; the first is also the topology of the kills and of the uninterrupted run
+      PROCESSES:MESH of each phase; the first is also the topology of the kills and of the uninterrupted run
 
 exit status: 0 nothing was lost, 1 something was, 2 wrong usage
 """
@@ -41,7 +41,7 @@ N_DEVICES = 4  # of all processes together
 BATCH_SIZE = 8
 SEQ_LEN = 16
 SAVE_EVERY = 2  # steps
-STAGE_SECONDS = 600.0  # time limit of a stage
+PHASE_SECONDS = 600.0  # time limit of a phase
 STOP_SECONDS = 60.0  # time limit for the other processes after a kill
 HEARTBEAT_SECONDS = 20.0
 CONFIG = """
@@ -82,8 +82,8 @@ def main(arguments: list[str]) -> int:
     parser = make_parser(__doc__ or "")
     parser.add_argument("--processes", type=int, default=2, help="number of processes for --trials; default: %(default)s")
     parser.add_argument("--trials", type=int, default=0, help="number of kills; default: %(default)s")
-    parser.add_argument("--moves", nargs="+", metavar="N:MESH", help="topology of each stage")
-    parser.add_argument("--leg-steps", type=int, default=4, help="minimum steps of a stage; default: %(default)s")
+    parser.add_argument("--moves", nargs="+", metavar="N:MESH", help="topology of each phase")
+    parser.add_argument("--phase-steps", type=int, default=4, help="minimum steps of a phase; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="seed of moments and victims; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
         if options.trials:
             result |= test.kill(first, options.trials)
         if options.moves:
-            result |= test.move(topologies, options.leg_steps)
+            result |= test.move(topologies, options.phase_steps)
         result |= test.compare(first)
     has_moved = first != test.topology
     passed = (
@@ -143,20 +143,20 @@ class ProcessesTest:
         stop_seconds: list[float] = []
         victims: list[int] = []
         for trial in range(trials):
-            stage = Stage(self, "run", topology)
-            stage.wait_for_checkpoint(self.latest_step() + SAVE_EVERY)
+            phase = Phase(self, "run", topology)
+            phase.wait_for_checkpoint(self.latest_step() + SAVE_EVERY)
             victim = self.random.randrange(topology.n_processes)
             if trial % 2:
-                stage.wait_for_save()
+                phase.wait_for_save()
             time.sleep(self.random.random() * (0.02 if trial % 2 else 1.0))
             committed = self.latest_step()
-            stage.processes[victim].kill()
+            phase.processes[victim].kill()
             killed = time.monotonic()
-            statuses = stage.wait(STOP_SECONDS)
+            statuses = phase.wait(STOP_SECONDS)
             stop_seconds.append(time.monotonic() - killed)
             victims.append(victim)
-            in_save += bool(stage.list_staging_folders())
-            peer_named += f"process {victim} of {topology.n_processes}" in stage.read_output()
+            in_save += bool(phase.list_staging_folders())
+            peer_named += f"process {victim} of {topology.n_processes}" in phase.read_output()
             others = [status for process, status in enumerate(statuses) if process != victim]
             if any(status in (None, 0) for status in others):
                 self.problems.append(f"trial {trial}: the other processes ended with statuses {others}")
@@ -174,33 +174,33 @@ class ProcessesTest:
             "max_stop_seconds": round(max(stop_seconds), 1),  # from a kill until the others had stopped
         }
 
-    def move(self, topologies: Sequence[Topology], leg_steps: int) -> dict[str, Any]:
+    def move(self, topologies: Sequence[Topology], phase_steps: int) -> dict[str, Any]:
         """Run on each topology but the last until SIGTERM to one process; return what was counted."""
         stopped_at = []
         for number, topology in enumerate(topologies[:-1]):
-            stage = Stage(self, "run", topology)
-            stage.wait_for_step(self.latest_step() + leg_steps)
-            stage.processes[self.random.randrange(topology.n_processes)].send_signal(signal.SIGTERM)
-            statuses = stage.wait(STOP_SECONDS)
+            phase = Phase(self, "run", topology)
+            phase.wait_for_step(self.latest_step() + phase_steps)
+            phase.processes[self.random.randrange(topology.n_processes)].send_signal(signal.SIGTERM)
+            statuses = phase.wait(STOP_SECONDS)
             if set(statuses) != {PREEMPTED}:
                 self.problems.append(
-                    f"stage {number}: ended with statuses {statuses} after SIGTERM to one process\n"
-                    f"{stage.read_output()[-2000:]}"
+                    f"phase {number}: ended with statuses {statuses} after SIGTERM to one process\n"
+                    f"{phase.read_output()[-2000:]}"
                 )
-            self.check_latest(f"stage {number}", 0)
+            self.check_latest(f"phase {number}", 0)
             stopped_at.append(self.latest_step())
-            self.log(f"stage {number + 1}: {topology}, stopped with step {stopped_at[-1]}")
+            self.log(f"phase {number + 1}: {topology}, stopped with step {stopped_at[-1]}")
         self.topology = topologies[-1]
-        stages = [f"{each.n_processes}:{','.join(each.mesh)}" for each in topologies]
-        return {"stages": stages, "stopped_at_steps": stopped_at}
+        phases = [f"{each.n_processes}:{','.join(each.mesh)}" for each in topologies]
+        return {"phases": phases, "stopped_at_steps": stopped_at}
 
     def compare(self, topology: Topology) -> dict[str, Any]:
         """Finish the run, run it again on `topology` without interruptions, and compare the two."""
         steps = self.latest_step() + 2 * SAVE_EVERY
         for name, used in (("run", self.topology), ("uninterrupted", topology)):
-            stage = Stage(self, name, used, f"train.steps={steps}")
-            if set(statuses := stage.wait(STAGE_SECONDS)) != {0}:
-                raise RuntimeError(f"{name}: ended with statuses {statuses}: {stage.read_output()[-3000:]}")
+            phase = Phase(self, name, used, f"train.steps={steps}")
+            if set(statuses := phase.wait(PHASE_SECONDS)) != {0}:
+                raise RuntimeError(f"{name}: ended with statuses {statuses}: {phase.read_output()[-3000:]}")
         leftovers = [path.name for path in (self.folder / "run" / "checkpoints").iterdir() if "-" in path.name]
         self.problems += [f"temporary folder was left: {name}" for name in leftovers]
         losses = self.read_losses("run")
@@ -268,7 +268,7 @@ class ProcessesTest:
             print(text, flush=True)
 
 
-class Stage:
+class Phase:
     """The processes of a run between two interruptions."""
 
     def __init__(self, test: ProcessesTest, name: str, topology: Topology, *overrides: str):
@@ -323,7 +323,7 @@ class Stage:
         return statuses
 
     def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + STAGE_SECONDS
+        end = time.monotonic() + PHASE_SECONDS
         while not condition():
             if time.monotonic() > end or any(process.poll() is not None for process in self.processes):
                 self.wait(0)

@@ -74,6 +74,7 @@ def assert_close(found, wanted, tolerance: float) -> None:
 
 
 # How it is computed
+UNSCALED = make_config(attention_scale="none")
 BASE = make_config(attention_pattern=("global", "local"), attention_window=3)
 
 
@@ -176,7 +177,7 @@ def test_query_without_visible_keys_is_finite():
     mask = jnp.array([[[False, False], [True, False]]])
 
     def total(q, k, v):
-        out = dense_attention(q, k, v, mask, None, scale=0.5)
+        out = dense_attention(0.5 * q, k, v, mask, None, UNSCALED)
         return jnp.sum(out**2), out
 
     gradients, out = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -349,8 +350,8 @@ def test_dense_attention_in_blocks_equals_dense_attention(bias):
     k, v = (jax.random.normal(key, (2, 8, 2, 3)) for key in keys[1:3])
     mask = jnp.tril(jnp.ones((1, 8, 8), bool)) & ~jnp.tril(jnp.ones((1, 8, 8), bool), -6)
     scores = jax.random.normal(keys[3], (1, 4, 8, 8)) if bias else None
-    expected = dense_attention(q, k, v, mask, scores, scale=0.7)
-    assert not np.allclose(expected, dense_attention(q, k, v, jnp.ones_like(mask), scores, scale=0.7), atol=1e-2)
+    expected = dense_attention(0.7 * q, k, v, mask, scores, UNSCALED)
+    assert not np.allclose(expected, dense_attention(0.7 * q, k, v, jnp.ones_like(mask), scores, UNSCALED), atol=1e-2)
     np.testing.assert_allclose(
-        dense_attention_in_blocks(q, k, v, mask, scores, n_blocks=4, scale=0.7), expected, atol=1e-6
+        dense_attention_in_blocks(0.7 * q, k, v, mask, scores, UNSCALED, n_blocks=4), expected, atol=1e-6
     )

@@ -7,14 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.model.formulas import attention_scale, finish_scores
 from mesh_transformer.model.linear import dropout
 
 MASK_VALUE = -1e30  # finite: a query without any visible key yields the mean of the values, not NaN
-
-
-def attention_scale(config: ModelConfig) -> float:
-    """Return the factor of every attention score."""
-    return config.head_dim**-0.5 if config.attention_scale == "rsqrt_d_head" else 1.0
 
 
 def dense_attention(
@@ -23,11 +19,11 @@ def dense_attention(
     v: Float[Array, "B S K C"],
     mask: Bool[Array, "#B T S"],
     bias: Float[Array, "#B H T S"] | None,
-    *,
-    scale: float,
-    dropout_rate: float = 0.0,
+    config: ModelConfig,
 ) -> Float[Array, "B T H C"]:
     """Return softmax(q k' scale + bias) v where `mask` is True, with scores and softmax in float32.
+
+    `config` gives the scale, the form of the scores and the dropout rate.
 
     H = K G: each key-value head serves G query heads.
     """
@@ -42,8 +38,8 @@ def dense_attention(
     )
     k = k.transpose(0, 2, 1, 3)
     v = v.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("bkqc,bksc->bkqs", q * scale, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, group, t, s)
+    scores = jnp.einsum("bkqc,bksc->bkqs", q * attention_scale(config), k, preferred_element_type=jnp.float32)
+    scores = finish_scores(scores.reshape(batch, kv_heads, group, t, s), config)
     if bias is not None:
         scores = scores + bias.reshape(bias.shape[0], kv_heads, group, t, s)
     # The mask is added instead of selected, and the normalization follows the matmul with the values: the backward pass
@@ -51,7 +47,7 @@ def dense_attention(
     scores = scores + jnp.where(mask, 0.0, MASK_VALUE)[:, None, None]
     scores = scores.reshape(batch, kv_heads, group * t, s)
     exps = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    weights = dropout(exps.astype(v.dtype), dropout_rate)
+    weights = dropout(exps.astype(v.dtype), config.dropout)
     out = jnp.einsum("bkqs,bksc->bkqc", weights, v, preferred_element_type=jnp.float32)
     out = (out / jnp.sum(exps, axis=-1, keepdims=True)).astype(v.dtype)
     return out.reshape(batch, kv_heads, group, t, channels).transpose(0, 3, 1, 2, 4).reshape(batch, t, heads, channels)
@@ -63,9 +59,9 @@ def dense_attention_in_blocks(
     v: Float[Array, "B T K C"],
     mask: Bool[Array, "#B T T"],
     bias: Float[Array, "#B H T T"] | None,
+    config: ModelConfig,
     *,
     n_blocks: int,
-    **options: float,
 ) -> Float[Array, "B T H C"]:
     """Return `dense_attention` of a causal mask, one block of queries at a time.
 
@@ -77,5 +73,5 @@ def dense_attention_in_blocks(
         end = start + length
         block_bias = None if bias is None else bias[:, :, start:end, :end]
         block_mask = mask[:, start:end, :end]
-        outputs.append(dense_attention(q[:, start:end], k[:, :end], v[:, :end], block_mask, block_bias, **options))
+        outputs.append(dense_attention(q[:, start:end], k[:, :end], v[:, :end], block_mask, block_bias, config))
     return jnp.concatenate(outputs, axis=1)

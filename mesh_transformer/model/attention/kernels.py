@@ -9,7 +9,7 @@ triton     JAX's Pallas kernel for GPUs; no windows, no biases, no dropout
 cudnn      NVIDIA's kernel for GPUs, in 16 bits; no segment IDs, no biases, no dropout
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,21 @@ from jaxtyping import Array, Float
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import current_layout, target_chip, target_platform
-from mesh_transformer.model.attention.dense import attention_scale, dense_attention, dense_attention_in_blocks
+from mesh_transformer.model.attention.dense import dense_attention, dense_attention_in_blocks
 from mesh_transformer.model.attention.masks import AttentionContext, Masks
 from mesh_transformer.model.attention.ring import Ring, ring_attention
+from mesh_transformer.model.formulas import attention_scale
 from mesh_transformer.model.positions import alibi_slopes
 
 LONG_SEQUENCE = 1024  # on a CPU the dense kernel is faster up to this length; beyond it, memory matters
 MAX_BLOCK = 512  # positions per block
+
+
+class KernelOptions(NamedTuple):
+    """Static arguments of a kernel."""
+
+    config: ModelConfig
+    window: int | None  # number of keys that a query attends to, including its own; None: all earlier keys
 
 
 def choose_kernel(config: ModelConfig, length: int, *, has_segments: bool, cached: bool) -> str:
@@ -114,7 +122,7 @@ def dispatch_attention(
     def compute(q: Any, k: Any, v: Any, segment_ids: Any, slopes: Any) -> Array:
         k = _local_kv_heads(k, q.shape[2], config)
         v = _local_kv_heads(v, q.shape[2], config)
-        return KERNELS[context.kernel](q * scale, k, v, segment_ids, slopes, window)
+        return KERNELS[context.kernel](q * scale, k, v, segment_ids, slopes, KernelOptions(config, window))
 
     if layout is None:
         return compute(q, k, v, context.segment_ids, slopes)
@@ -133,14 +141,13 @@ def dispatch_attention(
 
 
 def _attend_dense(q: Any, k: Any, v: Any, config: ModelConfig, local: bool, masks: Masks) -> Float[Array, "B T H C"]:
-    options: dict[str, Any] = dict(scale=attention_scale(config), dropout_rate=config.dropout)
     mask = masks.windowed if local else masks.full
     length = q.shape[1]
     # Blocks save work, which pays off on a CPU if a block is long; on accelerators one large matmul is faster.
     n_blocks = next((n for n in (4, 2) if length % n == 0 and length >= 64 * n), 1)
     if config.causal and k.shape[1] == length and n_blocks > 1 and target_platform() == "cpu" and _ring_size() == 1:
-        return dense_attention_in_blocks(q, k, v, mask, masks.bias, n_blocks=n_blocks, **options)
-    return dense_attention(q, k, v, mask, masks.bias, **options)
+        return dense_attention_in_blocks(q, k, v, mask, masks.bias, config, n_blocks=n_blocks)
+    return dense_attention(q, k, v, mask, masks.bias, config)
 
 
 def _local_kv_heads(x: Float[Array, "B T K C"], n_local_heads: int, config: ModelConfig) -> Float[Array, "B T k C"]:
@@ -160,13 +167,13 @@ def _local_kv_heads(x: Float[Array, "B T K C"], n_local_heads: int, config: Mode
     return jax.lax.dynamic_slice_in_dim(x, first, max(n_local_heads // group, 1), axis=2)
 
 
-def _blockwise(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, window: int | None) -> Array:
+def _blockwise(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, options: KernelOptions) -> Array:
     batch, length, heads, channels = q.shape
     kv_heads = k.shape[2]
     size = _ring_size()
     layout = current_layout()
     axis = next(a for a in layout.rules["sequence"] if layout.mesh.shape[a] > 1) if layout and size > 1 else None
-    ring = Ring(axis, size, _block_length(length, size), window)
+    ring = Ring(axis, size, _block_length(length, size), options.window, options.config)
     q = q.reshape(batch, length, kv_heads, -1, channels).transpose(0, 2, 3, 1, 4)
     k = k.transpose(0, 2, 1, 3)
     v = v.transpose(0, 2, 1, 3)
@@ -175,13 +182,15 @@ def _blockwise(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, wind
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
 
 
-def _splash(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, window: int | None) -> Array:
+def _splash(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, options: KernelOptions) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     length, heads = q.shape[1], q.shape[2]
     shape = (length, length)
-    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)
+    mask = (
+        masks.CausalMask(shape) if options.window is None else masks.LocalMask(shape, (options.window - 1, 0), offset=0)
+    )
     block = next(size for size in (512, 256, 128) if length % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks: Any = {f"block_{name}": block for name in names}
@@ -195,7 +204,7 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, window:
     return jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0))(q, k, v, ids).transpose(0, 2, 1, 3)
 
 
-def _triton(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, window: int | None) -> Array:
+def _triton(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, options: KernelOptions) -> Array:
     from jax.experimental.pallas.ops.gpu import attention
 
     group = q.shape[2] // k.shape[2]
@@ -204,8 +213,8 @@ def _triton(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, window:
     return attention.mha(q, k, v, segment_ids, causal=True, interpret=target_platform() == "cpu")
 
 
-def _cudnn(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, window: int | None) -> Array:
-    side = None if window is None else (window - 1, 0)
+def _cudnn(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, options: KernelOptions) -> Array:
+    side = None if options.window is None else (options.window - 1, 0)
     return jax.nn.dot_product_attention(
         q, k, v, scale=1.0, is_causal=True, local_window_size=side, implementation="cudnn"
     )

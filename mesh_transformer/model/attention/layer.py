@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.model.attention.dense import attention_scale, dense_attention
+from mesh_transformer.model.attention.dense import dense_attention
 from mesh_transformer.model.attention.kernels import dispatch_attention
 from mesh_transformer.model.attention.kv_cache import KVCache, read_kv, write_kv
 from mesh_transformer.model.attention.masks import AttentionContext
@@ -90,7 +90,7 @@ class CrossAttention(Attention):
             if cache is not None:
                 positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
                 cache = cache._replace(cross_attention=write_kv(cache.cross_attention, k, v, positions))
-        attend = partial(dense_attention, scale=attention_scale(c), dropout_rate=c.dropout)
+        attend = partial(dense_attention, config=c)
         if c.remat == "attention" and cache is None:
             attend = hk.remat(attend)
         return self._project_out(attend(q, k, v, encoder_output.mask, None)), cache

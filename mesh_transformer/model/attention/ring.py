@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from mesh_transformer.config import ConfigError
+from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import constrain, current_layout
 from mesh_transformer.model.attention.dense import MASK_VALUE
+from mesh_transformer.model.formulas import finish_scores
 
 
 class Ring(NamedTuple):
@@ -35,6 +36,7 @@ class Ring(NamedTuple):
     size: int  # number of devices
     block: int  # positions per block
     window: int | None  # number of keys that a query attends to, including its own; None: all earlier keys
+    config: ModelConfig | None = None  # form of the scores; None: the scaled products themselves
 
 
 class RingStep(NamedTuple):
@@ -107,11 +109,18 @@ def make_block_schedule(length: int, ring: Ring) -> list[RingStep]:
     return steps
 
 
+def _products(q: Array, k: Array) -> Float[Array, "B K G T S"]:
+    return jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=jnp.float32)
+
+
 def _block_scores(
-    q: Array, k: Array, pair: Any, segment_ids: Any, slopes: Array | None, ring: Ring
+    products: Array, pair: Any, segment_ids: Any, slopes: Array | None, ring: Ring
 ) -> Float[Array, "B K G T S"]:
-    """Return the scores of one block of queries and one block of keys in float32, with the mask added."""
-    scores = jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=jnp.float32)
+    """Return the scores of one block of queries and one block of keys in float32, with the mask added.
+
+    `products` are the products of the scaled queries and the keys.
+    """
+    scores = products if ring.config is None else finish_scores(products, ring.config)
     block = jnp.arange(ring.block)
     distance = (pair[2] + block)[:, None] - (pair[3] + block)[None]
     visible = (distance >= 0) & (pair[4] > 0)
@@ -186,9 +195,8 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, ring: 
         ) -> tuple[Any, None]:
             high, total, out = (_take_block(x, pair[0], ring, 3) for x in carry)
             ids = _take_segment_ids(segment_ids, key_ids, pair, ring)
-            scores = _block_scores(
-                _take_block(q, pair[0], ring, 3), _take_block(k, pair[1], ring, 2), pair, ids, slopes, ring
-            )
+            products = _products(_take_block(q, pair[0], ring, 3), _take_block(k, pair[1], ring, 2))
+            scores = _block_scores(products, pair, ids, slopes, ring)
             new_high = jnp.maximum(high, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new_high[..., None])
             correction = jnp.exp(high - new_high)
@@ -236,15 +244,18 @@ def _backward(ring: Ring, residuals: tuple, gradient: Array) -> tuple:
             keys = _take_block(k, pair[1], ring, 2)
             values = _take_block(v, pair[1], ring, 2)
             ids = _take_segment_ids(segment_ids, key_ids, pair, ring)
-            scores = _block_scores(queries, keys, pair, ids, slopes, ring)
+            scores, scores_vjp = jax.vjp(
+                lambda products: _block_scores(products, pair, ids, slopes, ring), _products(queries, keys)
+            )
             weights = jnp.exp(scores - _take_block(log_total, pair[0], ring, 3)[..., None])
             matmul = partial(jnp.einsum, preferred_element_type=jnp.float32)
             d_weights = matmul("bkgtc,bksc->bkgts", block_gradient, values)
-            d_scores = (weights * (d_weights - _take_block(row_sum, pair[0], ring, 3)[..., None])).astype(q.dtype)
+            (d_products,) = scores_vjp(weights * (d_weights - _take_block(row_sum, pair[0], ring, 3)[..., None]))
+            d_products = d_products.astype(q.dtype)
             d_values = matmul("bkgts,bkgtc->bksc", weights.astype(q.dtype), block_gradient)
             return (
-                _add_block(dq, matmul("bkgts,bksc->bkgtc", d_scores, keys), pair[0], ring, 3),
-                _add_block(dk, matmul("bkgts,bkgtc->bksc", d_scores, queries), pair[1], ring, 2),
+                _add_block(dq, matmul("bkgts,bksc->bkgtc", d_products, keys), pair[0], ring, 3),
+                _add_block(dk, matmul("bkgts,bkgtc->bksc", d_products, queries), pair[1], ring, 2),
                 _add_block(dv, d_values, pair[1], ring, 2),
             ), None
 

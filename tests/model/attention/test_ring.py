@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mesh_transformer.config import ConfigError, MeshConfig
+from mesh_transformer.config import ConfigError, MeshConfig, ModelConfig
 from mesh_transformer.mesh import make_layout, use_layout
 from mesh_transformer.model.attention.dense import dense_attention
 from mesh_transformer.model.attention.ring import (
@@ -18,6 +18,8 @@ from mesh_transformer.model.attention.ring import (
     to_zigzag,
     zigzag_order,
 )
+
+UNSCALED = ModelConfig(n_layers=1, d_model=32, n_heads=4, n_kv_heads=2, n_vocab=8, seq_len=24, attention_scale="none")
 
 
 @pytest.mark.parametrize("window", [None, 3, 9])
@@ -81,17 +83,17 @@ def test_blockwise_equals_dense_forward_and_backward(window):
 
     def dense(q, k, v):
         mask = visible if window is None else visible & (distance < window)[None]
-        return dense_attention(q, k, v, mask, bias, scale=0.3)
+        return dense_attention(0.3 * q, k, v, mask, bias, UNSCALED)
 
     def blockwise(q, k, v):
         heads = (0.3 * q).reshape(2, 24, 2, 2, 8).transpose(0, 2, 3, 1, 4)
-        ring = Ring(None, 1, 8, window)
+        ring = Ring(None, 1, 8, window, UNSCALED)
         out = ring_attention(heads, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids, slopes.reshape(2, 2), ring)
         return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
     wanted, back = jax.vjp(dense, q, k, v)
     found, own_back = jax.jit(lambda *x: jax.vjp(blockwise, *x))(q, k, v)
-    unsegmented = dense_attention(q, k, v, (distance >= 0)[None], bias, scale=0.3)
+    unsegmented = dense_attention(0.3 * q, k, v, (distance >= 0)[None], bias, UNSCALED)
     assert np.abs(wanted - unsegmented).max() > 0.1, "the segment IDs have no effect"
     np.testing.assert_allclose(found, wanted, atol=2e-6)
     for a, b in zip(own_back(gradient), back(gradient), strict=True):

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.model.attention.dense import attention_scale
-from mesh_transformer.model.lm_head import LMHead, finish_logits, head_matrix, lm_head, lm_logits, scale_hidden_states
-from mesh_transformer.model.residual import Branches, apply_branches
+from mesh_transformer.model.formulas import (
+    Branches,
+    apply_branches,
+    attention_scale,
+    finish_logits,
+    scale_hidden_states,
+)
+from mesh_transformer.model.lm_head import LMHead, head_matrix, lm_head, lm_logits
 
 CONFIG = ModelConfig(n_layers=1, d_model=16, n_heads=2, n_vocab=9, seq_len=8)
 RNG = np.random.default_rng(0)

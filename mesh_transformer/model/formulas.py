@@ -1,0 +1,92 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Formulas that several computations share, each stated once.
+
+The forward pass, decoding, the chunked loss, ring attention, the log-likelihood scorer and the checks of converted
+checkpoints all use these functions. They are elementwise or combine functions, accept JAX and NumPy arrays, and are
+differentiated by JAX where gradients are written by hand. A new architectural choice of this kind changes only this module.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from mesh_transformer.config import ModelConfig
+
+ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
+
+
+def input_embeddings(
+    tokens: Float[ArrayT, "B T D"], positions: Float[ArrayT, "*B T D"] | None, config: ModelConfig
+) -> Float[ArrayT, "B T D"]:
+    """Return the residual stream before the first layer, given the embeddings of tokens and learned positions."""
+    if config.positions != "learned":
+        return tokens
+    assert positions is not None
+    return tokens + positions
+
+
+def norm_scale(scale: Float[ArrayT, "*D"], config: ModelConfig) -> Float[ArrayT, "*D"]:
+    """Return the factor of a normalized vector, given the stored parameter of `rmsnorm` or `layernorm`."""
+    return scale
+
+
+def initial_norm_scale(config: ModelConfig) -> float:
+    """Return the initial value of the stored parameter, for which `norm_scale` is 1."""
+    return 1.0
+
+
+def attention_scale(config: ModelConfig) -> float:
+    """Return the factor of every product of a query and a key."""
+    return config.head_dim**-0.5 if config.attention_scale == "rsqrt_d_head" else 1.0
+
+
+def finish_scores(scores: Float[ArrayT, "*B T S"], config: ModelConfig) -> Float[ArrayT, "*B T S"]:
+    """Return the attention scores before biases and masks, given the scaled products of queries and keys in float32."""
+    return scores
+
+
+class Branches(NamedTuple):
+    """The functions of one layer. Each branch returns its contribution to the residual stream [B, T, D]."""
+
+    norm: Callable[[str, Any], Any]  # (name of the norm, x) -> normalized x
+    attention: Callable[[Any], Any]
+    feed_forward: Callable[[Any], Any]
+    cross_attention: Callable[[Any], Any] | None = None  # in the decoder of an encoder-decoder model
+
+
+def apply_branches(x: Any, branches: Branches, config: ModelConfig) -> Any:
+    """Return the residual stream after one layer, by `config.residual`."""
+    norm, attention, feed_forward, cross_attention = branches
+    match config.residual:
+        case "serial":
+            x = x + attention(norm("norm_1", x))
+            if cross_attention is not None:
+                x = x + cross_attention(norm("norm_cross", x))
+            return x + feed_forward(norm("norm_2", x))
+        case "parallel":  # GPT-J: one norm for both branches
+            normed = norm("norm_1", x)
+            return x + attention(normed) + feed_forward(normed)
+        case "parallel-two-norms":  # GPT-NeoX
+            return x + attention(norm("norm_1", x)) + feed_forward(norm("norm_2", x))
+
+
+def scale_hidden_states(x: Float[ArrayT, "*B D"], config: ModelConfig) -> Float[ArrayT, "*B D"]:
+    """Return the output of the final norm, scaled as the input of the head's matmul."""
+    return x * config.d_model**-0.5 if config.logit_scale == "rsqrt_d_model" else x
+
+
+def finish_logits(
+    product: Float[ArrayT, "*B V"], bias: Float[ArrayT, "V"] | None, config: ModelConfig
+) -> Float[ArrayT, "*B V"]:
+    """Return the logits, given the float32 product of the hidden states and the head's weight.
+
+    The operation is elementwise, so V may be a device's shard of the vocabulary.
+    """
+    if not config.head_bias:
+        return product
+    assert bias is not None
+    return product + bias.reshape(*[1] * (product.ndim - 1), -1)
