@@ -32,6 +32,7 @@ RENAMED_FLAGS: dict[str, dict[str, str]] = {
     "plan": {"--picture": "--plot", "--fast": "--low-effort", "--sample": "--decode"},
     "inspect_corpus": {"--near": "--duplicates-of"},
     "supervise": {"--tries": "--max-failures", "--leave-preempted": "--no-restart-on-preemption"},
+    "processes": {"--leg-steps": "--phase-steps"},
 }
 
 

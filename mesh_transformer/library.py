@@ -147,7 +147,7 @@ def load_model(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> M
     return Model(open_model(os.fspath(path), overrides))
 
 
-def make_mesh(**axes: int) -> MeshLayout:
+def make_mesh(**axes: Any) -> MeshLayout:
     """Return a mesh of this process's devices with the given axis sizes, and the default sharding rules.
 
     `make_mesh(fsdp=4, tensor=2)` uses all remaining devices as replicas (`data=-1`). `cpu_devices=8` splits the CPU into

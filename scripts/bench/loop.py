@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Time that training loses outside its compiled step: data, metrics, display and log, on a run's own file.
+"""Measure the time that training spends outside its compiled step: data, metrics, display and log, for any run's configuration.
 
-Rounds of the bare compiled step and rounds of the loop take turns on the same state; a round of the loop has its
-batches made, its metrics read and written and its display drawn as in training. Evaluation and saving are left out.
+Rounds of the compiled step alone and rounds of the training loop alternate on the same state. A round of the loop prepares
+batches, fetches and logs metrics and updates the display as in training. Evaluation and saving are disabled.
 
 examples:
   python scripts/bench/loop.py
@@ -25,6 +25,7 @@ import jax
 from mesh_transformer.cli import add_set_option, make_parser, run_command
 from mesh_transformer.config import load_config
 from mesh_transformer.data.dataset import open_data
+from mesh_transformer.data.loader import Batch
 from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.mesh import init_devices
 from mesh_transformer.reports.console import Progress
@@ -37,68 +38,78 @@ from mesh_transformer.train.run import Run, open_run
 def main(arguments: list[str]) -> int:
     """Measure and print."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("config", nargs="?", default="configs/quickstart.toml")
+    parser.add_argument("config", nargs="?", default="configs/quickstart.toml", help="default: %(default)s")
     add_set_option(parser)
-    parser.add_argument("--rounds", type=int, default=15, help="of each side; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=20, help="of a round; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of each kind; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=20, help="steps per round; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(options.config, [*options.set, f"run.dir={json.dumps(folder)}"])
         layout = init_devices(config.mesh)
         run = open_run(config, open_data(config), layout)
-        bare, loop = measure(run, options.rounds, options.steps)
-    lost = [1 - a / b for a, b in zip(bare, loop, strict=True)]
+        compiled, loop = measure(run, options.rounds, options.steps)
+    overhead = [1 - compiled_s / loop_s for compiled_s, loop_s in zip(compiled, loop, strict=True)]
     result = {
-        "compiled_step_ms": round(1000 * statistics.median(bare), 2),
+        "compiled_step_ms": round(1000 * statistics.median(compiled), 2),
         "loop_step_ms": round(1000 * statistics.median(loop), 2),
-        "lost_share": round(statistics.median(lost), 4),
+        "overhead_fraction": round(statistics.median(overhead), 4),
     }
     if options.json:
         print(json.dumps(result))
     else:
-        print(f"compiled step  {result['compiled_step_ms']:8.2f} ms\nstep in a loop {result['loop_step_ms']:8.2f} ms")
-        print(f"lost outside the compiled step: {100 * result['lost_share']:.1f} % (median of {options.rounds} pairs)")
+        print(f"compiled step     {result['compiled_step_ms']:8.2f} ms")
+        print(f"step of the loop  {result['loop_step_ms']:8.2f} ms")
+        print(
+            f"time outside the compiled step: {result['overhead_fraction']:.1%} (median of {options.rounds} pairs of rounds)"
+        )
     return 0
 
 
 def measure(run: Run, rounds: int, steps: int) -> tuple[list[float], list[float]]:
-    """Seconds per step of each round, bare and in the loop."""
-    size = run.config.train.batch_size
-    batch = run.shard_batch(run.data.train.batch(0, size), size)
-    bare, loop = [], []
+    """Return the seconds per step of each round, of the compiled step alone and of the loop."""
+    batch_size = run.config.train.batch_size
+    batch = run.shard_batch(run.data.train.batch(0, batch_size), batch_size)
+    compiled: list[float] = []
+    loop: list[float] = []
     with (
         MetricsLog(Path(run.dir), run.config.track, config={}, first_step=0) as log,
         Progress(run.dir.name, run.config.train.steps, 0) as progress,
         StopRequest() as stop,
     ):
         for number in range(rounds + 1):
+            compiled_seconds = time_compiled_steps(run, batch, steps)
+            part = limit_steps(run, steps)
+            recorder = Recorder(part, log, progress)  # measures the matmul peak, which is not timed
             start = time.perf_counter()
-            for _ in range(steps):
-                run.state, _ = run.train_step(run.state, batch)
-            jax.block_until_ready(run.state)
-            middle = time.perf_counter()
-            quiet = dataclasses.replace(run.config.train, steps=run.step + steps, evaluate_every=0)
-            never = dataclasses.replace(run.config.checkpoint, every=10**9)
-            config = dataclasses.replace(
-                run.config,
-                train=quiet,
-                checkpoint=never,
-                optimizer=dataclasses.replace(
-                    run.config.optimizer, warmup_steps=0
-                ),  # fewer steps than a warm-up may be
-            )
-            part = dataclasses.replace(run, config=config)
-            recorder = Recorder(part, log, progress)
-            begin = time.perf_counter()
             train_steps(part, recorder, stop)
             jax.block_until_ready(part.state)
-            end = time.perf_counter()
+            loop_seconds = time.perf_counter() - start
             run.state = part.state
-            if number:  # the first compiles
-                bare.append((middle - start) / steps)
-                loop.append((end - begin) / steps)
-    return bare, loop
+            if number:  # the first round compiles
+                compiled.append(compiled_seconds / steps)
+                loop.append(loop_seconds / steps)
+    return compiled, loop
+
+
+def time_compiled_steps(run: Run, batch: Batch, steps: int) -> float:
+    """Return the seconds that `steps` calls of the compiled step take, on the same batch."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        run.state, _ = run.train_step(run.state, batch)
+    jax.block_until_ready(run.state)
+    return time.perf_counter() - start
+
+
+def limit_steps(run: Run, steps: int) -> Run:
+    """Return the run with an end after `steps` more steps, without evaluation and saving."""
+    config = dataclasses.replace(
+        run.config,
+        train=dataclasses.replace(run.config.train, steps=run.step + steps, evaluate_every=0),
+        checkpoint=dataclasses.replace(run.config.checkpoint, every=10**9),
+        optimizer=dataclasses.replace(run.config.optimizer, warmup_steps=0),  # a warmup must be shorter than the run
+    )
+    return dataclasses.replace(run, config=config)
 
 
 if __name__ == "__main__":

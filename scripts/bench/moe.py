@@ -1,20 +1,20 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Experts beside a dense model of as many FLOPs per token: the loss of both on the same text, and the speed of their steps.
+"""Compare a mixture of experts with a dense model of equal FLOPs per token: loss on the same text, and speed of the steps.
 
-The claim of Switch (arXiv 2101.03961, figures 1 and 5) in small. For each seed both models are trained by device_train.py
-on the same batches of the configuration's data; the losses are those of its held-out text, as mean and standard
-deviation over the seeds. The steps' speed is measured first, in turns, on random tokens: the optimizer counts, and it
-has so many times more weights to update.
+This repeats the comparison of Switch Transformer (arXiv 2101.03961, figures 1 and 5) at a small size. For each seed,
+device_train.py trains both models on the same batches of the configuration's data. Losses are on its held-out text: mean
+and standard deviation over the seeds. Step times are measured first, on random tokens, in alternation. They include the
+optimizer, which has several times more weights to update for the experts.
 
 examples:
   python scripts/bench/moe.py
-      the quickstart's model and text, in every other layer one of 8 experts for each token, 3 seeds; about 10 minutes on
-      two quiet cores
+      the quickstart's model and text, with top-1 routing to 8 experts in every second layer, 3 seeds; about 10 minutes on
+      two idle cores
   python scripts/bench/moe.py --seeds 0
-      the speed alone
+      speed only
   python scripts/bench/moe.py --seeds 1 --experts 'model.experts={n_experts=8, n_experts_per_token=2}' --experts model.d_ff=256
-      two experts of half the width a token in every layer, which take all that come
+      top-2 routing to experts of half the width in every layer, without dropped tokens
 
 exit status: 0 done, 1 failed, 2 wrong usage
 """
@@ -44,55 +44,61 @@ from mesh_transformer.train.state import make_init_state
 from mesh_transformer.train.step import make_train_step
 
 ROOT = Path(__file__).parents[2]
-# As in Switch: one expert of the dense layer's width a token, in every other layer. The whole batch shares the seats, as
-# many as there are tokens: no FLOP more than the dense model's. Experts in all layers lose in runs this short: each sees
-# an eighth of the text, and its router hardly decides (entropy 2.0 of at most 2.08 nats), held back by the balance loss.
+# As in Switch Transformer: top-1 routing to experts of the dense layer's width, in every second layer. The whole batch
+# shares an expert capacity of as many slots as there are tokens: as many FLOPs as the dense model. Experts in all layers
+# are worse than the dense model in runs this short: each is trained on an eighth of the text, and the routers stay nearly
+# uniform because of the auxiliary loss (entropy 2.0 nats; 2.08 is uniform).
 EXPERTS = (
     "model.experts={n_experts=8, layer_interval=2, group_size=64, capacity_factor=1.0, eval_capacity_factor=2.0}",
 )
-# One optimizer that costs no more for several small weights than for a large one; Muon multiplies matrices for each.
+# AdamW costs the same for several small weights as for one large weight; Muon runs matmuls for each of them.
 COMMON = ('optimizer.name="adamw"', "optimizer.learning_rate=3e-3", "sample.prompts=[]")
-POINTS = 10  # evaluations of a run
+EVALUATIONS = 10  # per run
 STYLES = {"dense": "accent", "experts": "main"}
+
+Runs = dict[str, list[list["Point"]]]  # model -> seed -> evaluations
 
 
 class Point(NamedTuple):
     """An evaluation of a run."""
 
     step: int
-    seconds: float  # of steps alone until then
+    seconds: float  # of all steps so far, without evaluation and saving
     loss: float  # nats per token of held-out text
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, train, print the table and draw the picture."""
+    """Measure, train, print the tables and write the plots."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("config", nargs="?", default="configs/quickstart.toml", help="default: %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a change to both models")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of both models; repeatable")
     parser.add_argument(
         "--experts",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"a change to the one with experts; default: {' and '.join(EXPERTS)}".replace("%", "%%"),
+        help=f"override a field of the model with experts; repeatable; default: {' and '.join(EXPERTS)}",
     )
-    parser.add_argument("--steps", type=int, help="of a run; default: the configuration's")
+    parser.add_argument("--steps", type=int, help="steps of each run; default: those of the configuration")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=30.0, help="to measure the steps for; default: %(default)s")
-    parser.add_argument("--output", type=Path, help="page with the picture, for example experts.html")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time to measure steps for; default: %(default)s")
+    parser.add_argument("--output", type=Path, help="write plots to this HTML file, for example experts.html")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     common = [*COMMON, *options.set]
-    sets = {"dense": common, "experts": [*common, *(options.experts or EXPERTS)]}
-    configs = {name: load_config(options.config, changes) for name, changes in sets.items()}
+    overrides = {"dense": common, "experts": [*common, *(options.experts or EXPERTS)]}
+    configs = {name: load_config(options.config, values) for name, values in overrides.items()}
     if configs["dense"].model.experts is not None or configs["experts"].model.experts is None:
-        raise ConfigError(f"{options.config}: name a dense model; the experts come by --experts model.experts={{...}}")
+        raise ConfigError(
+            f"{options.config} and --experts must give a dense model and one with experts: remove model.experts from the "
+            "configuration and set it with --experts 'model.experts={n_experts=8}'"
+        )
     report: dict[str, Any] = {"speed": measure_speed(configs, options.seconds)}
     if not options.json:
         print(format_speed(report["speed"]), flush=True)
     if options.seeds:
         steps = options.steps or configs["dense"].train.steps
-        runs = train_all(options.config, sets, steps, options.seeds, quiet=options.json)
+        runs = train_all(options.config, overrides, steps, options.seeds, quiet=options.json)
         tokens = configs["dense"].train.batch_size * configs["dense"].model.seq_len
         report |= {"tokens_per_step": tokens, "runs": runs}
         if options.output:
@@ -106,8 +112,11 @@ def main(arguments: list[str]) -> int:
 
 
 def measure_speed(configs: dict[str, Config], seconds: float) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step, in turns, and FLOPs per token of its forward and backward pass."""
-    steps = {name: start_step(config) for name, config in configs.items()}
+    """Return for each model milliseconds per step, FLOPs per token (forward and backward), and number of parameters.
+
+    The steps of the models alternate; the ratio is the median over pairs.
+    """
+    steps = {name: make_step(config) for name, config in configs.items()}
     times: dict[str, list[float]] = {name: [] for name in configs}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["dense"]) < 3:
@@ -117,7 +126,8 @@ def measure_speed(configs: dict[str, Config], seconds: float) -> dict[str, dict[
             times[name].append(time.perf_counter() - started)
     found = {}
     for name, config in configs.items():
-        state, batch = jax.eval_shape(make_init_state(config), jax.random.key(0)), make_batch(config)
+        state = jax.eval_shape(make_init_state(config), jax.random.key(0))
+        batch = make_batch(config)
         flops = count_flops(make_train_step(config), state, batch) / batch.tokens.size
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         found[name] = {"ms": 1000 * statistics.median(times[name]), "flops_per_token": flops, "parameters": count}
@@ -126,10 +136,11 @@ def measure_speed(configs: dict[str, Config], seconds: float) -> dict[str, dict[
     return found
 
 
-def start_step(config: Config) -> Callable[[], None]:
-    """A step that goes on from the last one's state, compiled and taken once."""
+def make_step(config: Config) -> Callable[[], None]:
+    """Return a function that takes a training step, compiled and called once."""
     state = jax.jit(make_init_state(config))(jax.random.key(0))
-    compiled, batch = jax.jit(make_train_step(config), donate_argnums=0), make_batch(config)
+    batch = make_batch(config)
+    compiled = jax.jit(make_train_step(config), donate_argnums=0)
 
     def step() -> None:
         nonlocal state
@@ -141,27 +152,30 @@ def start_step(config: Config) -> Callable[[], None]:
 
 
 def make_batch(config: Config) -> Batch:
-    """Random tokens."""
+    """Return a batch of random tokens."""
     shape = (config.train.batch_size, config.model.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.model.n_vocab, (shape[0], shape[1] + 1), dtype=np.int32)
-    places = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
-    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(shape, np.int32), places, np.ones(shape, np.float32))
+    positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
+    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones(shape, np.int32), positions, np.ones(shape, np.float32))
 
 
-def train_all(
-    config: str, sets: dict[str, list[str]], steps: int, seeds: int, *, quiet: bool
-) -> dict[str, list[list[Point]]]:
-    """The evaluations of every run, both models in turns."""
-    runs: dict[str, list[list[Point]]] = {name: [] for name in sets}
+def train_all(config: str, overrides: dict[str, list[str]], steps: int, seeds: int, *, quiet: bool) -> Runs:
+    """Train both models with every seed, in alternation, and return the evaluations of every run."""
+    runs: Runs = {name: [] for name in overrides}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
-            for name, changes in sets.items():
+            for name, model_overrides in overrides.items():
                 run = Path(folder) / f"{name}{seed}"
-                every = max(steps // POINTS, 1)
-                own = [f'run.dir="{run}"', f"run.seed={seed}", f"train.steps={steps}", f"train.evaluate_every={every}"]
+                run_overrides = [
+                    f'run.dir="{run}"',
+                    f"run.seed={seed}",
+                    f"train.steps={steps}",
+                    f"train.evaluate_every={max(steps // EVALUATIONS, 1)}",
+                    f"checkpoint.every={steps}",
+                ]
                 command = [sys.executable, str(ROOT / "device_train.py"), config]
-                for change in [*changes, *own, f"checkpoint.every={steps}"]:
-                    command += ["--set", change]
+                for override in [*model_overrides, *run_overrides]:
+                    command += ["--set", override]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
                 runs[name].append(read_points(run))
                 if not quiet:
@@ -170,15 +184,16 @@ def train_all(
 
 
 def read_points(run: Path) -> list[Point]:
-    """The evaluations in a run's metrics; time is the median of its steps', so that a busy moment does not count."""
+    """Return the evaluations of a run; times are multiples of the median step, so that brief load on the machine is ignored."""
     lines = read_metrics(run / FILE)
-    pace = statistics.median(line["step_ms"] for line in lines if line["kind"] == "train") / 1000
-    return [Point(line["step"], pace * line["step"], line["loss"]) for line in lines if line["kind"] == "evaluation"]
+    step_seconds = statistics.median(line["step_ms"] for line in lines if line["kind"] == "train") / 1000
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    return [Point(line["step"], step_seconds * line["step"], line["loss"]) for line in evaluations]
 
 
 def format_speed(speed: dict[str, dict[str, float]]) -> str:
-    """The steps' table."""
-    lines = [f"{'model':<10}{'parameters':>14}{'FLOPs/token':>14}{'ms a step':>12}{'ratio':>8}"]
+    """Return the table of the steps."""
+    lines = [f"{'model':<10}{'parameters':>14}{'FLOPs/token':>14}{'ms per step':>12}{'ratio':>8}"]
     for name, row in speed.items():
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
         lines.append(f"{name:<10}{row['parameters']:>14,}{row['flops_per_token']:>14,.0f}{row['ms']:>12.1f}{ratio:>8}")
@@ -186,7 +201,7 @@ def format_speed(speed: dict[str, dict[str, float]]) -> str:
 
 
 def average(runs: Sequence[Sequence[Point]]) -> list[tuple[Point, float]]:
-    """The mean of each evaluation over the seeds, and the standard deviation of its loss."""
+    """Return for each evaluation its mean over the seeds, and the standard deviation of its loss."""
     found = []
     for points in zip(*runs, strict=True):
         losses = [point.loss for point in points]
@@ -195,48 +210,56 @@ def average(runs: Sequence[Sequence[Point]]) -> list[tuple[Point, float]]:
     return found
 
 
-def format_runs(runs: dict[str, list[list[Point]]], tokens: int) -> str:
-    """The losses' table."""
+def format_runs(runs: Runs, tokens: int) -> str:
+    """Return the table of the losses."""
     heading = "".join(f"{f'{name}: loss, sd, s':>28}" for name in runs)
     lines = [f"{'step':>8}{'tokens':>12}{heading}{'difference':>12}"]
-    for rows in zip(*(average(own) for own in runs.values()), strict=True):
-        step = rows[0][0].step
-        cells = "".join(f"{point.loss:>12.4f} {spread:>6.4f} {point.seconds:>8.1f}" for point, spread in rows)
-        lines.append(f"{step:>8,}{step * tokens:>12,}{cells}{rows[1][0].loss - rows[0][0].loss:>12.4f}")
-    return "\n".join([*lines, "the last row is of all held-out text, the others of train.evaluate_batches of it"])
+    for evaluations in zip(*(average(curves) for curves in runs.values()), strict=True):
+        (dense, _), (experts, _) = evaluations
+        cells = "".join(f"{mean.loss:>12.4f} {deviation:>6.4f} {mean.seconds:>8.1f}" for mean, deviation in evaluations)
+        lines.append(f"{dense.step:>8,}{dense.step * tokens:>12,}{cells}{experts.loss - dense.loss:>12.4f}")
+    return "\n".join([*lines, "last row: all held-out text; other rows: train.evaluate_batches batches of it"])
 
 
-def format_gain(runs: dict[str, list[list[Point]]]) -> str:
-    """Where the experts' mean curve passes the dense one's end; the last point is of more text, and no part of a curve."""
-    dense, experts = ([point for point, _ in average(own)][:-1] for own in runs.values())
+def format_gain(runs: Runs) -> str:
+    """Return the fraction of steps and time after which the experts reach the final loss of the dense model.
+
+    Curves are means over the seeds and interpolated linearly, without the last point, which covers more text.
+    """
+    dense, experts = ([point for point, _ in average(curves)][:-1] for curves in runs.values())
     end = dense[-1]
     for before, after in itertools.pairwise(experts):
         if after.loss <= end.loss < before.loss:
-            share = (before.loss - end.loss) / (before.loss - after.loss)
-            step = before.step + share * (after.step - before.step)
-            time = before.seconds + share * (after.seconds - before.seconds)
+            fraction = (before.loss - end.loss) / (before.loss - after.loss)
+            step = before.step + fraction * (after.step - before.step)
+            seconds = before.seconds + fraction * (after.seconds - before.seconds)
             return (
-                f"the dense model's loss of step {end.step:,}, {end.loss:.4f}, the experts reach at step {step:,.0f}: "
-                f"{step / end.step:.2f} of its steps, {time / end.seconds:.2f} of its time"
+                f"the experts reach the dense model's loss of step {end.step:,} ({end.loss:.4f}) at step {step:,.0f}: "
+                f"{step / end.step:.2f} of its steps, {seconds / end.seconds:.2f} of its time"
             )
-    return f"the experts do not reach the dense model's loss of step {end.step:,}, {end.loss:.4f}"
+    return f"the experts do not reach the dense model's loss of step {end.step:,} ({end.loss:.4f})"
 
 
-def make_page(runs: dict[str, list[list[Point]]], tokens: int) -> str:
-    """Loss against steps, tokens and time, but for the last one, which is of more text; thin lines are single seeds."""
+def make_page(runs: Runs, tokens_per_step: int) -> str:
+    """Return a page that plots loss over steps, tokens and time, without the last point, which covers more text.
+
+    Thin lines are single seeds.
+    """
+    horizontal_axes: dict[str, Callable[[Point], float]] = {
+        "Held-out loss by step": lambda point: point.step,
+        "by token": lambda point: point.step * tokens_per_step,
+        "by seconds of training steps": lambda point: point.seconds,
+    }
+    curves_by_model = {name: [points[:-1] for points in curves] for name, curves in runs.items()}
     figures = []
-    own_curves = {name: [points[:-1] for points in own] for name, own in runs.items()}
-    for title, place in (
-        ("Held-out loss by step", lambda point: point.step),
-        ("by token", lambda point: point.step * tokens),
-        ("by second of steps", lambda point: point.seconds),
-    ):
-        means, single = [], []
-        for name, curves in own_curves.items():
-            mean = [(place(point), point.loss) for point, _ in average(curves)]
+    for title, x_of in horizontal_axes.items():
+        means: list[Series] = []
+        seeds: list[Series] = []
+        for name, curves in curves_by_model.items():
+            mean = [(x_of(point), point.loss) for point, _ in average(curves)]
             means.append(Series(f"{name}, mean of {len(curves)} seed(s)", mean, STYLES[name], markers=True))
-            single += [Series("a seed", [(place(p), p.loss) for p in curve], "faint") for curve in curves]
-        series = [*(single if len(single) > len(means) else ()), *means]
+            seeds += [Series("a seed", [(x_of(point), point.loss) for point in curve], "faint") for curve in curves]
+        series = [*(seeds if len(seeds) > len(means) else ()), *means]
         figures.append(plot(title, "nats per token", series))
     return make_html_page("Experts and a dense model of equal FLOPs per token", make_plots(figures))
 

@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Training speed beside PyTorch's on the same model, data and steps; on this machine's CPU, in float32.
+"""Measure training speed next to PyTorch's on the same model, data and steps; on the CPU, in float32.
 
-Both sides train GPT-2 (transformers' GPT2LMHeadModel, eager, fused AdamW) on the same random tokens, in turns: a round
-of our steps, a round of theirs, and the median of the rounds' ratios. Without PyTorch the peer is a matrix product.
+Both train GPT-2 (the peer is transformers' GPT2LMHeadModel, eager, fused AdamW) on the same random tokens. Rounds of both
+alternate, and the ratio is the median over pairs of rounds. Without PyTorch, the peer is a step that takes as long as its
+matmuls alone would take at the speed of a large matmul.
 
 examples:
   python scripts/bench/train.py
@@ -32,7 +33,7 @@ from mesh_transformer.train.step import make_train_step
 
 
 class Shape(NamedTuple):
-    """A GPT-2 and a batch for it."""
+    """Sizes of a GPT-2 model and its batch."""
 
     n_layers: int
     d_model: int
@@ -52,48 +53,54 @@ LEARNING_RATE = 1e-3
 def main(arguments: list[str]) -> int:
     """Run the rounds and print the table."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of each side; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of each program; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of a round; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="one JSON object per shape instead of the table")
     options = parser.parse_args(arguments)
-    print(
-        f"{'shape':<28}{'ours tokens/s':>15}{'peer tokens/s':>15}{'peer':>10}{'ratio':>8}{'losses after 5 steps':>26}"
-    )
+    if not options.json:
+        print(f"{'shape':<28}{'tokens/s':>12}{'peer tokens/s':>15}{'peer':>10}{'ratio':>8}{'losses after 5 steps':>26}")
     ratios = []
     for name, shape in SHAPES.items():
         row = compare(shape, options.rounds, options.seconds)
         ratios.append(row["ratio"])
-        if options.json:
-            print(json.dumps({"shape": name, **row}))
-        else:
-            losses = " ".join(f"{loss:.4f}" for loss in row["losses"])
-            print(
-                f"{name:<28}{row['ours']:>15,.0f}{row['peer_speed']:>15,.0f}{row['peer']:>10}{row['ratio']:>8.2f}{losses:>26}"
-            )
+        print(json.dumps({"shape": name, **row}) if options.json else format_row(name, row), flush=True)
     print("ratio " + " ".join(f"{ratio:.2f}" for ratio in ratios))
     return 0
 
 
+def format_row(name: str, row: dict[str, Any]) -> str:
+    """Return a line of the table."""
+    losses = " ".join(f"{loss:.4f}" for loss in row["losses"])
+    return (
+        f"{name:<28}{row['tokens_per_s']:>12,.0f}{row['peer_tokens_per_s']:>15,.0f}{row['peer']:>10}"
+        f"{row['ratio']:>8.2f}{losses:>26}"
+    )
+
+
 def compare(shape: Shape, rounds: int, seconds: float) -> dict[str, Any]:
-    """Tokens per second of both sides and the median of the paired ratios."""
+    """Return tokens per second of both programs and the median of the paired ratios."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shape.n_vocab, (shape.batch_size, shape.seq_len + 1), dtype=np.int32)
-    ours, weights = make_ours(shape, tokens)
-    peer_name, peer = make_peer(shape, tokens, weights)
-    first = ([ours() for _ in range(5)][-1], [peer() for _ in range(5)][-1])
-    per_step = shape.batch_size * shape.seq_len
-    speeds = [(per_step * _rate(ours, seconds), per_step * _rate(peer, seconds)) for _ in range(rounds)]
+    step, weights = make_native_step(shape, tokens)
+    peer_name, peer_step = make_peer_step(shape, tokens, weights)
+    losses = ([step() for _ in range(5)][-1], [peer_step() for _ in range(5)][-1])
+    tokens_per_step = shape.batch_size * shape.seq_len
+    rates = []
+    for _ in range(rounds):
+        rate = tokens_per_step * _steps_per_second(step, seconds)
+        peer_rate = tokens_per_step * _steps_per_second(peer_step, seconds)
+        rates.append((rate, peer_rate))
     return {
-        "ours": statistics.median(a for a, _ in speeds),
+        "tokens_per_s": statistics.median(rate for rate, _ in rates),
         "peer": peer_name,
-        "peer_speed": statistics.median(b for _, b in speeds),
-        "ratio": statistics.median(a / b for a, b in speeds),
-        "losses": first,
+        "peer_tokens_per_s": statistics.median(peer_rate for _, peer_rate in rates),
+        "ratio": statistics.median(rate / peer_rate for rate, peer_rate in rates),
+        "losses": losses,
     }
 
 
-def make_ours(shape: Shape, tokens: np.ndarray) -> tuple[Callable[[], float], Any]:
-    """A function that takes one of our training steps and returns its loss, and the initial parameters."""
+def make_native_step(shape: Shape, tokens: np.ndarray) -> tuple[Callable[[], float], Any]:
+    """Return a function that takes a training step and returns its loss, and the initial parameters."""
     config = make_config(shape)
     layout = init_devices(config.mesh)
     state = jax.jit(make_init_state(config))(jax.random.key(0))
@@ -102,18 +109,18 @@ def make_ours(shape: Shape, tokens: np.ndarray) -> tuple[Callable[[], float], An
     batch = Batch(tokens[:, :-1], tokens[:, 1:], ones, ones, ones.astype(np.float32))
     batch = jax.tree.map(jax.device_put, batch)
     with use_layout(layout):
-        step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
+        train_step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
 
-    def one() -> float:
+    def step() -> float:
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = train_step(state, batch)
         return float(metrics["loss"])
 
-    return one, weights
+    return step, weights
 
 
 def make_config(shape: Shape) -> Config:
-    """GPT-2 of this shape under plain AdamW."""
+    """Return the configuration of a GPT-2 of this shape, trained with AdamW."""
     model = dict(shape._asdict(), scan_unroll=shape.n_layers)
     del model["batch_size"]
     rate = dict(learning_rate=LEARNING_RATE, end_learning_rate=LEARNING_RATE, schedule="constant", clip_norm=1.0)
@@ -126,13 +133,13 @@ def make_config(shape: Shape) -> Config:
     return parse_config(table, where="bench")
 
 
-def make_peer(shape: Shape, tokens: np.ndarray, weights: Any) -> tuple[str, Callable[[], float]]:
-    """PyTorch's step from the same weights; without PyTorch, the products alone at the speed of a large one."""
+def make_peer_step(shape: Shape, tokens: np.ndarray, weights: Any) -> tuple[str, Callable[[], float]]:
+    """Return PyTorch's training step from the same weights, or the matmul limit if PyTorch is not installed."""
     try:
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
-        return "products", _make_product_limit(shape)
+        return "matmul", _make_matmul_limit(shape)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -151,7 +158,7 @@ def make_peer(shape: Shape, tokens: np.ndarray, weights: Any) -> tuple[str, Call
     inputs = torch.from_numpy(tokens[:, :-1].astype(np.int64))
     targets = torch.from_numpy(tokens[:, 1:].astype(np.int64))
 
-    def one() -> float:
+    def step() -> float:
         logits = model(inputs).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
@@ -160,46 +167,49 @@ def make_peer(shape: Shape, tokens: np.ndarray, weights: Any) -> tuple[str, Call
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return "PyTorch", one
+    return "PyTorch", step
 
 
 def _copy_weights(model: Any, weights: Any, shape: Shape) -> None:
-    """Our initial weights into transformers' GPT-2, so that both sides take the same steps."""
+    """Copy the initial weights into transformers' GPT-2, so that both programs take the same steps."""
     import torch
 
-    w = {f"{module}/{name}": array for module, arrays in weights.items() for name, array in arrays.items()}
-    block, d = "transformer/layers/block_0", shape.d_model
+    arrays = {f"{module}/{name}": array for module, entry in weights.items() for name, array in entry.items()}
+    block = "transformer/layers/block_0"
+    d_model = shape.d_model
     with torch.no_grad():
-        model.transformer.wte.weight.copy_(torch.from_numpy(w["transformer/w_tokens"]))
-        model.transformer.wpe.weight.copy_(torch.from_numpy(w["transformer/w_positions"]))
+        model.transformer.wte.weight.copy_(torch.from_numpy(arrays["transformer/w_tokens"]))
+        model.transformer.wpe.weight.copy_(torch.from_numpy(arrays["transformer/w_positions"]))
         for i, layer in enumerate(model.transformer.h):
-            qkv = np.concatenate([w[f"{block}/attention/w_{x}"][i].reshape(d, d) for x in "qkv"], axis=1)
-            layer.attn.c_attn.weight.copy_(torch.from_numpy(qkv))
+            qkv = [arrays[f"{block}/attention/w_{name}"][i].reshape(d_model, d_model) for name in "qkv"]
+            out = arrays[f"{block}/attention/w_o"][i].reshape(d_model, d_model)
+            layer.attn.c_attn.weight.copy_(torch.from_numpy(np.concatenate(qkv, axis=1)))
             layer.attn.c_attn.bias.zero_()
-            layer.attn.c_proj.weight.copy_(torch.from_numpy(w[f"{block}/attention/w_o"][i].reshape(d, d)))
-            layer.mlp.c_fc.weight.copy_(torch.from_numpy(w[f"{block}/feed_forward/w_in"][i]))
-            layer.mlp.c_proj.weight.copy_(torch.from_numpy(w[f"{block}/feed_forward/w_out"][i]))
+            layer.attn.c_proj.weight.copy_(torch.from_numpy(out))
+            layer.mlp.c_fc.weight.copy_(torch.from_numpy(arrays[f"{block}/feed_forward/w_in"][i]))
+            layer.mlp.c_proj.weight.copy_(torch.from_numpy(arrays[f"{block}/feed_forward/w_out"][i]))
 
 
-def _make_product_limit(shape: Shape) -> Callable[[], float]:
-    """Waits as long as the step's products take at the speed of a large product."""
+def _make_matmul_limit(shape: Shape) -> Callable[[], float]:
+    """Return a function that sleeps for as long as the matmuls of a step take at the speed of a large matmul."""
     config = make_config(shape)
     state = jax.eval_shape(make_init_state(config), jax.random.key(0))
-    whole = jax.ShapeDtypeStruct((shape.batch_size, shape.seq_len), np.int32)
-    batch = Batch(whole, whole, whole, whole, jax.ShapeDtypeStruct(whole.shape, np.float32))
+    ids = jax.ShapeDtypeStruct((shape.batch_size, shape.seq_len), np.int32)
+    batch = Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct(ids.shape, np.float32))
     seconds = count_flops(make_train_step(config), state, batch) / measure_matmul_peak("float32")
 
-    def one() -> float:
+    def step() -> float:
         time.sleep(seconds)
         return float("nan")
 
-    return one
+    return step
 
 
-def _rate(step: Callable[[], float], seconds: float) -> float:
-    """Steps per second over one round."""
+def _steps_per_second(step: Callable[[], float], seconds: float) -> float:
+    """Return the rate of steps over one round, after one that is not timed."""
     step()
-    count, start = 0, time.perf_counter()
+    count = 0
+    start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         step()
         count += 1

@@ -52,7 +52,9 @@ def main(arguments: list[str]) -> int:
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
-        raise ConfigError(f"this launcher needs the package ray, which is not installed: pip install ray ({error})") from None
+        raise ConfigError(
+            f"this launcher needs the package ray, which is not installed: pip install ray ({error})"
+        ) from None
     ray.init(address=os.environ.get("RAY_ADDRESS", "auto"))
     statuses = run_on_nodes(ray, command, options)
     if set(statuses) <= {DONE} or set(statuses) == {PREEMPTED}:

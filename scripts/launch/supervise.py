@@ -99,7 +99,8 @@ class Supervisor:
                 log(f"gave up after {failures} consecutive failures without a step")
                 return status
             pause = 0.0 if status == PREEMPTED else min(self.options.pause * 2 ** (failures - 1), MAX_PAUSE_SECONDS)
-            log(f"exit status {status}; restarting in {pause:g} s (failure {failures} of {max_failures})")
+            reason = "preempted" if status == PREEMPTED else f"exit status {status}"
+            log(f"{reason}; restarting in {pause:g} s (failure {failures} of {max_failures})")
             end = time.monotonic() + pause
             while time.monotonic() < end and not self.stop_requested:
                 time.sleep(0.1)

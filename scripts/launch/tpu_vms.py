@@ -3,8 +3,8 @@
 """Cloud TPU launcher: start one supervised process on every host of a TPU, with gcloud over ssh.
 
 The project and its packages must be in --folder on every host; `--setup` installs the packages first. run.dir must be in
-a bucket (gs://...), because the hosts share no disk. The output of all processes is printed here. The processes find each
-other through the TPU's metadata.
+a bucket (gs://...), because the hosts share no disk. The output of all processes is printed here. JAX detects the
+other hosts (mesh.processes="auto").
 
 examples:
   python scripts/launch/tpu_vms.py my-pod --zone us-central2-b -- run.toml --set 'run.dir="gs://bucket/run"'
@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments[:split])
     train_arguments = arguments[split + 1 :]
     if not train_arguments:
-        parser.error("no arguments for device_train.py: put them after --, for example: tpu_vms.py NAME ... -- run.toml")
+        parser.error(
+            "no arguments for device_train.py: put them after --, for example: tpu_vms.py NAME ... -- run.toml"
+        )
     python = ".venv/bin/python"
     supervised = [python, "scripts/launch/supervise.py", "--", python, "device_train.py", *train_arguments]
     on_host = [f"cd {shlex.quote(options.folder)}", *([SETUP] if options.setup else [])]

@@ -49,7 +49,10 @@ def main(arguments: list[str]) -> int:
     """Run the stress test and print its result."""
     parser = make_parser(__doc__ or "")
     parser.add_argument(
-        "path", metavar="PATH", nargs="?", help="run folder or checkpoint; default: a small checkpoint made for the test"
+        "path",
+        metavar="PATH",
+        nargs="?",
+        help="run folder or checkpoint; default: a small checkpoint made for the test",
     )
     parser.add_argument("--trials", type=int, default=300, help="number of damaged files; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="seed of the damage; default: %(default)s")
@@ -69,7 +72,9 @@ def main(arguments: list[str]) -> int:
 def format_result(result: dict[str, Any]) -> str:
     """Return a table of the trials, and every trial that failed."""
     lines = [f"{kind:14} {damage:9} {count} of {of}" for (kind, damage, count, of) in result["table"]]
-    total = f"{result['detected']} of {result['trials']} damaged files were detected, and the earlier checkpoint was used"
+    total = (
+        f"{result['detected']} of {result['trials']} damaged files were detected, and the earlier checkpoint was used"
+    )
     return "\n".join([*lines, total, *(f"MISSED: {text}" for text in result["missed"])])
 
 

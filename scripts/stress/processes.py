@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from mesh_transformer.scripts.launch import local
 
 from mesh_transformer.cli import FAILED, PREEMPTED, make_parser, run_command
-from mesh_transformer.scripts.launch import local
 
 ROOT = Path(__file__).resolve().parents[2]
 N_DEVICES = 4  # of all processes together
@@ -80,7 +80,9 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--child"]:
         return run_child(Path(arguments[1]), arguments[2], arguments[3:])
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--processes", type=int, default=2, help="number of processes for --trials; default: %(default)s")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="number of processes for --trials; default: %(default)s"
+    )
     parser.add_argument("--trials", type=int, default=0, help="number of kills; default: %(default)s")
     parser.add_argument("--moves", nargs="+", metavar="N:MESH", help="topology of each phase")
     parser.add_argument("--phase-steps", type=int, default=4, help="minimum steps of a phase; default: %(default)s")

@@ -30,9 +30,6 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from mesh_transformer.cli import PREEMPTED, add_set_option, make_parser, run_command
-from mesh_transformer.config import Config, ConfigError, load_config
-from mesh_transformer.reports.metrics_log import FILE, read_metrics
 from mesh_transformer.scripts.stress.fault_injection import (
     STOP_SIGNALS,
     Attempt,
@@ -44,9 +41,12 @@ from mesh_transformer.scripts.stress.fault_injection import (
     start_attempt,
     start_fork_server,
 )
-from mesh_transformer.train.data_log import BatchRecord, effective_history, read_log
 
 from mesh_transformer.checkpoint.store import Store
+from mesh_transformer.cli import PREEMPTED, add_set_option, make_parser, run_command
+from mesh_transformer.config import Config, ConfigError, load_config
+from mesh_transformer.reports.metrics_log import FILE, read_metrics
+from mesh_transformer.train.data_log import BatchRecord, effective_history, read_log
 
 SAVE_SECONDS = 0.08  # a kill during a save is sent within this time after the save began
 MAX_ATTEMPT_SECONDS = 3600.0
@@ -132,7 +132,8 @@ def format_result(result: Result, other_mesh: bool) -> str:
         f"{result.missing_sequences}",
         f"first array that differs: {result.first_different or 'none'}; largest difference: {result.ulps} ulps, "
         f"{result.relative_difference:.3g} of the array's largest value",
-        f"largest relative difference of a loss: {result.loss_difference:.3g}" + (" (two meshes)" if other_mesh else ""),
+        f"largest relative difference of a loss: {result.loss_difference:.3g}"
+        + (" (two meshes)" if other_mesh else ""),
         *(f"PROBLEM: {problem}" for problem in result.problems),
     ]
     return "\n".join([*lines, "failed" if result.problems else "passed"])
@@ -275,7 +276,9 @@ class ResumeTest:
         first_step = attempts[-1][0]
         if first_step != latest:
             self.result.not_from_latest += 1
-            self.add_problem(f"{run_dir.name}: attempt {number} resumed from step {first_step}, the latest was {latest}")
+            self.add_problem(
+                f"{run_dir.name}: attempt {number} resumed from step {first_step}, the latest was {latest}"
+            )
 
     def compare_runs(self, run_dir: Path, *, same_mesh: bool) -> None:
         """Compare a finished run with the uninterrupted one: bits, losses, data, temporary files."""
@@ -290,12 +293,16 @@ class ResumeTest:
         if list(losses) != list(expected):
             first = list(losses)[:3]
             last = list(losses)[-3:]
-            self.add_problem(f"{run_dir.name}: the metrics log has other steps than the uninterrupted run's: {first} ... {last}")
+            self.add_problem(
+                f"{run_dir.name}: the metrics log has other steps than the uninterrupted run's: {first} ... {last}"
+            )
         differences = [abs(losses[step] / expected[step] - 1) for step in expected if step in losses]
         self.result.loss_difference = max([self.result.loss_difference, *differences])
         if self.result.loss_difference > (0.0 if same_mesh else self.options.tolerance):
             self.add_problem(f"{run_dir.name}: a loss differs by {self.result.loss_difference:.3g}, relative")
-        self.compare_data(effective_history(read_log(self.uninterrupted)), effective_history(read_log(run_dir)), run_dir.name)
+        self.compare_data(
+            effective_history(read_log(self.uninterrupted)), effective_history(read_log(run_dir)), run_dir.name
+        )
         if leftovers := list_temporary_files(run_dir):
             self.add_problem(f"{run_dir.name}: temporary files were left: {leftovers[:5]}")
 
@@ -317,7 +324,9 @@ class ResumeTest:
         loader = open_data(self.config(run_dir)).train
         for step, batch in effective_history(read_log(run_dir)).items():
             if digest_tokens(loader.read_sequences(batch.sequences).tokens) != batch.digest:
-                self.add_problem(f"{run_dir.name}: step {step}: the digest in the data log is not that of its sequences")
+                self.add_problem(
+                    f"{run_dir.name}: step {step}: the digest in the data log is not that of its sequences"
+                )
                 return
 
     def check_equal(self, diff: CheckpointDiff, name: str) -> None:

@@ -1,19 +1,20 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Ill-treat a server and count what comes of it: malformed requests, overload, clients that leave, long mixed traffic.
+"""Stress test of the server: malformed requests, overload, clients that disconnect, and long mixed traffic.
 
-Each trial starts device_serve.py with RUN and ends it by SIGTERM, which must make it exit with 0. A trial holds if no
-answer is an error of the server's (5xx), no slot stays taken, nothing hangs, and memory stays within bounds.
+Each trial starts device_serve.py with RUN and ends it with SIGTERM, after which it must exit with 0. A trial passes if no
+response is a server error (5xx), all slots are free afterwards, no request hangs, and memory growth is bounded.
 
 examples:
   python scripts/stress/serving.py runs/quickstart
-      all trials at full length: 10,000 malformed requests, 200 requests at once, 20 clients that leave, 10,000 over 30 minutes
+      all trials at full length: 10,000 malformed requests, 200 simultaneous requests, 20 clients that disconnect, and
+      10,000 requests in 30 minutes
   python scripts/stress/serving.py runs/quickstart --trial soak --requests 500 --minutes 2 --json
-      one of them, shortened, as one JSON object
+      one shorter trial, printed as one JSON object
   python scripts/stress/serving.py runs/quickstart --trial schema --schemathesis ~/st/bin/st --requests 5000
-      cases that schemathesis makes of the server's own OpenAPI schema
+      requests that schemathesis generates from the server's OpenAPI schema
 
-exit status: 0 all held, 1 one did not, 2 wrong usage
+exit status: 0 all trials passed, 1 one failed, 2 wrong usage
 """
 
 import asyncio
@@ -28,30 +29,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
+from mesh_transformer.scripts.stress.fault_injection import read_resident_bytes
+
 from mesh_transformer.cli import DONE, FAILED, add_set_option, make_parser, run_command
 
 ROOT = Path(__file__).parents[2]
-HANG = 120.0  # seconds after which an answer counts as missing
-SLOTS_AT_ONCE = 32
-MOST_GROWTH = 50.0  # MB of memory
+RESPONSE_SECONDS = 120.0  # a response that takes longer counts as missing
+SLOTS = 32
+MAX_GROWTH_MB = 50.0  # of resident memory
+NO_RESPONSE = "no response"  # a key of the counts of statuses
+DISCONNECTED = "disconnected"  # the client disconnected before the response
 
 
-class Served:
-    """A server of our own, as a context."""
+class ServerProcess:
+    """Context manager that runs device_serve.py on a free port; it is ended by SIGTERM."""
 
-    def __init__(self, run: str, settings: list[str]):
+    def __init__(self, run: str, overrides: list[str]):
         command = [sys.executable, str(ROOT / "device_serve.py"), run, "--port", "0"]
-        command += [f"--set={setting}" for setting in settings]
+        command += [f"--set={override}" for override in overrides]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
-        self.status: int | None = None
-        self.seconds_to_end = 0.0
+        self.status: int | None = None  # exit status
+        self.stop_seconds = 0.0  # from SIGTERM to the exit
 
-    def __enter__(self) -> "Served":
+    def __enter__(self) -> "ServerProcess":
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line.startswith("serving on"):
@@ -66,203 +72,239 @@ class Served:
             self.status = self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self.process.kill()
-        self.seconds_to_end = time.monotonic() - start
+        self.stop_seconds = time.monotonic() - start
 
-    def memory(self) -> float:
-        """Resident, in MB."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * 4096 / 1e6
+    def memory_mb(self) -> float:
+        """Return the resident memory in MB."""
+        resident = read_resident_bytes(self.process.pid)
+        if resident is None:
+            raise RuntimeError(f"the server ended during the trial: exit status {self.process.poll()}")
+        return resident / 1e6
 
 
 def main(arguments: list[str]) -> int:
-    """Run the trials that are asked for, and print what they counted."""
+    """Run the requested trials and print their results."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("run", metavar="RUN", help="a run folder or a checkpoint in it, best of a very small model")
-    parser.add_argument("--trial", choices=[*TRIALS], action="append", help="repeatable; default: all but schema")
-    parser.add_argument("--requests", type=int, default=10_000, help="of soak, malformed and schema; default: 10000")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of soak; default: %(default)g")
-    parser.add_argument("--schemathesis", default="st", help="its program; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1, help="of what is asked; default: %(default)s")
+    parser.add_argument("run", metavar="RUN", help="run folder or checkpoint, preferably of a very small model")
+    parser.add_argument("--trial", choices=[*TRIALS], action="append", help="repeatable; default: all except schema")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=10_000,
+        help="requests of the trials soak, malformed and schema; default: %(default)s",
+    )
+    parser.add_argument("--minutes", type=float, default=30.0, help="duration of the trial soak; default: %(default)g")
+    parser.add_argument("--schemathesis", default="st", help="command of schemathesis; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the requests; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_set_option(parser)
     options = parser.parse_args(arguments)
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for name in options.trial or [name for name in TRIALS if name != "schema"]:
-        settings, trial = TRIALS[name]
-        with Served(options.run, [*options.set, *settings]) as served:
-            found[name] = asyncio.run(trial(served, options))
-        found[name] |= {"exit_status": served.status, "seconds_to_end": round(served.seconds_to_end, 2)}
-        found[name]["held"] = found[name]["held"] and served.status == 0 and served.seconds_to_end <= 10
+        overrides, trial = TRIALS[name]
+        with ServerProcess(options.run, [*options.set, *overrides]) as server:
+            result = asyncio.run(trial(server, options))
+        result |= {"exit_status": server.status, "stop_seconds": round(server.stop_seconds, 2)}
+        result["passed"] = result["passed"] and server.status == 0 and server.stop_seconds <= 10
+        results[name] = result
         if not options.json:
-            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in found[name].items()), flush=True)
+            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
     if options.json:
-        print(json.dumps(found))
-    return DONE if all(each["held"] for each in found.values()) else FAILED
+        print(json.dumps(results))
+    return DONE if all(result["passed"] for result in results.values()) else FAILED
 
 
-async def malformed(served: Served, options: Any) -> dict[str, Any]:
-    """Bytes that are nearly requests, on raw sockets, 8 at a time."""
-    rng, statuses, longest = random.Random(options.seed), Counter(), 0
-    await ask(served.port, dict(prompt="a", max_tokens=2))
-    before, start = served.memory(), time.monotonic()
+async def malformed(server: ServerProcess, options: Namespace) -> dict[str, Any]:
+    """Send malformed requests over raw sockets, 8 at a time."""
+    rng = random.Random(options.seed)
+    statuses = Counter()
+    longest = 0
+    await complete(server.port, dict(prompt="a", max_tokens=2))
+    memory_before = server.memory_mb()
+    start = time.monotonic()
 
-    async def one(data: bytes) -> None:
+    async def send(data: bytes) -> None:
         nonlocal longest
-        answer = await exchange(served.port, data)
-        statuses[_status(answer)] += 1
-        longest = max(longest, len(answer) if _status(answer) >= 400 else 0)
+        response = await exchange(server.port, data)
+        status = parse_status(response)
+        statuses[status] += 1
+        if status >= 400:
+            longest = max(longest, len(response))
 
     for first in range(0, options.requests, 8):
-        await asyncio.gather(*(one(mangle(rng)) for _ in range(min(8, options.requests - first))))
-    growth = served.memory() - before
+        await asyncio.gather(*(send(make_malformed(rng)) for _ in range(min(8, options.requests - first))))
+    growth = server.memory_mb() - memory_before
     return {
-        **_report(statuses, start),
-        "longest_error": longest,
+        **summarize(statuses, start),
+        "longest_error_bytes": longest,
         "memory_growth_mb": round(growth, 1),
-        "held": _sound(statuses) and longest <= 4096 and growth < MOST_GROWTH and await still_serves(served),
+        "passed": no_server_errors(statuses)
+        and longest <= 4096
+        and growth < MAX_GROWTH_MB
+        and await serves_requests(server),
     }
 
 
-async def overload(served: Served, options: Any) -> dict[str, Any]:
-    """200 requests at once where 32 have a slot and none may wait."""
+async def overload(server: ServerProcess, options: Namespace) -> dict[str, Any]:
+    """Send 200 requests at once to a server with 32 slots and no queue."""
     body = dict(prompt="a", max_tokens=100, logit_bias={"256": -100}, guided_regex="[a-z]*")
-    await asyncio.gather(*(ask(served.port, {**body, "max_tokens": 5}) for _ in range(SLOTS_AT_ONCE)))
-    start, latencies = time.monotonic(), []
-    asked = asyncio.gather(*(ask(served.port, body) for _ in range(200)))
-    while not asked.done():
+    await asyncio.gather(*(complete(server.port, {**body, "max_tokens": 5}) for _ in range(SLOTS)))
+    start = time.monotonic()
+    latencies = []  # ms
+    requests = asyncio.gather(*(complete(server.port, body) for _ in range(200)))
+    while not requests.done():
         sent = time.monotonic()
-        await exchange(served.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        await exchange(server.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         latencies.append(1000 * (time.monotonic() - sent))
         await asyncio.sleep(0.01)
-    answers = await asked
-    statuses = Counter(_status(answer) for answer in answers)
-    told = sum(b"retry-after:" in answer.lower() for answer in answers)
-    cut = statistics.quantiles(latencies, n=100)[98] if len(latencies) > 1 else latencies[0]
+    responses = await requests
+    statuses = Counter(parse_status(response) for response in responses)
+    n_retry_after = sum(b"retry-after:" in response.lower() for response in responses)
+    p99 = statistics.quantiles(latencies, n=100)[98] if len(latencies) > 1 else latencies[0]
     return {
-        **_report(statuses, start),
-        "retry_after": told,
-        "health_p99_ms": round(cut, 1),
+        **summarize(statuses, start),
+        "retry_after": n_retry_after,
+        "health_p99_ms": round(p99, 1),
         "health_median_ms": round(statistics.median(latencies), 1),
-        "held": statuses == {200: SLOTS_AT_ONCE, 429: 200 - SLOTS_AT_ONCE} and told == statuses[429],
+        "passed": statuses == {200: SLOTS, 429: 200 - SLOTS} and n_retry_after == statuses[429],
     }
 
 
-async def leave(served: Served, options: Any) -> dict[str, Any]:
-    """20 clients that go as soon as all have a slot, half of them with a stream."""
+async def disconnect(server: ServerProcess, options: Namespace) -> dict[str, Any]:
+    """Disconnect 20 clients as soon as all have a slot; half of them receive a stream."""
     body = dict(prompt="a", max_tokens=200, logit_bias={"256": -100}, guided_regex="[a-z]*")
-    await asyncio.gather(*(ask(served.port, {**body, "max_tokens": 5}) for _ in range(20)))
-    before = await measure(served.port)
-    seated = asyncio.Event()
-    asked = [ask(served.port, {**body, "stream": i % 2 == 0}, leave=seated.wait()) for i in range(20)]
-    going = asyncio.gather(*asked)
-    while (await measure(served.port))["slots_used"] < 20:
-        if going.done():
+    await asyncio.gather(*(complete(server.port, {**body, "max_tokens": 5}) for _ in range(20)))
+    before = await read_metrics(server.port)
+    all_active = asyncio.Event()
+    requests = asyncio.gather(
+        *(complete(server.port, {**body, "stream": i % 2 == 0}, disconnect=all_active.wait()) for i in range(20))
+    )
+    while (await read_metrics(server.port))["slots_used"] < 20:
+        if requests.done():
             raise RuntimeError(
-                f"answered before all had a slot: {(await going)[0][:200]!r}; give a model of seq_len 256"
+                f"a response arrived before all requests had a slot: {(await requests)[0][:200]!r}; "
+                "use a model with seq_len 256 or more"
             )
         await asyncio.sleep(0.01)
-    seated.set()
-    await going
+    all_active.set()
+    await requests
     start = time.monotonic()
-    after = await wait_until_free(served.port)
+    after = await wait_until_free(server.port)
     seconds = time.monotonic() - start
-    drawn = after["generated_tokens_total"] - before["generated_tokens_total"]
+    generated = after["generated_tokens_total"] - before["generated_tokens_total"]
     return {
         "seconds_until_free": round(seconds, 2),
-        "generated_tokens": drawn,
-        "of": 20 * 200,
-        "held": seconds < 1.0 and drawn < 20 * 200,
+        "generated_tokens": generated,
+        "requested_tokens": 20 * 200,
+        "passed": seconds < 1.0 and generated < 20 * 200,
     }
 
 
-async def soak(served: Served, options: Any) -> dict[str, Any]:
-    """Traffic of mixed sizes spread over the given time, of which every fourth client leaves early."""
-    rng, statuses, pending = random.Random(options.seed), Counter(), set()
-    start, memory = time.monotonic(), []
+async def soak(server: ServerProcess, options: Namespace) -> dict[str, Any]:
+    """Send requests of mixed sizes, spread over the given time; every fourth client disconnects early."""
+    rng = random.Random(options.seed)
+    statuses = Counter()
+    pending = set()
+    start = time.monotonic()
+    memory = []  # (compiled programs, MB)
 
-    async def one(body: dict[str, Any], leave_after: float | None) -> None:
-        kind = "never answered"
+    async def send(body: dict[str, Any], seconds: float | None) -> None:
+        status = NO_RESPONSE
         with contextlib.suppress(TimeoutError):
-            answer = await ask(served.port, body, leave=None if leave_after is None else asyncio.sleep(leave_after))
-            kind = "left" if leave_after is not None else _status(answer)
-        statuses[kind] += 1
+            disconnect = None if seconds is None else asyncio.sleep(seconds)
+            response = await complete(server.port, body, disconnect=disconnect)
+            status = parse_status(response) if seconds is None else DISCONNECTED
+        statuses[status] += 1
 
     for number in range(options.requests):
         due = start + 60 * options.minutes * number / options.requests
         await asyncio.sleep(max(0.0, due - time.monotonic()))
         while len(pending) >= 64:
             _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        leaves = rng.expovariate(5.0) if rng.random() < 0.25 else None
-        pending.add(asyncio.ensure_future(one(make_body(rng), leaves)))
+        disconnect_after = rng.expovariate(5.0) if rng.random() < 0.25 else None
+        pending.add(asyncio.ensure_future(send(make_body(rng), disconnect_after)))
         if number % max(options.requests // 40, 1) == 0:
-            memory.append(((await measure(served.port))["programs"], round(served.memory())))
+            memory.append(((await read_metrics(server.port))["programs"], round(server.memory_mb())))
     if pending:
         await asyncio.wait(pending)
-    after = await wait_until_free(served.port)
-    # A program that is compiled stays: what counts is what was added while none was.
+    after = await wait_until_free(server.port)
+    # Compiled programs stay in memory: only intervals without a compilation count.
     growths = [after[1] - before[1] for before, after in itertools.pairwise(memory) if before[0] == after[0]]
     return {
-        **_report(statuses, start),
+        **summarize(statuses, start),
         "generated_tokens": after["generated_tokens_total"],
-        "cancelled": after["canceled_total"],
+        "canceled": after["canceled_total"],
         "memory_mb": [size for _, size in memory],
         "programs": int(after["programs"]),
         "memory_growth_mb": sum(growths),
-        "without_compiling": f"{len(growths)} of {len(memory) - 1} intervals",
-        "held": _sound(statuses) and len(growths) > len(memory) / 4 and sum(growths) < MOST_GROWTH,
+        "intervals_without_compilation": f"{len(growths)} of {len(memory) - 1}",
+        "passed": no_server_errors(statuses) and len(growths) > len(memory) / 4 and sum(growths) < MAX_GROWTH_MB,
     }
 
 
-async def schema(served: Served, options: Any) -> dict[str, Any]:
-    """What schemathesis makes of the OpenAPI schema."""
+async def schema(server: ServerProcess, options: Namespace) -> dict[str, Any]:
+    """Run schemathesis on the server's OpenAPI schema."""
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    command = [options.schemathesis, "run", f"http://127.0.0.1:{served.port}/openapi.json"]
+    command = [options.schemathesis, "run", f"http://127.0.0.1:{server.port}/openapi.json"]
     command += ["--checks", checks + ",negative_data_rejection", "--phases", "examples,coverage,fuzzing"]
     operations = 8
     command += ["--max-examples", str(-(-options.requests // operations)), "--no-color", "--continue-on-failure"]
-    command += ["--request-timeout", str(HANG), "--workers", "2", "--seed", str(options.seed), "--no-shrink"]
+    command += [
+        "--request-timeout",
+        str(RESPONSE_SECONDS),
+        "--workers",
+        "2",
+        "--seed",
+        str(options.seed),
+        "--no-shrink",
+    ]
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:  # it leaves a cache where it runs
+    with tempfile.TemporaryDirectory() as folder:  # schemathesis leaves a cache in its working folder
         ran = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, cwd=folder)
     cases = sum(int(n) for n in re.findall(r"(\d+) generated", ran.stdout))
     print(ran.stdout[-6000:], file=sys.stderr)
     return {
         "cases": cases,
         "seconds": round(time.monotonic() - start),
-        "status": ran.returncode,
-        "held": ran.returncode == 0 and await still_serves(served),
+        "schemathesis_status": ran.returncode,
+        "passed": ran.returncode == 0 and await serves_requests(server),
     }
 
 
+# name -> (config overrides of the server, trial)
 TRIALS = {
     "malformed": ([], malformed),
-    "overload": ([f"serve.slots={SLOTS_AT_ONCE}", "serve.max_queue=0"], overload),
-    "leave": ([f"serve.slots={SLOTS_AT_ONCE}"], leave),
+    "overload": ([f"serve.slots={SLOTS}", "serve.max_queue=0"], overload),
+    "disconnect": ([f"serve.slots={SLOTS}"], disconnect),
     "soak": ([], soak),
     "schema": ([], schema),
 }
 
 
-async def ask(port: int, body: dict[str, Any], leave: Awaitable[Any] | None = None) -> bytes:
-    """All bytes of the answer to a completion, or nothing from a client that leaves."""
+async def complete(port: int, body: dict[str, Any], disconnect: Awaitable[Any] | None = None) -> bytes:
+    """Request a completion and return the bytes of the response; for `disconnect`, see `exchange`."""
     data = json.dumps(body).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     tail = b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data)
-    return await exchange(port, head + tail, leave=leave)
+    return await exchange(port, head + tail, disconnect=disconnect)
 
 
-async def exchange(port: int, data: bytes, leave: Awaitable[Any] | None = None) -> bytes:
-    """Send bytes and read until the server closes; b"" if it resets. TimeoutError if it never does."""
+async def exchange(port: int, data: bytes, disconnect: Awaitable[Any] | None = None) -> bytes:
+    """Send bytes and return what the server sends until it closes the connection; b"" if it resets the connection.
+
+    With `disconnect`, the client disconnects when that is done, and b"" is returned. Raises TimeoutError if the server
+    does not close the connection within RESPONSE_SECONDS.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(data)
-        if leave is not None:
-            await leave
+        if disconnect is not None:
+            await disconnect
             return b""
         await writer.drain()
         if b"\r\nConnection: close\r\n" not in data:
             writer.write_eof()
-        async with asyncio.timeout(HANG):
+        async with asyncio.timeout(RESPONSE_SECONDS):
             return await reader.read()
     except ConnectionError:
         return b""
@@ -272,8 +314,8 @@ async def exchange(port: int, data: bytes, leave: Awaitable[Any] | None = None) 
             await writer.wait_closed()
 
 
-def mangle(rng: random.Random) -> bytes:
-    """A request with some of its bytes changed, cut short, or with noise behind it."""
+def make_malformed(rng: random.Random) -> bytes:
+    """Return a request with some bytes changed, truncated, or followed by random bytes."""
     body = json.dumps(make_body(rng)).encode()
     paths = ["/v1/completions", "/v1/chat/completions", "/complete", "/v1/models", "/", "/metrics", "*", ""]
     path = rng.choice([*paths, "/../" * rng.randint(1, 9)])
@@ -290,7 +332,7 @@ def mangle(rng: random.Random) -> bytes:
 
 
 def make_body(rng: random.Random) -> dict[str, Any]:
-    """A completion of a random size."""
+    """Return the body of a completion request of a random size."""
     body: dict[str, Any] = dict(prompt="abc " * rng.randint(0, 30), max_tokens=int(2 ** rng.uniform(0, 6.5)))
     body |= dict(stream=rng.random() < 0.5, n=rng.choice([1, 1, 1, 2, 3]), temperature=rng.choice([0, 0.7, 1.0]))
     if rng.random() < 0.2:
@@ -300,40 +342,43 @@ def make_body(rng: random.Random) -> dict[str, Any]:
     return body
 
 
-async def measure(port: int) -> dict[str, float]:
-    """The server's own numbers without labels."""
-    answer = await exchange(port, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    pairs = re.findall(r"^mesh_transformer_(\w+) (\S+)$", answer.decode(), re.MULTILINE)
+async def read_metrics(port: int) -> dict[str, float]:
+    """Return the server's Prometheus metrics that have no labels, without their common prefix."""
+    response = await exchange(port, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    pairs = re.findall(r"^mesh_transformer_(\w+) (\S+)$", response.decode(), re.MULTILINE)
     return {name: float(value) for name, value in pairs}
 
 
 async def wait_until_free(port: int) -> dict[str, float]:
-    """The numbers once nothing is being drawn. TimeoutError if a slot stays taken."""
-    async with asyncio.timeout(HANG):
+    """Return the metrics once no slot is used. Raises TimeoutError if a slot is never freed."""
+    async with asyncio.timeout(RESPONSE_SECONDS):
         while True:
-            numbers = await measure(port)
-            if not numbers["slots_used"] and not numbers["open_samples"]:
-                return numbers
+            metrics = await read_metrics(port)
+            if not metrics["slots_used"] and not metrics["open_samples"]:
+                return metrics
             await asyncio.sleep(0.02)
 
 
-async def still_serves(served: Served) -> bool:
-    """Whether an ordinary request is answered, and no slot is taken afterwards."""
-    answer = await ask(served.port, dict(prompt="a", max_tokens=2))
-    await wait_until_free(served.port)
-    return _status(answer) == 200
+async def serves_requests(server: ServerProcess) -> bool:
+    """Return whether an ordinary request succeeds, and its slot is freed afterwards."""
+    response = await complete(server.port, dict(prompt="a", max_tokens=2))
+    await wait_until_free(server.port)
+    return parse_status(response) == 200
 
 
-def _status(answer: bytes) -> int:
-    found = re.match(rb"HTTP/1.1 (\d+) ", answer)
-    return int(found[1]) if found else 0  # 0: closed without a word, as where no request was to be made out
+def parse_status(response: bytes) -> int:
+    """Return the HTTP status of a response; 0 if the server closed the connection without one."""
+    found = re.match(rb"HTTP/1.1 (\d+) ", response)
+    return int(found[1]) if found else 0
 
 
-def _sound(statuses: Counter) -> bool:
-    return not any(status == "never answered" or (isinstance(status, int) and status >= 500) for status in statuses)
+def no_server_errors(statuses: Counter) -> bool:
+    """Return whether every request got a response other than a server error."""
+    return not any(status == NO_RESPONSE or (isinstance(status, int) and status >= 500) for status in statuses)
 
 
-def _report(statuses: Counter, start: float) -> dict[str, Any]:
+def summarize(statuses: Counter, start: float) -> dict[str, Any]:
+    """Return the counts of statuses, and the seconds since `start`."""
     return {
         "statuses": {str(status): n for status, n in sorted(statuses.items(), key=str)},
         "seconds": round(time.monotonic() - start, 1),

@@ -1,27 +1,28 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A sharded run is the run of one device: every mesh with every feature, loss, gradients and parameters after 5 steps.
+"""Stress test of sharding: every mesh with every feature must train like one device.
 
-Each row trains the same small model on the same batches for five optimizer steps on a mesh of CPU devices and on one
-device, and prints the largest relative differences: of the five losses, of every array's gradient at the end (norm of
-the difference over norm of the array), and of every parameter. Exit status 1 if one exceeds the tolerance.
+Each case trains the same small model on the same batches for five optimizer steps, on a mesh of CPU devices and on one
+device. It prints the largest relative differences of the five losses, of the final gradient of every array (norm of the
+difference divided by the norm of the array), and of every parameter.
 
 examples:
   python scripts/stress/sharding.py
-      the whole grid on 4, 8 and 16 devices
+      all cases on 4, 8 and 16 devices
   python scripts/stress/sharding.py --only "context=4" --only "tensor=2"
-      rows whose name contains all of these
+      cases whose name contains both texts
   python scripts/stress/sharding.py --processes 4 --only "tensor=2 context=2"
-      the devices of each row belong to four processes of this machine (Gloo)
+      the devices of each case belong to four processes on this machine (Gloo)
   python scripts/stress/sharding.py --processes 4 --only "4 devices"
-      one device in each process, so that every axis spans processes
+      one device per process, so that every axis spans processes
+
+exit status: 0 all differences are within the tolerance, 1 one is not, 2 wrong usage
 """
 
 import functools
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from mesh_transformer.scripts.launch.local import find_port
 
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import Config, parse_config
@@ -38,49 +40,62 @@ from mesh_transformer.mesh import MESH_AXES, MeshLayout, make_layout, use_layout
 from mesh_transformer.train.state import describe_state, flatten_state, make_init_state, state_shardings
 from mesh_transformer.train.step import make_train_step
 
-N_VOCAB, SEQ_LEN, BATCH, STEPS = 64, 32, 16, 5
+N_VOCAB = 64
+SEQ_LEN = 32
+BATCH_SIZE = 16
+STEPS = 5
 TOLERANCE = 1e-5
-ROTARY = dict(positions="rope-half", qkv_bias=False, tied_embeddings=False, head_bias=True)
-GROUPED = dict(ROTARY, n_kv_heads=4, gated_ffn=True, norm="rmsnorm")
-LOCAL = dict(GROUPED, attention_pattern=["global", "local"], attention_window=5)
-
-READING = {key: value for key, value in T5.items() if key not in ("n_vocab", "seq_len")} | dict(n_encoder_layers=4)
+ROPE = dict(positions="rope-half", qkv_bias=False, tied_embeddings=False, head_bias=True)
+GQA = dict(ROPE, n_kv_heads=4, gated_ffn=True, norm="rmsnorm")
+LOCAL = dict(GQA, attention_pattern=["global", "local"], attention_window=5)
+ENCODER_DECODER = {key: value for key, value in T5.items() if key not in ("n_vocab", "seq_len")} | dict(
+    n_encoder_layers=4
+)
 EXPERTS = dict(n_experts=8, n_experts_per_token=2, layer_interval=2, router_jitter=0.1)
 
-# name -> [model] keys, [train] keys, whether documents are kept apart
-FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
-    "tied": ({}, {}, False),
-    "grouped, loss in pieces": (GROUPED, dict(loss_chunks=2, z_loss=1e-3), False),
-    "local, packed": (LOCAL, {}, True),
-    "local, packed, remat": (dict(LOCAL, remat="full"), dict(loss_chunks=2), True),
-    "blocked": (dict(LOCAL, attention_kernel="blockwise"), {}, True),
-    "alibi, dots": (dict(positions="alibi", remat="dots"), {}, False),
-    "remat attention": (dict(GROUPED, remat="attention"), {}, False),
-    "accumulated": (LOCAL, dict(grad_accum_steps=2), True),
-    "experts with seats": (
-        dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, capacity_factor=0.9, expert_dropout=0.1)),
+
+class Feature(NamedTuple):
+    """Config keys of a feature."""
+
+    model: dict[str, Any]  # of [model]
+    train: dict[str, Any]  # of [train]
+    isolate_documents: bool
+
+
+FEATURES = {
+    "tied": Feature({}, {}, False),
+    "grouped-query, chunked loss": Feature(GQA, dict(loss_chunks=2, z_loss=1e-3), False),
+    "local, packed": Feature(LOCAL, {}, True),
+    "local, packed, remat": Feature(dict(LOCAL, remat="full"), dict(loss_chunks=2), True),
+    "blockwise": Feature(dict(LOCAL, attention_kernel="blockwise"), {}, True),
+    "alibi, remat dots": Feature(dict(positions="alibi", remat="dots"), {}, False),
+    "remat attention": Feature(dict(GQA, remat="attention"), {}, False),
+    "gradient accumulation": Feature(LOCAL, dict(grad_accum_steps=2), True),
+    "experts, capacity": Feature(
+        dict(GQA, ff_bias=False, experts=dict(EXPERTS, capacity_factor=0.9, expert_dropout=0.1)),
         {},
         True,
     ),
-    "experts, all taken": (
-        dict(GROUPED, ff_bias=False, remat="full", experts=dict(EXPERTS, aux_loss_scope="sequence")),
+    "experts, dropless": Feature(
+        dict(GQA, ff_bias=False, remat="full", experts=dict(EXPERTS, aux_loss_scope="sequence")),
         dict(grad_accum_steps=2),
         False,
     ),
-    "encoder and decoder": (dict(READING, gated_ffn=True, remat="full"), dict(grad_accum_steps=2), False),
-    "encoder and decoder, experts with seats": (
-        dict(READING, experts=dict(EXPERTS, n_experts_per_token=1, capacity_factor=0.9)),
+    "encoder-decoder": Feature(dict(ENCODER_DECODER, gated_ffn=True, remat="full"), dict(grad_accum_steps=2), False),
+    "encoder-decoder, experts, capacity": Feature(
+        dict(ENCODER_DECODER, experts=dict(EXPERTS, n_experts_per_token=1, capacity_factor=0.9)),
         {},
         False,
     ),
-    "experts, seats shared": (
-        dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, capacity_factor=0.9, expert_dropout=0.1, group=BATCH)),
+    "experts, shared capacity": Feature(
+        dict(GQA, ff_bias=False, experts=dict(EXPERTS, capacity_factor=0.9, expert_dropout=0.1, group_size=BATCH_SIZE)),
         {},
         False,
     ),
-    # Balance is that of a microbatch, so that one device takes as many; stages draw noise of their own, so there is none.
-    "experts in stages": (
-        dict(GROUPED, ff_bias=False, experts=dict(EXPERTS, router_jitter=0.0, capacity_factor=0.9, group_size=4)),
+    # The auxiliary loss is of a microbatch, so one device uses as many microbatches. Pipeline stages have separate random
+    # keys, so there is no router noise.
+    "experts, pipeline": Feature(
+        dict(GQA, ff_bias=False, experts=dict(EXPERTS, router_jitter=0.0, capacity_factor=0.9, group_size=4)),
         dict(grad_accum_steps=4),
         True,
     ),
@@ -122,15 +137,23 @@ MESHES = {
 }
 
 
-class Found(NamedTuple):
-    """What a run of a few steps leaves."""
+class Case(NamedTuple):
+    """A mesh and a feature."""
+
+    name: str
+    mesh: str  # "AXIS=SIZE ..." and switches
+    feature: str  # a key of FEATURES
+
+
+class TrainingResult(NamedTuple):
+    """Result of a run of STEPS steps."""
 
     losses: np.ndarray
     arrays: dict[str, np.ndarray]  # "gradient/..." and "parameter/..."
 
 
 class Difference(NamedTuple):
-    """Largest relative differences of a row."""
+    """Largest relative differences of a case."""
 
     loss: float
     gradient: float
@@ -138,120 +161,133 @@ class Difference(NamedTuple):
 
 
 def main(arguments: list[str]) -> int:
-    """Run the rows and print the table."""
+    """Run the cases and print a table."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="rows whose name contains this")
     parser.add_argument(
-        "--processes", type=int, default=1, help="processes that share the devices; default: %(default)s"
+        "--only", action="append", default=[], metavar="TEXT", help="only cases whose name contains this"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object per row")
-    parser.add_argument("--worker", nargs=2, metavar=("ADDRESS", "INDEX"), help="used by --processes")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per case")
+    parser.add_argument("--worker", nargs=2, metavar=("ADDRESS", "INDEX"), help="used internally by --processes")
     options = parser.parse_args(arguments)
     if options.processes > 1 and not options.worker:
         return _start_workers(options.processes, arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(MESHES) // options.processes)
-    jax.config.update("jax_disable_most_optimizations", True)  # a row is mostly compilation
+    jax.config.update("jax_disable_most_optimizations", True)  # compilation takes most of the time
     if options.worker:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(options.worker[0], options.processes, int(options.worker[1]))
     failed = 0
-    for name, mesh, feature in list_rows(options.only):
-        found = train(mesh, feature)  # by all processes together
+    for case in list_cases(options.only):
+        result = train(case.mesh, case.feature)  # by all processes together
         if jax.process_index() == 0:
-            difference = compare(found, _alone(feature))
+            difference = compare(result, _train_on_one_device(case.feature))
             failed += max(difference) > TOLERANCE
-            words = " ".join(f"{number:9.1e}" for number in difference)
-            print(
-                json.dumps({"row": name, **difference._asdict()}) if options.json else f"{name:<88}{words}", flush=True
-            )
+            if options.json:
+                print(json.dumps({"case": case.name, **difference._asdict()}), flush=True)
+            else:
+                print(f"{case.name:<88}" + " ".join(f"{number:9.1e}" for number in difference), flush=True)
     if jax.process_index() == 0 and not options.json:
-        print(f"largest relative difference of loss, gradient, parameter; {failed} row(s) above {TOLERANCE:g}")
+        print(f"largest relative difference of loss, gradient, parameter; {failed} case(s) above {TOLERANCE:g}")
     return int(failed > 0)
 
 
-def list_rows(only: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(name, mesh, feature) of every row whose name contains all of `only`."""
-    rows = []
-    for count, meshes in MESHES.items():
-        for mesh in meshes:
-            for feature in FEATURES:
-                # "accumulated" tells nothing new where microbatches go through stages anyway, and without experts their
-                # axis is one more of the batch
-                fits = feature == "experts in stages" or (feature != "accumulated" and "experts" not in feature)
-                fits = fits if "pipeline" in mesh else feature != "experts in stages"
-                fits &= "encoder" not in feature or not ("pipeline" in mesh or "context" in mesh)  # which refuse one
-                if fits and ("expert" not in mesh or "experts" in feature):
-                    rows.append((f"{count} devices: {mesh:<56} {feature}", mesh, feature))
-    return [row for row in rows if all(text in row[0] for text in only)]
+def list_cases(only: Sequence[str]) -> list[Case]:
+    """Return every case whose name contains all texts of `only`."""
+    cases = [
+        Case(f"{count} devices: {mesh:<56} {feature}", mesh, feature)
+        for count, meshes in MESHES.items()
+        for mesh in meshes
+        for feature in FEATURES
+        if is_supported(mesh, feature)
+    ]
+    return [case for case in cases if all(text in case.name for text in only)]
 
 
-def compare(found: Found, wanted: Found) -> Difference:
-    """The largest relative differences: of the losses, and by norm of each array's gradient and value."""
-    apart = {"gradient": 0.0, "parameter": 0.0}
-    for name, array in wanted.arrays.items():
+def is_supported(mesh: str, feature: str) -> bool:
+    """Return whether a mesh supports a feature, and the two are worth testing together."""
+    has_experts = "experts" in feature
+    if "pipeline" in mesh:
+        # A pipeline accumulates gradients over microbatches in any case.
+        if feature == "gradient accumulation" or (has_experts and feature != "experts, pipeline"):
+            return False
+    elif feature == "experts, pipeline":
+        return False
+    if "encoder" in feature and ("pipeline" in mesh or "context" in mesh):  # not implemented
+        return False
+    return has_experts or "expert" not in mesh  # without experts, the expert axis is another batch axis
+
+
+def compare(result: TrainingResult, expected: TrainingResult) -> Difference:
+    """Return the largest relative differences: of the losses, and of the norms of each gradient and parameter."""
+    largest = {"gradient": 0.0, "parameter": 0.0}
+    for name, array in expected.arrays.items():
         kind = name.split("/")[0]
-        # The gradient of a key's bias is zero but for rounding, and its Adam step noise: measured on the query's scale.
-        scale = np.linalg.norm(wanted.arrays[name.replace("/b_k", "/b_q")])
-        apart[kind] = max(apart[kind], float(np.linalg.norm(found.arrays[name] - array) / scale))
-    return Difference(float(np.max(np.abs(found.losses / wanted.losses - 1))), **apart)
+        # The exact gradient of a key's bias is zero, so the computed one is rounding: use the scale of the query's bias.
+        scale = np.linalg.norm(expected.arrays[name.replace("/b_k", "/b_q")])
+        largest[kind] = max(largest[kind], float(np.linalg.norm(result.arrays[name] - array) / scale))
+    return Difference(float(np.max(np.abs(result.losses / expected.losses - 1))), **largest)
 
 
 @functools.cache
-def _alone(feature: str) -> Found:
+def _train_on_one_device(feature: str) -> TrainingResult:
     return train("data=1", feature)
 
 
-def train(mesh: str, feature: str) -> Found:
-    """Five steps of a feature's model from the same start on the same batches."""
+def train(mesh: str, feature: str) -> TrainingResult:
+    """Train for STEPS steps; the initial state and the batches are the same for all meshes."""
     config = make_config(mesh, feature)
     size = math.prod(config.mesh.data if axis == "data" else getattr(config.mesh, axis) for axis in MESH_AXES)
     layout = make_layout(config.mesh, choose_devices(size))
-    state, axes = _start(feature)
+    state, axes = _init_state(feature)
     shardings = state_shardings(layout, state, axes)
-    state = jax.tree.map(_put, state, shardings)
+    state = jax.tree.map(_to_devices, state, shardings)
     step = make_train_step(config)
 
-    def traced(state: Any, batch: Batch) -> Any:
+    def step_with_layout(state: Any, batch: Batch) -> Any:
         with use_layout(layout):
             return step(state, batch)
 
-    compiled = jax.jit(traced, out_shardings=(shardings, None))
-    losses, arrays = [], {}
+    compiled = jax.jit(step_with_layout, out_shardings=(shardings, None))
+    losses = []
+    arrays = {}
     for index in range(STEPS + 1):
         arrays = {f"parameter/{name}": leaf for name, leaf in flatten_state(state.params).items()}
-        state, metrics = compiled(state, place(make_batch(index, feature), layout))
+        state, metrics = compiled(state, shard_batch(make_batch(index, feature), layout))
         losses.append(float(metrics["loss"]))
-    # Without momentum the optimizer's first moment is the last gradient: that at the parameters after STEPS steps.
+    # With beta1 = 0 the optimizer's first moment is the last gradient, of the parameters after STEPS steps.
     moments = flatten_state(state.opt_state)
     arrays |= {f"gradient/{name.partition('/mu/')[2]}": leaf for name, leaf in moments.items() if "/mu/" in name}
-    return Found(np.array(losses), {name: whole(leaf) for name, leaf in arrays.items()})
+    return TrainingResult(np.array(losses), {name: gather(leaf) for name, leaf in arrays.items()})
 
 
 def choose_devices(size: int) -> list[Any]:
-    """This many devices, as many of every process as of any other; one: this process's own."""
+    """Return `size` devices, the same number from each process; for size 1, a device of this process."""
     if size == 1:
         return jax.local_devices()[:1]
-    each = size // jax.process_count()
-    owned = [[d for d in jax.devices() if d.process_index == index][:each] for index in range(jax.process_count())]
-    return [device for devices in owned for device in devices]
+    per_process = size // jax.process_count()
+    chosen = []
+    for index in range(jax.process_count()):
+        chosen += [device for device in jax.devices() if device.process_index == index][:per_process]
+    return chosen
 
 
 @functools.cache
-def _start(feature: str) -> tuple[Any, Any]:
-    """The first state, made on one device, as numpy arrays, and its logical axes."""
+def _init_state(feature: str) -> tuple[Any, Any]:
+    """Return the initial state as NumPy arrays, made on one device, and its logical axes."""
     config = make_config("data=1", feature)
     state = jax.jit(make_init_state(config))(jax.random.key(0))
     return jax.tree.map(np.asarray, state), describe_state(config)[1]
 
 
-def _put(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+def _to_devices(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def make_config(mesh: str, feature: str) -> Config:
-    """The run of a row."""
-    model, train, isolated = FEATURES[feature]
+    """Return the configuration of a case."""
+    model, train, isolate_documents = FEATURES[feature]
     sizes: dict[str, Any] = dict(data=1)
     for word in mesh.split():
         key, _, value = word.partition("=")
@@ -264,42 +300,44 @@ def make_config(mesh: str, feature: str) -> Config:
     table = {
         "model": dict(dict(n_layers=8, d_model=16, n_heads=8, n_vocab=N_VOCAB, seq_len=SEQ_LEN), **model),
         "mesh": sizes,
-        "data": {"train": {"numbers": {"path": "made-up"}}, "isolate_documents": isolated},
+        "data": {"train": {"numbers": {"path": "unused"}}, "isolate_documents": isolate_documents},
         "optimizer": dict(
             learning_rate=1e-3, end_learning_rate=1e-4, warmup_steps=1, beta1=0.0, clip_norm=0.0, eps=1e-6
         ),
-        "train": dict(train, steps=40, batch_size=BATCH),
+        "train": dict(train, steps=40, batch_size=BATCH_SIZE),
     }
-    return parse_config(table, where="row")
+    return parse_config(table, where="case")
 
 
 def make_batch(index: int, feature: str) -> Batch:
-    """Random tokens; three documents of unequal length in a row where documents are kept apart, and some masked tokens."""
-    rng, config = np.random.default_rng(index), make_config("data=1", feature)
+    """Return random tokens, some of them masked; with isolated documents, three of unequal length per sequence."""
+    rng = np.random.default_rng(index)
+    config = make_config("data=1", feature)
     if config.model.n_encoder_layers is not None:
-        tokens = rng.integers(0, N_VOCAB, (BATCH, config.target_len + 1), dtype=np.int32)
-        ones, mask = np.ones_like(tokens[:, 1:]), (rng.random(tokens[:, 1:].shape) < 0.9).astype(np.float32)
-        sources = rng.integers(0, N_VOCAB, (BATCH, SEQ_LEN), dtype=np.int32)
-        return Batch(tokens[:, :-1], tokens[:, 1:], ones, ones, mask, sources)
-    tokens = rng.integers(0, N_VOCAB, (BATCH, SEQ_LEN + 1), dtype=np.int32)
-    segments, positions = np.ones((BATCH, SEQ_LEN), np.int32), np.tile(np.arange(SEQ_LEN, dtype=np.int32), (BATCH, 1))
-    if FEATURES[feature][2]:
-        for row in range(BATCH):
-            for cut in sorted(rng.choice(np.arange(2, SEQ_LEN), 2, replace=False)):
-                segments[row, cut:] += 1
-                positions[row, cut:] = np.arange(SEQ_LEN - cut)
-    mask = (rng.random((BATCH, SEQ_LEN)) < 0.9).astype(np.float32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, mask)
+        tokens = rng.integers(0, N_VOCAB, (BATCH_SIZE, config.target_len + 1), dtype=np.int32)
+        ones = np.ones_like(tokens[:, 1:])
+        mask = (rng.random(tokens[:, 1:].shape) < 0.9).astype(np.float32)
+        encoder_tokens = rng.integers(0, N_VOCAB, (BATCH_SIZE, SEQ_LEN), dtype=np.int32)
+        return Batch(tokens[:, :-1], tokens[:, 1:], ones, ones, mask, encoder_tokens)
+    tokens = rng.integers(0, N_VOCAB, (BATCH_SIZE, SEQ_LEN + 1), dtype=np.int32)
+    segment_ids = np.ones((BATCH_SIZE, SEQ_LEN), np.int32)
+    positions = np.tile(np.arange(SEQ_LEN, dtype=np.int32), (BATCH_SIZE, 1))
+    if FEATURES[feature].isolate_documents:
+        for i in range(BATCH_SIZE):
+            for start in sorted(rng.choice(np.arange(2, SEQ_LEN), 2, replace=False)):
+                segment_ids[i, start:] += 1
+                positions[i, start:] = np.arange(SEQ_LEN - start)
+    mask = (rng.random((BATCH_SIZE, SEQ_LEN)) < 0.9).astype(np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], segment_ids, positions, mask)
 
 
-def place(batch: Batch, layout: MeshLayout) -> Batch:
-    """The batch on the mesh; every process has all of it and gives its devices their parts."""
+def shard_batch(batch: Batch, layout: MeshLayout) -> Batch:
+    """Shard a batch, of which every process has all sequences, over the mesh."""
+    return jax.tree.map(lambda x: _to_devices(x, layout.sharding(("batch", "sequence"), x.shape, "batch")), batch)
 
-    return jax.tree.map(lambda x: _put(x, layout.sharding(("batch", "sequence"), x.shape, "batch")), batch)
 
-
-def whole(array: jax.Array) -> np.ndarray:
-    """A global array in this process's memory."""
+def gather(array: jax.Array) -> np.ndarray:
+    """Return a global array as a NumPy array in every process."""
     from jax.experimental import multihost_utils
 
     if array.is_fully_addressable:
@@ -308,9 +346,7 @@ def whole(array: jax.Array) -> np.ndarray:
 
 
 def _start_workers(count: int, arguments: list[str]) -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{find_port()}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     workers = [
         subprocess.Popen([sys.executable, __file__, *arguments, "--worker", address, str(index)], env=environment)

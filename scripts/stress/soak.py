@@ -32,10 +32,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from mesh_transformer.checkpoint.store import Store
-from mesh_transformer.cli import PREEMPTED, add_set_option, make_parser, run_command
-from mesh_transformer.config import load_config
-from mesh_transformer.reports.metrics_log import FILE, read_metrics
 from mesh_transformer.scripts.stress.corruption import DAMAGES, damage_file, list_files
 from mesh_transformer.scripts.stress.fault_injection import (
     STOP_SIGNALS,
@@ -49,6 +45,11 @@ from mesh_transformer.scripts.stress.fault_injection import (
     start_fork_server,
 )
 from mesh_transformer.scripts.stress.resume import read_losses
+
+from mesh_transformer.checkpoint.store import Store
+from mesh_transformer.cli import PREEMPTED, add_set_option, make_parser, run_command
+from mesh_transformer.config import load_config
+from mesh_transformer.reports.metrics_log import FILE, read_metrics
 from mesh_transformer.train.data_log import effective_history, read_log
 
 NAN_EVERY = 50
@@ -258,9 +259,7 @@ class SoakTest:
         """Compare a finished run with the run without faults."""
         clean = self.work / "clean"
         n_problems = len(self.result.problems)
-        diff = compare_checkpoints(
-            clean / "checkpoints", run_dir / "checkpoints", latest_step(clean / "checkpoints")
-        )
+        diff = compare_checkpoints(clean / "checkpoints", run_dir / "checkpoints", latest_step(clean / "checkpoints"))
         if diff.n_different:
             self.add_problem(f"{name}: {diff.n_different} of {diff.n_arrays} arrays differ, the first is {diff.first}")
         if read_losses(clean) != read_losses(run_dir):
