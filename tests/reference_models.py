@@ -20,8 +20,8 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.model import RopeScalingConfig
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.presets import T5, T5_V1_1
+from mesh_transformer.convert.huggingface.families import FAMILIES
 from mesh_transformer.convert.huggingface.reader import find_array, find_family
-from mesh_transformer.convert.huggingface.tensor_map import FAMILIES
 from mesh_transformer.convert.import_plan import PREFIX, assemble, describe_weights
 from mesh_transformer.convert.lazy_arrays import InMemory, full_index
 

@@ -20,10 +20,10 @@ import numpy as np
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.gptj.reader import open_raw_weights
 from mesh_transformer.convert.gptj.reference import run_mtj
-from mesh_transformer.convert.huggingface.reference import matmul, read_rows, read_vector, run_huggingface
+from mesh_transformer.convert.huggingface.families import ENCODER_DECODER, run_huggingface
+from mesh_transformer.convert.huggingface.reference import matmul, read_rows, read_vector
 from mesh_transformer.convert.huggingface.reference_t5 import run_t5
 from mesh_transformer.convert.huggingface.tensor_files import find_tensors
-from mesh_transformer.convert.huggingface.tensor_map import ENCODER_DECODER
 from mesh_transformer.convert.import_plan import PREFIX
 from mesh_transformer.convert.lazy_arrays import LazyArray, array_bytes, full_index
 from mesh_transformer.convert.out_of_core_forward import run_layers

@@ -19,9 +19,9 @@ from mesh_transformer.checkpoint.commit import RESUMABLE_OWNER, Files, write_che
 from mesh_transformer.checkpoint.manifest import MANIFEST, ArrayRecord
 from mesh_transformer.checkpoint.zarr_sharding import Slices
 from mesh_transformer.convert.gptj.writer import write_gptj
+from mesh_transformer.convert.huggingface.families import FAMILIES
 from mesh_transformer.convert.huggingface.reader import CARRIED_FILES, CONFIG, find_family, pack_tensors
 from mesh_transformer.convert.huggingface.tensor_files import SAFETENSORS, TensorSpec, create_safetensors, write_values
-from mesh_transformer.convert.huggingface.tensor_map import FAMILIES
 from mesh_transformer.convert.import_plan import ImportPlan, PlannedArray, target_dtype
 from mesh_transformer.convert.lazy_arrays import FileArray, to_c_order, to_dtype
 from mesh_transformer.convert.progress import ByteCounter, Progress, no_progress

@@ -111,8 +111,8 @@ def _compile(
     lowered, stats = program
     if job.topology == "local" and stats.platform != "cpu":
         device = layout.mesh.devices.flat[0]
-        stats.device_kind, stats = device.device_kind, device.memory_stats() or {}
-        stats.limit_bytes = stats.get("bytes_limit", 0)
+        stats.device_kind = device.device_kind
+        stats.limit_bytes = (device.memory_stats() or {}).get("bytes_limit", 0)
     stats.compiler = f"jax {jax.__version__}, {_compiler_version(stats.platform)}"
     start = time.monotonic()
     options = LOW_EFFORT if job.low_effort and stats.platform == "tpu" else None

@@ -1,25 +1,27 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Saving and restoring a state beside raw files of the same bytes, and beside Orbax's default if it is installed.
+"""Measure saving and restoring next to raw files of the same bytes, and next to Orbax's default if it is installed.
 
-A state is laid over eight devices made of this CPU and saved again and again, by turns: raw (a file for each slice that a
-device owns, written from host memory and synced), ours and Orbax, each at once and beside the program. Everything is
-durable on disk when a clock stops, and deleted before the next starts. Medians over --repeats. `blocked` is the time for
-which the program waits; of a save beside the program it is compared with a plain copy of the state to host memory.
-Reading finds what was just written in the page cache, for all alike.
+A state sharded over eight simulated CPU devices is saved in alternation by each method: raw (one file per shard that a
+device owns, written from host memory and synced), this project's store and Orbax, each synchronous and asynchronous. A
+save ends when everything is durable on disk, and its files are deleted before the next one. Results are medians over
+--repeats. `blocked` is the time during which the program waits; for an asynchronous save it is compared with a plain copy
+of the state to host memory. All methods restore what was just written, from the page cache.
 
 examples:
   python scripts/bench/checkpoint.py
-      2 GB, on the disk of the working directory; takes 8 GB of memory and 4 GB of disk
+      2 GB on the disk of the working directory; needs 8 GB of memory and 4 GB of disk
   python scripts/bench/checkpoint.py --gb 0.2 --repeats 1 --json
-      a quick look
+      a quick run
 
 exit status: 0 done, 1 failed, 2 wrong usage
 """
 
+import contextlib
 import gc
 import importlib
 import json
+import math
 import os
 import shutil
 import statistics
@@ -27,10 +29,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -44,97 +45,111 @@ from mesh_transformer.mesh import MeshLayout, init_devices
 N_DEVICES = 8
 AXES = ("layers", "embed", "ff")
 Arrays = dict[str, jax.Array]
-Row = dict[str, float]
+Method = Callable[[Path, Arrays], "Timing"]
+
+
+class Timing(NamedTuple):
+    """Seconds of a save and a restore, and the memory of the save."""
+
+    save: float  # until everything is durable on disk
+    blocked: float  # during which the program waits
+    restore: float
+    memory: float  # growth of the process's memory as a fraction of the state
 
 
 def main(arguments: list[str]) -> int:
-    """Make the state, save and restore it by turns, print the table."""
+    """Create the state, save and restore it with each method in alternation, and print the table."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("--gb", type=float, default=2.0, help="size of the state; default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="of everything; default: %(default)s")
-    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to be measured; default: here")
+    parser.add_argument("--repeats", type=int, default=3, help="saves with each method; default: %(default)s")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="folder on the disk to measure; default: the current folder"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     layout = init_devices(MeshConfig(cpu_devices=N_DEVICES, fsdp=4, tensor=2))
-    keep_freed_memory(False)  # else what a save needs could not be seen
+    keep_freed_memory(False)  # otherwise the memory of a save cannot be measured
     arrays = make_state(layout, options.gb)
-    size = sum(array.nbytes for array in arrays.values())
+    methods: dict[str, Method] = {"raw": save_raw, "native": save_native, "native async": save_native_async}
+    methods |= find_orbax()
+    timings: dict[str, list[Timing]] = {name: [] for name in methods}
+    copies = []
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary).absolute()
-        ways = [save_raw, save_ours, save_ours_beside, *find_orbax()]
-        rows: dict[str, list[Row]] = {way.__name__: [] for way in ways}
-        copies = []
         for _ in range(options.repeats):
-            copies.append(copy_plainly(arrays))
-            for way in ways:
+            copies.append(time_host_copy(arrays))
+            for name, method in methods.items():
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 gc.collect()
                 os.sync()
-                rows[way.__name__].append(way(folder, arrays))
-    medians = {
-        name: {key: statistics.median(row[key] for row in found) for key in found[0]} for name, found in rows.items()
+                timings[name].append(method(folder, arrays))
+    medians = {name: Timing(*map(statistics.median, zip(*own, strict=True)))._asdict() for name, own in timings.items()}
+    report = {
+        "bytes": sum(array.nbytes for array in arrays.values()),
+        "copy_seconds": statistics.median(copies),
+        "repeats": options.repeats,
+        "methods": medians,
     }
-    report = {"bytes": size, "copy_seconds": statistics.median(copies), "repeats": options.repeats, "ways": medians}
     print(json.dumps(report) if options.json else format_report(report))
     return 0
 
 
 def make_state(layout: MeshLayout, gigabytes: float) -> Arrays:
-    """Random float32 arrays of 64 MB, cut over fsdp and tensor, a small one that every device holds, and a scalar."""
-    rows, columns = 2048, 8192
-    sharding = layout.sharding(AXES, (1, rows, columns), "w")
-    keys = jax.random.split(jax.random.key(0), max(round(gigabytes * 1e9 / (4 * rows * columns)), 1))
-    draw = jax.jit(lambda key: jax.random.normal(key, (1, rows, columns)), out_shardings=sharding)
-    arrays = {f"params/{i:03}/w": draw(key) for i, key in enumerate(keys)}
-    everywhere = layout.sharding(("layers",), (1024,), "b")
-    arrays["params/b"] = jax.device_put(np.ones(1024, np.float32), everywhere)
+    """Return random float32 arrays of 64 MB sharded over fsdp and tensor, and a small replicated one."""
+    shape = (1, 2048, 8192)
+    n_arrays = max(round(gigabytes * 1e9 / (4 * math.prod(shape))), 1)
+    make_array = jax.jit(lambda key: jax.random.normal(key, shape), out_shardings=layout.sharding(AXES, shape, "w"))
+    keys = jax.random.split(jax.random.key(0), n_arrays)
+    arrays = {f"params/{i:03}/w": make_array(key) for i, key in enumerate(keys)}
+    replicated = layout.sharding(("layers",), (1024,), "b")
+    arrays["params/b"] = jax.device_put(np.ones(1024, np.float32), replicated)
     return jax.block_until_ready(arrays)
 
 
-def copy_plainly(arrays: Arrays) -> float:
-    """Seconds of a plain copy of all that the devices own to host memory."""
-    started = time.perf_counter()
+def time_host_copy(arrays: Arrays) -> float:
+    """Return the seconds that a plain copy of all shards that the devices own to host memory takes."""
+    start = time.perf_counter()
     copies = [
         np.array(shard.data) for array in arrays.values() for shard in array.addressable_shards if not shard.replica_id
     ]
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     del copies
     return seconds
 
 
-def save_raw(folder: Path, arrays: Arrays) -> Row:
-    """A file for each slice."""
-    slices = {
+def save_raw(folder: Path, arrays: Arrays) -> Timing:
+    """Write one file per shard."""
+    shards = {
         f"{name.replace('/', '.')}.{i}": np.asarray(shard.data)
         for name, array in arrays.items()
         for i, shard in enumerate(array.addressable_shards)
         if not shard.replica_id
     }
-    started = time.perf_counter()
-    for name, values in slices.items():
+    start = time.perf_counter()
+    for name, values in shards.items():
         with open(folder / name, "wb", buffering=0) as file:
             file.write(np.ascontiguousarray(values).data)
             os.fsync(file.fileno())
-    saved = time.perf_counter() - started
-    started = time.perf_counter()
-    for name in slices:
+    saved = time.perf_counter() - start
+    start = time.perf_counter()
+    for name in shards:
         np.fromfile(folder / name, np.float32)
-    return {"save": saved, "blocked": saved, "restore": time.perf_counter() - started, "memory": 0.0}
+    return Timing(saved, saved, time.perf_counter() - start, 0.0)
 
 
-def save_ours(folder: Path, arrays: Arrays) -> Row:
-    """This project's, waited for."""
-    return _save_ours(folder, arrays, asynchronous=False)
+def save_native(folder: Path, arrays: Arrays) -> Timing:
+    """Save with this project's store, synchronously."""
+    return _save_native(folder, arrays, async_save=False)
 
 
-def save_ours_beside(folder: Path, arrays: Arrays) -> Row:
-    """This project's, beside the program."""
-    return _save_ours(folder, arrays, asynchronous=True)
+def save_native_async(folder: Path, arrays: Arrays) -> Timing:
+    """Save with this project's store, in the background."""
+    return _save_native(folder, arrays, async_save=True)
 
 
-def _save_ours(folder: Path, arrays: Arrays, *, asynchronous: bool) -> Row:
-    store = Store(folder / "ours", async_save=asynchronous)
+def _save_native(folder: Path, arrays: Arrays, *, async_save: bool) -> Timing:
+    store = Store(folder / "native", async_save=async_save)
     axes = {name: AXES[: array.ndim] for name, array in arrays.items()}
 
     def save() -> None:
@@ -143,16 +158,15 @@ def _save_ours(folder: Path, arrays: Arrays, *, asynchronous: bool) -> Row:
     return measure(save, store.wait, lambda: store.restore(1, describe(arrays)), arrays)
 
 
-def find_orbax() -> list[Callable[[Path, Arrays], Row]]:
-    """Both ways of Orbax's default, none where it is not installed."""
+def find_orbax() -> dict[str, Method]:
+    """Return both methods of Orbax's default checkpointer, or none if it is not installed."""
     try:
         orbax = importlib.import_module("orbax.checkpoint")
     except ImportError:
-        print("orbax-checkpoint is not installed: it is left out", file=sys.stderr)
-        return []
+        print("orbax-checkpoint is not installed: it is not measured", file=sys.stderr)
+        return {}
 
-    def save_orbax(folder: Path, arrays: Arrays) -> Row:
-        """Waited for."""
+    def save_orbax(folder: Path, arrays: Arrays) -> Timing:
         with orbax.StandardCheckpointer() as checkpointer:
 
             def save() -> None:
@@ -161,8 +175,7 @@ def find_orbax() -> list[Callable[[Path, Arrays], Row]]:
 
             return measure(save, lambda: None, lambda: checkpointer.restore(folder / "orbax", describe(arrays)), arrays)
 
-    def save_orbax_beside(folder: Path, arrays: Arrays) -> Row:
-        """Beside the program."""
+    def save_orbax_async(folder: Path, arrays: Arrays) -> Timing:
         with orbax.StandardCheckpointer() as checkpointer:
             return measure(
                 lambda: checkpointer.save(folder / "orbax", arrays),
@@ -171,49 +184,56 @@ def find_orbax() -> list[Callable[[Path, Arrays], Row]]:
                 arrays,
             )
 
-    return [save_orbax, save_orbax_beside]
+    return {"orbax": save_orbax, "orbax async": save_orbax_async}
 
 
 def describe(arrays: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and place of each."""
+    """Return shape, dtype and sharding of each array."""
     return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in arrays.items()}
 
 
 def measure(
     save: Callable[[], object], wait: Callable[[], object], restore: Callable[[], Mapping[str, Any]], arrays: Arrays
-) -> Row:
-    """Seconds of a save, of the part that blocked, and of a restore whose values are compared; memory as a share of the state."""
-    with peak_memory() as memory:
-        started = time.perf_counter()
+) -> Timing:
+    """Measure a save and a restore, and compare two of the restored arrays with the originals."""
+    with track_memory() as memory:
+        start = time.perf_counter()
         save()
-        blocked = time.perf_counter() - started
+        blocked = time.perf_counter() - start
         wait()
-        saved = time.perf_counter() - started
-    started = time.perf_counter()
+        saved = time.perf_counter() - start
+    start = time.perf_counter()
     restored = jax.block_until_ready(restore())
-    seconds = time.perf_counter() - started
+    restore_seconds = time.perf_counter() - start
     for name in (min(arrays), max(arrays)):
         np.testing.assert_array_equal(restored[name], arrays[name])
     size = sum(array.nbytes for array in arrays.values())
-    return {"save": saved, "blocked": blocked, "restore": seconds, "memory": memory["grown"] / size}
+    return Timing(saved, blocked, restore_seconds, memory.growth / size)
 
 
-@contextmanager
-def peak_memory() -> Any:
-    """In it, how far this process's memory grows at most, in bytes, under "grown" at the end."""
-    found, over = {"grown": 0.0}, threading.Event()
+class MemoryTracker:
+    """Largest growth of this process's resident memory."""
+
+    growth: float = 0.0  # bytes
+
+
+@contextlib.contextmanager
+def track_memory() -> Iterator[MemoryTracker]:
+    """Sample the memory of this process every 10 ms in a thread."""
+    tracker = MemoryTracker()
+    done = threading.Event()
     before = _resident_bytes()
 
     def watch() -> None:
-        while not over.wait(0.01):
-            found["grown"] = max(found["grown"], float(_resident_bytes() - before))
+        while not done.wait(0.01):
+            tracker.growth = max(tracker.growth, float(_resident_bytes() - before))
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield found
+        yield tracker
     finally:
-        over.set()
+        done.set()
         thread.join()
 
 
@@ -222,27 +242,32 @@ def _resident_bytes() -> int:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The table, and as its last line the ratios."""
-    size, copy, ways = report["bytes"], report["copy_seconds"], report["ways"]
+    """Return the table; its last line has the ratios."""
+    size = report["bytes"]
+    copy_seconds = report["copy_seconds"]
+    methods = report["methods"]
     lines = [
-        f"{size / 1e9:.2f} GB on {N_DEVICES} devices, medians of {report['repeats']}; plain copy to host memory {copy:.2f} s",
+        f"{size / 1e9:.2f} GB on {N_DEVICES} devices, medians of {report['repeats']}; "
+        f"plain copy to host memory {copy_seconds:.2f} s",
         f"{'':<18} {'save s':>7} {'GB/s':>6} {'blocked s':>10} {'x copy':>7} {'restore s':>10} {'GB/s':>6} {'memory':>7}",
     ]
-    for name, row in ways.items():
+    for name, row in methods.items():
         lines.append(
-            f"{name.removeprefix('save_').replace('_', ', '):<18} {row['save']:7.2f} {size / row['save'] / 1e9:6.2f} "
-            f"{row['blocked']:10.2f} {row['blocked'] / copy:7.2f} {row['restore']:10.2f} "
+            f"{name:<18} {row['save']:7.2f} {size / row['save'] / 1e9:6.2f} "
+            f"{row['blocked']:10.2f} {row['blocked'] / copy_seconds:7.2f} {row['restore']:10.2f} "
             f"{size / row['restore'] / 1e9:6.2f} {row['memory']:7.2f}"
         )
-    ours, raw = ways["save_ours"], ways["save_raw"]
-    orbax = ways.get("save_orbax")
-    beside = (
-        f"; to Orbax: {orbax['save'] / ours['save']:.2f}, {orbax['restore'] / ours['restore']:.2f}" if orbax else ""
+    native = methods["native"]
+    raw = methods["raw"]
+    lines.append(f"reading raw files: {size / raw['restore'] / 1e9:.2f} GB/s; restored arrays were compared")
+    ratios = (
+        f"ratio to raw writing: save {raw['save'] / native['save']:.2f}, restore {raw['save'] / native['restore']:.2f}"
     )
-    return "\n".join(
-        [*lines, f"raw reading {size / raw['restore'] / 1e9:.2f} GB/s; the state was compared after each restore",
-         f"ratio to raw writing: saving {raw['save'] / ours['save']:.2f}, restoring {raw['save'] / ours['restore']:.2f}{beside}"]
-    )  # fmt: skip
+    if orbax := methods.get("orbax"):
+        save_ratio = orbax["save"] / native["save"]
+        restore_ratio = orbax["restore"] / native["restore"]
+        ratios += f"; ratio to Orbax: save {save_ratio:.2f}, restore {restore_ratio:.2f}"
+    return "\n".join([*lines, ratios])
 
 
 if __name__ == "__main__":

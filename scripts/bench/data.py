@@ -1,18 +1,19 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Building a corpus in figures: MB/s of every step and of the whole on one core, peak memory as the input grows.
+"""Measure building a corpus: MB of text per second of each filter and stage on one core, and peak memory as the input grows.
 
-Seconds are those of the processor, so that other work on the machine does not count; waiting for the disk does not either.
+Times are CPU seconds, so that other load on the machine and waiting for the disk do not count.
 
-The text is real: documents of a recipe's components in turn, as their sources give them. Each step goes over all of it by
-itself, and beside it the bare call of the library that it stands on, where that is another. Whole builds of 1, 4 and 16
-times --whole-mb follow, in processes of their own, and from the largest of them a projection to The Pile's 825 GiB.
+The text is real: documents of a recipe's components, an equal share of each, as their sources give them. Each filter and
+stage processes all of it separately; next to a stage that is based on a library, the library alone is measured as well.
+Complete builds of 1, 4 and 16 times --build-mb follow, in separate processes. A projection to The Pile's 825 GiB is
+computed from the smallest and the largest of them.
 
 examples:
   python scripts/bench/data.py
-      with the sources of configs/corpus/machine.toml and a vocabulary trained on them
-  python scripts/bench/data.py mine.toml --tokenizer tokenizer.json --mb 32 --whole-mb 0
-      the steps alone, on other text
+      the sources of configs/corpus/machine.toml, with a vocabulary trained on them
+  python scripts/bench/data.py mine.toml --tokenizer tokenizer.json --mb 32 --build-mb 0
+      filters and stages only, on other text
 """
 
 import argparse
@@ -35,7 +36,7 @@ from datatrove.data import Document
 from mesh_transformer.scripts.train_tokenizer import train_vocabulary, write_atomically
 
 from mesh_transformer.cli import make_parser, run_command
-from mesh_transformer.config import check_table
+from mesh_transformer.config import ConfigError, check_table
 from mesh_transformer.corpus.build import build_corpus
 from mesh_transformer.corpus.filters import FILTERS, make_filters
 from mesh_transformer.corpus.parts import PartWriter, read_documents
@@ -48,97 +49,109 @@ from mesh_transformer.corpus.word_tokenizer import WORDS
 from mesh_transformer.data.tokenizers import FileTokenizer, load_tokenizer
 
 MB = 1e6
-LONGEST = (
-    100_000  # characters of a document: memory goes with the longest one, and is to be seen to go with nothing else
+MAX_CHARACTERS = (
+    100_000  # longer documents are skipped: memory depends on the longest document, and must on nothing else
 )
-GROWTH = (1, 4, 16)  # times --whole-mb
-PILE_MB, PILE_DOCUMENTS = 825.18 * 2**30 / MB, 146_340_692  # The Pile, table 1
-MACHINES, CORES = (1, 16, 128), 32
-Row = dict[str, Any]  # step, mb_per_s, and of the bare library: bare (its name), ratio
+GROWTH = (1, 4, 16)  # times --build-mb
+PILE_MB = 825.18 * 2**30 / MB  # The Pile, table 1
+PILE_DOCUMENTS = 146_340_692
+MACHINES = (1, 16, 128)
+CORES = 32  # per machine
+Row = dict[str, Any]  # step, mb_per_s; compared with a library: library (its name), ratio
 Texts = list[tuple[str, str]]  # name, text
+TOKENIZE = "tokenize"  # name of the step in the table
 
 
 def main(arguments: list[str]) -> int:
-    """Read, measure step by step, build, project, print."""
+    """Read the text, measure filters and stages, build, project and print."""
     parser = make_parser(__doc__ or "")
     default = Path(__file__).parents[2] / "configs/corpus/machine.toml"
-    parser.add_argument("corpus", type=Path, nargs="?", default=default, help="a recipe, for its sources")
-    parser.add_argument("--tokenizer", default="", help="default: 8,192 tokens trained on the text")
-    parser.add_argument("--mb", type=int, default=8, help="of text for the steps; default: %(default)s")
-    parser.add_argument("--whole-mb", type=int, default=4, help="of the smallest build; 0: none; default: %(default)s")
-    parser.add_argument("--folder", type=Path, help="where builds have room; default: a temporary one")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument(
+        "corpus", type=Path, nargs="?", default=default, help="recipe that names the sources; default: machine.toml"
+    )
+    parser.add_argument("--tokenizer", default="", help="tokenizer.json; default: 8,192 tokens trained on the text")
+    parser.add_argument("--mb", type=int, default=8, help="text for filters and stages; default: %(default)s")
+    parser.add_argument(
+        "--build-mb", type=int, default=4, help="text of the smallest build; 0: no builds; default: %(default)s"
+    )
+    parser.add_argument("--folder", type=Path, help="folder with space for the builds; default: a temporary one")
+    parser.add_argument("--json", action="store_true", help="print only JSON")
     options = parser.parse_args(arguments)
     recipe = load_recipe(options.corpus)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         bench = Bench(recipe, Path(folder), options)
-        rows = [*bench.read_sources(), *bench.measure_steps(), *bench.measure_stages()]
-        builds = bench.measure_builds() if options.whole_mb else []
+        rows = [*bench.read_sources(), *bench.measure_filters(), *bench.measure_stages()]
+        builds = bench.measure_builds() if options.build_mb else []
     result = {"text_mb": bench.size, "rows": rows, "builds": builds, "projection": project(builds)}
-    print(json.dumps(result) if options.json else describe(result))
+    print(json.dumps(result) if options.json else format_result(result))
     return 0
 
 
 class Bench:
-    """Text of a recipe's sources, and what is measured on it."""
+    """Text of a recipe's sources, and measurements on it."""
 
     def __init__(self, recipe: Recipe, folder: Path, options: argparse.Namespace):
-        self.recipe, self.folder, self.options = recipe, folder, options
+        self.recipe = recipe
+        self.folder = folder
+        self.options = options
         self.parts, _ = find_parts(recipe)
         self.texts: Texts = []
+        self.tokenizer = options.tokenizer  # "": trained once the texts are read
 
     @property
     def size(self) -> float:
-        """MB of the text of the steps."""
+        """MB of text that filters and stages process."""
         return sum(len(text.encode()) for _, text in self.texts) / MB
 
     def documents(self, component: str) -> Iterator[tuple[str, str]]:
-        """Name and text of a component's documents; too long ones are left out."""
+        """Yield name and text of a component's documents of at most MAX_CHARACTERS."""
         for part in self.parts:
             if part.component == component:
                 for document in read_part(part, self.recipe, ReadStats()):
-                    if len(document.text) < LONGEST:
+                    if len(document.text) < MAX_CHARACTERS:
                         yield document.name, document.text
 
     def read_sources(self) -> list[Row]:
-        """An equal share of every component becomes the text of the steps; MB of text a second from its files."""
-        names, share = (
-            dict.fromkeys(part.component for part in self.parts),
-            self.options.mb / len(self.recipe.components),
-        )
+        """Read an equal share of text from each component and keep it; return MB of text per second of each source."""
+        names = dict.fromkeys(part.component for part in self.parts)
+        share = self.options.mb / len(self.recipe.components)
         return [self._read_source(name, share) for name in names]
 
-    def _read_source(self, name: str, mb: float) -> Row:
-        """Whole files until there are so many MB; of these no more become text of the steps."""
-        start, size, last = time.process_time(), 0, ""
-        for place, text in self.documents(name):
-            file = place.rpartition(":")[0] or place
-            if size >= mb * MB and file != last:
+    def _read_source(self, component: str, mb: float) -> Row:
+        """Read complete files until they have `mb` MB of text, of which at most `mb` are kept."""
+        size = 0
+        last_file = ""
+        start = time.process_time()
+        for name, text in self.documents(component):
+            file = name.rpartition(":")[0] or name
+            if size >= mb * MB and file != last_file:
                 break
             if size < mb * MB:
-                self.texts.append((place, text))
-            size, last = size + len(text.encode()), file
+                self.texts.append((name, text))
+            size += len(text.encode())
+            last_file = file
         rate = size / MB / (time.process_time() - start)
-        return {"step": f"read {self.recipe.components[name].kind}: {name}", "mb_per_s": rate}
+        return {"step": f"read {self.recipe.components[component].kind}: {component}", "mb_per_s": rate}
 
     def rate(self, run: Callable[[str], Any]) -> float:
-        """MB a second of a function of one text."""
+        """Return the MB per second of a function of one text."""
         start = time.process_time()
         for _, text in self.texts:
             run(text)
         return self.size / (time.process_time() - start)
 
-    def measure_steps(self) -> list[Row]:
-        """Every kind of [[filters]]."""
-        self.tokenizer = self.options.tokenizer or self._train_tokenizer()
+    def measure_filters(self) -> list[Row]:
+        """Return the rate of each kind of [[filters]]."""
+        self.tokenizer = self.tokenizer or self._train_tokenizer()
         recipe = make_recipe(self.folder, list(FILTERS), self.tokenizer, self.texts)
-        model = self.folder / "quality.bin"
+        classifier = self.folder / "quality.bin"
         positives, negatives = (sample_texts((text for _, text in self.texts[half::2]), 1000, 0) for half in (0, 1))
-        train_classifier(positives, negatives, model, 0)
-        steps = make_filters(recipe, "text", dict.fromkeys(range(len(FILTERS)), model))
-        rates = [self.rate(partial(lambda one, text: one(Document(text, "x")), step)) for _, step in steps]
-        names = [name.partition("-")[2] for name, _ in steps]
-        return [{"step": name, "mb_per_s": rate} for name, rate in zip(names, rates, strict=True)]
+        train_classifier(positives, negatives, classifier, 0)
+        rows: list[Row] = []
+        for name, apply in make_filters(recipe, "text", dict.fromkeys(range(len(FILTERS)), classifier)):
+            rate = self.rate(partial(apply_to_text, apply))
+            rows.append({"step": name.partition("-")[2], "mb_per_s": rate})
+        return rows
 
     def _train_tokenizer(self) -> str:
         path = self.folder / "tokenizer.json"
@@ -146,17 +159,20 @@ class Bench:
         return str(path)
 
     def measure_stages(self) -> list[Row]:
-        """Hashes, files and tokens, beside the bare libraries."""
+        """Return the rates of hashing, files and tokenization, with those of the libraries."""
         rows: list[Row] = [
             {"step": "exact duplicates", "mb_per_s": self.rate(hash_text)},
-            {"step": "lines", "mb_per_s": self.rate(lambda text: {hash_line(line) for line in text.split("\n")})},
+            {
+                "step": "repeated lines",
+                "mb_per_s": self.rate(lambda text: {hash_line(line) for line in text.split("\n")}),
+            },
         ]
         language: Any = WORDS
         for near in ("pile", "fineweb"):
             table = dataclasses.replace(self.recipe.duplicates, near=near)
             config = minhash_config(dataclasses.replace(self.recipe, duplicates=table))
-            block = BoundedSignature(str(self.folder), config, language=language)
-            rows.append({"step": f"MinHash, {near}", "mb_per_s": self.rate(partial(sign, block))})
+            signature = BoundedSignature(str(self.folder), config, language=language)
+            rows.append({"step": f"MinHash, {near}", "mb_per_s": self.rate(partial(compute_signature, signature))})
         return [*rows, *self._measure_files(), *self._measure_tokens()]
 
     def _measure_files(self) -> list[Row]:
@@ -165,85 +181,102 @@ class Bench:
         with PartWriter(path) as part:
             for name, text in self.texts:
                 part.add(text, name, {})
-        written = self.size / (time.process_time() - start)
+        write_rate = self.size / (time.process_time() - start)
         start = time.process_time()
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for _, text in self.texts)
         zstandard.ZstdCompressor(level=3).compress(lines.encode())
-        bare = self.size / (time.process_time() - start)
+        library_rate = self.size / (time.process_time() - start)
         start = time.process_time()
         for _ in read_documents(path):
             pass
-        read = self.size / (time.process_time() - start)
+        read_rate = self.size / (time.process_time() - start)
         return [
-            {"step": "write a part", "mb_per_s": written, "bare": "json, zstd", "ratio": written / bare},
-            {"step": "read a part", "mb_per_s": read},
+            {
+                "step": "write a part",
+                "mb_per_s": write_rate,
+                "library": "json and zstd",
+                "ratio": write_rate / library_rate,
+            },
+            {"step": "read a part", "mb_per_s": read_rate},
         ]
 
     def _measure_tokens(self) -> list[Row]:
-        """Ours and the library's own batch encoding by turns, the better of three each."""
-        ours, texts = load_tokenizer(self.tokenizer), [text for _, text in self.texts]
-        assert isinstance(ours, FileTokenizer), "a tokenizer.json"
-        theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.to_json()["tokenizer"]))
-        calls = {"ours": ours.encode_batch, "batch": theirs.encode_batch, "fast": theirs.encode_batch_fast}
-        rates: dict[str, list[float]] = {name: [] for name in calls}
+        """Measure this project's and the library's batch encoding in alternation, the best of three each."""
+        texts = [text for _, text in self.texts]
+        tokenizer = load_tokenizer(self.tokenizer)
+        if not isinstance(tokenizer, FileTokenizer):
+            raise ConfigError(f"--tokenizer {self.tokenizer}: must be a tokenizer.json or its folder")
+        library = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.to_json()["tokenizer"]))
+        encoders = {"native": tokenizer.encode_batch, "batch": library.encode_batch, "fast": library.encode_batch_fast}
+        rates: dict[str, list[float]] = {name: [] for name in encoders}
         for _ in range(3):
-            for name, encode in calls.items():
+            for name, encode in encoders.items():
                 start = time.process_time()
                 encode(texts)
                 rates[name].append(self.size / (time.process_time() - start))
-        best = {name: max(found) for name, found in rates.items()}
-        ratios = {"ratio": best["ours"] / best["batch"], "ratio_fast": best["ours"] / best["fast"]}
-        return [{"step": "tokens", "mb_per_s": best["ours"], "bare": "tokenizers' encode_batch"} | ratios]
+        best = {name: max(own) for name, own in rates.items()}
+        return [
+            {
+                "step": TOKENIZE,
+                "mb_per_s": best["native"],
+                "library": "tokenizers' encode_batch",
+                "ratio": best["native"] / best["batch"],
+                "ratio_fast": best["native"] / best["fast"],
+            }
+        ]
 
     def measure_builds(self) -> list[Row]:
-        """Whole builds, each in a fresh process: seconds by stage, peak memory."""
+        """Build corpora of growing size, each in a new process; return seconds by stage and peak memory."""
         sources = self.folder / "sources"
         sources.mkdir()
-        names = dict.fromkeys(part.component for part in self.parts)
-        turns = itertools.zip_longest(*(self.documents(name) for name in names))
-        documents = (one for turn in turns for one in turn if one is not None)
-        kinds = [kind for kind in FILTERS if kind not in ("c4", "fineweb", "quality")]  # which would leave little
-        builds, there = [], 0
+        components = dict.fromkeys(part.component for part in self.parts)
+        rounds = itertools.zip_longest(*(self.documents(name) for name in components))
+        documents = (document for one_of_each in rounds for document in one_of_each if document is not None)
+        kinds = [
+            kind for kind in FILTERS if kind not in ("c4", "fineweb", "quality")
+        ]  # these would drop most documents
+        builds = []
+        n_files = 0
         for growth in GROWTH:
-            for number in range(there, growth):
-                lines = [json.dumps({"text": text}) for _, text in take(documents, self.options.whole_mb)]
+            for number in range(n_files, growth):
+                lines = [json.dumps({"text": text}) for _, text in take(documents, self.options.build_mb)]
                 (sources / f"{number:04d}.jsonl").write_text("\n".join(lines))
-            there = growth
-            recipe = make_recipe(self.folder, kinds, self.tokenizer, self.texts, max(self.options.whole_mb // 2, 1))
+            n_files = growth
+            recipe = make_recipe(self.folder, kinds, self.tokenizer, self.texts, max(self.options.build_mb // 2, 1))
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=context) as pool:
-                build = pool.submit(build_alone, recipe, self.folder / f"out-{growth}").result()
+                build = pool.submit(measure_build, recipe, self.folder / f"out-{growth}").result()
             builds.append({"growth": growth} | build)
         return builds
 
 
 def take(documents: Iterable[tuple[str, str]], mb: float) -> Texts:
-    """The first documents of an iterator, of so many MB together."""
-    found: Texts = []
+    """Return the next documents of an iterator until they have `mb` MB of text."""
+    taken: Texts = []
     size = 0
     for document in documents:
-        found.append(document)
+        taken.append(document)
         size += len(document[1].encode())
         if size >= mb * MB:
             break
-    return found
+    return taken
 
 
 def make_recipe(folder: Path, kinds: list[str], tokenizer: str, texts: Texts, part_mb: int = 1) -> Recipe:
-    """One component of JSON lines with these steps, near duplicates as FineWeb has them, lines, and a tokenizer."""
+    """Return a recipe of one JSONL component with these filters, FineWeb's near deduplication, line deduplication and tokens."""
     evaluation = folder / "evaluation.jsonl"
     evaluation.write_text(
         "".join(json.dumps({"text": text[:1000]}) + "\n" for _, text in texts[:: len(texts) // 50 + 1])
     )
-    settings: dict[str, dict[str, Any]] = {
+    options: dict[str, dict[str, Any]] = {
         "quality": {"positives": ["text"], "negatives": ["text"]},
         "decontaminate": {"against": ["evaluation"], "max_cuts": 1_000_000},
         "gopher-quality": {"min_words": 10, "min_stop_words": 0},
     }
     table = {
         "corpus": {"name": "bench", "part_mb": part_mb},
-        "components": {"text": {"kind": "jsonl", "paths": [str(folder / "sources")], "license": "that of the sources"}},
-        "filters": [{"kind": kind} | settings.get(kind, {}) for kind in kinds],
+        "components": {"text": {"kind": "jsonl", "paths": [str(folder / "sources")], "license": "as the sources"}},
+        "filters": [{"kind": kind} | options.get(kind, {}) for kind in kinds],
         "evaluation": {"evaluation": {"path": str(evaluation)}},
         "duplicates": {"near": "fineweb"},
         "lines": {"min_documents": 50},
@@ -252,95 +285,120 @@ def make_recipe(folder: Path, kinds: list[str], tokenizer: str, texts: Texts, pa
     return check_table(Recipe, table, where="bench")
 
 
-def sign(block: BoundedSignature, text: str) -> None:
-    """A document's MinHash signature, if it has any n-gram."""
-    shingles = block.get_shingles(text)
+def apply_to_text(apply: Callable[[Document], Any], text: str) -> None:
+    """Apply a filter to a text."""
+    apply(Document(text, "x"))
+
+
+def compute_signature(signature: BoundedSignature, text: str) -> None:
+    """Compute the MinHash signature of a text, if it has any n-gram."""
+    shingles = signature.get_shingles(text)
     if len(shingles):
-        block.get_signature(shingles)
+        signature.get_signature(shingles)
 
 
-def build_alone(recipe: Recipe, out: Path) -> Row:
-    """Build in this process and say what it took."""
-    before, marks, clock = peak_memory(), [("", time.process_time())], time.perf_counter()
+def measure_build(recipe: Recipe, out: Path) -> Row:
+    """Build in this process; return sizes, CPU seconds by stage and peak memory."""
+    peak_before = peak_memory()
+    start = time.perf_counter()
+    stage_ends = [("", time.process_time())]
 
-    def report(name: str, done: int, total: int) -> None:
+    def on_progress(name: str, done: int, total: int) -> None:
         if done == total:
-            marks.append((name, time.process_time()))
+            stage_ends.append((name, time.process_time()))
 
-    corpus = build_corpus(recipe, out, Executor(), report)
+    corpus = build_corpus(recipe, out, Executor(), on_progress)
     seconds: dict[str, float] = {}
-    for (_, start), (name, end) in itertools.pairwise(marks):
-        seconds[name] = seconds.get(name, 0.0) + end - start
+    for (_, stage_start), (name, stage_end) in itertools.pairwise(stage_ends):
+        seconds[name] = seconds.get(name, 0.0) + stage_end - stage_start
     size = sum(record["raw"]["bytes"] for record in corpus.filtered) / MB
     return {
         "mb": size,
         "documents": sum(record["raw"]["documents"] for record in corpus.filtered),
         "parts": len(corpus.parts),
-        "mb_per_s": size / (time.process_time() - marks[0][1]),
-        "wall_s": time.perf_counter() - clock,
+        "mb_per_s": size / (time.process_time() - stage_ends[0][1]),
+        "wall_s": time.perf_counter() - start,
         "stages": seconds,
-        "imports_mb": before,
+        "imports_mb": peak_before,
         "peak_mb": peak_memory(),
     }
 
 
 def peak_memory() -> float:
-    """MB that this process held at most; getrusage would count what its parent held before."""
+    """Return this process's peak memory in MB; getrusage would include its parent's before the fork."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / MB
 
 
-ALONE = {"match-bands": 14, "removals": 1, "shards": 1}  # tasks of stages that have no more than these, however large
-BY_DOCUMENT = ("match-bands", "match-exact", "removals")
+MAX_TASKS = {
+    "match-bands": 14,
+    "removals": 1,
+    "shards": 1,
+}  # of stages whose number of tasks does not grow with the input
+STAGES_PER_DOCUMENT = ("match-bands", "match-exact", "removals")  # their time grows with documents, not bytes
 
 
 def project(builds: list[Row]) -> list[Row]:
-    """Hours for The Pile's raw text, from the smallest and the largest build; see `describe` for what is assumed."""
+    """Return the hours for The Pile's raw text, extrapolated from the smallest and the largest build.
+
+    `format_result` prints the assumptions.
+    """
     if len(builds) < 2:
         return []
-    small, large, rows = builds[0], builds[-1], []
+    small = builds[0]
+    large = builds[-1]
+    rows = []
     for machines in MACHINES:
+        cores = machines * CORES
         hours: dict[str, float] = {}
         for stage, seconds in large["stages"].items():
-            unit, whole = ("documents", PILE_DOCUMENTS) if stage in BY_DOCUMENT else ("mb", PILE_MB)
-            slope = max(seconds - small["stages"][stage], 0.0) / (
-                large[unit] - small[unit]
-            )  # what starts once cancels out
-            hours[stage] = slope * whole / min(machines * CORES, ALONE.get(stage, machines * CORES)) / 3600
-        rows.append({"machines": machines, "cores": machines * CORES, "hours": sum(hours.values()), "stages": hours})
+            unit, total = ("documents", PILE_DOCUMENTS) if stage in STAGES_PER_DOCUMENT else ("mb", PILE_MB)
+            added_seconds = max(seconds - small["stages"][stage], 0.0)  # the difference excludes start-up
+            slope = added_seconds / (large[unit] - small[unit])
+            hours[stage] = slope * total / min(cores, MAX_TASKS.get(stage, cores)) / 3600
+        rows.append({"machines": machines, "cores": cores, "hours": sum(hours.values()), "stages": hours})
     return rows
 
 
-def describe(result: Row) -> str:
-    """The tables."""
-    lines = [f"{result['text_mb']:.1f} MB of text", f"{'step':<32} {'MB/s per core':>13}  of the bare library"]
+def format_result(result: Row) -> str:
+    """Return the tables; the last line is the ratio of tokenization."""
+    lines = [f"{result['text_mb']:.1f} MB of text", f"{'step':<32} {'MB/s per core':>13}  ratio to the library alone"]
     for row in result["rows"]:
-        ratio = f"  {row['ratio']:.2f} of {row['bare']}" if "ratio" in row else ""
+        ratio = f"  {row['ratio']:.2f} of {row['library']}" if "ratio" in row else ""
         lines.append(f"{row['step']:<32} {row['mb_per_s']:>13.2f}{ratio}")
     for build in result["builds"]:
         lines.append(
-            f"build x{build['growth']:<3} {build['mb']:8.1f} MB {build['parts']:4} parts {build['mb_per_s']:6.2f} MB/s, peak "
-            f"{build['peak_mb']:.0f} MB, of these {build['imports_mb']:.0f} MB before it began; {build['wall_s']:.0f} s by clock"
+            f"build x{build['growth']:<3} {build['mb']:8.1f} MB {build['parts']:4} parts {build['mb_per_s']:6.2f} MB/s, "
+            f"peak memory {build['peak_mb']:.0f} MB ({build['imports_mb']:.0f} MB before the build); "
+            f"{build['wall_s']:.0f} s wall clock"
         )
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in build["stages"].items())
-        lines.append(f"           seconds: {stages}")
-    if result["projection"]:
-        lines.append(
-            f"on paper, {PILE_MB / 1e6:.3f} TB and {PILE_DOCUMENTS:,} documents on machines of {CORES} such cores; stages in "
-            "parts take what they take here for each byte or document, whatever the number of parts; storage keeps up; "
-            f"match-bands has {ALONE['match-bands']} tasks, removals and the shard of the mixture one:"
-        )
-    for row in result["projection"]:
-        longest = sorted(row["stages"].items(), key=lambda item: -item[1])[:4]
-        stages = ", ".join(f"{name} {hours:.2f}" for name, hours in longest)
-        lines.append(f"{row['machines']:>4} machines: {row['hours']:8.1f} h ({stages}, ...)")
+        lines.append(f"           CPU seconds: {stages}")
+    lines += _format_projection(result["projection"])
     if result["builds"]:
-        first, last = (result["builds"][i]["peak_mb"] for i in (0, -1))
-        lines.append(f"peak memory, largest over smallest build: {last / first:.3f}")
-    tokens = next(row for row in result["rows"] if row["step"] == "tokens")
-    lines.append(f"tokens, ours over tokenizers' encode_batch_fast, which ours is based on: {tokens['ratio_fast']:.3f}")
-    lines.append(f"tokens, ours over tokenizers' own batch encoding: {tokens['ratio']:.3f}")
+        peaks = [result["builds"][i]["peak_mb"] for i in (0, -1)]
+        lines.append(f"peak memory of the largest build / the smallest: {peaks[1] / peaks[0]:.3f}")
+    tokens = next(row for row in result["rows"] if row["step"] == TOKENIZE)
+    lines.append(
+        f"ratio of tokenization to tokenizers' encode_batch_fast, on which it is based: {tokens['ratio_fast']:.3f}"
+    )
+    lines.append(f"ratio of tokenization to tokenizers' encode_batch: {tokens['ratio']:.3f}")
     return "\n".join(lines)
+
+
+def _format_projection(projection: list[Row]) -> list[str]:
+    if not projection:
+        return []
+    lines = [
+        f"projection to {PILE_MB / 1e6:.3f} TB and {PILE_DOCUMENTS:,} documents on machines of {CORES} such cores. It assumes "
+        "that each stage takes as long per byte or document as here, whatever the number of parts; that storage is not a "
+        f"bottleneck; that match-bands has {MAX_TASKS['match-bands']} tasks, and removals and shards have one:"
+    ]
+    for row in projection:
+        slowest = sorted(row["stages"].items(), key=lambda item: -item[1])[:4]
+        stages = ", ".join(f"{name} {hours:.2f}" for name, hours in slowest)
+        lines.append(f"{row['machines']:>4} machines: {row['hours']:8.1f} h ({stages}, ...)")
+    return lines
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def main(arguments: list[str]) -> int:
     """Measure, train, print the tables and write the plots."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("config", nargs="?", default="configs/quickstart.toml", help="default: %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of both models; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of both models; repeatable"
+    )
     parser.add_argument(
         "--experts",
         action="append",

@@ -48,8 +48,12 @@ def main(arguments: list[str]) -> int:
     parser = make_parser(__doc__ or "")
     parser.add_argument("run", metavar="RUN", help="a run folder or a checkpoint in it")
     parser.add_argument("--text", type=Path, help="text file to score; default: the run's held-out text")
-    parser.add_argument("--windows", type=int, default=64, help="windows of seq_len - 1 tokens to score; default: %(default)s")
-    parser.add_argument("--max-tokens", type=int, default=128, help="tokens to generate for the speed; default: %(default)s")
+    parser.add_argument(
+        "--windows", type=int, default=64, help="windows of seq_len - 1 tokens to score; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=128, help="tokens to generate for the speed; default: %(default)s"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     windows: list[list[int]] = []

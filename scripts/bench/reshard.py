@@ -33,9 +33,9 @@ import numpy as np
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.presets import PRESETS
+from mesh_transformer.convert.huggingface.families import FAMILIES
 from mesh_transformer.convert.huggingface.reader import find_family
 from mesh_transformer.convert.huggingface.tensor_files import TensorSpec, create_safetensors, write_values
-from mesh_transformer.convert.huggingface.tensor_map import FAMILIES
 from mesh_transformer.convert.lazy_arrays import to_dtype
 
 PROGRAM = Path(__file__).parents[1] / "reshard_checkpoint.py"
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-memory", default="256M", help="memory limit of each conversion; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="conversions of each pair; default: %(default)s")
     parser.add_argument(
-        "--folder", type=Path, help="folder with space for five copies of the model; default: a temporary one"
+        "--folder", type=Path, help="folder with space for four copies of the model; default: a temporary one"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
@@ -130,7 +130,13 @@ def convert(root: Path, source: str, target: str, max_memory: str) -> dict[str, 
     size = sum(file.stat().st_size for file in (root / source).rglob("*") if file.is_file())
     cp_rate = size / cp_seconds / 1e6
     rate = report["bytes"] / report["write_seconds"] / 1e6
-    row = {"source": source, "target": target, "cp_mb_per_s": cp_rate, "written_mb_per_s": rate, "ratio": rate / cp_rate}
+    row = {
+        "source": source,
+        "target": target,
+        "cp_mb_per_s": cp_rate,
+        "written_mb_per_s": rate,
+        "ratio": rate / cp_rate,
+    }
     return row | {key: report[key] for key in ("bytes", "peak_memory_mb", "mb_per_s", "max_logit_difference")}
 
 

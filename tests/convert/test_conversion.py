@@ -24,9 +24,9 @@ from mesh_transformer.config import ModelConfig, parse_model
 from mesh_transformer.config.presets import LLAMA, PRESETS
 from mesh_transformer.convert.bit_check import verify_bits
 from mesh_transformer.convert.destination import check_destination
+from mesh_transformer.convert.huggingface.families import FAMILIES
 from mesh_transformer.convert.huggingface.reader import find_family, pack_tensors
 from mesh_transformer.convert.huggingface.tensor_files import TensorSpec, create_safetensors
-from mesh_transformer.convert.huggingface.tensor_map import FAMILIES
 from mesh_transformer.convert.lazy_arrays import full_index
 from mesh_transformer.convert.progress import no_progress
 from mesh_transformer.convert.readers import open_checkpoint

@@ -13,8 +13,9 @@ import numpy as np
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface.config_map import HFConfig
+from mesh_transformer.convert.huggingface.families import FAMILIES, Family
 from mesh_transformer.convert.huggingface.tensor_files import find_tensors
-from mesh_transformer.convert.huggingface.tensor_map import FAMILIES, Family, TensorMapping
+from mesh_transformer.convert.huggingface.tensor_map import TensorMapping
 from mesh_transformer.convert.import_plan import (
     ImportPlan,
     WeightSpec,

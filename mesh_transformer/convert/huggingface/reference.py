@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import scipy.special
 
-from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.convert.lazy_arrays import LazyArray, full_index
 
 BLOCK_BYTES = 16_000_000  # rows of a weight in float32 that are in memory at once
@@ -306,24 +305,3 @@ def _head(t: ExternalTensors, c: Mapping[str, Any], x: Array, head: str, embeddi
     if c.get("tie_word_embeddings", tied):
         return matmul(x, t.find(embedding), transposed=True)
     return t.linear(head, x)
-
-
-MODELS = {
-    "gpt2": run_gpt2,
-    "gpt_neo": run_gpt_neo,
-    "gptj": run_gptj,
-    "gpt_neox": run_gpt_neox,
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3"), run_llama),
-}
-
-
-def run_huggingface(tensors: Mapping[str, LazyArray], config: Mapping[str, Any], tokens: Array) -> Array:
-    """Return logits [B, T, V] of a model folder's tensors and its config.json.
-
-    CheckpointError if the model type has no reference implementation.
-    """
-    kind = config["model_type"]
-    if kind not in MODELS:
-        raise CheckpointError(f"no reference implementation of model_type {kind!r}; supported: {', '.join(MODELS)}")
-    prefix = {"gpt_neox": "gpt_neox."}.get(kind, "transformer." if kind.startswith("gpt") else "model.")
-    return MODELS[kind](ExternalTensors(tensors, prefix), config, tokens)

@@ -6,12 +6,7 @@ A layout is a pattern of layout_views.py: "(heads head_dim) embed" is the layout
 [embed, heads, head_dim].
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface import config_map, config_map_t5
-from mesh_transformer.convert.huggingface.config_map import HFConfig
+from typing import NamedTuple
 
 
 class TensorMapping(NamedTuple):
@@ -22,22 +17,6 @@ class TensorMapping(NamedTuple):
     component: int = 0  # index along the number in the pattern
     aliases: tuple[str, ...] = ()  # names in files of other versions
     gated_name: str = ""  # name in a gated feed-forward layer, if it is different
-
-
-class Family(NamedTuple):
-    """A family of models in transformers."""
-
-    architecture: str
-    mappings: Mapping[str, TensorMapping]  # by native weight
-    read_config: Callable[[HFConfig], dict[str, Any]]
-    write_config: Callable[[ModelConfig], dict[str, Any]]
-    prefix: str  # of names; files of the bare model lack it
-    buffers: tuple[str, ...] = ()  # suffixes of names that are not weights
-    copies: tuple[str, ...] = ()  # other names under which files may store the embedding matrix
-    needs_copies: bool = (
-        False  # whether files with an untied head must have them, because transformers ties nothing then
-    )
-    experts_key: str = "num_local_experts"  # in config.json
 
 
 def linear(weight: str, module: str, outputs: str, inputs: str, bias: str = "") -> dict[str, TensorMapping]:
@@ -166,36 +145,3 @@ T5, SWITCH = (
     SHARED | t5_stack("", "decoder", dense) | t5_stack("encoder/", "encoder", dense)
     for dense in ("DenseReluDense", "mlp")
 )
-COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-UNUSED = (".EncDecAttention.relative_attention_bias.weight",)  # unused; stored in the first files of T5
-
-LLAMA_CONFIG = (config_map.read_llama, config_map.write_llama, "model.", (".rotary_emb.inv_freq",))
-FAMILIES = {
-    "gpt2": Family(
-        "GPT2LMHeadModel", GPT2, config_map.read_gpt2, config_map.write_gpt2, "transformer.", (".attn.bias", ".attn.masked_bias")
-    ),
-    "gpt_neo": Family(
-        "GPTNeoForCausalLM", GPT_NEO, config_map.read_gpt_neo, config_map.write_gpt_neo, "transformer.",
-        (".attn.attention.bias", ".attn.attention.masked_bias"),
-    ),
-    "gptj": Family(
-        "GPTJForCausalLM", GPT_J, config_map.read_gpt_j, config_map.write_gpt_j, "transformer.", (".attn.bias", ".attn.masked_bias")
-    ),
-    "gpt_neox": Family(
-        "GPTNeoXForCausalLM", GPT_NEOX, config_map.read_gpt_neox, config_map.write_gpt_neox, "gpt_neox.",
-        (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
-    ),
-    "llama": Family("LlamaForCausalLM", LLAMA, *LLAMA_CONFIG),
-    "mistral": Family("MistralForCausalLM", LLAMA, *LLAMA_CONFIG),
-    "mixtral": Family("MixtralForCausalLM", MIXTRAL, config_map.read_mixtral, config_map.write_mixtral, *LLAMA_CONFIG[2:]),
-    "qwen2": Family("Qwen2ForCausalLM", LLAMA, *LLAMA_CONFIG),
-    "qwen3": Family("Qwen3ForCausalLM", QWEN3, *LLAMA_CONFIG),
-    "t5": Family(
-        "T5ForConditionalGeneration", T5, config_map_t5.read_t5, config_map_t5.write_t5, "", UNUSED, copies=COPIES
-    ),
-    "switch_transformers": Family(
-        "SwitchTransformersForConditionalGeneration", SWITCH, config_map_t5.read_switch, config_map_t5.write_switch, "", UNUSED,
-        copies=COPIES, needs_copies=True, experts_key="num_experts",
-    ),
-}  # fmt: skip
-ENCODER_DECODER = ("t5", "switch_transformers")

@@ -1,0 +1,126 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Table of the supported Hugging Face model families.
+
+A row names the architecture and refers to its tensor names, its config.json functions and its NumPy reference
+implementation. A new family may define these in a module of its own and needs one row here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mesh_transformer.checkpoint.manifest import CheckpointError
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.huggingface import config_map, config_map_t5, reference, tensor_map
+from mesh_transformer.convert.huggingface.config_map import HFConfig
+from mesh_transformer.convert.huggingface.reference import ExternalTensors
+from mesh_transformer.convert.huggingface.reference_t5 import run_t5
+from mesh_transformer.convert.huggingface.tensor_map import TensorMapping
+from mesh_transformer.convert.lazy_arrays import LazyArray
+
+
+class Family(NamedTuple):
+    """A family of models in transformers."""
+
+    architecture: str
+    mappings: Mapping[str, TensorMapping]  # by native weight
+    read_config: Callable[[HFConfig], dict[str, Any]]
+    write_config: Callable[[ModelConfig], dict[str, Any]]
+    reference: Callable[
+        ..., np.ndarray
+    ]  # NumPy implementation: (tensors, config.json, tokens [B, T]) -> logits [B, T, V]
+    prefix: str  # of names; files of the bare model lack it
+    buffers: tuple[str, ...] = ()  # suffixes of names that are not weights
+    copies: tuple[str, ...] = ()  # other names under which files may store the embedding matrix
+    needs_copies: bool = (
+        False  # whether files with an untied head must have them, because transformers ties nothing then
+    )
+    experts_key: str = "num_local_experts"  # in config.json
+
+
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+UNUSED = (".EncDecAttention.relative_attention_bias.weight",)  # unused; stored in the first files of T5
+
+LLAMA_CONFIG = (config_map.read_llama, config_map.write_llama, reference.run_llama, "model.", (".rotary_emb.inv_freq",))
+FAMILIES = {
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        tensor_map.GPT2,
+        config_map.read_gpt2,
+        config_map.write_gpt2,
+        reference.run_gpt2,
+        "transformer.",
+        (".attn.bias", ".attn.masked_bias"),
+    ),
+    "gpt_neo": Family(
+        "GPTNeoForCausalLM",
+        tensor_map.GPT_NEO,
+        config_map.read_gpt_neo,
+        config_map.write_gpt_neo,
+        reference.run_gpt_neo,
+        "transformer.",
+        (".attn.attention.bias", ".attn.attention.masked_bias"),
+    ),
+    "gptj": Family(
+        "GPTJForCausalLM",
+        tensor_map.GPT_J,
+        config_map.read_gpt_j,
+        config_map.write_gpt_j,
+        reference.run_gptj,
+        "transformer.",
+        (".attn.bias", ".attn.masked_bias"),
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        tensor_map.GPT_NEOX,
+        config_map.read_gpt_neox,
+        config_map.write_gpt_neox,
+        reference.run_gpt_neox,
+        "gpt_neox.",
+        (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+    ),
+    "llama": Family("LlamaForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG),
+    "mistral": Family("MistralForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG),
+    "mixtral": Family(
+        "MixtralForCausalLM", tensor_map.MIXTRAL, config_map.read_mixtral, config_map.write_mixtral, *LLAMA_CONFIG[2:]
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG),
+    "qwen3": Family("Qwen3ForCausalLM", tensor_map.QWEN3, *LLAMA_CONFIG),
+    "t5": Family(
+        "T5ForConditionalGeneration",
+        tensor_map.T5,
+        config_map_t5.read_t5,
+        config_map_t5.write_t5,
+        run_t5,
+        "",
+        UNUSED,
+        copies=COPIES,
+    ),
+    "switch_transformers": Family(
+        "SwitchTransformersForConditionalGeneration",
+        tensor_map.SWITCH,
+        config_map_t5.read_switch,
+        config_map_t5.write_switch,
+        run_t5,
+        "",
+        UNUSED,
+        copies=COPIES,
+        needs_copies=True,
+        experts_key="num_experts",
+    ),
+}
+ENCODER_DECODER = ("t5", "switch_transformers")
+
+
+def run_huggingface(tensors: Mapping[str, LazyArray], config: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
+    """Return the float32 logits [B, T, V] that a decoder-only model folder's own tensors and config.json give.
+
+    Raises CheckpointError if the model type is not supported.
+    """
+    kind = config["model_type"]
+    if kind not in FAMILIES:
+        raise CheckpointError(f"no reference implementation of model_type {kind!r}; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    return family.reference(ExternalTensors(tensors, family.prefix), config, tokens)
