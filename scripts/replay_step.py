@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
     parser.add_argument("step", metavar="STEP", type=int, help="number of the step in metrics.jsonl, from 1")
     parser.add_argument(
-        "--worst", type=int, default=3, help="number of sequences to show, highest loss first; default: %(default)s"
+        "--worst", type=int, default=3, help="sequences to show, highest loss first; default: %(default)s"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)

@@ -35,7 +35,7 @@ install_import_hook(
 
 
 LONGEST = (
-    "test_proofs",
+    "test_resume",
     "test_processes",
     "test_journey",
     "test_decoder_only",

@@ -100,18 +100,18 @@ def test_a_replayed_step_equals_its_log(run_dir, programs, capsys):
     result = json.loads(capsys.readouterr().out)
     assert (result["equal"], result["from_checkpoint"]) == (True, 4)
     assert result["loss"] == result["logged"]
-    norms = {row["where"]: row for row in result["norms"]}
+    norms = {norm["module"]: norm for norm in result["norms"]}
     assert {"all", "layer 0", "layer 1"} <= norms.keys()
     for side in ("parameters", "gradients"):
-        parts = sum(row[side] ** 2 for where, row in norms.items() if where != "all")
+        parts = sum(norm[side] ** 2 for module, norm in norms.items() if module != "all")
         assert parts == pytest.approx(norms["all"][side] ** 2, rel=1e-4)
     worst, next_worst = result["worst"]
     assert worst["loss"] >= next_worst["loss"]
     assert 8 * 5 <= worst["sequence"] < 8 * 6
     assert len(worst["text"]) == 16
     assert worst["text"] in (run_dir.parent / "text.txt").read_text()
-    assert "equal to the logged one" in programs["replay_step"].format_result(result)
-    assert "NOT the logged" in programs["replay_step"].format_result({**result, "equal": False})
+    assert "equal to the logged loss" in programs["replay_step"].format_result(result)
+    assert "NOT equal to the logged loss" in programs["replay_step"].format_result({**result, "equal": False})
 
 
 def test_missing_provenance_and_changed_data_are_errors(run_dir, programs, tmp_path):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The supervisor with real processes that end in every way, and the launchers that call it."""
+"""The supervisor, with real processes that end in every way, and the launchers that use it."""
 
 import os
 import re
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LAUNCH = ROOT / "scripts" / "launch"
-# Ends as its nth try is told to: a status, "hang", "wait" for a signal; "+" before it: after a step.
+# A command whose attempts end as its arguments say, one per attempt: an exit status, "hang", or "wait" for a signal; after
+# "+" it takes a step first.
 CHILD = """
 import os, pathlib, signal, sys, time
 count = pathlib.Path(sys.argv[1])
@@ -55,26 +56,26 @@ def supervise(tmp_path, options, *how, **more):
 
 
 @pytest.mark.parametrize(
-    ("options", "how", "status", "tries"),
+    ("options", "how", "status", "attempts"),
     [
         ([], ["1", "75", "0"], 0, 3),
         ([], ["2"], 2, 1),
-        (["--leave-preempted"], ["1", "75"], 75, 2),
-        (["--tries", "3"], ["1"] * 9, 1, 3),
-        (["--tries", "2"], ["+1", "1", "+1", "+1", "0"], 1, 2),
-        (["--tries", "3"], ["+1", "1", "+1", "+1", "0"], 0, 5),
+        (["--no-restart-on-preemption"], ["1", "75"], 75, 2),
+        (["--max-failures", "3"], ["1"] * 9, 1, 3),
+        (["--max-failures", "2"], ["+1", "1", "+1", "+1", "0"], 1, 2),
+        (["--max-failures", "3"], ["+1", "1", "+1", "+1", "0"], 0, 5),
         (["--hang-minutes", "0.02"], ["hang", "+0"], 0, 2),
     ],
 )
-def test_starts_again(tmp_path, options, how, status, tries):
+def test_restarts(tmp_path, options, how, status, attempts):
     with supervise(tmp_path, options, *how) as process:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
-    assert len((tmp_path / "count").read_text()) == tries
+    assert len((tmp_path / "count").read_text()) == attempts
     assert ("no step for 0.02 minutes" in errors) == ("hang" in how)
 
 
-def test_a_signal_is_passed_on_and_is_the_end(tmp_path):
+def test_a_signal_is_forwarded_and_ends_supervision(tmp_path):
     with supervise(tmp_path, [], "wait", "0") as process:
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(signal.SIGUSR1)
@@ -90,14 +91,14 @@ def run(*command, seconds=120, **environment):
     )
 
 
-def test_processes_of_this_machine(tmp_path):
-    """Each knows its part; what one prints has its number; if one fails the others have their time and are ended."""
+def test_local_processes():
+    """Each process knows its index, which is in front of its output; after a failure the others are ended."""
     child = "import os, sys, time; i = int(os.environ['JAX_PROCESS_ID']); print('this is', i, flush=True); "
     local = (sys.executable, LAUNCH / "local.py", "2", "--grace", "0.5", "--", sys.executable, "-c")
     done = run(*local, child + "sys.exit(0)")
     assert (done.returncode, sorted(done.stdout.splitlines())) == (0, ["[1] this is 1", "this is 0"])
     assert run(*local, child + "sys.exit(75)").returncode == 75
-    assert run(*local, child + "sys.exit(75 * i)").returncode == 1, "half preempted is not preempted"
+    assert run(*local, child + "sys.exit(75 * i)").returncode == 1, "only one of two processes was preempted"
     started = time.monotonic()
     assert run(*local, child + "i or time.sleep(100); sys.exit(3)").returncode == 3
     assert time.monotonic() - started < 30
@@ -115,7 +116,7 @@ def test_tpu_vms_dry_run():
 
 
 def test_slurm_dry_run(tmp_path):
-    """What the script runs, by running it; and its lines for sbatch, which are comments to bash."""
+    """Run the script with fake Slurm commands, and check its sbatch options, which are comments to bash."""
     script = LAUNCH / "slurm.sh"
     assert run("bash", "-n", script).returncode == 0
     done = run(
@@ -123,17 +124,17 @@ def test_slurm_dry_run(tmp_path):
     )
     srun, requeue = done.stdout.splitlines()
     assert srun.startswith(
-        "srun --kill-on-bad-exit=1 py scripts/launch/supervise.py --leave-preempted -- py device_train.py"
+        "srun --kill-on-bad-exit=1 py scripts/launch/supervise.py --no-restart-on-preemption -- py device_train.py"
     )
     assert requeue.startswith("scontrol requeue")
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", script.read_text(), re.MULTILINE))
-    assert len(options) == script.read_text().count("\n#SBATCH"), "a line that sbatch would not understand"
+    assert len(options) == script.read_text().count("\n#SBATCH"), "sbatch does not accept one of the lines"
     assert re.fullmatch(r"USR1@[0-9]+", options["signal"])
     assert {"requeue", "open-mode", "time", "nodes", "ntasks-per-node"} <= options.keys()
-    for status in (0, 1, 75):  # with programs in the place of Slurm's that write down how they are called
-        for name, end in (("srun", status), ("scontrol", 0)):
+    for status in (0, 1, 75):  # fake Slurm commands that log their arguments
+        for name, exit_status in (("srun", status), ("scontrol", 0)):
             path = tmp_path / name
-            path.write_text(f'#!/bin/sh\necho "{name} $@" >> {tmp_path}/calls.{status}\nexit {end}\n')
+            path.write_text(f'#!/bin/sh\necho "{name} $@" >> {tmp_path}/calls.{status}\nexit {exit_status}\n')
             path.chmod(0o755)
         called = run("bash", script, "run.toml", PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7")
         assert called.returncode == status
@@ -143,8 +144,8 @@ def test_slurm_dry_run(tmp_path):
         assert checked.returncode == 0, checked.stdout
 
 
-def test_jobset_is_a_jobset():
-    """Its job template by Kubernetes' own schema, the few fields around it by JobSet's documented names."""
+def test_jobset_is_valid():
+    """The job template is checked with Kubernetes' schema, the fields around it with JobSet's documented names."""
     validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate")
     yaml = pytest.importorskip("yaml")
     jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
@@ -159,17 +160,19 @@ def test_jobset_is_a_jobset():
     }
     (job,) = jobset["spec"]["replicatedJobs"]
     assert set(job) == {"name", "replicas", "template"}
-    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": job["template"]["spec"]}
-    validate.validate(whole, "1.30", strict=True)
+    manifest = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": job["template"]["spec"]}
+    validate.validate(manifest, "1.30", strict=True)
     with pytest.raises(validate.ValidationError):
-        validate.validate(whole | {"spec": whole["spec"] | {"paralelism": 4}}, "1.30", strict=True)
-    environment = {entry["name"]: entry for entry in whole["spec"]["template"]["spec"]["containers"][0]["env"]}
+        validate.validate(manifest | {"spec": manifest["spec"] | {"paralelism": 4}}, "1.30", strict=True)
+    environment = {entry["name"]: entry for entry in manifest["spec"]["template"]["spec"]["containers"][0]["env"]}
     name = f"{jobset['metadata']['name']}-{job['name']}-0-0.{jobset['metadata']['name']}"
     assert environment["JAX_COORDINATOR_ADDRESS"]["value"].partition(":")[0] == name
     assert (
-        int(environment["JAX_NUM_PROCESSES"]["value"]) == whole["spec"]["parallelism"] == whole["spec"]["completions"]
+        int(environment["JAX_NUM_PROCESSES"]["value"])
+        == manifest["spec"]["parallelism"]
+        == manifest["spec"]["completions"]
     )
-    command = whole["spec"]["template"]["spec"]["containers"][0]["command"]
+    command = manifest["spec"]["template"]["spec"]["containers"][0]["command"]
     assert tomllib.loads(command[-1]) == {"run": {"dir": "gs://bucket/run"}}
 
 
@@ -181,9 +184,9 @@ def test_ray_dry_run():
     assert second.endswith("device_train.py run.toml")
 
 
-@pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.filterwarnings("ignore")  # warnings of Ray
 def test_ray_cluster_of_two_nodes(tmp_path):
-    """A real cluster on this machine, and in it a real run of two processes, one on each node."""
+    """A run of two processes on a real Ray cluster of two nodes on this machine."""
     pytest.importorskip("ray", reason="needs ray")
     from ray.cluster_utils import Cluster
 
