@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "ConfigError", "Model", "load_config", "load_model", "make_mesh", "reshard", "train_model"]
 
-_MODULES = {name: "mesh_transformer.library" for name in ("Model", "load_model", "make_mesh", "reshard", "train_model")} | {
-    name: "mesh_transformer.config" for name in ("Config", "ConfigError", "load_config")
-}
+_LIBRARY = ("Model", "load_model", "make_mesh", "reshard", "train_model")
+_CONFIG = ("Config", "ConfigError", "load_config")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'mesh_transformer' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    for module, names in (("mesh_transformer.library", _LIBRARY), ("mesh_transformer.config", _CONFIG)):
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'mesh_transformer' has no attribute {name!r}; public names: {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:

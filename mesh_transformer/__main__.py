@@ -39,7 +39,9 @@ COMMANDS = {
     "inspect-corpus": Command(f"{SCRIPTS}.inspect_corpus", "print documents of a corpus and why others were dropped"),
     "tokenizer": Command(f"{SCRIPTS}.train_tokenizer", "train a byte-level BPE tokenizer"),
     "shards": Command(f"{SCRIPTS}.make_shards", "tokenize text into token shards"),
-    "import-config": Command(f"{SCRIPTS}.import_config", "translate a mesh-transformer-jax, GPT-Neo or GPT-NeoX config"),
+    "import-config": Command(
+        f"{SCRIPTS}.import_config", "translate a mesh-transformer-jax, GPT-Neo or GPT-NeoX config"
+    ),
     "compare": Command(f"{SCRIPTS}.compare_runs", "compare runs in one page; fit scaling laws"),
     "reproduce": Command(f"{SCRIPTS}.reproduce", "repeat a run from its record and compare the results"),
     "replay": Command(f"{SCRIPTS}.replay_step", "repeat one step of a run and inspect it"),
@@ -53,7 +55,9 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
     head, _, examples = (__doc__ or "").partition("\n\n")
-    return f"{head}\n\nusage: {PROGRAM} COMMAND [ARGUMENTS]   ({PROGRAM} COMMAND --help for more)\n\n{rows}\n\n{examples}"
+    return (
+        f"{head}\n\nusage: {PROGRAM} COMMAND [ARGUMENTS]   ({PROGRAM} COMMAND --help for more)\n\n{rows}\n\n{examples}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -31,6 +31,9 @@ RENAMED_FLAGS: dict[str, dict[str, str]] = {
     "evaluate": {"--shots": "--num-fewshot", "--examples": "--fewshot-data"},
     "plan": {"--picture": "--plot", "--fast": "--low-effort", "--sample": "--decode"},
     "inspect_corpus": {"--near": "--duplicates-of"},
+    "bench_sample": {"--weights": "--weight-dtype", "--cache": "--kv-cache-dtype", "--tokens": "--max-tokens"},
+    "bench_data": {"--whole-mb": "--build-mb"},
+    "quantization": {"--tokens": "--max-tokens"},
     "supervise": {"--tries": "--max-failures", "--leave-preempted": "--no-restart-on-preemption"},
     "processes": {"--leg-steps": "--phase-steps"},
 }
@@ -64,9 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(docstring: str) -> argparse.ArgumentParser:
     """Return an argument parser whose --help is the program's docstring, with its examples."""
-    parser = Parser(
-        description=docstring.strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=docstring.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     return parser
 

@@ -157,7 +157,9 @@ def make_mesh(**axes: Any) -> MeshLayout:
     return init_devices(MeshConfig(**axes))
 
 
-def train_model(config: str | os.PathLike[str] | Config, overrides: Iterable[str] = (), *, restart: bool = False) -> str:
+def train_model(
+    config: str | os.PathLike[str] | Config, overrides: Iterable[str] = (), *, restart: bool = False
+) -> str:
     """Train or resume a run, and return its run folder.
 
     Args:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Every test sees eight CPU devices, checked shapes, and errors where JAX would promote ranks or warn."""
+"""Test setup: eight CPU devices, shape annotations checked at each call, implicit rank promotion is an error."""
 
 import atexit
 import importlib.util
@@ -10,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What one test has compiled, others and the programs they start find: set before workers and programs inherit it.
+# Compiled programs are shared by all tests and their subprocesses; set before test workers and subprocesses inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -24,17 +25,21 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the suite's time is compilation; what is compared here does not depend on how well LLVM optimised it.
+# Compilation takes most of the suite's time, and the results under test do not depend on LLVM's optimizations.
 jax.config.update("jax_disable_most_optimizations", True)
-# Shape annotations are checked at every call, in tests only.
-NUMERICS = ("loss", "noise_scale", "optimizer", "schedule", "step")
+# Annotations of shapes are checked in tests only, because the checks slow tracing down.
+TRAIN_MODULES = ("loss", "noise_scale", "optimizer", "pipeline", "schedule", "state", "step")
 install_import_hook(
-    ["mesh_transformer.model", "mesh_transformer.sample", *(f"mesh_transformer.train.{name}" for name in NUMERICS)],
+    [
+        "mesh_transformer.model",
+        "mesh_transformer.sample",
+        *(f"mesh_transformer.train.{name}" for name in TRAIN_MODULES),
+    ],
     "beartype.beartype",
 )
 
 
-LONGEST = (
+SLOWEST_FILES = (
     "test_resume",
     "test_processes",
     "test_journey",
@@ -48,32 +53,32 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The longest files come first, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """Run the slowest files first, so that no test worker runs one alone at the end."""
+    items.sort(
+        key=lambda item: SLOWEST_FILES.index(item.path.stem) if item.path.stem in SLOWEST_FILES else len(SLOWEST_FILES)
+    )
 
 
 @pytest.fixture(scope="session")
 def load_script():
-    """A function from the name of a program in scripts/ to its module, made anew by every call."""
+    """Return a function that loads a program of scripts/, such as "stress/resume", as a new module at each call."""
     scripts = Path(__file__).parents[1] / "scripts"
-    sys.path.insert(0, str(scripts))  # programs import each other
 
-    def load(name: str):
+    def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"{name.replace('/', '_')}_program", scripts / f"{name}.py")
         assert spec
         assert spec.loader
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where its classes are looked for when they are pickled
+        sys.modules[spec.name] = module  # pickle looks up classes here
         spec.loader.exec_module(module)
         return module
 
-    yield load
-    sys.path.remove(str(scripts))
+    return load
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a file system of 3 MB and 2,000 files; skipped where mounting is not allowed."""
+    """Return a folder on a file system of 3 MB and 2,000 files; skip the test if mounting is not allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=3m,nr_inodes=2000", "tmpfs", str(folder)]

@@ -60,6 +60,11 @@ LLAMA_CHOICES = dict(
     ff_bias=False,
     tied_embeddings=False,
 )
+GEMMA2_CHOICES = dict(
+    norm="gemma-rmsnorm", norm_eps=1e-6, residual="sandwich", positions="rope-half", activation="gelu-tanh", gated_ffn=True,
+    attention_pattern=("local", "global"), attention_window=6, attention_scale=0.3, attention_softcap=3.0, logit_softcap=2.0,
+    embedding_scale="sqrt_d_model", qkv_bias=False, attention_out_bias=False, ff_bias=False, n_kv_heads=1,
+)  # fmt: skip
 SWITCH_EXPERTS = dict(n_experts=4, layer_interval=2, eval_capacity=3)  # of 23 tokens: many are dropped
 SMALL = dict(n_layers=2, d_model=12, n_heads=2, n_vocab=37)
 CASES = {
@@ -74,6 +79,7 @@ CASES = {
         37,
         **SMALL | {"n_heads": 4},
     ),
+    "gemma2": make_case("gemma2", dict(GEMMA2_CHOICES, d_head=8, d_ff=20), 37, **SMALL),
     "mixtral": make_case(
         "mixtral",
         dict(
@@ -150,6 +156,23 @@ LIVE_CASES = {
 }
 ODD_T5 = ODD | dict(n_encoder_layers=3, n_layers=6, d_head=7, seq_len=190)  # sequences longer than the last bucket
 LIVE_CASES |= {
+    "gemma2": make_case(
+        "gemma2", dict(GEMMA2_CHOICES, d_head=6, attention_scale="rsqrt_d_head"), 53, **ODD | dict(n_layers=6)
+    ),
+    "gemma2-untied-uncapped": make_case(
+        "gemma2",
+        dict(
+            GEMMA2_CHOICES,
+            tied_embeddings=False,
+            attention_softcap=None,
+            logit_softcap=None,
+            rope_theta=5e4,
+            attention_pattern=("local", "local", "global"),
+            activation="silu",
+        ),
+        53,
+        **ODD | dict(n_layers=6),
+    ),
     "t5": make_case("t5", T5, 53, **ODD_T5),
     "t5-gated-silu": make_case("t5", dict(T5, gated_ffn=True, activation="silu"), 53, **ODD_T5),
     "t5-v1.1-deep-encoder": make_case("t5", T5_V1_1, 53, **ODD_T5 | dict(n_encoder_layers=11, n_layers=2)),

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How programs end, seen from outside."""
+"""Tests of mesh_transformer/cli.py: exit statuses, one-line errors and --help of the programs."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def run(body: str, *arguments: str) -> subprocess.CompletedProcess:
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
     ],
 )
-def test_exit_status_and_one_line(body, status, message):
+def test_exit_status_and_one_line_message(body, status, message):
     done = run(body)
     assert done.returncode == status
     assert done.stderr.startswith(message)
@@ -45,12 +45,12 @@ def test_exit_status_and_one_line(body, status, message):
     assert done.stderr.count("\n") <= 1
 
 
-def test_debug_shows_the_traceback_and_wrong_flags_are_usage():
+def test_debug_shows_the_traceback_and_unknown_flags_are_wrong_usage():
     assert "Traceback" in run("raise ValueError('bad')", "--debug").stderr
     assert run("pass", "--nonsense").returncode == 2
 
 
-def test_a_reader_that_leaves_is_no_error():
+def test_a_closed_output_pipe_is_not_an_error():
     program = PROGRAM.format(body="[print('x' * 1000) for _ in range(10000)]")
     done = subprocess.run(
         f"{sys.executable} -c '{program.replace(chr(39), chr(34))}' | head -n 1",

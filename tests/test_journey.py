@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way: train, stop by a real signal, resume to the same bits, resume on another mesh, sample, plan."""
+"""End-to-end tests: train, stop by a signal, resume to the same bits, resume on another mesh, sample, plan."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from mesh_transformer.train.run import open_run
 from mesh_transformer.train.state import describe_state, flatten_state, state_shardings
 
 ROOT = Path(__file__).parents[1]
-WORDS = ["the", "mesh", "of", "devices", "holds", "every", "layer", "and", "each", "token", "knows", "its", "place"]
+WORDS = ["the", "mesh", "of", "devices", "holds", "every", "layer", "and", "each", "token", "knows", "its", "index"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ max_tokens = 12
 
 
 class StoppingProgress(Progress):
-    """Sends this process a real SIGTERM once a step has been shown."""
+    """Sends SIGTERM to this process after the display of step `stop_at`."""
 
     stop_at = 10
 
@@ -89,7 +89,7 @@ class StoppingProgress(Progress):
 
 
 def run_training(config: Config, progress_class: type[Progress] = Progress) -> list[str]:
-    """Train in this process; the notes of how the state came to be."""
+    """Train in this process, and return the notes on how the state was initialized."""
     layout = make_layout(config.mesh)
     run = open_run(config, open_data(config), layout, log=print)
     with (
@@ -136,24 +136,27 @@ def test_resumed_is_bit_equal_to_uninterrupted(config_file, straight):
     assert 10 <= stopped_at <= 11
     notes = run_training(config)
     assert any("resumed from" in note for note in notes)
-    whole, parts = read_state(straight, 20), read_state(config, 20)
-    assert any(name.startswith("opt_state/") and name.endswith("w_q") for name in whole)
-    assert whole.keys() == parts.keys()
-    for name, array in whole.items():
-        np.testing.assert_array_equal(array, parts[name], err_msg=name)
+    uninterrupted = read_state(straight, 20)
+    resumed = read_state(config, 20)
+    assert any(name.startswith("opt_state/") and name.endswith("w_q") for name in uninterrupted)
+    assert uninterrupted.keys() == resumed.keys()
+    for name, array in uninterrupted.items():
+        np.testing.assert_array_equal(array, resumed[name], err_msg=name)
     assert train_losses(config) == train_losses(straight)
-    assert list(train_losses(config)) == list(range(1, 21)), "the metrics read as one history"
+    assert list(train_losses(config)) == list(range(1, 21)), "the metrics log has every step once"
 
 
-def test_resumed_on_another_mesh_goes_on_as_before(config_file, straight):
+def test_resumed_on_another_mesh_has_the_same_losses(config_file, straight):
     config = load(config_file, "moved", *MESH)
     with pytest.raises(Preempted):
         run_training(config, StoppingProgress)
     moved = load(config_file, "moved", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2")
     assert make_layout(moved.mesh).mesh.shape != make_layout(config.mesh).mesh.shape
     run_training(moved)
-    there, here = train_losses(straight), train_losses(moved)
-    np.testing.assert_allclose([here[s] for s in range(1, 21)], [there[s] for s in range(1, 21)], rtol=2e-5)
+    expected = train_losses(straight)
+    losses = train_losses(moved)
+    steps = range(1, 21)
+    np.testing.assert_allclose([losses[step] for step in steps], [expected[step] for step in steps], rtol=2e-5)
 
 
 def test_a_finished_run_only_evaluates(config_file, straight):
@@ -171,7 +174,7 @@ def test_a_finished_run_only_evaluates(config_file, straight):
         ("data.holdout_one_in=5", "data.holdout_one_in = 4"),
     ],
 )
-def test_resuming_another_run_is_refused(config_file, straight, override, message):
+def test_resuming_with_another_config_is_refused(config_file, straight, override, message):
     config = load(config_file, "straight", *MESH, override)
     with pytest.raises(ConfigError, match=message) as caught:
         open_run(config, open_data(config), make_layout(config.mesh))
@@ -179,7 +182,7 @@ def test_resuming_another_run_is_refused(config_file, straight, override, messag
 
 
 @pytest.mark.parametrize("load_optimizer_state", [False, True])
-def test_a_run_starts_from_anothers_weights(config_file, straight, load_optimizer_state):
+def test_a_run_starts_from_the_weights_of_another(config_file, straight, load_optimizer_state):
     start = (f'run.init_from="{straight.run.dir}"', f"run.load_optimizer_state={str(load_optimizer_state).lower()}")
     config = load(
         config_file, "tuned", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2", "optimizer.learning_rate=1e-3", *start
@@ -206,7 +209,7 @@ def test_starting_from_another_model_is_refused(config_file, straight):
         open_run(config, open_data(config), make_layout(config.mesh))
 
 
-def test_a_step_that_is_always_bad_stops_the_run_with_everything_saved(config_file):
+def test_consecutive_skipped_steps_stop_the_run_and_save_it(config_file):
     config = load(
         config_file,
         "bad",
@@ -242,9 +245,9 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def test_commands(config_file):
-    """As a person would: train, interrupt while it compiles, train on, sample, plan, and get things wrong."""
-    place = f'run.dir="{config_file.parent / "command"}"'
-    process = call("device_train.py", config_file, "--set", place)
+    """Use the programs as a user does: train, interrupt during compilation, continue, sample, plan, mistype a field."""
+    run_dir_override = f'run.dir="{config_file.parent / "command"}"'
+    process = call("device_train.py", config_file, "--set", run_dir_override)
     while "compiling" not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGINT)
@@ -253,7 +256,9 @@ def test_commands(config_file):
     assert "run the same command again to continue" in err
 
     started = time.monotonic()
-    status, out, err = finish(call("device_train.py", config_file, "--set", place, "--set", "mesh.cpu_devices=4"))
+    status, out, err = finish(
+        call("device_train.py", config_file, "--set", run_dir_override, "--set", "mesh.cpu_devices=4")
+    )
     assert status == 0, err
     assert "held-out bits per byte" in out
     assert "python device_sample.py" in out

@@ -80,6 +80,15 @@ def test_generate_equals_the_program(run_dir):
     assert all(len(completion.tokens) <= 5 for completion in several)
 
 
+def test_closing_a_stream_ends_its_sample(run_dir):
+    model = mt.load_model(run_dir)
+    stream = model.stream("the ", max_tokens=40)
+    next(stream)
+    stream.close()
+    assert model._loaded.engine.idle
+    assert model.generate("the ", max_tokens=3, seed=1) == mt.load_model(run_dir).generate("the ", max_tokens=3, seed=1)
+
+
 def test_logits_are_those_that_are_sampled_from(run_dir):
     model = mt.load_model(run_dir)
     text = "the 3th text"

@@ -73,6 +73,7 @@ RETIRED_NAMES = {
     "rows_per_token", "run_side_by_side", "run_v1", "score_chunk", "score_experts", "show_samples", "source_segments",
     "split_layers", "start_devices", "take_in", "take_row", "take_turns", "to_ring_order", "train_measured",
     "unless_left", "verify_proposed", "wait_until_gone", "what_counts",
+    "compare_steps", "last_words", "list_debris", "look_at_step", "poison_batches",
 }  # fmt: skip
 # External names that contain a retired word: keys of other projects' files, command-line tools, Python's own.
 ALLOWED_NAMES: set[str] = {"in_place", "inplace", "placeholder", "replace"}

@@ -48,8 +48,9 @@ class ModelConfig:
     d_head: Positive | None = None  # None: d_model / n_heads
     d_ff: Positive | None = None  # None: 4 d_model
     # -- architecture --
-    # "gptj-rmsnorm" and "gptj-scalenorm" divide by (norm of the vector + norm_eps), as in mesh-transformer-jax
-    norm: Literal["layernorm", "rmsnorm", "scalenorm", "gptj-rmsnorm", "gptj-scalenorm"] = "layernorm"
+    # "gemma-rmsnorm" stores the difference of the scale from 1; "gptj-rmsnorm" and "gptj-scalenorm" divide by (norm of the
+    # vector + norm_eps), as in mesh-transformer-jax
+    norm: Literal["layernorm", "rmsnorm", "gemma-rmsnorm", "scalenorm", "gptj-rmsnorm", "gptj-scalenorm"] = "layernorm"
     norm_eps: Rate = 1e-5  # added to the variance, or as `norm` says
     # rope-interleaved rotates neighboring channels (GPT-J), rope-half channels i and i + rope_dims / 2 (GPT-NeoX, Llama)
     positions: Literal["none", "learned", "rope-interleaved", "rope-half", "t5", "alibi"] = "learned"
@@ -57,15 +58,17 @@ class ModelConfig:
     rope_theta: Rate = 10_000.0  # base of the rotation frequencies
     rope_scaling: RopeScalingConfig | None = None  # frequency scaling for long contexts; None: unscaled
     # serial: x + attention, then x + ffn (GPT-2). parallel: both read one norm of x (GPT-J). parallel-two-norms: both read
-    # their own norm of x (GPT-NeoX)
-    residual: Literal["serial", "parallel", "parallel-two-norms"] = "serial"
+    # their own norm of x (GPT-NeoX). sandwich: serial, with a norm before and after each branch (Gemma 2)
+    residual: Literal["serial", "parallel", "parallel-two-norms", "sandwich"] = "serial"
     activation: Literal["gelu-tanh", "gelu-erf", "relu", "silu"] = "gelu-tanh"  # of the feed-forward layer
     gated_ffn: bool = False  # activation(x W_gate) * (x W_in), as in SwiGLU
     causal: bool = True  # false: an encoder-only model with bidirectional attention
     attention_pattern: tuple[Literal["global", "local"], ...] = ("global",)  # repeated over the layers
     # keys that a token of a local layer attends to, itself included (bidirectional: on either side)
     attention_window: Positive = 256
-    attention_scale: Literal["rsqrt_d_head", "none"] = "rsqrt_d_head"  # factor of the scores; none: 1 (GPT-Neo, T5)
+    # factor of the scores; none: 1 (GPT-Neo, T5); a number: itself
+    attention_scale: Literal["rsqrt_d_head", "none"] | Rate = "rsqrt_d_head"
+    attention_softcap: Rate | None = None  # scores become cap * tanh(scores / cap) (Gemma 2); None: no cap
     qk_norm: bool = False  # RMSNorm of each head's queries and keys before the rotation (Qwen 3)
     qkv_bias: bool = True  # biases of the query, key and value projections
     attention_out_bias: bool = True  # bias of the attention output projection
@@ -73,6 +76,9 @@ class ModelConfig:
     norm_bias: bool = True  # biases of layer norms
     head_bias: bool = False  # bias of the output layer (GPT-J)
     tied_embeddings: bool = True  # the output layer is the transposed embedding matrix
+    # factor of the token embeddings (Gemma)
+    embedding_scale: Literal["none", "sqrt_d_model"] = "none"
+    logit_softcap: Rate | None = None  # logits become cap * tanh(logits / cap) (Gemma 2); None: no cap
     logit_scale: Literal["none", "rsqrt_d_model"] = (
         "none"  # factor of the logits; rsqrt_d_model: T5 with tied embeddings
     )
@@ -188,6 +194,6 @@ class ModelConfig:
         table |= dict(rope_dims=self.rope_dim if rotates else None)
         unused = dict(
             rope_theta=not rotates, attention_window="local" not in self.attention_pattern,
-            norm_bias=self.norm in ("rmsnorm", "scalenorm"),
+            norm_bias=self.norm in ("rmsnorm", "gemma-rmsnorm", "scalenorm"),
         )  # fmt: skip
         return table | {key: None for key, is_unused in unused.items() if is_unused}

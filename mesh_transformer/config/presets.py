@@ -45,6 +45,25 @@ LLAMA = dict(
     ff_bias=False,
     tied_embeddings=False,
 )
+# Gemma 2 (arXiv 2408.00118)
+GEMMA2 = dict(
+    n_vocab=256_000,
+    seq_len=8192,
+    norm="gemma-rmsnorm",
+    norm_eps=1e-6,
+    residual="sandwich",
+    positions="rope-half",
+    activation="gelu-tanh",
+    gated_ffn=True,
+    attention_pattern=["local", "global"],
+    attention_window=4096,
+    attention_softcap=50.0,
+    logit_softcap=30.0,
+    embedding_scale="sqrt_d_model",
+    qkv_bias=False,
+    attention_out_bias=False,
+    ff_bias=False,
+)
 MIXTRAL = dict(LLAMA, seq_len=32768, rope_theta=1e6, n_kv_heads=8)
 # Encoder-decoder (arXiv 1910.10683): one relative bias shared by all layers of a stack, unscaled scores, no biases.
 T5 = dict(
@@ -139,6 +158,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-33b": _size(LLAMA, 60, 6656, 52, d_ff=17920, seq_len=2048, norm_eps=1e-6),
     "llama-65b": _size(LLAMA, 80, 8192, 64, d_ff=22016, seq_len=2048, norm_eps=1e-6),
     "llama2-7b": _size(LLAMA, 32, 4096, 32, d_ff=11008, seq_len=4096),
+    "gemma2-2b": _size(GEMMA2, 26, 2304, 8, n_kv_heads=4, d_head=256, d_ff=9216),
+    "gemma2-9b": _size(GEMMA2, 42, 3584, 16, n_kv_heads=8, d_head=256, d_ff=14336),
+    # its scores are scaled by (d_model / n_heads)^-0.5
+    "gemma2-27b": _size(GEMMA2, 46, 4608, 32, n_kv_heads=16, d_head=128, d_ff=36864, attention_scale=144**-0.5),
     "mixtral-8x7b": _size(MIXTRAL, 32, 4096, 32, d_ff=14336, experts=dict(n_experts=8, n_experts_per_token=2)),
     "mixtral-8x22b": _size(
         MIXTRAL, 56, 6144, 48, d_ff=16384, seq_len=65536, experts=dict(n_experts=8, n_experts_per_token=2)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -23,6 +24,10 @@ def input_embeddings(
     tokens: Float[ArrayT, "B T D"], positions: Float[ArrayT, "*B T D"] | None, config: ModelConfig
 ) -> Float[ArrayT, "B T D"]:
     """Return the residual stream before the first layer, given the embeddings of tokens and learned positions."""
+    if config.embedding_scale == "sqrt_d_model":
+        tokens = tokens * np.asarray(config.d_model**0.5).astype(
+            tokens.dtype
+        )  # rounded to the dtype, as in transformers
     if config.positions != "learned":
         return tokens
     assert positions is not None
@@ -31,22 +36,36 @@ def input_embeddings(
 
 def norm_scale(scale: Float[ArrayT, "*D"], config: ModelConfig) -> Float[ArrayT, "*D"]:
     """Return the factor of a normalized vector, given the stored parameter of `rmsnorm` or `layernorm`."""
-    return scale
+    return 1.0 + scale if config.norm == "gemma-rmsnorm" else scale
 
 
 def initial_norm_scale(config: ModelConfig) -> float:
     """Return the initial value of the stored parameter, for which `norm_scale` is 1."""
-    return 1.0
+    return 0.0 if config.norm == "gemma-rmsnorm" else 1.0
 
 
 def attention_scale(config: ModelConfig) -> float:
     """Return the factor of every product of a query and a key."""
-    return config.head_dim**-0.5 if config.attention_scale == "rsqrt_d_head" else 1.0
+    match config.attention_scale:
+        case "rsqrt_d_head":
+            return config.head_dim**-0.5
+        case "none":
+            return 1.0
+        case number:
+            return float(number)
 
 
 def finish_scores(scores: Float[ArrayT, "*B T S"], config: ModelConfig) -> Float[ArrayT, "*B T S"]:
     """Return the attention scores before biases and masks, given the scaled products of queries and keys in float32."""
-    return scores
+    return soft_cap(scores, config.attention_softcap)
+
+
+def soft_cap(x: ArrayT, cap: float | None) -> ArrayT:
+    """Return cap * tanh(x / cap), which is between -cap and cap; x itself without a cap."""
+    if cap is None:
+        return x
+    tanh: Any = np.tanh if isinstance(x, np.ndarray) else jnp.tanh
+    return cap * tanh(x / cap)
 
 
 class Branches(NamedTuple):
@@ -72,6 +91,9 @@ def apply_branches(x: Any, branches: Branches, config: ModelConfig) -> Any:
             return x + attention(normed) + feed_forward(normed)
         case "parallel-two-norms":  # GPT-NeoX
             return x + attention(norm("norm_1", x)) + feed_forward(norm("norm_2", x))
+        case "sandwich":  # Gemma 2
+            x = x + norm("norm_1_post", attention(norm("norm_1", x)))
+            return x + norm("norm_2_post", feed_forward(norm("norm_2", x)))
 
 
 def scale_hidden_states(x: Float[ArrayT, "*B D"], config: ModelConfig) -> Float[ArrayT, "*B D"]:
@@ -86,7 +108,7 @@ def finish_logits(
 
     The operation is elementwise, so V may be a device's shard of the vocabulary.
     """
-    if not config.head_bias:
-        return product
-    assert bias is not None
-    return product + bias.reshape(*[1] * (product.ndim - 1), -1)
+    if config.head_bias:
+        assert bias is not None
+        product = product + bias.reshape(*[1] * (product.ndim - 1), -1)
+    return soft_cap(product, config.logit_softcap)

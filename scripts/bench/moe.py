@@ -90,11 +90,12 @@ def main(arguments: list[str]) -> int:
     common = [*COMMON, *options.set]
     overrides = {"dense": common, "experts": [*common, *(options.experts or EXPERTS)]}
     configs = {name: load_config(options.config, values) for name, values in overrides.items()}
-    if configs["dense"].model.experts is not None or configs["experts"].model.experts is None:
+    if configs["dense"].model.experts is not None:
         raise ConfigError(
-            f"{options.config} and --experts must give a dense model and one with experts: remove model.experts from the "
-            "configuration and set it with --experts 'model.experts={n_experts=8}'"
+            f"{options.config} has model.experts, but must be a dense model: remove it there and pass it with --experts"
         )
+    if configs["experts"].model.experts is None:
+        raise ConfigError("--experts does not set model.experts: add --experts 'model.experts={n_experts=8}'")
     report: dict[str, Any] = {"speed": measure_speed(configs, options.seconds)}
     if not options.json:
         print(format_speed(report["speed"]), flush=True)

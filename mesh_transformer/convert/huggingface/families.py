@@ -13,7 +13,7 @@ import numpy as np
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface import config_map, config_map_t5, reference, tensor_map
+from mesh_transformer.convert.huggingface import config_map, config_map_t5, gemma2, reference, tensor_map
 from mesh_transformer.convert.huggingface.config_map import HFConfig
 from mesh_transformer.convert.huggingface.reference import ExternalTensors
 from mesh_transformer.convert.huggingface.reference_t5 import run_t5
@@ -88,6 +88,15 @@ FAMILIES = {
     ),
     "qwen2": Family("Qwen2ForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG),
     "qwen3": Family("Qwen3ForCausalLM", tensor_map.QWEN3, *LLAMA_CONFIG),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        gemma2.TENSORS,
+        gemma2.read_config,
+        gemma2.write_config,
+        gemma2.run,
+        "model.",
+        LLAMA_CONFIG[4],
+    ),
     "t5": Family(
         "T5ForConditionalGeneration",
         tensor_map.T5,

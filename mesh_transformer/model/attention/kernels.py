@@ -69,6 +69,7 @@ def _why_unsupported(kernel: str, config: ModelConfig, length: int, *, has_segme
         (config.dropout > 0, "does not support dropout"),
         (config.positions == "t5", "does not support the T5 bias"),
         (kernel != "blockwise" and config.positions == "alibi", "does not support the ALiBi bias"),
+        (kernel not in ("blockwise", "splash") and config.attention_softcap is not None, "does not cap scores"),
         (kernel != "blockwise" and n_shards > 1, "does not support ring attention (mesh.context)"),
         (kernel == "blockwise" and not _has_even_blocks(length, n_shards), f"cannot split {length} positions evenly"),
         (kernel == "splash" and platform == "gpu", "runs on TPUs only"),
@@ -197,6 +198,7 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, options
     kernel: Any = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(**blocks),
+        attn_logits_soft_cap=options.config.attention_softcap,
         interpret=target_platform() == "cpu",  # used in tests only
     )
     ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)

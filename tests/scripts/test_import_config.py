@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/import_config.py translates old configurations, with a note on every key, or refuses them."""
+"""Tests of scripts/import_config.py: configurations of other projects are translated with a note on each key, or refused."""
 
 import json
 import subprocess
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mesh_transformer.config import parse_config, parse_model
+from mesh_transformer.config import Config, parse_config, parse_model
 from mesh_transformer.config.presets import PRESETS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GPT_J = dict(
     layers=28, d_model=4096, n_heads=16, n_vocab=50400, norm="layernorm", pe="rotary", pe_rotary_dims=64, seq=2048,
     cores_per_replica=8, per_replica_batch=1, gradient_accumulation_steps=16, warmup_steps=3000, anneal_steps=300000,
@@ -28,7 +28,7 @@ NEO = dict(
     model_path="gs://b/neo", scale_by_depth=True, attention_types=[[["global", "local"], 16]], mesh_shape="x:64,y:4",
     activation_function="gelu", recompute_grad=True, gradient_clipping=1.0, precision="bfloat16", moe_layers=[],
 )  # fmt: skip
-NEOX = """# GPT-NeoX's files are YAML written like JSON
+NEOX = """# GPT-NeoX's files are YAML in JSON style
 {
   "num-layers": 44, "hidden-size": 6144, "num-attention-heads": 64, "seq-length": 2048, # a "comment" { here
   "max-position-embeddings": 2048, "norm": "layernorm", "pos-emb": "rotary", "rotary_pct": 0.25, "no-weight-tying": true,
@@ -55,22 +55,23 @@ def write(folder: Path, table, name="old.json") -> Path:
     return path
 
 
-def function(preset: str) -> dict:
-    """Return what determines the function of a preset, except for the vocabulary size, which programs pad."""
-    found = parse_model(PRESETS[preset], where=preset).describe_function()
-    return {key: value for key, value in found.items() if key != "n_vocab"}
+def output_fields(preset: str) -> dict:
+    """Return the model fields that determine the outputs of a preset, except n_vocab, which programs pad."""
+    fields = parse_model(PRESETS[preset], where=preset).describe_function()
+    return {key: value for key, value in fields.items() if key != "n_vocab"}
 
 
-def check(toml: str, preset: str):
+def parse_and_compare(toml: str, preset: str) -> Config:
+    """Return the parsed configuration, whose model must compute what the preset does."""
     config = parse_config(tomllib.loads(toml), where="test")
     found = config.model.describe_function()
-    assert {key: found[key] for key in function(preset)} == function(preset)
+    assert {key: found[key] for key in output_fields(preset)} == output_fields(preset)
     return config
 
 
 def test_gpt_j(tmp_path):
     toml, report = call(write(tmp_path, GPT_J))
-    config = check(toml, "gptj-6b")
+    config = parse_and_compare(toml, "gptj-6b")
     assert (config.train.batch_size, config.train.grad_accum_steps) == (512, 16)
     assert (config.optimizer.schedule, config.optimizer.beta2, config.train.z_loss) == ("gptj", 0.999, 1e-4)
     for key in GPT_J:
@@ -79,12 +80,12 @@ def test_gpt_j(tmp_path):
     assert "learning rate at the last step: 1.2e-05" in report
     assert "7 DANGEROUS, 0 UNKNOWN" in report
     half, _ = call(write(tmp_path, GPT_J), "--devices", 128)
-    assert check(half, "gptj-6b").train.batch_size == 256
+    assert parse_and_compare(half, "gptj-6b").train.batch_size == 256
 
 
 def test_gpt_neo(tmp_path):
     toml, report = call(write(tmp_path, NEO))
-    expected = function("gpt-neo-2.7b") | {
+    expected = output_fields("gpt-neo-2.7b") | {
         "attention_scale": "rsqrt_d_head"
     }  # for training from scratch; the notes say so
     config = parse_config(tomllib.loads(toml), where="test")
@@ -99,7 +100,7 @@ def test_gpt_neo(tmp_path):
 def test_gpt_neox_in_two_files(tmp_path):
     files = write(tmp_path, NEOX, "20B.yml"), write(tmp_path, '{"data-path": "data/pile"}', "local.yml")
     toml, report = call(*files, "--devices", 96)
-    config = check(toml, "gpt-neox-20b")
+    config = parse_and_compare(toml, "gpt-neox-20b")
     assert config.train.batch_size == 4 * 32 * 12
     assert (config.optimizer.warmup_steps, config.model.n_vocab) == (1500, 50432)
     assert "1 UNKNOWN" in report
@@ -110,22 +111,22 @@ def test_block_yaml_and_json_with_tabs_are_equivalent(tmp_path):
     import yaml
 
     table = yaml.safe_load(NEOX)
-    table["optimizer"]["params"]["lr"] = "1e-4"  # without a dot this is text in YAML 1.1
+    table["optimizer"]["params"]["lr"] = "1e-4"  # YAML 1.1 parses this as a string, because it has no dot
     blocks = yaml.safe_dump(table | {"min_lr": 1e-5}).replace("'1e-4'", "1e-4") + "data-path: data/pile\n"
     assert "num-layers: 44\n" in blocks
     toml, report = call(write(tmp_path, blocks, "20B.yml"), "--devices", 96)
-    config = check(toml, "gpt-neox-20b")
+    config = parse_and_compare(toml, "gpt-neox-20b")
     assert config.optimizer.learning_rate == 1e-4
     assert "1 UNKNOWN" in report
     toml, _ = call(write(tmp_path, json.dumps(GPT_J, indent="\t")))
-    check(toml, "gptj-6b")
+    parse_and_compare(toml, "gptj-6b")
 
 
 REFUSED = {
-    "no number": ({**GPT_J, "lr": None}, "optimizer.learning_rate = null: must be a valid number"),
+    "null": ({**GPT_J, "lr": None}, "optimizer.learning_rate = null: must be a valid number"),
     "unknown": ({"a": 1, "layers": 2}, "not a configuration of mesh-transformer-jax, GPT-Neo, GPT-NeoX"),
-    "twice": ('{"layers": 1, "layers": 2}', "the key layers occurs twice"),
-    "yaml": ("num-layers: [3\n", "old.json:2: neither JSON nor YAML"),
+    "duplicate key": ('{"layers": 1, "layers": 2}', "the key layers occurs twice"),
+    "neither JSON nor YAML": ("num-layers: [3\n", "old.json:2: neither JSON nor YAML"),
     "list": ("[1]", "expected a mapping of keys to values, found a list"),
     "cores": ({**GPT_J, "tpu_size": 12}, "tpu_size (or --devices) is not a multiple of cores_per_replica"),
     "norm": ({**GPT_J, "norm": "batchnorm"}, "norm = 'batchnorm' or pe = 'rotary' is not supported"),
@@ -146,5 +147,5 @@ def test_missing_keys_are_named_and_files_are_not_overwritten(tmp_path):
     assert "these keys are missing: norm, lr" in call(write(tmp_path, table), expect=2)[1]
     old = write(tmp_path, GPT_J)
     assert call(old, "--output", tmp_path / "new.toml")[0] == ""
-    check((tmp_path / "new.toml").read_text(), "gptj-6b")
+    parse_and_compare((tmp_path / "new.toml").read_text(), "gptj-6b")
     assert "exists" in call(old, "--output", tmp_path / "new.toml", expect=2)[1]
