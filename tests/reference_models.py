@@ -62,7 +62,7 @@ LLAMA_CHOICES = dict(
 )
 GEMMA2_CHOICES = dict(
     norm="gemma-rmsnorm", norm_eps=1e-6, residual="sandwich", positions="rope-half", activation="gelu-tanh", gated_ffn=True,
-    attention_pattern=("local", "global"), attention_window=6, attention_scale=0.3, attention_softcap=3.0, logit_softcap=2.0,
+    attention_pattern=("local", "global"), attention_window=6, attention_scale=0.25, attention_softcap=3.0, logit_softcap=2.0,
     embedding_scale="sqrt_d_model", qkv_bias=False, attention_out_bias=False, ff_bias=False, n_kv_heads=1,
 )  # fmt: skip
 SWITCH_EXPERTS = dict(n_experts=4, layer_interval=2, eval_capacity=3)  # of 23 tokens: many are dropped

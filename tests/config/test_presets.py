@@ -162,6 +162,9 @@ def closed_formula(name: str, c: ModelConfig) -> int:
         return 2 * v * d + layers * (12 * d * d + 13 * d) + 2 * d
     if name.startswith("llama"):
         return 2 * v * d + layers * (4 * d * d + 3 * d * f + 2 * d) + d
+    if name.startswith("gemma2"):  # four norms per layer
+        attention = 2 * d * c.n_heads * c.head_dim + 2 * d * c.kv_heads * c.head_dim
+        return v * d + layers * (attention + 3 * d * f + 4 * d) + d
     if name.startswith("mixtral"):
         attention = 2 * d * d + 2 * d * c.kv_heads * c.head_dim
         return 2 * v * d + layers * (attention + 8 * 3 * d * f + 8 * d + 2 * d) + d

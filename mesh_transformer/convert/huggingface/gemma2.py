@@ -158,13 +158,13 @@ def _soft_cap(x: np.ndarray, cap: float | None) -> np.ndarray:
 
 
 def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, cap: float | None, window: int | None) -> np.ndarray:
-    """Return causal attention with capped scores: q [B, T, H, C], k and v [B, T, K, C] -> [B, T, H C]."""
-    batch, length, heads, _ = q.shape
-    k, v = (np.repeat(y, heads // k.shape[2], axis=2) for y in (k, v))
-    scores = _soft_cap(np.einsum("bqhc,bkhc->bhqk", q, k), cap)
+    """Return causal attention with capped scores: q [B, H, T, C], k and v [B, K, T, C] -> [B, T, H C]."""
+    batch, heads, length, _ = q.shape
+    k, v = (np.repeat(y, heads // k.shape[1], axis=1) for y in (k, v))
+    scores = _soft_cap(q @ k.swapaxes(-1, -2), cap)
     distance = np.arange(length)[:, None] - np.arange(length)[None]
     visible = (distance >= 0) & (distance < (window or length))
     scores = np.where(visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights = weights / weights.sum(axis=-1, keepdims=True)
-    return np.einsum("bhqk,bkhc->bqhc", weights, v).reshape(batch, length, -1)
+    return (weights @ v).swapaxes(1, 2).reshape(batch, length, -1)
