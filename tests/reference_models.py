@@ -214,7 +214,9 @@ def make_torch(case: Case):
     family = FAMILIES[case.kind]
     kind = getattr(transformers, family.architecture)
     sizes = family.write_config(case.config) | {"tie_word_embeddings": case.config.tied_embeddings}
-    ids = dict(bos_token_id=0, eos_token_id=0, attn_implementation="eager")
+    ids: dict[str, Any] = dict(bos_token_id=0, eos_token_id=0, attn_implementation="eager")
+    if case.kind == "gemma2":  # its embedding has no gradient for the padding token, which is 0 by default
+        ids["pad_token_id"] = None
     model = kind(kind.config_class(**sizes | ids)).eval()
     if case.config.encoder is not None and not case.config.tied_embeddings:
         untie(model)

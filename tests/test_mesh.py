@@ -163,6 +163,18 @@ FAMILIES = {
         tied_embeddings=False,
         remat="full",
     ),
+    "gemma2": dict(
+        norm="gemma-rmsnorm",
+        residual="sandwich",
+        positions="rope-half",
+        n_kv_heads=4,
+        gated_ffn=True,
+        attention_pattern=("local", "global"),
+        attention_window=3,
+        attention_softcap=2.0,
+        logit_softcap=3.0,
+        embedding_scale="sqrt_d_model",
+    ),
 }
 
 

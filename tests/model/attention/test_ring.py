@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blockwise and ring attention: the block schedule, equality with dense attention, and memory linear in the length."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,8 +74,10 @@ def make_arrays(length: int):
     return q, k, v, gradient
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 5])
-def test_blockwise_equals_dense_forward_and_backward(window):
+def test_blockwise_equals_dense_forward_and_backward(window, softcap):
+    config = dataclasses.replace(UNSCALED, attention_softcap=softcap)
     q, k, v, gradient = make_arrays(24)
     segment_ids = jnp.asarray(np.repeat([[1, 2, 3], [1, 1, 2]], 8, axis=1))
     slopes = jnp.array([0.5, 0.25, 0.125, 0.0625])
@@ -83,17 +87,17 @@ def test_blockwise_equals_dense_forward_and_backward(window):
 
     def dense(q, k, v):
         mask = visible if window is None else visible & (distance < window)[None]
-        return dense_attention(0.3 * q, k, v, mask, bias, UNSCALED)
+        return dense_attention(0.3 * q, k, v, mask, bias, config)
 
     def blockwise(q, k, v):
         heads = (0.3 * q).reshape(2, 24, 2, 2, 8).transpose(0, 2, 3, 1, 4)
-        ring = Ring(None, 1, 8, window, UNSCALED)
+        ring = Ring(None, 1, 8, window, config)
         out = ring_attention(heads, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids, slopes.reshape(2, 2), ring)
         return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
     wanted, back = jax.vjp(dense, q, k, v)
     found, own_back = jax.jit(lambda *x: jax.vjp(blockwise, *x))(q, k, v)
-    unsegmented = dense_attention(0.3 * q, k, v, (distance >= 0)[None], bias, UNSCALED)
+    unsegmented = dense_attention(0.3 * q, k, v, (distance >= 0)[None], bias, config)
     assert np.abs(wanted - unsegmented).max() > 0.1, "the segment IDs have no effect"
     np.testing.assert_allclose(found, wanted, atol=2e-6)
     for a, b in zip(own_back(gradient), back(gradient), strict=True):

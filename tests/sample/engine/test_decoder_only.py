@@ -38,6 +38,17 @@ FAMILIES = {
     ),
     "one-kv-head": dict(n_kv_heads=1, d_head=16, attention_pattern=("local",), attention_window=7),
     "bfloat16": dict(dtype="bfloat16", tied_embeddings=False),
+    "gemma2": dict(
+        norm="gemma-rmsnorm",
+        residual="sandwich",
+        positions="rope-half",
+        attention_pattern=("local", "global"),
+        attention_window=5,
+        attention_scale=0.5,
+        attention_softcap=2.0,
+        logit_softcap=3.0,
+        embedding_scale="sqrt_d_model",
+    ),
 }
 
 
