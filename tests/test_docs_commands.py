@@ -34,7 +34,7 @@ OTHER_PROGRAMS = (
     "python -c ",
 )
 SHORT = [
-    "train.steps=4", "train.batch_size=4", "train.log_every=1", "train.evaluate_every=0", "train.evaluate_batches=1",
+    "train.steps=4", "train.batch_size=8", "train.log_every=1", "train.evaluate_every=0", "train.evaluate_batches=1",
     "optimizer.warmup_steps=1", "checkpoint.every=4", "sample.max_tokens=8",
 ]  # fmt: skip
 SMALL = ["model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.seq_len=64", "data.holdout_one_in=400"]

@@ -229,6 +229,7 @@ def one_device():
         ((1, 8, 1), "t5, tied", {}),
         ((1, 1, 8), "t5, tied", {}),
         ((2, 2, 2), "rotary, grouped", {}),
+        ((2, 2, 2), "gemma2", {}),
         ((1, 2, 4), "t5, tied", {"activation_seq": "tensor", "vocab": ""}),
         ((2, 1, 4), "rotary, grouped", {"kv_heads": "", "embed": ""}),
     ],
