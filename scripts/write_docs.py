@@ -233,7 +233,7 @@ def _comments(module: types.ModuleType) -> dict[tuple[str, str], str]:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def presets_page() -> str:

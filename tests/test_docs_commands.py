@@ -87,8 +87,8 @@ def shortened(words: list[str]) -> list[str]:
     """The command with a fresh interpreter, and with settings that make it take seconds."""
     words = list(words)
     if "--" in words:  # a launcher: the command after it
-        at = words.index("--") + 1
-        return [*shortened(words[:at]), *shortened(words[at:])]
+        at = words.index("--")
+        return [*shortened(words[:at]), "--", *shortened(words[at + 1 :])]
     if words[0] == "mesh-transformer":
         words[:1] = ["-m", "mesh_transformer"]
     elif words[0] == "python":
