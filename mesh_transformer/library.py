@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Python library: load a model, compute logits, generate, train and reshard, from notebooks and scripts.
 
+```python
 import mesh_transformer as mt
 
 model = mt.load_model("runs/quickstart")
 print(model.generate("def ", max_tokens=40))
 run_dir = mt.train_model("quickstart", ["train.steps=100"])
 mt.reshard(run_dir, "out/model", format="huggingface")
+```
 """
 
 import dataclasses
