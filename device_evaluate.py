@@ -49,7 +49,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line. Flags become overrides of [evaluate] in `set`; ConfigError for an invalid value."""
     parser = make_parser(__doc__ or "")
     parser.add_argument(
-        "run", metavar="RUN", help="run folder, such as runs/quickstart, checkpoint, or Hugging Face model folder"
+        "run", metavar="RUN", help="run folder (such as runs/quickstart), checkpoint, or Hugging Face model folder"
     )
     parser.add_argument("--task", action="append", default=[], metavar="NAME", help="task to run; repeatable")
     parser.add_argument(

@@ -11,6 +11,7 @@ examples:
       help of one command
 """
 
+import difflib
 import importlib
 import sys
 from typing import NamedTuple
@@ -72,7 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     command = COMMANDS.get(name)
     if command is None:
-        print(f"error: {name!r} is not a command; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+        print(f"error: {name!r} is not a command; {hint}", file=sys.stderr)
         return WRONG_USAGE
     sys.argv = [f"{PROGRAM} {name}", *rest]  # what the program's help and messages call it
     return run_command(importlib.import_module(command.module).main)

@@ -30,6 +30,7 @@ RENAMED_FLAGS: dict[str, dict[str, str]] = {
     "train": {"--fresh": "--restart", "--look": "--show-data"},
     "evaluate": {"--shots": "--num-fewshot", "--examples": "--fewshot-data"},
     "plan": {"--picture": "--plot", "--fast": "--low-effort", "--sample": "--decode"},
+    "plan_all": {"--fresh": "--no-cache"},
     "inspect_corpus": {"--near": "--duplicates-of"},
     "bench_sample": {"--weights": "--weight-dtype", "--cache": "--kv-cache-dtype", "--tokens": "--max-tokens"},
     "bench_data": {"--whole-mb": "--build-mb"},

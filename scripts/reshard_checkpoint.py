@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         "--shards", type=int, default=8, help="number of shards of --format gptj-v1; default: %(default)s"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: unchanged"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights; default: unchanged"
     )
     parser.add_argument("--weights-only", action="store_true", help="leave out optimizer state and counters")
     parser.add_argument(
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokenizer", help='tokenizer.json, its folder, or "bytes", if the source has no tokenizer')
     parser.add_argument("--overwrite", action="store_true", help="replace DST when the new result is complete")
     parser.add_argument(
-        "--staging", type=Path, help="local folder in which a remote DST is prepared; default: that of temporary files"
+        "--staging", type=Path, help="local folder in which a remote DST is prepared; default: the folder for temporary files"
     )
     parser.add_argument("--plan", action="store_true", help="check everything and print sizes; write nothing")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")

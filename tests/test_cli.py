@@ -2,14 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of mesh_transformer/cli.py: exit statuses, one-line errors and --help of the programs."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import mesh_transformer
+from mesh_transformer.__main__ import COMMANDS, main
+from mesh_transformer.cli import PROGRAM, RENAMED_FLAGS
+
 ROOT = Path(__file__).parents[1]
-PROGRAM = """
+SCRIPT = """
 import sys
 from mesh_transformer.cli import Preempted, make_parser, run_command
 from mesh_transformer.config import ConfigError
@@ -22,7 +27,7 @@ sys.exit(run_command(main))
 
 
 def run(body: str, *arguments: str) -> subprocess.CompletedProcess:
-    program = PROGRAM.format(body=body)
+    program = SCRIPT.format(body=body)
     return subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
@@ -51,7 +56,7 @@ def test_debug_shows_the_traceback_and_unknown_flags_are_wrong_usage():
 
 
 def test_a_closed_output_pipe_is_not_an_error():
-    program = PROGRAM.format(body="[print('x' * 1000) for _ in range(10000)]")
+    program = SCRIPT.format(body="[print('x' * 1000) for _ in range(10000)]")
     done = subprocess.run(
         f"{sys.executable} -c '{program.replace(chr(39), chr(34))}' | head -n 1",
         shell=True,
@@ -77,3 +82,44 @@ assert 'jax' not in sys.modules
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"python {program}") >= 2
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("device_train", "train"),
+        ("device_evaluate", "evaluate"),
+        ("device_plan", "plan"),
+        ("mesh_transformer.scripts.inspect_corpus", "inspect_corpus"),
+        ("mesh_transformer.scripts.launch.supervise", "supervise"),
+    ],
+)
+def test_a_renamed_flag_is_refused_with_the_new_name(module, name, monkeypatch, capsys):
+    program = importlib.import_module(module)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    for old, new in RENAMED_FLAGS[name].items():
+        with pytest.raises(SystemExit) as stopped:
+            program.main(["something", old])
+        assert stopped.value.code == 2
+        assert f"{old} was renamed: use {new}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_of_the_installed_program_prints_its_help(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [PROGRAM])
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: {PROGRAM} {name}")
+    assert "examples:" in out
+
+
+def test_the_installed_program_lists_its_commands(capsys):
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{PROGRAM} {mesh_transformer.__version__}\n"
+    assert main(["trian"]) == 2
+    assert "'trian' is not a command; did you mean 'train'?" in capsys.readouterr().err

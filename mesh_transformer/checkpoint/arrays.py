@@ -94,7 +94,7 @@ class StoredArray(NamedTuple):
                 read_shards(path, self.record.shard, self.record.chunk, index, values)
             except DamageError as error:
                 file, reason = error.args
-                raise CheckpointError(f"{file}: damaged or unreadable, a file of {self.name}: {reason}") from error
+                raise CheckpointError(f"{file}: damaged or unreadable file of array {self.name}: {reason}") from error
             return values
         for part in self._split(index):
             subview(values, index, part)[...] = _fetch(path, self.name, self.record, part)
@@ -304,7 +304,7 @@ def _fetch(folder: RemotePath, name: str, record: ArrayRecord, index: Slices) ->
         if unreachable := explain_error(file, error):
             raise StorageError(f"{file}: {unreachable}") from error
         reason = re.sub(r"\s*\[(source locations|tensorstore_spec|domain).*", "", message, flags=re.DOTALL)
-        raise CheckpointError(f"{file}: damaged or unreadable, a file of {name}: {reason}") from error
+        raise CheckpointError(f"{file}: damaged or unreadable file of array {name}: {reason}") from error
 
 
 def format_metadata(record: ArrayRecord) -> bytes:

@@ -105,8 +105,8 @@ class DataConfig:
         if length - noise + spans + 1 != seq_len or spans > min(noise, length - noise):
             raise ValueError(
                 f"data.noise_density={self.noise_density} and data.mean_noise_span_length={self.mean_noise_span_length} "
-                f"give no encoder input of model.seq_len={seq_len} tokens; lower the density, or raise the span length "
-                "or seq_len"
+                f"do not give an encoder input of exactly model.seq_len={seq_len} tokens; lower the density, or raise "
+                "the span length or seq_len"
             )
         return length, noise, spans
 
@@ -290,7 +290,7 @@ class Config:
         if stages > 1 and self.train.log_grad_noise_scale:
             raise ValueError(
                 f"train.log_grad_noise_scale needs the gradient of each microbatch, which mesh.pipeline={stages} does not "
-                "compute; set mesh.pipeline=1, or remove it"
+                "compute; set mesh.pipeline=1, or train.log_grad_noise_scale=false"
             )
         self._check_encoder()
         chunks = self.train.loss_chunks * self.mesh.context

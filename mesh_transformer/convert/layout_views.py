@@ -96,7 +96,7 @@ class Packed:
     """An external tensor packed from native arrays, which are the components of the pattern's number in order."""
 
     def __init__(self, arrays: Sequence[LazyArray], pattern: str, axes: Sequence[Sequence[str]]):
-        """Raise ValueError if there are fewer arrays than the pattern's number. `axes` are those of each array."""
+        """Raise ValueError if there are not as many arrays as the number in the pattern. `axes` are those of each array."""
         self.arrays = arrays
         self.pattern = parse_pattern(pattern)
         self.axes = axes
@@ -104,7 +104,7 @@ class Packed:
         self._sizes = dict(zip(axes[0], arrays[0].shape, strict=True))
         numbers = [int(word) for group in self.pattern for word in group if word.isdigit()]
         if (numbers or [1]) != [len(arrays)]:
-            raise ValueError(f"{len(arrays)} arrays for the layout {pattern!r}")
+            raise ValueError(f"the layout {pattern!r} needs {(numbers or [1])[0]} arrays, got {len(arrays)}")
         self.shape = tuple(
             math.prod(len(arrays) if word.isdigit() else self._sizes[word] for word in group) for group in self.pattern
         )

@@ -149,7 +149,7 @@ def _run_stack(
     if max_memory is not None and PERIOD_OVERHEAD * _period_bytes(config, stacked) > max_memory:
         if encoder_output is not None:
             raise CheckpointError(
-                "a period of layers of the encoder-decoder model does not fit into memory; raise --max-memory"
+                "one repetition of the encoder-decoder model's layer pattern does not fit in memory; raise --max-memory"
             )
         inside = {name.removeprefix(f"transformer/{STACK}/"): array for name, array in stacked.items()}
         make_context = hk.without_apply_rng(hk.transform(lambda x: _attention_context(Transformer(config), x)))

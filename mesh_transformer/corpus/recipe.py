@@ -291,7 +291,7 @@ class Recipe:
                 f"components.{missing} has no weight, but components.{weighted[0]} has; set weights on all or none"
             )
         if bool(weighted) != (self.mixture.bytes is not None):
-            raise ValueError("weights divide mixture.bytes: set both, or neither to use epochs")
+            raise ValueError("weights and mixture.bytes must be set together; set both, or neither to use epochs")
         return self
 
 

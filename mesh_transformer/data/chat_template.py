@@ -89,7 +89,7 @@ class ChatTemplate:
                 messages=chat, tools=None, documents=None, add_generation_prompt=True, **self._special
             )
         except jinja2.TemplateError as error:
-            raise ChatError(f"the chat template refuses these messages: {_shorten(error)}") from None
+            raise ChatError(f"the chat template rejects these messages: {_shorten(error)}") from None
         except Exception as error:  # an untrusted template can raise anything
             raise ChatError(f"the chat template fails: {type(error).__name__}: {_shorten(error)}") from None
 

@@ -24,7 +24,7 @@ def read_wsc(record: Record) -> Iterable[dict[str, Any]]:
         index = int(spans[f"span{number}_index"])
         words = record["text"].split()
         if not 0 <= index < len(words):
-            raise ValueError(f"span{number}_index {index} of {len(words)} words")
+            raise ValueError(f"span{number}_index={index} is out of range: the text has {len(words)} words")
         found[f"span{number}_index"] = index
         found[f"span{number}_text"] = _as_in_text(spans[f"span{number}_text"], record["text"], words[index])
     yield found

@@ -61,7 +61,7 @@ def _number(field: str, label: Any, names: Sequence[str]) -> int:
 def _hellaswag(record: Record) -> Iterable[dict[str, Any]]:
     label, n_endings = int(record["label"]), len(record["endings"])
     if not 0 <= label < n_endings:
-        raise ValueError(f"label {label} of {n_endings} endings")
+        raise ValueError(f"label={label} is out of range: there are {n_endings} endings")
     yield {name: record[name] for name in ("activity_label", "ctx_a", "ctx_b", "endings")} | {"label": str(label)}
 
 
@@ -189,7 +189,7 @@ def read_examples(name: str, path: str, limit: int | None = None) -> list[Exampl
             break
         try:
             if not isinstance(record, Mapping):
-                raise TypeError("not an object")
+                raise TypeError("expected a JSON object")
             items += [Example(one, where) for one in convert(record)]
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             fields = ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
@@ -210,8 +210,8 @@ def _read_records(path: str) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(split_lines(read_chunks(file, suffix if suffix in COMPRESSED else None)), 1):
                 if line and not line.isspace():
                     yield f"{file}:{number}", _parse(line, f"{file}:{number}")
-        except DocumentError as flaw:
-            raise DataError(f"{file}: {flaw.detail}") from None
+        except DocumentError as error:
+            raise DataError(f"{file}: {error.detail}") from None
 
 
 def _parse(line: str | bytes, where: str) -> Any:

@@ -78,8 +78,8 @@ def _read_groups(path: str, evaluate: EvaluateConfig) -> Iterator[tuple[str, Doc
             raise DataError(f"{file}: evaluate.group_key needs files in .jsonl, .jsonl.zst or .jsonl.gz format")
         try:
             yield from _read_lines(file, evaluate)
-        except DocumentError as flaw:
-            raise DataError(f"{file}: {flaw.detail}") from None
+        except DocumentError as error:
+            raise DataError(f"{file}: {error.detail}") from None
 
 
 def _read_lines(file: Path, evaluate: EvaluateConfig) -> Iterator[tuple[str, Document]]:

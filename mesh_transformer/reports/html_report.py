@@ -86,7 +86,7 @@ def _split_lines(lines: Iterable[Line]) -> Log:
 
 
 class Tile(NamedTuple):
-    """A figure at the top of the page; `note` is small text below it."""
+    """A number at the top of the page; `note` is small text below it."""
 
     label: str
     value: str

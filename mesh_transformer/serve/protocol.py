@@ -125,7 +125,7 @@ class CompletionRequest(CommonParams):
     def check(self) -> "CompletionRequest":
         """Check combinations of fields."""
         if self.suffix:
-            raise ValueError("suffix is not supported: this model continues text and cannot fill in; remove it")
+            raise ValueError("suffix is not supported: this model continues text and cannot fill in the middle; remove it")
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise ValueError("best_of must be at least n")
         if self.stream and (self.best_of or 0) > (self.n or 1):

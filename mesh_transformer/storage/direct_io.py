@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Large files written with O_DIRECT, past the kernel's page cache.
+"""Large files written with O_DIRECT, bypassing the kernel's page cache.
 
 Allocating, filling and writing back a page costs the kernel several times the cost of passing the bytes to the disk, and
 pages that are not read again evict others. Normal writes are used if the file system does not support O_DIRECT, and for

@@ -216,7 +216,7 @@ def read_small(path: AnyPath, max_bytes: int) -> bytes:
         return path.read_bytes()
     status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
-        raise CheckpointError(f"{path}: a link, not a regular file, or larger than {max_bytes} bytes")
+        raise CheckpointError(f"{path}: must be a regular file, not a link, of at most {max_bytes} bytes")
     return path.read_bytes()
 
 

@@ -63,7 +63,7 @@ def train_steps(
     profile: tuple[int, int] | None = None,
     measure: MeasureFn | None = None,
 ) -> None:
-    """Take the steps from `run.step` to the last one or to a stop request; log, save and evaluate as configured."""
+    """Run the steps from `run.step` to the last one or to a stop request; log, save and evaluate as configured."""
     config, train = run.config, run.config.train
     steps = range(run.step, train.steps)
     if not steps:

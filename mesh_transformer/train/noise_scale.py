@@ -52,8 +52,8 @@ def update_noise_scale(
     """
     if not 0 < micro_batch_size < full_batch_size:
         raise ConfigError(
-            f"train.log_grad_noise_scale compares microbatches ({micro_batch_size} sequences) with larger batches, and "
-            f"the batch has {full_batch_size} sequences; set train.grad_accum_steps to 2 or more, or "
+            f"train.log_grad_noise_scale needs a batch larger than a microbatch ({micro_batch_size} sequences), but the "
+            f"batch has {full_batch_size} sequences; set train.grad_accum_steps to 2 or more, or "
             "train.log_grad_noise_scale = false"
         )
     micro = jnp.asarray(micro_sq_norm, jnp.float32)

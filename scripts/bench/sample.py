@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
         "--kv-cache-dtype", default="model", help="as serve.kv_cache_dtype; default: that of the model, float32"
     )
     parser.add_argument(
-        "--concurrent", type=int, nargs="+", help="requests at once: measure the time to the first token"
+        "--concurrent", type=int, nargs="+", help="number of concurrent requests; measures the time to first token"
     )
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds in which all programs alternate; default: %(default)s"

@@ -10,7 +10,6 @@ This saves about ten seconds per attempt and does not change what is tested.
 import atexit
 import contextlib
 import dataclasses
-import functools
 import multiprocessing
 import os
 import shutil
@@ -58,12 +57,17 @@ class CheckpointDiff(NamedTuple):
     relative: float  # largest difference divided by the largest absolute value of its array
 
 
-@functools.cache
+_started: list[ForkServerContext] = []
+
+
 def start_fork_server(cache_dir: str = "") -> ForkServerContext:
     """Return the multiprocessing context that forks attempts.
 
-    `cache_dir` is the folder of JAX's compilation cache; "" is a temporary one.
+    The first call starts the server; later calls return the same context. `cache_dir` is the folder of JAX's compilation
+    cache; "" is a temporary one.
     """
+    if _started:
+        return _started[0]
     if not cache_dir:
         cache_dir = tempfile.mkdtemp(prefix="compiled-")
         atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
@@ -75,6 +79,7 @@ def start_fork_server(cache_dir: str = "") -> ForkServerContext:
         sys.path.insert(0, str(ROOT))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    _started.append(context)
     return context
 
 

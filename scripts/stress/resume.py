@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> int:
         "--tolerance", type=float, default=1e-4, help="relative, of losses on another mesh; default: %(default)s"
     )
     parser.add_argument("--minutes", type=float, default=1e6, help="stop killing after this time; default: no limit")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times; default: %(default)s")
     parser.add_argument("--work", type=Path, help="folder for the runs; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)

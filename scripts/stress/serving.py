@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> int:
         help="requests of the trials soak, malformed and schema; default: %(default)s",
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="duration of the trial soak; default: %(default)g")
-    parser.add_argument("--schemathesis", default="st", help="command of schemathesis; default: %(default)s")
+    parser.add_argument("--schemathesis", default="st", help="command that runs Schemathesis; default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="seed of the requests; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_set_option(parser)

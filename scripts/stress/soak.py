@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> int:
     add_set_option(parser)
     parser.add_argument("--minutes", type=float, default=60.0, help="approximate total time; default: %(default)s")
     parser.add_argument("--pause", type=float, default=40.0, help="mean seconds between faults; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="seed of faults and moments; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults and their times; default: %(default)s")
     parser.add_argument("--work", type=Path, help="folder for the runs; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)

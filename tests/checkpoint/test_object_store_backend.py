@@ -512,7 +512,7 @@ def test_uploads_of_a_run_survive_a_failing_store(proxy, url, client, remote_run
     assert {"run/metrics.jsonl", "run/report.html", "run/config.toml", "run/checkpoints/step_4/COMMIT"} <= set(
         keys(url)
     )
-    assert go(5, "there") == [1, 2, 3, 4, 5], "elsewhere it goes on from what the store has"
+    assert go(5, "there") == [1, 2, 3, 4, 5], "in another folder it resumes from what the store has"
     proxy.log.clear()
     assert go(6, "there") == [1, 2, 3, 4, 5, 6]
     assert not proxy.count("GET", "texts/.*txt"), "fetched again, though nothing changed"
@@ -541,4 +541,4 @@ def test_datasets_are_downloaded_completely(proxy, url, client, tmp_path):
     proxy.rule = lambda method, path: 403 if method == "GET" and path.endswith("one.txt") else None
     with pytest.raises(DataError, match=rf"{url}/a: cannot be downloaded: .*permission denied"):
         download_dataset(f"{url}/a", tmp_path)
-    assert (folder / "one.txt").read_bytes() == b"changed", "a file is there whole, or as it was"
+    assert (folder / "one.txt").read_bytes() == b"changed", "a file is replaced completely or not at all"

@@ -70,10 +70,10 @@ def test_every_changed_byte_and_every_truncation_is_detected(tmp_path):
     changed = [bytes([*good[:i], good[i] ^ 255, *good[i + 1 :]]) for i in range(len(good))]
     for data in (*changed, *(good[:size] for size in range(len(good))), good + b"\0"):
         file.write_bytes(data)
-        with pytest.raises(CheckpointError, match=r"c\.0\.0: damaged or unreadable, a file of x: "):
+        with pytest.raises(CheckpointError, match=r"c\.0\.0: damaged or unreadable file of array x: "):
             array.read(everything)
     file.unlink()
-    with pytest.raises(CheckpointError, match=r"c\.0\.0: damaged or unreadable, a file of x: No such file"):
+    with pytest.raises(CheckpointError, match=r"c\.0\.0: damaged or unreadable file of array x: No such file"):
         array.read(everything)
     np.testing.assert_array_equal(array.read((slice(4, 5), slice(0, 6))), values[4:5])  # the other file is intact
     file.write_bytes(good)

@@ -69,7 +69,7 @@ PUBLISHED = {
     "switch-large-128": 26_309_291_008,
 }
 # Known to three or four digits: sizes that were published but not as files that transformers reads (Switch, table 9;
-# of XXL with the 128 experts of its code), and a decoder alone, which nobody published.
+# of XXL with the 128 experts of its code), and a decoder alone, which was never published.
 OURS = {
     "switch-xxl": 395_000_000_000,
     "switch-c": 1_571_000_000_000,

@@ -149,7 +149,7 @@ def test_precedence_of_template_files():
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
+        ("{{ raise_exception('roles must alternate') }}", "rejects these messages: roles must alternate"),
         ("{% for %}", "cannot be parsed"),
         ("{{ messages[0].content + 1 }}", "fails: TypeError"),
         ("{{ missing.name }}", "'missing' is undefined"),

@@ -275,7 +275,7 @@ def test_fewglue_records_are_read(name, count):
     """Records in their published format; a MultiRC passage has several examples."""
     files = {path.parent.name.lower(): path for path in FEWGLUE.glob("*/train.jsonl")}
     if name not in files:
-        pytest.skip("FewGLUE lies beside the project in ../shared/data only where it was put")
+        pytest.skip("FewGLUE is not in ../shared/data")
     items = read_examples(name, str(files[name]))
     assert len(items) == count or (not count and len(items) > 32)
     records = [item.record for item in items]
@@ -319,7 +319,7 @@ def test_bad_records_are_errors_with_their_line(tmp_path):
         (["evaluate.num_fewshot_by_task.local_line=1"], r"evaluate\.num_fewshot_by_task\.local_line"),
         (
             ['evaluate.tasks=["absent.yaml"]', 'evaluate.data.absent="x"'],
-            "no such file, neither here nor in the harness",
+            "no such file in the current folder or among the harness",
         ),
         (
             ['evaluate.tasks=["rte"]', 'evaluate.data.rte="x"', "evaluate.num_fewshot=4"],

@@ -136,7 +136,7 @@ def test_wikitext_is_detokenized_and_restored():
 def test_wikitext_2_is_restored(name, n_words, articles):
     path = SHARED / f"wikitext2_{name}.txt"
     if not path.exists():
-        pytest.skip("WikiText-2 lies beside the project in ../shared/data only where it was put")
+        pytest.skip("WikiText-2 is not in ../shared/data")
     corpus = WikiText(path.read_text(encoding="utf-8"))
     joined = [corpus.join(line) for line in corpus.lines]
     assert [corpus.split(line) for line in joined] == corpus.lines

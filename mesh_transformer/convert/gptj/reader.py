@@ -342,7 +342,7 @@ def _read_count(shards: Shards, position: int, name: str) -> int:
     values = [int(leaf.read(full_index(leaf)).reshape(())) for leaf in leaves]
     if len(set(values)) > 1:
         raise CheckpointError(
-            f"{shards.folder}: {name} differs between shards: {values}; the shards are from different checkpoints"
+            f"{shards.folder}: {name} differs between shards: {values}; the shards are from different checkpoints; use those of one"
         )
     return values[0]
 

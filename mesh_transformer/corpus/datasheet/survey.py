@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Sections of the datasheet on content: a matrix of topics, tables of profanity and of words around he and she."""
+"""Sections of the datasheet on content: a matrix of topics, tables of profanity and of words used near "he" and "she"."""
 
 from typing import Any
 

@@ -3,7 +3,7 @@
 """HBM traffic of a compiled program, and the arrays that its loops stack.
 
 XLA's own numbers count the body of a loop once. Here the operands and results of every instruction outside of fusions
-count as often as it runs. For an array that is only sliced, the slices count; for one that is updated in number, the
+count as often as it runs. For an array that is only sliced, the slices count; for one that is updated in place, the
 update. Arrays in on-chip memory do not count. This is an upper bound, because caches are not modeled.
 """
 
@@ -77,7 +77,7 @@ def _read_by_users(module: HloModule, instructions: list[Instruction], name: str
         elif user.opcode == "bitcast":
             total += _read_by_users(module, instructions, user.name)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            continue  # updated in number
+            continue  # updated in place
         elif user.opcode == "fusion":
             callee = next(called for _, called in user.called())
             total += sum(
@@ -89,7 +89,7 @@ def _read_by_users(module: HloModule, instructions: list[Instruction], name: str
 
 
 def _written(module: HloModule, computation: str, fusion: Instruction) -> float:
-    """Return the bytes that a fusion writes: its results, or the updates of arrays that are updated in number."""
+    """Return the bytes that a fusion writes: its results, or the updates of arrays that are updated in place."""
     by_name = {i.name: i for i in module.computations.get(computation, [])}
     root = next((i for i in by_name.values() if i.is_root), None)
     if root is None:

@@ -142,7 +142,7 @@ def _check(request: Request, config: ModelConfig, name: str) -> None:
         )
     if max_tokens > limit:
         raise PromptError(
-            f"{name} has {length} tokens and max_tokens={max_tokens} more exceed the model's seq_len={seq_len}; "
+            f"{name} has {length} tokens; with max_tokens={max_tokens} it exceeds the model's seq_len={seq_len}; "
             f"use at most max_tokens={limit}, or shorten the prompt"
         )
     if not 0 <= params.top_logprobs <= MAX_TOP_LOGPROBS:

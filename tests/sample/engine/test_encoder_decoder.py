@@ -131,5 +131,5 @@ def test_unsupported_models_meshes_and_requests_are_refused():
         require_decoder_only(engine, "serving")
     with pytest.raises(PromptError, match="do not support logit_bias"):
         engine.submit(engine.make_request([3], RequestParams(GREEDY, top_logprobs=2)))
-    with pytest.raises(PromptError, match="max_tokens=33 more exceed"):
+    with pytest.raises(PromptError, match="max_tokens=33 it exceeds"):
         engine.make_request([3], RequestParams(GREEDY, max_tokens=33))
