@@ -56,7 +56,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokenizer", help='tokenizer.json, its folder, or "bytes", if the source has no tokenizer')
     parser.add_argument("--overwrite", action="store_true", help="replace DST when the new result is complete")
     parser.add_argument(
-        "--staging", type=Path, help="local folder in which a remote DST is prepared; default: the folder for temporary files"
+        "--staging",
+        type=Path,
+        help="local folder in which a remote DST is prepared; default: the folder for temporary files",
     )
     parser.add_argument("--plan", action="store_true", help="check everything and print sizes; write nothing")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")

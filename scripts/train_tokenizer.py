@@ -2,13 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a byte-level BPE vocabulary, like GPT-2's, on your own documents.
 
-  python scripts/train_tokenizer.py python-stdlib tokenizers/python --vocab-size 8192
-  python scripts/train_tokenizer.py books/ forum.jsonl.zst tokenizers/mine.json --vocab-size 32000 --skip-bad
-
 SRC is a text file, a folder, JSON lines or Parquet (text and JSON lines also as .zst or .gz), or "python-stdlib". DST
 is a .json file, or a folder in which tokenizer.json is written. A run uses it with `data.tokenizer = "DST"`. About one
 document in 50, selected by a hash of its name, is held out, and the bytes per token on these are printed. The word
 counts of all documents must fit in memory.
+
+examples:
+  python scripts/train_tokenizer.py python-stdlib tokenizers/python --vocab-size 8192
+      a vocabulary of 8192 tokens from the standard library's source
+  python scripts/train_tokenizer.py books/ forum.jsonl.zst tokenizers/mine.json --vocab-size 32000 --skip-bad
+      from a folder and a compressed JSON-lines file; damaged documents are skipped and counted
 """
 
 import argparse

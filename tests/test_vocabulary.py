@@ -62,18 +62,18 @@ RETIRED_WORDS = {
 }
 # Whole identifiers.
 RETIRED_NAMES = {
-    "AddRow", "Asked", "Attempts", "BadDocuments", "Bound", "ChatWire", "Choices", "CommonStop", "Composed", "Drawn", "Foreign", "Found", "Given",
-    "Grammars", "HeadNorm", "Held", "Lazy", "Left", "Measures", "NarrowParams", "NgramProposer", "Pace", "Place",
-    "Placed", "Places", "Prefixes", "Proposer", "Reading", "Remedy", "Replayed", "RewritingEngine", "Seats", "Sight",
-    "Silicon", "Subject", "Terminal", "TextRow", "Ticket", "Told", "Trained", "Watch", "Wire", "Writing", "abandon",
-    "add_up", "attend_by", "attend_in_ring", "batch_pieces", "describe_routing", "draw_burst", "draw_proposals",
-    "empty_routing", "find_capacity", "find_uneven", "from_ring_order", "grain_of", "head_of", "hide_spans", "is_here",
-    "lay_out", "load_trained", "look_up", "make_row", "meet_compiled", "normalise", "old_config", "put_aside",
-    "put_row", "rank_tokens", "read_chunk", "read_on", "read_trained_config", "room_behind", "rotary_frequencies",
-    "rows_per_token", "run_side_by_side", "run_v1", "score_chunk", "score_experts", "show_samples", "source_segments",
-    "split_layers", "start_devices", "take_in", "take_row", "take_turns", "to_ring_order", "train_measured",
-    "unless_left", "verify_proposed", "wait_until_gone", "what_counts",
-    "compare_steps", "last_words", "list_debris", "look_at_step", "poison_batches",
+    "AddRow", "Asked", "Attempts", "BadDocuments", "Bound", "ChatWire", "Choices", "CommonStop", "Composed", "Drawn",
+    "Foreign", "Found", "Given", "Grammars", "HeadNorm", "Held", "Lazy", "Left", "Measures", "NarrowParams",
+    "NgramProposer", "Pace", "Place", "Placed", "Places", "Prefixes", "Proposer", "Reading", "Remedy", "Replayed",
+    "RewritingEngine", "Seats", "Sight", "Silicon", "Subject", "Terminal", "TextRow", "Ticket", "Told", "Trained",
+    "Watch", "Wire", "Writing", "abandon", "add_up", "attend_by", "attend_in_ring", "batch_pieces", "compare_steps",
+    "describe_routing", "draw_burst", "draw_proposals", "empty_routing", "find_capacity", "find_uneven",
+    "from_ring_order", "grain_of", "head_of", "hide_spans", "is_here", "last_words", "lay_out", "list_debris",
+    "load_trained", "look_at_step", "look_up", "make_row", "meet_compiled", "normalise", "old_config", "poison_batches",
+    "put_aside", "put_row", "rank_tokens", "read_chunk", "read_on", "read_trained_config", "room_behind",
+    "rotary_frequencies", "rows_per_token", "run_side_by_side", "run_v1", "score_chunk", "score_experts",
+    "show_samples", "source_segments", "split_layers", "start_devices", "take_in", "take_row", "take_turns",
+    "to_ring_order", "train_measured", "unless_left", "verify_proposed", "wait_until_gone", "what_counts",
 }  # fmt: skip
 # External names that contain a retired word: keys of other projects' files, command-line tools, Python's own.
 ALLOWED_NAMES: set[str] = {"in_place", "inplace", "placeholder", "replace"}
@@ -90,7 +90,9 @@ BRITISH = (
     r"|licence[sd]?|centre[sd]?|colour\w*|behaviour\w*|neighbour\w*|favour\w*|honour\w*|labell\w+|modell\w+|cancell(?:ed|ing)"
     r"|catalogue\w*|programme[sd]?|grey|artefact\w*|judgement|travell\w+|fulfil|whilst|analyse[sd]?"
 )
-ALLOWED_PROSE = re.compile(r"CancelledError|LICENCE|components\.\*\.licence|cancelled\(|\.cancelled|grey(?:hound)|anew in every pass")
+ALLOWED_PROSE = re.compile(
+    r"CancelledError|LICENCE|components\.\*\.licence|cancelled\(|\.cancelled|grey(?:hound)|anew in every pass"
+)
 RIDDLE = re.compile(r"^(What|Which|Where|Who|Whose|How|Whether|Whatever|Of which|Such)\b")
 
 

@@ -115,7 +115,7 @@ def check_table(kind: type[Table], table: Mapping[str, Any], *, where: str, pref
 
     Raises ConfigError with one line per mistake; each line begins with `where`, and `prefix` precedes the field's path.
     """
-    _refuse_dates_and_infinities(table, where, ())
+    _reject_dates_and_infinities(table, where, ())
     try:
         return _adapt(kind).validate_json(json.dumps(table))
     except ValidationError as error:
@@ -197,14 +197,14 @@ def _merge(table: dict[str, Any], path: list[str], value: Any) -> None:
     table[path[-1]] = value
 
 
-def _refuse_dates_and_infinities(value: Any, where: str, path: tuple[str, ...]) -> None:
-    """Raise ConfigError for values that TOML has and JSON has not."""
+def _reject_dates_and_infinities(value: Any, where: str, path: tuple[str, ...]) -> None:
+    """Raise ConfigError for values that TOML can represent and JSON cannot."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            _refuse_dates_and_infinities(inner, where, (*path, key))
+            _reject_dates_and_infinities(inner, where, (*path, key))
     elif isinstance(value, list):
         for i, inner in enumerate(value):
-            _refuse_dates_and_infinities(inner, where, (*path, str(i)))
+            _reject_dates_and_infinities(inner, where, (*path, str(i)))
     elif isinstance(value, datetime.date | datetime.time) or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(f"{where}: {'.'.join(path)} = {value}: dates, nan and inf are not allowed")
 

@@ -53,7 +53,7 @@ def run_on_ray(pipeline: list[Any], tasks: int, folder: Path, workers: int, addr
 
 
 def run_on_slurm(pipeline: list[Any], tasks: int, folder: Path, workers: int, slurm: Slurm) -> None:
-    """Submit a job array of at most `workers` parts at once and wait for its end; raise DataError if it is refused."""
+    """Submit a job array of at most `workers` parts at once and wait for its end; raise DataError if it is rejected."""
     job_file = folder / "slurm-job"
     if job_file.is_file():
         _cancel(job_file.read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CorpusConfig:
-    """Settings of the corpus as a whole."""
+    """Options that apply to all components."""
 
     name: str
     about: str = ""  # purpose and audience; the first answer of the datasheet

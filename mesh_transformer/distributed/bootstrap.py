@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up of a multi-process run: find this process's coordinator and number, connect, and leave together.
+"""Start-up of a multi-process run: find this process's coordinator and number, connect, and disconnect together.
 
 Every host of a run starts the same command, and `join_processes` connects the processes. A process takes its
 configuration from the first of these that is present:
@@ -82,7 +82,7 @@ def _has_cluster_launcher(environment: Mapping[str, str]) -> bool:
 
 @contextlib.contextmanager
 def join_processes(config: MeshConfig) -> Iterator[None]:
-    """Connect to the other processes of the run, if there are any, and leave with them; call before any other JAX work.
+    """Connect to the other processes of the run, if there are any, and disconnect with them at exit; call before any other JAX work.
 
     An error inside the context ends the other processes too, and they print it. Raises ConfigError, and RuntimeError
     if the processes cannot connect.

@@ -45,7 +45,7 @@ def initial_norm_scale(config: ModelConfig) -> float:
 
 
 def attention_scale(config: ModelConfig) -> float:
-    """Return the factor of every product of a query and a key."""
+    """Return the factor of every dot product of a query and a key."""
     match config.attention_scale:
         case "rsqrt_d_head":
             return config.head_dim**-0.5
@@ -56,7 +56,7 @@ def attention_scale(config: ModelConfig) -> float:
 
 
 def finish_scores(scores: Float[ArrayT, "*B T S"], config: ModelConfig) -> Float[ArrayT, "*B T S"]:
-    """Return the attention scores before biases and masks, given the scaled products of queries and keys in float32."""
+    """Return the attention scores before biases and masks, given the scaled dot products of queries and keys in float32."""
     return soft_cap(scores, config.attention_softcap)
 
 
@@ -104,7 +104,7 @@ def scale_hidden_states(x: Float[ArrayT, "*B D"], config: ModelConfig) -> Float[
 def finish_logits(
     product: Float[ArrayT, "*B V"], bias: Float[ArrayT, "V"] | None, config: ModelConfig
 ) -> Float[ArrayT, "*B V"]:
-    """Return the logits, given the float32 product of the hidden states and the head's weight.
+    """Return the logits, given the float32 matmul of the hidden states with the head's weight.
 
     The operation is elementwise, so V may be a device's shard of the vocabulary.
     """

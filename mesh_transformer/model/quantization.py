@@ -47,7 +47,7 @@ def dequantize(w: Float[Array, "..."] | Quantized, dtype: Any) -> Float[Array, "
 def quantized_matmul(
     x: Float[Array, "M K"], w: Float[Array, "..."] | Quantized, *, inputs: int, transposed: bool
 ) -> Float[Array, "M N"]:
-    """Return the float32 product of x and a narrow weight, on one device. See `linear` for `inputs` and `transposed`.
+    """Return the float32 matmul of x with a quantized weight, on one device. See `linear` for `inputs` and `transposed`.
 
     Matmuls on a CPU support float32 only: XLA would convert a whole narrower weight in memory, and decoding is bound by
     memory bandwidth. Instead, one block at a time is converted, small enough to stay in the cache.

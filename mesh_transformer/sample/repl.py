@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Interactive prompt: type a text, watch the model continue it, change the sampling options."""
+"""Interactive prompt: type a text, read the model's continuation, change the sampling options."""
 
 import dataclasses
 import difflib

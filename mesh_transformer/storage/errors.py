@@ -37,7 +37,7 @@ class StorageError(CheckpointError):
 
 
 def explain_error(path: object, error: BaseException) -> str | None:
-    """Return the cause and remedy of an object-store error, with its original text; None if it is not a known one.
+    """Return the cause and fix of an object-store error, with its original text; None if it is not a known one.
 
     `path` is the URL that was accessed; for a local path the result is None.
     """

@@ -65,7 +65,7 @@ def read_sharded_batch(run: Run, step: int) -> Batch:
 
 
 def replay(run: Run, until: int) -> Iterator[ReplayedStep]:
-    """Take the steps up to `until`, and yield each."""
+    """Run the steps up to `until`, and yield each."""
     for step in range(run.step, until):
         run.state, metrics = run.train_step(run.state, read_sharded_batch(run, step))
         yield ReplayedStep(step + 1, np.float32(float(metrics["loss"])))

@@ -86,7 +86,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--trials", type=int, default=0, help="number of kills; default: %(default)s")
     parser.add_argument("--moves", nargs="+", metavar="N:MESH", help="topology of each phase")
     parser.add_argument("--phase-steps", type=int, default=4, help="minimum steps of a phase; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times and the killed processes; default: %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the kill times and the killed processes; default: %(default)s"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     if not (options.trials or options.moves):

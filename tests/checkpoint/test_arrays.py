@@ -46,7 +46,8 @@ def test_a_slice_is_read_without_the_rest(tmp_path, arrays, axes, values):
     for index in [(slice(0, begin), slice(None)), (slice(begin + record.chunk[0], 64), slice(3, 5))]:
         np.testing.assert_array_equal(array.read(index), values[name][index])
     with pytest.raises(
-        CheckpointError, match=rf"{last.name}: damaged or unreadable file of array {name}: .*does not match its checksum"
+        CheckpointError,
+        match=rf"{last.name}: damaged or unreadable file of array {name}: .*does not match its checksum",
     ):
         array.read((slice(begin, begin + 1), slice(None)))
 

@@ -36,7 +36,7 @@ class Ring(NamedTuple):
     size: int  # number of devices
     block: int  # positions per block
     window: int | None  # number of keys that a query attends to, including its own; None: all earlier keys
-    config: ModelConfig | None = None  # form of the scores; None: the scaled products themselves
+    config: ModelConfig | None = None  # form of the scores; None: the scaled dot products themselves
 
 
 class RingStep(NamedTuple):
@@ -118,7 +118,7 @@ def _block_scores(
 ) -> Float[Array, "B K G T S"]:
     """Return the scores of one block of queries and one block of keys in float32, with the mask added.
 
-    `products` are the products of the scaled queries and the keys.
+    `products` are the dot products of the scaled queries and the keys.
     """
     scores = products if ring.config is None else finish_scores(products, ring.config)
     block = jnp.arange(ring.block)
