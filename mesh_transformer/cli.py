@@ -25,7 +25,7 @@ INTERRUPTED = 130
 
 PROGRAM = "mesh-transformer"  # the installed command; see __main__.py
 
-# Renamed flags by program; the old flag is refused with the new name.
+# Renamed flags by program; the old flag is rejected with the new name.
 RENAMED_FLAGS: dict[str, dict[str, str]] = {
     "train": {"--fresh": "--restart", "--look": "--show-data"},
     "evaluate": {"--shots": "--num-fewshot", "--examples": "--fewshot-data"},
@@ -51,7 +51,7 @@ def command_line(name: str, *arguments: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that refuses abbreviated flags, and renamed ones with their new names."""
+    """An argument parser that rejects abbreviated flags, and renamed ones with their new names."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)

@@ -149,7 +149,7 @@ def _device_grid(sizes: Mapping[str, int], devices: list[Any], slices: int | Non
     communication in every layer never does.
     """
     # JAX reports every GPU machine as a slice, although its network may be fast enough for every axis. Slices of GPUs are
-    # therefore used only if mesh.slices asks for them.
+    # therefore used only if mesh.slices requests them.
     found = {getattr(device, "slice_index", None) or 0 if device.platform == "tpu" else 0 for device in devices}
     n_slices = slices or len(found)
     shape = tuple(sizes.values())

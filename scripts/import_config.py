@@ -244,7 +244,7 @@ FORMATS = {
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML that refuses duplicate keys and reads 1e-4 as a number, which YAML 1.1 reads as text."""
+    """YAML that rejects duplicate keys and reads 1e-4 as a number, which YAML 1.1 reads as text."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]

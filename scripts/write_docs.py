@@ -39,7 +39,7 @@ This page is generated from the schema (`mesh_transformer/config/`) by `python s
 every key below can also be set on the command line with `--set section.key=value`. Unknown keys, wrong types and values out
 of range are errors that name the nearest key.
 
-*Resume* says whether a resumed run may have another value: *no* is refused, *yes, logged* is accepted and noted in the log,
+*Resume* says whether a resumed run may have another value: *no* is rejected, *yes, logged* is accepted and noted in the log,
 *yes* is accepted.
 """
 

@@ -22,6 +22,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from slow_tier import is_slow
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -52,8 +53,12 @@ SLOWEST_FILES = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marker expression of -m selects
 def pytest_collection_modifyitems(items: list) -> None:
-    """Run the slowest files first, so that no test worker runs one alone at the end."""
+    """Mark the slow tier; run the slowest files first, so that no test worker runs one alone at the end."""
+    for item in items:
+        if is_slow(item.nodeid):
+            item.add_marker(pytest.mark.slow)
     items.sort(
         key=lambda item: SLOWEST_FILES.index(item.path.stem) if item.path.stem in SLOWEST_FILES else len(SLOWEST_FILES)
     )

@@ -141,13 +141,13 @@ def test_functions_are_short(path):
     assert not long
 
 
-# A subclass of Unpickler that refuses all but tensors; the safe loader, for GPT-NeoX's configurations.
+# A subclass of Unpickler that rejects all but tensors; the safe loader, for GPT-NeoX's configurations.
 ALLOWED = {"convert/huggingface/tensor_files.py": {"pickle"}, "scripts/import_config.py": {"yaml"}}
 
 
 @every_source
 def test_no_traps(path):
-    """No bare except, no pickle, no evaluation of text, no YAML, no stub, no later."""
+    """No bare except, no pickle, no evaluation of text, no YAML, no stub, no TODO."""
     allowed = next((names for end, names in ALLOWED.items() if name_of(path).endswith(end)), set())
     for node in ast.walk(parse(path)):
         place = f"{name_of(path)}:{getattr(node, 'lineno', 0)}"

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The field's vocabulary: retired words as identifiers, archaic prose and British spelling are refused."""
+"""The field's vocabulary: retired words as identifiers, archaic prose and British spelling are rejected."""
 
 import ast
 import io
@@ -17,7 +17,7 @@ SOURCES = sorted(
 )
 TEXTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.toml")])
 
-# Words that had several meanings, or none that the field uses, with the standard words. A word is refused as a whole
+# Words that had several meanings, or none that the field uses, with the standard words. A word is rejected as a whole
 # identifier and as a part of one between underscores.
 RETIRED_WORDS = {
     "place": "path, position, index, axes, device_put or slot",

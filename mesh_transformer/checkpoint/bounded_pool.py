@@ -18,7 +18,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
     """A pool of IN_FLIGHT threads, which run until `close`.
 
     Unlike concurrent.futures.ThreadPoolExecutor, it accepts jobs after the main thread has ended, so that a save that
-    is still in progress can finish. Python refuses to start threads then, so a save creates its pool in advance.
+    is still in progress can finish. Python cannot start threads then, so a save creates its pool in advance.
     """
 
     def __init__(self):

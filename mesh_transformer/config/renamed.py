@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Renamed configuration keys and values: refused with the new name in files, translated in what older versions stored.
+"""Renamed configuration keys and values: rejected with the new name in files, translated in what older versions stored.
 
 A table maps the dotted path of an old key to the new name of its last part. `*` stands for any one key or list index.
 """

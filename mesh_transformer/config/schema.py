@@ -44,7 +44,7 @@ class MeshConfig:
     cpu_devices: Positive | None = None  # split the CPU into this many devices, to try a mesh on a laptop
     # logical axis -> mesh axis or axes; "" replicates. Logical axes and default rules: mesh_transformer/mesh.py
     rules: dict[str, str | list[str]] = Field(default_factory=dict)
-    # Multi-process runs; None and "": as the launcher's environment says (distributed/bootstrap.py)
+    # Multi-process runs; None and "": from the launcher's environment (distributed/bootstrap.py)
     processes: Positive | Literal["auto"] | None = None  # "auto": jax.distributed detects them (Cloud TPU VMs)
     process_id: NonNegative | None = None  # index of this process; process 0 prints, logs metrics and writes the report
     coordinator: str = ""  # host:port of process 0, reachable from all other processes
@@ -83,7 +83,7 @@ class DataConfig:
     # Span corruption (T5), with model.n_encoder_layers; see data/span_corruption.py
     noise_density: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # fraction of tokens that are replaced by sentinels
     mean_noise_span_length: Rate = 3.0  # mean number of tokens in a replaced span
-    max_epochs: Annotated[Rate | None, Resume.FREE] = None  # refuse runs with more passes over the data than this
+    max_epochs: Annotated[Rate | None, Resume.FREE] = None  # reject runs with more passes over the data than this
     on_bad_document: Literal["error", "skip"] = "error"  # "skip" counts and reports damaged documents
     cache_dir: Annotated[str, Resume.FREE] = "~/.cache/mesh-transformer"  # token shards built from the datasets
 
@@ -137,7 +137,7 @@ class OptimizerConfig:
 class TrainConfig:
     """The training loop."""
 
-    steps: Positive  # training steps in all
+    steps: Positive  # total number of training steps
     batch_size: Annotated[Positive, Resume.FIXED]  # sequences per step, over all devices
     grad_accum_steps: Positive = 1  # microbatches per batch
     # first batch size of a linear ramp (Brown et al. 2020, section 2.3)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipe and datasheet keys that were renamed since version 1.0.
 
-Recipe files with an old name are refused with the new one. Tables stored with a corpus (manifest.json, datasheet.json)
+Recipe files with an old name are rejected with the new one. Tables stored with a corpus (manifest.json, datasheet.json)
 are translated. The digests that identify the parts of a build are computed over the old names, so that parts made by
 version 1.0 are reused.
 """

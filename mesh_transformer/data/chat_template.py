@@ -78,7 +78,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return the prompt for a response to `messages`, with escaped special tokens; pass it to `encode`.
 
-        Raises ChatError if there is no template, there are no messages, or the template refuses them or fails.
+        Raises ChatError if there is no template, there are no messages, or the template rejects them or fails.
         """
         if not messages:
             raise ChatError("the list of messages is empty; give at least one message")

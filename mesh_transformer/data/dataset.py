@@ -19,7 +19,7 @@ from mesh_transformer.data.shards import TokenShard
 from mesh_transformer.data.span_corruption import SpanCorruption, SpanCorruptionLoader
 from mesh_transformer.data.tokenizers import Tokenizer, load_tokenizer
 
-ProgressFn = Callable[[str, int, int, float], None]  # dataset, bytes done, bytes in all, seconds
+ProgressFn = Callable[[str, int, int, float], None]  # dataset, bytes done, total bytes, seconds
 
 
 class ValidationSet(NamedTuple):

@@ -30,7 +30,7 @@ def is_remote(path: str) -> bool:
 def download_dataset(
     url: str, cache_dir: str | Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> str:
-    """Download the dataset at `url` and return its local path. `on_progress` gets bytes done and in all.
+    """Download the dataset at `url` and return its local path. `on_progress` gets bytes done and total bytes.
 
     Raises DataError if the download fails.
     """

@@ -243,7 +243,7 @@ def _make_order(length: int, seed: int, shuffle: bool) -> grain.MapDataset:
 def _make_mixture(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Return for each slot of a period its dataset and its rank within the dataset, and each dataset's slot count.
 
-    A slot is assigned to the dataset that is furthest below its weight, so that any stretch is close to the mixture.
+    A slot is assigned to the dataset that is furthest below its weight, so that any range of sequences is close to the mixture.
     """
     shares = np.asarray(weights, np.float64) / sum(weights)
     datasets = np.zeros(MIXTURE_PERIOD, np.int64)

@@ -69,7 +69,7 @@ class ShardTask(NamedTuple):
     prefix: Path
 
 
-ProgressFn = Callable[[int, int, float], None]  # bytes done, bytes in all, seconds since the start
+ProgressFn = Callable[[int, int, float], None]  # bytes done, total bytes, seconds since the start
 
 
 def build_shards(

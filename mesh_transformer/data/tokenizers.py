@@ -8,7 +8,7 @@ Nothing is downloaded. Every tokenizer has these properties:
   append the id `end_of_text`.
 - Special tokens decode to nothing. An id outside the vocabulary (models may have more rows than tokens) decodes to
   U+FFFD, as do bytes that are not UTF-8.
-- A vocabulary can encode every text: one that lacks bytes, or drops spaces, is refused, because the loss would go
+- A vocabulary can encode every text: one that lacks bytes, or drops spaces, is rejected, because the loss would go
   unnoticed. Changes by its normalizer are allowed (GPT-NeoX's composes accents, NFC).
 - `fingerprint` is a digest of the vocabulary file's content, so it is the same with every version of `tokenizers`.
 """

@@ -82,7 +82,7 @@ def _has_cluster_launcher(environment: Mapping[str, str]) -> bool:
 
 @contextlib.contextmanager
 def join_processes(config: MeshConfig) -> Iterator[None]:
-    """Connect to the other processes of the run, if there are any, and disconnect with them at exit; call before any other JAX work.
+    """Connect to the other processes of the run, if any, and disconnect with them at exit; call before other JAX work.
 
     An error inside the context ends the other processes too, and they print it. Raises ConfigError, and RuntimeError
     if the processes cannot connect.

@@ -42,7 +42,7 @@ class StopRequest:
         self.agreed = ""  # why all processes stop, once they have reached the agreed point
 
     def request(self, reason: str) -> None:
-        """Ask the run to stop; the first reason is kept."""
+        """Request that the run stop; the first reason is kept."""
         if self.requested:
             return
         self.requested = reason

@@ -56,7 +56,9 @@ def load_definition(name: str) -> dict[str, Any]:
     packaged = Path(import_harness().__file__).parent / "tasks" / row.definition
     path = own if own.is_file() and is_file(name) else packaged
     if not path.is_file():
-        raise ConfigError(f"task {name}: no such file in the current folder or among the harness's tasks in {packaged.parent}")
+        raise ConfigError(
+            f"task {name}: no such file in the current folder or among the harness's tasks in {packaged.parent}"
+        )
     try:
         definition = loader.load_yaml(path)
     except Exception as error:  # of YAML, or of Python code that the file refers to

@@ -122,7 +122,7 @@ def _compile(
         if "hbm" not in str(error).lower():
             raise
         stats.compiler_error = str(error).splitlines()[0]
-        stats.needed_bytes, limit = parse_refusal(str(error))
+        stats.needed_bytes, limit = parse_out_of_memory(str(error))
         stats.limit_bytes = limit or stats.limit_bytes
         return stats
     finally:
@@ -147,7 +147,7 @@ def _compile(
     return stats
 
 
-def parse_refusal(text: str) -> tuple[int, int]:
+def parse_out_of_memory(text: str) -> tuple[int, int]:
     """Return the bytes required and available according to XLA's message, zeros if it has none."""
     match = OUT_OF_MEMORY.search(text) or USED_OF.search(text)
     if match is None:

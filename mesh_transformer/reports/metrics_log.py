@@ -32,7 +32,7 @@ from mesh_transformer.reports.trackers import Tracker, find_trackers
 from mesh_transformer.storage.atomic_files import LineFile, replace_file
 
 FILE = "metrics.jsonl"
-SYNC_SECONDS = 30.0  # longest stretch of lines lost in a power failure; a crash of the program loses none
+SYNC_SECONDS = 30.0  # a power failure loses at most the lines of this time; a crash of the program loses none
 
 
 class MetricsError(ValueError):

@@ -188,7 +188,7 @@ def heat_map(
     Colors show the ratio in quarters of a doubling, up to MAX_HEAT_LEVEL of them; zero is the lowest level. Many steps and
     many rows are averaged.
     """
-    cells = [_average_cells(rows, first, len(steps)) for first in _stretches(len(rows), HEAT_ROWS)]
+    cells = [_average_cells(rows, first, len(steps)) for first in _bin_starts(len(rows), HEAT_ROWS)]
     if not any(value is not None for line in cells for value in line):
         return _figure(title, subtitle, '<p class="nothing">nothing recorded</p>')
     width = (FRAME.x_end - FRAME.left) / len(cells[0])
@@ -233,16 +233,16 @@ def _draw_levels(cells: Sequence[Sequence[float | None]], width: float, height: 
     ]
 
 
-def _stretches(count: int, most: int) -> range:
-    """Return the first index of each of at most `most` equal stretches of `count` items."""
+def _bin_starts(count: int, most: int) -> range:
+    """Return the first index of each of at most `most` equal bins of `count` items."""
     return range(0, count, max(math.ceil(count / most), 1))
 
 
 def _average_cells(rows: Sequence[Sequence[float | None]], first: int, length: int) -> list[float | None]:
-    """Return the mean of a stretch of rows, which begins at `first`, over each stretch of steps."""
+    """Return the mean of the bin of rows that begins at `first`, for each bin of steps."""
     own = rows[first : first + max(math.ceil(len(rows) / HEAT_ROWS), 1)]
     averaged: list[float | None] = []
-    for start in _stretches(length, HEAT_COLUMNS):
+    for start in _bin_starts(length, HEAT_COLUMNS):
         part = [v for row in own for v in row[start : start + math.ceil(length / HEAT_COLUMNS)] if v is not None]
         averaged.append(math.fsum(part) / len(part) if part else None)
     return averaged
@@ -370,13 +370,13 @@ def _drop_unusable(points: Points, *, positive: bool) -> list[Point]:
 
 
 def downsample(points: Points, count: int) -> list[Point]:
-    """Return about `count` points: the lowest and highest of each stretch, gaps, and both ends."""
+    """Return about `count` points: the lowest and highest of each bin, gaps, and both ends."""
     if len(points) <= count:
         return list(points)
-    stretch = math.ceil(2 * len(points) / count)
+    bin_size = math.ceil(2 * len(points) / count)
     selected = [points[0]]
-    for start in range(1, len(points) - 1, stretch):
-        part = points[start : min(start + stretch, len(points) - 1)]
+    for start in range(1, len(points) - 1, bin_size):
+        part = points[start : min(start + bin_size, len(points) - 1)]
         valued = [(y, x) for x, y in part if y is not None]
         selected += sorted({(x, y) for y, x in (min(valued), max(valued))}) if valued else [part[0]]
     return [*selected, points[-1]]

@@ -40,7 +40,7 @@ class ApiError(Exception):
 
 
 class StrictModel(BaseModel):
-    """Base of request schemas: refuses unknown fields, numbers given as strings, and NaN."""
+    """Base of request schemas: rejects unknown fields, numbers given as strings, and NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -119,13 +119,15 @@ class CompletionRequest(CommonParams):
         None  # most probable tokens listed at each position
     )
     echo: bool | None = None  # the output begins with the prompt
-    suffix: Annotated[str, Field(max_length=1000)] | None = None  # refused: no infilling
+    suffix: Annotated[str, Field(max_length=1000)] | None = None  # rejected: no infilling
 
     @model_validator(mode="after")
     def check(self) -> "CompletionRequest":
         """Check combinations of fields."""
         if self.suffix:
-            raise ValueError("suffix is not supported: this model continues text and cannot fill in the middle; remove it")
+            raise ValueError(
+                "suffix is not supported: this model continues text and cannot fill in the middle; remove it"
+            )
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise ValueError("best_of must be at least n")
         if self.stream and (self.best_of or 0) > (self.n or 1):
@@ -173,7 +175,7 @@ class ChatCompletionRequest(CommonParams):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = (
         None  # most probable tokens listed at each position
     )
-    tools: list[Any] | None = None  # refused: no tool calls
+    tools: list[Any] | None = None  # rejected: no tool calls
 
     @model_validator(mode="after")
     def check(self) -> "ChatCompletionRequest":

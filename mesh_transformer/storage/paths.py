@@ -72,7 +72,7 @@ class ObjectStat(NamedTuple):
 class RemotePath:
     """An object of an object store, or a folder: all objects whose names begin with its name and a slash.
 
-    Network and store errors are raised as StorageError, one line with the URL, the cause and the remedy.
+    Network and store errors are raised as StorageError, one line with the URL, the cause and the fix.
     """
 
     scheme: str

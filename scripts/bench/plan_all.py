@@ -136,9 +136,9 @@ def _format_errors(rows: list[PlannedRun]) -> list[str]:
             estimate, peak = estimate_training(job.config, job.topology).peak_bytes, plan.memory.peak
             ratios.append(estimate / peak)
             name = Path(shlex.split(row.command)[1]).stem
-            refused = " (refused)" if plan.stats.compiler_error else ""
+            rejected = " (rejected)" if plan.stats.compiler_error else ""
             lines.append(
-                f"| {name} | {job.topology} | {estimate / GIB:.2f} | {peak / GIB:.2f}{refused} | {estimate / peak:.2f} |"
+                f"| {name} | {job.topology} | {estimate / GIB:.2f} | {peak / GIB:.2f}{rejected} | {estimate / peak:.2f} |"
             )
     if ratios:
         lines += ["", f"Median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}."]

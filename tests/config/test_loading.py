@@ -80,7 +80,7 @@ BAD_VALUES = {
     "run.seed=-1": ["run.seed = -1", "greater than or equal to 0"],
     "model.norm='layer_norm'": [
         'model.norm = "layer_norm"',
-        "'layernorm', 'rmsnorm', 'scalenorm',",
+        "'layernorm', 'rmsnorm', 'gemma-rmsnorm', 'scalenorm',",
         "did you mean 'layernorm'?",
     ],
     "model.tied_embeddings='no'": ['model.tied_embeddings = "no"', "valid boolean"],

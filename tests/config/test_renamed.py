@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Renamed keys are refused in files with the new name, and translated in what version 1.0 stored."""
+"""Renamed keys are rejected in files with the new name, and translated in what version 1.0 stored."""
 
 import dataclasses
 import tarfile

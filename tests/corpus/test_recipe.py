@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes are read strictly: errors name the field and the closest valid name, renamed keys are refused."""
+"""Recipes are read strictly: errors name the field and the closest valid name, renamed keys are rejected."""
 
 from pathlib import Path
 

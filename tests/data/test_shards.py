@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Token shards: the format byte for byte, and refusal of damaged files."""
+"""Token shards: the format byte for byte, and rejection of damaged files."""
 
 import struct
 

@@ -155,7 +155,9 @@ def test_invalid_configs_are_refused(tmp_path):
         ConfigError, match=r"have 14 noise spans, but the vocabulary has 7 sentinels; set model\.n_vocab=320"
     ):
         open_data(make_config(tmp_path, dict(seq_len=256)))
-    with pytest.raises(ConfigError, match=r"give no encoder input of model\.seq_len=32 tokens; lower the density"):
+    with pytest.raises(
+        ConfigError, match=r"do not give an encoder input of exactly model\.seq_len=32 tokens; lower the density"
+    ):
         make_config(tmp_path, noise_density=0.9, mean_noise_span_length=1.0)
     with pytest.raises(ConfigError, match=r"isolate_documents=true has no effect with model\.n_encoder_layers"):
         make_config(tmp_path, isolate_documents=True)

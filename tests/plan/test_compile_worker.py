@@ -15,7 +15,7 @@ from mesh_transformer.config import Config, ConfigError, parse_config
 from mesh_transformer.data.dataset import open_data
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.plan.compile_jobs import compile_job
-from mesh_transformer.plan.compile_worker import lower_training, make_topology_layout, measure, parse_refusal
+from mesh_transformer.plan.compile_worker import lower_training, make_topology_layout, measure, parse_out_of_memory
 from mesh_transformer.plan.estimate import LABEL, estimate_training
 from mesh_transformer.plan.fit import make_plan
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError
@@ -169,8 +169,8 @@ def test_a_mesh_larger_than_the_topology_is_named():
         ("something else", 0),
     ],
 )  # fmt: skip
-def test_parse_refusal(text, needed):
-    assert parse_refusal(text)[0] == pytest.approx(needed * 2**30, abs=1)
+def test_parse_out_of_memory(text, needed):
+    assert parse_out_of_memory(text)[0] == pytest.approx(needed * 2**30, abs=1)
 
 
 def test_changes_are_ordered_and_combined():

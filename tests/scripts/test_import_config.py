@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of scripts/import_config.py: configurations of other projects are translated with a note on each key, or refused."""
+"""Tests of scripts/import_config.py: configurations of other projects are translated with a note on each key, or rejected."""
 
 import json
 import subprocess
@@ -122,7 +122,7 @@ def test_block_yaml_and_json_with_tabs_are_equivalent(tmp_path):
     parse_and_compare(toml, "gptj-6b")
 
 
-REFUSED = {
+REJECTED = {
     "null": ({**GPT_J, "lr": None}, "optimizer.learning_rate = null: must be a valid number"),
     "unknown": ({"a": 1, "layers": 2}, "not a configuration of mesh-transformer-jax, GPT-Neo, GPT-NeoX"),
     "duplicate key": ('{"layers": 1, "layers": 2}', "the key layers occurs twice"),
@@ -134,9 +134,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REJECTED)
 def test_errors_are_one_line(name, tmp_path):
-    table, message = REFUSED[name]
+    table, message = REJECTED[name]
     out, err = call(write(tmp_path, table), expect=2)
     assert not out
     assert message in err

@@ -301,7 +301,9 @@ def _read_entry(path: AnyPath, start: int, entry: Mapping[str, Any]) -> FileArra
         raise ValueError(f"{str(dict(entry))[:100]} is not a tensor")
     array = FileArray(path, start + begin, shape, to_dtype(DTYPES[entry["dtype"]]))
     if end - begin != array_bytes(array):
-        raise ValueError(f"a tensor {entry['dtype']}{list(shape)} has {end - begin} bytes, expected {array_bytes(array)}")
+        raise ValueError(
+            f"a tensor {entry['dtype']}{list(shape)} has {end - begin} bytes, expected {array_bytes(array)}"
+        )
     return array
 
 

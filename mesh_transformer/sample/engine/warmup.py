@@ -24,7 +24,7 @@ class WarmupRequest(NamedTuple):
 def warm_up(engine: DecoderOnlyEngine, max_len: int) -> Iterator[tuple[int, int]]:
     """Compile the programs for single requests of up to `max_len` tokens, prompt and output together.
 
-    Runs while it is iterated, and yields (requests done, requests in all) before each one. Programs for several samples
+    Runs while it is iterated, and yields (requests done, total requests) before each one. Programs for several samples
     at once and for constraints are not compiled. With speculative decoding every request runs with and without draft
     tokens. The engine must be idle; its prefix cache is cleared afterwards.
     """

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of mesh-transformer-jax: losses equal the original program's, round trips are bit-exact, damage is refused."""
+"""Checkpoints of mesh-transformer-jax: losses equal the original program's, round trips are bit-exact, damage is rejected."""
 
 import dataclasses
 import json

@@ -1,0 +1,43 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Tests that get the marker `slow` by their names, besides those that carry it: file -> regular expression.
+
+The default tier keeps at least one test of every kind and takes under 8 minutes on two cores. A test belongs here if it takes
+more than about 8 seconds there and a faster test of its kind stays, or if it needs PyTorch, several processes or a browser.
+"""
+
+import re
+
+SLOW = {
+    "distributed/test_processes.py": "",
+    "scripts/stress/test_resume.py": "",
+    "scripts/stress/test_sharding.py": "",
+    "scripts/launch/test_supervise.py": r"ray|two",
+    "test_version_1_0.py": "",
+    "test_journey.py": r"test_commands|another_mesh|finished_run|consecutive|weights_of_another",
+    "sample/test_memory.py": "",
+    "sample/engine/test_decoder_only.py": (
+        r"31_others|mesh0|prefix_cache_reuses|top_logprobs|growing|long_prompt|first_tokens|share_the_prompt|cancelled"
+        r"|without\[(one-kv-head|learned|bfloat16|local-first|banded|rope-interleaved|none|alibi|t5)\]"
+    ),
+    "train/test_step.py": (
+        r"norms_by_layer|spike|\(8, 1, 1\)|\(1, 8, 1\)|\(1, 1, 4\)|with_experts.*(shared|1e-09|'data': 2)|\[nan-2\]"
+        r"|dropout_differs|aux_loss_per_sequence|each_expert_as_a_matrix\[adafactor\]|\[mesh\]"
+    ),
+    "checkpoint/test_object_store_backend.py": r"fifty_random|here_to_there|one_fault_of_each|killed_before",
+    "checkpoint/test_object_stores.py": r"resumes_in_the_store|\[gs\]",
+    "serve/test_chat_server.py": "",
+    "corpus/test_ray.py": "",
+    "corpus/test_slurm.py": "",
+    "corpus/test_bench_corpus.py": "",
+    "model/test_reference.py": r"transformers",
+    "convert/huggingface/test_reference.py": r"transformers",
+    "convert/huggingface/test_reader.py": r"transformers",
+}
+
+
+def is_slow(nodeid: str) -> bool:
+    """Return whether a test of the given ID belongs to the slow tier."""
+    file, _, name = nodeid.partition("::")
+    pattern = SLOW.get(file.removeprefix("tests/"))
+    return pattern is not None and (not pattern or re.search(pattern, name) is not None)
