@@ -56,5 +56,5 @@ def test_packing_is_the_inverse_of_viewing(pattern):
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match=r"shape \(3, 4\), expected \(4, 3\) for layout 'vocab embed'"):
         LayoutView(InMemory(np.zeros((3, 4))), "vocab embed", ("vocab", "embed"), (4, 3))
-    with pytest.raises(ValueError, match="the layout .* needs . arrays, got 2"):
+    with pytest.raises(ValueError, match=r"the layout .* needs . arrays, got 2"):
         Packed([InMemory(np.zeros(2))] * 2, "(3 embed)", [("embed",)] * 2)
