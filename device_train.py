@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     profile = _parse_profile(options.profile) if options.profile else None
 
     with StopRequest() as stop:
-        # JAX is imported after the arguments are parsed, so that --help and usage errors answer at once.
+        # JAX is imported after the arguments are parsed, so that --help and usage errors are fast.
         from mesh_transformer.data.dataset import open_data, preview_sequences
         from mesh_transformer.distributed.bootstrap import join_processes
         from mesh_transformer.distributed.coordination import process_count, process_index

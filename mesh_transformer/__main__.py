@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
         print(f"error: {name!r} is not a command; {hint}", file=sys.stderr)
         return WRONG_USAGE
-    sys.argv = [f"{PROGRAM} {name}", *rest]  # what the program's help and messages call it
+    sys.argv = [f"{PROGRAM} {name}", *rest]  # name in the program's help and messages
     return run_command(importlib.import_module(command.module).main)
 
 

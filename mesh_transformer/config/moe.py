@@ -41,8 +41,8 @@ class ExpertsConfig:
     eval_capacity_factor: Amount | None = None  # in evaluation; decoding is always dropless
     # instead of eval_capacity_factor: tokens per sequence and expert (SwitchTransformers in transformers)
     eval_capacity: Positive | None = None
-    # sequences of a microbatch that share one capacity, filled in order; a smaller batch is one group. Tokens of a kind
-    # come in bursts: alone, a sequence overflows one expert while the capacity of others stays unused
+    # sequences of a microbatch that share one capacity, filled in order; a smaller batch is one group. Similar tokens
+    # are often in the same sequence: alone, it overflows one expert while the capacity of others stays unused
     group_size: Positive = 1
     # output of a dropped (token, expert) pair. zero: nothing (Switch, section 2.2). gated-input: the layer's input times
     # the gate (SwitchTransformers in transformers 4)

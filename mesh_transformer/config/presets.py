@@ -120,7 +120,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt3-small": _size(GPT3, 12, 768, 12),
     "gpt3-medium": _size(GPT3, 24, 1024, 16),
     "gpt3-large": _size(GPT3, 24, 1536, 16),
-    "gpt3-xl": _size(GPT3, 24, 2048, 16),  # the paper's 24 heads of 128 do not make 2048
+    "gpt3-xl": _size(GPT3, 24, 2048, 16),  # the paper's 24 heads of size 128 do not give d_model = 2048
     "gpt3-2.7b": _size(GPT3, 32, 2560, 32),
     "gpt3-6.7b": _size(GPT3, 32, 4096, 32),
     "gpt3-13b": _size(GPT3, 40, 5120, 40),  # the paper's 5140 is not 40 x 128

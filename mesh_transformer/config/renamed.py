@@ -119,7 +119,7 @@ def find_renamed(table: Any, renames: Renames) -> list[str]:
 def translate_stored(table: Any, renames: Renames = RUN, prefix: tuple[str, ...] = ()) -> Any:
     """Return a copy of nested values that an older version stored, with today's keys and values.
 
-    `prefix` is the path of `table` in the whole, for example ("model",) for a stored [model] section.
+    `prefix` is the path of `table` in the full configuration, for example ("model",) for a stored [model] section.
     """
     if isinstance(table, Mapping):
         copy = {}

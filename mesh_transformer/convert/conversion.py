@@ -32,7 +32,7 @@ from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath, parse_path
 from mesh_transformer.storage.resume_log import open_staging_log
 
-# Files of a Hugging Face folder that a native checkpoint carries along, to be written on the way back.
+# Files of a Hugging Face folder that a native checkpoint stores with the weights, to be written when it is exported.
 CARRIED_TEXTS = (
     "generation_config.json",
     "tokenizer_config.json",
@@ -70,7 +70,7 @@ class Conversion(NamedTuple):
     partial: Path  # where the result is written
     nbytes: int  # of the result's values
     dtype: str | None  # of the weights; None: unchanged
-    may_round: bool  # whether the user asked for a dtype
+    may_round: bool  # whether the user requested a dtype
     max_memory: int  # bytes
 
 

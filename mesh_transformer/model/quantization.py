@@ -49,7 +49,7 @@ def quantized_matmul(
 ) -> Float[Array, "M N"]:
     """Return the float32 matmul of x with a quantized weight, on one device. See `linear` for `inputs` and `transposed`.
 
-    Matmuls on a CPU support float32 only: XLA would convert a whole narrower weight in memory, and decoding is bound by
+    Matmuls on a CPU support float32 only: XLA would convert an entire quantized weight in memory, and decoding is bound by
     memory bandwidth. Instead, one block at a time is converted, small enough to stay in the cache.
     """
     values, scale = w if isinstance(w, Quantized) else (w, None)

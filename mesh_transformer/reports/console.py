@@ -124,7 +124,7 @@ def format_values(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     for metric in CONSOLE_METRICS:
         value = values.get(metric.name)
         if value is not None and not (metric.optional and not value):
-            shown.append((metric.label, metric.form.format(value)))
+            shown.append((metric.label, metric.value_format.format(value)))
     for name, value in values.items():
         if name.endswith(BITS) and value is not None:
             shown.append((f"{name.removesuffix(BITS)} bits/byte", f"{value:.4f}"))
@@ -192,6 +192,8 @@ def print_scores(console: Console, scores: Mapping[str, Mapping[str, Any]]) -> N
         for metric in VALIDATION_METRICS:
             value = score.get(metric.name)
             is_best = metric.name in compared and value == best
-            cells.append(Text("" if value is None else metric.form.format(value), style="bold" if is_best else ""))
+            cells.append(
+                Text("" if value is None else metric.value_format.format(value), style="bold" if is_best else "")
+            )
         table.add_row(Text(name), *cells)
     console.print(table)

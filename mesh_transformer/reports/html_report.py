@@ -287,7 +287,7 @@ def smooth(points: Points, *, log: bool = False) -> list[Point]:
 
 
 def _format(line: Line, metric: Metric) -> str:
-    return _text(_number(line, metric.name), metric.form)
+    return _text(_number(line, metric.name), metric.value_format)
 
 
 def _text(value: float | None, form: str) -> str:

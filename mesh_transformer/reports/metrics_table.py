@@ -33,8 +33,8 @@ class Metric(NamedTuple):
     name: str  # key in metrics.jsonl
     unit: str
     meaning: str
-    label: str = ""  # short name for people; required by `form`
-    form: str = ""  # format for people; values with one are printed on the console
+    label: str = ""  # display name; required by `value_format`
+    value_format: str = ""  # display format; values with one are printed on the console
     plot: Plot | None = None
     optional: bool = False  # not logged by every run: no empty plot, and no tile for a zero
     headline: bool = False  # its last value is a tile at the top of the report
@@ -118,7 +118,7 @@ VALIDATION_METRICS = (
     Metric("perplexity", "", "exp(loss)", "perplexity", "{:.3f}"),
 )  # fmt: skip
 BY_NAME = {metric.name: metric for metric in TRAIN_METRICS}
-CONSOLE_METRICS = tuple(metric for metric in TRAIN_METRICS if metric.form)
+CONSOLE_METRICS = tuple(metric for metric in TRAIN_METRICS if metric.value_format)
 NEW_NAMES = {metric.old_name: metric.name for metric in TRAIN_METRICS if metric.old_name}
 
 

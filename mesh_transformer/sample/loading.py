@@ -57,7 +57,7 @@ def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedMode
       CheckpointError: there is no valid checkpoint.
       ConfigError: an override would change the model, the mesh does not fit, or the draft model does not match.
     """
-    keep_freed_memory(True)  # before there are threads: one arena
+    keep_freed_memory(True)  # before threads start, so that malloc uses one arena
     store, step = find_checkpoint(path, log=_log)
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)

@@ -4,7 +4,7 @@
 
 The logical axes of an array, not its name, decide how it is updated. A *matrix* has the axis "embed" and another axis
 besides "layers": w_q [layers, embed, heads, head_dim] is a stack of matrices of embed x (heads head_dim), and a bias
-[layers, heads, head_dim] is no matrix. Matrices have weight decay and factored second moments in Adafactor. Muon
+[layers, heads, head_dim] is not a matrix. Matrices have weight decay and factored second moments in Adafactor. Muon
 orthogonalizes the matrices that are not embeddings or the output layer.
 """
 

@@ -43,7 +43,7 @@ def train_config(
 ) -> AnyPath:
     """Train a configuration with display, metrics and report, and return the run folder.
 
-    `restart` moves an earlier run aside, `profile` gives the steps to trace, and `measure` runs evaluation tasks.
+    `restart` renames the folder of an earlier run, `profile` gives the steps to trace, and `measure` runs evaluation tasks.
     Raises the errors of `open_data`, `open_run` and `train`.
     """
     if jax.process_count() != process_count():

@@ -35,15 +35,15 @@ OLD_NAMES = {
 def test_rows_are_complete_and_distinct():
     assert len(BY_NAME) == len(TRAIN_METRICS)
     assert all(metric.meaning for metric in (*TRAIN_METRICS, *VALIDATION_METRICS))
-    assert all(metric.label for metric in TRAIN_METRICS if metric.form or metric.headline)
+    assert all(metric.label for metric in TRAIN_METRICS if metric.value_format or metric.headline)
     titles = [metric.plot.title for metric in TRAIN_METRICS if metric.plot]
     assert len(set(titles)) == len(titles)
 
 
 def test_every_value_is_on_the_console_in_the_report_and_in_the_reference_as_its_row_says():
-    values = {metric.name: 1.0 for metric in TRAIN_METRICS if metric.form or metric.plot}
+    values = {metric.name: 1.0 for metric in TRAIN_METRICS if metric.value_format or metric.plot}
     printed = [label for label, _ in format_values({**values, "skipped": 1})]
-    assert printed == [metric.label for metric in TRAIN_METRICS if metric.form]
+    assert printed == [metric.label for metric in TRAIN_METRICS if metric.value_format]
     page = make_page("run", [{"step": 1, "kind": "train", "time": 1.0, **values}], "")
     for metric in TRAIN_METRICS:
         assert metric.name in format_table()

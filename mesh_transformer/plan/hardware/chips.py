@@ -4,7 +4,7 @@
 
 Rates and sizes are those that vendors publish, FLOP/s of dense bfloat16 matmuls. Usable memory of a TPU is the limit that
 its compiler reports when a program does not fit; of a GPU, 95% of what its driver reports, the fraction that a process
-can allocate (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; JAX's default is 0.75). Values marked `~` are not published but assumed.
+can allocate (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; JAX's default is 0.75). The watts of TPUs are not published but estimated.
 """
 
 from typing import NamedTuple
@@ -33,10 +33,10 @@ class Chip(NamedTuple):
 TPU_V2 = Chip("v2", "tpu", 45e12, int(7.48 * GIB), 700e9, 4, 62e9, 3.1e9, 4, 334 * GB, 280, 2)
 TPU_V3 = Chip("v3", "tpu", 123e12, int(15.48 * GIB), 900e9, 4, 82e9, 3.1e9, 4, 335 * GB, 450, 2)
 TPU_V4 = Chip("v4", "tpu", 275e12, int(30.75 * GIB), 1228e9, 6, 45e9, 6.25e9, 4, 407 * GB, 192)
-TPU_V5E = Chip("v5e", "tpu", 197e12, int(15.75 * GIB), 819e9, 4, 45e9, 3.1e9, 4, 192 * GB, 200)  # ~ watts
-TPU_V5P = Chip("v5p", "tpu", 459e12, int(95.74 * GIB), 2765e9, 6, 90e9, 6.25e9, 4, 448 * GB, 450)  # ~ watts
-TPU_V6E = Chip("v6e", "tpu", 918e12, int(31.25 * GIB), 1640e9, 4, 90e9, 12.5e9, 4, 720 * GB, 300)  # ~ watts
-TPU_V7X = Chip("v7x", "tpu", 2307e12, int(94.75 * GIB), 7370e9, 6, 100e9, 12.5e9, 4, 960 * GB, 960, 2)  # ~ watts
+TPU_V5E = Chip("v5e", "tpu", 197e12, int(15.75 * GIB), 819e9, 4, 45e9, 3.1e9, 4, 192 * GB, 200)
+TPU_V5P = Chip("v5p", "tpu", 459e12, int(95.74 * GIB), 2765e9, 6, 90e9, 6.25e9, 4, 448 * GB, 450)
+TPU_V6E = Chip("v6e", "tpu", 918e12, int(31.25 * GIB), 1640e9, 4, 90e9, 12.5e9, 4, 720 * GB, 300)
+TPU_V7X = Chip("v7x", "tpu", 2307e12, int(94.75 * GIB), 7370e9, 6, 100e9, 12.5e9, 4, 960 * GB, 960, 2)
 TPUS = {chip.name: chip for chip in (TPU_V2, TPU_V3, TPU_V4, TPU_V5E, TPU_V5P, TPU_V6E, TPU_V7X)}
 
 
