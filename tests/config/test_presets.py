@@ -69,7 +69,7 @@ PUBLISHED = {
     "switch-large-128": 26_309_291_008,
 }
 # Known to three or four digits: sizes that were published but not as files that transformers reads (Switch, table 9;
-# of XXL with the 128 experts of its code), and a decoder alone, which was never published.
+# of XXL with the 128 experts of its code), and a decoder-only variant, which was never published.
 OURS = {
     "switch-xxl": 395_000_000_000,
     "switch-c": 1_571_000_000_000,
@@ -77,7 +77,7 @@ OURS = {
     "switch-decoder-base-128": 3_700_000_000,
     "switch-decoder-c": 786_000_000_000,
 }
-# n_layers, d_model, n_heads, d_head of the papers' and libraries' tables: counts hardly notice the heads.
+# n_layers, d_model, n_heads, d_head of the papers' and libraries' tables: counts hardly depend on the heads.
 PUBLISHED_SHAPES = {
     "gpt2": (12, 768, 12, 64),
     "gpt2-medium": (24, 1024, 16, 64),

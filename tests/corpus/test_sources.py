@@ -253,7 +253,7 @@ def test_latex_agrees_with_the_library():
         library = LatexNodes2Text(math_mode="verbatim", strict_latex_spaces=False)
         try:
             expected = library.latex_to_text(source, tolerant_parsing=True)
-        except (LookupError, ValueError) as error:  # both must refuse the same source
+        except (LookupError, ValueError) as error:  # both must reject the same source
             with pytest.raises(type(error)):
                 nodes_to_text(source)
             continue

@@ -281,7 +281,7 @@ def test_fewglue_records_are_read(name, count):
     records = [item.record for item in items]
     if name == "record":
         assert all(set(record["answers"]) <= set(record["entities"]) for record in records)
-    elif name != "wsc":  # of which FewGLUE has right ones alone
+    elif name != "wsc":  # FewGLUE has only the correct ones
         assert {record["label"] for record in records} == set(range(3 if name == "cb" else 2))
     if name == "wsc":
         assert all(record[f"span{i}_text"] in record["text"] for record in records for i in (1, 2))
