@@ -63,7 +63,8 @@ class FilterCounts:
         """Return the counts; raise DataError if they do not add up."""
         if self.documents_in != self.documents_out + self.dropped.total():
             raise DataError(
-                f"filter {self.name}: {self.documents_in} documents in, but {self.documents_out} out and {self.dropped.total()} dropped"
+                f"filter {self.name}: {self.documents_in} documents in, but {self.documents_out} out and "
+                f"{self.dropped.total()} dropped"
             )
         return vars(self) | {"dropped": dict(self.dropped)}
 
