@@ -4,7 +4,8 @@
 
 Rates and sizes are those that vendors publish, FLOP/s of dense bfloat16 matmuls. Usable memory of a TPU is the limit that
 its compiler reports when a program does not fit; of a GPU, 95% of what its driver reports, the fraction that a process
-can allocate (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; JAX's default is 0.75). The watts of TPUs are not published but estimated.
+can allocate (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; JAX's default is 0.75). The watts of TPU v5e
+and later are not published but estimated.
 """
 
 from typing import NamedTuple
