@@ -190,6 +190,8 @@ class ModelConfig:
         table = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
         table["experts"] = self.experts and self.experts.describe_function()
         table |= dict(d_head=self.head_dim, n_kv_heads=self.kv_heads, d_ff=self.ff_dim)
+        scales = {"rsqrt_d_head": self.head_dim**-0.5, "none": 1.0}
+        table["attention_scale"] = scales.get(str(self.attention_scale), self.attention_scale)
         rotates = self.positions.startswith("rope")
         table |= dict(rope_dims=self.rope_dim if rotates else None)
         unused = dict(

@@ -255,7 +255,7 @@ def test_clozes_and_lines_come_from_the_text():
         assert any(f"{item['query']}{item['target']}\n" in document.text for document in DOCUMENTS)
         assert "\n" not in item["target"]
     for make in (make_choices, make_clozes, make_lines):
-        with pytest.raises(DataError, match="name"):
+        with pytest.raises(DataError, match="add text: --data NAME=PATH"):
             make([Document("too short", "0")], 3)
 
 
@@ -348,7 +348,7 @@ def test_invalid_usage(trained, tmp_path):
         (["--fewshot-data", "rte"], "--fewshot-data rte: expected NAME=PATH"),
         (["--num-fewshot", "rte=many"], "--num-fewshot rte=many: expected N or NAME=N"),
         (["--num-fewshot", "-1"], "--num-fewshot -1: expected N or NAME=N"),
-        (["--set", "train.steps=3"], "what can be set is"),
+        (["--set", "train.steps=3"], "of a trained model cannot be changed; only"),
         (["--set", "evaluate.context=65"], r"evaluate\.context=65: must be between 1 and model\.seq_len=64"),
         (["--data", f"mine={tmp_path}"], "no files in this folder"),
         (["--data", f"mine={tmp_path / 'absent'}"], "no such file or folder"),
@@ -388,7 +388,7 @@ def test_results_of_several_evaluations_are_merged(tmp_path):
     assert tasks.rows == [["a", "acc", "0.5", "", "", "0"], ["b", "acc", "0.25", "0.1", "8", "0"]]
     assert published.rows == [["this model", "0.5", "0.25", ""], ["m", "0.6", "0.7", "s"]]
     (tmp_path / "evaluation_4.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"evaluation_4\.json: not the results"):
+    with pytest.raises(ValueError, match=r"evaluation_4\.json: not evaluation results"):
         read_evaluations(tmp_path)
 
 
