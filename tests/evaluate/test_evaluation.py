@@ -255,7 +255,7 @@ def test_clozes_and_lines_come_from_the_text():
         assert any(f"{item['query']}{item['target']}\n" in document.text for document in DOCUMENTS)
         assert "\n" not in item["target"]
     for make in (make_choices, make_clozes, make_lines):
-        with pytest.raises(DataError, match="add text: --data NAME=PATH"):
+        with pytest.raises(DataError, match="add text"):
             make([Document("too short", "0")], 3)
 
 
