@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Third stage: write the documents without duplicates and recurring lines, and check that the splits are disjoint."""
+"""Third stage: write the documents, minus duplicates and recurring lines, and check that the splits are disjoint."""
 
 import dataclasses
 from collections import Counter

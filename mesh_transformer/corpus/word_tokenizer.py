@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Word and sentence tokenizer for DataTrove's blocks, by two patterns: no model, no download."""
+"""Word and sentence tokenizer for DataTrove's blocks, by two regular expressions: no model, no download."""
 
 import re
 
@@ -11,7 +11,7 @@ _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f]+[\"'\u201d\u2019)\]]*\s+")
 
 
 class PatternTokenizer(WordTokenizer):
-    """Splits into runs of letters and digits, also joined as in e-mail and don't, and runs of other characters."""
+    """Split text into runs of letters and digits, also joined as in e-mail and don't, and runs of other characters."""
 
     def word_tokenize(self, text: str) -> list[str]:
         """Return words and symbols in order."""

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The shell of every report page: one self-contained HTML file that loads nothing and runs no script but report.js."""
+"""HTML template of all report pages: one self-contained file, whose only script is report.js."""
 
 import base64
 import hashlib

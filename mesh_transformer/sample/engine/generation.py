@@ -21,7 +21,7 @@ class Steppable(Protocol):
 
 
 class Generation:
-    """Requests in progress on an engine that serves no others meanwhile."""
+    """Requests in progress on an engine that serves no other requests at the same time."""
 
     def __init__(self, engine: Steppable, requests: list[Request]):
         """Follow `requests`, which are submitted already; see Engine.start."""
