@@ -49,6 +49,7 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
 HF_ACTIVATIONS = {"gelu-tanh": "gelu_new", "gelu-erf": "gelu", "relu": "relu", "silu": "silu"}
 
 
@@ -222,10 +223,22 @@ def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
         first = s.get("max_window_layers", default=28)  # transformers' own default
         last = ["full_attention"] * min(first, n_layers) + ["sliding_attention"] * max(n_layers - first, 0)
         kinds = s.get("layer_types", default=last)
-    native = {"full_attention": "global", "sliding_attention": "local"}
-    if len(kinds) != n_layers or set(kinds) - native.keys():
-        raise CheckpointError(f"{s.where}: layer_types must be {' or '.join(native)} for each of {n_layers} layers")
-    return dict(attention_pattern=_shorten([native[each] for each in kinds]), attention_window=window)
+    return dict(attention_pattern=read_layer_types(s, kinds, n_layers), attention_window=window)
+
+
+def read_layer_types(s: HFConfig, types: list[str], n_layers: int) -> list[str]:
+    """Return the attention pattern for the layer_types of a config.json; CheckpointError for unknown or missing ones."""
+    if len(types) != n_layers or set(types) - LAYER_TYPES.keys():
+        raise CheckpointError(
+            f"{s.where}: layer_types must be {' or '.join(LAYER_TYPES)} for each of {n_layers} layers"
+        )
+    return _shorten([LAYER_TYPES[each] for each in types])
+
+
+def write_layer_types(c: ModelConfig) -> list[str]:
+    """Return the layer_types of all layers."""
+    external = {native: kind for kind, native in LAYER_TYPES.items()}
+    return [external[kind] for kind in c.attention_pattern] * (c.n_layers // len(c.attention_pattern))
 
 
 def _shorten(kinds: list[str]) -> list[str]:
@@ -245,9 +258,7 @@ def write_llama(c: ModelConfig) -> dict[str, Any]:
     if "local" in c.attention_pattern:
         table |= dict(sliding_window=c.attention_window, use_sliding_window=True, max_window_layers=0)
     if len(set(c.attention_pattern)) > 1:
-        external = {"global": "full_attention", "local": "sliding_attention"}
-        kinds = [external[kind] for kind in c.attention_pattern] * (c.n_layers // len(c.attention_pattern))
-        table |= dict(layer_types=kinds)
+        table |= dict(layer_types=write_layer_types(c))
     elif "global" in c.attention_pattern:
         table |= dict(sliding_window=None)
     return table

@@ -10,7 +10,7 @@ import numpy as np
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HFConfig
+from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HFConfig, read_layer_types, write_layer_types
 from mesh_transformer.convert.huggingface.reference import (
     ExternalTensors,
     apply_rope_half,
@@ -20,9 +20,6 @@ from mesh_transformer.convert.huggingface.reference import (
 )
 from mesh_transformer.convert.huggingface.tensor_map import LLAMA, M, norms
 
-# Layers alternate between sliding-window and full attention; the first one has a window.
-PATTERN = ["local", "global"]
-LAYER_TYPES = {"local": "sliding_attention", "global": "full_attention"}
 TENSORS = LLAMA | norms(
     norm_1=f"{M}.input_layernorm",
     norm_1_post=f"{M}.post_attention_layernorm",
@@ -39,14 +36,9 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default" or s.table.get("rope_scaling"):
         raise CheckpointError(f"{s.where}: scaled rotary embeddings of Gemma 2 are not supported; supported: 'default'")
     n_layers = s.get("num_hidden_layers", default=26)
-    types = s.table.get("layer_types") or [LAYER_TYPES[PATTERN[i % 2]] for i in range(n_layers)]
-    native = {external: kind for kind, external in LAYER_TYPES.items()}
-    if len(types) != n_layers or set(types) - native.keys():
-        raise CheckpointError(f"{s.where}: layer_types must be {' or '.join(native)} for each of {n_layers} layers")
-    kinds = [native[each] for each in types]
-    pattern = next(
-        kinds[:n] for n in range(1, n_layers + 1) if n_layers % n == 0 and kinds[:n] * (n_layers // n) == kinds
-    )
+    # layers alternate between sliding-window and full attention; the first one has a window
+    alternating = [("sliding_attention", "full_attention")[i % 2] for i in range(n_layers)]
+    pattern = read_layer_types(s, s.table.get("layer_types") or alternating, n_layers)
     bias = s.table.get("attention_bias", False)
     return dict(
         n_layers=n_layers,
@@ -85,7 +77,6 @@ def _cap(s: HFConfig, key: str, default: float) -> float | None:
 
 def write_config(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a Gemma2Config."""
-    kinds = [LAYER_TYPES[kind] for kind in c.attention_pattern] * (c.n_layers // len(c.attention_pattern))
     scale = c.head_dim**-0.5 if c.attention_scale == "rsqrt_d_head" else c.attention_scale
     return dict(
         num_hidden_layers=c.n_layers,
@@ -102,7 +93,7 @@ def write_config(c: ModelConfig) -> dict[str, Any]:
         hidden_activation=HF_ACTIVATIONS[c.activation],
         attention_bias=c.qkv_bias,
         sliding_window=c.attention_window,
-        layer_types=kinds,
+        layer_types=write_layer_types(c),
         query_pre_attn_scalar=1.0 if scale == "none" else _inverse_square(float(scale)),
         attn_logit_softcapping=c.attention_softcap,
         final_logit_softcapping=c.logit_softcap,
