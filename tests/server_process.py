@@ -31,7 +31,7 @@ class Server:
 
     def __init__(self, folder: Path):
         limits = dict(
-            slots=SLOTS, max_queue=QUEUE, max_body_bytes=MAX_BODY, body_timeout_seconds=BODY_SECONDS, drain_seconds=3.0
+            slots=SLOTS, max_queue=QUEUE, max_body_bytes=MAX_BODY, body_timeout_seconds=BODY_SECONDS, drain_seconds=60.0
         )
         command = [sys.executable, "device_serve.py", str(folder), "--port", "0", "--token-file", str(folder / "token")]
         command += [f"--set=serve.{name}={value}" for name, value in limits.items()]

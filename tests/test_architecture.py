@@ -5,6 +5,7 @@
 import ast
 import configparser
 import dataclasses
+import functools
 import itertools
 import re
 import typing
@@ -65,6 +66,7 @@ CONFIG_LEAVES = {
 }  # of config/: import no other package
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Modules of the package that a file imports, wherever in it, relative to the package."""
     found = set()
@@ -382,7 +384,8 @@ COVERED_BY = {
     "test_library.py": ("train.session",),
     "train/test_loop.py": ("train.data_log", "train.recorder", "train.run", "train.run_folder", "train.validation"),
     "train/test_replay.py": ("train.provenance",),
-    "train/test_step.py": ("train.compile", "train.state"),
+    "train/test_pipeline.py": ("train.compile",),
+    "train/test_step.py": ("train.state",),
 }
 # Test files of programs, formats and whole behaviors, which belong to no single module.
 WHOLE = {
@@ -395,6 +398,7 @@ WHOLE = {
 }  # fmt: skip
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted path below it."""
     root = ROOT / "mesh_transformer"
@@ -402,15 +406,19 @@ def modules() -> dict[str, Path]:
     return {name: path for name, path in named.items() if not name.endswith(("__init__", "__main__"))}
 
 
+def named_in(path: Path) -> list[Path]:
+    """Programs and test helpers that a test file names, as processes to start or modules to import."""
+    text = path.read_text(encoding="utf-8")
+    named = [other for other in [*PROGRAMS, *TESTS] if re.search(rf"\b{other.stem}\b", text) and other != path]
+    return [*named, modules()["library"]] if re.search(r"\bmt\.", text) else named
+
+
 def reached_from(path: Path) -> set[str]:
     """Modules that a test file imports, directly or not, with those of the programs and test helpers that it names."""
     known = modules()
-    text = path.read_text(encoding="utf-8")
-    named = [other for other in [*PROGRAMS, *TESTS] if re.search(rf"\b{other.stem}\b", text) and other != path]
-    if re.search(r"\bmt\.", text):
-        named.append(known["library"])
     seen: set[str] = set()
-    waiting = [path, *named]
+    named = named_in(path)
+    waiting = [path, *named, *(other for helper in named if helper in TESTS for other in named_in(helper))]
     while waiting:
         for name in imported(waiting.pop()):
             name = "config.loading" if name == "config" else name

@@ -430,8 +430,8 @@ def test_sigterm_lets_running_requests_finish(server):
     server.process.send_signal(signal.SIGTERM)
     length += sum(len(chunk.choices[0].text) for chunk in stream)
     assert length == 240
-    assert server.process.wait(timeout=15) == 0
-    assert time.monotonic() - start < 10
+    assert server.process.wait(timeout=50) == 0
+    assert time.monotonic() - start < 50  # the server ends with the last request, not after the 60 drain seconds
     with pytest.raises(ConnectionError):
         server.call("GET", "/health")
     server.errors.seek(0)
