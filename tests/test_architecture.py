@@ -327,7 +327,7 @@ COVERED_BY = {
     "data/test_loader.py": ("data.errors",),
     "data/test_readers.py": ("data.compression", "data.formats"),
     "data/test_shard_builder.py": ("data.dataset",),
-    "data/test_tokenizers.py": ("data.vocabularies",),
+    "data/test_tokenizers.py": ("data.tokenizer_files", "data.vocabularies"),
     "distributed/test_bootstrap.py": ("distributed.watchdog",),
     "evaluate/test_evaluation.py": (
         "evaluate.callback",

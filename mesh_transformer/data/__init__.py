@@ -4,7 +4,7 @@
 
 - `readers`, `formats`, `compression`, `tfrecords`: read documents from datasets and files. A damaged document stops
   the run or is skipped and counted, with file and line (`errors`).
-- `tokenizers`, `vocabularies`: text <-> token ids.
+- `tokenizers`, `tokenizer_files`, `vocabularies`: text <-> token ids.
 - `shard_builder`, `shards`: memory-mapped token shards, built once and shared by all runs.
 - `loader`, `span_corruption`: pack documents into sequences and mix datasets. A batch is a pure function of
   (data, seed, step).

@@ -63,21 +63,28 @@ class SentinelTokenizer:
         self.n_sentinels = sum(1 for _ in consecutive) if self.is_named else max(n_vocab - tokenizer.n_vocab, 0)
         self.decoder_start = named.get("<pad>", tokenizer.end_of_text)
         self.n_vocab = max(tokenizer.n_vocab, n_vocab if self.n_sentinels else 0)
+        self.begin_of_text = tokenizer.begin_of_text
         self.end_of_text = tokenizer.end_of_text
+        self.lossy = tokenizer.lossy
         self.leading_space = tokenizer.leading_space
         self.fingerprint = tokenizer.fingerprint
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        """Return the ids of a text, in which sentinels are always special."""
         ids: list[int] = []
         for i, part in enumerate(re.split(r"<extra_id_(\d+)>", text)):  # text and sentinel numbers alternate
             if i % 2 == 0:
-                ids += self._inner.encode(part)
+                ids += self._inner.encode(part, parse_special=parse_special)
             elif int(part) < self.n_sentinels:
                 ids.append(self.first_sentinel - int(part))
             else:
                 raise TokenizerError(
                     f"<extra_id_{part}> is not a sentinel: the vocabulary has {self.n_sentinels} sentinels, counted from 0"
                 )
+        if add_special_tokens:
+            added = self._inner.encode("", add_special_tokens=True)
+            n_before = 0 if self.begin_of_text is None else 1
+            ids = [*added[:n_before], *ids, *added[n_before:]]
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -27,7 +27,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import tokenizers as hf
 
+from mesh_transformer.data.tokenizer_files import read_additions, token_ids
 from mesh_transformer.data.vocabularies import (
+    END_OF_TEXT,
     TokenizerError,
     can_split,
     find_end_of_text,
@@ -56,8 +58,18 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def begin_of_text(self) -> int | None:
+        """The id that the tokenizer's files add in front of a text (beginning of sequence), or None if they add none."""
+        ...
+
+    @property
     def end_of_text(self) -> int:
         """The id appended to every document."""
+        ...
+
+    @property
+    def lossy(self) -> bool:
+        """True if the vocabulary cannot encode every text: other characters become the unknown token or are lost."""
         ...
 
     @property
@@ -70,8 +82,12 @@ class Tokenizer(Protocol):
         """True if encoding adds a space before the first word, which decoding drops at the start of a text."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without end_of_text. Raises TokenizerError at lone surrogates."""
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        """Return the ids of a text. Raises TokenizerError at lone surrogates.
+
+        With `add_special_tokens`, those that the tokenizer's files add to a text: begin_of_text, an end, both or none.
+        With `parse_special`, special tokens written in the text become their ids; otherwise they are text.
+        """
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -118,14 +134,16 @@ class ByteTokenizer:
     """Tokenizer of UTF-8 bytes: ids 0 to 255 are bytes, 256 is the end of text. Needs no file."""
 
     n_vocab = 257
+    begin_of_text = None
     end_of_text = 256
     leading_space = False
+    lossy = False
 
     @property
     def fingerprint(self) -> str:
         return _digest(self.to_json())
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
         return list(_to_utf8(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -144,24 +162,34 @@ class ByteTokenizer:
 class FileTokenizer:
     """Tokenizer with the vocabulary of a `tokenizer.json`: byte-level BPE (like GPT-2), or with byte fallback (Llama)."""
 
-    def __init__(self, table: Mapping[str, Any], *, where: str = "tokenizer") -> None:
-        """`table` is the content of a tokenizer.json; `where` begins error messages. Raises TokenizerError."""
+    lossy = False
+
+    def __init__(
+        self, table: Mapping[str, Any], additions: Mapping[str, Any] | None = None, *, where: str = "tokenizer"
+    ) -> None:
+        """Prepare the libraries for encoding, and the table for decoding.
+
+        `table` is the content of a tokenizer.json, `additions` what other files of its folder add (tokenizer_files.py);
+        `where` begins error messages. Raises TokenizerError.
+        """
         self._table = make_deterministic(table, where)
-        self._library = _share_library(json.dumps(self._table), where)
+        self._additions = dict(additions or {})
+        self._end_name = _name_end_of_text(self._table, self._additions, where)
+        self._source = json.dumps(self._table)
+        self._library = _share_library(self._source, self._end_name, where, parse_special=False)
         vocabulary = self._library.get_vocab(with_added_tokens=True)
-        name = find_end_of_text(self._table, vocabulary, where)
-        self._library.add_special_tokens([hf.AddedToken(name, normalized=False, special=True)])
-        self._library.encode_special_tokens = True
         self.n_vocab = max(vocabulary.values()) + 1
-        self.end_of_text = vocabulary[name]
+        self.end_of_text = vocabulary[self._end_name]
         self.fingerprint = _digest(self.to_json())
         self.leading_space = writes_leading_space(self._table)
         self._part = _PART if can_split(self._table) else None
         self._bytes = make_byte_table(self._table, vocabulary, self._library.get_added_tokens_decoder(), where)
-        if self.end_of_text in self.encode(name):
+        self._prefix, self._suffix = _measure_added_tokens(self._library)
+        self.begin_of_text = self._prefix[0] if self._prefix else None
+        if self.end_of_text in self.encode(self._end_name):
             raise TokenizerError(
-                f"{where}: the text {name} would be encoded as the end of text, because the vocabulary merges it; "
-                "use another vocabulary"
+                f"{where}: the text {self._end_name} would be encoded as the end of text, because the vocabulary merges "
+                "it; use another vocabulary"
             )
         back = self.decode(self.encode(_PROBE))
         if unicodedata.normalize("NFKC", back).casefold() != _PROBE:
@@ -169,21 +197,21 @@ class FileTokenizer:
                 f"{where}: does not preserve text: the ids of {_PROBE!r} decode to {back!r}; use another vocabulary"
             )
 
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0].tolist()
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        if parse_special:
+            library = _share_library(self._source, self._end_name, "tokenizer", parse_special=True)
+            ids = _encode_strictly(library, [text])[0].tolist()
+        else:
+            ids = self.encode_batch([text])[0].tolist()
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # Long texts are encoded in parts, because `tokenizers` needs about 120 bytes of memory per character.
         ids: list[list[np.ndarray]] = [[] for _ in texts]
         for group in _group_parts(texts, self._part):
-            try:
-                encoded = self._library.encode_batch_fast([part for _, part in group], add_special_tokens=False)
-            except TypeError:  # raised by `tokenizers` for lone surrogates
-                for _, part in group:
-                    _to_utf8(part)
-                raise
-            for (index, _), encoding in zip(group, encoded, strict=True):
-                ids[index].append(np.array(encoding.ids, np.int32))
+            encoded = _encode_strictly(self._library, [part for _, part in group])
+            for (index, _), part in zip(group, encoded, strict=True):
+                ids[index].append(part)
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -193,16 +221,17 @@ class FileTokenizer:
         return b"".join(self._bytes.get(int(i), _UNKNOWN) for i in ids)
 
     def to_json(self) -> dict[str, Any]:
-        return {"type": "file", "tokenizer": self._table}
+        return {"type": "file", "tokenizer": self._table, **self._additions}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the vocabulary only: the state of the `tokenizers` object lacks the properties of this class."""
-        return FileTokenizer, (self._table,)
+        return FileTokenizer, (self._table, self._additions)
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Load a tokenizer: "bytes", a tokenizer.json, or a folder with it or with vocab.json and merges.txt.
 
+    Of a folder, what its other files say about special tokens is used too; of a file, nothing but the file.
     Raises TokenizerError if files are missing or damaged, or the vocabulary lacks a property stated in this module.
     """
     if str(spec) == "bytes":
@@ -210,11 +239,13 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     path = Path(spec).expanduser()
     if path.is_dir():
         if (path / "tokenizer.json").exists():
-            path = path / "tokenizer.json"
+            where, table = path / "tokenizer.json", read_json(path / "tokenizer.json")
         elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
-            return FileTokenizer(read_gpt2(path), where=str(path))
+            where, table = path, read_gpt2(path)
         else:
             raise TokenizerError(f"{path}: this folder has neither tokenizer.json nor vocab.json with merges.txt")
+        table = make_deterministic(table, str(where))
+        return FileTokenizer(table, read_additions(path, table), where=str(where))
     if not path.exists():
         names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, [*names, "bytes"], n=1)
@@ -228,17 +259,50 @@ def tokenizer_from_json(record: Mapping[str, Any], *, where: str = "checkpoint")
     if record.get("type") == "bytes":
         return ByteTokenizer()
     if record.get("type") == "file" and isinstance(record.get("tokenizer"), dict):
-        return FileTokenizer(record["tokenizer"], where=where)
+        additions = {name: value for name, value in record.items() if name not in ("type", "tokenizer")}
+        return FileTokenizer(record["tokenizer"], additions, where=where)
     raise TokenizerError(f"{where}: not a stored tokenizer (type {record.get('type')!r}); known: bytes, file")
 
 
-@functools.lru_cache(maxsize=2)
-def _share_library(source: str, where: str) -> hf.Tokenizer:
+@functools.lru_cache(maxsize=4)
+def _share_library(source: str, end_of_text: str, where: str, *, parse_special: bool) -> hf.Tokenizer:
     """Return one shared `tokenizers` object per vocabulary, because each one that has encoded leaks 5 to 8 MB.
 
-    Workers load or unpickle a tokenizer for every part of a dataset, and would grow by that much each time.
+    Workers load or unpickle a tokenizer for every part of a dataset, and would grow by that much each time. There is one
+    for each value of `parse_special`, so that threads can use both.
     """
-    return make_library(json.loads(source), where)
+    library = make_library(json.loads(source), where)
+    library.add_special_tokens([hf.AddedToken(end_of_text, normalized=False, special=True)])
+    library.encode_special_tokens = not parse_special
+    return library
+
+
+def _name_end_of_text(table: Mapping[str, Any], additions: Mapping[str, Any], where: str) -> str:
+    name = additions.get("end_of_text") or find_end_of_text(table, token_ids(table))
+    if name is None:
+        raise TokenizerError(
+            f"{where}: no end-of-text token; name it as eos_token in tokenizer_config.json beside it, or add one of "
+            f"{', '.join(END_OF_TEXT)} to added_tokens, as special"
+        )
+    return name
+
+
+def _measure_added_tokens(library: hf.Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids that the post-processor adds before and after a text."""
+    encoding = library.encode("a")
+    own = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
+    return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+
+
+def _encode_strictly(library: hf.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the ids of texts, int32. Raises TokenizerError at lone surrogates."""
+    try:
+        encoded = library.encode_batch_fast(texts, add_special_tokens=False)
+    except TypeError:  # raised by `tokenizers` for lone surrogates
+        for text in texts:
+            _to_utf8(text)
+        raise
+    return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
 
 def _group_parts(texts: Sequence[str], size: int | None) -> Iterator[list[tuple[int, str]]]:

@@ -81,15 +81,14 @@ def make_library(table: Mapping[str, Any], where: str) -> hf.Tokenizer:
         raise TokenizerError(f"{where}: not a usable tokenizer.json: {error}") from None
 
 
-def find_end_of_text(table: Mapping[str, Any], vocabulary: Mapping[str, int], where: str) -> str:
-    """Return the end-of-text token. Raises TokenizerError if there is none."""
+def find_end_of_text(table: Mapping[str, Any], vocabulary: Mapping[str, int]) -> str | None:
+    """Return the end-of-text token of a tokenizer.json by its name, or None."""
     special = {token["content"] for token in table.get("added_tokens") or [] if token["special"]}
     for name in END_OF_TEXT:
         # An ordinary token "</s>" is HTML. GPT-2's own vocabulary does not mark its end of text as special.
         if name in special or (name == END_OF_TEXT[0] and name in vocabulary):
             return name
-    names = ", ".join(END_OF_TEXT)
-    raise TokenizerError(f"{where}: no end-of-text token; add one of {names} to added_tokens, as special")
+    return None
 
 
 def make_byte_table(

@@ -4,11 +4,12 @@
 
 import numpy as np
 import pytest
+from small_tokenizers import llama_table
 
 from mesh_transformer.config import Config, ConfigError, parse_config
 from mesh_transformer.data.dataset import open_data, preview_sequences
 from mesh_transformer.data.span_corruption import SentinelTokenizer, corrupt_spans, make_span_corruption
-from mesh_transformer.data.tokenizers import ByteTokenizer, TokenizerError
+from mesh_transformer.data.tokenizers import ByteTokenizer, FileTokenizer, TokenizerError
 
 SIZES = dict(n_layers=1, n_encoder_layers=1, d_model=8, n_heads=2, n_vocab=264, seq_len=32)
 
@@ -161,3 +162,20 @@ def test_invalid_configs_are_refused(tmp_path):
         make_config(tmp_path, noise_density=0.9, mean_noise_span_length=1.0)
     with pytest.raises(ConfigError, match=r"isolate_documents=true has no effect with model\.n_encoder_layers"):
         make_config(tmp_path, isolate_documents=True)
+
+
+def test_sentinels_are_special_in_any_text_and_other_tokens_on_request():
+    table = llama_table()
+    table["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    tokenizer = SentinelTokenizer(FileTokenizer(table), 300)
+    assert (tokenizer.begin_of_text, tokenizer.lossy) == (1, False)
+    plain = tokenizer.encode("hi</s><extra_id_1>hi")
+    assert 2 not in plain
+    assert plain.count(298) == 1
+    assert tokenizer.encode("hi</s><extra_id_1>hi", add_special_tokens=True) == [1, *plain]
+    assert tokenizer.encode("hi</s><extra_id_1>hi", parse_special=True) == [263, 2, 298, 263]

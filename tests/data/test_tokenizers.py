@@ -298,6 +298,62 @@ def test_files_and_folders(tmp_path: Path) -> None:
     assert two.end_of_text == 259
 
 
+def bos_processor(*before: str) -> dict[str, Any]:
+    """Return the post-processor that puts tokens of llama_table before a text."""
+    ids = {"<s>": 1, "</s>": 2}
+    before_text: list[Any] = [{"SpecialToken": {"id": name, "type_id": 0}} for name in before]
+    text = [{"Sequence": {"id": "A", "type_id": 0}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": [*before_text, *text],
+        "pair": [*text, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in ids},
+    }
+
+
+def test_special_tokens_are_added_and_parsed_on_request() -> None:
+    table = llama_table() | {"post_processor": bos_processor("<s>")}
+    tokenizer, library = FileTokenizer(table), hf.Tokenizer.from_str(json.dumps(table))
+    assert (tokenizer.begin_of_text, FileTokenizer(llama_table()).begin_of_text) == (1, None)
+    for text in ("", "hi", "hi</s> hi <s>", " "):
+        plain = tokenizer.encode(text)
+        assert tokenizer.encode(text, add_special_tokens=True) == [1, *plain]
+        assert tokenizer.encode(text, parse_special=True) == library.encode(text, add_special_tokens=False).ids
+        both = tokenizer.encode(text, add_special_tokens=True, parse_special=True)
+        assert both == library.encode(text).ids
+        assert 2 not in plain
+    assert tokenizer.encode("hi</s>", parse_special=True)[-1] == 2
+    assert tokenizer_from_json(tokenizer.to_json()).begin_of_text == 1
+    assert FileTokenizer(llama_table() | {"post_processor": bos_processor("<s>", "</s>")})._prefix == [1, 2]
+    with pytest.raises(TokenizerError, match="lone surrogate"):
+        tokenizer.encode("ab\ud83d", parse_special=True)
+
+
+def test_the_end_of_text_is_the_one_that_the_files_name(tmp_path: Path) -> None:
+    table = llama_table()
+    table["added_tokens"].append(special(len(table["model"]["vocab"]), END))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    assert load_tokenizer(tmp_path).end_of_text == 264  # by name, as no file says anything
+    plain = load_tokenizer(tmp_path).fingerprint
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [2, 264]}))
+    by_id = load_tokenizer(tmp_path)
+    assert by_id.end_of_text == 2
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<s>"}}))
+    assert load_tokenizer(tmp_path).end_of_text == 1
+    for name in ({"content": "</s>", "__type": "AddedToken"}, "</s>"):
+        settings = {"eos_token": name, "added_tokens_decoder": {}}  # special_tokens_map.json is then not read
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert load_tokenizer(tmp_path).end_of_text == 2
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(settings, eos_token="absent")))
+    assert load_tokenizer(tmp_path).end_of_text == 2  # of config.json
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(settings, eos_token=END)))
+    assert load_tokenizer(tmp_path).fingerprint == plain  # the files say nothing new
+    copied = tokenizer_from_json(json.loads(json.dumps(by_id.to_json())))
+    assert (copied.end_of_text, copied.fingerprint) == (2, by_id.fingerprint)
+    assert pickle.loads(pickle.dumps(by_id)).end_of_text == 2
+    assert by_id.fingerprint != plain
+
+
 def without(*tokens: str) -> dict[str, Any]:
     table = small_table()
     for token in tokens:
@@ -307,7 +363,7 @@ def without(*tokens: str) -> dict[str, Any]:
 
 ERRORS = {
     "no end-of-text token": small_table(added_tokens=[special(259, "[SEP]")]),
-    "no end-of-text token; add one of": small_table(
+    "no end-of-text token; name it as eos_token": small_table(
         added_tokens=[], model=dict(small_table()["model"], vocab=small_table()["model"]["vocab"] | {"</s>": 259})
     ),
     "1 byte values are not in the vocabulary": without("A"),
@@ -344,11 +400,12 @@ def test_unusable_files(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e x\n")
     with pytest.raises(TokenizerError, match=r"merges\.txt:3: expected two tokens"):
         load_tokenizer(tmp_path)
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nx yz\n")
-    with pytest.raises(TokenizerError, match=r"not a usable.*yz"):
-        load_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("t h\n")
     with pytest.raises(TokenizerError, match="no end-of-text token"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps(small_table()["model"]["vocab"] | {END: 259}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nx yz\n")
+    with pytest.raises(TokenizerError, match=r"not a usable.*yz"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: not valid JSON.*copy it again"):

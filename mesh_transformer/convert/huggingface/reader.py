@@ -70,7 +70,7 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
         notes.append(f"{copy} equals {embedding} and is stored once")
     check_all_used(set(tensors), used, lambda name: name.endswith(family.buffers or ("\0",)), folder)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    tokenizer = str(local_copy(folder, TOKENIZER_FILES)) if has_tokenizer else None
+    tokenizer = str(local_copy(folder, (*TOKENIZER_FILES, CONFIG))) if has_tokenizer else None
     return ImportPlan(config, model, arrays, 0, tokenizer, tuple(notes))
 
 
