@@ -119,7 +119,8 @@ class Model:
         engine = self._loaded.engine
         if not isinstance(engine, DecoderOnlyEngine):
             raise ConfigError(
-                "logits of an encoder-decoder model depend on encoder and decoder tokens; use mesh_transformer.model"
+                "logits of an encoder-decoder model depend on encoder and decoder tokens; call "
+                "mesh_transformer.model.transformer.make_model(config.model).apply with both"
             )
         return engine.logits(ids)
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from tiny_run import write_tiny_run
 
 from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.cli import Preempted
@@ -40,40 +41,24 @@ def config_file(tmp_path_factory) -> Path:
         text.parent.mkdir(exist_ok=True)
         text.write_text(" ".join(rng.choice(WORDS, 400)) + "\n")
     path = folder / "tiny.toml"
-    path.write_text(f"""
-[run]
-dir = "{folder / "run"}"
-[model]
-n_layers = 2
-d_model = 32
-n_heads = 4
-n_vocab = 264
-seq_len = 32
-dropout = 0.1
-[data]
-holdout_one_in = 4
-cache_dir = "{folder / "cache"}"
-[data.train.words]
-path = "{folder / "texts"}"
-[optimizer]
-learning_rate = 1e-2
-end_learning_rate = 1e-3
-warmup_steps = 2
-[train]
-steps = 20
-batch_size = 8
-grad_accum_steps = 2
-log_grad_noise_scale = true
-log_every = 1
-evaluate_every = 6
-evaluate_batches = 1
-[checkpoint]
-every = 7
-keep_last = 4
-[sample]
-prompts = ["the mesh"]
-max_tokens = 12
-""")
+    write_tiny_run(
+        path,
+        folder / "texts",
+        folder / "run",
+        model=dict(n_layers=2, d_model=32, n_heads=4, seq_len=32, dropout=0.1),
+        data=dict(holdout_one_in=4),
+        optimizer=dict(learning_rate=1e-2, end_learning_rate=1e-3, warmup_steps=2),
+        train=dict(
+            steps=20,
+            batch_size=8,
+            grad_accum_steps=2,
+            log_grad_noise_scale=True,
+            evaluate_every=6,
+            evaluate_batches=1,
+        ),
+        checkpoint=dict(every=7, keep_last=4),
+        sample=dict(prompts=["the mesh"], max_tokens=12),
+    )
     return path
 
 

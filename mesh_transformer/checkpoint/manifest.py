@@ -148,9 +148,9 @@ def verify_sizes(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> dict[Any
     sizes = backend_for(folder).file_sizes(f"{ARRAYS}/{name}/{path.name}" for name, path, _ in files)
     for (name, path, file), size in zip(files, sizes, strict=True):
         if isinstance(size, str):
-            problems[path] = f"{path}: {size}; a file of {name}"
+            problems[path] = f"{path}: {size}; it belongs to array {name}"
         elif size != file.size:
-            problems[path] = f"{path}: size is {size} bytes, expected {file.size}; a file of {name}"
+            problems[path] = f"{path}: size is {size} bytes, expected {file.size}; it belongs to array {name}"
     return problems
 
 
@@ -163,8 +163,8 @@ def verify_digests(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> list[s
         try:
             same = path in problems or digest_file(path, file.size) == file
         except OSError as error:
-            return f"{path}: cannot be read ({error.strerror}); a file of {name}"
-        return "" if same else f"{path}: damaged: its digest does not match the manifest; a file of {name}"
+            return f"{path}: cannot be read ({error.strerror}); it belongs to array {name}"
+        return "" if same else f"{path}: damaged: its digest does not match the manifest; it belongs to array {name}"
 
     with ThreadPoolExecutor(READERS) as readers:
         return [*problems.values(), *filter(None, readers.map(check, _files(folder, arrays)))]
@@ -175,7 +175,9 @@ def check_metadata(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> None:
     for name, record in arrays.items():
         path = array_folder(folder, name) / METADATA
         if digest_file(path, record.files[METADATA].size) != record.files[METADATA]:
-            raise CheckpointError(f"{path}: damaged: its digest does not match the manifest; a file of {name}")
+            raise CheckpointError(
+                f"{path}: damaged: its digest does not match the manifest; it belongs to array {name}"
+            )
 
 
 def _files(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> Iterator[tuple[str, AnyPath, FileRecord]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Renames(NamedTuple):
-    """Renamed keys, renamed values of keys (by their new paths), and keys whose value has another form."""
+    """Renamed keys, renamed values of keys (by their new paths), and keys whose value is written differently."""
 
     keys: Mapping[str, str]  # path of the old key -> its new name
     values: Mapping[str, Mapping[str, str]]  # path of the new key -> old value -> new value

@@ -95,6 +95,7 @@ def _join_fields(file: Path, number: int, line: str, keys: tuple[str, ...]) -> s
         values = [record[key] for key in keys]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{file}:{number}: expected a JSON object with {', '.join(keys)}: {error!r}; check text_keys"
+            f"{file}:{number}: expected a JSON object with {', '.join(keys)} ({type(error).__name__}: {error}); "
+            "correct the line, or text_keys"
         ) from None
     return " ".join(part for value in values for part in (value if isinstance(value, list) else [str(value)]))

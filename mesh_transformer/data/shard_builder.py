@@ -282,7 +282,10 @@ def _open_built(prefix: Path, path: str, split: str, holdout: int) -> BuiltShard
                 f"{path}: the validation split is empty: no document name was selected; "
                 f"lower data.holdout_one_in={holdout}; {'; '.join(record['notes'])}"
             )
-        raise DataError(f"{path}: the training split is empty: no documents; {'; '.join(record['notes'])}")
+        raise DataError(
+            f"{path}: the training split is empty: no document was selected; give more documents, or raise "
+            f"data.holdout_one_in={holdout} (0: no split); {'; '.join(record['notes'])}"
+        )
     return BuiltShards(prefix, record["documents"], record["tokens"], record["bytes"], tuple(record["notes"]))
 
 

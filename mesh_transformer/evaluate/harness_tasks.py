@@ -64,7 +64,10 @@ def load_definition(name: str) -> dict[str, Any]:
     except Exception as error:  # of YAML, or of Python code that the file refers to
         raise ConfigError(f"{path}: cannot be read as a task ({type(error).__name__}: {error})") from None
     if "output_type" not in definition and "task" not in definition:
-        raise ConfigError(f"{path}: not the definition of one task; it is a group, or a part that other files include")
+        raise ConfigError(
+            f"{path}: has neither output_type nor task, so it is a group of tasks, or a part that other files include; give the "
+            "file of one task"
+        )
     return definition | row.overrides
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load, load_file
+from tiny_run import write_tiny_run
 
 from mesh_transformer.checkpoint import local_backend
 from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
@@ -268,7 +269,7 @@ def test_damage_is_reported_by_every_command(url, client, program, capsys):
     assert find_checkpoint(url, log=logged.append)[1] == 1
     assert f"{url}/step_2/arrays/w/c.0.0: damaged" in logged[0]
     client.delete_object(Bucket=BUCKET, Key=key)
-    assert "c.0.0: missing (no such object); a file of w" in store.verify(2)[0]
+    assert "c.0.0: missing (no such object); it belongs to array w" in store.verify(2)[0]
 
 
 def test_one_fault_of_each_kind_is_retried(proxy, url):
@@ -470,28 +471,7 @@ def remote_run(url, client, tmp_path):
     for i in range(3):
         text = " ".join(f"{i}.{j}" for j in range(400))
         client.put_object(Bucket=BUCKET, Key=path_of(url, f"texts/{i}.txt"), Body=text.encode())
-    path = tmp_path / "tiny.toml"
-    path.write_text(f"""
-[run]
-dir = "{url}/run"
-[model]
-n_layers = 1
-d_model = 16
-n_heads = 2
-n_vocab = 264
-seq_len = 16
-[data]
-cache_dir = "{tmp_path / "cache"}"
-[data.train.texts]
-path = "{url}/texts"
-[train]
-steps = 3
-batch_size = 2
-log_every = 1
-[checkpoint]
-every = 2
-""")
-    return path
+    return write_tiny_run(tmp_path / "tiny.toml", f"{url}/texts", f"{url}/run")
 
 
 def test_uploads_of_a_run_survive_a_failing_store(proxy, url, client, remote_run, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_run import write_tiny_run
 
 from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
@@ -113,25 +114,7 @@ def test_a_permanent_fault_is_one_clear_line(proxy, url):
 def test_a_run_resumes_in_the_store(scheme, url, tmp_path):
     """It resumes on the same machine and on another one."""
     ObjectStoreBackend(parse_path(url)).write_files({"texts/a.txt": " ".join(str(i) for i in range(900)).encode()})
-    path = tmp_path / "tiny.toml"
-    path.write_text(f"""
-[run]
-dir = "{url}/run"
-[model]
-n_layers = 1
-d_model = 16
-n_heads = 2
-n_vocab = 264
-seq_len = 16
-[data.train.texts]
-path = "{url}/texts"
-[train]
-steps = 3
-batch_size = 2
-log_every = 1
-[checkpoint]
-every = 2
-""")
+    path = write_tiny_run(tmp_path / "tiny.toml", f"{url}/texts", f"{url}/run")
 
     def go(steps, cache):
         config = load_config(path, [f"train.steps={steps}", f'data.cache_dir="{tmp_path / cache}"'])

@@ -26,7 +26,7 @@ def stored_config(name: str) -> dict:
 
 
 def field_at(path: str):
-    """Whether a dotted path is a field of the schema; keys of dictionaries are skipped."""
+    """Return true for a dotted path that is a field of the schema; keys of dictionaries are skipped."""
     kind: typing.Any = Config
     for part in path.split("."):
         if not dataclasses.is_dataclass(kind):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a resumed run may change is stated at each field of the schema."""
+"""Tests of the resume rules: each field of the schema states whether a resumed run may change it."""
 
 import pytest
 

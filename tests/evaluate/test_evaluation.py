@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from tiny_run import write_tiny_run
 
 import device_evaluate
 import mesh_transformer.evaluate.checkpoint_eval as evaluate_module
@@ -50,30 +51,15 @@ def write_config(folder: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"Text {i} of a few.\n" + " ".join(f"word{chr(97 + (i * j) % 7)}" for j in range(300)) + "\n")
     path = folder / "small.toml"
-    path.write_text(f"""
-[run]
-dir = "{folder / "run"}"
-[model]
-n_layers = 1
-d_model = 16
-n_heads = 2
-n_vocab = 264
-seq_len = 64
-[data]
-holdout_one_in = 4
-cache_dir = "{folder / "cache"}"
-[data.train.words]
-path = "{folder / "texts"}"
-[train]
-steps = 4
-batch_size = 8
-log_every = 1
-[checkpoint]
-every = 2
-[evaluate]
-tasks = ["text"]
-every = 2
-""")
+    write_tiny_run(
+        path,
+        folder / "texts",
+        folder / "run",
+        model=dict(seq_len=64),
+        data=dict(holdout_one_in=4),
+        train=dict(steps=4, batch_size=8),
+        evaluate=dict(tasks=["text"], every=2),
+    )
     return path
 
 
@@ -97,11 +83,11 @@ def test_training_and_the_program_give_the_same_results(trained, capsys):
     assert list(evaluations) == [2, 4]
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "benchmark"]
     assert [line["step"] for line in lines] == [2, 4]
-    bits = [metrics_of(evaluation)["text:words.bits_per_byte"] for evaluation in evaluations.values()]
-    assert [line["text:words.bits_per_byte"] for line in lines] == bits
+    bits = [metrics_of(evaluation)["text:texts.bits_per_byte"] for evaluation in evaluations.values()]
+    assert [line["text:texts.bits_per_byte"] for line in lines] == bits
     assert bits[0] != bits[1]
     found, err = run_program(capsys, str(run_dir))
-    assert metrics_of(found)["text:words.bits_per_byte"] == pytest.approx(bits[1], rel=1e-5)
+    assert metrics_of(found)["text:texts.bits_per_byte"] == pytest.approx(bits[1], rel=1e-5)
     assert "evaluation_4.json" in err
     page = (run_dir / "report.html").read_text()
     assert "Evaluation, step 4" in page
@@ -112,8 +98,8 @@ def test_held_out_text_is_that_of_the_validation_loss(trained):
     """Validation packs documents and counts end-of-text tokens, but scores the same bytes."""
     run_dir, config = trained
     documents = list(read_texts(config, ByteTokenizer(), []))
-    assert {name for name, _ in documents} == {"words"}
-    n_bytes = read_evaluations(run_dir)[4]["results"]["text:words"]["bytes,none"]
+    assert {name for name, _ in documents} == {"texts"}
+    n_bytes = read_evaluations(run_dir)[4]["results"]["text:texts"]["bytes,none"]
     assert n_bytes == sum(len(document.text.encode()) for _, document in documents) > 0
     assert len(documents) < 12
 
@@ -152,7 +138,7 @@ def test_synthetic_tasks_need_no_data_set(trained, capsys):
     )
     assert [row["model"] for row in found["published"]][:1] == ["GPT-2 117M"]
     kept = json.loads((run_dir / "evaluation_4.json").read_text())
-    assert kept["results"].keys() >= found["results"].keys() | {"text:words"}, "what was measured before stays"
+    assert kept["results"].keys() >= found["results"].keys() | {"text:texts"}, "what was measured before stays"
 
 
 @needs_harness

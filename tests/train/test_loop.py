@@ -11,6 +11,7 @@ from concurrent import futures
 import numpy as np
 import pytest
 from rich.console import Console
+from tiny_run import write_tiny_run
 
 from mesh_transformer.config import load_config
 from mesh_transformer.data.dataset import open_data
@@ -31,30 +32,15 @@ def config_file(tmp_path_factory):
     rng = np.random.default_rng(0)
     (folder / "text.txt").write_bytes(rng.integers(97, 105, 6000, np.uint8).tobytes())
     path = folder / "small.toml"
-    path.write_text(f"""
-[model]
-n_layers = 1
-d_model = 16
-n_heads = 2
-n_vocab = 264
-seq_len = 16
-[mesh]
-data = 8
-[data]
-cache_dir = "{folder / "cache"}"
-[data.train.letters]
-path = "{folder / "text.txt"}"
-[optimizer]
-name = "sgd"
-[train]
-steps = 16
-batch_size = 8
-log_every = 1
-[checkpoint]
-every = 2
-[track]
-sequences = true
-""")
+    write_tiny_run(
+        path,
+        folder / "text.txt",
+        "runs/unused",
+        mesh=dict(data=8),
+        optimizer=dict(name="sgd"),
+        train=dict(steps=16, batch_size=8),
+        track=dict(sequences=True),
+    )
     return path
 
 

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from tiny_run import write_tiny_run
 
 from mesh_transformer.config import load_config
 from mesh_transformer.distributed.stop import StopRequest
@@ -26,29 +27,15 @@ def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replay")
     rng = np.random.default_rng(0)
     (folder / "text.txt").write_bytes(rng.integers(97, 105, 4000, np.uint8).tobytes())
-    (folder / "small.toml").write_text(f"""
-[run]
-dir = "{folder / "run"}"
-[model]
-n_layers = 2
-d_model = 16
-n_heads = 2
-n_vocab = 264
-seq_len = 16
-dropout = 0.1
-[data]
-cache_dir = "{folder / "cache"}"
-[data.train.letters]
-path = "{folder / "text.txt"}"
-[optimizer]
-name = "sgd"
-[train]
-steps = 6
-batch_size = 8
-log_every = 1
-[checkpoint]
-every = 4
-""")
+    write_tiny_run(
+        folder / "small.toml",
+        folder / "text.txt",
+        folder / "run",
+        model=dict(n_layers=2, dropout=0.1),
+        optimizer=dict(name="sgd"),
+        train=dict(steps=6, batch_size=8),
+        checkpoint=dict(every=4),
+    )
     config = load_config(folder / "small.toml")
     return train_config(config, make_layout(config.mesh), StopRequest())
 

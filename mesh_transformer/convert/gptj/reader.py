@@ -88,7 +88,7 @@ class LeafMapping(NamedTuple):
     external: str
     native: str | None  # None: folded into another weight
     pattern: str  # layout in native axes; see layout_views.py
-    # How shards combine: a dimension to concatenate along; "sum"; "mean"; or "first", if only shard 0's leaf is used.
+    # The shards of a leaf are concatenated along this dimension, or combined by "sum" or "mean"; "first": shard 0's is used
     merge: int | str
 
 

@@ -15,6 +15,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tiny_run import write_tiny_run
 
 ROOT = Path(__file__).parents[3]
 LAUNCH = ROOT / "scripts" / "launch"
@@ -191,25 +192,9 @@ def test_ray_cluster_of_two_nodes(tmp_path):
     from ray.cluster_utils import Cluster
 
     (tmp_path / "text.txt").write_text(" ".join(map(str, range(2000))))
-    (tmp_path / "tiny.toml").write_text(f"""
-[run]
-dir = "{tmp_path / "run"}"
-[model]
-n_layers = 1
-d_model = 16
-n_heads = 2
-n_vocab = 264
-seq_len = 16
-[mesh]
-cpu_devices = 1
-[data]
-cache_dir = "{tmp_path / "cache"}"
-[data.train.text]
-path = "{tmp_path / "text.txt"}"
-[train]
-steps = 2
-batch_size = 2
-""")
+    write_tiny_run(
+        tmp_path / "tiny.toml", tmp_path / "text.txt", tmp_path / "run", mesh=dict(cpu_devices=1), train=dict(steps=2)
+    )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
