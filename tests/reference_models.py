@@ -316,7 +316,7 @@ def import_arrays(external: Mapping[str, np.ndarray], kind: str, config: ModelCo
     family, used = FAMILIES[kind], set()
     tensors = {name: InMemory(array) for name, array in external.items()}
     native: dict[str, Arrays] = {}
-    for name, planned in assemble(config, lambda spec: find_array(tensors, family, spec, used), kind).items():
+    for name, planned in assemble(config, lambda spec: find_array(tensors, family, config, spec, used), kind).items():
         module, _, leaf = name.removeprefix(PREFIX).rpartition("/")
         native.setdefault(module, {})[leaf] = planned.array.read(full_index(planned.array))
     assert used == set(external)

@@ -175,6 +175,10 @@ FAMILIES = {
         logit_softcap=3.0,
         embedding_scale="sqrt_d_model",
     ),
+    "falcon-alibi, embedding norm, clip": dict(
+        positions="falcon-alibi", n_kv_heads=4, embedding_norm=True, clip_qkv=0.8, norm_bias=False
+    ),
+    "position offset": dict(position_offset=3, clip_qkv=0.8),
 }
 
 
@@ -230,6 +234,8 @@ def one_device():
         ((1, 1, 8), "t5, tied", {}),
         ((2, 2, 2), "rotary, grouped", {}),
         ((2, 2, 2), "gemma2", {}),
+        ((2, 2, 2), "falcon-alibi, embedding norm, clip", {"activation_seq": "tensor"}),
+        ((1, 4, 2), "position offset", {}),
         ((1, 2, 4), "t5, tied", {"activation_seq": "tensor", "vocab": ""}),
         ((2, 1, 4), "rotary, grouped", {"kv_heads": "", "embed": ""}),
     ],

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from mesh_transformer.config.field_types import STRICT, Fraction, Positive, Rate, Resume
+from mesh_transformer.config.field_types import STRICT, Fraction, NonNegative, Positive, Rate, Resume
 from mesh_transformer.config.moe import ExpertsConfig
 
 
@@ -53,7 +53,11 @@ class ModelConfig:
     norm: Literal["layernorm", "rmsnorm", "gemma-rmsnorm", "scalenorm", "gptj-rmsnorm", "gptj-scalenorm"] = "layernorm"
     norm_eps: Rate = 1e-5  # added to the variance, or as `norm` says
     # rope-interleaved rotates neighboring channels (GPT-J), rope-half channels i and i + rope_dims / 2 (GPT-NeoX, Llama)
-    positions: Literal["none", "learned", "rope-interleaved", "rope-half", "t5", "alibi"] = "learned"
+    # falcon-alibi: slope times position of the key, rounded to bfloat16 and scaled as the scores (Falcon RW)
+    positions: Literal["none", "learned", "rope-interleaved", "rope-half", "t5", "alibi", "falcon-alibi"] = "learned"
+    position_offset: NonNegative = 0  # rows of the learned table before that of the first position (OPT: 2)
+    t5_buckets: Positive = 32  # rows of the T5 bias
+    t5_max_distance: Positive = 128  # distances from here on share the last bucket
     rope_dims: Positive | None = None  # leading channels of a head that are rotated; None: all
     rope_theta: Rate = 10_000.0  # base of the rotation frequencies
     rope_scaling: RopeScalingConfig | None = None  # frequency scaling for long contexts; None: unscaled
@@ -70,6 +74,7 @@ class ModelConfig:
     attention_scale: Literal["rsqrt_d_head", "none"] | Rate = "rsqrt_d_head"
     attention_softcap: Rate | None = None  # scores become cap * tanh(scores / cap) (Gemma 2); None: no cap
     qk_norm: bool = False  # RMSNorm of each head's queries and keys before the rotation (Qwen 3)
+    clip_qkv: Rate | None = None  # limit of the absolute value of queries, keys and values before the rotation (MPT)
     qkv_bias: bool = True  # biases of the query, key and value projections
     attention_out_bias: bool = True  # bias of the attention output projection
     ff_bias: bool = True  # biases of the feed-forward layer
@@ -78,6 +83,7 @@ class ModelConfig:
     tied_embeddings: bool = True  # the output layer is the transposed embedding matrix
     # factor of the token embeddings (Gemma)
     embedding_scale: Literal["none", "sqrt_d_model"] = "none"
+    embedding_norm: bool = False  # norm of the residual stream before the first layer (BLOOM)
     logit_softcap: Rate | None = None  # logits become cap * tanh(logits / cap) (Gemma 2); None: no cap
     logit_scale: Literal["none", "rsqrt_d_model"] = (
         "none"  # factor of the logits; rsqrt_d_model: T5 with tied embeddings
@@ -113,13 +119,27 @@ class ModelConfig:
             )
         if self.n_encoder_layers is not None:
             self._check_encoder(self.n_encoder_layers)
+        self._check_positions()
+        return self
+
+    def _check_positions(self) -> None:
         rotates = self.positions.startswith("rope")
         for name in ("rope_dims", "rope_scaling"):
             if (value := getattr(self, name)) is not None and not rotates:
                 raise ValueError(f'{name}={value} has no effect with positions="{self.positions}"; remove it')
+        if self.position_offset and self.positions != "learned":
+            raise ValueError(f'position_offset={self.position_offset} requires positions="learned"')
+        if (self.t5_buckets, self.t5_max_distance) != (32, 128) and self.positions != "t5":
+            raise ValueError(
+                f't5_buckets={self.t5_buckets}, t5_max_distance={self.t5_max_distance}: requires positions="t5"'
+            )
+        if self.t5_buckets < 4 or self.t5_buckets % 2 or self.t5_max_distance <= self.t5_buckets // 2:
+            raise ValueError(
+                f"t5_buckets={self.t5_buckets} must be even and at least 4, and t5_max_distance={self.t5_max_distance} more "
+                "than half of it"
+            )
         if rotates and (self.rope_dim > self.head_dim or self.rope_dim % 2):
             raise ValueError(f"rope_dims={self.rope_dim} must be even and at most d_head={self.head_dim}")
-        return self
 
     def _check_encoder(self, n_layers: int) -> None:
         if not self.causal:
@@ -127,6 +147,8 @@ class ModelConfig:
                 f"n_encoder_layers={n_layers} requires causal=true, which is the decoder's; an encoder-only model has n_layers "
                 "and no n_encoder_layers"
             )
+        if self.embedding_norm:
+            raise ValueError(f"n_encoder_layers={n_layers} requires embedding_norm=false")
         if self.residual != "serial":
             raise ValueError(f'n_encoder_layers={n_layers} requires residual="serial", not "{self.residual}"')
         if n_layers % (n := len(self.pattern)):
@@ -194,6 +216,8 @@ class ModelConfig:
         table["attention_scale"] = scales.get(str(self.attention_scale), self.attention_scale)
         rotates = self.positions.startswith("rope")
         table |= dict(rope_dims=self.rope_dim if rotates else None)
+        if self.positions != "t5":
+            table |= dict(t5_buckets=None, t5_max_distance=None)
         unused = dict(
             rope_theta=not rotates, attention_window="local" not in self.attention_pattern,
             norm_bias=self.norm in ("rmsnorm", "gemma-rmsnorm", "scalenorm"),

@@ -10,7 +10,9 @@ and v; a native array is the component with a given index along it. A native axi
     "(heads head_dim) embed"   torch.nn.Linear's [H*C, D] for a native [embed, heads, head_dim]
     "embed (3 heads head_dim)" GPT-2's fused c_attn [D, 3*H*C]; w_q is component 0, w_k 1 and w_v 2
 
-`LayoutView` reads a native array from an external tensor. `Packed` is the inverse.
+`LayoutView` reads a native array from an external tensor. `Packed` is the inverse. Rows of unequal numbers that one
+external tensor joins, such as those of q, k and v with fewer key-value heads, are a `Split`: `Part` reads one part of it,
+with a pattern of its own, and `Joined` is the inverse.
 """
 
 import math
@@ -92,6 +94,46 @@ class Chunking(NamedTuple):
     multiple: int  # each slice starts at a multiple of this
 
 
+class Split(NamedTuple):
+    """Division of the first dimension of an external tensor: `blocks` equal blocks, each the parts one after the other."""
+
+    blocks: int
+    sizes: tuple[int, ...]  # rows of each part in one block
+
+
+class Part:
+    """The rows of one part of an external tensor, those of all blocks one after the other."""
+
+    def __init__(self, base: LazyArray, split: Split, component: int):
+        """Raise ValueError if the tensor does not have the number of rows that the split requires."""
+        self.base = base
+        self.block_rows = sum(split.sizes)
+        if base.shape[:1] != (split.blocks * self.block_rows,):
+            raise ValueError(f"shape {base.shape}, expected {split.blocks} x {'+'.join(map(str, split.sizes))} rows")
+        self.first = sum(split.sizes[:component])
+        self.size = split.sizes[component]
+        self.shape = (split.blocks * self.size, *base.shape[1:])
+        self.dtype = base.dtype
+
+    @property
+    def read_granularity(self) -> tuple[int, ...]:
+        return (1,) * len(self.shape)
+
+    @property
+    def is_local(self) -> bool:
+        return self.base.is_local
+
+    def read(self, index: Slices) -> np.ndarray:
+        """Return the values at `index`. Each block is read on its own."""
+        start, stop, _ = index[0].indices(self.shape[0])
+        found: list[np.ndarray] = []
+        for block in range(start // self.size, max(-(-stop // self.size), start // self.size + 1)):
+            low, high = (min(max(row - block * self.size, 0), self.size) for row in (start, stop))
+            offset = block * self.block_rows + self.first
+            found.append(self.base.read((slice(offset + low, offset + high), *index[1:])))
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
 class Packed:
     """An external tensor packed from native arrays, which are the components of the pattern's number in order."""
 
@@ -128,6 +170,11 @@ class Packed:
         """Return the number of indices of `dim` for each index of its first word."""
         return self.shape[dim] // max(self._sizes[self.pattern[dim][0]], 1)
 
+    @property
+    def row_multiple(self) -> int:
+        """Number of rows that are read together: slices along the first dimension start at multiples of it."""
+        return self._inner_size(0)
+
     def read_slice(self, dim: int, first: int, last: int) -> np.ndarray:
         """Return indices `first` to `last` of one dimension and all of the others, with any strides.
 
@@ -152,14 +199,61 @@ class Packed:
 
     def slice_bounds(self, max_bytes: int) -> Iterator[tuple[int, int]]:
         """Yield (first, last) of slices of about `max_bytes` along the dimension of `chunking`; one for a scalar."""
-        if not self.shape:
-            yield 0, 1
-            return
-        dim, multiple = self.chunking
-        index_bytes = math.prod(self.shape) * self.dtype.itemsize // max(self.shape[dim], 1)
-        step = max(max_bytes // max(index_bytes, 1) // multiple, 1) * multiple
-        for first in range(0, self.shape[dim], step):
-            yield first, min(first + step, self.shape[dim])
+        return _slice_bounds(self, max_bytes)
+
+
+class Joined:
+    """An external tensor whose rows are those of several packed tensors, as a `Split` divides them."""
+
+    def __init__(self, parts: Sequence[Packed], split: Split):
+        """Raise ValueError if the parts do not have the numbers of rows that the split requires."""
+        rows = [part.shape[0] for part in parts]
+        if rows != [split.blocks * size for size in split.sizes]:
+            raise ValueError(f"parts of {rows} rows, expected {split.blocks} x {split.sizes}")
+        self.parts = parts
+        self.split = split
+        self.dtype = parts[0].dtype
+        self.shape = (sum(rows), *parts[0].shape[1:])
+
+    @property
+    def chunking(self) -> Chunking:
+        """Division into slices of the first dimension: whole blocks, or heads of a single block."""
+        if self.split.blocks > 1:
+            return Chunking(0, sum(self.split.sizes))
+        return Chunking(0, math.gcd(*(part.row_multiple for part in self.parts)))
+
+    def read_slice(self, dim: int, first: int, last: int) -> np.ndarray:
+        """Return the rows `first` to `last`, which have to respect `chunking`; `dim` is 0."""
+        assert dim == 0
+        sizes = self.split.sizes
+        if self.split.blocks == 1:
+            starts = np.cumsum([0, *sizes])
+            bounds = [
+                (max(first - start, 0), min(last - start, size)) for start, size in zip(starts, sizes, strict=False)
+            ]
+            found = [part.read_slice(0, *own) for part, own in zip(self.parts, bounds, strict=True) if own[0] < own[1]]
+            return np.concatenate(found)
+        first_block, last_block = first // sum(sizes), last // sum(sizes)
+        blocks = [
+            part.read_slice(0, first_block * size, last_block * size).reshape(-1, size, *self.shape[1:])
+            for part, size in zip(self.parts, sizes, strict=True)
+        ]
+        return np.concatenate(blocks, axis=1).reshape(last - first, *self.shape[1:])
+
+    def slice_bounds(self, max_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield (first, last) of slices of about `max_bytes` along the first dimension."""
+        return _slice_bounds(self, max_bytes)
+
+
+def _slice_bounds(tensor: Packed | Joined, max_bytes: int) -> Iterator[tuple[int, int]]:
+    if not tensor.shape:
+        yield 0, 1
+        return
+    dim, multiple = tensor.chunking
+    index_bytes = math.prod(tensor.shape) * tensor.dtype.itemsize // max(tensor.shape[dim], 1)
+    step = max(max_bytes // max(index_bytes, 1) // multiple, 1) * multiple
+    for first in range(0, tensor.shape[dim], step):
+        yield first, min(first + step, tensor.shape[dim])
 
 
 def _native_axis(word: str, axes: Sequence[str]) -> str:

@@ -111,12 +111,15 @@ def run_native(
     config = dataclasses.replace(config, dtype="float32", dropout=0.0, attention_kernel="dense", preset=None)
     weights = {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
 
+    embedding_norm = _read_params(_select(weights, "transformer/norm_embedding/"))
+
     def embed(ids: np.ndarray) -> np.ndarray:
         x = read_rows(weights["transformer/w_tokens"], ids)
         learned = None
         if config.positions == "learned":
-            learned = read_rows(weights["transformer/w_positions"], np.arange(ids.shape[1]))
-        return input_embeddings(x, learned, config)
+            learned = read_rows(weights["transformer/w_positions"], config.position_offset + np.arange(ids.shape[1]))
+        x = input_embeddings(x, learned, config)
+        return _norm(config, "norm_embedding", x, embedding_norm) if config.embedding_norm else x
 
     encoder_output = None
     if config.encoder is not None:
@@ -138,14 +141,8 @@ def _run_stack(
     max_memory: int | None,
 ) -> np.ndarray:
     """Return the output of the final norm after all layers of a decoder or an encoder on the residual stream [B, T, D]."""
-    outside = _read_params(
-        {
-            name: array
-            for name, array in weights.items()
-            if name.startswith(("transformer/norm_out/", "transformer/relative_bias/"))
-        }
-    )
-    stacked = {name: array for name, array in weights.items() if name.startswith(f"transformer/{STACK}/")}
+    outside = _read_params(_select(weights, "transformer/norm_out/", "transformer/relative_bias/"))
+    stacked = _select(weights, f"transformer/{STACK}/")
     if max_memory is not None and PERIOD_OVERHEAD * _period_bytes(config, stacked) > max_memory:
         if encoder_output is not None:
             raise CheckpointError(
@@ -156,8 +153,17 @@ def _run_stack(
         x = run_layers(config, inside, x, make_context.apply(outside, jnp.asarray(x)))
     else:
         x = _run_periods(config, stacked, outside, x, encoder_output)
-    norm = hk.without_apply_rng(hk.transform(lambda x: Norm(config, name="norm_out")(x)))
-    return np.asarray(norm.apply({"norm_out": outside["transformer/norm_out"]}, jnp.asarray(x)))
+    return _norm(config, "norm_out", x, outside)
+
+
+def _select(weights: Mapping[str, LazyArray], *prefixes: str) -> dict[str, LazyArray]:
+    return {name: array for name, array in weights.items() if name.startswith(prefixes)}
+
+
+def _norm(config: ModelConfig, name: str, x: np.ndarray, params: Params) -> np.ndarray:
+    """Return x normalized by a norm outside the layers."""
+    norm = hk.without_apply_rng(hk.transform(lambda x: Norm(config, name=name)(x)))
+    return np.asarray(norm.apply({name: params[f"transformer/{name}"]}, jnp.asarray(x)))
 
 
 def _run_periods(

@@ -21,7 +21,7 @@ from mesh_transformer.convert.lazy_arrays import Index, LazyArray, full_index
 from mesh_transformer.model.attention.dense import dense_attention
 from mesh_transformer.model.attention.masks import AttentionContext
 from mesh_transformer.model.feed_forward import ACTIVATIONS
-from mesh_transformer.model.formulas import Branches, apply_branches
+from mesh_transformer.model.formulas import Branches, apply_branches, clip_qkv
 from mesh_transformer.model.norms import Norm, QKNorm
 from mesh_transformer.model.positions import apply_rope
 from mesh_transformer.storage.errors import CheckpointError
@@ -48,7 +48,7 @@ class OutOfCoreLayer:
 
     def attention(self, x: Array, context: AttentionContext) -> Array:
         """Return the output of self-attention, as model.attention.layer does."""
-        q, k, v = (self.matmul(x, f"attention/w_{y}", f"attention/b_{y}") for y in "qkv")
+        q, k, v = (clip_qkv(self.matmul(x, f"attention/w_{y}", f"attention/b_{y}"), self.config) for y in "qkv")
         if self.config.qk_norm:
             q = self.norm("attention/norm_q", q, QKNorm)
             k = self.norm("attention/norm_k", k, QKNorm)

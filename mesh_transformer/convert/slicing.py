@@ -10,7 +10,7 @@ import numpy as np
 
 from mesh_transformer.checkpoint.manifest import ArrayRecord
 from mesh_transformer.checkpoint.zarr_sharding import Slices
-from mesh_transformer.convert.layout_views import Packed
+from mesh_transformer.convert.layout_views import Joined, Packed
 
 COMPARE_BYTES = 16_000_000  # of an array, compared at once
 SLICE_BYTES = 40_000_000  # default size of a slice that is read and written at once
@@ -49,7 +49,7 @@ def shrink_shard(shard: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype
     return tuple(shape)
 
 
-def group_slices(tensor: Packed, slice_bytes: int) -> Iterator[list[tuple[int, int]]]:
+def group_slices(tensor: Packed | Joined, slice_bytes: int) -> Iterator[list[tuple[int, int]]]:
     """Yield lists of slices of a tensor, each list to be written by one worker.
 
     A slice along the first dimension is contiguous in the file and forms a list of its own. Slices along another

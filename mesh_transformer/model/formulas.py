@@ -55,6 +55,11 @@ def attention_scale(config: ModelConfig) -> float:
             return float(number)
 
 
+def clip_qkv(x: Float[ArrayT, "*B C"], config: ModelConfig) -> Float[ArrayT, "*B C"]:
+    """Return queries, keys or values with absolute values of at most `config.clip_qkv`."""
+    return x if config.clip_qkv is None else x.clip(-config.clip_qkv, config.clip_qkv)
+
+
 def finish_scores(scores: Float[ArrayT, "*B T S"], config: ModelConfig) -> Float[ArrayT, "*B T S"]:
     """Return the attention scores before biases and masks, given the scaled dot products of queries and keys in float32."""
     return soft_cap(scores, config.attention_softcap)

@@ -5,15 +5,13 @@
 import math
 
 import haiku as hk
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.params import param
-
-T5_BUCKETS = 32
-T5_MAX_DISTANCE = 128
 
 
 def apply_rope(
@@ -70,21 +68,36 @@ def alibi_slopes(n_heads: int) -> np.ndarray:
     return np.concatenate([slopes, extra]).astype(np.float32)
 
 
-def t5_buckets(distance: Int[Array, "*shape"], *, causal: bool = True) -> Int[Array, "*shape"]:
+def falcon_alibi(key_positions: Int[Array, "B S"], config: ModelConfig) -> Float[Array, "B H S"]:
+    """Return the bias on all scores of each key: its position times the slope of the head, scaled as the scores.
+
+    Slopes, positions and products are rounded to bfloat16, as in Falcon's code. Without the rounding, softmax would not
+    distinguish this from `alibi`: the bias of a query's own position is the same for all of its keys.
+    """
+    slopes = jnp.asarray(alibi_slopes(config.n_heads))[None, :, None]
+    positions = key_positions.astype(jnp.float32)[:, None]
+    return _round_to_bfloat16(_round_to_bfloat16(slopes) * _round_to_bfloat16(positions)) * config.head_dim**-0.5
+
+
+def _round_to_bfloat16(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # XLA may remove a pair of casts
+
+
+def t5_buckets(distance: Int[Array, "*shape"], config: ModelConfig) -> Int[Array, "*shape"]:
     """Return the bucket of each distance = query position - key position (Raffel et al. 2019).
 
-    Causal: one bucket per distance up to 15, then logarithmic buckets up to 128. Not causal: half of the buckets are for
-    keys after the query, and distances are exact up to 7 on either side.
+    Causal, with 32 buckets up to a distance of 128: one bucket per distance up to 15, then logarithmic buckets. Not causal:
+    half of the buckets are for keys after the query, and distances are exact up to 7 on either side.
     """
-    count = T5_BUCKETS
+    count = config.t5_buckets
     offset = jnp.zeros_like(distance)
-    if not causal:
+    if not config.causal:
         count //= 2
         offset = jnp.where(distance < 0, count, 0)
         distance = jnp.abs(distance)
     exact = count // 2
     distance = jnp.maximum(distance, 0)
-    ratio = jnp.log(jnp.maximum(distance, 1) / exact) / math.log(T5_MAX_DISTANCE / exact)
+    ratio = jnp.log(jnp.maximum(distance, 1) / exact) / math.log(config.t5_max_distance / exact)
     logarithmic = exact + (ratio * (count - exact)).astype(jnp.int32)
     return offset + jnp.where(distance < exact, distance, jnp.minimum(logarithmic, count - 1))
 
@@ -96,15 +109,21 @@ class RelativeBias(hk.Module):
         super().__init__(name="relative_bias")
         self.config = config
 
-    def __call__(self, distance: Int[Array, "B T S"]) -> Float[Array, "B H T S"] | None:
-        """Return the bias for each distance = query - key, or None for position encodings without a bias. B may be 1."""
-        heads = self.config.n_heads
-        match self.config.positions:
+    def __call__(
+        self, distance: Int[Array, "B T S"], key_positions: Int[Array, "K S"]
+    ) -> Float[Array, "N H T S"] | None:
+        """Return the bias for each distance = query - key, or None for position encodings without a bias. B or K may be 1."""
+        c = self.config
+        heads = c.n_heads
+        match c.positions:
             case "t5":
-                table = param("table", hk.initializers.RandomNormal(0.02), buckets=T5_BUCKETS, heads=heads)
-                return jnp.moveaxis(table[t5_buckets(distance, causal=self.config.causal)], -1, 1)
+                table = param("table", hk.initializers.RandomNormal(0.02), buckets=c.t5_buckets, heads=heads)
+                return jnp.moveaxis(table[t5_buckets(distance, c)], -1, 1)
             case "alibi":
                 absolute = jnp.abs(distance[:, None]).astype(jnp.float32)
                 return -jnp.asarray(alibi_slopes(heads))[None, :, None, None] * absolute
+            case "falcon-alibi":
+                bias = falcon_alibi(key_positions, c)[:, :, None]
+                return jnp.broadcast_to(bias, (*bias.shape[:2], *distance.shape[1:]))
             case _:
                 return None

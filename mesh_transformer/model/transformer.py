@@ -209,9 +209,12 @@ class Transformer(hk.Module):
         x = embed_tokens(w_tokens, tokens, c.dtype)
         learned = None
         if c.positions == "learned":
-            w_positions = param("w_positions", inits.position, position=c.seq_len, embed=c.d_model)
-            learned = constrain(w_positions, "position", "activation_embed")[positions].astype(c.dtype)
+            w_positions = param("w_positions", inits.position, position=c.seq_len + c.position_offset, embed=c.d_model)
+            rows = constrain(w_positions, "position", "activation_embed")
+            learned = rows[positions + c.position_offset].astype(c.dtype)
         x = input_embeddings(x, learned, c)
+        if c.embedding_norm:
+            x = Norm(c, name="norm_embedding")(x)
         return constrain(dropout(x, c.dropout), "batch", "activation_seq", "activation_embed")
 
     @hk.experimental.name_like("__call__")
@@ -244,11 +247,12 @@ class Transformer(hk.Module):
             return AttentionContext(kernel, positions, segment_ids, None, decoding, training)
         if cache is None:
             query = key = to_zigzag(jnp.arange(length)[None])
+            key_positions = positions
         else:
             query = positions
-            key = jnp.arange(cache[0].k.shape[-2])[None]
+            key = key_positions = jnp.arange(cache[0].k.shape[-2])[None]
         distance = query[:, :, None] - key[:, None, :]
-        bias = RelativeBias(c)(distance)
+        bias = RelativeBias(c)(distance, key_positions)
         masks = make_masks(distance, segment_ids, bias, causal=c.causal, window=c.attention_window)
         return AttentionContext(kernel, positions, segment_ids, masks, decoding, training)
 

@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layout patterns: views equal reshapes and transposes in NumPy, slices equal slices, and packing is the inverse."""
 
+import math
+
 import numpy as np
 import pytest
 
-from mesh_transformer.convert.layout_views import LayoutView, Packed, parse_pattern
+from mesh_transformer.convert.layout_views import Joined, LayoutView, Packed, Part, Split, parse_pattern
 from mesh_transformer.convert.lazy_arrays import InMemory, full_index
 
 D, H, C = 6, 2, 4
@@ -53,7 +55,35 @@ def test_packing_is_the_inverse_of_viewing(pattern):
     np.testing.assert_array_equal(found, external.values)
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("shape", [(), (D,)])
+def test_joined_parts_of_unequal_sizes(blocks, shape):
+    split = Split(blocks, (2 * C, C, C))
+    external = InMemory(np.arange(blocks * 4 * C * math.prod(shape), dtype=np.float32).reshape(-1, *shape))
+    by_block = external.values.reshape(blocks, 4 * C, *shape)
+    parts = [Part(external, split, i) for i in range(3)]
+    for part, rows in zip(parts, (slice(0, 2 * C), slice(2 * C, 3 * C), slice(3 * C, 4 * C)), strict=True):
+        expected = by_block[:, rows].reshape(part.shape)
+        np.testing.assert_array_equal(part.read(full_index(part)), expected)
+        for low, high in ((1, 3), (C - 1, part.shape[0] - 1), (2, 2)):
+            np.testing.assert_array_equal(part.read((slice(low, high), *full_index(part)[1:])), expected[low:high])
+    axes, pattern = (("heads", "head_dim"), "(heads head_dim)")
+    if shape:
+        axes, pattern = (("embed", *axes), f"{pattern} embed")
+    views = [LayoutView(part, pattern, axes, (*shape, part.shape[0] // C, C)) for part in parts]
+    joined = Joined([Packed([view], pattern, [axes]) for view in views], split)
+    assert joined.shape == external.shape
+    bounds = list(joined.slice_bounds(max_bytes=1))
+    assert len(bounds) == (4 if blocks == 1 else blocks)
+    for found in ([joined.read_slice(0, *each) for each in bounds], [joined.read_slice(0, 0, joined.shape[0])]):
+        np.testing.assert_array_equal(np.concatenate(found), external.values)
+
+
 def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(7, 2\), expected 2 x 2\+1\+1 rows"):
+        Part(InMemory(np.zeros((7, 2))), Split(2, (2, 1, 1)), 0)
+    with pytest.raises(ValueError, match=r"parts of \[3, 2\] rows, expected 1 x \(3, 1\)"):
+        Joined([Packed([InMemory(np.zeros(n))], "embed", [("embed",)]) for n in (3, 2)], Split(1, (3, 1)))
     with pytest.raises(ValueError, match=r"shape \(3, 4\), expected \(4, 3\) for layout 'vocab embed'"):
         LayoutView(InMemory(np.zeros((3, 4))), "vocab embed", ("vocab", "embed"), (4, 3))
     with pytest.raises(ValueError, match=r"the layout .* needs . arrays, got 2"):

@@ -26,6 +26,8 @@ MODELS = {
     "neox": CASES["gpt-neox"].config,
     "t5-parallel": ModelConfig(**SMALL, positions="t5", residual="parallel", norm="gptj-scalenorm", head_bias=True),
     "alibi": ModelConfig(**SMALL, positions="alibi", norm="scalenorm", activation="relu"),
+    "falcon-alibi": ModelConfig(**SMALL, positions="falcon-alibi", embedding_norm=True, clip_qkv=0.7),
+    "position-offset": ModelConfig(**SMALL, position_offset=3),
     "rope-interleaved": ModelConfig(
         **SMALL, positions="rope-interleaved", d_head=8, rope_dims=4, gated_ffn=True, tied_embeddings=False
     ),

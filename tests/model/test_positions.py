@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.model.positions import alibi_slopes, apply_rope, t5_buckets
+from mesh_transformer.model.positions import alibi_slopes, apply_rope, falcon_alibi, t5_buckets
 
 # First distance of every T5 bucket from 16 on: ceil(16 * 8**(k / 16)).
 FIRST_OF_BUCKET = [16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
 
 
 def test_first_distance_of_each_t5_bucket():
-    buckets = np.asarray(t5_buckets(jnp.arange(-3, 300)))
+    buckets = np.asarray(t5_buckets(jnp.arange(-3, 300), make_config(positions="t5")))
     assert list(buckets[:3]) == [0, 0, 0]  # the future, which is masked anyway
     buckets = buckets[3:]
     assert list(buckets[:16]) == list(range(16))
@@ -22,14 +22,17 @@ def test_first_distance_of_each_t5_bucket():
     assert buckets.max() == 31
 
 
-def test_t5_buckets_equal_transformers():
+@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (16, 200), (64, 1000)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_t5_buckets_equal_transformers(buckets, max_distance, causal):
     torch = pytest.importorskip("torch")
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     distance = np.arange(-20, 2100)
     expected = t5.T5Attention._relative_position_bucket(
-        torch.tensor(-distance), bidirectional=False, num_buckets=32, max_distance=128
+        torch.tensor(-distance), bidirectional=not causal, num_buckets=buckets, max_distance=max_distance
     )
-    np.testing.assert_array_equal(np.asarray(t5_buckets(jnp.asarray(distance))), expected.numpy())
+    config = make_config(positions="t5", causal=causal, t5_buckets=buckets, t5_max_distance=max_distance)
+    np.testing.assert_array_equal(np.asarray(t5_buckets(jnp.asarray(distance), config)), expected.numpy())
 
 
 SLOPES = {  # exponents of 1/2: those of the paper for 8 heads, and its rule for other numbers of heads
@@ -51,6 +54,18 @@ def test_alibi_slopes_equal_transformers(n_heads):
     bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
     bias = bloom.build_alibi_tensor(torch.ones((1, 5)), n_heads, torch.float32)  # slope x position of the key
     np.testing.assert_allclose(alibi_slopes(n_heads)[:, None] * np.arange(5), bias[:, 0].numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("n_heads", [1, 4, 6, 12])
+def test_falcon_alibi_equals_transformers(n_heads):
+    torch = pytest.importorskip("torch")
+    falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
+    length = 700  # bfloat16 represents not every integer above 256
+    expected = falcon.build_alibi_tensor(torch.ones((1, length), dtype=torch.int64), n_heads, torch.float32)[:, 0] / 2
+    config = make_config(positions="falcon-alibi", n_heads=n_heads, d_head=4)
+    found = np.asarray(falcon_alibi(jnp.arange(length)[None], config))[0]
+    assert np.abs(found - alibi_slopes(n_heads)[:, None] * np.arange(length) / 2).max() > 1e-3
+    np.testing.assert_array_equal(found, expected.numpy())
 
 
 def make_config(**choices) -> ModelConfig:

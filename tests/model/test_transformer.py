@@ -146,7 +146,7 @@ def test_logits_depend_exactly_on_the_visible_tokens(choices, segment_ids, visib
     np.testing.assert_array_equal(np.abs(jacobian).max(-1) > 0, visible)
 
 
-@pytest.mark.parametrize("positions", ["learned", "rope-interleaved", "alibi"])
+@pytest.mark.parametrize("positions", ["learned", "rope-interleaved", "alibi", "falcon-alibi"])
 def test_packed_documents_equal_separate_ones(positions):
     config = make_config(positions=positions, n_layers=2, attention_pattern=("global", "local"), attention_window=2)
     params, apply = draw_params(config), jax.jit(make_model(config).apply, compiler_options=QUICK)

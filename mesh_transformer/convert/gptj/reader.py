@@ -36,7 +36,6 @@ from mesh_transformer.convert.import_plan import (
 )
 from mesh_transformer.convert.layout_views import LayoutView, parse_pattern
 from mesh_transformer.convert.lazy_arrays import AddBias, Concat, FileArray, InMemory, LazyArray, Sum, full_index
-from mesh_transformer.model.positions import T5_BUCKETS
 from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath
 
@@ -370,7 +369,7 @@ def _axis_sizes(config: ModelConfig) -> dict[str, int]:
         ff=config.ff_dim,
         vocab=config.n_vocab,
         position=config.seq_len,
-        buckets=T5_BUCKETS,
+        buckets=config.t5_buckets,
     )
 
 

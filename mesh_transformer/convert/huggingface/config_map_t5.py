@@ -8,14 +8,11 @@ from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.presets import T5
 from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS, HFConfig
-from mesh_transformer.model.positions import T5_BUCKETS, T5_MAX_DISTANCE
 
 DEFAULT_SEQ_LEN = 512  # of the encoder in training; config.json may omit it, and no weight depends on it
 
 
 def _read(s: HFConfig) -> dict[str, Any]:
-    s.require("relative_attention_num_buckets", T5_BUCKETS)
-    s.require("relative_attention_max_distance", T5_MAX_DISTANCE)
     # transformers 5 writes tie_word_embeddings = true for every T5, even if the head differs; this key is reliable.
     tied = s.table.get("scale_decoder_outputs", s.table.get("tie_word_embeddings", True))
     layers = s.get("num_layers")
@@ -23,6 +20,8 @@ def _read(s: HFConfig) -> dict[str, Any]:
         n_layers=s.get("num_decoder_layers", default=layers), n_encoder_layers=layers, d_model=s.get("d_model"),
         n_heads=s.get("num_heads"), d_head=s.get("d_kv", default=64), d_ff=s.get("d_ff"), n_vocab=s.get("vocab_size"),
         seq_len=s.get("n_positions", default=DEFAULT_SEQ_LEN), norm_eps=s.get("layer_norm_epsilon", default=1e-6),
+        t5_buckets=s.get("relative_attention_num_buckets", default=32),
+        t5_max_distance=s.get("relative_attention_max_distance", default=128),
         tied_embeddings=tied, logit_scale="rsqrt_d_model" if tied else "none",
     )  # fmt: skip
 
@@ -31,7 +30,7 @@ def _write(c: ModelConfig) -> dict[str, Any]:
     return dict(
         num_layers=c.n_encoder_layers, num_decoder_layers=c.n_layers, d_model=c.d_model, num_heads=c.n_heads,
         d_kv=c.head_dim, d_ff=c.ff_dim, vocab_size=c.n_vocab, n_positions=c.seq_len, layer_norm_epsilon=c.norm_eps,
-        relative_attention_num_buckets=T5_BUCKETS, relative_attention_max_distance=T5_MAX_DISTANCE,
+        relative_attention_num_buckets=c.t5_buckets, relative_attention_max_distance=c.t5_max_distance,
         is_encoder_decoder=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from mesh_transformer.convert.import_plan import (
     list_weights,
     make_model_config,
 )
-from mesh_transformer.convert.layout_views import LayoutView, Packed
+from mesh_transformer.convert.layout_views import Joined, LayoutView, Packed, Part
 from mesh_transformer.convert.lazy_arrays import Index, LazyArray, Stack, full_index
 from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath, local_copy
@@ -57,7 +57,7 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
     config = make_model_config(model, folder / CONFIG)
     tensors = find_tensors(folder)
     used: set[str] = set()
-    arrays = assemble(config, lambda spec: find_array(tensors, family, spec, used), folder)
+    arrays = assemble(config, lambda spec: find_array(tensors, family, config, spec, used), folder)
     copies = {name: "these must be equal" for name in family.copies if name in tensors}
     if config.tied_embeddings and (head := _find_optional(tensors, family, "w_head")):
         copies[head] = f"but {CONFIG} says tie_word_embeddings; set it to false"
@@ -116,7 +116,7 @@ def find_family(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     )
 
 
-def pack_tensors(config: ModelConfig, arrays: Mapping[str, LazyArray], family: Family) -> dict[str, Packed]:
+def pack_tensors(config: ModelConfig, arrays: Mapping[str, LazyArray], family: Family) -> dict[str, Packed | Joined]:
     """Return the external tensors by name, packed from native arrays."""
     components: dict[str, list[tuple[TensorMapping, LazyArray, WeightSpec]]] = {}
     for spec, array in list_weights(config, arrays):
@@ -128,17 +128,23 @@ def pack_tensors(config: ModelConfig, arrays: Mapping[str, LazyArray], family: F
             continue
         for e in range(spec.shape[0]):
             components.setdefault(name.replace("{e}", str(e)), []).append((mapping, Index(array, e), spec.expert()))
-    tensors: dict[str, Packed] = {}
+    tensors: dict[str, Packed | Joined] = {}
     for name, found in components.items():
         found.sort(key=lambda component: component[0].component)
-        pattern = found[0][0].pattern
-        tensors[name] = Packed([array for _, array, _ in found], pattern, [spec.axes for _, _, spec in found])
+        pattern, split = found[0][0].pattern, found[0][0].split
+        if split is None:
+            tensors[name] = Packed([array for _, array, _ in found], pattern, [spec.axes for _, _, spec in found])
+        else:
+            parts = [Packed([array], mapping.pattern, [spec.axes]) for mapping, array, spec in found]
+            tensors[name] = Joined(parts, split(config))
     if family.needs_copies and not config.tied_embeddings:
         tensors.update(dict.fromkeys(family.copies, tensors[family.mappings["w_tokens"].name]))
     return tensors
 
 
-def find_array(tensors: Mapping[str, LazyArray], family: Family, spec: WeightSpec, used: set[str]) -> LazyArray:
+def find_array(
+    tensors: Mapping[str, LazyArray], family: Family, config: ModelConfig, spec: WeightSpec, used: set[str]
+) -> LazyArray:
     """Return a native weight as a view of external tensors, whose names are added to `used`.
 
     KeyError with the name of a missing tensor; ValueError for a wrong shape or number of experts.
@@ -150,6 +156,9 @@ def find_array(tensors: Mapping[str, LazyArray], family: Family, spec: WeightSpe
     def view(spec: WeightSpec, expert: int | None = None) -> LazyArray:
         name = find_name(tensors, family, mapping, spec.layer, expert)
         used.add(name)
+        if mapping.split is not None:
+            part = Part(tensors[name], mapping.split(config), mapping.component)
+            return LayoutView(part, mapping.pattern, spec.axes, spec.shape)
         return LayoutView(tensors[name], mapping.pattern, spec.axes, spec.shape, component=mapping.component)
 
     if "{e}" not in mapping.name:

@@ -45,7 +45,7 @@ def _run_stack(
     positions = np.arange(tokens.shape[1])
     offset = positions[None] - positions[:, None]  # of the key from the query
     table = t.vector(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
-    bias = np.moveaxis(table[_bucket(offset, two_sided=is_encoder)], -1, 0)[None]
+    bias = np.moveaxis(table[_bucket(offset, c, two_sided=is_encoder)], -1, 0)[None]
     bias = np.where((mask if is_encoder else np.ones_like(tokens))[:, None, None] > 0, bias, -np.inf)
     if not is_encoder:
         bias = np.where(offset > 0, -np.inf, bias)
@@ -95,14 +95,15 @@ def _dense(t: ExternalTensors, c: Mapping[str, Any], name: str, x: Array) -> Arr
     return t.linear(f"{name}.wo", act(t.linear(f"{name}.wi", x)))
 
 
-def _bucket(offset: Array, *, two_sided: bool) -> Array:
-    """Return the relative position bucket, of 32: one per near distance, then growing ones up to 128.
+def _bucket(offset: Array, c: Mapping[str, Any], *, two_sided: bool) -> Array:
+    """Return the relative position bucket, of 32 by default: one per near distance, then growing ones up to 128.
 
     If `two_sided`, half of the buckets are for keys after the query.
     """
-    count, later = (16, np.where(offset > 0, 16, 0)) if two_sided else (32, 0)
+    count, furthest = c.get("relative_attention_num_buckets", 32), c.get("relative_attention_max_distance", 128)
+    count, later = (count // 2, np.where(offset > 0, count // 2, 0)) if two_sided else (count, 0)
     distance = np.abs(offset) if two_sided else np.maximum(-offset, 0)
     near = count // 2
-    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / near) / np.float32(math.log(128 / near))
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / near) / np.float32(math.log(furthest / near))
     large = near + (ratio * (count - near)).astype(int)
     return later + np.where(distance < near, distance, np.minimum(large, count - 1))

@@ -6,7 +6,11 @@ A layout is a pattern of layout_views.py: "(heads head_dim) embed" is the layout
 [embed, heads, head_dim].
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.layout_views import Split
 
 
 class TensorMapping(NamedTuple):
@@ -14,9 +18,10 @@ class TensorMapping(NamedTuple):
 
     name: str
     pattern: str
-    component: int = 0  # index along the number in the pattern
+    component: int = 0  # index along the number in the pattern, or of the part with `split`
     aliases: tuple[str, ...] = ()  # names in files of other versions
     gated_name: str = ""  # name in a gated feed-forward layer, if it is different
+    split: Callable[[ModelConfig], Split] | None = None  # the tensor joins parts; the pattern is the layout of this one
 
 
 def linear(weight: str, module: str, outputs: str, inputs: str, bias: str = "") -> dict[str, TensorMapping]:
@@ -51,6 +56,25 @@ def fused(module: str, bias: str, weight: str) -> dict[str, TensorMapping]:
     for component, (x, heads) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):
         found[f"attention/w_{x}"] = TensorMapping(f"{module}.weight", weight.replace("N", heads), component)
         found[f"attention/b_{x}"] = TensorMapping(f"{module}.bias", bias.replace("N", heads), component)
+    return found
+
+
+def split_qkv(c: ModelConfig) -> Split:
+    """Return the rows of all queries, all keys and all values (StarCoder, Phi 3)."""
+    return Split(1, (c.n_heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim))
+
+
+def split_qkv_by_group(c: ModelConfig) -> Split:
+    """Return the rows of the queries of one group, their key and their value, for each key-value head (Falcon)."""
+    return Split(c.kv_heads, (c.n_heads // c.kv_heads * c.head_dim, c.head_dim, c.head_dim))
+
+
+def joined(module: str, split: Callable[[ModelConfig], Split]) -> dict[str, TensorMapping]:
+    """Return the mappings of q, k and v of unequal sizes in one torch.nn.Linear."""
+    found: dict[str, TensorMapping] = {}
+    for i, (x, heads) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):
+        found[f"attention/w_{x}"] = TensorMapping(f"{module}.weight", f"({heads} head_dim) embed", i, split=split)
+        found[f"attention/b_{x}"] = TensorMapping(f"{module}.bias", f"({heads} head_dim)", i, split=split)
     return found
 
 

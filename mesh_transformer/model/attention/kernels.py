@@ -3,7 +3,7 @@
 """Attention kernels and their selection by the platform that the program runs on, which may differ from this machine.
 
 dense      all scores at once; every platform and every configuration
-blockwise  blocks with an online softmax, ring attention if the sequence is sharded (ring.py); no T5 bias, no dropout
+blockwise  blocks with an online softmax, ring attention if the sequence is sharded (ring.py); no bias but ALiBi's, no dropout
 splash     JAX's Pallas kernel for TPU v4 and later; no biases, no dropout
 triton     JAX's Pallas kernel for GPUs; no windows, no biases, no dropout
 cudnn      NVIDIA's kernel for GPUs, in 16 bits; no segment IDs, no biases, no dropout
@@ -68,6 +68,7 @@ def _why_unsupported(kernel: str, config: ModelConfig, length: int, *, has_segme
         (not config.causal, "supports causal attention only (model.causal=true)"),
         (config.dropout > 0, "does not support dropout"),
         (config.positions == "t5", "does not support the T5 bias"),
+        (config.positions == "falcon-alibi", "does not support Falcon's ALiBi bias"),
         (kernel != "blockwise" and config.positions == "alibi", "does not support the ALiBi bias"),
         (kernel not in ("blockwise", "splash") and config.attention_softcap is not None, "does not cap scores"),
         (kernel != "blockwise" and n_shards > 1, "does not support ring attention (mesh.context)"),

@@ -13,6 +13,7 @@ from mesh_transformer.model.attention.dense import dense_attention
 from mesh_transformer.model.attention.kernels import dispatch_attention
 from mesh_transformer.model.attention.kv_cache import KVCache, read_kv, write_kv
 from mesh_transformer.model.attention.masks import AttentionContext
+from mesh_transformer.model.formulas import clip_qkv
 from mesh_transformer.model.linear import linear
 from mesh_transformer.model.norms import QKNorm
 from mesh_transformer.model.params import Inits, param
@@ -56,7 +57,7 @@ class Attention(hk.Module):
         b = None
         if self.config.qkv_bias:
             b = param(f"b_{name}", hk.initializers.Constant(0.0), **heads, head_dim=self.config.head_dim)
-        return linear(x, w, b)
+        return clip_qkv(linear(x, w, b), self.config)
 
     def _project_out(self, x: Float[Array, "B T H C"]) -> Float[Array, "B T D"]:
         c = self.config

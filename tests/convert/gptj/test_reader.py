@@ -220,7 +220,8 @@ def test_t5_buckets_equal_mesh_transformer_jax():
     distance = np.arange(4096)
     large = 16 + (np.log(np.maximum(distance, 1).astype(np.float32) / 16 + 1.2e-7) / np.log(8) * 16).astype(np.int32)
     wanted = np.where(distance < 16, distance, np.minimum(large, 31))
-    np.testing.assert_array_equal(t5_buckets(jnp.asarray(distance)), wanted)
+    config = make_model_config(read_model(MTJ_CONFIG | {"pe": "t5"}), "test")
+    np.testing.assert_array_equal(t5_buckets(jnp.asarray(distance), config), wanted)
 
 
 @pytest.fixture

@@ -49,6 +49,8 @@ FAMILIES = {
         logit_softcap=3.0,
         embedding_scale="sqrt_d_model",
     ),
+    "falcon-alibi": dict(positions="falcon-alibi", n_kv_heads=2, embedding_norm=True, clip_qkv=1.0),
+    "position-offset": dict(position_offset=3),
 }
 
 
