@@ -279,6 +279,13 @@ def test_setup_lists_every_package():
     for path in (ROOT / "mesh_transformer").rglob("*"):
         if path.is_dir() and path.name != "__pycache__" and any(path.glob("*.py")):
             assert (path / "__init__.py").is_file(), f"{path.relative_to(ROOT)} is not a package"
+    data = config["options.package_data"]
+    for path in (ROOT / "mesh_transformer").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            patterns = data.get(".".join(path.relative_to(ROOT).parent.parts), "").split(", ")
+            assert any(path.match(pattern) for pattern in patterns if pattern), (
+                f"package_data lacks {path.relative_to(ROOT)}"
+            )
 
 
 # Modules without a test file of their own, by the file that tests them.

@@ -22,7 +22,6 @@ from mesh_transformer.convert.gptj.reader import open_raw_weights
 from mesh_transformer.convert.gptj.reference import run_mtj
 from mesh_transformer.convert.huggingface.families import ENCODER_DECODER, run_huggingface
 from mesh_transformer.convert.huggingface.reference import matmul, read_rows, read_vector
-from mesh_transformer.convert.huggingface.reference_t5 import run_t5
 from mesh_transformer.convert.huggingface.tensor_files import find_tensors
 from mesh_transformer.convert.import_plan import PREFIX
 from mesh_transformer.convert.lazy_arrays import LazyArray, array_bytes, full_index
@@ -88,7 +87,7 @@ def logits_of(checkpoint: OpenCheckpoint, tokens: np.ndarray, max_memory: int) -
             tensors = find_tensors(checkpoint.path)
             if external["model_type"] in ENCODER_DECODER:
                 encoder_tokens = make_encoder_tokens(tokens)
-                return run_t5(tensors, external, tokens, encoder_tokens, np.ones_like(encoder_tokens))
+                return run_huggingface(tensors, external, tokens, encoder_tokens, np.ones_like(encoder_tokens))
             return run_huggingface(tensors, external, tokens)
         case "gptj-v1":
             return run_mtj(open_raw_weights(checkpoint.path, external), external, tokens)

@@ -8,37 +8,7 @@ from typing import Any
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
-
-
-class HFConfig:
-    """A config.json whose keys are read one by one. Keys that are not read do not affect the function of the model."""
-
-    def __init__(self, table: Mapping[str, Any], where: object):
-        self.table = table
-        self.where = where
-
-    def get(self, *keys: str, default: Any = None) -> Any:
-        """Return the value of the first of `keys` that is set, or the default. Raise CheckpointError without either."""
-        for key in keys:
-            if self.table.get(key) is not None:
-                return self.table[key]
-        if default is None:
-            raise CheckpointError(f"{self.where}: {' or '.join(keys)} is missing")
-        return default
-
-    def require(self, key: str, *allowed: Any) -> None:
-        """Raise CheckpointError unless the key is absent, null or one of `allowed`; other values are other functions."""
-        value = self.table.get(key)
-        if value is not None and value not in allowed:
-            raise CheckpointError(f"{self.where}: {key} = {value!r} is not supported; supported: {allowed}")
-
-    def translate(self, names: Mapping[Any, str], *keys: str, default: Any) -> str:
-        """Return the native name of an external value. Raise CheckpointError if it is not in `names`."""
-        value = self.get(*keys, default=default)
-        if value not in names:
-            raise CheckpointError(f"{self.where}: {keys[0]} = {value!r} is not supported; supported: {list(names)}")
-        return names[value]
-
+from mesh_transformer.convert.huggingface.hf_config import HFConfig
 
 ACTIVATIONS = {
     "gelu_new": "gelu-tanh",
@@ -59,11 +29,11 @@ def read_gpt2(s: HFConfig) -> dict[str, Any]:
     s.require("scale_attn_by_inverse_layer_idx", False)
     s.require("add_cross_attention", False)
     model = dict(
-        n_layers=s.get("n_layer"), d_model=s.get("n_embd"), n_heads=s.get("n_head"), n_vocab=s.get("vocab_size"),
-        seq_len=s.get("n_positions", "n_ctx"), activation=s.translate(ACTIVATIONS, "activation_function", default="gelu_new"),
-        norm_eps=s.get("layer_norm_epsilon", default=1e-5), tied_embeddings=s.table.get("tie_word_embeddings", True),
+        n_layers=s["n_layer"], d_model=s["n_embd"], n_heads=s["n_head"], n_vocab=s["vocab_size"], seq_len=s["n_positions"],
+        activation=s.translate(ACTIVATIONS, "activation_function"), norm_eps=s["layer_norm_epsilon"],
+        tied_embeddings=s["tie_word_embeddings"],
     )  # fmt: skip
-    return model | {"d_ff": s.get("n_inner", default=4 * model["d_model"])}
+    return model | {"d_ff": s.get("n_inner", default=4 * s["n_embd"])}
 
 
 def write_gpt2(c: ModelConfig) -> dict[str, Any]:
@@ -77,19 +47,20 @@ def write_gpt2(c: ModelConfig) -> dict[str, Any]:
 
 def read_gpt_neo(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a GPTNeoConfig."""
-    kinds = s.table.get("attention_layers")
-    if kinds is None:
-        kinds = [kind for pattern, count in s.get("attention_types") for _ in range(count) for kind in pattern]
+    patterns = s.get("attention_types", default=[[["global", "local"], 12]])
+    kinds = [kind for pattern, count in patterns for _ in range(count) for kind in pattern]
+    if "attention_layers" in s:
+        kinds = s["attention_layers"]
     model = dict(
-        n_layers=s.get("num_layers"), d_model=s.get("hidden_size"), n_heads=s.get("num_heads"),
-        n_vocab=s.get("vocab_size"), seq_len=s.get("max_position_embeddings"), attention_pattern=_shorten(list(kinds)),
-        attention_window=s.get("window_size", default=256), attention_scale="none", qkv_bias=False,
-        activation=s.translate(ACTIVATIONS, "activation_function", default="gelu_new"),
-        norm_eps=s.get("layer_norm_epsilon", default=1e-5), tied_embeddings=s.table.get("tie_word_embeddings", True),
+        n_layers=s["num_layers"], d_model=s["hidden_size"], n_heads=s["num_heads"], n_vocab=s["vocab_size"],
+        seq_len=s["max_position_embeddings"], attention_pattern=_shorten(list(kinds)),
+        attention_window=s["window_size"], attention_scale="none", qkv_bias=False,
+        activation=s.translate(ACTIVATIONS, "activation_function"), norm_eps=s["layer_norm_epsilon"],
+        tied_embeddings=s["tie_word_embeddings"],
     )  # fmt: skip
     if len(kinds) != model["n_layers"]:
         raise CheckpointError(f"{s.where}: attention_types has {len(kinds)} layers, num_layers is {model['n_layers']}")
-    return model | {"d_ff": s.get("intermediate_size", default=4 * model["d_model"])}
+    return model | {"d_ff": s.get("intermediate_size", default=4 * s["hidden_size"])}
 
 
 def write_gpt_neo(c: ModelConfig) -> dict[str, Any]:
@@ -105,15 +76,12 @@ def write_gpt_neo(c: ModelConfig) -> dict[str, Any]:
 def read_gpt_j(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a GPTJConfig."""
     model = dict(
-        n_layers=s.get("n_layer"), d_model=s.get("n_embd"), n_heads=s.get("n_head"), n_vocab=s.get("vocab_size"),
-        seq_len=s.get("n_positions"), positions="rope-interleaved", residual="parallel", qkv_bias=False,
-        attention_out_bias=False, head_bias=True, tied_embeddings=s.table.get("tie_word_embeddings", False),
-        activation=s.translate(ACTIVATIONS, "activation_function", default="gelu_new"), init="gptj",
-        norm_eps=s.get("layer_norm_epsilon", default=1e-5),
+        n_layers=s["n_layer"], d_model=s["n_embd"], n_heads=s["n_head"], n_vocab=s["vocab_size"], seq_len=s["n_positions"],
+        positions="rope-interleaved", residual="parallel", qkv_bias=False, attention_out_bias=False, head_bias=True,
+        activation=s.translate(ACTIVATIONS, "activation_function"), norm_eps=s["layer_norm_epsilon"],
+        tied_embeddings=s["tie_word_embeddings"], rope_dims=s["rotary_dim"], init="gptj",
     )  # fmt: skip
-    head = model["d_model"] // model["n_heads"]
-    inner = s.get("n_inner", default=4 * model["d_model"])
-    return model | {"rope_dims": s.table.get("rotary_dim") or head, "d_ff": inner}
+    return model | {"d_ff": s.get("n_inner", default=4 * s["n_embd"])}
 
 
 def write_gpt_j(c: ModelConfig) -> dict[str, Any]:
@@ -128,23 +96,30 @@ def write_gpt_j(c: ModelConfig) -> dict[str, Any]:
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def _read_rope(s: HFConfig, *base_keys: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the rope parameters, under the key of either version of transformers, and the native fields for them."""
-    rope = s.table.get("rope_parameters") or s.table.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    fields: dict[str, Any] = dict(rope_theta=float(rope.get("rope_theta") or s.get(*base_keys, default=10_000.0)))
-    if kind == "llama3":
+def read_rope(s: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the rope parameters as transformers completes them, and the native fields for them."""
+    rope = s.rope_parameters()
+    fields: dict[str, Any] = dict(rope_theta=float(rope["rope_theta"]))
+    if rope["rope_type"] == "llama3":
         if missing := [key for key in LLAMA3 if key not in rope]:
             raise CheckpointError(f"{s.where}: rotary embeddings of type 'llama3' need {', '.join(missing)}")
         factor, low, high, length = (rope[key] for key in LLAMA3)
         fields["rope_scaling"] = dict(
             factor=float(factor), low_freq_factor=float(low), high_freq_factor=float(high), original_seq_len=int(length)
         )
-    elif kind != "default":
+    elif rope["rope_type"] != "default":
         raise CheckpointError(
-            f"{s.where}: rotary embeddings of type {kind!r} are not supported; supported: 'default', 'llama3'"
+            f"{s.where}: rotary embeddings of type {rope['rope_type']!r} are not supported; supported: 'default', 'llama3'"
         )
     return rope, fields
+
+
+def require_full_rotation(s: HFConfig, rope: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if only a part of each head is rotated."""
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise CheckpointError(
+            f"{s.where}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported; supported: 1"
+        )
 
 
 def _write_rope(c: ModelConfig) -> dict[str, Any]:
@@ -161,18 +136,16 @@ def _write_rope(c: ModelConfig) -> dict[str, Any]:
 
 def read_gpt_neox(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a GPTNeoXConfig."""
-    rope, fields = _read_rope(s, "rotary_emb_base", "rope_theta")
-    bias = s.table.get("attention_bias", True)
-    model = dict(
-        n_layers=s.get("num_hidden_layers"), d_model=s.get("hidden_size"), n_heads=s.get("num_attention_heads"),
-        n_vocab=s.get("vocab_size"), seq_len=s.get("max_position_embeddings"), d_ff=s.get("intermediate_size"),
-        positions="rope-half", qkv_bias=bias, attention_out_bias=bias, **fields,
-        residual="parallel-two-norms" if s.table.get("use_parallel_residual", True) else "serial",
-        activation=s.translate(ACTIVATIONS, "hidden_act", default="gelu"), norm_eps=s.get("layer_norm_eps", default=1e-5),
-        tied_embeddings=s.table.get("tie_word_embeddings", False), init="neox",
+    rope, fields = read_rope(s)
+    return dict(
+        n_layers=s["num_hidden_layers"], d_model=s["hidden_size"], n_heads=s["num_attention_heads"],
+        n_vocab=s["vocab_size"], seq_len=s["max_position_embeddings"], d_ff=s["intermediate_size"],
+        positions="rope-half", qkv_bias=s["attention_bias"], attention_out_bias=s["attention_bias"], **fields,
+        residual="parallel-two-norms" if s["use_parallel_residual"] else "serial",
+        activation=s.translate(ACTIVATIONS, "hidden_act"), norm_eps=s["layer_norm_eps"],
+        tied_embeddings=s["tie_word_embeddings"], init="neox",
+        rope_dims=int(s["hidden_size"] // s["num_attention_heads"] * rope["partial_rotary_factor"]),
     )  # fmt: skip
-    fraction = rope.get("partial_rotary_factor") or s.get("rotary_pct", "partial_rotary_factor", default=0.25)
-    return model | {"rope_dims": int(model["d_model"] // model["n_heads"] * fraction)}
 
 
 def write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
@@ -189,20 +162,20 @@ def write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
 
 def read_llama(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config or Qwen3Config."""
-    s.require("partial_rotary_factor", 1)
-    _, fields = _read_rope(s, "rope_theta")
-    kind = s.table.get("model_type")
-    heads = s.get("num_attention_heads")
-    out_bias = s.table.get("attention_bias", False)
+    rope, fields = read_rope(s)
+    require_full_rotation(s, rope)
+    heads = s["num_attention_heads"]
+    # Mistral and Qwen2 have no such keys, and ignore them in a file.
+    out_bias = s["attention_bias"] if "attention_bias" in s.fields else False
     model = dict(
-        n_layers=s.get("num_hidden_layers"), d_model=s.get("hidden_size"), n_heads=heads, n_vocab=s.get("vocab_size"),
-        seq_len=s.get("max_position_embeddings"), d_ff=s.get("intermediate_size"), norm="rmsnorm",
-        n_kv_heads=s.get("num_key_value_heads", default=heads), d_head=s.get("head_dim", default=s.get("hidden_size") // heads),
-        positions="rope-half", **fields, activation=s.translate(ACTIVATIONS, "hidden_act", default="silu"),
-        gated_ffn=True, qkv_bias=True if kind == "qwen2" else out_bias, attention_out_bias=out_bias,
-        ff_bias=s.table.get("mlp_bias", False),
-        norm_eps=s.get("rms_norm_eps", default=1e-6), tied_embeddings=s.table.get("tie_word_embeddings", False),
-        qk_norm=kind == "qwen3",
+        n_layers=s["num_hidden_layers"], d_model=s["hidden_size"], n_heads=heads, n_vocab=s["vocab_size"],
+        seq_len=s["max_position_embeddings"], d_ff=s["intermediate_size"], norm="rmsnorm", norm_eps=s["rms_norm_eps"],
+        n_kv_heads=s.get("num_key_value_heads", default=heads),
+        d_head=(s["head_dim"] if "head_dim" in s or "head_dim" in s.fields else None) or s["hidden_size"] // heads,
+        positions="rope-half", **fields, activation=s.translate(ACTIVATIONS, "hidden_act"), gated_ffn=True,
+        qkv_bias=s.kind == "qwen2" or out_bias, attention_out_bias=out_bias,
+        ff_bias=s["mlp_bias"] if "mlp_bias" in s.fields else False,
+        tied_embeddings=s["tie_word_embeddings"], qk_norm=s.kind == "qwen3",
     )  # fmt: skip
     return model | _read_windows(s, model["n_layers"])
 
@@ -212,18 +185,22 @@ def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
 
     All layers of Mistral and Mixtral have it. Of Qwen, those that layer_types names, or else the last ones.
     """
-    kind = s.table.get("model_type")
-    in_all_layers = kind in ("mistral", "mixtral")
-    window = s.table.get("sliding_window", 4096 if kind == "mistral" else None)  # null: no window; absent: the default
-    if not window or not (in_all_layers or (kind in ("qwen2", "qwen3") and s.table.get("use_sliding_window"))):
-        return {}
-    if in_all_layers:
-        kinds = ["sliding_attention"] * n_layers
+    if s.kind in ("mistral", "mixtral"):
+        window = s["sliding_window"]
+        kinds = ["full_attention" if window is None else "sliding_attention"] * n_layers
+    elif s.kind in ("qwen2", "qwen3"):
+        window = s["sliding_window"] if s["use_sliding_window"] else None
+        full = n_layers if window is None else min(s["max_window_layers"], n_layers)
+        kinds = s.get("layer_types", default=["full_attention"] * full + ["sliding_attention"] * (n_layers - full))
+        s.was_read |= {"sliding_window", "max_window_layers"}  # without a window they have no effect
     else:
-        first = s.get("max_window_layers", default=28)  # transformers' own default
-        last = ["full_attention"] * min(first, n_layers) + ["sliding_attention"] * max(n_layers - first, 0)
-        kinds = s.get("layer_types", default=last)
-    return dict(attention_pattern=read_layer_types(s, kinds, n_layers), attention_window=window)
+        return {}
+    pattern = read_layer_types(s, kinds, n_layers)
+    if "local" not in pattern:
+        return {}
+    if window is None:
+        raise CheckpointError(f"{s.where}: layer_types has sliding_attention, but sliding_window is not in use; set it")
+    return dict(attention_pattern=pattern, attention_window=window)
 
 
 def read_layer_types(s: HFConfig, types: list[str], n_layers: int) -> list[str]:
@@ -266,15 +243,14 @@ def write_llama(c: ModelConfig) -> dict[str, Any]:
 
 def read_mixtral(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a MixtralConfig: dropless experts whose gates are normalized to sum to 1."""
-    n_experts_per_token = s.get("num_experts_per_tok", default=2)
+    n_experts_per_token = s["num_experts_per_tok"]
     if n_experts_per_token < 2:
         raise CheckpointError(
             f"{s.where}: num_experts_per_tok = {n_experts_per_token} is not supported: Mixtral's gate would be 1, "
             "the native one is the expert's probability; supported: 2 or more"
         )
-    experts = dict(n_experts=s.get("num_local_experts", default=8), n_experts_per_token=n_experts_per_token)
-    defaults = {"rope_theta": 1e6, "rms_norm_eps": 1e-5}
-    return read_llama(HFConfig(defaults | dict(s.table), s.where)) | dict(experts=experts)
+    experts = dict(n_experts=s["num_local_experts"], n_experts_per_token=n_experts_per_token)
+    return read_llama(s) | dict(experts=experts)
 
 
 def write_mixtral(c: ModelConfig) -> dict[str, Any]:

@@ -12,16 +12,13 @@ from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTI
 DEFAULT_SEQ_LEN = 512  # of the encoder in training; config.json may omit it, and no weight depends on it
 
 
-def _read(s: HFConfig) -> dict[str, Any]:
-    # transformers 5 writes tie_word_embeddings = true for every T5, even if the head differs; this key is reliable.
-    tied = s.table.get("scale_decoder_outputs", s.table.get("tie_word_embeddings", True))
-    layers = s.get("num_layers")
+def _read(s: HFConfig, *, tied: bool) -> dict[str, Any]:
+    layers = s["num_layers"]
     return T5 | dict(
-        n_layers=s.get("num_decoder_layers", default=layers), n_encoder_layers=layers, d_model=s.get("d_model"),
-        n_heads=s.get("num_heads"), d_head=s.get("d_kv", default=64), d_ff=s.get("d_ff"), n_vocab=s.get("vocab_size"),
-        seq_len=s.get("n_positions", default=DEFAULT_SEQ_LEN), norm_eps=s.get("layer_norm_epsilon", default=1e-6),
-        t5_buckets=s.get("relative_attention_num_buckets", default=32),
-        t5_max_distance=s.get("relative_attention_max_distance", default=128),
+        n_layers=s.get("num_decoder_layers", default=layers), n_encoder_layers=layers, d_model=s["d_model"],
+        n_heads=s["num_heads"], d_head=s["d_kv"], d_ff=s["d_ff"], n_vocab=s["vocab_size"],
+        seq_len=s.get("n_positions", default=DEFAULT_SEQ_LEN), norm_eps=s["layer_norm_epsilon"],
+        t5_buckets=s["relative_attention_num_buckets"], t5_max_distance=s["relative_attention_max_distance"],
         tied_embeddings=tied, logit_scale="rsqrt_d_model" if tied else "none",
     )  # fmt: skip
 
@@ -37,9 +34,16 @@ def _write(c: ModelConfig) -> dict[str, Any]:
 
 def read_t5(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a T5Config. Its "gated-gelu" is the tanh approximation."""
+    projection = s["feed_forward_proj"]
+    kind, _, name = projection.rpartition("-")
+    s.require("is_gated_act", kind == "gated")  # a file may repeat what the class computes from feed_forward_proj
+    s.require("dense_act_fn", "gelu_new" if projection == "gated-gelu" else name)
     gated = {f"gated-{name}": native for name, native in ACTIVATIONS.items()} | {"gated-gelu": "gelu-tanh"}
-    activation = s.translate(ACTIVATIONS | gated, "feed_forward_proj", default="relu")
-    return _read(s) | dict(activation=activation, gated_ffn=s.get("feed_forward_proj", default="relu") in gated)
+    activation = s.translate(ACTIVATIONS | gated, "feed_forward_proj")
+    # transformers 5 writes tie_word_embeddings = true for every T5, even if the head differs; this key is reliable.
+    scaled = s.given("scale_decoder_outputs")
+    tied = scaled if scaled is not None else s.given("tie_word_embeddings") is not False
+    return _read(s, tied=tied) | dict(activation=activation, gated_ffn=projection in gated)
 
 
 def write_t5(c: ModelConfig) -> dict[str, Any]:
@@ -56,30 +60,29 @@ def read_switch(s: HFConfig) -> dict[str, Any]:
     s.require("router_ignore_padding_tokens", False)
     s.require("router_dtype", "float32")
     s.require("is_gated_act", False)
-    s.require("feed_forward_proj", *ACTIVATIONS)
-    s.require("scale_decoder_outputs")
-    model = _read(s)
+    model = _read(s, tied=s["tie_word_embeddings"])
     steps = [_read_step(s, "encoder", model["n_encoder_layers"]), _read_step(s, "decoder", model["n_layers"])]
-    if steps[0] != steps[1] or steps[0] > 2:
+    if steps[0] != steps[1] or not 1 <= steps[0] <= 2:
         raise CheckpointError(
             f"{s.where}: experts in one of {steps[0]} encoder layers and one of {steps[1]} decoder layers are not "
             "supported; supported: every layer of both, or every second layer of both"
         )
     experts = dict(
-        n_experts=s.get("num_experts", default=8),
+        n_experts=s["num_experts"],
         layer_interval=steps[0],
-        eval_capacity=s.get("expert_capacity", default=64),
-        aux_loss_weight=float(s.get("router_aux_loss_coef", default=1e-3)),
-        router_z_loss=float(s.get("router_z_loss_coef", default=1e-3)),
-        router_jitter=float(s.get("router_jitter_noise", default=1e-2)),
+        eval_capacity=s["expert_capacity"],
+        aux_loss_weight=float(s["router_aux_loss_coef"]),
+        router_z_loss=float(s["router_z_loss_coef"]),
+        router_jitter=float(s["router_jitter_noise"]),
     )
-    activation = s.translate(ACTIVATIONS, "dense_act_fn", "feed_forward_proj", default="relu")
-    return model | dict(activation=activation, experts=experts)
+    return model | dict(activation=s.translate(ACTIVATIONS, "dense_act_fn"), experts=experts)
 
 
 def _read_step(s: HFConfig, stack: str, layers: int) -> int:
-    """Return N if every N-th layer has experts."""
-    return layers // s.get(f"num_sparse_{stack}_layers", default=3)
+    """Return N if every N-th layer has experts; 0 if none has them."""
+    sparse = s[f"num_sparse_{stack}_layers"]
+    step = layers // sparse if sparse > 0 else 0
+    return s.get(f"{stack}_sparse_step", default=step)  # transformers writes the result into the file
 
 
 def write_switch(c: ModelConfig) -> dict[str, Any]:

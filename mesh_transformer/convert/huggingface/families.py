@@ -14,7 +14,7 @@ import numpy as np
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface import config_map, config_map_t5, gemma2, reference, tensor_map
-from mesh_transformer.convert.huggingface.config_map import HFConfig
+from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.reference import ExternalTensors
 from mesh_transformer.convert.huggingface.reference_t5 import run_t5
 from mesh_transformer.convert.huggingface.tensor_map import TensorMapping
@@ -123,13 +123,19 @@ FAMILIES = {
 ENCODER_DECODER = ("t5", "switch_transformers")
 
 
-def run_huggingface(tensors: Mapping[str, LazyArray], config: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
-    """Return the float32 logits [B, T, V] that a decoder-only model folder's own tensors and config.json give.
+def run_huggingface(
+    tensors: Mapping[str, LazyArray], config: Mapping[str, Any], tokens: np.ndarray, *encoder_inputs: np.ndarray
+) -> np.ndarray:
+    """Return the float32 logits [B, T, V] that a model folder's own tensors and config.json give.
 
+    `encoder_inputs` of an encoder-decoder model are its encoder's tokens [B, S] and their mask, 0 for padding.
     Raises CheckpointError if the model type is not supported.
     """
     kind = config["model_type"]
     if kind not in FAMILIES:
         raise CheckpointError(f"no reference implementation of model_type {kind!r}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
-    return family.reference(ExternalTensors(tensors, family.prefix), config, tokens)
+    merged = HFConfig(config, kind).merged()
+    if kind in ENCODER_DECODER:
+        return family.reference(tensors, merged, tokens, *encoder_inputs)
+    return family.reference(ExternalTensors(tensors, family.prefix), merged, tokens)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface.config_map import HFConfig
 from mesh_transformer.convert.huggingface.families import FAMILIES, Family
+from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.tensor_files import find_tensors
 from mesh_transformer.convert.huggingface.tensor_map import TensorMapping
 from mesh_transformer.convert.import_plan import (
@@ -53,7 +53,7 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
     CheckpointError lists all tensors that are missing, unknown or have a wrong shape.
     """
     external_config, family = read_config(folder)
-    model = family.read_config(external_config)
+    model = read_model(external_config, family)
     config = make_model_config(model, folder / CONFIG)
     tensors = find_tensors(folder)
     used: set[str] = set()
@@ -89,6 +89,20 @@ def read_config(folder: AnyPath) -> tuple[HFConfig, Family]:
     return HFConfig(table, path), FAMILIES[kind]
 
 
+def read_model(s: HFConfig, family: Family) -> dict[str, Any]:
+    """Return the [model] section for a config.json. Raise CheckpointError if it is invalid or has unsupported keys."""
+    try:
+        model = family.read_config(s)
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{s.where}: not a valid configuration of {s.kind}: {type(error).__name__}: {error}"
+        ) from None
+    s.check_all_read()
+    return model
+
+
 def find_family(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """Return the model type of a family that computes the same function as a native model, and its config.json.
 
@@ -103,7 +117,7 @@ def find_family(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             "tie_word_embeddings": config.tied_embeddings,
         }
         try:
-            found = make_model_config(family.read_config(HFConfig(table, kind)), kind).describe_function()
+            found = make_model_config(read_model(HFConfig(table, kind), family), kind).describe_function()
         except CheckpointError:  # this family has no valid model of these sizes
             found = {}
         differences[kind] = [f"{key} = {value!r}" for key, value in wanted.items() if found.get(key) != value]

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """NumPy reference implementations of decoder-only Hugging Face models, computed from their own tensors and layouts.
 
-Conversions are compared with them. They share no code with the importer (tensor names, layouts, config.json), so they
-reveal mistakes there. Only a few rows of a weight are in memory at a time.
+Conversions are compared with them. They share no code with the importer's tensor names and layouts, so they reveal mistakes
+there. Their configuration is config.json completed by `HFConfig.merged`, as the importer's is: a key that this reads wrongly
+is wrong on both sides, which only a comparison with transformers itself reveals. Only a few rows of a weight are in memory
+at a time.
 """
 
 import math
@@ -140,8 +142,8 @@ def apply_rope_half(x: Array, r: int, frequencies: Array) -> Array:
 
 def run_gpt2(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Array:
     """Return the logits of GPT2LMHeadModel."""
-    act = ACTIVATIONS[c.get("activation_function", "gelu_new")]
-    eps = c.get("layer_norm_epsilon", 1e-5)
+    act = ACTIVATIONS[c["activation_function"]]
+    eps = c["layer_norm_epsilon"]
     p = "transformer."
     x = t.rows(f"{p}wte.weight", tokens) + t.rows(f"{p}wpe.weight", np.arange(tokens.shape[1]))
     for i in range(c["n_layer"]):
@@ -150,66 +152,64 @@ def run_gpt2(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Array:
         q, k, v = (split_heads(y, c["n_head"]) for y in (q, k, v))
         x = x + t.conv(f"{h}attn.c_proj", attend(q, k, v, scale=q.shape[-1] ** -0.5))
         x = x + t.conv(f"{h}mlp.c_proj", act(t.conv(f"{h}mlp.c_fc", t.norm(f"{h}ln_2", x, eps))))
-    return _head(t, c, t.norm(f"{p}ln_f", x, eps), "lm_head", f"{p}wte.weight", tied=True)
+    return _head(t, c, t.norm(f"{p}ln_f", x, eps), "lm_head", f"{p}wte.weight")
 
 
 def run_gpt_neo(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Array:
     """Return the logits of GPTNeoForCausalLM, whose attention scores are not scaled."""
-    act = ACTIVATIONS[c.get("activation_function", "gelu_new")]
-    eps = c.get("layer_norm_epsilon", 1e-5)
+    act = ACTIVATIONS[c["activation_function"]]
+    eps = c["layer_norm_epsilon"]
     p = "transformer."
-    kinds = [kind for group, times in c["attention_types"] for kind in group * times]
+    types = c["attention_types"] or [[["global", "local"], 12]]
+    kinds = c.get("attention_layers") or [kind for group, times in types for kind in group * times]
     x = t.rows(f"{p}wte.weight", tokens) + t.rows(f"{p}wpe.weight", np.arange(tokens.shape[1]))
     for i, kind in enumerate(kinds):
         h = f"{p}h.{i}."
         normed = t.norm(f"{h}ln_1", x, eps)
         q, k, v = (split_heads(t.linear(f"{h}attn.attention.{y}_proj", normed), c["num_heads"]) for y in "qkv")
-        window = c.get("window_size", 256) if kind == "local" else None
+        window = c["window_size"] if kind == "local" else None
         x = x + t.linear(f"{h}attn.attention.out_proj", attend(q, k, v, scale=1.0, window=window))
         x = x + t.linear(f"{h}mlp.c_proj", act(t.linear(f"{h}mlp.c_fc", t.norm(f"{h}ln_2", x, eps))))
-    return _head(t, c, t.norm(f"{p}ln_f", x, eps), "lm_head", f"{p}wte.weight", tied=True)
+    return _head(t, c, t.norm(f"{p}ln_f", x, eps), "lm_head", f"{p}wte.weight")
 
 
 def run_gptj(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Array:
     """Return the logits of GPTJForCausalLM."""
-    act = ACTIVATIONS[c.get("activation_function", "gelu_new")]
-    eps = c.get("layer_norm_epsilon", 1e-5)
+    act = ACTIVATIONS[c["activation_function"]]
+    eps = c["layer_norm_epsilon"]
     p = "transformer."
     x = t.rows(f"{p}wte.weight", tokens)
     for i in range(c["n_layer"]):
         h = f"{p}h.{i}."
         normed = t.norm(f"{h}ln_1", x, eps)
         q, k, v = (split_heads(t.linear(f"{h}attn.{y}_proj", normed), c["n_head"]) for y in "qkv")
-        r = c.get("rotary_dim") or q.shape[-1]
-        q, k = apply_rope_interleaved(q, r), apply_rope_interleaved(k, r)
+        q, k = apply_rope_interleaved(q, c["rotary_dim"]), apply_rope_interleaved(k, c["rotary_dim"])
         attention = attend(q, k, v, scale=q.shape[-1] ** -0.5)
         hidden = act(t.linear(f"{h}mlp.fc_in", normed))
         x = x + t.linear(f"{h}attn.out_proj", attention) + t.linear(f"{h}mlp.fc_out", hidden)
-    return _head(t, c, t.norm(f"{p}ln_f", x, eps), "lm_head", f"{p}wte.weight", tied=False)
+    return _head(t, c, t.norm(f"{p}ln_f", x, eps), "lm_head", f"{p}wte.weight")
 
 
 def run_gpt_neox(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Array:
     """Return the logits of GPTNeoXForCausalLM, which stores q, k and v of a head next to each other."""
-    act = ACTIVATIONS[c.get("hidden_act", "gelu")]
-    eps = c.get("layer_norm_eps", 1e-5)
+    act = ACTIVATIONS[c["hidden_act"]]
+    eps = c["layer_norm_eps"]
     p = "gpt_neox."
-    rope = c.get("rope_parameters") or {}
-    base = rope.get("rope_theta") or c.get("rotary_emb_base", 10000)
-    share = rope.get("partial_rotary_factor") or c.get("rotary_pct", 0.25)
+    rope = c["rope_parameters"]
     x = t.rows(f"{p}embed_in.weight", tokens)
     for i in range(c["num_hidden_layers"]):
         h = f"{p}layers.{i}."
         fused = t.linear(f"{h}attention.query_key_value", t.norm(f"{h}input_layernorm", x, eps))
         q, k, v = np.split(split_heads(fused, c["num_attention_heads"]), 3, axis=-1)
-        r = int(q.shape[-1] * share)
-        frequencies = base ** (-np.arange(0, r, 2) / r)
+        r = int(q.shape[-1] * rope["partial_rotary_factor"])
+        frequencies = _rope_frequencies(rope, r)
         q, k = apply_rope_half(q, r, frequencies), apply_rope_half(k, r, frequencies)
         attention = t.linear(f"{h}attention.dense", attend(q, k, v, scale=q.shape[-1] ** -0.5))
-        mlp_input = x if c.get("use_parallel_residual", True) else x + attention
+        mlp_input = x if c["use_parallel_residual"] else x + attention
         hidden = act(t.linear(f"{h}mlp.dense_h_to_4h", t.norm(f"{h}post_attention_layernorm", mlp_input, eps)))
         x = x + attention + t.linear(f"{h}mlp.dense_4h_to_h", hidden)
     head = "embed_out" if "embed_out.weight" in t else "lm_head"
-    return _head(t, c, t.norm(f"{p}final_layer_norm", x, eps), head, f"{p}embed_in.weight", tied=False)
+    return _head(t, c, t.norm(f"{p}final_layer_norm", x, eps), head, f"{p}embed_in.weight")
 
 
 def run_llama(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Array:
@@ -217,8 +217,8 @@ def run_llama(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Array:
 
     These differ in windows, experts, biases and QK norms.
     """
-    act = ACTIVATIONS[c.get("hidden_act", "silu")]
-    eps = c.get("rms_norm_eps", 1e-6)
+    act = ACTIVATIONS[c["hidden_act"]]
+    eps = c["rms_norm_eps"]
     kind = c["model_type"]
     p = "model."
     frequencies = None
@@ -228,14 +228,14 @@ def run_llama(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Array:
         h = f"{p}layers.{i}."
         normed = t.rms(f"{h}input_layernorm", x, eps)
         n = c["num_attention_heads"]
-        n_kv = c.get("num_key_value_heads") or n
+        n_kv = c["num_key_value_heads"] or n
         q, k, v = (
             split_heads(t.linear(f"{h}self_attn.{y}_proj", normed), m) for y, m in (("q", n), ("k", n_kv), ("v", n_kv))
         )
         if f"{h}self_attn.q_norm.weight" in t:
             q, k = (t.rms(f"{h}self_attn.{y}_norm", z, eps) for y, z in (("q", q), ("k", k)))
         if frequencies is None:
-            frequencies = _llama_frequencies(c, q.shape[-1])
+            frequencies = _rope_frequencies(c["rope_parameters"], q.shape[-1])
         q, k = apply_rope_half(q, q.shape[-1], frequencies), apply_rope_half(k, q.shape[-1], frequencies)
         x = x + t.linear(f"{h}self_attn.o_proj", attend(q, k, v, scale=q.shape[-1] ** -0.5, window=windows[i]))
         normed = t.rms(f"{h}post_attention_layernorm", x, eps)
@@ -243,7 +243,7 @@ def run_llama(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Array:
             x = x + _run_experts(t, c, f"{h}block_sparse_moe.", normed, act)
         else:
             x = x + _gated(t, normed, act, *(f"{h}mlp.{y}_proj" for y in ("gate", "up", "down")))
-    return _head(t, c, t.rms(f"{p}norm", x, eps), "lm_head", f"{p}embed_tokens.weight", tied=False)
+    return _head(t, c, t.rms(f"{p}norm", x, eps), "lm_head", f"{p}embed_tokens.weight")
 
 
 def _gated(t: ExternalTensors, x: Array, act: Callable[[Array], Array], gate: str, up: str, down: str) -> Array:
@@ -255,7 +255,7 @@ def _run_experts(
 ) -> Array:
     """Return Mixtral's top-k experts of each token, weighted by their router probabilities renormalized to sum to 1."""
     scores = t.linear(f"{prefix}gate", x)
-    lowest = np.sort(scores, axis=-1)[..., -c.get("num_experts_per_tok", 2), None]
+    lowest = np.sort(scores, axis=-1)[..., -c["num_experts_per_tok"], None]
     weights = np.where(scores < lowest, 0, np.exp(scores - scores.max(axis=-1, keepdims=True)))
     weights = weights / weights.sum(axis=-1, keepdims=True)
     y = np.zeros_like(x)
@@ -274,23 +274,22 @@ def _llama_windows(c: Mapping[str, Any], kind: str) -> list[int | None]:
     """
     layers = range(c["num_hidden_layers"])
     if kind in ("mistral", "mixtral"):
-        return [c.get("sliding_window", 4096 if kind == "mistral" else None) for _ in layers]
-    if kind == "llama" or not c.get("use_sliding_window"):
+        return [c["sliding_window"] for _ in layers]
+    if kind == "llama" or not c["use_sliding_window"]:
         return [None for _ in layers]
-    if c.get("layer_types"):
+    if c["layer_types"]:
         return [c["sliding_window"] if named == "sliding_attention" else None for named in c["layer_types"]]
-    return [c["sliding_window"] if i >= c.get("max_window_layers", 28) else None for i in layers]
+    return [c["sliding_window"] if i >= c["max_window_layers"] else None for i in layers]
 
 
-def _llama_frequencies(c: Mapping[str, Any], r: int) -> Array:
+def _rope_frequencies(rope: Mapping[str, Any], r: int) -> Array:
     """Return the RoPE frequencies.
 
     Llama 3.1 divides them by `factor` for wavelengths above trained length / low_freq_factor, keeps those below trained
     length / high_freq_factor, and interpolates between the two.
     """
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    found = (rope.get("rope_theta") or c.get("rope_theta", 10000.0)) ** (-np.arange(0, r, 2) / r)
-    if rope.get("rope_type", rope.get("type")) != "llama3":
+    found = rope["rope_theta"] ** (-np.arange(0, r, 2) / r)
+    if rope["rope_type"] != "llama3":
         return found
     wavelength = 2 * math.pi / found
     trained = rope["original_max_position_embeddings"]
@@ -301,7 +300,7 @@ def _llama_frequencies(c: Mapping[str, Any], r: int) -> Array:
     return np.where(wavelength > trained / low, found / rope["factor"], np.where(is_high, found, interpolated))
 
 
-def _head(t: ExternalTensors, c: Mapping[str, Any], x: Array, head: str, embedding: str, *, tied: bool) -> Array:
-    if c.get("tie_word_embeddings", tied):
+def _head(t: ExternalTensors, c: Mapping[str, Any], x: Array, head: str, embedding: str) -> Array:
+    if c["tie_word_embeddings"]:
         return matmul(x, t.find(embedding), transposed=True)
     return t.linear(head, x)

@@ -29,7 +29,7 @@ def run_t5(
     t = ExternalTensors(tensors, "")
     encoder_output = _run_stack(t, c, "encoder", encoder_tokens, mask, None)
     x = _run_stack(t, c, "decoder", tokens, mask, encoder_output)
-    if c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True)):
+    if c.get("scale_decoder_outputs", c.get("tie_word_embeddings") is not False):
         x = x * c["d_model"] ** -0.5
     head = "lm_head.weight" if "lm_head.weight" in t else "shared.weight"
     return matmul(x, t.find(head), transposed=True)
@@ -39,7 +39,7 @@ def _run_stack(
     t: ExternalTensors, c: Mapping[str, Any], stack: str, tokens: Array, mask: Array, encoder_output: Array | None
 ) -> Array:
     """Return the output of the encoder, or of the decoder if `encoder_output` is given."""
-    eps = c.get("layer_norm_epsilon", 1e-6)
+    eps = c["layer_norm_epsilon"]
     is_encoder = encoder_output is None
     x = t.rows("shared.weight", tokens)
     positions = np.arange(tokens.shape[1])
@@ -49,7 +49,8 @@ def _run_stack(
     bias = np.where((mask if is_encoder else np.ones_like(tokens))[:, None, None] > 0, bias, -np.inf)
     if not is_encoder:
         bias = np.where(offset > 0, -np.inf, bias)
-    for i in range(c["num_layers" if is_encoder else "num_decoder_layers"]):
+    n_layers = c["num_layers"] if is_encoder or c["num_decoder_layers"] is None else c["num_decoder_layers"]
+    for i in range(n_layers):
         layer = f"{stack}.block.{i}.layer."
         normed = t.rms(f"{layer}0.layer_norm", x, eps)
         x = x + _attend(t, f"{layer}0.SelfAttention", normed, normed, bias, c["num_heads"])
@@ -88,7 +89,7 @@ def _feed_forward(t: ExternalTensors, c: Mapping[str, Any], name: str, x: Array)
 
 
 def _dense(t: ExternalTensors, c: Mapping[str, Any], name: str, x: Array) -> Array:
-    kind = c.get("feed_forward_proj") or c.get("dense_act_fn", "relu")
+    kind = c["feed_forward_proj" if "feed_forward_proj" in c else "dense_act_fn"]
     act = gelu_tanh if kind == "gated-gelu" else ACTIVATIONS[kind.removeprefix("gated-")]
     if kind.startswith("gated-"):
         return t.linear(f"{name}.wo", act(t.linear(f"{name}.wi_0", x)) * t.linear(f"{name}.wi_1", x))

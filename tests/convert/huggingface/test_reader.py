@@ -151,7 +151,7 @@ def test_wrong_number_of_layers_is_refused(tmp_path):
         ("gpt2", dict(model_type="bert"), "'bert' is not supported; supported: gpt2, gpt_neo"),
         ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
         ("gpt2", dict(activation_function="mish"), "activation_function = 'mish'"),
-        ("gpt2", dict(n_head=None), "n_head is missing"),
+        ("gpt2", dict(n_head=None), "n_head = None has type null; the type must be int"),
         ("gpt2", dict(n_head=5), "d_model=12 is not a multiple of n_heads=5"),
         ("llama-gqa", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "type 'yarn'"),
         ("llama-gqa", dict(mlp_bias=True), r"missing: model\.layers\.0\.mlp\.up_proj\.bias"),
@@ -178,7 +178,7 @@ def test_sliding_window_layers_match_transformers(tmp_path):
         (dict(model_type="llama", use_sliding_window=True), ("global",), 256),
         (dict(model_type="qwen3", use_sliding_window=True, max_window_layers=1), ("global", "local"), 3),
         (dict(layer_types=["sliding_attention", "full_attention"]), ("local", "global"), 3),
-        (dict(use_sliding_window=False), ("global",), 256),
+        (dict(use_sliding_window=False, layer_types=None), ("global",), 256),
     ):
         edit_config(tmp_path / "external", **changes)
         config_json, family = read_config(tmp_path / "external")
@@ -187,6 +187,9 @@ def test_sliding_window_layers_match_transformers(tmp_path):
     config_json.table.pop("sliding_window")
     absent = family.read_config(HFConfig(config_json.table | {"model_type": "mistral"}, "test"))
     assert (absent["attention_pattern"], absent["attention_window"]) == (["local"], 4096), "its configuration's default"
+    edit_config(tmp_path / "external", use_sliding_window=False, layer_types=["sliding_attention", "full_attention"])
+    with pytest.raises(CheckpointError, match="layer_types has sliding_attention, but sliding_window is not in use"):
+        open_huggingface(tmp_path / "external")
     edit_config(tmp_path / "external", use_sliding_window=True, layer_types=["sliding_attention"])
     with pytest.raises(CheckpointError, match=r"layer_types must be .* for each of 2 layers"):
         open_huggingface(tmp_path / "external")

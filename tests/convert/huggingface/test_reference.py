@@ -16,7 +16,6 @@ from mesh_transformer.convert.gptj.reference import run_mtj
 from mesh_transformer.convert.huggingface import reference
 from mesh_transformer.convert.huggingface.families import FAMILIES, run_huggingface
 from mesh_transformer.convert.huggingface.reader import find_family
-from mesh_transformer.convert.huggingface.reference_t5 import run_t5
 from mesh_transformer.convert.lazy_arrays import InMemory
 from mesh_transformer.convert.logit_check import run_native
 
@@ -25,8 +24,8 @@ FIXTURE = Path(__file__).parents[4] / "shared" / "fixtures" / "gptj_v1_4shards"
 
 def run(case, weights, config, tokens) -> np.ndarray:
     """Run the reference implementation of a case."""
-    tensors, read = {key: InMemory(value) for key, value in weights.items()}, make_encoder_inputs(case, tokens)
-    return run_huggingface(tensors, config, tokens) if read is None else run_t5(tensors, config, tokens, *read)
+    tensors = {key: InMemory(value) for key, value in weights.items()}
+    return run_huggingface(tensors, config, tokens, *(make_encoder_inputs(case, tokens) or ()))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,204 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Read a config.json with the defaults, aliases and types of its configuration class in transformers.
+
+config_defaults.json records the classes (scripts/record_config_defaults.py). Every key that a family's reader reads is
+marked; a key of the class that was not read, has an effect and differs from its default is refused.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mesh_transformer.storage.errors import CheckpointError
+
+DEFAULTS = Path(__file__).with_name("config_defaults.json")
+JSON_TYPES = {int: "int", float: "float", bool: "bool", str: "str", list: "list", dict: "dict", type(None): "null"}
+NO_EFFECT = {
+    # reason: keys
+    "initial values of weights": "initializer_range initializer_factor init_std init_device",
+    "dropout, which is off outside of training": (
+        "resid_pdrop embd_pdrop attn_pdrop emb_pdrop attention_dropout hidden_dropout classifier_dropout resid_dropout "
+        "embed_dropout dropout_rate dropout layerdrop hidden_dropout_prob attention_probs_dropout_prob "
+        "classifier_dropout_prob residual_dropout embedding_dropout summary_first_dropout"
+    ),
+    "losses and noise of training": (
+        "output_router_logits add_router_probs router_aux_loss_coef router_z_loss_coef router_jitter_noise"
+    ),
+    "what a call returns or caches": "use_cache",
+    "kept with the weights, see SPECIAL_IDS in conversion.py": (
+        "bos_token_id eos_token_id pad_token_id decoder_start_token_id sep_token_id cls_token_id"
+    ),
+    "heads for classification": (
+        "summary_type summary_use_proj summary_activation summary_proj_to_labels type_of_head classifier_pooling"
+    ),
+    "order of float operations, not the function": (
+        "pretraining_tp reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32 slow_but_exact"
+    ),
+}
+KEYS_WITHOUT_EFFECT = {key for keys in NO_EFFECT.values() for key in keys.split()}
+# transformers sets these in the copies that it makes for the two stacks, or does not read them.
+NO_EFFECT_OF = {
+    "gpt_neox": {"is_decoder"},
+    "t5": {"is_decoder"},
+    "mt5": {"is_decoder"},
+    "umt5": {"is_decoder"},
+    "switch_transformers": {"is_decoder", "add_cross_attention"},
+}
+ROPE_WITH_TRAINED_LENGTH = ("llama3", "yarn", "longrope")
+
+
+@functools.cache
+def recorded_classes() -> dict[str, dict[str, Any]]:
+    """Return the recorded configuration classes by model type."""
+    return json.loads(DEFAULTS.read_bytes())["model_types"]
+
+
+class HFConfig:
+    """A config.json whose keys are read one by one.
+
+    `table` is the file with aliases replaced by the names of the fields they set. A key that the file lacks has the
+    default of the configuration class. Every method that returns a value marks its key as read.
+    """
+
+    def __init__(self, table: Mapping[str, Any], where: object):
+        self.where = where
+        self.kind = str(table.get("model_type"))
+        recorded = recorded_classes().get(self.kind, {})
+        self.aliases: dict[str, str] = recorded.get("aliases", {})
+        self.fields: dict[str, tuple[Any, str]] = {
+            self.aliases.get(name, name): (default, types)
+            for name, (default, types) in recorded.get("fields", {}).items()
+        }
+        self.computed: list[str] = recorded.get("computed", [])
+        self.rope_defaults: dict[str, Any] | None = recorded.get("rope")
+        # transformers sets fields first and every other key after them, so that an alias beside its field wins
+        in_order = sorted(table.items(), key=lambda item: item[0] not in recorded.get("fields", {}))
+        self.table = {self.aliases.get(key, key): value for key, value in in_order}
+        self.was_read: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        """Return whether the file has the key, also if it is null."""
+        return self.aliases.get(key, key) in self.table
+
+    def __getitem__(self, key: str) -> Any:
+        """Return the value in the file, or the default of the class. Raise CheckpointError without either."""
+        key = self.aliases.get(key, key)
+        self.was_read.add(key)
+        default, types = self.fields.get(key, (None, "any"))
+        if key in self.table:
+            self._check_type(key, types)
+            return self.table[key]
+        if key not in self.fields:
+            raise CheckpointError(f"{self.where}: {key} is missing")
+        return default
+
+    def given(self, key: str) -> Any:
+        """Return the value in the file, or None if the key is absent."""
+        return self[key] if self.aliases.get(key, key) in self.table else None
+
+    def _check_type(self, key: str, types: str) -> None:
+        value = self.table[key]
+        allowed = types.split("|")
+        found = JSON_TYPES[type(value)]
+        if "any" in allowed or found in allowed or (found == "int" and "float" in allowed):
+            return
+        raise CheckpointError(
+            f"{self.where}: {key} = {value!r} has type {found}; the type must be {' or '.join(allowed)}"
+        )
+
+    def get(self, *keys: str, default: Any = None) -> Any:
+        """Return the value of the first of `keys` that is set; without one, the default of the class, or else `default`.
+
+        A null in the file is not set, and takes `default` rather than that of the class. CheckpointError without a value.
+        """
+        found = [self[key] for key in keys if key in self]
+        if not found:
+            found = [self[key] for key in keys if self.aliases.get(key, key) in self.fields]
+        value = next((value for value in found if value is not None), default)
+        self.was_read.update(self.aliases.get(key, key) for key in keys)
+        if value is None:
+            raise CheckpointError(f"{self.where}: {' or '.join(keys)} is missing")
+        return value
+
+    def require(self, key: str, *allowed: Any) -> None:
+        """Raise CheckpointError unless the key has one of the `allowed` values; other values are other functions.
+
+        A null is allowed where the class has no default for the key or null is its default.
+        """
+        key = self.aliases.get(key, key)
+        self.was_read.add(key)
+        value = self[key] if key in self or key in self.fields else None
+        if value is None and self.fields.get(key, (None,))[0] is None:
+            return
+        if value not in allowed:
+            raise CheckpointError(f"{self.where}: {key} = {value!r} is not supported; supported: {allowed}")
+
+    def translate(self, names: Mapping[Any, str], *keys: str, default: Any = None) -> str:
+        """Return the native name of an external value. Raise CheckpointError if it is not in `names`."""
+        value = self.get(*keys, default=default)
+        if value not in names:
+            raise CheckpointError(f"{self.where}: {keys[0]} = {value!r} is not supported; supported: {list(names)}")
+        return names[value]
+
+    def rope_parameters(self) -> dict[str, Any]:
+        """Return the parameters of rotary embeddings as transformers completes them, with rope_type and rope_theta.
+
+        Source: RotaryEmbeddingConfigMixin.convert_rope_params_to_dict and standardize_rope_params of transformers 5, where
+        the old key rope_scaling wins. Parameters for each kind of layer (nested tables) are not handled here.
+        """
+        defaults = self.rope_defaults or {"rope_type": "default", "rope_theta": 10_000.0}
+        stored = self.given("rope_parameters")
+        if stored is None:
+            stored = {key: value for key, value in defaults.items() if key not in TOP_LEVEL}
+        rope = dict(self.given("rope_scaling") or stored)
+        rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+        rope.pop("type", None)
+        for name, outside in (NEOX_TOP_LEVEL if self.kind == "gpt_neox" else TOP_LEVEL).items():
+            value = self[outside] if outside in self else defaults.get(name)
+            if value is not None:
+                rope.setdefault(name, value)
+        if rope["rope_type"] in ROPE_WITH_TRAINED_LENGTH:
+            key = "original_max_position_embeddings"
+            if key in self.fields:
+                rope[key] = self[key]
+            else:
+                rope.setdefault(key, self["max_position_embeddings"])
+        self.was_read |= {"rope_parameters", "rope_scaling"}
+        for name in ("rope_theta", "partial_rotary_factor", "factor"):
+            if name in rope and (isinstance(rope[name], bool) or not isinstance(rope[name], int | float)):
+                raise CheckpointError(
+                    f"{self.where}: {name} = {rope[name]!r} of the rotary embeddings must be a number"
+                )
+        return rope
+
+    def merged(self) -> dict[str, Any]:
+        """Return the file completed with the defaults of the class and with `rope_parameters`."""
+        fields = {key: default for key, (default, _) in self.fields.items()} | self.table
+        if self.rope_defaults and "rope_type" in self.rope_defaults:
+            fields["rope_parameters"] = self.rope_parameters()
+        fields.pop("rope_scaling", None)
+        return fields
+
+    def check_all_read(self) -> None:
+        """Raise CheckpointError with every key that was not read, has an effect and differs from the default."""
+        ignored = KEYS_WITHOUT_EFFECT | NO_EFFECT_OF.get(self.kind, set()) | self.was_read
+        keys = [
+            key
+            for key in (*self.fields, *self.computed, "per_layer_config")
+            if key in self.table and key not in ignored
+        ]
+        unread = []
+        for key in keys:
+            default = self.fields.get(key, (None,))[0]
+            if self.table[key] != default:
+                unread.append(f"{key} = {self.table[key]!r} is not supported; supported: {default!r}")
+        if unread:
+            raise CheckpointError(f"{self.where}: {'; '.join(unread)}")
+
+
+# Names in the rope parameters, and the keys of config.json from which transformers takes them if they are not there.
+TOP_LEVEL = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+NEOX_TOP_LEVEL = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
