@@ -63,6 +63,7 @@ CONFIG_LEAVES = {
     "moe",
     "presets",
     "renamed",
+    "rope",
 }  # of config/: import no other package
 
 
@@ -237,6 +238,10 @@ READ_THROUGH = {
     "n_kv_heads": "kv_heads",
     "d_ff": "ff_dim",
     "rope_dims": "rope_dim",
+    "rope_pattern": "pattern",
+    "attention_factor": "rotation_scale",
+    "mscale": "rotation_scale",
+    "mscale_all_dim": "rotation_scale",
     "preset": "load_config",  # while loading
     "noise_density": "measure_spans",
     "mean_noise_span_length": "measure_spans",
@@ -293,6 +298,7 @@ COVERED_BY = {
     "checkpoint/test_object_store_backend.py": ("convert.upload", "data.download"),
     "checkpoint/test_store.py": ("checkpoint.backends", "checkpoint.commit", "storage.digests"),
     "config/test_loading.py": ("config.evaluation", "config.model", "config.moe", "config.schema"),
+    "model/test_positions.py": ("config.rope",),
     "config/test_presets.py": ("model.shapes",),
     "config/test_resume_rules.py": ("config.field_types",),
     "convert/gptj/test_reader.py": ("convert.gptj.reference", "convert.gptj.writer"),

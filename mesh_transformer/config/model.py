@@ -4,32 +4,25 @@
 
 import dataclasses
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from mesh_transformer.config.field_types import STRICT, Fraction, NonNegative, Positive, Rate, Resume
 from mesh_transformer.config.moe import ExpertsConfig
+from mesh_transformer.config.rope import RopeScalingConfig
+
+Kind = TypeVar("Kind")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class RopeScalingConfig:
-    """Frequency scaling of rotary position embeddings for contexts longer than the trained length (Llama 3.1)."""
+class LayerKind(NamedTuple):
+    """What distinguishes the layers of one model from each other."""
 
-    factor: Rate  # low frequencies are divided by this
-    low_freq_factor: Rate  # wavelengths above original_seq_len / low_freq_factor are low frequencies
-    high_freq_factor: Rate  # wavelengths below original_seq_len / high_freq_factor stay as they are
-    original_seq_len: Positive  # the trained length
-
-    @model_validator(mode="after")
-    def check(self) -> "RopeScalingConfig":
-        """Raise ValueError unless low_freq_factor < high_freq_factor."""
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"low_freq_factor={self.low_freq_factor} must be less than high_freq_factor={self.high_freq_factor}"
-            )
-        return self
+    local: bool  # attention has a window
+    has_experts: bool
+    rotates: bool  # queries and keys are rotated; without effect unless `positions` is a rotary embedding
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -49,8 +42,16 @@ class ModelConfig:
     d_ff: Positive | None = None  # None: 4 d_model
     # -- architecture --
     # "gemma-rmsnorm" stores the difference of the scale from 1; "gptj-rmsnorm" and "gptj-scalenorm" divide by (norm of the
-    # vector + norm_eps), as in mesh-transformer-jax
-    norm: Literal["layernorm", "rmsnorm", "gemma-rmsnorm", "scalenorm", "gptj-rmsnorm", "gptj-scalenorm"] = "layernorm"
+    # vector + norm_eps), as in mesh-transformer-jax; "nonparametric-layernorm" has no weights (OLMo)
+    norm: Literal[
+        "layernorm",
+        "rmsnorm",
+        "gemma-rmsnorm",
+        "scalenorm",
+        "gptj-rmsnorm",
+        "gptj-scalenorm",
+        "nonparametric-layernorm",
+    ] = "layernorm"
     norm_eps: Rate = 1e-5  # added to the variance, or as `norm` says
     # rope-interleaved rotates neighboring channels (GPT-J), rope-half channels i and i + rope_dims / 2 (GPT-NeoX, Llama)
     # falcon-alibi: slope times position of the key, rounded to bfloat16 and scaled as the scores (Falcon RW)
@@ -60,21 +61,34 @@ class ModelConfig:
     t5_max_distance: Positive = 128  # distances from here on share the last bucket
     rope_dims: Positive | None = None  # leading channels of a head that are rotated; None: all
     rope_theta: Rate = 10_000.0  # base of the rotation frequencies
+    rope_local_theta: Rate | None = (
+        None  # base in local layers, which are not scaled then (Gemma 3); None: as in the others
+    )
     rope_scaling: RopeScalingConfig | None = None  # frequency scaling for long contexts; None: unscaled
+    # repeated over the layers: whether queries and keys are rotated (SmolLM 3: not in every fourth layer)
+    rope_pattern: tuple[bool, ...] = (True,)
     # serial: x + attention, then x + ffn (GPT-2). parallel: both read one norm of x (GPT-J). parallel-two-norms: both read
-    # their own norm of x (GPT-NeoX). sandwich: serial, with a norm before and after each branch (Gemma 2)
-    residual: Literal["serial", "parallel", "parallel-two-norms", "sandwich"] = "serial"
+    # their own norm of x (GPT-NeoX). sandwich: serial, with a norm before and after each branch (Gemma 2). reordered-norm:
+    # serial, with a norm after each branch only (OLMo 2)
+    residual: Literal["serial", "parallel", "parallel-two-norms", "sandwich", "reordered-norm"] = "serial"
     activation: Literal["gelu-tanh", "gelu-erf", "relu", "silu"] = "gelu-tanh"  # of the feed-forward layer
     gated_ffn: bool = False  # activation(x W_gate) * (x W_in), as in SwiGLU
     causal: bool = True  # false: an encoder-only model with bidirectional attention
-    attention_pattern: tuple[Literal["global", "local"], ...] = ("global",)  # repeated over the layers
+    # repeated over the layers. If n_layers is no multiple of its length, no layers are stacked, so that compiling takes
+    # longer and the layers cannot be divided over mesh.pipeline
+    attention_pattern: tuple[Literal["global", "local"], ...] = ("global",)
     # keys that a token of a local layer attends to, itself included (bidirectional: on either side)
     attention_window: Positive = 256
     # factor of the scores; none: 1 (GPT-Neo, T5); a number: itself
     attention_scale: Literal["rsqrt_d_head", "none"] | Rate = "rsqrt_d_head"
     attention_softcap: Rate | None = None  # scores become cap * tanh(scores / cap) (Gemma 2); None: no cap
-    qk_norm: bool = False  # RMSNorm of each head's queries and keys before the rotation (Qwen 3)
-    clip_qkv: Rate | None = None  # limit of the absolute value of queries, keys and values before the rotation (MPT)
+    # norm of queries and keys before the rotation. true: RMSNorm of each head, one scale for all heads (Qwen 3);
+    # gemma-rmsnorm: the same, storing the difference of the scale from 1 (Gemma 3); rmsnorm-all-heads: RMSNorm of all heads
+    # together (OLMo 2); layernorm-per-head: layer norm of each head with its own scale and no bias (StableLM 2, Command R)
+    qk_norm: bool | Literal["gemma-rmsnorm", "rmsnorm-all-heads", "layernorm-per-head"] = False
+    clip_qkv: Rate | None = (
+        None  # limit of the absolute value of queries, keys and values before the rotation (OLMo, MPT)
+    )
     qkv_bias: bool = True  # biases of the query, key and value projections
     attention_out_bias: bool = True  # bias of the attention output projection
     ff_bias: bool = True  # biases of the feed-forward layer
@@ -85,9 +99,8 @@ class ModelConfig:
     embedding_scale: Literal["none", "sqrt_d_model"] = "none"
     embedding_norm: bool = False  # norm of the residual stream before the first layer (BLOOM)
     logit_softcap: Rate | None = None  # logits become cap * tanh(logits / cap) (Gemma 2); None: no cap
-    logit_scale: Literal["none", "rsqrt_d_model"] = (
-        "none"  # factor of the logits; rsqrt_d_model: T5 with tied embeddings
-    )
+    # factor of the logits; rsqrt_d_model: T5 with tied embeddings; a number: itself (Command R)
+    logit_scale: Literal["none", "rsqrt_d_model"] | Rate = "none"
     init: Literal["gpt2", "gptj", "neox", "t5"] = "gpt2"  # scheme of the initial weights (model/params.py)
     init_scale: Rate = 1.0  # factor of the variance of all initial weights (Switch: 0.1)
     experts: ExpertsConfig | None = None  # mixture of experts in some or all layers; None: dense layers only
@@ -109,13 +122,12 @@ class ModelConfig:
             raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; set d_head")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
-        if not self.attention_pattern or self.n_layers % len(self.attention_pattern):
-            length = len(self.attention_pattern)
-            raise ValueError(f"n_layers={self.n_layers} is not a multiple of the length {length} of attention_pattern")
-        if self.experts is not None and self.n_layers % (n := len(self.pattern)):
+        if not self.attention_pattern or not self.rope_pattern:
+            raise ValueError("attention_pattern and rope_pattern must have at least one element")
+        if self.experts is not None and self.n_layers % self._period:
             raise ValueError(
-                f"n_layers={self.n_layers} is not a multiple of {n}, the length of the pattern that attention_pattern and "
-                f"experts.layer_interval={self.experts.layer_interval} give"
+                f"n_layers={self.n_layers} is not a multiple of {self._period}, the length of the pattern that "
+                f"attention_pattern and experts.layer_interval={self.experts.layer_interval} give"
             )
         if self.n_encoder_layers is not None:
             self._check_encoder(self.n_encoder_layers)
@@ -124,7 +136,7 @@ class ModelConfig:
 
     def _check_positions(self) -> None:
         rotates = self.positions.startswith("rope")
-        for name in ("rope_dims", "rope_scaling"):
+        for name in ("rope_dims", "rope_scaling", "rope_local_theta"):
             if (value := getattr(self, name)) is not None and not rotates:
                 raise ValueError(f'{name}={value} has no effect with positions="{self.positions}"; remove it')
         if self.position_offset and self.positions != "learned":
@@ -138,8 +150,23 @@ class ModelConfig:
                 f"t5_buckets={self.t5_buckets} must be even and at least 4, and t5_max_distance={self.t5_max_distance} more "
                 "than half of it"
             )
-        if rotates and (self.rope_dim > self.head_dim or self.rope_dim % 2):
+        if not rotates:
+            if not all(self.rope_pattern):
+                raise ValueError(f'rope_pattern has no effect with positions="{self.positions}"; remove it')
+            return
+        if self.rope_dim > self.head_dim or self.rope_dim % 2:
             raise ValueError(f"rope_dims={self.rope_dim} must be even and at most d_head={self.head_dim}")
+        if self.rope_local_theta is not None and "local" not in self.attention_pattern:
+            raise ValueError(
+                f"rope_local_theta={self.rope_local_theta} has no effect without a local layer in attention_pattern; remove it"
+            )
+        if self.rope_scaling and self.rope_scaling.short_factor and self.rope_scaling.long_factor:
+            lengths = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
+            if lengths != {self.rope_dim // 2}:
+                raise ValueError(
+                    f"rope_scaling.short_factor and long_factor must have {self.rope_dim // 2} elements, one for each pair of "
+                    f"rotated channels; they have {' and '.join(map(str, sorted(lengths)))}"
+                )
 
     def _check_encoder(self, n_layers: int) -> None:
         if not self.causal:
@@ -151,10 +178,10 @@ class ModelConfig:
             raise ValueError(f"n_encoder_layers={n_layers} requires embedding_norm=false")
         if self.residual != "serial":
             raise ValueError(f'n_encoder_layers={n_layers} requires residual="serial", not "{self.residual}"')
-        if n_layers % (n := len(self.pattern)):
+        if n_layers % self._period:
             raise ValueError(
-                f"n_encoder_layers={n_layers} is not a multiple of {n}, the length of the pattern that attention_pattern and "
-                "experts.layer_interval give"
+                f"n_encoder_layers={n_layers} is not a multiple of {self._period}, the length of the pattern that "
+                "attention_pattern and experts.layer_interval give"
             )
 
     @property
@@ -167,6 +194,16 @@ class ModelConfig:
         )
         return dataclasses.replace(self, **own)
 
+    def padded_len_limit(self, length: int) -> int:
+        """Return the length up to which a sequence of `length` tokens may be padded without a change of its function.
+
+        It is seq_len, but for rotary embeddings that depend on the length that a sequence reaches (longrope).
+        """
+        scaling = self.rope_scaling
+        if scaling is None or scaling.type != "longrope" or scaling.original_seq_len is None:
+            return self.seq_len
+        return self.seq_len if length > scaling.original_seq_len else min(scaling.original_seq_len, self.seq_len)
+
     def max_new_tokens(self, length: int) -> int:
         """Number of tokens that can be generated after a prompt of `length` tokens.
 
@@ -175,13 +212,22 @@ class ModelConfig:
         return self.seq_len - (length if self.n_encoder_layers is None else 0)
 
     @property
-    def pattern(self) -> tuple[tuple[bool, bool], ...]:
-        """One period of the layers, which is repeated: for each layer, (attention is local, has experts)."""
-        attention = self.attention_pattern
+    def _period(self) -> int:
+        """Number of layers after which attention_pattern, rope_pattern and experts.layer_interval repeat together."""
         interval = 1 if self.experts is None else self.experts.layer_interval
-        layers = range(math.lcm(len(attention), interval))
-        has_experts = [self.experts is not None and (i + 1) % interval == 0 for i in layers]
-        return tuple((attention[i % len(attention)] == "local", has_experts[i]) for i in layers)
+        return math.lcm(len(self.attention_pattern), len(self.rope_pattern), interval)
+
+    @property
+    def pattern(self) -> tuple[LayerKind, ...]:
+        """The kinds of layers of one period, which is repeated; of all layers if they are no whole number of periods."""
+        interval = 1 if self.experts is None else self.experts.layer_interval
+
+        def kind(i: int) -> LayerKind:
+            local = self.attention_pattern[i % len(self.attention_pattern)] == "local"
+            has_experts = self.experts is not None and (i + 1) % interval == 0
+            return LayerKind(local, has_experts, self.rope_pattern[i % len(self.rope_pattern)])
+
+        return tuple(kind(i) for i in range(self.n_layers if self.n_layers % self._period else self._period))
 
     @property
     def head_dim(self) -> int:
@@ -212,14 +258,24 @@ class ModelConfig:
         table = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
         table["experts"] = self.experts and self.experts.describe_function()
         table |= dict(d_head=self.head_dim, n_kv_heads=self.kv_heads, d_ff=self.ff_dim)
-        scales = {"rsqrt_d_head": self.head_dim**-0.5, "none": 1.0}
-        table["attention_scale"] = scales.get(str(self.attention_scale), self.attention_scale)
+        scales = {"rsqrt_d_head": self.head_dim**-0.5, "rsqrt_d_model": self.d_model**-0.5, "none": 1.0}
+        for key in ("attention_scale", "logit_scale"):
+            table[key] = scales.get(str(table[key]), table[key])
+        for key in ("attention_pattern", "rope_pattern"):
+            table[key] = shortest_pattern([table[key][i % len(table[key])] for i in range(self.n_layers)])
+        table["rope_scaling"] = self.rope_scaling and self.rope_scaling.describe_function()
         rotates = self.positions.startswith("rope")
         table |= dict(rope_dims=self.rope_dim if rotates else None)
         if self.positions != "t5":
             table |= dict(t5_buckets=None, t5_max_distance=None)
         unused = dict(
             rope_theta=not rotates, attention_window="local" not in self.attention_pattern,
-            norm_bias=self.norm in ("rmsnorm", "gemma-rmsnorm", "scalenorm"),
+            norm_bias=self.norm in ("rmsnorm", "gemma-rmsnorm", "scalenorm", "nonparametric-layernorm"),
         )  # fmt: skip
         return table | {key: None for key, is_unused in unused.items() if is_unused}
+
+
+def shortest_pattern(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+    """Return the shortest pattern whose repetition begins with `kinds`, one element per layer."""
+    lengths = range(1, len(kinds) + 1)
+    return next(tuple(kinds[:n]) for n in lengths if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))

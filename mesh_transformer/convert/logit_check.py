@@ -162,7 +162,7 @@ def _select(weights: Mapping[str, LazyArray], *prefixes: str) -> dict[str, LazyA
 def _norm(config: ModelConfig, name: str, x: np.ndarray, params: Params) -> np.ndarray:
     """Return x normalized by a norm outside the layers."""
     norm = hk.without_apply_rng(hk.transform(lambda x: Norm(config, name=name)(x)))
-    return np.asarray(norm.apply({name: params[f"transformer/{name}"]}, jnp.asarray(x)))
+    return np.asarray(norm.apply({name: params.get(f"transformer/{name}", {})}, jnp.asarray(x)))
 
 
 def _run_periods(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.config.model import LayerKind
 from mesh_transformer.convert.huggingface.reference import BLOCK_BYTES
 from mesh_transformer.convert.lazy_arrays import Index, LazyArray, full_index
 from mesh_transformer.model.attention.dense import dense_attention
@@ -23,7 +24,7 @@ from mesh_transformer.model.attention.masks import AttentionContext
 from mesh_transformer.model.feed_forward import ACTIVATIONS
 from mesh_transformer.model.formulas import Branches, apply_branches, clip_qkv
 from mesh_transformer.model.norms import Norm, QKNorm
-from mesh_transformer.model.positions import apply_rope
+from mesh_transformer.model.positions import apply_rope, make_rotation
 from mesh_transformer.storage.errors import CheckpointError
 
 Array = np.ndarray
@@ -32,13 +33,11 @@ Array = np.ndarray
 class OutOfCoreLayer:
     """One layer whose weights are not loaded."""
 
-    def __init__(
-        self, config: ModelConfig, arrays: Mapping[str, LazyArray], index: int, *, local: bool, has_experts: bool
-    ):
+    def __init__(self, config: ModelConfig, arrays: Mapping[str, LazyArray], index: int, kind: LayerKind):
         """`arrays` are stacks by their names in a block ("attention/w_q"); `index` is the position of this layer in them."""
         self.config = config
-        self.local = local
-        self.experts = config.experts if has_experts else None
+        self.kind = kind
+        self.experts = config.experts if kind.has_experts else None
         self.arrays: dict[str, LazyArray] = {name: Index(array, index) for name, array in arrays.items()}
 
     def run(self, x: Array, context: AttentionContext) -> Array:
@@ -53,12 +52,13 @@ class OutOfCoreLayer:
             q = self.norm("attention/norm_q", q, QKNorm)
             k = self.norm("attention/norm_k", k, QKNorm)
         q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
-        if self.config.positions.startswith("rope"):
-            q = apply_rope(q, context.positions, self.config)
-            k = apply_rope(k, context.positions, self.config)
+        if self.config.positions.startswith("rope") and self.kind.rotates:
+            rotation = make_rotation(context.positions, context.reached_len, self.config, local=self.kind.local)
+            q = apply_rope(q, rotation, self.config)
+            k = apply_rope(k, rotation, self.config)
         masks = context.masks
         assert masks is not None, "only the dense kernel has masks"
-        mask = masks.windowed if self.local else masks.full
+        mask = masks.windowed if self.kind.local else masks.full
         output = dense_attention(q, k, v, mask, masks.bias, dataclasses.replace(self.config, dropout=0.0))
         return self.matmul(np.asarray(output), "attention/w_o", "attention/b_o", input_dims=2)
 
@@ -137,8 +137,7 @@ def run_layers(config: ModelConfig, arrays: Mapping[str, LazyArray], x: Array, c
     for i in range(config.n_layers):
         block = f"block_{i % period}/"
         own = {name.removeprefix(block): array for name, array in arrays.items() if name.startswith(block)}
-        local, has_experts = config.pattern[i % period]
-        layer = OutOfCoreLayer(config, own, i // period, local=local, has_experts=has_experts)
+        layer = OutOfCoreLayer(config, own, i // period, config.pattern[i % period])
         with jax.default_matmul_precision("highest"):
             x = layer.run(x, context)
     return x

@@ -174,7 +174,8 @@ class LoglikelihoodScorer:
             raise ScoringError(f"request {number} has token {bad}; the vocabulary is 0..{self.config.n_vocab - 1}")
 
     def _bucket(self, request: ScoringRequest) -> int:
-        return bucket(len(request.tokens) - 1, min(MIN_BUCKET, self.config.seq_len), self.config.seq_len)
+        limit = self.config.padded_len_limit(len(request.tokens) - 1)
+        return bucket(len(request.tokens) - 1, min(MIN_BUCKET, limit), limit)
 
     def _batch_size(self, length: int) -> int:
         """Return the size of a full batch of this length: a multiple of the shards of a batch."""

@@ -96,6 +96,9 @@ def apply_branches(x: Any, branches: Branches, config: ModelConfig) -> Any:
             return x + attention(normed) + feed_forward(normed)
         case "parallel-two-norms":  # GPT-NeoX
             return x + attention(norm("norm_1", x)) + feed_forward(norm("norm_2", x))
+        case "reordered-norm":  # OLMo 2
+            x = x + norm("norm_1_post", attention(x))
+            return x + norm("norm_2_post", feed_forward(x))
         case "sandwich":  # Gemma 2
             x = x + norm("norm_1_post", attention(norm("norm_1", x)))
             return x + norm("norm_2_post", feed_forward(norm("norm_2", x)))
@@ -116,4 +119,6 @@ def finish_logits(
     if config.head_bias:
         assert bias is not None
         product = product + bias.reshape(*[1] * (product.ndim - 1), -1)
+    if isinstance(config.logit_scale, float):
+        product = product * config.logit_scale
     return soft_cap(product, config.logit_softcap)

@@ -3,6 +3,7 @@
 """Normalization layers. Statistics are computed in float32, whatever the dtype of the activations."""
 
 from functools import partial
+from typing import Any
 
 import haiku as hk
 import jax
@@ -24,15 +25,17 @@ def _statistics(x: Float[Array, "*B D"], eps: float, centered: bool) -> tuple[Ar
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalize(
-    x: Float[Array, "*B D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float, centered: bool
+    x: Float[Array, "*B D"], scale: Float[Array, "*N D"], bias: Float[Array, "*N D"], eps: float, centered: bool
 ) -> Float[Array, "*B D"]:
     """Return (x - mean) / sqrt(variance + eps) * scale + bias in x's dtype; with `centered` false, without the mean.
+
+    `scale` and `bias` may have more of x's last dimensions than the normalized one.
 
     The gradient is written by hand: it saves only x for the backward pass. Automatic differentiation saves four float32
     arrays of x's shape in every layer, among them broadcast statistics and scales.
     """
     x_centered, inverse = _statistics(x, eps, centered)
-    scale, bias = (jnp.expand_dims(p, range(x.ndim - 1)) for p in (scale, bias))
+    scale, bias = (jnp.expand_dims(p, range(x.ndim - p.ndim)) for p in (scale, bias))
     return (x_centered * inverse * scale + bias).astype(x.dtype)
 
 
@@ -45,7 +48,7 @@ def _normalize_backward(eps: float, centered: bool, residuals: tuple, gradient: 
     x_centered, inverse = _statistics(x, eps, centered)
     normed = x_centered * inverse
     gradient = gradient.astype(jnp.float32)
-    batch_dims = tuple(range(x.ndim - 1))
+    batch_dims = tuple(range(x.ndim - scale.ndim))
     d_normed = gradient * jnp.expand_dims(scale, batch_dims)
     dx = d_normed - normed * jnp.mean(d_normed * normed, axis=-1, keepdims=True)
     if centered:
@@ -79,6 +82,9 @@ class Norm(hk.Module):
             return (y * param("scale", hk.initializers.Constant(c.d_model**0.5))).astype(x.dtype)
         if c.norm.startswith("gptj-"):
             return self._divide_by_length(x)
+        if c.norm == "nonparametric-layernorm":
+            ones = jnp.ones(c.d_model)
+            return normalize(x, ones, jnp.zeros_like(ones), c.norm_eps, True)
         # layernorm: Ba et al. 2016; rmsnorm: Zhang and Sennrich 2019, as in Llama
         scale = norm_scale(param("scale", hk.initializers.Constant(initial_norm_scale(c)), embed=c.d_model), c)
         centered = c.norm == "layernorm"
@@ -101,13 +107,23 @@ class Norm(hk.Module):
 
 
 class QKNorm(hk.Module):
-    """RMSNorm of the channels of each head, with one scale that all heads share (Qwen 3)."""
+    """The norm of `config.qk_norm` of queries or keys, whose heads are the logical axis `heads`."""
 
-    def __init__(self, config: ModelConfig, name: str):
+    def __init__(self, config: ModelConfig, name: str, heads: str = "heads"):
         super().__init__(name=name)
         self.config = config
+        self.heads = heads
 
     def __call__(self, x: Float[Array, "B T N C"]) -> Float[Array, "B T N C"]:
         """Return the normalized x, in x's dtype."""
-        scale = param("scale", hk.initializers.Constant(1.0), head_dim=self.config.head_dim)
-        return normalize(x, scale, jnp.zeros_like(scale), self.config.norm_eps, False)
+        c = self.config
+        axes = dict(head_dim=c.head_dim)
+        if c.qk_norm in ("rmsnorm-all-heads", "layernorm-per-head"):
+            axes = {self.heads: x.shape[2]} | axes
+        gemma = c.qk_norm == "gemma-rmsnorm"
+        scale = param("scale", hk.initializers.Constant(0.0 if gemma else 1.0), **axes)
+        scale = 1.0 + scale if gemma else scale
+        if c.qk_norm == "rmsnorm-all-heads":
+            flat: Any = normalize(x.reshape(*x.shape[:2], -1), scale.ravel(), jnp.zeros(scale.size), c.norm_eps, False)
+            return flat.reshape(x.shape)
+        return normalize(x, scale, jnp.zeros_like(scale), c.norm_eps, c.qk_norm == "layernorm-per-head")

@@ -3,6 +3,7 @@
 """Position encodings: rotary embeddings of queries and keys, and biases on attention scores."""
 
 import math
+from typing import NamedTuple
 
 import haiku as hk
 import jax
@@ -11,22 +12,49 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.config.rope import RopeScalingConfig
 from mesh_transformer.model.params import param
 
 
-def apply_rope(
-    x: Float[Array, "B T N C"], positions: Int[Array, "B T"], config: ModelConfig
-) -> Float[Array, "B T N C"]:
+class Rotation(NamedTuple):
+    """Cosine and sine of the angle of each rotated channel pair, in float32."""
+
+    cos: Float[Array, "B T R"]
+    sin: Float[Array, "B T R"]
+
+
+def make_rotation(
+    positions: Int[Array, "B T"], reached_len: Int[Array, "B"] | None, config: ModelConfig, *, local: bool = False
+) -> Rotation:
+    """Return the rotation at `positions` of the layers that are `local` or not.
+
+    The frequencies of "longrope" depend on the number of tokens that a sequence reaches: `reached_len`, or the largest
+    position + 1. In a batch, transformers decides by the longest sequence; here each sequence is independent of the others.
+    """
+    frequencies = jnp.asarray(rope_frequencies(config, local=local), jnp.float32)[None, None]
+    scale = 1.0
+    if config.rope_scaling is not None and not _is_unscaled(config, local):
+        scale = config.rope_scaling.rotation_scale
+        if config.rope_scaling.type == "longrope":
+            length = jnp.max(positions, axis=1) + 1 if reached_len is None else reached_len
+            is_long = length > (config.rope_scaling.original_seq_len or 0)
+            long = jnp.asarray(rope_frequencies(config, is_long=True), jnp.float32)[None, None]
+            frequencies = jnp.where(is_long[:, None, None], long, frequencies)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    if scale == 1.0:
+        return Rotation(jnp.cos(angles), jnp.sin(angles))
+    return Rotation(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+
+
+def apply_rope(x: Float[Array, "B T N C"], rotation: Rotation, config: ModelConfig) -> Float[Array, "B T N C"]:
     """Return `x` with rotary embeddings (Su et al. 2021) applied to the first `rope_dim` channels of every head.
 
     "rope-interleaved" rotates the channels (2i, 2i+1) as a pair, as in GPT-J. "rope-half" rotates (i, i + r/2), as in
     GPT-NeoX and Llama. Both are the same function with permuted weights, so a checkpoint must state which one it uses.
     """
     r = config.rope_dim
-    frequencies = jnp.asarray(rope_frequencies(config), jnp.float32)
-    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]  # [B, T, r/2]
-    cos = jnp.cos(angles)[:, :, None, :]
-    sin = jnp.sin(angles)[:, :, None, :]
+    cos = rotation.cos[:, :, None, :]
+    sin = rotation.sin[:, :, None, :]
     rotary = x[..., :r].astype(jnp.float32)
     if config.positions == "rope-interleaved":
         a = rotary[..., 0::2]
@@ -39,22 +67,55 @@ def apply_rope(
     return jnp.concatenate([rotated.astype(x.dtype), x[..., r:]], axis=-1)
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Return the angle per position of each channel pair, in radians, float64 [r/2].
+def rope_frequencies(config: ModelConfig, *, local: bool = False, is_long: bool = False) -> np.ndarray:
+    """Return the angle per position of each channel pair, in radians, float64 [r/2], as modeling_rope_utils of transformers.
 
-    With `rope_scaling` (Llama 3.1), pairs with fewer than `low_freq_factor` rotations within the original sequence length
-    are slowed down by `factor`, those with more than `high_freq_factor` stay, and those between are interpolated.
+    `is_long`: for sequences of more than `original_seq_len` tokens ("longrope"). "dynamic" has the frequencies of
+    transformers for a sequence of model.seq_len tokens at every length, so that cached keys stay valid.
     """
     r = config.rope_dim
-    frequencies = config.rope_theta ** (-np.arange(0, r, 2) / r)
-    if config.rope_scaling is None:
-        return frequencies
+    theta = config.rope_local_theta if local and config.rope_local_theta is not None else config.rope_theta
     scaling = config.rope_scaling
-    rotations = scaling.original_seq_len * frequencies / (2 * math.pi)  # within the trained length
-    unscaled = np.clip(
-        (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
-    )
-    return frequencies * (unscaled + (1 - unscaled) / scaling.factor)
+    if scaling is None or _is_unscaled(config, local):
+        return theta ** (-np.arange(0, r, 2) / r)
+    factor = scaling.factor or 1.0  # None: longrope, which has no use for it
+    trained = scaling.original_seq_len or config.seq_len  # None: linear, which has no use for it
+    if scaling.type == "dynamic":
+        theta = theta * (factor * max(config.seq_len, trained) / trained - (factor - 1)) ** (r / (r - 2))
+    frequencies = theta ** (-np.arange(0, r, 2) / r)
+    match scaling.type:
+        case "dynamic":
+            return frequencies
+        case "linear":
+            return frequencies / factor
+        case "longrope":
+            return frequencies / np.asarray(scaling.long_factor if is_long else scaling.short_factor)
+        case "yarn":
+            unscaled = _yarn_unscaled(config, scaling, trained)
+        case "llama3":
+            low, high = scaling.low_freq_factor or 0.0, scaling.high_freq_factor or 1.0
+            rotations = trained * frequencies / (2 * math.pi)  # within the trained length
+            unscaled = np.clip((rotations - low) / (high - low), 0.0, 1.0)
+    return frequencies * (unscaled + (1 - unscaled) / factor)
+
+
+def _is_unscaled(config: ModelConfig, local: bool) -> bool:
+    return local and config.rope_local_theta is not None
+
+
+def _yarn_unscaled(config: ModelConfig, scaling: RopeScalingConfig, trained: int) -> np.ndarray:
+    """Return the weight of each pair's own frequency in YaRN (Peng et al. 2023, section 3.2), as transformers computes it."""
+    r = config.rope_dim
+
+    def pair_with(rotations: float) -> float:
+        return r * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = pair_with(scaling.beta_fast or 32.0), pair_with(scaling.beta_slow or 1.0)
+    if scaling.truncate is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, r - 1)
+    width = high - low if high != low else 0.001
+    return 1 - np.clip((np.arange(r // 2) - low) / width, 0.0, 1.0)
 
 
 def alibi_slopes(n_heads: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mesh_transformer.config import ConfigError, ModelConfig
+from mesh_transformer.config.model import LayerKind
 from mesh_transformer.mesh import constrain, target_platform
 from mesh_transformer.model.attention.kernels import choose_kernel
 from mesh_transformer.model.attention.kv_cache import KVCache
@@ -48,11 +49,10 @@ REMAT = {
 class Block(hk.Module):
     """One layer: self-attention, cross-attention to an encoder, and feed-forward, with residual connections."""
 
-    def __init__(self, config: ModelConfig, *, local: bool, has_experts: bool, name: str):
+    def __init__(self, config: ModelConfig, kind: LayerKind, name: str):
         super().__init__(name=name)
         self.config = config
-        self.local = local
-        self.has_experts = has_experts
+        self.kind = kind
 
     def __call__(
         self, x: Float[Array, "B T D"], context: AttentionContext, cache: KVCache | None
@@ -61,15 +61,16 @@ class Block(hk.Module):
         c = self.config
         inits = make_inits(c)
         routing: RoutingStats | None = None
-        self_attention = Attention(c, inits, local=self.local)
+        self_attention = Attention(c, inits, self.kind)
         dense = FeedForward(c, inits)
-        experts = MoELayer(c, inits) if self.has_experts else None
+        experts = MoELayer(c, inits) if self.kind.has_experts else None
 
         def norm(name: str, x: Array) -> Array:
             return gather_sequence(Norm(c, name=name)(x))
 
         def attention(x: Array) -> Array:
             nonlocal cache
+            x = gather_sequence(x) if c.residual == "reordered-norm" else x  # otherwise the norm before it has done so
             y, cache = self_attention(x, context, cache)
             return dropout(scatter_sequence(y), c.dropout)
 
@@ -80,6 +81,7 @@ class Block(hk.Module):
 
         def feed_forward(x: Array) -> Array:
             nonlocal routing
+            x = gather_sequence(x) if c.residual == "reordered-norm" else x
             if experts is None:
                 y = dense(x)
             else:
@@ -142,6 +144,7 @@ class Transformer(hk.Module):
         encoder_tokens: Int[Array, "B S"] | None = None,
         encoder_segment_ids: Int[Array, "B S"] | None = None,
         training: bool = False,
+        reached_len: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCaches | None, RoutingStats | None]:
         """Return the input of the head, the updated cache, and routing statistics (those of the encoder first).
 
@@ -154,6 +157,7 @@ class Transformer(hk.Module):
             positions = to_zigzag(positions)
             segment_ids = None if segment_ids is None else to_zigzag(segment_ids)
         context = self.attention_context(positions, segment_ids, cache, training=training)
+        context = context._replace(reached_len=reached_len)
         encoder_output, encoder_routing = self.encode(encoder_tokens, encoder_segment_ids, context, cache)
         x = self.embed(tokens, positions)
         x, cache, routing = self.run_layers(x, context._replace(encoder_output=encoder_output), cache)
@@ -271,8 +275,8 @@ class Transformer(hk.Module):
             x = checkpoint_name(x, "residual_stream")
             updated = []
             routings = []
-            for i, (local, has_experts) in enumerate(pattern):
-                block = Block(c, local=local, has_experts=has_experts, name=f"block_{i}")
+            for i, kind in enumerate(pattern):
+                block = Block(c, kind, name=f"block_{i}")
                 x, cache, routing = block(x, context, None if caches is None else caches[i])
                 updated.append(cache)
                 routings += [] if routing is None else [routing]
@@ -324,6 +328,7 @@ def make_model(config: ModelConfig) -> Model:
     segment_ids [B, T]          a token attends only to tokens with its own segment ID
     cache                       keys and values are written at `positions`; all earlier ones are attended to
     logits_at [B]               return the logits of one index of each sequence only
+    reached_len [B]             tokens that each sequence reaches, if not its largest position + 1 (see `make_rotation`)
     encoder_tokens [B, S]       input of the encoder; with a cache, in the first call only
     encoder_segment_ids [B, S]  like `segment_ids`, 0 for padding; with a cache, in every call
     training                    experts use their training capacity, jitter and dropout

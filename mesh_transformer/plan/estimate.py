@@ -240,7 +240,7 @@ def _layer_bytes(step: _Step, tokens: float) -> float:
 def _ffn_rows(model: ModelConfig) -> float:
     """Return the rows of hidden units that a period of layers computes per token."""
     rows = expert_rows_per_token(model) + (1.0 if model.experts and model.experts.shared_expert else 0.0)
-    return sum(rows if has_experts else 1.0 for _, has_experts in model.pattern)
+    return sum(rows if kind.has_experts else 1.0 for kind in model.pattern)
 
 
 def _layer_weights(model: ModelConfig, feed_forwards: float) -> float:
@@ -308,7 +308,7 @@ def _traffic(step: _Step) -> list[Traffic]:
         add("expert", "all-to-all", count, count * moved)
         dense_params = step.n_params - step.n_expert_params
         add("expert", "all-reduce", model.n_layers, 2 * 4 * dense_params * (expert - 1) / expert)
-    per_layer = (2 if model.residual != "serial" else 4) * (1.5 if recomputes_layers else 1)
+    per_layer = (2 if model.residual.startswith("parallel") else 4) * (1.5 if recomputes_layers else 1)
     reductions = per_layer * model.n_layers * microbatches
     add("tensor", "all-reduce", int(reductions), reductions * 2 * residual * (tensor - 1) / tensor)
     return traffic

@@ -54,6 +54,12 @@ ENCODER_DECODER = {key: value for key, value in T5.items() if key not in ("n_voc
 EXPERTS = dict(n_experts=8, n_experts_per_token=2, layer_interval=2, router_jitter=0.1)
 
 
+LONGROPE = dict(
+    type="longrope", short_factor=[1.0, 1.5], long_factor=[2.0, 3.0], original_seq_len=16, attention_factor=1.2
+)
+LINEAR = dict(type="linear", factor=4.0)
+
+
 class Feature(NamedTuple):
     """Config keys of a feature."""
 
@@ -65,6 +71,25 @@ class Feature(NamedTuple):
 FEATURES = {
     "tied": Feature({}, {}, False),
     "grouped-query, chunked loss": Feature(GQA, dict(loss_chunks=2, z_loss=1e-3), False),
+    "norms after branches": Feature(
+        dict(
+            GQA, residual="reordered-norm", qk_norm="rmsnorm-all-heads", rope_pattern=[True, False], clip_qkv=0.1,
+            rope_scaling=LONGROPE, rope_dims=4, logit_scale=0.7,
+        ),
+        {},
+        False,
+    ),
+    "norm of each head": Feature(
+        dict(GQA, norm="nonparametric-layernorm", residual="parallel", qk_norm="layernorm-per-head"), {}, True
+    ),
+    "two rotations": Feature(
+        dict(
+            LOCAL, norm="gemma-rmsnorm", residual="sandwich", qk_norm="gemma-rmsnorm", rope_local_theta=100.0,
+            rope_scaling=LINEAR, remat="full",
+        ),
+        {},
+        False,
+    ),
     "local, packed": Feature(LOCAL, {}, True),
     "local, packed, remat": Feature(dict(LOCAL, remat="full"), dict(loss_chunks=2), True),
     "blockwise": Feature(dict(LOCAL, attention_kernel="blockwise"), {}, True),
@@ -99,7 +124,7 @@ FEATURES = {
         dict(grad_accum_steps=4),
         True,
     ),
-}
+}  # fmt: skip
 MESHES = {
     4: ("pipeline=2 tensor=2", "fsdp=2 context=2", "expert=2 tensor=2"),
     8: (

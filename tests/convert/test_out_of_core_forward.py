@@ -10,6 +10,7 @@ from reference_models import CASES, LIVE_CASES
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.moe import ExpertsConfig
+from mesh_transformer.config.rope import RopeScalingConfig
 from mesh_transformer.convert import out_of_core_forward
 from mesh_transformer.convert.huggingface import reference
 from mesh_transformer.convert.import_plan import describe_weights
@@ -17,7 +18,20 @@ from mesh_transformer.convert.lazy_arrays import InMemory
 from mesh_transformer.convert.logit_check import run_native
 
 SMALL = dict(n_layers=2, d_model=12, n_heads=4, n_vocab=19, seq_len=16)
+ROPE = dict(positions="rope-half", d_head=8, n_kv_heads=2)
+YARN = RopeScalingConfig(type="yarn", factor=4.0, original_seq_len=8)
 MODELS = {
+    "reordered": ModelConfig(
+        **SMALL, **ROPE, norm="rmsnorm", residual="reordered-norm", qk_norm="rmsnorm-all-heads", rope_pattern=(True, False),
+        clip_qkv=0.8, rope_scaling=YARN,
+    ),
+    "per-head": ModelConfig(
+        **SMALL, **ROPE, norm="nonparametric-layernorm", residual="parallel", qk_norm="layernorm-per-head", logit_scale=0.3
+    ),
+    "gemma3": ModelConfig(
+        **SMALL | dict(n_layers=3), **ROPE, norm="gemma-rmsnorm", residual="sandwich", qk_norm="gemma-rmsnorm",
+        rope_local_theta=10.0, rope_scaling=YARN, attention_pattern=("local", "global"), attention_window=4,
+    ),
     "gpt-neo": CASES["gpt-neo"].config,
     "llama-gqa": CASES["llama-gqa"].config,
     "qwen3": dataclasses.replace(LIVE_CASES["qwen3"].config, n_layers=3),
@@ -31,7 +45,7 @@ MODELS = {
     "rope-interleaved": ModelConfig(
         **SMALL, positions="rope-interleaved", d_head=8, rope_dims=4, gated_ffn=True, tied_embeddings=False
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.config.model import LayerKind
 from mesh_transformer.model.attention.dense import dense_attention
 from mesh_transformer.model.attention.kernels import dispatch_attention
 from mesh_transformer.model.attention.kv_cache import KVCache, read_kv, write_kv
@@ -17,17 +18,17 @@ from mesh_transformer.model.formulas import clip_qkv
 from mesh_transformer.model.linear import linear
 from mesh_transformer.model.norms import QKNorm
 from mesh_transformer.model.params import Inits, param
-from mesh_transformer.model.positions import apply_rope
+from mesh_transformer.model.positions import apply_rope, make_rotation
 
 
 class Attention(hk.Module):
     """Multi-head self-attention: project to queries, keys and values, rotate, attend, and project back."""
 
-    def __init__(self, config: ModelConfig, inits: Inits, *, local: bool = False, name: str = "attention"):
+    def __init__(self, config: ModelConfig, inits: Inits, kind: LayerKind, name: str = "attention"):
         super().__init__(name=name)
         self.config = config
         self.inits = inits
-        self.local = local
+        self.kind = kind
 
     def __call__(
         self, x: Float[Array, "B T D"], context: AttentionContext, cache: KVCache | None
@@ -39,14 +40,15 @@ class Attention(hk.Module):
         v = self._project(x, "v", kv_heads=c.kv_heads)
         if c.qk_norm:
             q = QKNorm(c, name="norm_q")(q)
-            k = QKNorm(c, name="norm_k")(k)
-        if c.positions.startswith("rope"):
-            q = apply_rope(q, context.positions, c)
-            k = apply_rope(k, context.positions, c)
+            k = QKNorm(c, name="norm_k", heads="kv_heads")(k)
+        if c.positions.startswith("rope") and self.kind.rotates:
+            rotation = make_rotation(context.positions, context.reached_len, c, local=self.kind.local)
+            q = apply_rope(q, rotation, c)
+            k = apply_rope(k, rotation, c)
         if cache is not None:
             cache = write_kv(cache, k, v, context.positions)
             k, v = read_kv(cache, x.dtype)
-        attend = partial(dispatch_attention, config=c, local=self.local, context=context)
+        attend = partial(dispatch_attention, config=c, local=self.kind.local, context=context)
         if c.remat == "attention" and cache is None:
             attend = hk.remat(attend)
         return self._project_out(attend(q, k, v)), cache
@@ -70,7 +72,7 @@ class CrossAttention(Attention):
     """A decoder's attention to the encoder output (Vaswani et al. 2017, section 3.2.3): no positions, not causal."""
 
     def __init__(self, config: ModelConfig, inits: Inits):
-        super().__init__(config, inits, name="cross_attention")
+        super().__init__(config, inits, config.pattern[0], name="cross_attention")
 
     def __call__(
         self, x: Float[Array, "B T D"], context: AttentionContext, cache: KVCache | None
@@ -87,7 +89,7 @@ class CrossAttention(Attention):
         else:
             k = self._project(encoder_output.hidden_states, "k", kv_heads=c.kv_heads)
             v = self._project(encoder_output.hidden_states, "v", kv_heads=c.kv_heads)
-            k = QKNorm(c, name="norm_k")(k) if c.qk_norm else k
+            k = QKNorm(c, name="norm_k", heads="kv_heads")(k) if c.qk_norm else k
             if cache is not None:
                 positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
                 cache = cache._replace(cross_attention=write_kv(cache.cross_attention, k, v, positions))

@@ -58,7 +58,7 @@ def expert_rows_per_token(config: ModelConfig, *, training: bool = True) -> floa
 def count_expert_layers(config: ModelConfig) -> int:
     """Return the number of layers with experts, including those of an encoder."""
     layers = config.n_layers + (config.n_encoder_layers or 0)
-    return layers // len(config.pattern) * sum(has_experts for _, has_experts in config.pattern)
+    return layers // len(config.pattern) * sum(kind.has_experts for kind in config.pattern)
 
 
 def zero_routing_stats(config: ModelConfig) -> RoutingStats | None:

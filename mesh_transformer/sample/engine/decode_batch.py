@@ -12,17 +12,21 @@ import numpy as np
 from mesh_transformer.sample.engine.buckets import Buckets
 from mesh_transformer.sample.engine.device_state import DecodeState, StepOutput
 from mesh_transformer.sample.engine.prefill import PrefillBatch
+from mesh_transformer.sample.engine.prefix_cache import PrefixCache
 from mesh_transformer.sample.engine.programs import EnginePrograms
 from mesh_transformer.sample.engine.requests import (
     MAX_TOP_LOGPROBS,
     Event,
     Request,
+    RequestParams,
     SpeculativeStats,
     blank_params,
     stack_allowed,
     stack_requests,
 )
 from mesh_transformer.sample.engine.speculative import Draft, Drafter
+
+RECOMPUTE_CHUNK = 512  # tokens at once when the keys of a request are recomputed
 
 
 class DecodeBatch:
@@ -36,6 +40,7 @@ class DecodeBatch:
         self._buckets = buckets
         self._slots: list[Request | None] = []
         self._state: DecodeState | None = None
+        self._recomputed: set[int] = set()  # ids of requests in slots whose keys are those of a longer sequence
 
     @property
     def requests(self) -> list[Request]:
@@ -96,6 +101,9 @@ class DecodeBatch:
             steps = 1
         elif draft is not None:
             steps = draft.tokens.shape[1] + 1
+        valid_steps = self._steps_with_valid_keys()
+        if valid_steps is not None and valid_steps < steps:
+            draft, steps = None, valid_steps
         longest = max(request.length for request in self.requests)
         self._resize_to_fit(0, min(longest + steps, self._programs.config.seq_len))
         if slots is not self._slots:  # resized: arrays indexed by slot are out of date
@@ -108,6 +116,38 @@ class DecodeBatch:
         output = jax.device_get(output)
         self._count_accepted(draft, output, slots)
         return self._make_events(output, slots)
+
+    def _steps_with_valid_keys(self) -> int | None:
+        """Return the largest number of tokens that all slots can generate with their cached keys; None: no limit.
+
+        With longrope, the rotation depends on whether a sequence has passed the trained length. The keys of requests that are
+        about to pass it are recomputed, as in transformers.
+        """
+        config = self._programs.config
+        limit = config.padded_len_limit(1)
+        if limit == config.seq_len:
+            return None
+        self._recomputed &= {request.id for request in self.requests}
+        steps = config.seq_len
+        for slot, request in enumerate(self._slots):
+            if request is None or len(request.prompt) > limit or request.id in self._recomputed:
+                continue
+            if request.length > limit:
+                self._recompute(slot, request)
+            else:
+                steps = min(steps, limit - request.length + 1)
+        return steps
+
+    def _recompute(self, slot: int, request: Request) -> None:
+        """Prefill a request's tokens, but for the last one, again for the length that it reaches with that one."""
+        assert self._state is not None
+        tokens = Request(request.all_tokens[:-1], RequestParams())
+        prefill = PrefillBatch(self._programs, PrefixCache(0), self._buckets, [tokens], RECOMPUTE_CHUNK, request.length)
+        while prefill.remaining:
+            prefill.prefill_chunk()
+        own = self._programs.copy_out(prefill.caches, np.int32(0))
+        self._state = self._state._replace(caches=self._programs.copy_in(self._state.caches, own, np.int32(slot)))
+        self._recomputed.add(request.id)
 
     def _resize_to_fit(self, n: int, length: int) -> None:
         """Make space for `n` more requests and `length` tokens.

@@ -116,9 +116,12 @@ class DecoderOnlyEngine(Engine):
             raise PromptError(f"got {len(tokens)} tokens; logits need at least one and at most seq_len={seq_len}")
         if outside := [token for token in tokens if not 0 <= token < n_vocab]:
             raise PromptError(f"got the token {outside[0]}, but the model's vocabulary is 0..{n_vocab - 1}")
-        padded = np.zeros((self.buckets.batch_size(1), self.buckets.prefill_len(len(tokens))), np.int32)
+        padded = np.zeros((self.buckets.batch_size(1), self._padded_len(tokens)), np.int32)
         padded[:, : len(tokens)] = tokens
         return np.asarray(self.programs.logits(padded)[0, : len(tokens)])
+
+    def _padded_len(self, tokens: Sequence[int]) -> int:
+        return self.buckets.prefill_len(len(tokens), self.config.padded_len_limit(len(tokens)))
 
     def submit(self, request: Request) -> Request:
         self._waiting.append(request)

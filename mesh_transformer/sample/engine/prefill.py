@@ -26,8 +26,13 @@ class PrefillBatch:
         buckets: Buckets,
         requests: list[Request],
         max_chunk: int,
+        reached_len: int | None = None,
     ):
-        """Start with no chunk done; chunks have at most `max_chunk` tokens per prompt."""
+        """Start with no chunk done; chunks have at most `max_chunk` tokens per prompt.
+
+        `reached_len`: tokens that each prompt is followed to (see `make_rotation`); None: its own length.
+        """
+        self._reached_len = reached_len
         self.requests = requests
         self._programs = programs
         self._prefix_cache = prefix_cache
@@ -67,7 +72,9 @@ class PrefillBatch:
             following = prompt[self._done[i] + 1 :][:size]
             tokens[i, : len(chunk)] = chunk
             targets[i, : len(following)] = following
-        inputs = PromptChunk(tokens, self._done, self._lengths - 1, targets if self._with_scores else None)
+        reached_len = None if self._reached_len is None else np.full_like(self._lengths, self._reached_len)
+        scored = targets if self._with_scores else None
+        inputs = PromptChunk(tokens, self._done, self._lengths - 1, scored, reached_len)
         self.caches, self.logits, scores = self._programs.prefill(self.caches, self.logits, inputs, self._with_scores)
         if scores is not None:
             self._add_scores(*jax.device_get(scores))
@@ -88,11 +95,18 @@ class PrefillBatch:
 
     def _reuse_prefixes(self) -> None:
         for i, prompt in enumerate(self._prompts):
+            if not self._is_reusable(prompt):
+                continue
             if prefix := self._prefix_cache.match(prompt):
                 self.caches = self._programs.copy_in(self.caches, prefix.caches, np.int32(i))
                 self._done[i] = prefix.length
 
+    def _is_reusable(self, prompt: np.ndarray) -> bool:
+        """Return whether the keys of a prompt's prefixes are those of the prefixes alone: not for long ones of longrope."""
+        config = self._programs.config
+        return config.padded_len_limit(len(prompt)) == config.padded_len_limit(1) and self._reached_len is None
+
     def _cache_prefixes(self) -> None:
         for i, prompt in enumerate(self._prompts):
-            if self._prefix_cache.should_insert(prompt):
+            if self._is_reusable(prompt) and self._prefix_cache.should_insert(prompt):
                 self._prefix_cache.insert(prompt, self._programs.copy_out(self.caches, np.int32(i)))

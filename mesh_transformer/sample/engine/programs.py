@@ -88,6 +88,7 @@ class PromptChunk(NamedTuple):
     start: Int[Array | np.ndarray, "B"]  # position of the first one
     last: Int[Array | np.ndarray, "B"]  # position of the prompt's last token, in this chunk or another
     targets: Int[Array | np.ndarray, "B T"] | None = None  # next tokens, if they are to be scored
+    reached_len: Int[Array | np.ndarray, "B"] | None = None  # see `make_rotation`; None: last + 1
 
 
 class EnginePrograms(CompiledModel):
@@ -184,10 +185,10 @@ class EnginePrograms(CompiledModel):
         positions: Int[Array | np.ndarray, "B T"],
         caches: Any,
         logits_at: Any = None,
+        reached_len: Any = None,
     ) -> tuple[Float[Array, "B U V"], Any]:
-        logits, stacked = self._model.apply(
-            stack_layers(weights), tokens, positions=positions, cache=stack_layers(caches), logits_at=logits_at
-        )
+        inputs = dict(positions=positions, cache=stack_layers(caches), logits_at=logits_at, reached_len=reached_len)
+        logits, stacked = self._model.apply(stack_layers(weights), tokens, **inputs)
         return constrain(logits, "batch", "sequence", "activation_embed"), constrain_caches(unstack_layers(stacked))
 
     def _logits(self, weights: Any, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T V"]:
@@ -206,7 +207,9 @@ class EnginePrograms(CompiledModel):
         positions = chunk.start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
         last = jnp.clip(chunk.last - chunk.start, 0, size - 1)
         # Logits of one position per prompt, unless all are scored.
-        found, caches = self._forward(weights, chunk.tokens, positions, caches, None if with_scores else last)
+        reached_len = chunk.last + 1 if chunk.reached_len is None else chunk.reached_len
+        logits_at = None if with_scores else last
+        found, caches = self._forward(weights, chunk.tokens, positions, caches, logits_at, reached_len)
         at_last = jnp.take_along_axis(found, last[:, None, None], axis=1)[:, 0] if with_scores else found[:, 0]
         ends_here = (chunk.last >= chunk.start) & (chunk.last < chunk.start + size)
         scores = self._score(found, chunk.targets) if with_scores and chunk.targets is not None else None

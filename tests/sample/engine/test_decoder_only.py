@@ -12,6 +12,7 @@ import pytest
 from engine_models import make_model_and_params, random_prompts
 
 from mesh_transformer.config import ConfigError, MeshConfig, SampleConfig
+from mesh_transformer.config.rope import RopeScalingConfig
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.model.transformer import make_model
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
@@ -51,7 +52,40 @@ FAMILIES = {
     ),
     "falcon-alibi": dict(positions="falcon-alibi", n_kv_heads=2, embedding_norm=True, clip_qkv=1.0),
     "position-offset": dict(position_offset=3),
+    "gemma3": dict(
+        n_layers=3,
+        norm="gemma-rmsnorm",
+        residual="sandwich",
+        qk_norm="gemma-rmsnorm",
+        positions="rope-half",
+        rope_local_theta=100.0,
+        rope_scaling=RopeScalingConfig(type="linear", factor=4.0),
+        attention_pattern=("local", "global"),
+        attention_window=5,
+    ),
+    "reordered-norm": dict(
+        norm="rmsnorm",
+        residual="reordered-norm",
+        qk_norm="rmsnorm-all-heads",
+        positions="rope-half",
+        rope_pattern=(True, False),
+        clip_qkv=2.0,
+    ),
+    "per-head-norm": dict(
+        norm="nonparametric-layernorm",
+        residual="parallel",
+        qk_norm="layernorm-per-head",
+        positions="rope-interleaved",
+        logit_scale=0.7,
+    ),
 }
+LONGROPE = RopeScalingConfig(
+    type="longrope",
+    short_factor=(1.0, 1.2, 1.5, 2.0),
+    long_factor=(2.0, 3.0, 5.0, 9.0),
+    original_seq_len=24,
+    attention_factor=1.2,
+)
 
 
 @functools.cache
@@ -98,6 +132,24 @@ def test_greedy_with_cache_is_greedy_without(name):
             assert done.tokens == logprobs.argmax(axis=1).tolist()
         all_tokens |= set(done.tokens)
     assert len(all_tokens) > 1, "the model should not repeat one token"
+
+
+def test_keys_are_recomputed_when_longrope_passes_the_trained_length():
+    """Each token follows from a forward pass over all tokens before it, as in transformers; prompts on both sides of 24."""
+    config, params = make_model_and_params(positions="rope-half", rope_scaling=LONGROPE)
+    engine = DecoderOnlyEngine(config, params, EngineOptions(prefill_chunk=16))
+    prompts = random_prompts(3, 20, 24, 30)
+    rows = jax.jit(lambda params, tokens: make_model(config).apply(params, tokens)[0])
+    for prompt, [done] in zip(prompts, engine.generate(prompts, GREEDY, max_tokens=20), strict=True):
+        sequence = prompt + done.tokens
+        for end in sorted({len(prompt), 23, 24, 25, 26, len(sequence) - 1}):
+            if len(prompt) <= end < len(sequence):
+                logits = rows(params, jnp.asarray([sequence[:end]]))[0, -1]
+                assert int(jnp.argmax(logits)) == sequence[end], end
+                logprob = jax.nn.log_softmax(logits)[sequence[end]]
+                np.testing.assert_allclose(done.logprobs[end - len(prompt)], logprob, atol=2e-4)
+    unscaled = make_model(dataclasses.replace(config, rope_scaling=None)).apply(params, jnp.asarray([prompts[3]]))[0]
+    assert np.abs(engine.logits(prompts[3]) - unscaled[0]).max() > 0.1
 
 
 @pytest.mark.parametrize(
