@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from mesh_transformer.__main__ import COMMANDS
 from mesh_transformer.cli import DONE, FAILED, PROGRAM, make_parser, run_command
-from mesh_transformer.config import Config, evaluation, model, moe, parse_model, schema
+from mesh_transformer.config import Config, evaluation, model, moe, parse_model, rope, schema
 from mesh_transformer.config.field_types import Resume
 from mesh_transformer.config.presets import PRESETS
 
@@ -106,7 +106,7 @@ class FieldRow(NamedTuple):
 
 def config_page() -> str:
     """Return the configuration reference: one table per section, nested sections after their parents."""
-    comments = {kind: _comments(module) for module in (schema, model, moe, evaluation) for kind in _classes(module)}
+    comments = {kind: _comments(module) for module in (schema, model, moe, rope, evaluation) for kind in _classes(module)}
     lines = [HEADER]
     _write_section(lines, Config, "", Resume.FIXED, comments)
     return "\n".join(lines).rstrip() + "\n"
