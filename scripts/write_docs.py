@@ -106,7 +106,9 @@ class FieldRow(NamedTuple):
 
 def config_page() -> str:
     """Return the configuration reference: one table per section, nested sections after their parents."""
-    comments = {kind: _comments(module) for module in (schema, model, moe, rope, evaluation) for kind in _classes(module)}
+    comments = {
+        kind: _comments(module) for module in (schema, model, moe, rope, evaluation) for kind in _classes(module)
+    }
     lines = [HEADER]
     _write_section(lines, Config, "", Resume.FIXED, comments)
     return "\n".join(lines).rstrip() + "\n"

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translate config.json of Hugging Face models to the native [model] section and back, one pair of functions per family."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.config.rope import FIELDS
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 
 ACTIVATIONS = {
@@ -126,7 +126,8 @@ def _write_rope(c: ModelConfig) -> dict[str, Any]:
     """Return the rope parameters, with the keys before and since transformers 5."""
     if c.rope_scaling is None:
         return {"rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
-    scaling: dict[str, Any] = dict(zip(LLAMA3, dataclasses.astuple(c.rope_scaling), strict=True), rope_type="llama3")
+    fields = (getattr(c.rope_scaling, name) for name in FIELDS["llama3"][0])
+    scaling: dict[str, Any] = dict(zip(LLAMA3, fields, strict=True), rope_type=c.rope_scaling.type)
     return {
         "rope_theta": c.rope_theta,
         "rope_scaling": scaling,
