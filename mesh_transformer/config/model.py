@@ -18,7 +18,7 @@ Kind = TypeVar("Kind")
 
 
 class LayerKind(NamedTuple):
-    """What distinguishes the layers of one model from each other."""
+    """Properties in which the layers of one model may differ."""
 
     local: bool  # attention has a window
     has_experts: bool
