@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "latent": (),  # of latent attention
     "ff": ("tensor",),
     "expert": ("expert",),  # tokens are sent to the experts
     "router": (),  # outputs of a router, one per expert, replicated

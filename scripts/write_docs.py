@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from mesh_transformer.__main__ import COMMANDS
 from mesh_transformer.cli import DONE, FAILED, PROGRAM, make_parser, run_command
-from mesh_transformer.config import Config, evaluation, model, moe, parse_model, rope, schema
+from mesh_transformer.config import Config, evaluation, latent_attention, model, moe, parse_model, rope, schema
 from mesh_transformer.config.field_types import Resume
 from mesh_transformer.config.presets import PRESETS
 
@@ -107,7 +107,9 @@ class FieldRow(NamedTuple):
 def config_page() -> str:
     """Return the configuration reference: one table per section, nested sections after their parents."""
     comments = {
-        kind: _comments(module) for module in (schema, model, moe, rope, evaluation) for kind in _classes(module)
+        kind: _comments(module)
+        for module in (schema, model, moe, rope, latent_attention, evaluation)
+        for kind in _classes(module)
     }
     lines = [HEADER]
     _write_section(lines, Config, "", Resume.FIXED, comments)

@@ -3,6 +3,7 @@
 """Schema of the `[model]` section: one transformer (decoder, encoder-decoder or encoder) described by closed choices."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -11,6 +12,7 @@ from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from mesh_transformer.config.field_types import STRICT, Fraction, NonNegative, Positive, Rate, Resume
+from mesh_transformer.config.latent_attention import LatentAttentionConfig
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.rope import RopeScalingConfig
 
@@ -23,6 +25,15 @@ class LayerKind(NamedTuple):
     local: bool  # attention has a window
     has_experts: bool
     rotates: bool  # queries and keys are rotated; without effect unless `positions` is a rotary embedding
+
+
+class LayerStack(NamedTuple):
+    """Consecutive layers that repeat a pattern; one layer scan."""
+
+    name: str  # of the module
+    first: int  # index of the first layer
+    pattern: tuple[LayerKind, ...]
+    n_repeats: int
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -71,16 +82,22 @@ class ModelConfig:
     # their own norm of x (GPT-NeoX). sandwich: serial, with a norm before and after each branch (Gemma 2). reordered-norm:
     # serial, with a norm after each branch only (OLMo 2)
     residual: Literal["serial", "parallel", "parallel-two-norms", "sandwich", "reordered-norm"] = "serial"
-    activation: Literal["gelu-tanh", "gelu-erf", "relu", "silu"] = "gelu-tanh"  # of the feed-forward layer
+    # of the feed-forward layer. clamped-swiglu is that of gpt-oss: a gated layer with clamped arguments
+    activation: Literal["gelu-tanh", "gelu-erf", "relu", "silu", "clamped-swiglu"] = "gelu-tanh"
     gated_ffn: bool = False  # activation(x W_gate) * (x W_in), as in SwiGLU
     causal: bool = True  # false: an encoder-only model with bidirectional attention
-    # repeated over the layers. If n_layers is no multiple of its length, no layers are stacked, so that compiling takes
-    # longer and the layers cannot be divided over mesh.pipeline
+    # repeated over the layers. If n_layers is no multiple of its length, the first layers are stacked by themselves, and
+    # the layers cannot be divided over mesh.pipeline
     attention_pattern: tuple[Literal["global", "local"], ...] = ("global",)
     # keys that a token of a local layer attends to, itself included (bidirectional: on either side)
     attention_window: Positive = 256
     # factor of the scores; none: 1 (GPT-Neo, T5); a number: itself
     attention_scale: Literal["rsqrt_d_head", "none"] | Rate = "rsqrt_d_head"
+    latent_attention: LatentAttentionConfig | None = (
+        None  # keys and values of a latent vector (DeepSeek); None: projected
+    )
+    # a learned score of each head takes part in the softmax, as of a key whose value is zero (gpt-oss)
+    attention_sinks: bool = False
     attention_softcap: Rate | None = None  # scores become cap * tanh(scores / cap) (Gemma 2); None: no cap
     # norm of queries and keys before the rotation. true: RMSNorm of each head, one scale for all heads (Qwen 3);
     # gemma-rmsnorm: the same, storing the difference of the scale from 1 (Gemma 3); rmsnorm-all-heads: RMSNorm of all heads
@@ -118,17 +135,20 @@ class ModelConfig:
     @model_validator(mode="after")
     def check(self) -> "ModelConfig":
         """Raise ValueError where fields contradict each other."""
-        if self.d_head is None and self.d_model % self.n_heads:
+        if self.attention_sinks and self.n_encoder_layers is not None:
+            raise ValueError("attention_sinks=true is not supported in encoder-decoder models; remove it")
+        if self.latent_attention is not None:
+            self._check_latent_attention()
+        elif self.d_head is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; set d_head")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if not self.attention_pattern or not self.rope_pattern:
             raise ValueError("attention_pattern and rope_pattern must have at least one element")
-        if self.experts is not None and self.n_layers % self._period:
-            raise ValueError(
-                f"n_layers={self.n_layers} is not a multiple of {self._period}, the length of the pattern that "
-                f"attention_pattern and experts.layer_interval={self.experts.layer_interval} give"
-            )
+        if self.activation == "clamped-swiglu" and not self.gated_ffn:
+            raise ValueError('activation="clamped-swiglu" requires gated_ffn=true; set it, or use "silu"')
+        if self.experts is not None:
+            self._check_experts(self.experts)
         if self.n_encoder_layers is not None:
             self._check_encoder(self.n_encoder_layers)
         self._check_positions()
@@ -167,6 +187,49 @@ class ModelConfig:
                     f"rope_scaling.short_factor and long_factor must have {self.rope_dim // 2} elements, one for each pair of "
                     f"rotated channels; they have {' and '.join(map(str, sorted(lengths)))}"
                 )
+
+    def _check_experts(self, experts: ExpertsConfig) -> None:
+        if experts.dense_layers:
+            if self.n_encoder_layers is not None:
+                raise ValueError(
+                    f"experts.dense_layers={list(experts.dense_layers)} is not supported in an encoder-decoder model; use "
+                    "experts.layer_interval, or remove n_encoder_layers"
+                )
+            if max(experts.dense_layers) >= self.n_layers:
+                raise ValueError(f"experts.dense_layers has {max(experts.dense_layers)}, n_layers is {self.n_layers}")
+            if not any(kind.has_experts for kind in self.layer_kinds):
+                raise ValueError(
+                    "no layer has experts: experts.dense_layers lists all of them; remove some, or experts"
+                )
+        elif self.n_layers % self._period:
+            raise ValueError(
+                f"n_layers={self.n_layers} is not a multiple of {self._period}, the length of the pattern that "
+                f"attention_pattern and experts.layer_interval={experts.layer_interval} give"
+            )
+
+    def _check_latent_attention(self) -> None:
+        derived = dict(
+            attention_sinks=False,
+            n_kv_heads=None,
+            d_head=None,
+            rope_dims=None,
+            qk_norm=False,
+            clip_qkv=None,
+            rope_pattern=(True,),
+        )
+        for name, default in derived.items():
+            if (value := getattr(self, name)) != default:
+                raise ValueError(
+                    f"{name}={value} is not supported with latent_attention, which has its own sizes; remove it"
+                )
+        if not self.positions.startswith("rope"):
+            raise ValueError(
+                f'latent_attention requires positions="rope-interleaved" or "rope-half", not "{self.positions}"'
+            )
+        if self.n_encoder_layers is not None or not self.causal:
+            raise ValueError(
+                "latent_attention is supported in decoder-only models; remove n_encoder_layers, or set causal=true"
+            )
 
     def _check_encoder(self, n_layers: int) -> None:
         if not self.causal:
@@ -219,20 +282,39 @@ class ModelConfig:
 
     @property
     def pattern(self) -> tuple[LayerKind, ...]:
-        """The kinds of layers of one period, which is repeated; of all layers if they are no whole number of periods."""
-        interval = 1 if self.experts is None else self.experts.layer_interval
+        """The kinds of layers of one period of the last layer stack, which is the only one of most models."""
+        return self.layer_stacks[-1].pattern
 
-        def kind(i: int) -> LayerKind:
-            local = self.attention_pattern[i % len(self.attention_pattern)] == "local"
-            has_experts = self.experts is not None and (i + 1) % interval == 0
-            return LayerKind(local, has_experts, self.rope_pattern[i % len(self.rope_pattern)])
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer."""
+        return tuple(self._kind_of_layer(i) for i in range(self.n_layers))
 
-        return tuple(kind(i) for i in range(self.n_layers if self.n_layers % self._period else self._period))
+    @property
+    def layer_stacks(self) -> tuple[LayerStack, ...]:
+        """The layers as scans: "layers", and before it "first_layers" if the layers are no whole number of periods."""
+        if self.n_layers % self._period or (self.experts is not None and self.experts.dense_layers):
+            return _split_into_stacks(self.layer_kinds)
+        pattern = tuple(self._kind_of_layer(i) for i in range(self._period))
+        return (LayerStack("layers", 0, pattern, self.n_layers // self._period),)
+
+    def _kind_of_layer(self, i: int) -> LayerKind:
+        e = self.experts
+        local = self.attention_pattern[i % len(self.attention_pattern)] == "local"
+        has_experts = e is not None and (i + 1) % e.layer_interval == 0 and i not in e.dense_layers
+        return LayerKind(local, has_experts, self.rope_pattern[i % len(self.rope_pattern)])
 
     @property
     def head_dim(self) -> int:
-        """Size of one head: `d_head`, or its default."""
+        """Size of one head's queries and keys: `d_head`, or its default."""
+        if self.latent_attention is not None:
+            return self.latent_attention.d_unrotated + self.latent_attention.d_rotated
         return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def value_dim(self) -> int:
+        """Size of one head's values."""
+        return self.head_dim if self.latent_attention is None else self.latent_attention.d_value
 
     @property
     def kv_heads(self) -> int:
@@ -245,8 +327,20 @@ class ModelConfig:
         return self.d_ff or 4 * self.d_model
 
     @property
+    def expert_ff_dim(self) -> int:
+        """Hidden size of each expert: `experts.d_ff`, or its default."""
+        return (self.experts and self.experts.d_ff) or self.ff_dim
+
+    @property
+    def shared_ff_dim(self) -> int:
+        """Hidden size of the shared expert: `experts.shared_d_ff`, or its default."""
+        return (self.experts and self.experts.shared_d_ff) or self.ff_dim
+
+    @property
     def rope_dim(self) -> int:
         """Number of leading channels of a head that are rotated: `rope_dims`, or its default."""
+        if self.latent_attention is not None:
+            return self.latent_attention.d_rotated
         return self.rope_dims or self.head_dim
 
     def describe_function(self) -> dict[str, Any]:
@@ -256,7 +350,7 @@ class ModelConfig:
         """
         free = ("preset", "init", "init_scale", "dropout", "dtype", "remat", "attention_kernel", "scan_unroll")
         table = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
-        table["experts"] = self.experts and self.experts.describe_function()
+        table["experts"] = self.experts and self._describe_experts(self.experts)
         table |= dict(d_head=self.head_dim, n_kv_heads=self.kv_heads, d_ff=self.ff_dim)
         scales = {"rsqrt_d_head": self.head_dim**-0.5, "rsqrt_d_model": self.d_model**-0.5, "none": 1.0}
         for key in ("attention_scale", "logit_scale"):
@@ -269,13 +363,40 @@ class ModelConfig:
         if self.positions != "t5":
             table |= dict(t5_buckets=None, t5_max_distance=None)
         unused = dict(
+            d_ff=all(kind.has_experts for kind in self.layer_kinds),
             rope_theta=not rotates, attention_window="local" not in self.attention_pattern,
             norm_bias=self.norm in ("rmsnorm", "gemma-rmsnorm", "scalenorm", "nonparametric-layernorm"),
         )  # fmt: skip
         return table | {key: None for key, is_unused in unused.items() if is_unused}
+
+    def _describe_experts(self, experts: ExpertsConfig) -> dict[str, Any]:
+        shared = self.shared_ff_dim if experts.shared_expert else None
+        dense = [i for i, kind in enumerate(self.layer_kinds) if not kind.has_experts]
+        own: dict[str, Any] = dict(d_ff=self.expert_ff_dim, shared_d_ff=shared, dense_layers=dense, layer_interval=None)
+        return experts.describe_function() | own
 
 
 def shortest_pattern(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
     """Return the shortest pattern whose repetition begins with `kinds`, one element per layer."""
     lengths = range(1, len(kinds) + 1)
     return next(tuple(kinds[:n]) for n in lengths if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+
+
+@functools.cache
+def _split_into_stacks(kinds: tuple[LayerKind, ...]) -> tuple[LayerStack, ...]:
+    """Return one or two stacks that have the fewest layers to compile, which are those of one period of each."""
+
+    def find_period(part: tuple[LayerKind, ...]) -> int:
+        lengths = (n for n in range(1, len(part) + 1) if len(part) % n == 0)
+        return next((n for n in lengths if part[:n] * (len(part) // n) == part), 0)
+
+    def n_compiled(n_first: int) -> int:
+        return find_period(kinds[:n_first]) + find_period(kinds[n_first:])
+
+    n_first = min(range(len(kinds)), key=n_compiled)
+    parts = (("first_layers", 0, kinds[:n_first]), ("layers", n_first, kinds[n_first:]))
+    return tuple(
+        LayerStack(name, first, part[: find_period(part)], len(part) // find_period(part))
+        for name, first, part in parts
+        if part
+    )

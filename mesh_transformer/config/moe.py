@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from mesh_transformer.config.field_types import STRICT, Amount, Fraction, Positive
+from mesh_transformer.config.field_types import STRICT, Amount, Fraction, NonNegative, Positive, Rate
 
 TRAINING_ONLY = (
     "capacity_factor",
@@ -25,17 +25,38 @@ WITH_CAPACITY = {"dropped_tokens": "zero", "group_size": 1}  # values of fields 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ExpertsConfig:
-    """Mixture of experts instead of the dense feed-forward layer, each of hidden size d_ff and without biases."""
+    """Mixture of experts instead of the dense feed-forward layer."""
 
     n_experts: Positive  # per layer that has experts
-    # top-k. 1: the expert's output is scaled by its router probability (Switch); more: probabilities sum to 1 per token
-    n_experts_per_token: Positive = 1
+    n_experts_per_token: Positive = 1  # top-k
+    d_ff: Positive | None = None  # hidden size of each expert; None: that of the dense feed-forward layer
+    bias: bool = False  # biases of the experts
+    # -- router --
+    scores: Literal["softmax", "sigmoid"] = "softmax"  # of the logits of a token's experts (sigmoid: DeepSeek V3)
+    # the gates of a token are its scores, divided by their sum if true (Mixtral); None: with two or more experts per token,
+    # so that a single expert's output is scaled by its router probability (Switch)
+    normalize_gates: bool | None = None
+    gate_scale: Rate = 1.0  # factor of the gates after that (DeepSeek)
+    router_bias: bool = False  # bias of the router's logits (gpt-oss)
+    # a number per expert is added to its scores when experts are selected, not in the gates (DeepSeek V3). It has no
+    # gradient: training leaves it as it is
+    selection_bias: bool = False
+    # experts are divided into groups of consecutive ones, and a token selects its experts in a few groups only: those with
+    # the largest maximum (DeepSeek V2), or the largest sum of their two best scores (DeepSeek V3)
+    n_expert_groups: Positive = 1
+    n_groups_per_token: Positive | None = None  # None: all groups
+    group_score: Literal["max", "sum-of-top-2"] = "max"
     # token-choice: each token selects its experts. expert-choice: each expert selects tokens (Zhou et al. 2022), which
     # is not causal: an expert compares tokens of different positions, so text cannot be generated this way
     routing: Literal["token-choice", "expert-choice"] = "token-choice"
     allow_noncausal: bool = False  # accept expert-choice; decoding uses token-choice, which is another function
     layer_interval: Positive = 1  # every N-th layer has experts, the others are dense
+    dense_layers: tuple[
+        NonNegative, ...
+    ] = ()  # indices of layers, counted from 0, that are dense whatever the interval
     shared_expert: bool = False  # also a dense feed-forward layer that processes every token
+    shared_d_ff: Positive | None = None  # hidden size of the shared expert; None: that of the dense feed-forward layer
+    shared_gate: bool = False  # its output is multiplied by the sigmoid of a linear function of its input (Qwen2-MoE)
     # Expert capacity as a multiple of an even share of the group's tokens; tokens above it are dropped. None: dropless
     capacity_factor: Amount | None = None  # in training
     eval_capacity_factor: Amount | None = None  # in evaluation; decoding is always dropless
@@ -69,7 +90,12 @@ class ExpertsConfig:
                 raise ValueError(
                     f"{field}=0 drops every token; use 1 or more (1.25 is typical), or remove it for dropless routing"
                 )
+        self._check_groups()
+        for field in ("shared_d_ff", "shared_gate"):
+            if getattr(self, field) and not self.shared_expert:
+                raise ValueError(f"{field}={getattr(self, field)} has no effect without shared_expert=true; remove it")
         if self.routing == "expert-choice":
+            self._check_expert_choice_scores()
             if not self.allow_noncausal:
                 raise ValueError(
                     'routing="expert-choice" is not causal; set allow_noncausal=true to accept that (decoding then uses token '
@@ -88,6 +114,26 @@ class ExpertsConfig:
             raise ValueError('allow_noncausal=true has no effect with routing="token-choice"; remove it')
         return self
 
+    def _check_groups(self) -> None:
+        """Raise ValueError unless the groups divide the experts and hold enough of them for a token."""
+        groups, chosen = self.n_expert_groups, self.groups_per_token
+        if self.n_experts % groups:
+            raise ValueError(f"n_expert_groups={groups} must divide n_experts={self.n_experts}; change one of them")
+        size = self.n_experts // groups
+        if chosen > groups or chosen * size < self.n_experts_per_token:
+            raise ValueError(
+                f"n_groups_per_token={chosen} must be at most n_expert_groups={groups}, and so many groups of {size} experts "
+                f"must hold n_experts_per_token={self.n_experts_per_token} experts; change one of them"
+            )
+        if self.limits_groups and self.group_score == "sum-of-top-2" and size < 2:
+            raise ValueError('group_score="sum-of-top-2" requires groups of two or more experts; lower n_expert_groups')
+
+    def _check_expert_choice_scores(self) -> None:
+        defaults = dict(scores="softmax", normalize_gates=None, selection_bias=False, n_groups_per_token=None)
+        for field, default in defaults.items():
+            if getattr(self, field) != default:
+                raise ValueError(f'{field}={getattr(self, field)} requires routing="token-choice"; remove it')
+
     def check_divides(self, n_shards: int) -> None:
         """Raise ValueError unless the experts divide evenly over `n_shards` devices of the mesh axis `expert`."""
         if self.n_experts % n_shards:
@@ -98,11 +144,26 @@ class ExpertsConfig:
 
     @property
     def scales_gates(self) -> bool:
-        """True if the gates of a token are normalized to sum to 1."""
+        """True if the gates of a token are normalized to sum to 1, before `gate_scale`."""
+        if self.normalize_gates is not None:
+            return self.normalize_gates
         return self.routing == "token-choice" and self.n_experts_per_token > 1
+
+    @property
+    def groups_per_token(self) -> int:
+        """Number of groups that a token selects its experts in: `n_groups_per_token`, or its default."""
+        return self.n_groups_per_token or self.n_expert_groups
+
+    @property
+    def limits_groups(self) -> bool:
+        """True if a token selects its experts in some of the groups only."""
+        return self.groups_per_token < self.n_expert_groups
 
     def describe_function(self) -> dict[str, Any]:
         """Return the fields that determine the function at inference."""
         table = {key: value for key, value in dataclasses.asdict(self).items() if key not in TRAINING_ONLY}
+        table |= {"normalize_gates": self.scales_gates, "n_groups_per_token": self.groups_per_token}
+        if not self.limits_groups:
+            table |= {"n_expert_groups": 1, "n_groups_per_token": 1, "group_score": "max"}
         dropless = self.eval_capacity_factor is None and self.eval_capacity is None
         return table | (WITH_CAPACITY if dropless else {})

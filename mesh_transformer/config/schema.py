@@ -279,7 +279,13 @@ class Config:
             raise ValueError(
                 "run.load_optimizer_state=true requires run.init_from, the checkpoint to load it from; set it"
             )
-        stages, periods = self.mesh.pipeline, self.model.n_layers // len(self.model.pattern)
+        stages = self.mesh.pipeline
+        periods = self.model.layer_stacks[-1].n_repeats
+        if stages > 1 and len(self.model.layer_stacks) > 1:
+            raise ValueError(
+                f"mesh.pipeline={stages} requires layers of one repeated pattern; model.n_layers={self.model.n_layers} is no "
+                "multiple of its length, or model.experts.dense_layers interrupts it. Set mesh.pipeline=1"
+            )
         if periods % stages:
             raise ValueError(
                 f"mesh.pipeline={stages} does not divide the {periods} repetitions of the layer pattern "

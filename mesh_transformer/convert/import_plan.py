@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.lazy_arrays import Index, LazyArray, Stack, to_dtype
-from mesh_transformer.model.params import STACK, ParamInfo, flatten_names
+from mesh_transformer.model.params import STACK, ParamInfo, flatten_names, split_scan
 from mesh_transformer.model.shapes import describe_params
 
 PREFIX = "params/"  # of weights among the arrays of a checkpoint
@@ -161,9 +161,11 @@ def _split_layers(name: str, info: ParamInfo, config: ModelConfig) -> list[Weigh
     short = name.removeprefix("transformer/")
     if info.axes[:1] != (STACK,):
         return [WeightSpec(short, None, info.axes, info.shape)]
-    encoder, _, inside = short.rpartition(f"{STACK}/")  # "encoder/" or ""
+    outer, scan, inside = split_scan(name)
+    encoder = f"{outer}/".removeprefix("transformer/")  # "encoder/" or ""
     block, inner = inside.split("/", 1)
-    first = int(block.removeprefix("block_"))
-    period = len(config.pattern)
-    layers = range(first, info.shape[0] * period, period)
+    stacks = {stack.name: stack for stack in config.layer_stacks}
+    period = len(stacks[scan].pattern)
+    first = stacks[scan].first + int(block.removeprefix("block_"))
+    layers = range(first, first + info.shape[0] * period, period)
     return [WeightSpec(encoder + inner, layer, info.axes[1:], info.shape[1:]) for layer in layers]

@@ -9,7 +9,7 @@ time; an external one by a NumPy reference implementation that shares no code wi
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import haiku as hk
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.config.model import LayerStack
 from mesh_transformer.convert.gptj.reader import open_raw_weights
 from mesh_transformer.convert.gptj.reference import run_mtj
 from mesh_transformer.convert.huggingface.families import ENCODER_DECODER, run_huggingface
@@ -31,7 +32,7 @@ from mesh_transformer.convert.readers import OpenCheckpoint
 from mesh_transformer.model.attention.masks import AttentionContext, EncoderOutput
 from mesh_transformer.model.formulas import finish_logits, input_embeddings, scale_hidden_states
 from mesh_transformer.model.norms import Norm
-from mesh_transformer.model.params import STACK, Params
+from mesh_transformer.model.params import Params
 from mesh_transformer.model.transformer import Transformer
 from mesh_transformer.storage.errors import CheckpointError
 
@@ -141,17 +142,21 @@ def _run_stack(
 ) -> np.ndarray:
     """Return the output of the final norm after all layers of a decoder or an encoder on the residual stream [B, T, D]."""
     outside = _read_params(_select(weights, "transformer/norm_out/", "transformer/relative_bias/"))
-    stacked = _select(weights, f"transformer/{STACK}/")
-    if max_memory is not None and PERIOD_OVERHEAD * _period_bytes(config, stacked) > max_memory:
+    for layers in config.layer_stacks:
+        prefix = f"transformer/{layers.name}/"
+        stacked = _select(weights, prefix)
+        if max_memory is None or PERIOD_OVERHEAD * _period_bytes(layers, stacked) <= max_memory:
+            run = _make_period(config, layers)
+            for i in range(layers.n_repeats):
+                x = np.asarray(run(_read_params(stacked, i) | outside, jnp.asarray(x), encoder_output))
+            continue
         if encoder_output is not None:
             raise CheckpointError(
                 "one repetition of the encoder-decoder model's layer pattern does not fit in memory; raise --max-memory"
             )
-        inside = {name.removeprefix(f"transformer/{STACK}/"): array for name, array in stacked.items()}
+        inside = {name.removeprefix(prefix): array for name, array in stacked.items()}
         make_context = hk.without_apply_rng(hk.transform(lambda x: _attention_context(Transformer(config), x)))
-        x = run_layers(config, inside, x, make_context.apply(outside, jnp.asarray(x)))
-    else:
-        x = _run_periods(config, stacked, outside, x, encoder_output)
+        x = run_layers(config, layers, inside, x, make_context.apply(outside, jnp.asarray(x)))
     return _norm(config, "norm_out", x, outside)
 
 
@@ -165,28 +170,18 @@ def _norm(config: ModelConfig, name: str, x: np.ndarray, params: Params) -> np.n
     return np.asarray(norm.apply({name: params.get(f"transformer/{name}", {})}, jnp.asarray(x)))
 
 
-def _run_periods(
-    config: ModelConfig,
-    stacked: Mapping[str, LazyArray],
-    outside: Params,
-    x: np.ndarray,
-    encoder_output: np.ndarray | None,
-) -> np.ndarray:
-    """Return the residual stream after all layers, with one period of them in memory at a time."""
-    period = dataclasses.replace(config, n_layers=len(config.pattern))
+def _make_period(config: ModelConfig, layers: LayerStack) -> Callable[..., jax.Array]:
+    """Return the function (parameters, x, encoder output) -> residual stream after one period of the layers."""
 
     def run_period(x: jax.Array, encoder_output: jax.Array | None) -> jax.Array:
-        transformer = Transformer(period)
+        transformer = Transformer(config)
         context = _attention_context(transformer, x)
         if encoder_output is not None:
             mask = jnp.ones((1, x.shape[1], encoder_output.shape[1]), bool)
             context = context._replace(encoder_output=EncoderOutput(encoder_output, mask))
-        return transformer.run_layers(x, context, None)[0]
+        return transformer.run_stack(x, context, None, layers._replace(n_repeats=1))[0]
 
-    run = jax.jit(hk.without_apply_rng(hk.transform(run_period)).apply)
-    for i in range(config.n_layers // len(config.pattern)):
-        x = np.asarray(run(_read_params(stacked, i) | outside, jnp.asarray(x), encoder_output))
-    return x
+    return jax.jit(hk.without_apply_rng(hk.transform(run_period)).apply)
 
 
 def _attention_context(transformer: Transformer, x: jax.Array) -> AttentionContext:
@@ -205,7 +200,7 @@ def _read_params(arrays: Mapping[str, LazyArray], index: int | None = None) -> P
     return params
 
 
-def _period_bytes(config: ModelConfig, stacked: Mapping[str, LazyArray]) -> int:
+def _period_bytes(layers: LayerStack, stacked: Mapping[str, LazyArray]) -> int:
     """Return the size of one period of layers, as read plus in float32."""
     sizes = [(4 + array.dtype.itemsize) * math.prod(array.shape) for array in stacked.values()]
-    return sum(sizes) * len(config.pattern) // config.n_layers
+    return sum(sizes) // layers.n_repeats

@@ -16,18 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.config.model import LayerKind
+from mesh_transformer.config.model import LayerKind, LayerStack
+from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.convert.huggingface.reference import BLOCK_BYTES
 from mesh_transformer.convert.lazy_arrays import Index, LazyArray, full_index
 from mesh_transformer.model.attention.dense import dense_attention
+from mesh_transformer.model.attention.latent import LatentNorm, expand_latent
 from mesh_transformer.model.attention.masks import AttentionContext
-from mesh_transformer.model.feed_forward import ACTIVATIONS
+from mesh_transformer.model.feed_forward import activate
 from mesh_transformer.model.formulas import Branches, apply_branches, clip_qkv
+from mesh_transformer.model.moe.router import router_scores, select_experts
 from mesh_transformer.model.norms import Norm, QKNorm
 from mesh_transformer.model.positions import apply_rope, make_rotation
 from mesh_transformer.storage.errors import CheckpointError
 
 Array = np.ndarray
+ROUTER = ("experts/w_router", "experts/b_router", "experts/selection_bias")
 
 
 class OutOfCoreLayer:
@@ -46,7 +50,17 @@ class OutOfCoreLayer:
         return apply_branches(x, branches, self.config)
 
     def attention(self, x: Array, context: AttentionContext) -> Array:
-        """Return the output of self-attention, as model.attention.layer does."""
+        """Return the output of self-attention, as model.attention does."""
+        q, k, v = self.project_latent(x, context) if self.config.latent_attention else self.project(x, context)
+        masks = context.masks
+        assert masks is not None, "only the dense kernel has masks"
+        mask = masks.windowed if self.kind.local else masks.full
+        sinks = jnp.asarray(self.read("attention/sinks")) if self.config.attention_sinks else None
+        output = dense_attention(q, k, v, mask, masks.bias, dataclasses.replace(self.config, dropout=0.0), sinks)
+        return self.matmul(np.asarray(output), "attention/w_o", "attention/b_o", input_dims=2)
+
+    def project(self, x: Array, context: AttentionContext) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries, keys and values."""
         q, k, v = (clip_qkv(self.matmul(x, f"attention/w_{y}", f"attention/b_{y}"), self.config) for y in "qkv")
         if self.config.qk_norm:
             q = self.norm("attention/norm_q", q, QKNorm)
@@ -56,41 +70,66 @@ class OutOfCoreLayer:
             rotation = make_rotation(context.positions, context.reached_len, self.config, local=self.kind.local)
             q = apply_rope(q, rotation, self.config)
             k = apply_rope(k, rotation, self.config)
-        masks = context.masks
-        assert masks is not None, "only the dense kernel has masks"
-        mask = masks.windowed if self.kind.local else masks.full
-        output = dense_attention(q, k, v, mask, masks.bias, dataclasses.replace(self.config, dropout=0.0))
-        return self.matmul(np.asarray(output), "attention/w_o", "attention/b_o", input_dims=2)
+        return q, k, v
+
+    def project_latent(self, x: Array, context: AttentionContext) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries, keys and values of latent attention."""
+        sizes = self.config.latent_attention
+        assert sizes is not None
+        if sizes.q_rank is None:
+            queries = self.matmul(x, "attention/w_q", "")
+        else:
+            q_latent = self.matmul(x, "attention/w_q_down", "attention/b_q_down")
+            queries = self.matmul(self.latent_norm("attention/norm_q_latent", q_latent), "attention/w_q_up", "")
+        q = jnp.asarray(queries)
+        down = self.matmul(x, "attention/w_kv_down", "attention/b_kv_down")
+        latent = self.latent_norm("attention/norm_kv_latent", down[..., : sizes.kv_rank])
+        rotation = make_rotation(context.positions, context.reached_len, self.config, local=self.kind.local)
+        rotated = apply_rope(jnp.asarray(down[:, :, None, sizes.kv_rank :]), rotation, self.config)
+        q_rotated = apply_rope(q[..., sizes.d_unrotated :], rotation, self.config)
+        q = jnp.concatenate([q[..., : sizes.d_unrotated], q_rotated], axis=-1)
+        return q, *expand_latent(jnp.asarray(self.matmul(latent, "attention/w_kv_up", "")), rotated, sizes)
+
+    def latent_norm(self, name: str, x: Array) -> Array:
+        """Return a latent vector normalized."""
+        run = hk.without_apply_rng(hk.transform(lambda y: LatentNorm(name="norm")(y)))
+        params = {"norm": {"scale": jnp.asarray(self.read(f"{name}/scale"))}}
+        return np.asarray(run.apply(params, jnp.asarray(x)))
 
     def feed_forward(self, x: Array) -> Array:
         """Return the output of the feed-forward layer: dense, mixture of experts, or the sum of both."""
         if self.experts is None:
             return self.run_dense(x, "feed_forward")
-        y = self.run_experts(x, self.experts.n_experts_per_token)
-        return y + self.run_dense(x, "feed_forward") if self.experts.shared_expert else y
+        y = self.run_experts(x, self.experts)
+        return y + self.run_shared(x, self.experts) if self.experts.shared_expert else y
+
+    def run_shared(self, x: Array, experts: ExpertsConfig) -> Array:
+        """Return the output of the shared expert, as model.feed_forward does."""
+        y = self.run_dense(x, "feed_forward")
+        if not experts.shared_gate:
+            return y
+        return y * np.asarray(jax.nn.sigmoid(jnp.asarray(x @ self.read("feed_forward/output_gate"))))[..., None]
 
     def run_dense(self, x: Array, module: str) -> Array:
         """Return the output of a dense feed-forward layer, as model.feed_forward does."""
-        hidden = self.matmul(x, f"{module}/w_in", f"{module}/b_in")
+        hidden = jnp.asarray(self.matmul(x, f"{module}/w_in", f"{module}/b_in"))
+        gate = None
         if self.config.gated_ffn:
-            hidden = self._activation(self.matmul(x, f"{module}/w_gate", f"{module}/b_gate")) * hidden
-        else:
-            hidden = self._activation(hidden)
+            gate = jnp.asarray(self.matmul(x, f"{module}/w_gate", f"{module}/b_gate"))
+        hidden = np.asarray(activate(hidden, gate, self.config.activation))
         return self.matmul(hidden, f"{module}/w_out", f"{module}/b_out")
 
-    def _activation(self, x: Array) -> Array:
-        return np.asarray(ACTIVATIONS[self.config.activation](jnp.asarray(x)))
-
-    def run_experts(self, x: Array, n_experts_per_token: int) -> Array:
+    def run_experts(self, x: Array, config: ExpertsConfig) -> Array:
         """Return the output of a mixture of experts without a capacity limit, as model.moe does."""
-        p = np.asarray(jax.nn.softmax(jnp.asarray(self.matmul(x, "experts/w_router", ""))))
-        experts = np.argsort(-p, axis=-1, kind="stable")[..., :n_experts_per_token]
-        gates = np.take_along_axis(p, experts, axis=-1)
-        gates = gates / gates.sum(axis=-1, keepdims=True) if n_experts_per_token > 1 else gates
+        logits = jnp.asarray(self.matmul(x, "experts/w_router", "experts/b_router"))
+        selection_bias = jnp.asarray(self.read("experts/selection_bias")) if config.selection_bias else None
+        selected = select_experts(router_scores(logits, config), selection_bias, config)
+        gates, experts = (np.asarray(part) for part in selected)
         y = np.zeros_like(x)
-        for e in range(p.shape[-1]):
+        names = [name for name in self.arrays if name.startswith("experts/") and name not in ROUTER]
+        for e in range(config.n_experts):
             own = (experts == e).any(axis=-1)
-            for name in [name for name in self.arrays if name.startswith("experts/") and name != "experts/w_router"]:
+            for name in names:
                 self.arrays[f"expert/{name.rpartition('/')[2]}"] = Index(self.arrays[name], e)
             if own.any():
                 y[own] += gates[experts == e][:, None] * self.run_dense(x[own], "expert")
@@ -126,18 +165,20 @@ class OutOfCoreLayer:
         return self.arrays[name].read(full_index(self.arrays[name])).astype(np.float32)
 
 
-def run_layers(config: ModelConfig, arrays: Mapping[str, LazyArray], x: Array, context: AttentionContext) -> Array:
-    """Return the residual stream [B, T, D] after all layers, given stacks by their names ("block_0/attention/w_q")."""
+def run_layers(
+    config: ModelConfig, layers: LayerStack, arrays: Mapping[str, LazyArray], x: Array, context: AttentionContext
+) -> Array:
+    """Return the residual stream [B, T, D] after the layers, given stacks by their names ("block_0/attention/w_q")."""
     experts = config.experts
     if experts and (experts.eval_capacity_factor or experts.eval_capacity):
         raise CheckpointError(
             "the model has experts with a capacity limit, which need all weights of a layer in memory; raise --max-memory"
         )
-    period = len(config.pattern)
-    for i in range(config.n_layers):
+    period = len(layers.pattern)
+    for i in range(period * layers.n_repeats):
         block = f"block_{i % period}/"
         own = {name.removeprefix(block): array for name, array in arrays.items() if name.startswith(block)}
-        layer = OutOfCoreLayer(config, own, i // period, config.pattern[i % period])
+        layer = OutOfCoreLayer(config, own, i // period, layers.pattern[i % period])
         with jax.default_matmul_precision("highest"):
             x = layer.run(x, context)
     return x

@@ -15,7 +15,8 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.mesh import use_layout
 
 Params = dict[str, dict[str, Array]]
-STACK = "layers"  # name of the layer scan, and of the leading axis of the parameters in it
+STACK = "layers"  # leading axis of the parameters in a layer scan
+SCANS = ("first_layers", "layers")  # names of layer scans
 
 
 class ParamInfo(NamedTuple):
@@ -105,12 +106,24 @@ def describe(init: Callable[[Array], Params]) -> dict[str, dict[str, ParamInfo]]
         _record.reset(token)
     described: dict[str, dict[str, ParamInfo]] = {}
     for module, arrays in shapes.items():
-        stack, _, inner = module.partition(f"/{STACK}/")
+        stack, _, inner = split_scan(module)
         for name, array in arrays.items():
             axes = (STACK, *record[f"{inner}/{name}"]) if inner else record[f"{stack}/{name}"]
             assert len(axes) == len(array.shape), f"{module}/{name}: axes {axes} for shape {array.shape}"
             described.setdefault(module, {})[name] = ParamInfo(array.shape, axes)
     return described
+
+
+def split_scan(module: str) -> tuple[str, str, str]:
+    """Return the paths before and below the layer scan of a module, and the scan's name between them.
+
+    "transformer/layers/block_0/norm_1" -> ("transformer", "layers", "block_0/norm_1"). A module outside has ("", "") there.
+    """
+    for scan in SCANS:
+        before, found, inner = module.partition(f"/{scan}/")
+        if found:
+            return before, scan, inner
+    return module, "", ""
 
 
 def flatten_names(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -34,14 +34,20 @@ def init_cache(
     `dtype` defaults to that of the activations. "int8" adds a float32 scale for each token and head. The caches of an
     encoder-decoder model also hold the keys and values of `encoder_len` encoder tokens.
     """
-    pattern = config.pattern
+    latent = config.latent_attention
+    n_heads = config.kv_heads if latent is None else 1
+    key_dim, value_dim = (config.head_dim, config.head_dim) if latent is None else (latent.kv_rank, latent.d_rotated)
 
-    def empty(length: int) -> Array | Quantized:
-        shape = (config.n_layers // len(pattern), batch_size, config.kv_heads, length, config.head_dim)
+    def empty(n_repeats: int, length: int, size: int) -> Array | Quantized:
+        shape = (n_repeats, batch_size, n_heads, length, size)
         values = jnp.zeros(shape, dtype or config.dtype)
         return Quantized(values, jnp.zeros((*shape[:-1], 1), jnp.float32)) if dtype == "int8" else values
 
-    def cross_attention() -> KVCache | None:
-        return None if config.encoder is None else KVCache(empty(encoder_len), empty(encoder_len))
+    def empty_pair(n_repeats: int, length: int) -> KVCache:
+        return KVCache(empty(n_repeats, length, key_dim), empty(n_repeats, length, value_dim))
 
-    return tuple(KVCache(empty(cache_len), empty(cache_len), cross_attention()) for _ in pattern)
+    def empty_cache(n_repeats: int) -> KVCache:
+        cross_attention = None if config.encoder is None else empty_pair(n_repeats, encoder_len)
+        return empty_pair(n_repeats, cache_len)._replace(cross_attention=cross_attention)
+
+    return tuple(empty_cache(stack.n_repeats) for stack in config.layer_stacks for _ in stack.pattern)

@@ -12,10 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.config.model import LayerKind
+from mesh_transformer.config.model import LayerKind, LayerStack
 from mesh_transformer.mesh import constrain, target_platform
 from mesh_transformer.model.attention.kernels import choose_kernel
 from mesh_transformer.model.attention.kv_cache import KVCache
+from mesh_transformer.model.attention.latent import LatentAttention
 from mesh_transformer.model.attention.layer import Attention, CrossAttention
 from mesh_transformer.model.attention.masks import AttentionContext, EncoderOutput, make_masks, segment_mask
 from mesh_transformer.model.attention.ring import from_zigzag, to_zigzag
@@ -27,12 +28,13 @@ from mesh_transformer.model.lm_head import LMHead, lm_logits
 from mesh_transformer.model.moe.layer import MoELayer
 from mesh_transformer.model.moe.router import RoutingStats
 from mesh_transformer.model.norms import Norm
-from mesh_transformer.model.params import STACK, Params, make_inits, param
+from mesh_transformer.model.params import Params, make_inits, param
 from mesh_transformer.model.positions import RelativeBias
 from mesh_transformer.model.quantization import Quantized
 
 InferenceParams = Mapping[str, Mapping[str, Array | Quantized]]  # Params, some of which may be quantized
-KVCaches = tuple[KVCache, ...]  # one per block of the layer pattern, each stacked over the iterations of the layer scan
+# One per block of the pattern of each layer stack, stacked over the iterations of its scan.
+KVCaches = tuple[KVCache, ...]
 POLICIES = jax.checkpoint_policies
 REMAT = {
     "full": POLICIES.nothing_saveable,
@@ -61,8 +63,9 @@ class Block(hk.Module):
         c = self.config
         inits = make_inits(c)
         routing: RoutingStats | None = None
-        self_attention = Attention(c, inits, self.kind)
-        dense = FeedForward(c, inits)
+        attention_kind = Attention if c.latent_attention is None else LatentAttention
+        self_attention = attention_kind(c, inits, self.kind)
+        dense = FeedForward(c, inits, shared=self.kind.has_experts)
         experts = MoELayer(c, inits) if self.kind.has_experts else None
 
         def norm(name: str, x: Array) -> Array:
@@ -264,18 +267,33 @@ class Transformer(hk.Module):
     def run_layers(
         self, x: Float[Array, "B T D"], context: AttentionContext, caches: KVCaches | None
     ) -> tuple[Float[Array, "B T D"], KVCaches | None, RoutingStats | None]:
-        """Run all layers as a scan over repetitions of the layer pattern.
+        """Run all layers, each stack as a scan over repetitions of its pattern.
 
         Return the residual stream, the updated caches, and the routing statistics [n_moe_layers, ...].
         """
         c = self.config
-        pattern = c.pattern
+        routings: list[RoutingStats] = []
+        updated: list[KVCache] = []
+        for stack in c.layer_stacks:
+            own = None if caches is None else caches[len(updated) : len(updated) + len(stack.pattern)]
+            x, own, stats = self.run_stack(x, context, own, stack)
+            updated += own or ()
+            routings += stats
+        routing = jax.tree.map(lambda *stats: jnp.concatenate(stats), *routings) if routings else None
+        return x, None if caches is None else tuple(updated), routing
+
+    @hk.experimental.name_like("__call__")
+    def run_stack(
+        self, x: Float[Array, "B T D"], context: AttentionContext, caches: KVCaches | None, layers: LayerStack
+    ) -> tuple[Float[Array, "B T D"], KVCaches | None, list[RoutingStats]]:
+        """Run consecutive layers as a scan. The routing statistics are a list of one element, or none."""
+        c = self.config
 
         def run_pattern(x: Array, caches: KVCaches | None) -> tuple[Array, tuple[KVCaches | None, list[RoutingStats]]]:
             x = checkpoint_name(x, "residual_stream")
             updated = []
             routings = []
-            for i, kind in enumerate(pattern):
+            for i, kind in enumerate(layers.pattern):
                 block = Block(c, kind, name=f"block_{i}")
                 x, cache, routing = block(x, context, None if caches is None else caches[i])
                 updated.append(cache)
@@ -288,16 +306,16 @@ class Transformer(hk.Module):
                     'model.remat = "offload" needs a GPU or TPU with separate host memory; on a CPU use "full"'
                 )
             run_pattern = hk.remat(run_pattern, policy=REMAT[c.remat])
-        n_repeats = c.n_layers // len(pattern)
+        n_repeats = layers.n_repeats
         stack = hk.experimental.layer_stack(
-            n_repeats, with_per_layer_inputs=True, unroll=min(c.scan_unroll, n_repeats), name=STACK
+            n_repeats, with_per_layer_inputs=True, unroll=min(c.scan_unroll, n_repeats), name=layers.name
         )
         x, (caches, routings) = stack(run_pattern)(x, caches)
         if not routings:
-            return x, caches, None
+            return x, caches, []
         # From [n_repeats, ...] for each layer of the pattern to [n_moe_layers, ...] in the order of the layers.
         routing = jax.tree.map(lambda *stats: jnp.stack(stats, 1).reshape(-1, *stats[0].shape[1:]), *routings)
-        return x, caches, routing
+        return x, caches, [routing]
 
     @hk.experimental.name_like("__call__")
     def _lm_head(self) -> LMHead:

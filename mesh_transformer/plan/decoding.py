@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mesh_transformer.config import ConfigError, ModelConfig, SampleConfig
 from mesh_transformer.mesh import MeshLayout
+from mesh_transformer.model.attention.kv_cache import cache_axes
 from mesh_transformer.model.params import ParamInfo
 from mesh_transformer.plan.estimate import count_active, describe_model
 from mesh_transformer.plan.job import CompiledStats, CompileJob
@@ -116,7 +117,7 @@ def _with_shardings(shapes: Any, layout: MeshLayout) -> Any:
 
     if not isinstance(shapes, DecodeState | EncoderDecoderState):
         return jax.tree.map(with_sharding, shapes)
-    caches = jax.tree.map(lambda leaf: with_sharding(leaf, "batch", "kv_heads", "position", "head_dim"), shapes.caches)
+    caches = jax.tree.map(lambda leaf: with_sharding(leaf, *cache_axes(leaf.shape[1])), shapes.caches)
     return jax.tree.map(with_sharding, shapes._replace(caches=None))._replace(caches=caches)
 
 
@@ -161,7 +162,10 @@ def _matmul_flops(params: Mapping[str, ParamInfo], model: ModelConfig) -> float:
 
 def _attention_flops(job: CompileJob) -> float:
     """Return the FLOPs of a token that attends to a full cache, in one layer."""
-    return 4.0 * job.config.model.n_heads * job.config.model.head_dim * job.context
+    model = job.config.model
+    latent = model.latent_attention
+    per_key = 2 * model.head_dim if latent is None else 2 * latent.kv_rank + latent.d_rotated  # keys and values
+    return 2.0 * model.n_heads * per_key * job.context
 
 
 def _decode_flops(job: CompileJob) -> float:

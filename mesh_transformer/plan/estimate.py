@@ -208,8 +208,9 @@ def _activation_bytes(step: _Step) -> float:
     period = len(model.pattern)
     residual = model.d_model * item / (mesh.num_shards("activation_seq") / mesh.num_shards("sequence"))
     attn_output = model.n_heads * model.head_dim * item / mesh.num_shards("heads")
-    heads = attn_output + 2 * model.kv_heads * model.head_dim * item / mesh.num_shards("kv_heads")
-    hidden = _ffn_rows(model) / period * model.ff_dim * item * (2 if model.gated_ffn else 1) / mesh.num_shards("ff")
+    kv = model.kv_heads * (model.head_dim + model.value_dim) * item / mesh.num_shards("kv_heads")
+    heads = attn_output + kv
+    hidden = _hidden_units(model) * item * (2 if model.gated_ffn else 1) / mesh.num_shards("ff")
     scores = 6 * model.n_heads / mesh.num_shards("heads") * model.seq_len if step.stores_scores else attn_output
     match model.remat:
         case "none":
@@ -230,23 +231,36 @@ def _layer_bytes(step: _Step, tokens: float) -> float:
     attention = 6 * item * model.n_heads * model.head_dim / mesh.num_shards("heads")
     if step.stores_scores:
         attention = SCORE_BYTES * model.n_heads / mesh.num_shards("heads") * model.seq_len
-    hidden = FFN_BYTES * _ffn_rows(model) * model.ff_dim / mesh.num_shards("ff") * (2 if model.gated_ffn else 1)
-    per_token = (attention + 4 * item * model.d_model) * len(model.pattern) + hidden
-    n_experts = model.experts.n_experts / mesh.num_shards("expert") if model.experts else 1.0
-    weights = 2 * item * _layer_weights(model, max(n_experts, 1.0)) / mesh.num_shards("ff")
+    hidden = FFN_BYTES * _hidden_units(model) / mesh.num_shards("ff") * (2 if model.gated_ffn else 1)
+    per_token = (attention + 4 * item * model.d_model + hidden) * len(model.pattern)
+    n_experts = model.experts.n_experts / mesh.num_shards("expert") if model.experts else 0.0
+    units = max(n_experts * model.expert_ff_dim, model.ff_dim)
+    weights = 2 * item * _layer_weights(model, units) / mesh.num_shards("ff")
     return tokens / mesh.num_shards("sequence") * per_token + weights
 
 
-def _ffn_rows(model: ModelConfig) -> float:
-    """Return the rows of hidden units that a period of layers computes per token."""
-    rows = expert_rows_per_token(model) + (1.0 if model.experts and model.experts.shared_expert else 0.0)
-    return sum(rows if kind.has_experts else 1.0 for kind in model.pattern)
+def _hidden_units(model: ModelConfig) -> float:
+    """Return the hidden units of feed-forward layers that a layer computes per token, on average over the layers."""
+    shared = model.shared_ff_dim if model.experts and model.experts.shared_expert else 0
+    sparse = expert_rows_per_token(model) * model.expert_ff_dim + shared
+    return sum(sparse if kind.has_experts else model.ff_dim for kind in model.layer_kinds) / model.n_layers
 
 
-def _layer_weights(model: ModelConfig, feed_forwards: float) -> float:
-    """Return the number of weights of an attention layer and `feed_forwards` feed-forward layers."""
-    attention = 2 * model.d_model * (model.n_heads + model.kv_heads) * model.head_dim
-    return attention + feed_forwards * model.d_model * model.ff_dim * (3 if model.gated_ffn else 2)
+def _layer_weights(model: ModelConfig, hidden_units: float) -> float:
+    """Return the number of weights of an attention layer and a feed-forward layer with so many hidden units."""
+    return _attention_weights(model) + hidden_units * model.d_model * (3 if model.gated_ffn else 2)
+
+
+def _attention_weights(model: ModelConfig) -> float:
+    """Return the number of weights of an attention layer."""
+    queries = model.n_heads * model.head_dim
+    outputs = model.d_model * model.n_heads * model.value_dim
+    latent = model.latent_attention
+    if latent is None:
+        return model.d_model * (queries + 2 * model.kv_heads * model.head_dim) + outputs
+    projected = model.d_model * queries if latent.q_rank is None else latent.q_rank * (model.d_model + queries)
+    up = latent.kv_rank * model.n_heads * (latent.d_unrotated + latent.d_value)
+    return projected + model.d_model * (latent.kv_rank + latent.d_rotated) + up + outputs
 
 
 def _total_flops(config: Config, stacks: list[Stack]) -> tuple[float, float]:
@@ -263,9 +277,9 @@ def _total_flops(config: Config, stacks: list[Stack]) -> tuple[float, float]:
 
 def _stack_flops(model: ModelConfig, n_params: float, tokens: int) -> tuple[float, float]:
     matmuls = 2.0 * n_params * tokens
-    attention = 4.0 * model.n_layers * model.n_heads * model.head_dim * model.seq_len * tokens
-    mean_rows = _ffn_rows(model) / len(model.pattern)
-    layers = 2.0 * model.n_layers * _layer_weights(model, mean_rows) * tokens + attention
+    per_key = model.n_heads * (model.head_dim + model.value_dim)
+    attention = 2.0 * model.n_layers * per_key * model.seq_len * tokens
+    layers = 2.0 * model.n_layers * _layer_weights(model, _hidden_units(model)) * tokens + attention
     recomputed = {"none": 0.0, "dots": attention, "attention": attention}.get(model.remat, layers)
     return 3.0 * (matmuls + attention), recomputed
 

@@ -111,10 +111,10 @@ def list_meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
     if left:
         return
     model = config.model
+    hidden = {info.shape[info.axes.index("ff")] for info in describe_model(model).values() if "ff" in info.axes}
+    sizes = {model.n_heads, model.kv_heads, model.n_vocab} | hidden
     for tensor in _divisors(inner):
-        if tensor > MAX_TENSOR or any(
-            size % tensor for size in (model.n_heads, model.kv_heads, model.ff_dim, model.n_vocab)
-        ):
+        if tensor > MAX_TENSOR or any(size % tensor for size in sizes):
             continue
         for fsdp in _divisors(inner // tensor):
             if model.d_model % fsdp == 0:

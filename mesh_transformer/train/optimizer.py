@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers as one optax chain, and the logical axes of their state.
 
-The logical axes of an array, not its name, decide how it is updated. A *matrix* has the axis "embed" and another axis
-besides "layers": w_q [layers, embed, heads, head_dim] is a stack of matrices of embed x (heads head_dim), and a bias
-[layers, heads, head_dim] is not a matrix. Matrices have weight decay and factored second moments in Adafactor. Muon
-orthogonalizes the matrices that are not embeddings or the output layer.
+The logical axes of an array, not its name, decide how it is updated. A *matrix* has the axis "embed" (or else "latent")
+and another axis besides "layers": w_q [layers, embed, heads, head_dim] is a stack of matrices of embed x (heads head_dim),
+and a bias [layers, heads, head_dim] is not a matrix. Matrices have weight decay and factored second moments in Adafactor.
+Muon orthogonalizes the matrices that are not embeddings or the output layer.
 """
 
 import functools
@@ -85,7 +85,13 @@ def _make_scaling(config: OptimizerConfig, axes: Axes) -> optax.GradientTransfor
 
 def is_matrix(axes: tuple[str, ...]) -> bool:
     """Return whether an array with these logical axes is a matrix next to the residual stream, or a stack of them."""
-    return "embed" in axes and any(axis != "embed" and axis not in STACK_AXES for axis in axes)
+    first = _first_axis(axes)
+    return first in axes and any(axis != first and axis not in STACK_AXES for axis in axes)
+
+
+def _first_axis(axes: tuple[str, ...]) -> str:
+    """Return the axis that is one dimension of a matrix; all axes that are not stacked are the other."""
+    return "latent" if "latent" in axes and "embed" not in axes else "embed"
 
 
 def map_axes(function: Callable[[tuple[str, ...]], Any], axes: Axes) -> dict[str, dict[str, Any]]:
@@ -247,7 +253,7 @@ def optimizer_state_axes(opt_state: Any, params: Mapping[str, Mapping[str, Any]]
         if _is_array_path(param_path, axes):
             module, name = param_path[-2].key, param_path[-1].key
             field = path[-1].name if param_path is not path else ""
-            dims = [i for i, axis in enumerate(axes[module][name]) if _has_axis(field, axis)]
+            dims = [i for i, axis in enumerate(axes[module][name]) if _has_axis(field, axis, axes[module][name])]
             if leaf.shape == tuple(params[module][name].shape[i] for i in dims):
                 return tuple(axes[module][name][i] for i in dims)
         elif leaf.shape == ():
@@ -260,13 +266,13 @@ def optimizer_state_axes(opt_state: Any, params: Mapping[str, Mapping[str, Any]]
     return jax.tree_util.tree_map_with_path(find, opt_state)
 
 
-def _has_axis(field: str, axis: str) -> bool:
+def _has_axis(field: str, axis: str, axes: tuple[str, ...]) -> bool:
     """Return whether a factor of a FactoredMoment ("": an array of the parameter's shape) has `axis` of the parameter."""
     match field:
         case "over_embed":
-            return axis != "embed"
+            return axis != _first_axis(axes)
         case "over_others":
-            return axis == "embed" or axis in STACK_AXES
+            return axis == _first_axis(axes) or axis in STACK_AXES
         case _:
             return field == ""
 
@@ -282,6 +288,7 @@ def _array_axes(path: Any, axes: Axes) -> tuple[str, ...]:
 
 
 def _dims(axes: tuple[str, ...]) -> tuple[int, tuple[int, ...]]:
-    """Return the dimension of "embed" (-1 if there is none), and those of the axes it is factored against."""
-    embed = axes.index("embed") if "embed" in axes else -1
-    return embed, tuple(i for i, axis in enumerate(axes) if axis != "embed" and axis not in STACK_AXES)
+    """Return the dimension of "embed" or "latent" (-1 if there is none), and those of the axes it is factored against."""
+    first = _first_axis(axes)
+    embed = axes.index(first) if first in axes else -1
+    return embed, tuple(i for i, axis in enumerate(axes) if axis != first and axis not in STACK_AXES)

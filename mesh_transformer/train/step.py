@@ -16,7 +16,7 @@ from mesh_transformer.mesh import constrain
 from mesh_transformer.model.attention.ring import to_zigzag
 from mesh_transformer.model.lm_head import head_matrix, lm_head
 from mesh_transformer.model.moe.router import RoutingStats, router_losses, zero_routing_stats
-from mesh_transformer.model.params import STACK, Params
+from mesh_transformer.model.params import Params, split_scan
 from mesh_transformer.model.transformer import Model, make_model
 from mesh_transformer.reports.metrics_table import representative_layers
 from mesh_transformer.train.loss import TokenLosses, chunked_cross_entropy, loss_options
@@ -87,6 +87,10 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         return TrainState(state.step + 1, params, opt_state, guard, noise), metrics
 
     return train_step
+
+
+def _block_index(block: str) -> int:
+    return int(block.removeprefix("block_"))
 
 
 def dropout_key(config: Config, step: Int[Array, ""]) -> PRNGKeyArray | None:
@@ -244,17 +248,18 @@ def norms_by_layer(grads: Params) -> Float[Array, "L"]:
 
     Layers within a period are in the order of the pattern; the encoder's layers come first.
     """
-    stacks: dict[str, dict[str, Array]] = {}
+    stacks: dict[tuple[str, str], dict[str, Array]] = {}
     for module, arrays in grads.items():
-        stack, _, inner = module.partition(f"/{STACK}/")
+        outer, scan, inner = split_scan(module)
         if inner:
             block = inner.split("/")[0]
-            squares = stacks.setdefault(stack, {})
+            squares = stacks.setdefault((outer, scan), {})
             for grad in arrays.values():
                 square = jnp.sum(jnp.square(grad.astype(jnp.float32)), axis=tuple(range(1, grad.ndim)))
                 squares[block] = squares.get(block, 0.0) + square
     by_layer = [
-        jnp.stack([squares[block] for block in sorted(squares)], axis=1).reshape(-1)
-        for _, squares in sorted(stacks.items(), reverse=True)  # "transformer/encoder", "transformer"
+        jnp.stack([squares[block] for block in sorted(squares, key=_block_index)], axis=1).reshape(-1)
+        # "transformer/encoder" before "transformer", and "first_layers" before "layers"
+        for _, squares in sorted(stacks.items(), key=lambda item: (item[0][0] == "transformer", item[0][1]))
     ]
     return jnp.sqrt(jnp.concatenate(by_layer))

@@ -60,6 +60,13 @@ LONGROPE = dict(
 LINEAR = dict(type="linear", factor=4.0)
 
 
+LATENT = dict(kv_rank=12, q_rank=8, d_unrotated=6, d_rotated=4, d_value=6)
+GROUPED = dict(
+    n_expert_groups=4, n_groups_per_token=2, group_score="sum-of-top-2", scores="sigmoid", selection_bias=True, d_ff=16,
+    shared_expert=True, shared_d_ff=24, shared_gate=True, gate_scale=2.5,
+)  # fmt: skip
+
+
 class Feature(NamedTuple):
     """Config keys of a feature."""
 
@@ -98,6 +105,17 @@ FEATURES = {
     "gradient accumulation": Feature(LOCAL, dict(grad_accum_steps=2), True),
     "experts, capacity": Feature(
         dict(GQA, ff_bias=False, experts=dict(EXPERTS, capacity_factor=0.9, expert_dropout=0.1)),
+        {},
+        True,
+    ),
+    "latent attention, groups of experts": Feature(
+        dict(ROPE, gated_ffn=True, norm="rmsnorm", latent_attention=LATENT, experts=dict(EXPERTS, **GROUPED)), {}, True
+    ),
+    "sinks, experts with biases": Feature(
+        dict(
+            LOCAL, attention_sinks=True, activation="clamped-swiglu",
+            experts=dict(EXPERTS, bias=True, router_bias=True, capacity_factor=2.0),
+        ),
         {},
         True,
     ),

@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import RULES
-from mesh_transformer.model.attention.dense import dense_attention, dense_attention_in_blocks
+from mesh_transformer.model.attention.dense import count_blocks, dense_attention, dense_attention_in_blocks
 from mesh_transformer.model.linear import dropout
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.shapes import count_params, describe_params
@@ -346,12 +346,12 @@ def test_initial_weights_have_the_stated_deviations(name):
 @pytest.mark.parametrize("bias", [False, True])
 def test_dense_attention_in_blocks_equals_dense_attention(bias):
     keys = jax.random.split(jax.random.key(0), 4)
-    q = jax.random.normal(keys[0], (2, 8, 4, 3))
-    k, v = (jax.random.normal(key, (2, 8, 2, 3)) for key in keys[1:3])
-    mask = jnp.tril(jnp.ones((1, 8, 8), bool)) & ~jnp.tril(jnp.ones((1, 8, 8), bool), -6)
-    scores = jax.random.normal(keys[3], (1, 4, 8, 8)) if bias else None
+    t = 128
+    assert count_blocks(t) == 2
+    q = jax.random.normal(keys[0], (2, t, 4, 3))
+    k, v = (jax.random.normal(key, (2, t, 2, 3)) for key in keys[1:3])
+    mask = jnp.tril(jnp.ones((1, t, t), bool)) & ~jnp.tril(jnp.ones((1, t, t), bool), -6)
+    scores = jax.random.normal(keys[3], (1, 4, t, t)) if bias else None
     expected = dense_attention(0.7 * q, k, v, mask, scores, UNSCALED)
     assert not np.allclose(expected, dense_attention(0.7 * q, k, v, jnp.ones_like(mask), scores, UNSCALED), atol=1e-2)
-    np.testing.assert_allclose(
-        dense_attention_in_blocks(0.7 * q, k, v, mask, scores, UNSCALED, n_blocks=4), expected, atol=1e-6
-    )
+    np.testing.assert_allclose(dense_attention_in_blocks(0.7 * q, k, v, mask, scores, UNSCALED), expected, atol=1e-6)

@@ -103,3 +103,19 @@ def test_formulas_count_active_experts(experts):
     layer, router = 4 * 64 * 256, 64 * 8 * 2
     layers, more = (2, layer) if "n_experts_per_token" in experts else (1, 0)
     assert drawn.flops - plain.flops == 8 * layers * (more + router)
+
+
+LATENT = dict(kv_rank=24, q_rank=16, d_unrotated=12, d_rotated=8, d_value=12)
+GROUPS = dict(n_experts=8, n_experts_per_token=2, d_ff=96, shared_expert=True, shared_d_ff=64, dense_layers=[0])
+
+
+def test_formulas_count_latent_attention_and_experts_of_their_own_width():
+    model = dict(latent_attention=LATENT, positions="rope-half", gated_ffn=True, ff_bias=False, norm="rmsnorm")
+    job = make_job(**model, experts=GROUPS)
+    estimate, traced = estimate_training(job.config, "cpu-1"), measure(dataclasses.replace(job, topology="cpu-1"))
+    assert estimate.flops == pytest.approx(traced.flops, rel=0.03)
+    assert estimate.parameters == traced.parameters
+    ordinary = estimate_training(make_job(**model | dict(latent_attention=None)).config, "cpu-1")
+    assert estimate.flops != pytest.approx(ordinary.flops, rel=0.05)
+    decoding = measure(dataclasses.replace(job, batch=8, context=32))
+    assert decoding.bytes_by_kind["cache"] == 2 * 8 * 32 * (24 + 8) * 4  # layers, sequences, tokens, channels, bytes

@@ -16,14 +16,16 @@ MASK_VALUE = -1e30  # finite: a query without any visible key yields the mean of
 def dense_attention(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S K C"],
-    v: Float[Array, "B S K C"],
+    v: Float[Array, "B S K V"],
     mask: Bool[Array, "#B T S"],
     bias: Float[Array, "#B H T S"] | None,
     config: ModelConfig,
-) -> Float[Array, "B T H C"]:
+    sinks: Float[Array, "H"] | None = None,
+) -> Float[Array, "B T H V"]:
     """Return softmax(q k' scale + bias) v where `mask` is True, with scores and softmax in float32.
 
-    `config` gives the scale, the form of the scores and the dropout rate.
+    `config` gives the scale, the form of the scores and the dropout rate. `sinks` are scores of one more key of each head,
+    whose value is zero.
 
     H = K G: each key-value head serves G query heads.
     """
@@ -46,32 +48,44 @@ def dense_attention(
     # then needs two passes fewer over the scores.
     scores = scores + jnp.where(mask, 0.0, MASK_VALUE)[:, None, None]
     scores = scores.reshape(batch, kv_heads, group * t, s)
-    exps = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    high = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks is None:
+        exps = jnp.exp(scores - jax.lax.stop_gradient(high))
+        total = jnp.sum(exps, axis=-1, keepdims=True)
+    else:
+        sink = jnp.repeat(sinks.astype(jnp.float32).reshape(1, kv_heads, group), t, axis=-1)[..., None]
+        high = jax.lax.stop_gradient(jnp.maximum(high, sink))
+        exps = jnp.exp(scores - high)
+        total = jnp.sum(exps, axis=-1, keepdims=True) + jnp.exp(sink - high)
     weights = dropout(exps.astype(v.dtype), config.dropout)
     out = jnp.einsum("bkqs,bksc->bkqc", weights, v, preferred_element_type=jnp.float32)
-    out = (out / jnp.sum(exps, axis=-1, keepdims=True)).astype(v.dtype)
-    return out.reshape(batch, kv_heads, group, t, channels).transpose(0, 3, 1, 2, 4).reshape(batch, t, heads, channels)
+    out = (out / total).astype(v.dtype)
+    return out.reshape(batch, kv_heads, group, t, -1).transpose(0, 3, 1, 2, 4).reshape(batch, t, heads, -1)
+
+
+def count_blocks(length: int) -> int:
+    """Return the number of blocks of queries for `dense_attention_in_blocks`: they save work if each is long."""
+    return next((n for n in (4, 2) if length % n == 0 and length >= 64 * n), 1)
 
 
 def dense_attention_in_blocks(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B T K C"],
-    v: Float[Array, "B T K C"],
+    v: Float[Array, "B T K V"],
     mask: Bool[Array, "#B T T"],
     bias: Float[Array, "#B H T T"] | None,
     config: ModelConfig,
-    *,
-    n_blocks: int,
-) -> Float[Array, "B T H C"]:
+    sinks: Float[Array, "H"] | None = None,
+) -> Float[Array, "B T H V"]:
     """Return `dense_attention` of a causal mask, one block of queries at a time.
 
     Each block reads only the keys up to its own end, which saves about half of the work.
     """
-    length = q.shape[1] // n_blocks
+    length = q.shape[1] // count_blocks(q.shape[1])
     outputs = []
     for start in range(0, q.shape[1], length):
         end = start + length
         block_bias = None if bias is None else bias[:, :, start:end, :end]
         block_mask = mask[:, start:end, :end]
-        outputs.append(dense_attention(q[:, start:end], k[:, :end], v[:, :end], block_mask, block_bias, config))
+        outputs.append(dense_attention(q[:, start:end], k[:, :end], v[:, :end], block_mask, block_bias, config, sinks))
     return jnp.concatenate(outputs, axis=1)

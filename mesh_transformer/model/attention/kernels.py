@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import current_layout, target_chip, target_platform
-from mesh_transformer.model.attention.dense import dense_attention, dense_attention_in_blocks
+from mesh_transformer.model.attention.dense import count_blocks, dense_attention, dense_attention_in_blocks
 from mesh_transformer.model.attention.masks import AttentionContext, Masks
 from mesh_transformer.model.attention.ring import Ring, ring_attention
 from mesh_transformer.model.formulas import attention_scale
@@ -25,6 +25,13 @@ from mesh_transformer.model.positions import alibi_slopes
 
 LONG_SEQUENCE = 1024  # on a CPU the dense kernel is faster up to this length; beyond it, memory matters
 MAX_BLOCK = 512  # positions per block
+
+
+class HeadBiases(NamedTuple):
+    """Arrays with one number per head that change the scores."""
+
+    slopes: Float[Array, "H"] | None  # of the ALiBi bias
+    sinks: Float[Array, "H"] | None  # scores of a key whose value is zero
 
 
 class KernelOptions(NamedTuple):
@@ -70,6 +77,7 @@ def _why_unsupported(kernel: str, config: ModelConfig, length: int, *, has_segme
         (config.positions == "t5", "does not support the T5 bias"),
         (config.positions == "falcon-alibi", "does not support Falcon's ALiBi bias"),
         (kernel != "blockwise" and config.positions == "alibi", "does not support the ALiBi bias"),
+        (kernel != "blockwise" and config.attention_sinks, "does not support attention sinks"),
         (kernel not in ("blockwise", "splash") and config.attention_softcap is not None, "does not cap scores"),
         (kernel != "blockwise" and n_shards > 1, "does not support ring attention (mesh.context)"),
         (kernel == "blockwise" and not _has_even_blocks(length, n_shards), f"cannot split {length} positions evenly"),
@@ -108,26 +116,31 @@ def _block_length(length: int, n_shards: int) -> int:
 def dispatch_attention(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S K C"],
-    v: Float[Array, "B S K C"],
+    v: Float[Array, "B S K V"],
     config: ModelConfig,
     local: bool,
     context: AttentionContext,
-) -> Float[Array, "B T H C"]:
+    sinks: Float[Array, "H"] | None = None,
+) -> Float[Array, "B T H V"]:
     """Return one layer's attention output, computed by `context.kernel`. T = S for every kernel but the dense one."""
     if context.masks is not None:
-        return _attend_dense(q, k, v, config, local, context.masks)
+        return _attend_dense((q, k, v, sinks), config, local, context.masks)
+    value_dim = v.shape[-1]
+    if value_dim < k.shape[-1]:  # the kernels support one size only: added channels of the values are zero
+        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - value_dim)))
     scale = attention_scale(config)
     layout = current_layout()
     slopes = jnp.asarray(alibi_slopes(config.n_heads)) if config.positions == "alibi" else None
+    per_head = HeadBiases(slopes, sinks)
     window = config.attention_window if local else None
 
-    def compute(q: Any, k: Any, v: Any, segment_ids: Any, slopes: Any) -> Array:
+    def compute(q: Any, k: Any, v: Any, segment_ids: Any, per_head: HeadBiases) -> Array:
         k = _local_kv_heads(k, q.shape[2], config)
         v = _local_kv_heads(v, q.shape[2], config)
-        return KERNELS[context.kernel](q * scale, k, v, segment_ids, slopes, KernelOptions(config, window))
+        return KERNELS[context.kernel](q * scale, k, v, segment_ids, per_head, KernelOptions(config, window))
 
     if layout is None:
-        return compute(q, k, v, context.segment_ids, slopes)
+        return compute(q, k, v, context.segment_ids, per_head)[..., :value_dim]
     # The partitioner cannot see into kernels, and ring attention has explicit collectives: every device computes its own
     # sequences and heads.
     q_spec = layout.spec(("batch", "sequence", "heads", "head_dim"), q.shape, "activation [heads]")
@@ -136,20 +149,21 @@ def dispatch_attention(
     return jax.shard_map(
         compute,
         mesh=layout.mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, ids_spec, layout.spec(("heads",), (config.n_heads,), "slopes")),
+        in_specs=(q_spec, kv_spec, kv_spec, ids_spec, layout.spec(("heads",), (config.n_heads,), "slopes and sinks")),
         out_specs=q_spec,
         check_vma=False,
-    )(q, k, v, context.segment_ids, slopes)
+    )(q, k, v, context.segment_ids, per_head)[..., :value_dim]
 
 
-def _attend_dense(q: Any, k: Any, v: Any, config: ModelConfig, local: bool, masks: Masks) -> Float[Array, "B T H C"]:
+def _attend_dense(inputs: Any, config: ModelConfig, local: bool, masks: Masks) -> Float[Array, "B T H V"]:
+    q, k, v, sinks = inputs
     mask = masks.windowed if local else masks.full
     length = q.shape[1]
-    # Blocks save work, which pays off on a CPU if a block is long; on accelerators one large matmul is faster.
-    n_blocks = next((n for n in (4, 2) if length % n == 0 and length >= 64 * n), 1)
-    if config.causal and k.shape[1] == length and n_blocks > 1 and target_platform() == "cpu" and _ring_size() == 1:
-        return dense_attention_in_blocks(q, k, v, mask, masks.bias, config, n_blocks=n_blocks)
-    return dense_attention(q, k, v, mask, masks.bias, config)
+    # Blocks pay off on a CPU; on accelerators one large matmul is faster.
+    in_blocks = config.causal and k.shape[1] == length and count_blocks(length) > 1
+    if in_blocks and target_platform() == "cpu" and _ring_size() == 1:
+        return dense_attention_in_blocks(q, k, v, mask, masks.bias, config, sinks)
+    return dense_attention(q, k, v, mask, masks.bias, config, sinks)
 
 
 def _local_kv_heads(x: Float[Array, "B T K C"], n_local_heads: int, config: ModelConfig) -> Float[Array, "B T k C"]:
@@ -169,7 +183,7 @@ def _local_kv_heads(x: Float[Array, "B T K C"], n_local_heads: int, config: Mode
     return jax.lax.dynamic_slice_in_dim(x, first, max(n_local_heads // group, 1), axis=2)
 
 
-def _blockwise(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, options: KernelOptions) -> Array:
+def _blockwise(q: Array, k: Array, v: Array, segment_ids: Any, per_head: Any, options: KernelOptions) -> Array:
     batch, length, heads, channels = q.shape
     kv_heads = k.shape[2]
     size = _ring_size()
@@ -179,12 +193,12 @@ def _blockwise(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, opti
     q = q.reshape(batch, length, kv_heads, -1, channels).transpose(0, 2, 3, 1, 4)
     k = k.transpose(0, 2, 1, 3)
     v = v.transpose(0, 2, 1, 3)
-    slopes = None if slopes is None else slopes.reshape(kv_heads, -1)
-    out: Any = ring_attention(q, k, v, segment_ids, slopes, ring)
+    slopes, sinks = (None if x is None else x.reshape(kv_heads, -1) for x in per_head)
+    out: Any = ring_attention(q, k, v, segment_ids, slopes, sinks, ring)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, channels)
 
 
-def _splash(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, options: KernelOptions) -> Array:
+def _splash(q: Array, k: Array, v: Array, segment_ids: Any, per_head: Any, options: KernelOptions) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -207,7 +221,7 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, options
     return jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0))(q, k, v, ids).transpose(0, 2, 1, 3)
 
 
-def _triton(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, options: KernelOptions) -> Array:
+def _triton(q: Array, k: Array, v: Array, segment_ids: Any, per_head: Any, options: KernelOptions) -> Array:
     from jax.experimental.pallas.ops.gpu import attention
 
     group = q.shape[2] // k.shape[2]
@@ -216,7 +230,7 @@ def _triton(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, options
     return attention.mha(q, k, v, segment_ids, causal=True, interpret=target_platform() == "cpu")
 
 
-def _cudnn(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, options: KernelOptions) -> Array:
+def _cudnn(q: Array, k: Array, v: Array, segment_ids: Any, per_head: Any, options: KernelOptions) -> Array:
     side = None if options.window is None else (options.window - 1, 0)
     return jax.nn.dot_product_attention(
         q, k, v, scale=1.0, is_causal=True, local_window_size=side, implementation="cudnn"

@@ -48,7 +48,8 @@ class Attention(hk.Module):
         if cache is not None:
             cache = write_kv(cache, k, v, context.positions)
             k, v = read_kv(cache, x.dtype)
-        attend = partial(dispatch_attention, config=c, local=self.kind.local, context=context)
+        sinks = param("sinks", hk.initializers.Constant(0.0), heads=c.n_heads) if c.attention_sinks else None
+        attend = partial(dispatch_attention, config=c, local=self.kind.local, context=context, sinks=sinks)
         if c.remat == "attention" and cache is None:
             attend = hk.remat(attend)
         return self._project_out(attend(q, k, v)), cache

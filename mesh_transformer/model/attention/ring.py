@@ -162,29 +162,36 @@ def _local_block_pairs(step: RingStep, ring: Ring) -> Int[Array, "P 5"]:
     return jnp.asarray(step.block_pairs)[0 if ring.axis is None else jax.lax.axis_index(ring.axis)]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def ring_attention(
     q: Float[Array, "B K G T C"],
     k: Float[Array, "B K T C"],
     v: Float[Array, "B K T C"],
     segment_ids: Int[Array, "B T"] | None,
     slopes: Float[Array, "K G"] | None,
+    sinks: Float[Array, "K G"] | None,
     ring: Ring,
 ) -> Float[Array, "B K G T C"]:
-    """Return causal attention of scaled queries. The arrays are this device's shard, in zigzag order."""
-    return _forward(q, k, v, segment_ids, slopes, ring)[0]
+    """Return causal attention of scaled queries. The arrays are this device's shard, in zigzag order.
+
+    `sinks` are scores of one more key of each head, whose value is zero.
+    """
+    return _forward(q, k, v, segment_ids, slopes, sinks, ring)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, ring: Ring) -> tuple[Array, tuple]:
+def _forward(
+    q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, sinks: Any, ring: Ring
+) -> tuple[Array, tuple]:
     rotating = (k, v, segment_ids)
     shift = 0
     # Running maximum, sum of weights and weighted values of each query. The diagonal comes first, so the maximum is that
     # of a visible key from the first step on.
-    carry = (
-        jnp.full(q.shape[:-1], MASK_VALUE, jnp.float32),
-        jnp.zeros(q.shape[:-1], jnp.float32),
-        jnp.zeros(q.shape, jnp.float32),
-    )
+    high = jnp.full(q.shape[:-1], MASK_VALUE, jnp.float32)
+    total = jnp.zeros(q.shape[:-1], jnp.float32)
+    if sinks is not None:
+        high = jnp.broadcast_to(_over_queries(sinks), high.shape)
+        total = jnp.ones_like(total)
+    carry = (high, total, jnp.zeros(q.shape, jnp.float32))
     for step in make_block_schedule(q.shape[3], ring):
         rotating = _rotate(rotating, ring, step.shift - shift)
         shift = step.shift
@@ -219,11 +226,15 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Any, slopes: Any, ring: 
         carry, _ = jax.lax.scan(accumulate, carry, _local_block_pairs(step, ring))
     high, total, out = carry
     out = (out / total[..., None]).astype(q.dtype)
-    return out, (q, k, v, segment_ids, slopes, out, high + jnp.log(total))
+    return out, (q, k, v, segment_ids, slopes, sinks, out, high + jnp.log(total))
+
+
+def _over_queries(sinks: Float[Array, "K G"]) -> Float[Array, "1 K G 1"]:
+    return sinks.astype(jnp.float32)[None, :, :, None]
 
 
 def _backward(ring: Ring, residuals: tuple, gradient: Array) -> tuple:
-    q, k, v, segment_ids, slopes, out, log_total = residuals
+    q, k, v, segment_ids, slopes, sinks, out, log_total = residuals
     # The gradient of the softmax needs one number per query: the sum over keys of weight * gradient of the weight.
     row_sum = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     dq = jnp.zeros(q.shape, jnp.float32)
@@ -262,7 +273,11 @@ def _backward(ring: Ring, residuals: tuple, gradient: Array) -> tuple:
         (dq, *dkv), _ = jax.lax.scan(accumulate, (dq, *dkv), _local_block_pairs(step, ring))
         rotating = (k_now, v_now, key_ids_now, tuple(dkv))
     dk, dv = _rotate(rotating[3], ring, -shift)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    d_sinks = None
+    if sinks is not None:  # the gradient of a sink's weight is zero, as its value is
+        weights = jnp.exp(_over_queries(sinks) - log_total)
+        d_sinks = -jnp.sum(weights * row_sum, axis=(0, 3)).astype(sinks.dtype)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, d_sinks
 
 
 ring_attention.defvjp(_forward, _backward)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from mesh_transformer.config import ConfigError
 from mesh_transformer.mesh import MeshLayout, axes_of, current_layout
-from mesh_transformer.model.feed_forward import ACTIVATIONS
+from mesh_transformer.model.feed_forward import activate
 from mesh_transformer.model.moe.router import Assignment
 
 
@@ -24,6 +24,9 @@ class ExpertWeights(NamedTuple):
     w_in: Float[Array, "E D F"]
     w_gate: Float[Array, "E D F"] | None
     w_out: Float[Array, "E F D"]
+    b_in: Float[Array, "E F"] | None = None
+    b_gate: Float[Array, "E F"] | None = None
+    b_out: Float[Array, "E D"] | None = None
 
 
 class DispatchOptions(NamedTuple):
@@ -116,7 +119,9 @@ def _find_axes(layout: MeshLayout, x: Array, weights: ExpertWeights, group_size:
         )
     w_in = P(expert or None, None, ff or None)
     w_out = P(expert or None, ff or None)
-    specs: Any = (w_in, None if weights.w_gate is None else w_in, w_out)
+    b_in = P(expert or None, ff or None)
+    every = ExpertWeights(w_in, w_in, w_out, b_in, b_in, P(expert or None))  # type: ignore[arg-type]
+    specs: Any = (None if weight is None else spec for weight, spec in zip(weights, every, strict=True))
     group = _group_axes(layout, batch, x.shape[0], group_size)
     return MeshAxes(batch, sequence, expert, ff, group), ExpertWeights(*specs)
 
@@ -181,7 +186,12 @@ def _dispatch_with_capacity(
     dispatched = padded[group, token_in_slot].reshape(n_groups, n_experts, n_slots, width).swapaxes(0, 1)
     dispatched = _send_to_experts(dispatched, axes)
     matmul = partial(jnp.einsum, "ebci,eio->ebco", preferred_element_type=x.dtype)
-    out = _send_back(_feed_forward(dispatched, weights, matmul, dropout_mask, options), axes)
+
+    def add_bias(x: Array, bias: Array) -> Array:
+        return (x + bias[:, None, None]).astype(x.dtype)
+
+    weights = _without_repeated_bias(weights, axes)
+    out = _send_back(_feed_forward(dispatched, weights, (matmul, add_bias), dropout_mask, options), axes)
     out = out.swapaxes(0, 1).reshape(n_groups, -1, width)
     if options.by_expert:  # from every slot to its token: there are fewer slots than pairs of token and expert
         flat_gates = gates.reshape(n_groups, -1)
@@ -245,7 +255,13 @@ def _dispatch_dropless(
     tokens = x.reshape(-1, x.shape[2])[order // n_experts_per_token]
     matmul = partial(jax.lax.ragged_dot, group_sizes=group_sizes, preferred_element_type=x.dtype)
     mask = None if dropout_mask is None else dropout_mask.reshape(order.size, -1)[order]
-    out = _feed_forward(tokens, weights, matmul, mask, options)
+    expert_of_row = jnp.minimum(local_expert[order], n_local - 1)
+
+    def add_bias(x: Array, bias: Array) -> Array:
+        return (x + bias[expert_of_row]).astype(x.dtype)
+
+    weights = _without_repeated_bias(weights, axes)
+    out = _feed_forward(tokens, weights, (matmul, add_bias), mask, options)
     out = jnp.where((local_expert[order] < n_local)[:, None], out, 0)[jnp.argsort(order)]
     y = _combine(out.reshape(*gates.shape, -1), gates, x.dtype)
     if axes.expert:
@@ -253,19 +269,32 @@ def _dispatch_dropless(
     return jax.lax.psum(y, axes.ff) if axes.ff else y
 
 
+def _without_repeated_bias(weights: ExpertWeights, axes: MeshAxes) -> ExpertWeights:
+    """Return the weights with the last bias on one device along `ff` only, over which the outputs are summed."""
+    if weights.b_out is None or not axes.ff:
+        return weights
+    return weights._replace(b_out=jnp.where(jax.lax.axis_index(axes.ff) == 0, weights.b_out, 0))
+
+
 def _feed_forward(
     x: Array,
     weights: ExpertWeights,
-    matmul: Callable[..., Array],
+    functions: tuple[Callable[..., Array], Callable[..., Array]],
     dropout_mask: Bool[Array, "..."] | None,
     options: DispatchOptions,
 ) -> Array:
-    activation = ACTIVATIONS[options.activation]
-    hidden = matmul(x, weights.w_in)
-    hidden = activation(hidden) if weights.w_gate is None else activation(matmul(x, weights.w_gate)) * hidden
+    """Return the outputs of the experts; `functions` multiply rows by the weights of their experts, and add biases."""
+    matmul, add_bias = functions
+
+    def linear(x: Array, w: Array, b: Array | None) -> Array:
+        return matmul(x, w) if b is None else add_bias(matmul(x, w), b)
+
+    hidden = linear(x, weights.w_in, weights.b_in)
+    gate = None if weights.w_gate is None else linear(x, weights.w_gate, weights.b_gate)
+    hidden = activate(hidden, gate, options.activation)
     if dropout_mask is not None:
         hidden = jnp.where(dropout_mask, hidden / (1.0 - options.dropout), 0).astype(hidden.dtype)
-    return matmul(hidden, weights.w_out)
+    return linear(hidden, weights.w_out, weights.b_out)
 
 
 def _combine(out: Float[Array, "B T K D"], gates: Float[Array, "B T K"], dtype: Any) -> Float[Array, "B T D"]:

@@ -17,13 +17,16 @@ elements per sequence of T tokens. The tokens of all experts, gathered by index,
 """
 
 import math
+from functools import partial
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mesh_transformer.config import ConfigError, ModelConfig
+from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.mesh import current_layout
 from mesh_transformer.model.attention.ring import to_zigzag
 from mesh_transformer.model.moe.dispatch import DispatchOptions, ExpertWeights, run_experts
@@ -34,7 +37,9 @@ from mesh_transformer.model.moe.router import (
     rank_for_expert,
     rank_in_expert,
     router_logits,
+    router_scores,
     routing_stats,
+    select_experts,
 )
 from mesh_transformer.model.params import Inits, param
 from mesh_transformer.model.quantization import dequantize
@@ -61,20 +66,24 @@ class MoELayer(hk.Module):
         e = self.experts
         key = hk.maybe_next_rng_key()  # also drawn where it is not used, so that initial weights do not depend on it
         key = key if training else None
+        zeros = hk.initializers.Constant(0.0)
         w_router = param("w_router", self.inits.input, embed=self.config.d_model, router=e.n_experts)
+        b_router = param("b_router", zeros, router=e.n_experts) if e.router_bias else None
+        selection_bias = param("selection_bias", zeros, router=e.n_experts) if e.selection_bias else None
         weights = self._weights(x.dtype)
-        logits = router_logits(x, w_router, key, e.router_jitter)
-        probabilities = jax.nn.softmax(logits)
+        logits = router_logits(x, w_router, b_router, key, e.router_jitter)
+        scores = router_scores(logits, e)
+        if e.scores == "sigmoid":  # the statistics are those of the scores divided by their sum
+            logits = jax.nn.log_sigmoid(logits)
         capacity, group_size = self._capacity(x, training=training, decoding=decoding)
         by_expert = e.routing == "expert-choice" and not decoding
         rank: Int[Array, "B T K"] | None
         if by_expert:
-            gates = probabilities
-            rank = rank_for_expert(probabilities, group_size)
+            gates = scores
+            rank = rank_for_expert(scores, group_size)
             experts = jnp.broadcast_to(jnp.arange(e.n_experts), gates.shape)
         else:
-            gates, experts = _top_k(probabilities, e.n_experts_per_token)
-            gates = gates / jnp.sum(gates, axis=-1, keepdims=True) if e.scales_gates else gates
+            gates, experts = _select_locally(scores, selection_bias, e)
             rank = None if capacity is None else rank_in_expert(experts, group_size)
         processed = jnp.ones(experts.shape, bool) if rank is None or capacity is None else rank < capacity
         options = DispatchOptions(capacity, group_size, by_expert, self.config.activation, e.expert_dropout)
@@ -91,13 +100,25 @@ class MoELayer(hk.Module):
     def _weights(self, dtype: jnp.dtype) -> ExpertWeights:
         c = self.config
         n_experts = self.experts.n_experts
-        w_in = param("w_in", self.inits.input, expert=n_experts, embed=c.d_model, ff=c.ff_dim)
+        ff_dim = c.expert_ff_dim
+        zeros = hk.initializers.Constant(0.0)
+
+        def bias(name: str, **axes: int) -> Array | None:
+            return param(name, zeros, expert=n_experts, **axes) if self.experts.bias else None
+
+        w_in = param("w_in", self.inits.input, expert=n_experts, embed=c.d_model, ff=ff_dim)
         w_gate = (
-            param("w_gate", self.inits.input, expert=n_experts, embed=c.d_model, ff=c.ff_dim) if c.gated_ffn else None
+            param("w_gate", self.inits.input, expert=n_experts, embed=c.d_model, ff=ff_dim) if c.gated_ffn else None
         )
-        w_out = param("w_out", self.inits.output, expert=n_experts, ff=c.ff_dim, embed=c.d_model)
-        gate = None if w_gate is None else dequantize(w_gate, dtype)
-        return ExpertWeights(dequantize(w_in, dtype), gate, dequantize(w_out, dtype))
+        w_out = param("w_out", self.inits.output, expert=n_experts, ff=ff_dim, embed=c.d_model)
+        return ExpertWeights(
+            w_in=dequantize(w_in, dtype),
+            w_gate=None if w_gate is None else dequantize(w_gate, dtype),
+            w_out=dequantize(w_out, dtype),
+            b_in=bias("b_in", ff=ff_dim),
+            b_gate=bias("b_gate", ff=ff_dim) if c.gated_ffn else None,
+            b_out=bias("b_out", embed=c.d_model),
+        )
 
     def _capacity(self, x: Float[Array, "B T D"], *, training: bool, decoding: bool) -> tuple[int | None, int]:
         """Return the slots of each expert per group (None: unlimited), and the number of sequences per group."""
@@ -121,29 +142,28 @@ class MoELayer(hk.Module):
             return None
         key = jax.random.fold_in(key, 1)
         keep = 1.0 - options.dropout
-        ff_dim = self.config.ff_dim
+        ff_dim = self.config.expert_ff_dim
         if options.capacity is None:
             return to_zigzag(jax.random.bernoulli(key, keep, (*shape, ff_dim)))
         n_groups = shape[0] // options.group_size
         return jax.random.bernoulli(key, keep, (self.experts.n_experts, n_groups, options.capacity, ff_dim))
 
 
-def _top_k(probabilities: Float[Array, "B T E"], k: int) -> tuple[Array, Array]:
-    """Return the k largest probabilities of each token, and their experts, on the device that holds the token.
+def _select_locally(
+    scores: Float[Array, "B T E"], selection_bias: Float[Array, "E"] | None, experts: ExpertsConfig
+) -> tuple[Array, Array]:
+    """Return `select_experts` of each token, computed on the device that holds the token.
 
-    Without shard_map, XLA gathers the probabilities of all tokens on every GPU if the mesh has an axis that tokens are
-    not sharded over.
+    Without shard_map, XLA gathers the scores of all tokens on every GPU if the mesh has an axis that tokens are not
+    sharded over.
     """
-
-    def top_k(local: Array) -> tuple[Array, Array]:
-        gates, experts = jax.lax.top_k(local, k)
-        return gates, experts
-
+    select = partial(select_experts, experts=experts)
     layout = current_layout()
     if layout is None:
-        return top_k(probabilities)
-    spec = layout.spec(("batch", "sequence"), probabilities.shape[:2], "activation [experts]")
-    return jax.shard_map(top_k, mesh=layout.mesh, in_specs=spec, out_specs=(spec, spec), check_vma=False)(probabilities)
+        return select(scores, selection_bias)
+    spec = layout.spec(("batch", "sequence"), scores.shape[:2], "activation [experts]")
+    run = jax.shard_map(select, mesh=layout.mesh, in_specs=(spec, P()), out_specs=(spec, spec), check_vma=False)
+    return run(scores, selection_bias)
 
 
 def _group_size(requested: int, batch: int) -> int:

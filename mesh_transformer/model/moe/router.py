@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.model.attention.ring import from_zigzag, to_zigzag
 
 
@@ -57,8 +58,9 @@ def expert_rows_per_token(config: ModelConfig, *, training: bool = True) -> floa
 
 def count_expert_layers(config: ModelConfig) -> int:
     """Return the number of layers with experts, including those of an encoder."""
-    layers = config.n_layers + (config.n_encoder_layers or 0)
-    return layers // len(config.pattern) * sum(kind.has_experts for kind in config.pattern)
+    encoder = config.encoder
+    kinds = (*config.layer_kinds, *(encoder.layer_kinds if encoder else ()))
+    return sum(kind.has_experts for kind in kinds)
 
 
 def zero_routing_stats(config: ModelConfig) -> RoutingStats | None:
@@ -80,14 +82,46 @@ def router_losses(config: ModelConfig, routing: RoutingStats) -> Float[Array, ""
 
 
 def router_logits(
-    x: Float[Array, "B T D"], w: Float[Array, "D E"], key: Array | None, jitter: float
+    x: Float[Array, "B T D"], w: Float[Array, "D E"], b: Float[Array, "E"] | None, key: Array | None, jitter: float
 ) -> Float[Array, "B T E"]:
     """Return a router's logits, in float32 throughout (Switch, section 2.4)."""
     x = x.astype(jnp.float32)
     if jitter and key is not None:
         # Sampled in the natural order of the sequence, so that the noise of a token does not depend on the mesh.
         x = x * to_zigzag(jax.random.uniform(key, x.shape, minval=1.0 - jitter, maxval=1.0 + jitter))
-    return jnp.einsum("btd,de->bte", x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    logits = jnp.einsum("btd,de->bte", x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return logits if b is None else logits + b[None, None]
+
+
+def router_scores(logits: Float[Array, "B T E"], experts: ExpertsConfig) -> Float[Array, "B T E"]:
+    """Return the scores of each token's experts: probabilities, or independent sigmoids."""
+    return jax.nn.sigmoid(logits) if experts.scores == "sigmoid" else jax.nn.softmax(logits)
+
+
+def select_experts(
+    scores: Float[Array, "B T E"], selection_bias: Float[Array, "E"] | None, experts: ExpertsConfig
+) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"]]:
+    """Return the gates and the numbers of each token's experts, the preferred ones first."""
+    preference = scores if selection_bias is None else scores + selection_bias[None, None]
+    if experts.limits_groups:
+        preference = _limit_groups(preference, experts)
+    _, selected = jax.lax.top_k(jax.lax.stop_gradient(preference), experts.n_experts_per_token)
+    gates = jnp.take_along_axis(scores, selected, axis=-1)
+    if experts.scales_gates:  # the sum of sigmoids can be zero, as in DeepSeek V3
+        gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)
+    return gates * experts.gate_scale, selected
+
+
+def _limit_groups(preference: Float[Array, "B T E"], experts: ExpertsConfig) -> Float[Array, "B T E"]:
+    """Return the preferences of the experts in each token's best groups, and minus infinity for the others.
+
+    DeepSeek V2 (arXiv 2405.04434, section 2.2.2) and V3 (2412.19437, section 2.1.2).
+    """
+    by_group = preference.reshape(*preference.shape[:-1], experts.n_expert_groups, -1)
+    best, _ = jax.lax.top_k(by_group, 1 if experts.group_score == "max" else 2)
+    _, groups = jax.lax.top_k(jnp.sum(best, axis=-1), experts.groups_per_token)
+    is_chosen = jnp.any(jax.nn.one_hot(groups, experts.n_expert_groups, dtype=bool), axis=-2)
+    return jnp.where(is_chosen[..., None], by_group, -jnp.inf).reshape(preference.shape)
 
 
 def routing_stats(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.mesh import MeshLayout, constrain, use_layout
+from mesh_transformer.model.attention.kv_cache import cache_axes
 from mesh_transformer.model.shapes import init_cache
 from mesh_transformer.model.transformer import make_model
 from mesh_transformer.sample.engine.device_state import BatchParams, DecodeState, StepOutput
@@ -354,4 +355,4 @@ class EnginePrograms(CompiledModel):
 
 def constrain_caches(caches: Any) -> Any:
     """Constrain the sharding of per-layer caches, each array [B, K, S, C]."""
-    return jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", "position", "head_dim"), caches)
+    return jax.tree.map(lambda x: constrain(x, *cache_axes(x.shape[1])), caches)

@@ -74,7 +74,7 @@ def contracted_dims(name: str, axes: tuple[str, ...]) -> tuple[int, ...]:
         return ()
     if short == "w_tokens" or axes[0] == "expert":
         return (1,)
-    return (0,) if axes[0] == "embed" else tuple(range(len(axes) - 1))
+    return (0,) if axes[0] in ("embed", "latent") else tuple(range(len(axes) - 1))
 
 
 def choose_compiler_options(weights: Any, config: ModelConfig) -> dict[str, str] | None:

@@ -92,7 +92,7 @@ def test_blockwise_equals_dense_forward_and_backward(window, softcap):
     def blockwise(q, k, v):
         heads = (0.3 * q).reshape(2, 24, 2, 2, 8).transpose(0, 2, 3, 1, 4)
         ring = Ring(None, 1, 8, window, config)
-        out = ring_attention(heads, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids, slopes.reshape(2, 2), ring)
+        out = ring_attention(heads, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids, slopes.reshape(2, 2), None, ring)
         return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
     wanted, back = jax.vjp(dense, q, k, v)
@@ -104,6 +104,36 @@ def test_blockwise_equals_dense_forward_and_backward(window, softcap):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_sinks_take_part_in_the_softmax():
+    q, k, v, gradient = make_arrays(24)
+    sinks = jnp.array([0.5, -1.0, 2.0, 0.0])
+    mask = jnp.tril(jnp.ones((1, 24, 24), bool))
+
+    def explicit(q, k, v, sinks):
+        scores = jnp.einsum("bthc,bshc->bhts", q, jnp.repeat(k, 2, axis=2))
+        scores = jnp.where(mask[:, None], scores, -jnp.inf)
+        extra = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, extra], axis=-1))[..., :-1]
+        return jnp.einsum("bhts,bshc->bthc", weights, jnp.repeat(v, 2, axis=2))
+
+    def dense(q, k, v, sinks):
+        return dense_attention(q, k, v, mask, None, UNSCALED, sinks)
+
+    def blockwise(q, k, v, sinks):
+        heads = q.reshape(2, 24, 2, 2, 8).transpose(0, 2, 3, 1, 4)
+        own = sinks.reshape(2, 2)
+        out = ring_attention(heads, k.swapaxes(1, 2), v.swapaxes(1, 2), None, None, own, Ring(None, 1, 8, None))
+        return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+    wanted, back = jax.vjp(explicit, q, k, v, sinks)
+    assert np.abs(wanted - explicit(q, k, v, sinks - 9.0)).max() > 0.1, "the sinks have no effect"
+    for function in (dense, blockwise):
+        found, own_back = jax.jit(lambda *x, function=function: jax.vjp(function, *x))(q, k, v, sinks)
+        np.testing.assert_allclose(found, wanted, atol=2e-6)
+        for a, b in zip(own_back(gradient), back(gradient), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_memory_is_linear_in_the_length():
     def temporary(length: int, block: int) -> int:
         shapes = [
@@ -111,7 +141,7 @@ def test_memory_is_linear_in_the_length():
         ]
 
         def loss(q, k, v):
-            return jnp.sum(ring_attention(q, k, v, None, None, Ring(None, 1, block, None)))
+            return jnp.sum(ring_attention(q, k, v, None, None, None, Ring(None, 1, block, None)))
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes

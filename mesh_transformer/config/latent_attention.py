@@ -1,0 +1,30 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Schema of the `[model.latent_attention]` section: the sizes of multi-head latent attention."""
+
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+
+from mesh_transformer.config.field_types import STRICT, Positive
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LatentAttentionConfig:
+    """Keys and values are linear functions of one latent vector per token, which the KV cache stores (DeepSeek V2).
+
+    A key is the concatenation of channels of each head, which are not rotated, and of rotated channels that all heads
+    share.
+    """
+
+    kv_rank: Positive  # size of the latent vector of keys and values
+    q_rank: Positive | None = None  # size of the latent vector of queries; None: queries are projected from d_model
+    d_unrotated: Positive  # channels of each head's query and key that are not rotated
+    d_rotated: Positive  # channels of each head's query, and of the key that all heads share, that are rotated
+    d_value: Positive  # size of each head's value
+
+    @model_validator(mode="after")
+    def check(self) -> "LatentAttentionConfig":
+        """Raise ValueError unless the rotated channels are pairs."""
+        if self.d_rotated % 2:
+            raise ValueError(f"d_rotated={self.d_rotated} must be even, because pairs of channels are rotated")
+        return self
