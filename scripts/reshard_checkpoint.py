@@ -124,6 +124,13 @@ def show_progress(is_terminal: bool) -> "Iterator[Progress]":
         yield update
 
 
+def _format_difference(report: dict[str, Any]) -> list[str]:
+    """Return one line, or none if no logits were compared."""
+    if "max_logit_difference" not in report:
+        return []
+    return [f"largest logit difference {report['max_logit_difference']:.3g} {report['logits']}"]
+
+
 def format_report(report: dict[str, Any]) -> str:
     """Return the report as text."""
     lines = [
@@ -131,7 +138,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"{report['arrays']} arrays, {report['bytes']:,} bytes, {report['mb_per_s']} MB/s including verification, "
         f"peak memory {report['peak_memory_mb']:,} MB",
         f"verified: {report['verified']}",
-        f"largest logit difference {report['max_logit_difference']:.3g} {report['logits']}",
+        *_format_difference(report),
         f"logits compared: {report['logits_compared']}",
         *_format_upload(report.get("upload")),
         *(f"note: {note}" for note in report["notes"]),

@@ -308,6 +308,13 @@ COVERED_BY = {
     "config/test_presets.py": ("model.shapes",),
     "config/test_resume_rules.py": ("config.field_types",),
     "convert/gptj/test_reader.py": ("convert.gptj.reference", "convert.gptj.writer"),
+    "convert/huggingface/test_families.py": (
+        "convert.huggingface.bloom",
+        "convert.huggingface.falcon",
+        "convert.huggingface.gpt_bigcode",
+        "convert.huggingface.mpt",
+        "convert.huggingface.opt",
+    ),
     "convert/huggingface/test_reader.py": (
         "convert.huggingface.config_map",
         "convert.huggingface.tensor_files",
@@ -315,7 +322,6 @@ COVERED_BY = {
     ),
     "convert/huggingface/test_reference.py": (
         "convert.huggingface.config_map_t5",
-        "convert.huggingface.families",
         "convert.huggingface.gemma2",
         "convert.huggingface.reference_t5",
     ),

@@ -21,7 +21,7 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.model import LayerStack
 from mesh_transformer.convert.gptj.reader import open_raw_weights
 from mesh_transformer.convert.gptj.reference import run_mtj
-from mesh_transformer.convert.huggingface.families import ENCODER_DECODER, run_huggingface
+from mesh_transformer.convert.huggingface.families import ENCODER_DECODER, FAMILIES, run_huggingface
 from mesh_transformer.convert.huggingface.reference import matmul, read_rows, read_vector
 from mesh_transformer.convert.huggingface.tensor_files import find_tensors
 from mesh_transformer.convert.import_plan import PREFIX
@@ -52,8 +52,13 @@ class LogitDifference(NamedTuple):
 
 def compare_logits(
     source: OpenCheckpoint, result: OpenCheckpoint, max_memory: int, progress: Progress
-) -> LogitDifference:
-    """Return the largest difference of logits on random tokens, using about `max_memory` bytes."""
+) -> LogitDifference | None:
+    """Return the largest difference of logits on random tokens, using about `max_memory` bytes.
+
+    None if there is no implementation of one of the sides.
+    """
+    if implementation_of(source) is None or implementation_of(result) is None:
+        return None
     config = source.plan.config
     shape = (SEQUENCES, min(SEQUENCE_LENGTH, config.seq_len))
     tokens = np.random.default_rng(0).integers(0, config.n_vocab, shape, dtype=np.int32)
@@ -66,14 +71,16 @@ def compare_logits(
         counter.add(size)
     largest = float(np.abs(logits[0] - logits[1]).max())
     scale = float(np.abs(logits[0]).max())
-    return LogitDifference(largest, scale, tokens.size, (implementation_of(source), implementation_of(result)))
+    implementations = (str(implementation_of(source)), str(implementation_of(result)))
+    return LogitDifference(largest, scale, tokens.size, implementations)
 
 
-def implementation_of(checkpoint: OpenCheckpoint) -> str:
-    """Return a description of the code that `logits_of` runs for a checkpoint."""
+def implementation_of(checkpoint: OpenCheckpoint) -> str | None:
+    """Return a description of the code that `logits_of` runs for a checkpoint; None if there is none."""
     match checkpoint.kind:
         case "huggingface":
-            return f"this project's NumPy reimplementation of {checkpoint.external_config['model_type']}"
+            kind = checkpoint.external_config["model_type"]
+            return f"this project's NumPy reimplementation of {kind}" if FAMILIES[kind].reference else None
         case "gptj-v1":
             return "this project's NumPy reimplementation of mesh-transformer-jax"
         case _:

@@ -13,7 +13,18 @@ import numpy as np
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface import config_map, config_map_t5, gemma2, reference, tensor_map
+from mesh_transformer.convert.huggingface import (
+    bloom,
+    config_map,
+    config_map_t5,
+    falcon,
+    gemma2,
+    gpt_bigcode,
+    mpt,
+    opt,
+    reference,
+    tensor_map,
+)
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.reference import ExternalTensors
 from mesh_transformer.convert.huggingface.reference_t5 import run_t5
@@ -28,9 +39,8 @@ class Family(NamedTuple):
     mappings: Mapping[str, TensorMapping]  # by native weight
     read_config: Callable[[HFConfig], dict[str, Any]]
     write_config: Callable[[ModelConfig], dict[str, Any]]
-    reference: Callable[
-        ..., np.ndarray
-    ]  # NumPy implementation: (tensors, config.json, tokens [B, T]) -> logits [B, T, V]
+    # NumPy implementation: (tensors, config.json, tokens [B, T]) -> logits [B, T, V]; None: conversions compare no logits
+    reference: Callable[..., np.ndarray] | None
     prefix: str  # of names; files of the bare model lack it
     buffers: tuple[str, ...] = ()  # suffixes of names that are not weights
     copies: tuple[str, ...] = ()  # other names under which files may store the embedding matrix
@@ -38,6 +48,11 @@ class Family(NamedTuple):
         False  # whether files with an untied head must have them, because transformers ties nothing then
     )
     experts_key: str = "num_local_experts"  # in config.json
+    variant: Callable[[ModelConfig], Mapping[str, TensorMapping]] | None = None  # mappings that depend on the model
+
+    def mappings_of(self, config: ModelConfig) -> Mapping[str, TensorMapping]:
+        """Return the mappings of one model of the family, by native weight."""
+        return self.mappings if self.variant is None else {**self.mappings, **self.variant(config)}
 
 
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -97,6 +112,28 @@ FAMILIES = {
         "model.",
         LLAMA_CONFIG[4],
     ),
+    "falcon": Family(
+        "FalconForCausalLM",
+        falcon.TENSORS,
+        falcon.read_config,
+        falcon.write_config,
+        None,
+        "transformer.",
+        (".inv_freq",),
+        variant=falcon.name_norms,
+    ),
+    "opt": Family("OPTForCausalLM", opt.TENSORS, opt.read_config, opt.write_config, None, "model."),
+    "bloom": Family("BloomForCausalLM", bloom.TENSORS, bloom.read_config, bloom.write_config, None, "transformer."),
+    "mpt": Family("MptForCausalLM", mpt.TENSORS, mpt.read_config, mpt.write_config, None, "transformer."),
+    "gpt_bigcode": Family(
+        "GPTBigCodeForCausalLM",
+        gpt_bigcode.TENSORS,
+        gpt_bigcode.read_config,
+        gpt_bigcode.write_config,
+        None,
+        "transformer.",
+        (".attn.bias", ".attn.masked_bias"),
+    ),
     "t5": Family(
         "T5ForConditionalGeneration",
         tensor_map.T5,
@@ -135,6 +172,8 @@ def run_huggingface(
     if kind not in FAMILIES:
         raise CheckpointError(f"no reference implementation of model_type {kind!r}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
+    if family.reference is None:
+        raise CheckpointError(f"no reference implementation of model_type {kind!r}")
     merged = HFConfig(config, kind).merged()
     if kind in ENCODER_DECODER:
         return family.reference(tensors, merged, tokens, *encoder_inputs)

@@ -134,7 +134,7 @@ def pack_tensors(config: ModelConfig, arrays: Mapping[str, LazyArray], family: F
     """Return the external tensors by name, packed from native arrays."""
     components: dict[str, list[tuple[TensorMapping, LazyArray, WeightSpec]]] = {}
     for spec, array in list_weights(config, arrays):
-        mapping = family.mappings[spec.name]
+        mapping = family.mappings_of(config)[spec.name]
         name = mapping.gated_name if config.gated_ffn and mapping.gated_name else mapping.name
         name = name.replace("{i}", str(spec.layer))
         if "{e}" not in name:
@@ -163,9 +163,10 @@ def find_array(
 
     KeyError with the name of a missing tensor; ValueError for a wrong shape or number of experts.
     """
-    if spec.name not in family.mappings:
+    mappings = family.mappings_of(config)
+    if spec.name not in mappings:
         raise KeyError(f"{spec.name}, which {family.architecture} does not have")
-    mapping = family.mappings[spec.name]
+    mapping = mappings[spec.name]
 
     def view(spec: WeightSpec, expert: int | None = None) -> LazyArray:
         name = find_name(tensors, family, mapping, spec.layer, expert)

@@ -1,0 +1,128 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Compare one small random decoder of `transformers` with its conversion: logits, gradients, sampling, and the way back."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from reference_models import import_arrays
+from safetensors.numpy import load_file
+
+from mesh_transformer.config import ModelConfig, SampleConfig
+from mesh_transformer.convert.conversion import ConversionOptions, convert
+from mesh_transformer.convert.import_plan import PREFIX
+from mesh_transformer.convert.lazy_arrays import full_index
+from mesh_transformer.convert.readers import open_checkpoint
+from mesh_transformer.model.params import flatten_names
+from mesh_transformer.model.transformer import make_model
+from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+
+N_VOCAB, LENGTH = 61, 30
+LOGITS_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4  # of the largest logit; of the largest entry of the array
+
+
+class Imported(NamedTuple):
+    config: ModelConfig
+    params: dict[str, dict[str, jax.Array]]
+
+
+def save_random_model(kind: str, folder: Path, keys: dict[str, Any]) -> Any:
+    """Save a model of a class of transformers with weights far from initial values, and return it."""
+    import torch
+    import transformers
+
+    transformers.set_seed(0)
+    ids = dict(bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    config = transformers.CONFIG_MAPPING[kind](**dict(vocab_size=N_VOCAB) | ids | keys)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    rng = np.random.default_rng(0)
+    for name, weight in model.named_parameters():
+        scale = 0.3 if weight.ndim == 1 else weight.shape[-1] ** -0.5
+        values = rng.normal(size=weight.shape) * scale + (weight.ndim == 1 and name.endswith("weight"))
+        weight.data = torch.tensor(values, dtype=torch.float32)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def import_model(folder: Path, destination: Path) -> Imported:
+    """Convert a model folder to a native checkpoint and read it."""
+    convert(ConversionOptions(source=folder, destination=destination))
+    plan = open_checkpoint(destination).plan
+    params: dict[str, dict[str, jax.Array]] = {}
+    for name, array in plan.values.items():
+        module, _, leaf = name.removeprefix(PREFIX).rpartition("/")
+        params.setdefault(module, {})[leaf] = jnp.asarray(array.read(full_index(array)))
+    return Imported(plan.config, params)
+
+
+def check_family(kind: str, tmp_path: Path, keys: dict[str, Any]) -> Imported:
+    """Compare a random model with its conversion and with the conversion back; return the imported model."""
+    import torch
+    import transformers
+
+    source = tmp_path / "source"
+    model = save_random_model(kind, source, keys)
+    imported = import_model(source, tmp_path / "native")
+    tokens = np.random.default_rng(1).integers(2, N_VOCAB, (2, LENGTH), dtype=np.int32)
+    input_ids = torch.tensor(tokens, dtype=torch.long)
+    logits = model(input_ids).logits
+    wanted = logits.detach().numpy()
+    assert np.std(wanted) > 0.1
+    tolerance = LOGITS_TOLERANCE * max(np.abs(wanted).max(), 1.0)
+    np.testing.assert_allclose(run(imported, tokens), wanted, atol=tolerance, rtol=0)
+    check_gradients(kind, model, imported, tokens)
+    check_sampling(model, imported, tokens[0, :9])
+    back = tmp_path / "back"
+    convert(ConversionOptions(source=tmp_path / "native", destination=back, format="huggingface"))
+    assert transformers.AutoConfig.from_pretrained(back).model_type == kind
+    again = transformers.AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32, attn_implementation="eager")
+    np.testing.assert_allclose(again(input_ids).logits.detach().numpy(), wanted, atol=1e-6, rtol=0)
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, back))
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values, err_msg=name)
+    return imported
+
+
+def run(imported: Imported, tokens: np.ndarray) -> np.ndarray:
+    """Return the logits of the native model."""
+    return np.asarray(make_model(imported.config).apply(imported.params, jnp.asarray(tokens))[0])
+
+
+def check_gradients(kind: str, model: Any, imported: Imported, tokens: np.ndarray) -> None:
+    """Compare the gradients of the mean loss with respect to every weight."""
+    import torch
+
+    def loss(params):
+        log_p = jax.nn.log_softmax(make_model(imported.config).apply(params, jnp.asarray(tokens[:, :-1]))[0])
+        return -jnp.mean(jnp.take_along_axis(log_p, jnp.asarray(tokens[:, 1:, None]), axis=-1))
+
+    found = flatten_names(jax.grad(loss)(imported.params))
+    model.zero_grad()
+    logits = model(torch.tensor(tokens[:, :-1], dtype=torch.long)).logits
+    targets = torch.tensor(tokens[:, 1:], dtype=torch.long)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    grads = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
+    wanted = flatten_names(import_arrays(grads, kind, imported.config))
+    assert found.keys() == wanted.keys()
+    # A key's bias shifts all scores of a query equally, so its gradient is zero up to rounding.
+    largest = max(np.abs(gradient).max() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        scale = largest if name.endswith("attention/b_k") else np.abs(gradient).max()
+        assert scale > 0, f"{name} has no gradient"
+        np.testing.assert_allclose(found[name], gradient, atol=GRADIENT_TOLERANCE * scale, rtol=0, err_msg=name)
+
+
+def check_sampling(model: Any, imported: Imported, prompt: np.ndarray) -> None:
+    """Compare 16 greedy tokens, computed here by prefill and decode with a KV cache."""
+    import torch
+
+    options: dict[str, Any] = dict(do_sample=False, max_new_tokens=16, eos_token_id=None, pad_token_id=0)
+    generated = model.generate(torch.tensor(prompt[None], dtype=torch.long), **options)[0, len(prompt) :].tolist()
+    engine = DecoderOnlyEngine(imported.config, imported.params)
+    [[completion]] = engine.generate([prompt.tolist()], SampleConfig(temperature=0.0), max_tokens=16)
+    assert completion.tokens == generated
+    assert len(set(generated)) > 2, "the model should not repeat one token"
