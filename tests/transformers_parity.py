@@ -37,10 +37,10 @@ def save_random_model(kind: str, folder: Path, keys: dict[str, Any]) -> Any:
     transformers.set_seed(0)
     ids = dict(bos_token_id=0, eos_token_id=0, pad_token_id=None)
     config = transformers.CONFIG_MAPPING[kind](**dict(vocab_size=N_VOCAB) | ids | keys)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     rng = np.random.default_rng(0)
     for name, weight in model.named_parameters():
-        scale = 0.3 if weight.ndim == 1 else weight.shape[-1] ** -0.5
+        scale = 0.3 if weight.ndim == 1 else 1.3 * weight.shape[-1] ** -0.5
         values = rng.normal(size=weight.shape) * scale + (weight.ndim == 1 and name.endswith("weight"))
         weight.data = torch.tensor(values, dtype=torch.float32)
     model.eval().save_pretrained(folder)
@@ -74,12 +74,12 @@ def check_family(kind: str, tmp_path: Path, keys: dict[str, Any]) -> Imported:
     tolerance = LOGITS_TOLERANCE * max(np.abs(wanted).max(), 1.0)
     np.testing.assert_allclose(run(imported, tokens), wanted, atol=tolerance, rtol=0)
     check_gradients(kind, model, imported, tokens)
-    check_sampling(model, imported, tokens[0, :9])
+    check_sampling(model, imported, [tokens[0, :9], tokens[1, 3:20], tokens[1, :1]])
     back = tmp_path / "back"
     convert(ConversionOptions(source=tmp_path / "native", destination=back, format="huggingface"))
     assert transformers.AutoConfig.from_pretrained(back).model_type == kind
-    again = transformers.AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32, attn_implementation="eager")
-    np.testing.assert_allclose(again(input_ids).logits.detach().numpy(), wanted, atol=1e-6, rtol=0)
+    again = transformers.AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
+    np.testing.assert_allclose(again(input_ids).logits.detach().numpy(), wanted, atol=1e-5, rtol=0)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, back))
     assert before.keys() == after.keys()
     for name, values in before.items():
@@ -116,13 +116,15 @@ def check_gradients(kind: str, model: Any, imported: Imported, tokens: np.ndarra
         np.testing.assert_allclose(found[name], gradient, atol=GRADIENT_TOLERANCE * scale, rtol=0, err_msg=name)
 
 
-def check_sampling(model: Any, imported: Imported, prompt: np.ndarray) -> None:
-    """Compare 16 greedy tokens, computed here by prefill and decode with a KV cache."""
+def check_sampling(model: Any, imported: Imported, prompts: list[np.ndarray]) -> None:
+    """Compare 16 greedy tokens after each prompt, computed here by prefill and decode with a KV cache."""
     import torch
 
     options: dict[str, Any] = dict(do_sample=False, max_new_tokens=16, eos_token_id=None, pad_token_id=0)
-    generated = model.generate(torch.tensor(prompt[None], dtype=torch.long), **options)[0, len(prompt) :].tolist()
+    generated = [
+        model.generate(torch.tensor(p[None], dtype=torch.long), **options)[0, len(p) :].tolist() for p in prompts
+    ]
     engine = DecoderOnlyEngine(imported.config, imported.params)
-    [[completion]] = engine.generate([prompt.tolist()], SampleConfig(temperature=0.0), max_tokens=16)
-    assert completion.tokens == generated
-    assert len(set(generated)) > 2, "the model should not repeat one token"
+    found = engine.generate([p.tolist() for p in prompts], SampleConfig(temperature=0.0), max_tokens=16)
+    assert [completion.tokens for [completion] in found] == generated
+    assert len({token for tokens in generated for token in tokens}) > 2, "the model should not repeat one token"

@@ -81,6 +81,7 @@ T5 = dict(
     init="t5",
 )
 T5_V1_1 = dict(T5, activation="gelu-tanh", gated_ffn=True, tied_embeddings=False, logit_scale="none")
+MT5 = dict(T5_V1_1, n_vocab=250_112)
 # Switch (arXiv 2101.03961): T5 with experts, initialized with a tenth of the variance. Switch-C's 30 heads, XXL's 128
 # experts and ReLU follow the released code.
 SWITCH = dict(T5, init_scale=0.1)
@@ -111,6 +112,21 @@ def _t5(
     sizes = dict(d_ff=d_ff, d_head=d_head, n_encoder_layers=n_layers)
     return _size(family, n_layers, d_model, n_heads, **sizes, **rest)
 
+
+FALCON = dict(
+    n_vocab=65024, seq_len=2048, activation="gelu-erf", qkv_bias=False, attention_out_bias=False, ff_bias=False,
+    positions="rope-half",
+)  # fmt: skip
+FALCON_7B = dict(FALCON, residual="parallel", n_kv_heads=1)
+FALCON_40B = dict(FALCON, residual="parallel-two-norms", n_kv_heads=8)
+FALCON_RW = dict(seq_len=2048, activation="gelu-erf", positions="falcon-alibi")
+OPT = dict(n_vocab=50272, seq_len=2048, position_offset=2, activation="relu")
+BLOOM = dict(n_vocab=250_880, seq_len=2048, positions="alibi", embedding_norm=True)
+MPT = dict(
+    n_vocab=50432, positions="alibi", activation="gelu-erf", norm_bias=False, qkv_bias=False, attention_out_bias=False,
+    ff_bias=False,
+)  # fmt: skip
+STARCODER = dict(n_vocab=49152, seq_len=8192, n_kv_heads=1)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2": _size(GPT2, 12, 768, 12),
@@ -166,6 +182,34 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mixtral-8x22b": _size(
         MIXTRAL, 56, 6144, 48, d_ff=16384, seq_len=65536, experts=dict(n_experts=8, n_experts_per_token=2)
     ),
+    "falcon-7b": _size(FALCON_7B, 32, 4544, 71),
+    "falcon-11b": _size(
+        FALCON_7B, 60, 4096, 32, n_kv_heads=8, d_ff=16384, seq_len=8192, rope_theta=500_042.0, tied_embeddings=False
+    ),
+    "falcon-40b": _size(FALCON_40B, 60, 8192, 128),
+    "falcon-180b": _size(FALCON_40B, 80, 14848, 232),
+    "falcon-rw-1b": _size(FALCON_RW, 24, 2048, 32, n_vocab=50304),
+    "falcon-rw-7b": _size(FALCON_RW, 36, 4096, 64, n_vocab=65024),
+    "opt-125m": _size(OPT, 12, 768, 12),
+    "opt-1.3b": _size(OPT, 24, 2048, 32),
+    "opt-2.7b": _size(OPT, 32, 2560, 32),
+    "opt-6.7b": _size(OPT, 32, 4096, 32),
+    "opt-13b": _size(OPT, 40, 5120, 40),
+    "opt-30b": _size(OPT, 48, 7168, 56),
+    "opt-66b": _size(OPT, 64, 9216, 72),
+    "bloom-560m": _size(BLOOM, 24, 1024, 16),
+    "bloom-1b1": _size(BLOOM, 24, 1536, 16),
+    "bloom-1b7": _size(BLOOM, 24, 2048, 16),
+    "bloom-3b": _size(BLOOM, 30, 2560, 32),
+    "bloom-7b1": _size(BLOOM, 30, 4096, 32),
+    "bloom-176b": _size(BLOOM, 70, 14336, 112),
+    "mpt-7b": _size(MPT, 32, 4096, 32, seq_len=2048),
+    "mpt-30b": _size(MPT, 48, 7168, 64, seq_len=8192),
+    "santacoder": _size(STARCODER, 24, 2048, 16, n_vocab=49280, seq_len=2048),
+    "starcoderbase-1b": _size(STARCODER, 24, 2048, 16),
+    "starcoderbase-3b": _size(STARCODER, 36, 2816, 22),
+    "starcoderbase-7b": _size(STARCODER, 42, 4096, 32),
+    "starcoder": _size(STARCODER, 40, 6144, 48),
     "t5-small": _t5(T5, 6, 512, 8, 2048),
     "t5-base": _t5(T5, 12, 768, 12, 3072),
     "t5-large": _t5(T5, 24, 1024, 16, 4096),
@@ -176,6 +220,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "t5-v1.1-large": _t5(T5_V1_1, 24, 1024, 16, 2816),
     "t5-v1.1-xl": _t5(T5_V1_1, 24, 2048, 32, 5120),
     "t5-v1.1-xxl": _t5(T5_V1_1, 24, 4096, 64, 10240),
+    # Flan-T5 has the sizes of T5 v1.1
+    "flan-t5-small": _t5(T5_V1_1, 8, 512, 6, 1024),
+    "flan-t5-base": _t5(T5_V1_1, 12, 768, 12, 2048),
+    "flan-t5-large": _t5(T5_V1_1, 24, 1024, 16, 2816),
+    "flan-t5-xl": _t5(T5_V1_1, 24, 2048, 32, 5120),
+    "flan-t5-xxl": _t5(T5_V1_1, 24, 4096, 64, 10240),
+    "mt5-small": _t5(MT5, 8, 512, 6, 1024),
+    "mt5-base": _t5(MT5, 12, 768, 12, 2048),
+    "mt5-large": _t5(MT5, 24, 1024, 16, 2816),
+    "mt5-xl": _t5(MT5, 24, 2048, 32, 5120),
+    "mt5-xxl": _t5(MT5, 24, 4096, 64, 10240),
+    "ul2": _t5(dict(T5_V1_1, activation="silu"), 32, 4096, 16, 16384, 256),
     "switch-base-8": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(8, 2, 1.25, 16)),
     "switch-base-16": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(16, 2, 1.25, 16)),
     "switch-base-32": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(32, 2, 1.25, 16)),

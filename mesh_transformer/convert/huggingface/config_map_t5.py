@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Translate config.json of T5 and SwitchTransformers to the native [model] section and back (see config_map.py)."""
+"""Translate config.json of T5, mT5 and SwitchTransformers to the native [model] section and back (see config_map.py)."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTI
 DEFAULT_SEQ_LEN = 512  # of the encoder in training; config.json may omit it, and no weight depends on it
 
 
-def _read(s: HFConfig, *, tied: bool) -> dict[str, Any]:
+def _read(s: HFConfig, *, tied: bool, scaled: bool) -> dict[str, Any]:
     layers = s["num_layers"]
     return T5 | dict(
         n_layers=s.get("num_decoder_layers", default=layers), n_encoder_layers=layers, d_model=s["d_model"],
         n_heads=s["num_heads"], d_head=s["d_kv"], d_ff=s["d_ff"], n_vocab=s["vocab_size"],
         seq_len=s.get("n_positions", default=DEFAULT_SEQ_LEN), norm_eps=s["layer_norm_epsilon"],
         t5_buckets=s["relative_attention_num_buckets"], t5_max_distance=s["relative_attention_max_distance"],
-        tied_embeddings=tied, logit_scale="rsqrt_d_model" if tied else "none",
+        tied_embeddings=tied, logit_scale="rsqrt_d_model" if scaled else "none",
     )  # fmt: skip
 
 
@@ -33,17 +33,21 @@ def _write(c: ModelConfig) -> dict[str, Any]:
 
 
 def read_t5(s: HFConfig) -> dict[str, Any]:
-    """Return the [model] section for a T5Config. Its "gated-gelu" is the tanh approximation."""
+    """Return the [model] section for a T5Config or an MT5Config. Its "gated-gelu" is the tanh approximation.
+
+    In transformers 5 the embedding matrix is the head if the files have no head, whatever tie_word_embeddings says
+    (`Family.files_tie_head`). The logits of T5 are scaled if that key is not false, or as scale_decoder_outputs says.
+    """
     projection = s["feed_forward_proj"]
     kind, _, name = projection.rpartition("-")
     s.require("is_gated_act", kind == "gated")  # a file may repeat what the class computes from feed_forward_proj
     s.require("dense_act_fn", "gelu_new" if projection == "gated-gelu" else name)
     gated = {f"gated-{name}": native for name, native in ACTIVATIONS.items()} | {"gated-gelu": "gelu-tanh"}
     activation = s.translate(ACTIVATIONS | gated, "feed_forward_proj")
-    # transformers 5 writes tie_word_embeddings = true for every T5, even if the head differs; this key is reliable.
-    scaled = s.given("scale_decoder_outputs")
-    tied = scaled if scaled is not None else s.given("tie_word_embeddings") is not False
-    return _read(s, tied=tied) | dict(activation=activation, gated_ffn=projection in gated)
+    tied = s.given("tie_word_embeddings") is not False
+    scaled = s.given("scale_decoder_outputs") if s.kind == "t5" else False
+    scaled = tied if scaled is None else scaled
+    return _read(s, tied=tied, scaled=scaled) | dict(activation=activation, gated_ffn=projection in gated)
 
 
 def write_t5(c: ModelConfig) -> dict[str, Any]:
@@ -54,13 +58,18 @@ def write_t5(c: ModelConfig) -> dict[str, Any]:
     return _write(c) | dict(feed_forward_proj=activation, scale_decoder_outputs=c.logit_scale == "rsqrt_d_model")
 
 
+def write_mt5(c: ModelConfig) -> dict[str, Any]:
+    """Return the keys of an MT5Config, whose logits are not scaled."""
+    return {key: value for key, value in write_t5(c).items() if key != "scale_decoder_outputs"}
+
+
 def read_switch(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a SwitchTransformersConfig; dropped tokens give zero, as in transformers 5."""
     s.require("router_bias", False)
     s.require("router_ignore_padding_tokens", False)
     s.require("router_dtype", "float32")
     s.require("is_gated_act", False)
-    model = _read(s, tied=s["tie_word_embeddings"])
+    model = _read(s, tied=s["tie_word_embeddings"], scaled=s["tie_word_embeddings"])
     steps = [_read_step(s, "encoder", model["n_encoder_layers"]), _read_step(s, "decoder", model["n_layers"])]
     if steps[0] != steps[1] or not 1 <= steps[0] <= 2:
         raise CheckpointError(

@@ -47,6 +47,7 @@ class Family(NamedTuple):
     needs_copies: bool = (
         False  # whether files with an untied head must have them, because transformers ties nothing then
     )
+    files_tie_head: bool = False  # whether the head is tied if the files lack it, and untied if it differs
     experts_key: str = "num_local_experts"  # in config.json
     variant: Callable[[ModelConfig], Mapping[str, TensorMapping]] | None = None  # mappings that depend on the model
 
@@ -143,6 +144,18 @@ FAMILIES = {
         "",
         UNUSED,
         copies=COPIES,
+        files_tie_head=True,
+    ),
+    "mt5": Family(
+        "MT5ForConditionalGeneration",
+        tensor_map.T5,
+        config_map_t5.read_t5,
+        config_map_t5.write_mt5,
+        run_t5,
+        "",
+        UNUSED,
+        copies=COPIES,
+        files_tie_head=True,
     ),
     "switch_transformers": Family(
         "SwitchTransformersForConditionalGeneration",
@@ -157,7 +170,7 @@ FAMILIES = {
         experts_key="num_experts",
     ),
 }
-ENCODER_DECODER = ("t5", "switch_transformers")
+ENCODER_DECODER = ("t5", "mt5", "switch_transformers")
 
 
 def run_huggingface(

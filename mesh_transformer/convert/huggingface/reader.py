@@ -54,8 +54,10 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
     """
     external_config, family = read_config(folder)
     model = read_model(external_config, family)
-    config = make_model_config(model, folder / CONFIG)
     tensors = find_tensors(folder)
+    if family.files_tie_head:
+        model["tied_embeddings"] = _is_head_tied(tensors, family, model["tied_embeddings"])
+    config = make_model_config(model, folder / CONFIG)
     used: set[str] = set()
     arrays = assemble(config, lambda spec: find_array(tensors, family, config, spec, used), folder)
     copies = {name: "these must be equal" for name in family.copies if name in tensors}
@@ -200,6 +202,15 @@ def find_name(
             if candidate in tensors:
                 return candidate
     raise KeyError(names[0])
+
+
+def _is_head_tied(tensors: Mapping[str, LazyArray], family: Family, expected: bool) -> bool:
+    """Return whether the embedding matrix is the head; `expected` is what config.json says."""
+    head = _find_optional(tensors, family, "w_head")
+    embedding = _find_optional(tensors, family, "w_tokens")
+    if head is None or embedding is None:
+        return True
+    return expected and _are_equal(tensors[head], tensors[embedding])
 
 
 def _find_optional(tensors: Mapping[str, Any], family: Family, weight: str) -> str | None:

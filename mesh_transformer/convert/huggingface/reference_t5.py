@@ -29,7 +29,7 @@ def run_t5(
     t = ExternalTensors(tensors, "")
     encoder_output = _run_stack(t, c, "encoder", encoder_tokens, mask, None)
     x = _run_stack(t, c, "decoder", tokens, mask, encoder_output)
-    if c.get("scale_decoder_outputs", c.get("tie_word_embeddings") is not False):
+    if c["model_type"] != "mt5" and c.get("scale_decoder_outputs", c.get("tie_word_embeddings") is not False):
         x = x * c["d_model"] ** -0.5
     head = "lm_head.weight" if "lm_head.weight" in t else "shared.weight"
     return matmul(x, t.find(head), transposed=True)

@@ -35,7 +35,7 @@ CASES = {
     "opt": (
         "opt",
         SMALL | dict(ffn_dim=80, max_position_embeddings=64, word_embed_proj_dim=48),
-        dict(position_offset=0),
+        dict(position_offset=0, seq_len=66),
     ),
     "opt-without-biases": (
         "opt",
