@@ -62,6 +62,7 @@ CONFIG_LEAVES = {
     "model",
     "moe",
     "presets",
+    "presets_dense",
     "renamed",
     "rope",
 }  # of config/: import no other package

@@ -8,6 +8,8 @@ files. Parameter counts are tested in tests/config/test_presets.py.
 
 from typing import Any
 
+from mesh_transformer.config.presets_dense import DENSE_PRESETS, LLAMA, with_sizes
+
 GPT2 = dict(n_vocab=50257, seq_len=1024)
 # GPT-3 alternates dense and banded layers; window and order were never published. 256, dense first, follows GPT-Neo.
 GPT3 = dict(n_vocab=50257, seq_len=2048, attention_pattern=["global", "local"], attention_window=256)
@@ -34,17 +36,6 @@ GPT_J = dict(
 GPT_NEOX = dict(seq_len=2048, positions="rope-half", residual="parallel-two-norms", tied_embeddings=False, init="neox")
 NEOX_SERIAL = dict(GPT_NEOX, residual="serial", n_vocab=50304)
 PYTHIA = dict(GPT_NEOX, activation="gelu-erf")  # released config; the training code used the tanh form
-LLAMA = dict(
-    n_vocab=32000,
-    norm="rmsnorm",
-    positions="rope-half",
-    activation="silu",
-    gated_ffn=True,
-    qkv_bias=False,
-    attention_out_bias=False,
-    ff_bias=False,
-    tied_embeddings=False,
-)
 # Gemma 2 (arXiv 2408.00118)
 GEMMA2 = dict(
     n_vocab=256_000,
@@ -101,16 +92,12 @@ def _switch(n_experts: int, layer_interval: int, capacity_factor: float, group_s
     )
 
 
-def _size(family: dict[str, Any], n_layers: int, d_model: int, n_heads: int, **rest: Any) -> dict[str, Any]:
-    return dict(family, n_layers=n_layers, d_model=d_model, n_heads=n_heads, **rest)
-
-
 def _t5(
     family: dict[str, Any], n_layers: int, d_model: int, n_heads: int, d_ff: int, d_head: int = 64, **rest: Any
 ) -> dict[str, Any]:
     """Return a T5 row with `n_layers` layers in both encoder and decoder."""
     sizes = dict(d_ff=d_ff, d_head=d_head, n_encoder_layers=n_layers)
-    return _size(family, n_layers, d_model, n_heads, **sizes, **rest)
+    return with_sizes(family, n_layers, d_model, n_heads, **sizes, **rest)
 
 
 FALCON = dict(
@@ -129,57 +116,56 @@ MPT = dict(
 STARCODER = dict(n_vocab=49152, seq_len=8192, n_kv_heads=1)
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "gpt2": _size(GPT2, 12, 768, 12),
-    "gpt2-medium": _size(GPT2, 24, 1024, 16),
-    "gpt2-large": _size(GPT2, 36, 1280, 20),
-    "gpt2-xl": _size(GPT2, 48, 1600, 25),
-    "gpt3-small": _size(GPT3, 12, 768, 12),
-    "gpt3-medium": _size(GPT3, 24, 1024, 16),
-    "gpt3-large": _size(GPT3, 24, 1536, 16),
-    "gpt3-xl": _size(GPT3, 24, 2048, 16),  # the paper's 24 heads of size 128 do not give d_model = 2048
-    "gpt3-2.7b": _size(GPT3, 32, 2560, 32),
-    "gpt3-6.7b": _size(GPT3, 32, 4096, 32),
-    "gpt3-13b": _size(GPT3, 40, 5120, 40),  # the paper's 5140 is not 40 x 128
-    "gpt3-175b": _size(GPT3, 96, 12288, 96),
-    "gpt-neo-125m": _size(GPT_NEO, 12, 768, 12),
-    "gpt-neo-350m": _size(GPT_NEO, 24, 1024, 16),
-    "gpt-neo-1.3b": _size(GPT_NEO, 24, 2048, 16),
-    "gpt-neo-2.7b": _size(GPT_NEO, 32, 2560, 20),
-    "gptj-6b": _size(GPT_J, 28, 4096, 16),
-    "gpt-neox-20b": _size(GPT_NEOX, 44, 6144, 64, n_vocab=50432, rope_dims=24),
+    "gpt2": with_sizes(GPT2, 12, 768, 12),
+    "gpt2-medium": with_sizes(GPT2, 24, 1024, 16),
+    "gpt2-large": with_sizes(GPT2, 36, 1280, 20),
+    "gpt2-xl": with_sizes(GPT2, 48, 1600, 25),
+    "gpt3-small": with_sizes(GPT3, 12, 768, 12),
+    "gpt3-medium": with_sizes(GPT3, 24, 1024, 16),
+    "gpt3-large": with_sizes(GPT3, 24, 1536, 16),
+    "gpt3-xl": with_sizes(GPT3, 24, 2048, 16),  # the paper's 24 heads of size 128 do not give d_model = 2048
+    "gpt3-2.7b": with_sizes(GPT3, 32, 2560, 32),
+    "gpt3-6.7b": with_sizes(GPT3, 32, 4096, 32),
+    "gpt3-13b": with_sizes(GPT3, 40, 5120, 40),  # the paper's 5140 is not 40 x 128
+    "gpt3-175b": with_sizes(GPT3, 96, 12288, 96),
+    "gpt-neo-125m": with_sizes(GPT_NEO, 12, 768, 12),
+    "gpt-neo-350m": with_sizes(GPT_NEO, 24, 1024, 16),
+    "gpt-neo-1.3b": with_sizes(GPT_NEO, 24, 2048, 16),
+    "gpt-neo-2.7b": with_sizes(GPT_NEO, 32, 2560, 20),
+    "gptj-6b": with_sizes(GPT_J, 28, 4096, 16),
+    "gpt-neox-20b": with_sizes(GPT_NEOX, 44, 6144, 64, n_vocab=50432, rope_dims=24),
     # configs/*.yml of the GPT-NeoX library: serial residual, full rotary, vocabulary padded to 50304
-    "neox-19m": _size(NEOX_SERIAL, 6, 512, 8),
-    "neox-49m": _size(NEOX_SERIAL, 10, 640, 10),
-    "neox-125m": _size(NEOX_SERIAL, 12, 768, 12),
-    "neox-350m": _size(NEOX_SERIAL, 24, 1024, 16),
-    "neox-760m": _size(NEOX_SERIAL, 24, 1536, 16),
-    "neox-800m": _size(NEOX_SERIAL, 16, 2048, 8),
-    "neox-1.3b": _size(NEOX_SERIAL, 24, 2048, 16),
-    "neox-2.7b": _size(NEOX_SERIAL, 32, 2560, 32),
-    "neox-6.7b": _size(NEOX_SERIAL, 32, 4096, 32),
-    "neox-13b": _size(NEOX_SERIAL, 40, 5120, 40),
-    "neox-175b": _size(NEOX_SERIAL, 96, 12288, 96),
-    "pythia-14m": _size(PYTHIA, 6, 128, 4, n_vocab=50304, rope_dims=8),
-    "pythia-31m": _size(PYTHIA, 6, 256, 8, n_vocab=50304, rope_dims=8),
-    "pythia-70m": _size(PYTHIA, 6, 512, 8, n_vocab=50304, rope_dims=16),
-    "pythia-160m": _size(PYTHIA, 12, 768, 12, n_vocab=50304, rope_dims=16),
-    "pythia-410m": _size(PYTHIA, 24, 1024, 16, n_vocab=50304, rope_dims=16),
-    "pythia-1b": _size(PYTHIA, 16, 2048, 8, n_vocab=50304, rope_dims=64),
-    "pythia-1.4b": _size(PYTHIA, 24, 2048, 16, n_vocab=50304, rope_dims=32),
-    "pythia-2.8b": _size(PYTHIA, 32, 2560, 32, n_vocab=50304, rope_dims=20),
-    "pythia-6.9b": _size(PYTHIA, 32, 4096, 32, n_vocab=50432, rope_dims=32),
-    "pythia-12b": _size(PYTHIA, 36, 5120, 40, n_vocab=50688, rope_dims=32),
-    "llama-7b": _size(LLAMA, 32, 4096, 32, d_ff=11008, seq_len=2048, norm_eps=1e-6),
-    "llama-13b": _size(LLAMA, 40, 5120, 40, d_ff=13824, seq_len=2048, norm_eps=1e-6),
-    "llama-33b": _size(LLAMA, 60, 6656, 52, d_ff=17920, seq_len=2048, norm_eps=1e-6),
-    "llama-65b": _size(LLAMA, 80, 8192, 64, d_ff=22016, seq_len=2048, norm_eps=1e-6),
-    "llama2-7b": _size(LLAMA, 32, 4096, 32, d_ff=11008, seq_len=4096),
-    "gemma2-2b": _size(GEMMA2, 26, 2304, 8, n_kv_heads=4, d_head=256, d_ff=9216),
-    "gemma2-9b": _size(GEMMA2, 42, 3584, 16, n_kv_heads=8, d_head=256, d_ff=14336),
+    "neox-19m": with_sizes(NEOX_SERIAL, 6, 512, 8),
+    "neox-49m": with_sizes(NEOX_SERIAL, 10, 640, 10),
+    "neox-125m": with_sizes(NEOX_SERIAL, 12, 768, 12),
+    "neox-350m": with_sizes(NEOX_SERIAL, 24, 1024, 16),
+    "neox-760m": with_sizes(NEOX_SERIAL, 24, 1536, 16),
+    "neox-800m": with_sizes(NEOX_SERIAL, 16, 2048, 8),
+    "neox-1.3b": with_sizes(NEOX_SERIAL, 24, 2048, 16),
+    "neox-2.7b": with_sizes(NEOX_SERIAL, 32, 2560, 32),
+    "neox-6.7b": with_sizes(NEOX_SERIAL, 32, 4096, 32),
+    "neox-13b": with_sizes(NEOX_SERIAL, 40, 5120, 40),
+    "neox-175b": with_sizes(NEOX_SERIAL, 96, 12288, 96),
+    "pythia-14m": with_sizes(PYTHIA, 6, 128, 4, n_vocab=50304, rope_dims=8),
+    "pythia-31m": with_sizes(PYTHIA, 6, 256, 8, n_vocab=50304, rope_dims=8),
+    "pythia-70m": with_sizes(PYTHIA, 6, 512, 8, n_vocab=50304, rope_dims=16),
+    "pythia-160m": with_sizes(PYTHIA, 12, 768, 12, n_vocab=50304, rope_dims=16),
+    "pythia-410m": with_sizes(PYTHIA, 24, 1024, 16, n_vocab=50304, rope_dims=16),
+    "pythia-1b": with_sizes(PYTHIA, 16, 2048, 8, n_vocab=50304, rope_dims=64),
+    "pythia-1.4b": with_sizes(PYTHIA, 24, 2048, 16, n_vocab=50304, rope_dims=32),
+    "pythia-2.8b": with_sizes(PYTHIA, 32, 2560, 32, n_vocab=50304, rope_dims=20),
+    "pythia-6.9b": with_sizes(PYTHIA, 32, 4096, 32, n_vocab=50432, rope_dims=32),
+    "pythia-12b": with_sizes(PYTHIA, 36, 5120, 40, n_vocab=50688, rope_dims=32),
+    "llama-7b": with_sizes(LLAMA, 32, 4096, 32, d_ff=11008, seq_len=2048, norm_eps=1e-6),
+    "llama-13b": with_sizes(LLAMA, 40, 5120, 40, d_ff=13824, seq_len=2048, norm_eps=1e-6),
+    "llama-33b": with_sizes(LLAMA, 60, 6656, 52, d_ff=17920, seq_len=2048, norm_eps=1e-6),
+    "llama-65b": with_sizes(LLAMA, 80, 8192, 64, d_ff=22016, seq_len=2048, norm_eps=1e-6),
+    "gemma2-2b": with_sizes(GEMMA2, 26, 2304, 8, n_kv_heads=4, d_head=256, d_ff=9216),
+    "gemma2-9b": with_sizes(GEMMA2, 42, 3584, 16, n_kv_heads=8, d_head=256, d_ff=14336),
     # its scores are scaled by (d_model / n_heads)^-0.5
-    "gemma2-27b": _size(GEMMA2, 46, 4608, 32, n_kv_heads=16, d_head=128, d_ff=36864, attention_scale=144**-0.5),
-    "mixtral-8x7b": _size(MIXTRAL, 32, 4096, 32, d_ff=14336, experts=dict(n_experts=8, n_experts_per_token=2)),
-    "mixtral-8x22b": _size(
+    "gemma2-27b": with_sizes(GEMMA2, 46, 4608, 32, n_kv_heads=16, d_head=128, d_ff=36864, attention_scale=144**-0.5),
+    "mixtral-8x7b": with_sizes(MIXTRAL, 32, 4096, 32, d_ff=14336, experts=dict(n_experts=8, n_experts_per_token=2)),
+    "mixtral-8x22b": with_sizes(
         MIXTRAL, 56, 6144, 48, d_ff=16384, seq_len=65536, experts=dict(n_experts=8, n_experts_per_token=2)
     ),
     "falcon-7b": _size(FALCON_7B, 32, 4544, 71),
@@ -250,9 +236,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "switch-c": _t5(
         SWITCH, 15, 2080, 30, 6144, tied_embeddings=False, logit_scale="none", experts=_switch(2048, 1, 1.0, 4)
     ),
-    "switch-decoder-base-8": _size(SWITCH_DECODER, 12, 768, 12, d_ff=3072, experts=_switch(8, 2, 1.25)),
-    "switch-decoder-base-128": _size(SWITCH_DECODER, 12, 768, 12, d_ff=3072, experts=_switch(128, 2, 1.25)),
-    "switch-decoder-c": _size(
+    "switch-decoder-base-8": with_sizes(SWITCH_DECODER, 12, 768, 12, d_ff=3072, experts=_switch(8, 2, 1.25)),
+    "switch-decoder-base-128": with_sizes(SWITCH_DECODER, 12, 768, 12, d_ff=3072, experts=_switch(128, 2, 1.25)),
+    "switch-decoder-c": with_sizes(
         SWITCH_DECODER, 15, 2080, 30, d_head=64, d_ff=6144, tied_embeddings=False, experts=_switch(2048, 1, 1.0)
     ),
+    **DENSE_PRESETS,
 }

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from mesh_transformer.config.field_types import STRICT, Amount, Positive, Rate
 
 # Fields of each type: required and optional ones. All others must be absent.
-FIELDS = {
+FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "dynamic": (("factor", "original_seq_len"), ()),
     "yarn": (

@@ -21,7 +21,7 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.model import LayerStack
 from mesh_transformer.convert.gptj.reader import open_raw_weights
 from mesh_transformer.convert.gptj.reference import run_mtj
-from mesh_transformer.convert.huggingface.families import ENCODER_DECODER, FAMILIES, run_huggingface
+from mesh_transformer.convert.huggingface.families import ENCODER_DECODER, has_reference, run_huggingface
 from mesh_transformer.convert.huggingface.reference import matmul, read_rows, read_vector
 from mesh_transformer.convert.huggingface.tensor_files import find_tensors
 from mesh_transformer.convert.import_plan import PREFIX
@@ -79,8 +79,9 @@ def implementation_of(checkpoint: OpenCheckpoint) -> str | None:
     """Return a description of the code that `logits_of` runs for a checkpoint; None if there is none."""
     match checkpoint.kind:
         case "huggingface":
-            kind = checkpoint.external_config["model_type"]
-            return f"this project's NumPy reimplementation of {kind}" if FAMILIES[kind].reference else None
+            config = checkpoint.external_config
+            name = f"this project's NumPy reimplementation of {config['model_type']}"
+            return name if has_reference(config) else None
         case "gptj-v1":
             return "this project's NumPy reimplementation of mesh-transformer-jax"
         case _:

@@ -58,6 +58,7 @@ LONGROPE = dict(
     type="longrope", short_factor=[1.0, 1.5], long_factor=[2.0, 3.0], original_seq_len=16, attention_factor=1.2
 )
 LINEAR = dict(type="linear", factor=4.0)
+WIDE_HEADS = dict(GQA, d_head=8)  # a norm of the two channels of a head would be a sign
 
 
 LATENT = dict(kv_rank=12, q_rank=8, d_unrotated=6, d_rotated=4, d_value=6)
@@ -80,18 +81,19 @@ FEATURES = {
     "grouped-query, chunked loss": Feature(GQA, dict(loss_chunks=2, z_loss=1e-3), False),
     "norms after branches": Feature(
         dict(
-            GQA, residual="reordered-norm", qk_norm="rmsnorm-all-heads", rope_pattern=[True, False], clip_qkv=0.1,
+            WIDE_HEADS, residual="reordered-norm", qk_norm="rmsnorm-all-heads", rope_pattern=[True, False], clip_qkv=0.1,
             rope_scaling=LONGROPE, rope_dims=4, logit_scale=0.7,
         ),
         {},
         False,
     ),
     "norm of each head": Feature(
-        dict(GQA, norm="nonparametric-layernorm", residual="parallel", qk_norm="layernorm-per-head"), {}, True
+        dict(WIDE_HEADS, norm="nonparametric-layernorm", residual="parallel", qk_norm="layernorm-per-head"), {}, True
     ),
     "two rotations": Feature(
         dict(
-            LOCAL, norm="gemma-rmsnorm", residual="sandwich", qk_norm="gemma-rmsnorm", rope_local_theta=100.0,
+            LOCAL,
+            d_head=8, norm="gemma-rmsnorm", residual="sandwich", qk_norm="gemma-rmsnorm", rope_local_theta=100.0,
             rope_scaling=LINEAR, remat="full",
         ),
         {},

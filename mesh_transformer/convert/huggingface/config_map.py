@@ -7,8 +7,8 @@ from typing import Any
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.config.rope import FIELDS
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
+from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope, write_scaling
 
 ACTIVATIONS = {
     "gelu_new": "gelu-tanh",
@@ -93,46 +93,12 @@ def write_gpt_j(c: ModelConfig) -> dict[str, Any]:
     )  # fmt: skip
 
 
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def read_rope(s: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the rope parameters as transformers completes them, and the native fields for them."""
-    rope = s.rope_parameters()
-    fields: dict[str, Any] = dict(rope_theta=float(rope["rope_theta"]))
-    if rope["rope_type"] == "llama3":
-        if missing := [key for key in LLAMA3 if key not in rope]:
-            raise CheckpointError(f"{s.where}: rotary embeddings of type 'llama3' need {', '.join(missing)}")
-        factor, low, high, length = (rope[key] for key in LLAMA3)
-        fields["rope_scaling"] = dict(
-            factor=float(factor), low_freq_factor=float(low), high_freq_factor=float(high), original_seq_len=int(length)
-        )
-    elif rope["rope_type"] != "default":
-        raise CheckpointError(
-            f"{s.where}: rotary embeddings of type {rope['rope_type']!r} are not supported; supported: 'default', 'llama3'"
-        )
-    return rope, fields
-
-
 def require_full_rotation(s: HFConfig, rope: Mapping[str, Any]) -> None:
     """Raise CheckpointError if only a part of each head is rotated."""
     if rope.get("partial_rotary_factor", 1) != 1:
         raise CheckpointError(
             f"{s.where}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported; supported: 1"
         )
-
-
-def _write_rope(c: ModelConfig) -> dict[str, Any]:
-    """Return the rope parameters, with the keys before and since transformers 5."""
-    if c.rope_scaling is None:
-        return {"rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
-    fields = (getattr(c.rope_scaling, name) for name in FIELDS["llama3"][0])
-    scaling: dict[str, Any] = dict(zip(LLAMA3, fields, strict=True), rope_type=c.rope_scaling.type)
-    return {
-        "rope_theta": c.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": scaling | {"rope_theta": c.rope_theta},
-    }
 
 
 def read_gpt_neox(s: HFConfig) -> dict[str, Any]:
@@ -155,7 +121,7 @@ def write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
     return dict(
         num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
         max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, rotary_pct=fraction, rotary_emb_base=c.rope_theta,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": fraction},
+        rope_parameters=write_scaling(c) | {"rope_theta": c.rope_theta, "partial_rotary_factor": fraction},
         use_parallel_residual=c.residual == "parallel-two-norms", hidden_act=HF_ACTIVATIONS[c.activation],
         layer_norm_eps=c.norm_eps, attention_bias=c.qkv_bias,
     )  # fmt: skip
@@ -216,7 +182,7 @@ def read_layer_types(s: HFConfig, types: list[str], n_layers: int) -> list[str]:
 def write_layer_types(c: ModelConfig) -> list[str]:
     """Return the layer_types of all layers."""
     external = {native: kind for kind, native in LAYER_TYPES.items()}
-    return [external[kind] for kind in c.attention_pattern] * (c.n_layers // len(c.attention_pattern))
+    return [external[c.attention_pattern[i % len(c.attention_pattern)]] for i in range(c.n_layers)]
 
 
 def _shorten(kinds: list[str]) -> list[str]:
@@ -231,7 +197,7 @@ def write_llama(c: ModelConfig) -> dict[str, Any]:
         num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
         max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, num_key_value_heads=c.kv_heads,
         head_dim=c.head_dim, hidden_act=HF_ACTIVATIONS[c.activation], rms_norm_eps=c.norm_eps, mlp_bias=c.ff_bias,
-        attention_bias=c.attention_out_bias, **_write_rope(c),
+        attention_bias=c.attention_out_bias, **write_rope(c),
     )  # fmt: skip
     if "local" in c.attention_pattern:
         table |= dict(sliding_window=c.attention_window, use_sliding_window=True, max_window_layers=0)

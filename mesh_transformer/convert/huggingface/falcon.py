@@ -13,10 +13,10 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface.config_map import (
     ACTIVATIONS,
     HF_ACTIVATIONS,
-    read_rope,
     require_full_rotation,
 )
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
+from mesh_transformer.convert.huggingface.rope_map import read_rope
 from mesh_transformer.convert.huggingface.tensor_map import (
     HEAD,
     H,

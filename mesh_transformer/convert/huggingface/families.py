@@ -15,14 +15,21 @@ from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface import (
     bloom,
+    cohere,
     config_map,
     config_map_t5,
     falcon,
+    gemma,
     gemma2,
     gpt_bigcode,
     mpt,
+    olmo,
     opt,
+    phi3,
     reference,
+    smollm3,
+    stablelm,
+    starcoder2,
     tensor_map,
 )
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
@@ -43,6 +50,7 @@ class Family(NamedTuple):
     reference: Callable[..., np.ndarray] | None
     prefix: str  # of names; files of the bare model lack it
     buffers: tuple[str, ...] = ()  # suffixes of names that are not weights
+    left_out: tuple[str, ...] = ()  # prefixes of names that belong to another part than the text model
     copies: tuple[str, ...] = ()  # other names under which files may store the embedding matrix
     needs_copies: bool = (
         False  # whether files with an untied head must have them, because transformers ties nothing then
@@ -113,6 +121,32 @@ FAMILIES = {
         "model.",
         LLAMA_CONFIG[4],
     ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM", tensor_map.LLAMA, smollm3.read_config, smollm3.write_config, None, "model."
+    ),
+    "gemma": Family("GemmaForCausalLM", gemma.GEMMA, gemma.read_gemma, gemma.write_gemma, None, "model."),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", gemma.GEMMA3, gemma.read_gemma3_text, gemma.write_gemma3_text, None, "model."
+    ),
+    "gemma3": Family(
+        "Gemma3ForConditionalGeneration",
+        gemma.GEMMA3_TEXT_PART,
+        gemma.read_gemma3,
+        gemma.write_gemma3,
+        None,
+        "",
+        left_out=gemma.IMAGE_PART,
+    ),
+    "phi3": Family("Phi3ForCausalLM", phi3.TENSORS, phi3.read_config, phi3.write_config, None, "model."),
+    "olmo": Family("OlmoForCausalLM", olmo.OLMO, olmo.read_olmo, olmo.write_olmo, None, "model."),
+    "olmo2": Family("Olmo2ForCausalLM", olmo.OLMO2, olmo.read_olmo, olmo.write_olmo2, None, "model."),
+    "stablelm": Family(
+        "StableLmForCausalLM", stablelm.TENSORS, stablelm.read_config, stablelm.write_config, None, "model."
+    ),
+    "starcoder2": Family(
+        "Starcoder2ForCausalLM", starcoder2.TENSORS, starcoder2.read_config, starcoder2.write_config, None, "model."
+    ),
+    "cohere": Family("CohereForCausalLM", cohere.TENSORS, cohere.read_config, cohere.write_config, None, "model."),
     "falcon": Family(
         "FalconForCausalLM",
         falcon.TENSORS,
@@ -170,7 +204,17 @@ FAMILIES = {
         experts_key="num_experts",
     ),
 }
+REFERENCE_ROPE_TYPES = ("default", "llama3")
 ENCODER_DECODER = ("t5", "mt5", "switch_transformers")
+
+
+def has_reference(config: Mapping[str, Any]) -> bool:
+    """Return whether `run_huggingface` computes the function of a config.json."""
+    family = FAMILIES.get(config["model_type"])
+    rope = HFConfig(config, config["model_type"]).merged().get("rope_parameters") or {}
+    return (
+        family is not None and family.reference is not None and rope.get("rope_type", "default") in REFERENCE_ROPE_TYPES
+    )
 
 
 def run_huggingface(

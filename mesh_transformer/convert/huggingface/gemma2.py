@@ -14,11 +14,11 @@ from mesh_transformer.convert.huggingface.config_map import (
     ACTIVATIONS,
     HFConfig,
     read_layer_types,
-    read_rope,
     require_full_rotation,
     write_layer_types,
 )
 from mesh_transformer.convert.huggingface.reference import ExternalTensors, apply_rope_half, matmul, split_heads
+from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope
 from mesh_transformer.convert.huggingface.tensor_map import LLAMA, M, norms
 
 TENSORS = LLAMA | norms(
@@ -68,7 +68,6 @@ def read_config(s: HFConfig) -> dict[str, Any]:
 
 def write_config(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a Gemma2Config."""
-    scale = c.head_dim**-0.5 if c.attention_scale == "rsqrt_d_head" else c.attention_scale
     return dict(
         num_hidden_layers=c.n_layers,
         hidden_size=c.d_model,
@@ -79,16 +78,22 @@ def write_config(c: ModelConfig) -> dict[str, Any]:
         vocab_size=c.n_vocab,
         max_position_embeddings=c.seq_len,
         rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        **write_rope(c),
         hidden_activation=HF_ACTIVATIONS[c.activation],
         attention_bias=c.qkv_bias,
         sliding_window=c.attention_window,
         layer_types=write_layer_types(c),
-        query_pre_attn_scalar=1.0 if scale == "none" else _inverse_square(float(scale)),
+        query_pre_attn_scalar=query_scalar(c),
         attn_logit_softcapping=c.attention_softcap,
         final_logit_softcapping=c.logit_softcap,
     )
+
+
+def query_scalar(c: ModelConfig) -> int | float:
+    """Return query_pre_attn_scalar, whose inverse square root is the factor of the scores."""
+    if c.attention_scale == "none":
+        return 1
+    return _inverse_square(c.head_dim**-0.5 if c.attention_scale == "rsqrt_d_head" else c.attention_scale)
 
 
 def _inverse_square(scale: float) -> int | float:

@@ -109,6 +109,12 @@ class HFConfig:
             f"{self.where}: {key} = {value!r} has type {found}; the type must be {' or '.join(allowed)}"
         )
 
+    def find(self, key: str) -> Any:
+        """Return the value in the file, or None without one. For keys that the class reads but does not declare."""
+        if key not in self:
+            return None
+        return self[key]
+
     def get(self, *keys: str, default: Any = None) -> Any:
         """Return the value of the first of `keys` that is set; without one, the default of the class, or else `default`.
 
@@ -168,7 +174,8 @@ class HFConfig:
                 rope.setdefault(key, self["max_position_embeddings"])
         self.was_read |= {"rope_parameters", "rope_scaling"}
         for name in ("rope_theta", "partial_rotary_factor", "factor"):
-            if name in rope and (isinstance(rope[name], bool) or not isinstance(rope[name], int | float)):
+            value = rope.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise CheckpointError(
                     f"{self.where}: {name} = {rope[name]!r} of the rotary embeddings must be a number"
                 )

@@ -70,7 +70,10 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
             raise CheckpointError(f"{folder}: {copy} differs from {embedding}, {reason}")
         used.add(copy)
         notes.append(f"{copy} equals {embedding} and is stored once")
-    check_all_used(set(tensors), used, lambda name: name.endswith(family.buffers or ("\0",)), folder)
+    if left_out := {name for name in tensors if name.startswith(family.left_out or ("\0",))}:
+        notes.append(f"{len(left_out)} tensors of the vision tower and its projector are left out: only text is read")
+    unused = set(tensors) - left_out
+    check_all_used(unused, used, lambda name: name.endswith(family.buffers or ("\0",)), folder)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     tokenizer = str(local_copy(folder, (*TOKENIZER_FILES, CONFIG))) if has_tokenizer else None
     return ImportPlan(config, model, arrays, 0, tokenizer, tuple(notes))

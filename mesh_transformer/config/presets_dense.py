@@ -1,0 +1,200 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Presets of dense decoders since Llama: rows of presets.py, after the published config.json of each model."""
+
+from typing import Any
+
+
+def with_sizes(family: dict[str, Any], n_layers: int, d_model: int, n_heads: int, **rest: Any) -> dict[str, Any]:
+    """Return the keys of a family with these sizes and choices."""
+    return dict(family, n_layers=n_layers, d_model=d_model, n_heads=n_heads, **rest)
+
+
+NO_BIASES = dict(qkv_bias=False, attention_out_bias=False, ff_bias=False)
+LLAMA = dict(
+    n_vocab=32000,
+    norm="rmsnorm",
+    positions="rope-half",
+    activation="silu",
+    gated_ffn=True,
+    **NO_BIASES,
+    tied_embeddings=False,
+)
+LLAMA3 = dict(LLAMA, n_vocab=128_256, n_kv_heads=8, rope_theta=500_000.0)
+LLAMA3_SCALING = dict(type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_seq_len=8192)
+LLAMA31 = dict(LLAMA3, seq_len=131_072, rope_scaling=LLAMA3_SCALING)
+LLAMA32 = dict(LLAMA31, rope_scaling=dict(LLAMA3_SCALING, factor=32.0), tied_embeddings=True)
+QWEN2 = dict(LLAMA, n_vocab=151_936, qkv_bias=True, norm_eps=1e-6, rope_theta=1e6, seq_len=32_768)
+QWEN25 = dict(QWEN2, seq_len=131_072)
+QWEN3 = dict(
+    LLAMA, n_vocab=151_936, norm_eps=1e-6, rope_theta=1e6, seq_len=40_960, n_kv_heads=8, d_head=128, qk_norm=True
+)
+GEMMA = dict(
+    n_vocab=256_000,
+    seq_len=8192,
+    norm="gemma-rmsnorm",
+    norm_eps=1e-6,
+    positions="rope-half",
+    activation="gelu-tanh",
+    gated_ffn=True,
+    embedding_scale="sqrt_d_model",
+    d_head=256,
+    **NO_BIASES,
+)
+# arXiv 2503.19786; n_vocab is that of the text models: 64 rows less than beside a vision tower
+GEMMA3 = dict(
+    GEMMA,
+    n_vocab=262_144,
+    seq_len=131_072,
+    residual="sandwich",
+    qk_norm="gemma-rmsnorm",
+    rope_theta=1e6,
+    rope_local_theta=10_000.0,
+    attention_pattern=["local", "local", "local", "local", "local", "global"],
+    attention_window=1024,
+)
+GEMMA3_LONG = dict(GEMMA3, n_vocab=262_208, rope_scaling=dict(type="linear", factor=8.0))
+PHI3 = dict(LLAMA, n_vocab=32_064, seq_len=4096, attention_pattern=["local"], attention_window=2047)
+OLMO = dict(LLAMA, n_vocab=50_304, seq_len=2048, norm="nonparametric-layernorm")
+OLMO2 = dict(
+    LLAMA,
+    n_vocab=100_352,
+    seq_len=4096,
+    norm_eps=1e-6,
+    residual="reordered-norm",
+    qk_norm="rmsnorm-all-heads",
+    rope_theta=500_000.0,
+)
+STABLELM2 = dict(LLAMA, n_vocab=100_352, seq_len=4096, norm="layernorm")
+SMOLLM2 = dict(LLAMA, n_vocab=49_152, seq_len=8192, rope_theta=100_000.0, tied_embeddings=True)
+STARCODER2 = dict(
+    n_vocab=49_152,
+    seq_len=16_384,
+    norm="layernorm",
+    positions="rope-half",
+    activation="gelu-tanh",
+    attention_pattern=["local"],
+    attention_window=4096,
+)
+COMMAND_R = dict(
+    LLAMA,
+    n_vocab=256_000,
+    seq_len=131_072,
+    norm="layernorm",
+    norm_bias=False,
+    residual="parallel",
+    positions="rope-interleaved",
+    tied_embeddings=True,
+)
+
+DENSE_PRESETS: dict[str, dict[str, Any]] = {
+    "llama2-7b": with_sizes(LLAMA, 32, 4096, 32, d_ff=11008, seq_len=4096),
+    "llama2-13b": with_sizes(LLAMA, 40, 5120, 40, d_ff=13824, seq_len=4096),
+    "llama2-70b": with_sizes(LLAMA, 80, 8192, 64, n_kv_heads=8, d_ff=28672, seq_len=4096),
+    "llama3-8b": with_sizes(LLAMA3, 32, 4096, 32, d_ff=14336, seq_len=8192),
+    "llama3-70b": with_sizes(LLAMA3, 80, 8192, 64, d_ff=28672, seq_len=8192),
+    "llama3.1-8b": with_sizes(LLAMA31, 32, 4096, 32, d_ff=14336),
+    "llama3.1-70b": with_sizes(LLAMA31, 80, 8192, 64, d_ff=28672),
+    "llama3.1-405b": with_sizes(LLAMA31, 126, 16384, 128, d_ff=53248),
+    "llama3.2-1b": with_sizes(LLAMA32, 16, 2048, 32, d_ff=8192),
+    "llama3.2-3b": with_sizes(LLAMA32, 28, 3072, 24, d_ff=8192),
+    "llama3.3-70b": with_sizes(LLAMA31, 80, 8192, 64, d_ff=28672),
+    "mistral-7b-v0.1": with_sizes(
+        LLAMA,
+        32,
+        4096,
+        32,
+        n_kv_heads=8,
+        d_ff=14336,
+        seq_len=32_768,
+        attention_pattern=["local"],
+        attention_window=4096,
+    ),
+    "mistral-7b-v0.3": with_sizes(
+        LLAMA, 32, 4096, 32, n_kv_heads=8, d_ff=14336, seq_len=32_768, n_vocab=32_768, rope_theta=1e6
+    ),
+    "mistral-nemo-12b": with_sizes(
+        LLAMA, 40, 5120, 32, n_kv_heads=8, d_head=128, d_ff=14336, seq_len=131_072, n_vocab=131_072, rope_theta=1e6
+    ),
+    "qwen2-0.5b": with_sizes(QWEN2, 24, 896, 14, n_kv_heads=2, d_ff=4864, seq_len=131_072, tied_embeddings=True),
+    "qwen2-1.5b": with_sizes(QWEN2, 28, 1536, 12, n_kv_heads=2, d_ff=8960, seq_len=131_072, tied_embeddings=True),
+    "qwen2-7b": with_sizes(QWEN2, 28, 3584, 28, n_kv_heads=4, d_ff=18944, n_vocab=152_064, seq_len=131_072),
+    "qwen2-72b": with_sizes(
+        QWEN2, 80, 8192, 64, n_kv_heads=8, d_ff=29568, n_vocab=152_064, seq_len=131_072, norm_eps=1e-5
+    ),
+    "qwen2.5-0.5b": with_sizes(QWEN2, 24, 896, 14, n_kv_heads=2, d_ff=4864, tied_embeddings=True),
+    "qwen2.5-1.5b": with_sizes(QWEN25, 28, 1536, 12, n_kv_heads=2, d_ff=8960, tied_embeddings=True),
+    "qwen2.5-3b": with_sizes(QWEN2, 36, 2048, 16, n_kv_heads=2, d_ff=11008, tied_embeddings=True),
+    "qwen2.5-7b": with_sizes(QWEN25, 28, 3584, 28, n_kv_heads=4, d_ff=18944, n_vocab=152_064),
+    "qwen2.5-14b": with_sizes(QWEN25, 48, 5120, 40, n_kv_heads=8, d_ff=13824, n_vocab=152_064, norm_eps=1e-5),
+    "qwen2.5-32b": with_sizes(QWEN25, 64, 5120, 40, n_kv_heads=8, d_ff=27648, n_vocab=152_064, norm_eps=1e-5),
+    "qwen2.5-72b": with_sizes(QWEN25, 80, 8192, 64, n_kv_heads=8, d_ff=29568, n_vocab=152_064, norm_eps=1e-5),
+    "qwen3-0.6b": with_sizes(QWEN3, 28, 1024, 16, d_ff=3072, tied_embeddings=True),
+    "qwen3-1.7b": with_sizes(QWEN3, 28, 2048, 16, d_ff=6144, tied_embeddings=True),
+    "qwen3-4b": with_sizes(QWEN3, 36, 2560, 32, d_ff=9728, tied_embeddings=True),
+    "qwen3-8b": with_sizes(QWEN3, 36, 4096, 32, d_ff=12288),
+    "qwen3-14b": with_sizes(QWEN3, 40, 5120, 40, d_ff=17408),
+    "qwen3-32b": with_sizes(QWEN3, 64, 5120, 64, d_ff=25600),
+    "gemma-2b": with_sizes(GEMMA, 18, 2048, 8, n_kv_heads=1, d_ff=16384),
+    "gemma-7b": with_sizes(GEMMA, 28, 3072, 16, d_ff=24576),
+    "gemma3-1b": with_sizes(GEMMA3, 26, 1152, 4, n_kv_heads=1, d_ff=6912, attention_window=512, seq_len=32_768),
+    "gemma3-4b": with_sizes(GEMMA3_LONG, 34, 2560, 8, n_kv_heads=4, d_ff=10240),
+    "gemma3-12b": with_sizes(GEMMA3_LONG, 48, 3840, 16, n_kv_heads=8, d_ff=15360),
+    # its scores are scaled by (d_model / n_heads)^-0.5
+    "gemma3-27b": with_sizes(
+        GEMMA3_LONG, 62, 5376, 32, n_kv_heads=16, d_head=128, d_ff=21504, attention_scale=168**-0.5
+    ),
+    # Phi 3.5 and Phi 4 mini have the sizes of phi3-mini and 24 heads of 128; their rope_scaling comes with their config.json
+    "phi3-mini": with_sizes(PHI3, 32, 3072, 32, d_ff=8192),
+    "phi3-medium": with_sizes(PHI3, 40, 5120, 40, n_kv_heads=10, d_ff=17920),
+    "phi4": with_sizes(
+        dict(LLAMA, n_vocab=100_352, seq_len=16_384, rope_theta=250_000.0), 40, 5120, 40, n_kv_heads=10, d_ff=17920
+    ),
+    "olmo-1b": with_sizes(OLMO, 16, 2048, 16, d_ff=8192, tied_embeddings=True),
+    "olmo-7b": with_sizes(OLMO, 32, 4096, 32, d_ff=11008),
+    "olmo2-1b": with_sizes(OLMO2, 16, 2048, 16, d_ff=8192),
+    "olmo2-7b": with_sizes(OLMO2, 32, 4096, 32, d_ff=11008),
+    "olmo2-13b": with_sizes(OLMO2, 40, 5120, 40, d_ff=13824),
+    "olmo2-32b": with_sizes(OLMO2, 64, 5120, 40, n_kv_heads=8, d_ff=27648),
+    "stablelm2-1.6b": with_sizes(STABLELM2, 24, 2048, 32, d_ff=5632, rope_dims=16, qkv_bias=True),
+    "stablelm2-12b": with_sizes(
+        STABLELM2,
+        40,
+        5120,
+        32,
+        n_kv_heads=8,
+        d_ff=13824,
+        rope_dims=40,
+        residual="parallel",
+        qk_norm="layernorm-per-head",
+    ),
+    "smollm2-135m": with_sizes(SMOLLM2, 30, 576, 9, n_kv_heads=3, d_ff=1536),
+    "smollm2-360m": with_sizes(SMOLLM2, 32, 960, 15, n_kv_heads=5, d_ff=2560),
+    "smollm2-1.7b": with_sizes(SMOLLM2, 24, 2048, 32, d_ff=8192, rope_theta=130_000.0),
+    "smollm3-3b": with_sizes(
+        dict(LLAMA, n_vocab=128_256, seq_len=65_536, norm_eps=1e-6, rope_theta=5e6, tied_embeddings=True),
+        36,
+        2048,
+        16,
+        n_kv_heads=4,
+        d_ff=11008,
+        rope_pattern=[True, True, True, False],
+    ),
+    "starcoder2-3b": with_sizes(STARCODER2, 30, 3072, 24, n_kv_heads=2, d_ff=12288, rope_theta=999_999.4420358813),
+    "starcoder2-7b": with_sizes(STARCODER2, 32, 4608, 36, n_kv_heads=4, d_ff=18432, rope_theta=1e6),
+    "starcoder2-15b": with_sizes(
+        STARCODER2, 40, 6144, 48, n_kv_heads=4, d_ff=24576, rope_theta=100_000.0, tied_embeddings=False
+    ),
+    "command-r": with_sizes(COMMAND_R, 40, 8192, 64, d_ff=22528, rope_theta=8e6, logit_scale=0.0625),
+    "command-r-plus": with_sizes(
+        COMMAND_R,
+        64,
+        12288,
+        96,
+        n_kv_heads=8,
+        d_ff=33792,
+        rope_theta=75e6,
+        logit_scale=0.8333333333333334,
+        qk_norm="layernorm-per-head",
+    ),
+}

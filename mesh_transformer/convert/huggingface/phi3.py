@@ -1,0 +1,89 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Phi 3, 3.5 and 4 (arXiv 2404.14219, 2412.08905): tensor names and config.json."""
+
+from typing import Any
+
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS
+from mesh_transformer.convert.huggingface.hf_config import HFConfig
+from mesh_transformer.convert.huggingface.rope_map import read_scaling, write_rope
+from mesh_transformer.convert.huggingface.tensor_map import LLAMA, M, TensorMapping, joined, split_qkv
+from mesh_transformer.convert.layout_views import Split
+
+
+def split_gate_up(c: ModelConfig) -> Split:
+    """Return the rows of the gate and the input of a feed-forward layer in one tensor."""
+    return Split(1, (c.ff_dim, c.ff_dim))
+
+
+GATE_UP = f"{M}.mlp.gate_up_proj.weight"
+TENSORS = (
+    LLAMA
+    | joined(f"{M}.self_attn.qkv_proj", split_qkv)
+    | {
+        "feed_forward/w_gate": TensorMapping(GATE_UP, "ff embed", 0, split=split_gate_up),
+        "feed_forward/w_in": TensorMapping(GATE_UP, "ff embed", 1, split=split_gate_up),
+    }
+)
+
+
+def read_config(s: HFConfig) -> dict[str, Any]:
+    """Return the [model] section for a Phi3Config."""
+    rope = s.rope_parameters()
+    if rope["rope_type"] in ("su", "yarn"):  # names in the first files
+        rope["rope_type"] = "longrope"
+    heads = s["num_attention_heads"]
+    d_head = s.find("head_dim") or s["hidden_size"] // heads
+    model = dict(
+        n_layers=s["num_hidden_layers"],
+        d_model=s["hidden_size"],
+        n_heads=heads,
+        n_kv_heads=s.get("num_key_value_heads", default=heads),
+        d_head=d_head,
+        d_ff=s["intermediate_size"],
+        n_vocab=s["vocab_size"],
+        seq_len=s["max_position_embeddings"],
+        norm="rmsnorm",
+        norm_eps=s["rms_norm_eps"],
+        positions="rope-half",
+        rope_theta=float(rope["rope_theta"]),
+        rope_dims=int(d_head * rope.get("partial_rotary_factor", 1.0)),
+        activation=s.translate(ACTIVATIONS, "hidden_act"),
+        gated_ffn=True,
+        qkv_bias=False,
+        attention_out_bias=False,
+        ff_bias=False,
+        tied_embeddings=s["tie_word_embeddings"],
+        **read_scaling(s, rope),
+    )
+    window = s["sliding_window"]
+    return model if window is None else model | dict(attention_pattern=["local"], attention_window=window)
+
+
+def write_config(c: ModelConfig) -> dict[str, Any]:
+    """Return the keys of a Phi3Config."""
+    fraction = c.rope_dim / c.head_dim
+    table = write_rope(c)
+    for key in ("rope_parameters", "rope_scaling"):
+        if key in table:
+            table[key] |= {"partial_rotary_factor": fraction}
+    trained_len = c.seq_len if c.rope_scaling is None else c.rope_scaling.original_seq_len
+    return (
+        table
+        | dict(
+            num_hidden_layers=c.n_layers,
+            hidden_size=c.d_model,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.kv_heads,
+            intermediate_size=c.ff_dim,
+            vocab_size=c.n_vocab,
+            max_position_embeddings=c.seq_len,
+            original_max_position_embeddings=trained_len,
+            rms_norm_eps=c.norm_eps,
+            hidden_act=HF_ACTIVATIONS[c.activation],
+            sliding_window=c.attention_window if "local" in c.attention_pattern else None,
+            partial_rotary_factor=fraction,
+        )
+        | ({} if c.head_dim * c.n_heads == c.d_model else {"head_dim": c.head_dim})
+    )
