@@ -88,6 +88,7 @@ def write_gemma(c: ModelConfig) -> dict[str, Any]:
 
 def read_gemma3_text(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a Gemma3TextConfig."""
+    s.require("attn_logit_softcapping", None)  # transformers does not apply it
     n_layers = s["num_hidden_layers"]
     period = s.find("sliding_window_pattern") or 6
     types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layers)]
@@ -99,7 +100,6 @@ def read_gemma3_text(s: HFConfig) -> dict[str, Any]:
         attention_pattern=list(pattern),
         attention_window=s["sliding_window"],
         attention_scale=float(s["query_pre_attn_scalar"]) ** -0.5,
-        attention_softcap=_number(s["attn_logit_softcapping"]),
         logit_softcap=_number(s["final_logit_softcapping"]),
         **_read_two_rotations(s, has_local="local" in pattern),
     )

@@ -31,6 +31,7 @@ TENSORS = (
 def read_config(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a Phi3Config."""
     rope = s.rope_parameters()
+    s.was_read.add("original_max_position_embeddings")  # without effect if the frequencies are not scaled
     if rope["rope_type"] in ("su", "yarn"):  # names in the first files
         rope["rope_type"] = "longrope"
     heads = s["num_attention_heads"]

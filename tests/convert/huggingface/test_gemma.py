@@ -33,7 +33,7 @@ def test_gemma3_equals_transformers(tmp_path, scaled):
         "full_attention": {"rope_type": "linear", "factor": 4.0} if scaled else {"rope_type": "default"},
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     }
-    fields = dict(GEMMA3, rope_parameters=rope, attn_logit_softcapping=2.0 if scaled else None)
+    fields = dict(GEMMA3, rope_parameters=rope, final_logit_softcapping=2.0 if scaled else None)
     config = check_family("gemma3_text", tmp_path, fields).config
     assert config.attention_pattern == ("local",) * 5 + ("global",)
     assert (config.rope_local_theta, config.rope_theta) == (100.0, 1e6)
@@ -82,6 +82,8 @@ def test_keys_of_the_first_gemma3_files(tmp_path):
 def test_what_is_not_supported_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="use_bidirectional_attention = True"):
         read(tmp_path, **GEMMA3, model_type="gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(CheckpointError, match="attn_logit_softcapping = 50"):  # transformers ignores it
+        read(tmp_path, **GEMMA3, model_type="gemma3_text", attn_logit_softcapping=50.0)
     rope = {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}
     with pytest.raises(CheckpointError, match="sliding_attention layers are not supported"):
         read(tmp_path, **GEMMA3, model_type="gemma3_text", rope_parameters=rope)

@@ -26,7 +26,8 @@ PARAMETERS = {
     "llama3": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **TRAINED),
     "yarn": dict(rope_type="yarn", factor=4.0, beta_fast=8.0, **TRAINED),
     "yarn-mscale": dict(rope_type="yarn", factor=4.0, mscale=0.7, mscale_all_dim=0.3, truncate=False, **TRAINED),
-    "longrope": dict(rope_type="longrope", factor=4.0, **LONG, **TRAINED),
+    # In transformers, a Llama does not recompute its cache where a continuation passes the trained length, as Phi 3 does.
+    "longrope": dict(rope_type="longrope", factor=4.0, **LONG, original_max_position_embeddings=8),
 }
 
 

@@ -17,6 +17,6 @@ def test_smollm3_equals_transformers(tmp_path, fields):
     config = check_family("smollm3", tmp_path, SIZES | fields).config
     if fields:
         assert config.rope_pattern == (False, True, True)  # and again from the start
-        assert config.attention_pattern == ("local", "global", "global")
+        assert config.attention_pattern == ("local", "global", "global", "local")
     else:
         assert config.rope_pattern == (True, True, True, False)
