@@ -4,10 +4,11 @@
 
 import pytest
 
-from mesh_transformer.config import ModelConfig, parse_model
+from mesh_transformer.config import ModelConfig, parse_config, parse_model
 from mesh_transformer.config.presets import PRESETS
 from mesh_transformer.config.presets_dense import DENSE_PRESETS
 from mesh_transformer.model.shapes import count_params
+from mesh_transformer.plan.estimate import estimate_training
 
 # Counts of the released files; an embedding matrix that is also the head is counted once. Of Gemma 3: the text model.
 PUBLISHED = {
@@ -141,3 +142,15 @@ CHOICES = {
 def test_row_makes_published_choices(name):
     config = make_config(name)
     assert {key: getattr(config, key) for key in CHOICES[name]} == CHOICES[name]
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_row_can_be_planned(name):
+    """Training costs 6 FLOPs per token and parameter, attention besides; memory and traffic are estimated as well."""
+    model = {"preset": name, "seq_len": 2048}
+    tables = {"data": {"train": {"text": {"path": "x"}}}, "train": {"steps": 1, "batch_size": 64}}
+    stats = estimate_training(parse_config({"model": model, "mesh": {"fsdp": 8}} | tables, where=name), "v5p-16")
+    tied = make_config(name).tied_embeddings
+    in_matmuls = PUBLISHED[name] - (0 if tied else make_config(name).n_vocab * make_config(name).d_model)
+    assert 1.0 < stats.flops / (6 * in_matmuls * 64 * 2048) < 1.4
+    assert make_config(name).describe_function()["n_layers"] == make_config(name).n_layers

@@ -33,7 +33,7 @@ def test_gemma3_equals_transformers(tmp_path, scaled):
         "full_attention": {"rope_type": "linear", "factor": 4.0} if scaled else {"rope_type": "default"},
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     }
-    fields = dict(GEMMA3, rope_parameters=rope, final_logit_softcapping=2.0 if scaled else None)
+    fields = dict(GEMMA3, rope_parameters=rope, final_logit_softcapping=30.0 if scaled else None)
     config = check_family("gemma3_text", tmp_path, fields).config
     assert config.attention_pattern == ("local",) * 5 + ("global",)
     assert (config.rope_local_theta, config.rope_theta) == (100.0, 1e6)

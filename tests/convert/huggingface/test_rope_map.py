@@ -15,7 +15,7 @@ from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope
 from mesh_transformer.storage.errors import CheckpointError
 
 SIZES = dict(
-    hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=64,
 )  # fmt: skip
 TRAINED = dict(original_max_position_embeddings=16)
