@@ -4,8 +4,9 @@
 
 import json
 
+import numpy as np
 import pytest
-from transformers_parity import check_family
+from transformers_parity import N_VOCAB, check_family, import_model, run, save_random_model
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.rope import RopeScalingConfig
@@ -26,18 +27,31 @@ PARAMETERS = {
     "llama3": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **TRAINED),
     "yarn": dict(rope_type="yarn", factor=4.0, beta_fast=8.0, **TRAINED),
     "yarn-mscale": dict(rope_type="yarn", factor=4.0, mscale=0.7, mscale_all_dim=0.3, truncate=False, **TRAINED),
-    # In transformers, a Llama does not recompute its cache where a continuation passes the trained length, as Phi 3 does.
-    "longrope": dict(rope_type="longrope", factor=4.0, **LONG, original_max_position_embeddings=8),
+    "longrope": dict(rope_type="longrope", factor=4.0, **LONG, **TRAINED),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if name != "longrope"])
 def test_scaled_model_equals_transformers(tmp_path, name):
     rope = PARAMETERS[name] | {"rope_theta": 300.0}
     config = check_family("llama", tmp_path, dict(SIZES, rope_parameters=rope)).config
     assert config.rope_scaling is not None
     assert config.rope_scaling.type == PARAMETERS[name]["rope_type"]
+
+
+@pytest.mark.slow
+def test_longrope_of_llama_equals_transformers(tmp_path):
+    """Not its generation: there, a Llama keeps the keys of the shorter sequence, unlike Phi 3 (test_phi3.py)."""
+    import torch
+
+    rope = PARAMETERS["longrope"] | {"rope_theta": 300.0}
+    model = save_random_model("llama", tmp_path / "source", dict(SIZES, rope_parameters=rope))
+    imported = import_model(tmp_path / "source", tmp_path / "native")
+    for length in (16, 17):
+        tokens = np.arange(length)[None] % N_VOCAB
+        wanted = model(torch.tensor(tokens)).logits.detach().numpy()
+        np.testing.assert_allclose(run(imported, tokens), wanted, atol=5e-5)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
