@@ -172,7 +172,9 @@ def write(conversion: Conversion, options: ConversionOptions, progress: Progress
                 return write_native(partial, source.plan, meta, log, write_options)
             case _:
                 carry_from = source.path if source.kind == "huggingface" else None
-                result = write_huggingface(partial, source.plan, log, write_options, carry_from=carry_from)
+                result = write_huggingface(
+                    partial, source.plan, log, write_options, carry_from=carry_from, model_type=meta.get("model_type")
+                )
                 _write_carried(partial, meta)
                 return result
 
@@ -187,6 +189,7 @@ def make_meta(source: OpenCheckpoint, options: ConversionOptions) -> dict[str, A
         files = [source.path / name for name in CARRIED_TEXTS]
         meta["carried"] = {file.name: file.read_bytes().decode() for file in files if file.is_file()}
         meta["special_ids"] = {key: source.external_config[key] for key in SPECIAL_IDS if key in source.external_config}
+        meta["model_type"] = source.external_config["model_type"]
     if source.kind == "gptj-v1" and model["n_vocab"] > GPT2_END_OF_TEXT:  # it always uses the tokenizer of GPT-2
         meta["special_ids"] = {"bos_token_id": GPT2_END_OF_TEXT, "eos_token_id": GPT2_END_OF_TEXT}
     spec = options.tokenizer or (source.plan.tokenizer if source.kind == "huggingface" else None)

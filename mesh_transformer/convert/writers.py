@@ -97,13 +97,20 @@ def _reopen_staging(staging: Path, step: int) -> None:
 
 
 def write_huggingface(
-    staging: Path, plan: ImportPlan, log: ResumeLog, options: WriteOptions, *, carry_from: AnyPath | None = None
+    staging: Path,
+    plan: ImportPlan,
+    log: ResumeLog,
+    options: WriteOptions,
+    *,
+    carry_from: AnyPath | None = None,
+    model_type: str | None = None,
 ) -> Path:
     """Write a Hugging Face model folder in `staging` and return `staging`.
 
-    The tokenizer and other small files are copied from the model folder `carry_from`.
+    The tokenizer and other small files are copied from the model folder `carry_from`. `model_type` is preferred if several
+    families compute the model's function.
     """
-    kind, config = find_family(plan.config)
+    kind, config = find_family(plan.config, model_type)
     tensors = pack_tensors(plan.config, plan.values, FAMILIES[kind])
     specs = {
         name: TensorSpec(tensor.shape, to_dtype(options.dtype) if options.dtype else tensor.dtype)

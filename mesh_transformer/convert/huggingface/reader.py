@@ -108,14 +108,15 @@ def read_model(s: HFConfig, family: Family) -> dict[str, Any]:
     return model
 
 
-def find_family(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+def find_family(config: ModelConfig, preferred: str | None = None) -> tuple[str, dict[str, Any]]:
     """Return the model type of a family that computes the same function as a native model, and its config.json.
 
-    CheckpointError names the fields that the nearest family cannot represent.
+    Of several such families it is the `preferred` one, or else the first. CheckpointError names the fields that the nearest
+    family cannot represent.
     """
     differences: dict[str, list[str]] = {}
     wanted = config.describe_function()
-    for kind, family in FAMILIES.items():
+    for kind, family in sorted(FAMILIES.items(), key=lambda item: item[0] != preferred):
         table = family.write_config(config) | {
             "model_type": kind,
             "architectures": [family.architecture],
