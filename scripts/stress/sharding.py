@@ -82,7 +82,7 @@ FEATURES = {
     "norms after branches": Feature(
         dict(
             WIDE_HEADS, residual="reordered-norm", qk_norm="rmsnorm-all-heads", rope_pattern=[True, False], clip_qkv=0.1,
-            rope_scaling=LONGROPE, rope_dims=4, logit_scale=0.7,
+            rope_scaling=LONGROPE, rope_dims=4, logit_scale=0.7, init_scale=100.0,  # nothing norms the first layer's input
         ),
         {},
         False,

@@ -36,7 +36,9 @@ def read_scaling(s: HFConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
     )
     if kind == "dynamic":
         values[TRAINED_LEN] = s["max_position_embeddings"]
-    if kind in ("yarn", "longrope"):
+    if kind == "longrope" or (
+        kind == "yarn" and "factor" in rope
+    ):  # transformers requires the key for yarn, also if null
         values["factor"] = values["factor"] or s["max_position_embeddings"] / values[TRAINED_LEN]
     if kind == "longrope" and values["attention_factor"] is None:
         values["attention_factor"] = longrope_scale(values["factor"], values[TRAINED_LEN])

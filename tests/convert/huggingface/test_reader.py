@@ -153,7 +153,7 @@ def test_wrong_number_of_layers_is_refused(tmp_path):
         ("gpt2", dict(activation_function="mish"), "activation_function = 'mish'"),
         ("gpt2", dict(n_head=None), "n_head = None has type null; the type must be int"),
         ("gpt2", dict(n_head=5), "d_model=12 is not a multiple of n_heads=5"),
-        ("llama-gqa", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "type 'yarn'"),
+        ("llama-gqa", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "type 'yarn' need factor"),
         ("llama-gqa", dict(mlp_bias=True), r"missing: model\.layers\.0\.mlp\.up_proj\.bias"),
         ("llama-gqa", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
         ("mixtral", dict(num_local_experts=8), "8 experts, the files have 4 per layer; correct num_local_experts if"),
