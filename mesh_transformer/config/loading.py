@@ -28,6 +28,8 @@ from mesh_transformer.config.schema import (
     ModelConfig,
 )
 
+SHOWN_PRESETS = 30  # in an error message
+
 
 class ConfigError(ValueError):
     """An invalid configuration; the message names the field, the value and what is allowed, one line per mistake."""
@@ -164,8 +166,9 @@ def _preset(name: str, where: str) -> dict[str, Any]:
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
-        every = ", ".join(PRESETS)
-        raise ConfigError(f"{where}: model.preset = {json.dumps(name)} is not a preset{hint} presets: {every}")
+        listed = ", ".join([*PRESETS][:SHOWN_PRESETS])
+        more = f" and {len(PRESETS) - SHOWN_PRESETS} more, in docs/reference/presets.md"
+        raise ConfigError(f"{where}: model.preset = {json.dumps(name)} is not a preset{hint} presets: {listed}{more}")
     return dict(PRESETS[name])
 
 
