@@ -1,12 +1,14 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a checkpoint between the native, Hugging Face and mesh-transformer-jax (GPT-J) formats in bounded memory.
+"""Convert a checkpoint between the native, Hugging Face, GGUF and mesh-transformer-jax (GPT-J) formats in bounded memory.
 
 examples:
   python scripts/reshard_checkpoint.py models/gpt-j-6b runs/gptj
       Hugging Face folder to native checkpoint; then: python device_sample.py runs/gptj
   python scripts/reshard_checkpoint.py runs/mine models/mine --format huggingface --dtype bfloat16
       latest checkpoint of a run, for from_pretrained of transformers
+  python scripts/reshard_checkpoint.py models/SmolLM2-135M-Instruct.Q4_1.gguf runs/smollm2
+      a GGUF file or its folder, quantized or not; --format gguf --gguf-type Q8_0 writes one, for llama.cpp
   python scripts/reshard_checkpoint.py step_383500 runs/gptj --source-config 6B_roto_256.json --weights-only
       shards of mesh-transformer-jax, any number of them; --format gptj-v1 --shards 8 writes such shards
 
@@ -35,15 +37,20 @@ from mesh_transformer.cli import make_parser, run_command
 if TYPE_CHECKING:
     from mesh_transformer.convert.progress import Progress
 
+GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K")
+
 
 def main(arguments: list[str]) -> int:
     """Parse the arguments, convert, verify and print the report."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("source", metavar="SRC", help="run, checkpoint, model folder or v1 shards; a path or URL")
     parser.add_argument("destination", metavar="DST", help="folder to create, s3://bucket/path or gs://bucket/path")
-    parser.add_argument("--format", choices=("native", "huggingface", "gptj-v1"), default="native")
+    parser.add_argument("--format", choices=("native", "huggingface", "gguf", "gptj-v1"), default="native")
     parser.add_argument(
         "--shards", type=int, default=8, help="number of shards of --format gptj-v1; default: %(default)s"
+    )
+    parser.add_argument(
+        "--gguf-type", choices=GGUF_TYPES, help="type of the matrices of --format gguf; default: unchanged"
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights; default: unchanged"

@@ -316,6 +316,7 @@ COVERED_BY = {
         "convert.huggingface.mpt",
         "convert.huggingface.opt",
     ),
+    "convert/gguf/test_tokenizer.py": ("convert.gguf.pre_tokenizers", "convert.gguf.tokenizer_writer"),
     "convert/huggingface/test_reader.py": (
         "convert.huggingface.config_map",
         "convert.huggingface.tensor_files",

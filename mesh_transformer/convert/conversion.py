@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mesh_transformer.checkpoint.backends import backend_for
 from mesh_transformer.config import ConfigError
@@ -21,16 +21,20 @@ from mesh_transformer.convert.bit_check import verify_bits
 from mesh_transformer.convert.destination import check_destination, publish, staging_folder
 from mesh_transformer.convert.gptj.writer import make_external_config
 from mesh_transformer.convert.huggingface.reader import find_family
+from mesh_transformer.convert.import_plan import ImportPlan
 from mesh_transformer.convert.lazy_arrays import array_bytes
 from mesh_transformer.convert.logit_check import TOLERANCE, compare_logits
 from mesh_transformer.convert.progress import Progress, no_progress
-from mesh_transformer.convert.readers import OpenCheckpoint, open_checkpoint
+from mesh_transformer.convert.readers import OpenCheckpoint, open_checkpoint, require_gguf
 from mesh_transformer.convert.writers import WriteOptions, write_gptj_v1, write_huggingface, write_native
 from mesh_transformer.data.tokenizers import load_tokenizer, tokenizer_from_json
 from mesh_transformer.host_memory import keep_freed_memory
 from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath, parse_path
-from mesh_transformer.storage.resume_log import open_staging_log
+from mesh_transformer.storage.resume_log import ResumeLog, open_staging_log
+
+if TYPE_CHECKING:
+    from mesh_transformer.convert.gguf.writer import OutModel  # needs the package gguf
 
 # Files of a Hugging Face folder that a native checkpoint stores with the weights, to be written when it is exported.
 CARRIED_TEXTS = (
@@ -51,8 +55,9 @@ class ConversionOptions:
 
     source: str | AnyPath  # run, checkpoint, model folder or v1 shards; a path or URL
     destination: str | AnyPath  # folder to create; a path or URL
-    format: Literal["native", "huggingface", "gptj-v1"] = "native"
+    format: Literal["native", "huggingface", "gguf", "gptj-v1"] = "native"
     shards: int = 8  # of format "gptj-v1"
+    gguf_type: str | None = None  # of the matrices of format "gguf"; None: unchanged
     dtype: str | None = None  # of the weights; None: unchanged
     weights_only: bool = False  # leave out optimizer state and counters
     max_memory: str = "1G"  # in addition to the interpreter
@@ -72,6 +77,7 @@ class Conversion(NamedTuple):
     dtype: str | None  # of the weights; None: unchanged
     may_round: bool  # whether the user requested a dtype
     max_memory: int  # bytes
+    gguf: "OutModel | None"  # what a result of format "gguf" contains
 
 
 def prepare(options: ConversionOptions) -> Conversion:
@@ -83,16 +89,29 @@ def prepare(options: ConversionOptions) -> Conversion:
     if options.weights_only or options.format != "native":
         source = source._replace(plan=source.plan.weights_only())
     dtype = options.dtype
+    gguf = None
     match options.format:  # raise if the format cannot represent the model
         case "huggingface":
             find_family(source.plan.config)
         case "gptj-v1":
             make_external_config(source.plan.config, options.shards)
             dtype = dtype or source.plan.weight_dtype()  # all of its leaves have one type
-    nbytes = source.plan.nbytes(dtype)
+        case "gguf":
+            gguf = _plan_gguf(source.plan, options)
+    nbytes = gguf.nbytes if gguf else source.plan.nbytes(dtype)
     check_destination(destination, options.overwrite, nbytes, options.staging)
     partial = staging_folder(destination, options.staging)
-    return Conversion(source, destination, partial, nbytes, dtype, bool(options.dtype), max_memory)
+    may_round = bool(options.dtype) or (gguf is not None and not gguf.is_exact)
+    return Conversion(source, destination, partial, nbytes, dtype, may_round, max_memory, gguf)
+
+
+def _plan_gguf(plan: ImportPlan, options: ConversionOptions) -> "OutModel":
+    if options.dtype:
+        raise ConfigError("--dtype is not for --format gguf; use --gguf-type")
+    require_gguf(options.destination)
+    from mesh_transformer.convert.gguf.writer import plan_gguf
+
+    return plan_gguf(plan, options.gguf_type)
 
 
 def plan_conversion(options: ConversionOptions) -> dict[str, Any]:
@@ -158,6 +177,7 @@ def write(conversion: Conversion, options: ConversionOptions, progress: Progress
         "stamp": _stamp(source.path),
         "format": options.format,
         "dtype": conversion.dtype,
+        "gguf_type": options.gguf_type,
         "shards": options.shards,
         "arrays": sorted(source.plan.arrays),
         "memory": conversion.max_memory,
@@ -170,6 +190,8 @@ def write(conversion: Conversion, options: ConversionOptions, progress: Progress
                 return write_gptj_v1(partial, source.plan, write_options, shards=options.shards)
             case "native":
                 return write_native(partial, source.plan, meta, log, write_options)
+            case "gguf":
+                return _write_gguf(conversion, meta, log, write_options)
             case _:
                 carry_from = source.path if source.kind == "huggingface" else None
                 result = write_huggingface(
@@ -177,6 +199,15 @@ def write(conversion: Conversion, options: ConversionOptions, progress: Progress
                 )
                 _write_carried(partial, meta)
                 return result
+
+
+def _write_gguf(conversion: Conversion, meta: dict[str, Any], log: ResumeLog, options: WriteOptions) -> Path:
+    from mesh_transformer.convert.gguf.writer import write_gguf
+
+    assert conversion.gguf is not None
+    path = conversion.partial / f"{conversion.destination.name}-{conversion.gguf.type}.gguf"
+    write_gguf(path, conversion.gguf, meta, log, options.progress, options.slice_bytes)
+    return path
 
 
 def make_meta(source: OpenCheckpoint, options: ConversionOptions) -> dict[str, Any]:
@@ -209,7 +240,12 @@ def verify(conversion: Conversion, result: Path, options: ConversionOptions, pro
     """Compare every array and the logits of both sides. Raise CheckpointError if they differ."""
     source = conversion.source
     written = open_checkpoint(result, result.parent / "config.json" if options.format == "gptj-v1" else None)
-    digests = verify_bits(source.plan, written.plan, conversion.dtype, progress)
+    if conversion.gguf is not None:
+        from mesh_transformer.convert.gguf.writer import verify_gguf
+
+        digests = verify_gguf(result, conversion.gguf, progress, conversion.max_memory // 6)
+    else:
+        digests = verify_bits(source.plan, written.plan, conversion.dtype, progress)
     keep_freed_memory(False)  # blocks from here on have other sizes
     difference = compare_logits(source, written, conversion.max_memory, progress)
     if difference and not conversion.may_round and difference.largest > TOLERANCE * difference.scale:
@@ -217,7 +253,8 @@ def verify(conversion: Conversion, result: Path, options: ConversionOptions, pro
             f"the logits of {source.path} and of the result differ by {difference.largest:.3g} (largest logit: "
             f"{difference.scale:.3g}); the result was deleted. This is a bug in the conversion, please report it"
         )
-    cast = f" cast to {conversion.dtype}" if conversion.dtype else ""
+    dtype = conversion.gguf.type if conversion.gguf else conversion.dtype
+    cast = f" cast to {dtype}" if dtype else ""
     found = {
         "arrays": len(digests),
         "verified": f"each array of the result was read back and equals that of the source{cast} bit by bit",
@@ -268,7 +305,8 @@ def _write_carried(folder: Path, meta: dict[str, Any]) -> None:
 
 def _stamp(path: AnyPath) -> list[Any]:
     """Return names, sizes and modification times of files, so that a conversion does not resume with a changed source."""
-    return [(name, *status) for name, status in sorted(backend_for(path).list_files().items())]
+    folder = path if path.is_dir() else path.parent
+    return [(name, *status) for name, status in sorted(backend_for(folder).list_files().items())]
 
 
 def peak_memory() -> int:

@@ -164,6 +164,11 @@ class Packed:
                 dims = [dim for dim in range(len(self.pattern)) if _native_axis(self.pattern[dim][0], axes) == axis]
                 if 1 < granularity < size and dims and (dims[0] == 0 or not array.is_local):
                     return Chunking(dims[0], granularity * self._inner_size(dims[0]))
+        return self.row_chunking
+
+    @property
+    def row_chunking(self) -> Chunking:
+        """Division along the first dimension into the smallest slices that can be read alone."""
         return Chunking(0, self.shape[0] if self.pattern[0][0].isdigit() else self._inner_size(0))
 
     def _inner_size(self, dim: int) -> int:

@@ -8,7 +8,7 @@ needs, so the size of the slices bounds the memory of a conversion.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -240,6 +240,32 @@ class AddBias(_Elementwise):
 
     def read(self, index: Slices) -> np.ndarray:
         return self.matrix.read(index).astype(FLOAT32) + self.bias.read(index[1:]).astype(FLOAT32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Values that are computed from stored ones, such as those of quantized tensors.
+
+    The seam for every stored form that is not an array of numbers: `decode` returns the values of an index whose bounds
+    are multiples of `read_granularity`, or the array's end, and reads only what it needs.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read_granularity: tuple[int, ...]  # indices along each dimension that are decoded together
+    is_local: bool
+    decode: Callable[[Slices], np.ndarray]
+
+    def read(self, index: Slices) -> np.ndarray:
+        """Return the values at `index`, decoding the blocks that overlap it."""
+        outer: list[slice] = []
+        inner: list[slice] = []
+        for part, dim, size in zip(index, self.shape, self.read_granularity, strict=True):
+            start, stop, _ = part.indices(dim)
+            low, high = start // size * size, min(-(-stop // size) * size, dim)
+            outer.append(slice(low, high))
+            inner.append(slice(start - low, max(stop, start) - low))
+        return self.decode(tuple(outer))[tuple(inner)]
 
 
 def to_c_order(values: np.ndarray) -> np.ndarray:

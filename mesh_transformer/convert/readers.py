@@ -1,7 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Open a checkpoint of any supported format: native, Hugging Face, or mesh-transformer-jax v1."""
+"""Open a checkpoint of any supported format: native, Hugging Face, GGUF, or mesh-transformer-jax v1."""
 
+import importlib.util
 import json
 from typing import Any, NamedTuple
 
@@ -17,10 +18,10 @@ from mesh_transformer.storage.paths import AnyPath
 class OpenCheckpoint(NamedTuple):
     """A checkpoint whose values have not been read."""
 
-    kind: str  # "native", "huggingface" or "gptj-v1"
+    kind: str  # "native", "huggingface", "gguf" or "gptj-v1"
     path: AnyPath
     plan: ImportPlan
-    meta: dict[str, Any]  # metadata of a native checkpoint
+    meta: dict[str, Any]  # metadata of a native checkpoint; of a GGUF file, the tokenizer and what is carried along
     external_config: dict[str, Any]  # configuration file of an external checkpoint
 
 
@@ -43,8 +44,10 @@ def open_checkpoint(path: AnyPath, source_config: AnyPath | None = None) -> Open
 
     `source_config` is the JSON configuration of a mesh-transformer-jax checkpoint.
     """
+    if holds_gguf(path):
+        return _open_gguf(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder")
+        raise CheckpointError(f"{path}: no such folder, and not a GGUF file")
     candidates = [path, *sorted(path.glob("step_*"))]
     shards = next((folder for folder in candidates if (folder / "shard_0").is_dir()), None)
     if shards:
@@ -60,3 +63,24 @@ def open_checkpoint(path: AnyPath, source_config: AnyPath | None = None) -> Open
     if is_huggingface(path):
         return OpenCheckpoint("huggingface", path, open_huggingface(path), {}, dict(read_config(path)[0].table))
     return open_native(path)
+
+
+def holds_gguf(path: AnyPath) -> bool:
+    """Return whether a path is a GGUF file or a folder with one, and with no model of another format."""
+    if path.is_file():
+        return path.name.endswith(".gguf")
+    return path.is_dir() and not is_huggingface(path) and any(path.glob("*.gguf"))
+
+
+def require_gguf(path: object) -> None:
+    """Raise CheckpointError unless the package that reads and writes GGUF files is installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(f"{path}: GGUF files need another package: pip install 'mesh-transformer[gguf]'")
+
+
+def _open_gguf(path: AnyPath) -> OpenCheckpoint:
+    require_gguf(path)
+    from mesh_transformer.convert.gguf.reader import open_gguf
+
+    opened = open_gguf(path)
+    return OpenCheckpoint("gguf", opened.path, opened.plan, opened.meta, opened.config)

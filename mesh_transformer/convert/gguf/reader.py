@@ -1,0 +1,68 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Plan the import of a GGUF model: its metadata becomes config.json, its tensors those of a Hugging Face family."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, make_family, read_config
+from mesh_transformer.convert.gguf.container import read_gguf
+from mesh_transformer.convert.gguf.tensors import open_tensors, subtract_one, undo_rope_order
+from mesh_transformer.convert.gguf.tokenizer import read_tokenizer
+from mesh_transformer.convert.huggingface.hf_config import HFConfig
+from mesh_transformer.convert.huggingface.reader import find_array, read_model
+from mesh_transformer.convert.import_plan import ImportPlan, PlannedArray, assemble, check_all_used, make_model_config
+from mesh_transformer.convert.lazy_arrays import LazyArray
+from mesh_transformer.storage.paths import AnyPath
+
+
+class OpenGGUF(NamedTuple):
+    """A GGUF model whose weights have not been read."""
+
+    path: AnyPath  # of the first file
+    plan: ImportPlan
+    config: dict[str, Any]  # config.json of the family
+    meta: dict[str, Any]  # metadata for a native checkpoint: tokenizer, special IDs and files carried along
+
+
+def open_gguf(path: AnyPath) -> OpenGGUF:
+    """Plan the import of a GGUF file, a folder with one, or one of a set of split files.
+
+    CheckpointError if the file is damaged, or its architecture, metadata or types of tensors are not supported.
+    """
+    file = read_gguf(path)
+    tensors = open_tensors(file.tensors, file.path)
+    config = read_config(file.metadata, tensors, file.path)
+    name = file.metadata["general.architecture"]
+    family = make_family(config["model_type"], name)
+    model = read_model(HFConfig(config, file.path), family)
+    native = make_model_config(model, file.path)
+    arrays = assemble_native(native, name, config["model_type"], tensors, file.path)
+    meta = read_tokenizer(file.metadata, file.path)
+    return OpenGGUF(file.path, ImportPlan(native, model, arrays, 0), config, meta)
+
+
+def assemble_native(
+    config: ModelConfig, name: str, kind: str, tensors: Mapping[str, LazyArray], where: object
+) -> dict[str, PlannedArray]:
+    """Return the native arrays of a model of architecture `name` from its tensors. CheckpointError unless they match."""
+    family = make_family(kind, name)
+    original = undo_changes(tensors, name, config)
+    used: set[str] = {ROPE_FACTORS}
+    arrays = assemble(config, lambda spec: find_array(original, family, config, spec, used), where)
+    check_all_used(set(tensors), used, lambda _: False, where)
+    return arrays
+
+
+def undo_changes(tensors: Mapping[str, LazyArray], name: str, config: ModelConfig) -> dict[str, LazyArray]:
+    """Return the tensors of an architecture as they were before llama.cpp's converter."""
+    architecture = ARCHITECTURES[name]
+    found = dict(tensors)
+    for tensor, array in tensors.items():
+        module = tensor.rpartition(".")[0]
+        if architecture.pairs and module.endswith(("attn_q", "attn_k")):
+            found[tensor] = undo_rope_order(array, config.n_heads if module.endswith("attn_q") else config.kv_heads)
+        elif architecture.norm_offset and module.endswith("norm"):
+            found[tensor] = subtract_one(array)
+    return found

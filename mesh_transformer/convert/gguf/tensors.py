@@ -1,0 +1,102 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of GGUF files as lazy arrays: stored values as they are, quantized ones dequantized a block of rows at a time.
+
+`gguf.quants` dequantizes; the result is float32. The functions that undo llama.cpp's changes of the original tensors
+are here too, each next to its inverse.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+from mesh_transformer.checkpoint.zarr_sharding import Slices
+from mesh_transformer.convert.gguf.container import TensorInfo
+from mesh_transformer.convert.import_plan import raise_problems
+from mesh_transformer.convert.lazy_arrays import FLOAT32, Decoded, FileArray, LazyArray, to_dtype
+
+STORED = {  # types whose values are numbers of NumPy
+    GGMLQuantizationType.F32: "float32",
+    GGMLQuantizationType.F16: "float16",
+    GGMLQuantizationType.BF16: "bfloat16",
+}
+QUANTIZED = tuple(
+    GGMLQuantizationType[name]
+    for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
+)
+
+
+def open_tensors(infos: Mapping[str, TensorInfo], where: object) -> dict[str, LazyArray]:
+    """Return the tensors as lazy arrays. CheckpointError names those whose type is not supported."""
+    supported = (*STORED, *QUANTIZED)
+    problems = [
+        f"{name} is {info.type.name}; supported: {', '.join(each.name for each in supported)}"
+        for name, info in infos.items()
+        if info.type not in supported
+    ]
+    raise_problems(f"{where}: types of tensors that are not supported", problems)
+    return {name: open_tensor(info) for name, info in infos.items()}
+
+
+def open_tensor(info: TensorInfo) -> LazyArray:
+    """Return a tensor as a lazy array; a quantized one has float32 values."""
+    if info.type in STORED:
+        return FileArray(info.path, info.offset, info.shape, to_dtype(STORED[info.type]))
+    block, size = GGML_QUANT_SIZES[info.type]
+    stored = FileArray(info.path, info.offset, (*info.shape[:-1], info.row_bytes), np.dtype(np.uint8))
+
+    def decode(index: Slices) -> np.ndarray:
+        columns = slice(index[-1].start // block * size, index[-1].stop // block * size)
+        return dequantize_rows(stored.read((*index[:-1], columns)), info.type)
+
+    granularity = (*(1,) * (len(info.shape) - 1), block)
+    return Decoded(info.shape, FLOAT32, granularity, stored.is_local, decode)
+
+
+def dequantize_rows(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Return the float32 values [..., n] of stored rows [..., bytes]."""
+    block, size = GGML_QUANT_SIZES[kind]
+    shape = (*rows.shape[:-1], rows.shape[-1] // size * block)
+    if not rows.size:  # which `dequantize` cannot reshape
+        return np.empty(shape, np.float32)
+    # `dequantize` works on 16 rows at a time; rows of equal length, however narrow the slice, keep that efficient
+    n_blocks = math.prod(shape) // block
+    per_row = math.gcd(n_blocks, 64)
+    return dequantize(np.ascontiguousarray(rows).reshape(-1, per_row * size), kind).reshape(shape)
+
+
+def undo_rope_order(tensor: LazyArray, n_heads: int) -> LazyArray:
+    """Return a query or key projection [heads * d_head, ...] in the order of rotate-half.
+
+    llama.cpp rotates neighboring pairs for the architecture "llama", and its converter reorders the rows of each head.
+    """
+    d_head = tensor.shape[0] // n_heads
+
+    def decode(index: Slices) -> np.ndarray:
+        return from_pairs(tensor.read(index), d_head)
+
+    granularity = (d_head, *tensor.read_granularity[1:])
+    return Decoded(tensor.shape, tensor.dtype, granularity, tensor.is_local, decode)
+
+
+def from_pairs(values: np.ndarray, d_head: int) -> np.ndarray:
+    """Return rows [heads * d_head, ...] whose halves were interleaved with the first half in front. Inverse of `to_pairs`."""
+    heads = values.reshape(-1, d_head // 2, 2, *values.shape[1:])
+    return heads.swapaxes(1, 2).reshape(values.shape)
+
+
+def to_pairs(values: np.ndarray, d_head: int) -> np.ndarray:
+    """Return rows [heads * d_head, ...] with the halves of each head interleaved, the layout of llama.cpp's "llama"."""
+    heads = values.reshape(-1, 2, d_head // 2, *values.shape[1:])
+    return heads.swapaxes(1, 2).reshape(values.shape)
+
+
+def subtract_one(tensor: LazyArray) -> LazyArray:
+    """Return a norm's scale, float32, without the 1 that llama.cpp's converter adds for Gemma."""
+
+    def decode(index: Slices) -> np.ndarray:
+        return tensor.read(index).astype(FLOAT32) - FLOAT32.type(1)
+
+    return Decoded(tensor.shape, FLOAT32, tensor.read_granularity, tensor.is_local, decode)

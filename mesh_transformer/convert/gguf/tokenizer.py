@@ -1,0 +1,179 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer and chat template in the metadata of a GGUF file, as the files that a Hugging Face folder has.
+
+Two kinds are read: "gpt2", byte-level BPE, whose pre-tokenizer is known by name (pre_tokenizers.py), and "llama",
+SentencePiece's BPE with byte fallback, which stores scores instead of merges.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gguf import TokenType
+
+from mesh_transformer.convert.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from mesh_transformer.data.tokenizers import tokenizer_from_json
+from mesh_transformer.storage.errors import CheckpointError
+
+SPACE = "\u2581"  # SentencePiece's character for a space
+SPECIAL_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
+END_OF_TURN = "tokenizer.ggml.eot_token_id"
+GEMMA = ("gemma", "gemma2", "gemma3")
+LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+ADDED = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+
+
+def read_tokenizer(metadata: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """Return the metadata that a native checkpoint stores: the tokenizer, IDs of special tokens and files carried along.
+
+    It is empty if the file has no tokenizer. CheckpointError if its tokenizer is of a kind that is not supported.
+    """
+    kind = metadata.get("tokenizer.ggml.model", "none")
+    if kind in ("none", "no_vocab"):
+        return {}
+    if kind not in ("gpt2", "llama"):
+        raise CheckpointError(
+            f"{where}: tokenizer.ggml.model = {kind!r} is not supported; supported: 'gpt2', 'llama'; "
+            "pass the model's tokenizer.json with --tokenizer"
+        )
+    tokens, types = read_vocabulary(metadata, where)
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in SPECIAL_IDS.items()}
+    named = {name.removesuffix("_id"): tokens[i] for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
+    begins = bool(metadata.get("tokenizer.ggml.add_bos_token", _begins(metadata)))
+    ends = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
+    table = (
+        _make_byte_level(metadata, tokens, where) if kind == "gpt2" else _make_sentencepiece(metadata, tokens, types)
+    )
+    added = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    table["added_tokens"] = [
+        dict(id=i, content=token, **ADDED, special=kind != TokenType.USER_DEFINED)
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in added
+    ]
+    table["post_processor"] = _make_post_processor(
+        [named[name] for name, wanted in (("bos_token", begins), ("eos_token", ends)) if wanted and name in named],
+        tokens,
+        begins,
+    )
+    special = {key: value for key, value in ids.items() if value is not None and key != "unk_token_id"}
+    ends_of_text = [i for i in (ids["eos_token_id"], metadata.get(END_OF_TURN)) if i is not None]
+    template = metadata.get("tokenizer.chat_template")
+    config = named | {"add_bos_token": begins, "add_eos_token": ends, "tokenizer_class": "PreTrainedTokenizerFast"}
+    generation = {key: special[key] for key in ("bos_token_id", "pad_token_id") if key in special}
+    if ends_of_text:
+        unique = list(dict.fromkeys(ends_of_text))
+        generation["eos_token_id"] = unique if len(unique) > 1 else unique[0]
+    carried = {
+        "tokenizer_config.json": config | ({"chat_template": template} if template else {}),
+        "generation_config.json": generation,
+    }
+    record = {"type": "file", "tokenizer": table}
+    if "eos_token" in named:
+        record["end_of_text"] = named["eos_token"]
+    return {
+        "tokenizer": tokenizer_from_json(record, where=str(where)).to_json(),
+        "special_ids": special,
+        "carried": {name: json.dumps(content, indent=1, ensure_ascii=False) for name, content in carried.items()},
+    }
+
+
+def read_vocabulary(metadata: Mapping[str, Any], where: object) -> tuple[list[str], list[int]]:
+    """Return the tokens and their types, without the placeholders for unused rows of the embedding at the end."""
+    tokens = list(metadata.get("tokenizer.ggml.tokens", []))
+    types = list(metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens)))
+    if len(types) != len(tokens) or not tokens:
+        raise CheckpointError(f"{where}: {len(tokens)} tokens and {len(types)} types of tokens")
+    while tokens and types[-1] == TokenType.UNUSED and tokens[-1] == f"[PAD{len(tokens) - 1}]":
+        tokens.pop()
+        types.pop()
+    return tokens, types
+
+
+def _begins(metadata: Mapping[str, Any]) -> bool:
+    """Return whether llama.cpp puts the first token before a text where the metadata does not say."""
+    if metadata["tokenizer.ggml.model"] == "llama":
+        return True
+    return PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", ""), PreTokenizer()).begins
+
+
+def _make_byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: object) -> dict[str, Any]:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{where}: tokenizer.ggml.pre = {name!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}; "
+            "pass the model's tokenizer.json with --tokenizer"
+        )
+    before = PRE_TOKENIZERS[name]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pairs = [merge.split(" ") for merge in metadata.get("tokenizer.ggml.merges", [])]
+    merges = [pair for pair in pairs if "".join(pair) in vocabulary]  # llama.cpp ignores others
+    return {
+        "version": "1.0",
+        "normalizer": {"type": "NFC"} if before.nfc else None,
+        "pre_tokenizer": before.table,
+        "decoder": LEVEL,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges, "ignore_merges": before.ignore_merges},
+    }
+
+
+def _make_sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    # Gemma's runs of spaces are stored as spaces
+    spelled = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
+    vocabulary = {token: i for i, token in enumerate(spelled)}
+    is_gemma = metadata.get("general.architecture") in GEMMA
+    # Gemma's merges follow the order of its vocabulary, not the scores
+    scores = [-i for i in range(len(tokens))] if is_gemma else metadata["tokenizer.ggml.scores"][: len(tokens)]
+    replace = dict(type="Replace", pattern={"String": " "}, content=SPACE)
+    steps = [
+        dict(type="Replace", pattern={"String": SPACE}, content=" "), dict(type="ByteFallback"), dict(type="Fuse"),
+    ]  # fmt: skip
+    if prefix:
+        steps.append(dict(type="Strip", content=" ", start=1, stop=0))
+    unknown = next((token for token, kind in zip(spelled, types, strict=True) if kind == TokenType.UNKNOWN), None)
+    normal = [token for token, kind in zip(spelled, types, strict=True) if kind in (TokenType.NORMAL, TokenType.UNUSED)]
+    return {
+        "version": "1.0",
+        "normalizer": {"type": "Sequence", "normalizers": [dict(type="Prepend", prepend=SPACE), replace]}
+        if prefix
+        else replace,
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": steps},
+        "model": {
+            "type": "BPE",
+            "vocab": vocabulary,
+            "merges": derive_merges(normal, vocabulary, scores),
+            "unk_token": unknown,
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+    }
+
+
+def derive_merges(tokens: Sequence[str], vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[list[str]]:
+    """Return the merges of a vocabulary with scores, in order: each token from each pair of tokens that it consists of.
+
+    Pairs that give a better token come first, as in SentencePiece, which merges the pair with the best score.
+    """
+    allowed = set(tokens)
+    found: list[tuple[float, int, int, str, str]] = []
+    for token in tokens:
+        score = scores[vocabulary[token]]
+        for i in range(1, len(token)):
+            left, right = token[:i], token[i:]
+            if left in allowed and right in allowed:
+                found.append((-score, vocabulary[left], vocabulary[right], left, right))
+    return [[left, right] for *_, left, right in sorted(found)]
+
+
+def _make_post_processor(added: Sequence[str], tokens: Sequence[str], begins: bool) -> dict[str, Any] | None:
+    """Return the post-processor that adds special tokens before and after a text, or None if there are none."""
+    if not added:
+        return None
+    added_tokens = [{"SpecialToken": {"id": token, "type_id": 0}} for token in added]
+    text: dict[str, Any] = {"Sequence": {"id": "A", "type_id": 0}}
+    single = [added_tokens[0], text, *added_tokens[1:]] if begins else [text, *added_tokens]
+    ids = {token: {"id": token, "ids": [tokens.index(token)], "tokens": [token]} for token in added}
+    second = json.loads(json.dumps(single).replace('"A"', '"B"').replace('"type_id": 0', '"type_id": 1'))
+    return {"type": "TemplateProcessing", "single": single, "pair": [*single, *second], "special_tokens": ids}

@@ -1,0 +1,141 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint's tokenizer, special tokens and chat template as metadata of a GGUF file. The inverse of tokenizer.py."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gguf import TokenType
+
+from mesh_transformer.convert.gguf.pre_tokenizers import name_pre_tokenizer
+from mesh_transformer.convert.gguf.tokenizer import END_OF_TURN, derive_merges
+from mesh_transformer.data.tokenizers import tokenizer_from_json
+from mesh_transformer.data.vocabularies import END_OF_TEXT, make_byte_alphabet
+from mesh_transformer.storage.errors import CheckpointError
+
+PREFIX = "tokenizer.ggml"
+
+
+def write_tokenizer(meta: Mapping[str, Any], n_vocab: int) -> dict[str, Any]:
+    """Return the entries for the tokenizer, the IDs of special tokens and the chat template in a checkpoint's metadata.
+
+    `n_vocab` is the number of rows of the embedding; rows without a token get a placeholder. CheckpointError if
+    llama.cpp has no tokenizer that gives the same ids.
+    """
+    record = meta.get("tokenizer") or {}
+    if not record:
+        return {f"{PREFIX}.model": "no_vocab"}
+    tokenizer = tokenizer_from_json(record)
+    values = _write_bytes() if record["type"] == "bytes" else _write_vocabulary(record["tokenizer"])
+    tokens, types = values[f"{PREFIX}.tokens"], values[f"{PREFIX}.token_type"]
+    for i in range(len(tokens), n_vocab):
+        tokens.append(f"[PAD{i}]")
+        types.append(int(TokenType.UNUSED))
+    if f"{PREFIX}.scores" in values:
+        values[f"{PREFIX}.scores"] += [0.0] * (n_vocab - len(values[f"{PREFIX}.scores"]))
+    values |= _write_special(meta, tokenizer.end_of_text, n_vocab)
+    if tokenizer.begin_of_text is not None:
+        values[f"{PREFIX}.bos_token_id"] = tokenizer.begin_of_text
+    values[f"{PREFIX}.add_bos_token"] = tokenizer.begin_of_text is not None
+    if template := _find_template(meta.get("carried") or {}):
+        values["tokenizer.chat_template"] = template
+    return values
+
+
+def _write_special(meta: Mapping[str, Any], end_of_text: int, n_vocab: int) -> dict[str, int]:
+    """Return the IDs of special tokens. Of several that end a text, the second is the end of a turn."""
+    carried = meta.get("carried") or {}
+    ids = dict(meta.get("special_ids") or {})
+    ids |= {key: value for key, value in json.loads(carried.get("generation_config.json", "{}")).items() if key in ids}
+    ends = ids.get("eos_token_id", end_of_text)
+    ends = list(ends) if isinstance(ends, list | tuple) else [ends]
+    found = {f"{PREFIX}.eos_token_id": ends[0], END_OF_TURN: next(iter(ends[1:]), None)}
+    found |= {f"{PREFIX}.bos_token_id": ids.get("bos_token_id"), f"{PREFIX}.padding_token_id": ids.get("pad_token_id")}
+    return {key: value for key, value in found.items() if isinstance(value, int) and 0 <= value < n_vocab}
+
+
+def _find_template(carried: Mapping[str, str]) -> str | None:
+    """Return the chat template: of several by name, the default one."""
+    if text := carried.get("chat_template.jinja"):
+        return text
+    template = json.loads(carried.get("tokenizer_config.json", "{}")).get("chat_template")
+    if isinstance(template, list):
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    return template
+
+
+def _write_bytes() -> dict[str, Any]:
+    """Return the tokenizer of UTF-8 bytes as a byte-level BPE.
+
+    llama.cpp requires merges; the only one gives no token, so it changes no ids.
+    """
+    characters = {byte: character for character, byte in make_byte_alphabet().items()}
+    return {
+        f"{PREFIX}.model": "gpt2",
+        f"{PREFIX}.pre": "gpt-2",
+        f"{PREFIX}.tokens": [*(characters[byte] for byte in range(256)), END_OF_TEXT[0]],
+        f"{PREFIX}.token_type": [*[int(TokenType.NORMAL)] * 256, int(TokenType.CONTROL)],
+        f"{PREFIX}.merges": [f"{characters[0]} {characters[1]}"],
+    }
+
+
+def _write_vocabulary(table: Mapping[str, Any]) -> dict[str, Any]:
+    model = table["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise CheckpointError(f"GGUF is not written with a tokenizer of type {model['type']}; supported: BPE")
+    tokens, types = _list_tokens(table)
+    values: dict[str, Any] = {f"{PREFIX}.tokens": tokens, f"{PREFIX}.token_type": types}
+    merges = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model["merges"]]
+    if not model.get("byte_fallback"):
+        name = name_pre_tokenizer(table)
+        if name is None:
+            raise CheckpointError(
+                f"llama.cpp has no pre-tokenizer like this model's: {json.dumps(table.get('pre_tokenizer'))[:300]}"
+            )
+        values |= {f"{PREFIX}.model": "gpt2", f"{PREFIX}.pre": name}
+        return values | {f"{PREFIX}.merges": [" ".join(merge) for merge in merges]}
+    space = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")])
+    prefix = '"Prepend"' in space or '"prepend_scheme": "always"' in space or '"prepend_scheme": "first"' in space
+    scores = _score_tokens(tokens, types, merges, model["vocab"])
+    return values | {f"{PREFIX}.model": "llama", f"{PREFIX}.scores": scores, f"{PREFIX}.add_space_prefix": prefix}
+
+
+def _list_tokens(table: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    """Return the tokens by id and their types."""
+    model = table["model"]
+    added = {token["id"]: token for token in table.get("added_tokens") or []}
+    by_id = {i: token for token, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
+    tokens, types = [], []
+    for i in range(max(by_id) + 1):
+        token = by_id.get(i, f"[PAD{i}]")
+        kind = TokenType.NORMAL
+        if i not in by_id:
+            kind = TokenType.UNUSED
+        elif model.get("byte_fallback") and token == model.get("unk_token"):
+            kind = TokenType.UNKNOWN
+        elif i in added:
+            kind = TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED
+        elif model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x"):
+            kind = TokenType.BYTE
+        tokens.append(token)
+        types.append(int(kind))
+    return tokens, types
+
+
+def _score_tokens(
+    tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]], vocabulary: Mapping[str, int]
+) -> list[float]:
+    """Return scores for which SentencePiece merges in the order of `merges`. CheckpointError if there are none."""
+    ranks: dict[str, int] = {}
+    for left, right in merges:
+        ranks.setdefault(left + right, len(ranks))
+    scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
+    normal = [token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL]
+    given, derived = ({tuple(pair) for pair in pairs} for pairs in (merges, derive_merges(normal, vocabulary, scores)))
+    if given != derived:
+        raise CheckpointError(
+            f"{len(given ^ derived)} merges of this tokenizer are not those that SentencePiece makes from the vocabulary, "
+            f"for example {' + '.join(next(iter(given ^ derived)))}; llama.cpp would encode texts differently"
+        )
+    return scores

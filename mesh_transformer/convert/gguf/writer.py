@@ -1,0 +1,310 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Write a planned checkpoint as a GGUF file, one block of rows at a time, and compare the file with its source.
+
+`gguf.GGUFWriter` writes the header; the tensors are written at the offsets that it states, so an interrupted write can
+continue. Matrices have the requested type; vectors, the router of experts and learned positions are float32, as in
+llama.cpp's converter.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
+
+from mesh_transformer.checkpoint import local_backend
+from mesh_transformer.checkpoint.bounded_pool import run_bounded
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.gguf.architectures import (
+    ARCHITECTURES,
+    OUTPUT,
+    ROPE_FACTORS,
+    TOKEN_EMBEDDING,
+    Table,
+    llama3_factors,
+    make_family,
+    read_config,
+    write_config,
+)
+from mesh_transformer.convert.gguf.container import TensorInfo, read_gguf
+from mesh_transformer.convert.gguf.quantize import encode_rows
+from mesh_transformer.convert.gguf.tensors import to_pairs
+from mesh_transformer.convert.gguf.tokenizer_writer import write_tokenizer
+from mesh_transformer.convert.huggingface.hf_config import HFConfig
+from mesh_transformer.convert.huggingface.reader import find_family, pack_tensors, read_model
+from mesh_transformer.convert.huggingface.tensor_files import write_values
+from mesh_transformer.convert.import_plan import ImportPlan, describe_weights, make_model_config
+from mesh_transformer.convert.layout_views import Joined, Packed
+from mesh_transformer.convert.lazy_arrays import FLOAT32, FileArray, Index, InMemory, LazyArray
+from mesh_transformer.convert.progress import ByteCounter, Progress
+from mesh_transformer.convert.slicing import SLICE_BYTES
+from mesh_transformer.storage.errors import CheckpointError
+from mesh_transformer.storage.resume_log import ResumeLog
+
+FLOAT32_TENSORS = ("ffn_gate_inp.weight", "position_embd.weight")
+BYTES = np.dtype(np.uint8)
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+K_FILE_TYPES = {"Q4_K": LlamaFileType.MOSTLY_Q4_K_S}
+ENCODING_OVERHEAD = 8  # memory to encode a slice, as a multiple of its size
+
+
+class OutTensor(NamedTuple):
+    """A tensor of the file, packed from native arrays."""
+
+    parts: Sequence[Packed | Joined]  # one, or one for each expert, along the first dimension
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    change: Callable[[np.ndarray], np.ndarray]  # of rows, before they are encoded
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the stored values in bytes."""
+        block, size = GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * size
+
+
+class OutModel(NamedTuple):
+    """A GGUF file that has not been written; no values have been read."""
+
+    metadata: Table
+    tensors: Mapping[str, OutTensor]
+    constants: Mapping[str, np.ndarray]  # tensors that are computed from the configuration
+    type: str  # of most matrices
+    is_exact: bool  # whether the types hold the values of the source
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the stored values in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def plan_gguf(plan: ImportPlan, gguf_type: str | None) -> OutModel:
+    """Return the metadata and tensors for a model. CheckpointError if no architecture of llama.cpp computes its function."""
+    kind, config = find_family(plan.config)
+    metadata = write_config(config)
+    name = metadata["general.architecture"]
+    family = make_family(kind, name)
+    weights = {spec.name for specs in describe_weights(plan.config).values() for spec in specs}
+    missing = weights - family.mappings.keys()
+    if missing:
+        raise CheckpointError(f"the architecture {name!r} of llama.cpp has no tensor for {', '.join(sorted(missing))}")
+    wanted = GGMLQuantizationType[gguf_type or DTYPES[plan.weight_dtype()]]
+    packed = pack_tensors(plan.config, plan.values, family)
+    tensors = {tensor: _plan_tensor(tensor, each, wanted, name, plan.config) for tensor, each in packed.items()}
+    rope = config.get("rope_parameters") or {}
+    factors = {ROPE_FACTORS: llama3_factors(rope, plan.config.head_dim)} if rope.get("rope_type") == "llama3" else {}
+    own = plan.weight_dtype()
+    is_exact = wanted.name in ("F32", DTYPES[own])
+    model = OutModel(metadata, tensors, factors, wanted.name, is_exact)
+    _check_function(plan.config, model)
+    file_type = (
+        K_FILE_TYPES.get(wanted.name) or LlamaFileType["ALL_F32" if wanted.name == "F32" else f"MOSTLY_{wanted.name}"]
+    )
+    return model._replace(metadata=metadata | {"general.file_type": int(file_type), "general.quantization_version": 2})
+
+
+def _check_function(config: ModelConfig, model: OutModel) -> None:
+    """Raise CheckpointError with each part of the model's function that the file would not reproduce."""
+    shapes: dict[str, LazyArray] = {
+        name: InMemory(np.broadcast_to(FLOAT32.type(0), each.shape)) for name, each in model.tensors.items()
+    }
+    shapes |= {name: InMemory(values) for name, values in model.constants.items()}
+    name = model.metadata["general.architecture"]
+    table = read_config(model.metadata, shapes, "GGUF")
+    family = make_family(table["model_type"], name)
+    found = make_model_config(read_model(HFConfig(table, "GGUF"), family), "GGUF").describe_function()
+    different = [f"{key} = {value!r}" for key, value in config.describe_function().items() if found.get(key) != value]
+    if different:
+        raise CheckpointError(
+            f"a GGUF file of the architecture {name!r} does not compute the function of this model; it cannot represent "
+            + ", ".join(different)
+        )
+
+
+def _plan_tensor(
+    name: str, packed: Packed | Joined, wanted: GGMLQuantizationType, architecture: str, config: ModelConfig
+) -> OutTensor:
+    module = name.rpartition(".")[0]
+    row = ARCHITECTURES[architecture]
+
+    def change(values: np.ndarray) -> np.ndarray:
+        if row.pairs and module.endswith(("attn_q", "attn_k")):
+            return to_pairs(values, config.head_dim)
+        if row.norm_offset and module.endswith("norm"):
+            return values.astype(FLOAT32) + FLOAT32.type(1)
+        return values
+
+    parts: list[Packed | Joined] = [packed]
+    if isinstance(packed, Packed) and packed.pattern[0] == ["expert"]:
+        (array,), (axes,) = packed.arrays, packed.axes
+        pattern = " ".join(word for group in packed.pattern[1:] for word in group)
+        parts = [Packed([Index(array, e)], pattern, [axes[1:]]) for e in range(packed.shape[0])]
+    if len(packed.shape) == 1 or name.endswith(FLOAT32_TENSORS):
+        return OutTensor(parts, packed.shape, GGMLQuantizationType.F32, change)
+    return OutTensor(parts, packed.shape, fitting_type(wanted, name, packed.shape[-1]), change)
+
+
+def fitting_type(wanted: GGMLQuantizationType, name: str, row: int) -> GGMLQuantizationType:
+    """Return the type of a matrix with rows of `row` values: the wanted one, or Q8_0 or F16 if it does not fit.
+
+    Token embeddings and the output matrix of a file of K-quants are Q8_0.
+    """
+    if wanted.name.endswith("_K") and (name in (TOKEN_EMBEDDING, OUTPUT) or row % GGML_QUANT_SIZES[wanted][0]):
+        wanted = GGMLQuantizationType.Q8_0
+    return GGMLQuantizationType.F16 if row % GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def write_gguf(
+    path: Path,
+    model: OutModel,
+    meta: Mapping[str, Any],
+    log: ResumeLog,
+    progress: Progress,
+    slice_bytes: int = SLICE_BYTES,
+) -> None:
+    """Write the file at `path`, or what an earlier attempt has not written of it."""
+    _write_header(path, model, meta)
+    infos = read_gguf(path).tensors
+    counter = ByteCounter("writing", sum(tensor.nbytes for tensor in model.tensors.values()), progress)
+    for name, values in model.constants.items():
+        write_values(_stored(infos[name]), 0, values.view(np.uint8).reshape(1, -1))
+
+    def write(name: str, block: "Block") -> str:
+        write_values(_stored(infos[name]), block.first, encode_block(name, model.tensors[name], block))
+        return f"{name} {block.first}"
+
+    def jobs() -> Iterator[Callable[[], str]]:
+        for name, tensor in model.tensors.items():
+            for block in list_blocks(tensor, slice_bytes):
+                if f"{name} {block.first}" not in log.done:
+                    yield functools.partial(write, name, block)
+                counter.add(block.rows * infos[name].row_bytes)
+
+    for key in run_bounded(jobs()):
+        log.add(key, True)
+    local_backend.sync_file(path)
+
+
+def verify_gguf(path: Path, model: OutModel, progress: Progress, slice_bytes: int = SLICE_BYTES) -> dict[str, str]:
+    """Read every tensor back, compare it with the source as encoded in its type, and return the digest of each.
+
+    CheckpointError if a bit differs.
+    """
+    infos = read_gguf(path).tensors
+    counter = ByteCounter("verifying", sum(tensor.nbytes for tensor in model.tensors.values()), progress)
+    digests = {name: xxhash.xxh3_128() for name in model.tensors}
+
+    def compare(name: str, block: "Block") -> tuple[str, np.ndarray]:
+        expected = encode_block(name, model.tensors[name], block)
+        stored = _stored(infos[name])
+        found = stored.read((slice(block.first, block.first + block.rows), slice(0, stored.shape[1])))
+        if not np.array_equal(found, expected):
+            raise CheckpointError(f"{name} at row {block.first}: the result differs from the source; it was deleted")
+        return name, expected
+
+    jobs = (
+        functools.partial(compare, name, block)
+        for name, tensor in model.tensors.items()
+        for block in list_blocks(tensor, slice_bytes)
+    )
+    for name, rows in run_bounded(jobs):
+        digests[name].update(np.ascontiguousarray(rows).data)
+        counter.add(rows.nbytes)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+class Block(NamedTuple):
+    """Rows of a tensor that are read, encoded and written at once; a vector is one row."""
+
+    part: int
+    start: int  # first and last index of the first dimension of the part
+    stop: int
+    first: int  # row of the stored tensor
+    rows: int
+
+
+def list_blocks(tensor: OutTensor, slice_bytes: int) -> Iterator[Block]:
+    """Yield blocks that cover a tensor, in order, of at most about `slice_bytes` while they are encoded."""
+    if len(tensor.shape) == 1:
+        yield Block(0, 0, tensor.shape[0], 0, 1)
+        return
+    first = 0
+    for i, part in enumerate(tensor.parts):
+        multiple = part.row_chunking.multiple if isinstance(part, Packed) else part.chunking.multiple
+        row_bytes = ENCODING_OVERHEAD * part.shape[1] * FLOAT32.itemsize
+        step = max(slice_bytes // (row_bytes * multiple), 1) * multiple
+        for start in range(0, part.shape[0], step):
+            stop = min(start + step, part.shape[0])
+            yield Block(i, start, stop, first, stop - start)
+            first += stop - start
+
+
+def encode_block(name: str, tensor: OutTensor, block: Block) -> np.ndarray:
+    """Return the stored rows [rows, bytes] of a block."""
+    values = tensor.change(tensor.parts[block.part].read_slice(0, block.start, block.stop))
+    return encode_rows(values.reshape(block.rows, -1), tensor.type, name)
+
+
+def _stored(info: TensorInfo) -> FileArray:
+    """Return a tensor's stored rows as bytes [rows, bytes]."""
+    rows = math.prod(info.shape[:-1])
+    return FileArray(info.path, info.offset, (rows, info.row_bytes), BYTES)
+
+
+def _write_header(path: Path, model: OutModel, meta: Mapping[str, Any]) -> None:
+    """Create the file with its header and its final size, unless it is there."""
+    name = model.metadata["general.architecture"]
+    n_vocab = model.tensors[TOKEN_EMBEDDING].shape[0]
+    values = {"general.type": "model", "general.name": path.stem} | model.metadata | write_tokenizer(meta, n_vocab)
+    header = path.with_name(path.name + ".header")
+    writer = GGUFWriter(header, name)
+    for key, value in values.items():
+        if key != "general.architecture":  # the writer has added it
+            _add_value(writer, key, value)
+    end = 0
+    for tensor, array in model.constants.items():
+        writer.add_tensor_info(tensor, array.shape, array.dtype, array.nbytes)
+        end = _pad(end, writer.data_alignment) + array.nbytes
+    for tensor, each in model.tensors.items():
+        writer.add_tensor_info(tensor, each.shape, FLOAT32, each.nbytes, raw_dtype=each.type)
+        end = _pad(end, writer.data_alignment) + each.nbytes
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    size = _pad(header.stat().st_size, writer.data_alignment) + _pad(end, writer.data_alignment)
+    if path.exists() and path.stat().st_size == size and _begins_with(path, header):
+        header.unlink()
+        return
+    with open(header, "r+b") as file:
+        file.truncate(size)
+    header.replace(path)
+
+
+def _begins_with(path: Path, header: Path) -> bool:
+    expected = header.read_bytes()
+    with open(path, "rb") as file:
+        return file.read(len(expected)) == expected
+
+
+def _pad(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _add_value(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Add one entry of the metadata with the type that llama.cpp reads."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+        return
+    kinds = {
+        bool: GGUFValueType.BOOL,
+        int: GGUFValueType.UINT32,
+        float: GGUFValueType.FLOAT32,
+        str: GGUFValueType.STRING,
+    }
+    writer.add_key_value(key, value, kinds[type(value)])
