@@ -85,7 +85,7 @@ class OutModel(NamedTuple):
 
 def plan_gguf(plan: ImportPlan, gguf_type: str | None) -> OutModel:
     """Return the metadata and tensors for a model. CheckpointError if no architecture of llama.cpp computes its function."""
-    kind, config = find_family(plan.config)
+    kind, config = _find_family(plan.config)
     metadata = write_config(config)
     name = metadata["general.architecture"]
     family = make_family(kind, name)
@@ -106,6 +106,16 @@ def plan_gguf(plan: ImportPlan, gguf_type: str | None) -> OutModel:
         K_FILE_TYPES.get(wanted.name) or LlamaFileType["ALL_F32" if wanted.name == "F32" else f"MOSTLY_{wanted.name}"]
     )
     return model._replace(metadata=metadata | {"general.file_type": int(file_type), "general.quantization_version": 2})
+
+
+def _find_family(config: ModelConfig) -> tuple[str, Table]:
+    """Return a family that computes the function of a model, and its config.json; if possible, one that llama.cpp has."""
+    kinds = [kind for architecture in ARCHITECTURES.values() for kind in architecture.families]
+    found = find_family(config, kinds[0])
+    for kind in kinds:
+        if found[0] not in kinds:
+            found = find_family(config, kind)
+    return found
 
 
 def _check_function(config: ModelConfig, model: OutModel) -> None:
