@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a trained model. RUN is a run folder, a checkpoint in it, or a Hugging Face model folder.
+"""Evaluate a trained model. RUN is a run folder, a checkpoint in it, or a Hugging Face model.
 
 examples:
   python device_evaluate.py runs/quickstart
@@ -49,7 +49,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line. Flags become overrides of [evaluate] in `set`; ConfigError for an invalid value."""
     parser = make_parser(__doc__ or "")
     parser.add_argument(
-        "run", metavar="RUN", help="run folder (such as runs/quickstart), checkpoint, or Hugging Face model folder"
+        "run",
+        metavar="RUN",
+        help="run folder, checkpoint, Hugging Face folder or name (org/model), or .gguf file",
     )
     parser.add_argument("--task", action="append", default=[], metavar="NAME", help="task to run; repeatable")
     parser.add_argument(

@@ -1,6 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Generate text with a trained model: RUN -> text. RUN is a run folder or a checkpoint in it.
+"""Generate text with a trained model: RUN -> text.
+
+RUN is a run folder, a checkpoint in it, or a model of another format (a Hugging Face folder or name, a .gguf file, shards of
+mesh-transformer-jax), which is converted once into ~/.cache/mesh-transformer/models.
 
 examples:
   python device_sample.py runs/quickstart
@@ -59,7 +62,11 @@ def main(arguments: list[str]) -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line and check what does not depend on the run."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart, or a checkpoint in it")
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="run folder, checkpoint, Hugging Face folder or name (org/model), or .gguf file",
+    )
     parser.add_argument("--prompt", action="append", help='a text to continue; repeatable; "" begins a document')
     parser.add_argument("--n", type=int, default=1, help="samples per prompt; default: %(default)s")
     for name, kind in FLAGS.items():

@@ -49,7 +49,11 @@ def main(arguments: list[str]) -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart, or a checkpoint in it")
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="run folder, checkpoint, Hugging Face folder or name (org/model), or .gguf file",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s")
     parser.add_argument(
         "--port", type=int, default=8000, help="port to listen on, 0: any free port; default: %(default)s"

@@ -26,8 +26,8 @@ from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.distributed.bootstrap import join_processes
 from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.evaluate.callback import make_measure
-from mesh_transformer.evaluate.checkpoint_eval import open_model
 from mesh_transformer.mesh import MeshLayout, init_devices
+from mesh_transformer.sample import loading
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
 from mesh_transformer.sample.loading import LoadedModel
 from mesh_transformer.sample.text_generation import TextCompletion, TextGeneration
@@ -147,7 +147,7 @@ def load_model(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> M
       ConfigError: an override that would change the model, or a mesh that does not fit.
       CheckpointError: no checkpoint, or a damaged one.
     """
-    return Model(open_model(os.fspath(path), overrides))
+    return Model(loading.load_model(os.fspath(path), overrides))
 
 
 def make_mesh(**axes: Any) -> MeshLayout:

@@ -25,9 +25,10 @@ import numpy as np
 import xxhash
 
 from mesh_transformer.checkpoint.manifest import ArrayRecord
-from mesh_transformer.checkpoint.store import Store, find_checkpoint
+from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ConfigError
+from mesh_transformer.convert.model_cache import find_model
 
 BLOCK_BYTES = 32_000_000  # compared at a time, per checkpoint
 SUMMARY = (  # configuration fields that inspect prints
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> int:
     if len(options.path) != expected:
         arguments_needed = "2 PATH arguments" if expected == 2 else "1 PATH argument"
         raise ConfigError(f"{options.action} takes {arguments_needed}, got {len(options.path)}")
-    found = [find_checkpoint(path) for path in options.path]
+    found = [find_model(path) for path in options.path]
     if options.action == "verify":
         store, step = found[0]
         problems = store.verify(step)

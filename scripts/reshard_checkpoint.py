@@ -27,15 +27,10 @@ exit status: 0 done, 1 failed, 2 wrong usage or input
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mesh_transformer.cli import make_parser, run_command
-
-if TYPE_CHECKING:
-    from mesh_transformer.convert.progress import Progress
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K")
 
@@ -71,6 +66,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     arguments_by_name = vars(parser.parse_args(arguments))
     from mesh_transformer.convert.conversion import ConversionOptions, convert, plan_conversion  # slow to import
+    from mesh_transformer.convert.progress import show_progress
 
     names = [field.name for field in dataclasses.fields(ConversionOptions)]
     options = ConversionOptions(**{name: arguments_by_name[name] for name in names})
@@ -78,7 +74,7 @@ def main(arguments: list[str]) -> int:
         report = plan_conversion(options)
         text = format_plan(report)
     else:
-        with show_progress(sys.stderr.isatty()) as progress:
+        with show_progress() as progress:
             report = convert(options, progress)
         text = format_report(report)
     print(json.dumps(report) if arguments_by_name["json"] else text)
@@ -96,39 +92,6 @@ def format_plan(report: dict[str, Any]) -> str:
         *(f"note: {note}" for note in report["notes"]),
     ]
     return "\n".join(lines)
-
-
-@contextmanager
-def show_progress(is_terminal: bool) -> "Iterator[Progress]":
-    """Show a progress bar with bytes per second on a terminal, otherwise nothing."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), disable=not is_terminal)
-    tasks: dict[str, TaskID] = {}
-
-    def update(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=total)
-        bar.update(tasks[stage], completed=done)
-
-    with bar:
-        yield update
 
 
 def _format_difference(report: dict[str, Any]) -> list[str]:

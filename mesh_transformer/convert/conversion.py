@@ -26,6 +26,7 @@ from mesh_transformer.convert.lazy_arrays import array_bytes
 from mesh_transformer.convert.logit_check import TOLERANCE, compare_logits
 from mesh_transformer.convert.progress import Progress, no_progress
 from mesh_transformer.convert.readers import OpenCheckpoint, open_checkpoint, require_gguf
+from mesh_transformer.convert.sources import find_source
 from mesh_transformer.convert.writers import WriteOptions, write_gptj_v1, write_huggingface, write_native
 from mesh_transformer.data.tokenizers import load_tokenizer, tokenizer_from_json
 from mesh_transformer.host_memory import keep_freed_memory
@@ -85,7 +86,7 @@ def prepare(options: ConversionOptions) -> Conversion:
     max_memory = parse_bytes(options.max_memory)
     destination = parse_path(options.destination)
     source_config = parse_path(options.source_config) if options.source_config else None
-    source = open_checkpoint(parse_path(options.source), source_config)
+    source = open_checkpoint(find_source(options.source), source_config)
     if options.weights_only or options.format != "native":
         source = source._replace(plan=source.plan.weights_only())
     dtype = options.dtype

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Progress of the stages of a conversion, in bytes."""
 
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 Progress = Callable[[str, int, int], object]  # name of the stage, bytes done, bytes in total
 
@@ -27,3 +29,36 @@ class ByteCounter:
         with self._lock:
             self.done += nbytes
             self._report(self.stage, min(self.done, self.total), self.total)
+
+
+@contextmanager
+def show_progress() -> Iterator[Progress]:
+    """Show a progress bar with bytes per second if stderr is a terminal, otherwise nothing."""
+    from rich import progress as rich_progress
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = rich_progress.Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+    tasks: dict[str, TaskID] = {}
+
+    def update(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=total)
+        bar.update(tasks[stage], completed=done)
+
+    with bar:
+        yield update

@@ -11,8 +11,11 @@ from mesh_transformer.config.renamed import translate_stored
 from mesh_transformer.convert.gptj.reader import open_gptj
 from mesh_transformer.convert.huggingface.reader import is_huggingface, open_huggingface, read_config
 from mesh_transformer.convert.import_plan import ImportPlan, PlannedArray, make_model_config
+from mesh_transformer.convert.sources import require_existing
 from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import AnyPath
+
+NATIVE = "native"
 
 
 class OpenCheckpoint(NamedTuple):
@@ -39,30 +42,65 @@ def open_native(path: AnyPath) -> OpenCheckpoint:
     return OpenCheckpoint("native", folder, plan, meta, {})
 
 
+def detect_format(path: AnyPath) -> str:
+    """Return the format of the model at `path`: "gguf", "gptj-v1", "huggingface" or "native"."""
+    if holds_gguf(path):
+        return "gguf"
+    if path.is_dir() and _find_shards(path):
+        return "gptj-v1"
+    return "huggingface" if is_huggingface(path) else NATIVE
+
+
 def open_checkpoint(path: AnyPath, source_config: AnyPath | None = None) -> OpenCheckpoint:
     """Open the checkpoint at `path`, detecting its format. Raise CheckpointError if there is none.
 
-    `source_config` is the JSON configuration of a mesh-transformer-jax checkpoint.
+    `source_config` is the JSON configuration of a mesh-transformer-jax checkpoint; without it, one beside the shards is used.
     """
-    if holds_gguf(path):
-        return _open_gguf(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder, and not a GGUF file")
-    candidates = [path, *sorted(path.glob("step_*"))]
-    shards = next((folder for folder in candidates if (folder / "shard_0").is_dir()), None)
-    if shards:
-        if source_config is None:
-            raise CheckpointError(
-                f"{shards}: a mesh-transformer-jax checkpoint; pass its JSON configuration with --source-config"
-            )
-        try:
-            config = json.loads(source_config.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{source_config}: not a JSON file: {error}") from None
-        return OpenCheckpoint("gptj-v1", shards, open_gptj(shards, config, str(source_config)), {}, config)
-    if is_huggingface(path):
-        return OpenCheckpoint("huggingface", path, open_huggingface(path), {}, dict(read_config(path)[0].table))
-    return open_native(path)
+    require_existing(path)
+    match detect_format(path):
+        case "gguf":
+            return _open_gguf(path)
+        case "gptj-v1":
+            shards = _find_shards(path)
+            assert shards is not None
+            return _open_shards(shards, source_config or _find_source_config(shards))
+        case "huggingface":
+            return OpenCheckpoint("huggingface", path, open_huggingface(path), {}, dict(read_config(path)[0].table))
+        case _:
+            return open_native(path)
+
+
+def _find_shards(path: AnyPath) -> AnyPath | None:
+    """Return the folder with shard_0, which is `path` or a folder step_N in it."""
+    return next((folder for folder in (path, *sorted(path.glob("step_*"))) if (folder / "shard_0").is_dir()), None)
+
+
+def _find_source_config(shards: AnyPath) -> AnyPath:
+    """Return the only configuration of mesh-transformer-jax beside the shards, or in the two folders above them."""
+    folders = (shards, shards.parent, shards.parent.parent)
+    found = [file for folder in folders for file in sorted(folder.glob("*.json")) if _is_gptj_config(file)]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{shards}: a mesh-transformer-jax checkpoint with {len(found)} configurations beside it; convert it with "
+            "scripts/reshard_checkpoint.py --source-config FILE.json"
+        )
+    return found[0]
+
+
+def _is_gptj_config(file: AnyPath) -> bool:
+    try:
+        table = json.loads(file.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(table, dict) and {"layers", "d_model", "n_heads", "n_vocab"} <= table.keys()
+
+
+def _open_shards(shards: AnyPath, source_config: AnyPath) -> OpenCheckpoint:
+    try:
+        config = json.loads(source_config.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source_config}: not a JSON file: {error}") from None
+    return OpenCheckpoint("gptj-v1", shards, open_gptj(shards, config, str(source_config)), {}, config)
 
 
 def holds_gguf(path: AnyPath) -> bool:

@@ -9,26 +9,17 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from mesh_transformer.checkpoint.store import find_checkpoint
-from mesh_transformer.config import ConfigError
-from mesh_transformer.convert.huggingface.reader import is_huggingface, open_huggingface
-from mesh_transformer.convert.lazy_arrays import LazyArray
-from mesh_transformer.data.tokenizers import load_tokenizer
 from mesh_transformer.evaluate.evaluation import EvalTarget, check_tasks, evaluate_model, print_evaluation
 from mesh_transformer.evaluate.loglikelihood import make_scorer
-from mesh_transformer.mesh import init_devices
-from mesh_transformer.model.params import Params
 from mesh_transformer.reports.console import ProgressFn
 from mesh_transformer.reports.evaluation_results import Evaluation, evaluation_file, write_evaluation
 from mesh_transformer.reports.html_report import write_report
-from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
-from mesh_transformer.sample.engine.engine import EngineOptions
-from mesh_transformer.sample.loading import LoadedModel, describe_arrays, load_model, read_model_config
+from mesh_transformer.sample.loading import LoadedModel, load_model
 from mesh_transformer.storage.paths import AnyPath, parse_path
 from mesh_transformer.storage.resume_log import ResumeLog
 from mesh_transformer.train.run_folder import CHECKPOINTS, RunFolder
@@ -38,12 +29,13 @@ TABLE_WIDTH = 160  # characters, when stdout is not a terminal
 
 
 def evaluate_checkpoint(run: str, overrides: Iterable[str] = (), *, quiet: bool = False) -> Evaluation:
-    """Evaluate the latest valid checkpoint of `run`, or `run` itself. Tables go to stdout unless `quiet`.
+    """Evaluate the model `run`: a run folder (its latest valid checkpoint), a checkpoint, or a model of another format.
 
-    Results are written into the run folder, if there is one; an interrupted evaluation resumes when it is called again.
-    Raises ConfigError and CheckpointError as `open_model` does, and what `evaluate_model` raises.
+    Tables go to stdout unless `quiet`. Results are written into the run folder, if there is one; an interrupted evaluation
+    resumes when it is called again. Raises ConfigError and CheckpointError as `load_model` does, and what `evaluate_model`
+    raises.
     """
-    loaded = open_model(run, overrides)
+    loaded = load_model(run, overrides)
     check_tasks(loaded.config)
     print(f"{loaded.where}: step {loaded.step}", file=sys.stderr)
     scorer = make_scorer(loaded.engine, batch_tokens=loaded.config.evaluate.batch_tokens)
@@ -82,38 +74,6 @@ def _model_digest(loaded: LoadedModel) -> str:
     manifest = find_checkpoint(loaded.where)[0].read_manifest(loaded.step)
     parts = [sorted(manifest.arrays.items()), loaded.config.model, loaded.config.serve]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def open_model(path: str, overrides: Iterable[str] = ()) -> LoadedModel:
-    """Load a run or checkpoint as `load_model` does, or a Hugging Face model folder, without converting it."""
-    location = parse_path(path)
-    if not is_huggingface(location):
-        return load_model(path, overrides)
-    external = open_huggingface(location)
-    where = str(location)
-    config = read_model_config({"config": {"model": external.model}}, where, overrides)
-    if external.tokenizer is None:
-        raise ConfigError(f"{where} has no tokenizer; add tokenizer.json, or vocab.json and merges.txt, to the folder")
-    layout = init_devices(config.mesh)
-    params: Params = {}
-    for name, like in describe_arrays(config, layout, {}, stacked=True).items():
-        module, _, leaf = name.removeprefix("params/").rpartition("/")
-        params.setdefault(module, {})[leaf] = _read(external.arrays[name].array, like)
-    serve = config.serve
-    options = EngineOptions(slots=serve.slots, weight_dtype=serve.weight_dtype, kv_cache_dtype=serve.kv_cache_dtype)
-    engine = DecoderOnlyEngine(config.model, params, options, layout=layout)
-    return LoadedModel(engine, load_tokenizer(external.tokenizer), config, 0, where)
-
-
-def _read(array: LazyArray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Return a sharded array in its stored dtype; each device reads its own shard."""
-
-    def read(index: tuple[slice, ...] | None):
-        assert index is not None, "the device belongs to this process"
-        return array.read(tuple(slice(*part.indices(n)[:2]) for part, n in zip(index, like.shape, strict=True)))
-
-    assert like.sharding is not None
-    return jax.make_array_from_callback(like.shape, like.sharding, read)
 
 
 @contextmanager

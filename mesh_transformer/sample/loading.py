@@ -11,6 +11,7 @@ import jax
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import Config, ConfigError, merge_override, parse_config
 from mesh_transformer.config.renamed import translate_stored
+from mesh_transformer.convert.model_cache import find_model
 from mesh_transformer.data.span_corruption import SentinelTokenizer
 from mesh_transformer.data.tokenizers import Tokenizer, tokenizer_from_json
 from mesh_transformer.host_memory import keep_freed_memory
@@ -45,12 +46,13 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedModel:
-    """Load a checkpoint: the latest valid one in the run folder `path`, or `path` itself.
+    """Load a model: the latest valid checkpoint of the run folder `path`, `path` itself, or a model of another format.
 
     Only the weights are read, by each device its own slices. The mesh is one device unless `overrides` set `mesh.*`.
 
     Args:
-      path: Run folder, folder of checkpoints, or checkpoint.
+      path: Run folder, folder of checkpoints, checkpoint, or what `find_model` converts: a Hugging Face folder or name, a
+        GGUF file, shards of mesh-transformer-jax.
       overrides: "section.field=value" for what may differ from training: sampling, serving, evaluation, mesh, dtype.
 
     Raises:
@@ -58,7 +60,7 @@ def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedMode
       ConfigError: an override would change the model, the mesh does not fit, or the draft model does not match.
     """
     keep_freed_memory(True)  # before threads start, so that malloc uses one arena
-    store, step = find_checkpoint(path, log=_log)
+    store, step = find_model(path, log=_log)
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
     config = read_model_config(meta, where, overrides)
@@ -160,7 +162,7 @@ def _make_drafter(config: Config, layout: MeshLayout) -> Drafter | None:
 def _load_draft_model(config: Config, layout: MeshLayout) -> Drafter:
     """Load `serve.draft_model` on the devices of the model."""
     serve = config.serve
-    store, step = find_checkpoint(serve.draft_model, log=_log)
+    store, step = find_model(serve.draft_model, log=_log)
     where = f"{store.root}/step_{step}"
     draft = read_model_config(store.read_meta(step), where, ())
     try:

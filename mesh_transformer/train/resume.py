@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import optax
 
-from mesh_transformer.checkpoint.store import Store, find_checkpoint
+from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.config import Config, ConfigError, ModelConfig, config_to_dict, parse_model, parse_stored
 from mesh_transformer.config.field_types import Resume
 from mesh_transformer.config.resume_rules import resume_rule
+from mesh_transformer.convert.model_cache import find_model
 from mesh_transformer.data.dataset import Data
 from mesh_transformer.train.compile import abstract_state
 from mesh_transformer.train.state import TrainState, flatten_state, unflatten_state
@@ -73,7 +74,7 @@ def init_from(config: Config, state: TrainState, shardings: TrainState) -> tuple
     start from zero, and arrays are cast to the types of `state`. Raises ConfigError if the models differ, and
     CheckpointError for a damaged checkpoint or moments of another optimizer.
     """
-    store, step = find_checkpoint(config.run.init_from)
+    store, step = find_model(config.run.init_from)
     where = f"{store.root}/step_{step}"
     _check_same_model(config, parse_model(store.read_meta(step)["config"]["model"], where=where), where)
     arrays = flatten_state(state)

@@ -18,11 +18,11 @@ from reference_models import NEOX, draw, make_case, make_torch
 
 from mesh_transformer.config import ConfigError
 from mesh_transformer.data.errors import DataError
-from mesh_transformer.evaluate.checkpoint_eval import open_model
 from mesh_transformer.evaluate.harness_tasks import TaskInputs, import_harness, make_task, run_tasks
 from mesh_transformer.evaluate.loglikelihood import make_scorer
 from mesh_transformer.evaluate.superglue import score_record
 from mesh_transformer.evaluate.tasks import Example, read_examples
+from mesh_transformer.sample.loading import load_model
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("lm_eval", reason="the harness needs pip install 'mesh-transformer[evaluate]'")
@@ -77,7 +77,7 @@ def reference_model(folder):
 
 @pytest.fixture(scope="module")
 def native_model(folder):
-    trained = open_model(str(folder))
+    trained = load_model(str(folder))
     return HarnessModel(make_scorer(trained.engine), trained.tokenizer, trained.engine)
 
 
@@ -401,7 +401,7 @@ def test_a_definition_named_by_its_file(native_model, tmp_path):
 
 
 def test_requests_that_cannot_be_served_are_errors(folder):
-    trained = open_model(str(folder))
+    trained = load_model(str(folder))
     adapter = HarnessModel(make_scorer(trained.engine), trained.tokenizer)
     with pytest.raises(ConfigError, match="needs a sampling engine"):
         ask(adapter, "generate_until", [("a", GREEDY)])

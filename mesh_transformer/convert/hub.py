@@ -1,0 +1,75 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Download models from the Hugging Face Hub with its own client: cache, token, progress, and offline use are the client's.
+
+The client reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE from the environment.
+"""
+
+import re
+from pathlib import Path
+
+from mesh_transformer.config import ConfigError
+from mesh_transformer.storage.errors import CheckpointError
+
+HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+# Configuration, tokenizers and weights; neither other frameworks' weights nor Meta's original files.
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+TORCH_FILES = ("*.json", "*.bin", "*.model", "*.txt", "*.jinja")
+ORIGINAL = ("original/*", "consolidated*", "onnx/*", "openvino/*")
+
+
+def download_model(name: str) -> Path:
+    """Return the local folder of a repository "org/model" or "org/model@revision", downloaded if it is not in the cache.
+
+    Safetensors are preferred to .bin files. Without network, a cached snapshot is used.
+
+    Raises:
+      ConfigError: huggingface_hub is not installed.
+      CheckpointError: there is no such repository or revision, access is denied, or it is not reachable and not cached.
+    """
+    match = HUB_NAME.fullmatch(name)
+    if match is None:
+        raise CheckpointError(f'{name}: not a repository on the Hub; give "org/model" or "org/model@revision"')
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ImportError:
+        raise ConfigError(
+            f"{name}: no such folder; to download it from the Hugging Face Hub, pip install 'mesh-transformer[hub]'"
+        ) from None
+    repository, revision = match["repository"], match["revision"]
+    try:
+        folder = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(FILES), ignore_patterns=list(ORIGINAL))
+        )
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(
+                snapshot_download(
+                    repository, revision=revision, allow_patterns=list(TORCH_FILES), ignore_patterns=list(ORIGINAL)
+                )
+            )
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{repository}: access to this repository has to be requested on its page on the Hub; then set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{repository}: no such repository on the Hub, or it is private; check the name, or set HF_TOKEN"
+        ) from None
+    except RevisionNotFoundError:
+        raise CheckpointError(
+            f"{repository}: no revision {revision!r}; give a branch, tag or commit of the repository"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{repository}: not in the local cache, and the Hub cannot be reached; connect to the network, or give a local folder"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{repository}: cannot be downloaded: {type(error).__name__}: {error}") from None
+    return folder

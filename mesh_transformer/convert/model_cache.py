@@ -1,0 +1,72 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Use a model of any format wherever a run is accepted: what is not a native checkpoint is converted once, into a cache.
+
+The cache is the folder `models` in MESH_TRANSFORMER_CACHE, by default ~/.cache/mesh-transformer. An entry is found again
+by names, sizes and modification times of the source's files, so a changed source is converted again. Entries can be
+deleted at any time.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import mesh_transformer
+from mesh_transformer.checkpoint.backends import backend_for
+from mesh_transformer.checkpoint.store import Store, find_checkpoint
+from mesh_transformer.convert.conversion import ConversionOptions, convert
+from mesh_transformer.convert.progress import show_progress
+from mesh_transformer.convert.readers import NATIVE, detect_format
+from mesh_transformer.convert.sources import find_source
+from mesh_transformer.storage.paths import AnyPath
+
+CACHE = "MESH_TRANSFORMER_CACHE"  # environment variable
+DEFAULT_CACHE = "~/.cache/mesh-transformer"
+
+
+def find_model(name: str | AnyPath, *, log: Callable[[str], None] | None = None) -> tuple[Store, int]:
+    """Return the store and the step of the model that `name` refers to; see `find_source` and `find_checkpoint`.
+
+    A source that is not a native checkpoint is converted into the cache first; `log` gets a line that says so.
+    Raises CheckpointError or ConfigError.
+    """
+    source = find_source(name)
+    if detect_format(source) != NATIVE:
+        source = _converted(source, log)
+    return find_checkpoint(source, log=log)
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted models."""
+    return Path(os.environ.get(CACHE) or DEFAULT_CACHE).expanduser() / "models"
+
+
+def _converted(source: AnyPath, log: Callable[[str], None] | None) -> Path:
+    """Return the folder of the converted source. Processes of one host that need the same model wait for one conversion."""
+    source = source.absolute()
+    folder = cache_folder() / f"{source.name[:80]}-{_digest(source)}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            if log:
+                log(f"{source}: converting once into {folder}")
+            with show_progress() as progress:
+                convert(ConversionOptions(source=source, destination=folder, weights_only=True), progress)
+        elif log:
+            log(f"{source}: using its conversion {folder}")
+    return folder
+
+
+def _digest(source: AnyPath) -> str:
+    """Return a digest of names, sizes and modification times of the source's files, and of this package's version."""
+    if isinstance(source, Path) and source.is_file():
+        status = source.stat()
+        files = [(source.name, status.st_size, status.st_mtime)]
+    else:
+        files = [(name, *found) for name, found in sorted(backend_for(source).list_files().items())]
+    identity = json.dumps([mesh_transformer.__version__, str(source.resolve().name), files])
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -1,0 +1,103 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Find the folder or file of a model that a user named, and reject what cannot be read with the way to get what can.
+
+A name can be a local path, a URL, or a repository on the Hugging Face Hub. The top folder of a repository in the Hub's
+cache stands for its snapshot. What the folder is, is detected by readers.py.
+"""
+
+import re
+from pathlib import Path
+
+from mesh_transformer.convert.hub import HUB_NAME, download_model
+from mesh_transformer.storage.errors import CheckpointError
+from mesh_transformer.storage.paths import AnyPath, parse_path
+
+LFS_POINTER = b"version https://git-lfs"
+WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pth|pt|gguf)")
+PREFIX = "hf://"  # of a name that is always a repository on the Hub
+
+
+def find_source(name: str | AnyPath) -> AnyPath:
+    """Return the folder or file of a model, downloaded first if `name` is a repository on the Hub.
+
+    A name such as org/model or org/model@revision is a repository unless that path, or a local folder org, exists.
+
+    Raises:
+      CheckpointError: nothing is there, or it is known not to be a model that can be read.
+      ConfigError: the Hub is needed, and its client is not installed.
+    """
+    text = str(name)
+    if text.startswith(PREFIX) or _is_repository(text):
+        return download_model(text.removeprefix(PREFIX))
+    path = _find_snapshot(parse_path(name))
+    reject_other_formats(path)
+    return path
+
+
+def _is_repository(text: str) -> bool:
+    path = Path(text)
+    return HUB_NAME.fullmatch(text) is not None and not path.exists() and not path.parent.is_dir()
+
+
+def _find_snapshot(path: AnyPath) -> AnyPath:
+    """Return the snapshot of `main`, or the only one, if `path` is a repository in the cache of the Hub."""
+    snapshots = path / "snapshots"
+    if not path.name.startswith("models--") or not snapshots.is_dir():
+        return path
+    reference = path / "refs" / "main"
+    if reference.is_file():
+        named = snapshots / reference.read_bytes().decode().strip()
+        if named.is_dir():
+            return named
+    found = sorted(snapshots.iterdir())
+    if len(found) != 1:
+        raise CheckpointError(f"{path}: a repository in the Hub's cache with {len(found)} snapshots; give one of them")
+    return found[0]
+
+
+def reject_other_formats(path: AnyPath) -> None:
+    """Raise CheckpointError for what people have beside models that can be read, with the way to get one of those."""
+    if path.is_file() and path.suffix != ".gguf":
+        if WEIGHT_FILES.fullmatch(path.name):
+            raise CheckpointError(f"{path}: a file of weights alone; give the folder that also has config.json")
+        raise CheckpointError(f"{path}: a file, not a model; give a folder, or a .gguf file")
+    if not path.is_dir():
+        return
+    entries = {entry.name: entry for entry in path.iterdir()}
+    if "adapter_config.json" in entries and "config.json" not in entries:
+        raise CheckpointError(
+            f"{path}: an adapter without its base model; merge them with merge_and_unload() of peft, and give the folder "
+            "of the merged model"
+        )
+    if "params.json" in entries and any(re.fullmatch(r"consolidated.*\.pth", name) for name in entries):
+        raise CheckpointError(
+            f"{path}: weights in Meta's own format; use the version of the model for transformers (with config.json)"
+        )
+    for entry in entries.values():
+        _reject_placeholder(entry)
+
+
+def _reject_placeholder(file: AnyPath) -> None:
+    """Raise CheckpointError for a link to nothing, and for a pointer that Git LFS left instead of a file."""
+    if not isinstance(file, Path):
+        return
+    if file.is_symlink() and not file.exists():
+        raise CheckpointError(
+            f"{file}: a link to {file.readlink()}, which does not exist; copy the folder with its files (cp -rL), or download "
+            "it again"
+        )
+    if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(LFS_POINTER):
+        raise CheckpointError(f"{file}: a Git LFS pointer instead of the file; run `git lfs pull` in {file.parent}")
+
+
+def require_existing(path: AnyPath) -> None:
+    """Raise CheckpointError, with the folders beside it, if there is nothing at `path`."""
+    if path.is_dir() or path.is_file():
+        return
+    parent = path.parent
+    others = sorted(other.name for other in parent.iterdir() if other.is_dir()) if parent.is_dir() else []
+    raise CheckpointError(
+        f"{path}: no such folder, and not the name of a repository (org/model); folders in {parent}: "
+        f"{', '.join(others[:10]) or 'none'}"
+    )
