@@ -58,7 +58,7 @@ def _find_snapshot(path: AnyPath) -> AnyPath:
 
 def reject_other_formats(path: AnyPath) -> None:
     """Raise CheckpointError for what people have beside models that can be read, with the way to get one of those."""
-    if path.is_file() and path.suffix != ".gguf":
+    if path.is_file() and not path.name.endswith(".gguf"):
         if WEIGHT_FILES.fullmatch(path.name):
             raise CheckpointError(f"{path}: a file of weights alone; give the folder that also has config.json")
         raise CheckpointError(f"{path}: a file, not a model; give a folder, or a .gguf file")

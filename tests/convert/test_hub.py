@@ -42,10 +42,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
             if revision not in ("main", "v1", COMMIT):
                 return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             if "tree" in parts:
-                tree = [dict(type="file", path=name, size=len(body), oid=f"{len(body):040x}") for name, body in files.items()]
+                tree = [
+                    dict(type="file", path=name, size=len(body), oid=f"{len(body):040x}")
+                    for name, body in files.items()
+                ]
                 return self.answer(200, json.dumps(tree).encode())
             siblings = [{"rfilename": name} for name in files]
-            return self.answer(200, json.dumps({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings}).encode())
+            return self.answer(
+                200, json.dumps({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings}).encode()
+            )
         body = REPOSITORIES["/".join(parts[:2])]["/".join(parts[4:])]
         return self.answer(200, body, {"ETag": f'"{len(body):040x}"', "X-Repo-Commit": COMMIT})
 
@@ -127,7 +132,10 @@ def test_a_repository_without_safetensors_gives_its_bin_files(hub):
     [
         ("org/none", "org/none: no such repository on the Hub, or it is private; check the name, or set HF_TOKEN"),
         ("org/name@v9", "org/name: no revision 'v9'; give a branch, tag or commit of the repository"),
-        ("org/gated", "org/gated: access to this repository has to be requested on its page on the Hub; then set HF_TOKEN"),
+        (
+            "org/gated",
+            "org/gated: access to this repository has to be requested on its page on the Hub; then set HF_TOKEN",
+        ),
         ("hf://one", 'one: not a repository on the Hub; give "org/model" or "org/model@revision"'),
     ],
 )
