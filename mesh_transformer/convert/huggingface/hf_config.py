@@ -69,7 +69,7 @@ class HFConfig:
         recorded = recorded_classes().get(self.kind, {})
         self.aliases: dict[str, str] = recorded.get("aliases", {})
         self.fields: dict[str, tuple[Any, str]] = {
-            self.aliases.get(name, name): (default, types)
+            str(self.aliases.get(name, name)): (default, types)
             for name, (default, types) in recorded.get("fields", {}).items()
         }
         self.computed: list[str] = recorded.get("computed", [])
