@@ -174,6 +174,7 @@ LIVE_CASES |= {
         **ODD | dict(n_layers=6),
     ),
     "t5": make_case("t5", T5, 53, **ODD_T5),
+    "t5-16-buckets": make_case("t5", dict(T5, t5_buckets=16, t5_max_distance=50), 53, **ODD_T5),
     "t5-gated-silu": make_case("t5", dict(T5, gated_ffn=True, activation="silu"), 53, **ODD_T5),
     "t5-v1.1-deep-encoder": make_case("t5", T5_V1_1, 53, **ODD_T5 | dict(n_encoder_layers=11, n_layers=2)),
     "switch-every-layer-none-dropped": make_case(

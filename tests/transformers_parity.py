@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Compare one small random decoder of `transformers` with its conversion: logits, gradients, sampling, and the way back."""
+"""Compare one small random model of `transformers` with its conversion: logits, gradients, sampling, and the way back."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from reference_models import import_arrays
+from reference_models import import_arrays, untie
 from safetensors.numpy import load_file
 
 from mesh_transformer.config import ModelConfig, SampleConfig
@@ -29,15 +29,21 @@ class Imported(NamedTuple):
     params: dict[str, dict[str, jax.Array]]
 
 
-def save_random_model(kind: str, folder: Path, keys: dict[str, Any]) -> Any:
-    """Save a model of a class of transformers with weights far from initial values, and return it."""
+def save_random_model(kind: str, folder: Path, keys: dict[str, Any], *, own_head: bool = False) -> Any:
+    """Save a model of a class of transformers with weights far from initial values, and return it.
+
+    `own_head` unties the head of a class that does not do so by itself.
+    """
     import torch
     import transformers
 
     transformers.set_seed(0)
-    ids = dict(bos_token_id=0, eos_token_id=0, pad_token_id=None)
-    config = transformers.CONFIG_MAPPING[kind](**dict(vocab_size=N_VOCAB) | ids | keys)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    common: dict[str, Any] = dict(vocab_size=N_VOCAB, bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    config = transformers.CONFIG_MAPPING[kind](**common | keys)
+    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
+    if own_head:
+        untie(model)
     rng = np.random.default_rng(0)
     for name, weight in model.named_parameters():
         scale = 0.3 if weight.ndim == 1 else 1.3 * weight.shape[-1] ** -0.5
@@ -87,6 +93,31 @@ def check_family(kind: str, tmp_path: Path, keys: dict[str, Any]) -> Imported:
     return imported
 
 
+def check_encoder_decoder(kind: str, tmp_path: Path, keys: dict[str, Any], *, own_head: bool) -> Imported:
+    """Compare the logits of a random encoder-decoder model, of its conversion, and of the conversion back."""
+    import torch
+    import transformers
+
+    model = save_random_model(kind, tmp_path / "source", keys, own_head=own_head)
+    imported = import_model(tmp_path / "source", tmp_path / "native")
+    encoder_tokens, tokens = np.random.default_rng(1).integers(2, N_VOCAB, (2, 2, 3 * LENGTH), dtype=np.int32)
+    inputs = dict(input_ids=torch.tensor(encoder_tokens), decoder_input_ids=torch.tensor(tokens))
+    wanted = model(**inputs).logits.detach().numpy()
+    assert np.std(wanted) > 0.03
+    apply = make_model(imported.config).apply
+    found, _ = apply(imported.params, jnp.asarray(tokens), encoder_tokens=jnp.asarray(encoder_tokens))
+    np.testing.assert_allclose(found, wanted, atol=LOGITS_TOLERANCE * max(np.abs(wanted).max(), 1.0), rtol=0)
+    back = tmp_path / "back"
+    convert(ConversionOptions(source=tmp_path / "native", destination=back, format="huggingface"))
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(back, dtype=torch.float32)
+    np.testing.assert_allclose(again(**inputs).logits.detach().numpy(), wanted, atol=1e-5, rtol=0)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "source", back))
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values, err_msg=name)
+    return imported
+
+
 def run(imported: Imported, tokens: np.ndarray) -> np.ndarray:
     """Return the logits of the native model."""
     return np.asarray(make_model(imported.config).apply(imported.params, jnp.asarray(tokens))[0])
@@ -127,4 +158,8 @@ def check_sampling(model: Any, imported: Imported, prompts: list[np.ndarray]) ->
     engine = DecoderOnlyEngine(imported.config, imported.params)
     found = engine.generate([p.tolist() for p in prompts], SampleConfig(temperature=0.0), max_tokens=16)
     assert [completion.tokens for [completion] in found] == generated
-    assert len({token for tokens in generated for token in tokens}) > 2, "the model should not repeat one token"
+    for prompt, [completion] in zip(prompts, found, strict=True):
+        sequence = torch.tensor([[*prompt.tolist(), *completion.tokens]])
+        wanted = model(sequence).logits[0, len(prompt) - 1 : -1].log_softmax(-1)[range(16), completion.tokens]
+        np.testing.assert_allclose(completion.logprobs, wanted.detach().numpy(), atol=1e-4)
+    assert len({token for tokens in generated for token in tokens}) > 1, "the model should not repeat one token"

@@ -50,6 +50,32 @@ PUBLISHED = {
     "gemma2-27b": 27_227_128_320,
     "mixtral-8x7b": 46_702_792_704,
     "mixtral-8x22b": 140_620_634_112,
+    "falcon-7b": 6_921_720_704,
+    "falcon-11b": 11_102_822_400,
+    "falcon-40b": 41_303_293_952,
+    "falcon-180b": 178_557_088_768,
+    "falcon-rw-1b": 1_311_625_216,
+    "falcon-rw-7b": 7_516_020_736,
+    "opt-125m": 125_239_296,
+    "opt-1.3b": 1_315_758_080,
+    "opt-2.7b": 2_651_596_800,
+    "opt-6.7b": 6_658_473_984,
+    "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288,
+    "opt-66b": 65_719_701_504,
+    "bloom-560m": 559_214_592,
+    "bloom-1b1": 1_065_314_304,
+    "bloom-1b7": 1_722_408_960,
+    "bloom-3b": 3_002_557_440,
+    "bloom-7b1": 7_069_016_064,
+    "bloom-176b": 176_247_271_424,
+    "mpt-7b": 6_649_286_656,
+    "mpt-30b": 29_957_200_896,
+    "santacoder": 1_124_886_528,
+    "starcoderbase-1b": 1_137_207_296,
+    "starcoderbase-3b": 3_043_311_104,
+    "starcoderbase-7b": 7_327_263_232,
+    "starcoder": 15_517_456_384,
     "t5-small": 60_506_624,
     "t5-base": 222_903_552,
     "t5-large": 737_668_096,
@@ -60,6 +86,17 @@ PUBLISHED = {
     "t5-v1.1-large": 783_150_080,
     "t5-v1.1-xl": 2_849_757_184,
     "t5-v1.1-xxl": 11_135_332_352,
+    "flan-t5-small": 76_961_152,
+    "flan-t5-base": 247_577_856,
+    "flan-t5-large": 783_150_080,
+    "flan-t5-xl": 2_849_757_184,
+    "flan-t5-xxl": 11_135_332_352,
+    "mt5-small": 300_176_768,
+    "mt5-base": 582_401_280,
+    "mt5-large": 1_229_581_312,
+    "mt5-xl": 3_742_619_648,
+    "mt5-xxl": 12_921_057_280,
+    "ul2": 19_591_209_984,
     "switch-base-8": 619_339_008,
     "switch-base-16": 1_072_397_568,
     "switch-base-32": 1_978_514_688,
@@ -127,6 +164,38 @@ PUBLISHED_SHAPES = {
     "gemma2-27b": (46, 4608, 32, 128),
     "mixtral-8x7b": (32, 4096, 32, 128),
     "mixtral-8x22b": (56, 6144, 48, 128),
+    "falcon-7b": (32, 4544, 71, 64),
+    "falcon-11b": (60, 4096, 32, 128),
+    "falcon-40b": (60, 8192, 128, 64),
+    "falcon-180b": (80, 14848, 232, 64),
+    "falcon-rw-1b": (24, 2048, 32, 64),
+    "falcon-rw-7b": (36, 4096, 64, 64),
+    "opt-125m": (12, 768, 12, 64),
+    "opt-1.3b": (24, 2048, 32, 64),
+    "opt-2.7b": (32, 2560, 32, 80),
+    "opt-6.7b": (32, 4096, 32, 128),
+    "opt-13b": (40, 5120, 40, 128),
+    "opt-30b": (48, 7168, 56, 128),
+    "opt-66b": (64, 9216, 72, 128),
+    "bloom-560m": (24, 1024, 16, 64),
+    "bloom-1b1": (24, 1536, 16, 96),
+    "bloom-1b7": (24, 2048, 16, 128),
+    "bloom-3b": (30, 2560, 32, 80),
+    "bloom-7b1": (30, 4096, 32, 128),
+    "bloom-176b": (70, 14336, 112, 128),
+    "mpt-7b": (32, 4096, 32, 128),
+    "mpt-30b": (48, 7168, 64, 112),
+    "santacoder": (24, 2048, 16, 128),
+    "starcoderbase-1b": (24, 2048, 16, 128),
+    "starcoderbase-3b": (36, 2816, 22, 128),
+    "starcoderbase-7b": (42, 4096, 32, 128),
+    "starcoder": (40, 6144, 48, 128),
+    **{f"{name}-small": (8, 512, 6, 64) for name in ("flan-t5", "mt5")},
+    **{f"{name}-base": (12, 768, 12, 64) for name in ("flan-t5", "mt5")},
+    **{f"{name}-large": (24, 1024, 16, 64) for name in ("flan-t5", "mt5")},
+    **{f"{name}-xl": (24, 2048, 32, 64) for name in ("flan-t5", "mt5")},
+    **{f"{name}-xxl": (24, 4096, 64, 64) for name in ("flan-t5", "mt5")},
+    "ul2": (32, 4096, 16, 256),
     "t5-small": (6, 512, 8, 64),
     "t5-base": (12, 768, 12, 64),
     "t5-large": (24, 1024, 16, 64),
@@ -170,7 +239,22 @@ def closed_formula(name: str, c: ModelConfig) -> int:
     if name.startswith("mixtral"):
         attention = 2 * d * d + 2 * d * c.kv_heads * c.head_dim
         return 2 * v * d + layers * (attention + 8 * 3 * d * f + 8 * d + 2 * d) + d
-    if name.startswith(("switch", "t5")):
+    if name.startswith("falcon"):
+        attention = 2 * d * d + 2 * d * c.kv_heads * c.head_dim
+        n_norms = 1 if c.residual == "parallel" else 2
+        biases = 5 * d + f if c.ff_bias else 0
+        head = 0 if c.tied_embeddings else v * d
+        return v * d + head + layers * (attention + 2 * d * f + 2 * n_norms * d + biases) + 2 * d
+    if name.startswith("opt"):  # two rows of the position table are not used
+        return v * d + (t + 2) * d + layers * (12 * d * d + 13 * d) + 2 * d
+    if name.startswith("bloom"):  # a norm of the embeddings
+        return v * d + 2 * d + layers * (12 * d * d + 13 * d) + 2 * d
+    if name.startswith("mpt"):  # no biases
+        return v * d + layers * (12 * d * d + 2 * d) + d
+    if name.startswith(("santacoder", "starcoder")):  # one key-value head
+        kv = 2 * c.head_dim
+        return v * d + t * d + layers * (10 * d * d + d * kv + kv + 11 * d) + 2 * d
+    if name.startswith(("switch", "t5", "flan", "mt5", "ul2")):
         attention, tables = 4 * d * c.n_heads * c.head_dim, (1 if c.tied_embeddings else 2) * v * d
         dense = (3 if c.gated_ffn else 2) * d * f
 
@@ -251,6 +335,15 @@ CHOICES = {
     ),
     "gemma2-27b": dict(attention_scale=1 / 12, kv_heads=16, ff_dim=36864),
     "mixtral-8x7b": dict(norm_eps=1e-5, kv_heads=8, ff_dim=14336, rope_theta=1e6, seq_len=32768),
+    "falcon-7b": dict(residual="parallel", kv_heads=1, positions="rope-half", activation="gelu-erf", ff_bias=False),
+    "falcon-40b": dict(residual="parallel-two-norms", kv_heads=8, n_vocab=65024),
+    "falcon-rw-1b": dict(residual="serial", kv_heads=32, positions="falcon-alibi", qkv_bias=True, n_vocab=50304),
+    "opt-1.3b": dict(activation="relu", position_offset=2, seq_len=2048, residual="serial"),
+    "bloom-176b": dict(positions="alibi", embedding_norm=True, activation="gelu-tanh", n_vocab=250_880),
+    "mpt-7b": dict(positions="alibi", norm_bias=False, qkv_bias=False, ff_bias=False, activation="gelu-erf"),
+    "starcoder": dict(kv_heads=1, positions="learned", seq_len=8192, activation="gelu-tanh", qkv_bias=True),
+    "mt5-xxl": dict(n_vocab=250_112, gated_ffn=True, tied_embeddings=False, logit_scale="none"),
+    "ul2": dict(activation="silu", gated_ffn=True, ff_dim=16384, n_encoder_layers=32, tied_embeddings=False),
     "t5-base": dict(
         n_encoder_layers=12,
         ff_dim=3072,

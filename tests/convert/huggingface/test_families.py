@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Falcon, OPT, BLOOM, MPT and GPT-BigCode equal transformers in both directions; other functions are refused by key."""
+"""Older decoders and kin of T5 equal transformers in both directions; other functions are refused by key."""
 
 import dataclasses
 import json
 
 import numpy as np
 import pytest
-from transformers_parity import N_VOCAB, check_family, import_model, run, save_random_model
+from transformers_parity import N_VOCAB, check_encoder_decoder, check_family, import_model, run, save_random_model
 
 from mesh_transformer.convert.huggingface.reader import open_huggingface
 from mesh_transformer.storage.errors import CheckpointError
@@ -78,6 +78,43 @@ def test_multi_head_bigcode_is_read(tmp_path):
     tokens = np.arange(40)[None] % N_VOCAB
     wanted = model(torch.tensor(tokens)).logits.detach().numpy()
     np.testing.assert_allclose(run(import_model(tmp_path / "source", tmp_path / "native"), tokens), wanted, atol=5e-5)
+
+
+T5 = dict(d_model=48, d_kv=7, d_ff=40, num_layers=2, num_decoder_layers=3, num_heads=4)
+ENCODER_DECODERS = {
+    "t5": ("t5", T5, False, dict(tied_embeddings=True, logit_scale="rsqrt_d_model")),
+    "t5-buckets": ("t5", T5 | dict(relative_attention_num_buckets=8, relative_attention_max_distance=40), False, {}),
+    "t5-v1.1": (
+        "t5",
+        T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        True,
+        dict(tied_embeddings=False, logit_scale="none"),
+    ),
+    # of transformers 5, which ties the head of every new T5 and mT5
+    "t5-v1.1-tied": (
+        "t5",
+        T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        False,
+        dict(tied_embeddings=True, logit_scale="none"),
+    ),
+    "ul2": ("t5", T5 | dict(feed_forward_proj="gated-silu", tie_word_embeddings=False), True, dict(activation="silu")),
+    "mt5": ("mt5", T5, True, dict(gated_ffn=True, tied_embeddings=False, logit_scale="none")),
+    "mt5-tied": ("mt5", T5, False, dict(gated_ffn=True, tied_embeddings=True, logit_scale="none")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_encoder_decoder_equals_transformers_in_both_directions(name, tmp_path):
+    kind, keys, own_head, expected = ENCODER_DECODERS[name]
+    config = check_encoder_decoder(kind, tmp_path, keys, own_head=own_head).config
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_umt5_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "umt5"}))
+    with pytest.raises(CheckpointError, match=r"model_type 'umt5' is not supported; supported: .*mt5"):
+        open_huggingface(tmp_path)
 
 
 REFUSED = [
