@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gguf import TokenType
+from tokenizers.pre_tokenizers import ByteLevel
 
 from mesh_transformer.convert.gguf.pre_tokenizers import name_pre_tokenizer
 from mesh_transformer.convert.gguf.tokenizer import END_OF_TURN, derive_merges
 from mesh_transformer.data.tokenizers import tokenizer_from_json
-from mesh_transformer.data.vocabularies import END_OF_TEXT, make_byte_alphabet
+from mesh_transformer.data.vocabularies import END_OF_TEXT
 from mesh_transformer.storage.errors import CheckpointError
 
 PREFIX = "tokenizer.ggml"
@@ -70,11 +71,14 @@ def _write_bytes() -> dict[str, Any]:
 
     llama.cpp requires merges; the only one gives no token, so it changes no ids.
     """
-    characters = {byte: character for character, byte in make_byte_alphabet().items()}
+    alphabet = sorted(ByteLevel.alphabet())  # printable bytes as themselves, the others in order from U+0100 on
+    printable = {ord(character): character for character in alphabet if ord(character) < 256}
+    others = iter(alphabet[len(printable) :])
+    characters = [printable.get(byte) or next(others) for byte in range(256)]
     return {
         f"{PREFIX}.model": "gpt2",
         f"{PREFIX}.pre": "gpt-2",
-        f"{PREFIX}.tokens": [*(characters[byte] for byte in range(256)), END_OF_TEXT[0]],
+        f"{PREFIX}.tokens": [*characters, END_OF_TEXT[0]],
         f"{PREFIX}.token_type": [*[int(TokenType.NORMAL)] * 256, int(TokenType.CONTROL)],
         f"{PREFIX}.merges": [f"{characters[0]} {characters[1]}"],
     }
