@@ -81,8 +81,8 @@ FEATURES = {
     "grouped-query, chunked loss": Feature(GQA, dict(loss_chunks=2, z_loss=1e-3), False),
     "norms after branches": Feature(
         dict(
-            WIDE_HEADS, residual="reordered-norm", qk_norm="rmsnorm-all-heads", rope_pattern=[True, False], clip_qkv=0.1,
-            rope_scaling=LONGROPE, rope_dims=4, logit_scale=0.7, init_scale=100.0,  # nothing norms the first layer's input
+            WIDE_HEADS, n_layers=4, residual="reordered-norm", qk_norm="rmsnorm-all-heads", rope_pattern=[True, False],
+            rope_scaling=LONGROPE, rope_dims=4, logit_scale=0.7,
         ),
         {},
         False,
@@ -92,9 +92,8 @@ FEATURES = {
     ),
     "two rotations": Feature(
         dict(
-            LOCAL,
-            d_head=8, norm="gemma-rmsnorm", residual="sandwich", qk_norm="gemma-rmsnorm", rope_local_theta=100.0,
-            rope_scaling=LINEAR, remat="full",
+            LOCAL, d_head=8, norm="gemma-rmsnorm", residual="sandwich", qk_norm="gemma-rmsnorm", rope_local_theta=100.0,
+            rope_scaling=LINEAR, clip_qkv=0.1, remat="full",
         ),
         {},
         False,
