@@ -79,10 +79,10 @@ class Feature(NamedTuple):
 FEATURES = {
     "tied": Feature({}, {}, False),
     "grouped-query, chunked loss": Feature(GQA, dict(loss_chunks=2, z_loss=1e-3), False),
-    "norms after branches": Feature(
+    "norm of all heads": Feature(
         dict(
-            WIDE_HEADS, n_layers=4, residual="reordered-norm", qk_norm="rmsnorm-all-heads", rope_pattern=[True, False],
-            rope_scaling=LONGROPE, rope_dims=4, logit_scale=0.7,
+            WIDE_HEADS, qk_norm="rmsnorm-all-heads", rope_pattern=[True, False], rope_scaling=LONGROPE, rope_dims=4,
+            logit_scale=0.7,
         ),
         {},
         False,

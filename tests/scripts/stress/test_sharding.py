@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
     [
         (1, 8, "fsdp=2 context=2 tensor=2 sequence_parallel", "local, packed, remat"),
         (1, 8, "pipeline=2 context=2 tensor=2 sequence_parallel", "local, packed, remat"),
-        (1, 8, "pipeline=2 context=2 tensor=2 sequence_parallel", "norms after branches"),
+        (1, 8, "pipeline=2 context=2 tensor=2 sequence_parallel", "norm of all heads"),
         (1, 8, "fsdp=2 context=2 tensor=2 sequence_parallel", "norm of each head"),
         (1, 8, "fsdp=2 context=2 tensor=2 sequence_parallel", "two rotations"),
         (2, 4, "pipeline=2 tensor=2", "tied"),
