@@ -43,6 +43,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "router": (),  # outputs of a router, one per expert, replicated
     "vocab": ("tensor", "pipeline"),  # every stage computes a shard of the logits
     "position": (),
+    "token_type": (),
+    "embedding": (),  # channels of embeddings that are projected to embed, and of a masked language-model head
+    "pooled": (),
+    "labels": (),
     "buckets": (),
     # statistics
     "replicated": (),

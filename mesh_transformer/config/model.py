@@ -4,6 +4,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -17,6 +18,17 @@ from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.rope import RopeScalingConfig
 
 Kind = TypeVar("Kind")
+
+# Choices of encoder-only models (model.causal=false).
+ENCODER_ONLY = (
+    "shared_layers",
+    "n_token_types",
+    "d_embedding",
+    "position_padding_token",
+    "head",
+    "pooler",
+    "n_labels",
+)
 
 
 class LayerKind(NamedTuple):
@@ -68,6 +80,8 @@ class ModelConfig:
     # falcon-alibi: slope times position of the key, rounded to bfloat16 and scaled as the scores (Falcon RW)
     positions: Literal["none", "learned", "rope-interleaved", "rope-half", "t5", "alibi", "falcon-alibi"] = "learned"
     position_offset: NonNegative = 0  # rows of the learned table before that of the first position (OPT: 2)
+    # RoBERTa: positions number the tokens other than this one, which has the row before that of the first position
+    position_padding_token: NonNegative | None = None
     t5_buckets: Positive = 32  # rows of the T5 bias
     t5_max_distance: Positive = 128  # distances from here on share the last bucket
     rope_dims: Positive | None = None  # leading channels of a head that are rotated; None: all
@@ -80,12 +94,14 @@ class ModelConfig:
     rope_pattern: tuple[bool, ...] = (True,)
     # serial: x + attention, then x + ffn (GPT-2). parallel: both read one norm of x (GPT-J). parallel-two-norms: both read
     # their own norm of x (GPT-NeoX). sandwich: serial, with a norm before and after each branch (Gemma 2). reordered-norm:
-    # serial, with a norm after each branch only (OLMo 2)
-    residual: Literal["serial", "parallel", "parallel-two-norms", "sandwich", "reordered-norm"] = "serial"
+    # serial, with a norm after each branch only (OLMo 2). post-norm: serial, with a norm after each sum and none after the
+    # last layer (Vaswani et al. 2017, BERT)
+    residual: Literal["serial", "parallel", "parallel-two-norms", "sandwich", "reordered-norm", "post-norm"] = "serial"
     # of the feed-forward layer. clamped-swiglu is that of gpt-oss: a gated layer with clamped arguments
     activation: Literal["gelu-tanh", "gelu-erf", "relu", "silu", "clamped-swiglu"] = "gelu-tanh"
     gated_ffn: bool = False  # activation(x W_gate) * (x W_in), as in SwiGLU
     causal: bool = True  # false: an encoder-only model with bidirectional attention
+    shared_layers: bool = False  # all repetitions of the layer pattern have the same parameters (ALBERT)
     # repeated over the layers. If n_layers is no multiple of its length, the first layers are stacked by themselves, and
     # the layers cannot be divided over mesh.pipeline
     attention_pattern: tuple[Literal["global", "local"], ...] = ("global",)
@@ -114,11 +130,17 @@ class ModelConfig:
     tied_embeddings: bool = True  # the output layer is the transposed embedding matrix
     # factor of the token embeddings (Gemma)
     embedding_scale: Literal["none", "sqrt_d_model"] = "none"
-    embedding_norm: bool = False  # norm of the residual stream before the first layer (BLOOM)
+    embedding_norm: bool = False  # norm of the sum of all embeddings (BERT, BLOOM)
+    n_token_types: Positive | None = None  # rows of the token type embeddings (BERT); None: no token types
+    d_embedding: Positive | None = None  # size of the embeddings before a projection to d_model (ALBERT); None: d_model
+    # lm: logits of the hidden states. masked-lm: of a linear layer with activation and norm (BERT). none: no such logits
+    head: Literal["lm", "masked-lm", "none"] = "lm"
+    pooler: bool = False  # a linear layer with tanh on the first token's hidden state (BERT)
+    n_labels: Positive | None = None  # outputs of a linear layer on the pooled output; None: no classifier
     logit_softcap: Rate | None = None  # logits become cap * tanh(logits / cap) (Gemma 2); None: no cap
     # factor of the logits; rsqrt_d_model: T5 with tied embeddings; a number: itself (Command R)
     logit_scale: Literal["none", "rsqrt_d_model"] | Rate = "none"
-    init: Literal["gpt2", "gptj", "neox", "t5"] = "gpt2"  # scheme of the initial weights (model/params.py)
+    init: Literal["gpt2", "gptj", "neox", "t5", "bert"] = "gpt2"  # scheme of the initial weights (model/params.py)
     init_scale: Rate = 1.0  # factor of the variance of all initial weights (Switch: 0.1)
     experts: ExpertsConfig | None = None  # mixture of experts in some or all layers; None: dense layers only
     dropout: Fraction = 0.0  # on embeddings, attention probabilities and both residual branches
@@ -152,6 +174,7 @@ class ModelConfig:
         if self.n_encoder_layers is not None:
             self._check_encoder(self.n_encoder_layers)
         self._check_positions()
+        self._check_encoder_only()
         return self
 
     def _check_positions(self) -> None:
@@ -231,6 +254,38 @@ class ModelConfig:
                 "latent_attention is supported in decoder-only models; remove n_encoder_layers, or set causal=true"
             )
 
+    def _check_encoder_only(self) -> None:
+        """Raise ValueError where choices of encoder-only models do not go with the rest."""
+        if self.causal:
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for name in ENCODER_ONLY:
+                if (value := getattr(self, name)) != defaults[name]:
+                    raise ValueError(
+                        f"{name}={json.dumps(value)} requires causal=false; remove it, or set causal=false"
+                    )
+        if self.shared_layers and self.experts is not None:
+            raise ValueError("shared_layers=true is not supported with experts; remove one of them")
+        if self.shared_layers and self.n_layers % self._period:
+            raise ValueError(f"shared_layers=true requires n_layers={self.n_layers} to be a multiple of {self._period}")
+        padding = self.position_padding_token
+        if padding is not None and (self.positions != "learned" or self.position_offset != padding + 1):
+            raise ValueError(
+                f'position_padding_token={padding} requires positions="learned" and position_offset={padding + 1}'
+            )
+        if self.n_labels is not None and not self.pooler:
+            raise ValueError(f"n_labels={self.n_labels} requires pooler=true; the classifier reads the pooled output")
+        if self.d_embedding is not None and self.head == "lm":
+            raise ValueError(
+                f'd_embedding={self.d_embedding} requires head="masked-lm" or "none", because the hidden states have d_model='
+                f"{self.d_model} channels"
+            )
+        if self.d_embedding is not None and self.norm.startswith("gptj-"):
+            raise ValueError(
+                f'd_embedding={self.d_embedding} is not supported with norm="{self.norm}"; use "layernorm"'
+            )
+        if self.head == "masked-lm" and not self.tied_embeddings:
+            raise ValueError('head="masked-lm" requires tied_embeddings=true')
+
     def _check_encoder(self, n_layers: int) -> None:
         if not self.causal:
             raise ValueError(
@@ -305,6 +360,16 @@ class ModelConfig:
         return LayerKind(local, has_experts, self.rope_pattern[i % len(self.rope_pattern)])
 
     @property
+    def layer_uses(self) -> int:
+        """Number of layers that have the same parameters."""
+        return self.layer_stacks[0].n_repeats if self.shared_layers else 1
+
+    @property
+    def embedding_dim(self) -> int:
+        """Size of the embeddings: `d_embedding`, or its default."""
+        return self.d_embedding or self.d_model
+
+    @property
     def head_dim(self) -> int:
         """Size of one head's queries and keys: `d_head`, or its default."""
         if self.latent_attention is not None:
@@ -366,6 +431,8 @@ class ModelConfig:
             d_ff=all(kind.has_experts for kind in self.layer_kinds),
             rope_theta=not rotates, attention_window="local" not in self.attention_pattern,
             norm_bias=self.norm in ("rmsnorm", "gemma-rmsnorm", "scalenorm", "nonparametric-layernorm"),
+            tied_embeddings=self.head == "none",
+            head_bias=self.head == "none", logit_softcap=self.head == "none", logit_scale=self.head == "none",
         )  # fmt: skip
         return table | {key: None for key, is_unused in unused.items() if is_unused}
 

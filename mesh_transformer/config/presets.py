@@ -77,6 +77,21 @@ MT5 = dict(T5_V1_1, n_vocab=250_112)
 # experts and ReLU follow the released code.
 SWITCH = dict(T5, init_scale=0.1)
 SWITCH_DECODER = dict(SWITCH, logit_scale="none", init="gpt2")  # decoder-only variant; not published
+# Encoders (BERT: arXiv 1810.04805, RoBERTa: 1907.11692, ALBERT: 1909.11942) with their masked language-model heads.
+BERT = dict(
+    seq_len=512,
+    norm_eps=1e-12,
+    residual="post-norm",
+    activation="gelu-erf",
+    causal=False,
+    embedding_norm=True,
+    n_token_types=2,
+    head="masked-lm",
+    head_bias=True,
+    init="bert",
+)
+ROBERTA = dict(BERT, n_vocab=50265, norm_eps=1e-5, n_token_types=1, position_offset=2, position_padding_token=1)
+ALBERT = dict(BERT, n_vocab=30000, activation="gelu-tanh", d_embedding=128, shared_layers=True)
 
 
 def _switch(n_experts: int, layer_interval: int, capacity_factor: float, group_size: int = 1) -> dict[str, Any]:
@@ -218,6 +233,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mt5-xl": _t5(MT5, 24, 2048, 32, 5120),
     "mt5-xxl": _t5(MT5, 24, 4096, 64, 10240),
     "ul2": _t5(dict(T5_V1_1, activation="silu"), 32, 4096, 16, 16384, 256),
+    "bert-base-uncased": with_sizes(BERT, 12, 768, 12, n_vocab=30522),
+    "bert-base-cased": with_sizes(BERT, 12, 768, 12, n_vocab=28996),
+    "bert-large-uncased": with_sizes(BERT, 24, 1024, 16, n_vocab=30522),
+    "bert-large-cased": with_sizes(BERT, 24, 1024, 16, n_vocab=28996),
+    "roberta-base": with_sizes(ROBERTA, 12, 768, 12),
+    "roberta-large": with_sizes(ROBERTA, 24, 1024, 16),
+    "albert-base-v2": with_sizes(ALBERT, 12, 768, 12),
+    "albert-large-v2": with_sizes(ALBERT, 24, 1024, 16),
+    "albert-xlarge-v2": with_sizes(ALBERT, 24, 2048, 16),
+    "albert-xxlarge-v2": with_sizes(ALBERT, 12, 4096, 64),
+    # a sentence encoder (mean of the hidden states), released without a masked language-model head
+    "all-minilm-l6-v2": with_sizes(
+        dict(BERT, head="none", head_bias=False, pooler=True), 6, 384, 12, d_ff=1536, n_vocab=30522
+    ),
     "switch-base-8": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(8, 2, 1.25, 16)),
     "switch-base-16": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(16, 2, 1.25, 16)),
     "switch-base-32": _t5(SWITCH, 12, 768, 12, 3072, experts=_switch(32, 2, 1.25, 16)),

@@ -320,10 +320,10 @@ class Config:
 
     def _check_encoder(self) -> None:
         """Raise ValueError where encoder-only or encoder-decoder models do not go with the rest."""
-        if not self.model.causal:
+        if self.model.shared_layers and self.mesh.pipeline > 1:
             raise ValueError(
-                "model.causal=false cannot be trained on next-token prediction: each token would see its own target. Add a "
-                "decoder (model.n_encoder_layers), or use the encoder through mesh_transformer.model"
+                f"mesh.pipeline={self.mesh.pipeline} is not supported with model.shared_layers, because all stages would need "
+                "the same layer; set it to 1 and shard over data, fsdp or tensor"
             )
         if self.model.n_encoder_layers is None:
             return

@@ -10,7 +10,7 @@ time; an external one by a NumPy reference implementation that shares no code wi
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -30,14 +30,17 @@ from mesh_transformer.convert.out_of_core_forward import run_layers
 from mesh_transformer.convert.progress import ByteCounter, Progress
 from mesh_transformer.convert.readers import OpenCheckpoint
 from mesh_transformer.model.attention.masks import AttentionContext, EncoderOutput
-from mesh_transformer.model.formulas import finish_logits, input_embeddings, scale_hidden_states
-from mesh_transformer.model.norms import Norm
+from mesh_transformer.model.embedding import default_positions, position_rows
+from mesh_transformer.model.formulas import finish_logits
 from mesh_transformer.model.params import Params
 from mesh_transformer.model.transformer import Transformer
 from mesh_transformer.storage.errors import CheckpointError
 
 SEQUENCES, SEQUENCE_LENGTH = 2, 32
 TOLERANCE = 1e-4  # of the largest logit: float32 rounding in another order of operations, after tens of layers
+# Parameters outside of the layers, besides the matrices of which only some rows are read at a time.
+EMBEDDING = tuple(f"transformer/{name}" for name in ("w_token_types", "norm_embedding/", "w_embedding", "b_embedding"))
+OUTSIDE = tuple(f"transformer/{name}/" for name in ("norm_out", "relative_bias", "masked_lm_head"))
 PERIOD_OVERHEAD = 2  # memory to run a period of layers, as a multiple of its weights as read and in float32
 
 
@@ -112,22 +115,22 @@ def make_encoder_tokens(tokens: np.ndarray) -> np.ndarray:
 def run_native(
     config: ModelConfig, arrays: Mapping[str, LazyArray], tokens: np.ndarray, max_memory: int | None = None
 ) -> np.ndarray:
-    """Return the float32 logits [B, T, V] of the native model.
+    """Return the float32 logits [B, T, V] of the native model, or its hidden states [B, T, D] without a head.
 
     One period of layers is in memory at a time, or less if that exceeds `max_memory` bytes.
     """
     config = dataclasses.replace(config, dtype="float32", dropout=0.0, attention_kernel="dense", preset=None)
     weights = {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
-
-    embedding_norm = _read_params(_select(weights, "transformer/norm_embedding/"))
+    embedding = _read_params(_select(weights, *EMBEDDING))
+    combine = _transform(lambda x, learned: Transformer(config).combine_embeddings(x, learned, None))
 
     def embed(ids: np.ndarray) -> np.ndarray:
         x = read_rows(weights["transformer/w_tokens"], ids)
         learned = None
         if config.positions == "learned":
-            learned = read_rows(weights["transformer/w_positions"], config.position_offset + np.arange(ids.shape[1]))
-        x = input_embeddings(x, learned, config)
-        return _norm(config, "norm_embedding", x, embedding_norm) if config.embedding_norm else x
+            rows = position_rows(default_positions(jnp.asarray(ids), config), jnp.asarray(ids), config)
+            learned = jnp.asarray(read_rows(weights["transformer/w_positions"], np.asarray(rows)))
+        return np.asarray(combine(embedding, jnp.asarray(x), learned))
 
     encoder_output = None
     if config.encoder is not None:
@@ -135,8 +138,10 @@ def run_native(
         own = {f"transformer/{name.removeprefix(prefix)}": a for name, a in weights.items() if name.startswith(prefix)}
         encoder_output = _run_stack(config.encoder, own, embed(make_encoder_tokens(tokens)), None, max_memory)
     x = _run_stack(config, weights, embed(tokens), encoder_output, max_memory)
+    if config.head == "none":
+        return x
     head = weights["transformer/w_tokens" if config.tied_embeddings else "transformer/w_head"]
-    product = matmul(scale_hidden_states(x, config), head, transposed=config.tied_embeddings)
+    product = matmul(x, head, transposed=config.tied_embeddings)
     bias = read_vector(weights["transformer/b_head"]) if config.head_bias else None
     return np.asarray(finish_logits(product, bias, config))
 
@@ -148,34 +153,34 @@ def _run_stack(
     encoder_output: np.ndarray | None,
     max_memory: int | None,
 ) -> np.ndarray:
-    """Return the output of the final norm after all layers of a decoder or an encoder on the residual stream [B, T, D]."""
-    outside = _read_params(_select(weights, "transformer/norm_out/", "transformer/relative_bias/"))
+    """Return the input of the head after all layers of a decoder or an encoder on the residual stream [B, T, D]."""
+    outside = _read_params(_select(weights, *OUTSIDE))
     for layers in config.layer_stacks:
         prefix = f"transformer/{layers.name}/"
         stacked = _select(weights, prefix)
-        if max_memory is None or PERIOD_OVERHEAD * _period_bytes(layers, stacked) <= max_memory:
+        if max_memory is None or PERIOD_OVERHEAD * _period_bytes(config, layers, stacked) <= max_memory:
             run = _make_period(config, layers)
             for i in range(layers.n_repeats):
-                x = np.asarray(run(_read_params(stacked, i) | outside, jnp.asarray(x), encoder_output))
+                stored = 0 if config.shared_layers else i
+                x = np.asarray(run(_read_params(stacked, stored) | outside, jnp.asarray(x), encoder_output))
             continue
         if encoder_output is not None:
             raise CheckpointError(
                 "one repetition of the encoder-decoder model's layer pattern does not fit in memory; raise --max-memory"
             )
         inside = {name.removeprefix(prefix): array for name, array in stacked.items()}
-        make_context = hk.without_apply_rng(hk.transform(lambda x: _attention_context(Transformer(config), x)))
-        x = run_layers(config, layers, inside, x, make_context.apply(outside, jnp.asarray(x)))
-    return _norm(config, "norm_out", x, outside)
+        make_context = _transform(lambda x: _attention_context(Transformer(config), x))
+        x = run_layers(config, layers, inside, x, make_context(outside, jnp.asarray(x)))
+    return np.asarray(_transform(lambda x: Transformer(config).head_input(x))(outside, jnp.asarray(x)))
 
 
 def _select(weights: Mapping[str, LazyArray], *prefixes: str) -> dict[str, LazyArray]:
     return {name: array for name, array in weights.items() if name.startswith(prefixes)}
 
 
-def _norm(config: ModelConfig, name: str, x: np.ndarray, params: Params) -> np.ndarray:
-    """Return x normalized by a norm outside the layers."""
-    norm = hk.without_apply_rng(hk.transform(lambda x: Norm(config, name=name)(x)))
-    return np.asarray(norm.apply({name: params.get(f"transformer/{name}", {})}, jnp.asarray(x)))
+def _transform(function: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """Return a function of Haiku modules as a pure function whose first argument is the parameters."""
+    return hk.without_apply_rng(hk.transform(function)).apply
 
 
 def _make_period(config: ModelConfig, layers: LayerStack) -> Callable[..., jax.Array]:
@@ -189,7 +194,7 @@ def _make_period(config: ModelConfig, layers: LayerStack) -> Callable[..., jax.A
             context = context._replace(encoder_output=EncoderOutput(encoder_output, mask))
         return transformer.run_stack(x, context, None, layers._replace(n_repeats=1))[0]
 
-    return jax.jit(hk.without_apply_rng(hk.transform(run_period)).apply)
+    return jax.jit(_transform(run_period))
 
 
 def _attention_context(transformer: Transformer, x: jax.Array) -> AttentionContext:
@@ -208,7 +213,7 @@ def _read_params(arrays: Mapping[str, LazyArray], index: int | None = None) -> P
     return params
 
 
-def _period_bytes(layers: LayerStack, stacked: Mapping[str, LazyArray]) -> int:
+def _period_bytes(config: ModelConfig, layers: LayerStack, stacked: Mapping[str, LazyArray]) -> int:
     """Return the size of one period of layers, as read plus in float32."""
     sizes = [(4 + array.dtype.itemsize) * math.prod(array.shape) for array in stacked.values()]
-    return sum(sizes) // layers.n_repeats
+    return sum(sizes) * config.layer_uses // layers.n_repeats

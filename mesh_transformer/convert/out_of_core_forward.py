@@ -178,7 +178,7 @@ def run_layers(
     for i in range(period * layers.n_repeats):
         block = f"block_{i % period}/"
         own = {name.removeprefix(block): array for name, array in arrays.items() if name.startswith(block)}
-        layer = OutOfCoreLayer(config, own, i // period, layers.pattern[i % period])
+        layer = OutOfCoreLayer(config, own, 0 if config.shared_layers else i // period, layers.pattern[i % period])
         with jax.default_matmul_precision("highest"):
             x = layer.run(x, context)
     return x

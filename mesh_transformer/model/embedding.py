@@ -9,8 +9,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mesh_transformer.config import ModelConfig
 from mesh_transformer.mesh import MeshLayout, axes_of, current_layout, psum_or_scatter
 from mesh_transformer.model.quantization import Quantized, dequantize
+
+
+def default_positions(tokens: Int[Array, "B T"], config: ModelConfig) -> Int[Array, "B T"]:
+    """Return the position of each token: its index, or with `position_padding_token` its index among the other tokens."""
+    if config.position_padding_token is None:
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return jnp.maximum(jnp.cumsum(tokens != config.position_padding_token, axis=1) - 1, 0)
+
+
+def position_rows(positions: Int[Array, "B T"], tokens: Int[Array, "B T"], config: ModelConfig) -> Int[Array, "B T"]:
+    """Return the row of each token in the learned position embeddings."""
+    rows = positions + config.position_offset
+    if config.position_padding_token is None:
+        return rows
+    return jnp.where(tokens == config.position_padding_token, config.position_offset - 1, rows)
 
 
 def embed_tokens(

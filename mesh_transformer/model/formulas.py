@@ -99,6 +99,9 @@ def apply_branches(x: Any, branches: Branches, config: ModelConfig) -> Any:
         case "reordered-norm":  # OLMo 2
             x = x + norm("norm_1_post", attention(x))
             return x + norm("norm_2_post", feed_forward(x))
+        case "post-norm":  # Vaswani et al. 2017, BERT
+            x = norm("norm_1", x + attention(x))
+            return norm("norm_2", x + feed_forward(x))
         case "sandwich":  # Gemma 2
             x = x + norm("norm_1_post", attention(norm("norm_1", x)))
             return x + norm("norm_2_post", feed_forward(norm("norm_2", x)))

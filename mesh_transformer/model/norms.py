@@ -66,9 +66,11 @@ normalize.defvjp(_normalize_forward, _normalize_backward)
 class Norm(hk.Module):
     """The norm of `config.norm` over the last dimension."""
 
-    def __init__(self, config: ModelConfig, name: str):
+    def __init__(self, config: ModelConfig, name: str, dim: int | None = None):
+        """`dim` is the size of the last dimension; None: d_model."""
         super().__init__(name=name)
         self.config = config
+        self.dim = dim or config.d_model
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the normalized x, in x's dtype."""
@@ -79,26 +81,26 @@ class Norm(hk.Module):
             square = jnp.sum(jnp.square(x_float32), axis=-1, keepdims=True)
             # The maximum is taken of the squares: the gradient is then finite at zero, where that of the norm is not.
             y = x_float32 * jax.lax.rsqrt(jnp.maximum(square, c.norm_eps**2))
-            return (y * param("scale", hk.initializers.Constant(c.d_model**0.5))).astype(x.dtype)
+            return (y * param("scale", hk.initializers.Constant(self.dim**0.5))).astype(x.dtype)
         if c.norm.startswith("gptj-"):
             return self._divide_by_length(x)
         if c.norm == "nonparametric-layernorm":
             ones = jnp.ones(c.d_model)
             return normalize(x, ones, jnp.zeros_like(ones), c.norm_eps, True)
         # layernorm: Ba et al. 2016; rmsnorm: Zhang and Sennrich 2019, as in Llama
-        scale = norm_scale(param("scale", hk.initializers.Constant(initial_norm_scale(c)), embed=c.d_model), c)
+        scale = norm_scale(param("scale", hk.initializers.Constant(initial_norm_scale(c)), embed=self.dim), c)
         centered = c.norm == "layernorm"
-        bias = param("bias", zeros, embed=c.d_model) if centered and c.norm_bias else jnp.zeros_like(scale)
+        bias = param("bias", zeros, embed=self.dim) if centered and c.norm_bias else jnp.zeros_like(scale)
         return normalize(x, scale, bias, c.norm_eps, centered)
 
     def _divide_by_length(self, x: Array) -> Array:
         """Return x / (|x| + eps) * scale + bias, as mesh-transformer-jax computes it."""
         c = self.config
-        axes = dict(embed=c.d_model) if c.norm == "gptj-rmsnorm" else {}
+        axes = dict(embed=self.dim) if c.norm == "gptj-rmsnorm" else {}
         x_float32 = x.astype(jnp.float32)
         square = jnp.sum(jnp.square(x_float32), axis=-1, keepdims=True)
         length = jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))  # its gradient is finite at zero
-        y = x_float32 / (length + c.norm_eps) * self._vector("scale", c.d_model**0.5, axes, x.ndim)
+        y = x_float32 / (length + c.norm_eps) * self._vector("scale", self.dim**0.5, axes, x.ndim)
         return (y + self._vector("bias", 0.0, axes, x.ndim) if c.norm_bias else y).astype(x.dtype)
 
     def _vector(self, name: str, initial: float, axes: dict[str, int], ndim: int) -> Array:

@@ -41,7 +41,8 @@ def make_inits(config: ModelConfig) -> Inits:
     """Return the initializers of `config.init`.
 
     "gpt2": GPT-2 paper, section 2.3. "gptj": mesh-transformer-jax, layers.py. "neox": GPT-NeoX, small_init and wang_init.
-    "t5": mesh_tensorflow, by fan-in; smaller queries make up for attention scores that are not scaled.
+    "t5": mesh_tensorflow, by fan-in; smaller queries make up for attention scores that are not scaled. "bert": truncated at
+    two deviations of 0.02 (BERT's paper does not say; its code, modeling.py).
     """
     d = config.d_model
     layers = config.n_layers
@@ -67,6 +68,8 @@ def make_inits(config: ModelConfig) -> Inits:
         case "neox":
             embedding = position = inputs = normal((2 / (5 * d)) ** 0.5)
             output = normal(2 / layers / d**0.5)
+        case "bert":
+            embedding = position = inputs = output = truncated(0.02)
         case "t5":
             embedding = position = hk.initializers.RandomNormal(1.0)  # not scaled by init_scale
             inputs = truncated(d**-0.5)

@@ -20,10 +20,11 @@ from mesh_transformer.model.attention.latent import LatentAttention
 from mesh_transformer.model.attention.layer import Attention, CrossAttention
 from mesh_transformer.model.attention.masks import AttentionContext, EncoderOutput, make_masks, segment_mask
 from mesh_transformer.model.attention.ring import from_zigzag, to_zigzag
-from mesh_transformer.model.embedding import embed_tokens
+from mesh_transformer.model.embedding import default_positions, embed_tokens, position_rows
+from mesh_transformer.model.encoder_heads import Classifier, Encoding, MaskedLMTransform, Pooler
 from mesh_transformer.model.feed_forward import FeedForward
 from mesh_transformer.model.formulas import Branches, apply_branches, input_embeddings, scale_hidden_states
-from mesh_transformer.model.linear import dropout
+from mesh_transformer.model.linear import dropout, linear
 from mesh_transformer.model.lm_head import LMHead, lm_logits
 from mesh_transformer.model.moe.layer import MoELayer
 from mesh_transformer.model.moe.router import RoutingStats
@@ -129,6 +130,8 @@ class Transformer(hk.Module):
         **inputs: Any,
     ) -> tuple[Float[Array, "B U V"], KVCaches | None]:
         """Return float32 logits (U = T, or 1 with `logits_at`) and the updated cache. See `make_model`."""
+        if self.config.head == "none":
+            raise ConfigError('model.head="none" has no vocabulary logits; use Model.encode')
         x, cache, _ = self.hidden_states(tokens, positions, segment_ids, cache, **inputs)
         if cache is None:
             x = from_zigzag(x)
@@ -143,30 +146,59 @@ class Transformer(hk.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: KVCaches | None = None,
-        *,
-        encoder_tokens: Int[Array, "B S"] | None = None,
-        encoder_segment_ids: Int[Array, "B S"] | None = None,
-        training: bool = False,
-        reached_len: Int[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCaches | None, RoutingStats | None]:
+        **inputs: Any,
+    ) -> tuple[Float[Array, "B T E"], KVCaches | None, RoutingStats | None]:
         """Return the input of the head, the updated cache, and routing statistics (those of the encoder first).
 
         Without a cache, the hidden states are in zigzag order.
         """
+        x, cache, routing = self.run(tokens, positions, segment_ids, cache, **inputs)
+        return self.head_input(x), cache, routing
+
+    @hk.experimental.name_like("__call__")
+    def encoding(self, tokens: Int[Array, "B T"], **inputs: Any) -> Encoding:
+        """Return the hidden states after the last layer in their natural order, and what the pooler and classifier give."""
+        x, _, _ = self.run(tokens, **inputs)
+        return self.pool(from_zigzag(self.final_norm(x)))
+
+    @hk.experimental.name_like("__call__")
+    def pool(self, x: Float[Array, "B T D"]) -> Encoding:
+        """Return hidden states with the outputs of the pooler and the classifier, which read the first token."""
+        c = self.config
+        inits = make_inits(c)
+        pooled = Pooler(c, inits)(x[:, 0]) if c.pooler else None
+        return Encoding(x, pooled, None if pooled is None or c.n_labels is None else Classifier(c, inits)(pooled))
+
+    @hk.experimental.name_like("__call__")
+    def run(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCaches | None = None,
+        *,
+        encoder_tokens: Int[Array, "B S"] | None = None,
+        encoder_segment_ids: Int[Array, "B S"] | None = None,
+        token_types: Int[Array, "B T"] | None = None,
+        training: bool = False,
+        reached_len: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCaches | None, RoutingStats | None]:
+        """Return the residual stream after the last layer, and the rest of `hidden_states`."""
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = default_positions(tokens, self.config)
         if cache is None:
+            token_types = None if token_types is None else to_zigzag(token_types)
             tokens = to_zigzag(tokens)
             positions = to_zigzag(positions)
             segment_ids = None if segment_ids is None else to_zigzag(segment_ids)
         context = self.attention_context(positions, segment_ids, cache, training=training)
         context = context._replace(reached_len=reached_len)
         encoder_output, encoder_routing = self.encode(encoder_tokens, encoder_segment_ids, context, cache)
-        x = self.embed(tokens, positions)
+        x = self.embed(tokens, positions, token_types)
         x, cache, routing = self.run_layers(x, context._replace(encoder_output=encoder_output), cache)
         if encoder_routing is not None and routing is not None:
             routing = jax.tree.map(lambda *stats: jnp.concatenate(stats), encoder_routing, routing)
-        return self.final_norm(x), cache, routing
+        return x, cache, routing
 
     @hk.experimental.name_like("__call__")
     def encode(
@@ -205,29 +237,63 @@ class Transformer(hk.Module):
         encoder_context = stack.attention_context(positions, segment_ids, None, training=context.training)
         encoder_context = encoder_context._replace(decoding=context.decoding)
         x, _, routing = stack.run_layers(self.embed(tokens, positions), encoder_context, None)
-        return EncoderOutput(dropout(stack.final_norm(x), encoder.dropout), mask), routing
+        output = scale_hidden_states(stack.final_norm(x), encoder)
+        return EncoderOutput(dropout(output, encoder.dropout), mask), routing
 
     @hk.experimental.name_like("__call__")
-    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Return the residual stream before the first layer."""
+    def embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_types: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Return the residual stream before the first layer. Token types are 0 unless they are given."""
         c = self.config
         inits = make_inits(c)
-        w_tokens = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model)
+        w_tokens = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.embedding_dim)
         x = embed_tokens(w_tokens, tokens, c.dtype)
         learned = None
         if c.positions == "learned":
-            w_positions = param("w_positions", inits.position, position=c.seq_len + c.position_offset, embed=c.d_model)
-            rows = constrain(w_positions, "position", "activation_embed")
-            learned = rows[positions + c.position_offset].astype(c.dtype)
-        x = input_embeddings(x, learned, c)
+            w_positions = param(
+                "w_positions", inits.position, position=c.seq_len + c.position_offset, embed=c.embedding_dim
+            )
+            rows = position_rows(positions, tokens, c)
+            learned = constrain(w_positions, "position", "activation_embed")[rows].astype(c.dtype)
+        return self.combine_embeddings(x, learned, token_types)
+
+    @hk.experimental.name_like("__call__")
+    def combine_embeddings(
+        self,
+        tokens: Float[Array, "B T E"],
+        positions: Float[Array, "*B T E"] | None,
+        token_types: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B T D"]:
+        """Return the residual stream before the first layer, given the embeddings of tokens and learned positions."""
+        c = self.config
+        x = input_embeddings(tokens, positions, c)
+        if c.n_token_types is not None:
+            w = param("w_token_types", make_inits(c).embedding, token_type=c.n_token_types, embed=c.embedding_dim)
+            w = constrain(w, "token_type", "activation_embed")
+            x = x + w[jnp.zeros(x.shape[:2], jnp.int32) if token_types is None else token_types].astype(c.dtype)
+        elif token_types is not None:
+            raise ConfigError("token_types were given, but the model has none; set model.n_token_types, or omit them")
         if c.embedding_norm:
-            x = Norm(c, name="norm_embedding")(x)
-        return constrain(dropout(x, c.dropout), "batch", "activation_seq", "activation_embed")
+            x = Norm(c, name="norm_embedding", dim=c.embedding_dim)(x)
+        x = dropout(x, c.dropout)
+        if c.d_embedding is not None:
+            w = param("w_embedding", make_inits(c).input, embedding=c.d_embedding, embed=c.d_model)
+            x = linear(x, w, param("b_embedding", hk.initializers.Constant(0.0), embed=c.d_model))
+        return constrain(x, "batch", "activation_seq", "activation_embed")
 
     @hk.experimental.name_like("__call__")
     def final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Return the input of the head. Its sequence is not sharded along `tensor`, over which the vocabulary is."""
-        return scale_hidden_states(gather_sequence(Norm(self.config, name="norm_out")(x)), self.config)
+        """Return the hidden states. Their sequence is not sharded along `tensor`, over which the vocabulary is."""
+        return gather_sequence(x if self.config.residual == "post-norm" else Norm(self.config, name="norm_out")(x))
+
+    @hk.experimental.name_like("__call__")
+    def head_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+        """Return what the head's matmul reads, given the residual stream after the last layer."""
+        x = self.final_norm(x)
+        if self.config.head == "masked-lm":
+            x = MaskedLMTransform(self.config, make_inits(self.config))(x)
+        return scale_hidden_states(x, self.config)
 
     @hk.experimental.name_like("__call__")
     def attention_context(
@@ -253,7 +319,8 @@ class Transformer(hk.Module):
         if kernel != "dense":
             return AttentionContext(kernel, positions, segment_ids, None, decoding, training)
         if cache is None:
-            query = key = to_zigzag(jnp.arange(length)[None])
+            # of the shape of all sequences, because a batch of one could not be sharded
+            query = key = to_zigzag(jnp.broadcast_to(jnp.arange(length), positions.shape))[:1]
             key_positions = positions
         else:
             query = positions
@@ -289,28 +356,40 @@ class Transformer(hk.Module):
         """Run consecutive layers as a scan. The routing statistics are a list of one element, or none."""
         c = self.config
 
-        def run_pattern(x: Array, caches: KVCaches | None) -> tuple[Array, tuple[KVCaches | None, list[RoutingStats]]]:
-            x = checkpoint_name(x, "residual_stream")
-            updated = []
-            routings = []
-            for i, kind in enumerate(layers.pattern):
-                block = Block(c, kind, name=f"block_{i}")
-                x, cache, routing = block(x, context, None if caches is None else caches[i])
-                updated.append(cache)
-                routings += [] if routing is None else [routing]
-            return x, (None if caches is None else tuple(updated), routings)
+        n_stored = 1 if c.shared_layers else layers.n_repeats
 
-        if c.remat in REMAT and caches is None:
-            if c.remat == "offload" and target_platform() == "cpu":
-                raise ConfigError(
-                    'model.remat = "offload" needs a GPU or TPU with separate host memory; on a CPU use "full"'
-                )
-            run_pattern = hk.remat(run_pattern, policy=REMAT[c.remat])
-        n_repeats = layers.n_repeats
+        def make_pattern() -> Callable[..., tuple[Array, tuple[KVCaches | None, list[RoutingStats]]]]:
+            blocks = [Block(c, kind, name=f"block_{i}") for i, kind in enumerate(layers.pattern)]
+
+            def run_pattern(x: Array, caches: KVCaches | None) -> tuple[Array, tuple]:
+                x = checkpoint_name(x, "residual_stream")
+                updated = []
+                routings = []
+                for i, block in enumerate(blocks):
+                    x, cache, routing = block(x, context, None if caches is None else caches[i])
+                    updated.append(cache)
+                    routings += [] if routing is None else [routing]
+                return x, (None if caches is None else tuple(updated), routings)
+
+            if c.remat not in REMAT or caches is not None:
+                return run_pattern
+            return hk.remat(run_pattern, policy=REMAT[c.remat])
+
+        def run_repeat(x: Array, caches: KVCaches | None) -> tuple[Array, tuple[KVCaches | None, list[RoutingStats]]]:
+            run_pattern = make_pattern()
+            if not c.shared_layers:
+                return run_pattern(x, caches)
+            x, _ = hk.scan(lambda x, _: (run_pattern(x, None)[0], None), x, None, length=layers.n_repeats)
+            return x, (None, [])
+
+        if c.remat == "offload" and caches is None and target_platform() == "cpu":
+            raise ConfigError(
+                'model.remat = "offload" needs a GPU or TPU with separate host memory; on a CPU use "full"'
+            )
         stack = hk.experimental.layer_stack(
-            n_repeats, with_per_layer_inputs=True, unroll=min(c.scan_unroll, n_repeats), name=layers.name
+            n_stored, with_per_layer_inputs=True, unroll=min(c.scan_unroll, n_stored), name=layers.name
         )
-        x, (caches, routings) = stack(run_pattern)(x, caches)
+        x, (caches, routings) = stack(run_repeat)(x, caches)
         if not routings:
             return x, caches, []
         # From [n_repeats, ...] for each layer of the pattern to [n_moe_layers, ...] in the order of the layers.
@@ -322,7 +401,7 @@ class Transformer(hk.Module):
         c = self.config
         inits = make_inits(c)
         if c.tied_embeddings:
-            w = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.d_model)
+            w = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.embedding_dim)
         else:
             w = param("w_head", inits.input, embed=c.d_model, vocab=c.n_vocab)
         b = param("b_head", hk.initializers.Constant(0.0), vocab=c.n_vocab) if c.head_bias else None
@@ -334,11 +413,12 @@ class Model(NamedTuple):
 
     init: Callable[[PRNGKeyArray], Params]
     apply: Callable[..., tuple[Float[Array, "B U V"], KVCaches | None]]
-    hidden_states: Callable[..., tuple[Float[Array, "B T D"], RoutingStats | None]]
+    hidden_states: Callable[..., tuple[Float[Array, "B T E"], RoutingStats | None]]
+    encode: Callable[..., Encoding]
 
 
 def make_model(config: ModelConfig) -> Model:
-    """Return `init(key) -> params`, `apply(params, tokens, ...) -> (logits, cache)` and `hidden_states`.
+    """Return `init(key) -> params`, `apply(params, tokens, ...) -> (logits, cache)`, `hidden_states` and `encode`.
 
     `apply` takes tokens [B, T] and these keyword arguments:
 
@@ -349,11 +429,15 @@ def make_model(config: ModelConfig) -> Model:
     reached_len [B]             tokens that each sequence reaches, if not its largest position + 1 (see `make_rotation`)
     encoder_tokens [B, S]       input of the encoder; with a cache, in the first call only
     encoder_segment_ids [B, S]  like `segment_ids`, 0 for padding; with a cache, in every call
+    token_types [B, T]          with model.n_token_types; default: 0
     training                    experts use their training capacity, jitter and dropout
     dropout_key                 random key of dropout and routers; without it there is no dropout
 
     `hidden_states(params, tokens, ...)` takes the same, but for `cache` and `logits_at`. It returns the input of the head
     in zigzag order, to be compared with `to_zigzag(targets)`, and the routing statistics.
+
+    `encode(params, tokens, ...)` takes the same as `hidden_states`. It returns the hidden states after the last layer in
+    their natural order, before the head, with the outputs of the pooler and the classifier.
     """
 
     def forward(tokens, positions=None, segment_ids=None, cache=None, logits_at=None, **inputs):
@@ -363,13 +447,25 @@ def make_model(config: ModelConfig) -> Model:
         x, _, routing = Transformer(config).hidden_states(tokens, positions, segment_ids, None, **inputs)
         return x, routing
 
+    def forward_encoding(tokens, positions=None, segment_ids=None, **inputs):
+        return Transformer(config).encoding(tokens, positions=positions, segment_ids=segment_ids, **inputs)
+
+    def forward_init(tokens, **inputs):
+        transformer = Transformer(config)
+        if config.head != "none":
+            transformer(tokens, **inputs)
+        if config.head == "none" or config.pooler:
+            transformer.encoding(tokens, **inputs)
+
     transformed = hk.transform(forward)
+    transformed_init = hk.transform(forward_init)
+    transformed_encoding = hk.transform(forward_encoding)
     transformed_hidden = hk.transform(forward_hidden)
 
     def init(key: PRNGKeyArray) -> Params:
         one_token = jnp.zeros((1, 1), jnp.int32)
         inputs = {} if config.encoder is None else {"encoder_tokens": one_token}
-        return transformed.init(key, one_token, **inputs)  # type: ignore[return-value]
+        return transformed_init.init(key, one_token, **inputs)  # type: ignore[return-value]
 
     def apply(params: InferenceParams, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
         return transformed.apply(params, dropout_key, tokens, **inputs)  # type: ignore[arg-type]
@@ -377,4 +473,7 @@ def make_model(config: ModelConfig) -> Model:
     def hidden_states(params: Params, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
         return transformed_hidden.apply(params, dropout_key, tokens, **inputs)
 
-    return Model(init, apply, hidden_states)
+    def encode(params: Params, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None, **inputs):
+        return transformed_encoding.apply(params, dropout_key, tokens, **inputs)
+
+    return Model(init, apply, hidden_states, encode)

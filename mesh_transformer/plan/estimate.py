@@ -30,10 +30,11 @@ import jax.numpy as jnp
 from mesh_transformer.config import Config, ModelConfig, OptimizerConfig
 from mesh_transformer.mesh import MESH_AXES, make_rules
 from mesh_transformer.model.moe.router import count_expert_layers, expert_rows_per_token
-from mesh_transformer.model.params import ParamInfo, flatten_names
+from mesh_transformer.model.params import STACK, ParamInfo, flatten_names
 from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.plan.hardware.topologies import Topology, parse_topology
 from mesh_transformer.plan.job import CompiledStats, Traffic
+from mesh_transformer.train.loss import require_head
 from mesh_transformer.train.optimizer import make_optimizer, optimizer_state_axes
 
 SCORE_BYTES = 10  # per attention score
@@ -80,6 +81,7 @@ class _Step(NamedTuple):
 
 def estimate_training(config: Config, topology_name: str, params: dict[str, ParamInfo] | None = None) -> CompiledStats:
     """Estimate the statistics of a compiled training step; `params` is the result of `describe_model`, if known."""
+    require_head(config.model)
     topology = parse_topology(topology_name)
     mesh = mesh_sizes(config, topology.devices)
     params = params or describe_model(config.model)
@@ -104,7 +106,7 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
     activations = model.n_layers * step.tokens / mesh.num_shards("sequence") * _activation_bytes(step)
     chunk_tokens = sequences * config.target_len / mesh.num_shards("sequence") / train.loss_chunks
     logits = chunk_tokens * model.n_vocab / mesh.num_shards("vocab")
-    head_gradient = 4 * model.d_model * model.n_vocab / mesh.num_shards("vocab")
+    head_gradient = 4 * model.embedding_dim * model.n_vocab / mesh.num_shards("vocab")
     working_set = max(LOGIT_BYTES * logits + head_gradient, _layer_bytes(step, sequences * model.seq_len))
     gradient_bytes = parameter_bytes * (2 if train.grad_accum_steps > 1 else 1)
     n_params = sum(math.prod(info.shape) for info in params.values())
@@ -144,10 +146,15 @@ class Stack(NamedTuple):
 
 
 def _find_stacks(config: Config, params: Mapping[str, ParamInfo]) -> list[Stack]:
-    """Return the decoder with the LM head, and the encoder if there is one; embedding look-ups need no FLOPs."""
+    """Return the decoder or encoder with the LM head, and the encoder of a decoder if there is one.
+
+    Embedding look-ups need no FLOPs, and the pooler and the classifier read one token of a sequence.
+    """
     encoder = {name: info for name, info in params.items() if name.startswith("transformer/encoder/")}
     embeddings = set() if config.model.tied_embeddings else {"transformer/w_tokens"}
-    decoder = {name: info for name, info in params.items() if name not in encoder.keys() | embeddings}
+    once = ("transformer/pooler/", "transformer/classifier/")
+    unused = encoder.keys() | embeddings | {name for name in params if name.startswith(once)}
+    decoder = {name: info for name, info in params.items() if name not in unused}
     stacks = [Stack(config.model, decoder, config.target_len)]
     if config.model.encoder is not None:
         stacks.append(Stack(config.model.encoder, encoder, config.model.seq_len))
@@ -190,9 +197,17 @@ def _describe_moments(optimizer: OptimizerConfig, model: ModelConfig) -> tuple[M
 
 
 def count_active(params: Mapping[str, ParamInfo], expert_rows: float, model: ModelConfig) -> float:
-    """Return the number of parameters that process a token, if experts compute `expert_rows` rows per token."""
+    """Return the number of parameters that process a token, if experts compute `expert_rows` rows per token.
+
+    Parameters that several layers share count once for each of them.
+    """
     share = expert_rows / model.experts.n_experts if model.experts else 1.0
-    return sum(math.prod(info.shape) * (share if "expert" in info.axes else 1.0) for info in params.values())
+    return sum(
+        math.prod(info.shape)
+        * (share if "expert" in info.axes else 1.0)
+        * (model.layer_uses if STACK in info.axes else 1.0)
+        for info in params.values()
+    )
 
 
 def _stores_scores(model: ModelConfig, topology: Topology) -> bool:

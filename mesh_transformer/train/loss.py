@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from mesh_transformer.config import Config, ModelConfig
+from mesh_transformer.config import Config, ConfigError, ModelConfig
 from mesh_transformer.mesh import axes_of, current_layout, psum_or_scatter
 from mesh_transformer.model.formulas import finish_logits
 from mesh_transformer.model.moe.router import RoutingStats
@@ -39,6 +39,12 @@ class LossOptions(NamedTuple):
 def loss_options(config: Config) -> LossOptions:
     """Return the loss options of a run."""
     return LossOptions(config.model, config.train.z_loss, config.train.loss_chunks)
+
+
+def require_head(model: ModelConfig) -> None:
+    """Raise ConfigError if a model has no logits to compute a loss of."""
+    if model.head == "none":
+        raise ConfigError('model.head="none" has no logits to compute a loss of; use "lm" or "masked-lm"')
 
 
 class SavedGradients(NamedTuple):

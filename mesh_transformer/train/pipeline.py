@@ -87,7 +87,7 @@ class StageFns(NamedTuple):
 
     embed: Callable[..., Array]  # (outer, key, tokens, positions) -> [B, T, D]
     stage: Callable[..., tuple]  # ((stage, shared), key, x, positions, segment_ids) -> [B, T, D], routing of its layers
-    final_norm: Callable[..., Array]  # (outer, key, x) -> [B, T, D], the input of the head
+    head_input: Callable[..., Array]  # (outer, key, x) -> [B, T, E]
     infos: dict[str, dict[str, ParamInfo]]
     n_stages: int
     zero_routing: RoutingStats | None  # zeros of the router statistics of all stages, [P, L / P, ...]
@@ -132,12 +132,12 @@ def pipeline_hidden(
         out, _, routing = _forward(pipeline, *carry, index)
         return (_rotate(out, 1), routing), _select_stage(out, n_stages - 1)
 
-    def final_norm(x: Array) -> Array:
-        return pipeline.fns.final_norm(pipeline.params.outer, None, x)
+    def head_input(x: Array) -> Array:
+        return pipeline.fns.head_input(pipeline.params.outer, None, x)
 
     ticks = jnp.arange(microbatches.count + n_stages - 1)
     (_, routing), outputs = jax.lax.scan(tick, (_zero_activations(pipeline), pipeline.fns.zero_routing), ticks)
-    return jax.lax.map(final_norm, outputs[n_stages - 1 :]), _merge_stages(routing)
+    return jax.lax.map(head_input, outputs[n_stages - 1 :]), _merge_stages(routing)
 
 
 def pipeline_gradients(
@@ -194,7 +194,7 @@ def make_stage_fns(config: Config, *, training: bool) -> StageFns:
     return StageFns(
         embed=hk.transform(embed).apply,
         stage=lambda params, *inputs: apply({**params[0], **params[1]}, *inputs),
-        final_norm=hk.transform(lambda x: Transformer(model).final_norm(x)).apply,
+        head_input=hk.transform(lambda x: Transformer(model).head_input(x)).apply,
         infos=describe_params(model),
         n_stages=n_stages,
         zero_routing=jax.tree.map(lambda x: jnp.zeros((n_stages, *x.shape)), zero_routing_stats(stage_model)),
@@ -314,7 +314,7 @@ def _microbatch_loss(
     """Return a microbatch's contribution to the loss per token, and its summed losses."""
     config = pipeline.config
     head = lm_head(outer, config.model)
-    x = pipeline.fns.final_norm(outer, None, x)
+    x = pipeline.fns.head_input(outer, None, x)
     w = head_matrix(head, config.model)
     result: Any = chunked_cross_entropy(x, w, head.b, microbatch.targets, microbatch.mask, loss_options(config))
     total, sums = result

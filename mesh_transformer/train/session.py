@@ -51,6 +51,11 @@ def train_config(
             f"JAX reports {jax.process_count()} processes, but mesh.processes is not set; "
             "pass --set 'mesh.processes=\"auto\"'"
         )
+    if not config.model.causal:
+        raise ConfigError(
+            "model.causal=false cannot be trained on next-token prediction: each token would see its own target. Use a "
+            "decoder (model.causal=true), or add one (model.n_encoder_layers)"
+        )
     is_main = process_index() == 0
     console = Console(quiet=not is_main)
     with RunFolder(config, lambda text: _print_line(console, text)) as folder:

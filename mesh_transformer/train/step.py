@@ -19,7 +19,7 @@ from mesh_transformer.model.moe.router import RoutingStats, router_losses, zero_
 from mesh_transformer.model.params import Params, split_scan
 from mesh_transformer.model.transformer import Model, make_model
 from mesh_transformer.reports.metrics_table import representative_layers
-from mesh_transformer.train.loss import TokenLosses, chunked_cross_entropy, loss_options
+from mesh_transformer.train.loss import TokenLosses, chunked_cross_entropy, loss_options, require_head
 from mesh_transformer.train.noise_scale import noise_scale, update_noise_scale
 from mesh_transformer.train.optimizer import global_norm
 from mesh_transformer.train.pipeline import Microbatches, pipeline_gradients, pipeline_hidden
@@ -149,6 +149,7 @@ def _batch_loss(
         inputs = model_inputs(config, batch)
         x, routing = model.hidden_states(params, batch.tokens, dropout_key=key, training=training, **inputs)
         targets, mask = to_zigzag(batch.targets), to_zigzag(batch.mask)
+    require_head(config.model)
     head = lm_head(params, config.model)
     w = head_matrix(head, config.model)
     result: Any = chunked_cross_entropy(x, w, head.b, targets, mask, loss_options(config))

@@ -104,6 +104,27 @@ PUBLISHED = {
     "switch-base-128": 7_415_217_408,
     "switch-base-256": 14_664_154_368,
     "switch-large-128": 26_309_291_008,
+    "bert-base-uncased": 109_514_298,
+    "bert-base-cased": 108_340_804,
+    "bert-large-uncased": 335_174_458,
+    "bert-large-cased": 333_610_308,
+    "roberta-base": 124_697_433,
+    "roberta-large": 355_412_057,
+    "albert-base-v2": 11_221_680,
+    "albert-large-v2": 16_795_824,
+    "albert-xlarge-v2": 54_821_040,
+    "albert-xxlarge-v2": 206_368_944,
+    "all-minilm-l6-v2": 22_713_216,
+}
+# Encoders without their masked language-model head, with a pooler and a classifier of this many labels.
+WITH_POOLER = {
+    ("bert-base-uncased", None): 109_482_240,
+    ("bert-large-cased", None): 333_579_264,
+    ("roberta-base", None): 124_645_632,
+    ("albert-base-v2", None): 11_683_584,
+    ("albert-large-v2", None): 17_683_968,
+    ("albert-xlarge-v2", None): 58_724_864,
+    ("albert-xxlarge-v2", 2): 222_603_778,
 }
 # Known to three or four digits: sizes that were published but not as files that transformers reads (Switch, table 9;
 # of XXL with the 128 experts of its code), and a decoder-only variant, which was never published.
@@ -213,6 +234,17 @@ PUBLISHED_SHAPES = {
     "switch-decoder-base-8": (12, 768, 12, 64),
     "switch-decoder-base-128": (12, 768, 12, 64),
     "switch-decoder-c": (15, 2080, 30, 64),
+    "bert-base-uncased": (12, 768, 12, 64),
+    "bert-base-cased": (12, 768, 12, 64),
+    "bert-large-uncased": (24, 1024, 16, 64),
+    "bert-large-cased": (24, 1024, 16, 64),
+    "roberta-base": (12, 768, 12, 64),
+    "roberta-large": (24, 1024, 16, 64),
+    "albert-base-v2": (12, 768, 12, 64),
+    "albert-large-v2": (24, 1024, 16, 64),
+    "albert-xlarge-v2": (24, 2048, 16, 128),
+    "albert-xxlarge-v2": (12, 4096, 64, 64),
+    "all-minilm-l6-v2": (6, 384, 12, 32),
 }
 
 
@@ -266,6 +298,11 @@ def closed_formula(name: str, c: ModelConfig) -> int:
 
         encoder = 0 if c.n_encoder_layers is None else stack(c.n_encoder_layers, 2)
         return tables + encoder + stack(layers, 2 if c.n_encoder_layers is None else 3)
+    if name.startswith(("bert", "roberta", "albert", "all-minilm")):
+        e, own_layers = c.embedding_dim, layers // c.layer_uses
+        embeddings = (v + t + c.position_offset + (c.n_token_types or 0) + 2) * e + (0 if e == d else (e + 1) * d)
+        head = (d + 1) * e + 2 * e + v if c.head == "masked-lm" else (d + 1) * d
+        return embeddings + own_layers * (4 * d * d + 2 * d * f + 9 * d + f) + head
     raise AssertionError(f"{name}: add the family's formula")
 
 
@@ -381,3 +418,10 @@ def test_describing_175_billion_parameters_allocates_nothing():
     infos = [info for arrays in describe_params(make_config("gpt3-175b")).values() for info in arrays.values()]
     assert max(info.shape for info in infos)[0] == 50257
     assert all(isinstance(size, int) for info in infos for size in info.shape)
+
+
+@pytest.mark.parametrize(("name", "n_labels"), WITH_POOLER)
+def test_encoders_with_a_pooler_and_a_classifier_have_the_published_size(name, n_labels):
+    table = PRESETS[name] | {"preset": name, "head": "none", "pooler": True, "n_labels": n_labels}
+    config = parse_model(table, where=name)
+    assert count_params(config) == WITH_POOLER[name, n_labels]

@@ -125,11 +125,6 @@ def test_unsupported_models_are_refused():
         ("mesh", dict(context=2), r"mesh\.context=2 is not supported with model\.n_encoder_layers"),
         ("mesh", dict(pipeline=2), r"mesh\.pipeline=2 is not supported with model\.n_encoder_layers"),
         ("train", dict(loss_chunks=3), r"the decoder's length \(data\.noise_density\)=8 is not a multiple"),
-        (
-            "model",
-            dict(n_encoder_layers=None, causal=False),
-            r"model\.causal=false cannot be trained on next-token prediction",
-        ),
     ],
 )
 def test_unsupported_runs_are_refused(section, values, message):

@@ -8,7 +8,7 @@ import typing
 import jax
 import pytest
 
-from mesh_transformer.config import OptimizerConfig, parse_config
+from mesh_transformer.config import ConfigError, OptimizerConfig, parse_config
 from mesh_transformer.plan.compile_worker import lower_training, make_topology_layout
 from mesh_transformer.plan.estimate import describe_model, describe_moments, estimate_training
 from mesh_transformer.plan.job import CompileJob
@@ -67,3 +67,32 @@ def test_muon_counts_both_moments_of_arrays_that_adam_updates():
     embedding = 4 * model.n_vocab * model.d_model
     n_bytes = 4 * sum(math.prod(info.shape) for info in describe_model(model).values())
     assert muon > n_bytes + embedding
+
+
+def test_shared_layers_cost_flops_but_no_memory():
+    """A training step of ALBERT, compared with the jaxpr's count and with a model whose layers are its own."""
+    table = {
+        "model": {"preset": "albert-base-v2", "seq_len": 128},
+        "data": {"train": {"a": {"path": "x"}}},
+        "train": {"steps": 1, "batch_size": 8},
+    }
+    shared, separate = (
+        parse_config({**table, "model": table["model"] | dict(shared_layers=is_shared)}, where="albert")
+        for is_shared in (True, False)
+    )
+    estimates = [estimate_training(config, "cpu-1") for config in (shared, separate)]
+    assert estimates[0].flops == pytest.approx(estimates[1].flops)
+    assert estimates[0].state_bytes < estimates[1].state_bytes / 5
+    job = CompileJob(config=shared, topology="cpu-1")
+    _, traced = lower_training(job, make_topology_layout(job))
+    assert estimates[0].flops == pytest.approx(traced.flops, rel=0.05)
+
+
+def test_a_model_without_logits_has_no_training_step():
+    table = {
+        "model": {"preset": "all-minilm-l6-v2"},
+        "data": {"train": {"a": {"path": "x"}}},
+        "train": {"steps": 1, "batch_size": 8},
+    }
+    with pytest.raises(ConfigError, match=r'model\.head="none" has no logits'):
+        estimate_training(parse_config(table, where="minilm"), "local")

@@ -70,7 +70,11 @@ def prepare_weights(
 def contracted_dims(name: str, axes: tuple[str, ...]) -> tuple[int, ...]:
     """Return the dimensions of a weight that its matmul contracts; () for other parameters, such as a norm's scale."""
     short = name.rpartition("/")[2]
-    if not short.startswith("w_") or short in ("w_positions", "w_router"):  # routing keeps the trained precision
+    if not short.startswith("w_") or short in (
+        "w_positions",
+        "w_token_types",
+        "w_router",
+    ):  # routing keeps the trained precision
         return ()
     if short == "w_tokens" or axes[0] == "expert":
         return (1,)
