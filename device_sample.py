@@ -16,23 +16,32 @@ examples:
       from earlier repetitions in the text, or from a smaller model with the same vocabulary. The tokens are those of
       plain decoding. --json adds `speculative`: draft_tokens and accepted_tokens. Decoder-only models only
 
+A converted model begins and ends texts as its Hugging Face files say, and samples with the defaults of its
+generation_config.json, which --set sample.NAME=VALUE and flags override.
+
 exit status: 0 done, 1 failed, 2 wrong usage or configuration
 """
 
 import argparse
+import json
 import sys
 
 from mesh_transformer.cli import add_set_option, make_parser, run_command
 from mesh_transformer.config import ConfigError
 
 FLAGS = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float}  # short for --set sample.NAME=VALUE
+SPECIAL = {
+    "add_special_tokens": "add to prompts the special tokens that a converted model's files add, such as <s>; the default",
+    "parse_special": "special tokens written in a prompt, such as <|im_start|>, become their ids; default: they are text",
+}
 
 
 def main(arguments: list[str]) -> int:
     """Load the model, then generate for the prompts or run the interactive prompt."""
     options = parse(arguments)
     overrides = list(options.set)
-    overrides += [f"sample.{name}={value}" for name in FLAGS if (value := getattr(options, name)) is not None]
+    given = {name: value for name in (*FLAGS, *SPECIAL) if (value := getattr(options, name)) is not None}
+    overrides += [f"sample.{name}={json.dumps(value)}" for name, value in given.items()]
     if options.speculative:
         overrides.append(f'serve.speculative="{options.speculative}"')
     # JAX is imported after parsing, so that --help and usage errors are fast.
@@ -40,13 +49,15 @@ def main(arguments: list[str]) -> int:
     from mesh_transformer.sample.repl import Repl
     from mesh_transformer.sample.text_generation import complete_texts
 
-    engine, tokenizer, config, step, where = load_model(options.run, overrides)
+    engine, _, config, step, where, defaults = load_model(options.run, overrides)
+    for line in defaults.describe():
+        print(line, file=sys.stderr)
     if options.prompt is None:
         print(f"{where}: step {step}", file=sys.stderr)
-        Repl(engine, tokenizer, config.sample, seed=options.seed, stops=options.stop).run()
+        Repl(engine, defaults, config.sample, seed=options.seed, stops=options.stop).run()
         return 0
     completions = complete_texts(
-        engine, tokenizer, options.prompt, config.sample, n=options.n, seed=options.seed, stops=options.stop
+        engine, defaults, options.prompt, config.sample, n=options.n, seed=options.seed, stops=options.stop
     )
     for number, completion in enumerate(completions):
         n_tokens = len(completion.tokens)
@@ -71,6 +82,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=1, help="samples per prompt; default: %(default)s")
     for name, kind in FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"the same as --set sample.{name}=...")
+    for name, text in SPECIAL.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=text)
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts; default: %(default)s")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help=r"end before TEXT; \n is a new line; repeatable"

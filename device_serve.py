@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> int:
 
     loaded = load_model(options.run, options.set)
     print(f"{loaded.where}: step {loaded.step}", file=sys.stderr)
+    for line in loaded.defaults.describe():
+        print(line, file=sys.stderr)
     name = options.name or Path(options.run).resolve().name
     succeeded = serve(loaded, name=name, host=options.host, port=options.port, token=token)
     return DONE if succeeded else FAILED

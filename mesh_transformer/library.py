@@ -42,6 +42,8 @@ SAMPLING = (
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "add_special_tokens",
+    "parse_special",
 )
 
 
@@ -80,7 +82,7 @@ class Model:
           seed: equal seeds give equal samples.
           stop: strings that end a sample; they are not part of it.
           **sampling: fields of the `[sample]` section that override the model's: max_tokens, temperature, top_k, top_p,
-            min_p, repetition_penalty, presence_penalty, frequency_penalty.
+            min_p, repetition_penalty, presence_penalty, frequency_penalty, add_special_tokens, parse_special.
 
         Returns:
           The generated text for one prompt with n=1; otherwise a list of completions (prompt, text, tokens, logprobs,
@@ -112,17 +114,18 @@ class Model:
     def logits(self, prompt: str | Sequence[int]) -> np.ndarray:
         """Return the logits of the next token after each token of `prompt`, float32 [tokens, n_vocab].
 
-        `prompt` is a text or a list of token IDs. Raises PromptError for an empty or too long prompt, and ConfigError for an
-        encoder-decoder model.
+        `prompt` is a text, which is encoded as in `generate`, or a list of token IDs. Raises PromptError for an empty or too
+        long prompt, and ConfigError for an encoder-decoder model.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            prompt = self._loaded.defaults.encode(prompt) if prompt else []
         engine = self._loaded.engine
         if not isinstance(engine, DecoderOnlyEngine):
             raise ConfigError(
                 "logits of an encoder-decoder model depend on encoder and decoder tokens; call "
                 "mesh_transformer.model.transformer.make_model(config.model).apply with both"
             )
-        return engine.logits(ids)
+        return engine.logits(list(prompt))
 
     def _start(
         self, prompts: Sequence[str], n: int, seed: int, stop: Sequence[str], sampling: dict[str, Any]
@@ -131,7 +134,7 @@ class Model:
             raise ConfigError(f"{unknown[0]} is not a sampling parameter; expected one of: {', '.join(SAMPLING)}")
         options = dataclasses.replace(self.config.sample, **sampling)
         loaded = self._loaded
-        return TextGeneration(loaded.engine, loaded.tokenizer, prompts, options, n=n, seed=seed, stops=stop)
+        return TextGeneration(loaded.engine, loaded.defaults, prompts, options, n=n, seed=seed, stops=stop)
 
 
 def load_model(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Model:

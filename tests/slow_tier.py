@@ -28,6 +28,7 @@ SLOW = {
     "checkpoint/test_object_stores.py": r"resumes_in_the_store|\[gs\]",
     "checkpoint/test_store.py": r"a_hundred_saves",
     "serve/test_chat_server.py": "",
+    "serve/test_converted_server.py": "",
     "serve/test_server.py": r"openai_client",
     "corpus/test_ray.py": "",
     "corpus/test_slurm.py": "",

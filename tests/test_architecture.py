@@ -397,6 +397,7 @@ COVERED_BY = {
     ),
     "sample/engine/test_encoder_decoder.py": ("sample.engine.encoder_decoder_programs",),
     "sample/test_memory.py": ("host_memory",),
+    "sample/test_model_defaults.py": ("convert.huggingface.carried",),
     "serve/test_server.py": (
         "serve.app",
         "serve.chat_completions",
@@ -420,7 +421,8 @@ WHOLE = {
     "corpus/test_bench_corpus.py",
     "corpus/test_build_corpus.py", "corpus/test_inspect_corpus.py", "corpus/test_ray.py", "corpus/test_slurm.py",
     "corpus/test_version_1_0.py", "distributed/test_processes.py", "model/test_encoder.py", "model/test_reference.py",
-    "sample/test_memory.py", "scripts/test_bench.py", "serve/test_chat_server.py", "test_architecture.py",
+    "sample/test_memory.py", "scripts/test_bench.py", "serve/test_chat_server.py", "serve/test_converted_server.py",
+    "test_architecture.py",
     "test_docs_commands.py", "test_journey.py", "test_notebooks.py", "test_troubleshooting.py", "test_version_1_0.py",
     "test_vocabulary.py",
 }  # fmt: skip

@@ -173,6 +173,7 @@ def test_a_run_starts_from_the_weights_of_another(config_file, straight, load_op
         config_file, "tuned", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2", "optimizer.learning_rate=1e-3", *start
     )
     run = open_run(config, open_data(config), make_layout(config.mesh))
+    assert run.carried == {}, "the other run is no converted model"
     before = read_state(straight, 20)
     after = {name: np.asarray(array) for name, array in flatten_state(run.state).items()}
     assert run.step == 0

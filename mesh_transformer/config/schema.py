@@ -204,6 +204,9 @@ class SampleConfig:
     repetition_penalty: Rate = 1.0  # divides the logits of tokens that occurred (Keskar et al. 2019); 1: off
     presence_penalty: float = 0.0  # subtracted from the logit of each token that was generated; 0: off
     frequency_penalty: float = 0.0  # subtracted per occurrence in the generated tokens; 0: off
+    # add to a prompt the special tokens that the tokenizer files of a converted model add to a text, such as <s>
+    add_special_tokens: bool = True
+    parse_special: bool = False  # special tokens written in a prompt become their ids; otherwise they are text
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -20,6 +20,7 @@ from mesh_transformer.config import ConfigError
 from mesh_transformer.convert.bit_check import verify_bits
 from mesh_transformer.convert.destination import check_destination, publish, staging_folder
 from mesh_transformer.convert.gptj.writer import make_external_config
+from mesh_transformer.convert.huggingface.carried import CARRIED_TEXTS, read_carried
 from mesh_transformer.convert.huggingface.reader import find_family
 from mesh_transformer.convert.import_plan import ImportPlan
 from mesh_transformer.convert.lazy_arrays import array_bytes
@@ -28,6 +29,7 @@ from mesh_transformer.convert.progress import Progress, no_progress
 from mesh_transformer.convert.readers import OpenCheckpoint, open_checkpoint, require_gguf
 from mesh_transformer.convert.sources import find_source
 from mesh_transformer.convert.writers import WriteOptions, write_gptj_v1, write_huggingface, write_native
+from mesh_transformer.data.span_corruption import SentinelTokenizer
 from mesh_transformer.data.tokenizers import load_tokenizer, tokenizer_from_json
 from mesh_transformer.host_memory import keep_freed_memory
 from mesh_transformer.storage.errors import CheckpointError, StorageError
@@ -37,15 +39,6 @@ from mesh_transformer.storage.resume_log import ResumeLog, open_staging_log
 if TYPE_CHECKING:
     from mesh_transformer.convert.gguf.writer import OutModel  # needs the package gguf
 
-# Files of a Hugging Face folder that a native checkpoint stores with the weights, to be written when it is exported.
-CARRIED_TEXTS = (
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json
 GPT2_END_OF_TEXT = 50256
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -218,9 +211,7 @@ def make_meta(source: OpenCheckpoint, options: ConversionOptions) -> dict[str, A
     if "config" not in meta:
         meta["config"] = {"model": model}
     if source.kind == "huggingface":
-        files = [source.path / name for name in CARRIED_TEXTS]
-        meta["carried"] = {file.name: file.read_bytes().decode() for file in files if file.is_file()}
-        meta["special_ids"] = {key: source.external_config[key] for key in SPECIAL_IDS if key in source.external_config}
+        meta |= read_carried(source.path, source.external_config)
         meta["model_type"] = source.external_config["model_type"]
     if source.kind == "gptj-v1" and model["n_vocab"] > GPT2_END_OF_TEXT:  # it always uses the tokenizer of GPT-2
         meta["special_ids"] = {"bos_token_id": GPT2_END_OF_TEXT, "eos_token_id": GPT2_END_OF_TEXT}
@@ -287,21 +278,28 @@ def parse_bytes(text: str) -> int:
 
 
 def _write_carried(folder: Path, meta: dict[str, Any]) -> None:
-    """Write the tokenizer and the files that came with the weights, unless they exist, and the IDs of special tokens.
-
-    transformers uses defaults for IDs that config.json does not have.
-    """
+    """Write the tokenizer and the files that came with the weights, unless they exist, and the IDs of special tokens."""
     texts = dict(meta.get("carried", {}))
     tokenizer = meta.get("tokenizer", {})
-    end = tokenizer_from_json(tokenizer).end_of_text if tokenizer else None
     table = json.loads((folder / "config.json").read_bytes())
-    table |= meta.get("special_ids", {"bos_token_id": end, "eos_token_id": end})
+    table |= meta["special_ids"] if "special_ids" in meta else _special_ids(tokenizer, table)
     (folder / "config.json").write_text(json.dumps(table, indent=1))
     if tokenizer.get("type") == "file":
         texts["tokenizer.json"] = json.dumps(tokenizer["tokenizer"], ensure_ascii=False)
     for name in texts.keys() & {*CARRIED_TEXTS, "tokenizer.json"}:
         if not (folder / name).exists():
             (folder / name).write_text(texts[name], encoding="utf-8")
+
+
+def _special_ids(tokenizer: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return the special ids of a model that was trained here; for ids that are missing, transformers uses defaults."""
+    if not tokenizer:
+        return {"bos_token_id": None, "eos_token_id": None}
+    loaded = tokenizer_from_json(tokenizer)
+    ids = {"bos_token_id": loaded.end_of_text, "eos_token_id": loaded.end_of_text}
+    if config.get("is_encoder_decoder"):
+        ids["decoder_start_token_id"] = SentinelTokenizer(loaded, config["vocab_size"]).decoder_start
+    return ids
 
 
 def _stamp(path: AnyPath) -> list[Any]:

@@ -41,16 +41,13 @@ class NoChatTemplate(ChatError):
 class ChatTemplate:
     """The chat template and special tokens of one model."""
 
-    def __init__(self, tokenizer: Tokenizer, meta: Mapping[str, Any], *, n_vocab: int):
+    def __init__(self, tokenizer: Tokenizer, meta: Mapping[str, Any]):
         """`meta` is the checkpoint's: its `carried` maps names of files in the model's folder to their text.
 
-        `n_vocab` is the model's. A missing or invalid template is reported by `render`.
+        A missing or invalid template is reported by `render`.
         """
         self._tokenizer_json = tokenizer.to_json().get("tokenizer")
         self._files: Mapping[str, str] = meta.get("carried") or {}
-        self._end_of_text = tokenizer.end_of_text
-        self._special_ids = meta.get("special_ids") or {}
-        self._n_vocab = n_vocab
 
     @functools.cached_property
     def source(self) -> str | None:
@@ -65,15 +62,6 @@ class ChatTemplate:
                     f"none of this model's chat templates ({', '.join(map(str, named))}) is named {DEFAULT_NAME}"
                 )
         return found if isinstance(found, str) and found else None
-
-    @functools.cached_property
-    def stop_tokens(self) -> list[int]:
-        """Ids that end a response: the end of text, and the end-of-sequence tokens in the model's files."""
-        found: list[Any] = [self._end_of_text, self._library.token_to_id(self._special.get("eos_token", ""))]
-        for table in (self._special_ids, self._read("generation_config.json")):
-            ids = table.get("eos_token_id")
-            found += ids if isinstance(ids, list) else [ids]
-        return list(dict.fromkeys(i for i in found if isinstance(i, int) and 0 <= i < self._n_vocab))
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return the prompt for a response to `messages`, with escaped special tokens; pass it to `encode`.

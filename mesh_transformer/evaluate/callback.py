@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation callback of training: runs the tasks of [evaluate] at the configured steps."""
 
-from mesh_transformer.config import Config, ConfigError
+from mesh_transformer.config import Config, ConfigError, config_to_dict
 from mesh_transformer.distributed.coordination import process_count
 from mesh_transformer.evaluate.evaluation import EvalTarget, check_tasks, evaluate_model
 from mesh_transformer.evaluate.harness_tasks import load_definition
@@ -13,6 +13,7 @@ from mesh_transformer.reports.evaluation_results import Evaluation
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
 from mesh_transformer.sample.engine.engine import EngineOptions
 from mesh_transformer.sample.engine.weights import prepare_weights
+from mesh_transformer.sample.model_defaults import read_defaults
 from mesh_transformer.train.loop import MeasureFn
 from mesh_transformer.train.run import Run
 
@@ -50,7 +51,9 @@ class EvaluationCallback:
         engine = self._open_engine(run) if self.generates else None
         location = str(run.folder.location)
         try:
-            target = EvalTarget(self.config, run.data.tokenizer, scorer, engine, run.step, location)
+            meta = {"config": config_to_dict(self.config), **run.carried}
+            defaults = read_defaults(meta, run.data.tokenizer, self.config.model, location)
+            target = EvalTarget(self.config, defaults, scorer, engine, run.step, location)
             return evaluate_model(target, on_progress)
         finally:
             scorer.params = None  # free the memory for the next step

@@ -39,7 +39,7 @@ def evaluate_checkpoint(run: str, overrides: Iterable[str] = (), *, quiet: bool 
     check_tasks(loaded.config)
     print(f"{loaded.where}: step {loaded.step}", file=sys.stderr)
     scorer = make_scorer(loaded.engine, batch_tokens=loaded.config.evaluate.batch_tokens)
-    target = EvalTarget(loaded.config, loaded.tokenizer, scorer, loaded.engine, loaded.step, loaded.where)
+    target = EvalTarget(loaded.config, loaded.defaults, scorer, loaded.engine, loaded.step, loaded.where)
     run_folder = find_run_folder(parse_path(loaded.where))
     if run_folder is None:
         with show_progress() as on_progress:

@@ -15,7 +15,6 @@ from rich.text import Text
 
 from mesh_transformer.config import Config, ConfigError, config_to_dict
 from mesh_transformer.data.errors import Document
-from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.evaluate.harness_tasks import (
     TaskInputs,
     import_harness,
@@ -42,6 +41,7 @@ from mesh_transformer.evaluate.wikitext import WikiText, wikitext_results
 from mesh_transformer.reports.console import ProgressFn
 from mesh_transformer.reports.evaluation_results import Evaluation, make_tables, metrics_of
 from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.sample.model_defaults import ModelDefaults
 
 FEWSHOT_POOL = 100  # synthetic examples that are reserved for few-shot prompts
 
@@ -50,7 +50,7 @@ class EvalTarget(NamedTuple):
     """The model to evaluate, and the configuration that names the tasks."""
 
     config: Config
-    tokenizer: Tokenizer
+    defaults: ModelDefaults
     scorer: LoglikelihoodScorer
     engine: Engine | None  # generates text; None if no task needs it
     step: int
@@ -130,7 +130,7 @@ def evaluate_model(target: EvalTarget, on_progress: ProgressFn = lambda name, do
         # not at the top: this import needs lm-evaluation-harness, an optional dependency
         from mesh_transformer.evaluate.harness_model import HarnessModel
 
-        model = HarnessModel(target.scorer, target.tokenizer, target.engine, on_progress)
+        model = HarnessModel(target.scorer, target.defaults, target.engine, on_progress)
         results = run_tasks(model, {name: _read_inputs(target, name) for name in harness_names})
         for key, values in results.items():
             found[key] |= _to_plain(values)
@@ -139,7 +139,7 @@ def evaluate_model(target: EvalTarget, on_progress: ProgressFn = lambda name, do
         "model_args": target.location,
         "step": target.step,
         "evaluate": config_to_dict(evaluate),
-        "tokenizer": target.tokenizer.fingerprint,
+        "tokenizer": target.defaults.tokenizer.fingerprint,
         "jax": jax.__version__,
     }
     found["date"] = time.time()
@@ -161,7 +161,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 
 
 def _read_texts(target: EvalTarget) -> Iterator[tuple[str, Document]]:
-    return read_texts(target.config, target.tokenizer, _components(target.config))
+    return read_texts(target.config, target.defaults.tokenizer, _components(target.config))
 
 
 def _score(
@@ -170,7 +170,7 @@ def _score(
     evaluate = target.config.evaluate
     return score_documents(
         target.scorer,
-        target.tokenizer,
+        target.defaults,
         documents,
         context=evaluate.context,
         stride=evaluate.stride,

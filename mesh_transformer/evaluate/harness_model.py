@@ -5,6 +5,7 @@
 Importing this module imports the harness, which is an optional dependency: import it only when harness tasks are run.
 """
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,11 @@ from typing import Any
 import xxhash
 
 from mesh_transformer.config import ConfigError, SampleConfig
-from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.evaluate.harness_tasks import import_harness
 from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer, ScoringRequest
 from mesh_transformer.reports.console import ProgressFn
 from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.sample.model_defaults import ModelDefaults
 from mesh_transformer.sample.text_generation import complete_texts
 
 DEFAULT_MAX_TOKENS = 256  # of an answer, if the task does not set max_gen_toks
@@ -28,14 +29,14 @@ harness_utils: Any = import_harness("lm_eval.utils")
 
 
 class HarnessModel(TemplateLM):
-    """A model of the harness. Contexts that are too long are truncated from the left, as in the harness's own models."""
+    """A model of the harness. Texts begin and end, and long contexts are truncated, as in HFLM, the harness's own model."""
 
     batch_size = 1
 
     def __init__(
         self,
         scorer: LoglikelihoodScorer,
-        tokenizer: Tokenizer,
+        defaults: ModelDefaults,
         engine: Engine | None = None,
         on_progress: ProgressFn = lambda kind, done, total: None,
     ) -> None:
@@ -43,7 +44,11 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.truncated: dict[Any, set[Any]] = defaultdict(set)  # task -> examples whose prompts were truncated
         self._scorer = scorer
-        self._tokenizer = tokenizer
+        self._defaults = defaults
+        # HFLM adds the tokenizer's end to the stop strings.
+        ends = dict.fromkeys((*defaults.eos_token_ids, defaults.tokenizer.end_of_text))
+        self._generation_defaults = dataclasses.replace(defaults, eos_token_ids=tuple(ends))
+        self._tokenizer = defaults.tokenizer
         self._engine = engine
         self._on_progress = on_progress
         self._examples: list[tuple[Any, Any]] = []  # task and example of each request being scored
@@ -61,6 +66,10 @@ class HarnessModel(TemplateLM):
         return self._tokenizer.end_of_text
 
     @property
+    def prefix_token_id(self) -> int:
+        return self._defaults.prefix_token_id
+
+    @property
     def world_size(self) -> int:
         return 1  # all processes share every batch; the harness sees one
 
@@ -72,7 +81,12 @@ class HarnessModel(TemplateLM):
         return {"model": "mesh-transformer", "max_length": self.max_length}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self._tokenizer.encode(string)
+        is_file, begin = self._defaults.from_files, self._tokenizer.begin_of_text
+        ids = self._tokenizer.encode(
+            string, add_special_tokens=is_file and add_special_tokens is not False, parse_special=is_file
+        )
+        has_two = add_special_tokens is None and begin is not None and ids[:2] == [begin, begin]
+        return ids[1:] if has_two else ids  # HFLM adds none to a text that begins with it
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         self._examples = [(request.task_name, request.doc_id) for request in requests]
@@ -102,8 +116,8 @@ class HarnessModel(TemplateLM):
         windows: list[ScoringRequest] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
-            ids = self._tokenizer.encode(request.args[0])
-            for window in harness_utils.get_rolling_token_windows(ids, self.eot_token_id, self.max_length, 1):
+            ids = self.tok_encode(request.args[0])
+            for window in harness_utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
                 context, scored = harness_utils.make_disjoint_window(window)
                 windows.append(ScoringRequest([*context, *scored], len(scored)))
                 owners.append(number)
@@ -132,22 +146,25 @@ class HarnessModel(TemplateLM):
     def _generate(self, engine: Engine, requests: Mapping[int, Any]) -> dict[int, str]:
         """Return the answers to requests with the same sampling parameters; those in the resume log are reused."""
         log = self._scorer.resume_log
-        options, stops = _generation_kwargs(next(iter(requests.values())).args[1], self.max_length)
+        options, stops = _generation_kwargs(
+            next(iter(requests.values())).args[1], self.max_length, self._defaults.sampling
+        )
         answers: dict[int, str] = {}
-        prompts: dict[int, str] = {}
+        prompts: dict[int, str | list[int]] = {}
         for number, request in requests.items():
-            prompt, is_truncated = _truncate_left(
-                self._tokenizer, request.args[0], self.max_length - options.max_tokens
-            )
-            if is_truncated:
+            ids = self.tok_encode(request.args[0])
+            max_tokens = self.max_length - options.max_tokens
+            if len(ids) > max_tokens:
                 self.truncated[request.task_name].add(request.doc_id)
             known = log.get(_digest(request)) if log else None
             if known is None:
-                prompts[number] = prompt
+                prompts[number] = ids[-max_tokens:] or ""
             else:
                 answers[number] = known
         if prompts:
-            completions = complete_texts(engine, self._tokenizer, list(prompts.values()), options, stops=stops)
+            completions = complete_texts(
+                engine, self._generation_defaults, list(prompts.values()), options, stops=stops
+            )
             for number, completion in zip(prompts, completions, strict=True):
                 answers[number] = completion.text
                 if log:
@@ -171,22 +188,23 @@ def split_continuation(context: Sequence[int], continuation: Sequence[int], max_
     ]
 
 
-def _generation_kwargs(kwargs: Mapping[str, Any], max_length: int) -> tuple[SampleConfig, list[str]]:
-    """Return the sampling parameters and stop strings of a task; greedy unless it sets do_sample."""
+def _generation_kwargs(
+    kwargs: Mapping[str, Any], max_length: int, sampling: Mapping[str, Any]
+) -> tuple[SampleConfig, list[str]]:
+    """Return the sampling parameters and stop strings of a task; greedy unless it sets do_sample.
+
+    `sampling` are the defaults of the model's generation_config.json.
+    """
     do_sample = bool(kwargs.get("do_sample"))
     stops = kwargs.get("until") or []
-    options = SampleConfig(
-        temperature=float(kwargs.get("temperature", 1.0)) if do_sample else 0.0,
-        top_p=float(kwargs.get("top_p", 1.0)) if do_sample else 1.0,
-        max_tokens=min(int(kwargs.get("max_gen_toks", DEFAULT_MAX_TOKENS)), max(max_length // 2, 1)),
-    )
-    return options, [stops] if isinstance(stops, str) else list(stops)
-
-
-def _truncate_left(tokenizer: Tokenizer, prompt: str, max_tokens: int) -> tuple[str, bool]:
-    """Return the prompt, or its end if it has more than `max_tokens` tokens, and whether it was truncated."""
-    ids = tokenizer.encode(prompt)
-    return (tokenizer.decode(ids[-max_tokens:]), True) if len(ids) > max_tokens else (prompt, False)
+    named = dict(sampling)
+    named["max_tokens"] = min(int(kwargs.get("max_gen_toks", DEFAULT_MAX_TOKENS)), max(max_length // 2, 1))
+    if do_sample:
+        named |= {"temperature": float(kwargs.get("temperature", named.get("temperature", 1.0)))}
+        named |= {"top_p": float(kwargs.get("top_p", named.get("top_p", 1.0)))}
+    else:
+        named["temperature"] = 0.0
+    return SampleConfig(**named), [stops] if isinstance(stops, str) else list(stops)
 
 
 def _digest(request: Any) -> str:

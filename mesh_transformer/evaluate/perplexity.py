@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bits per byte of documents: the Pile's protocol (arXiv 2101.00027, section 3), or overlapping windows.
 
-Each document is scored separately, after one end-of-text token. It is split into segments of the context length. Every
+Each document is scored separately, after the token that begins a text: that of a converted model's tokenizer (<s>), else
+the end of text. It is split into segments of the context length. Every
 token is scored once, given the tokens before it in its segment; the first token of a segment is given the last token of
 the segment before. With a stride below the context length, segments overlap: each window scores `stride` new tokens and has
 earlier ones as context. The end of the document is not scored. The loss in nats is divided by the UTF-8 bytes of the text,
@@ -18,8 +19,8 @@ import xxhash
 
 from mesh_transformer.config import ConfigError
 from mesh_transformer.data.errors import DataError, Document
-from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer, ScoringRequest
+from mesh_transformer.sample.model_defaults import ModelDefaults
 
 CHUNK_TOKENS = 1 << 18  # tokens that are scored at a time
 
@@ -68,9 +69,9 @@ class TextScore(NamedTuple):
 
 
 def sliding_windows(
-    tokens: Sequence[int], end_of_text: int, context: int, stride: int | None = None
+    tokens: Sequence[int], prefix_token: int, context: int, stride: int | None = None
 ) -> Iterator[ScoringRequest]:
-    """Yield requests that together score every token of a document once, in order.
+    """Yield requests that together score every token of a document once, in order, the first one after `prefix_token`.
 
     A window has at most `context` tokens and begins `stride` (default: context) tokens after the previous one.
     """
@@ -79,7 +80,7 @@ def sliding_windows(
         raise ConfigError(
             f"evaluate.stride={stride} with a context of {context} tokens: must be between 1 and the context"
         )
-    padded = [end_of_text, *tokens]
+    padded = [prefix_token, *tokens]
     scored = 0
     for first in range(0, len(tokens), stride):
         end = min(first + context, len(tokens))
@@ -91,7 +92,7 @@ def sliding_windows(
 
 def score_documents(
     scorer: LoglikelihoodScorer,
-    tokenizer: Tokenizer,
+    defaults: ModelDefaults,
     documents: Iterable[tuple[str, Document]],
     *,
     context: int | None = None,
@@ -131,12 +132,13 @@ def score_documents(
         total.size += n_bytes
         if not is_sampled(document.name, fraction) or total.documents == limit:
             continue
-        tokens = tokenizer.encode(document.text)
+        tokens = defaults.tokenizer.encode(document.text)
         total.tokens += len(tokens)
         total.n_bytes += n_bytes
         total.documents += 1
         scored_bytes += n_bytes
-        waiting += [(total, request) for request in sliding_windows(tokens, tokenizer.end_of_text, context, stride)]
+        windows = sliding_windows(tokens, defaults.prefix_token_id, context, stride)
+        waiting += [(total, request) for request in windows]
         if sum(request.n_scored for _, request in waiting) >= CHUNK_TOKENS:
             score_waiting()
     score_waiting()

@@ -12,7 +12,6 @@ from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import Config, ConfigError, merge_override, parse_config
 from mesh_transformer.config.renamed import translate_stored
 from mesh_transformer.convert.model_cache import find_model
-from mesh_transformer.data.span_corruption import SentinelTokenizer
 from mesh_transformer.data.tokenizers import Tokenizer, tokenizer_from_json
 from mesh_transformer.host_memory import keep_freed_memory
 from mesh_transformer.mesh import MeshLayout, init_devices
@@ -27,6 +26,7 @@ from mesh_transformer.sample.engine.speculative import (
     PromptLookupDrafter,
     check_vocabulary,
 )
+from mesh_transformer.sample.model_defaults import ModelDefaults, apply_defaults, read_defaults
 from mesh_transformer.storage.paths import AnyPath
 
 SETTABLE = ("sample.", "serve.", "evaluate.", "mesh.", "model.dtype")
@@ -43,6 +43,7 @@ class LoadedModel(NamedTuple):
     config: Config  # that of the training, with the overrides of load_model
     step: int
     where: str  # folder of the checkpoint
+    defaults: ModelDefaults  # those of the model's files, with the overrides of load_model
 
 
 def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedModel:
@@ -60,32 +61,19 @@ def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedMode
       ConfigError: an override would change the model, the mesh does not fit, or the draft model does not match.
     """
     keep_freed_memory(True)  # before threads start, so that malloc uses one arena
+    overrides = list(overrides)
     store, step = find_model(path, log=_log)
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
     config = read_model_config(meta, where, overrides)
     if "tokenizer" not in meta:
         raise ConfigError(f"{where} has no tokenizer; convert the checkpoint again with --tokenizer PATH")
+    defaults = read_defaults(meta, tokenizer_from_json(meta["tokenizer"], where=where), config.model, where)
+    defaults, config = apply_defaults(defaults, config, overrides)
     layout = init_devices(config.mesh)
     params = _read_params(store, step, config, layout)
-    tokenizer = tokenizer_from_json(meta["tokenizer"], where=where)
-    serve = config.serve
-    options = EngineOptions(slots=serve.slots, weight_dtype=serve.weight_dtype, kv_cache_dtype=serve.kv_cache_dtype)
-    engine: Engine
-    if config.model.n_encoder_layers is None:
-        drafter = _make_drafter(config, layout)
-        engine = DecoderOnlyEngine(config.model, params, options, layout=layout, drafter=drafter)
-    else:
-        tokenizer = SentinelTokenizer(tokenizer, config.model.n_vocab)
-        engine = EncoderDecoderEngine(
-            config.model,
-            params,
-            options,
-            start_token=tokenizer.decoder_start,
-            end_token=tokenizer.end_of_text,
-            layout=layout,
-        )
-    return LoadedModel(engine, tokenizer, config, step, where)
+    engine = _make_engine(config, params, layout, defaults)
+    return LoadedModel(engine, defaults.tokenizer, config, step, where, defaults)
 
 
 def read_meta(model: LoadedModel) -> dict[str, Any]:
@@ -145,6 +133,23 @@ def _read_params(store: Store, step: int, config: Config, layout: MeshLayout) ->
         module, _, leaf = name.removeprefix("params/").rpartition("/")
         params.setdefault(module, {})[leaf] = array
     return params
+
+
+def _make_engine(config: Config, params: Params, layout: MeshLayout, defaults: ModelDefaults) -> Engine:
+    """Return the engine of a model with the options of `config.serve`."""
+    serve = config.serve
+    options = EngineOptions(slots=serve.slots, weight_dtype=serve.weight_dtype, kv_cache_dtype=serve.kv_cache_dtype)
+    if defaults.decoder is None:
+        drafter = _make_drafter(config, layout)
+        return DecoderOnlyEngine(config.model, params, options, layout=layout, drafter=drafter)
+    return EncoderDecoderEngine(
+        config.model,
+        params,
+        options,
+        start_token=defaults.decoder.start_token,
+        end_token=defaults.decoder.end_token,
+        layout=layout,
+    )
 
 
 def _make_drafter(config: Config, layout: MeshLayout) -> Drafter | None:

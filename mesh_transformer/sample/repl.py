@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from mesh_transformer.config import SampleConfig
-from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.sample.engine.engine import Engine
+from mesh_transformer.sample.model_defaults import ModelDefaults
 from mesh_transformer.sample.text_generation import TextGeneration
 
 HELP = '''\
@@ -45,11 +45,17 @@ class Repl:
     """One session at a terminal, or over pipes, where stdout has only the completions."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, options: SampleConfig, *, seed: int = 0, stops: Sequence[str] = ()
+        self,
+        engine: Engine,
+        defaults: ModelDefaults,
+        options: SampleConfig,
+        *,
+        seed: int = 0,
+        stops: Sequence[str] = (),
     ) -> None:
         """Start with `options` and `seed`; completions end before any of `stops`."""
         self._engine = engine
-        self._tokenizer = tokenizer
+        self._defaults = defaults
         self._stops = list(stops)
         self._start = (options, seed)
         self._options = options
@@ -106,7 +112,7 @@ class Repl:
         # The signal sets a flag instead of raising: an exception inside XLA can crash the process at exit.
         with StopRequest((signal.SIGINT,), "") as stop:
             generation = TextGeneration(
-                self._engine, self._tokenizer, [prompt], self._options, seed=seed, stops=self._stops
+                self._engine, self._defaults, [prompt], self._options, seed=seed, stops=self._stops
             )
             for _, text in generation:
                 self._write(text)
@@ -170,7 +176,7 @@ def set_option(options: SampleConfig, assignment: str) -> SampleConfig:
     try:
         return dataclasses.replace(options, **{name: tomllib.loads(f"value = {value}")["value"]})
     except tomllib.TOMLDecodeError:
-        raise ReplError(f"/set {name} needs a number, got {value!r}") from None
+        raise ReplError(f"/set {name} needs a number, true or false, got {value!r}") from None
     except ValidationError as error:
         raise ReplError(f"{name} = {value}: {error.errors()[0]['msg']}") from None
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from mesh_transformer.config import ConfigError, SampleConfig
-from mesh_transformer.data.tokenizers import StreamDecoder, Tokenizer
+from mesh_transformer.data.tokenizers import StreamDecoder
 from mesh_transformer.sample.engine.engine import Engine
 from mesh_transformer.sample.engine.requests import Event, SpeculativeStats
+from mesh_transformer.sample.model_defaults import ModelDefaults
 
 Finish = Literal["stop", "length", "interrupted"]
 
@@ -111,15 +112,15 @@ class TextStreamer:
 class TextGeneration:
     """`n` samples of every prompt in progress. Iteration yields (index, new text); indices are those of Engine.start.
 
-    A sample has fewer than `options.max_tokens` tokens if the prompt leaves less space in seq_len. An empty prompt begins
-    a document.
+    A prompt is a text or token ids. An empty text begins a document. A sample ends at any of the model's ends
+    (`defaults.eos_token_ids`), and has fewer than `options.max_tokens` tokens if the prompt leaves less space in seq_len.
     """
 
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Tokenizer,
-        prompts: Sequence[str],
+        defaults: ModelDefaults,
+        prompts: Sequence[str | list[int]],
         options: SampleConfig,
         *,
         n: int = 1,
@@ -127,16 +128,19 @@ class TextGeneration:
         stops: Sequence[str] = (),
     ) -> None:
         """Submit the requests. Raise PromptError for a prompt that is too long."""
-        ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
+        tokenizer = defaults.tokenizer
+        special = {"add_special_tokens": options.add_special_tokens, "parse_special": options.parse_special}
+        ids = [prompt if isinstance(prompt, list) else defaults.encode(prompt, **special) for prompt in prompts]
+        texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
         limits = [max(min(options.max_tokens, engine.config.max_new_tokens(len(prompt))), 1) for prompt in ids]
         each = [dataclasses.replace(options, max_tokens=limit) for limit in limits]
         self._streamers = [
-            TextStreamer(prompt, StreamDecoder(tokenizer, continues=bool(prompt)), StopStrings(stops))
-            for prompt in prompts
+            TextStreamer(text, StreamDecoder(tokenizer, continues=bool(text)), StopStrings(stops))
+            for text in texts
             for _ in range(n)
         ]
         self._is_speculative = engine.is_speculative
-        self._generation = engine.start(ids, each, n=n, seed=seed, stop_tokens=[tokenizer.end_of_text])
+        self._generation = engine.start(ids, each, n=n, seed=seed, stop_tokens=defaults.eos_token_ids)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         for event in self._generation.events():
@@ -180,8 +184,8 @@ class TextGeneration:
 
 def complete_texts(
     engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    defaults: ModelDefaults,
+    prompts: Sequence[str | list[int]],
     options: SampleConfig,
     *,
     n: int = 1,
@@ -189,7 +193,7 @@ def complete_texts(
     stops: Sequence[str] = (),
 ) -> list[TextCompletion]:
     """Return `n` samples of every prompt; sample i of prompt j has index j n + i. See TextGeneration."""
-    generation = TextGeneration(engine, tokenizer, prompts, options, n=n, seed=seed, stops=stops)
+    generation = TextGeneration(engine, defaults, prompts, options, n=n, seed=seed, stops=stops)
     for _ in generation:
         pass
     return generation.completions()

@@ -25,7 +25,7 @@ def log_training_samples(config: Config) -> None:
 
 def _log_samples(model: LoadedModel, run_dir: Path) -> None:
     options = model.config.sample
-    completions = complete_texts(model.engine, model.tokenizer, options.prompts, options, seed=model.config.run.seed)
+    completions = complete_texts(model.engine, model.defaults, options.prompts, options, seed=model.config.run.seed)
     console = Console()
     console.print(Text(f"\nsamples of step {model.step}, temperature {options.temperature}", style="bold"))
     for completion in completions:

@@ -63,7 +63,7 @@ async def start_chat(service: Service, request: ChatCompletionRequest) -> AsyncG
     check_model(service, request.model)
     service.engine_thread.check_capacity(request.n or 1)
     # In a thread, because it can be slow and the event loop serves other requests.
-    prompt, stop_tokens = await asyncio.to_thread(_encode, service, request)
+    prompt = await asyncio.to_thread(_encode, service, request)
     shared = {name: getattr(request, name) for name in CommonParams.model_fields}
     completion_request = CompletionRequest(
         prompt=prompt,
@@ -71,17 +71,19 @@ async def start_chat(service: Service, request: ChatCompletionRequest) -> AsyncG
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         **shared,
     )
-    chat_format = ChatFormat(default_max_tokens=service.loaded_model.config.model.seq_len, stop_tokens=stop_tokens)
+    loaded = service.loaded_model
+    chat_format = ChatFormat(
+        default_max_tokens=loaded.config.model.seq_len, stop_tokens=loaded.defaults.chat_eos_token_ids
+    )
     async with start_completion(service, completion_request, chat_format) as completion:
         yield completion
 
 
-def _encode(service: Service, request: ChatCompletionRequest) -> tuple[list[int], list[int]]:
-    """Return the prompt and the stop tokens."""
+def _encode(service: Service, request: ChatCompletionRequest) -> list[int]:
     try:
         text = service.chat_template.render([message.to_template() for message in request.messages])
         check_length(service, text, "messages")
-        return service.chat_template.encode(text), service.chat_template.stop_tokens
+        return service.chat_template.encode(text)
     except ChatError as error:
         code = "no_chat_template" if isinstance(error, NoChatTemplate) else "chat_template"
         raise ApiError(400, str(error), param="messages", code=code) from None

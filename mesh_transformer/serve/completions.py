@@ -16,6 +16,7 @@ from mesh_transformer.data.chat_template import ChatTemplate
 from mesh_transformer.data.tokenizers import TokenizerError
 from mesh_transformer.sample.engine.requests import PromptError, Request, RequestParams
 from mesh_transformer.sample.loading import LoadedModel
+from mesh_transformer.sample.model_defaults import ModelDefaults
 from mesh_transformer.serve.engine_thread import EngineThread, PendingRequest
 from mesh_transformer.serve.metrics import ServerMetrics
 from mesh_transformer.serve.protocol import ApiError, CompletionRequest
@@ -49,7 +50,7 @@ class ApiFormat:
     """Response format and defaults of an endpoint: those of /v1/completions; ChatFormat overrides them."""
 
     default_max_tokens: int = DEFAULT_MAX_TOKENS  # without max_tokens; fewer if limited by seq_len
-    stop_tokens: Sequence[int] = ()  # in addition to the end of text
+    stop_tokens: Sequence[int] = ()  # in addition to the model's eos_token_ids
     id_prefix: str = "cmpl"
     full_object: str = "text_completion"
     chunk_object: str = "text_completion"
@@ -177,13 +178,14 @@ class CompletionTask:
     ) -> list[Request]:
         request, loaded = self._request, self._service.loaded_model
         if request.max_tokens is None:
-            max_tokens = min(self._format.default_max_tokens, loaded.config.model.seq_len - len(prompt))
+            default = loaded.defaults.request_defaults.get("max_tokens", self._format.default_max_tokens)
+            max_tokens = min(default, loaded.config.model.seq_len - len(prompt))
         else:
             max_tokens = request.max_tokens
         params = RequestParams(
-            make_options(request),
+            make_options(request, loaded.defaults),
             max_tokens=max(max_tokens, 1),
-            stop_tokens=[loaded.tokenizer.end_of_text, *self._format.stop_tokens],
+            stop_tokens=[*loaded.defaults.eos_token_ids, *self._format.stop_tokens],
             seed=secrets.randbits(32) if request.seed is None else request.seed % 2**32,
             logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
             top_logprobs=request.logprobs or 0,
@@ -241,7 +243,7 @@ async def start_completion(
     texts = list_prompts(request)
     service.engine_thread.check_capacity(len(texts) * max(request.best_of or 0, request.n or 1))
     # In threads, because both can be slow and the event loop serves other requests.
-    prompts = await asyncio.to_thread(_encode, service, texts)
+    prompts = await asyncio.to_thread(_encode, service, request, texts)
     grammar = await asyncio.to_thread(_compile_grammar, service.grammar_compiler, request)
     completion = CompletionTask(service, request, prompts, grammar, api_format)
     try:
@@ -262,11 +264,11 @@ def list_prompts(request: CompletionRequest) -> list[str | list[int]]:
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
-def make_options(request: CompletionRequest) -> SampleConfig:
-    """Return the sampling options, with OpenAI's defaults."""
+def make_options(request: CompletionRequest, defaults: ModelDefaults) -> SampleConfig:
+    """Return the sampling options: of the request, else of the model's files or --set sample.*, else OpenAI's defaults."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: value for name in names if (value := getattr(request, name)) is not None}
-    return SampleConfig(**{"temperature": 1.0, "max_tokens": 1, **given})
+    return SampleConfig(**{"temperature": 1.0, **defaults.request_defaults, **given, "max_tokens": 1})
 
 
 def error_json(error: ApiError) -> dict[str, Any]:
@@ -290,12 +292,17 @@ def check_length(service: Service, prompt: str | list[int], field: str) -> None:
         )
 
 
-def _encode(service: Service, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    tokenizer, encoded = service.loaded_model.tokenizer, []
+def _encode(service: Service, request: CompletionRequest, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    loaded, encoded = service.loaded_model, []
+    sample = loaded.config.sample
+    special = {
+        name: getattr(sample, name) if getattr(request, name) is None else getattr(request, name)
+        for name in ("add_special_tokens", "parse_special")
+    }
     for prompt in prompts:
         check_length(service, prompt, "prompt")
         try:
-            encoded.append(prompt if isinstance(prompt, list) else tokenizer.encode(prompt) or [tokenizer.end_of_text])
+            encoded.append(prompt if isinstance(prompt, list) else loaded.defaults.encode(prompt, **special))
         except TokenizerError as error:
             raise ApiError(400, str(error)[:400], param="prompt") from None
     return encoded

@@ -79,7 +79,8 @@ class CommonParams(StrictModel):
     """Parameters shared by completions and chat completions. Without `seed`, every prompt has a random seed."""
 
     model: Annotated[str, Field(max_length=256)] | None = None  # if given, the name of the served model
-    temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None  # None: 1; 0: greedy
+    # without a sampling parameter: that of the model's generation_config.json or --set sample.*, else OpenAI's
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None  # else 1; 0: greedy
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     stream: bool | None = None
@@ -120,6 +121,9 @@ class CompletionRequest(CommonParams):
     )
     echo: bool | None = None  # the output begins with the prompt
     suffix: Annotated[str, Field(max_length=1000)] | None = None  # rejected: no infilling
+    # extensions of OpenAI's API, for prompts that are texts
+    add_special_tokens: bool | None = None  # add those of the model's files, such as <s>; None: true
+    parse_special: bool | None = None  # special tokens written in the prompt become their ids; None: false
 
     @model_validator(mode="after")
     def check(self) -> "CompletionRequest":

@@ -142,10 +142,10 @@ def _make_service(loaded: LoadedModel, name: str) -> Service:
         loaded_model=loaded,
         engine_thread=engine_thread,
         metrics=ServerMetrics(engine_thread),
-        grammar_compiler=GrammarCompiler(tokenizer, n_vocab),
+        grammar_compiler=GrammarCompiler(loaded.defaults, n_vocab),
         name=name,
         max_token_bytes=max(len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)),
-        chat_template=ChatTemplate(tokenizer, read_meta(loaded), n_vocab=n_vocab),
+        chat_template=ChatTemplate(tokenizer, read_meta(loaded)),
     )
 
 

@@ -9,16 +9,18 @@ import numpy as np
 
 from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.sample.engine.requests import PromptError
+from mesh_transformer.sample.model_defaults import ModelDefaults
 
 MAX_SCHEMA = 1 << 16  # characters
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer. The first call is slow because it indexes the vocabulary."""
+    """Compiles grammars for one model. The first call is slow because it indexes the vocabulary."""
 
-    def __init__(self, tokenizer: Tokenizer, n_vocab: int):
+    def __init__(self, defaults: ModelDefaults, n_vocab: int):
         """`n_vocab` is the model's, which may be larger than the tokenizer's."""
-        self._tokenizer = tokenizer
+        self._tokenizer = defaults.tokenizer
+        self._end = defaults.eos_token_ids[0]  # ends a text that is complete
         self._n_vocab = n_vocab
         self._library: Any = None
 
@@ -52,7 +54,7 @@ class GrammarCompiler:
                 f"structured output needs llguidance: pip install 'mesh-transformer[serve]' ({error})"
             ) from None
         if self._library is None:
-            self._library = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer)))
+            self._library = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer, self._end)))
         return llguidance
 
     def _compile(self, grammar: str, field: str) -> "GrammarMatcher":
@@ -60,7 +62,7 @@ class GrammarCompiler:
         if (error := library.LLMatcher.validate_grammar(grammar, self._library)) and not error.startswith("WARNING"):
             raise PromptError(f"{field}: {' '.join(error.split())[:300]}")
         matcher = library.LLMatcher(self._library, grammar, log_level=0)
-        return GrammarMatcher(matcher, self._tokenizer.end_of_text, self._n_vocab)
+        return GrammarMatcher(matcher, self._end, self._n_vocab)
 
 
 class GrammarMatcher:
@@ -69,14 +71,14 @@ class GrammarMatcher:
     Not thread-safe: once the request is submitted, only the engine's thread uses it.
     """
 
-    def __init__(self, matcher: Any, end_of_text: int, n_vocab: int):
+    def __init__(self, matcher: Any, end: int, n_vocab: int):
         self._matcher = matcher
-        self._end_of_text = end_of_text
+        self._end = end
         self._n_vocab = n_vocab
         self.error = ""  # why matching failed, if it did
 
     def allowed(self) -> np.ndarray:
-        """Return a bool mask [V]; only the end of text if nothing else can follow, or if the grammar is too complex."""
+        """Return a bool mask [V]; only the end if nothing else can follow, or if the grammar is too complex."""
         allowed = np.zeros(self._n_vocab, bool)
         if not self._matcher.is_stopped():
             bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
@@ -84,7 +86,7 @@ class GrammarMatcher:
             allowed[:size] = bits[:size]
         self.error = self._matcher.get_error()
         if not allowed.any():
-            allowed[self._end_of_text] = True
+            allowed[self._end] = True
         return allowed
 
     def accept(self, token: int) -> None:
@@ -94,15 +96,15 @@ class GrammarMatcher:
 
     def fork(self) -> "GrammarMatcher":
         """Return an independent copy for another request."""
-        return GrammarMatcher(self._matcher.deep_copy(), self._end_of_text, self._n_vocab)
+        return GrammarMatcher(self._matcher.deep_copy(), self._end, self._n_vocab)
 
 
 class _Vocabulary:
     """The interface that llguidance requires of a tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, end: int):
         self._tokenizer = tokenizer
-        self.eos_token_id = tokenizer.end_of_text
+        self.eos_token_id = end
         self.bos_token_id = None
         data = [tokenizer.decode_bytes([i]) for i in range(tokenizer.n_vocab)]
         # Tokens without bytes, and the single byte 0xFF, which llguidance uses as the prefix of special tokens.

@@ -99,6 +99,15 @@ def init_from(config: Config, state: TrainState, shardings: TrainState) -> tuple
     return loaded.replace(opt_state=opt_state), [note]
 
 
+def read_carried_meta(store: Store, step: int) -> dict[str, Any]:
+    """Return the metadata that says how the texts of a converted model begin and end; empty if it was trained here.
+
+    The checkpoints of a run that starts from such a model keep it, for sampling and for an export.
+    """
+    meta = store.read_meta(step)
+    return {name: meta[name] for name in ("carried", "special_ids", "model_type") if name in meta}
+
+
 def _is_schedule(leaf: Any) -> bool:
     return isinstance(leaf, optax.ScaleByScheduleState)
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mesh_transformer.checkpoint.store import Store
+from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import Config, ConfigError, config_to_dict
 from mesh_transformer.data.dataset import Data
 from mesh_transformer.data.loader import Batch
@@ -29,7 +29,7 @@ from mesh_transformer.train.compile import (
 from mesh_transformer.train.flops import count_flops
 from mesh_transformer.train.loss import TokenLosses
 from mesh_transformer.train.provenance import environment_info
-from mesh_transformer.train.resume import flatten_table, init_from, restore_state
+from mesh_transformer.train.resume import flatten_table, init_from, read_carried_meta, restore_state
 from mesh_transformer.train.run_folder import RunFolder
 from mesh_transformer.train.schedule import batch_ramp
 from mesh_transformer.train.state import TrainState, describe_state, flatten_state, make_init_state, state_shardings
@@ -51,6 +51,9 @@ class Run:
     eval_step: Callable[[Any, Batch], TokenLosses]
     flops_per_sequence: float  # of a training step, without recomputation
     notes: list[str]  # how the state was obtained, for the log
+    carried: Mapping[
+        str, Any
+    ]  # metadata of the converted model that the run was started from (run.init_from), or empty
     environment: Mapping[str, Any]  # versions, devices and commit of this start of the program (provenance.py)
 
     @property
@@ -98,6 +101,7 @@ class Run:
             "tokenizer": self.data.tokenizer.to_json(),
             "data_fingerprint": self.data.train.fingerprint,
             "start": dict(self.environment),
+            **self.carried,
             **meta,
         }
         self.store.save(self.step, flatten_state(self.state), axes=self.axes, meta=meta)
@@ -137,11 +141,13 @@ def open_run(
     step = broadcast_from_first("latest step", find_step) if at is None else at or None
     if step is not None:
         state, notes = restore_state(config, data, store, step, shapes, shardings)
+        carried = read_carried_meta(store, step)
     else:
-        notes = []
+        notes, carried = [], {}
         state = jax.jit(make_init_state(config), out_shardings=shardings)(jax.random.key(config.run.seed))
         if config.run.init_from:
             state, notes = init_from(config, state, shardings)
+            carried = read_carried_meta(*find_checkpoint(config.run.init_from))
     batch = abstract_batch(config, layout)
     flops = count_flops(make_train_step(without_remat(config)), shapes, batch) / config.train.batch_size
     return Run(
@@ -156,6 +162,7 @@ def open_run(
         eval_step=compile_barrier(jit_eval_step(config, layout)),
         flops_per_sequence=flops,
         notes=notes,
+        carried=carried,
         environment=environment_info(layout),
     )
 

@@ -65,7 +65,7 @@ def make_template(source: Any, table: dict[str, Any] | None = None, config: Any 
     }
     files = {"tokenizer_config.json": json.dumps({**tokenizer_config, "chat_template": source})}
     files |= {name.replace("__", "."): text for name, text in carried.items()}
-    return ChatTemplate(FileTokenizer(table or chat_table()), {"carried": files}, n_vocab=300)
+    return ChatTemplate(FileTokenizer(table or chat_table()), {"carried": files})
 
 
 def test_golden_prompts():
@@ -126,14 +126,6 @@ def test_messages_cannot_inject_special_tokens():
         template.render([{"role": "user", "content": f"<{ESCAPE}|im_end|>"}])
 
 
-def test_stop_tokens():
-    assert make_template(CHATML).stop_tokens == [259, 261]
-    more = make_template(CHATML, generation_config__json='{"eos_token_id": [262, 261, 50256]}')
-    assert more.stop_tokens == [259, 261, 262], "ids outside the vocabulary are ignored"
-    ids = ChatTemplate(FileTokenizer(chat_table()), {"special_ids": {"eos_token_id": 260}}, n_vocab=300)
-    assert ids.stop_tokens == [259, 260]
-
-
 def test_precedence_of_template_files():
     talk = [{"role": "user", "content": "a"}]
     own = make_template(CHATML, chat_template__jinja="own {{ messages[0].content }}")
@@ -165,13 +157,13 @@ def test_errors_give_a_reason(source, words):
 
 
 def test_without_a_template():
-    for template in (make_template(None), make_template(""), ChatTemplate(ByteTokenizer(), {}, n_vocab=257)):
+    for template in (make_template(None), make_template(""), ChatTemplate(ByteTokenizer(), {})):
         with pytest.raises(NoChatTemplate, match="use /v1/completions"):
             template.render(TALK)
-    other = ChatTemplate(ByteTokenizer(), {"carried": {"chat_template.jinja": "x"}}, n_vocab=257)
+    other = ChatTemplate(ByteTokenizer(), {"carried": {"chat_template.jinja": "x"}})
     with pytest.raises(ChatError, match=r"needs the tokenizer\.json it was written for"):
         other.render(TALK)
-    broken = ChatTemplate(FileTokenizer(chat_table()), {"carried": {"tokenizer_config.json": "{"}}, n_vocab=300)
+    broken = ChatTemplate(FileTokenizer(chat_table()), {"carried": {"tokenizer_config.json": "{"}})
     with pytest.raises(ChatError, match=re.escape("tokenizer_config.json is not valid JSON")):
         broken.render(TALK)
     with pytest.raises(ChatError, match="list of messages is empty"):

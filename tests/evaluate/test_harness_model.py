@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from hf_folders import always, make_llama, only_ascii, save_folder, two_ends_table, with_template
 from reference_models import NEOX, draw, make_case, make_torch
 
 from mesh_transformer.config import ConfigError
@@ -78,7 +79,7 @@ def reference_model(folder):
 @pytest.fixture(scope="module")
 def native_model(folder):
     trained = load_model(str(folder))
-    return HarnessModel(make_scorer(trained.engine), trained.tokenizer, trained.engine)
+    return HarnessModel(make_scorer(trained.engine), trained.defaults, trained.engine)
 
 
 def ask(model: Any, kind: str, arguments: list[tuple]) -> list:
@@ -109,6 +110,65 @@ def test_answers_are_those_of_the_harness_own_model(native_model, reference_mode
     answers = ask(native_model, "generate_until", prompts)
     assert answers == ask(reference_model, "generate_until", prompts)
     assert any(answers)
+
+
+def make_pair(folder: Path) -> tuple[Any, Any]:
+    """Return our model and the harness's own model of a folder."""
+    pytest.importorskip("accelerate", reason="the harness's own model needs pip install transformers torch accelerate")
+    trained = load_model(str(folder))
+    own = import_harness("lm_eval.models.huggingface").HFLM
+    reference = own(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    return HarnessModel(make_scorer(trained.engine), trained.defaults, trained.engine), reference
+
+
+BEGINNINGS = {  # before a text, after it, bos_token, eos_token
+    "added": (["<s>"], [], "<s>", "</s>"),
+    "not added": ([], [], "<s>", "</s>"),
+    "none": ([], [], None, "<|im_end|>"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_texts_begin_as_in_the_harness_own_model(name, tmp_path):
+    before, after, bos, eos = BEGINNINGS[name]
+    table = with_template(two_ends_table(), before, after)
+    config = {"eos_token": eos} | ({"bos_token": bos} if bos else {})
+    folder = save_folder(
+        tmp_path / "model", only_ascii(make_llama()), table, config, {"eos_token_id": 2, "repetition_penalty": 1.4}
+    )
+    mine, reference = make_pair(folder)
+    assert mine.prefix_token_id == reference.prefix_token_id == (1 if bos else 266)
+    assert mine.eot_token_id == reference.eot_token_id
+    pairs = [*PAIRS, ("<s>Where are", " the"), ("<s>", "a"), ("", "</s>hi<|im_end|>")]
+    for text in {text for pair in pairs for text in pair}:
+        assert mine.tok_encode(text) == reference.tok_encode(text)
+        assert mine.tok_encode(text, add_special_tokens=False) == reference.tok_encode(text, add_special_tokens=False)
+    for (found, greedy), (wanted, is_best) in zip(
+        ask(mine, "loglikelihood", pairs), ask(reference, "loglikelihood", pairs), strict=True
+    ):
+        assert found == pytest.approx(wanted, rel=1e-6, abs=TOLERANCE)
+        assert greedy == is_best
+    texts = [(TEXT,), ("short",), ("",), ("<s>short",)]
+    found, wanted = (ask(model, "loglikelihood_rolling", texts) for model in (mine, reference))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    prompts = [("hi there", {"until": [], "max_gen_toks": 20}), ("<s>hi", GREEDY), (TEXT, GREEDY), ("a</s>b", GREEDY)]
+    assert ask(mine, "generate_until", prompts) == ask(reference, "generate_until", prompts)
+
+
+@pytest.mark.slow
+def test_answers_end_as_in_the_harness_own_model(tmp_path):
+    """At every end of generation_config.json, and at the tokenizer's own."""
+    for token, generation in {70: {"eos_token_id": [2, 70]}, 266: {"eos_token_id": 2}}.items():
+        config = {"eos_token": "<|im_end|>", "bos_token": "<s>"}
+        model = always(make_llama(), token)
+        mine, reference = make_pair(
+            save_folder(tmp_path / str(token), model, with_template(two_ends_table(), [], []), config, generation)
+        )
+        prompts = [("hi", {"until": [], "max_gen_toks": 20})]
+        [answer] = ask(mine, "generate_until", prompts)
+        assert len(answer) <= 1, "it would have 20 characters"
+        assert [answer] == ask(reference, "generate_until", prompts)
 
 
 def test_the_harness_client_gets_the_same_numbers_from_our_server(folder, native_model, tmp_path):
@@ -402,7 +462,7 @@ def test_a_definition_named_by_its_file(native_model, tmp_path):
 
 def test_requests_that_cannot_be_served_are_errors(folder):
     trained = load_model(str(folder))
-    adapter = HarnessModel(make_scorer(trained.engine), trained.tokenizer)
+    adapter = HarnessModel(make_scorer(trained.engine), trained.defaults)
     with pytest.raises(ConfigError, match="needs a sampling engine"):
         ask(adapter, "generate_until", [("a", GREEDY)])
     with pytest.raises(ConfigError, match=r"continuation .* has no tokens"):

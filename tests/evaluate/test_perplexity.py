@@ -9,14 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_folders import make_llama, save_folder, with_template
+from small_tokenizers import llama_table
 
 from mesh_transformer.config import ConfigError, ModelConfig
 from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.data.tokenizers import ByteTokenizer
+from mesh_transformer.evaluate.checkpoint_eval import evaluate_checkpoint
 from mesh_transformer.evaluate.loglikelihood import LoglikelihoodScorer
 from mesh_transformer.evaluate.perplexity import TextScore, is_sampled, score_documents, sliding_windows, weighted_total
 from mesh_transformer.evaluate.wikitext import WikiText, wikitext_results
 from mesh_transformer.model.transformer import make_model
+from mesh_transformer.sample.model_defaults import make_defaults
+
+DEFAULTS = make_defaults(ByteTokenizer())
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 CONFIG = ModelConfig(n_layers=1, d_model=16, n_heads=2, n_vocab=264, seq_len=32)
@@ -58,7 +64,7 @@ def test_bits_per_byte_equal_the_definition(scorer):
             logits, _ = forward(scorer.params, padded)
             total_loss -= float(jax.nn.log_softmax(logits[0])[np.arange(len(targets)), np.array(targets)].sum())
     documents = [("ours", Document(text, f"{i}")) for i, text in enumerate(TEXTS)]
-    score = score_documents(scorer, ByteTokenizer(), documents)["ours"]
+    score = score_documents(scorer, DEFAULTS, documents)["ours"]
     n_bytes = len("".join(TEXTS).encode())
     assert (score.tokens, score.n_bytes, score.documents) == (n_bytes, n_bytes, 4)
     assert score.bits_per_byte == pytest.approx(total_loss / math.log(2) / n_bytes, rel=1e-5)
@@ -67,12 +73,12 @@ def test_bits_per_byte_equal_the_definition(scorer):
 
 def test_components_limits_and_fractions(scorer):
     documents = [(f"part {i % 2}", Document(text * 3, f"name {i}")) for i, text in enumerate(TEXTS * 4)]
-    whole = score_documents(scorer, ByteTokenizer(), documents)
+    whole = score_documents(scorer, DEFAULTS, documents)
     assert [whole[name].documents for name in ("part 0", "part 1")] == [8, 8]
-    first = score_documents(scorer, ByteTokenizer(), documents, limit=2)
+    first = score_documents(scorer, DEFAULTS, documents, limit=2)
     assert first["part 1"].n_bytes == sum(len(documents[i][1].text.encode()) for i in (1, 3))
     assert first["part 1"].size == whole["part 1"].size
-    part = score_documents(scorer, ByteTokenizer(), documents, fraction=0.6)
+    part = score_documents(scorer, DEFAULTS, documents, fraction=0.6)
     picked = sum(is_sampled(document.name, 0.6) for _, document in documents)
     assert 0 < picked < len(documents)
     assert sum(score.documents for score in part.values()) == picked
@@ -84,8 +90,8 @@ def test_components_limits_and_fractions(scorer):
 def test_a_stride_gives_tokens_more_context(scorer):
     """The same tokens are scored, with longer contexts and a different result."""
     documents = [("ours", Document("Every token of a text knows those before it. " * 4, "0"))]
-    apart = score_documents(scorer, ByteTokenizer(), documents)["ours"]
-    strided = score_documents(scorer, ByteTokenizer(), documents, stride=4)["ours"]
+    apart = score_documents(scorer, DEFAULTS, documents)["ours"]
+    strided = score_documents(scorer, DEFAULTS, documents, stride=4)["ours"]
     assert apart.tokens == strided.tokens
     assert apart.negative_logprob != strided.negative_logprob
 
@@ -106,7 +112,7 @@ def test_total_is_weighted_by_size():
 )
 def test_nothing_to_score_is_an_error(scorer, documents, options, error, words):
     with pytest.raises(error, match=words):
-        score_documents(scorer, ByteTokenizer(), documents, **options)
+        score_documents(scorer, DEFAULTS, documents, **options)
 
 
 LINES = [
@@ -149,3 +155,29 @@ def test_word_perplexity_divides_the_loss_by_the_original_words():
     results = wikitext_results(TextScore(negative_logprob=20.0, tokens=10, n_bytes=40, documents=1, size=40), n_words=5)
     assert results["word_perplexity"] == pytest.approx(math.exp(4))
     assert results["token_perplexity"] == pytest.approx(math.exp(2))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_documents_begin_as_in_transformers(tmp_path):
+    """device_evaluate.py --data gives the loss of transformers with <s> in front."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder = save_folder(
+        tmp_path / "model",
+        make_llama(),
+        with_template(llama_table(), ["<s>"], []),
+        {"bos_token": "<s>", "eos_token": "</s>"},
+        {"eos_token_id": 2},
+    )
+    text = "hi there, a text of fewer tokens than the context"
+    (tmp_path / "text.txt").write_text(text)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        wanted = model(ids, labels=ids).loss.item()
+        ids[0, 0] = 2
+        other = model(ids, labels=ids).loss.item()
+    assert abs(wanted - other) > 1e-3, "the first token matters"
+    evaluation = evaluate_checkpoint(str(folder), [f'evaluate.data.x="{tmp_path / "text.txt"}"'], quiet=True)
+    assert evaluation["results"]["text:x"]["nats_per_token,none"] == pytest.approx(wanted, abs=1e-5)

@@ -16,7 +16,7 @@ PROMPTS = ["abcabcabcabc", "a prompt"]
 
 def complete(model, **changes):
     options = dataclasses.replace(model.config.sample, max_tokens=60, **changes)
-    return complete_texts(model.engine, model.tokenizer, PROMPTS, options, seed=3)
+    return complete_texts(model.engine, model.defaults, PROMPTS, options, seed=3)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -37,15 +37,15 @@ def test_options_are_checked():
 
 
 def test_session_over_pipes(model, monkeypatch, capsys):
-    engine, tokenizer, config, *_ = model
+    engine, config, defaults = model.engine, model.config, model.defaults
     lines = ["one\\", "two", "/set temprature 1", "/set temperature 0", "/seed 0", '"""', "/a", "b", '"""']
     lines += ["/seed 0", "/reset", "one\\", "two", "/show", "/quit", "not read"]
     typed = "\n".join(lines) + "\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    Repl(engine, tokenizer, config.sample).run()
+    Repl(engine, defaults, config.sample).run()
     out, err = capsys.readouterr()
-    warm = complete_texts(engine, tokenizer, ["one\ntwo"], config.sample)[0].text
-    cold = complete_texts(engine, tokenizer, ["/a\nb"], set_option(config.sample, "temperature 0"))[0].text
+    warm = complete_texts(engine, defaults, ["one\ntwo"], config.sample)[0].text
+    cold = complete_texts(engine, defaults, ["/a\nb"], set_option(config.sample, "temperature 0"))[0].text
     assert warm != cold
     assert out.startswith(f"{warm}\n{cold}\n{warm}\nmax_tokens = 12\ntemperature = 0.8\n")
     assert "did you mean temperature" in err
@@ -53,9 +53,10 @@ def test_session_over_pipes(model, monkeypatch, capsys):
 
 
 def test_session_shows_accepted_draft_tokens(run, monkeypatch, capsys):
-    engine, tokenizer, config, *_ = load_model(run, ['serve.speculative="prompt-lookup"'])
+    model = load_model(run, ['serve.speculative="prompt-lookup"'])
+    engine = model.engine
     monkeypatch.setattr(sys, "stdin", io.StringIO("/set temperature 0\nabcabcabc\n"))
-    Repl(engine, tokenizer, config.sample).run()
+    Repl(engine, model.defaults, model.config.sample).run()
     stats = engine.speculative_stats
     assert stats.draft_tokens > 0
     assert f", {stats.accepted_tokens} of {stats.draft_tokens} draft tokens accepted" in capsys.readouterr().err

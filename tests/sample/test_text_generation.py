@@ -32,21 +32,21 @@ def test_stop_strings_do_not_depend_on_how_the_text_is_split(stops, text, shown)
 
 
 def test_stop_string_ends_a_text(model):
-    engine, tokenizer, config, *_ = model
-    [free] = complete_texts(engine, tokenizer, ["abc"], config.sample, seed=1)
+    engine, config, defaults = model.engine, model.config, model.defaults
+    [free] = complete_texts(engine, defaults, ["abc"], config.sample, seed=1)
     stop = free.text[4:6]
-    [cut] = complete_texts(engine, tokenizer, ["abc"], config.sample, seed=1, stops=[stop])
+    [cut] = complete_texts(engine, defaults, ["abc"], config.sample, seed=1, stops=[stop])
     assert cut.text == free.text[: free.text.index(stop)]
     assert (free.finish, cut.finish) == ("length", "stop")
     assert cut.tokens == free.tokens[: len(cut.tokens)] != free.tokens
 
 
 def test_device_sample_prints_json_and_one_line_errors(run, model, device_sample):
-    engine, tokenizer, config, *_ = model
+    engine, config, defaults = model.engine, model.config, model.defaults
     done = device_sample(run, "--prompt", "ab", "--n", 2, "--max-tokens", 5, "--json", "--seed", 7)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = complete_texts(engine, tokenizer, ["ab"], set_option(config.sample, "max_tokens 5"), n=2, seed=7)
+    expected = complete_texts(engine, defaults, ["ab"], set_option(config.sample, "max_tokens 5"), n=2, seed=7)
     assert [line["tokens"] for line in lines] == [completion.tokens for completion in expected]
     assert set(lines[0]) == {"prompt", "text", "tokens", "logprobs", "finish"}
     missing = device_sample(f"{run}-not", "--prompt", "a")
@@ -58,12 +58,12 @@ def test_device_sample_prints_json_and_one_line_errors(run, model, device_sample
 
 
 def test_device_sample_decodes_speculatively(run, model, device_sample):
-    engine, tokenizer, config, *_ = model
+    engine, config, defaults = model.engine, model.config, model.defaults
     greedy = ["--prompt", "abcabcabc", "--temperature", 0, "--json"]
     done = device_sample(run, *greedy, "--speculative", "prompt-lookup")
     assert done.returncode == 0, done.stderr
     [line] = [json.loads(line) for line in done.stdout.splitlines()]
-    [expected] = complete_texts(engine, tokenizer, ["abcabcabc"], set_option(config.sample, "temperature 0"))
+    [expected] = complete_texts(engine, defaults, ["abcabcabc"], set_option(config.sample, "temperature 0"))
     assert line["tokens"] == expected.tokens
     assert 0 <= line["speculative"]["accepted_tokens"] <= line["speculative"]["draft_tokens"]
     assert line["speculative"]["draft_tokens"] > 0

@@ -11,6 +11,7 @@ import tokenizers as hf
 
 from mesh_transformer.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer
 from mesh_transformer.sample.engine.requests import PromptError
+from mesh_transformer.sample.model_defaults import make_defaults
 from mesh_transformer.serve.structured_output import GrammarCompiler
 
 
@@ -41,7 +42,9 @@ def sample_tokens(tokenizer, grammar, seed, max_tokens=300):
 @pytest.mark.parametrize("make", [ByteTokenizer, trained_tokenizer])
 def test_texts_match(make):
     tokenizer = make()
-    compiler = GrammarCompiler(tokenizer, tokenizer.n_vocab + 7)  # a model's embedding matrix may have more rows
+    compiler = GrammarCompiler(
+        make_defaults(tokenizer), tokenizer.n_vocab + 7
+    )  # a model's embedding matrix may have more rows
     regex = r"(true|false)-[0-9]{2,4} café"
     first = compiler.from_regex(regex)
     assert first.allowed().shape == (tokenizer.n_vocab + 7,)
@@ -61,7 +64,7 @@ def test_texts_match(make):
 
 
 def test_invalid_grammars_are_refused_at_once():
-    compiler = GrammarCompiler(ByteTokenizer(), 257)
+    compiler = GrammarCompiler(make_defaults(ByteTokenizer()), 257)
     with pytest.raises(PromptError, match=r"guided_regex: .*unclosed"):
         compiler.from_regex("([")
     with pytest.raises(PromptError, match=r"response_format: .*nonsense"):

@@ -49,7 +49,7 @@ class EncoderDecoderEngine(Engine):
         options: EngineOptions | None = None,
         *,
         start_token: int,
-        end_token: int,
+        end_token: int | None,
         layout: MeshLayout | None = None,
     ):
         """Place `params` on the devices, as DecoderOnlyEngine does.
@@ -59,7 +59,7 @@ class EncoderDecoderEngine(Engine):
           params: Its weights, on any devices.
           options: Capacity and data types. There are no prefill chunks and there is no prefix cache.
           start_token: First token of the decoder's input.
-          end_token: Appended to the encoder's tokens (data/span_corruption.py).
+          end_token: Appended to the encoder's tokens (data/span_corruption.py). None: prompts have it already.
           layout: Sharding of weights and caches. None: everything is on the default device.
         """
         options = options or EngineOptions()
@@ -69,7 +69,7 @@ class EncoderDecoderEngine(Engine):
             config, params, layout, weight_dtype=options.weight_dtype, kv_cache_dtype=options.kv_cache_dtype
         )
         self._start_token = start_token
-        self._end_token = end_token
+        self._end = [] if end_token is None else [end_token]
         self._buckets = Buckets(config.seq_len, layout.batch_shards if layout else 1)
         self._waiting: deque[Request] = deque()
         self._batch: Batch | None = None
@@ -118,7 +118,7 @@ class EncoderDecoderEngine(Engine):
         self._waiting = deque(waiting[self.slots :])
         if not requests:
             return None
-        prompts = [[*request.prompt.tolist(), self._end_token][: self.config.seq_len] for request in requests]
+        prompts = [[*request.prompt.tolist(), *self._end][: self.config.seq_len] for request in requests]
         batch_size = self._buckets.batch_size(len(requests))
         tokens = np.zeros((batch_size, self._buckets.prefill_len(max(map(len, prompts)))), np.int32)
         segment_ids = np.zeros_like(tokens)

@@ -16,7 +16,7 @@ from mesh_transformer.config import ModelConfig, SampleConfig
 from mesh_transformer.sample.engine.device_state import BatchParams
 from mesh_transformer.sample.sampling import stack_options
 
-MAX_STOP_TOKENS = 8  # per request
+MAX_STOP_TOKENS = 16  # per request
 MAX_TOP_LOGPROBS = 20  # alternatives reported per token
 
 _request_ids = itertools.count()

@@ -457,7 +457,7 @@ def test_constrained_biased_and_free_requests_in_one_batch(shared):
     [
         (dict(logit_bias={97: 1.0}), "logit_bias has the token 97"),
         (dict(top_logprobs=21), "top_logprobs=21: must be between 0 and 20"),
-        (dict(stop_tokens=range(9)), "9 stop tokens; a request can have at most 8"),
+        (dict(stop_tokens=range(17)), "17 stop tokens; a request can have at most 16"),
         (dict(max_tokens=0), "max_tokens=0: must be at least one"),
     ],
 )
