@@ -16,7 +16,7 @@ from mesh_transformer.convert.huggingface.config_map import (
     require_full_rotation,
 )
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
-from mesh_transformer.convert.huggingface.rope_map import read_rope
+from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope
 from mesh_transformer.convert.huggingface.tensor_map import (
     HEAD,
     H,
@@ -91,7 +91,6 @@ def read_config(s: HFConfig) -> dict[str, Any]:
 def write_config(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a FalconConfig."""
     grouped = c.residual == "parallel-two-norms" or (c.residual == "parallel" and c.kv_heads not in (1, c.n_heads))
-    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     return dict(
         num_hidden_layers=c.n_layers,
         hidden_size=c.d_model,
@@ -108,5 +107,5 @@ def write_config(c: ModelConfig) -> dict[str, Any]:
         activation=HF_ACTIVATIONS[c.activation],
         bias=c.qkv_bias,
         alibi=c.positions == "falcon-alibi",
-        **({} if c.positions == "falcon-alibi" else dict(rope_theta=c.rope_theta, rope_parameters=rope)),
+        **({} if c.positions == "falcon-alibi" else write_rope(c)),
     )

@@ -24,8 +24,9 @@ CASES = {
     "falcon-40b": ("falcon", GROUPED, dict(residual="parallel")),
     "falcon-11b": (
         "falcon",
-        GROUPED | dict(num_ln_in_parallel_attn=1, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
-        dict(rope_theta=10_000.0),
+        GROUPED
+        | dict(num_ln_in_parallel_attn=1, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}),
+        dict(rope_scaling=None),
     ),
     "falcon-rw": (
         "falcon",
