@@ -1,9 +1,14 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Tuning of glibc's malloc: retain freed memory for reuse, or return it to the system. No effect with another C library."""
+"""Memory of the host: tuning of glibc's malloc, and how much is available.
+
+malloc can retain freed memory for reuse, or return it to the system. There is no effect with another C library.
+"""
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 # Parameters of mallopt, with the value that retains freed memory and glibc's default.
 _RETAIN_OR_DEFAULT = {
@@ -29,6 +34,19 @@ def keep_freed_memory(keep: bool, *, one_arena: bool | None = None) -> None:
             libc.mallopt(parameter, values[0 if keep else 1])
         if not keep:
             trim_memory()
+
+
+def available_memory() -> int:
+    """Return the bytes that a new process can use: those free on the host, or what its control group still allows."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        sizes = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        limits.append(1024 * int(sizes["MemAvailable"].split()[0]))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (group / "memory.max").read_text().strip() != "max":
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(min(limits), 0)
 
 
 def trim_memory() -> None:

@@ -26,7 +26,7 @@ MODEL_TYPES = (
     "gpt2", "gpt_neo", "gptj", "gpt_neox", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
     "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2", "olmo3", "stablelm", "smollm3", "falcon", "opt", "bloom",
     "mpt", "gpt_bigcode", "starcoder2", "cohere", "cohere2", "granite", "deepseek_v2", "deepseek_v3", "gpt_oss", "t5", "mt5",
-    "umt5", "switch_transformers", "bert", "roberta", "albert",
+    "umt5", "switch_transformers", "bert", "roberta", "albert", "arcee",
 )  # fmt: skip
 JSON_TYPES = {int: "int", float: "float", bool: "bool", str: "str", list: "list", tuple: "list", dict: "dict"}
 

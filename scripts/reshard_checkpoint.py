@@ -18,8 +18,8 @@ uploaded and read back.
 
 The result is written to DST.partial; the same command resumes an interrupted conversion there. Before DST gets its name,
 every array is read back and compared with the source bit by bit, and the logits of both sides are compared on random
-tokens. conversion.json in the result says what was compared with what. A native checkpoint does not depend on a mesh: it
-can be restored on any number of devices.
+tokens, those of a Hugging Face folder as transformers computes them if it is installed (--verify). conversion.json in the
+result says what was compared with what. A native checkpoint does not depend on a mesh: it can be restored on any number of devices.
 
 exit status: 0 done, 1 failed, 2 wrong usage or input
 """
@@ -61,6 +61,13 @@ def main(arguments: list[str]) -> int:
         "--staging",
         type=Path,
         help="local folder in which a remote DST is prepared; default: the folder for temporary files",
+    )
+    parser.add_argument(
+        "--verify",
+        choices=("auto", "transformers", "own"),
+        default="auto",
+        help="what computes the logits of Hugging Face folders: transformers in a process of its own, this project's own "
+        "reimplementation, or auto: transformers if it is installed and the model fits in memory; default: %(default)s",
     )
     parser.add_argument("--plan", action="store_true", help="check everything and print sizes; write nothing")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
@@ -114,6 +121,13 @@ def format_report(report: dict[str, Any]) -> str:
         *(f"note: {note}" for note in report["notes"]),
     ]
     return "\n".join(lines)
+
+
+def _format_difference(report: dict[str, Any]) -> list[str]:
+    """Return one line, or none if no logits were compared."""
+    if "max_logit_difference" not in report:
+        return []
+    return [f"largest logit difference {report['max_logit_difference']:.3g} {report['logits']}"]
 
 
 def _format_upload(upload: dict[str, Any] | None) -> list[str]:

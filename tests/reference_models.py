@@ -134,6 +134,7 @@ LIVE_CASES = {
         53,
         **ODD | {"n_layers": 3},
     ),
+    "arcee": make_case("arcee", dict(LLAMA_CHOICES, gated_ffn=False, n_kv_heads=1, activation="gelu-tanh"), 53, **ODD),
     "qwen2": make_case("qwen2", dict(LLAMA_CHOICES, qkv_bias=True, rope_theta=1e6), 53, **ODD),
     "qwen3": make_case(
         "qwen3", dict(LLAMA_CHOICES, qk_norm=True, n_kv_heads=1, d_head=6, tied_embeddings=True), 53, **ODD

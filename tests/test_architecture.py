@@ -330,6 +330,7 @@ COVERED_BY = {
     "convert/test_conversion.py": (
         "convert.bit_check",
         "convert.destination",
+        "convert.library_logits",
         "convert.logit_check",
         "convert.progress",
         "convert.readers",

@@ -55,7 +55,7 @@ def save_random_model(kind: str, folder: Path, keys: dict[str, Any], *, own_head
 
 def import_model(folder: Path, destination: Path) -> Imported:
     """Convert a model folder to a native checkpoint and read it."""
-    convert(ConversionOptions(source=folder, destination=destination))
+    convert(ConversionOptions(source=folder, destination=destination, verify="own"))
     plan = open_checkpoint(destination).plan
     params: dict[str, dict[str, jax.Array]] = {}
     for name, array in plan.values.items():
@@ -82,7 +82,7 @@ def check_family(kind: str, tmp_path: Path, keys: dict[str, Any]) -> Imported:
     check_gradients(kind, model, imported, tokens)
     check_sampling(model, imported, [tokens[0, :9], tokens[1, 3:20], tokens[1, :1]])
     back = tmp_path / "back"
-    convert(ConversionOptions(source=tmp_path / "native", destination=back, format="huggingface"))
+    convert(ConversionOptions(source=tmp_path / "native", destination=back, format="huggingface", verify="own"))
     assert transformers.AutoConfig.from_pretrained(back).model_type == kind
     again = transformers.AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
     np.testing.assert_allclose(again(input_ids).logits.detach().numpy(), wanted, atol=1e-5, rtol=0)

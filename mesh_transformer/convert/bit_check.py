@@ -10,7 +10,7 @@ import xxhash
 from mesh_transformer.checkpoint.bounded_pool import run_bounded
 from mesh_transformer.checkpoint.zarr_sharding import Slices
 from mesh_transformer.convert.import_plan import WEIGHT_DTYPES, ImportPlan, target_dtype
-from mesh_transformer.convert.lazy_arrays import to_c_order
+from mesh_transformer.convert.lazy_arrays import cast_values, to_c_order
 from mesh_transformer.convert.progress import ByteCounter, Progress
 from mesh_transformer.convert.slicing import slices_of_bytes
 from mesh_transformer.storage.errors import CheckpointError
@@ -29,7 +29,7 @@ def verify_bits(source: ImportPlan, result: ImportPlan, dtype: str | None, progr
 
     def compare(name: str, index: Slices) -> tuple[str, np.ndarray]:
         target = target_dtype(sources[name], name, dtype)
-        expected = to_c_order(sources[name].read(index).astype(target, copy=False))
+        expected = to_c_order(cast_values(sources[name].read(index), target, name))
         found = to_c_order(results[name].read(index))
         if found.dtype == np.float32 != expected.dtype and expected.dtype.name in WEIGHT_DTYPES:
             expected = expected.astype(np.float32)  # the result sums arrays that were written in the narrower type

@@ -24,7 +24,7 @@ from mesh_transformer.convert.huggingface.carried import CARRIED_TEXTS, read_car
 from mesh_transformer.convert.huggingface.reader import find_family
 from mesh_transformer.convert.import_plan import ImportPlan
 from mesh_transformer.convert.lazy_arrays import array_bytes
-from mesh_transformer.convert.logit_check import TOLERANCE, compare_logits
+from mesh_transformer.convert.logit_check import TOLERANCE, LogitDifference, Verify, compare_logits
 from mesh_transformer.convert.progress import Progress, no_progress
 from mesh_transformer.convert.readers import OpenCheckpoint, open_checkpoint, require_gguf
 from mesh_transformer.convert.sources import find_source
@@ -58,6 +58,7 @@ class ConversionOptions:
     source_config: str | AnyPath | None = None  # JSON configuration of a mesh-transformer-jax checkpoint
     tokenizer: str | None = None  # tokenizer.json, its folder, or "bytes", if the source has no tokenizer
     overwrite: bool = False  # replace the destination when the new result is complete
+    verify: Verify = "auto"  # what computes the logits of Hugging Face folders
     staging: Path | None = None  # local folder in which a remote result is prepared; None: that of temporary files
 
 
@@ -133,14 +134,14 @@ def convert(options: ConversionOptions, progress: Progress = no_progress) -> dic
     conversion = prepare(options)
     source, partial = conversion.source, conversion.partial
     start = time.perf_counter()
-    result = write(conversion, options, progress)
-    write_seconds = time.perf_counter() - start
     try:
+        result = write(conversion, options, progress)
+        write_seconds = time.perf_counter() - start
         verification = verify(conversion, result, options, progress)
     except StorageError:  # the source is temporarily unreachable
         raise
     except CheckpointError:
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     seconds = time.perf_counter() - start
     report = {
@@ -154,7 +155,6 @@ def convert(options: ConversionOptions, progress: Progress = no_progress) -> dic
         "write_seconds": round(write_seconds, 2),
         "mb_per_s": round(conversion.nbytes / seconds / 1e6, 1),
         "peak_memory_mb": round(peak_memory() / 1e6),
-        "notes": list(source.plan.notes),
         **verification,
     }
     (partial / "conversion.json").write_text(json.dumps(report, indent=1))
@@ -239,7 +239,7 @@ def verify(conversion: Conversion, result: Path, options: ConversionOptions, pro
     else:
         digests = verify_bits(source.plan, written.plan, conversion.dtype, progress)
     keep_freed_memory(False)  # blocks from here on have other sizes
-    difference = compare_logits(source, written, conversion.max_memory, progress)
+    difference = compare_logits(source, written, conversion.max_memory, progress, options.verify)
     if difference and not conversion.may_round and difference.largest > TOLERANCE * difference.scale:
         raise CheckpointError(
             f"the logits of {source.path} and of the result differ by {difference.largest:.3g} (largest logit: "
@@ -251,21 +251,29 @@ def verify(conversion: Conversion, result: Path, options: ConversionOptions, pro
         "arrays": len(digests),
         "verified": f"each array of the result was read back and equals that of the source{cast} bit by bit",
         "digests": digests,
+        "logits_compared": describe_comparison(difference),
+        "notes": [*source.plan.notes, *(difference.notes if difference else ())],
     }
     if difference is None:
-        return found | {"logits_compared": "no: this project has no second implementation of this family of models"}
+        return found
     return found | {
         "max_logit_difference": difference.largest,
         "logits": f"on {difference.tokens} random tokens; largest logit {difference.scale:.3g}",
-        "logits_compared": describe_comparison(*difference.implementations),
     }
 
 
-def describe_comparison(source: str, result: str) -> str:
+def describe_comparison(difference: LogitDifference | None) -> str:
     """Return what computed the logits of the source and of the result, and what the comparison therefore does not test."""
+    if difference is None:
+        return (
+            "no: only transformers computes this family besides the native model, and it was not run; install transformers "
+            "and torch, and pass --verify transformers"
+        )
+    source, result = difference.implementations
     if source == result:
         return f"{source} ran on both sides, so this comparison tests the arrays and not the implementation"
-    return f"source: {source}; result: {result}; the original program was not run"
+    both = f"source: {source}; result: {result}"
+    return both if difference.from_outside else f"{both}; this is our own reading, the original program was not run"
 
 
 def parse_bytes(text: str) -> int:

@@ -24,11 +24,15 @@ from mesh_transformer.storage.resume_log import LOG_FILE
 
 def check_destination(destination: AnyPath, overwrite: bool, nbytes: int, staging: Path | None = None) -> None:
     """Raise CheckpointError if the destination exists without `overwrite`, or the disk has less than `nbytes` free."""
-    partial = staging_folder(destination, staging)
     if isinstance(destination, RemotePath):
         check_remote(destination, overwrite)
+    elif Path.cwd().is_relative_to(destination.resolve()):
+        raise CheckpointError(f"{destination} is the current folder or contains it; choose another destination")
+    elif destination.exists() and not destination.is_dir():
+        raise CheckpointError(f"{destination} is a file; choose a folder as destination")
     elif destination.exists() and not overwrite:
         raise CheckpointError(f"{destination} exists; choose another destination or pass --overwrite")
+    partial = staging_folder(destination, staging)
     partial.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(partial.parent).free
     used = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0

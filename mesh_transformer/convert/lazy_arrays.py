@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from mesh_transformer.checkpoint.zarr_sharding import Slices
+from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import AnyPath, map_bytes, read_into
 
 FLOAT32 = np.dtype(np.float32)
@@ -274,12 +275,30 @@ def to_c_order(values: np.ndarray) -> np.ndarray:
     A transposed array is copied COPY_TILE slices of its last dimension at a time. This is three times as fast as a
     single copy, which uses only four bytes of each cache line that it loads.
     """
-    if values.ndim < 2 or values.flags.c_contiguous or values.strides[-1] == values.itemsize:
+    if values.flags.c_contiguous:  # a scalar too, which ascontiguousarray would give a dimension
+        return values
+    if values.ndim < 2 or values.strides[-1] == values.itemsize:
         return np.ascontiguousarray(values)
     packed = np.empty(values.shape, values.dtype)
     for first in range(0, values.shape[-1], COPY_TILE):
         packed[..., first : first + COPY_TILE] = values[..., first : first + COPY_TILE]
     return packed
+
+
+def cast_values(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Return values in another dtype. Raise CheckpointError, with the array's `name`, if a finite one would be infinite."""
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    overflow = np.isinf(cast) & np.isfinite(values)
+    if overflow.any():
+        value = float(values[overflow].ravel()[0])
+        raise CheckpointError(
+            f"{name}: the value {value:g} is too large for {dtype}; pass --dtype "
+            f"{'bfloat16' if dtype == np.float16 else 'float32'}, whose range is larger"
+        )
+    return cast
 
 
 def to_dtype(name: str) -> np.dtype:

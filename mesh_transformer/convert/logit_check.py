@@ -3,14 +3,15 @@
 """Compare the logits of both sides of a conversion on the same random tokens.
 
 Each side is computed from its own files: a native checkpoint by the model of this package, one period of layers at a
-time; an external one by a NumPy reference implementation that shares no code with the importer. The original programs
-(transformers, mesh-transformer-jax) are not run. The tests compare the reference implementations with them.
+time; a Hugging Face folder by transformers, if it is installed and the model fits in memory, or else by a NumPy
+reimplementation, which reads config.json as the importer does; mesh-transformer-jax shards by a NumPy reimplementation.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import haiku as hk
 import jax
@@ -19,13 +20,15 @@ import numpy as np
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.model import LayerStack
+from mesh_transformer.convert import library_logits
 from mesh_transformer.convert.gptj.reader import open_raw_weights
 from mesh_transformer.convert.gptj.reference import run_mtj
-from mesh_transformer.convert.huggingface.families import ENCODER_DECODER, has_reference, run_huggingface
+from mesh_transformer.convert.huggingface.families import ENCODER_DECODER, FAMILIES, has_reference, run_huggingface
 from mesh_transformer.convert.huggingface.reference import matmul, read_rows, read_vector
 from mesh_transformer.convert.huggingface.tensor_files import find_tensors
 from mesh_transformer.convert.import_plan import PREFIX
 from mesh_transformer.convert.lazy_arrays import LazyArray, array_bytes, full_index
+from mesh_transformer.convert.library_logits import run_library
 from mesh_transformer.convert.out_of_core_forward import run_layers
 from mesh_transformer.convert.progress import ByteCounter, Progress
 from mesh_transformer.convert.readers import OpenCheckpoint
@@ -36,6 +39,7 @@ from mesh_transformer.model.params import Params
 from mesh_transformer.model.transformer import Transformer
 from mesh_transformer.storage.errors import CheckpointError
 
+Verify = Literal["auto", "transformers", "own"]
 SEQUENCES, SEQUENCE_LENGTH = 2, 32
 TOLERANCE = 1e-4  # of the largest logit: float32 rounding in another order of operations, after tens of layers
 # Parameters outside of the layers, besides the matrices of which only some rows are read at a time.
@@ -51,31 +55,81 @@ class LogitDifference(NamedTuple):
     scale: float  # largest absolute logit
     tokens: int
     implementations: tuple[str, str]  # that computed the logits of the source and of the result
+    from_outside: bool  # whether transformers computed one of them
+    notes: tuple[str, ...] = ()
+
+
+class SideLogits(NamedTuple):
+    """The logits of one checkpoint and what computed them."""
+
+    values: np.ndarray
+    implementation: str
+    from_outside: bool = False
+    note: str = ""  # why transformers did not compute them
 
 
 def compare_logits(
-    source: OpenCheckpoint, result: OpenCheckpoint, max_memory: int, progress: Progress
+    source: OpenCheckpoint, result: OpenCheckpoint, max_memory: int, progress: Progress, verify: Verify = "own"
 ) -> LogitDifference | None:
     """Return the largest difference of logits on random tokens, using about `max_memory` bytes.
 
-    None if there is no implementation of one of the sides.
+    None if nothing here can compute the logits of a side. `verify` says what computes those of Hugging Face folders:
+    transformers, this project's own reimplementation, or with "auto" transformers where that is possible.
     """
-    if implementation_of(source) is None or implementation_of(result) is None:
-        return None
     config = source.plan.config
     shape = (SEQUENCES, min(SEQUENCE_LENGTH, config.seq_len))
     tokens = np.random.default_rng(0).integers(0, config.n_vocab, shape, dtype=np.int32)
     sizes = [sum(array_bytes(array) for array in side.plan.values.values()) for side in (source, result)]
     counter = ByteCounter("comparing logits", sum(sizes), progress)
     counter.add(0)
-    logits: list[np.ndarray] = []
-    for side, size in zip((source, result), sizes, strict=True):
-        logits.append(logits_of(side, tokens, max_memory))
+    sides: list[SideLogits] = []
+    for checkpoint, size in sorted(
+        zip((source, result), sizes, strict=True), key=lambda side: side[0].kind == "native"
+    ):
+        side = run_side(checkpoint, tokens, max_memory, verify)
+        if side is None:
+            return None
+        sides.append(side)
         counter.add(size)
-    largest = float(np.abs(logits[0] - logits[1]).max())
-    scale = float(np.abs(logits[0]).max())
-    implementations = (str(implementation_of(source)), str(implementation_of(result)))
-    return LogitDifference(largest, scale, tokens.size, implementations)
+    if source.kind == "native":
+        sides.reverse()
+    largest = float(np.abs(sides[0].values - sides[1].values).max())
+    return LogitDifference(
+        largest,
+        float(np.abs(sides[0].values).max()),
+        tokens.size,
+        (sides[0].implementation, sides[1].implementation),
+        any(side.from_outside for side in sides),
+        tuple(dict.fromkeys(side.note for side in sides if side.note)),
+    )
+
+
+def run_side(checkpoint: OpenCheckpoint, tokens: np.ndarray, max_memory: int, verify: Verify) -> SideLogits | None:
+    """Return the logits of a checkpoint for tokens [B, T]; None if nothing here can compute them.
+
+    CheckpointError if `verify` is "transformers" and that cannot run the model.
+    """
+    if checkpoint.kind != "huggingface":
+        return SideLogits(logits_of(checkpoint, tokens, max_memory), str(implementation_of(checkpoint)))
+    family = FAMILIES[checkpoint.external_config["model_type"]]
+    note = ""
+    if verify != "own":
+        weights = sum(math.prod(array.shape) for array in checkpoint.plan.values.values())
+        reason = library_logits.why_not(checkpoint.path, weights)
+        if not reason:
+            encoder_tokens = make_encoder_tokens(tokens) if checkpoint.plan.config.encoder is not None else None
+            try:
+                values = run_library(Path(str(checkpoint.path)), family.architecture, tokens, encoder_tokens)
+                return SideLogits(values, f"{library_logits.describe()}, {family.architecture}", from_outside=True)
+            except CheckpointError as error:
+                reason = str(error)
+        if verify == "transformers":
+            raise CheckpointError(f"--verify transformers: {reason}; pass --verify own to compare without it")
+        note = f"the logits were not compared with those of transformers: {reason}"
+    implementation = implementation_of(checkpoint)
+    if implementation is None:
+        return None
+    return SideLogits(logits_of(checkpoint, tokens, max_memory), implementation, note=note)
 
 
 def implementation_of(checkpoint: OpenCheckpoint) -> str | None:

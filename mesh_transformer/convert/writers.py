@@ -23,7 +23,7 @@ from mesh_transformer.convert.huggingface.families import FAMILIES
 from mesh_transformer.convert.huggingface.reader import CARRIED_FILES, CONFIG, find_family, pack_tensors
 from mesh_transformer.convert.huggingface.tensor_files import SAFETENSORS, TensorSpec, create_safetensors, write_values
 from mesh_transformer.convert.import_plan import ImportPlan, PlannedArray, target_dtype
-from mesh_transformer.convert.lazy_arrays import FileArray, to_c_order, to_dtype
+from mesh_transformer.convert.lazy_arrays import FileArray, cast_values, to_c_order, to_dtype
 from mesh_transformer.convert.progress import ByteCounter, Progress, no_progress
 from mesh_transformer.convert.slicing import SLICE_BYTES, group_slices, shard_slices, shrink_shard
 from mesh_transformer.storage.digests import FileRecord
@@ -53,7 +53,7 @@ def write_native(
             finished.setdefault(name, {})[key] = FileRecord(size, digest)
 
     def read_block(name: str, index: Slices) -> HostSlice:
-        values = plan.arrays[name].array.read(index).astype(to_dtype(records[name].dtype), copy=False)
+        values = cast_values(plan.arrays[name].array.read(index), to_dtype(records[name].dtype), name)
         return HostSlice(index, to_c_order(values))
 
     def blocks() -> Iterator[tuple[str, Callable[[AnyPath], Files]]]:
@@ -124,7 +124,7 @@ def write_huggingface(
         dim = tensors[name].chunking.dim if tensors[name].shape else 0
         for first, last in bounds:
             values = tensors[name].read_slice(dim, first, last)
-            write_values(target, first, values, dim)
+            write_values(target, first, cast_values(values, target.dtype, name), dim)
         return keys
 
     def blocks() -> Iterator[Callable[[], Sequence[str]]]:

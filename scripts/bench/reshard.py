@@ -112,7 +112,7 @@ def tensor_shapes(config: ModelConfig, family: str) -> dict[str, tuple[int, ...]
 def convert(root: Path, source: str, target: str, max_memory: str) -> dict[str, Any]:
     """Convert once, between two copies of the source. The first result in each format becomes a source."""
     result = root / f"{source}-to-{target}"
-    command = [sys.executable, str(PROGRAM), str(root / source), str(result), "--format", target]
+    command = [sys.executable, str(PROGRAM), str(root / source), str(result), "--format", target, "--verify", "own"]
     command += ["--max-memory", max_memory, "--json"]
     if source == "gptj-v1":
         command += ["--source-config", str(root / source / "config.json")]

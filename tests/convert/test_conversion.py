@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from reference_models import make_model_folder
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -22,9 +23,12 @@ from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.checkpoint.store import find_checkpoint
 from mesh_transformer.config import ModelConfig, parse_model
 from mesh_transformer.config.presets import LLAMA, PRESETS
+from mesh_transformer.convert import library_logits
 from mesh_transformer.convert.bit_check import verify_bits
+from mesh_transformer.convert.conversion import ConversionOptions, convert
 from mesh_transformer.convert.destination import check_destination
 from mesh_transformer.convert.huggingface.families import FAMILIES
+from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.reader import find_family, pack_tensors
 from mesh_transformer.convert.huggingface.tensor_files import TensorSpec, create_safetensors
 from mesh_transformer.convert.lazy_arrays import full_index
@@ -35,6 +39,7 @@ from mesh_transformer.model.shapes import count_params, describe_params
 from mesh_transformer.storage.resume_log import LOG_FILE, open_staging_log
 
 ROOT = Path(__file__).parents[2]
+V1 = ROOT.parent / "shared" / "fixtures" / "gptj_v1_4shards"
 CONFIG = ModelConfig(**LLAMA | dict(n_layers=3, d_model=48, n_heads=4, n_kv_heads=2, n_vocab=264, seq_len=32, d_ff=80))
 
 
@@ -65,7 +70,7 @@ def external(tmp_path_factory) -> Path:
 def call(*arguments, expect: int = 0, **options) -> SimpleNamespace:
     """Run the program as a user does."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "scripts/reshard_checkpoint.py", *map(str, arguments)]
+    command = [sys.executable, "scripts/reshard_checkpoint.py", "--verify", "own", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **options)
     assert done.returncode == expect, done.stderr
     return SimpleNamespace(out=done.stdout, err=done.stderr)
@@ -272,7 +277,7 @@ def test_plan_of_6b_parameters_reads_no_weights(tmp_path):
     kind, table = find_family(config)
     weights = flatten_names(describe_params(config))
     arrays = {f"params/{name}": Unread(info.shape, np.dtype("float16")) for name, info in weights.items()}
-    tensors = pack_tensors(config, arrays, FAMILIES[kind])
+    tensors = pack_tensors(CONFIG, arrays, FAMILIES[kind])
     folder = tmp_path / "gptj"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(table))
@@ -287,3 +292,89 @@ def test_plan_of_6b_parameters_reads_no_weights(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path != folder]
     refused = call(folder, tmp_path / "v1", "--plan", "--format", "gptj-v1", "--shards", 3, expect=1).err
     assert "n_heads = 16 is not a multiple of 3 shards" in refused
+
+
+def run_here(source, destination, **options) -> dict:
+    """Convert in this process."""
+    return convert(ConversionOptions(**dict(source=str(source), destination=str(destination), verify="own") | options))
+
+
+@pytest.mark.parametrize("form", ["native", "huggingface"])
+def test_values_that_float16_lacks_are_refused(external, tmp_path, form):
+    shutil.copytree(external, tmp_path / "source")
+    weights = load_file(external / "model.safetensors")
+    weights["model.norm.weight"][3] = 1e6
+    save_file(weights, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"norm.*: the value 1e\+06 is too large for float16; pass --dtype bfloat16"
+    ):
+        run_here(tmp_path / "source", tmp_path / "out", format=form, dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_destination_must_be_a_folder_of_its_own(external, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("kept")
+    for destination, reason in (
+        (".", "the current folder or contains it"),
+        ("..", "the current"),
+        ("file", "is a file"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            run_here(external, destination, overwrite=True)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_decoder_start_is_kept(tmp_path):
+    make_model_folder(tmp_path / "source", "t5")
+    table = json.loads((tmp_path / "source" / "config.json").read_text()) | {
+        "decoder_start_token_id": 7,
+        "pad_token_id": 3,
+    }
+    (tmp_path / "source" / "config.json").write_text(json.dumps(table))
+    run_here(tmp_path / "source", tmp_path / "native")
+    store, step = find_checkpoint(tmp_path / "native")
+    assert store.read_meta(step)["special_ids"]["decoder_start_token_id"] == 7
+    for start in ("source", "native"):
+        run_here(tmp_path / start, tmp_path / "back", format="huggingface", overwrite=True)
+        table = json.loads((tmp_path / "back" / "config.json").read_text())
+        assert (table["decoder_start_token_id"], table["pad_token_id"]) == (7, 3)
+
+
+@pytest.mark.skipif(not V1.exists(), reason="the mesh-transformer-jax fixtures are not available (../shared/fixtures)")
+def test_v1_checkpoint_with_its_optimizer_is_imported(tmp_path):
+    run_here(V1 / "full", tmp_path / "native", source_config=str(V1 / "config.json"))
+    arrays = values(tmp_path / "native")
+    moments = [name for name in arrays if not name.startswith("params/")]
+    assert any(arrays[name].shape == () and arrays[name].dtype == np.int32 and arrays[name] > 0 for name in moments)
+    assert any(arrays[name].size > 1 for name in moments)
+
+
+@pytest.mark.slow
+def test_transformers_finds_what_both_readings_share(external, tmp_path, monkeypatch):
+    """A misreading of config.json by the importer and by the own reimplementation is found by the library."""
+    pytest.importorskip("transformers", reason="needs pip install transformers torch")
+    pytest.importorskip("torch", reason="needs pip install transformers torch")
+    report = run_here(external, tmp_path / "out", verify="transformers")
+    assert re.match(
+        r"source: transformers \d.*, LlamaForCausalLM; result: the Mesh Transformer model$", report["logits_compared"]
+    )
+    assert report["max_logit_difference"] < 1e-4
+    misread = HFConfig.rope_parameters
+    monkeypatch.setattr(HFConfig, "rope_parameters", lambda self: misread(self) | {"rope_theta": 100.0})
+    assert "our own reading" in run_here(external, tmp_path / "own")["logits_compared"]
+    with pytest.raises(CheckpointError, match=r"the logits of .* differ by"):
+        run_here(external, tmp_path / "wrong", verify="transformers")
+
+
+def test_without_transformers_the_own_reading_is_said(external, tmp_path, monkeypatch):
+    monkeypatch.setattr(library_logits, "why_not", lambda *_: "transformers not installed")
+    report = run_here(external, tmp_path / "out", verify="auto")
+    assert "our own reading" in report["logits_compared"]
+    assert report["notes"] == ["the logits were not compared with those of transformers: transformers not installed"]
+    with pytest.raises(CheckpointError, match="--verify transformers: transformers not installed; pass --verify own"):
+        run_here(external, tmp_path / "more", verify="transformers")
+    monkeypatch.setitem(FAMILIES, "llama", FAMILIES["llama"]._replace(reference=None))
+    report = run_here(external, tmp_path / "neither", verify="own")
+    assert report["logits_compared"].startswith("no: only transformers computes this family")
+    assert "max_logit_difference" not in report

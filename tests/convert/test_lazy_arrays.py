@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lazy arrays equal the NumPy operation that they stand for, in every slice, and combine the properties of their parts."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,9 +15,11 @@ from mesh_transformer.convert.lazy_arrays import (
     LazyArray,
     Stack,
     Sum,
+    cast_values,
     full_index,
     to_c_order,
 )
+from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import parse_path
 
 A, B = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
@@ -88,3 +91,21 @@ def test_arrays_that_do_not_fit_together_are_refused():
         Stack([InMemory(A), InMemory(A[:2])])
     with pytest.raises(ValueError, match="cannot add"):
         Sum([InMemory(A), InMemory(A[:2])])
+
+
+def test_c_order_keeps_the_shape():
+    for values in (np.array(3, np.int32), np.arange(6).reshape(2, 3).T, np.zeros((0, 2)), np.arange(4)[::2]):
+        packed = to_c_order(values)
+        assert packed.flags.c_contiguous
+        assert packed.shape == values.shape
+        np.testing.assert_array_equal(packed, values)
+
+
+def test_cast_refuses_values_that_become_infinite():
+    half = np.dtype(np.float16)
+    values = np.array([1.0, np.inf, np.nan, 60000.0], np.float32)
+    np.testing.assert_array_equal(cast_values(values, half, "w"), values.astype(half))
+    with pytest.raises(CheckpointError, match="w: the value -1e\\+06 is too large for float16; pass --dtype bfloat16"):
+        cast_values(np.array([1.0, -1e6], np.float32), half, "w")
+    with pytest.raises(CheckpointError, match="w: the value 999424 is too large for float16"):
+        cast_values(np.array([[1e6]], ml_dtypes.bfloat16), half, "w")

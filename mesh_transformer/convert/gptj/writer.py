@@ -254,17 +254,9 @@ def _read_blocks(leaf: ShardedLeaf, dtype: np.dtype, slice_bytes: int) -> Iterat
         yield 0, leaf.values.values
         return
     if not leaf.shape:  # a scalar norm
-        yield 0, leaf.values.arrays[0].read(()).astype(dtype)
+        yield 0, cast_values(leaf.values.arrays[0].read(()), dtype, leaf.name)
         return
     if leaf.values.chunking.dim:
         raise ValueError(f"{leaf.name}: the layout {leaf.values.pattern} does not start with the first native axis")
     for first, last in leaf.values.slice_bounds(slice_bytes):
-        values = leaf.values.read_slice(0, first, last)
-        if values.dtype == dtype:
-            yield first, values
-            continue
-        with np.errstate(over="ignore"):
-            cast = values.astype(dtype)
-        if np.isfinite(values).sum() != np.isfinite(cast).sum():
-            raise CheckpointError(f"{leaf.name}: a value is too large for {dtype}; use float32 or bfloat16")
-        yield first, cast
+        yield first, cast_values(leaf.values.read_slice(0, first, last), dtype, leaf.name)

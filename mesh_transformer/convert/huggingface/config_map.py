@@ -79,7 +79,7 @@ def read_gpt_j(s: HFConfig) -> dict[str, Any]:
         n_layers=s["n_layer"], d_model=s["n_embd"], n_heads=s["n_head"], n_vocab=s["vocab_size"], seq_len=s["n_positions"],
         positions="rope-interleaved", residual="parallel", qkv_bias=False, attention_out_bias=False, head_bias=True,
         activation=s.translate(ACTIVATIONS, "activation_function"), norm_eps=s["layer_norm_epsilon"],
-        tied_embeddings=s["tie_word_embeddings"], rope_dims=s["rotary_dim"], init="gptj",
+        tied_embeddings=s["tie_word_embeddings"], rope_dims=require_even(s, s["rotary_dim"], "rotary_dim"), init="gptj",
     )  # fmt: skip
     return model | {"d_ff": s.get("n_inner", default=4 * s["n_embd"])}
 
@@ -97,8 +97,26 @@ def require_full_rotation(s: HFConfig, rope: Mapping[str, Any]) -> None:
     """Raise CheckpointError if only a part of each head is rotated."""
     if rope.get("partial_rotary_factor", 1) != 1:
         raise CheckpointError(
-            f"{s.where}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported; supported: 1"
+            f"{s.where}: partial_rotary_factor = {rope['partial_rotary_factor']!r} (of rope_parameters or rope_scaling) is "
+            "not supported; supported: 1"
         )
+
+
+def require_even(s: HFConfig, dims: int, *keys: str) -> int:
+    """Return a number of rotated dimensions. Raise CheckpointError, with the keys that determine it, if it is odd."""
+    if dims % 2:
+        raise CheckpointError(f"{s.where}: {', '.join(keys)} give {dims} rotated dimensions of a head; it must be even")
+    return dims
+
+
+ROTATED = (
+    "hidden_size",
+    "num_attention_heads",
+    "partial_rotary_factor",
+    "rotary_pct",
+    "rope_parameters",
+    "rope_scaling",
+)
 
 
 def read_gpt_neox(s: HFConfig) -> dict[str, Any]:
@@ -111,7 +129,7 @@ def read_gpt_neox(s: HFConfig) -> dict[str, Any]:
         residual="parallel-two-norms" if s["use_parallel_residual"] else "serial",
         activation=s.translate(ACTIVATIONS, "hidden_act"), norm_eps=s["layer_norm_eps"],
         tied_embeddings=s["tie_word_embeddings"], init="neox",
-        rope_dims=int(s["hidden_size"] // s["num_attention_heads"] * rope["partial_rotary_factor"]),
+        rope_dims=require_even(s, int(s["hidden_size"] // s["num_attention_heads"] * rope["partial_rotary_factor"]), *ROTATED),
     )  # fmt: skip
 
 
@@ -128,7 +146,7 @@ def write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
 
 
 def read_llama(s: HFConfig) -> dict[str, Any]:
-    """Return the [model] section for a LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config or Qwen3Config."""
+    """Return the [model] section for a LlamaConfig or a class of its kin: Mistral, Mixtral, Qwen2, Qwen3, Arcee."""
     rope, fields = read_rope(s)
     require_full_rotation(s, rope)
     heads = s["num_attention_heads"]
@@ -139,11 +157,12 @@ def read_llama(s: HFConfig) -> dict[str, Any]:
         seq_len=s["max_position_embeddings"], d_ff=s["intermediate_size"], norm="rmsnorm", norm_eps=s["rms_norm_eps"],
         n_kv_heads=s.get("num_key_value_heads", default=heads),
         d_head=(s["head_dim"] if "head_dim" in s or "head_dim" in s.fields else None) or s["hidden_size"] // heads,
-        positions="rope-half", **fields, activation=s.translate(ACTIVATIONS, "hidden_act"), gated_ffn=True,
+        positions="rope-half", **fields, activation=s.translate(ACTIVATIONS, "hidden_act"), gated_ffn=s.kind != "arcee",
         qkv_bias=s.kind == "qwen2" or out_bias, attention_out_bias=out_bias,
         ff_bias=s["mlp_bias"] if "mlp_bias" in s.fields else False,
         tied_embeddings=s["tie_word_embeddings"], qk_norm=s.kind == "qwen3",
     )  # fmt: skip
+    require_even(s, model["d_head"], "head_dim", "hidden_size", "num_attention_heads")
     return model | _read_windows(s, model["n_layers"])
 
 
@@ -192,7 +211,7 @@ def _shorten(kinds: list[str]) -> list[str]:
 
 
 def write_llama(c: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config or Qwen3Config."""
+    """Return the keys of a LlamaConfig or a class of its kin: Mistral, Mixtral, Qwen2, Qwen3, Arcee."""
     table = dict(
         num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
         max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, num_key_value_heads=c.kv_heads,
@@ -200,7 +219,10 @@ def write_llama(c: ModelConfig) -> dict[str, Any]:
         attention_bias=c.attention_out_bias, **write_rope(c),
     )  # fmt: skip
     if "local" in c.attention_pattern:
-        table |= dict(sliding_window=c.attention_window, use_sliding_window=True, max_window_layers=0)
+        layers = c.attention_pattern * (c.n_layers // len(c.attention_pattern))
+        table |= dict(
+            sliding_window=c.attention_window, use_sliding_window=True, max_window_layers=layers.index("local")
+        )
     if len(set(c.attention_pattern)) > 1:
         table |= dict(layer_types=write_layer_types(c))
     elif "global" in c.attention_pattern:
@@ -223,10 +245,7 @@ def read_mixtral(s: HFConfig) -> dict[str, Any]:
 def write_mixtral(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a MixtralConfig."""
     experts = {} if c.experts is None else vars(c.experts)
-    table = write_llama(c) | {
+    return write_llama(c) | {
         "num_local_experts": experts.get("n_experts"),
         "num_experts_per_tok": experts.get("n_experts_per_token"),
-    }
-    return {
-        key: value for key, value in table.items() if key not in ("mlp_bias", "attention_bias", "use_sliding_window")
     }

@@ -40,14 +40,23 @@ def read_t5(s: HFConfig) -> dict[str, Any]:
     """
     projection = s["feed_forward_proj"]
     kind, _, name = projection.rpartition("-")
-    s.require("is_gated_act", kind == "gated")  # a file may repeat what the class computes from feed_forward_proj
-    s.require("dense_act_fn", "gelu_new" if projection == "gated-gelu" else name)
-    gated = {f"gated-{name}": native for name, native in ACTIVATIONS.items()} | {"gated-gelu": "gelu-tanh"}
-    activation = s.translate(ACTIVATIONS | gated, "feed_forward_proj")
+    if kind not in ("", "gated"):
+        raise CheckpointError(
+            f"{s.where}: feed_forward_proj = {projection!r} is not supported; supported: [gated-]NAME"
+        )
+    # The class computes both from feed_forward_proj, but a file that has them, as those of transformers 5, wins.
+    given_act = s.given("dense_act_fn")
+    given_gate = s.given("is_gated_act")
+    act = given_act or ("gelu_new" if projection == "gated-gelu" else name)
+    if act not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{s.where}: {act!r} (feed_forward_proj, dense_act_fn) is not supported; supported: {list(ACTIVATIONS)}"
+        )
+    gated = kind == "gated" if given_gate is None else given_gate
     tied = s.given("tie_word_embeddings") is not False
     scaled = s.given("scale_decoder_outputs") if s.kind == "t5" else False
     scaled = tied if scaled is None else scaled
-    return _read(s, tied=tied, scaled=scaled) | dict(activation=activation, gated_ffn=projection in gated)
+    return _read(s, tied=tied, scaled=scaled) | dict(activation=ACTIVATIONS[act], gated_ffn=gated)
 
 
 def write_t5(c: ModelConfig) -> dict[str, Any]:
@@ -74,7 +83,8 @@ def read_switch(s: HFConfig) -> dict[str, Any]:
     if steps[0] != steps[1] or not 1 <= steps[0] <= 2:
         raise CheckpointError(
             f"{s.where}: experts in one of {steps[0]} encoder layers and one of {steps[1]} decoder layers are not "
-            "supported; supported: every layer of both, or every second layer of both"
+            "supported; supported: every layer of both, or every second layer of both. This follows from num_layers, "
+            "num_decoder_layers, num_sparse_encoder_layers, num_sparse_decoder_layers, encoder_sparse_step, decoder_sparse_step"
         )
     experts = dict(
         n_experts=s["num_experts"],

@@ -46,7 +46,7 @@ class Family(NamedTuple):
     mappings: Mapping[str, TensorMapping]  # by native weight
     read_config: Callable[[HFConfig], dict[str, Any]]
     write_config: Callable[[ModelConfig], dict[str, Any]]
-    # NumPy implementation: (tensors, config.json, tokens [B, T]) -> logits [B, T, V]; None: conversions compare no logits
+    # NumPy implementation: (tensors, config.json, tokens [B, T]) -> logits [B, T, V]; None: only transformers is compared
     reference: Callable[..., np.ndarray] | None
     prefix: str  # of names; files of the bare model lack it
     buffers: tuple[str, ...] = ()  # suffixes of names that are not weights
@@ -110,6 +110,9 @@ FAMILIES = {
     "mixtral": Family(
         "MixtralForCausalLM", tensor_map.MIXTRAL, config_map.read_mixtral, config_map.write_mixtral, *LLAMA_CONFIG[2:]
     ),
+    "arcee": Family(
+        "ArceeForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG
+    ),  # Llama without a gate in its feed-forward layers
     "qwen2": Family("Qwen2ForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG),
     "qwen3": Family("Qwen3ForCausalLM", tensor_map.QWEN3, *LLAMA_CONFIG),
     "gemma2": Family(

@@ -56,6 +56,11 @@ def recorded_classes() -> dict[str, dict[str, Any]]:
     return json.loads(DEFAULTS.read_bytes())["model_types"]
 
 
+def recorded_version() -> str:
+    """Return the version of transformers whose classes are recorded."""
+    return json.loads(DEFAULTS.read_bytes())["transformers"]
+
+
 class HFConfig:
     """A config.json whose keys are read one by one.
 
@@ -68,16 +73,15 @@ class HFConfig:
         self.kind = str(table.get("model_type"))
         recorded = recorded_classes().get(self.kind, {})
         self.aliases: dict[str, str] = recorded.get("aliases", {})
-        self.fields: dict[str, tuple[Any, str]] = {
-            str(self.aliases.get(name, name)): (default, types)
-            for name, (default, types) in recorded.get("fields", {}).items()
-        }
+        fields: dict[str, tuple[Any, str]] = recorded.get("fields", {})
+        self.fields = {self.aliases.get(name, name): (default, types) for name, (default, types) in fields.items()}
         self.computed: list[str] = recorded.get("computed", [])
         self.rope_defaults: dict[str, Any] | None = recorded.get("rope")
         # transformers sets fields first and every other key after them, so that an alias beside its field wins
-        in_order = sorted(table.items(), key=lambda item: item[0] not in recorded.get("fields", {}))
+        in_order = sorted(table.items(), key=lambda item: item[0] not in fields)
         self.table = {self.aliases.get(key, key): value for key, value in in_order}
         self.was_read: set[str] = set()
+        self.was_restricted: set[str] = set()  # keys of which only some values are supported
 
     def __contains__(self, key: str) -> bool:
         """Return whether the file has the key, also if it is null."""
@@ -136,6 +140,7 @@ class HFConfig:
         """
         key = self.aliases.get(key, key)
         self.was_read.add(key)
+        self.was_restricted.add(key)
         value = self[key] if key in self or key in self.fields else None
         if value is None and self.fields.get(key, (None,))[0] is None:
             return
@@ -188,6 +193,12 @@ class HFConfig:
             fields["rope_parameters"] = self.rope_parameters()
         fields.pop("rope_scaling", None)
         return fields
+
+    def keys_by_treatment(self) -> tuple[list[str], list[str]]:
+        """Return the fields of the class that were read, and those of which other values are refused, after reading."""
+        effective = [key for key in self.fields if key not in KEYS_WITHOUT_EFFECT | NO_EFFECT_OF.get(self.kind, set())]
+        honored = [key for key in effective if key in self.was_read - self.was_restricted]
+        return honored, [key for key in effective if key not in honored]
 
     def check_all_read(self) -> None:
         """Raise CheckpointError with every key that was not read, has an effect and differs from the default."""

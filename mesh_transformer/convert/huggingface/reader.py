@@ -6,6 +6,7 @@ The names and layouts of tensors are in tensor_map.py, those of configuration ke
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface.families import FAMILIES, Family
-from mesh_transformer.convert.huggingface.hf_config import HFConfig
+from mesh_transformer.convert.huggingface.hf_config import HFConfig, recorded_classes
 from mesh_transformer.convert.huggingface.tensor_files import find_tensors
 from mesh_transformer.convert.huggingface.tensor_map import TensorMapping
 from mesh_transformer.convert.import_plan import (
@@ -39,6 +40,10 @@ CARRIED_FILES = (
     "chat_template.jinja",
     "tokenizer.model",
 )
+# Keys that some classes of similar families have and others lack.
+OPTIONAL_KEYS = (
+    "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+)  # fmt: skip
 COMPARED_ROWS = 4096  # of two copies of a matrix, compared at once
 
 
@@ -57,7 +62,10 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
     tensors = find_tensors(folder)
     if family.files_tie_head:
         model["tied_embeddings"] = _is_head_tied(tensors, family, model["tied_embeddings"])
-    config = make_model_config(model, folder / CONFIG)
+    try:
+        config = make_model_config(model, folder / CONFIG)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_list_keys(external_config, str(error))}") from None
     used: set[str] = set()
     arrays = assemble(config, lambda spec: find_array(tensors, family, config, spec, used), folder)
     copies = {name: "these must be equal" for name in family.copies if name in tensors}
@@ -108,6 +116,13 @@ def read_model(s: HFConfig, family: Family) -> dict[str, Any]:
     return model
 
 
+def _list_keys(s: HFConfig, message: str) -> str:
+    """Return the keys of config.json with the values that an error about the native fields mentions."""
+    values = set(re.findall(r"=([\w.]+)", message))
+    keys = [f"{key} = {s[key]!r}" for key in sorted(s.was_read) if key in s and str(s[key]) in values]
+    return f" ({CONFIG} has {', '.join(keys)})" if keys else ""
+
+
 def find_family(config: ModelConfig, preferred: str | None = None) -> tuple[str, dict[str, Any]]:
     """Return the model type of a family that computes the same function as a native model, and its config.json.
 
@@ -117,7 +132,11 @@ def find_family(config: ModelConfig, preferred: str | None = None) -> tuple[str,
     differences: dict[str, list[str]] = {}
     wanted = config.describe_function()
     for kind, family in sorted(FAMILIES.items(), key=lambda item: item[0] != preferred):
-        table = family.write_config(config) | {
+        written = family.write_config(config)
+        if kind in recorded_classes():
+            lacks = [key for key in OPTIONAL_KEYS if key not in recorded_classes()[kind]["fields"]]
+            written = {key: value for key, value in written.items() if key not in lacks}
+        table = written | {
             "model_type": kind,
             "architectures": [family.architecture],
             "tie_word_embeddings": config.tied_embeddings,

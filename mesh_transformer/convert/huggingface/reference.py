@@ -213,7 +213,7 @@ def run_gpt_neox(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Arr
 
 
 def run_llama(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Array:
-    """Return the logits of LlamaForCausalLM, or of Mistral, Mixtral, Qwen2 or Qwen3.
+    """Return the logits of LlamaForCausalLM, or of Mistral, Mixtral, Arcee, Qwen2 or Qwen3.
 
     These differ in windows, experts, biases and QK norms.
     """
@@ -241,6 +241,8 @@ def run_llama(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Array:
         normed = t.rms(f"{h}post_attention_layernorm", x, eps)
         if kind == "mixtral":
             x = x + _run_experts(t, c, f"{h}block_sparse_moe.", normed, act)
+        elif kind == "arcee":
+            x = x + t.linear(f"{h}mlp.down_proj", act(t.linear(f"{h}mlp.up_proj", normed)))
         else:
             x = x + _gated(t, normed, act, *(f"{h}mlp.{y}_proj" for y in ("gate", "up", "down")))
     return _head(t, c, t.rms(f"{p}norm", x, eps), "lm_head", f"{p}embed_tokens.weight")
@@ -275,7 +277,7 @@ def _llama_windows(c: Mapping[str, Any], kind: str) -> list[int | None]:
     layers = range(c["num_hidden_layers"])
     if kind in ("mistral", "mixtral"):
         return [c["sliding_window"] for _ in layers]
-    if kind == "llama" or not c["use_sliding_window"]:
+    if kind in ("llama", "arcee") or not c["use_sliding_window"]:
         return [None for _ in layers]
     if c["layer_types"]:
         return [c["sliding_window"] if named == "sliding_attention" else None for named in c["layer_types"]]

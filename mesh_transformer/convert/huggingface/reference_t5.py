@@ -12,7 +12,6 @@ from mesh_transformer.convert.huggingface.reference import (
     ACTIVATIONS,
     Array,
     ExternalTensors,
-    gelu_tanh,
     matmul,
     split_heads,
 )
@@ -89,9 +88,10 @@ def _feed_forward(t: ExternalTensors, c: Mapping[str, Any], name: str, x: Array)
 
 
 def _dense(t: ExternalTensors, c: Mapping[str, Any], name: str, x: Array) -> Array:
-    kind = c["feed_forward_proj" if "feed_forward_proj" in c else "dense_act_fn"]
-    act = gelu_tanh if kind == "gated-gelu" else ACTIVATIONS[kind.removeprefix("gated-")]
-    if kind.startswith("gated-"):
+    kind = c.get("feed_forward_proj", "")
+    computed = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
+    act = ACTIVATIONS[c.get("dense_act_fn") or computed]
+    if f"{name}.wi_0.weight" in t:
         return t.linear(f"{name}.wo", act(t.linear(f"{name}.wi_0", x)) * t.linear(f"{name}.wi_1", x))
     return t.linear(f"{name}.wo", act(t.linear(f"{name}.wi", x)))
 

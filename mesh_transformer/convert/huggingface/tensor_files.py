@@ -40,6 +40,8 @@ STORAGES = {
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
     "ByteStorage": "uint8", "BoolStorage": "bool",
 }  # fmt: skip
+ZIP_MARK = b"PK\x03\x04"
+LEGACY_NUMBER = 0x1950A86A20F9469CFC6C  # the first value in a file of PyTorch before 1.6
 MAX_HEADER_BYTES = 100_000_000
 # NumPy parses headers with ast, which is not thread-safe in Python 3.11 (python/cpython#106905).
 _NPY_HEADER = threading.Lock()
@@ -90,6 +92,9 @@ def read_safetensors(path: AnyPath) -> dict[str, FileArray]:
 def read_torch(path: AnyPath) -> dict[str, FileArray]:
     """Return the tensors of a .bin file. Its unpickler only knows tensors and does not run any code in the file."""
     try:
+        with path.open("rb") as file:
+            if file.read(len(ZIP_MARK)) != ZIP_MARK:
+                return _name_tensors(path, *_read_legacy(path))
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
             root = pickled.removesuffix("data.pkl")
@@ -100,12 +105,46 @@ def read_torch(path: AnyPath) -> dict[str, FileArray]:
             if byteorder in offsets and archive.read(byteorder) != b"little":
                 raise CheckpointError(f"{path}: big-endian values are not supported")
             tree = _Unpickler(io.BytesIO(archive.read(pickled))).load()
-    except (zipfile.BadZipFile, ValueError, KeyError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+    except (
+        zipfile.BadZipFile, ValueError, KeyError, TypeError, struct.error, pickle.UnpicklingError, EOFError, AttributeError,
+    ) as error:  # fmt: skip
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
             f"{path}: not a checkpoint that contains only tensors (torch.save of a state_dict): {error}"
         ) from None
+    return _name_tensors(path, tree, {name.removeprefix(f"{root}data/"): start for name, start in offsets.items()})
+
+
+def _read_legacy(path: AnyPath) -> tuple[Any, dict[str, int]]:
+    """Return the state_dict of a file of PyTorch before 1.6, and the offset of each storage's values.
+
+    Such a file is a sequence of pickles: a number, the version, facts about the machine, the state_dict and the keys of its
+    storages; then the length and the values of each storage.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if _Unpickler(file).load() != LEGACY_NUMBER:
+            raise pickle.UnpicklingError("it does not begin with the number of PyTorch's format")
+        _Unpickler(file).load()
+        if _Unpickler(file).load().get("little_endian") is False:
+            raise CheckpointError(f"{path}: big-endian values are not supported")
+        unpickler = _Unpickler(file)
+        tree = unpickler.load()
+        offsets: dict[str, int] = {}
+        for key in _Unpickler(file).load():
+            (count,) = struct.unpack("<q", file.read(8))
+            offsets[str(key)] = file.tell()
+            end = file.seek(count * to_dtype(unpickler.storages[str(key)]).itemsize, os.SEEK_CUR)
+            if end > size:
+                raise CheckpointError(
+                    f"{path}: {size:,} bytes, but its tensors end at {end:,}; copy or download it again"
+                )
+    return tree, offsets
+
+
+def _name_tensors(path: AnyPath, tree: Any, offsets: Mapping[str, int]) -> dict[str, FileArray]:
+    """Return the tensors of a state_dict, given the offset of each storage's values in the file."""
     if not isinstance(tree, Mapping):
         raise CheckpointError(f"{path}: contains a {type(tree).__name__}, expected named tensors")
     tensors = {}
@@ -116,9 +155,8 @@ def read_torch(path: AnyPath) -> dict[str, FileArray]:
             raise CheckpointError(
                 f"{path}: {name} is not contiguous (strides {entry.stride}); call contiguous() before saving it"
             )
-        offset = offsets[f"{root}data/{entry.key}"]
         dtype = to_dtype(entry.dtype)
-        tensors[str(name)] = FileArray(path, offset + entry.first * dtype.itemsize, entry.shape, dtype)
+        tensors[str(name)] = FileArray(path, offsets[entry.key] + entry.first * dtype.itemsize, entry.shape, dtype)
     return tensors
 
 
@@ -236,10 +274,15 @@ class _Unpickler(pickle.Unpickler):
             return STORAGES[name]
         raise pickle.UnpicklingError(f"its pickle calls {module}.{name}, which is not allowed; it was not run")
 
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file)
+        self.storages: dict[str, str] = {}  # dtype by key
+
     def persistent_load(self, pid: Any) -> tuple[str, str]:
-        kind, dtype, key, *_ = pid
-        if kind != "storage" or dtype not in STORAGES.values():
+        kind, dtype, key, *rest = pid
+        if kind != "storage" or dtype not in STORAGES.values() or (len(rest) == 3 and rest[2] is not None):
             raise pickle.UnpicklingError(f"unknown storage {pid!r}")
+        self.storages[str(key)] = dtype
         return str(key), dtype
 
 
@@ -258,7 +301,7 @@ def _data_offset(file: IO[bytes], path: AnyPath, info: zipfile.ZipInfo) -> int:
         raise CheckpointError(f"{path}: member {info.filename} is compressed; save it with PyTorch 1.6 or later")
     file.seek(info.header_offset)
     header = file.read(30)
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+    if len(header) < 30 or header[:4] != ZIP_MARK:
         raise CheckpointError(f"{path}: damaged at member {info.filename}")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     return info.header_offset + 30 + name_length + extra_length

@@ -16,7 +16,7 @@ from reference_models import CASES, LIVE_CASES, make_model_folder, make_torch
 from safetensors.numpy import load_file, save_file
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
-from mesh_transformer.config import ModelConfig
+from mesh_transformer.config import ModelConfig, load_config
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.presets import LLAMA, T5
 from mesh_transformer.convert import writers
@@ -24,7 +24,7 @@ from mesh_transformer.convert.bit_check import verify_bits
 from mesh_transformer.convert.destination import publish, staging_folder
 from mesh_transformer.convert.huggingface.config_map import HFConfig
 from mesh_transformer.convert.huggingface.reader import find_family, open_huggingface, read_config
-from mesh_transformer.convert.huggingface.tensor_files import read_safetensors, read_torch
+from mesh_transformer.convert.huggingface.tensor_files import LEGACY_NUMBER, read_safetensors, read_torch
 from mesh_transformer.convert.import_plan import make_model_config
 from mesh_transformer.convert.lazy_arrays import full_index
 from mesh_transformer.convert.progress import no_progress
@@ -152,7 +152,11 @@ def test_wrong_number_of_layers_is_refused(tmp_path):
         ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
         ("gpt2", dict(activation_function="mish"), "activation_function = 'mish'"),
         ("gpt2", dict(n_head=None), "n_head = None has type null; the type must be int"),
-        ("gpt2", dict(n_head=5), "d_model=12 is not a multiple of n_heads=5"),
+        (
+            "gpt2",
+            dict(n_head=5),
+            r"d_model=12 is not a multiple of n_heads=5; set d_head \(config.json has n_embd = 12, n_head = 5\)",
+        ),
         ("llama-gqa", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "type 'yarn' need factor"),
         ("llama-gqa", dict(mlp_bias=True), r"missing: model\.layers\.0\.mlp\.up_proj\.bias"),
         ("llama-gqa", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
@@ -200,6 +204,7 @@ def test_model_without_a_family_is_refused():
     find_family(ModelConfig(**fields))
     with pytest.raises(CheckpointError, match=r"the nearest, llama, does not support: positions = 'alibi'"):
         find_family(ModelConfig(**fields | {"positions": "alibi"}))
+    assert find_family(ModelConfig(**fields | {"gated_ffn": False, "activation": "relu"}))[0] == "arcee"
     experts = ExpertsConfig(n_experts=4, n_experts_per_token=2)
     assert find_family(ModelConfig(**fields, experts=experts))[0] == "mixtral"
     for changes in (
@@ -255,6 +260,13 @@ def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"pickle calls .*open.* was not run"):
         read_torch(path)
     assert not (tmp_path / "evil").exists()
+    legacy = [pickle.dumps(each, 2) for each in (LEGACY_NUMBER, 1001, {"little_endian": True}, {"a": Evil()}, [])]
+    path.write_bytes(b"".join(legacy))
+    with pytest.raises(CheckpointError, match=r"pickle calls .*open.* was not run"):
+        read_torch(path)
+    assert not (tmp_path / "evil").exists()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"a": Evil()}, 2))
     buffer = io.BytesIO(path.read_bytes()[:40])
     path.write_bytes(buffer.getvalue())
     with pytest.raises(CheckpointError, match="not a checkpoint that contains only tensors"):
@@ -316,6 +328,14 @@ def test_bin_files_are_read_without_torch(tmp_path):
     for key, array in found.items():
         assert array.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(array.read(full_index(array)).astype(np.float32), state[key].float().numpy())
+    torch.save(state, tmp_path / "legacy.bin", _use_new_zipfile_serialization=False)  # as before PyTorch 1.6
+    legacy = read_torch(tmp_path / "legacy.bin")
+    assert legacy.keys() == found.keys()
+    for key, array in legacy.items():
+        np.testing.assert_array_equal(array.read(full_index(array)), found[key].read(full_index(found[key])))
+    (tmp_path / "short.bin").write_bytes((tmp_path / "legacy.bin").read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"its tensors end at .*; copy or download it again"):
+        read_torch(tmp_path / "short.bin")
     torch.save({"a": torch.ones(3, 4).T}, tmp_path / "transposed.bin")
     with pytest.raises(CheckpointError, match="a is not contiguous"):
         read_torch(tmp_path / "transposed.bin")
@@ -355,3 +375,24 @@ def test_config_of_encoder_decoder_models(tmp_path):
     alone = ModelConfig(**T5 | dict(n_layers=2, d_model=8, n_heads=2, n_vocab=9, seq_len=8))
     with pytest.raises(CheckpointError, match="no Hugging Face family computes the function of this model"):
         find_family(alone)
+
+
+def test_export_keeps_the_family_and_writes_only_its_keys(tmp_path):
+    make_model_folder(tmp_path / "mistral", "llama-gqa")
+    edit_config(tmp_path / "mistral", model_type="mistral", sliding_window=None)
+    plan = open_huggingface(tmp_path / "mistral")
+    assert find_family(plan.config)[0] == "llama", "the first of the families with this function"
+    kind, table = find_family(plan.config, "mistral")
+    assert kind == "mistral"
+    assert not table.keys() & {"attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers"}
+    assert "sliding_window" not in find_family(plan.config)[1]
+    windows = ("global", "local", "local")
+    qwen = ModelConfig(**LLAMA | dict(n_layers=3, d_model=8, n_heads=2, n_vocab=9, seq_len=8, qkv_bias=True))
+    _, table = find_family(dataclasses.replace(qwen, attention_pattern=windows, attention_window=4), "qwen2")
+    assert (table["max_window_layers"], table["sliding_window"]) == (1, 4)
+    assert "mlp_bias" not in table
+
+
+def test_the_quickstart_model_has_a_family():
+    config = load_config(Path(__file__).parents[3] / "configs" / "quickstart.toml").model
+    assert find_family(config)[0] == "arcee"
