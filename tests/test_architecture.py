@@ -309,6 +309,7 @@ COVERED_BY = {
     "config/test_presets.py": ("model.shapes",),
     "config/test_resume_rules.py": ("config.field_types",),
     "convert/gptj/test_reader.py": ("convert.gptj.reference", "convert.gptj.writer"),
+    "convert/huggingface/test_bert.py": ("convert.huggingface.albert", "convert.huggingface.roberta"),
     "convert/huggingface/test_families.py": (
         "convert.huggingface.bloom",
         "convert.huggingface.falcon",

@@ -19,7 +19,11 @@ CARRIED_TEXTS = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")  # in config.json
+# Keys of config.json: IDs of special tokens, and what the outputs of a classifier mean.
+SPECIAL_IDS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("id2label", "label2id", "problem_type"),
+)
 
 
 def read_carried(folder: AnyPath, external_config: Mapping[str, Any]) -> dict[str, Any]:

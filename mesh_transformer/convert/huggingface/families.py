@@ -14,6 +14,8 @@ import numpy as np
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface import (
+    albert,
+    bert,
     bloom,
     cohere,
     config_map,
@@ -27,6 +29,7 @@ from mesh_transformer.convert.huggingface import (
     opt,
     phi3,
     reference,
+    roberta,
     smollm3,
     stablelm,
     starcoder2,
@@ -52,6 +55,8 @@ class Family(NamedTuple):
     buffers: tuple[str, ...] = ()  # suffixes of names that are not weights
     left_out: tuple[str, ...] = ()  # prefixes of names that belong to another part than the text model
     copies: tuple[str, ...] = ()  # other names under which files may store the embedding matrix
+    bias_copies: tuple[str, ...] = ()  # other names under which files may store the bias of the head
+    heads: tuple[str, ...] = ()  # prefixes of tensors of heads, which are left out where the model has no such head
     needs_copies: bool = (
         False  # whether files with an untied head must have them, because transformers ties nothing then
     )
@@ -65,6 +70,7 @@ class Family(NamedTuple):
 
 
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+POSITION_IDS = ("embeddings.position_ids", "embeddings.token_type_ids")  # buffers in older files of encoders
 UNUSED = (".EncDecAttention.relative_attention_bias.weight",)  # unused; stored in the first files of T5
 
 LLAMA_CONFIG = (config_map.read_llama, config_map.write_llama, reference.run_llama, "model.", (".rotary_emb.inv_freq",))
@@ -193,6 +199,45 @@ FAMILIES = {
         UNUSED,
         copies=COPIES,
         files_tie_head=True,
+    ),
+    "bert": Family(
+        "BertForMaskedLM",
+        bert.TENSORS,
+        bert.read_config,
+        bert.write_config,
+        None,
+        "bert.",
+        POSITION_IDS,
+        copies=bert.COPIES,
+        bias_copies=bert.BIAS_COPIES,
+        heads=("cls.", "classifier."),
+        variant=bert.name_heads,
+    ),
+    "roberta": Family(
+        "RobertaForMaskedLM",
+        roberta.TENSORS,
+        roberta.read_config,
+        roberta.write_config,
+        None,
+        "roberta.",
+        POSITION_IDS,
+        copies=roberta.COPIES,
+        bias_copies=roberta.BIAS_COPIES,
+        heads=("lm_head.", "classifier.", "roberta.pooler."),
+        variant=roberta.name_heads,
+    ),
+    "albert": Family(
+        "AlbertForMaskedLM",
+        albert.TENSORS,
+        albert.read_config,
+        albert.write_config,
+        None,
+        "albert.",
+        POSITION_IDS,
+        copies=albert.COPIES,
+        bias_copies=albert.BIAS_COPIES,
+        heads=("predictions.", "sop_classifier.", "classifier."),
+        variant=albert.name_heads,
     ),
     "switch_transformers": Family(
         "SwitchTransformersForConditionalGeneration",

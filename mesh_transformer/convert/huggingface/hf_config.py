@@ -82,6 +82,7 @@ class HFConfig:
         self.table = {self.aliases.get(key, key): value for key, value in in_order}
         self.was_read: set[str] = set()
         self.was_restricted: set[str] = set()  # keys of which only some values are supported
+        self.tensors: frozenset[str] = frozenset()  # names in the model's files, where they say which parts it has
 
     def __contains__(self, key: str) -> bool:
         """Return whether the file has the key, also if it is null."""

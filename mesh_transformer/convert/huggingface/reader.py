@@ -22,6 +22,7 @@ from mesh_transformer.convert.import_plan import (
     WeightSpec,
     assemble,
     check_all_used,
+    describe_weights,
     list_weights,
     make_model_config,
 )
@@ -58,8 +59,9 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
     CheckpointError lists all tensors that are missing, unknown or have a wrong shape.
     """
     external_config, family = read_config(folder)
-    model = read_model(external_config, family)
     tensors = find_tensors(folder)
+    external_config.tensors = frozenset(tensors)
+    model = read_model(external_config, family)
     if family.files_tie_head:
         model["tied_embeddings"] = _is_head_tied(tensors, family, model["tied_embeddings"])
     try:
@@ -68,16 +70,22 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
         raise CheckpointError(f"{error}{_list_keys(external_config, str(error))}") from None
     used: set[str] = set()
     arrays = assemble(config, lambda spec: find_array(tensors, family, config, spec, used), folder)
-    copies = {name: "these must be equal" for name in family.copies if name in tensors}
+    copies = {name: "these must be equal" for name in (*family.copies, *family.bias_copies) if name in tensors}
     if config.tied_embeddings and (head := _find_optional(tensors, family, "w_head")):
         copies[head] = f"but {CONFIG} says tie_word_embeddings; set it to false"
     notes: list[str] = []
     embedding = find_name(tensors, family, family.mappings["w_tokens"], None)
     for copy, reason in copies.items():
-        if not _are_equal(tensors[copy], tensors[embedding]):
-            raise CheckpointError(f"{folder}: {copy} differs from {embedding}, {reason}")
+        original = _find_optional(tensors, family, "b_head") if copy in family.bias_copies else embedding
+        if original is None or original == copy:
+            continue
+        if not _are_equal(tensors[copy], tensors[original]):
+            raise CheckpointError(f"{folder}: {copy} differs from {original}, {reason}")
         used.add(copy)
-        notes.append(f"{copy} equals {embedding} and is stored once")
+        notes.append(f"{copy} equals {original} and is stored once")
+    if other_heads := sorted(name for name in tensors if name not in used and name.startswith(family.heads)):
+        used.update(other_heads)
+        notes.append(f"left out, because {external_config.table.get('architectures')} has no such head: {other_heads}")
     if left_out := {name for name in tensors if name.startswith(family.left_out or ("\0",))}:
         notes.append(f"{len(left_out)} tensors of the vision tower and its projector are left out: only text is read")
     unused = set(tensors) - left_out
@@ -136,13 +144,12 @@ def find_family(config: ModelConfig, preferred: str | None = None) -> tuple[str,
         if kind in recorded_classes():
             lacks = [key for key in OPTIONAL_KEYS if key not in recorded_classes()[kind]["fields"]]
             written = {key: value for key, value in written.items() if key not in lacks}
-        table = written | {
-            "model_type": kind,
-            "architectures": [family.architecture],
-            "tie_word_embeddings": config.tied_embeddings,
-        }
+        table = {"architectures": [family.architecture]} | written
+        table |= {"model_type": kind, "tie_word_embeddings": config.tied_embeddings}
+        external = HFConfig(table, kind)
+        external.tensors = exported_names(config, family)
         try:
-            found = make_model_config(read_model(HFConfig(table, kind), family), kind).describe_function()
+            found = make_model_config(read_model(external, family), kind).describe_function()
         except CheckpointError:  # this family has no valid model of these sizes
             found = {}
         differences[kind] = [f"{key} = {value!r}" for key, value in wanted.items() if found.get(key) != value]
@@ -153,6 +160,13 @@ def find_family(config: ModelConfig, preferred: str | None = None) -> tuple[str,
         f"no Hugging Face family computes the function of this model; the nearest, {nearest}, does not support: "
         + ", ".join(differences[nearest])
     )
+
+
+def exported_names(config: ModelConfig, family: Family) -> frozenset[str]:
+    """Return the names that the weights of a model have in files of a family; `{i}` stands for the layer."""
+    mappings = family.mappings_of(config)
+    specs = (spec for specs in describe_weights(config).values() for spec in specs)
+    return frozenset(mappings[spec.name].name for spec in specs if spec.name in mappings)
 
 
 def pack_tensors(config: ModelConfig, arrays: Mapping[str, LazyArray], family: Family) -> dict[str, Packed | Joined]:
@@ -244,11 +258,11 @@ def _find_optional(tensors: Mapping[str, Any], family: Family, weight: str) -> s
 
 
 def _are_equal(a: LazyArray, b: LazyArray) -> bool:
-    """Return whether two matrices are equal, reading some rows at a time."""
+    """Return whether two arrays are equal, reading some rows at a time."""
     if a.shape != b.shape:
         return False
     for first in range(0, a.shape[0], COMPARED_ROWS):
-        index = (slice(first, min(first + COMPARED_ROWS, a.shape[0])), full_index(a)[1])
+        index = (slice(first, min(first + COMPARED_ROWS, a.shape[0])), *full_index(a)[1:])
         if not np.array_equal(a.read(index), b.read(index)):
             return False
     return True

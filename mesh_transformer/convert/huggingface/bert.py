@@ -1,0 +1,233 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""BERT (arXiv 1810.04805): tensor names and config.json, and what RoBERTa and ALBERT share with it.
+
+One native model covers the classes of transformers; the heads say which one it is:
+
+    class                         head        pooler  n_labels
+    BertForMaskedLM               masked-lm   false   none
+    BertModel                     none        true    none
+    BertForSequenceClassification none        true    set
+    BertForPreTraining            masked-lm   true    2
+
+Files often hold more than the class in config.json names, for example a pooler beside a masked language-model head. Such
+parts are imported as well, except those beside a classifier, which are left out with a note.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS
+from mesh_transformer.convert.huggingface.hf_config import HFConfig
+from mesh_transformer.convert.huggingface.tensor_map import TensorMapping, linear
+from mesh_transformer.storage.errors import CheckpointError
+
+
+class Classes(NamedTuple):
+    """Classes of transformers for one family, and tensors by which files of their heads are recognized."""
+
+    masked_lm: str
+    model: str
+    classification: str
+    pretraining: str | None  # RoBERTa has none
+    masked_lm_tensor: str
+    pooler_tensor: str  # without a classifier
+    sentence_tensor: str  # of the classifier of sentence pairs that pretraining has; "" without one
+
+
+CLASSES = Classes(
+    masked_lm="BertForMaskedLM",
+    model="BertModel",
+    classification="BertForSequenceClassification",
+    pretraining="BertForPreTraining",
+    masked_lm_tensor="cls.predictions.transform.dense.weight",
+    pooler_tensor="bert.pooler.dense.weight",
+    sentence_tensor="cls.seq_relationship.weight",
+)
+
+
+def norms(**modules: str) -> dict[str, TensorMapping]:
+    """Return the mappings of scale and bias of layer norms; files made with TensorFlow call them gamma and beta."""
+    found: dict[str, TensorMapping] = {}
+    for norm, module in modules.items():
+        found[f"{norm}/scale"] = TensorMapping(f"{module}.weight", "embed", aliases=(f"{module}.gamma",))
+        found[f"{norm}/bias"] = TensorMapping(f"{module}.bias", "embed", aliases=(f"{module}.beta",))
+    return found
+
+
+def embeddings(module: str) -> dict[str, TensorMapping]:
+    """Return the mappings of the embeddings."""
+    return {
+        "w_tokens": TensorMapping(f"{module}.word_embeddings.weight", "vocab embed"),
+        "w_positions": TensorMapping(f"{module}.position_embeddings.weight", "position embed"),
+        "w_token_types": TensorMapping(f"{module}.token_type_embeddings.weight", "token_type embed"),
+        **norms(norm_embedding=f"{module}.LayerNorm"),
+    }
+
+
+def attention(module: str, output: str) -> dict[str, TensorMapping]:
+    """Return the mappings of self-attention."""
+    found: dict[str, TensorMapping] = {}
+    for name, heads in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
+        x = name[0]
+        found |= linear(f"attention/w_{x}", f"{module}.{name}", f"{heads} head_dim", "embed", f"attention/b_{x}")
+    return found | linear("attention/w_o", output, "embed", "heads head_dim", "attention/b_o")
+
+
+def masked_lm_head(dense: str, norm: str, bias: str) -> dict[str, TensorMapping]:
+    """Return the mappings of a masked language-model head, whose matrix is that of the embeddings."""
+    return {
+        **linear("masked_lm_head/w", dense, "embedding", "embed", "masked_lm_head/b"),
+        **norms(**{"masked_lm_head/norm": norm}),
+        "b_head": TensorMapping(bias, "vocab", aliases=(bias.replace(".bias", ".decoder.bias"),)),
+    }
+
+
+def pooler(module: str) -> dict[str, TensorMapping]:
+    """Return the mappings of the pooler."""
+    return linear("pooler/w", module, "pooled", "embed", "pooler/b")
+
+
+def classifier(module: str, alias: str = "") -> dict[str, TensorMapping]:
+    """Return the mappings of the classifier, whose module may have another name."""
+    found = linear("classifier/w", module, "labels", "pooled", "classifier/b")
+    if not alias:
+        return found
+    return {key: one._replace(aliases=(one.name.replace(module, alias),)) for key, one in found.items()}
+
+
+def encoder_tensors(prefix: str) -> dict[str, TensorMapping]:
+    """Return the mappings of embeddings and layers, which BERT and RoBERTa share."""
+    layer = f"{prefix}encoder.layer.{{i}}"
+    return {
+        **embeddings(f"{prefix}embeddings"),
+        **attention(f"{layer}.attention.self", f"{layer}.attention.output.dense"),
+        **norms(norm_1=f"{layer}.attention.output.LayerNorm", norm_2=f"{layer}.output.LayerNorm"),
+        **linear("feed_forward/w_in", f"{layer}.intermediate.dense", "ff", "embed", "feed_forward/b_in"),
+        **linear("feed_forward/w_out", f"{layer}.output.dense", "embed", "ff", "feed_forward/b_out"),
+    }
+
+
+TENSORS = {
+    **encoder_tensors("bert."),
+    **masked_lm_head("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
+    **pooler("bert.pooler.dense"),
+    **classifier("classifier", alias="cls.seq_relationship"),
+}
+COPIES = ("cls.predictions.decoder.weight",)  # of the embedding matrix
+BIAS_COPIES = ("cls.predictions.decoder.bias",)
+
+
+def name_heads(c: ModelConfig) -> dict[str, TensorMapping]:
+    """Return the mappings that depend on the class of a model."""
+    if c.head == "masked-lm":
+        return classifier("cls.seq_relationship")
+    return {} if c.n_labels else without_prefix(TENSORS, "bert.")
+
+
+def without_prefix(tensors: Mapping[str, TensorMapping], prefix: str) -> dict[str, TensorMapping]:
+    """Return the mappings in the files of a model without heads, which may also have the prefix."""
+    return {
+        key: one._replace(name=one.name.removeprefix(prefix), aliases=(one.name, *one.aliases))
+        for key, one in tensors.items()
+    }
+
+
+def read_config(s: HFConfig) -> dict[str, Any]:
+    """Return the [model] section for a BertConfig."""
+    return read_encoder(s) | read_heads(s, CLASSES)
+
+
+def read_encoder(s: HFConfig) -> dict[str, Any]:
+    """Return the fields that BERT, RoBERTa and ALBERT share, without their heads."""
+    s.require("is_decoder", False)
+    s.require("add_cross_attention", False)
+    s.require("position_embedding_type", "absolute")
+    return dict(
+        n_layers=s["num_hidden_layers"],
+        d_model=s["hidden_size"],
+        n_heads=s["num_attention_heads"],
+        d_ff=s["intermediate_size"],
+        n_vocab=s["vocab_size"],
+        seq_len=s["max_position_embeddings"],
+        n_token_types=s["type_vocab_size"],
+        norm_eps=s["layer_norm_eps"],
+        activation=s.translate(ACTIVATIONS, "hidden_act"),
+        residual="post-norm",
+        causal=False,
+        embedding_norm=True,
+        init="bert",
+    )
+
+
+def read_heads(s: HFConfig, classes: Classes) -> dict[str, Any]:
+    """Return the fields of the heads, by the class that config.json names and by the tensors in the files."""
+    known = [name for name in classes[:4] if name]
+    architecture = (s.table.get("architectures") or [None])[0]
+    if architecture not in (*known, None):
+        raise CheckpointError(f"{s.where}: architectures = [{architecture!r}] is not supported; supported: {known}")
+    s.require("tie_word_embeddings", True)
+    has_classifier = architecture == classes.classification or (
+        architecture is None and any(name.startswith("classifier.") for name in s.tensors)
+    )
+    if has_classifier:
+        return dict(head="none", head_bias=False, pooler=True, n_labels=read_n_labels(s))
+
+    def has(tensor: str) -> bool:
+        return not s.tensors.isdisjoint({tensor, tensor.partition(".")[2]})
+
+    is_pretraining = architecture == classes.pretraining and architecture is not None
+    masked_lm = is_pretraining or architecture == classes.masked_lm or has(classes.masked_lm_tensor)
+    has_pooler = is_pretraining or has(classes.pooler_tensor)
+    has_sentences = is_pretraining or (has_pooler and classes.sentence_tensor in s.tensors)
+    return dict(
+        head="masked-lm" if masked_lm else "none",
+        head_bias=masked_lm,
+        pooler=has_pooler,
+        n_labels=(2 if s.kind == "bert" else read_n_labels(s)) if has_sentences else None,
+    )
+
+
+def read_n_labels(s: HFConfig) -> int:
+    """Return the number of labels; config.json names them, or has transformers' default of two."""
+    labels = s.table.get("id2label")
+    return len(labels) if labels is not None else s.table.get("num_labels", 2)
+
+
+def write_config(c: ModelConfig) -> dict[str, Any]:
+    """Return the keys of a BertConfig."""
+    return write_encoder(c) | write_heads(c, CLASSES)
+
+
+def write_encoder(c: ModelConfig) -> dict[str, Any]:
+    """Return the keys that BERT, RoBERTa and ALBERT share."""
+    return dict(
+        num_hidden_layers=c.n_layers,
+        hidden_size=c.d_model,
+        num_attention_heads=c.n_heads,
+        intermediate_size=c.ff_dim,
+        vocab_size=c.n_vocab,
+        max_position_embeddings=c.seq_len,
+        type_vocab_size=c.n_token_types,
+        layer_norm_eps=c.norm_eps,
+        hidden_act=HF_ACTIVATIONS.get(c.activation),
+        tie_word_embeddings=True,
+    )
+
+
+def write_heads(c: ModelConfig, classes: Classes) -> dict[str, Any]:
+    """Return the class that has the heads of a model, and its number of labels."""
+    if c.head == "masked-lm":
+        has_sentences = c.n_labels is not None and classes.pretraining is not None
+        architecture = classes.pretraining if has_sentences else classes.masked_lm
+    else:
+        architecture = classes.model if c.n_labels is None else classes.classification
+    if c.n_labels is None:
+        return {"architectures": [architecture]}
+    names = {i: f"LABEL_{i}" for i in range(c.n_labels)}
+    return {
+        "architectures": [architecture],
+        "id2label": {str(i): name for i, name in names.items()},
+        "label2id": {name: i for i, name in names.items()},
+    }
