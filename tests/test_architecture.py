@@ -63,6 +63,7 @@ CONFIG_LEAVES = {
     "moe",
     "presets",
     "presets_dense",
+    "presets_experts",
     "renamed",
     "rope",
 }  # of config/: import no other package
@@ -306,7 +307,10 @@ COVERED_BY = {
         "config.schema",
     ),
     "model/test_positions.py": ("config.rope",),
-    "config/test_presets.py": ("model.shapes",),
+    "config/test_presets.py": (
+        "config.presets_experts",
+        "model.shapes",
+    ),
     "config/test_resume_rules.py": ("config.field_types",),
     "convert/gptj/test_reader.py": ("convert.gptj.reference", "convert.gptj.writer"),
     "convert/huggingface/test_bert.py": ("convert.huggingface.albert", "convert.huggingface.roberta"),
@@ -323,6 +327,7 @@ COVERED_BY = {
         "convert.huggingface.tensor_files",
         "convert.huggingface.tensor_map",
     ),
+    "convert/huggingface/test_qwen_moe.py": ("convert.huggingface.deepseek", "convert.huggingface.gpt_oss"),
     "convert/huggingface/test_reference.py": (
         "convert.huggingface.config_map_t5",
         "convert.huggingface.gemma2",

@@ -9,6 +9,7 @@ files. Parameter counts are tested in tests/config/test_presets.py.
 from typing import Any
 
 from mesh_transformer.config.presets_dense import DENSE_PRESETS, LLAMA, with_sizes
+from mesh_transformer.config.presets_experts import EXPERT_PRESETS
 
 GPT2 = dict(n_vocab=50257, seq_len=1024)
 # GPT-3 alternates dense and banded layers; window and order were never published. 256, dense first, follows GPT-Neo.
@@ -271,4 +272,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         SWITCH_DECODER, 15, 2080, 30, d_head=64, d_ff=6144, tied_embeddings=False, experts=_switch(2048, 1, 1.0)
     ),
     **DENSE_PRESETS,
+    **EXPERT_PRESETS,
 }

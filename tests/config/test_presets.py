@@ -8,6 +8,7 @@ from mesh_transformer.config import ModelConfig, parse_model
 from mesh_transformer.config.presets import PRESETS
 from mesh_transformer.config.presets_dense import DENSE_PRESETS
 from mesh_transformer.model.shapes import count_params, describe_params
+from mesh_transformer.plan.estimate import count_active, describe_model
 
 # Counts of the released files as transformers instantiates them, except GPT-3 (never released: the paper's table 2.1 in
 # GPT-2's form) and neox-* (the library's yml files: by the closed formula below alone). GPT-J is the unique count, as
@@ -76,6 +77,16 @@ PUBLISHED = {
     "starcoderbase-3b": 3_043_311_104,
     "starcoderbase-7b": 7_327_263_232,
     "starcoder": 15_517_456_384,
+    # experts (DeepSeek V3: without the multi-token prediction layer of its files)
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen2-57b-a14b": 57_408_658_944,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v2": 235_741_434_880,
+    "deepseek-v3": 671_026_419_200,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
     "t5-small": 60_506_624,
     "t5-base": 222_903_552,
     "t5-large": 737_668_096,
@@ -217,6 +228,15 @@ PUBLISHED_SHAPES = {
     **{f"{name}-xl": (24, 2048, 32, 64) for name in ("flan-t5", "mt5")},
     **{f"{name}-xxl": (24, 4096, 64, 64) for name in ("flan-t5", "mt5")},
     "ul2": (32, 4096, 16, 256),
+    "qwen1.5-moe-a2.7b": (24, 2048, 16, 128),
+    "qwen2-57b-a14b": (28, 3584, 28, 128),
+    "qwen3-30b-a3b": (48, 2048, 32, 128),
+    "qwen3-235b-a22b": (94, 4096, 64, 128),
+    "deepseek-v2-lite": (27, 2048, 16, 192),
+    "deepseek-v2": (60, 5120, 128, 192),
+    "deepseek-v3": (61, 7168, 128, 192),
+    "gpt-oss-20b": (24, 2880, 64, 64),
+    "gpt-oss-120b": (36, 2880, 64, 64),
     "t5-small": (6, 512, 8, 64),
     "t5-base": (12, 768, 12, 64),
     "t5-large": (24, 1024, 16, 64),
@@ -286,6 +306,9 @@ def closed_formula(name: str, c: ModelConfig) -> int:
     if name.startswith(("santacoder", "starcoder")):  # one key-value head
         kv = 2 * c.head_dim
         return v * d + t * d + layers * (10 * d * d + d * kv + kv + 11 * d) + 2 * d
+    if name.startswith(("qwen", "deepseek", "gpt-oss")):
+        assert c.experts is not None
+        return 2 * v * d + d + sum(experts_layer(c, kind.has_experts) for kind in c.layer_kinds)
     if name.startswith(("switch", "t5", "flan", "mt5", "ul2")):
         attention, tables = 4 * d * c.n_heads * c.head_dim, (1 if c.tied_embeddings else 2) * v * d
         dense = (3 if c.gated_ffn else 2) * d * f
@@ -304,6 +327,50 @@ def closed_formula(name: str, c: ModelConfig) -> int:
         head = (d + 1) * e + 2 * e + v if c.head == "masked-lm" else (d + 1) * d
         return embeddings + own_layers * (4 * d * d + 2 * d * f + 9 * d + f) + head
     raise AssertionError(f"{name}: add the family's formula")
+
+
+def experts_layer(c: ModelConfig, has_experts: bool) -> int:
+    """Parameters of one layer of the families with experts and gated feed-forward layers."""
+    d, e, latent = c.d_model, c.experts, c.latent_attention
+    assert e is not None
+    if latent is None:
+        q, kv = c.n_heads * c.head_dim, c.kv_heads * c.head_dim
+        attention = d * (2 * q + 2 * kv) + c.qkv_bias * (q + 2 * kv) + c.attention_out_bias * d
+        attention += c.qk_norm * 2 * c.head_dim + c.attention_sinks * c.n_heads
+    else:
+        r, heads = latent.kv_rank, c.n_heads
+        q = heads * c.head_dim
+        attention = d * q if latent.q_rank is None else latent.q_rank * (d + q + 1)
+        attention += d * (r + latent.d_rotated) + r + r * heads * (latent.d_unrotated + latent.d_value)
+        attention += heads * latent.d_value * d
+    if not has_experts:
+        return attention + 2 * d + 3 * d * c.ff_dim
+    expert = 3 * d * c.expert_ff_dim + e.bias * (2 * c.expert_ff_dim + d)
+    router = e.n_experts * (d + e.router_bias + e.selection_bias)
+    shared = e.shared_expert * (3 * d * c.shared_ff_dim + e.shared_gate * d)
+    return attention + 2 * d + e.n_experts * expert + router + shared
+
+
+# Parameters that process a token, as published: with all layers but the embedding, or in the card of the model.
+ACTIVE = {
+    "qwen3-30b-a3b": 3.3e9,
+    "qwen3-235b-a22b": 22e9,
+    "deepseek-v2-lite": 2.4e9,
+    "deepseek-v2": 21e9,
+    "deepseek-v3": 37e9,
+    "gpt-oss-20b": 3.61e9,
+    "gpt-oss-120b": 5.13e9,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_published_number_of_active_parameters(name):
+    config = make_config(name)
+    assert config.experts is not None
+    active = count_active(describe_model(config), config.experts.n_experts_per_token, config)
+    if name.startswith("gpt-oss"):  # its card does not count the embedding
+        active -= config.n_vocab * config.d_model
+    assert active == pytest.approx(ACTIVE[name], rel=0.11 if name == "deepseek-v2-lite" else 0.03)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name not in DENSE_PRESETS])

@@ -232,13 +232,7 @@ def write_llama(c: ModelConfig) -> dict[str, Any]:
 
 def read_mixtral(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a MixtralConfig: dropless experts whose gates are normalized to sum to 1."""
-    n_experts_per_token = s["num_experts_per_tok"]
-    if n_experts_per_token < 2:
-        raise CheckpointError(
-            f"{s.where}: num_experts_per_tok = {n_experts_per_token} is not supported: Mixtral's gate would be 1, "
-            "the native one is the expert's probability; supported: 2 or more"
-        )
-    experts = dict(n_experts=s["num_local_experts"], n_experts_per_token=n_experts_per_token)
+    experts = dict(n_experts=s["num_local_experts"], n_experts_per_token=s["num_experts_per_tok"], normalize_gates=True)
     return read_llama(s) | dict(experts=experts)
 
 

@@ -20,14 +20,17 @@ from mesh_transformer.convert.huggingface import (
     cohere,
     config_map,
     config_map_t5,
+    deepseek,
     falcon,
     gemma,
     gemma2,
     gpt_bigcode,
+    gpt_oss,
     mpt,
     olmo,
     opt,
     phi3,
+    qwen_moe,
     reference,
     roberta,
     smollm3,
@@ -62,6 +65,7 @@ class Family(NamedTuple):
     )
     files_tie_head: bool = False  # whether the head is tied if the files lack it, and untied if it differs
     experts_key: str = "num_local_experts"  # in config.json
+    layers_after_last: str = ""  # what tensors of layers after the last one are for, which are left out; "": none exist
     variant: Callable[[ModelConfig], Mapping[str, TensorMapping]] | None = None  # mappings that depend on the model
 
     def mappings_of(self, config: ModelConfig) -> Mapping[str, TensorMapping]:
@@ -121,6 +125,46 @@ FAMILIES = {
     ),  # Llama without a gate in its feed-forward layers
     "qwen2": Family("Qwen2ForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG),
     "qwen3": Family("Qwen3ForCausalLM", tensor_map.QWEN3, *LLAMA_CONFIG),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        qwen_moe.QWEN2_MOE,
+        qwen_moe.read_config,
+        qwen_moe.write_qwen2_moe,
+        None,
+        *LLAMA_CONFIG[3:],
+        experts_key="num_experts",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        qwen_moe.QWEN3_MOE,
+        qwen_moe.read_config,
+        qwen_moe.write_qwen3_moe,
+        None,
+        *LLAMA_CONFIG[3:],
+        experts_key="num_experts",
+    ),
+    "deepseek_v2": Family(
+        "DeepseekV2ForCausalLM",
+        deepseek.TENSORS,
+        deepseek.read_config,
+        deepseek.write_v2,
+        None,
+        *LLAMA_CONFIG[3:],
+        experts_key="n_routed_experts",
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        deepseek.TENSORS,
+        deepseek.read_config,
+        deepseek.write_v3,
+        None,
+        *LLAMA_CONFIG[3:],
+        experts_key="n_routed_experts",
+        layers_after_last="multi-token prediction",
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM", gpt_oss.TENSORS, gpt_oss.read_config, gpt_oss.write_config, None, *LLAMA_CONFIG[3:]
+    ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         gemma2.TENSORS,

@@ -5,6 +5,7 @@
 The names and layouts of tensors are in tensor_map.py, those of configuration keys in config_map.py.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -86,6 +87,11 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
     if other_heads := sorted(name for name in tensors if name not in used and name.startswith(family.heads)):
         used.update(other_heads)
         notes.append(f"left out, because {external_config.table.get('architectures')} has no such head: {other_heads}")
+    if family.layers_after_last and (extra := _find_later_layers(tensors, family, config.n_layers)):
+        used |= extra
+        tensor = "1 tensor" if len(extra) == 1 else f"{len(extra)} tensors"
+        layers = f"{family.prefix}layers.{config.n_layers} and later layers, for {family.layers_after_last},"
+        notes.append(f"{tensor} of {layers} {'is' if len(extra) == 1 else 'are'} not imported")
     if left_out := {name for name in tensors if name.startswith(family.left_out or ("\0",))}:
         notes.append(f"{len(left_out)} tensors of the vision tower and its projector are left out: only text is read")
     unused = set(tensors) - left_out
@@ -140,17 +146,13 @@ def find_family(config: ModelConfig, preferred: str | None = None) -> tuple[str,
     differences: dict[str, list[str]] = {}
     wanted = config.describe_function()
     for kind, family in sorted(FAMILIES.items(), key=lambda item: item[0] != preferred):
-        written = family.write_config(config)
-        if kind in recorded_classes():
-            lacks = [key for key in OPTIONAL_KEYS if key not in recorded_classes()[kind]["fields"]]
-            written = {key: value for key, value in written.items() if key not in lacks}
-        table = {"architectures": [family.architecture]} | written
-        table |= {"model_type": kind, "tie_word_embeddings": config.tied_embeddings}
-        external = HFConfig(table, kind)
-        external.tensors = exported_names(config, family)
+        table: dict[str, Any] = {}
         try:
+            table = _write_table(kind, family, config)
+            external = HFConfig(table, kind)
+            external.tensors = exported_names(config, family)
             found = make_model_config(read_model(external, family), kind).describe_function()
-        except CheckpointError:  # this family has no valid model of these sizes
+        except (CheckpointError, KeyError):  # this family has no valid model of these sizes, or not this activation
             found = {}
         differences[kind] = [f"{key} = {value!r}" for key, value in wanted.items() if found.get(key) != value]
         if not differences[kind]:
@@ -169,12 +171,24 @@ def exported_names(config: ModelConfig, family: Family) -> frozenset[str]:
     return frozenset(mappings[spec.name].name for spec in specs if spec.name in mappings)
 
 
+def _write_table(kind: str, family: Family, config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of a native model as one family, without optional keys that the family's class lacks."""
+    table = family.write_config(config)
+    if kind in recorded_classes():
+        lacks = [key for key in OPTIONAL_KEYS if key not in recorded_classes()[kind]["fields"]]
+        table = {key: value for key, value in table.items() if key not in lacks}
+    table = {"architectures": [family.architecture]} | table
+    return table | {"model_type": kind, "tie_word_embeddings": config.tied_embeddings}
+
+
 def pack_tensors(config: ModelConfig, arrays: Mapping[str, LazyArray], family: Family) -> dict[str, Packed | Joined]:
     """Return the external tensors by name, packed from native arrays."""
     components: dict[str, list[tuple[TensorMapping, LazyArray, WeightSpec]]] = {}
     for spec, array in list_weights(config, arrays):
         mapping = family.mappings_of(config)[spec.name]
         name = mapping.gated_name if config.gated_ffn and mapping.gated_name else mapping.name
+        if mapping.shared_name and spec.layer is not None and config.layer_kinds[spec.layer].has_experts:
+            name = mapping.shared_name
         name = name.replace("{i}", str(spec.layer))
         if "{e}" not in name:
             components.setdefault(name, []).append((mapping, array, spec))
@@ -217,6 +231,13 @@ def find_array(
 
     if "{e}" not in mapping.name:
         return view(spec)
+    if mapping.stacked is not None:
+        name, pattern, component = mapping.stacked
+        stacked = TensorMapping(name, pattern, component)
+        with contextlib.suppress(KeyError):
+            name = find_name(tensors, family, stacked, spec.layer)
+            used.add(name)
+            return LayoutView(tensors[name], pattern, spec.axes, spec.shape, component=component)
     start = mapping.name.replace("{i}", str(spec.layer)).partition("{e}")[0].removeprefix(family.prefix)
     names = {name.removeprefix(family.prefix) for name in tensors}
     experts = {int(name.removeprefix(start).partition(".")[0]) for name in names if name.startswith(start)}
@@ -232,7 +253,7 @@ def find_name(
     tensors: Mapping[str, Any], family: Family, mapping: TensorMapping, layer: int | None, expert: int | None = None
 ) -> str:
     """Return the name that a tensor has in these files. KeyError with its usual name if it is missing."""
-    known = (mapping.name, *mapping.aliases, *filter(None, [mapping.gated_name]))
+    known = (mapping.name, *mapping.aliases, *filter(None, [mapping.gated_name, mapping.shared_name]))
     names = [name.replace("{i}", str(layer)).replace("{e}", str(expert)) for name in known]
     for full in names:
         for candidate in (full, full.removeprefix(family.prefix)):
@@ -248,6 +269,13 @@ def _is_head_tied(tensors: Mapping[str, LazyArray], family: Family, expected: bo
     if head is None or embedding is None:
         return True
     return expected and _are_equal(tensors[head], tensors[embedding])
+
+
+def _find_later_layers(tensors: Mapping[str, Any], family: Family, n_layers: int) -> set[str]:
+    """Return the names of tensors of layers after the last one of the model."""
+    pattern = re.compile(rf"({re.escape(family.prefix)})?layers\.(\d+)\.")
+    found = ((name, pattern.match(name)) for name in tensors)
+    return {name for name, match in found if match and int(match[2]) >= n_layers}
 
 
 def _find_optional(tensors: Mapping[str, Any], family: Family, weight: str) -> str | None:

@@ -22,6 +22,9 @@ class TensorMapping(NamedTuple):
     aliases: tuple[str, ...] = ()  # names in files of other versions
     gated_name: str = ""  # name in a gated feed-forward layer, if it is different
     split: Callable[[ModelConfig], Split] | None = None  # the tensor joins parts; the pattern is the layout of this one
+    shared_name: str = ""  # name in the shared expert of a layer with experts, if it is different
+    # the name, layout and component in files that have one tensor for all experts of a layer
+    stacked: "tuple[str, str, int] | None" = None
 
 
 def linear(weight: str, module: str, outputs: str, inputs: str, bias: str = "") -> dict[str, TensorMapping]:
@@ -78,6 +81,31 @@ def joined(module: str, split: Callable[[ModelConfig], Split]) -> dict[str, Tens
     return found
 
 
+def experts(module: str) -> dict[str, TensorMapping]:
+    """Return the mappings of gated experts: a tensor of each in files, or stacked as transformers 5 has them in memory."""
+    single = f"{module}.{{e}}"
+    gate_up = f"{module}.gate_up_proj"
+    return {
+        "experts/w_gate": TensorMapping(
+            f"{single}.gate_proj.weight", "ff embed", stacked=(gate_up, "expert (2 ff) embed", 0)
+        ),
+        "experts/w_in": TensorMapping(
+            f"{single}.up_proj.weight", "ff embed", stacked=(gate_up, "expert (2 ff) embed", 1)
+        ),
+        "experts/w_out": TensorMapping(
+            f"{single}.down_proj.weight", "embed ff", stacked=(f"{module}.down_proj", "expert embed ff", 0)
+        ),
+    }
+
+
+def shared_expert(native: str, module: str) -> dict[str, TensorMapping]:
+    """Return the mappings of dense layers as in Llama, whose names in layers with experts are those of the shared expert."""
+    parts = (("w_gate", "gate_proj.weight"), ("w_in", "up_proj.weight"), ("w_out", "down_proj.weight"))
+    parts += (("b_gate", "gate_proj.bias"), ("b_in", "up_proj.bias"), ("b_out", "down_proj.bias"))
+    names = {f"{native}/{weight}": f"{module}.{part}" for weight, part in parts}
+    return {weight: LLAMA[weight]._replace(shared_name=name) for weight, name in names.items()}
+
+
 HEAD = TensorMapping("lm_head.weight", "vocab embed")
 H = "transformer.h.{i}"
 GPT2 = {
@@ -132,12 +160,14 @@ LLAMA = {
     **linear("feed_forward/w_out", f"{M}.mlp.down_proj", "embed", "ff", "feed_forward/b_out"),
     "w_head": HEAD,
 }
-W = f"{M}.block_sparse_moe.experts.{{e}}.w"  # in files; newer versions of transformers stack the experts of a layer in memory only
+MOE = f"{M}.block_sparse_moe"
+STACKED = experts(f"{M}.mlp.experts")
 MIXTRAL = {name: mapping for name, mapping in LLAMA.items() if not name.startswith("feed_forward/")} | {
-    "experts/w_router": TensorMapping(f"{M}.block_sparse_moe.gate.weight", "router embed"),
-    **linear("experts/w_gate", f"{W}1", "ff", "embed"),
-    **linear("experts/w_in", f"{W}3", "ff", "embed"),
-    **linear("experts/w_out", f"{W}2", "embed", "ff"),
+    "experts/w_router": TensorMapping(f"{MOE}.gate.weight", "router embed", aliases=(f"{M}.mlp.gate.weight",)),
+    **{
+        f"experts/{weight}": STACKED[f"experts/{weight}"]._replace(name=f"{MOE}.experts.{{e}}.{name}.weight")
+        for weight, name in (("w_gate", "w1"), ("w_in", "w3"), ("w_out", "w2"))
+    },
 }
 QWEN3 = LLAMA | {f"attention/norm_{x}/scale": TensorMapping(f"{M}.self_attn.{x}_norm.weight", "head_dim") for x in "qk"}
 

@@ -1,0 +1,100 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2-MoE (arXiv 2407.10671, section 2.2.2) and Qwen3-MoE (2505.09388): tensor names and config.json."""
+
+from typing import Any
+
+from mesh_transformer.config import ModelConfig
+from mesh_transformer.convert.huggingface.config_map import (
+    ACTIVATIONS,
+    HF_ACTIVATIONS,
+    read_layer_types,
+    require_full_rotation,
+    write_layer_types,
+)
+from mesh_transformer.convert.huggingface.hf_config import HFConfig
+from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope
+from mesh_transformer.convert.huggingface.tensor_map import LLAMA, QWEN3, M, TensorMapping, experts, shared_expert
+
+EXPERTS = experts(f"{M}.mlp.experts") | {"experts/w_router": TensorMapping(f"{M}.mlp.gate.weight", "router embed")}
+GATE = {"feed_forward/output_gate": TensorMapping(f"{M}.mlp.shared_expert_gate.weight", "1 embed")}
+QWEN2_MOE = LLAMA | EXPERTS | shared_expert("feed_forward", f"{M}.mlp.shared_expert") | GATE
+QWEN3_MOE = QWEN3 | EXPERTS
+
+
+def read_config(s: HFConfig) -> dict[str, Any]:
+    """Return the [model] section for a Qwen2MoeConfig or Qwen3MoeConfig."""
+    rope, fields = read_rope(s)
+    require_full_rotation(s, rope)
+    is_qwen3 = s.kind == "qwen3_moe"
+    heads = s["num_attention_heads"]
+    bias = s["attention_bias"] if is_qwen3 else s["qkv_bias"]
+    n_layers = s["num_hidden_layers"]
+    model = dict(
+        n_layers=n_layers, d_model=s["hidden_size"], n_heads=heads, n_vocab=s["vocab_size"],
+        seq_len=s["max_position_embeddings"], d_ff=s["intermediate_size"], norm="rmsnorm", norm_eps=s["rms_norm_eps"],
+        n_kv_heads=s.get("num_key_value_heads", default=heads), d_head=s.get("head_dim", default=s["hidden_size"] // heads),
+        positions="rope-half", **fields, activation=s.translate(ACTIVATIONS, "hidden_act"), gated_ffn=True, ff_bias=False,
+        qkv_bias=bias, attention_out_bias=is_qwen3 and bias, qk_norm=is_qwen3, tied_embeddings=s["tie_word_embeddings"],
+        **_read_windows(s, n_layers),
+    )  # fmt: skip
+    dense = set(s["mlp_only_layers"] or ()) | {
+        i for i in range(n_layers) if (i + 1) % s["decoder_sparse_step"] or not s["num_experts"]
+    }
+    if len(dense & set(range(n_layers))) < n_layers:
+        model["experts"] = _read_experts(s, dense & set(range(n_layers)))
+    return model
+
+
+def _read_experts(s: HFConfig, dense: set[int]) -> dict[str, Any]:
+    table = dict(
+        n_experts=s["num_experts"], n_experts_per_token=s["num_experts_per_tok"], normalize_gates=s["norm_topk_prob"],
+        d_ff=s["moe_intermediate_size"], dense_layers=sorted(dense),
+    )  # fmt: skip
+    if s.kind == "qwen2_moe":
+        table |= dict(shared_expert=True, shared_d_ff=s["shared_expert_intermediate_size"], shared_gate=True)
+    return table
+
+
+def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
+    """Return the fields for sliding-window attention: in all layers of Qwen3-MoE, and in those of Qwen2-MoE's layer_types.
+
+    Source: Qwen2MoeConfig.__post_init__ for the layers that layer_types names if it is absent.
+    """
+    window = s["sliding_window"] if s["use_sliding_window"] else None
+    if s.kind == "qwen3_moe":
+        s.was_read |= {"sliding_window"}  # without a window it has no effect
+        return {} if window is None else dict(attention_pattern=["local"], attention_window=window)
+    first = s["max_window_layers"] if window else 0
+    alternating = [("sliding_attention", "full_attention")[i % 2 or i >= first] for i in range(n_layers)]
+    s.was_read |= {"sliding_window", "max_window_layers"}
+    pattern = read_layer_types(s, s.get("layer_types", default=alternating), n_layers)
+    return dict(attention_pattern=pattern, attention_window=window) if window and "local" in pattern else {}
+
+
+def write_config(c: ModelConfig) -> dict[str, Any]:
+    """Return the keys of a Qwen2MoeConfig, and those of a Qwen3MoeConfig that it lacks."""
+    e = c.experts
+    has_windows = "local" in c.attention_pattern
+    table = dict(
+        num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
+        max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, num_key_value_heads=c.kv_heads,
+        head_dim=c.head_dim, hidden_act=HF_ACTIVATIONS.get(c.activation), rms_norm_eps=c.norm_eps,
+        use_sliding_window=has_windows, sliding_window=c.attention_window if has_windows else None,
+        moe_intermediate_size=c.expert_ff_dim, shared_expert_intermediate_size=c.shared_ff_dim,
+        num_experts=e.n_experts if e else 0, num_experts_per_tok=e.n_experts_per_token if e else 1,
+        norm_topk_prob=e is not None and e.scales_gates, decoder_sparse_step=1,
+        mlp_only_layers=[i for i, kind in enumerate(c.layer_kinds) if not kind.has_experts], **write_rope(c),
+    )  # fmt: skip
+    return table
+
+
+def write_qwen2_moe(c: ModelConfig) -> dict[str, Any]:
+    """Return the keys of a Qwen2MoeConfig."""
+    return write_config(c) | dict(qkv_bias=c.qkv_bias, layer_types=write_layer_types(c), max_window_layers=c.n_layers)
+
+
+def write_qwen3_moe(c: ModelConfig) -> dict[str, Any]:
+    """Return the keys of a Qwen3MoeConfig."""
+    table = write_config(c) | dict(attention_bias=c.qkv_bias)
+    return {key: value for key, value in table.items() if key != "shared_expert_intermediate_size"}
