@@ -232,7 +232,7 @@ def _select(weights: Mapping[str, LazyArray], *prefixes: str) -> dict[str, LazyA
     return {name: array for name, array in weights.items() if name.startswith(prefixes)}
 
 
-def _transform(function: Callable[..., Any]) -> Callable[..., jax.Array]:
+def _transform(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of Haiku modules as a pure function whose first argument is the parameters."""
     return hk.without_apply_rng(hk.transform(function)).apply
 
