@@ -38,6 +38,8 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     tokenizer = load_tokenizer(options.tokenizer)
     console, start = Console(stderr=True), time.perf_counter()
+    if tokenizer.loss:
+        print(f"{options.tokenizer}: {tokenizer.loss}")
     built: dict[str, list[BuiltShards]] = {}
     with data_progress(console) as on_progress:
         for source in options.source:

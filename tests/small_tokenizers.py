@@ -5,7 +5,7 @@
 import copy
 from typing import Any
 
-from mesh_transformer.data.vocabularies import make_byte_alphabet
+from mesh_transformer.data.token_bytes import make_byte_alphabet
 
 END = "<|endoftext|>"
 

@@ -361,7 +361,14 @@ COVERED_BY = {
     "data/test_loader.py": ("data.errors",),
     "data/test_readers.py": ("data.compression", "data.formats"),
     "data/test_shard_builder.py": ("data.dataset",),
-    "data/test_tokenizers.py": ("data.tokenizer_files", "data.vocabularies"),
+    "data/test_tokenizers.py": (
+        "data.file_tokenizer",
+        "data.stream_decoder",
+        "data.token_bytes",
+        "data.tokenizer_files",
+        "data.vocabularies",
+        "data.vocabulary_files",
+    ),
     "distributed/test_bootstrap.py": ("distributed.watchdog",),
     "evaluate/test_evaluation.py": (
         "evaluate.callback",
@@ -404,7 +411,6 @@ COVERED_BY = {
     ),
     "sample/engine/test_encoder_decoder.py": ("sample.engine.encoder_decoder_programs",),
     "sample/test_memory.py": ("host_memory",),
-    "sample/test_model_defaults.py": ("convert.huggingface.carried",),
     "serve/test_server.py": (
         "serve.app",
         "serve.chat_completions",

@@ -20,7 +20,7 @@ from mesh_transformer.config import ConfigError
 from mesh_transformer.convert.bit_check import verify_bits
 from mesh_transformer.convert.destination import check_destination, publish, staging_folder
 from mesh_transformer.convert.gptj.writer import make_external_config
-from mesh_transformer.convert.huggingface.carried import CARRIED_TEXTS, read_carried
+from mesh_transformer.convert.huggingface.carried import read_carried, write_carried
 from mesh_transformer.convert.huggingface.reader import find_family
 from mesh_transformer.convert.import_plan import ImportPlan
 from mesh_transformer.convert.lazy_arrays import array_bytes
@@ -29,8 +29,7 @@ from mesh_transformer.convert.progress import Progress, no_progress
 from mesh_transformer.convert.readers import OpenCheckpoint, open_checkpoint, require_gguf
 from mesh_transformer.convert.sources import find_source
 from mesh_transformer.convert.writers import WriteOptions, write_gptj_v1, write_huggingface, write_native
-from mesh_transformer.data.span_corruption import SentinelTokenizer
-from mesh_transformer.data.tokenizers import load_tokenizer, tokenizer_from_json
+from mesh_transformer.data.tokenizers import Tokenizer, load_tokenizer
 from mesh_transformer.host_memory import keep_freed_memory
 from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath, parse_path
@@ -66,6 +65,7 @@ class Conversion(NamedTuple):
     """A conversion whose source and destination have been checked."""
 
     source: OpenCheckpoint
+    tokenizer: Tokenizer | None
     destination: AnyPath
     partial: Path  # where the result is written
     nbytes: int  # of the result's values
@@ -97,7 +97,8 @@ def prepare(options: ConversionOptions) -> Conversion:
     check_destination(destination, options.overwrite, nbytes, options.staging)
     partial = staging_folder(destination, options.staging)
     may_round = bool(options.dtype) or (gguf is not None and not gguf.is_exact)
-    return Conversion(source, destination, partial, nbytes, dtype, may_round, max_memory, gguf)
+    tokenizer = load_source_tokenizer(source, options)
+    return Conversion(source, tokenizer, destination, partial, nbytes, dtype, may_round, max_memory, gguf)
 
 
 def _plan_gguf(plan: ImportPlan, options: ConversionOptions) -> "OutModel":
@@ -124,7 +125,7 @@ def plan_conversion(options: ConversionOptions) -> dict[str, Any]:
         "max_memory": conversion.max_memory,
         "largest_array": max(array_bytes(array) for array in source.plan.values.values()),
         "free_bytes": shutil.disk_usage(conversion.partial.parent).free,
-        "notes": list(source.plan.notes),
+        "notes": [*source.plan.notes, *note_tokenizer(conversion.tokenizer, source.plan.model["n_vocab"])],
     }
 
 
@@ -165,7 +166,7 @@ def convert(options: ConversionOptions, progress: Progress = no_progress) -> dic
 def write(conversion: Conversion, options: ConversionOptions, progress: Progress) -> Path:
     """Write the result below the partial folder and return the folder of the checkpoint in it."""
     source, partial = conversion.source, conversion.partial
-    meta = make_meta(source, options)
+    meta = make_meta(source, conversion.tokenizer)
     identity = {
         "source": str(source.path.absolute()),
         "stamp": _stamp(source.path),
@@ -191,7 +192,7 @@ def write(conversion: Conversion, options: ConversionOptions, progress: Progress
                 result = write_huggingface(
                     partial, source.plan, log, write_options, carry_from=carry_from, model_type=meta.get("model_type")
                 )
-                _write_carried(partial, meta)
+                write_carried(partial, meta)
                 return result
 
 
@@ -204,7 +205,37 @@ def _write_gguf(conversion: Conversion, meta: dict[str, Any], log: ResumeLog, op
     return path
 
 
-def make_meta(source: OpenCheckpoint, options: ConversionOptions) -> dict[str, Any]:
+def load_source_tokenizer(source: OpenCheckpoint, options: ConversionOptions) -> Tokenizer | None:
+    """Return the tokenizer given in the options or found in the source's model folder; None if there is neither.
+
+    Raises TokenizerError, and ConfigError if the model has too few rows for its vocabulary.
+    """
+    spec = options.tokenizer or (source.plan.tokenizer if source.kind == "huggingface" else None)
+    if not spec:
+        return None
+    tokenizer, n_vocab = load_tokenizer(spec), source.plan.model["n_vocab"]
+    if tokenizer.n_base_vocab > n_vocab:
+        raise ConfigError(
+            f"{spec}: the tokenizer has {tokenizer.n_base_vocab:,} entries, but the vocabulary of the model has only "
+            f"{n_vocab:,}; pass the tokenizer of this model with --tokenizer"
+        )
+    return tokenizer
+
+
+def note_tokenizer(tokenizer: Tokenizer | None, n_vocab: int) -> list[str]:
+    """Return what a user should know about the tokenizer of a model with `n_vocab` rows."""
+    if tokenizer is None:
+        return []
+    notes = [f"tokenizer: {tokenizer.loss}"] if tokenizer.loss else []
+    if tokenizer.n_vocab > n_vocab:
+        notes.append(
+            f"tokenizer: the ids {n_vocab:,} to {tokenizer.n_vocab - 1:,}, of added tokens, have no row in the model; "
+            "prompts with them will be refused"
+        )
+    return notes
+
+
+def make_meta(source: OpenCheckpoint, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return the metadata of the result: that of the source, or the model's configuration and tokenizer."""
     meta = dict(source.meta)
     model = source.plan.model
@@ -215,14 +246,7 @@ def make_meta(source: OpenCheckpoint, options: ConversionOptions) -> dict[str, A
         meta["model_type"] = source.external_config["model_type"]
     if source.kind == "gptj-v1" and model["n_vocab"] > GPT2_END_OF_TEXT:  # it always uses the tokenizer of GPT-2
         meta["special_ids"] = {"bos_token_id": GPT2_END_OF_TEXT, "eos_token_id": GPT2_END_OF_TEXT}
-    spec = options.tokenizer or (source.plan.tokenizer if source.kind == "huggingface" else None)
-    if spec:
-        tokenizer = load_tokenizer(spec)
-        if tokenizer.n_vocab > model["n_vocab"]:
-            raise ConfigError(
-                f"{spec}: the tokenizer has {tokenizer.n_vocab:,} entries, but the vocabulary of the model has only "
-                f"{model['n_vocab']:,}; pass the tokenizer of this model with --tokenizer"
-            )
+    if tokenizer:
         meta["tokenizer"] = tokenizer.to_json()
     meta["parent"] = {"kind": source.kind, "path": str(source.path.absolute()), "step": source.plan.step}
     return meta
@@ -252,7 +276,11 @@ def verify(conversion: Conversion, result: Path, options: ConversionOptions, pro
         "verified": f"each array of the result was read back and equals that of the source{cast} bit by bit",
         "digests": digests,
         "logits_compared": describe_comparison(difference),
-        "notes": [*source.plan.notes, *(difference.notes if difference else ())],
+        "notes": [
+            *source.plan.notes,
+            *note_tokenizer(conversion.tokenizer, source.plan.model["n_vocab"]),
+            *(difference.notes if difference else ()),
+        ],
     }
     if difference is None:
         return found
@@ -283,31 +311,6 @@ def parse_bytes(text: str) -> int:
     if size < 64_000_000:
         raise ConfigError(f"--max-memory {text}: expected a size such as 256M or 1G, at least 64M")
     return size
-
-
-def _write_carried(folder: Path, meta: dict[str, Any]) -> None:
-    """Write the tokenizer and the files that came with the weights, unless they exist, and the IDs of special tokens."""
-    texts = dict(meta.get("carried", {}))
-    tokenizer = meta.get("tokenizer", {})
-    table = json.loads((folder / "config.json").read_bytes())
-    table |= meta["special_ids"] if "special_ids" in meta else _special_ids(tokenizer, table)
-    (folder / "config.json").write_text(json.dumps(table, indent=1))
-    if tokenizer.get("type") == "file":
-        texts["tokenizer.json"] = json.dumps(tokenizer["tokenizer"], ensure_ascii=False)
-    for name in texts.keys() & {*CARRIED_TEXTS, "tokenizer.json"}:
-        if not (folder / name).exists():
-            (folder / name).write_text(texts[name], encoding="utf-8")
-
-
-def _special_ids(tokenizer: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Return the special ids of a model that was trained here; for ids that are missing, transformers uses defaults."""
-    if not tokenizer:
-        return {"bos_token_id": None, "eos_token_id": None}
-    loaded = tokenizer_from_json(tokenizer)
-    ids = {"bos_token_id": loaded.end_of_text, "eos_token_id": loaded.end_of_text}
-    if config.get("is_encoder_decoder"):
-        ids["decoder_start_token_id"] = SentinelTokenizer(loaded, config["vocab_size"]).decoder_start
-    return ids
 
 
 def _stamp(path: AnyPath) -> list[Any]:

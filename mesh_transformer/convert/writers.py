@@ -19,8 +19,9 @@ from mesh_transformer.checkpoint.commit import RESUMABLE_OWNER, Files, write_che
 from mesh_transformer.checkpoint.manifest import MANIFEST, ArrayRecord
 from mesh_transformer.checkpoint.zarr_sharding import Slices
 from mesh_transformer.convert.gptj.writer import write_gptj
+from mesh_transformer.convert.huggingface.carried import copy_carried
 from mesh_transformer.convert.huggingface.families import FAMILIES
-from mesh_transformer.convert.huggingface.reader import CARRIED_FILES, CONFIG, find_family, pack_tensors
+from mesh_transformer.convert.huggingface.reader import CONFIG, find_family, pack_tensors
 from mesh_transformer.convert.huggingface.tensor_files import SAFETENSORS, TensorSpec, create_safetensors, write_values
 from mesh_transformer.convert.import_plan import ImportPlan, PlannedArray, target_dtype
 from mesh_transformer.convert.lazy_arrays import FileArray, cast_values, to_c_order, to_dtype
@@ -149,9 +150,7 @@ def write_huggingface(
     config |= {"torch_dtype": options.dtype or plan.weight_dtype()}
     (staging / CONFIG).write_text(json.dumps(config, indent=1))
     if carry_from is not None:
-        for source in (carry_from / name for name in CARRIED_FILES):
-            if source.is_file():
-                (staging / source.name).write_bytes(source.read_bytes())
+        copy_carried(carry_from, staging)
     return staging
 
 

@@ -10,21 +10,25 @@ it and continue in another role.
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
+import jinja2.runtime
 import jinja2.sandbox
 import tokenizers as hf
 
 from mesh_transformer.data.tokenizers import Tokenizer
-from mesh_transformer.data.vocabularies import make_library
+from mesh_transformer.data.vocabularies import make_library, merge_additions
 
 ESCAPE = "\ufdd0"  # a Unicode noncharacter, inserted into special tokens in messages; it is removed before the model
 DEFAULT_NAME = "default"  # of the template to use if a model has several
+_TEMPLATE_FILE = re.compile(r"additional_chat_templates/([^/]+)\.jinja")
+_MAX_STEPS = 1_000_000  # iterations and calls of one rendering: about a second
+_STEPS = "_steps"  # name of the count in a template
 _MAX_ERROR = 300  # characters of a template's error message
 # Special tokens by the names that templates use.
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -46,21 +50,33 @@ class ChatTemplate:
 
         A missing or invalid template is reported by `render`.
         """
-        self._tokenizer_json = tokenizer.to_json().get("tokenizer")
+        record = tokenizer.to_json()
+        self._tokenizer_json = merge_additions(record["tokenizer"], record) if "tokenizer" in record else None
         self._files: Mapping[str, str] = meta.get("carried") or {}
 
     @functools.cached_property
     def source(self) -> str | None:
-        """The template's source, or None. chat_template.jinja has precedence over tokenizer_config.json."""
-        own = self._files.get("chat_template.jinja")
-        found = self._config.get("chat_template") if own is None else own
-        if isinstance(found, list):  # several, by name
+        """The template's source, or None.
+
+        In order of precedence: chat_template.jinja with the named ones in additional_chat_templates/,
+        tokenizer_config.json, chat_template.json.
+        """
+        named = {
+            match[1]: text
+            for name, text in self._files.items()
+            if (match := _TEMPLATE_FILE.fullmatch(name)) is not None
+        }
+        if "chat_template.jinja" in self._files:
+            named[DEFAULT_NAME] = self._files["chat_template.jinja"]
+        found = self._config.get("chat_template") or self._read("chat_template.json").get("chat_template")
+        if not named and isinstance(found, list):
             named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        if named:
             found = named.get(DEFAULT_NAME)
-            if found is None and named:
-                raise ChatError(
-                    f"none of this model's chat templates ({', '.join(map(str, named))}) is named {DEFAULT_NAME}"
-                )
+        if found is None and named:
+            raise ChatError(
+                f"none of this model's chat templates ({', '.join(map(str, named))}) is named {DEFAULT_NAME}"
+            )
         return found if isinstance(found, str) and found else None
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -73,9 +89,8 @@ class ChatTemplate:
         compiled = self._compiled
         chat = [{name: self._escape_special_tokens(text) for name, text in message.items()} for message in messages]
         try:
-            return compiled.render(
-                messages=chat, tools=None, documents=None, add_generation_prompt=True, **self._special
-            )
+            options = {_STEPS: iter(range(_MAX_STEPS)), "add_generation_prompt": True}
+            return compiled.render(messages=chat, tools=None, documents=None, **options, **self._special)
         except jinja2.TemplateError as error:
             raise ChatError(f"the chat template rejects these messages: {_shorten(error)}") from None
         except Exception as error:  # an untrusted template can raise anything
@@ -174,11 +189,37 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """A sandbox in which a template can make only _MAX_STEPS iterations and calls, so that none runs forever."""
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(jinja2.nodes.For):
+            loop.iter = jinja2.nodes.Filter(loop.iter, _STEPS, [], [], None, None, lineno=loop.lineno)
+        return tree
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        _count_step(context)
+        return super().call(context, obj, *args, **kwargs)
+
+
+def _count_step(context: jinja2.runtime.Context) -> None:
+    if next(context[_STEPS], None) is None:
+        raise jinja2.TemplateError(f"it makes more than {_MAX_STEPS:,} steps")
+
+
+@jinja2.pass_context
+def _count_items(context: jinja2.runtime.Context, items: Any) -> Any:
+    """Return the items of a loop, each of which counts as a step."""
+    for _ in items if isinstance(items, Collection) else ():
+        _count_step(context)
+    return items
+
+
 def _make_environment() -> jinja2.Environment:
     """Return a Jinja environment with the functions that chat templates expect."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment.filters[_STEPS] = _count_items
     environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment

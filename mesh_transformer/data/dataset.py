@@ -48,7 +48,7 @@ def open_data(config: Config, *, on_progress: ProgressFn = lambda name, done, to
     Raises DataError for damaged or missing data, and ConfigError if the tokenizer does not fit the model.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.n_vocab > config.model.n_vocab:
+    if max(tokenizer.n_base_vocab, tokenizer.end_of_text + 1) > config.model.n_vocab:
         raise ConfigError(
             f"model.n_vocab={config.model.n_vocab} is smaller than the tokenizer's {tokenizer.n_vocab} entries "
             f"({config.data.tokenizer}); set model.n_vocab={_round_up(tokenizer.n_vocab, 64)}"
@@ -79,7 +79,8 @@ def open_data(config: Config, *, on_progress: ProgressFn = lambda name, done, to
         isolate_documents=config.data.isolate_documents,
     )
     _check_epochs(config, loader)
-    notes = [f"{name}: {note}" for name, built in (training | held_out).items() for note in built.notes]
+    notes = [f"{config.data.tokenizer}: {tokenizer.loss}"] if tokenizer.loss else []
+    notes += [f"{name}: {note}" for name, built in (training | held_out).items() for note in built.notes]
     validation = {name: _open_validation(config, built, tokenizer, corruption) for name, built in held_out.items()}
     return Data(tokenizer, loader, validation, training, notes)
 

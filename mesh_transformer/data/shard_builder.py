@@ -47,6 +47,7 @@ ENCODE_CHARACTERS = 4_000_000  # text passed to the tokenizer in one call
 TRAIN = "train"
 VALIDATION = "heldout"  # as stored on disk
 SPLITS = (TRAIN, VALIDATION)
+COUNTS = ("documents", "tokens", "bytes", "lost")  # of a split, as stored on disk
 
 
 class BuiltShards(NamedTuple):
@@ -56,7 +57,16 @@ class BuiltShards(NamedTuple):
     n_documents: int
     n_tokens: int
     n_bytes: int  # of text, without end-of-text tokens
-    notes: tuple[str, ...]  # skipped documents, and why
+    notes: tuple[str, ...]  # skipped documents, and why; lost characters
+
+
+class EncodedDocument(NamedTuple):
+    """A document as tokens."""
+
+    name: str
+    tokens: np.ndarray  # with end of text
+    n_bytes: int  # of its text
+    n_lost: int  # characters that the tokenizer cannot encode
 
 
 class ShardTask(NamedTuple):
@@ -207,26 +217,26 @@ def _make_part(task: ShardTask) -> None:
         return
     skipped = SkippedDocuments()
     dtype = token_dtype(task.tokenizer.n_vocab)
-    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
     with (
         ShardWriter(f"{task.prefix}-{TRAIN}", dtype) as train,
         ShardWriter(f"{task.prefix}-{VALIDATION}", dtype) as validation,
     ):
-        for name, document, n_bytes in itertools.chain(_encode_texts(task, skipped), _split_records(task)):
-            held_out = is_validation_document(name, task.holdout)
-            (validation if held_out else train).add(document)
+        for document in itertools.chain(_encode_texts(task, skipped), _split_records(task)):
+            held_out = is_validation_document(document.name, task.holdout)
+            (validation if held_out else train).add(document.tokens)
             count = counts[VALIDATION if held_out else TRAIN]
-            count["documents"] += 1
-            count["tokens"] += len(document)
-            count["bytes"] += n_bytes
+            added = (1, len(document.tokens), document.n_bytes, document.n_lost)
+            for name, number in zip(COUNTS, added, strict=True):
+                count[name] += number
     _write_json(record, {"counts": counts, "notes": skipped.summary_lines()})
 
 
-def _encode_texts(task: ShardTask, skipped: SkippedDocuments) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Yield the name, the tokens with end of text, and the bytes of every text."""
+def _encode_texts(task: ShardTask, skipped: SkippedDocuments) -> Iterator[EncodedDocument]:
     for texts, names in _batch_texts(task, skipped):
         for text, name, tokens in zip(texts, names, task.tokenizer.encode_batch(texts), strict=True):
-            yield name, np.append(tokens, task.tokenizer.end_of_text), len(text.encode("utf-8", "surrogatepass"))
+            n_bytes, lost = len(text.encode("utf-8", "surrogatepass")), task.tokenizer.count_lost(text, tokens)
+            yield EncodedDocument(name, np.append(tokens, task.tokenizer.end_of_text), n_bytes, lost)
 
 
 def _batch_texts(task: ShardTask, skipped: SkippedDocuments) -> Iterator[tuple[list[str], list[str]]]:
@@ -244,8 +254,8 @@ def _batch_texts(task: ShardTask, skipped: SkippedDocuments) -> Iterator[tuple[l
         yield texts, names
 
 
-def _split_records(task: ShardTask) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Yield the record name, tokens and bytes of every document in TFRecords. Damage is always an error here."""
+def _split_records(task: ShardTask) -> Iterator[EncodedDocument]:
+    """Yield the documents in TFRecords, with the record's name. Damage is always an error here."""
     reader = find_reader(task.options.path)
     partitions = list(filter(reader.holds_tokens, task.partitions))
     n_vocab, end_of_text = task.tokenizer.n_vocab, task.tokenizer.end_of_text
@@ -257,11 +267,12 @@ def _split_records(task: ShardTask) -> Iterator[tuple[str, np.ndarray, int]]:
                 "data.tokenizer to the one these records were made with (mesh-transformer-jax: GPT-2's)"
             )
         for document in split_documents(record.tokens, end_of_text):
-            yield record.name, document, int(lengths[document[document != end_of_text]].sum())
+            n_bytes = int(lengths[document[document != end_of_text]].sum())
+            yield EncodedDocument(record.name, document, n_bytes, 0)
 
 
 def _join(base: Path, split: str, parts: list[Path], tokenizer: Tokenizer) -> None:
-    total: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "notes": [], "tokenizer": tokenizer.fingerprint}
+    total: dict[str, Any] = {**dict.fromkeys(COUNTS, 0), "notes": [], "tokenizer": tokenizer.fingerprint}
     with ShardWriter(f"{base}-{split}", token_dtype(tokenizer.n_vocab)) as joined:
         for part in parts:
             shard = TokenShard(f"{part}-{split}")
@@ -286,7 +297,10 @@ def _open_built(prefix: Path, path: str, split: str, holdout: int) -> BuiltShard
             f"{path}: the training split is empty: no document was selected; give more documents, or raise "
             f"data.holdout_one_in={holdout} (0: no split); {'; '.join(record['notes'])}"
         )
-    return BuiltShards(prefix, record["documents"], record["tokens"], record["bytes"], tuple(record["notes"]))
+    notes = list(record["notes"])
+    if lost := record.get("lost"):  # older records lack it
+        notes.append(f"{lost:,} characters are unknown to the tokenizer and not in the tokens")
+    return BuiltShards(prefix, record["documents"], record["tokens"], record["bytes"], tuple(notes))
 
 
 def _use_shard(prefix: Path, tokenizer: Tokenizer, holdout: int) -> BuiltShards:

@@ -27,7 +27,9 @@ import numpy as np
 from mesh_transformer.config import Config, ConfigError
 from mesh_transformer.data.loader import Batch, Dataset, Loader
 from mesh_transformer.data.shards import TokenShard
-from mesh_transformer.data.tokenizers import Tokenizer, TokenizerError
+from mesh_transformer.data.stream_decoder import decode_all
+from mesh_transformer.data.tokenizers import Tokenizer
+from mesh_transformer.data.vocabularies import TokenizerError
 
 
 class SpanCorruption(NamedTuple):
@@ -63,10 +65,13 @@ class SentinelTokenizer:
         self.n_sentinels = sum(1 for _ in consecutive) if self.is_named else max(n_vocab - tokenizer.n_vocab, 0)
         self.decoder_start = named.get("<pad>", tokenizer.end_of_text)
         self.n_vocab = max(tokenizer.n_vocab, n_vocab if self.n_sentinels else 0)
+        self.n_base_vocab = tokenizer.n_base_vocab
         self.begin_of_text = tokenizer.begin_of_text
         self.end_of_text = tokenizer.end_of_text
         self.lossy = tokenizer.lossy
-        self.leading_space = tokenizer.leading_space
+        self.loss = tokenizer.loss
+        self.utf8_errors = tokenizer.utf8_errors
+        self.clean_up_spaces = tokenizer.clean_up_spaces
         self.fingerprint = tokenizer.fingerprint
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
@@ -90,20 +95,25 @@ class SentinelTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(self.encode(text), np.int32) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        text, run = "", list[int]()
-        for token in [*ids, None]:
-            if token is not None and not self._is_sentinel(token):
-                run.append(int(token))
-                continue
-            text += self._inner.decode(run) if run else ""
-            text += "" if token is None else self._name(token)
-            run = []
-        return text
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        return decode_all(self, ids, skip_special_tokens=skip_special_tokens)
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        names = (self._name(i).encode() if self._is_sentinel(i) else self._inner.decode_bytes([i]) for i in ids)
-        return b"".join(names)
+    def decode_bytes(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> bytes:
+        parts = (
+            self._name(i)
+            if self._is_sentinel(i)
+            else self._inner.decode_bytes([i], skip_special_tokens=skip_special_tokens)
+            for i in ids
+        )
+        return b"".join(parts)
+
+    def decode_first(self, token: int, *, skip_special_tokens: bool = True) -> bytes | None:
+        if self._is_sentinel(token):
+            return self._name(token)
+        return self._inner.decode_first(token, skip_special_tokens=skip_special_tokens)
+
+    def count_lost(self, text: str, ids: np.ndarray) -> int:
+        return self._inner.count_lost(text, ids)
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON of the wrapped tokenizer: the sentinels follow from the model."""
@@ -112,8 +122,8 @@ class SentinelTokenizer:
     def _is_sentinel(self, token: int) -> bool:
         return 0 <= self.first_sentinel - token < self.n_sentinels
 
-    def _name(self, token: int) -> str:
-        return f"<extra_id_{self.first_sentinel - token}>"
+    def _name(self, token: int) -> bytes:
+        return f"<extra_id_{self.first_sentinel - token}>".encode()
 
 
 def make_span_corruption(config: Config, tokenizer: SentinelTokenizer) -> SpanCorruption:

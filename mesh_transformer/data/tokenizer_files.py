@@ -1,46 +1,122 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a tokenizer's folder beside tokenizer.json: what they say about special tokens.
+"""Reads the tokenizer in a model folder of Hugging Face, whatever its files: a tokenizer.json, and what is added to it.
 
-Model folders of Hugging Face hold, besides the vocabulary, `tokenizer_config.json`, `special_tokens_map.json` and the
-model's `config.json`. `read_additions` returns what they add to a tokenizer.json, in the form in which a checkpoint
-stores it: {"end_of_text": name of a token}. It is empty where these files say nothing new, so that a tokenizer keeps its
-fingerprint.
+The vocabulary is read from the first of these that the folder has:
+
+- tokenizer.json. It is used as it is. (AutoTokenizer of transformers 5 builds some classes from the vocabulary alone,
+  with the pre-tokenizer of the class that tokenizer_config.json names, which may be another one than the file's.)
+- vocab.json with merges.txt, of GPT-2 or Qwen2; vocab.txt, of BERT: completed as their classes in transformers do.
+- The vocabulary files of any other class, such as SentencePiece's and tiktoken's: transformers converts them.
+
+Other files add to it, as in transformers: tokens in tokenizer_config.json or added_tokens.json that the vocabulary lacks,
+special tokens named in tokenizer_config.json or special_tokens_map.json, and the end of text: the eos_token there, else
+the eos_token_id in config.json. `Files.additions` holds all this in the form in which a checkpoint stores it.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mesh_transformer.data.vocabularies import find_end_of_text, read_json
+import tokenizers as hf
+
+from mesh_transformer.data.vocabularies import (
+    TokenizerError,
+    find_end_of_text,
+    list_added,
+    make_deterministic,
+    make_library,
+    read_json,
+)
+from mesh_transformer.data.vocabulary_files import make_affix_processor, read_bert, read_byte_level
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
 MODEL_CONFIG = "config.json"
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Read for their content, besides the vocabulary.
+CONFIG_FILES = (CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, MODEL_CONFIG)
+_BYTE_LEVEL = {"GPT2Tokenizer", "Qwen2Tokenizer"}
+_BERT = {"BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer"}
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", ".model", ".tiktoken")  # ends of names
 
 
-def read_additions(folder: Path, table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the files of a folder add to its tokenizer.json `table`. Raises TokenizerError for damaged files."""
-    names = name_special_tokens({name: read_optional(folder / name) for name in (CONFIG, SPECIAL_TOKENS_MAP)})
-    ids = token_ids(table)
-    end = names.get("eos_token")
+class Files(NamedTuple):
+    """The tokenizer of a folder."""
+
+    table: dict[str, Any]  # in the form of a tokenizer.json
+    additions: dict[str, Any]  # end_of_text, added_tokens, post_processor, clean_up_tokenization_spaces: where needed
+    where: Path  # of the vocabulary, for error messages
+
+
+def read_folder(folder: Path) -> Files:
+    """Read the tokenizer of a folder. Raises TokenizerError if it has none, or its files are damaged."""
+    config = read_optional(folder / CONFIG)
+    name = _find_class(folder, config)
+    if (folder / "tokenizer.json").is_file():
+        table = make_deterministic(read_json(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
+        return Files(table, read_additions(folder, table, folder / "tokenizer.json"), folder / "tokenizer.json")
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and name in _BYTE_LEVEL:
+        table = make_deterministic(read_byte_level(folder, name, config), str(folder))
+        additions = read_additions(folder, table, folder)
+        return Files(table, additions | _make_post_processor(folder, table, additions), folder)
+    if (folder / "vocab.txt").is_file() and name in _BERT:
+        table = make_deterministic(read_bert(folder, config), str(folder))
+        return Files(table, read_additions(folder, table, folder), folder)
+    if holds_vocabulary(path.name for path in folder.iterdir()):
+        table, end = convert_with_transformers(folder)
+        known = find_end_of_text(table, make_library(table, str(folder)).get_vocab())
+        return Files(table, {} if end in (None, known) else {"end_of_text": end}, folder)
+    raise TokenizerError(
+        f"{folder}: this folder has no tokenizer: neither tokenizer.json, nor vocab.json with merges.txt, vocab.txt, "
+        "tokenizer.model or another vocabulary that transformers reads"
+    )
+
+
+def holds_vocabulary(names: Iterable[str]) -> bool:
+    """Return whether a folder with files of these names has a tokenizer."""
+    return any(name.endswith(_VOCABULARIES) for name in names)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Return whether `read_folder` may read a file of this name."""
+    return name in CONFIG_FILES or name.endswith((*_VOCABULARIES, "merges.txt"))
+
+
+def read_additions(folder: Path, table: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Return what the files of a folder add to its tokenizer.json `table`, which was read from `where`.
+
+    Raises TokenizerError for damaged files.
+    """
+    config = read_optional(folder / CONFIG)
+    files = {CONFIG: config, SPECIAL_TOKENS_MAP: read_optional(folder / SPECIAL_TOKENS_MAP)}
+    library = make_library(table, str(where))
+    before = json.loads(library.to_str())["added_tokens"]
+    for token in _list_tokens(table, files, read_optional(folder / ADDED_TOKENS)):
+        library.add_tokens([token])
+    added = [token for token in json.loads(library.to_str())["added_tokens"] if token not in before]
+    ids = library.get_vocab(with_added_tokens=True)
+    end = name_special_tokens(files).get("eos_token")
     if end not in ids:
-        end = _find_by_id(ids, read_optional(folder / MODEL_CONFIG).get("eos_token_id"))
-    if end is None or end == find_end_of_text(table, ids):
-        return {}
-    return {"end_of_text": end}
+        end = _find_by_id(library, read_optional(folder / MODEL_CONFIG).get("eos_token_id"))
+    additions: dict[str, Any] = {"added_tokens": added} if added else {}
+    if end is not None and end != find_end_of_text(table, ids):
+        additions["end_of_text"] = end
+    if config.get("clean_up_tokenization_spaces") and table["model"].get("type") != "BPE":
+        additions["clean_up_tokenization_spaces"] = True
+    return additions
 
 
 def name_special_tokens(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return the special tokens by the names that transformers gives them: {"eos_token": "</s>", ...}.
 
-    `files` maps names of files to their content. As in transformers, special_tokens_map.json is read only where
-    tokenizer_config.json has no added_tokens_decoder, and then has precedence.
+    `files` maps names of files to their content.
     """
-    found = dict(files.get(CONFIG, {}))
-    if "added_tokens_decoder" not in found:
-        found |= files.get(SPECIAL_TOKENS_MAP, {})
-    named = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
+    named = {
+        name: value.get("content") if isinstance(value, dict) else value for name, value in _merge_config(files).items()
+    }
     return {name: value for name, value in named.items() if name.endswith("_token") and isinstance(value, str)}
 
 
@@ -49,7 +125,7 @@ def token_ids(table: Mapping[str, Any]) -> dict[str, int]:
     vocabulary = table["model"]["vocab"]
     if isinstance(vocabulary, list):  # Unigram: pairs of token and score
         vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
-    return {**vocabulary, **{token["content"]: token["id"] for token in table.get("added_tokens") or []}}
+    return {**vocabulary, **{token["content"]: token["id"] for token in list_added(table)}}
 
 
 def read_optional(path: Path) -> dict[str, Any]:
@@ -57,7 +133,101 @@ def read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _find_by_id(ids: Mapping[str, int], wanted: Any) -> str | None:
-    """Return the token with an id, or with the first of several."""
+def convert_with_transformers(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the tokenizer.json that transformers makes of a folder's vocabulary, and its end of text.
+
+    No code from the folder is run. Raises TokenizerError.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise TokenizerError(
+            f"{folder}: this vocabulary is read by transformers: pip install 'mesh-transformer[tokenizers]'"
+        ) from None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        table = json.loads(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # of any kind, by the class and the damage
+        raise TokenizerError(
+            f"{folder}: transformers cannot convert this vocabulary: {' '.join(str(error).split())}"
+        ) from None
+    return make_deterministic(table, str(folder)), tokenizer.eos_token
+
+
+def _find_class(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the name of the tokenizer's class in transformers, without Fast."""
+    model = read_optional(folder / MODEL_CONFIG)
+    name = config.get("tokenizer_class") or model.get("tokenizer_class")
+    if name and not name.startswith("PreTrainedTokenizer"):
+        return name.removesuffix("Fast")
+    if (folder / "vocab.txt").is_file():
+        return "BertTokenizer"
+    return "Qwen2Tokenizer" if str(model.get("model_type", "")).startswith("qwen") else "GPT2Tokenizer"
+
+
+def _merge_config(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return tokenizer_config.json, and over it special_tokens_map.json where the former has no added_tokens_decoder."""
+    found = dict(files.get(CONFIG, {}))
+    return found if "added_tokens_decoder" in found else found | dict(files.get(SPECIAL_TOKENS_MAP, {}))
+
+
+def _list_tokens(
+    table: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]], added_tokens: Mapping[str, int]
+) -> Iterator[hf.AddedToken]:
+    """Yield the tokens that transformers adds to a vocabulary, in its order (TokenizersBackend.__init__)."""
+    merged = _merge_config(files)
+    extra = merged.get("extra_special_tokens") or merged.get("additional_special_tokens") or []
+    extra = list(extra.values()) if isinstance(extra, dict) else extra
+    own = {name: value for name, value in merged.items() if name.endswith("_token") and name not in NAMED_TOKENS}
+    named = [merged[name] for name in NAMED_TOKENS if merged.get(name)]
+    named += [value for value in own.values() if isinstance(value, str)]
+    special = {_content(token) for token in [*named, *extra]}
+    known = {token["content"] for token in list_added(table)}
+    if "added_tokens_decoder" in merged:
+        listed = {int(i): _make_token(token, False) for i, token in merged["added_tokens_decoder"].items()}
+    else:
+        listed = {
+            i: hf.AddedToken(name, normalized=name not in special, special=name in special)
+            for name, i in added_tokens.items()
+            if name not in known
+        }
+    for _, token in sorted(listed.items()):
+        token.special = token.special or token.content in {_content(token) for token in named}
+        known.add(token.content)
+        yield token
+    for token in [*named, *extra]:
+        if _content(token) not in known:
+            known.add(_content(token))
+            yield _make_token(token, True)
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _make_token(token: Any, special: bool) -> hf.AddedToken:
+    if not isinstance(token, dict):
+        return hf.AddedToken(str(token), special=special)
+    flags = {name: bool(token[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
+    return hf.AddedToken(token["content"], special=special or bool(token.get("special")), **flags)
+
+
+def _make_post_processor(folder: Path, table: Mapping[str, Any], additions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the addition that puts the tokens around a text which tokenizer_config.json asks for."""
+    config = read_optional(folder / CONFIG)
+    names = name_special_tokens({CONFIG: config, SPECIAL_TOKENS_MAP: read_optional(folder / SPECIAL_TOKENS_MAP)})
+    before = names.get("bos_token", "<|endoftext|>") if config.get("add_bos_token") else None
+    after = names.get("eos_token", "<|endoftext|>") if config.get("add_eos_token") else None
+    ids = {token["content"]: token["id"] for token in [*list_added(table), *additions.get("added_tokens", [])]}
+    if before is None and after is None:
+        return {}
+    return {"post_processor": make_affix_processor(ids | table["model"]["vocab"], before, after)}
+
+
+def _find_by_id(library: hf.Tokenizer, wanted: Any) -> str | None:
+    """Return the special token with an id, or with the first of several. Ordinary tokens never end a text."""
     first = wanted[0] if isinstance(wanted, list) and wanted else wanted
-    return next((token for token, i in ids.items() if i == first), None)
+    found = library.get_added_tokens_decoder().get(first) if isinstance(first, int) else None
+    return found.content if found is not None and found.special else None

@@ -24,6 +24,7 @@ from mesh_transformer.config import Config, ConfigError, ModelConfig, SampleConf
 from mesh_transformer.data.span_corruption import SentinelTokenizer
 from mesh_transformer.data.tokenizer_files import CONFIG, SPECIAL_TOKENS_MAP, name_special_tokens, token_ids
 from mesh_transformer.data.tokenizers import Tokenizer
+from mesh_transformer.data.vocabularies import merge_additions
 
 GENERATION_CONFIG = "generation_config.json"
 # Fields of generation_config.json -> fields of SampleConfig.
@@ -152,8 +153,8 @@ def read_defaults(meta: Mapping[str, Any], tokenizer: Tokenizer, model: ModelCon
     config: Mapping[str, Any] = meta.get("special_ids") or {}
     generation = _read_json(carried, GENERATION_CONFIG, where)
     tokenizer_files = {name: _read_json(carried, name, where) for name in (CONFIG, SPECIAL_TOKENS_MAP)}
-    table = tokenizer.to_json().get("tokenizer")
-    ids = token_ids(table) if table else {}
+    record = tokenizer.to_json()
+    ids = token_ids(merge_additions(record["tokenizer"], record)) if "tokenizer" in record else {}
     own = {name: ids[token] for name, token in name_special_tokens(tokenizer_files).items() if token in ids}
 
     def read_ids(key: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from mesh_transformer.config import ConfigError, SampleConfig
-from mesh_transformer.data.tokenizers import StreamDecoder
+from mesh_transformer.data.stream_decoder import StreamDecoder
 from mesh_transformer.sample.engine.engine import Engine
 from mesh_transformer.sample.engine.requests import Event, SpeculativeStats
 from mesh_transformer.sample.model_defaults import ModelDefaults

@@ -5,7 +5,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from mesh_transformer.data.tokenizers import StreamDecoder, Tokenizer
+from mesh_transformer.data.stream_decoder import StreamDecoder
+from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.sample.engine.requests import Event, Score
 from mesh_transformer.sample.text_generation import StopStrings, TextStreamer
 

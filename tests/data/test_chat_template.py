@@ -11,7 +11,8 @@ import pytest
 from small_tokenizers import END, llama_table, small_table, special
 
 from mesh_transformer.data.chat_template import ESCAPE, ChatError, ChatTemplate, NoChatTemplate
-from mesh_transformer.data.tokenizers import ByteTokenizer, FileTokenizer
+from mesh_transformer.data.file_tokenizer import FileTokenizer
+from mesh_transformer.data.tokenizers import ByteTokenizer, load_tokenizer
 
 CHATML = """{%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
@@ -138,6 +139,40 @@ def test_precedence_of_template_files():
     assert newer.render(talk) == "<|im_end|>"
 
 
+def test_templates_in_files_of_their_own():
+    talk = [{"role": "user", "content": "a"}]
+    named = {"additional_chat_templates/rag.jinja": "rag"}
+    tokenizer, old = FileTokenizer(chat_table()), json.dumps({"chat_template": "old"})
+
+    def render(files):
+        return ChatTemplate(tokenizer, {"carried": files}).render(talk)
+
+    assert render({"chat_template.json": old}) == "old"
+    assert render({"chat_template.json": old, "tokenizer_config.json": '{"chat_template": "config"}'}) == "config"
+    assert render({**named, "chat_template.jinja": "own", "chat_template.json": old}) == "own"
+    with pytest.raises(ChatError, match=r"none of .*\(rag\) is named default"):
+        render(named)
+
+
+def test_tokens_that_only_the_tokenizer_config_has(tmp_path):
+    """Fine-tunes with ChatML on a base vocabulary."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    marks = {str(i): special(i, name) for i, name in ((260, "<|im_start|>"), (261, "<|im_end|>"))}
+    added = {i: {key: value for key, value in mark.items() if key != "id"} for i, mark in marks.items()}
+    settings = {"eos_token": "<|im_end|>", "added_tokens_decoder": added, "chat_template": CHATML}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(small_table()))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    template = ChatTemplate(tokenizer, {"carried": {"tokenizer_config.json": json.dumps(settings)}})
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = template.encode(template.render(TALK))
+    assert ids == reference.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+    assert {260, 261} <= set(ids)
+    assert template.stop_tokens == [261]
+    assert tokenizer.decode([261, 257]) == "the"
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
@@ -148,6 +183,11 @@ def test_precedence_of_template_files():
         ("{{ messages.append(1) }}", "not safe|unsafe"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "more than 1,000,000 steps"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+            "more than 1,000,000",
+        ),
         ([dict(name="rag", template="x")], r"none of .*\(rag\) is named default"),
     ],
 )

@@ -17,16 +17,11 @@ import pytest
 import tokenizers as hf
 from small_tokenizers import END, llama_table, small_table, special
 
-from mesh_transformer.data import tokenizers
-from mesh_transformer.data.tokenizers import (
-    ByteTokenizer,
-    FileTokenizer,
-    StreamDecoder,
-    Tokenizer,
-    TokenizerError,
-    load_tokenizer,
-    tokenizer_from_json,
-)
+from mesh_transformer.data import file_tokenizer
+from mesh_transformer.data.file_tokenizer import FileTokenizer
+from mesh_transformer.data.stream_decoder import SpaceCleanUp, StreamDecoder, clean_up_spaces
+from mesh_transformer.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
+from mesh_transformer.data.vocabularies import TokenizerError
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 REAL = [
@@ -96,9 +91,7 @@ def test_streamed_decoding_equals_decoding_at_once(tokenizer: Tokenizer) -> None
             at += step
         assert "".join(deltas) + stream.finish() == tokenizer.decode(ids)
         rest = StreamDecoder(tokenizer, continues=True)
-        assert (rest.push(ids) + rest.finish()).encode() == tokenizer.decode_bytes(ids).decode(
-            errors="replace"
-        ).encode()
+        assert rest.push(ids) + rest.finish() == tokenizer.decode_bytes(ids).decode(errors=tokenizer.utf8_errors)
 
 
 @pytest.mark.parametrize("tokenizer", ALL, indirect=True)
@@ -112,7 +105,7 @@ def test_only_complete_characters_are_streamed(tokenizer: Tokenizer) -> None:
     assert stream.finish() == ""
     assert len(tokenizer.encode("\U00012000")) > 1
     stream.push(tokenizer.encode("\U00012000")[:-1])
-    assert stream.finish() == "\ufffd"
+    assert set(stream.finish()) == {"\ufffd"}
 
 
 @pytest.mark.parametrize("tokenizer", ALL, indirect=True)
@@ -215,9 +208,9 @@ def test_ids_are_those_of_the_tokenizers_package(name: str, monkeypatch: pytest.
     )
     expected = library.encode(text).ids
     assert tokenizer.encode(text) == expected
-    monkeypatch.setattr(tokenizers, "_PART", 300)
+    monkeypatch.setattr(file_tokenizer, "_PART", 300)
     monkeypatch.setattr(tokenizer, "_part", 30)
-    assert len(list(tokenizers._split_text(text, 30))) > 2000
+    assert len(list(file_tokenizer._split_text(text, 30))) > 2000
     assert tokenizer.encode(text) == expected
     texts = [text[i : i + 1000] for i in range(0, 30_000, 1000)]
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [library.encode(part).ids for part in texts]
@@ -235,7 +228,7 @@ def test_long_texts_are_split_only_if_that_does_not_change_the_ids() -> None:
     assert FileTokenizer(small_table())._part
     assert [FileTokenizer(table)._part for table in unsplittable] == [None] * 5
     tokenizer, text = FileTokenizer(small_table()), "the the " * 150_000
-    assert len(list(tokenizers._split_text(text, tokenizer._part))) == 2
+    assert len(list(file_tokenizer._split_text(text, tokenizer._part))) == 2
     assert tokenizer.encode(text) == [257, *[258] * 299_999, tokenizer.encode(" ")[0]]
 
 
@@ -324,7 +317,8 @@ def test_special_tokens_are_added_and_parsed_on_request() -> None:
         assert 2 not in plain
     assert tokenizer.encode("hi</s>", parse_special=True)[-1] == 2
     assert tokenizer_from_json(tokenizer.to_json()).begin_of_text == 1
-    assert FileTokenizer(llama_table() | {"post_processor": bos_processor("<s>", "</s>")})._prefix == [1, 2]
+    two = FileTokenizer(llama_table() | {"post_processor": bos_processor("<s>", "</s>")})
+    assert two.encode("hi", add_special_tokens=True) == [1, 2, *two.encode("hi")]
     with pytest.raises(TokenizerError, match="lone surrogate"):
         tokenizer.encode("ab\ud83d", parse_special=True)
 
@@ -344,8 +338,10 @@ def test_the_end_of_text_is_the_one_that_the_files_name(tmp_path: Path) -> None:
         settings = {"eos_token": name, "added_tokens_decoder": {}}  # special_tokens_map.json is then not read
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
         assert load_tokenizer(tmp_path).end_of_text == 2
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(settings, eos_token="absent")))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {}}))
     assert load_tokenizer(tmp_path).end_of_text == 2  # of config.json
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(settings, eos_token="<new>")))
+    assert load_tokenizer(tmp_path).end_of_text == 265  # added, as by transformers
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(settings, eos_token=END)))
     assert load_tokenizer(tmp_path).fingerprint == plain  # the files say nothing new
     copied = tokenizer_from_json(json.loads(json.dumps(by_id.to_json())))
@@ -362,21 +358,15 @@ def without(*tokens: str) -> dict[str, Any]:
 
 
 ERRORS = {
-    "no end-of-text token": small_table(added_tokens=[special(259, "[SEP]")]),
+    "no end-of-text token": small_table(added_tokens=[special(259, "[PAD]")]),
     "no end-of-text token; name it as eos_token": small_table(
         added_tokens=[], model=dict(small_table()["model"], vocab=small_table()["model"]["vocab"] | {"</s>": 259})
     ),
-    "1 byte values are not in the vocabulary": without("A"),
     "no vocabulary": {"version": "1.0"},
-    "neither byte-level nor with byte fallback": small_table(pre_tokenizer={"type": "Whitespace"}, decoder=None),
-    "neither byte-level nor": small_table(pre_tokenizer=None),
-    "does not preserve text": small_table(normalizer={"type": "Replace", "pattern": {"String": " "}, "content": ""}),
-    "end_of_word_suffix and": small_table(model=dict(small_table()["model"], end_of_word_suffix="</w>")),
+    "end_of_word_suffix is not": small_table(model=dict(small_table()["model"], end_of_word_suffix="</w>")),
     "not a usable tokenizer.json": small_table(pre_tokenizer={"type": "Unheard"}),
-    "would be encoded as the end of text": small_table(
-        added_tokens=[],
-        pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-        model=dict(small_table()["model"], vocab=small_table()["model"]["vocab"] | {END: 259}, ignore_merges=True),
+    "would be encoded as the special token": small_table(
+        added_tokens=[special(257, "the")], pre_tokenizer=None, normalizer={"type": "ByteLevel"}
     ),
 }
 
@@ -385,16 +375,143 @@ ERRORS = {
 def test_unusable_vocabularies(tmp_path: Path, message: str) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(ERRORS[message]))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "the"}' if "special token" in message else "{}")
     with pytest.raises(TokenizerError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert str(caught.value).startswith(f"{file}: ")
     assert "\n" not in str(caught.value)
 
 
+LOSSY = {
+    "lacks 1 of the 243 byte values": without("A"),
+    "has no bytes: text outside it becomes nothing": small_table(pre_tokenizer={"type": "Whitespace"}, decoder=None),
+    "does not preserve all text": small_table(
+        normalizer={"type": "Replace", "pattern": {"String": " "}, "content": ""}
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSY)
+def test_vocabularies_that_lose_text_say_so(loss: str) -> None:
+    tokenizer = FileTokenizer(LOSSY[loss])
+    assert tokenizer.lossy
+    assert loss in (tokenizer.loss or "")
+    assert not FileTokenizer(small_table()).lossy
+    assert FileTokenizer(small_table()).loss is None
+
+
+def test_lost_characters_are_counted() -> None:
+    tokenizer = FileTokenizer(without("A"))
+    text = "A tale of AA"
+    assert tokenizer.count_lost(text, np.array(tokenizer.encode(text))) == 3
+    assert tokenizer.decode(tokenizer.encode(text)) == " tale of "
+    words = FileTokenizer(word_pieces())
+    for text, lost in {"the thing": 0, "the \u4e2d\u6587 thing": 2, "zebra the": 5, "": 0}.items():
+        assert words.count_lost(text, np.array(words.encode(text))) == lost
+    whole = FileTokenizer(small_table())
+    assert whole.count_lost("A\u4e2d", np.array(whole.encode("A\u4e2d"))) == 0
+
+
+def word_pieces() -> dict[str, Any]:
+    """Return a tokenizer.json like BERT's."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "th", "##ing", "##e", ".", "'", "n", "t", "do"]
+    return {
+        "version": "1.0",
+        "added_tokens": [special(i, token) for i, token in enumerate(tokens[:4])],
+        "normalizer": {
+            "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+            "strip_accents": None, "lowercase": True,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100, "vocab": {token: i for i, token in enumerate(tokens)},
+        },
+    }  # fmt: skip
+
+
+def pieces() -> dict[str, Any]:
+    """Return a tokenizer.json like T5's: pieces with scores, no bytes."""
+    scores = {
+        "<pad>": 0.0,
+        "</s>": 0.0,
+        "<unk>": 0.0,
+        "\u2581": -2.0,
+        "\u2581the": -3.0,
+        "th": -4.0,
+        "ing": -4.5,
+        ".": -5.0,
+    }
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [special(i, token) for i, token in enumerate(list(scores)[:3])],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]},
+        "post_processor": bos_processor()
+        | {
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+        },
+        "decoder": space,
+        "model": {
+            "type": "Unigram",
+            "unk_id": 2,
+            "byte_fallback": False,
+            "vocab": [list(pair) for pair in scores.items()],
+        },
+    }
+
+
+@pytest.mark.parametrize("table", [word_pieces(), pieces()], ids=["WordPiece", "Unigram"])
+def test_vocabularies_without_bytes(table: dict[str, Any]) -> None:
+    tokenizer, library = FileTokenizer(table), hf.Tokenizer.from_str(json.dumps(table))
+    rng = random.Random(0)
+    for text in ["the thing.", "the", " thing", "", "the \u4e2d. thing thing", "\nthe\tthing "]:
+        ids = library.encode(text).ids
+        assert tokenizer.encode(text, add_special_tokens=True) == ids
+        for chosen in (ids, [rng.randrange(tokenizer.n_vocab) for _ in range(12)]):
+            for skip in (False, True):
+                assert tokenizer.decode(chosen, skip_special_tokens=skip) == library.decode(
+                    chosen, skip_special_tokens=skip
+                )
+                stream = StreamDecoder(tokenizer, skip_special_tokens=skip)
+                parts = [stream.push([token]) for token in chosen]
+                assert "".join(parts) + stream.finish() == library.decode(chosen, skip_special_tokens=skip)
+    assert tokenizer.lossy
+    assert tokenizer.end_of_text == library.encode("the").ids[-1]
+
+
+def test_special_tokens_in_pieces_stay_text() -> None:
+    table = pieces()
+    library = hf.Tokenizer.from_str(json.dumps(table))
+    library.encode_special_tokens = True
+    assert 1 in library.encode("th</s>", add_special_tokens=False).ids  # as a piece of the vocabulary
+    tokenizer = FileTokenizer(table)
+    assert tokenizer.encode("th</s>") == tokenizer.encode("th\u00e9")
+    assert tokenizer.encode("th</s>", parse_special=True)[-1] == 1
+    assert tokenizer.decode(tokenizer.encode("the th. ing"), skip_special_tokens=False) == "the th. ing"
+
+
+def test_spaces_are_cleaned_up_as_by_transformers() -> None:
+    tokenizer = FileTokenizer(word_pieces(), {"clean_up_tokenization_spaces": True})
+    assert tokenizer.decode([12, 10, 9, 11, 8]) == "don't."
+    rng = random.Random(3)
+    for _ in range(3000):
+        text = "".join(rng.choices(" .'nmtsvre?x", weights=[4, 1, 3, 2, 1, 2, 1, 1, 1, 1, 1, 2], k=rng.randrange(30)))
+        cleaner, parts, at = SpaceCleanUp(), [], 0
+        while at < len(text):
+            step = rng.randrange(1, 5)
+            parts.append(cleaner.push(text[at : at + step]))
+            at += step
+        assert "".join(parts) + cleaner.finish() == clean_up_spaces(text)
+
+
 def test_unusable_files(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="did you mean bytes"):
         load_tokenizer("byte")
-    with pytest.raises(TokenizerError, match=r"has neither tokenizer\.json nor vocab"):
+    with pytest.raises(TokenizerError, match=r"has no tokenizer: neither tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps(small_table()["model"]["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e x\n")

@@ -9,8 +9,8 @@ import time
 import pytest
 from server_process import Server, save_model
 
+from mesh_transformer.data.token_bytes import make_byte_alphabet
 from mesh_transformer.data.tokenizers import FileTokenizer
-from mesh_transformer.data.vocabularies import make_byte_alphabet
 
 openai = pytest.importorskip("openai")
 

@@ -1,29 +1,46 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a Hugging Face folder that a native checkpoint stores with the weights.
+"""Small files that come with a model's weights: tokenizer, chat templates, configuration of generation.
 
-They say how the model's texts begin and end (sample/model_defaults.py), and are written when the model is exported.
+A native checkpoint stores the texts among them in its metadata as `carried`, by the name below the model's folder, and
+the tokenizer in its own form. They say how the model's texts begin and end (sample/model_defaults.py), and are written
+when the model is exported. A copy from one model folder to another keeps the files themselves.
 """
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from mesh_transformer.checkpoint.backends import backend_for
+from mesh_transformer.data.file_tokenizer import FileTokenizer
+from mesh_transformer.data.span_corruption import SentinelTokenizer
+from mesh_transformer.data.tokenizer_files import CONFIG as TOKENIZER_CONFIG
+from mesh_transformer.data.tokenizer_files import MODEL_CONFIG, is_tokenizer_file
+from mesh_transformer.data.tokenizers import Tokenizer, tokenizer_from_json
 from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import AnyPath
 
-CARRIED_TEXTS = (
+_TEXTS = (
     "generation_config.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 # Keys of config.json: IDs of special tokens, and what the outputs of a classifier mean.
 SPECIAL_IDS = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
     *("id2label", "label2id", "problem_type"),
 )
+_NAMED_TEMPLATE = re.compile(r"additional_chat_templates/[^/\\]+\.jinja")
+
+
+def is_carried_text(name: str) -> bool:
+    """Return whether a native checkpoint stores the text of a file of a model's folder."""
+    return name in _TEXTS or _NAMED_TEMPLATE.fullmatch(name) is not None
 
 
 def read_carried(folder: AnyPath, external_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,10 +49,8 @@ def read_carried(folder: AnyPath, external_config: Mapping[str, Any]) -> dict[st
     Raises CheckpointError for a file that is not text or not JSON.
     """
     carried = {}
-    for name in CARRIED_TEXTS:
+    for name in filter(is_carried_text, sorted(backend_for(folder).list_files())):
         path = folder / name
-        if not path.is_file():
-            continue
         try:
             carried[name] = path.read_bytes().decode()
             if name.endswith(".json"):
@@ -47,3 +62,45 @@ def read_carried(folder: AnyPath, external_config: Mapping[str, Any]) -> dict[st
         "carried": carried,
         "special_ids": {key: external_config[key] for key in SPECIAL_IDS if key in external_config},
     }
+
+
+def copy_carried(source: AnyPath, destination: Path) -> None:
+    """Copy the small files of one model's folder to another."""
+    for name in backend_for(source).list_files():
+        if name != MODEL_CONFIG and (is_carried_text(name) or ("/" not in name and is_tokenizer_file(name))):
+            (destination / name).parent.mkdir(exist_ok=True)
+            (destination / name).write_bytes((source / name).read_bytes())
+
+
+def write_carried(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write the tokenizer and the texts of a checkpoint's metadata to a model's folder, unless they exist there.
+
+    The IDs of special tokens go to config.json. Without a tokenizer_config.json, transformers would choose a class of
+    tokenizer by the type of the model.
+    """
+    texts = {name: text for name, text in (meta.get("carried") or {}).items() if is_carried_text(name)}
+    tokenizer = tokenizer_from_json(meta["tokenizer"]) if meta.get("tokenizer") else None
+    table = json.loads((folder / MODEL_CONFIG).read_bytes())
+    table |= meta["special_ids"] if "special_ids" in meta else _special_ids(tokenizer, table)
+    (folder / MODEL_CONFIG).write_text(json.dumps(table, indent=1))
+    if isinstance(tokenizer, FileTokenizer):
+        texts["tokenizer.json"] = json.dumps(tokenizer.tokenizer_json, ensure_ascii=False)
+        ends = {"bos_token": tokenizer.begin_of_text, "eos_token": tokenizer.end_of_text}
+        named = {name: tokenizer.name_token(token) for name, token in ends.items()}
+        texts.setdefault(
+            TOKENIZER_CONFIG, json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}, indent=1)
+        )
+    for name, text in texts.items():
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _special_ids(tokenizer: Tokenizer | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the special ids of a model that was trained here; for ids that are missing, transformers uses defaults."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+    if config.get("is_encoder_decoder"):
+        ids["decoder_start_token_id"] = SentinelTokenizer(tokenizer, config["vocab_size"]).decoder_start
+    return ids

@@ -29,19 +29,11 @@ from mesh_transformer.convert.import_plan import (
 )
 from mesh_transformer.convert.layout_views import Joined, LayoutView, Packed, Part
 from mesh_transformer.convert.lazy_arrays import Index, LazyArray, Stack, full_index
+from mesh_transformer.data.tokenizer_files import holds_vocabulary, is_tokenizer_file
 from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath, local_copy
 
 CONFIG = "config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
-# Copied from one model folder to another.
-CARRIED_FILES = (
-    *TOKENIZER_FILES,
-    "generation_config.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-)
 # Keys that some classes of similar families have and others lack.
 OPTIONAL_KEYS = (
     "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
@@ -96,8 +88,9 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
         notes.append(f"{len(left_out)} tensors of the vision tower and its projector are left out: only text is read")
     unused = set(tensors) - left_out
     check_all_used(unused, used, lambda name: name.endswith(family.buffers or ("\0",)), folder)
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    tokenizer = str(local_copy(folder, (*TOKENIZER_FILES, CONFIG))) if has_tokenizer else None
+    names = [path.name for path in folder.iterdir()]
+    files = tuple(filter(is_tokenizer_file, names))
+    tokenizer = str(local_copy(folder, files)) if holds_vocabulary(names) else None
     return ImportPlan(config, model, arrays, 0, tokenizer, tuple(notes))
 
 

@@ -1,0 +1,244 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizer with the vocabulary of a tokenizer.json, through the package `tokenizers`."""
+
+import functools
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers as hf
+
+from mesh_transformer.data.stream_decoder import EACH_BYTE, decode_all
+from mesh_transformer.data.token_bytes import IN_UTF8, TokenBytes, find_entry, find_missing_bytes
+from mesh_transformer.data.vocabularies import (
+    END_OF_TEXT,
+    TokenizerError,
+    can_split,
+    find_end_of_text,
+    find_unknown,
+    make_deterministic,
+    make_digest,
+    make_library,
+    mark_special,
+    merge_additions,
+    rename_tokens,
+    to_utf8,
+)
+
+UNKNOWN = "\ufffd".encode()  # of an id outside the vocabulary
+_PROBE = "two  words,\n\u4e2d \U0001f600"  # a vocabulary that changes it, apart from case and Unicode form, loses text
+_PART = 1 << 20  # characters in one part of a long text, and in all texts that are encoded in one call
+# ByteLevel's pattern always ends a word here and begins the next one, whatever the surrounding text.
+_WORD_BOUNDARY = re.compile(r"[A-Za-z0-9.,;] (?=[A-Za-z])")
+
+
+class FileTokenizer:
+    """Tokenizer with the vocabulary of a `tokenizer.json`: BPE, Unigram, WordPiece or WordLevel."""
+
+    def __init__(
+        self, table: Mapping[str, Any], additions: Mapping[str, Any] | None = None, *, where: str = "tokenizer"
+    ) -> None:
+        """Prepare encoding and decoding.
+
+        `table` is the content of a tokenizer.json, `additions` what other files of its folder add (tokenizer_files.py);
+        `where` begins error messages. Raises TokenizerError.
+        """
+        self._table = make_deterministic(table, where)
+        self._additions = dict(additions or {})
+        self.tokenizer_json = merge_additions(self._table, self._additions)
+        library = _share_library(json.dumps(self.tokenizer_json), where, parse_special=True)
+        self._vocabulary: dict[str, int] = library.get_vocab(with_added_tokens=True)
+        self._prefix, self._suffix = _measure_added_tokens(library)
+        end = self._name_end_of_text(library, where)
+        self.n_vocab = max(self._vocabulary.values()) + 1
+        added = {token["id"] for token in self.tokenizer_json["added_tokens"]}
+        self.n_base_vocab = max({*self._vocabulary.values()} - added, default=self.n_vocab - 1) + 1
+        self.begin_of_text = self._prefix[0] if self._prefix else None
+        self.end_of_text = self._vocabulary[end]
+        self.fingerprint = make_digest(_select_encoding(self.to_json()))
+        self.clean_up_spaces = bool(self._additions.get("clean_up_tokenization_spaces"))
+        self.utf8_errors = "replace" if find_entry(self._table.get("decoder"), "type", "ByteLevel") else EACH_BYTE
+        self._part = _PART if can_split(self.tokenizer_json) else None
+        self._source = json.dumps(mark_special(self.tokenizer_json, end, self.end_of_text))
+        self._bytes = TokenBytes(self._table, _share_library(self._source, where, parse_special=True))
+        self._library = self._make_plain_library(where)
+        self._missing = find_missing_bytes(self._table)
+        self.loss = self._describe_loss()
+        self.lossy = self.loss is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        if parse_special:
+            library = _share_library(self._source, "tokenizer", parse_special=True)
+            ids = _encode_strictly(library, [text])[0].tolist()
+        else:
+            ids = self.encode_batch([text])[0].tolist()
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # Long texts are encoded in parts, because `tokenizers` needs about 120 bytes of memory per character.
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in _group_parts(texts, self._part):
+            encoded = _encode_strictly(self._library, [part for _, part in group])
+            for (index, _), part in zip(group, encoded, strict=True):
+                ids[index].append(part)
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        return decode_all(self, ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_bytes(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> bytes:
+        skipped = self._bytes.special if skip_special_tokens else ()
+        return b"".join(self._find_bytes(int(i)) for i in ids if i not in skipped)
+
+    def decode_first(self, token: int, *, skip_special_tokens: bool = True) -> bytes | None:
+        if skip_special_tokens and token in self._bytes.special:
+            return None
+        return self._find_bytes(int(token), first=True)
+
+    def name_token(self, token: int | None) -> str | None:
+        """Return the name of an id in the vocabulary, or None."""
+        return next((name for name, i in self._vocabulary.items() if i == token), None)
+
+    def count_lost(self, text: str, ids: np.ndarray) -> int:
+        """Return the number of characters of a text that its `ids` do not contain: unknown to the vocabulary."""
+        if self._missing is not None:
+            lost = {c: n for c, n in Counter(text).items() if c not in self._vocabulary} if self._missing else {}
+            return sum(n for c, n in lost.items() if not self._missing.isdisjoint(c.encode()))
+        unknown = find_unknown(self._table)
+        if unknown is not None and unknown not in ids:
+            return 0
+        encoding = self._library.encode(text, add_special_tokens=False)
+        known = {
+            at for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i != unknown for at in range(*span)
+        }
+        return sum(not character.isspace() and at not in known for at, character in enumerate(text))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "file", "tokenizer": self._table, **self._additions}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the vocabulary only: the state of the `tokenizers` object lacks the properties of this class."""
+        return FileTokenizer, (self._table, self._additions)
+
+    def _name_end_of_text(self, library: hf.Tokenizer, where: str) -> str:
+        named = self._additions.get("end_of_text") or find_end_of_text(self.tokenizer_json, self._vocabulary)
+        end = named or (library.id_to_token(self._suffix[-1]) if self._suffix else None)
+        if end not in self._vocabulary:
+            raise TokenizerError(
+                f"{where}: no end-of-text token; name it as eos_token in tokenizer_config.json beside it, or add one of "
+                f"{', '.join(END_OF_TEXT)} to added_tokens, as special"
+            )
+        return end
+
+    def _make_plain_library(self, where: str) -> hf.Tokenizer:
+        """Return the library that encodes special tokens as text.
+
+        A vocabulary of whole words or pieces may contain them, so their entries get names that no text contains.
+        """
+        library = _share_library(self._source, where, parse_special=False)
+        names = {i: token.content for i, token in library.get_added_tokens_decoder().items() if token.special}
+        names = {i: name for i, name in names.items() if i != find_unknown(self._table)}  # which stands for any text
+        encoded = _encode_strictly(library, list(names.values()))
+        reached = [name for (i, name), ids in zip(names.items(), encoded, strict=True) if i in ids]
+        if not reached:
+            return library
+        try:
+            return _share_library(
+                json.dumps(rename_tokens(json.loads(self._source), reached)), where, parse_special=False
+            )
+        except TokenizerError:
+            raise TokenizerError(
+                f"{where}: the text {reached[0]} would be encoded as the special token, because the vocabulary merges "
+                "it; use another vocabulary"
+            ) from None
+
+    def _find_bytes(self, token: int, *, first: bool = False) -> bytes:
+        data = self._bytes.find(token, first=first)
+        return UNKNOWN if data is None else data
+
+    def _describe_loss(self) -> str | None:
+        """Return what this vocabulary does to texts that it cannot encode, or None."""
+        if self._missing is None:
+            unknown = find_unknown(self._table)
+            name = "nothing" if unknown is None else self._library.id_to_token(unknown)
+            return f"the vocabulary has no bytes: text outside it becomes {name}"
+        if self._missing:
+            return (
+                f"the vocabulary lacks {len(self._missing)} of the {len(IN_UTF8)} byte values of UTF-8: they are lost"
+            )
+        back = self.decode(self.encode(_PROBE)).removeprefix(" ")
+        if unicodedata.normalize("NFKC", back).casefold() != _PROBE:
+            return f"the vocabulary does not preserve all text: {_PROBE!r} becomes {back!r}"
+        return None
+
+
+@functools.lru_cache(maxsize=4)
+def _share_library(source: str, where: str, *, parse_special: bool) -> hf.Tokenizer:
+    """Return one shared `tokenizers` object per vocabulary, because each one that has encoded leaks 5 to 8 MB.
+
+    Workers load or unpickle a tokenizer for every part of a dataset, and would grow by that much each time. There is one
+    for each value of `parse_special`, so that threads can use both.
+    """
+    library = make_library(json.loads(source), where)
+    library.encode_special_tokens = not parse_special
+    return library
+
+
+def _measure_added_tokens(library: hf.Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids that the post-processor adds before and after a text."""
+    encoding = library.encode("a")
+    own = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
+    if not own:  # a text that is lost
+        return encoding.ids, []
+    return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+
+
+def _select_encoding(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a stored tokenizer on which the ids of training texts depend."""
+    kept = {name: value for name, value in record.items() if name in ("type", "tokenizer", "end_of_text")}
+    ordinary = [token for token in record.get("added_tokens", []) if not token["special"]]
+    return kept | ({"added_tokens": ordinary} if ordinary else {})
+
+
+def _encode_strictly(library: hf.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the ids of texts, int32. Raises TokenizerError at lone surrogates."""
+    try:
+        encoded = library.encode_batch_fast(texts, add_special_tokens=False)
+    except TypeError:  # raised by `tokenizers` for lone surrogates
+        for text in texts:
+            to_utf8(text)
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise TokenizerError(f"the vocabulary cannot encode a text: {error}") from None
+    return [np.array(encoding.ids, np.int32) for encoding in encoded]
+
+
+def _group_parts(texts: Sequence[str], size: int | None) -> Iterator[list[tuple[int, str]]]:
+    """Yield groups of about _PART characters: parts of all texts in order, each with the index of its text."""
+    group: list[tuple[int, str]] = []
+    length = 0
+    for index, text in enumerate(texts):
+        for part in _split_text(text, size):
+            group.append((index, part))
+            length += len(part)
+            if length >= _PART:
+                yield group
+                group, length = [], 0
+    if group:
+        yield group
+
+
+def _split_text(text: str, size: int | None) -> Iterator[str]:
+    start = 0
+    while size is not None and len(text) - start > size:
+        boundary = _WORD_BOUNDARY.search(text, start + size)
+        if boundary is None:
+            break
+        yield text[start : boundary.start() + 1]
+        start = boundary.start() + 1
+    yield text[start:]

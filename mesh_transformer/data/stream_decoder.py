@@ -1,0 +1,114 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Decodes token ids to text incrementally."""
+
+import codecs
+from collections.abc import Iterable
+from typing import Protocol
+
+EACH_BYTE = "replace each byte"  # name of an error handler for UTF-8
+# Replacements of transformers' clean_up_tokenization, in order.
+_CLEANED = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
+    (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+
+
+class DecodesTokens(Protocol):
+    """Part of the interface of tokenizers that decoding needs."""
+
+    @property
+    def utf8_errors(self) -> str:
+        """Name of the error handler for bytes that are not UTF-8."""
+        ...
+
+    @property
+    def clean_up_spaces(self) -> bool:
+        """True if decoding removes spaces before punctuation, as the files of BERT say."""
+        ...
+
+    def decode_bytes(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> bytes:
+        """Return the bytes of any run of ids that does not begin a text; those of consecutive runs concatenate."""
+        ...
+
+    def decode_first(self, token: int, *, skip_special_tokens: bool = True) -> bytes | None:
+        """Return the bytes of an id that begins a text, or None if it writes nothing, so that the next id begins it."""
+        ...
+
+
+class StreamDecoder:
+    """Decodes ids incrementally: returns only complete characters, in total the same text as `decode`.
+
+    With `continues`, the ids follow a prompt, so a leading space is part of the text.
+    """
+
+    def __init__(self, tokenizer: DecodesTokens, *, continues: bool = False, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors=tokenizer.utf8_errors)
+        self._starts_text = not continues
+        self._clean_up = SpaceCleanUp() if tokenizer.clean_up_spaces else None
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Return the characters that are complete with these ids, possibly none."""
+        rest, data = iter(ids), b""
+        while self._starts_text and (token := next(rest, None)) is not None:
+            first = self._tokenizer.decode_first(token, skip_special_tokens=self._skip_special_tokens)
+            self._starts_text, data = first is None, first or b""
+        data += self._tokenizer.decode_bytes(rest, skip_special_tokens=self._skip_special_tokens)
+        text = self._decoder.decode(data)
+        return text if self._clean_up is None else self._clean_up.push(text)
+
+    def finish(self) -> str:
+        """Return what was held back: U+FFFD for an incomplete character, and spaces that might have been cleaned up."""
+        text = self._decoder.decode(b"", final=True)
+        return text if self._clean_up is None else self._clean_up.push(text) + self._clean_up.finish()
+
+
+def decode_all(tokenizer: DecodesTokens, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+    """Return the text of ids that begin a text."""
+    stream = StreamDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
+    return stream.push(ids) + stream.finish()
+
+
+class SpaceCleanUp:
+    """Removes spaces before punctuation, incrementally: in total the same text as transformers' clean_up_tokenization."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Return the text that no later text can change."""
+        self._held += text
+        cut = self._find_cut()
+        done, self._held = self._held[:cut], self._held[cut:]
+        return clean_up_spaces(done)
+
+    def finish(self) -> str:
+        """Return the rest."""
+        done, self._held = self._held, ""
+        return clean_up_spaces(done)
+
+    def _find_cut(self) -> int:
+        """Return the position of the last space that begins a word, where no replacement reaches across it."""
+        held = self._held
+        for cut in range(len(held) - 3, 0, -1):
+            alone = held[cut] == " " and held[cut - 1] != " " and held[cut : cut + 3] != " ' "
+            if alone and not held[:cut].endswith((" '", " n", " n'")):
+                return cut
+        return 0
+
+
+def clean_up_spaces(text: str) -> str:
+    """Return a text without the spaces that transformers' clean_up_tokenization removes."""
+    for found, replacement in _CLEANED:
+        text = text.replace(found, replacement)
+    return text
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(EACH_BYTE, _replace_each_byte)

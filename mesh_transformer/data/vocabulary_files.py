@@ -1,0 +1,111 @@
+# SPDX-FileCopyrightText: Mesh Transformer contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Reads files that hold a vocabulary alone, and completes them to a tokenizer.json as classes of transformers do."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mesh_transformer.data.vocabularies import TokenizerError, make_added_token, read_json
+
+_GPT2_END = "<|endoftext|>"
+# Of Qwen2Tokenizer: words, single digits, punctuation, line ends, spaces.
+_QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def read_byte_level(folder: Path, class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the vocab.json and merges.txt of GPT2Tokenizer or Qwen2Tokenizer; `config` is tokenizer_config.json."""
+    vocabulary = read_json(folder / "vocab.json")
+    level = dict(
+        type="ByteLevel", add_prefix_space=bool(config.get("add_prefix_space")), trim_offsets=True, use_regex=True
+    )
+    normalizer, before = None, level
+    if class_name == "Qwen2Tokenizer":
+        split = dict(type="Split", pattern={"Regex": _QWEN2_PATTERN}, behavior="Isolated", invert=False)
+        normalizer, before = (
+            {"type": "NFC"},
+            {"type": "Sequence", "pretokenizers": [split, level | {"use_regex": False}]},
+        )
+    return {
+        "version": "1.0",
+        "added_tokens": [make_added_token(token, vocabulary[token]) for token in [_GPT2_END] if token in vocabulary],
+        "normalizer": normalizer,
+        "pre_tokenizer": before,
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": _read_merges(folder / "merges.txt")},
+    }
+
+
+def read_bert(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the vocab.txt of BertTokenizer, one token a line; `config` is tokenizer_config.json."""
+    path = folder / "vocab.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from None
+    vocabulary = {line.rstrip("\r"): i for i, line in enumerate(lines[:-1] if lines[-1] == "" else lines)}
+    special = {name: config.get(f"{name}_token", f"[{name.upper()}]") for name in ("pad", "unk", "cls", "sep", "mask")}
+    special = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
+    if missing := [
+        token for name, token in special.items() if name in ("unk", "cls", "sep") and token not in vocabulary
+    ]:
+        raise TokenizerError(f"{path}: lacks {', '.join(missing)}; give a vocabulary of BERT, one token a line")
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            make_added_token(token, vocabulary[token]) for token in special.values() if token in vocabulary
+        ],
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": config.get("tokenize_chinese_chars", True),
+            "strip_accents": config.get("strip_accents"),
+            "lowercase": config.get("do_lower_case", True),
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": make_affix_processor(vocabulary, special["cls"], special["sep"]),
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": special["unk"],
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": vocabulary,
+        },
+    }
+
+
+def make_affix_processor(ids: Mapping[str, int], before: str | None, after: str | None) -> dict[str, Any]:
+    """Return the post-processor of a tokenizer.json that puts a token before and after a text, where given."""
+
+    def affix(name: str | None, sequence: int) -> list[dict[str, Any]]:
+        return [] if name is None else [{"SpecialToken": {"id": name, "type_id": sequence}}]
+
+    text = [*affix(before, 0), {"Sequence": {"id": "A", "type_id": 0}}, *affix(after, 0)]
+    return {
+        "type": "TemplateProcessing",
+        "single": text,
+        "pair": [*text, {"Sequence": {"id": "B", "type_id": 1}}, *affix(after, 1)],
+        "special_tokens": {
+            name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (before, after) if name is not None
+        },
+    }
+
+
+def _read_merges(path: Path) -> list[list[str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from None
+    merges = []
+    for number, line in enumerate(lines, 1):
+        pair = line.rstrip("\r").split(" ")
+        if pair == [""] or (number == 1 and line.startswith("#version")):
+            continue
+        if len(pair) != 2:
+            raise TokenizerError(f"{path}:{number}: expected two tokens separated by a space")
+        merges.append(pair)
+    return merges
