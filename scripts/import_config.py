@@ -171,9 +171,13 @@ def convert_neox(new: Import, devices: int | None) -> None:
             raise ConfigError(
                 "the batch depends on the number of GPUs, which the files do not contain; add --devices N"
             )
-        replicas, rest = divmod(devices, shards * max(old.get("pipe_parallel_size", 1), 1))
+        stages = max(old.get("pipe_parallel_size", 1), 1)
+        replicas, rest = divmod(devices, shards * stages)
         if rest or not replicas:
-            raise ConfigError("--devices is not a multiple of model_parallel_size x pipe_parallel_size")
+            raise ConfigError(
+                f"--devices {devices} is not a multiple of model_parallel_size x pipe_parallel_size = {shards} x {stages}; give "
+                "the number of GPUs of the run"
+            )
         new.update("train", batch_size=count("train_micro_batch_size_per_gpu") * grad_accum_steps * replicas)
     norm = old.get("norm", "layernorm")
     rope_dims = int(count("hidden_size") / count("num_attention_heads") * old.get("rotary_pct", 1))

@@ -106,7 +106,10 @@ def print_duplicates(options: argparse.Namespace) -> None:
     manifest = options.corpus / "manifest.json"
     recipe = load_stored_recipe(json.loads(manifest.read_text(encoding="utf-8"))["recipe"], where=str(manifest))
     if recipe.duplicates.near == "none":
-        raise CorpusError('this corpus has no signatures: it was built with duplicates.near = "none"')
+        raise CorpusError(
+            f'{options.corpus} has no MinHash signatures, because it was built with duplicates.near = "none"; build it again '
+            'with "fineweb", "pile" or "custom"'
+        )
     work = options.corpus / "work"
     filtered = next(work.glob("filter-*"))
     signed = next(work.glob("sign*-*"))  # "signatures", or "sign" in version 1.0

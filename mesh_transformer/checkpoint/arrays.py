@@ -136,7 +136,10 @@ def describe_array(name: str, array: jax.Array, axes: Sequence[str]) -> ArrayRec
             f"array {name}: dtype {array.dtype.name} is not supported; use one of {', '.join(DTYPES)}"
         )
     if len(axes) != array.ndim:
-        raise CheckpointError(f"array {name}: {len(axes)} logical axes {tuple(axes)} for shape {array.shape}")
+        raise CheckpointError(
+            f"array {name}: {len(axes)} logical axes {tuple(axes)} for shape {array.shape}; give one for each of its "
+            f"{array.ndim} dimensions"
+        )
     if array.is_deleted():
         raise CheckpointError(f"array {name}: its buffer was donated or deleted before the save")
     shard, chunk = plan_chunks(array.shape, array.sharding.shard_shape(array.shape), array.dtype.name)

@@ -111,7 +111,8 @@ def read_manifest(folder: AnyPath, step: int) -> Manifest:
     try:
         manifest = _parse(json.loads(data))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: invalid manifest: {type(error).__name__}: {error}") from None
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{folder / MANIFEST}: invalid manifest: {reason}; use another step") from None
     if manifest.step != step:
         raise CheckpointError(
             f"{folder / MANIFEST}: step is {manifest.step}, which does not match the folder; rename it to step_{manifest.step}"
@@ -210,8 +211,9 @@ def _parse(table: dict[str, Any]) -> Manifest:
         raise ValueError(f"format is {table['format']!r}, expected {FORMAT}")
     arrays = {name: _parse_array(name, record) for name, record in table["arrays"].items()}
     check_names(arrays)
-    if not isinstance(table["meta"], dict) or not isinstance(table["versions"], dict):
-        raise ValueError("meta and versions must be objects")
+    for key in ("meta", "versions"):
+        if not isinstance(table[key], dict):
+            raise ValueError(f"{key} is a {type(table[key]).__name__}, and must be an object")
     (step,) = _dims([table["step"]])
     return Manifest(step, str(table["created"]), table["versions"], arrays, table["meta"])
 

@@ -109,7 +109,10 @@ class Part:
         self.base = base
         self.block_rows = sum(split.sizes)
         if base.shape[:1] != (split.blocks * self.block_rows,):
-            raise ValueError(f"shape {base.shape}, expected {split.blocks} x {'+'.join(map(str, split.sizes))} rows")
+            rows = split.blocks * self.block_rows
+            raise ValueError(
+                f"shape {base.shape}, expected {rows} rows = {split.blocks} x ({' + '.join(map(str, split.sizes))})"
+            )
         self.first = sum(split.sizes[:component])
         self.size = split.sizes[component]
         self.shape = (split.blocks * self.size, *base.shape[1:])

@@ -160,7 +160,9 @@ class Stack(_Elementwise):
     def __init__(self, arrays: Sequence[LazyArray]):
         """Raise ValueError if the arrays differ in shape."""
         if len({array.shape for array in arrays}) != 1:
-            raise ValueError(f"cannot stack arrays of shapes {[array.shape for array in arrays]}")
+            raise ValueError(
+                f"cannot stack arrays of shapes {[array.shape for array in arrays]}; all must have the same shape"
+            )
         self.arrays = arrays
         self.shape = (len(arrays), *arrays[0].shape)
         self.dtype = arrays[0].dtype if len({array.dtype for array in arrays}) == 1 else FLOAT32

@@ -197,7 +197,7 @@ def _read_varint(data: bytes, at: int, context: str) -> tuple[int, int]:
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at + shift // 7 + 1
-    raise _RecordError(f"{context} has an unterminated number: not a tf.train.Example")
+    raise _RecordError(f"{context} has a truncated varint: not a tf.train.Example")
 
 
 def _decode_varints(data: bytes) -> np.ndarray:

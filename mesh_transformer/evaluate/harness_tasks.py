@@ -120,7 +120,8 @@ def make_task(name: str, inputs: TaskInputs) -> Any:
         first = inputs.examples[0]
         fields = ", ".join(first.record)
         raise DataError(
-            f"{first.location}: task {name} cannot read its records ({type(error).__name__}: {error}); the first has {fields}"
+            f"{first.location}: task {name} cannot read its records ({type(error).__name__}: {error}); the first record has the "
+            f"fields {fields}; give them the names that the task's definition uses"
         ) from None
     if is_file(name) and not definition.get("process_docs"):  # other records were converted already
         for item in (*inputs.examples, *inputs.fewshot_examples):

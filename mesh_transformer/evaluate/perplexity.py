@@ -143,7 +143,11 @@ def score_documents(
             score_waiting()
     score_waiting()
     if empty := [name for name, total in sums.items() if not total.tokens]:
-        raise DataError(f"{empty[0]}: no text in a sample of evaluate.sample_fraction={fraction}; increase it")
+        if fraction < 1:
+            raise DataError(
+                f"{empty[0]}: evaluate.sample_fraction={fraction} selected none of its documents; increase it (at most 1)"
+            )
+        raise DataError(f"{empty[0]}: all its documents are empty; correct or remove it")
     if not sums:
         raise DataError("no documents to score; add --data NAME=PATH")
     return {name: total.finish() for name, total in sums.items()}

@@ -83,7 +83,7 @@ def search(
 
 
 def list_candidates(job: CompileJob, chip: Chip) -> Iterator[Candidate]:
-    """Yield every mesh, remat policy and number of microbatches that divides, with its estimate."""
+    """Yield each mesh, remat policy and number of microbatches that divide the batch and the model evenly, with its estimate."""
     config, devices = job.config, parse_topology(job.topology).devices
     params = describe_model(config.model)
     policies = get_args(get_type_hints(ModelConfig)["remat"])

@@ -133,10 +133,11 @@ class CompletionRequest(CommonParams):
                 "suffix is not supported: this model continues text and cannot fill in the middle; remove it"
             )
         if self.best_of is not None and self.best_of < (self.n or 1):
-            raise ValueError("best_of must be at least n")
+            raise ValueError(f"best_of={self.best_of} must be at least n={self.n or 1}")
         if self.stream and (self.best_of or 0) > (self.n or 1):
             raise ValueError(
-                "best_of greater than n cannot be streamed, because the best samples are known only at the end"
+                f"best_of={self.best_of} greater than n={self.n or 1} cannot be streamed, because the best samples are known "
+                "only at the end; set stream=false, or best_of=n"
             )
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens=0 requires echo: otherwise the output would be empty")

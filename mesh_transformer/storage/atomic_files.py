@@ -71,4 +71,8 @@ class LineFile:
         failure = self.flush(sync=True)
         self._file.close()
         if failure:
-            raise OSError(failure.errno, f"{failure.strerror}: {len(self._unwritten)} bytes are lost", str(self.path))
+            raise OSError(
+                failure.errno,
+                f"{failure.strerror}: the last {len(self._unwritten)} bytes could not be written and are lost",
+                str(self.path),
+            )

@@ -126,7 +126,7 @@ DAMAGED = {
     "fixed64": (frame(example(text=field(3, b"\x09" + bytes(8)))), "field 1 of wire type 1"),
     "no protobuf": (frame(b"\xff" * 40), "not a tf.train.Example"),
     "field too long": (frame(b"\x0a\x7f"), "extends past its end"),
-    "cut varint": (frame(example(text=field(3, field(1, b"\x80")))), "unterminated"),
+    "cut varint": (frame(example(text=field(3, field(1, b"\x80")))), "truncated varint"),
 }
 
 

@@ -55,7 +55,7 @@ def test_close_reports_lost_bytes(small_disk):
     log = LineFile(small_disk / "log")
     fill(small_disk)
     log.write(bytes(10_000))
-    with pytest.raises(OSError, match=r"No space left on device: \d+ bytes are lost"):
+    with pytest.raises(OSError, match=r"No space left on device: the last \d+ bytes could not be written"):
         log.close()
 
 

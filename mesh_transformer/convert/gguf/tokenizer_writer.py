@@ -95,7 +95,8 @@ def _write_vocabulary(table: Mapping[str, Any]) -> dict[str, Any]:
         name = name_pre_tokenizer(table)
         if name is None:
             raise CheckpointError(
-                f"llama.cpp has no pre-tokenizer like this model's: {json.dumps(table.get('pre_tokenizer'))[:300]}"
+                f"llama.cpp has no pre-tokenizer that splits as the one of this model, which is "
+                f"{json.dumps(table.get('pre_tokenizer'))[:300]}; export it with --format huggingface"
             )
         values |= {f"{PREFIX}.model": "gpt2", f"{PREFIX}.pre": name}
         return values | {f"{PREFIX}.merges": [" ".join(merge) for merge in merges]}

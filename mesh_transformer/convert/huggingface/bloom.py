@@ -40,7 +40,7 @@ def read_config(s: HFConfig) -> dict[str, Any]:
 
 
 def write_config(c: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a BloomConfig. `seq_length` is none of the class, but of published files."""
+    """Return the keys of a BloomConfig. BloomConfig has no `seq_length`; published config.json files do."""
     return dict(
         n_layer=c.n_layers,
         hidden_size=c.d_model,
