@@ -21,6 +21,7 @@ from mesh_transformer.convert.conversion import ConversionOptions, convert
 from mesh_transformer.convert.progress import show_progress
 from mesh_transformer.convert.readers import NATIVE, detect_format
 from mesh_transformer.convert.sources import find_source
+from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath
 
 CACHE = "MESH_TRANSFORMER_CACHE"  # environment variable
@@ -33,10 +34,15 @@ def find_model(name: str | AnyPath, *, log: Callable[[str], None] | None = None)
     A source that is not a native checkpoint is converted into the cache first; `log` gets a line that says so.
     Raises CheckpointError or ConfigError.
     """
-    source = find_source(name)
-    if detect_format(source) != NATIVE:
-        source = _converted(source, log)
-    return find_checkpoint(source, log=log)
+    try:
+        return find_checkpoint(name, log=log)
+    except StorageError:  # not reachable at present
+        raise
+    except CheckpointError:
+        source = find_source(name)
+        if detect_format(source) == NATIVE:
+            raise
+    return find_checkpoint(_converted(source, log), log=log)
 
 
 def cache_folder() -> Path:

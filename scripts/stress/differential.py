@@ -67,8 +67,9 @@ SMALL = {
     **dict(pad_token_id=None, bos_token_id=1, eos_token_id=2),
 }
 CHOICES: dict[str, dict[str, Any]] = {
-    "arcee": {"hidden_act": "silu"}
-}  # where the default of the class is not supported
+    "arcee": {"hidden_act": "silu"},
+    "roberta": {"pad_token_id": 1},
+}  # where the default of the class, or the small size, is not supported
 ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu", "quick_gelu", "relu2", "mish"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 LLAMA3 = dict(YARN, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)

@@ -38,7 +38,7 @@ from mesh_transformer.convert.import_plan import (
     raise_problems,
 )
 from mesh_transformer.convert.layout_views import Packed
-from mesh_transformer.convert.lazy_arrays import InMemory, LazyArray, to_c_order, to_dtype
+from mesh_transformer.convert.lazy_arrays import InMemory, LazyArray, cast_values, to_c_order, to_dtype
 from mesh_transformer.convert.progress import ByteCounter, Progress, no_progress
 from mesh_transformer.convert.slicing import SLICE_BYTES
 from mesh_transformer.storage.direct_io import DirectFile

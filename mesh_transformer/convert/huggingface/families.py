@@ -318,11 +318,10 @@ def run_huggingface(
     Raises CheckpointError if the model type is not supported.
     """
     kind = config["model_type"]
-    if kind not in FAMILIES:
-        raise CheckpointError(f"no reference implementation of model_type {kind!r}; supported: {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    if family.reference is None:
-        raise CheckpointError(f"no reference implementation of model_type {kind!r}")
+    family = FAMILIES.get(kind)
+    if family is None or family.reference is None:
+        supported = ", ".join(name for name, other in FAMILIES.items() if other.reference is not None)
+        raise CheckpointError(f"no reference implementation of model_type {kind!r}; supported: {supported}")
     merged = HFConfig(config, kind).merged()
     if kind in ENCODER_DECODER:
         return family.reference(tensors, merged, tokens, *encoder_inputs)

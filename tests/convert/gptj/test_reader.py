@@ -325,7 +325,10 @@ def test_failed_write_resumes(tmp_path):
     config = make_model_config(read_model(MTJ_CONFIG), "test")
     arrays = make_random_arrays(config)
     arrays["params/transformer/norm_out/scale"].values[3] = 1e6
-    with pytest.raises(CheckpointError, match=r"projection_shard.*/scale: a value is too large for float16"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"projection_shard.*/scale: the value 1e\+06 is too large for float16",
+    ):
         write_gptj(tmp_path, make_plan(config, arrays, 6), shards=2, dtype="float16")
     assert not (tmp_path / "config.json").exists()
     with pytest.raises(CheckpointError, match=r"shard_0/15\.npz is missing"):

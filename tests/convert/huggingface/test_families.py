@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers_parity import N_VOCAB, check_encoder_decoder, check_family, import_model, run, save_random_model
 
-from mesh_transformer.convert.huggingface.reader import open_huggingface
+from mesh_transformer.convert.huggingface.reader import open_huggingface, read_config, read_model
 from mesh_transformer.storage.errors import CheckpointError
 
 SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=6)
@@ -135,4 +135,4 @@ def test_other_functions_are_refused(kind, key, value, message, tmp_path):
     sizes = {"bloom": dict(hidden_size=48, n_layer=2, n_head=6), "mpt": MPT, "gpt_bigcode": BIGCODE}.get(kind, FALCON)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **sizes, key: value}))
     with pytest.raises(CheckpointError, match=message):
-        open_huggingface(tmp_path)
+        read_model(*read_config(tmp_path))

@@ -148,7 +148,7 @@ def test_wrong_number_of_layers_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("gpt2", dict(model_type="bert"), "'bert' is not supported; supported: gpt2, gpt_neo"),
+        ("gpt2", dict(model_type="vit"), "'vit' is not supported; supported: gpt2, gpt_neo"),
         ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
         ("gpt2", dict(activation_function="mish"), "activation_function = 'mish'"),
         ("gpt2", dict(n_head=None), "n_head = None has type null; the type must be int"),

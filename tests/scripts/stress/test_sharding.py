@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
         (2, 4, "pipeline=2 tensor=2", "tied"),
         (2, 4, "expert=2 tensor=2", "experts, capacity"),
         (1, 8, "expert=2 context=2 tensor=2 sequence_parallel", "latent attention, groups of experts"),
-        (1, 8, "pipeline=2 expert=2 tensor=2", "sinks, experts with biases"),
+        (1, 8, "expert=2 context=2 tensor=2 sequence_parallel", "sinks, experts with biases"),
     ],
 )
 def test_mesh_trains_like_one_device(processes, devices, mesh, feature):
