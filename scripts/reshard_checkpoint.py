@@ -101,13 +101,6 @@ def format_plan(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _format_difference(report: dict[str, Any]) -> list[str]:
-    """Return one line, or none if no logits were compared."""
-    if "max_logit_difference" not in report:
-        return []
-    return [f"largest logit difference {report['max_logit_difference']:.3g} {report['logits']}"]
-
-
 def format_report(report: dict[str, Any]) -> str:
     """Return the report as text."""
     lines = [

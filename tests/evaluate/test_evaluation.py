@@ -246,7 +246,7 @@ def test_clozes_and_lines_come_from_the_text():
 
 
 def test_synthetic_examples_of_source_code():
-    documents = list(read_documents(Path(__file__).parents[2] / "mesh_transformer"))
+    documents = list(read_documents(Path(__file__).parents[2] / "mesh_transformer" / "model"))
     assert all(len(make(documents, 10)) == 10 for make in (make_choices, make_clozes, make_lines))
 
 
