@@ -117,5 +117,5 @@ def test_formulas_count_latent_attention_and_experts_of_their_own_width():
     assert estimate.parameters == traced.parameters
     ordinary = estimate_training(make_job(**model | dict(latent_attention=None)).config, "cpu-1")
     assert estimate.flops != pytest.approx(ordinary.flops, rel=0.05)
-    decoding = measure(dataclasses.replace(job, batch=8, context=32))
+    decoding = measure(dataclasses.replace(job, topology="cpu-1", batch=8, context=32))
     assert decoding.bytes_by_kind["cache"] == 2 * 8 * 32 * (24 + 8) * 4  # layers, sequences, tokens, channels, bytes
