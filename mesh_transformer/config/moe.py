@@ -45,6 +45,7 @@ class ExpertsConfig:
     # the largest maximum (DeepSeek V2), or the largest sum of their two best scores (DeepSeek V3)
     n_expert_groups: Positive = 1
     n_groups_per_token: Positive | None = None  # None: all groups
+    # score of a group: that of its best expert (DeepSeek V2), or the sum of those of its two best (DeepSeek V3)
     group_score: Literal["max", "sum-of-top-2"] = "max"
     # token-choice: each token selects its experts. expert-choice: each expert selects tokens (Zhou et al. 2022), which
     # is not causal: an expert compares tokens of different positions, so text cannot be generated this way

@@ -42,8 +42,9 @@ class RopeScalingConfig:
     mscale: Amount | None = None  # yarn: attention_factor is (0.1 mscale ln factor + 1) / (the same of mscale_all_dim)
     mscale_all_dim: Amount | None = None  # yarn: None or 0, like mscale: attention_factor is 0.1 ln factor + 1
     truncate: bool | None = None  # yarn: round the bounds of the interpolated pairs to whole pairs; None: true
-    # longrope: divisor of each pair's frequency in sequences of at most, and of more than original_seq_len tokens
+    # longrope: divisor of the frequency of each rotated pair in sequences of at most original_seq_len tokens
     short_factor: tuple[Rate, ...] | None = None
+    # longrope: the same in longer sequences
     long_factor: tuple[Rate, ...] | None = None
 
     @model_validator(mode="after")
