@@ -175,7 +175,7 @@ def test_unsupported_config_values_are_refused(tmp_path, name, changes, reason):
 def test_sliding_window_layers_match_transformers(tmp_path):
     make_model_folder(tmp_path / "external", "llama-gqa")
     for changes, pattern, window in (
-        (dict(model_type="mistral"), ("global",), 256),  # null: no window
+        (dict(model_type="mistral", sliding_window=None), ("global",), 256),  # null: no window
         (dict(model_type="mistral", sliding_window=3), ("local",), 3),
         (dict(model_type="mixtral", sliding_window=3), ("local",), 3),
         (dict(model_type="llama", use_sliding_window=True), ("global",), 256),
