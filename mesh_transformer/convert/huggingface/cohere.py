@@ -5,7 +5,7 @@
 from typing import Any
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS
+from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS, read_sizes, write_sizes
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope
 from mesh_transformer.convert.huggingface.tensor_map import LLAMA, M, TensorMapping
@@ -19,15 +19,9 @@ TENSORS = LLAMA | {
 def read_config(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a CohereConfig."""
     heads, bias = s["num_attention_heads"], s["attention_bias"]
-    return dict(
-        n_layers=s["num_hidden_layers"],
-        d_model=s["hidden_size"],
-        n_heads=heads,
+    return read_sizes(s) | dict(
         n_kv_heads=s.get("num_key_value_heads", default=heads),
         d_head=s.find("head_dim") or s["hidden_size"] // heads,
-        d_ff=s["intermediate_size"],
-        n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"],
         norm="layernorm",
         norm_bias=False,
         norm_eps=s["layer_norm_eps"],
@@ -40,7 +34,6 @@ def read_config(s: HFConfig) -> dict[str, Any]:
         attention_out_bias=bias,
         ff_bias=False,
         logit_scale=float(s["logit_scale"]),
-        tied_embeddings=s["tie_word_embeddings"],
         **read_rope(s)[1],
     )
 
@@ -48,17 +41,14 @@ def read_config(s: HFConfig) -> dict[str, Any]:
 def write_config(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a CohereConfig."""
     scales = {"none": 1.0, "rsqrt_d_model": c.d_model**-0.5}
-    return write_rope(c) | dict(
-        num_hidden_layers=c.n_layers,
-        hidden_size=c.d_model,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.kv_heads,
-        intermediate_size=c.ff_dim,
-        vocab_size=c.n_vocab,
-        max_position_embeddings=c.seq_len,
-        layer_norm_eps=c.norm_eps,
-        hidden_act=HF_ACTIVATIONS[c.activation],
-        attention_bias=c.qkv_bias,
-        use_qk_norm=c.qk_norm == "layernorm-per-head",
-        logit_scale=scales.get(str(c.logit_scale), c.logit_scale),
+    return (
+        write_sizes(c)
+        | write_rope(c)
+        | dict(
+            layer_norm_eps=c.norm_eps,
+            hidden_act=HF_ACTIVATIONS[c.activation],
+            attention_bias=c.qkv_bias,
+            use_qk_norm=c.qk_norm == "layernorm-per-head",
+            logit_scale=scales.get(str(c.logit_scale), c.logit_scale),
+        )
     )

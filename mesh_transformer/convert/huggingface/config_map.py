@@ -23,6 +23,32 @@ LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
 HF_ACTIVATIONS = {"gelu-tanh": "gelu_new", "gelu-erf": "gelu", "relu": "relu", "silu": "silu"}
 
 
+def read_sizes(s: HFConfig) -> dict[str, Any]:
+    """Return the sizes of a model, and whether its head is tied, from the keys that Llama and most later families have."""
+    return dict(
+        n_layers=s["num_hidden_layers"],
+        d_model=s["hidden_size"],
+        n_heads=s["num_attention_heads"],
+        d_ff=s["intermediate_size"],
+        n_vocab=s["vocab_size"],
+        seq_len=s["max_position_embeddings"],
+        tied_embeddings=s["tie_word_embeddings"],
+    )
+
+
+def write_sizes(c: ModelConfig) -> dict[str, Any]:
+    """Return the keys for the sizes of a model that Llama and most later families have."""
+    return dict(
+        num_hidden_layers=c.n_layers,
+        hidden_size=c.d_model,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.kv_heads,
+        intermediate_size=c.ff_dim,
+        vocab_size=c.n_vocab,
+        max_position_embeddings=c.seq_len,
+    )
+
+
 def read_gpt2(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a GPT2Config."""
     s.require("scale_attn_weights", True)
@@ -152,15 +178,14 @@ def read_llama(s: HFConfig) -> dict[str, Any]:
     heads = s["num_attention_heads"]
     # Mistral and Qwen2 have no such keys, and ignore them in a file.
     out_bias = s["attention_bias"] if "attention_bias" in s.fields else False
-    model = dict(
-        n_layers=s["num_hidden_layers"], d_model=s["hidden_size"], n_heads=heads, n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"], d_ff=s["intermediate_size"], norm="rmsnorm", norm_eps=s["rms_norm_eps"],
+    model: dict[str, Any] = read_sizes(s) | dict(
+        norm="rmsnorm", norm_eps=s["rms_norm_eps"],
         n_kv_heads=s.get("num_key_value_heads", default=heads),
         d_head=(s["head_dim"] if "head_dim" in s or "head_dim" in s.fields else None) or s["hidden_size"] // heads,
         positions="rope-half", **fields, activation=s.translate(ACTIVATIONS, "hidden_act"), gated_ffn=s.kind != "arcee",
         qkv_bias=s.kind == "qwen2" or out_bias, attention_out_bias=out_bias,
         ff_bias=s["mlp_bias"] if "mlp_bias" in s.fields else False,
-        tied_embeddings=s["tie_word_embeddings"], qk_norm=s.kind == "qwen3",
+        qk_norm=s.kind == "qwen3",
     )  # fmt: skip
     require_even(s, model["d_head"], "head_dim", "hidden_size", "num_attention_heads")
     return model | _read_windows(s, model["n_layers"])
@@ -212,9 +237,7 @@ def _shorten(kinds: list[str]) -> list[str]:
 
 def write_llama(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a LlamaConfig or a class of its kin: Mistral, Mixtral, Qwen2, Qwen3, Arcee."""
-    table = dict(
-        num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
-        max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, num_key_value_heads=c.kv_heads,
+    table = write_sizes(c) | dict(
         head_dim=c.head_dim, hidden_act=HF_ACTIVATIONS[c.activation], rms_norm_eps=c.norm_eps, mlp_bias=c.ff_bias,
         attention_bias=c.attention_out_bias, **write_rope(c),
     )  # fmt: skip

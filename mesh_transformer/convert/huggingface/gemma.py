@@ -10,7 +10,9 @@ from mesh_transformer.convert.huggingface import gemma2
 from mesh_transformer.convert.huggingface.config_map import (
     ACTIVATIONS,
     read_layer_types,
+    read_sizes,
     write_layer_types,
+    write_sizes,
 )
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.rope_map import read_rope, read_scaling, write_rope, write_scaling
@@ -35,19 +37,13 @@ IMAGE_PART = tuple(
 GEMMA_ACTIVATIONS = ACTIVATIONS | {"gelu": "gelu-tanh"}
 
 
-def _read_sizes(s: HFConfig) -> dict[str, Any]:
+def _read_shared(s: HFConfig) -> dict[str, Any]:
     """Return the fields that Gemma 1 and 3 have in common."""
     s.require("use_bidirectional_attention", False, None)
     bias = s["attention_bias"]
-    return dict(
-        n_layers=s["num_hidden_layers"],
-        d_model=s["hidden_size"],
-        n_heads=s["num_attention_heads"],
+    return read_sizes(s) | dict(
         n_kv_heads=s["num_key_value_heads"],
         d_head=s["head_dim"],
-        d_ff=s["intermediate_size"],
-        n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"],
         norm="gemma-rmsnorm",
         norm_eps=s["rms_norm_eps"],
         positions="rope-half",
@@ -56,20 +52,12 @@ def _read_sizes(s: HFConfig) -> dict[str, Any]:
         qkv_bias=bias,
         attention_out_bias=bias,
         ff_bias=False,
-        tied_embeddings=s["tie_word_embeddings"],
     )
 
 
-def _write_sizes(c: ModelConfig) -> dict[str, Any]:
-    return dict(
-        num_hidden_layers=c.n_layers,
-        hidden_size=c.d_model,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.kv_heads,
+def _write_shared(c: ModelConfig) -> dict[str, Any]:
+    return write_sizes(c) | dict(
         head_dim=c.head_dim,
-        intermediate_size=c.ff_dim,
-        vocab_size=c.n_vocab,
-        max_position_embeddings=c.seq_len,
         rms_norm_eps=c.norm_eps,
         attention_bias=c.qkv_bias,
     )
@@ -78,12 +66,12 @@ def _write_sizes(c: ModelConfig) -> dict[str, Any]:
 def read_gemma(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a GemmaConfig."""
     s.was_read.add("hidden_activation")  # transformers reads hidden_act
-    return _read_sizes(s) | read_rope(s)[1] | dict(activation=s.translate(GEMMA_ACTIVATIONS, "hidden_act"))
+    return _read_shared(s) | read_rope(s)[1] | dict(activation=s.translate(GEMMA_ACTIVATIONS, "hidden_act"))
 
 
 def write_gemma(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a GemmaConfig."""
-    return _write_sizes(c) | write_rope(c) | dict(hidden_act=gemma2.HF_ACTIVATIONS[c.activation])
+    return _write_shared(c) | write_rope(c) | dict(hidden_act=gemma2.HF_ACTIVATIONS[c.activation])
 
 
 def read_gemma3_text(s: HFConfig) -> dict[str, Any]:
@@ -93,7 +81,7 @@ def read_gemma3_text(s: HFConfig) -> dict[str, Any]:
     period = s.find("sliding_window_pattern") or 6
     types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layers)]
     pattern = shortest_pattern(read_layer_types(s, s.get("layer_types", default=types), n_layers))
-    return _read_sizes(s) | dict(
+    return _read_shared(s) | dict(
         residual="sandwich",
         qk_norm="gemma-rmsnorm",
         activation=s.translate(ACTIVATIONS, "hidden_activation"),
@@ -135,7 +123,7 @@ def _read_two_rotations(s: HFConfig, *, has_local: bool) -> dict[str, Any]:
 def write_gemma3_text(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a Gemma3TextConfig."""
     local_theta = c.rope_local_theta or c.rope_theta
-    return _write_sizes(c) | dict(
+    return _write_shared(c) | dict(
         hidden_activation=gemma2.HF_ACTIVATIONS[c.activation],
         layer_types=write_layer_types(c),
         sliding_window=c.attention_window,

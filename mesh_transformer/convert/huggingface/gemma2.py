@@ -14,8 +14,10 @@ from mesh_transformer.convert.huggingface.config_map import (
     ACTIVATIONS,
     HFConfig,
     read_layer_types,
+    read_sizes,
     require_full_rotation,
     write_layer_types,
+    write_sizes,
 )
 from mesh_transformer.convert.huggingface.reference import ExternalTensors, apply_rope_half, matmul, split_heads
 from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope
@@ -38,45 +40,35 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     n_layers = s["num_hidden_layers"]
     # layers alternate between sliding-window and full attention; the first one has a window
     alternating = [("sliding_attention", "full_attention")[i % 2] for i in range(n_layers)]
-    return fields | dict(
-        n_layers=n_layers,
-        d_model=s["hidden_size"],
-        n_heads=s["num_attention_heads"],
-        n_kv_heads=s["num_key_value_heads"],
-        d_head=s["head_dim"],
-        d_ff=s["intermediate_size"],
-        n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"],
-        norm="gemma-rmsnorm",
-        norm_eps=s["rms_norm_eps"],
-        residual="sandwich",
-        positions="rope-half",
-        activation=s.translate(ACTIVATIONS, "hidden_activation"),
-        gated_ffn=True,
-        attention_pattern=read_layer_types(s, s.get("layer_types", default=alternating), n_layers),
-        attention_window=s["sliding_window"],
-        attention_scale=float(s["query_pre_attn_scalar"]) ** -0.5,
-        attention_softcap=s["attn_logit_softcapping"],
-        logit_softcap=s["final_logit_softcapping"],
-        embedding_scale="sqrt_d_model",
-        qkv_bias=s["attention_bias"],
-        attention_out_bias=s["attention_bias"],
-        ff_bias=False,
-        tied_embeddings=s["tie_word_embeddings"],
+    return (
+        fields
+        | read_sizes(s)
+        | dict(
+            n_kv_heads=s["num_key_value_heads"],
+            d_head=s["head_dim"],
+            norm="gemma-rmsnorm",
+            norm_eps=s["rms_norm_eps"],
+            residual="sandwich",
+            positions="rope-half",
+            activation=s.translate(ACTIVATIONS, "hidden_activation"),
+            gated_ffn=True,
+            attention_pattern=read_layer_types(s, s.get("layer_types", default=alternating), n_layers),
+            attention_window=s["sliding_window"],
+            attention_scale=float(s["query_pre_attn_scalar"]) ** -0.5,
+            attention_softcap=s["attn_logit_softcapping"],
+            logit_softcap=s["final_logit_softcapping"],
+            embedding_scale="sqrt_d_model",
+            qkv_bias=s["attention_bias"],
+            attention_out_bias=s["attention_bias"],
+            ff_bias=False,
+        )
     )
 
 
 def write_config(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a Gemma2Config."""
-    return dict(
-        num_hidden_layers=c.n_layers,
-        hidden_size=c.d_model,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.kv_heads,
+    return write_sizes(c) | dict(
         head_dim=c.head_dim,
-        intermediate_size=c.ff_dim,
-        vocab_size=c.n_vocab,
-        max_position_embeddings=c.seq_len,
         rms_norm_eps=c.norm_eps,
         **write_rope(c),
         hidden_activation=HF_ACTIVATIONS[c.activation],

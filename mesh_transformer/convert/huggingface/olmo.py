@@ -5,7 +5,7 @@
 from typing import Any
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS
+from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS, read_sizes, write_sizes
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope
 from mesh_transformer.convert.huggingface.tensor_map import LLAMA, M, TensorMapping, norms
@@ -28,22 +28,15 @@ OLMO2 = (
 def read_olmo(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for an OlmoConfig or Olmo2Config."""
     heads, bias = s["num_attention_heads"], s["attention_bias"]
-    model = dict(
-        n_layers=s["num_hidden_layers"],
-        d_model=s["hidden_size"],
-        n_heads=heads,
+    model = read_sizes(s) | dict(
         n_kv_heads=s.get("num_key_value_heads", default=heads),
         d_head=s.find("head_dim") or s["hidden_size"] // heads,
-        d_ff=s["intermediate_size"],
-        n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"],
         positions="rope-half",
         activation=s.translate(ACTIVATIONS, "hidden_act"),
         gated_ffn=True,
         qkv_bias=bias,
         attention_out_bias=bias,
         ff_bias=False,
-        tied_embeddings=s["tie_word_embeddings"],
         **read_rope(s)[1],
     )
     if s.kind == "olmo":
@@ -55,23 +48,20 @@ def read_olmo(s: HFConfig) -> dict[str, Any]:
 
 def write_olmo(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of an OlmoConfig."""
-    return _write_sizes(c) | dict(clip_qkv=c.clip_qkv)
+    return _write_shared(c) | dict(clip_qkv=c.clip_qkv)
 
 
 def write_olmo2(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of an Olmo2Config."""
-    return _write_sizes(c) | dict(rms_norm_eps=c.norm_eps)
+    return _write_shared(c) | dict(rms_norm_eps=c.norm_eps)
 
 
-def _write_sizes(c: ModelConfig) -> dict[str, Any]:
-    return write_rope(c) | dict(
-        num_hidden_layers=c.n_layers,
-        hidden_size=c.d_model,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.kv_heads,
-        intermediate_size=c.ff_dim,
-        vocab_size=c.n_vocab,
-        max_position_embeddings=c.seq_len,
-        hidden_act=HF_ACTIVATIONS[c.activation],
-        attention_bias=c.qkv_bias,
+def _write_shared(c: ModelConfig) -> dict[str, Any]:
+    return (
+        write_sizes(c)
+        | write_rope(c)
+        | dict(
+            hidden_act=HF_ACTIVATIONS[c.activation],
+            attention_bias=c.qkv_bias,
+        )
     )

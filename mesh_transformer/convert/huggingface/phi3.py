@@ -5,9 +5,9 @@
 from typing import Any
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS
+from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS, read_sizes, write_sizes
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
-from mesh_transformer.convert.huggingface.rope_map import read_scaling, write_rope
+from mesh_transformer.convert.huggingface.rope_map import read_scaling, write_partial_rope
 from mesh_transformer.convert.huggingface.tensor_map import LLAMA, M, TensorMapping, joined, split_qkv
 from mesh_transformer.convert.layout_views import Split
 
@@ -36,15 +36,9 @@ def read_config(s: HFConfig) -> dict[str, Any]:
         rope["rope_type"] = "longrope"
     heads = s["num_attention_heads"]
     d_head = s.find("head_dim") or s["hidden_size"] // heads
-    model = dict(
-        n_layers=s["num_hidden_layers"],
-        d_model=s["hidden_size"],
-        n_heads=heads,
+    model = read_sizes(s) | dict(
         n_kv_heads=s.get("num_key_value_heads", default=heads),
         d_head=d_head,
-        d_ff=s["intermediate_size"],
-        n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"],
         norm="rmsnorm",
         norm_eps=s["rms_norm_eps"],
         positions="rope-half",
@@ -55,7 +49,6 @@ def read_config(s: HFConfig) -> dict[str, Any]:
         qkv_bias=False,
         attention_out_bias=False,
         ff_bias=False,
-        tied_embeddings=s["tie_word_embeddings"],
         **read_scaling(s, rope),
     )
     window = s["sliding_window"]
@@ -64,27 +57,15 @@ def read_config(s: HFConfig) -> dict[str, Any]:
 
 def write_config(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a Phi3Config."""
-    fraction = c.rope_dim / c.head_dim
-    table = write_rope(c)
-    for key in ("rope_parameters", "rope_scaling"):
-        if key in table:
-            table[key] |= {"partial_rotary_factor": fraction}
     trained_len = c.seq_len if c.rope_scaling is None else c.rope_scaling.original_seq_len
     return (
-        table
+        write_sizes(c)
+        | write_partial_rope(c)
         | dict(
-            num_hidden_layers=c.n_layers,
-            hidden_size=c.d_model,
-            num_attention_heads=c.n_heads,
-            num_key_value_heads=c.kv_heads,
-            intermediate_size=c.ff_dim,
-            vocab_size=c.n_vocab,
-            max_position_embeddings=c.seq_len,
             original_max_position_embeddings=trained_len,
             rms_norm_eps=c.norm_eps,
             hidden_act=HF_ACTIVATIONS[c.activation],
             sliding_window=c.attention_window if "local" in c.attention_pattern else None,
-            partial_rotary_factor=fraction,
         )
         | ({} if c.head_dim * c.n_heads == c.d_model else {"head_dim": c.head_dim})
     )

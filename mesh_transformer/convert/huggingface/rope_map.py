@@ -67,6 +67,14 @@ def write_rope(c: ModelConfig) -> dict[str, Any]:
     return table if c.rope_scaling is None else table | {"rope_scaling": scaling}
 
 
+def write_partial_rope(c: ModelConfig) -> dict[str, Any]:
+    """Return the rope parameters with the rotated share of each head."""
+    share = {"partial_rotary_factor": c.rope_dim / c.head_dim}
+    table = write_rope(c)
+    nested = {key: table[key] | share for key in ("rope_parameters", "rope_scaling") if key in table}
+    return table | nested | share
+
+
 def write_scaling(c: ModelConfig) -> dict[str, Any]:
     """Return the rope parameters without the base."""
     scaling = c.rope_scaling

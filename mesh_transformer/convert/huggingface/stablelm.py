@@ -5,9 +5,9 @@
 from typing import Any
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS
+from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS, read_sizes, write_sizes
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
-from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope
+from mesh_transformer.convert.huggingface.rope_map import read_rope, write_partial_rope
 from mesh_transformer.convert.huggingface.tensor_map import LLAMA, M, TensorMapping
 
 # One tensor for each head, which {e} counts
@@ -21,14 +21,8 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a StableLmConfig."""
     rope, fields = read_rope(s)
     d_head = s["hidden_size"] // s["num_attention_heads"]
-    return dict(
-        n_layers=s["num_hidden_layers"],
-        d_model=s["hidden_size"],
-        n_heads=s["num_attention_heads"],
+    return read_sizes(s) | dict(
         n_kv_heads=s["num_key_value_heads"],
-        d_ff=s["intermediate_size"],
-        n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"],
         norm="layernorm",
         norm_eps=s["layer_norm_eps"],
         residual="parallel" if s["use_parallel_residual"] else "serial",
@@ -40,30 +34,20 @@ def read_config(s: HFConfig) -> dict[str, Any]:
         qkv_bias=s["use_qkv_bias"],
         attention_out_bias=False,
         ff_bias=False,
-        tied_embeddings=s["tie_word_embeddings"],
         **fields,
     )
 
 
 def write_config(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a StableLmConfig."""
-    fraction = c.rope_dim / c.head_dim
-    table = write_rope(c)
-    for key in ("rope_parameters", "rope_scaling"):
-        if key in table:
-            table[key] |= {"partial_rotary_factor": fraction}
-    return table | dict(
-        num_hidden_layers=c.n_layers,
-        hidden_size=c.d_model,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.kv_heads,
-        intermediate_size=c.ff_dim,
-        vocab_size=c.n_vocab,
-        max_position_embeddings=c.seq_len,
-        layer_norm_eps=c.norm_eps,
-        hidden_act=HF_ACTIVATIONS[c.activation],
-        use_qkv_bias=c.qkv_bias,
-        qk_layernorm=c.qk_norm == "layernorm-per-head",
-        use_parallel_residual=c.residual == "parallel",
-        partial_rotary_factor=fraction,
+    return (
+        write_sizes(c)
+        | write_partial_rope(c)
+        | dict(
+            layer_norm_eps=c.norm_eps,
+            hidden_act=HF_ACTIVATIONS[c.activation],
+            use_qkv_bias=c.qkv_bias,
+            qk_layernorm=c.qk_norm == "layernorm-per-head",
+            use_parallel_residual=c.residual == "parallel",
+        )
     )

@@ -5,7 +5,7 @@
 from typing import Any
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS
+from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, read_sizes, write_sizes
 from mesh_transformer.convert.huggingface.gemma2 import HF_ACTIVATIONS
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope
@@ -21,15 +21,9 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a Starcoder2Config."""
     bias = s["use_bias"]
     heads = s["num_attention_heads"]
-    model = dict(
-        n_layers=s["num_hidden_layers"],
-        d_model=s["hidden_size"],
-        n_heads=heads,
+    model = read_sizes(s) | dict(
         n_kv_heads=s["num_key_value_heads"],
         d_head=s.find("head_dim") or s["hidden_size"] // heads,
-        d_ff=s["intermediate_size"],
-        n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"],
         norm="layernorm",
         norm_eps=s["norm_epsilon"],
         positions="rope-half",
@@ -37,7 +31,6 @@ def read_config(s: HFConfig) -> dict[str, Any]:
         qkv_bias=bias,
         attention_out_bias=bias,
         ff_bias=bias,
-        tied_embeddings=s["tie_word_embeddings"],
         **read_rope(s)[1],
     )
     window = s["sliding_window"]
@@ -46,16 +39,13 @@ def read_config(s: HFConfig) -> dict[str, Any]:
 
 def write_config(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a Starcoder2Config."""
-    return write_rope(c) | dict(
-        num_hidden_layers=c.n_layers,
-        hidden_size=c.d_model,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.kv_heads,
-        intermediate_size=c.ff_dim,
-        vocab_size=c.n_vocab,
-        max_position_embeddings=c.seq_len,
-        norm_epsilon=c.norm_eps,
-        hidden_act=HF_ACTIVATIONS[c.activation],
-        sliding_window=c.attention_window if "local" in c.attention_pattern else None,
-        use_bias=c.qkv_bias,
+    return (
+        write_sizes(c)
+        | write_rope(c)
+        | dict(
+            norm_epsilon=c.norm_eps,
+            hidden_act=HF_ACTIVATIONS[c.activation],
+            sliding_window=c.attention_window if "local" in c.attention_pattern else None,
+            use_bias=c.qkv_bias,
+        )
     )
