@@ -152,14 +152,14 @@ def check_sampling(model: Any, imported: Imported, prompts: list[np.ndarray]) ->
     import torch
 
     options: dict[str, Any] = dict(do_sample=False, max_new_tokens=16, eos_token_id=None, pad_token_id=0)
-    generated = [
-        model.generate(torch.tensor(p[None], dtype=torch.long), **options)[0, len(p) :].tolist() for p in prompts
-    ]
+    options |= dict(output_logits=True, return_dict_in_generate=True)
+    outputs = [model.generate(torch.tensor(p[None], dtype=torch.long), **options) for p in prompts]
+    generated = [output.sequences[0, len(p) :].tolist() for output, p in zip(outputs, prompts, strict=True)]
     engine = DecoderOnlyEngine(imported.config, imported.params)
     found = engine.generate([p.tolist() for p in prompts], SampleConfig(temperature=0.0), max_tokens=16)
     assert [completion.tokens for [completion] in found] == generated
-    for prompt, [completion] in zip(prompts, found, strict=True):
-        sequence = torch.tensor([[*prompt.tolist(), *completion.tokens]])
-        wanted = model(sequence).logits[0, len(prompt) - 1 : -1].log_softmax(-1)[range(16), completion.tokens]
+    for output, [completion] in zip(outputs, found, strict=True):
+        # Those of each step, which a forward pass over the finished text does not repeat: LongRoPE depends on its length.
+        wanted = torch.cat(output.logits).log_softmax(-1)[range(16), completion.tokens]
         np.testing.assert_allclose(completion.logprobs, wanted.detach().numpy(), atol=1e-4)
     assert len({token for tokens in generated for token in tokens}) > 1, "the model should not repeat one token"
