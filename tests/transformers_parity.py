@@ -44,6 +44,13 @@ def save_random_model(kind: str, folder: Path, keys: dict[str, Any], *, own_head
     model = auto.from_config(config, dtype=torch.float32)
     if own_head:
         untie(model)
+    return save_with_random_weights(model, folder)
+
+
+def save_with_random_weights(model: Any, folder: Path) -> Any:
+    """Give a model of transformers weights far from its initial values, save it, and return it."""
+    import torch
+
     rng = np.random.default_rng(0)
     for name, weight in model.named_parameters():
         scale = 0.3 if weight.ndim == 1 else 1.3 * weight.shape[-1] ** -0.5

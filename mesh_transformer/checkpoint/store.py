@@ -36,7 +36,7 @@ from mesh_transformer.checkpoint.manifest import (
 )
 from mesh_transformer.distributed.coordination import RemoteFailure, run_on_all
 from mesh_transformer.storage.errors import CheckpointError, StorageError
-from mesh_transformer.storage.paths import AnyPath, parse_path
+from mesh_transformer.storage.paths import AnyPath, describe_sibling_folders, parse_path
 
 
 class Store:
@@ -279,9 +279,8 @@ def find_checkpoint(path: str | AnyPath, *, log: Callable[[str], None] | None = 
     """
     path = parse_path(path).absolute()
     if not path.is_dir():
-        others = sorted(other.name for other in path.parent.iterdir() if other.is_dir()) if path.parent.is_dir() else []
         problem = "is not a folder" if path.exists() else "no such folder"
-        raise CheckpointError(f"{path}: {problem}; folders in {path.parent}: {', '.join(others[:10]) or 'none'}")
+        raise CheckpointError(f"{path}: {problem}; {describe_sibling_folders(path)}")
     named = local_backend.STEP.fullmatch(path.resolve().name)
     if named and not (path / "checkpoints").is_dir():
         return Store(path.resolve().parent, writable=False), int(named[1])

@@ -449,21 +449,23 @@ def shortest_pattern(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
     return next(tuple(kinds[:n]) for n in lengths if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
 
 
+def dividing_period(kinds: Sequence[Any]) -> int:
+    """Return the smallest length of a pattern whose whole repetition is `kinds`; 0 if that is empty."""
+    lengths = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
+    return next((n for n in lengths if kinds[:n] * (len(kinds) // n) == kinds), 0)
+
+
 @functools.cache
 def _split_into_stacks(kinds: tuple[LayerKind, ...]) -> tuple[LayerStack, ...]:
     """Return one or two stacks that have the fewest layers to compile, which are those of one period of each."""
 
-    def find_period(part: tuple[LayerKind, ...]) -> int:
-        lengths = (n for n in range(1, len(part) + 1) if len(part) % n == 0)
-        return next((n for n in lengths if part[:n] * (len(part) // n) == part), 0)
-
     def n_compiled(n_first: int) -> int:
-        return find_period(kinds[:n_first]) + find_period(kinds[n_first:])
+        return dividing_period(kinds[:n_first]) + dividing_period(kinds[n_first:])
 
     n_first = min(range(len(kinds)), key=n_compiled)
     parts = (("first_layers", 0, kinds[:n_first]), ("layers", n_first, kinds[n_first:]))
     return tuple(
-        LayerStack(name, first, part[: find_period(part)], len(part) // find_period(part))
+        LayerStack(name, first, part[: dividing_period(part)], len(part) // dividing_period(part))
         for name, first, part in parts
         if part
     )

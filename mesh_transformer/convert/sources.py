@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Find the folder or file of a model that a user named, and reject what cannot be read with the way to get what can.
+"""Find the folder or file of a model by the name that a user gives, and reject other things with a remedy.
 
 A name can be a local path, a URL, or a repository on the Hugging Face Hub. The top folder of a repository in the Hub's
 cache stands for its snapshot. What the folder is, is detected by readers.py.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mesh_transformer.convert.hub import HUB_NAME, download_model
 from mesh_transformer.storage.errors import CheckpointError
-from mesh_transformer.storage.paths import AnyPath, parse_path
+from mesh_transformer.storage.paths import AnyPath, describe_sibling_folders, parse_path
 
 LFS_POINTER = b"version https://git-lfs"
 WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pth|pt|gguf)")
@@ -95,9 +95,6 @@ def require_existing(path: AnyPath) -> None:
     """Raise CheckpointError, with the folders beside it, if there is nothing at `path`."""
     if path.is_dir() or path.is_file():
         return
-    parent = path.parent
-    others = sorted(other.name for other in parent.iterdir() if other.is_dir()) if parent.is_dir() else []
     raise CheckpointError(
-        f"{path}: no such folder, and not the name of a repository (org/model); folders in {parent}: "
-        f"{', '.join(others[:10]) or 'none'}"
+        f"{path}: no such folder, and not the name of a repository (org/model); {describe_sibling_folders(path)}"
     )

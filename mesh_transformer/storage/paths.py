@@ -267,6 +267,13 @@ def _read_cached(path: RemotePath, start: int, stop: int) -> bytes:
     return path.read_range(start, stop)
 
 
+def describe_sibling_folders(path: AnyPath) -> str:
+    """Return where `path` would be and the first folders there, for messages about a missing folder."""
+    parent = path.parent
+    others = sorted(other.name for other in parent.iterdir() if other.is_dir()) if parent.is_dir() else []
+    return f"folders in {parent}: {', '.join(others[:10]) or 'none'}"
+
+
 def local_copy(folder: AnyPath, names: tuple[str, ...]) -> Path:
     """Return a local folder with the small files `names` of `folder`: itself, or a copy that is deleted at exit."""
     if isinstance(folder, Path):

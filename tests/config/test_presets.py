@@ -392,7 +392,7 @@ def test_gpt_j_readme_counts_eight_shards_copies():
     assert count_params(c) + copies == 6_053_381_344
 
 
-# What separates the families besides sizes (transformers' configurations; the libraries' yml files).
+# Properties besides sizes that distinguish the families (transformers' configurations; the libraries' yml files).
 CHOICES = {
     "gpt2": dict(
         positions="learned", residual="serial", activation="gelu-tanh", n_vocab=50257, seq_len=1024, norm_eps=1e-5

@@ -116,7 +116,7 @@ def test_transformers_counts_the_same(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
 
 
-# What separates the families besides sizes.
+# Properties besides sizes that distinguish the families.
 CHOICES = {
     "llama3.2-1b": dict(tied_embeddings=True, rope_theta=500_000.0, seq_len=131_072),
     "mistral-7b-v0.1": dict(attention_window=4096, attention_pattern=("local",)),

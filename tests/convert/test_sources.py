@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What users name as a model is found, or rejected with the way to get a model that can be read."""
+"""Sources of models: folders, files and cached repositories are found; other things are rejected with a remedy."""
 
 import pytest
 

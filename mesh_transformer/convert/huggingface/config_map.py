@@ -7,6 +7,7 @@ from typing import Any
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
+from mesh_transformer.config.model import dividing_period
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope, write_scaling
 
@@ -79,7 +80,7 @@ def read_gpt_neo(s: HFConfig) -> dict[str, Any]:
         kinds = s["attention_layers"]
     model = dict(
         n_layers=s["num_layers"], d_model=s["hidden_size"], n_heads=s["num_heads"], n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"], attention_pattern=_shorten(list(kinds)),
+        seq_len=s["max_position_embeddings"], attention_pattern=list(kinds)[: dividing_period(kinds)],
         attention_window=s["window_size"], attention_scale="none", qkv_bias=False,
         activation=s.translate(ACTIVATIONS, "activation_function"), norm_eps=s["layer_norm_epsilon"],
         tied_embeddings=s["tie_word_embeddings"],
@@ -220,19 +221,14 @@ def read_layer_types(s: HFConfig, types: list[str], n_layers: int) -> list[str]:
         raise CheckpointError(
             f"{s.where}: layer_types must be {' or '.join(LAYER_TYPES)} for each of {n_layers} layers"
         )
-    return _shorten([LAYER_TYPES[each] for each in types])
+    kinds = [LAYER_TYPES[each] for each in types]
+    return kinds[: dividing_period(kinds)]
 
 
 def write_layer_types(c: ModelConfig) -> list[str]:
     """Return the layer_types of all layers."""
     external = {native: kind for kind, native in LAYER_TYPES.items()}
     return [external[c.attention_pattern[i % len(c.attention_pattern)]] for i in range(c.n_layers)]
-
-
-def _shorten(kinds: list[str]) -> list[str]:
-    """Return the shortest pattern whose repetition gives `kinds`."""
-    lengths = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
-    return next(kinds[:n] for n in lengths if kinds[:n] * (len(kinds) // n) == kinds)
 
 
 def write_llama(c: ModelConfig) -> dict[str, Any]:

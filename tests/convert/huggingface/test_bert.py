@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from reference_models import import_arrays
 from safetensors.numpy import load_file, save_file
-from transformers_parity import Imported, import_model
+from transformers_parity import Imported, import_model, save_with_random_weights
 
 from mesh_transformer.convert.conversion import ConversionOptions, convert
 from mesh_transformer.convert.huggingface.reader import open_huggingface
@@ -53,17 +53,10 @@ CASES = [
 
 def save_random_model(case: Case, folder: Path) -> Any:
     """Save a model of transformers with weights far from initial values, and return it."""
-    import torch
     import transformers
 
     model = getattr(transformers, case.model)(transformers.CONFIG_MAPPING[case.kind](**case.keys))
-    rng = np.random.default_rng(0)
-    for name, weight in model.named_parameters():
-        scale = 0.3 if weight.ndim == 1 else 1.3 * weight.shape[-1] ** -0.5
-        values = rng.normal(size=weight.shape) * scale + (weight.ndim == 1 and name.endswith("weight"))
-        weight.data = torch.tensor(values, dtype=torch.float32)
-    model.eval().save_pretrained(folder)
-    return model
+    return save_with_random_weights(model, folder)
 
 
 def make_inputs(case: Case) -> dict[str, np.ndarray]:
