@@ -451,8 +451,9 @@ def shortest_pattern(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
 
 def dividing_period(kinds: Sequence[Any]) -> int:
     """Return the smallest length of a pattern whose whole repetition is `kinds`; 0 if that is empty."""
-    lengths = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
-    return next((n for n in lengths if kinds[:n] * (len(kinds) // n) == kinds), 0)
+    items = list(kinds)
+    lengths = (n for n in range(1, len(items) + 1) if len(items) % n == 0)
+    return next((n for n in lengths if items[:n] * (len(items) // n) == items), 0)
 
 
 @functools.cache
