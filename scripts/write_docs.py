@@ -183,7 +183,7 @@ def _type_words(hint: Any) -> str:
 def _bound_words(marker: Any) -> str:
     signs = {"Gt": ">", "Ge": "≥", "Lt": "<", "Le": "≤"}
     parts = []
-    for constraint in getattr(marker, "metadata", []):
+    for constraint in getattr(marker, "metadata", [marker]):
         sign = signs.get(type(constraint).__name__)
         if sign:
             parts.append(f"{sign} {getattr(constraint, type(constraint).__name__.lower())}")

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schema of the `[evaluate]` section: tasks, evaluation data and the amount of it."""
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from mesh_transformer.config.field_types import STRICT, NonNegative, Positive, Share
+from mesh_transformer.config.field_types import STRICT, PositiveFraction
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -14,15 +14,16 @@ class EvaluateConfig:
 
     # tasks of evaluate/tasks.py, task files, "text" or "wikitext2"; empty: no evaluation during training
     tasks: tuple[str, ...] = ()
-    every: NonNegative = 0  # training steps; 0: only at the end
+    every: NonNegativeInt = 0  # training steps; 0: only at the end
     data: dict[str, str] = Field(default_factory=dict)  # task, or component of "text" -> file or folder
     fewshot_data: dict[str, str] = Field(default_factory=dict)  # task -> file or folder of few-shot examples
-    num_fewshot: NonNegative | None = None  # few-shot examples per question; None: as the task defines
-    num_fewshot_by_task: dict[str, NonNegative] = Field(default_factory=dict)  # task -> its own number
+    num_fewshot: NonNegativeInt | None = None  # few-shot examples per question; None: as the task defines
+    num_fewshot_by_task: dict[str, NonNegativeInt] = Field(default_factory=dict)  # task -> its own number
     text_key: str = "text"  # JSONL field or Parquet column that holds the text
     group_key: str = ""  # JSONL field that divides "text" into components ("meta.pile_set_name" in the Pile)
-    limit: Positive | None = None  # documents of each component, examples of each task; None: all
-    sample_fraction: Share = 1.0  # of the documents of "text", by a hash of their names (0.1 in the Pile's paper)
-    context: Positive | None = None  # tokens of a segment; None: model.seq_len
-    stride: Positive | None = None  # new tokens per window; None: `context`, so that segments do not overlap
-    batch_tokens: Positive = 8192  # tokens of a batch, with padding
+    limit: PositiveInt | None = None  # documents of each component, examples of each task; None: all
+    # of the documents of "text", by a hash of their names (0.1 in the Pile's paper)
+    sample_fraction: PositiveFraction = 1.0
+    context: PositiveInt | None = None  # tokens of a segment; None: model.seq_len
+    stride: PositiveInt | None = None  # new tokens per window; None: `context`, so that segments do not overlap
+    batch_tokens: PositiveInt = 8192  # tokens of a batch, with padding

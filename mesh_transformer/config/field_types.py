@@ -1,28 +1,24 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Field types of the configuration schema: ranges of values, strictness, and what a resumed run may change."""
+"""Field types of the configuration schema that pydantic does not define, and rules for changes in a resumed run."""
 
 import enum
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]  # in [0, 1)
-Share = Annotated[float, Field(gt=0.0, le=1.0)]  # in (0, 1]
-Amount = Annotated[float, Field(ge=0.0)]
-Rate = Annotated[float, Field(gt=0.0)]
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # no unknown keys, conversions, nan or inf
+FractionBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]  # in [0, 1)
+PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]  # in (0, 1]
 
 
 class Resume(enum.Enum):
-    """Marker in a field's annotation: whether a resumed run may have another value than the run was started with.
+    """Marker in a field's annotation: the rule for a resumed run whose value differs from the one it was started with.
 
     A marked section applies to all of its fields; a marked field overrides its section. Unmarked fields are FIXED.
-    `resume_rules.resume_rule` looks a field up.
+    `resume_rules.resume_rule` returns the rule of a field.
     """
 
-    FIXED = "fixed"  # another value is an error
-    LOGGED = "logged"  # another value is accepted, and the change is printed and logged
-    FREE = "free"  # another value is accepted; it does not change what is computed, or is meant to differ
+    FIXED = "fixed"  # a different value is an error
+    LOGGED = "logged"  # a different value is accepted, and the change is printed and logged
+    FREE = "free"  # a different value is accepted without a note: it does not change the function that is trained

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schema of the `[model.latent_attention]` section: the sizes of multi-head latent attention."""
 
-from pydantic import model_validator
+from pydantic import PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 
-from mesh_transformer.config.field_types import STRICT, Positive
+from mesh_transformer.config.field_types import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -16,11 +16,11 @@ class LatentAttentionConfig:
     share.
     """
 
-    kv_rank: Positive  # size of the latent vector of keys and values
-    q_rank: Positive | None = None  # size of the latent vector of queries; None: queries are projected from d_model
-    d_unrotated: Positive  # channels of each head's query and key that are not rotated
-    d_rotated: Positive  # channels of each head's query, and of the key that all heads share, that are rotated
-    d_value: Positive  # size of each head's value
+    kv_rank: PositiveInt  # size of the latent vector of keys and values
+    q_rank: PositiveInt | None = None  # size of the latent vector of queries; None: queries are projected from d_model
+    d_unrotated: PositiveInt  # channels of each head's query and key that are not rotated
+    d_rotated: PositiveInt  # channels of each head's query, and of the key that all heads share, that are rotated
+    d_value: PositiveInt  # size of each head's value
 
     @model_validator(mode="after")
     def check(self) -> "LatentAttentionConfig":

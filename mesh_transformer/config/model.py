@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 
-from mesh_transformer.config.field_types import STRICT, Fraction, NonNegative, Positive, Rate, Resume
+from mesh_transformer.config.field_types import STRICT, FractionBelowOne, Resume
 from mesh_transformer.config.latent_attention import LatentAttentionConfig
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.rope import RopeScalingConfig
@@ -54,15 +54,15 @@ class ModelConfig:
 
     preset: Annotated[str | None, Resume.FREE] = None  # a row of presets.py; every other key overrides it
     # -- sizes --
-    n_layers: Positive  # of the decoder, or of an encoder-only model
-    n_encoder_layers: Positive | None = None  # layers of the encoder that the decoder attends to; None: decoder-only
-    d_model: Positive  # size of the residual stream
-    n_heads: Positive  # query heads
-    n_vocab: Positive  # rows of the embedding matrix; at least the tokenizer's vocabulary size
-    seq_len: Positive  # context length in tokens; encoder-decoder: of the encoder's input
-    n_kv_heads: Positive | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
-    d_head: Positive | None = None  # None: d_model / n_heads
-    d_ff: Positive | None = None  # None: 4 d_model
+    n_layers: PositiveInt  # of the decoder, or of an encoder-only model
+    n_encoder_layers: PositiveInt | None = None  # layers of the encoder that the decoder attends to; None: decoder-only
+    d_model: PositiveInt  # size of the residual stream
+    n_heads: PositiveInt  # query heads
+    n_vocab: PositiveInt  # rows of the embedding matrix; at least the tokenizer's vocabulary size
+    seq_len: PositiveInt  # context length in tokens; encoder-decoder: of the encoder's input
+    n_kv_heads: PositiveInt | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
+    d_head: PositiveInt | None = None  # None: d_model / n_heads
+    d_ff: PositiveInt | None = None  # None: 4 d_model
     # -- architecture --
     # "gemma-rmsnorm" stores the difference of the scale from 1; "gptj-rmsnorm" and "gptj-scalenorm" divide by (norm of the
     # vector + norm_eps), as in mesh-transformer-jax; "nonparametric-layernorm" has no weights (OLMo)
@@ -75,20 +75,19 @@ class ModelConfig:
         "gptj-scalenorm",
         "nonparametric-layernorm",
     ] = "layernorm"
-    norm_eps: Rate = 1e-5  # added to the variance, or as `norm` says
+    norm_eps: PositiveFloat = 1e-5  # added to the variance, or as `norm` says
     # rope-interleaved rotates neighboring channels (GPT-J), rope-half channels i and i + rope_dims / 2 (GPT-NeoX, Llama)
     # falcon-alibi: slope times position of the key, rounded to bfloat16 and scaled as the scores (Falcon RW)
     positions: Literal["none", "learned", "rope-interleaved", "rope-half", "t5", "alibi", "falcon-alibi"] = "learned"
-    position_offset: NonNegative = 0  # rows of the learned table before that of the first position (OPT: 2)
+    position_offset: NonNegativeInt = 0  # rows of the learned table before that of the first position (OPT: 2)
     # RoBERTa: positions number the tokens other than this one, which has the row before that of the first position
-    position_padding_token: NonNegative | None = None
-    t5_buckets: Positive = 32  # rows of the T5 bias
-    t5_max_distance: Positive = 128  # distances from here on share the last bucket
-    rope_dims: Positive | None = None  # leading channels of a head that are rotated; None: all
-    rope_theta: Rate = 10_000.0  # base of the rotation frequencies
-    rope_local_theta: Rate | None = (
-        None  # base in local layers, which are not scaled then (Gemma 3); None: as in the others
-    )
+    position_padding_token: NonNegativeInt | None = None
+    t5_buckets: PositiveInt = 32  # rows of the T5 bias
+    t5_max_distance: PositiveInt = 128  # distances from here on share the last bucket
+    rope_dims: PositiveInt | None = None  # leading channels of a head that are rotated; None: all
+    rope_theta: PositiveFloat = 10_000.0  # base of the rotation frequencies
+    # base in local layers, which are not scaled then (Gemma 3); None: as in the others
+    rope_local_theta: PositiveFloat | None = None
     rope_scaling: RopeScalingConfig | None = None  # frequency scaling for long contexts; None: unscaled
     # repeated over the layers: whether queries and keys are rotated (SmolLM 3: not in every fourth layer)
     rope_pattern: tuple[bool, ...] = (True,)
@@ -106,22 +105,20 @@ class ModelConfig:
     # the layers cannot be divided over mesh.pipeline
     attention_pattern: tuple[Literal["global", "local"], ...] = ("global",)
     # keys that a token of a local layer attends to, itself included (bidirectional: on either side)
-    attention_window: Positive = 256
+    attention_window: PositiveInt = 256
     # factor of the scores; none: 1 (GPT-Neo, T5); a number: itself
-    attention_scale: Literal["rsqrt_d_head", "none"] | Rate = "rsqrt_d_head"
-    latent_attention: LatentAttentionConfig | None = (
-        None  # keys and values of a latent vector (DeepSeek); None: projected
-    )
+    attention_scale: Literal["rsqrt_d_head", "none"] | PositiveFloat = "rsqrt_d_head"
+    # keys and values of a latent vector (DeepSeek); None: projected
+    latent_attention: LatentAttentionConfig | None = None
     # a learned score of each head takes part in the softmax, as of a key whose value is zero (gpt-oss)
     attention_sinks: bool = False
-    attention_softcap: Rate | None = None  # scores become cap * tanh(scores / cap) (Gemma 2); None: no cap
+    attention_softcap: PositiveFloat | None = None  # scores become cap * tanh(scores / cap) (Gemma 2); None: no cap
     # norm of queries and keys before the rotation. true: RMSNorm of each head, one scale for all heads (Qwen 3);
     # gemma-rmsnorm: the same, storing the difference of the scale from 1 (Gemma 3); rmsnorm-all-heads: RMSNorm of all heads
     # together (OLMo 2); layernorm-per-head: layer norm of each head with its own scale and no bias (StableLM 2, Command R)
     qk_norm: bool | Literal["gemma-rmsnorm", "rmsnorm-all-heads", "layernorm-per-head"] = False
-    clip_qkv: Rate | None = (
-        None  # limit of the absolute value of queries, keys and values before the rotation (OLMo, MPT)
-    )
+    # limit of the absolute value of queries, keys and values before the rotation (OLMo, MPT)
+    clip_qkv: PositiveFloat | None = None
     qkv_bias: bool = True  # biases of the query, key and value projections
     attention_out_bias: bool = True  # bias of the attention output projection
     ff_bias: bool = True  # biases of the feed-forward layer
@@ -131,28 +128,31 @@ class ModelConfig:
     # factor of the token embeddings (Gemma)
     embedding_scale: Literal["none", "sqrt_d_model"] = "none"
     embedding_norm: bool = False  # norm of the sum of all embeddings (BERT, BLOOM)
-    n_token_types: Positive | None = None  # rows of the token type embeddings (BERT); None: no token types
-    d_embedding: Positive | None = None  # size of the embeddings before a projection to d_model (ALBERT); None: d_model
+    n_token_types: PositiveInt | None = None  # rows of the token type embeddings (BERT); None: no token types
+    # size of the embeddings before a projection to d_model (ALBERT); None: d_model
+    d_embedding: PositiveInt | None = None
     # lm: logits of the hidden states. masked-lm: of a linear layer with activation and norm (BERT). none: no such logits
     head: Literal["lm", "masked-lm", "none"] = "lm"
     pooler: bool = False  # a linear layer with tanh on the first token's hidden state (BERT)
-    n_labels: Positive | None = None  # outputs of a linear layer on the pooled output; None: no classifier
-    logit_softcap: Rate | None = None  # logits become cap * tanh(logits / cap) (Gemma 2); None: no cap
+    n_labels: PositiveInt | None = None  # outputs of a linear layer on the pooled output; None: no classifier
+    logit_softcap: PositiveFloat | None = None  # logits become cap * tanh(logits / cap) (Gemma 2); None: no cap
     # factor of the logits; rsqrt_d_model: T5 with tied embeddings; a number: itself (Command R)
-    logit_scale: Literal["none", "rsqrt_d_model"] | Rate = "none"
+    logit_scale: Literal["none", "rsqrt_d_model"] | PositiveFloat = "none"
     init: Literal["gpt2", "gptj", "neox", "t5", "bert"] = "gpt2"  # scheme of the initial weights (model/params.py)
-    init_scale: Rate = 1.0  # factor of the variance of all initial weights (Switch: 0.1)
+    init_scale: PositiveFloat = 1.0  # factor of the variance of all initial weights (Switch: 0.1)
     experts: ExpertsConfig | None = None  # mixture of experts in some or all layers; None: dense layers only
-    dropout: Fraction = 0.0  # on embeddings, attention probabilities and both residual branches
+    dropout: FractionBelowOne = 0.0  # on embeddings, attention probabilities and both residual branches
     # -- how it is computed; the function does not depend on it --
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations, and of weights in matmuls
     # activation checkpointing, by what the backward pass recomputes: nothing; everything but the residual stream;
     # everything but matmuls with weights; attention; as "full", with the residual stream offloaded to host memory
     remat: Annotated[Literal["none", "full", "dots", "attention", "offload"], Resume.FREE] = "none"
+    # auto: by platform
     attention_kernel: Annotated[Literal["auto", "dense", "blockwise", "splash", "triton", "cudnn"], Resume.FREE] = (
-        "auto"  # auto: by platform
+        "auto"
     )
-    scan_unroll: Annotated[Positive, Resume.FREE] = 1  # iterations of the layer scan that are unrolled (CPU: n_layers)
+    # iterations of the layer scan that are unrolled (CPU: n_layers)
+    scan_unroll: Annotated[PositiveInt, Resume.FREE] = 1
 
     @model_validator(mode="after")
     def check(self) -> "ModelConfig":
@@ -408,21 +408,21 @@ class ModelConfig:
             return self.latent_attention.d_rotated
         return self.rope_dims or self.head_dim
 
-    def describe_function(self) -> dict[str, Any]:
-        """Return the fields that determine the function of the weights, with defaults filled in.
+    def effective_fields(self) -> dict[str, Any]:
+        """Return the fields that affect the output at inference, with defaults filled in; fields without effect are None.
 
-        Two configs with equal descriptions compute the same function.
+        Two configs with equal effective fields compute the same function of weights and inputs.
         """
         free = ("preset", "init", "init_scale", "dropout", "dtype", "remat", "attention_kernel", "scan_unroll")
         table = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
-        table["experts"] = self.experts and self._describe_experts(self.experts)
+        table["experts"] = self.experts and self._effective_expert_fields(self.experts)
         table |= dict(d_head=self.head_dim, n_kv_heads=self.kv_heads, d_ff=self.ff_dim)
         scales = {"rsqrt_d_head": self.head_dim**-0.5, "rsqrt_d_model": self.d_model**-0.5, "none": 1.0}
         for key in ("attention_scale", "logit_scale"):
             table[key] = scales.get(str(table[key]), table[key])
         for key in ("attention_pattern", "rope_pattern"):
             table[key] = shortest_pattern([table[key][i % len(table[key])] for i in range(self.n_layers)])
-        table["rope_scaling"] = self.rope_scaling and self.rope_scaling.describe_function()
+        table["rope_scaling"] = self.rope_scaling and self.rope_scaling.effective_fields()
         rotates = self.positions.startswith("rope")
         table |= dict(rope_dims=self.rope_dim if rotates else None)
         if self.positions != "t5":
@@ -436,11 +436,11 @@ class ModelConfig:
         )  # fmt: skip
         return table | {key: None for key, is_unused in unused.items() if is_unused}
 
-    def _describe_experts(self, experts: ExpertsConfig) -> dict[str, Any]:
+    def _effective_expert_fields(self, experts: ExpertsConfig) -> dict[str, Any]:
         shared = self.shared_ff_dim if experts.shared_expert else None
         dense = [i for i, kind in enumerate(self.layer_kinds) if not kind.has_experts]
         own: dict[str, Any] = dict(d_ff=self.expert_ff_dim, shared_d_ff=shared, dense_layers=dense, layer_interval=None)
-        return experts.describe_function() | own
+        return experts.effective_fields() | own
 
 
 def shortest_pattern(kinds: Sequence[Kind]) -> tuple[Kind, ...]:

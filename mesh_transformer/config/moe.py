@@ -6,10 +6,10 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 
-from mesh_transformer.config.field_types import STRICT, Amount, Fraction, NonNegative, Positive, Rate
+from mesh_transformer.config.field_types import STRICT, FractionBelowOne
 
 TRAINING_ONLY = (
     "capacity_factor",
@@ -27,55 +27,57 @@ WITH_CAPACITY = {"dropped_tokens": "zero", "group_size": 1}  # values of fields 
 class ExpertsConfig:
     """Mixture of experts instead of the dense feed-forward layer."""
 
-    n_experts: Positive  # per layer that has experts
-    n_experts_per_token: Positive = 1  # top-k
-    d_ff: Positive | None = None  # hidden size of each expert; None: that of the dense feed-forward layer
+    n_experts: PositiveInt  # per layer that has experts
+    n_experts_per_token: PositiveInt = 1  # top-k
+    d_ff: PositiveInt | None = None  # hidden size of each expert; None: that of the dense feed-forward layer
     bias: bool = False  # biases of the experts
     # -- router --
     scores: Literal["softmax", "sigmoid"] = "softmax"  # of the logits of a token's experts (sigmoid: DeepSeek V3)
     # the gates of a token are its scores, divided by their sum if true (Mixtral); None: with two or more experts per token,
     # so that a single expert's output is scaled by its router probability (Switch)
     normalize_gates: bool | None = None
-    gate_scale: Rate = 1.0  # factor of the gates after that (DeepSeek)
+    gate_scale: PositiveFloat = 1.0  # factor of the gates after that (DeepSeek)
     router_bias: bool = False  # bias of the router's logits (gpt-oss)
     # a number per expert is added to its scores when experts are selected, not in the gates (DeepSeek V3). It has no
     # gradient: training leaves it as it is
     selection_bias: bool = False
     # experts are divided into groups of consecutive ones, and a token selects its experts in a few groups only: those with
     # the largest maximum (DeepSeek V2), or the largest sum of their two best scores (DeepSeek V3)
-    n_expert_groups: Positive = 1
-    n_groups_per_token: Positive | None = None  # None: all groups
+    n_expert_groups: PositiveInt = 1
+    n_groups_per_token: PositiveInt | None = None  # None: all groups
     # score of a group: that of its best expert (DeepSeek V2), or the sum of those of its two best (DeepSeek V3)
     group_score: Literal["max", "sum-of-top-2"] = "max"
     # token-choice: each token selects its experts. expert-choice: each expert selects tokens (Zhou et al. 2022), which
     # is not causal: an expert compares tokens of different positions, so text cannot be generated this way
     routing: Literal["token-choice", "expert-choice"] = "token-choice"
     allow_noncausal: bool = False  # accept expert-choice; decoding uses token-choice, which is another function
-    layer_interval: Positive = 1  # every N-th layer has experts, the others are dense
+    layer_interval: PositiveInt = 1  # every N-th layer has experts, the others are dense
     dense_layers: tuple[
-        NonNegative, ...
+        NonNegativeInt, ...
     ] = ()  # indices of layers, counted from 0, that are dense whatever the interval
     shared_expert: bool = False  # also a dense feed-forward layer that processes every token
-    shared_d_ff: Positive | None = None  # hidden size of the shared expert; None: that of the dense feed-forward layer
+    # hidden size of the shared expert; None: that of the dense feed-forward layer
+    shared_d_ff: PositiveInt | None = None
     shared_gate: bool = False  # its output is multiplied by the sigmoid of a linear function of its input (Qwen2-MoE)
     # Expert capacity as a multiple of an even share of the group's tokens; tokens above it are dropped. None: dropless
-    capacity_factor: Amount | None = None  # in training
-    eval_capacity_factor: Amount | None = None  # in evaluation; decoding is always dropless
+    capacity_factor: NonNegativeFloat | None = None  # in training
+    eval_capacity_factor: NonNegativeFloat | None = None  # in evaluation; decoding is always dropless
     # instead of eval_capacity_factor: tokens per sequence and expert (SwitchTransformers in transformers)
-    eval_capacity: Positive | None = None
+    eval_capacity: PositiveInt | None = None
     # sequences of a microbatch that share one capacity, filled in order; a smaller batch is one group. Similar tokens
     # are often in the same sequence: alone, it overflows one expert while the capacity of others stays unused
-    group_size: Positive = 1
+    group_size: PositiveInt = 1
     # output of a dropped (token, expert) pair. zero: nothing (Switch, section 2.2). gated-input: the layer's input times
     # the gate (SwitchTransformers in transformers 4)
     dropped_tokens: Literal["zero", "gated-input"] = "zero"
-    aux_loss_weight: Amount = 1e-2  # of n_experts x sum over experts (fraction of tokens) x (mean router probability)
-    aux_loss_scope: Literal["batch", "sequence"] = (
-        "batch"  # the fractions and means are over a microbatch or a sequence
-    )
-    router_z_loss: Amount = 1e-3  # weight of (log Z of the router)^2
-    expert_dropout: Fraction = 0.0  # on the hidden units of experts (Switch, section 3: 0.4 in fine-tuning)
-    router_jitter: Fraction = 0.0  # in training, router inputs are multiplied by values in [1 - jitter, 1 + jitter]
+    # of n_experts x sum over experts (fraction of tokens) x (mean router probability)
+    aux_loss_weight: NonNegativeFloat = 1e-2
+    # the fractions and means are over a microbatch or a sequence
+    aux_loss_scope: Literal["batch", "sequence"] = "batch"
+    router_z_loss: NonNegativeFloat = 1e-3  # weight of (log Z of the router)^2
+    expert_dropout: FractionBelowOne = 0.0  # on the hidden units of experts (Switch, section 3: 0.4 in fine-tuning)
+    # in training, router inputs are multiplied by values in [1 - jitter, 1 + jitter]
+    router_jitter: FractionBelowOne = 0.0
 
     @model_validator(mode="after")
     def check(self) -> "ExpertsConfig":
@@ -160,8 +162,8 @@ class ExpertsConfig:
         """True if a token selects its experts in some of the groups only."""
         return self.groups_per_token < self.n_expert_groups
 
-    def describe_function(self) -> dict[str, Any]:
-        """Return the fields that determine the function at inference."""
+    def effective_fields(self) -> dict[str, Any]:
+        """Return the fields that affect the output at inference, with defaults filled in."""
         table = {key: value for key, value in dataclasses.asdict(self).items() if key not in TRAINING_ONLY}
         table |= {"normalize_gates": self.scales_gates, "n_groups_per_token": self.groups_per_token}
         if not self.limits_groups:

@@ -6,10 +6,10 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 
-from mesh_transformer.config.field_types import STRICT, Amount, Positive, Rate
+from mesh_transformer.config.field_types import STRICT
 
 # Fields of each type: required and optional ones. All others must be absent.
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -31,21 +31,25 @@ class RopeScalingConfig:
     # linear: all frequencies are divided by `factor`. dynamic: a larger base for sequences of model.seq_len tokens (NTK).
     # yarn: arXiv 2309.00071. longrope: arXiv 2402.13753 (Phi 3). llama3: Llama 3.1
     type: Literal["linear", "dynamic", "yarn", "longrope", "llama3"] = "llama3"
-    factor: Rate | None = None  # by which frequencies are divided: all (linear), low ones (llama3, yarn)
-    low_freq_factor: Rate | None = None  # llama3: wavelengths above original_seq_len / this are low frequencies
-    high_freq_factor: Rate | None = None  # llama3: wavelengths below original_seq_len / this stay as they are
-    original_seq_len: Positive | None = None  # the trained length
-    beta_fast: Rate | None = None  # yarn: pairs with more rotations in original_seq_len stay as they are; None: 32
-    beta_slow: Rate | None = None  # yarn: pairs with fewer rotations are divided by factor; None: 1
+    factor: PositiveFloat | None = None  # by which frequencies are divided: all (linear), low ones (llama3, yarn)
+    # llama3: wavelengths above original_seq_len / this are low frequencies
+    low_freq_factor: PositiveFloat | None = None
+    high_freq_factor: PositiveFloat | None = None  # llama3: wavelengths below original_seq_len / this stay as they are
+    original_seq_len: PositiveInt | None = None  # the trained length
+    # yarn: pairs with more rotations in original_seq_len stay as they are; None: 32
+    beta_fast: PositiveFloat | None = None
+    beta_slow: PositiveFloat | None = None  # yarn: pairs with fewer rotations are divided by factor; None: 1
     # yarn, longrope: factor of the rotated channels of queries and keys; yarn: None: from factor and mscale
-    attention_factor: Rate | None = None
-    mscale: Amount | None = None  # yarn: attention_factor is (0.1 mscale ln factor + 1) / (the same of mscale_all_dim)
-    mscale_all_dim: Amount | None = None  # yarn: None or 0, like mscale: attention_factor is 0.1 ln factor + 1
+    attention_factor: PositiveFloat | None = None
+    # yarn: attention_factor is (0.1 mscale ln factor + 1) / (the same of mscale_all_dim)
+    mscale: NonNegativeFloat | None = None
+    # yarn: None or 0, like mscale: attention_factor is 0.1 ln factor + 1
+    mscale_all_dim: NonNegativeFloat | None = None
     truncate: bool | None = None  # yarn: round the bounds of the interpolated pairs to whole pairs; None: true
     # longrope: divisor of the frequency of each rotated pair in sequences of at most original_seq_len tokens
-    short_factor: tuple[Rate, ...] | None = None
+    short_factor: tuple[PositiveFloat, ...] | None = None
     # longrope: the same in longer sequences
-    long_factor: tuple[Rate, ...] | None = None
+    long_factor: tuple[PositiveFloat, ...] | None = None
 
     @model_validator(mode="after")
     def check(self) -> "RopeScalingConfig":
@@ -76,8 +80,8 @@ class RopeScalingConfig:
             return length_scale(self.mscale) / length_scale(self.mscale_all_dim)
         return length_scale(1.0)
 
-    def describe_function(self) -> dict[str, Any]:
-        """Return the fields that determine the function, with defaults filled in."""
+    def effective_fields(self) -> dict[str, Any]:
+        """Return the fields that affect the rotation, with defaults filled in."""
         table = {name: getattr(self, name) for name in ("type", *FIELDS[self.type][0])}
         if self.type == "yarn":
             truncate = True if self.truncate is None else self.truncate

@@ -7,11 +7,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 
 from mesh_transformer.config.evaluation import EvaluateConfig
-from mesh_transformer.config.field_types import STRICT, Amount, Fraction, NonNegative, Positive, Rate, Resume, Share
+from mesh_transformer.config.field_types import STRICT, FractionBelowOne, PositiveFraction, Resume
 from mesh_transformer.config.model import ModelConfig
 
 
@@ -24,7 +24,7 @@ class RunConfig:
     init_from: Annotated[str, Resume.FREE] = ""
     # with init_from: load its optimizer state too; the learning rate schedule restarts in either case
     load_optimizer_state: Annotated[bool, Resume.FREE] = False
-    seed: NonNegative = 0  # determines initialization, data order and dropout
+    seed: NonNegativeInt = 0  # determines initialization, data order and dropout
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -32,23 +32,25 @@ class MeshConfig:
     """Mesh axis sizes, rules that map logical axes to mesh axes, and the processes of a distributed run."""
 
     data: Annotated[int, Field(ge=-1)] = -1  # data parallelism (replicas); -1: all devices left by the other axes
-    fsdp: Positive = 1  # fully sharded data parallelism: parameters, optimizer state and batch are sharded
-    tensor: Positive = 1  # tensor parallelism: heads, feed-forward units and vocabulary are sharded
-    expert: Positive = 1  # expert parallelism: experts and batch are sharded
-    context: Positive = 1  # context parallelism: sequences are sharded, with ring attention
+    fsdp: PositiveInt = 1  # fully sharded data parallelism: parameters, optimizer state and batch are sharded
+    tensor: PositiveInt = 1  # tensor parallelism: heads, feed-forward units and vocabulary are sharded
+    expert: PositiveInt = 1  # expert parallelism: experts and batch are sharded
+    context: PositiveInt = 1  # context parallelism: sequences are sharded, with ring attention
     # pipeline parallelism: layers are split into stages, through which microbatches (train.grad_accum_steps) pass
-    pipeline: Positive = 1
+    pipeline: PositiveInt = 1
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"  # gpipe stores the activations of all microbatches
     sequence_parallel: bool = False  # between blocks, activations are also sharded along the sequence over `tensor`
-    slices: Positive | None = None  # hosts or pods connected by a slow network; None: as JAX reports them
-    cpu_devices: Positive | None = None  # split the CPU into this many devices, to try a mesh on a laptop
+    slices: PositiveInt | None = None  # hosts or pods connected by a slow network; None: as JAX reports them
+    cpu_devices: PositiveInt | None = None  # split the CPU into this many devices, to try a mesh on a laptop
     # logical axis -> mesh axis or axes; "" replicates. Logical axes and default rules: mesh_transformer/mesh.py
     rules: dict[str, str | list[str]] = Field(default_factory=dict)
     # Multi-process runs; None and "": from the launcher's environment (distributed/bootstrap.py)
-    processes: Positive | Literal["auto"] | None = None  # "auto": jax.distributed detects them (Cloud TPU VMs)
-    process_id: NonNegative | None = None  # index of this process; process 0 prints, logs metrics and writes the report
+    processes: PositiveInt | Literal["auto"] | None = None  # "auto": jax.distributed detects them (Cloud TPU VMs)
+    # index of this process; process 0 prints, logs metrics and writes the report
+    process_id: NonNegativeInt | None = None
     coordinator: str = ""  # host:port of process 0, reachable from all other processes
-    heartbeat_seconds: Rate = 30.0  # a process that is silent for this long is considered lost, and the others stop
+    # a process that is silent for this long is considered lost, and the others stop
+    heartbeat_seconds: PositiveFloat = 30.0
 
     @model_validator(mode="after")
     def check(self) -> "MeshConfig":
@@ -65,7 +67,7 @@ class SourceConfig:
     """One dataset: text files, folders, JSONL(.zst), Parquet, or existing token shards."""
 
     path: str  # file, folder, shard prefix (.bin + .idx), or "python-stdlib"
-    weight: Rate = 1.0  # relative weight in the data mixture
+    weight: PositiveFloat = 1.0  # relative weight in the data mixture
     text_key: str = "text"  # JSONL field or Parquet column that holds the text
 
 
@@ -76,14 +78,16 @@ class DataConfig:
     train: dict[str, SourceConfig]  # name -> dataset
     # name -> validation dataset, besides the held-out documents
     validation: Annotated[dict[str, SourceConfig], Resume.FREE] = Field(default_factory=dict)
-    holdout_one_in: NonNegative = 0  # hold out one document in N of each training dataset, by hash of its name; 0: none
+    # hold out one document in N of each training dataset, by hash of its name; 0: none
+    holdout_one_in: NonNegativeInt = 0
     tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder with vocab.json and merges.txt
     shuffle: bool = True  # documents are packed into sequences in order; sequences are shuffled each epoch
     isolate_documents: bool = False  # no attention between documents that are packed into one sequence
     # Span corruption (T5), with model.n_encoder_layers; see data/span_corruption.py
     noise_density: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # fraction of tokens that are replaced by sentinels
-    mean_noise_span_length: Rate = 3.0  # mean number of tokens in a replaced span
-    max_epochs: Annotated[Rate | None, Resume.FREE] = None  # reject runs with more passes over the data than this
+    mean_noise_span_length: PositiveFloat = 3.0  # mean number of tokens in a replaced span
+    # reject runs with more passes over the data than this
+    max_epochs: Annotated[PositiveFloat | None, Resume.FREE] = None
     on_bad_document: Literal["error", "skip"] = "error"  # "skip" counts and reports damaged documents
     cache_dir: Annotated[str, Resume.FREE] = "~/.cache/mesh-transformer"  # token shards built from the datasets
 
@@ -117,19 +121,19 @@ class OptimizerConfig:
 
     # optimizer (train/optimizer.py)
     name: Annotated[Literal["adamw", "adafactor", "lion", "muon", "sgd"], Resume.FIXED] = "adamw"
-    learning_rate: Rate = 6e-4  # peak, after the warm-up
-    end_learning_rate: Amount = 6e-5  # at the end of the schedule
+    learning_rate: PositiveFloat = 6e-4  # peak, after the warm-up
+    end_learning_rate: NonNegativeFloat = 6e-5  # at the end of the schedule
     # shape of the learning rate after the warm-up; formulas: train/schedule.py
     schedule: Literal["cosine", "gptj", "linear", "wsd", "inverse-sqrt", "constant"] = "cosine"
-    warmup_steps: NonNegative = 0  # steps of linear warm-up from 0
+    warmup_steps: NonNegativeInt = 0  # steps of linear warm-up from 0
     # cosine, gptj and linear: steps after the warm-up; wsd: steps of the final decay. None: see train/schedule.py
-    decay_steps: Positive | None = None
-    beta1: Fraction = 0.9  # also the momentum of sgd and muon
-    beta2: Fraction = 0.95  # decay of the second moment
-    eps: Rate = 1e-8  # added to the denominator of the update
-    weight_decay: Amount = 0.1  # decoupled, times the learning rate; not for norms, biases and no_decay_axes
+    decay_steps: PositiveInt | None = None
+    beta1: FractionBelowOne = 0.9  # also the momentum of sgd and muon
+    beta2: FractionBelowOne = 0.95  # decay of the second moment
+    eps: PositiveFloat = 1e-8  # added to the denominator of the update
+    weight_decay: NonNegativeFloat = 0.1  # decoupled, times the learning rate; not for norms, biases and no_decay_axes
     no_decay_axes: tuple[str, ...] = ()  # no weight decay for arrays with one of these logical axes
-    clip_norm: Amount = 1.0  # global gradient norm; 0: no clipping
+    clip_norm: NonNegativeFloat = 1.0  # global gradient norm; 0: no clipping
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # storage type of the moments
 
 
@@ -137,26 +141,25 @@ class OptimizerConfig:
 class TrainConfig:
     """The training loop."""
 
-    steps: Positive  # total number of training steps
-    batch_size: Annotated[Positive, Resume.FIXED]  # sequences per step, over all devices
-    grad_accum_steps: Positive = 1  # microbatches per batch
+    steps: PositiveInt  # total number of training steps
+    batch_size: Annotated[PositiveInt, Resume.FIXED]  # sequences per step, over all devices
+    grad_accum_steps: PositiveInt = 1  # microbatches per batch
     # first batch size of a linear ramp (Brown et al. 2020, section 2.3)
-    batch_ramp_from: Annotated[Positive | None, Resume.FIXED] = None
-    batch_ramp_steps: Annotated[NonNegative, Resume.FIXED] = 0  # steps until batch_size is reached
-    z_loss: Amount = 0.0  # weight of (log Z)^2
-    loss_chunks: Positive = (
-        1  # the loss is computed in this many chunks of a sequence; one chunk's logits exist at a time
-    )
-    log_every: Positive = 10  # steps
-    evaluate_every: NonNegative = 0  # steps; 0: only at the end
-    evaluate_batches: Positive = 8  # per validation set, during training; the final evaluation uses all of it
+    batch_ramp_from: Annotated[PositiveInt | None, Resume.FIXED] = None
+    batch_ramp_steps: Annotated[NonNegativeInt, Resume.FIXED] = 0  # steps until batch_size is reached
+    z_loss: NonNegativeFloat = 0.0  # weight of (log Z)^2
+    # the loss is computed in this many chunks of a sequence; one chunk's logits exist at a time
+    loss_chunks: PositiveInt = 1
+    log_every: PositiveInt = 10  # steps
+    evaluate_every: NonNegativeInt = 0  # steps; 0: only at the end
+    evaluate_batches: PositiveInt = 8  # per validation set, during training; the final evaluation uses all of it
     # log the gradient noise scale (McCandlish et al. 2018, appendix A.1)
     log_grad_noise_scale: Annotated[bool, Resume.FIXED] = False
     log_layer_grad_norms: bool = False  # log the gradient norm of each layer
     # skip a step whose loss or grad norm exceeds this multiple of its running median; 0: never
-    loss_spike_factor: Amount = 0.0
-    max_consecutive_skips: Positive = 20  # stop after this many skipped steps in a row
-    max_minutes: Rate | None = None  # save a checkpoint and stop after this time
+    loss_spike_factor: NonNegativeFloat = 0.0
+    max_consecutive_skips: PositiveInt = 20  # stop after this many skipped steps in a row
+    max_minutes: PositiveFloat | None = None  # save a checkpoint and stop after this time
 
     @model_validator(mode="after")
     def check(self) -> "TrainConfig":
@@ -181,12 +184,11 @@ class TrainConfig:
 class CheckpointConfig:
     """When checkpoints are saved, and which are kept."""
 
-    every: Positive = 1000  # steps; the last step is always saved
-    keep_last: Positive = 2  # number of latest checkpoints to keep
-    keep_every: Positive | None = None  # checkpoints whose step is divisible by this are never deleted
-    resume: Literal["latest", "latest-valid"] = (
-        "latest"  # a damaged latest one: error, or fall back to the latest valid one
-    )
+    every: PositiveInt = 1000  # steps; the last step is always saved
+    keep_last: PositiveInt = 2  # number of latest checkpoints to keep
+    keep_every: PositiveInt | None = None  # checkpoints whose step is divisible by this are never deleted
+    # a damaged latest one: error, or fall back to the latest valid one
+    resume: Literal["latest", "latest-valid"] = "latest"
     async_save: bool = True  # write in the background while training continues
 
 
@@ -196,12 +198,12 @@ class SampleConfig:
 
     # prompts of the samples that are generated during and after training
     prompts: tuple[str, ...] = ()
-    max_tokens: Positive = 128  # tokens to generate per sample
-    temperature: Amount = 0.8  # 0: greedy
-    top_k: NonNegative = 0  # 0: off
-    top_p: Share = 1.0  # nucleus sampling (Holtzman et al. 2019); 1: off
-    min_p: Fraction = 0.0  # minimum probability relative to the most probable token; 0: off
-    repetition_penalty: Rate = 1.0  # divides the logits of tokens that occurred (Keskar et al. 2019); 1: off
+    max_tokens: PositiveInt = 128  # tokens to generate per sample
+    temperature: NonNegativeFloat = 0.8  # 0: greedy
+    top_k: NonNegativeInt = 0  # 0: off
+    top_p: PositiveFraction = 1.0  # nucleus sampling (Holtzman et al. 2019); 1: off
+    min_p: FractionBelowOne = 0.0  # minimum probability relative to the most probable token; 0: off
+    repetition_penalty: PositiveFloat = 1.0  # divides the logits of tokens that occurred (Keskar et al. 2019); 1: off
     presence_penalty: float = 0.0  # subtracted from the logit of each token that was generated; 0: off
     frequency_penalty: float = 0.0  # subtracted per occurrence in the generated tokens; 0: off
     # add to a prompt the special tokens that the tokenizer files of a converted model add to a text, such as <s>
@@ -215,20 +217,20 @@ class ServeConfig:
 
     weight_dtype: Literal["saved", "bfloat16", "int8"] = "saved"  # int8: a quarter of float32, one scale per output
     kv_cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"  # model: as model.dtype
-    slots: Positive = 32  # sequences that are decoded at once
+    slots: PositiveInt = 32  # sequences that are decoded at once
     # speculative decoding of decoder-only models: verify several draft tokens in one forward pass. The tokens are those of
     # plain decoding. prompt-lookup: what followed earlier occurrences of the last tokens; draft-model: a smaller model
     speculative: Literal["none", "prompt-lookup", "draft-model"] = "none"
     # with speculative="draft-model": run or checkpoint of a smaller model with the same vocabulary
     draft_model: str = ""
-    num_speculative_tokens: Positive = 4  # draft tokens per forward pass
-    max_queue: NonNegative = 256  # sequences that may wait for a slot; further requests get status 429
-    max_body_bytes: Positive = 1 << 20  # size of a request
-    body_timeout_seconds: Rate = 10.0  # time for a request's body to arrive
-    request_timeout_seconds: Rate = 600.0  # time for a request to be answered
+    num_speculative_tokens: PositiveInt = 4  # draft tokens per forward pass
+    max_queue: NonNegativeInt = 256  # sequences that may wait for a slot; further requests get status 429
+    max_body_bytes: PositiveInt = 1 << 20  # size of a request
+    body_timeout_seconds: PositiveFloat = 10.0  # time for a request's body to arrive
+    request_timeout_seconds: PositiveFloat = 600.0  # time for a request to be answered
     # compile for prompts and outputs of up to this many tokens before reporting ready; 0: nothing
-    warmup_tokens: NonNegative = 240
-    drain_seconds: Rate = 7.0  # time for running requests to finish after SIGTERM
+    warmup_tokens: NonNegativeInt = 240
+    drain_seconds: PositiveFloat = 7.0  # time for running requests to finish after SIGTERM
 
     @model_validator(mode="after")
     def check(self) -> "ServeConfig":

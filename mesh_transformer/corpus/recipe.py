@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 
 from mesh_transformer.config import ConfigError, check_table, config_to_dict, read_toml
-from mesh_transformer.config.field_types import STRICT, NonNegative, Positive, Rate
+from mesh_transformer.config.field_types import STRICT
 from mesh_transformer.config.renamed import find_renamed, translate_stored
 from mesh_transformer.corpus.renamed import RECIPE, to_stored_names
 
@@ -26,10 +26,10 @@ class CorpusConfig:
 
     name: str
     about: str = ""  # purpose and audience; the first answer of the datasheet
-    seed: NonNegative = 0  # of the shuffle, of fractional epochs and of sampling by quality
-    part_mb: Positive = 32  # source files in one part, the unit of work and of resuming
+    seed: NonNegativeInt = 0  # of the shuffle, of fractional epochs and of sampling by quality
+    part_mb: PositiveInt = 32  # source files in one part, the unit of work and of resuming
     # A longer text, or line of JSON, is skipped and counted; a filter may need 61 bytes of memory per byte of text.
-    max_document_mb: Positive = 10
+    max_document_mb: PositiveInt = 10
     on_bad_document: Literal["skip", "error"] = "skip"  # skip: count damage with file and line; error: stop the build
     gaps: Names = ()  # known omissions and biases, for the datasheet
 
@@ -38,11 +38,11 @@ class CorpusConfig:
 class PublishedConfig:
     """Figures that a paper reports for a component, shown next to those of the build."""
 
-    raw_gib: Rate
-    weight: Rate  # percent of the mixture
-    epochs: Rate
-    mean_kib: Rate  # mean document size
-    documents: Positive
+    raw_gib: PositiveFloat
+    weight: PositiveFloat  # percent of the mixture
+    epochs: PositiveFloat
+    mean_kib: PositiveFloat  # mean document size
+    documents: PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -58,10 +58,11 @@ class ComponentConfig:
     optional: bool = False  # true: a component without files is reported and left out instead of being an error
     text_key: str = "text"  # field or column of JSON lines and Parquet
     encoding: str = ""  # of text files that are not UTF-8, for example "latin-1"; empty: such files are skipped
-    chunk_kb: NonNegative = 0  # split longer files between paragraphs into documents of this size; 0: never
-    min_bytes: NonNegative = 0  # a shorter document is dropped
-    epochs: Rate = 1.0  # copies of every document in the mixture; a fraction is the share of documents copied once more
-    weight: Rate | None = None  # instead of epochs: share of mixture.bytes, relative to the other weights
+    chunk_kb: NonNegativeInt = 0  # split longer files between paragraphs into documents of this size; 0: never
+    min_bytes: NonNegativeInt = 0  # a shorter document is dropped
+    # copies of every document in the mixture; a fraction is the share of documents copied once more
+    epochs: PositiveFloat = 1.0
+    weight: PositiveFloat | None = None  # instead of epochs: share of mixture.bytes, relative to the other weights
     published: PublishedConfig | None = None
 
 
@@ -85,8 +86,8 @@ class LengthFilter(FilterConfig):
     """Drop documents by their size in bytes."""
 
     kind: Literal["length"]
-    min_bytes: NonNegative = 1
-    max_bytes: Positive | None = None
+    min_bytes: NonNegativeInt = 1
+    max_bytes: PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -96,7 +97,7 @@ class LanguageFilter(FilterConfig):
     kind: Literal["language"]
     keep: Names = ()  # ISO 639-1 codes; empty: keep all languages and only count them
     min_score: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    characters: Positive = 2000  # characters that the classifier gets
+    characters: PositiveInt = 2000  # characters that the classifier gets
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -111,9 +112,9 @@ class GopherQualityFilter(FilterConfig):
     """Drop documents by words, symbols, bullets, ellipses and stop words (Gopher, appendix A1.1), by DataTrove."""
 
     kind: Literal["gopher-quality"]
-    min_words: NonNegative = 50
-    max_words: Positive = 100_000
-    min_stop_words: NonNegative = 2
+    min_words: NonNegativeInt = 50
+    max_words: PositiveInt = 100_000
+    min_stop_words: NonNegativeInt = 2
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -146,8 +147,8 @@ class QualityFilter(FilterConfig):
     kind: Literal["quality"]
     positives: Names  # components whose unfiltered documents are examples of good text
     negatives: Names  # components whose unfiltered documents are the other class
-    documents: Positive = 10_000  # maximum number of training documents of each class
-    alpha: Rate = 3.0
+    documents: PositiveInt = 10_000  # maximum number of training documents of each class
+    alpha: PositiveFloat = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -156,12 +157,12 @@ class DecontaminateFilter(FilterConfig):
 
     kind: Literal["decontaminate"]
     against: Names  # names of [evaluation] sections
-    n_gram: Positive = 13  # words
+    n_gram: PositiveInt = 13  # words
     action: Literal["cut", "drop"] = "cut"  # cut: the n-gram and `margin` characters on each side; drop: the document
-    margin: NonNegative = 200
-    min_fragment: NonNegative = 200  # characters; a shorter fragment between two cuts is removed as well
-    max_cuts: Positive = 10  # a document with more is dropped
-    max_ngram_documents: Positive = 10  # an n-gram in more evaluation documents is ignored as a common phrase
+    margin: NonNegativeInt = 200
+    min_fragment: NonNegativeInt = 200  # characters; a shorter fragment between two cuts is removed as well
+    max_cuts: PositiveInt = 10  # a document with more is dropped
+    max_ngram_documents: PositiveInt = 10  # an n-gram in more evaluation documents is ignored as a common phrase
 
 
 Filter = (
@@ -190,7 +191,7 @@ class EvaluationConfig:
 class HeldoutConfig:
     """Held-out documents, selected by a hash of their names before any other stage."""
 
-    one_in: NonNegative = 1000  # 0: none
+    one_in: NonNegativeInt = 1000  # 0: none
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -200,9 +201,9 @@ class DuplicatesConfig:
     exact: bool = True  # same text except for case and spaces
     # MinHash with bands x rows hashes; pile: 3 x 3 of its 10 hashes, the best split at 0.5 as datasketch chooses it
     near: Literal["none", "pile", "fineweb", "custom"] = "fineweb"
-    bands: Positive = 14  # of near = "custom"
-    rows: Positive = 8  # of near = "custom": hashes in a band
-    n_gram: Positive = 5  # words in a shingle
+    bands: PositiveInt = 14  # of near = "custom"
+    rows: PositiveInt = 8  # of near = "custom": hashes in a band
+    n_gram: PositiveInt = 5  # words in a shingle
     across_components: bool = True  # false: only within each component
     components: Names = ()  # only these lose documents, except for text held out elsewhere; empty: all
 
@@ -216,16 +217,17 @@ class DuplicatesConfig:
 class LinesConfig:
     """Removal of lines that recur in many documents, such as menus and license headers."""
 
-    min_documents: NonNegative = 0  # a line in at least this many training documents is removed from all; 0: disabled
-    min_characters: Positive = 30  # shorter lines are retained
+    # a line in at least this many training documents is removed from all; 0: disabled
+    min_documents: NonNegativeInt = 0
+    min_characters: PositiveInt = 30  # shorter lines are retained
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MixtureConfig:
     """Size of the training mixture."""
 
-    bytes: Positive | None = None  # of text; required where components have weights
-    max_epochs: Rate = 4.0  # limit on the epochs that a weight may require
+    bytes: PositiveInt | None = None  # of text; required where components have weights
+    max_epochs: PositiveFloat = 4.0  # limit on the epochs that a weight may require
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

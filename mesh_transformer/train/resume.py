@@ -113,8 +113,8 @@ def _is_schedule(leaf: Any) -> bool:
 
 
 def _check_same_model(config: Config, saved: ModelConfig, where: str) -> None:
-    old = saved.describe_function()
-    new = config.model.describe_function()
+    old = saved.effective_fields()
+    new = config.model.effective_fields()
     if config.model.positions != "learned":  # no weight depends on the length
         old["seq_len"] = new["seq_len"]
     before, now = flatten_table({"model": old}), flatten_table({"model": new})

@@ -153,4 +153,4 @@ def test_row_can_be_planned(name):
     tied = make_config(name).tied_embeddings
     in_matmuls = PUBLISHED[name] - (0 if tied else make_config(name).n_vocab * make_config(name).d_model)
     assert 1.0 < stats.flops / (6 * in_matmuls * 64 * 2048) < 1.4
-    assert make_config(name).describe_function()["n_layers"] == make_config(name).n_layers
+    assert make_config(name).effective_fields()["n_layers"] == make_config(name).n_layers

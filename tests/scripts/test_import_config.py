@@ -57,14 +57,14 @@ def write(folder: Path, table, name="old.json") -> Path:
 
 def output_fields(preset: str) -> dict:
     """Return the model fields that determine the outputs of a preset, except n_vocab, which programs pad."""
-    fields = parse_model(PRESETS[preset], where=preset).describe_function()
+    fields = parse_model(PRESETS[preset], where=preset).effective_fields()
     return {key: value for key, value in fields.items() if key != "n_vocab"}
 
 
 def parse_and_compare(toml: str, preset: str) -> Config:
     """Return the parsed configuration, whose model must compute what the preset does."""
     config = parse_config(tomllib.loads(toml), where="test")
-    found = config.model.describe_function()
+    found = config.model.effective_fields()
     assert {key: found[key] for key in output_fields(preset)} == output_fields(preset)
     return config
 
@@ -89,7 +89,7 @@ def test_gpt_neo(tmp_path):
         "attention_scale": 128**-0.5  # d_head is 128
     }  # for training from scratch; the notes say so
     config = parse_config(tomllib.loads(toml), where="test")
-    found = config.model.describe_function()
+    found = config.model.effective_fields()
     assert {key: found[key] for key in expected} == expected
     assert config.train.batch_size * config.model.seq_len == 2**20
     assert 'weights trained with GPT-Neo need "none"' in report

@@ -127,8 +127,8 @@ def _check_function(config: ModelConfig, model: OutModel) -> None:
     name = model.metadata["general.architecture"]
     table = read_config(model.metadata, shapes, "GGUF")
     family = make_family(table["model_type"], name)
-    found = make_model_config(read_model(HFConfig(table, "GGUF"), family), "GGUF").describe_function()
-    different = [f"{key} = {value!r}" for key, value in config.describe_function().items() if found.get(key) != value]
+    found = make_model_config(read_model(HFConfig(table, "GGUF"), family), "GGUF").effective_fields()
+    different = [f"{key} = {value!r}" for key, value in config.effective_fields().items() if found.get(key) != value]
     if different:
         raise CheckpointError(
             f"a GGUF file of the architecture {name!r} does not compute the function of this model; it cannot represent "

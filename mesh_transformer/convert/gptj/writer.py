@@ -78,11 +78,11 @@ def make_external_config(config: ModelConfig, shards: int) -> dict[str, Any]:
 
 def _find_differences(config: ModelConfig, external: Mapping[str, Any], incomparable: set[str]) -> list[str]:
     """Return how a model differs in its function from the one that a JSON configuration describes."""
-    wanted = config.describe_function()
+    wanted = config.effective_fields()
     if "local" not in config.attention_pattern:
         wanted["attention_pattern"] = ("global",)  # whatever its length
     try:
-        found = make_model_config(read_model(external), "read back").describe_function()
+        found = make_model_config(read_model(external), "read back").effective_fields()
     except CheckpointError as error:  # with these sizes it is not a valid model
         return [str(error)]
     return [

@@ -137,14 +137,14 @@ def find_family(config: ModelConfig, preferred: str | None = None) -> tuple[str,
     family cannot represent.
     """
     differences: dict[str, list[str]] = {}
-    wanted = config.describe_function()
+    wanted = config.effective_fields()
     for kind, family in sorted(FAMILIES.items(), key=lambda item: item[0] != preferred):
         table: dict[str, Any] = {}
         try:
             table = _write_table(kind, family, config)
             external = HFConfig(table, kind)
             external.tensors = exported_names(config, family)
-            found = make_model_config(read_model(external, family), kind).describe_function()
+            found = make_model_config(read_model(external, family), kind).effective_fields()
         except (CheckpointError, KeyError):  # this family has no valid model of these sizes, or not this activation
             found = {}
         differences[kind] = [f"{key} = {value!r}" for key, value in wanted.items() if found.get(key) != value]

@@ -176,8 +176,8 @@ def test_equal_functions_have_equal_descriptions():
     config = make_config(n_expert_groups=1, n_groups_per_token=None)
     assert config.experts is not None
     other = dataclasses.replace(config, experts=dataclasses.replace(config.experts, layer_interval=1, shared_d_ff=12))
-    assert other.describe_function() == config.describe_function()
+    assert other.effective_fields() == config.effective_fields()
     grouped = dataclasses.replace(config, experts=dataclasses.replace(config.experts, n_expert_groups=2))
-    assert grouped.describe_function() == config.describe_function()  # a token may use both groups
+    assert grouped.effective_fields() == config.effective_fields()  # a token may use both groups
     scaled = dataclasses.replace(config, experts=dataclasses.replace(config.experts, gate_scale=2.0))
-    assert scaled.describe_function() != config.describe_function()
+    assert scaled.effective_fields() != config.effective_fields()
