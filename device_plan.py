@@ -11,19 +11,26 @@ examples:
       the best mesh, remat and microbatches: all are estimated, the best few compiled
   python device_plan.py configs/gptj_6b.toml --topology v5e-8 --decode --batch 8 --context 2048
       the decoding program: weights, KV cache, maximum tokens/s
+  python device_plan.py meta-llama/Llama-3.1-8B --topology H100 --decode --batch 16 --context 4096
+      the same for a model as device_sample.py takes it: its configuration is read, and no weights are
 """
 
 import sys
 from pathlib import Path
 
 from mesh_transformer.cli import add_set_option, make_parser, run_command
-from mesh_transformer.config import load_config
+from mesh_transformer.config import Config, ConfigError, find_config, load_config
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("config", metavar="CONFIG", help="a TOML file, such as configs/quickstart.toml")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a TOML file, such as configs/quickstart.toml; with --decode also a run folder, checkpoint, Hugging Face folder or "
+        "name (org/model), or .gguf file",
+    )
     add_set_option(parser)
     parser.add_argument(
         "--topology",
@@ -84,8 +91,24 @@ def main(arguments: list[str]) -> int:
         print_json=options.json,
         print_parameters=options.parameters,
     )
-    run_plan(load_config(options.config, options.set), plan_options)
+    run_plan(_load_config(options.config, options.set, decode=options.decode), plan_options)
     return 0
+
+
+def _load_config(name: str, overrides: list[str], *, decode: bool) -> Config:
+    """Return the configuration of a TOML file, or with `decode` that of a model of any format."""
+    path = find_config(name)
+    is_model = path.is_dir() or path.suffix == ".gguf" or (decode and not path.exists())
+    if path.suffix == ".toml" or not is_model:
+        return load_config(name, overrides)
+    if not decode:
+        raise ConfigError(
+            f"{name}: to plan training, give a TOML file with its batch size, optimizer and mesh; to plan decoding with a "
+            "model, add --decode"
+        )
+    from mesh_transformer.sample.loading import load_sampling_config
+
+    return load_sampling_config(name, overrides)
 
 
 if __name__ == "__main__":

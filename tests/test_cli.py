@@ -12,6 +12,7 @@ import pytest
 import mesh_transformer
 from mesh_transformer.__main__ import COMMANDS, main
 from mesh_transformer.cli import PROGRAM, RENAMED_FLAGS
+from mesh_transformer.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -102,6 +103,14 @@ def test_a_renamed_flag_is_refused_with_the_new_name(module, name, monkeypatch, 
             program.main(["something", old])
         assert stopped.value.code == 2
         assert f"{old} was renamed: use {new}" in capsys.readouterr().err
+
+
+def test_training_is_planned_from_a_file(tmp_path):
+    program = importlib.import_module("device_plan")
+    with pytest.raises(ConfigError, match=r"to plan training, give a TOML file .* to plan decoding .* add --decode"):
+        program.main([str(tmp_path)])
+    with pytest.raises(ConfigError, match="no such file"):
+        program.main([str(tmp_path / "missing")])
 
 
 @pytest.mark.parametrize("name", COMMANDS)

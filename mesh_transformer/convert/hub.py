@@ -15,13 +15,15 @@ HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revisio
 # Configuration, tokenizers and weights; neither other frameworks' weights nor Meta's original files.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 TORCH_FILES = ("*.json", "*.bin", "*.model", "*.txt", "*.jinja")
+CONFIG_FILES = ("config.json",)
 ORIGINAL = ("original/*", "consolidated*", "onnx/*", "openvino/*")
 
 
-def download_model(name: str) -> Path:
+def download_model(name: str, *, config_only: bool = False) -> Path:
     """Return the local folder of a repository "org/model" or "org/model@revision", downloaded if it is not in the cache.
 
-    Safetensors are preferred to .bin files. Without network, a cached snapshot is used.
+    Safetensors are preferred to .bin files; with `config_only`, config.json is the only file. Without network, a cached
+    snapshot is used.
 
     Raises:
       ConfigError: huggingface_hub is not installed.
@@ -44,16 +46,16 @@ def download_model(name: str) -> Path:
             f"{name}: no such folder; to download it from the Hugging Face Hub, pip install 'mesh-transformer[hub]'"
         ) from None
     repository, revision = match["repository"], match["revision"]
-    try:
-        folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(FILES), ignore_patterns=list(ORIGINAL))
+
+    def download(files: tuple[str, ...]) -> Path:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(files), ignore_patterns=list(ORIGINAL))
         )
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(
-                snapshot_download(
-                    repository, revision=revision, allow_patterns=list(TORCH_FILES), ignore_patterns=list(ORIGINAL)
-                )
-            )
+
+    try:
+        folder = download(CONFIG_FILES if config_only else FILES)
+        if not config_only and not any(folder.glob("*.safetensors")):
+            folder = download(TORCH_FILES)
     except GatedRepoError:
         raise CheckpointError(
             f"{repository}: access to this repository has to be requested on its page on the Hub; then set HF_TOKEN"

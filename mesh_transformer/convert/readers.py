@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mesh_transformer.checkpoint.store import find_checkpoint
 from mesh_transformer.config.renamed import translate_stored
 from mesh_transformer.convert.gptj.reader import open_gptj
-from mesh_transformer.convert.huggingface.reader import is_huggingface, open_huggingface, read_config
+from mesh_transformer.convert.huggingface.reader import is_huggingface, open_huggingface, read_config, read_model
 from mesh_transformer.convert.import_plan import ImportPlan, PlannedArray, make_model_config
 from mesh_transformer.convert.sources import require_existing
 from mesh_transformer.storage.errors import CheckpointError
@@ -68,6 +68,28 @@ def open_checkpoint(path: AnyPath, source_config: AnyPath | None = None) -> Open
             return OpenCheckpoint("huggingface", path, open_huggingface(path), {}, dict(read_config(path)[0].table))
         case _:
             return open_native(path)
+
+
+def read_model_section(path: AnyPath) -> dict[str, Any]:
+    """Return the [model] section of a checkpoint of any format, from its configuration or header alone.
+
+    The files with the weights of a Hugging Face folder may be missing: config.json suffices. CheckpointError if the model is
+    not supported.
+    """
+    require_existing(path)
+    match detect_format(path):
+        case "gguf":
+            require_gguf(path)
+            from mesh_transformer.convert.gguf.container import read_gguf
+            from mesh_transformer.convert.gguf.reader import read_gguf_model
+            from mesh_transformer.convert.gguf.tensors import open_tensors
+
+            file = read_gguf(path)
+            return read_gguf_model(file, open_tensors(file.tensors, file.path))[1]
+        case "huggingface":
+            return read_model(*read_config(path))
+        case _:
+            return open_checkpoint(path).plan.model
 
 
 def _find_shards(path: AnyPath) -> AnyPath | None:

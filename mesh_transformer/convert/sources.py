@@ -18,10 +18,11 @@ WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pth|pt|gguf)")
 PREFIX = "hf://"  # of a name that is always a repository on the Hub
 
 
-def find_source(name: str | AnyPath) -> AnyPath:
+def find_source(name: str | AnyPath, *, config_only: bool = False) -> AnyPath:
     """Return the folder or file of a model, downloaded first if `name` is a repository on the Hub.
 
-    A name such as org/model or org/model@revision is a repository unless that path, or a local folder org, exists.
+    A name such as org/model or org/model@revision is a repository unless that path, or a local folder org, exists. With
+    `config_only`, the only file that is downloaded is config.json.
 
     Raises:
       CheckpointError: nothing is there, or it is known not to be a model that can be read.
@@ -29,7 +30,7 @@ def find_source(name: str | AnyPath) -> AnyPath:
     """
     text = str(name)
     if text.startswith(PREFIX) or _is_repository(text):
-        return download_model(text.removeprefix(PREFIX))
+        return download_model(text.removeprefix(PREFIX), config_only=config_only)
     path = _find_snapshot(parse_path(name))
     reject_other_formats(path)
     return path

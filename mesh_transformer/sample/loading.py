@@ -12,6 +12,8 @@ from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config import Config, ConfigError, merge_override, parse_config
 from mesh_transformer.config.renamed import translate_stored
 from mesh_transformer.convert.model_cache import find_model
+from mesh_transformer.convert.readers import NATIVE, detect_format, read_model_section
+from mesh_transformer.convert.sources import find_source
 from mesh_transformer.data.tokenizers import Tokenizer, tokenizer_from_json
 from mesh_transformer.host_memory import keep_freed_memory
 from mesh_transformer.mesh import MeshLayout, init_devices
@@ -74,6 +76,18 @@ def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedMode
     params = _read_params(store, step, config, layout)
     engine = _make_engine(config, params, layout, defaults)
     return LoadedModel(engine, defaults.tokenizer, config, step, where, defaults)
+
+
+def load_sampling_config(path: str | AnyPath, overrides: Iterable[str] = ()) -> Config:
+    """Return the configuration with which `load_model` would run a model, without reading or downloading its weights.
+
+    Raises CheckpointError or ConfigError as `load_model` does.
+    """
+    source = find_source(path, config_only=True)
+    if source.is_dir() and detect_format(source) == NATIVE:
+        store, step = find_checkpoint(source)
+        return read_model_config(store.read_meta(step), f"{store.root}/step_{step}", overrides)
+    return read_model_config({"config": {"model": read_model_section(source)}}, str(source), overrides)
 
 
 def read_meta(model: LoadedModel) -> dict[str, Any]:

@@ -88,9 +88,9 @@ def hub(tmp_path):
             server.shutdown()
 
 
-def find(name, environment, **more):
+def find(name, environment, program=FIND, **more):
     return subprocess.run(
-        [sys.executable, "-c", FIND, name],
+        [sys.executable, "-c", program, name],
         env={**environment, **more},
         cwd=environment["HF_HOME"].removesuffix("/home"),
         capture_output=True,
@@ -118,6 +118,16 @@ def test_a_repository_is_downloaded_once_and_found_offline(hub):
     assert not requests
     missing = find("org/other", environment, HF_HUB_OFFLINE="1")
     assert "org/other: not in the local cache, and the Hub cannot be reached" in missing.stderr
+
+
+@pytest.mark.slow
+def test_a_plan_downloads_no_weights(hub):
+    environment, requests = hub
+    program = FIND.replace("sys.argv[1])", "sys.argv[1], config_only=True)")
+    assert program != FIND
+    found = find("org/name", environment, program=program)
+    assert [file.name for file in Path(found.stdout.strip()).iterdir()] == ["config.json"]
+    assert not any("safetensors" in request for request in requests)
 
 
 @pytest.mark.slow

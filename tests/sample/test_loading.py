@@ -3,12 +3,14 @@
 """load_model reads checkpoints, applies overrides of sampling and serving, and configures speculative decoding."""
 
 import dataclasses
+import json
 
 import pytest
 
 from mesh_transformer.config import ConfigError
+from mesh_transformer.convert.huggingface.reader import find_family
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
-from mesh_transformer.sample.loading import load_model
+from mesh_transformer.sample.loading import load_model, load_sampling_config
 from mesh_transformer.sample.text_generation import complete_texts
 
 PROMPTS = ["abcabcabcabc", "a prompt"]
@@ -67,6 +69,19 @@ def test_a_draft_model_may_differ_but_not_in_its_vocabulary(run, model, save_run
 def test_overrides_are_checked(run, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_model(run, overrides)
+
+
+def test_the_configuration_needs_no_weights(run, model, tmp_path):
+    overrides = ["sample.max_tokens=7"]
+    expected = dataclasses.replace(model.config, sample=dataclasses.replace(model.config.sample, max_tokens=7))
+    assert load_sampling_config(run, overrides) == expected
+    _, table = find_family(model.config.model)
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    found = load_sampling_config(tmp_path, overrides)
+    assert found.model.describe_function() == model.config.model.describe_function()
+    assert found.sample.max_tokens == 7
+    with pytest.raises(ConfigError, match=r"train\.steps of a trained model cannot be changed"):
+        load_sampling_config(tmp_path, ["train.steps=5"])
 
 
 def test_encoder_decoder_models_refuse_speculative_decoding(save_run):

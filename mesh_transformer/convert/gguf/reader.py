@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, make_family, read_config
-from mesh_transformer.convert.gguf.container import read_gguf
+from mesh_transformer.convert.gguf.container import GGUFFile, read_gguf
 from mesh_transformer.convert.gguf.tensors import open_tensors, subtract_one, undo_rope_order
 from mesh_transformer.convert.gguf.tokenizer import read_tokenizer
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
@@ -33,14 +33,19 @@ def open_gguf(path: AnyPath) -> OpenGGUF:
     """
     file = read_gguf(path)
     tensors = open_tensors(file.tensors, file.path)
-    config = read_config(file.metadata, tensors, file.path)
+    config, model = read_gguf_model(file, tensors)
     name = file.metadata["general.architecture"]
-    family = make_family(config["model_type"], name)
-    model = read_model(HFConfig(config, file.path), family)
     native = make_model_config(model, file.path)
     arrays = assemble_native(native, name, config["model_type"], tensors, file.path)
     meta = read_tokenizer(file.metadata, file.path)
     return OpenGGUF(file.path, ImportPlan(native, model, arrays, 0), config, meta)
+
+
+def read_gguf_model(file: GGUFFile, tensors: Mapping[str, LazyArray]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return config.json of the family of a GGUF model, and the [model] section. CheckpointError if it has none."""
+    config = read_config(file.metadata, tensors, file.path)
+    family = make_family(config["model_type"], file.metadata["general.architecture"])
+    return config, read_model(HFConfig(config, file.path), family)
 
 
 def assemble_native(

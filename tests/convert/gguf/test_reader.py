@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from mesh_transformer.convert import readers
 from mesh_transformer.convert.conversion import ConversionOptions, convert
 from mesh_transformer.convert.readers import open_checkpoint
+from mesh_transformer.convert.sources import find_source
 from mesh_transformer.storage.errors import CheckpointError
 
 
@@ -32,6 +33,13 @@ def test_found_by_file_and_by_folder(folder):
         opened = open_checkpoint(path)
         assert opened.kind == "gguf"
         assert opened.path == file
+
+
+def test_the_header_alone_gives_the_model(folder, monkeypatch):
+    expected = open_checkpoint(folder / "gguf").plan.model
+    assert expected["n_kv_heads"] == 2
+    assert readers.read_model_section(folder / "gguf") == expected
+    assert find_source(folder / "gguf", config_only=True) == folder / "gguf"
 
 
 def test_converted_to_hugging_face(folder, tmp_path):
