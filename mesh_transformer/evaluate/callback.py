@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation callback of training: runs the tasks of [evaluate] at the configured steps."""
+"""Callback of the training loop that runs the tasks of [evaluate] every `evaluate.every` steps and at the end."""
 
 from mesh_transformer.config import Config, ConfigError, config_to_dict
 from mesh_transformer.distributed.coordination import process_count
@@ -28,16 +28,16 @@ def make_measure(config: Config) -> MeasureFn | None:
     generating = [name for name in check_tasks(config) if _generates(name)]
     if generating and process_count() > 1:
         raise ConfigError(
-            f"task {generating[0]!r} generates text, which training with several processes does not support; remove it from "
-            "evaluate.tasks, and run it with device_evaluate.py"
+            f"evaluate.tasks: task {generating[0]!r} generates text, which training supports only in 1 process, and "
+            f"{process_count()} processes are running; remove it, and run it on a checkpoint with device_evaluate.py"
         )
     return EvaluationCallback(config, generates=bool(generating))
 
 
 class EvaluationCallback:
-    """Runs the tasks on the current parameters. All processes call it and share every batch.
+    """Runs the tasks on the current parameters. Every process calls it, and every batch is sharded over all processes.
 
-    A task that generates text needs a second copy of the weights while it runs, in the layout of decoding.
+    A task that generates text needs a second copy of the weights while it runs, sharded for decoding.
     """
 
     def __init__(self, config: Config, *, generates: bool) -> None:
@@ -79,5 +79,5 @@ class EvaluationCallback:
 
 
 def _generates(name: str) -> bool:
-    """Return whether a task generates text. Tasks outside the harness do not."""
+    """Return whether a task generates text. Tasks that run without the harness do not."""
     return name not in (TEXT, WIKITEXT) and load_definition(name)["output_type"] == "generate_until"

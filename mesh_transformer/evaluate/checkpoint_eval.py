@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a run, a checkpoint or a Hugging Face model folder: print the results and write them into the run folder."""
+"""Evaluation of a run, a checkpoint or a Hugging Face folder: prints the results and writes them into the run folder."""
 
 import dataclasses
 import hashlib
@@ -29,11 +29,11 @@ TABLE_WIDTH = 160  # characters, when stdout is not a terminal
 
 
 def evaluate_checkpoint(run: str, overrides: Iterable[str] = (), *, quiet: bool = False) -> Evaluation:
-    """Evaluate the model `run`: a run folder (its latest valid checkpoint), a checkpoint, or a model of another format.
+    """Evaluate a model and return the results.
 
-    Tables go to stdout unless `quiet`. Results are written into the run folder, if there is one; an interrupted evaluation
-    resumes when it is called again. Raises ConfigError and CheckpointError as `load_model` does, and what `evaluate_model`
-    raises.
+    `run` is a run folder (its latest valid checkpoint is evaluated), a checkpoint, or a model of another format. Tables are
+    printed on stdout unless `quiet`. If the checkpoint is in a run folder, the results are written there, and a repeated
+    call resumes an interrupted evaluation. Raises ConfigError, CheckpointError, DataError or ScoringError.
     """
     loaded = load_model(run, overrides)
     check_tasks(loaded.config)
@@ -45,7 +45,10 @@ def evaluate_checkpoint(run: str, overrides: Iterable[str] = (), *, quiet: bool 
         with show_progress() as on_progress:
             evaluation = evaluate_model(target, on_progress)
         _print_tables(evaluation, quiet=quiet)
-        print("results are not saved, because the model is not in a run folder; --json prints them", file=sys.stderr)
+        print(
+            f"{loaded.where} is not in a run folder, so the results are not saved; --json prints them as JSON",
+            file=sys.stderr,
+        )
         return evaluation
     config = dataclasses.replace(loaded.config, run=dataclasses.replace(loaded.config.run, dir=str(run_folder)))
     with RunFolder(config, lambda text: print(text, file=sys.stderr)) as folder:
@@ -70,7 +73,7 @@ def _print_tables(evaluation: Evaluation, *, quiet: bool) -> None:
 
 
 def _model_digest(loaded: LoadedModel) -> str:
-    """Return a digest of the weights and of the settings that results depend on."""
+    """Return a digest of the weights and the configuration that results depend on."""
     manifest = find_checkpoint(loaded.where)[0].read_manifest(loaded.step)
     parts = [sorted(manifest.arrays.items()), loaded.config.model, loaded.config.serve]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -78,7 +81,7 @@ def _model_digest(loaded: LoadedModel) -> str:
 
 @contextmanager
 def show_progress() -> Iterator[ProgressFn]:
-    """Show progress bars on stderr if it is a terminal, else a line every PROGRESS_SECONDS."""
+    """Show progress bars on stderr if it is a terminal; otherwise print a line every PROGRESS_SECONDS."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -98,7 +101,7 @@ def show_progress() -> Iterator[ProgressFn]:
 
 
 def find_run_folder(checkpoint: AnyPath) -> AnyPath | None:
-    """Return RUN of a checkpoint folder RUN/checkpoints/step_N or RUN/step_N; None for other folders."""
+    """Return the run folder RUN of a checkpoint RUN/checkpoints/step_N or RUN/step_N; None for other folders."""
     if not checkpoint.name.startswith("step_"):
         return None
     parent = checkpoint.parent

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Run the tasks of [evaluate] on a model and return results in lm-evaluation-harness's format."""
+"""Evaluation of a model on the tasks of [evaluate], with results in lm-evaluation-harness's format."""
 
 import sys
 import time
@@ -58,7 +58,7 @@ class EvalTarget(NamedTuple):
 
 
 def check_tasks(config: Config) -> list[str]:
-    """Check [evaluate] before anything is computed, and return the names of its tasks.
+    """Check [evaluate] without reading data, and return the names of its tasks, with groups expanded.
 
     Raises ConfigError for an invalid configuration, DataError for a missing file.
     """
@@ -69,7 +69,7 @@ def check_tasks(config: Config) -> list[str]:
     keys = [to_key(name) for name in names]
     for key in keys:
         if key not in (TEXT, *synthetic) and key not in evaluate.data:
-            raise ConfigError(f"task {key!r} needs a data file: add --data {key}=PATH, or set evaluate.data.{key}")
+            raise ConfigError(f"task {key!r} has no data file; add --data {key}=PATH, or set evaluate.data.{key}")
     if harness_names:
         import_harness()
     for name in harness_names:
@@ -81,7 +81,7 @@ def check_tasks(config: Config) -> list[str]:
         if (is_task and name not in keys) or (not is_task and not reads_texts):
             raise ConfigError(
                 f"evaluate.data.{name} is not used by the tasks {', '.join(names)}; add --task "
-                f"{name if is_task else TEXT}, or remove it"
+                f"{name if is_task else TEXT}, or remove this entry"
             )
     for field, entries in (
         ("fewshot_data", evaluate.fewshot_data),
@@ -91,7 +91,7 @@ def check_tasks(config: Config) -> list[str]:
             if name not in map(to_key, harness_names):
                 raise ConfigError(
                     f"evaluate.{field}.{name}: {name!r} is not one of the tasks {', '.join(names)}; add --task {name}, "
-                    "or remove it"
+                    "or remove this entry"
                 )
     check_paths(config, _components(config) if reads_texts else (TEXT,))
     return names
@@ -102,7 +102,7 @@ def _harness_names(names: list[str]) -> list[str]:
 
 
 def _components(config: Config) -> list[str]:
-    """Return the names in evaluate.data that are text to score, not files of tasks."""
+    """Return the names in evaluate.data that are components of the text task rather than tasks."""
     return [name for name in config.evaluate.data if not _is_task(name, config)]
 
 
@@ -117,7 +117,8 @@ def _is_task(name: str, config: Config) -> bool:
 def evaluate_model(target: EvalTarget, on_progress: ProgressFn = lambda name, done, total: None) -> dict[str, Any]:
     """Return the results of all tasks; reports/evaluation_results.py describes their format.
 
-    Raises ConfigError, DataError and what scoring raises.
+    Raises ConfigError for an invalid configuration, DataError for invalid data, ScoringError for tokens that cannot be
+    scored.
     """
     evaluate = target.config.evaluate
     names = check_tasks(target.config)
@@ -127,7 +128,7 @@ def evaluate_model(target: EvalTarget, on_progress: ProgressFn = lambda name, do
     if WIKITEXT in names:
         _add_wikitext(found, target, on_progress)
     if harness_names := _harness_names(names):
-        # not at the top: this import needs lm-evaluation-harness, an optional dependency
+        # Imported here, because it requires lm-evaluation-harness, an optional dependency.
         from mesh_transformer.evaluate.harness_model import HarnessModel
 
         model = HarnessModel(target.scorer, target.defaults, target.engine, on_progress)
@@ -181,7 +182,7 @@ def _score(
 
 
 def _add_texts(found: dict[str, Any], scores: dict[str, TextScore]) -> None:
-    """Add every component, and the total of several; that of the Pile's 22 components is called "pile"."""
+    """Add the scores of every component and, if there are several, their total: "pile" for the Pile's 22 components."""
     for name, score in scores.items():
         _add(found, f"{TEXT}:{name}", score.to_results(), score.documents)
     if len(scores) > 1:
@@ -209,7 +210,7 @@ def _add(found: dict[str, Any], name: str, values: dict[str, float], n_documents
 
 
 def _read_inputs(target: EvalTarget, name: str) -> TaskInputs:
-    """Return the examples of a task, read from its files or made from held-out text."""
+    """Return the examples of a task, read from its data files or made from held-out text."""
     evaluate = target.config.evaluate
     make = find_task(name).make
     key = to_key(name)
@@ -226,7 +227,7 @@ def _read_inputs(target: EvalTarget, name: str) -> TaskInputs:
 
 
 def _to_plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the harness's numbers as JSON values: NumPy's as Python's, those that are not finite as text."""
+    """Convert the harness's numbers to JSON values: NumPy scalars to Python numbers, infinities and NaN to strings."""
     plain: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

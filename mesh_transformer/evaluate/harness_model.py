@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Model adapter for lm-evaluation-harness (its TemplateLM interface).
+"""Adapter that gives a model the TemplateLM interface of lm-evaluation-harness.
 
 Importing this module imports the harness, which is an optional dependency: import it only when harness tasks are run.
 """
@@ -29,7 +29,7 @@ harness_utils: Any = import_harness("lm_eval.utils")
 
 
 class HarnessModel(TemplateLM):
-    """A model of the harness. Texts begin and end, and long contexts are truncated, as in HFLM, the harness's own model."""
+    """Model for the harness. Special tokens and the truncation of long contexts follow HFLM, its Hugging Face model."""
 
     batch_size = 1
 
@@ -40,12 +40,12 @@ class HarnessModel(TemplateLM):
         engine: Engine | None = None,
         on_progress: ProgressFn = lambda kind, done, total: None,
     ) -> None:
-        """`engine` is required only by tasks that generate text."""
+        """`engine` may be None if no task generates text."""
         super().__init__()
         self.truncated: dict[Any, set[Any]] = defaultdict(set)  # task -> examples whose prompts were truncated
         self._scorer = scorer
         self._defaults = defaults
-        # HFLM adds the tokenizer's end to the stop strings.
+        # HFLM adds the tokenizer's end-of-text token to the stop strings.
         ends = dict.fromkeys((*defaults.eos_token_ids, defaults.tokenizer.end_of_text))
         self._generation_defaults = dataclasses.replace(defaults, eos_token_ids=tuple(ends))
         self._tokenizer = defaults.tokenizer
@@ -86,7 +86,7 @@ class HarnessModel(TemplateLM):
             string, add_special_tokens=is_file and add_special_tokens is not False, parse_special=is_file
         )
         has_two = add_special_tokens is None and begin is not None and ids[:2] == [begin, begin]
-        return ids[1:] if has_two else ids  # HFLM adds none to a text that begins with it
+        return ids[1:] if has_two else ids  # as in HFLM, no second BOS token
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         self._examples = [(request.task_name, request.doc_id) for request in requests]
@@ -96,16 +96,17 @@ class HarnessModel(TemplateLM):
         chunks: list[ScoringRequest] = []
         owners: list[int] = []  # index of the request that a chunk belongs to
         for number, ((context, continuation), context_ids, ids) in enumerate(requests):
+            task, example = self._examples[number]
             if not ids:
                 raise ConfigError(
-                    f"continuation {continuation!r} of {context[-30:]!r} has no tokens; it needs at least 1"
+                    f"task {task}, example {example}: the continuation {continuation!r} of {context[-30:]!r} has no tokens; it "
+                    "needs at least 1; correct the example in the data file"
                 )
             if len(context_ids) + len(ids) > self.max_length + 1:
-                task, example = self._examples[number]
                 self.truncated[task].add(example)
-            own = split_continuation(context_ids, ids, self.max_length)
-            chunks += own
-            owners += [number] * len(own)
+            request_chunks = split_continuation(context_ids, ids, self.max_length)
+            chunks += request_chunks
+            owners += [number] * len(request_chunks)
         totals = [(0.0, True)] * len(requests)
         for number, (logprob, is_greedy) in zip(owners, self._score("log-likelihoods", chunks), strict=True):
             total, all_greedy = totals[number]
@@ -131,7 +132,10 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         if self._engine is None:
-            raise ConfigError("the task generates text, which needs a sampling engine; run it with device_evaluate.py")
+            raise ConfigError(
+                f"task {requests[0].task_name} generates text, which needs a sampling engine; run it with "
+                "device_evaluate.py"
+            )
         by_params: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             by_params[json.dumps(request.args[1], sort_keys=True)].append(number)
@@ -144,7 +148,7 @@ class HarnessModel(TemplateLM):
         return [answers[number] for number in range(len(requests))]
 
     def _generate(self, engine: Engine, requests: Mapping[int, Any]) -> dict[int, str]:
-        """Return the answers to requests with the same sampling parameters; those in the resume log are reused."""
+        """Return the answers to requests with equal sampling parameters; answers in the resume log are reused."""
         log = self._scorer.resume_log
         options, stops = _generation_kwargs(
             next(iter(requests.values())).args[1], self.max_length, self._defaults.sampling
@@ -153,12 +157,12 @@ class HarnessModel(TemplateLM):
         prompts: dict[int, str | list[int]] = {}
         for number, request in requests.items():
             ids = self.tok_encode(request.args[0])
-            max_tokens = self.max_length - options.max_tokens
-            if len(ids) > max_tokens:
+            max_prompt_tokens = self.max_length - options.max_tokens
+            if len(ids) > max_prompt_tokens:
                 self.truncated[request.task_name].add(request.doc_id)
             known = log.get(_digest(request)) if log else None
             if known is None:
-                prompts[number] = ids[-max_tokens:] or ""
+                prompts[number] = ids[-max_prompt_tokens:] or ""
             else:
                 answers[number] = known
         if prompts:
@@ -173,9 +177,10 @@ class HarnessModel(TemplateLM):
 
 
 def split_continuation(context: Sequence[int], continuation: Sequence[int], max_length: int) -> list[ScoringRequest]:
-    """Return requests that together score a continuation, after as much of the context as fits.
+    """Return requests that together score a continuation, with as much of the context before it as fits.
 
-    A continuation longer than `max_length` is scored in several requests, of half that length each, after the other half.
+    A continuation longer than `max_length` is split into requests that score max_length / 2 tokens each, given the
+    max_length / 2 tokens before them.
     """
     tokens = [*context, *continuation]
     first = len(context)
@@ -193,7 +198,7 @@ def _generation_kwargs(
 ) -> tuple[SampleConfig, list[str]]:
     """Return the sampling parameters and stop strings of a task; greedy unless it sets do_sample.
 
-    `sampling` are the defaults of the model's generation_config.json.
+    `sampling` holds the defaults of the model's generation_config.json.
     """
     do_sample = bool(kwargs.get("do_sample"))
     stops = kwargs.get("until") or []

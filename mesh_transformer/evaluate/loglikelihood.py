@@ -3,8 +3,8 @@
 """Log-probabilities of token sequences, batched by length over the mesh, independent of batch and mesh.
 
 Lengths are rounded up to powers of two, so that sequences of similar length share a batch. Padding follows the text, where
-causal attention hides it. The longest sequences come first, so that running out of memory shows at once. Experts have no
-capacity limit during scoring: otherwise a result would depend on the other sequences of its batch.
+the causal mask excludes it. The longest sequences come first, so that a lack of memory is an error of the first batch.
+Experts have no capacity limit during scoring: otherwise a result would depend on the other sequences of its batch.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ from mesh_transformer.storage.resume_log import ResumeLog
 from mesh_transformer.train.compile import compile_barrier, replicated, with_layout
 
 MIN_BUCKET = 32  # smallest padded length
-MAX_IN_FLIGHT = 2  # batches that are computed while the results of an earlier one are read
-MAX_LOGIT_BYTES = 1 << 28  # logits that exist at a time, over all devices
+MAX_IN_FLIGHT = 2  # batches in progress while the results of an earlier batch are read
+MAX_LOGIT_BYTES = 1 << 28  # of the logits that are in memory at a time, over all devices
 
-BatchProgressFn = Callable[[int, int], None]  # requests done, total
+BatchProgressFn = Callable[[int, int], None]  # number of finished requests, total
 OnResult = Callable[[int, "Loglikelihood"], None]  # index of a request, and its result
 
 
@@ -43,7 +43,7 @@ def _ignore(*_: Any) -> None: ...
 
 
 class ScoringError(ValueError):
-    """Tokens that cannot be scored."""
+    """Error for a request whose tokens cannot be scored."""
 
 
 class ScoringRequest(NamedTuple):
@@ -53,12 +53,12 @@ class ScoringRequest(NamedTuple):
     n_scored: int
 
     def digest(self) -> str:
-        """Return a digest of the tokens, by which results are stored."""
+        """Return a digest of the request, the key of its result in the resume log."""
         return xxhash.xxh3_128_hexdigest(np.array([self.n_scored, *self.tokens], "<i4").tobytes())
 
 
 class Loglikelihood(NamedTuple):
-    """The result of a request, one value per scored token."""
+    """The result of a request, with one value per scored token."""
 
     logprobs: Float[np.ndarray, "N"]  # natural logarithm
     greedy: Bool[np.ndarray, "N"]  # whether the token is the most probable one
@@ -85,9 +85,10 @@ class LoglikelihoodScorer:
         A batch has about `batch_tokens` tokens, including padding.
         """
         if config.n_encoder_layers is not None or not config.causal:
+            kind = "causal=false" if not config.causal else f"n_encoder_layers={config.n_encoder_layers}"
             raise ConfigError(
-                "the model has model.n_encoder_layers or model.causal=false; evaluation scores only causal decoder-only "
-                "models. Use the validation sets of training ([data.validation]) instead"
+                f"model.{kind}: evaluation scores only causal decoder-only models; use the validation sets of training "
+                "([data.validation]) instead"
             )
         no_capacity: dict[str, None] = dict(eval_capacity_factor=None, eval_capacity=None)
         experts = config.experts and dataclasses.replace(config.experts, **no_capacity)
@@ -96,7 +97,7 @@ class LoglikelihoodScorer:
         self.layout = layout
         self.resume_log: ResumeLog | None = None  # results of earlier attempts; `score_totals` reads and extends it
         self._batch_tokens = batch_tokens
-        self._n_shards = layout.batch_shards if layout else 1  # of the batch
+        self._n_shards = layout.batch_shards if layout else 1  # over which a batch is divided
         program = functools.partial(_score_batch, self.config, make_model(self.config))
         if layout is None:
             self._score = jax.jit(program)
@@ -178,11 +179,11 @@ class LoglikelihoodScorer:
         return bucket(len(request.tokens) - 1, min(MIN_BUCKET, limit), limit)
 
     def _batch_size(self, length: int) -> int:
-        """Return the size of a full batch of this length: a multiple of the shards of a batch."""
+        """Return the number of sequences of `length` in a full batch, a multiple of the number of batch shards."""
         return max(self._batch_tokens // length // self._n_shards, 1) * self._n_shards
 
     def _dispatch(self, requests: list[ScoringRequest], length: int) -> tuple[Array, Array]:
-        """Start a batch. One that is not full is padded to a power of two times the shards, to limit compilations."""
+        """Start computing a batch, padded to a power of two sequences per shard, which limits the number of compilations."""
         per_shard = -(-len(requests) // self._n_shards)
         size = min(self._n_shards << (per_shard - 1).bit_length(), self._batch_size(length))
         tokens, targets = np.zeros((2, size, length), np.int32)
@@ -199,7 +200,7 @@ class LoglikelihoodScorer:
 
 
 def make_scorer(engine: Engine, *, batch_tokens: int = 8192) -> LoglikelihoodScorer:
-    """A scorer that shares the engine's weights."""
+    """Return a scorer that shares the engine's weights. Raises ConfigError for a model with an encoder."""
     programs = require_decoder_only(engine, "evaluation").programs
     return LoglikelihoodScorer(programs.config, programs.weights, programs.layout, batch_tokens=batch_tokens)
 
@@ -209,7 +210,7 @@ def _score_batch(
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Return the log-probability of every target, and whether it is the most probable token.
 
-    The sequence is processed in chunks, so that the logits of only one chunk exist at a time.
+    The sequence is processed in chunks, so that only the logits of one chunk are in memory at a time.
     """
     params = stack_layers(params)
     x, _ = model.hidden_states(params, batch.tokens)

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bits per byte of documents: the Pile's protocol (arXiv 2101.00027, section 3), or overlapping windows.
 
-Each document is scored separately, after the token that begins a text: that of a converted model's tokenizer (<s>), else
-the end of text. It is split into segments of the context length. Every
-token is scored once, given the tokens before it in its segment; the first token of a segment is given the last token of
-the segment before. With a stride below the context length, segments overlap: each window scores `stride` new tokens and has
-earlier ones as context. The end of the document is not scored. The loss in nats is divided by the UTF-8 bytes of the text,
-which do not depend on the tokenizer.
+Each document is scored separately, preceded by a prefix token: the BOS token (<s>) if the tokenizer of a converted model
+adds one, otherwise the end-of-text token. The document is split into segments of the context length. Every token is scored
+once, given the tokens before it in its segment; the first token of a segment is given the last token of the previous
+segment. With a stride below the context length, segments overlap: each window scores `stride` new tokens, with the earlier
+tokens of the window as context. No end-of-text token is scored after the document. The loss in nats is divided by the
+number of UTF-8 bytes of the text, which does not depend on the tokenizer.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class TextScore(NamedTuple):
     tokens: int
     n_bytes: int  # of the text in UTF-8
     documents: int
-    size: int  # bytes of the full collection, of which only a fraction may have been scored
+    size: int  # UTF-8 bytes of the full collection, of which only a fraction may have been scored
 
     @property
     def bits_per_byte(self) -> float:
@@ -55,7 +55,7 @@ class TextScore(NamedTuple):
         return self.tokens / self.n_bytes
 
     def to_results(self) -> dict[str, float]:
-        """Return the values by their names in evaluation results."""
+        """Return the metrics by their names in evaluation results."""
         return {
             "bits_per_byte": self.bits_per_byte,
             "nats_per_byte": self.loss_per_byte,
@@ -71,14 +71,15 @@ class TextScore(NamedTuple):
 def sliding_windows(
     tokens: Sequence[int], prefix_token: int, context: int, stride: int | None = None
 ) -> Iterator[ScoringRequest]:
-    """Yield requests that together score every token of a document once, in order, the first one after `prefix_token`.
+    """Yield requests that together score every token of a document once, in order; `prefix_token` precedes the first.
 
-    A window has at most `context` tokens and begins `stride` (default: context) tokens after the previous one.
+    A window has at most `context` tokens and begins `stride` (default: `context`) tokens after the previous window.
+    Raises ConfigError for a stride that is not between 1 and `context`.
     """
     stride = context if stride is None else stride
     if not 0 < stride <= context:
         raise ConfigError(
-            f"evaluate.stride={stride} with a context of {context} tokens: must be between 1 and the context"
+            f"evaluate.stride={stride}: must be between 1 and the context of {context} tokens (evaluate.context)"
         )
     padded = [prefix_token, *tokens]
     scored = 0
@@ -103,9 +104,9 @@ def score_documents(
 ) -> dict[str, TextScore]:
     """Return the score of each component, given pairs of component and document.
 
-    Of each component, a hash of the document names samples a `fraction`, of which the first `limit` documents are scored.
-    `context` is the segment length (default: the model's seq_len). `on_progress` receives the bytes scored so far. Raises
-    ConfigError for an invalid context or stride, DataError for a component without text to score.
+    A hash of the document's name selects a `fraction` of each component, of which the first `limit` documents are scored.
+    `context` is the segment length in tokens (default: the model's seq_len). `on_progress` receives the number of bytes
+    scored so far. Raises ConfigError for an invalid context or stride, DataError for a component without text to score.
     """
     context = scorer.config.seq_len if context is None else context
     if not 0 < context <= scorer.config.seq_len:
@@ -145,16 +146,21 @@ def score_documents(
     if empty := [name for name, total in sums.items() if not total.tokens]:
         if fraction < 1:
             raise DataError(
-                f"{empty[0]}: evaluate.sample_fraction={fraction} selected none of its documents; increase it (at most 1)"
+                f"component {empty[0]!r}: evaluate.sample_fraction={fraction} selected no document with text; increase it (at "
+                "most 1)"
             )
-        raise DataError(f"{empty[0]}: all its documents are empty; correct or remove it")
+        raise DataError(
+            f"component {empty[0]!r}: all its documents are empty; correct its file, or remove the component"
+        )
     if not sums:
-        raise DataError("no documents to score; add --data NAME=PATH")
+        raise DataError("the text task has no documents to score; add text: --data NAME=PATH")
     return {name: total.finish() for name, total in sums.items()}
 
 
 @dataclasses.dataclass
 class _Sum:
+    """Running totals of a component; the fields are those of TextScore."""
+
     negative_logprobs: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
     n_bytes: int = 0
@@ -166,12 +172,12 @@ class _Sum:
 
 
 def is_sampled(name: str, fraction: float) -> bool:
-    """Return whether a document is part of the sampled fraction. The choice depends only on its name."""
+    """Return whether a document is in the sampled fraction, which depends only on the document's name."""
     return fraction >= 1.0 or xxhash.xxh3_64_intdigest(name.encode()) < fraction * 2**64
 
 
 def weighted_total(scores: Mapping[str, TextScore]) -> dict[str, float]:
-    """Return bits and nats per byte over all components, weighted by their sizes, as in the Pile's total."""
+    """Return bits and nats per byte over all components, weighted by their sizes in bytes, as in the Pile's total."""
     size = sum(score.size for score in scores.values())
     bits = math.fsum(score.bits_per_byte * score.size for score in scores.values()) / size
     return {"bits_per_byte": bits, "nats_per_byte": bits * math.log(2), "bytes": size}

@@ -13,7 +13,7 @@ FILE = Path(__file__).with_name("published.toml")
 
 @cache
 def read_published() -> tuple[dict[str, Any], ...]:
-    """Return all rows: model, source, and scores by "TASK.METRIC"."""
+    """Return all rows, each with the model, the source, and the scores by "TASK.METRIC"."""
     return tuple(tomllib.loads(FILE.read_text(encoding="utf-8"))["rows"])
 
 
@@ -25,7 +25,7 @@ def pile_components() -> frozenset[str]:
 
 
 def find_published(measured: Collection[str]) -> list[dict[str, Any]]:
-    """Return the rows with a score of the measured metrics ("TASK.METRIC"), reduced to these scores."""
+    """Return the rows that have scores of the measured metrics ("TASK.METRIC"), with only these scores."""
     rows = []
     for row in read_published():
         scores = {name: value for name, value in row["scores"].items() if name in measured}

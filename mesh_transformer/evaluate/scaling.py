@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Scaling laws: fit L = a (C / C0)^-b + c to losses against compute (arXiv 2001.08361, 2010.14701)."""
+"""Scaling laws: least-squares fit of L = a (C / C0)^-b + c to losses L at compute C (arXiv 2001.08361, 2010.14701)."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-B_RANGE = (0.01, 3.0)
+B_RANGE = (0.01, 3.0)  # exponents that are searched
 MIN_POINTS = 4  # one more than the law has parameters
 
 
@@ -19,8 +19,8 @@ class Fit(NamedTuple):
     a: float
     b: float
     c: float
-    c0: float  # the smallest compute, so that a is the reducible loss there
-    errors: tuple[float, float, float]  # standard errors of a, b and c; infinite where points do not determine them
+    c0: float  # the smallest compute; `a` is the reducible loss at c0
+    errors: tuple[float, float, float]  # standard errors of a, b and c; infinite if the points do not determine the law
     rms: float  # of the residuals, nats
     last_error: float  # last point minus its prediction by a fit without it, nats; NaN with too few points
 
@@ -32,12 +32,12 @@ class Fit(NamedTuple):
         a, b, c = (
             f"{value:.3g} ± {error:.2g}" for value, error in zip((self.a, self.b, self.c), self.errors, strict=True)
         )
-        last = "" if math.isnan(self.last_error) else f", last point {self.last_error:+.3f} off a fit without it"
+        last = "" if math.isnan(self.last_error) else f", last point {self.last_error:+.3f} from a fit without it"
         return f"L = ({a}) (C / {self.c0:.3g})^-({b}) + ({c}), rms {self.rms:.4f}{last}"
 
 
 def fit_law(compute: Sequence[float], losses: Sequence[float]) -> Fit | None:
-    """Return the least-squares fit with a > 0 and c >= 0; None for fewer than four points, or if losses do not fall."""
+    """Return the least-squares fit with a > 0 and c >= 0; None for fewer than four points, or if losses do not decrease."""
     order = np.argsort(compute)
     x = np.asarray(compute, float)[order]
     y = np.asarray(losses, float)[order]

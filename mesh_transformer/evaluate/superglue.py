@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""SuperGLUE tasks (arXiv 1905.00537) that need more than a row of tasks.py: WSC, MultiRC and ReCoRD.
+"""SuperGLUE tasks (arXiv 1905.00537) that need conversion code or their own metrics: WSC, MultiRC and ReCoRD.
 
 MultiRC uses its authors' metrics: F1a over all answers, and EM, the fraction of questions with all answers classified
 correctly. ReCoRD uses the prompt and metrics of the harness, whose own definition needs `transformers`.
@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Record = Mapping[str, Any]
-Answer = tuple[float, bool]  # log-probability, and whether every token was the most probable one
+Answer = tuple[float, bool]  # log-probability, and whether every token is the most probable one
 
 
 def read_wsc(record: Record) -> Iterable[dict[str, Any]]:
-    """Yield a WSC record with the fields of the Hugging Face Hub and spans spelled as in the text."""
+    """Yield a WSC record with the fields of the Hugging Face Hub, and with spans spelled as in the text."""
     spans = record.get("target", record)
     found: dict[str, Any] = {"text": record["text"], "label": int(bool(record["label"]))}
     for number in (1, 2):
@@ -31,7 +31,7 @@ def read_wsc(record: Record) -> Iterable[dict[str, Any]]:
 
 
 def _as_in_text(span: str, text: str, first_word: str) -> str:
-    """Return a span that is not in the text literally with the case of its first word there, without a final period."""
+    """Return a span as it is spelled in the text: with the case of its first word there, and without a final period."""
     if span in text:
         return span
     change = str.lower if first_word[0].islower() else str.upper
@@ -39,7 +39,7 @@ def _as_in_text(span: str, text: str, first_word: str) -> str:
 
 
 def read_multirc(record: Record) -> Iterable[dict[str, Any]]:
-    """Yield one record per answer of a MultiRC passage; Hub records have one answer already."""
+    """Yield one record per answer of a MultiRC passage; a record of the Hub has only one answer."""
     if "passage" not in record:
         fields = {name: record[name] for name in ("paragraph", "question", "answer", "idx")}
         yield fields | {"label": int(bool(record["label"]))}
@@ -56,9 +56,9 @@ def read_multirc(record: Record) -> Iterable[dict[str, Any]]:
 
 
 def multirc_choices(document: Record) -> list[str]:
-    """Return the choices by label: 0 says that the answer is wrong, 1 that it is correct.
+    """Return the choices in the order of the labels: "no" (the answer is wrong), then "yes" (it is correct).
 
-    The harness's definition (version 2.0) has them in reverse order, so that it counts errors as correct and shows wrong
+    The harness's definition (version 2.0) has them in reverse order, so that it counts errors as correct and gives wrong
     few-shot examples.
     """
     return [f"{document['answer']}\nIs the answer correct? {word}" for word in ("no", "yes")]
@@ -77,14 +77,14 @@ def score_multirc(document: Record, answers: Sequence[Answer]) -> dict[str, Any]
 
 
 def average_f1a(judged: Sequence[tuple[bool, bool]]) -> float:
-    """Return the F1 of the answers classified as correct."""
+    """Return the F1 score over all answers, given (predicted, correct) of each."""
     true_positives = sum(predicted and correct for predicted, correct in judged)
-    positives = sum(predicted + correct for predicted, correct in judged)  # predicted ones and correct ones
+    positives = sum(predicted + correct for predicted, correct in judged)
     return 2 * true_positives / positives if positives else 0.0
 
 
 def average_em(judged: Sequence[tuple[Any, bool]]) -> float:
-    """Return the fraction of questions without an error."""
+    """Return the fraction of questions without an error, given (question, is_correct) of each answer."""
     questions: dict[Any, bool] = defaultdict(lambda: True)
     for question, is_correct in judged:
         questions[question] &= is_correct
@@ -92,7 +92,7 @@ def average_em(judged: Sequence[tuple[Any, bool]]) -> float:
 
 
 def read_record(record: Record) -> Iterable[dict[str, Any]]:
-    """Yield one record per query of a ReCoRD passage, candidates sorted; Hub records have one query already."""
+    """Yield one record per query of a ReCoRD passage, with sorted candidates; a record of the Hub has only one query."""
     if "qas" not in record:
         passage = record["passage"]
         entities = record["entities"]
@@ -104,7 +104,9 @@ def read_record(record: Record) -> Iterable[dict[str, Any]]:
         queries = [(item["query"], [answer["text"] for answer in item["answers"]]) for item in record["qas"]]
     for query, answers in queries:
         if not answers or "@placeholder" not in query:
-            raise ValueError("a query needs answers and the text @placeholder")
+            raise ValueError(
+                f"query {query!r} with {len(answers)} answers: a query must contain @placeholder and have at least 1 answer"
+            )
         yield {
             "passage": passage,
             "query": query,
@@ -114,7 +116,7 @@ def read_record(record: Record) -> Iterable[dict[str, Any]]:
 
 
 def record_prompt(document: Record) -> str:
-    """Return the prompt: the passage, and its highlights as a list that the query continues."""
+    """Return the prompt: the passage, then its highlights as a list, of which the query is the next item."""
     text, *highlights = document["passage"].strip().split("\n@highlight\n")
     return f"{text}\n\n" + "".join(f"  - {highlight}.\n" for highlight in highlights)
 

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic tasks made from held-out documents, for use without a data set: choose an ending, a word or a line.
+"""Synthetic tasks made from held-out documents, which need no data set: choose an ending, predict a word, complete a line.
 
-The same documents give the same examples in any order. Words are separated by white space, which is retained, so that
-examples of source code are source code. No example spans two documents.
+The examples do not depend on the order of the documents. The white space between words is retained, so that examples from
+source code are source code. No example spans two documents.
 """
 
 import re
@@ -14,20 +14,24 @@ import xxhash
 
 from mesh_transformer.data.errors import DataError, Document
 
-DEFAULT_EXAMPLES = 200  # of a task without evaluate.limit
-CONTEXT = 40  # words of a question
-END = 8  # words of an ending
-SPACING = 5 * (CONTEXT + END)  # words between the starts of two examples of a document
+DEFAULT_EXAMPLES = 200  # per task, if evaluate.limit is not set
+CONTEXT = 40  # words per question
+END = 8  # words per ending
+SPACING = 5 * (CONTEXT + END)  # words from the start of a span to the start of the next span of a document
 N_CHOICES = 4
 _WORD = re.compile(r"\s*\S+")
 
 
 def make_choices(documents: Iterable[Document], limit: int) -> list[dict[str, Any]]:
-    """Return examples with four endings: one is the text's own, the others come from elsewhere in the documents."""
-    spans = _pick(documents, limit + N_CHOICES)
+    """Return examples with four endings: the original one, and three of other spans.
+
+    Raises DataError if there is too little text.
+    """
+    spans = _select_spans(documents, limit + N_CHOICES)
     if len(spans) < N_CHOICES:
         raise DataError(
-            f"the held-out text has {len(spans)} spans of {CONTEXT + END} words, {N_CHOICES} are needed; add text: --data NAME=PATH"
+            f"the held-out text has {len(spans)} spans of {CONTEXT + END} words, and local_choice needs at least {N_CHOICES}; add "
+            "text: --data NAME=PATH"
         )
     examples = []
     for number, (key, words) in enumerate(spans[:limit]):
@@ -39,9 +43,12 @@ def make_choices(documents: Iterable[Document], limit: int) -> list[dict[str, An
 
 
 def make_clozes(documents: Iterable[Document], limit: int) -> list[dict[str, Any]]:
-    """Return examples that ask for the next word, of at least three letters and used earlier, as most in LAMBADA."""
+    """Return examples that ask for the next word: at least three letters, and in the span before, as mostly in LAMBADA.
+
+    Raises DataError if no span has such a word.
+    """
     examples = []
-    for _, words in _pick(documents):
+    for _, words in _select_spans(documents):
         for position in range(CONTEXT, CONTEXT + END):
             space, word = words[position][:1], words[position][1:]
             if space == " " and len(word) >= 3 and word.isalpha() and any(word == w.strip() for w in words[:position]):
@@ -50,14 +57,17 @@ def make_clozes(documents: Iterable[Document], limit: int) -> list[dict[str, Any
         if len(examples) == limit:
             break
     if not examples:
-        raise DataError("no word is used twice in a span of the held-out text; add text: --data NAME=PATH")
+        raise DataError(
+            "no span of the held-out text repeats a word of at least 3 letters, which local_cloze needs; add text: "
+            "--data NAME=PATH"
+        )
     return examples
 
 
 def make_lines(documents: Iterable[Document], limit: int) -> list[dict[str, Any]]:
-    """Return examples that ask for the second half of a line."""
+    """Return examples that ask for the second half of a line. Raises DataError if no span has a line of four words."""
     examples = []
-    for _, words in _pick(documents):
+    for _, words in _select_spans(documents):
         *before, line = "".join(words[:CONTEXT]).rpartition("\n")
         parts = _WORD.findall(line + "".join(words[CONTEXT:]).partition("\n")[0])
         if len(parts) >= 4 and before[0] and "\n" in "".join(words[CONTEXT:]):
@@ -67,17 +77,21 @@ def make_lines(documents: Iterable[Document], limit: int) -> list[dict[str, Any]
         if len(examples) == limit:
             break
     if not examples:
-        raise DataError("no span of the held-out text has a complete line; add text with line breaks: --data NAME=PATH")
+        raise DataError(
+            "no span of the held-out text has a complete line of at least 4 words, which local_line needs; add text with line "
+            "breaks: --data NAME=PATH"
+        )
     return examples
 
 
-def _pick(documents: Iterable[Document], count: int | None = None) -> list[tuple[str, list[str]]]:
-    """Return `count` spans of words (default: all) with their locations, sorted by a hash of the location."""
-    found = sorted((xxhash.xxh3_64_intdigest(key.encode()), key, words) for key, words in _cut(documents))
+def _select_spans(documents: Iterable[Document], count: int | None = None) -> list[tuple[str, list[str]]]:
+    """Return `count` spans of words (default: all) with their locations, in the order of a hash of the location."""
+    found = sorted((xxhash.xxh3_64_intdigest(key.encode()), key, words) for key, words in _find_spans(documents))
     return [(key, words) for _, key, words in found[:count]]
 
 
-def _cut(documents: Iterable[Document]) -> Iterator[tuple[str, list[str]]]:
+def _find_spans(documents: Iterable[Document]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the location and the words of spans of CONTEXT + END words."""
     for document in documents:
         words = _WORD.findall(document.text)
         for first in range(0, len(words) - CONTEXT - END + 1, SPACING):

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Table of tasks: the lm-evaluation-harness definition of each, and the conversion of data files to its records.
+"""Table of evaluation tasks: the lm-evaluation-harness definition of each, and the conversion of data files to records.
 
 The harness's definitions read records in the format of the Hugging Face Hub. Each row also accepts the format published by
 the data set's authors (labels as words or booleans, MultiRC and ReCoRD passages with all their questions, WSC spans) and
-converts it. Labels that the authors publish in a separate file (PIQA) must be added to the records as "label". Tasks
-without a row are named by their definition file, which may be the harness's or the user's.
+converts it. Labels that the authors publish in a separate file (PIQA) must be added to the records as "label". A task
+without a row is named by its definition file, which belongs to the harness or to the user.
 """
 
 import json
@@ -24,23 +24,24 @@ Record = Mapping[str, Any]
 
 
 class Task(NamedTuple):
-    """One task: its definition, and the origin of its examples."""
+    """A row of the table: the definition of a task, and the source of its examples."""
 
     definition: str  # a file of the harness or of the user; empty: `overrides` is the full definition
     convert: Callable[[Record], Iterable[dict[str, Any]]]  # published record -> records of the definition
     overrides: Mapping[str, Any] = {}  # overrides of the definition
-    make: Callable[[Iterable[Document], int], list[dict[str, Any]]] | None = None  # makes examples from held-out text
+    # makes a number of examples from held-out documents; None: the examples are read from files
+    make: Callable[[Iterable[Document], int], list[dict[str, Any]]] | None = None
 
 
 class Example(NamedTuple):
-    """A record of the definition, and its file and line."""
+    """A record in the definition's format, and its file and line."""
 
     record: dict[str, Any]
     location: str
 
 
 def _pick(*fields: str, **labels: tuple[str, ...]) -> Callable[[Record], Iterable[dict[str, Any]]]:
-    """Return a converter that selects fields; labels, given as number, name or boolean, become numbers."""
+    """Return a converter that selects fields and converts labels, given as numbers, names or booleans, to numbers."""
 
     def convert(record: Record) -> Iterable[dict[str, Any]]:
         picked = {field: record[field] for field in fields}
@@ -67,7 +68,10 @@ def _hellaswag(record: Record) -> Iterable[dict[str, Any]]:
 
 def _winogrande(record: Record) -> Iterable[dict[str, Any]]:
     if "_" not in record["sentence"] or str(record["answer"]) not in ("1", "2"):
-        raise ValueError(f"answer {record['answer']!r}: a sentence needs a _, and an answer of 1 or 2")
+        raise ValueError(
+            f"sentence {record['sentence']!r} with answer {record['answer']!r}: the sentence must contain _, and the answer "
+            "must be 1 or 2"
+        )
     yield {name: record[name] for name in ("sentence", "option1", "option2")} | {"answer": str(record["answer"])}
 
 
@@ -83,7 +87,7 @@ def _arc(record: Record) -> Iterable[dict[str, Any]]:
     yield {"question": question, "choices": texts, "answerKey": record["answerKey"]}
 
 
-def _as_it_is(record: Record) -> Iterable[dict[str, Any]]:
+def _unchanged(record: Record) -> Iterable[dict[str, Any]]:
     yield dict(record)
 
 
@@ -96,16 +100,16 @@ METRICS: dict[str, dict[str, Any]] = {
 }
 
 
-def _own(kind: str, *metrics: str, **overrides: Any) -> dict[str, Any]:
-    """Return the definition of a native task: a query, and a target, or choices with the index of the correct one."""
-    right = (
+def _make_definition(kind: str, *metrics: str, **overrides: Any) -> dict[str, Any]:
+    """Return the definition of a synthetic task, whose records have a query and a target, or choices and a gold index."""
+    answer_fields = (
         {"doc_to_choice": "choices", "doc_to_target": "gold"}
         if kind == "multiple_choice"
         else {"doc_to_target": "target"}
     )
     metric_list = [dict(METRICS[metric], metric=metric) for metric in metrics]
     common = {"output_type": kind, "test_split": "test", "doc_to_text": "query", "metric_list": metric_list}
-    return common | right | {"target_delimiter": "", "metadata": {"version": 1.0}} | overrides
+    return common | answer_fields | {"target_delimiter": "", "metadata": {"version": 1.0}} | overrides
 
 
 _LINE = {"until": ["\n"], "do_sample": False, "max_gen_toks": 64}
@@ -133,15 +137,15 @@ TASKS = {
     "multirc": Task("super_glue/multirc/default.yaml", read_multirc, MULTIRC),
     "record": Task("", read_record, RECORD),
     # made from held-out text: they need no data set
-    "local_choice": Task("", _as_it_is, _own("multiple_choice", "acc", "acc_norm"), make_choices),
-    "local_cloze": Task("", _as_it_is, _own("loglikelihood", "perplexity", "acc"), make_clozes),
-    "local_line": Task("", _as_it_is, _own("generate_until", "exact_match", generation_kwargs=_LINE), make_lines),
+    "local_choice": Task("", _unchanged, _make_definition("multiple_choice", "acc", "acc_norm"), make_choices),
+    "local_cloze": Task("", _unchanged, _make_definition("loglikelihood", "perplexity", "acc"), make_clozes),
+    "local_line": Task("", _unchanged, _make_definition("generate_until", "exact_match", generation_kwargs=_LINE), make_lines),
 }  # fmt: skip
 GROUPS = {
     "local": ("local_choice", "local_cloze"),
     "superglue": ("boolq", "cb", "copa", "rte", "wic", "wsc", "multirc", "record"),
 }
-TEXT, WIKITEXT = "text", "wikitext2"  # measured without the harness
+TEXT, WIKITEXT = "text", "wikitext2"  # scored without the harness
 
 
 def is_file(name: str) -> bool:
@@ -150,35 +154,38 @@ def is_file(name: str) -> bool:
 
 
 def find_task(name: str) -> Task:
-    """Return the row of a task; a task named by its file reads records without conversion."""
-    return Task(name, _as_it_is) if is_file(name) else TASKS[name]
+    """Return the row of a task; a task named by its definition file uses records without conversion."""
+    return Task(name, _unchanged) if is_file(name) else TASKS[name]
 
 
 def to_key(name: str) -> str:
-    """Return the name of a task's data and results: for a definition file, its name without suffix."""
+    """Return a task's key in evaluate.data and in the results: for a definition file, its name without suffix."""
     return Path(name).stem if is_file(name) else name
 
 
 def expand_names(names: Iterable[str]) -> list[str]:
-    """Return task names with groups expanded; ConfigError for an unknown name."""
+    """Return task names with groups expanded. Raises ConfigError for unknown names and for equal keys."""
     found: list[str] = []
     for name in names:
-        for one in GROUPS.get(name, (name,)):
-            if one not in TASKS and one not in (TEXT, WIKITEXT) and not is_file(one):
-                every = ", ".join([TEXT, WIKITEXT, *GROUPS, *TASKS])
+        for task in GROUPS.get(name, (name,)):
+            if task not in TASKS and task not in (TEXT, WIKITEXT) and not is_file(task):
+                known = ", ".join([TEXT, WIKITEXT, *GROUPS, *TASKS])
                 raise ConfigError(
-                    f"unknown task {one!r}; choose from {every}, or give a file of the harness (gsm8k/gsm8k.yaml)"
+                    f"evaluate.tasks: unknown task {task!r}; choose from {known}, or give the YAML file of a task "
+                    "(gsm8k/gsm8k.yaml)"
                 )
-            if one not in found:
-                found.append(one)
+            if task not in found:
+                found.append(task)
     keys = [to_key(name) for name in found]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ConfigError(f"two tasks are named {twice[0]!r}; rename one of the files, or evaluate them separately")
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise ConfigError(
+            f"evaluate.tasks: two tasks are named {repeated[0]!r}; rename one of the files, or run them separately"
+        )
     return found
 
 
 def read_examples(name: str, path: str, limit: int | None = None) -> list[Example]:
-    """The items of task `name` in a file or folder of JSONL (.gz, .zst) or Parquet; the first `limit` of them.
+    """Return the first `limit` (default: all) examples of task `name` in a file or folder of JSONL (.gz, .zst) or Parquet.
 
     Raises DataError, with file and line, for a record that cannot be converted.
     """
@@ -190,11 +197,14 @@ def read_examples(name: str, path: str, limit: int | None = None) -> list[Exampl
         try:
             if not isinstance(record, Mapping):
                 raise TypeError("expected a JSON object")
-            items += [Example(one, where) for one in convert(record)]
+            items += [Example(converted, where) for converted in convert(record)]
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             fields = ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
             kind = "no field" if isinstance(error, KeyError) else type(error).__name__
-            raise DataError(f"{where}: not a record of {name} ({kind}: {error}); its fields: {fields}") from None
+            raise DataError(
+                f"{where}: not a record of {name} ({kind}: {error}); its fields: {fields}; correct the record, or give the file "
+                f"of {name}"
+            ) from None
     if not items:
         raise DataError(f"{path}: the file has no records; it needs at least one record of {name}")
     return items[:limit]

@@ -19,7 +19,9 @@ from mesh_transformer.data.tokenizers import Tokenizer
 
 
 def read_texts(config: Config, tokenizer: Tokenizer, components: Iterable[str]) -> Iterator[tuple[str, Document]]:
-    """Yield pairs of component and document: of `components` of evaluate.data, or without any, of the held-out text.
+    """Yield the documents of `components` of evaluate.data, or the run's held-out text if there are none.
+
+    Each document is paired with the name of its component, or of its data source.
 
     Raises DataError, with file and line, for damaged data.
     """
@@ -43,7 +45,7 @@ def read_texts(config: Config, tokenizer: Tokenizer, components: Iterable[str]) 
 
 
 def check_paths(config: Config, components: Iterable[str]) -> None:
-    """Check that every path of evaluate.data and fewshot_data exists, and that there is text without `components`.
+    """Check that the paths of [evaluate] exist and, if `components` is empty, that the run has held-out text.
 
     Raises DataError for a missing path, ConfigError if the run has no held-out text.
     """
@@ -52,7 +54,8 @@ def check_paths(config: Config, components: Iterable[str]) -> None:
             list_partitions(path)
     if not list(components) and not config.data.validation and not config.data.holdout_one_in:
         raise ConfigError(
-            "the run has no held-out text (data.holdout_one_in, [data.validation]); add text: --data NAME=PATH"
+            "the run has no held-out text: data.holdout_one_in is 0 and [data.validation] is empty; add text: "
+            "--data NAME=PATH"
         )
 
 
@@ -67,15 +70,18 @@ def _read(path: str, text_key: str, config: Config, tokenizer: Tokenizer) -> Ite
             yield Document(tokenizer.decode(tokens[tokens != tokenizer.end_of_text].tolist()), f"{prefix}:{index}")
         return
     if holds_tokens(path):
-        raise DataError(f"{path}: TFRecords contain tokens without their text; give the text itself: --data NAME=PATH")
+        raise DataError(f"{path}: TFRecords contain token ids without their text; give the text: --data NAME=PATH")
     yield from read_documents(path, text_key=text_key)
 
 
 def _read_groups(path: str, evaluate: EvaluateConfig) -> Iterator[tuple[str, Document]]:
-    """Yield documents of JSONL, grouped by a field, which may be nested ("meta.pile_set_name")."""
+    """Yield the documents of JSONL files, paired with the value of a field, possibly nested ("meta.pile_set_name")."""
     for file in find_files(path):
         if ".jsonl" not in file.suffixes:
-            raise DataError(f"{file}: evaluate.group_key needs files in .jsonl, .jsonl.zst or .jsonl.gz format")
+            raise DataError(
+                f"{file}: evaluate.group_key={evaluate.group_key!r} needs .jsonl, .jsonl.zst or .jsonl.gz files; convert the "
+                "file, or remove evaluate.group_key"
+            )
         try:
             yield from _read_lines(file, evaluate)
         except DocumentError as error:

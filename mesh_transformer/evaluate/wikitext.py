@@ -25,7 +25,7 @@ _HEADING = re.compile(r" = [^=].* = \n")
 
 
 class Article(NamedTuple):
-    """Running text, and the number of words it was made of."""
+    """An article as running text, and its number of words in the corpus."""
 
     document: Document
     n_words: int  # including line ends, as in published perplexities
@@ -73,7 +73,7 @@ class WikiText:
         return " ".join(chunks) + "\n"
 
     def split(self, line: str) -> str:
-        """Return the line of words from which `join` made a line of running text."""
+        """Return a line of running text as the line of separate words that `join` converted."""
         words = [word for chunk in line.split() for word in split_words(chunk, self._words)]
         return f" {' '.join(words)} \n" if words else " \n"
 

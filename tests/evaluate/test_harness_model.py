@@ -453,9 +453,9 @@ def test_a_definition_named_by_its_file(native_model, tmp_path):
     ):
         make_task(name, TaskInputs(items))
     broken = [items[0], Example({"question": "1 + 1"}, "sums.jsonl:2")]
-    with pytest.raises(DataError, match=r"sums\.jsonl:2: task .*'answer' is undefined.* it has question"):
+    with pytest.raises(DataError, match=r"sums\.jsonl:2: task .*'answer' is undefined.* it has the fields question"):
         make_task(name, TaskInputs(broken, num_fewshot=0))
-    with pytest.raises(ConfigError, match="no such file in the current folder or among the harness"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml nor .*absent\.yaml exists"):
         make_task("absent.yaml", TaskInputs(items))
     assert make_task("gsm8k/gsm8k.yaml", TaskInputs(items, num_fewshot=0)).config.task == "gsm8k"
 

@@ -105,9 +105,9 @@ def test_total_is_weighted_by_size():
     ("documents", "options", "error", "words"),
     [
         ([], {}, DataError, "no documents"),
-        ([("empty", Document("", "0"))], {}, DataError, "empty: no text"),
+        ([("empty", Document("", "0"))], {}, DataError, "component 'empty': all its documents are empty"),
         ([("a", Document("text", "0"))], {"context": 33}, ConfigError, "must be between 1 and model.seq_len=32"),
-        ([("a", Document("text", "0"))], {"stride": 33}, ConfigError, "evaluate.stride=33 with a context of 32"),
+        ([("a", Document("text", "0"))], {"stride": 33}, ConfigError, "evaluate.stride=33: must be between 1 and"),
     ],
 )
 def test_nothing_to_score_is_an_error(scorer, documents, options, error, words):
