@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Token embeddings from a matrix whose rows may be sharded over many devices and are never gathered."""
+"""Token embeddings, looked up in a matrix whose rows may be sharded over devices and are never gathered."""
 
 from functools import partial
 from typing import Any
@@ -15,14 +15,14 @@ from mesh_transformer.model.quantization import Quantized, dequantize
 
 
 def default_positions(tokens: Int[Array, "B T"], config: ModelConfig) -> Int[Array, "B T"]:
-    """Return the position of each token: its index, or with `position_padding_token` its index among the other tokens."""
+    """Return the position of each token: its index in the sequence, not counting `position_padding_token` if it is set."""
     if config.position_padding_token is None:
         return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return jnp.maximum(jnp.cumsum(tokens != config.position_padding_token, axis=1) - 1, 0)
 
 
 def position_rows(positions: Int[Array, "B T"], tokens: Int[Array, "B T"], config: ModelConfig) -> Int[Array, "B T"]:
-    """Return the row of each token in the learned position embeddings."""
+    """Return the row of the learned position embeddings for each token."""
     rows = positions + config.position_offset
     if config.position_padding_token is None:
         return rows
@@ -34,9 +34,9 @@ def embed_tokens(
 ) -> Float[Array, "B T D"]:
     """Return `w_tokens[tokens]` in `dtype`. The gradient sums all uses of a token in float32.
 
-    On several devices, each looks up the tokens whose rows it holds, and the results are summed: B T D elements of
-    `dtype` over the mesh axes of the vocabulary. The matrix is gathered along embed only, and its gradient is scattered
-    along embed.
+    On several devices, each device looks up the tokens whose rows are in its shard, and the results are summed: B T D
+    elements of `dtype` over the mesh axes of the vocabulary. The matrix is gathered along embed only, and its gradient is
+    scattered along embed.
     """
     if isinstance(w_tokens, Quantized):
         return dequantize(jax.tree.map(lambda x: x[tokens], w_tokens), dtype)

@@ -21,12 +21,12 @@ class Encoding(NamedTuple):
     """Outputs of an encoder for a batch of sequences."""
 
     hidden_states: Float[Array, "B T D"]  # after the last layer
-    pooled: Float[Array, "B P"] | None  # with model.pooler
-    class_logits: Float[Array, "B C"] | None  # float32, with model.n_labels
+    pooled: Float[Array, "B P"] | None  # None without model.pooler; P = D
+    class_logits: Float[Array, "B C"] | None  # float32; None without model.n_labels
 
 
 class MaskedLMTransform(hk.Module):
-    """norm(activation(x W + b)), to the size of the embeddings: the input of a masked language-model head's matmul."""
+    """norm(activation(x W + b)): hidden states projected to the embedding size, the input of the masked-LM head's matmul."""
 
     def __init__(self, config: ModelConfig, inits: Inits):
         super().__init__(name="masked_lm_head")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The feed-forward layer, gated or not."""
+"""The feed-forward layer, with or without a gate."""
 
 from functools import partial
 
@@ -13,20 +13,20 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.linear import linear
 from mesh_transformer.model.params import Inits, param
 
-# Checkpointed: the backward pass recomputes them from their argument instead of reading up to five saved arrays.
+# Rematerialized: the backward pass recomputes an activation from its argument instead of reading up to five saved arrays.
 ACTIVATIONS = {
     "gelu-tanh": jax.checkpoint(partial(jax.nn.gelu, approximate=True)),  # "gelu_new" and "gelu_fast" in transformers
     "gelu-erf": jax.checkpoint(partial(jax.nn.gelu, approximate=False)),
     "relu": jax.nn.relu,
     "silu": jax.checkpoint(jax.nn.silu),
 }
-SWIGLU_ALPHA = 1.702  # of the published gpt-oss models, as is the limit
-SWIGLU_LIMIT = 7.0
+SWIGLU_ALPHA = 1.702  # slope of the sigmoid in the published gpt-oss models
+SWIGLU_LIMIT = 7.0  # bound of the gate and of x in the same models
 
 
 @jax.checkpoint
 def _clamped_swiglu(gate: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return gate * sigmoid(alpha * gate) * (x + 1), with both clamped (gpt-oss)."""
+    """Return gate * sigmoid(alpha * gate) * (x + 1), with gate and x clamped (gpt-oss)."""
     gate = jnp.minimum(gate, SWIGLU_LIMIT)
     return gate * jax.nn.sigmoid(SWIGLU_ALPHA * gate) * (jnp.clip(x, -SWIGLU_LIMIT, SWIGLU_LIMIT) + 1.0)
 

@@ -4,7 +4,8 @@
 
 The forward pass, decoding, the chunked loss, ring attention, the log-likelihood scorer and the checks of converted
 checkpoints all use these functions. They are elementwise or combine functions, accept JAX and NumPy arrays, and are
-differentiated by JAX where gradients are written by hand. A new architectural choice of this kind changes only this module.
+differentiated by JAX even where other gradients are written by hand. A new architectural choice of this kind changes only
+this module.
 """
 
 from collections.abc import Callable
@@ -25,9 +26,8 @@ def input_embeddings(
 ) -> Float[ArrayT, "B T D"]:
     """Return the residual stream before the first layer, given the embeddings of tokens and learned positions."""
     if config.embedding_scale == "sqrt_d_model":
-        tokens = tokens * np.asarray(config.d_model**0.5).astype(
-            tokens.dtype
-        )  # rounded to the dtype, as in transformers
+        scale = np.asarray(config.d_model**0.5).astype(tokens.dtype)  # rounded to the dtype, as in transformers
+        tokens = tokens * scale
     if config.positions != "learned":
         return tokens
     assert positions is not None
@@ -35,17 +35,17 @@ def input_embeddings(
 
 
 def norm_scale(scale: Float[ArrayT, "*D"], config: ModelConfig) -> Float[ArrayT, "*D"]:
-    """Return the factor of a normalized vector, given the stored parameter of `rmsnorm` or `layernorm`."""
+    """Return the factor that multiplies a normalized vector, given the stored parameter "scale" of the norm."""
     return 1.0 + scale if config.norm == "gemma-rmsnorm" else scale
 
 
 def initial_norm_scale(config: ModelConfig) -> float:
-    """Return the initial value of the stored parameter, for which `norm_scale` is 1."""
+    """Return the initial value of the stored parameter "scale", at which `norm_scale` is 1."""
     return 0.0 if config.norm == "gemma-rmsnorm" else 1.0
 
 
 def attention_scale(config: ModelConfig) -> float:
-    """Return the factor of every dot product of a query and a key."""
+    """Return the factor that multiplies every dot product of a query and a key."""
     match config.attention_scale:
         case "rsqrt_d_head":
             return config.head_dim**-0.5
@@ -56,7 +56,7 @@ def attention_scale(config: ModelConfig) -> float:
 
 
 def clip_qkv(x: Float[ArrayT, "*B C"], config: ModelConfig) -> Float[ArrayT, "*B C"]:
-    """Return queries, keys or values with absolute values of at most `config.clip_qkv`."""
+    """Return queries, keys or values, clipped to absolute values of at most `config.clip_qkv`."""
     return x if config.clip_qkv is None else x.clip(-config.clip_qkv, config.clip_qkv)
 
 
@@ -83,7 +83,7 @@ class Branches(NamedTuple):
 
 
 def apply_branches(x: Any, branches: Branches, config: ModelConfig) -> Any:
-    """Return the residual stream after one layer, by `config.residual`."""
+    """Return the residual stream after one layer, with the residual connections of `config.residual`."""
     norm, attention, feed_forward, cross_attention = branches
     match config.residual:
         case "serial":
@@ -108,7 +108,7 @@ def apply_branches(x: Any, branches: Branches, config: ModelConfig) -> Any:
 
 
 def scale_hidden_states(x: Float[ArrayT, "*B D"], config: ModelConfig) -> Float[ArrayT, "*B D"]:
-    """Return the output of the final norm, scaled as the input of the head's matmul."""
+    """Return the input of the head's matmul, given the output of the final norm."""
     return x * config.d_model**-0.5 if config.logit_scale == "rsqrt_d_model" else x
 
 

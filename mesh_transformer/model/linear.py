@@ -24,9 +24,9 @@ def linear(
 ) -> Float[Array, "..."]:
     """Return x [..., inputs] times w [inputs, outputs] plus b, contracting the last `inputs` dimensions of x.
 
-    A `transposed` w is [output, input], like the embedding matrix when the head uses it. The result has the dtype of x,
-    or `dtype`. The weight is cast to x's dtype here and nowhere else. The bias is added in float32, so that its gradient,
-    a sum over all tokens, is computed in float32.
+    A `transposed` w is [output, input], like the embedding matrix when the head uses it. The result has the dtype
+    `dtype`, or x's dtype if it is None. Weights are cast to x's dtype only in this function. The bias is added in float32,
+    so that its gradient, a sum over all tokens, is computed in float32.
 
     On one device, the dimensions that are not contracted are flattened into one. The weight gradient then contracts one
     dimension instead of batch and sequence, which is 1.6 times faster on a CPU. On several devices they stay separate,

@@ -16,24 +16,24 @@ from mesh_transformer.model.quantization import Quantized
 
 
 class LMHead(NamedTuple):
-    """Parameters of the head as they are stored."""
+    """Parameters of the head, as stored in a checkpoint."""
 
     w: Float[Array, "..."] | Quantized  # [V, D], the embedding matrix, with model.tied_embeddings; otherwise [D, V]
     b: Float[Array, "V"] | None
 
 
 def lm_head(params: Any, config: ModelConfig) -> LMHead:
-    """Return the head's parameters from those of the model."""
+    """Return the head's parameters, given the model's parameters."""
     arrays = params["transformer"]
     return LMHead(arrays["w_tokens" if config.tied_embeddings else "w_head"], arrays.get("b_head"))
 
 
 def head_matrix(head: LMHead, config: ModelConfig) -> Float[Array, "D V"]:
-    """Return the head's weight, not quantized, as the right-hand side of a matmul."""
+    """Return the head's unquantized weight as the right-hand side of a matmul."""
     assert not isinstance(head.w, Quantized)
     return head.w.T if config.tied_embeddings else head.w
 
 
 def lm_logits(x: Float[Array, "*B D"], head: LMHead, config: ModelConfig) -> Float[Array, "*B V"]:
-    """Return the float32 logits of hidden states that `scale_hidden_states` has scaled."""
+    """Return the float32 logits, given the output of `scale_hidden_states`."""
     return finish_logits(linear(x, head.w, transposed=config.tied_embeddings, dtype="float32"), head.b, config)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Normalization layers. Statistics are computed in float32, whatever the dtype of the activations."""
+"""Normalization layers. Statistics are computed in float32, regardless of the dtype of the activations."""
 
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from mesh_transformer.model.params import param
 
 
 def _statistics(x: Float[Array, "*B D"], eps: float, centered: bool) -> tuple[Array, Array]:
-    """Return x in float32, minus its mean if `centered`, and 1 / sqrt(its mean square + eps) [*B, 1]."""
+    """Return y = x in float32, minus its mean if `centered`, and 1 / sqrt(mean(y^2) + eps) [*B, 1]."""
     x = x.astype(jnp.float32)
     if centered:
         x = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -27,9 +27,9 @@ def _statistics(x: Float[Array, "*B D"], eps: float, centered: bool) -> tuple[Ar
 def normalize(
     x: Float[Array, "*B D"], scale: Float[Array, "*N D"], bias: Float[Array, "*N D"], eps: float, centered: bool
 ) -> Float[Array, "*B D"]:
-    """Return (x - mean) / sqrt(variance + eps) * scale + bias in x's dtype; with `centered` false, without the mean.
+    """Return (x - mean) / sqrt(variance + eps) * scale + bias in x's dtype; the mean is 0 unless `centered`.
 
-    `scale` and `bias` may have more of x's last dimensions than the normalized one.
+    The statistics are over the last dimension; `scale` and `bias` may have several of x's last dimensions.
 
     The gradient is written by hand: it saves only x for the backward pass. Automatic differentiation saves four float32
     arrays of x's shape in every layer, among them broadcast statistics and scales.
@@ -64,7 +64,7 @@ normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 class Norm(hk.Module):
-    """The norm of `config.norm` over the last dimension."""
+    """Normalization over the last dimension, of the type `config.norm`."""
 
     def __init__(self, config: ModelConfig, name: str, dim: int | None = None):
         """`dim` is the size of the last dimension; None: d_model."""
@@ -79,7 +79,7 @@ class Norm(hk.Module):
         if c.norm == "scalenorm":  # Nguyen and Salazar 2019: one learned length
             x_float32 = x.astype(jnp.float32)
             square = jnp.sum(jnp.square(x_float32), axis=-1, keepdims=True)
-            # The maximum is taken of the squares: the gradient is then finite at zero, where that of the norm is not.
+            # The maximum is applied to the squares, because the gradient of the square root is infinite at zero.
             y = x_float32 * jax.lax.rsqrt(jnp.maximum(square, c.norm_eps**2))
             return (y * param("scale", hk.initializers.Constant(self.dim**0.5))).astype(x.dtype)
         if c.norm.startswith("gptj-"):
@@ -109,7 +109,7 @@ class Norm(hk.Module):
 
 
 class QKNorm(hk.Module):
-    """The norm of `config.qk_norm` of queries or keys, whose heads are the logical axis `heads`."""
+    """Normalization of queries or keys, of the type `config.qk_norm`; `heads` is the logical axis of the heads."""
 
     def __init__(self, config: ModelConfig, name: str, heads: str = "heads"):
         super().__init__(name=name)

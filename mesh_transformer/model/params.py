@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters: `param` creates each of them and names its dimensions, from which every sharding follows."""
+"""Parameters: `param` creates a parameter and names the logical axes of its dimensions, which determine its sharding."""
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -15,7 +15,7 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.mesh import use_layout
 
 Params = dict[str, dict[str, Array]]
-STACK = "layers"  # leading axis of the parameters in a layer scan
+STACK = "layers"  # logical axis of the leading dimension of parameters in a layer scan
 SCANS = ("first_layers", "layers")  # names of layer scans
 
 
@@ -41,8 +41,8 @@ def make_inits(config: ModelConfig) -> Inits:
     """Return the initializers of `config.init`.
 
     "gpt2": GPT-2 paper, section 2.3. "gptj": mesh-transformer-jax, layers.py. "neox": GPT-NeoX, small_init and wang_init.
-    "t5": mesh_tensorflow, by fan-in; smaller queries make up for attention scores that are not scaled. "bert": truncated at
-    two deviations of 0.02 (BERT's paper does not say; its code, modeling.py).
+    "t5": mesh_tensorflow, by fan-in, with smaller query weights because attention scores are not scaled. "bert": standard
+    deviation 0.02, truncated at two deviations (BERT's code, modeling.py; the paper does not state it).
     """
     d = config.d_model
     layers = config.n_layers
@@ -86,7 +86,7 @@ _record: ContextVar[dict[str, tuple[str, ...]] | None] = ContextVar("record", de
 def param(name: str, init: hk.initializers.Initializer, **axes: int) -> Any:
     """Return a float32 parameter of the current module; the keywords are its logical axes, the values their sizes.
 
-    During sampling, a parameter that only matmuls use may have a narrower dtype or be `Quantized`.
+    During sampling, a parameter that only matmuls use may have a smaller dtype or be `Quantized`.
     """
     record = _record.get()
     if record is not None:
@@ -95,7 +95,7 @@ def param(name: str, init: hk.initializers.Initializer, **axes: int) -> Any:
 
 
 def describe(init: Callable[[Array], Params]) -> dict[str, dict[str, ParamInfo]]:
-    """Return the shape and axes of every parameter that `init(key)` would create, without allocating any.
+    """Return the shape and axes of every parameter that `init(key)` would create, without allocating arrays.
 
     Inside the layer scan, Haiku sees only the path below the scan and the shape of one layer. The path of the scan and
     the leading "layers" axis are added here.
@@ -103,7 +103,7 @@ def describe(init: Callable[[Array], Params]) -> dict[str, dict[str, ParamInfo]]
     record: dict[str, tuple[str, ...]] = {}
     token = _record.set(record)
     try:
-        with use_layout(None):  # the caller may be tracing a program for some mesh
+        with use_layout(None):  # the caller may be tracing a program for a mesh
             shapes = jax.eval_shape(init, jax.random.key(0))
     finally:
         _record.reset(token)
@@ -118,9 +118,10 @@ def describe(init: Callable[[Array], Params]) -> dict[str, dict[str, ParamInfo]]
 
 
 def split_scan(module: str) -> tuple[str, str, str]:
-    """Return the paths before and below the layer scan of a module, and the scan's name between them.
+    """Split a module's path into the path above its layer scan, the name of the scan, and the path below it.
 
-    "transformer/layers/block_0/norm_1" -> ("transformer", "layers", "block_0/norm_1"). A module outside has ("", "") there.
+    "transformer/layers/block_0/norm_1" -> ("transformer", "layers", "block_0/norm_1"). The last two are empty for a module
+    outside a layer scan.
     """
     for scan in SCANS:
         before, found, inner = module.partition(f"/{scan}/")

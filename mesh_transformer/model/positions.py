@@ -26,10 +26,10 @@ class Rotation(NamedTuple):
 def make_rotation(
     positions: Int[Array, "B T"], reached_len: Int[Array, "B"] | None, config: ModelConfig, *, local: bool = False
 ) -> Rotation:
-    """Return the rotation at `positions` of the layers that are `local` or not.
+    """Return the rotation at `positions` of local layers if `local`, otherwise of global layers.
 
     The frequencies of "longrope" depend on the number of tokens that a sequence reaches: `reached_len`, or the largest
-    position + 1. In a batch, transformers decides by the longest sequence; here each sequence is independent of the others.
+    position + 1. transformers uses the longest sequence of a batch; here each sequence is independent of the others.
     """
     frequencies = jnp.asarray(rope_frequencies(config, local=local), jnp.float32)[None, None]
     scale = 1.0
@@ -50,7 +50,7 @@ def apply_rope(x: Float[Array, "B T N C"], rotation: Rotation, config: ModelConf
     """Return `x` with rotary embeddings (Su et al. 2021) applied to the first `rope_dim` channels of every head.
 
     "rope-interleaved" rotates the channels (2i, 2i+1) as a pair, as in GPT-J. "rope-half" rotates (i, i + r/2), as in
-    GPT-NeoX and Llama. Both are the same function with permuted weights, so a checkpoint must state which one it uses.
+    GPT-NeoX and Llama. Both are the same function with permuted weights, so a checkpoint must state which of them it uses.
     """
     r = config.rope_dim
     cos = rotation.cos[:, :, None, :]
@@ -68,7 +68,7 @@ def apply_rope(x: Float[Array, "B T N C"], rotation: Rotation, config: ModelConf
 
 
 def rope_frequencies(config: ModelConfig, *, local: bool = False, is_long: bool = False) -> np.ndarray:
-    """Return the angle per position of each channel pair, in radians, float64 [r/2], as modeling_rope_utils of transformers.
+    """Return the angle per position of each channel pair, in radians, float64 [r/2] (modeling_rope_utils of transformers).
 
     `is_long`: for sequences of more than `original_seq_len` tokens ("longrope"). "dynamic" has the frequencies of
     transformers for a sequence of model.seq_len tokens at every length, so that cached keys stay valid.
@@ -78,8 +78,8 @@ def rope_frequencies(config: ModelConfig, *, local: bool = False, is_long: bool 
     scaling = config.rope_scaling
     if scaling is None or _is_unscaled(config, local):
         return theta ** (-np.arange(0, r, 2) / r)
-    factor = scaling.factor or 1.0  # None: longrope, which has no use for it
-    trained = scaling.original_seq_len or config.seq_len  # None: linear, which has no use for it
+    factor = scaling.factor or 1.0  # None only for longrope, which does not use it
+    trained = scaling.original_seq_len or config.seq_len  # None only for linear, which does not use it
     if scaling.type == "dynamic":
         theta = theta * (factor * max(config.seq_len, trained) / trained - (factor - 1)) ** (r / (r - 2))
     frequencies = theta ** (-np.arange(0, r, 2) / r)
@@ -104,7 +104,7 @@ def _is_unscaled(config: ModelConfig, local: bool) -> bool:
 
 
 def _yarn_unscaled(config: ModelConfig, scaling: RopeScalingConfig, trained: int) -> np.ndarray:
-    """Return the weight of each pair's own frequency in YaRN (Peng et al. 2023, section 3.2), as transformers computes it."""
+    """Return the weight of the unscaled frequency of each channel pair in YaRN (Peng et al. 2023, section 3.2)."""
     r = config.rope_dim
 
     def pair_with(rotations: float) -> float:
@@ -130,7 +130,7 @@ def alibi_slopes(n_heads: int) -> np.ndarray:
 
 
 def falcon_alibi(key_positions: Int[Array, "B S"], config: ModelConfig) -> Float[Array, "B H S"]:
-    """Return the bias on all scores of each key: its position times the slope of the head, scaled as the scores.
+    """Return Falcon's ALiBi bias of each key: its position times the slope of the head, scaled like the scores.
 
     Slopes, positions and products are rounded to bfloat16, as in Falcon's code. Without the rounding, softmax would not
     distinguish this from `alibi`: the bias of a query's own position is the same for all of its keys.
@@ -164,7 +164,7 @@ def t5_buckets(distance: Int[Array, "*shape"], config: ModelConfig) -> Int[Array
 
 
 class RelativeBias(hk.Module):
-    """Bias on the attention scores of each head by the distance of query and key. All layers of a stack share it."""
+    """Bias of each head on the attention scores, by distance between query and key. All layers of a stack share it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(name="relative_bias")
@@ -173,7 +173,10 @@ class RelativeBias(hk.Module):
     def __call__(
         self, distance: Int[Array, "B T S"], key_positions: Int[Array, "K S"]
     ) -> Float[Array, "N H T S"] | None:
-        """Return the bias for each distance = query - key, or None for position encodings without a bias. B or K may be 1."""
+        """Return the bias for each distance = query - key, or None for position encodings without a bias.
+
+        B or K may be 1; N is their maximum.
+        """
         c = self.config
         heads = c.n_heads
         match c.positions:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Int8 weights and KV caches for sampling, and matmuls that read only the stored bytes from memory."""
+"""Int8 weights and KV caches for sampling, and matmuls with weights that are dequantized in the cache."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,15 +12,14 @@ from jaxtyping import Array, Float, Int8
 from mesh_transformer.mesh import target_platform
 
 INT8_MAX = 127  # -128 is not used, so that the range is symmetric
-BLOCK_SIZE = (
-    1 << 20
-)  # elements dequantized at a time: large enough to use all cores, small enough for their shared cache
+# Elements dequantized at a time: enough to use all cores, and few enough for their shared cache.
+BLOCK_SIZE = 1 << 20
 MAX_BLOCK_COLUMNS = 1 << 12
 MAX_BLOCKED_ROWS = 32  # of x; with more rows, dequantizing the whole weight costs little compared with the matmul
 
 
 class Quantized(NamedTuple):
-    """An array as values * scale, with one scale for all values that are summed into the same output."""
+    """An array stored as values * scale, with one scale for all values that a matmul sums into the same output."""
 
     values: Int8[Array, "..."]
     scale: Float[Array, "..."]  # float32, of the same rank; 1 along the dimensions that a matmul contracts
@@ -50,7 +49,7 @@ def quantized_matmul(
     """Return the float32 matmul of x with a quantized weight, on one device. See `linear` for `inputs` and `transposed`.
 
     Matmuls on a CPU support float32 only: XLA would convert an entire quantized weight in memory, and decoding is bound by
-    memory bandwidth. Instead, one block at a time is converted, small enough to stay in the cache.
+    memory bandwidth. Instead, one block at a time is converted, which fits into the cache.
     """
     values, scale = w if isinstance(w, Quantized) else (w, None)
     k = math.prod(w.shape[:inputs])
@@ -76,7 +75,7 @@ def _matmul_transposed(x: Float[Array, "M K"], values: Array) -> Float[Array, "M
 
 
 def _matmul(x: Float[Array, "M K"], values: Array) -> Float[Array, "M N"]:
-    """Return x times `values` [K, N], summed over blocks of rows; a wide matrix in overlapping strips of columns."""
+    """Return x times `values` [K, N], summed over blocks of rows; a wide matrix is split into strips that may overlap."""
     k, n = values.shape
     width = min(n, MAX_BLOCK_COLUMNS)
     height = max(size for size in range(1, max(BLOCK_SIZE // width, 1) + 1) if k % size == 0)

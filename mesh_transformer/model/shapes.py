@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes that follow from the configuration: parameters, their number, and empty KV caches."""
+"""Shapes derived from the configuration: parameters, their number, and empty KV caches."""
 
 import functools
 import math
@@ -17,12 +17,12 @@ from mesh_transformer.model.transformer import KVCaches, make_model
 
 @functools.lru_cache(maxsize=64)  # tracing the model takes about 0.5 s, and many callers need the result
 def describe_params(config: ModelConfig) -> dict[str, dict[str, ParamInfo]]:
-    """Return the shape and logical axes of every parameter, as {module: {name: info}}, without allocating any."""
+    """Return the shape and logical axes of every parameter, as {module: {name: info}}, without allocating arrays."""
     return describe(make_model(config).init)
 
 
 def count_params(config: ModelConfig) -> int:
-    """Return the number of parameters, by abstract evaluation."""
+    """Return the number of parameters, without allocating arrays."""
     return sum(math.prod(info.shape) for arrays in describe_params(config).values() for info in arrays.values())
 
 
@@ -31,7 +31,7 @@ def init_cache(
 ) -> KVCaches:
     """Return empty caches for `batch_size` sequences of `cache_len` tokens.
 
-    `dtype` defaults to that of the activations. "int8" adds a float32 scale for each token and head. The caches of an
+    `dtype` defaults to model.dtype. "int8" adds a float32 scale for each token and head. The caches of an
     encoder-decoder model also hold the keys and values of `encoder_len` encoder tokens.
     """
     latent = config.latent_attention

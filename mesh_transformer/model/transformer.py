@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The forward pass: tokens -> logits. Training, prefill, decoding and the encoder share it."""
+"""The forward pass from tokens to logits, used by training, prefill and decoding, and by encoders."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -33,8 +33,8 @@ from mesh_transformer.model.params import Params, make_inits, param
 from mesh_transformer.model.positions import RelativeBias
 from mesh_transformer.model.quantization import Quantized
 
-InferenceParams = Mapping[str, Mapping[str, Array | Quantized]]  # Params, some of which may be quantized
-# One per block of the pattern of each layer stack, stacked over the iterations of its scan.
+InferenceParams = Mapping[str, Mapping[str, Array | Quantized]]  # like Params; some arrays may be quantized
+# One KVCache per block of the pattern of each layer stack, stacked over the iterations of its scan.
 KVCaches = tuple[KVCache, ...]
 POLICIES = jax.checkpoint_policies
 REMAT = {
@@ -74,7 +74,7 @@ class Block(hk.Module):
 
         def attention(x: Array) -> Array:
             nonlocal cache
-            x = gather_sequence(x) if c.residual == "reordered-norm" else x  # otherwise the norm before it has done so
+            x = gather_sequence(x) if c.residual == "reordered-norm" else x  # otherwise `norm` has gathered it
             y, cache = self_attention(x, context, cache)
             return dropout(scatter_sequence(y), c.dropout)
 
@@ -99,16 +99,16 @@ class Block(hk.Module):
 
 
 # With sequence parallelism the residual stream is sharded along `tensor` too: it is gathered before the matmuls of a layer
-# and reduce-scattered after them. Two constraints instead of one: going from partial sums to the finer sharding in one
-# step, the partitioner would gather the sequence over `context` as well.
+# and reduce-scattered after them. Each function applies two constraints, because from partial sums to the finer sharding in
+# one step, XLA would gather the sequence over `context` as well.
 def gather_sequence(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Return `x` in the sharding inside a layer: the sequence is sharded over the mesh axes of "sequence" only."""
+    """Return `x` with the sharding used inside a layer: the sequence is sharded over the mesh axes of "sequence" only."""
     x = constrain(x, "batch", "activation_seq", "activation_embed")
     return constrain(x, "batch", "sequence", "activation_embed")
 
 
 def scatter_sequence(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Return `x` in the sharding of the residual stream between layers."""
+    """Return `x` with the sharding of the residual stream between layers."""
     x = constrain(x, "batch", "sequence", "activation_embed")
     return constrain(x, "batch", "activation_seq", "activation_embed")
 
@@ -157,7 +157,7 @@ class Transformer(hk.Module):
 
     @hk.experimental.name_like("__call__")
     def encoding(self, tokens: Int[Array, "B T"], **inputs: Any) -> Encoding:
-        """Return the hidden states after the last layer in their natural order, and what the pooler and classifier give."""
+        """Return the hidden states after the last layer in natural order, with the outputs of pooler and classifier."""
         x, _, _ = self.run(tokens, **inputs)
         return self.pool(from_zigzag(self.final_norm(x)))
 
@@ -183,7 +183,7 @@ class Transformer(hk.Module):
         training: bool = False,
         reached_len: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCaches | None, RoutingStats | None]:
-        """Return the residual stream after the last layer, and the rest of `hidden_states`."""
+        """Return the residual stream after the last layer, the updated cache, and routing statistics; see `hidden_states`."""
         if positions is None:
             positions = default_positions(tokens, self.config)
         if cache is None:
@@ -217,12 +217,12 @@ class Transformer(hk.Module):
         if encoder is None:
             if tokens is not None:
                 raise ConfigError(
-                    "encoder_tokens was given, but the model has no encoder; set model.n_encoder_layers, or omit it"
+                    "encoder_tokens were given, but model.n_encoder_layers is not set; set it, or omit encoder_tokens"
                 )
             return None, None
         if tokens is None and cache is None:
             raise ConfigError(
-                f"model.n_encoder_layers={encoder.n_layers}: an encoder-decoder model needs encoder_tokens; pass them"
+                f"model.n_encoder_layers={encoder.n_layers}: an encoder-decoder model needs encoder_tokens; pass the input tokens"
             )
         length = cache[0].cross_attention.k.shape[-2] if tokens is None else tokens.shape[1]  # type: ignore[index]
         mask = jnp.ones((1, context.positions.shape[1], length), bool)
@@ -273,7 +273,7 @@ class Transformer(hk.Module):
             w = constrain(w, "token_type", "activation_embed")
             x = x + w[jnp.zeros(x.shape[:2], jnp.int32) if token_types is None else token_types].astype(c.dtype)
         elif token_types is not None:
-            raise ConfigError("token_types were given, but the model has none; set model.n_token_types, or omit them")
+            raise ConfigError("token_types were given, but model.n_token_types is not set; set it, or omit token_types")
         if c.embedding_norm:
             x = Norm(c, name="norm_embedding", dim=c.embedding_dim)(x)
         x = dropout(x, c.dropout)
@@ -284,12 +284,12 @@ class Transformer(hk.Module):
 
     @hk.experimental.name_like("__call__")
     def final_norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Return the hidden states. Their sequence is not sharded along `tensor`, over which the vocabulary is."""
+        """Return the normalized hidden states, gathered along `tensor`, because the vocabulary is sharded over it."""
         return gather_sequence(x if self.config.residual == "post-norm" else Norm(self.config, name="norm_out")(x))
 
     @hk.experimental.name_like("__call__")
     def head_input(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-        """Return what the head's matmul reads, given the residual stream after the last layer."""
+        """Return the input of the head's matmul, given the residual stream after the last layer."""
         x = self.final_norm(x)
         if self.config.head == "masked-lm":
             x = MaskedLMTransform(self.config, make_inits(self.config))(x)
@@ -306,7 +306,7 @@ class Transformer(hk.Module):
     ) -> AttentionContext:
         """Return the context of this stack's layers, without an encoder output.
 
-        Causality follows the index in the sequence. With a cache, that index is the position.
+        A query attends to earlier indices of the sequence; with a cache, to earlier positions.
         """
         c = self.config
         length = positions.shape[1]
@@ -319,7 +319,7 @@ class Transformer(hk.Module):
         if kernel != "dense":
             return AttentionContext(kernel, positions, segment_ids, None, decoding, training)
         if cache is None:
-            # of the shape of all sequences, because a batch of one could not be sharded
+            # Broadcast to all sequences before the reordering, because a batch of one cannot be sharded.
             query = key = to_zigzag(jnp.broadcast_to(jnp.arange(length), positions.shape))[:1]
             key_positions = positions
         else:
@@ -342,9 +342,9 @@ class Transformer(hk.Module):
         routings: list[RoutingStats] = []
         updated: list[KVCache] = []
         for stack in c.layer_stacks:
-            own = None if caches is None else caches[len(updated) : len(updated) + len(stack.pattern)]
-            x, own, stats = self.run_stack(x, context, own, stack)
-            updated += own or ()
+            stack_caches = None if caches is None else caches[len(updated) : len(updated) + len(stack.pattern)]
+            x, stack_caches, stats = self.run_stack(x, context, stack_caches, stack)
+            updated += stack_caches or ()
             routings += stats
         routing = jax.tree.map(lambda *stats: jnp.concatenate(stats), *routings) if routings else None
         return x, None if caches is None else tuple(updated), routing
@@ -353,7 +353,7 @@ class Transformer(hk.Module):
     def run_stack(
         self, x: Float[Array, "B T D"], context: AttentionContext, caches: KVCaches | None, layers: LayerStack
     ) -> tuple[Float[Array, "B T D"], KVCaches | None, list[RoutingStats]]:
-        """Run consecutive layers as a scan. The routing statistics are a list of one element, or none."""
+        """Run one stack of layers as a scan. The list of routing statistics is empty for a stack without experts."""
         c = self.config
 
         n_stored = 1 if c.shared_layers else layers.n_repeats
@@ -423,21 +423,21 @@ def make_model(config: ModelConfig) -> Model:
     `apply` takes tokens [B, T] and these keyword arguments:
 
     positions [B, T]            default: 0 ... T-1
-    segment_ids [B, T]          a token attends only to tokens with its own segment ID
-    cache                       keys and values are written at `positions`; all earlier ones are attended to
-    logits_at [B]               return the logits of one index of each sequence only
+    segment_ids [B, T]          a token attends only to tokens with the same segment ID
+    cache                       keys and values are written at `positions`; tokens attend to all earlier positions
+    logits_at [B]               index of the only token of each sequence whose logits are returned
     reached_len [B]             tokens that each sequence reaches, if not its largest position + 1 (see `make_rotation`)
     encoder_tokens [B, S]       input of the encoder; with a cache, in the first call only
     encoder_segment_ids [B, S]  like `segment_ids`, 0 for padding; with a cache, in every call
     token_types [B, T]          with model.n_token_types; default: 0
     training                    experts use their training capacity, jitter and dropout
-    dropout_key                 random key of dropout and routers; without it there is no dropout
+    dropout_key                 random key of dropout and router jitter; default: neither is applied
 
-    `hidden_states(params, tokens, ...)` takes the same, but for `cache` and `logits_at`. It returns the input of the head
-    in zigzag order, to be compared with `to_zigzag(targets)`, and the routing statistics.
+    `hidden_states(params, tokens, ...)` takes the same arguments except `cache` and `logits_at`. It returns the input of the
+    head in zigzag order, to be compared with `to_zigzag(targets)`, and the routing statistics.
 
-    `encode(params, tokens, ...)` takes the same as `hidden_states`. It returns the hidden states after the last layer in
-    their natural order, before the head, with the outputs of the pooler and the classifier.
+    `encode(params, tokens, ...)` takes the arguments of `hidden_states`. It returns the hidden states after the last layer
+    in natural order, before the head, with the outputs of the pooler and the classifier.
     """
 
     def forward(tokens, positions=None, segment_ids=None, cache=None, logits_at=None, **inputs):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Dense attention: all scores at once, or those of one block of queries. The reference that the other kernels equal."""
+"""Dense attention, for all queries at once or in blocks of queries: the reference implementation for other kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.model.formulas import attention_scale, finish_scores
 from mesh_transformer.model.linear import dropout
 
-MASK_VALUE = -1e30  # finite: a query without any visible key yields the mean of the values, not NaN
+MASK_VALUE = -1e30  # finite: a query without a visible key yields the mean of the values, not NaN
 
 
 def dense_attention(
@@ -22,17 +22,15 @@ def dense_attention(
     config: ModelConfig,
     sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H V"]:
-    """Return softmax(q k' scale + bias) v where `mask` is True, with scores and softmax in float32.
+    """Return softmax(q k^T scale + bias) v over the keys where `mask` is True, with scores and softmax in float32.
 
-    `config` gives the scale, the form of the scores and the dropout rate. `sinks` are scores of one more key of each head,
-    whose value is zero.
-
-    H = K G: each key-value head serves G query heads.
+    `config` gives the scale, the soft cap of the scores and the dropout rate. `sinks` are the scores of an additional key
+    of each head, whose value is zero. H = K G: each key-value head serves G query heads.
     """
     batch, t, heads, channels = q.shape
     s, kv_heads = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    # One contiguous matrix per key-value head, so that both matmuls are plain batched ones.
+    # One contiguous matrix per key-value head, so that both matmuls are batched matmuls without a transpose.
     q = (
         q.reshape(batch, t, kv_heads, group, channels)
         .transpose(0, 2, 3, 1, 4)
@@ -64,7 +62,7 @@ def dense_attention(
 
 
 def count_blocks(length: int) -> int:
-    """Return the number of blocks of queries for `dense_attention_in_blocks`: they save work if each is long."""
+    """Return the number of query blocks for `dense_attention_in_blocks`; 1 if blocks would be shorter than 64 queries."""
     return next((n for n in (4, 2) if length % n == 0 and length >= 64 * n), 1)
 
 
@@ -77,9 +75,9 @@ def dense_attention_in_blocks(
     config: ModelConfig,
     sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H V"]:
-    """Return `dense_attention` of a causal mask, one block of queries at a time.
+    """Return `dense_attention` with a causal mask, computed for one block of queries at a time.
 
-    Each block reads only the keys up to its own end, which saves about half of the work.
+    Each block reads only the keys up to its end, which saves about half of the work.
     """
     length = q.shape[1] // count_blocks(q.shape[1])
     outputs = []

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Attention kernels and their selection by the platform that the program runs on, which may differ from this machine.
+"""Attention kernels and their selection for the target platform, which may differ from the platform of this machine.
 
 dense      all scores at once; every platform and every configuration
-blockwise  blocks with an online softmax, ring attention if the sequence is sharded (ring.py); no bias but ALiBi's, no dropout
+blockwise  blocks with an online softmax, ring attention if the sequence is sharded (ring.py); no bias except ALiBi, no dropout
 splash     JAX's Pallas kernel for TPU v4 and later; no biases, no dropout
 triton     JAX's Pallas kernel for GPUs; no windows, no biases, no dropout
 cudnn      NVIDIA's kernel for GPUs, in 16 bits; no segment IDs, no biases, no dropout
@@ -28,10 +28,10 @@ MAX_BLOCK = 512  # positions per block
 
 
 class HeadBiases(NamedTuple):
-    """Arrays with one number per head that change the scores."""
+    """Parameters of the scores with one number per head."""
 
-    slopes: Float[Array, "H"] | None  # of the ALiBi bias
-    sinks: Float[Array, "H"] | None  # scores of a key whose value is zero
+    slopes: Float[Array, "H"] | None  # slopes of the ALiBi bias
+    sinks: Float[Array, "H"] | None  # scores of an additional key whose value is zero
 
 
 class KernelOptions(NamedTuple):
@@ -42,7 +42,10 @@ class KernelOptions(NamedTuple):
 
 
 def choose_kernel(config: ModelConfig, length: int, *, has_segments: bool, cached: bool) -> str:
-    """Return the kernel for sequences of `length`; ConfigError if the configured kernel does not support them."""
+    """Return the kernel for sequences of `length` tokens.
+
+    Raises ConfigError if the kernel named by model.attention_kernel does not support them.
+    """
     if cached:
         return "dense"
     n_shards = _ring_size()
@@ -72,20 +75,23 @@ def _why_unsupported(kernel: str, config: ModelConfig, length: int, *, has_segme
     local = "local" in config.attention_pattern
     head_dim = config.head_dim
     checks = [
-        (not config.causal, "supports causal attention only (model.causal=true)"),
-        (config.dropout > 0, "does not support dropout"),
-        (config.positions == "t5", "does not support the T5 bias"),
-        (config.positions == "falcon-alibi", "does not support Falcon's ALiBi bias"),
-        (kernel != "blockwise" and config.positions == "alibi", "does not support the ALiBi bias"),
-        (kernel != "blockwise" and config.attention_sinks, "does not support attention sinks"),
-        (kernel not in ("blockwise", "splash") and config.attention_softcap is not None, "does not cap scores"),
+        (not config.causal, "supports causal attention only, and model.causal is false"),
+        (config.dropout > 0, f"does not support dropout (model.dropout={config.dropout})"),
+        (config.positions == "t5", "does not support the T5 bias (model.positions)"),
+        (config.positions == "falcon-alibi", "does not support Falcon's ALiBi bias (model.positions)"),
+        (kernel != "blockwise" and config.positions == "alibi", "does not support the ALiBi bias (model.positions)"),
+        (kernel != "blockwise" and config.attention_sinks, "does not support model.attention_sinks"),
+        (
+            kernel not in ("blockwise", "splash") and config.attention_softcap is not None,
+            "does not cap scores (model.attention_softcap)",
+        ),
         (kernel != "blockwise" and n_shards > 1, "does not support ring attention (mesh.context)"),
-        (kernel == "blockwise" and not _has_even_blocks(length, n_shards), f"cannot split {length} positions evenly"),
+        (kernel == "blockwise" and not _has_even_blocks(length, n_shards), f"cannot divide {length} positions evenly"),
         (kernel == "splash" and platform == "gpu", "runs on TPUs only"),
-        (kernel == "splash" and target_chip() in ("TPU v2", "TPU v3"), "needs a TPU v4 or later"),
+        (kernel == "splash" and target_chip() in ("TPU v2", "TPU v3"), f"needs TPU v4 or later, not {target_chip()}"),
         (kernel == "splash" and length % 128 != 0, f"needs a sequence length divisible by 128, not {length}"),
         (kernel in ("triton", "cudnn") and platform == "tpu", "runs on GPUs only"),
-        (kernel == "triton" and local, "does not support attention windows"),
+        (kernel == "triton" and local, "does not support attention windows (model.attention_pattern)"),
         (kernel == "triton" and length % 128 != 0, f"needs a sequence length divisible by 128, not {length}"),
         (kernel == "triton" and head_dim & (head_dim - 1) != 0, f"needs a power of two as d_head, not {head_dim}"),
         (kernel == "triton" and head_dim > 128, f"needs d_head <= 128 (shared memory of a GPU), not {head_dim}"),
@@ -126,7 +132,7 @@ def dispatch_attention(
     if context.masks is not None:
         return _attend_dense((q, k, v, sinks), config, local, context.masks)
     value_dim = v.shape[-1]
-    if value_dim < k.shape[-1]:  # the kernels support one size only: added channels of the values are zero
+    if value_dim < k.shape[-1]:  # the kernels require keys and values of one size: pad with zeros
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - value_dim)))
     scale = attention_scale(config)
     layout = current_layout()
@@ -141,8 +147,8 @@ def dispatch_attention(
 
     if layout is None:
         return compute(q, k, v, context.segment_ids, per_head)[..., :value_dim]
-    # The partitioner cannot see into kernels, and ring attention has explicit collectives: every device computes its own
-    # sequences and heads.
+    # XLA cannot partition a kernel, and ring attention has explicit collectives: under shard_map, every device computes the
+    # sequences and heads of its shard.
     q_spec = layout.spec(("batch", "sequence", "heads", "head_dim"), q.shape, "activation [heads]")
     kv_spec = layout.spec(("batch", "sequence", "kv_heads", "head_dim"), k.shape, "activation [kv_heads]")
     ids_spec = layout.spec(("batch", "sequence"), q.shape[:2], "activation [segments]")

@@ -7,8 +7,8 @@
     k = [c W_up_k, r]            of each head, [d_unrotated + d_rotated]
     v = c W_up_v                 of each head, [d_value]
 
-The cache holds c and r: kv_rank + d_rotated numbers per token and layer, whatever the number of heads. Two computations
-give the same attention, and the one with fewer FLOPs for the numbers of queries and keys is used. Training and long
+The cache holds c and r: kv_rank + d_rotated numbers per token and layer, regardless of the number of heads. Two computations
+give the same attention; the layer uses the one with fewer FLOPs for the given numbers of queries and keys. Training and long
 prefills expand c to the keys and values of every head. Decoding absorbs W_up_k into the query and W_up_v into the output
 (appendix C of the paper): it is multi-query attention with the key [c, r] and the value c.
 """
@@ -32,7 +32,7 @@ from mesh_transformer.model.params import Inits, param
 from mesh_transformer.model.positions import apply_rope, make_rotation
 from mesh_transformer.model.quantization import dequantize
 
-NORM_EPS = 1e-6  # of the norms of latent vectors, whatever model.norm_eps is: so in the published code
+NORM_EPS = 1e-6  # epsilon of the norms of latent vectors: the published code ignores norm_eps here
 
 
 class LatentNorm(hk.Module):
@@ -133,7 +133,7 @@ def attend_absorbed(
     mask: Array,
     config: ModelConfig,
 ) -> Float[Array, "B T H V"]:
-    """Return the attention output computed from the latent vectors themselves."""
+    """Return the attention output, computed from the latent vectors without expanding them to keys and values."""
     assert config.latent_attention is not None
     d_unrotated = config.latent_attention.d_unrotated
     absorbed = jnp.einsum("bthc,rhc->bthr", q[..., :d_unrotated], w_up[..., :d_unrotated])

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks, and the context that every layer of a stack attends in."""
+"""Attention masks, and the inputs of attention that all layers of a stack share."""
 
 from typing import NamedTuple
 
@@ -9,27 +9,27 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Masks(NamedTuple):
-    """Masks and bias of every query-key pair, for the kernel that materializes all scores."""
+    """Masks and bias of every query-key pair, for the dense kernel."""
 
     full: Bool[Array, "#B T S"]  # for global layers: True where the query attends to the key
-    windowed: Bool[Array, "#B T S"]  # for local layers: `full`, and within the attention window
+    windowed: Bool[Array, "#B T S"]  # for local layers: `full` and within the attention window
     bias: Float[Array, "#B H T S"] | None  # added to the scores
 
 
 class EncoderOutput(NamedTuple):
     """Encoder output that the decoder's cross-attention reads."""
 
-    hidden_states: Float[Array, "B S D"] | None  # None: its keys and values are already in the cache
+    hidden_states: Float[Array, "B S D"] | None  # None: the keys and values are already in the cache
     mask: Bool[Array, "#B T S"]  # True where the query attends to the encoder position
 
 
 class AttentionContext(NamedTuple):
-    """Inputs of attention that are the same for all layers, and the mode that the layers run in."""
+    """Inputs of attention that are the same for all layers, and the mode of the forward pass."""
 
     kernel: str  # a value of model.attention_kernel other than "auto"
     positions: Int[Array, "B T"]  # for rotary embeddings and the KV cache
-    segment_ids: Int[Array, "B T"] | None  # a query attends only to keys with its own ID
-    masks: Masks | None  # for the "dense" kernel; the others derive the mask block by block
+    segment_ids: Int[Array, "B T"] | None  # a query attends only to keys with the same ID
+    masks: Masks | None  # for the "dense" kernel; other kernels compute the mask block by block
     decoding: bool = False  # prefill or decode with a KV cache: experts have no capacity limit
     training: bool = False  # experts use their training capacity, jitter and dropout
     # tokens that each sequence reaches in this forward pass, on which longrope depends; None: the largest position + 1
@@ -45,7 +45,7 @@ def make_masks(
     causal: bool,
     window: int,
 ) -> Masks:
-    """Return the masks for each `distance` = query position - key position."""
+    """Return the masks, given `distance` = query position - key position of each pair."""
     full = distance >= 0 if causal else jnp.ones_like(distance, bool)
     if segment_ids is not None:
         full = full & segment_mask(segment_ids, segment_ids)

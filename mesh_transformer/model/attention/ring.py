@@ -7,10 +7,10 @@ queries stay and the keys and values rotate. With contiguous shards, a causal ma
 the last one busy. The sequence is therefore split into 2n chunks in the zigzag layout: device i holds chunks i and
 2n-1-i. In every step after the first, each device then has the same amount of work, two of four chunk pairs.
 `make_block_schedule` lists which blocks of queries attend to which blocks of keys in each step. A single device is a
-ring of one. A window shortens the schedule and can skip whole steps of the ring.
+ring of one device. A window shortens the schedule and can skip whole steps of the ring.
 
-Bytes sent per device: the forward pass sends the keys and values once per step, 2 (n-1) B T/n K C elements. The
-backward pass sends the same again, and their gradients in float32 with one more step. All of it overlaps with the
+Communication per device: the forward pass sends the keys and values once per step, 2 (n-1) B T/n K C elements. The
+backward pass sends them again, and their gradients in float32 with one more step. The communication overlaps with the
 matmuls of the blocks.
 """
 
@@ -36,7 +36,7 @@ class Ring(NamedTuple):
     size: int  # number of devices
     block: int  # positions per block
     window: int | None  # number of keys that a query attends to, including its own; None: all earlier keys
-    config: ModelConfig | None = None  # form of the scores; None: the scaled dot products themselves
+    config: ModelConfig | None = None  # soft cap of the scores; None: no cap
 
 
 class RingStep(NamedTuple):
@@ -44,12 +44,12 @@ class RingStep(NamedTuple):
 
     shift: int
     # One row per device and pair; columns: index of the query block, index of the key block, position of the first query,
-    # position of the first key, and 1 if the pair counts (0: padding).
+    # position of the first key, and 1 for a pair to compute or 0 for padding.
     block_pairs: Int[np.ndarray, "n P 5"]
 
 
 def zigzag_order(length: int, size: int) -> Int[np.ndarray, "T"]:
-    """Return the positions of a sequence in the order that a ring of `size` devices holds them.
+    """Return the positions of a sequence in zigzag order, as a ring of `size` devices stores them.
 
     `length` must be a multiple of 2 * size.
     """
@@ -65,7 +65,7 @@ def to_zigzag(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "B T *rest"]:
 
 
 def from_zigzag(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "B T *rest"]:
-    """Return `x` with the sequence in its natural order. Moves all of `x` between devices."""
+    """Return `x` with the sequence in its natural order. If the sequence is sharded, all of `x` is sent between devices."""
     return _reorder(x, lambda *sizes: np.argsort(zigzag_order(*sizes)))
 
 
@@ -85,7 +85,7 @@ def _reorder(x: Array, order: Callable[[int, int], np.ndarray]) -> Array:
 
 @cache
 def make_block_schedule(length: int, ring: Ring) -> list[RingStep]:
-    """Return the steps for `length` positions per device. Each block pair with any visible pair occurs exactly once."""
+    """Return the steps for `length` positions per device. Each pair of blocks with a visible query-key pair occurs exactly once."""
     starts = zigzag_order(ring.size * length, ring.size).reshape(ring.size, -1, ring.block)[:, :, 0]
     steps = []
     for shift in range(ring.size):
@@ -102,7 +102,7 @@ def make_block_schedule(length: int, ring: Ring) -> list[RingStep]:
                 ]
             )
         longest = max(map(len, by_device))
-        # All devices run the same program, so devices with less work repeat a pair that does not count.
+        # All devices run the same program, so the lists of devices with less work are padded with masked pairs.
         padded = [pairs + [(0, 0, queries[0], queries[0], 0)] * (longest - len(pairs)) for pairs in by_device]
         if longest:
             steps.append(RingStep(shift, np.array(padded, np.int32)))
@@ -151,7 +151,7 @@ def _take_segment_ids(query_ids: Array | None, key_ids: Array | None, pair: Any,
 
 
 def _rotate(tree: Any, ring: Ring, shift: int) -> Any:
-    """Send `tree` to the device `shift` ranks ahead, and return what arrives."""
+    """Send `tree` to the device `shift` ranks ahead, and return the tree received."""
     if shift % ring.size == 0:
         return tree
     permutation = [(i, (i + shift) % ring.size) for i in range(ring.size)]
@@ -174,7 +174,7 @@ def ring_attention(
 ) -> Float[Array, "B K G T C"]:
     """Return causal attention of scaled queries. The arrays are this device's shard, in zigzag order.
 
-    `sinks` are scores of one more key of each head, whose value is zero.
+    `sinks` are the scores of an additional key of each head, whose value is zero.
     """
     return _forward(q, k, v, segment_ids, slopes, sinks, ring)[0]
 
@@ -184,8 +184,8 @@ def _forward(
 ) -> tuple[Array, tuple]:
     rotating = (k, v, segment_ids)
     shift = 0
-    # Running maximum, sum of weights and weighted values of each query. The diagonal comes first, so the maximum is that
-    # of a visible key from the first step on.
+    # Running maximum, sum of weights and weighted values of each query. The diagonal comes first, so the maximum is
+    # the score of a visible key from the first step on.
     high = jnp.full(q.shape[:-1], MASK_VALUE, jnp.float32)
     total = jnp.zeros(q.shape[:-1], jnp.float32)
     if sinks is not None:
@@ -274,7 +274,7 @@ def _backward(ring: Ring, residuals: tuple, gradient: Array) -> tuple:
         rotating = (k_now, v_now, key_ids_now, tuple(dkv))
     dk, dv = _rotate(rotating[3], ring, -shift)
     d_sinks = None
-    if sinks is not None:  # the gradient of a sink's weight is zero, as its value is
+    if sinks is not None:  # the value of a sink is zero, and so is the gradient of its weight
         weights = jnp.exp(_over_queries(sinks) - log_total)
         d_sinks = -jnp.sum(weights * row_sum, axis=(0, 3)).astype(sinks.dtype)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, d_sinks

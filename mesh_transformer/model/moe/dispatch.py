@@ -36,11 +36,11 @@ class DispatchOptions(NamedTuple):
     group_size: int  # sequences that share the slots
     by_expert: bool  # expert choice: every token is assigned to all experts, and the capacity selects
     activation: str
-    dropout: float  # rate at which the dropout mask of the assignment drops hidden units
+    dropout: float  # rate of the assignment's dropout mask
 
 
 class MeshAxes(NamedTuple):
-    """Mesh axes that a layer's arrays are sharded over; empty on one device."""
+    """Mesh axes over which a layer's arrays are sharded; empty on one device."""
 
     batch: tuple[str, ...] = ()
     sequence: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class MeshAxes(NamedTuple):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Axes whose devices hold different groups, after the tokens are at their experts."""
+        """Axes whose devices hold different groups after tokens are sent to their experts."""
         return tuple(axis for axis in self.batch if axis not in (*self.group, *self.expert))
 
     @property
@@ -101,10 +101,7 @@ def run_experts(
 
 
 def _find_axes(layout: MeshLayout, x: Array, weights: ExpertWeights, group_size: int) -> tuple[MeshAxes, Any]:
-    """Return the mesh axes of tokens and weights, and the specs of the weights.
-
-    The weights are gathered along embed: all of their shards there are communicated once.
-    """
+    """Return the mesh axes of tokens and weights, and the specs of the weights, which are gathered along embed."""
 
     def axes(names: tuple[str, ...], shape: tuple[int, ...], name: str) -> list[tuple[str, ...]]:
         spec = layout.spec(names, shape, name)
@@ -115,26 +112,25 @@ def _find_axes(layout: MeshLayout, x: Array, weights: ExpertWeights, group_size:
     if not set(expert) <= set(batch):
         raise ConfigError(
             f"mesh.rules.expert: experts are sharded over {' and '.join(expert)}, but the batch is not; "
-            "add the same mesh axes to mesh.rules.batch"
+            "add these mesh axes to mesh.rules.batch"
         )
     w_in = P(expert or None, None, ff or None)
     w_out = P(expert or None, ff or None)
     b_in = P(expert or None, ff or None)
-    every = ExpertWeights(w_in, w_in, w_out, b_in, b_in, P(expert or None))  # type: ignore[arg-type]
-    specs: Any = (None if weight is None else spec for weight, spec in zip(weights, every, strict=True))
+    all_specs = ExpertWeights(w_in, w_in, w_out, b_in, b_in, P(expert or None))  # type: ignore[arg-type]
+    specs: Any = (None if weight is None else spec for weight, spec in zip(weights, all_specs, strict=True))
     group = _group_axes(layout, batch, x.shape[0], group_size)
     return MeshAxes(batch, sequence, expert, ff, group), ExpertWeights(*specs)
 
 
 def _group_axes(layout: MeshLayout, batch: tuple[str, ...], batch_size: int, group_size: int) -> tuple[str, ...]:
-    """Return the mesh axes that one group is sharded over, the last ones of `batch`."""
+    """Return the last mesh axes of `batch`, over which one group is sharded. Raises ConfigError for an uneven division."""
     local_size = batch_size // math.prod(layout.mesh.shape[axis] for axis in batch)
     if local_size % group_size == 0:
         return ()
     axes: tuple[str, ...] = ()
-    axes_by_size: dict[int, tuple[str, ...]] = {
-        local_size: axes
-    }  # sequences held together by the devices along the last axes
+    # Number of sequences that the devices along the last axes of `batch` hold together -> these axes.
+    axes_by_size: dict[int, tuple[str, ...]] = {local_size: axes}
     size = local_size
     for axis in reversed(batch):
         axes = (axis, *axes)
@@ -142,9 +138,9 @@ def _group_axes(layout: MeshLayout, batch: tuple[str, ...], batch_size: int, gro
         axes_by_size.setdefault(size, axes)
     if group_size not in axes_by_size:
         raise ConfigError(
-            f"model.experts.group_size = {group_size}: on this mesh a device holds {local_size} sequence(s), so that a group "
-            f"neither divides them nor spans whole devices along {' and '.join(batch)}; use a divisor of {local_size}, or "
-            f"one of {sorted(axes_by_size)}"
+            f"model.experts.group_size={group_size} does not divide evenly: a device holds {local_size} sequence(s), and the batch "
+            f"is sharded over {' and '.join(batch)}; set model.experts.group_size to a divisor of {local_size}, or to one of "
+            f"{sorted(axes_by_size)}"
         )
     return axes_by_size[group_size]
 
@@ -158,18 +154,18 @@ def _dispatch_with_capacity(
     n_experts: int,
     axes: MeshAxes,
 ) -> Float[Array, "B T D"]:
-    """Compute the experts on `capacity` slots per group. Assignments with a rank beyond the capacity are dropped.
+    """Compute the experts on `capacity` slots per group. Assignments with a rank of at least the capacity are dropped.
 
-    Communication per device: B T k f D elements are sent to the experts along `expert`, and as many back (all-to-all).
-    The same is sent along `context` if sequences are sharded (reduce-scatter, all-gather). The sum of B T D elements over
-    `tensor` is that of a dense layer. Devices that share a group each have all of its slots and fill those of their own
-    tokens, so they send a multiple of this.
+    Communication per device: B T k f D elements are sent to the experts along `expert`, and the same number back
+    (all-to-all). The same number is sent along `context` if sequences are sharded (reduce-scatter, all-gather). The sum of
+    B T D elements over `tensor` is the same as in a dense layer. Devices that share a group send a multiple of this,
+    because each of them has all slots of the group and fills only the slots of the tokens in its shard.
     """
     gates, experts, rank, dropout_mask = assignment
     assert rank is not None
     assert options.capacity is not None
     shape = x.shape
-    n_together = min(options.group_size, shape[0])  # this device's sequences of one group
+    n_together = min(options.group_size, shape[0])  # sequences of one group on this device
     x, gates, experts, rank = (
         a.reshape(shape[0] // n_together, n_together * shape[1], -1) for a in (x, gates, experts, rank)
     )
@@ -179,8 +175,8 @@ def _dispatch_with_capacity(
     slot = jnp.where(rank < options.capacity, experts * n_slots + rank, n_experts * n_slots).reshape(n_groups, -1)
     group = jnp.arange(n_groups)[:, None]
     token = jnp.arange(slot.shape[1])[None] // gates.shape[2]
-    # The token in each slot, counted from 1 (0: none, or a token of another device). Indices are scattered and tokens
-    # gathered, which is cheaper than a scatter of tokens.
+    # The token in each slot, counted from 1 (0: none, or a token of another device). Scattering indices and gathering
+    # tokens is cheaper than scattering tokens.
     token_in_slot = jnp.zeros((n_groups, n_experts * n_slots), jnp.int32).at[group, slot].set(token + 1, mode="drop")
     padded = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
     dispatched = padded[group, token_in_slot].reshape(n_groups, n_experts, n_slots, width).swapaxes(0, 1)
@@ -193,13 +189,13 @@ def _dispatch_with_capacity(
     weights = _without_repeated_bias(weights, axes)
     out = _send_back(_feed_forward(dispatched, weights, (matmul, add_bias), dropout_mask, options), axes)
     out = out.swapaxes(0, 1).reshape(n_groups, -1, width)
-    if options.by_expert:  # from every slot to its token: there are fewer slots than pairs of token and expert
+    if options.by_expert:  # scatter from slots to tokens: there are fewer slots than token-expert pairs
         flat_gates = gates.reshape(n_groups, -1)
         slot_gates = jnp.zeros(token_in_slot.shape, jnp.float32).at[group, slot].set(flat_gates, mode="drop")
         weighted = out.astype(jnp.float32) * slot_gates[..., None]
         y = jnp.zeros((n_groups, length + 1, width)).at[group, token_in_slot].add(weighted)[:, 1:].astype(x.dtype)
     else:
-        out = jnp.pad(out, ((0, 0), (0, 1), (0, 0)))  # one more slot of zeros, for dropped assignments
+        out = jnp.pad(out, ((0, 0), (0, 1), (0, 0)))  # an additional slot of zeros, for dropped assignments
         y = _combine(out[group, slot].reshape(*gates.shape, width), gates, x.dtype)
     y = y.reshape(shape)
     return jax.lax.psum(y, axes.ff) if axes.ff else y
@@ -237,7 +233,7 @@ def _dispatch_dropless(
 
     The number of tokens per expert is known only at run time. Devices along `expert` therefore gather each other's B T D
     elements (all-gather), apply their own experts and sum the results (reduce-scatter): n_expert_shards / (2 k) times
-    the elements that an all-to-all with space for every token would move. On a CPU, XLA multiplies every token by every
+    the elements that an all-to-all with space for every token would send. On a CPU, XLA multiplies every token by every
     expert, which is slow with many experts.
     """
     gates, experts, _, dropout_mask = assignment
@@ -270,7 +266,7 @@ def _dispatch_dropless(
 
 
 def _without_repeated_bias(weights: ExpertWeights, axes: MeshAxes) -> ExpertWeights:
-    """Return the weights with the last bias on one device along `ff` only, over which the outputs are summed."""
+    """Return the weights with b_out on only one device along `ff`, because the outputs are summed over `ff`."""
     if weights.b_out is None or not axes.ff:
         return weights
     return weights._replace(b_out=jnp.where(jax.lax.axis_index(axes.ff) == 0, weights.b_out, 0))
@@ -283,7 +279,7 @@ def _feed_forward(
     dropout_mask: Bool[Array, "..."] | None,
     options: DispatchOptions,
 ) -> Array:
-    """Return the outputs of the experts; `functions` multiply rows by the weights of their experts, and add biases."""
+    """Return the outputs of the experts. `functions`: (multiply rows by the weights of their experts, add biases)."""
     matmul, add_bias = functions
 
     def linear(x: Array, w: Array, b: Array | None) -> Array:
@@ -298,5 +294,5 @@ def _feed_forward(
 
 
 def _combine(out: Float[Array, "B T K D"], gates: Float[Array, "B T K"], dtype: Any) -> Float[Array, "B T D"]:
-    """Return the sum over each token's experts, weighted by the gates, in float32 and then cast to `dtype`."""
+    """Return the sum over each token's experts, weighted by the gates, computed in float32 and cast to `dtype`."""
     return jnp.sum(out.astype(jnp.float32) * gates[..., None], axis=2).astype(dtype)

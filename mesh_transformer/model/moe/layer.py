@@ -5,15 +5,14 @@
 Shazeer et al. 2017 (arXiv 1701.06538), GShard (2006.16668), Switch (2101.03961) and, for renormalized gates without a
 capacity, Mixtral (2401.04088).
 
-Tokens compete for capacity within a group of sequences (one sequence, unless experts.group_size is larger), and never
-within what a device happens to hold: the function does not depend on the mesh. Assignments are ranked in order, all of
-one sequence before those of the next and all of one token before those of the next, so that a later token never displaces
-an earlier one (GShard instead ranks the first choices of all tokens first). With expert choice (Zhou et al. 2022,
-2202.09368), each expert takes the most probable tokens of a group, wherever they are. The output for a token then depends
-on later tokens.
+Tokens compete for capacity within a group of sequences (one sequence, unless experts.group_size is larger), not within a
+device's shard: the function does not depend on the mesh. Assignments are ranked by sequence and then by token, so that a
+later token never displaces an earlier one (GShard instead ranks the first choices of all tokens first). With expert choice
+(Zhou et al. 2022, 2202.09368), each expert processes the most probable tokens of a group at any position. The output for a
+token then depends on later tokens.
 
-No array has the shape [tokens, experts, capacity]. With capacity factor f and k experts per token, it would hold T^2 k f
-elements per sequence of T tokens. The tokens of all experts, gathered by index, hold T k f D.
+No array has the shape [tokens, experts, capacity]. With capacity factor f and k experts per token, it would have T^2 k f
+elements per sequence of T tokens. The inputs of the experts, gathered by index, have T k f D elements.
 """
 
 import math
@@ -46,7 +45,7 @@ from mesh_transformer.model.quantization import dequantize
 
 
 class MoELayer(hk.Module):
-    """sum over the selected experts of gate * W_out activation(W_in x), or its gated form."""
+    """Weighted sum over the selected experts: sum of gate * W_out activation(W_in x), or its gated form."""
 
     def __init__(self, config: ModelConfig, inits: Inits):
         super().__init__(name="experts")
@@ -61,10 +60,10 @@ class MoELayer(hk.Module):
         """Return the contribution to the residual stream, and the router's statistics.
 
         With `training`, the training capacity, router jitter and expert dropout apply. With `decoding`, every token is
-        processed by its most probable experts: tokens arrive one at a time, so they cannot compete for capacity.
+        processed by its most probable experts: tokens are decoded one at a time, so they cannot compete for capacity.
         """
         e = self.experts
-        key = hk.maybe_next_rng_key()  # also drawn where it is not used, so that initial weights do not depend on it
+        key = hk.maybe_next_rng_key()  # drawn even if unused, so that initial weights do not depend on `training`
         key = key if training else None
         zeros = hk.initializers.Constant(0.0)
         w_router = param("w_router", self.inits.input, embed=self.config.d_model, router=e.n_experts)
@@ -73,7 +72,7 @@ class MoELayer(hk.Module):
         weights = self._weights(x.dtype)
         logits = router_logits(x, w_router, b_router, key, e.router_jitter)
         scores = router_scores(logits, e)
-        if e.scores == "sigmoid":  # the statistics are those of the scores divided by their sum
+        if e.scores == "sigmoid":  # softmax(log sigmoid) is the scores divided by their sum
             logits = jax.nn.log_sigmoid(logits)
         capacity, group_size = self._capacity(x, training=training, decoding=decoding)
         by_expert = e.routing == "expert-choice" and not decoding
@@ -137,7 +136,7 @@ class MoELayer(hk.Module):
     def _dropout_mask(
         self, key: Array | None, shape: tuple[int, ...], options: DispatchOptions
     ) -> Bool[Array, "..."] | None:
-        """Return the hidden units to keep, sampled in the natural order of the sequence; None without dropout."""
+        """Return the mask of hidden units to keep, sampled in the natural order of the sequence; None without dropout."""
         if key is None or not options.dropout:
             return None
         key = jax.random.fold_in(key, 1)
@@ -152,7 +151,7 @@ class MoELayer(hk.Module):
 def _select_locally(
     scores: Float[Array, "B T E"], selection_bias: Float[Array, "E"] | None, experts: ExpertsConfig
 ) -> tuple[Array, Array]:
-    """Return `select_experts` of each token, computed on the device that holds the token.
+    """Return `select_experts(scores, selection_bias)`, computed on the device that holds each token.
 
     Without shard_map, XLA gathers the scores of all tokens on every GPU if the mesh has an axis that tokens are not
     sharded over.
@@ -167,11 +166,11 @@ def _select_locally(
 
 
 def _group_size(requested: int, batch: int) -> int:
-    """Return the number of sequences per group; ConfigError if it does not divide the batch."""
+    """Return the number of sequences per group. Raises ConfigError if it does not divide the batch."""
     group_size = min(requested, batch)
     if batch % group_size:
         raise ConfigError(
-            f"model.experts.group_size = {requested} must divide the batch size {batch}, because the sequences of a group "
-            f"share the capacity of the experts; use, for example, {math.gcd(requested, batch)}, or change train.batch_size"
+            f"model.experts.group_size={requested} does not divide the batch of {batch} sequences, and a group must be whole; "
+            f"set it to {math.gcd(requested, batch)}, for example, or change train.batch_size"
         )
     return group_size

@@ -17,11 +17,11 @@ from mesh_transformer.model.attention.ring import from_zigzag, to_zigzag
 class RoutingStats(NamedTuple):
     """Router statistics over the tokens of a batch. Outside a layer, arrays have a leading dimension of layers."""
 
-    expert_load: Float[Array, "*L E"]  # fraction of all assignments to each expert, dropped ones included
+    expert_load: Float[Array, "*L E"]  # fraction of all assignments to each expert, including dropped assignments
     aux_loss: Float[Array, "*L"]  # n_experts * sum(load * mean probability); 1 if either is uniform
     router_z: Float[Array, "*L"]  # mean of (log of the partition function)^2
     entropy: Float[Array, "*L"]  # mean, in nats; log(n_experts) if all experts are equally probable
-    # Fraction of assignments dropped because the expert was full; with expert choice, of tokens that no expert chose.
+    # Fraction of assignments dropped because the expert was full; with expert choice, fraction of tokens that no expert chose.
     dropped_fraction: Float[Array, "*L"]
 
 
@@ -30,7 +30,7 @@ class Assignment(NamedTuple):
 
     gates: Float[Array, "B T K"]
     experts: Int[Array, "B T K"]
-    rank_in_expert: Int[Array, "B T K"] | None  # position in the expert's queue, within a group; None: no capacity
+    rank_in_expert: Int[Array, "B T K"] | None  # position among the expert's assignments of a group; None: no capacity
     dropout_mask: Bool[Array, "..."] | None  # hidden units to keep: [E groups C F], or [B T K F] without a capacity
 
 
@@ -43,7 +43,7 @@ def expert_capacity(factor: float, tokens: int, n_experts_per_token: int, n_expe
 
 
 def expert_rows_per_token(config: ModelConfig, *, training: bool = True) -> float:
-    """Return the number of FFN rows that the experts of a layer compute per token, unused capacity included."""
+    """Return the rows of expert matmuls per token in one layer, including rows of unused capacity."""
     e = config.experts
     if e is None:
         return 0.0
@@ -72,9 +72,10 @@ def zero_routing_stats(config: ModelConfig) -> RoutingStats | None:
 
 
 def router_losses(config: ModelConfig, routing: RoutingStats) -> Float[Array, ""]:
-    """Return the routers' part of the training loss.
+    """Return the auxiliary losses of the routers.
 
-    It is the load-balancing loss (Switch, equation 4) plus the router z-loss (ST-MoE, arXiv 2202.08906, equation 5).
+    The result is the weighted sum of the load-balancing loss (Switch, equation 4) and the router z-loss (ST-MoE, arXiv
+    2202.08906, equation 5).
     """
     assert config.experts is not None
     weights = config.experts
@@ -94,26 +95,26 @@ def router_logits(
 
 
 def router_scores(logits: Float[Array, "B T E"], experts: ExpertsConfig) -> Float[Array, "B T E"]:
-    """Return the scores of each token's experts: probabilities, or independent sigmoids."""
+    """Return the scores of all experts for each token: softmax probabilities, or independent sigmoids."""
     return jax.nn.sigmoid(logits) if experts.scores == "sigmoid" else jax.nn.softmax(logits)
 
 
 def select_experts(
     scores: Float[Array, "B T E"], selection_bias: Float[Array, "E"] | None, experts: ExpertsConfig
 ) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"]]:
-    """Return the gates and the numbers of each token's experts, the preferred ones first."""
+    """Return the gates and the indices of each token's experts, in order of decreasing preference."""
     preference = scores if selection_bias is None else scores + selection_bias[None, None]
     if experts.limits_groups:
         preference = _limit_groups(preference, experts)
     _, selected = jax.lax.top_k(jax.lax.stop_gradient(preference), experts.n_experts_per_token)
     gates = jnp.take_along_axis(scores, selected, axis=-1)
-    if experts.scales_gates:  # the sum of sigmoids can be zero, as in DeepSeek V3
+    if experts.scales_gates:  # 1e-20 as in DeepSeek V3: a sum of sigmoids can be zero
         gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)
     return gates * experts.gate_scale, selected
 
 
 def _limit_groups(preference: Float[Array, "B T E"], experts: ExpertsConfig) -> Float[Array, "B T E"]:
-    """Return the preferences of the experts in each token's best groups, and minus infinity for the others.
+    """Return the preferences of the experts in each token's best groups, and minus infinity for other experts.
 
     DeepSeek V2 (arXiv 2405.04434, section 2.2.2) and V3 (2412.19437, section 2.1.2).
     """
@@ -127,7 +128,7 @@ def _limit_groups(preference: Float[Array, "B T E"], experts: ExpertsConfig) -> 
 def routing_stats(
     logits: Float[Array, "B T E"], counts: Array, dropped: Bool[Array, "..."], *, over_batch: bool
 ) -> RoutingStats:
-    """Return means over all tokens, on all devices. `counts` [B, T, E] holds the assignments of each token."""
+    """Return means over all tokens of all devices. `counts` [B, T, E] is the number of assignments of a token to an expert."""
     n_experts = logits.shape[-1]
     token_dims = (0, 1) if over_batch else (1,)
     probabilities = jax.nn.softmax(logits)
@@ -147,7 +148,8 @@ def routing_stats(
 def rank_in_expert(experts: Int[Array, "B T K"], group_size: int) -> Int[Array, "B T K"]:
     """Return how many earlier assignments in the same group of `group_size` sequences have the same expert.
 
-    Computed by sorting. Devices that share a group exchange T K numbers per sequence, instead of sums over [T K, E].
+    The ranks are computed by sorting. Devices that share a group exchange T K integers per sequence instead of sums over
+    [T K, E].
     """
     flat = from_zigzag(experts).reshape(experts.shape[0] // group_size, -1)
     order = jnp.argsort(flat, axis=1, stable=True)
@@ -160,7 +162,7 @@ def rank_in_expert(experts: Int[Array, "B T K"], group_size: int) -> Int[Array, 
 
 
 def rank_for_expert(probabilities: Float[Array, "B T E"], group_size: int) -> Int[Array, "B T E"]:
-    """Return each token's rank by probability for each expert, within its group. The earlier of equal tokens is first."""
+    """Return the rank of each token for each expert, by probability within the group. Ties rank the earlier token first."""
     shape = probabilities.shape
     negated = -from_zigzag(jax.lax.stop_gradient(probabilities)).reshape(shape[0] // group_size, -1, shape[2])
     return to_zigzag(jnp.argsort(jnp.argsort(negated, axis=1, stable=True), axis=1).reshape(shape))

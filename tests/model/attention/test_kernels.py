@@ -69,7 +69,7 @@ def test_kernel_is_chosen_by_platform(platform, kind, changes, has_segments, ker
         ("tpu", dict(attention_kernel="triton"), T, "runs on GPUs only"),
         ("gpu", dict(attention_kernel="triton"), T, "does not support attention windows"),
         ("gpu", dict(attention_kernel="cudnn"), T, "bfloat16"),
-        ("cpu", dict(attention_kernel="blockwise"), 4099, "cannot split 4099 positions evenly"),
+        ("cpu", dict(attention_kernel="blockwise"), 4099, "cannot divide 4099 positions evenly"),
     ],
 )
 def test_unsupported_requests_are_refused(platform, changes, length, reason):
@@ -84,7 +84,7 @@ def test_unsupported_requests_are_refused(platform, changes, length, reason):
 def test_a_sharded_sequence_is_never_gathered_silently():
     with use_layout(make_layout(MeshConfig(data=1, context=4))):
         assert choose_kernel(MODEL, T, has_segments=True, cached=False) == "blockwise"
-        with pytest.raises(ConfigError, match='does not support dropout; use "dense"'):
+        with pytest.raises(ConfigError, match=r'does not support dropout \(model.dropout=0.1\); use "dense"'):
             choose_kernel(dataclasses.replace(MODEL, dropout=0.1), T, has_segments=True, cached=False)
         with pytest.raises(ConfigError, match="does not support ring attention"):
             choose_kernel(dataclasses.replace(MODEL, attention_kernel="splash"), T, has_segments=True, cached=False)

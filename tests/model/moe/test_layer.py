@@ -493,11 +493,11 @@ def test_experts_are_sharded_and_exchanged():
         ),
         (
             dict(group_size=3, eval_capacity_factor=1.0), dict(data=8),
-            "group_size = 3 must divide the batch size 8, .* for example, 1",
+            "group_size=3 does not divide the batch of 8 sequences.* set it to 1",
         ),
         (
             dict(group_size=2, eval_capacity_factor=1.0), dict(data=2, expert=4),
-            r"group_size = 2: on this mesh .* one of \[1, 4, 8\]",
+            r"group_size=2 does not divide evenly: .* one of \[1, 4, 8\]",
         ),
     ],
 )  # fmt: skip
