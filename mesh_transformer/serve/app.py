@@ -21,8 +21,16 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from mesh_transformer.serve.chat_completions import start_chat
-from mesh_transformer.serve.completions import ApiFormat, CompletionTask, Service, error_json, start_completion
+from mesh_transformer.serve.completions import (
+    ApiFormat,
+    CompletionTask,
+    Service,
+    error_json,
+    start_completion,
+    unknown_model_error,
+)
 from mesh_transformer.serve.protocol import (
+    MAX_QUOTED,
     ApiError,
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -37,7 +45,7 @@ from mesh_transformer.serve.protocol import (
     describe_validation_errors,
 )
 
-LEGACY_FORMAT = ApiFormat(default_max_tokens=256)  # as many as mesh-transformer-jax's server generated
+LEGACY_FORMAT = ApiFormat(default_max_tokens=256)  # the number that mesh-transformer-jax's server generates
 BODIES = {
     "/complete": CompleteRequest,
     "/v1/completions": CompletionRequest,
@@ -51,8 +59,8 @@ ERRORS = {
     405: "method not allowed",
     408: "the request body arrived too slowly",
     413: "the request body is too large",
-    429: "no capacity; Retry-After says when to try again",
-    503: "timeout, or the server is shutting down",
+    429: "no free capacity; retry after the seconds given by Retry-After",
+    503: "the response took too long, or the server is shutting down",
 }
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text} for status, text in ERRORS.items()
@@ -120,9 +128,9 @@ async def full_response(start: StartFn) -> dict[str, Any]:
 
 
 async def run_until_disconnect(work: Any, request: Request, seconds: float) -> Any:
-    """Return the result of `work`.
+    """Return the result of the coroutine `work`.
 
-    It is canceled if the client disconnects (raises ClientDisconnected) or after `seconds` (raises ApiError 503).
+    `work` is canceled if the client disconnects (ClientDisconnected is raised) or after `seconds` (ApiError 503 is raised).
     """
     task = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(wait_disconnect(request.receive))
@@ -138,7 +146,7 @@ async def run_until_disconnect(work: Any, request: Request, seconds: float) -> A
 
 
 async def wait_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
-    """Return when the client has disconnected."""
+    """Wait until the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -181,7 +189,11 @@ class EventStream(Response):
 
 
 def _timeout_error(seconds: float) -> ApiError:
-    return ApiError(503, f"no response within {seconds:g} s; request fewer tokens, or use stream", code="timeout")
+    return ApiError(
+        503,
+        f"the response was not complete after {seconds:g} s (serve.request_timeout_seconds); reduce max_tokens",
+        code="timeout",
+    )
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
@@ -209,17 +221,15 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def one_model(name: str) -> Response:
         """Return the served model by name."""
         if name != service.name:
-            raise ApiError(
-                404, f"unknown model; the served model is {service.name}", param="model", code="model_not_found"
-            )
+            raise unknown_model_error(service, name)
         return JSONResponse(model)
 
     @app.get("/health", response_model=HealthResponse)
     async def health() -> Response:
-        """Return 200 if requests are processed immediately, else 503 with the reason. The only route without a token."""
+        """Return 200 if requests are processed immediately, else 503 with the reason. This route requires no token."""
         engine_thread = service.engine_thread
         if engine_thread.failure:
-            status, reason = "failed", "the engine has failed"
+            status, reason = "failed", "the engine failed; the log of the server has the error"
         elif app.state.draining:
             status, reason = "draining", "the server is shutting down"
         elif compiling := engine_thread.compiling:
@@ -268,14 +278,20 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(error_json(ApiError(400, message, param=field)), 400)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        api_error = ApiError(error.status_code, str(error.detail)[:200])
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        message = str(error.detail)[:MAX_QUOTED]
+        if error.status_code in (404, 405):
+            message = f"{request.method} {request.url.path[:MAX_QUOTED]}: {message}; /openapi.json lists the routes"
+        api_error = ApiError(error.status_code, message)
         return JSONResponse(error_json(api_error), error.status_code, headers=error.headers)
 
     @app.exception_handler(ClientDisconnected)
     async def disconnected(_: Request, error: ClientDisconnected) -> Response:
-        return Response(status_code=499)  # for the metrics: the client does not receive it
+        return Response(status_code=499)  # for the metrics; the client does not receive it
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        return JSONResponse(error_json(ApiError(500, "internal server error", code="internal_error")), 500)
+        api_error = ApiError(
+            500, "internal server error; the log of the server has the traceback", code="internal_error"
+        )
+        return JSONResponse(error_json(api_error), 500)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""POST /v1/chat/completions: a completion of the prompt that the chat template renders, in the format of chats."""
+"""POST /v1/chat/completions: renders messages with the chat template and completes them as the assistant's message."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ class ChatFormat(ApiFormat):
     format_logprobs: LogprobFormatter = format_chat_logprobs
 
     def first_chunk(self, index: int) -> dict[str, Any]:
-        """Return the chunk with the role of the message."""
+        """Return the chunk that states the role of the message."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
@@ -56,13 +56,13 @@ class ChatFormat(ApiFormat):
 
 @contextlib.asynccontextmanager
 async def start_chat(service: Service, request: ChatCompletionRequest) -> AsyncGenerator[CompletionTask, None]:
-    """Start a chat completion. Without a limit in the request, the output is limited only by seq_len.
+    """Start a chat completion. Without max_completion_tokens in the request, only seq_len limits the output.
 
     Raises ApiError for an invalid request.
     """
     check_model(service, request.model)
     service.engine_thread.check_capacity(request.n or 1)
-    # In a thread, because it can be slow and the event loop serves other requests.
+    # In a thread, because rendering and encoding can be slow, and the event loop serves other requests.
     prompt = await asyncio.to_thread(_encode, service, request)
     shared = {name: getattr(request, name) for name in CommonParams.model_fields}
     completion_request = CompletionRequest(

@@ -19,7 +19,7 @@ from mesh_transformer.sample.loading import LoadedModel
 from mesh_transformer.sample.model_defaults import ModelDefaults
 from mesh_transformer.serve.engine_thread import EngineThread, PendingRequest
 from mesh_transformer.serve.metrics import ServerMetrics
-from mesh_transformer.serve.protocol import ApiError, CompletionRequest
+from mesh_transformer.serve.protocol import MAX_QUOTED, ApiError, CompletionRequest
 from mesh_transformer.serve.sample_stream import (
     Delta,
     LogprobFormatter,
@@ -41,29 +41,29 @@ class Service(NamedTuple):
     metrics: ServerMetrics
     grammar_compiler: GrammarCompiler
     name: str  # of the model
-    max_token_bytes: int  # of any token
+    max_token_bytes: int  # largest number of bytes of a token's text
     chat_template: ChatTemplate
 
 
 @dataclasses.dataclass(frozen=True)
 class ApiFormat:
-    """Response format and defaults of an endpoint: those of /v1/completions; ChatFormat overrides them."""
+    """Response format and defaults of an endpoint. The field defaults are for /v1/completions; ChatFormat overrides them."""
 
-    default_max_tokens: int = DEFAULT_MAX_TOKENS  # without max_tokens; fewer if limited by seq_len
+    default_max_tokens: int = DEFAULT_MAX_TOKENS  # if the request has no max_tokens; fewer if limited by seq_len
     stop_tokens: Sequence[int] = ()  # in addition to the model's eos_token_ids
     id_prefix: str = "cmpl"
     full_object: str = "text_completion"
     chunk_object: str = "text_completion"
-    prompt_field: str = "prompt"  # of the request
+    prompt_field: str = "prompt"  # field of the request that holds the prompt
     continues_prompt: bool = True  # the output continues the prompt's text
     format_logprobs: LogprobFormatter = format_logprobs
 
     def first_chunk(self, index: int) -> dict[str, Any] | None:
-        """Return a chunk of sample `index` that precedes its first token, if any."""
+        """Return the chunk before the first token of sample `index`, or None if the format has no such chunk."""
         return None
 
     def full(self, index: int, output: Delta) -> dict[str, Any]:
-        """Return the choice of a complete sample."""
+        """Return the entry of `choices` for a complete sample."""
         return {
             "index": index,
             "text": output.text,
@@ -72,12 +72,12 @@ class ApiFormat:
         }
 
     def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
-        """Return the choice of a chunk in a stream."""
+        """Return the entry of `choices` for a chunk of a stream."""
         return self.full(index, delta)
 
 
 class CompletionTask:
-    """One API request in progress. It must be closed, which cancels the remaining engine requests."""
+    """One API request in progress. `close` must be called, which cancels the remaining engine requests."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class CompletionTask:
         yield "data: [DONE]\n\n"
 
     async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Yield (sample, new output); all tokens that arrive together are one delta."""
+        """Yield (index of a sample, new output); tokens that arrive together form one delta."""
         is_first = True
         async for events in self._pending.events():
             if is_first:
@@ -171,7 +171,10 @@ class CompletionTask:
     def _check_grammar(self, index: int) -> None:
         constraint = self._pending.requests[index].params.constraint
         if isinstance(constraint, GrammarMatcher) and constraint.error:
-            raise ApiError(400, f"the grammar is too complex; simplify it: {constraint.error[:200]}")
+            raise ApiError(
+                400,
+                f"the grammar of guided_regex or response_format is too complex ({constraint.error[:200]}); simplify it",
+            )
 
     def _make_requests(
         self, prompt: list[int], j: int, n_prompts: int, grammar: GrammarMatcher | None
@@ -238,11 +241,11 @@ class CompletionTask:
 async def start_completion(
     service: Service, request: CompletionRequest, api_format: ApiFormat = ApiFormat()
 ) -> AsyncGenerator[CompletionTask, None]:
-    """Start a completion; it is closed at the end of the context. Raises ApiError for an invalid request."""
+    """Start a completion, which is closed at the end of the context. Raises ApiError for an invalid request."""
     check_model(service, request.model)
     texts = list_prompts(request)
     service.engine_thread.check_capacity(len(texts) * max(request.best_of or 0, request.n or 1))
-    # In threads, because both can be slow and the event loop serves other requests.
+    # In threads, because both calls can be slow, and the event loop serves other requests.
     prompts = await asyncio.to_thread(_encode, service, request, texts)
     grammar = await asyncio.to_thread(_compile_grammar, service.grammar_compiler, request)
     completion = CompletionTask(service, request, prompts, grammar, api_format)
@@ -255,17 +258,23 @@ async def start_completion(
 def check_model(service: Service, name: str | None) -> None:
     """Raise ApiError 404 if `name` is given and is not the served model."""
     if name is not None and name != service.name:
-        raise ApiError(404, f"unknown model; the served model is {service.name}", param="model", code="model_not_found")
+        raise unknown_model_error(service, name)
+
+
+def unknown_model_error(service: Service, name: str) -> ApiError:
+    """Return the error for a model that is not served."""
+    message = f"model {name[:MAX_QUOTED]!r} is not served; the served model is {service.name}"
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def list_prompts(request: CompletionRequest) -> list[str | list[int]]:
-    """Return the list of prompts for any of the four forms of the field `prompt`."""
+    """Return the list of prompts of a request, whose field `prompt` has one of four forms."""
     prompt: Any = request.prompt
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
 def make_options(request: CompletionRequest, defaults: ModelDefaults) -> SampleConfig:
-    """Return the sampling options: of the request, else of the model's files or --set sample.*, else OpenAI's defaults."""
+    """Return the sampling options: of the request, else of --set sample.* or the model's files, else OpenAI's defaults."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: value for name in names if (value := getattr(request, name)) is not None}
     return SampleConfig(**{"temperature": 1.0, **defaults.request_defaults, **given, "max_tokens": 1})
@@ -278,9 +287,9 @@ def error_json(error: ApiError) -> dict[str, Any]:
 
 
 def check_length(service: Service, prompt: str | list[int], field: str) -> None:
-    """Raise ApiError 400 for a prompt that exceeds seq_len with any tokens; `field` is the request's."""
+    """Raise ApiError 400 for a prompt that exceeds seq_len however it is tokenized; `field` is its field in the request."""
     seq_len = service.loaded_model.config.model.seq_len
-    # A text longer than seq_len tokens of maximal length need not be encoded to know that it is too long.
+    # A text that is longer than seq_len tokens of max_token_bytes is too long; encoding it first would be slow.
     min_tokens = len(prompt) if isinstance(prompt, list) else -(-len(prompt) // service.max_token_bytes)
     if min_tokens > seq_len:
         raise ApiError(

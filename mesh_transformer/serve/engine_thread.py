@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the engine in its own thread: requests come from an event loop, and their events return to it."""
+"""Thread that runs the engine. It receives requests from an event loop and delivers their events to it."""
 
 import asyncio
 import queue
@@ -22,7 +22,7 @@ RATE_WINDOW = 10.0  # seconds over which tokens/s are measured
 
 
 class PendingRequest:
-    """The engine requests of one API request, awaited by one task."""
+    """The engine requests of one API request, whose events one task awaits."""
 
     def __init__(self, requests: Sequence[Request]):
         self.requests = list(requests)
@@ -66,13 +66,14 @@ class EngineThread:
     def __init__(self, engine: DecoderOnlyEngine, *, capacity: int, warmup_tokens: int = 0):
         """At most `capacity` engine requests wait or are decoded at once.
 
-        The thread first compiles the programs for sequences of up to `warmup_tokens` tokens; requests wait meanwhile.
+        The thread first compiles the programs for sequences of up to `warmup_tokens` tokens; until then requests wait.
         """
         self.engine = engine
         self.capacity = capacity
-        self.compiling = "programs are being compiled" if warmup_tokens else ""  # why requests wait, if they do
+        # Reason why requests wait; empty if they do not.
+        self.compiling = "programs are being compiled" if warmup_tokens else ""
         self.n_active = 0  # requests in decode slots, as of the last engine step
-        self.n_queued = 0
+        self.n_queued = 0  # requests that wait for a slot or are in prefill, as of the last engine step
         self.failure: str | None = None
         self._warmup_tokens = warmup_tokens
         self._pending: dict[int, PendingRequest] = {}  # by Request.id; used only by the event loop's thread
@@ -96,22 +97,31 @@ class EngineThread:
 
     @property
     def n_pending(self) -> int:
-        """Engine requests that are not closed yet."""
+        """Number of engine requests that are not closed yet."""
         return len(self._pending)
 
     def check_capacity(self, n: int) -> None:
-        """Raise ApiError: 429 without capacity for `n` requests now, 400 if it is never enough, 503 after a failure."""
+        """Raise ApiError 429 if `n` requests exceed the free capacity, 400 if they exceed all of it, 503 after a failure."""
         if self.failure:
-            raise ApiError(503, "the engine has failed; the server is shutting down", code="engine_failed")
+            raise ApiError(
+                503, "the engine has failed, and the server is shutting down; restart the server", code="engine_failed"
+            )
         if n > self.capacity:
-            raise ApiError(400, f"got {n} samples in one request; the maximum is {self.capacity}", param="n")
+            raise ApiError(
+                400,
+                f"the request needs {n} samples (prompts times n or best_of); the maximum is {self.capacity} (serve.slots + "
+                "serve.max_queue); send fewer prompts or reduce n",
+                param="n",
+            )
         if self.n_pending + n > self.capacity:
+            seconds = self._estimate_wait()
             error = ApiError(
                 429,
-                f"{self.n_pending} samples are being generated or wait; try again later",
+                f"{self.n_pending} of {self.capacity} samples are in progress, and the request needs {n}; retry after "
+                f"{seconds} s",
                 code="rate_limit_exceeded",
             )
-            error.headers["Retry-After"] = str(self._estimate_wait())
+            error.headers["Retry-After"] = str(seconds)
             raise error
 
     def submit(self, requests: Sequence[Request]) -> PendingRequest:
@@ -135,12 +145,12 @@ class EngineThread:
             pending.put(error)
 
     def tokens_per_second(self) -> float:
-        """Return the generated tokens per second, over the last RATE_WINDOW seconds."""
+        """Return the number of tokens generated per second over the last RATE_WINDOW seconds."""
         now = time.monotonic()
         return sum(n for when, n in list(self._recent_steps) if now - when < RATE_WINDOW) / RATE_WINDOW
 
     def _estimate_wait(self) -> int:
-        """Estimate the seconds until one request finishes: the mean of the remaining tokens at the current rate."""
+        """Estimate the seconds until a request finishes: its mean number of remaining tokens at the current rate."""
         unfinished = [request for pending in set(self._pending.values()) for request in pending.requests]
         remaining = sum(request.max_tokens - len(request.tokens) for request in unfinished)
         rate = max(self.tokens_per_second(), 1.0)
@@ -150,9 +160,12 @@ class EngineThread:
         try:
             self._warm_up()
             self._serve()
-        except Exception as error:  # of any kind: no task may wait forever
+        except Exception as error:  # any exception: waiting tasks must receive an error
             self.failure = f"{type(error).__name__}: {error}"
-            self._call(self.fail_all, ApiError(500, "the engine has failed", code="engine_failed"))
+            api_error = ApiError(
+                500, "the engine has failed; the log of the server has the error", code="engine_failed"
+            )
+            self._call(self.fail_all, api_error)
 
     def _warm_up(self) -> None:
         if self._warmup_tokens:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Prometheus metrics of the server, in a registry of its own."""
+"""Prometheus metrics of the server, in a separate registry."""
 
 from typing import Any
 

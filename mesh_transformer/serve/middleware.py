@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mesh_transformer.serve.completions import error_json
-from mesh_transformer.serve.protocol import ApiError
+from mesh_transformer.serve.protocol import MAX_QUOTED, ApiError
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -32,7 +32,7 @@ class RequestLimits:
         body_timeout_seconds: float,
         count: Callable[[str, int], None],
     ):
-        """Without a `token`, only requests to this machine's own name are allowed, which excludes pages of other sites."""
+        """Without a `token`, the Host header must name this machine, which excludes web pages of other sites."""
         self._app = app
         self._token = token
         self._max_body_bytes = max_body_bytes
@@ -63,7 +63,7 @@ class RequestLimits:
             self._count(getattr(route, "path", "unknown"), status)
 
     def _authorize(self, scope: Message) -> None:
-        headers = dict(scope["headers"])  # the last one of a repeated header
+        headers = dict(scope["headers"])  # the last value of a repeated header
         if scope["path"] == PUBLIC_PATH:
             return
         if self._token is None:
@@ -71,14 +71,17 @@ class RequestLimits:
             if host.rpartition(":")[0] not in LOCAL_HOSTS and host not in LOCAL_HOSTS:
                 raise ApiError(
                     403,
-                    "without --token-file, the Host header must be 127.0.0.1 or localhost",
+                    f"the Host header is {host[:MAX_QUOTED]!r}; without --token-file, the server accepts only 127.0.0.1, localhost "
+                    "and [::1]; use one of these addresses",
                     code="host",
                 )
         elif not hmac.compare_digest(_find_token(headers.get(b"authorization", b"")), self._token.encode()):
             error = ApiError(
-                401, "missing or wrong token; send the header Authorization: Bearer TOKEN", code="invalid_api_key"
+                401,
+                "missing or wrong token; send the header Authorization: Bearer TOKEN with the token of --token-file",
+                code="invalid_api_key",
             )
-            # For the page, browsers ask for a user name, which is ignored, and a password: the token.
+            # For the web page, browsers show a login form: the password is the token, and the user name is ignored.
             error.headers["WWW-Authenticate"] = 'Basic realm="mesh transformer"' if scope["path"] == "/" else "Bearer"
             raise error
 
@@ -86,8 +89,8 @@ class RequestLimits:
         """Return the whole body; None if the client disconnects."""
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_body_bytes:
-            raise self._too_large()
-        parts, size = [], 0
+            raise self._too_large(length.decode("latin-1")[:MAX_QUOTED])
+        chunks, size = [], 0
         try:
             async with asyncio.timeout(self._body_timeout_seconds):
                 while True:
@@ -96,17 +99,22 @@ class RequestLimits:
                         return None
                     size += len(message.get("body", b""))
                     if size > self._max_body_bytes:
-                        raise self._too_large()
-                    parts.append(message.get("body", b""))
+                        raise self._too_large(f"at least {size}")
+                    chunks.append(message.get("body", b""))
                     if not message.get("more_body"):
-                        return b"".join(parts)
+                        return b"".join(chunks)
         except TimeoutError:
-            message = f"the request body did not arrive within {self._body_timeout_seconds:g} s; send it faster"
+            message = (
+                f"the request body did not arrive within {self._body_timeout_seconds:g} s; send it faster, or raise "
+                "serve.body_timeout_seconds"
+            )
             raise ApiError(408, message, code="timeout") from None
 
-    def _too_large(self) -> ApiError:
+    def _too_large(self, size: str) -> ApiError:
         return ApiError(
-            413, f"the request body is too large; the maximum is {self._max_body_bytes} bytes", code="too_large"
+            413,
+            f"the request body has {size} bytes; the maximum is {self._max_body_bytes} (serve.max_body_bytes); shorten it",
+            code="too_large",
         )
 
 
@@ -134,7 +142,7 @@ def _find_token(authorization: bytes) -> bytes:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body first, then the remaining messages, such as a disconnect."""
+    """Return a `receive` function that returns the body first, then the remaining messages, such as a disconnect."""
     pending = True
 
     async def replayed() -> Message:

@@ -28,7 +28,7 @@ TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class ApiError(Exception):
-    """Error response: HTTP status, one sentence, and the field it refers to."""
+    """Error response: HTTP status, one sentence, and the request field that it refers to."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -71,7 +71,10 @@ class ResponseFormat(StrictModel):
     def check(self) -> "ResponseFormat":
         """Check that `type` and `json_schema` agree."""
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError('json_schema and type "json_schema" belong together: give both or neither')
+            raise ValueError(
+                f'type is "{self.type}" {"without" if self.json_schema is None else "with"} json_schema; json_schema requires '
+                'type "json_schema" and the reverse: set both or neither'
+            )
         return self
 
 
@@ -79,8 +82,8 @@ class CommonParams(StrictModel):
     """Parameters shared by completions and chat completions. Without `seed`, every prompt has a random seed."""
 
     model: Annotated[str, Field(max_length=256)] | None = None  # if given, the name of the served model
-    # without a sampling parameter: that of the model's generation_config.json or --set sample.*, else OpenAI's
-    temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None  # else 1; 0: greedy
+    # Default of sampling parameters: --set sample.*, else the model's generation_config.json, else OpenAI's default.
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None  # OpenAI's default is 1; 0: greedy
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     stream: bool | None = None
@@ -89,9 +92,8 @@ class CommonParams(StrictModel):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # equal seeds give equal texts
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = (
-        None  # token id -> value added to its logit
-    )
+    # token id -> value added to its logit
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = None
     user: Annotated[str, Field(max_length=1000)] | None = None  # accepted and ignored
     response_format: ResponseFormat | None = None
     # extensions of OpenAI's API
@@ -104,9 +106,9 @@ class CommonParams(StrictModel):
     def check_shared(self) -> "CommonParams":
         """Check combinations of these fields."""
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options requires stream: set stream=true")
+            raise ValueError("stream_options requires stream=true; set it, or remove stream_options")
         if self.guided_regex is not None and self.response_format and self.response_format.type != "text":
-            raise ValueError("guided_regex and response_format both constrain the output: give one")
+            raise ValueError("guided_regex and response_format both constrain the output; remove one of them")
         return self
 
 
@@ -114,15 +116,14 @@ class CompletionRequest(CommonParams):
     """POST /v1/completions."""
 
     prompt: Prompt = ""
-    max_tokens: Annotated[int, Field(ge=0)] | None = None  # None: 16, or fewer if limited by seq_len; 0 only with echo
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # None: 16, or fewer if seq_len is reached; 0 requires echo
     best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None  # samples; the n most probable are returned
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = (
-        None  # most probable tokens listed at each position
-    )
+    # number of most probable tokens to list for each token; 0: only the token itself
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None  # the output begins with the prompt
     suffix: Annotated[str, Field(max_length=1000)] | None = None  # rejected: no infilling
     # extensions of OpenAI's API, for prompts that are texts
-    add_special_tokens: bool | None = None  # add those of the model's files, such as <s>; None: true
+    add_special_tokens: bool | None = None  # add the special tokens of the model's files, such as <s>; None: true
     parse_special: bool | None = None  # special tokens written in the prompt become their ids; None: false
 
     @model_validator(mode="after")
@@ -133,26 +134,26 @@ class CompletionRequest(CommonParams):
                 "suffix is not supported: this model continues text and cannot fill in the middle; remove it"
             )
         if self.best_of is not None and self.best_of < (self.n or 1):
-            raise ValueError(f"best_of={self.best_of} must be at least n={self.n or 1}")
+            raise ValueError(f"best_of={self.best_of} is less than n={self.n or 1}; it must be at least n")
         if self.stream and (self.best_of or 0) > (self.n or 1):
             raise ValueError(
                 f"best_of={self.best_of} greater than n={self.n or 1} cannot be streamed, because the best samples are known "
-                "only at the end; set stream=false, or best_of=n"
+                "only at the end; set stream=false, or set best_of to n"
             )
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens=0 requires echo: otherwise the output would be empty")
+            raise ValueError("max_tokens=0 requires echo, otherwise the output is empty; set echo=true")
         return self
 
 
 class TextPart(StrictModel):
-    """A part of a message; only text is supported."""
+    """A content part of a message; only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
 class RequestMessage(StrictModel):
-    """A message of a chat. The message of a response is also valid; tool calls are not supported."""
+    """A message of a chat. Messages of responses are also valid; tool calls are not supported."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=2048)]  # parts are joined by line ends
@@ -177,25 +178,24 @@ class ChatCompletionRequest(CommonParams):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # None: limited by seq_len only
     max_tokens: Annotated[int, Field(ge=1)] | None = None  # older name of max_completion_tokens
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = (
-        None  # most probable tokens listed at each position
-    )
+    # number of most probable tokens to list for each token
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: list[Any] | None = None  # rejected: no tool calls
 
     @model_validator(mode="after")
     def check(self) -> "ChatCompletionRequest":
         """Check combinations of fields."""
         if self.tools:
-            raise ValueError("tools are not supported: this server generates text only; remove them")
+            raise ValueError("tools are not supported, because this server generates only text; remove them")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens is the older name of max_completion_tokens: give only one")
+            raise ValueError("max_tokens is the older name of max_completion_tokens; give only one of them")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs requires logprobs: set logprobs=true")
+            raise ValueError("top_logprobs requires logprobs; set logprobs=true")
         return self
 
 
 class CompleteRequest(StrictModel):
-    """POST /complete, the request of mesh-transformer-jax's device_serve.py."""
+    """POST /complete: the request format of mesh-transformer-jax's device_serve.py."""
 
     context: str
     top_p: Annotated[float, Field(gt=0.0, le=1.0)]
@@ -209,7 +209,7 @@ class CompleteResponse(BaseModel):
 
 
 class Logprobs(BaseModel):
-    """Natural log-probabilities of each token in the model's own distribution; offsets count characters of the output."""
+    """Natural log-probabilities in the unmodified distribution of the model; offsets count characters of the output."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -227,7 +227,7 @@ class CompletionChoice(BaseModel):
 
 
 class Usage(BaseModel):
-    """Token counts: each prompt once, and all generated tokens, including stop strings and discarded samples."""
+    """Token counts. Each prompt counts once; generated tokens include those of stop strings and discarded samples."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -247,7 +247,7 @@ class CompletionResponse(BaseModel):
 
 
 class ChatLogprob(BaseModel):
-    """A token, its natural log-probability in the model's own distribution, and its bytes, if any."""
+    """A token, its natural log-probability in the unmodified distribution of the model, and its bytes, if any."""
 
     token: str
     logprob: float
@@ -255,7 +255,7 @@ class ChatLogprob(BaseModel):
 
 
 class ChatTokenLogprob(ChatLogprob):
-    """A generated token."""
+    """A generated token with the most probable tokens at its position."""
 
     top_logprobs: list[ChatLogprob]
 
@@ -316,7 +316,7 @@ class ModelList(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Description of an error; `param` is the request field it refers to."""
+    """Description of an error; `param` is the request field that it refers to."""
 
     message: str
     type: str
@@ -338,8 +338,11 @@ class HealthResponse(BaseModel):
 
 
 def describe_validation_errors(errors: list[Any], known: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return one sentence for pydantic's errors in a request body, with limited quotes, and the name of the field."""
-    # A wrong value is more informative than a missing one, and in a union a value out of bounds more than a wrong type.
+    """Return one sentence for pydantic's errors in a request body, and the name of the field.
+
+    Quotations of the request are at most MAX_QUOTED characters long.
+    """
+    # An invalid value is more informative than a missing field, and in a union a bound more than a wrong type.
     error = min(errors, key=lambda error: (error["type"] == "missing", error["type"].endswith("_type")))
     path = [str(part) for part in error["loc"] if part != "body"]
     names = [part for part in path if part in known] or path[:1]
@@ -351,8 +354,16 @@ def describe_validation_errors(errors: list[Any], known: Mapping[str, Any]) -> t
     message = str(error["msg"]).removeprefix("Value error, ")[: 2 * MAX_QUOTED]
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(names[-1][:MAX_QUOTED], known, n=1, cutoff=0.6)
-        message = "unknown field" + (f"; did you mean {near[0]}?" if near else "")
+        message = "unknown field; " + (f"did you mean {near[0]}?" if near else "remove it")
     if field == "prompt" or (names[:1] == ["prompt"]):
-        message = "must be a text, a list of texts, a list of token ids or a list of such lists, none of them empty"
+        message = "must be a text, a list of texts, a list of token ids, or a list of lists of token ids; no list may be empty"
         field = "prompt"
-    return (f"{field}: {message}" if field else message), field
+    quoted = "" if field == "prompt" else _quote_input(error)  # an element of `prompt` may differ from the given value
+    return (f"{field}{quoted}: {message}" if field else message), field
+
+
+def _quote_input(error: Any) -> str:
+    """Return "=VALUE" for the invalid value of pydantic's error, or "" if it is a large number or not a scalar."""
+    value = error.get("input")
+    is_quoted = isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**64)
+    return f"={value!r}"[:MAX_QUOTED] if is_quoted and error["type"] != "extra_forbidden" else ""

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Output stream of one sample: engine events -> text deltas with the log-probabilities of their tokens."""
+"""Output stream of one sample: converts engine events to text deltas with the log-probabilities of their tokens."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ class Delta(NamedTuple):
 
 
 class TokenLogprob(NamedTuple):
-    """A token of a sample, or with `echo` of its prompt."""
+    """A token of a sample, or of its prompt with `echo`."""
 
     start: int  # character offset in the output text
     id: int
@@ -32,14 +32,14 @@ LogprobFormatter = Callable[[Tokenizer, Sequence[TokenLogprob], int], dict[str, 
 
 
 def format_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob], n_top: int) -> dict[str, list[Any]]:
-    """Return log-probabilities in the form of /v1/completions: one list per field."""
+    """Return log-probabilities in the format of /v1/completions: one list per field."""
 
     def format_top(top: list[tuple[int, float]] | None) -> dict[str, float] | None:
         if top is None:
             return None
         named: dict[str, float] = {}
         for token, logprob in top[:n_top]:
-            named.setdefault(token_text(tokenizer, token), logprob)  # of equal texts, the more probable
+            named.setdefault(token_text(tokenizer, token), logprob)  # of tokens with equal text, keep the most probable
         return named
 
     return {
@@ -51,7 +51,7 @@ def format_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob], n_top:
 
 
 def format_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob], n_top: int) -> dict[str, list[Any]]:
-    """Return log-probabilities in the form of chat completions: one list with an entry per token."""
+    """Return log-probabilities in the format of chat completions: one list with an entry per token."""
 
     def format_token(token: int, logprob: float | None) -> dict[str, Any]:
         data = tokenizer.decode_bytes([token])
@@ -65,12 +65,12 @@ def format_chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob], n
 
 
 class OutputOptions(NamedTuple):
-    """The output that a client requests of every sample."""
+    """Options of the output of every sample, as requested by the client."""
 
     stops: Sequence[str] = ()
-    top_logprobs: int | None = None  # most probable tokens listed per token; None: no log-probabilities at all
+    top_logprobs: int | None = None  # number of most probable tokens per token; None: no log-probabilities
     echo: bool = False  # the output begins with the prompt
-    empty: bool = False  # the output has no token (max_tokens=0); the engine generates one that is dropped
+    empty: bool = False  # max_tokens=0: the engine generates one token, which is discarded
     format_logprobs: LogprobFormatter = format_logprobs
 
 

@@ -29,14 +29,14 @@ from mesh_transformer.serve.protocol import ApiError
 from mesh_transformer.serve.structured_output import GrammarCompiler
 
 MIN_TOKEN_LENGTH = 16  # characters
-FINAL_SEND_SECONDS = 1.5  # to send the last output after responses have been cut off
+FINAL_SEND_SECONDS = 1.5  # time to send the last output after responses are terminated
 
 
 def serve(loaded: LoadedModel, *, name: str, host: str, port: int, token: str | None) -> bool:
-    """Serve requests until SIGTERM or SIGINT. Prints the address once programs are compiled.
+    """Serve requests until SIGTERM or SIGINT. The address is printed when the programs are compiled.
 
-    Returns whether the engine worked until the end. Raises ConfigError if other machines can reach `host` and there is
-    no `token`, or if the model has an encoder.
+    Returns whether the engine ran without failure. Raises ConfigError if other machines can reach `host` and there is no
+    `token`, or if the model has an encoder.
     """
     check_host(host, token)
     limits = loaded.config.serve
@@ -71,23 +71,29 @@ def serve(loaded: LoadedModel, *, name: str, host: str, port: int, token: str | 
         timeout_graceful_shutdown=int(limits.drain_seconds + FINAL_SEND_SECONDS + 0.5),
     )
     server = _Server(config)
-    # Data written to a client that disconnected, before the disconnect is noticed, is not an error.
+    # Writing to a client whose disconnect was not noticed yet is not an error.
     logging.getLogger("asyncio").addFilter(lambda record: "socket.send() raised" not in record.getMessage())
 
     def drain() -> None:
         if app.state.draining:
             server.force_exit = True  # second signal
             return
-        print("draining: no new requests; running requests may finish", file=sys.stderr, flush=True)
+        print(
+            f"draining: no new requests are accepted; running requests have {limits.drain_seconds:g} s to finish",
+            file=sys.stderr,
+            flush=True,
+        )
         app.state.draining = server.should_exit = True
         asyncio.get_running_loop().call_later(
-            limits.drain_seconds, engine_thread.fail_all, ApiError(503, "the server is shutting down", code="draining")
+            limits.drain_seconds,
+            engine_thread.fail_all,
+            ApiError(503, "the server is shutting down; retry when it has restarted", code="draining"),
         )
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, drain)
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signal_number, drain)
         engine_thread.start(loop)
         watching = asyncio.ensure_future(_watch(server, engine_thread))
         try:
@@ -95,7 +101,7 @@ def serve(loaded: LoadedModel, *, name: str, host: str, port: int, token: str | 
         finally:
             watching.cancel()
 
-    # The engine's thread must release the interpreter quickly, so that the event loop can respond.
+    # The engine thread must release the GIL often, so that the event loop can respond.
     sys.setswitchinterval(0.001)
     asyncio.run(run())
     if engine_thread.failure:
@@ -109,14 +115,17 @@ def serve(loaded: LoadedModel, *, name: str, host: str, port: int, token: str | 
 
 
 def read_token(path: Path) -> str:
-    """Read a token from a file. Raises ConfigError if it is too short to be secret."""
+    """Read a token from a file. Raises ConfigError if the file is unreadable, or the token is short or not visible ASCII."""
     try:
         token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--token-file {path}: cannot be read: {error}") from None
+        raise ConfigError(
+            f"--token-file {path}: cannot be read ({error}); it must be a readable text file with the token"
+        ) from None
     if len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError(
-            f"--token-file {path}: must contain at least {MIN_TOKEN_LENGTH} visible ASCII characters; "
+            f"--token-file {path}: contains {len(token)} characters; a token needs at least {MIN_TOKEN_LENGTH} visible ASCII "
+            "characters without spaces; "
             f"generate one with: python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
     return token
@@ -130,7 +139,8 @@ def check_host(host: str, token: str | None) -> None:
         local = host == "localhost"
     if not local and token is None:
         raise ConfigError(
-            f"--host {host}: other machines can reach this address; pass --token-file, or use --host 127.0.0.1"
+            f"--host {host}: other machines can reach this address, which requires a token; pass --token-file, or use "
+            "--host 127.0.0.1"
         )
 
 
@@ -157,7 +167,7 @@ async def _watch(server: uvicorn.Server, engine_thread: EngineThread) -> None:
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     if engine_thread.compiling:
         print(
-            f"compiling: requests wait until this is done, and {address}/health returns 503",
+            f"compiling programs: until this is done, requests wait and {address}/health returns 503",
             file=sys.stderr,
             flush=True,
         )
@@ -171,7 +181,7 @@ async def _watch(server: uvicorn.Server, engine_thread: EngineThread) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn server without its signal handlers, which would end the process by the signal after the shutdown."""
+    """Uvicorn server without its signal handlers, which raise the signal again after the shutdown."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

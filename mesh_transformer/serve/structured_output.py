@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Structured output: restricts text to a regular expression or JSON schema with llguidance's masks over the vocabulary."""
+"""Structured output: restricts text to a regular expression or a JSON schema, with token masks from llguidance."""
 
 import json
 from typing import Any
@@ -18,9 +18,9 @@ class GrammarCompiler:
     """Compiles grammars for one model. The first call is slow because it indexes the vocabulary."""
 
     def __init__(self, defaults: ModelDefaults, n_vocab: int):
-        """`n_vocab` is the model's, which may be larger than the tokenizer's."""
+        """`n_vocab` is the vocabulary size of the model, which may exceed the tokenizer's."""
         self._tokenizer = defaults.tokenizer
-        self._end = defaults.eos_token_ids[0]  # ends a text that is complete
+        self._end = defaults.eos_token_ids[0]  # token that ends a complete text
         self._n_vocab = n_vocab
         self._library: Any = None
 
@@ -41,17 +41,19 @@ class GrammarCompiler:
         try:
             text = json.dumps({"type": "object"} if schema is None else schema)
             if len(text) > MAX_SCHEMA:
-                raise PromptError(f"{field}: the schema has {len(text)} characters; the maximum is {MAX_SCHEMA}")
+                raise PromptError(
+                    f"{field}: the schema has {len(text)} characters; the maximum is {MAX_SCHEMA}; shorten it"
+                )
             return self._compile(matcher.grammar_from_json_schema(text), field)
         except RecursionError:
-            raise PromptError(f"{field}: the schema is nested too deeply") from None
+            raise PromptError(f"{field}: the schema is nested too deeply; flatten it") from None
 
     def _load(self) -> Any:
         try:
             import llguidance
         except ImportError as error:
             raise PromptError(
-                f"structured output needs llguidance: pip install 'mesh-transformer[serve]' ({error})"
+                f"structured output needs llguidance on the server ({error}); run: pip install 'mesh-transformer[serve]'"
             ) from None
         if self._library is None:
             self._library = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer, self._end)))
@@ -75,10 +77,10 @@ class GrammarMatcher:
         self._matcher = matcher
         self._end = end
         self._n_vocab = n_vocab
-        self.error = ""  # why matching failed, if it did
+        self.error = ""  # message of llguidance if matching failed
 
     def allowed(self) -> np.ndarray:
-        """Return a bool mask [V]; only the end if nothing else can follow, or if the grammar is too complex."""
+        """Return a bool mask [V] of the tokens allowed next; only the end token if none is, or the grammar is too complex."""
         allowed = np.zeros(self._n_vocab, bool)
         if not self._matcher.is_stopped():
             bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
@@ -100,14 +102,14 @@ class GrammarMatcher:
 
 
 class _Vocabulary:
-    """The interface that llguidance requires of a tokenizer."""
+    """Tokenizer with the interface that llguidance requires."""
 
     def __init__(self, tokenizer: Tokenizer, end: int):
         self._tokenizer = tokenizer
         self.eos_token_id = end
         self.bos_token_id = None
         data = [tokenizer.decode_bytes([i]) for i in range(tokenizer.n_vocab)]
-        # Tokens without bytes, and the single byte 0xFF, which llguidance uses as the prefix of special tokens.
+        # llguidance marks special tokens with the prefix 0xFF: tokens without bytes, and the token of this byte.
         self.special_token_ids = [i for i, token in enumerate(data) if not token or token == b"\xff"]
         self.tokens = [b"\xff<%d>" % i if not token or token == b"\xff" else token for i, token in enumerate(data)]
 

@@ -100,7 +100,7 @@ def test_timeout_and_disconnect_cancel_the_work():
     assert asyncio.run(run_until_disconnect(work(0.0), FakeRequest(9.0), 9.0)) == "done"
     with pytest.raises(ClientDisconnected):
         asyncio.run(run_until_disconnect(work(8.0), FakeRequest(0.0), 9.0))
-    with pytest.raises(ApiError, match=r"no response within 0\.01 s") as error:
+    with pytest.raises(ApiError, match=r"not complete after 0\.01 s") as error:
         asyncio.run(run_until_disconnect(work(7.0), FakeRequest(9.0), 0.01))
     assert error.value.status == 503
     assert ended == [0.0, 8.0, 7.0]
