@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Compilation of jobs in subprocesses, with a cache of results by digest."""
+"""Compilation of jobs in subprocesses, with a cache of the results by job digest."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from mesh_transformer.config import ConfigError
 from mesh_transformer.plan.hardware.topologies import MissingCompilerError, parse_topology
 from mesh_transformer.plan.job import CompiledStats, CompileJob
 
-# Lets several processes load libtpu on a machine without TPUs, with less logging.
+# Environment that lets several processes load libtpu on a machine without TPUs, with less logging.
 ABSENT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -31,13 +31,15 @@ PACKAGE_PARENT = Path(__file__).parents[2]  # a clone's root, or site-packages i
 
 
 class CompileError(RuntimeError):
-    """The compiler failed for a reason other than memory; the message is its last line."""
+    """The compiler failed for a reason other than memory; the message ends with its last error."""
 
 
 def environment(topology: str) -> dict[str, str]:
     """Return the environment of a subprocess that compiles for a topology."""
     env = dict(os.environ)
-    if str(PACKAGE_PARENT) not in map(sysconfig.get_path, ("purelib", "platlib")):  # not installed: a clone, or a copy
+    if str(PACKAGE_PARENT) not in map(
+        sysconfig.get_path, ("purelib", "platlib")
+    ):  # a clone or a copy, not an installed package
         env["PYTHONPATH"] = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [env.get("PYTHONPATH")])])
     if topology == "local":
         return env
@@ -52,9 +54,10 @@ def environment(topology: str) -> dict[str, str]:
 
 
 def compile_job(job: CompileJob, *, cache: Path | None = None) -> CompiledStats:
-    """Return the statistics of a job, from the folder `cache` if possible, which also stores the compiled program's text.
+    """Return the statistics of a job, from the folder `cache` if they are there; otherwise compile the job.
 
-    Raises ConfigError or MissingCompilerError as the worker does, and CompileError if the compiler fails.
+    Statistics and the text of the compiled program are added to `cache`. Raises ConfigError for a configuration that does
+    not fit the topology, MissingCompilerError if its compiler is not installed, and CompileError if the compiler fails.
     """
     path = None if cache is None or job.topology == "local" else cache / f"{job.digest()}.json"
     if path is not None and path.exists():
@@ -90,7 +93,7 @@ def _compile_in_subprocess(job: CompileJob, text_path: Path | None) -> CompiledS
         if not result.exists():
             lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
             last = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception): ", line)), lines[-1])
-            raise CompileError(f"{job.topology}: compilation failed: {last.strip()}")
+            raise CompileError(f"--topology {job.topology}: compilation failed: {last.strip()}")
         answer = json.loads(result.read_text(encoding="utf-8"))
     match answer.get("error"):
         case "ConfigError":

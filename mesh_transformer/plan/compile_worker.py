@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Worker process that traces and compiles one job: `python -m mesh_transformer.plan.compile_worker RESULT < JOB`.
 
-A separate process, because the environment must be set before JAX starts, a compiler that runs out of memory may abort
-its process, and the compiler's memory is freed when the process ends.
+It is a separate process, because the environment must be set before JAX starts, a compiler that runs out of memory may
+abort its process, and the compiler's memory is freed only when the process ends.
 """
 
 import gzip
@@ -34,6 +34,7 @@ from mesh_transformer.train.flops import count_flops, count_jaxpr_flops
 from mesh_transformer.train.run import check_batches
 from mesh_transformer.train.state import describe_state, flatten_state, format_parameters, state_shardings
 
+# Compiler options of --low-effort.
 LOW_EFFORT = {"exec_time_optimization_effort": -1.0}
 OUT_OF_MEMORY = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 USED_OF = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
@@ -48,12 +49,15 @@ def make_topology_layout(job: CompileJob) -> MeshLayout:
     if not topology.devices:
         return init_devices(mesh)
     if len(jax.devices("cpu")) < topology.devices:
-        raise ConfigError(f"{topology.name}: this process has only {len(jax.devices('cpu'))} CPU device(s)")
+        raise ConfigError(
+            f"--topology {topology.name}: this process has {len(jax.devices('cpu'))} CPU device(s), and {topology.devices} are "
+            f"required; set the environment variable JAX_NUM_CPU_DEVICES={topology.devices}"
+        )
     return make_layout(mesh, jax.devices("cpu")[: topology.devices])
 
 
 def lower_training(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStats]:
-    """Lower the training step from shapes; return it with the statistics that are known before compilation."""
+    """Lower the training step from shapes, and return it with the statistics that are known before compilation."""
     config = job.config
     check_batches(config, layout)
     shapes, axes = describe_state(config)
@@ -91,9 +95,10 @@ def _device_bytes(leaf: Any) -> int:
 
 
 def measure(job: CompileJob, text_path: Path | None = None) -> CompiledStats:
-    """Trace and compile a job; if the compiler rejects the program for its size, `compiler_error` is set.
+    """Trace and compile a job, and return its statistics.
 
-    The text of the compiled program is written to `text_path`, compressed.
+    `compiler_error` is set if the program does not fit in memory. The text of the compiled program is written to
+    `text_path`, compressed by gzip.
     """
     layout = make_topology_layout(job)
     if not job.batch:
@@ -143,12 +148,12 @@ def _compile(
     stats.logits_bytes = _largest_logits(module, job, layout)
     stats.hbm_bytes = hbm_bytes(module)
     collectives = read_collectives(module, layout.mesh.devices.shape, layout.mesh.axis_names)
-    stats.traffic = [locate_traffic(one, layout, parse_topology(job.topology)) for one in collectives]
+    stats.traffic = [locate_traffic(collective, layout, parse_topology(job.topology)) for collective in collectives]
     return stats
 
 
 def parse_out_of_memory(text: str) -> tuple[int, int]:
-    """Return the bytes required and available according to XLA's message, zeros if it has none."""
+    """Return the required and the available bytes stated in XLA's message, or zeros if it states none."""
     match = OUT_OF_MEMORY.search(text) or USED_OF.search(text)
     if match is None:
         return 0, 0
@@ -173,7 +178,7 @@ def _largest_logits(module: HloModule, job: CompileJob, layout: MeshLayout) -> i
 
 
 def locate_traffic(collective: Collective, layout: MeshLayout, topology: Topology) -> Traffic:
-    """Return the traffic of a collective with the slices or hosts and the torus dimensions that its groups span."""
+    """Return the traffic of a collective, with the number of slices or hosts and torus dimensions that a group spans."""
     traffic = Traffic(list(collective.axes), collective.kind, collective.group, collective.count, collective.sent)
     if topology.chip is None:
         return traffic
@@ -181,14 +186,14 @@ def locate_traffic(collective: Collective, layout: MeshLayout, topology: Topolog
     first = tuple(slice(None) if name in collective.axes else 0 for name in names)
     members = list(np.asarray(layout.mesh.devices[first]).flat)
     if topology.chip.platform == "gpu":
-        return traffic._replace(spanned=len({device.process_index for device in members}))
+        return traffic._replace(groups_spanned=len({device.process_index for device in members}))
     slices = [getattr(device, "slice_index", None) for device in members]
     spanned = len(set(slices))
     coords = np.array([d.coords for d, number in zip(members, slices, strict=True) if number == slices[0]])
     spread = [i for i in range(coords.shape[1]) if len(set(coords[:, i])) > 1]
     shape = [*topology.shape, 1]
     wrapped = bool(spread) and all(_is_ring(topology, shape[i], len(set(coords[:, i]))) for i in spread)
-    return traffic._replace(torus_dims=len(spread), wrapped=wrapped, spanned=spanned)
+    return traffic._replace(torus_dims=len(spread), wrapped=wrapped, groups_spanned=spanned)
 
 
 def _is_ring(topology: Topology, size: int, used: int) -> bool:
@@ -212,7 +217,7 @@ def _compiler_version(platform: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read a job from standard input and write its statistics, or the error, to the file in the first argument.
+    """Read a job from standard input, and write its statistics or the error to the file named by the first argument.
 
     A second argument is the path for the text of the compiled program.
     """
@@ -227,7 +232,7 @@ def main(arguments: Sequence[str]) -> int:
             raise
         answer = {
             "error": "MissingCompilerError",
-            "message": f"{error} (pip install 'mesh-transformer[plan]' installs cuDNN)",
+            "message": f"compiling for GPUs needs cuDNN ({error}); run: pip install 'mesh-transformer[plan]'",
         }
     Path(arguments[0]).write_text(json.dumps(answer), encoding="utf-8")
     return 0

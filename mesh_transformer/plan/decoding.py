@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The sampling engines' programs, lowered from shapes for hardware that need not be present.
+"""Programs of the sampling engines, lowered from shapes for hardware that need not be present.
 
-Of a decoder-only model: the program that decodes a token per sequence with full KV caches. Of an encoder-decoder model:
-the program that decodes a token per sequence, and the one that encodes the prompts.
+For a decoder-only model, the program that decodes a token per sequence with full KV caches. For an encoder-decoder model,
+the program that decodes a token per sequence, and the program that encodes the prompts.
 """
 
 import math
@@ -30,7 +30,7 @@ from mesh_transformer.train.state import describe_state, format_parameters
 def lower_decode(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStats]:
     """Lower the program that decodes `job.batch` sequences with KV caches of `job.context` tokens.
 
-    The statistics are of one token per sequence: the program's loop over tokens counts once. Raises ConfigError if the
+    The statistics are for one token per sequence: the program's loop over tokens counts once. Raises ConfigError if the
     batch or the context is not supported.
     """
     _check(job, layout)
@@ -47,19 +47,19 @@ def lower_decode(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStat
 
 
 def lower_seq2seq_decode(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStats]:
-    """Lower the program of an encoder-decoder model that decodes `job.batch` sequences, as `lower_decode`.
+    """Lower the program of an encoder-decoder model that decodes `job.batch` sequences, like `lower_decode`.
 
     Encoder output and KV cache have `job.context` tokens each.
     """
     programs, state = _make_programs(job, layout)
     stats = _describe(job, layout, programs.weights, state, _decode_flops(job) * job.batch)
-    named = {f"{module}/{name}": own for module, arrays in programs.weights.items() for name, own in arrays.items()}
-    stats.idle_bytes = sum(_device_bytes(own) for name, own in named.items() if _is_encode_param(name))
+    named = {f"{module}/{name}": array for module, arrays in programs.weights.items() for name, array in arrays.items()}
+    stats.idle_bytes = sum(_device_bytes(array) for name, array in named.items() if _is_encode_param(name))
     return programs.lower_decode(state), stats
 
 
 def lower_seq2seq_encode(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledStats]:
-    """Lower the program that encodes the prompts and samples the first tokens, before `lower_seq2seq_decode`."""
+    """Lower the program that encodes the prompts and samples the first tokens, which runs before decoding."""
     programs, state = _make_programs(job, layout)
     encoder_tokens = _with_shardings(jax.ShapeDtypeStruct((job.batch, job.context), jnp.int32), layout)
     model = job.config.model
@@ -145,7 +145,7 @@ def _describe(
 
 
 def _device_bytes(shapes: Any) -> int:
-    """Return the bytes on one device."""
+    """Return the bytes of a tree of sharded shapes on one device."""
     leaves = jax.tree.leaves(shapes)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
@@ -155,13 +155,13 @@ def _experts_per_token(model: ModelConfig) -> float:
 
 
 def _matmul_flops(params: Mapping[str, ParamInfo], model: ModelConfig) -> float:
-    """Return the matmul FLOPs of a token that `params` process; its embedding look-up needs none."""
+    """Return the FLOPs of the matmuls with `params` for one token; the embedding look-up needs no FLOPs."""
     embedding = model.n_vocab * model.d_model * (not model.tied_embeddings)
     return 2.0 * (count_active(params, _experts_per_token(model), model) - embedding)
 
 
 def _attention_flops(job: CompileJob) -> float:
-    """Return the FLOPs of a token that attends to a full cache, in one layer."""
+    """Return the FLOPs of one layer's attention for a token that attends to a full cache."""
     model = job.config.model
     latent = model.latent_attention
     per_key = 2 * model.head_dim if latent is None else 2 * latent.kv_rank + latent.d_rotated  # keys and values
@@ -176,5 +176,5 @@ def _decode_flops(job: CompileJob) -> float:
 
 
 def _is_encode_param(name: str) -> bool:
-    """Return whether a parameter processes encoder tokens and not decoded ones."""
+    """Return whether a parameter processes encoder tokens instead of decoded tokens."""
     return name.startswith("transformer/encoder/") or name.endswith(("/cross_attention/w_k", "/cross_attention/w_v"))

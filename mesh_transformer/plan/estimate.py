@@ -1,21 +1,22 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Formulas for the memory, FLOPs and traffic of a training step, where nothing is compiled.
+"""Estimates of the memory, FLOPs and traffic of a training step by formulas, without compilation.
 
-Used to choose what to compile, and where no compiler is installed. Memory of one device:
+They select the candidates that a search compiles, and replace compilation if no compiler is installed. Memory of one
+device:
 
-    state         every array of it, sharded as the rules say
+    state         every array of the training state, sharded by the mesh rules
     gradients     float32, with the parameters' shapes; twice if microbatches are accumulated
     activations   for each layer the arrays that remat saves (`_activation_bytes`)
     working set   the larger of the loss (14 bytes per logit of a chunk, and the full gradient of its weights) and one
-                  layer: attention scores (10 bytes per entry, if they are stored at all), the feed-forward's hidden
-                  units (6 bytes) and its gathered weights
+                  layer: attention scores (10 bytes per entry, if they are stored), the feed-forward's hidden units
+                  (6 bytes) and its gathered weights
 
-Traffic: fsdp gathers bfloat16 weights for the forward and the backward pass of every microbatch and reduces gradients
-once for each; tensor reduces the residual stream four times per layer (twice if attention and feed-forward are
-parallel); data reduces gradients. Of experts only the rows they receive count (model.moe.router.expert_rows_per_token):
-expert sends these in both directions, forward and backward, and reduces the gradients of all other parameters. For the
-error compared with compiled programs see docs/plans.md.
+Traffic by mesh axis: `fsdp` gathers bfloat16 weights for the forward and the backward pass of every microbatch and reduces
+gradients once per microbatch; `tensor` reduces the residual stream four times per layer (twice if attention and
+feed-forward are parallel); `data` reduces gradients. For experts, only the rows that they process count
+(model.moe.router.expert_rows_per_token): `expert` sends these in both directions, forward and backward, and reduces the
+gradients of all other parameters. docs/plans.md states the error compared with compiled programs.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ LABEL = "estimated from formulas, not compiled"
 
 
 class MeshSizes(NamedTuple):
-    """Sizes of a mesh's axes, and the mesh axes over which each logical axis is sharded."""
+    """Sizes of the mesh axes, and the mesh axes over which each logical axis is sharded."""
 
     sizes: dict[str, int]
     rules: dict[str, tuple[str, ...]]
@@ -73,7 +74,7 @@ class _Step(NamedTuple):
     mesh: MeshSizes
     item: int  # bytes of an activation
     n_params: float
-    n_expert_params: float  # of n_params
+    n_expert_params: float  # the part of n_params in experts
     moment_bytes: float
     tokens: float  # of a microbatch, per decoder layer; an encoder's layers count as additional tokens
     stores_scores: bool  # whether attention writes its scores to memory
@@ -88,7 +89,7 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
     model, train = config.model, config.train
     sizes = {name: math.prod(info.shape) / mesh.num_shards(*info.axes) for name, info in params.items()}
     stacks = _find_stacks(config, params)
-    sequences = train.batch_size / train.grad_accum_steps / mesh.num_shards("batch")  # of a device's microbatch
+    sequences = train.batch_size / train.grad_accum_steps / mesh.num_shards("batch")  # per microbatch and device
     moments = describe_moments(config.optimizer, model)
     step = _Step(
         config=config,
@@ -138,7 +139,7 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
 
 
 class Stack(NamedTuple):
-    """An encoder or a decoder: its model, its parameters, and the number of tokens of a sequence that pass through it."""
+    """An encoder or a decoder: its configuration, its parameters, and the number of tokens per sequence that it processes."""
 
     model: ModelConfig
     params: Mapping[str, ParamInfo]
@@ -146,9 +147,10 @@ class Stack(NamedTuple):
 
 
 def _find_stacks(config: Config, params: Mapping[str, ParamInfo]) -> list[Stack]:
-    """Return the decoder or encoder with the LM head, and the encoder of a decoder if there is one.
+    """Return the stack with the LM head and, for an encoder-decoder model, the encoder.
 
-    Embedding look-ups need no FLOPs, and the pooler and the classifier read one token of a sequence.
+    Excluded are embedding look-ups, which need no FLOPs, and the pooler and the classifier, which read one token of a
+    sequence.
     """
     encoder = {name: info for name, info in params.items() if name.startswith("transformer/encoder/")}
     embeddings = set() if config.model.tied_embeddings else {"transformer/w_tokens"}
@@ -174,11 +176,11 @@ class Moment(NamedTuple):
 
 
 def describe_moments(optimizer: OptimizerConfig, model: ModelConfig) -> tuple[Moment, ...]:
-    """Return the arrays of an optimizer's state, from the optimizer itself; nothing is allocated."""
+    """Return size and axes of the arrays of an optimizer's state, by abstract evaluation of the optimizer."""
     return _describe_moments(optimizer, dataclasses.replace(model, remat="none"))  # remat does not change shapes
 
 
-@functools.lru_cache(maxsize=64)  # a search asks for the same state many times
+@functools.lru_cache(maxsize=64)  # a search requests the same state many times
 def _describe_moments(optimizer: OptimizerConfig, model: ModelConfig) -> tuple[Moment, ...]:
     described = describe_params(model)
     axes = {module: {name: info.axes for name, info in arrays.items()} for module, arrays in described.items()}
@@ -199,7 +201,7 @@ def _describe_moments(optimizer: OptimizerConfig, model: ModelConfig) -> tuple[M
 def count_active(params: Mapping[str, ParamInfo], expert_rows: float, model: ModelConfig) -> float:
     """Return the number of parameters that process a token, if experts compute `expert_rows` rows per token.
 
-    Parameters that several layers share count once for each of them.
+    Parameters shared by several layers count once per layer.
     """
     share = expert_rows / model.experts.n_experts if model.experts else 1.0
     return sum(
@@ -211,14 +213,14 @@ def count_active(params: Mapping[str, ParamInfo], expert_rows: float, model: Mod
 
 
 def _stores_scores(model: ModelConfig, topology: Topology) -> bool:
-    """Return whether attention stores all scores: not with blockwise kernels, on accelerators or for long CPU sequences."""
+    """Return whether attention stores all scores, as the dense kernel does."""
     if model.attention_kernel != "auto":
         return model.attention_kernel == "dense"
     return topology.chip is None and model.seq_len <= 1024
 
 
 def _activation_bytes(step: _Step) -> float:
-    """Return the bytes per token that one layer saves for the backward pass; with full remat, one input per period."""
+    """Return the bytes per token that one layer saves for the backward pass, by model.remat."""
     model, mesh, item = step.config.model, step.mesh, step.item
     period = len(model.pattern)
     residual = model.d_model * item / (mesh.num_shards("activation_seq") / mesh.num_shards("sequence"))
@@ -262,7 +264,7 @@ def _hidden_units(model: ModelConfig) -> float:
 
 
 def _layer_weights(model: ModelConfig, hidden_units: float) -> float:
-    """Return the number of weights of an attention layer and a feed-forward layer with so many hidden units."""
+    """Return the number of weights of an attention layer and a feed-forward layer with `hidden_units` hidden units."""
     return _attention_weights(model) + hidden_units * model.d_model * (3 if model.gated_ffn else 2)
 
 
@@ -284,9 +286,9 @@ def _total_flops(config: Config, stacks: list[Stack]) -> tuple[float, float]:
     flops = recomputed = 0.0
     for stack in stacks:
         n_params = count_active(stack.params, rows, config.model)
-        own, again = _stack_flops(stack.model, n_params, config.train.batch_size * stack.length)
-        flops += own
-        recomputed += again
+        stack_flops, stack_recomputed = _stack_flops(stack.model, n_params, config.train.batch_size * stack.length)
+        flops += stack_flops
+        recomputed += stack_recomputed
     return flops, recomputed
 
 
@@ -300,7 +302,7 @@ def _stack_flops(model: ModelConfig, n_params: float, tokens: int) -> tuple[floa
 
 
 def _hbm_bytes(step: _Step) -> float:
-    """Return bytes moved to and from HBM: state read and written, weights read three times, ~30 passes over activations."""
+    """Return the HBM traffic in bytes: state read and written, weights read 3 times, about 30 passes over activations."""
     model, mesh, item = step.config.model, step.mesh, step.item
     microbatches = step.config.train.grad_accum_steps
     state = 2 * (4 * step.n_params + step.moment_bytes) + 8 * step.n_params
@@ -344,7 +346,10 @@ def _traffic(step: _Step) -> list[Traffic]:
 
 
 def _locate_axis(axis: str, sizes: dict[str, int], topology: Topology) -> tuple[int, int, bool]:
-    """Return (slices or hosts spanned, torus dimensions, whether these are rings) of a mesh axis, from sizes alone."""
+    """Return the number of slices or hosts and of torus dimensions that a mesh axis spans, and whether these are rings.
+
+    Only sizes are considered, not the positions of devices.
+    """
     chip = topology.chip
     if chip is None:
         return 1, 1, False

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Plan of a run from a compiled program: memory use and fit, step time, cost, checkpoint and host memory."""
+"""Plan of a run, derived from a compiled program: memory use, step time, cost, checkpoint size and host memory."""
 
 import math
 from typing import NamedTuple
@@ -12,24 +12,24 @@ from mesh_transformer.plan.job import CompiledStats
 from mesh_transformer.plan.roofline import Roofline, make_roofline, model_flops_utilization
 
 DAY = 86_400
-PUE = 1.1  # power usage effectiveness: energy a data center draws per unit that reaches the chips
+PUE = 1.1  # power usage effectiveness: energy of the data center / energy of its chips
 
 
 class MemoryUse(NamedTuple):
     """Memory use of one device in bytes."""
 
-    bytes_by_kind: dict[str, int]  # their sum is the peak
-    peak: int  # required
+    bytes_by_kind: dict[str, int]  # kind -> bytes; the sum is the peak
+    peak: int  # required bytes
     usable: int | None  # None if unknown (a CPU, local devices)
     fits: bool | None
 
 
 def memory_use(stats: CompiledStats, chip: Chip | None) -> MemoryUse:
-    """Return a device's memory use by kind and whether it fits.
+    """Return a device's memory use by kind, and whether it fits.
 
     Arguments are exact. Gradients have the size of their shapes, activations are the arrays that loops save for the
-    backward pass, and the rest of the peak is temporary. These do not all exist at the same time, so the rest may be
-    negative: the kinds then share memory.
+    backward pass, and the rest of the peak is temporary. The rest is negative if some of these kinds share memory because
+    they do not exist at the same time.
     """
     by_kind = dict(stats.bytes_by_kind)
     usable = stats.limit_bytes or (chip.memory if chip else None)
@@ -43,14 +43,14 @@ def memory_use(stats: CompiledStats, chip: Chip | None) -> MemoryUse:
     by_kind["logits"] = stats.logits_bytes
     rest = stats.peak_bytes - sum(by_kind.values())
     by_kind["temporary" if rest >= 0 else "shared (not all live at once)"] = rest
-    # XLA never rejects a program for a GPU, so compare here.
+    # XLA does not reject programs that are too large for a GPU, so the peak is compared here.
     return MemoryUse(by_kind, stats.peak_bytes, usable, None if usable is None else stats.peak_bytes <= usable)
 
 
 class Cost(NamedTuple):
     """Time, energy and money of a run, at the roofline's lower bound."""
 
-    tokens: float  # budget
+    tokens: float  # tokens to train on
     days: float
     chip_hours: float
     megawatt_hours: float
@@ -65,15 +65,15 @@ class Plan(NamedTuple):
     chip: Chip | None
     memory: MemoryUse
     roofline: Roofline | None  # None for an unknown chip, or if the program was not compiled
-    mfu: float | None  # at the roofline's lower bound
-    mfu_no_overlap: float | None  # at its upper bound
+    mfu: float | None  # at the lower bound of the step time
+    mfu_no_overlap: float | None  # at the upper bound of the step time
     cost: Cost | None
-    checkpoint_bytes: int  # of one checkpoint on disk
-    host_bytes: int  # at most, per host: a copy of its devices' state during a save or a restore
+    checkpoint_bytes: int  # size of one checkpoint on disk
+    host_bytes: int  # maximum per host: a copy of the state of its devices during a save or a restore
     host_memory: int | None
     hosts: int
     notes: list[str]
-    encode: "Plan | None" = None  # of an encoder-decoder model that decodes: the program that encodes prompts
+    encode: "Plan | None" = None  # plan of the program that encodes prompts, if an encoder-decoder model decodes
 
     @property
     def fits(self) -> bool | None:
@@ -82,7 +82,10 @@ class Plan(NamedTuple):
 
 
 def make_plan(config: Config, stats: CompiledStats, *, tokens: float | None = None, price: float | None = None) -> Plan:
-    """Return the plan of a compiled program; `tokens` to train on (default: those of the run), `price` per chip-hour."""
+    """Return the plan of a compiled program.
+
+    `tokens` is the number of tokens to train on (default: train.steps of them), `price` the price per chip-hour.
+    """
     topology = parse_topology(stats.topology)
     chip = topology.chip or DEVICE_KINDS.get(stats.device_kind)
     memory = memory_use(stats, chip)
@@ -90,15 +93,15 @@ def make_plan(config: Config, stats: CompiledStats, *, tokens: float | None = No
     notes = [topology.note] if topology.note else []
     if stats.low_effort:
         notes.append(
-            "compiled with --low-effort: memory is accurate to a few percent; compile without it before you decide"
+            "compiled with --low-effort: memory is accurate to a few percent; plan again without it before starting the run"
         )
     if stats.platform == "gpu" and chip:
         notes.append(
-            f"usable is 95% of the memory of each {chip.name}: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX's default is 0.75)"
+            f"the usable memory is 95% of each {chip.name}: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX's default is 0.75)"
         )
     unused = topology.devices - stats.devices
     if unused > 0:
-        notes.append(f"{unused} of {topology.devices} devices are not used by the mesh")
+        notes.append(f"the mesh does not use {unused} of {topology.devices} devices; enlarge an axis in [mesh]")
     budget = tokens if tokens is not None else float(config.train.steps * stats.tokens)
     cost = mfu = mfu_no_overlap = None
     if roofline and chip:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Compilation jobs and their statistics: records that processes exchange as JSON."""
+"""Compilation jobs and their statistics, which processes exchange as JSON."""
 
 import dataclasses
 import functools
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 from mesh_transformer.config import Config, config_to_dict, parse_config
 
-# With the top-level modules, the packages whose code makes programs.
+# Packages whose code determines the compiled programs, in addition to the top-level modules.
 CODE_PACKAGES = ("config", "model", "train", "sample", "plan")
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "dm-haiku", "optax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileJob:
-    """A program of a run on one topology."""
+    """A program to compile: the training step or the decoding of a run, on one topology."""
 
     config: Config
     topology: str
@@ -38,7 +38,8 @@ class CompileJob:
     def digest(self) -> str:
         """Return a digest that is equal for jobs with the same program.
 
-        It covers the code that makes the program and the compiler's version, but not the run's folder, data or samples.
+        The digest includes the code that makes the program and the compiler's version, but not the run's folder, data or
+        samples.
         """
         table = json.loads(self.to_json())
         for name in ("run", "checkpoint", "sample", "track"):
@@ -54,7 +55,7 @@ class CompileJob:
 
 @functools.cache
 def digest_code(package: Path = Path(__file__).parents[1]) -> str:
-    """Return a digest of the package's code and of the versions of the libraries that compile it."""
+    """Return a digest of the package's code and of the versions of the libraries in COMPILERS."""
     digest = hashlib.blake2b(digest_size=12)
     for file in sorted(
         [*package.glob("*.py"), *(file for name in CODE_PACKAGES for file in (package / name).rglob("*.py"))]
@@ -72,18 +73,18 @@ class Traffic(NamedTuple):
     """Collective operations over some axes of the mesh in one step; see hlo/collectives.py."""
 
     axes: list[str]
-    kind: str
-    group: int
-    count: int
+    kind: str  # such as all-gather
+    group: int  # devices per group
+    count: int  # operations per step
     sent: float  # bytes per device
     torus_dims: int = 1  # dimensions of the torus that a group spans
     wrapped: bool = False  # whether these dimensions are rings
-    groups_spanned: int = 1  # slices, or hosts of GPUs, that a group spans
+    groups_spanned: int = 1  # number of slices, or hosts of GPUs, that a group spans
 
 
 @dataclasses.dataclass(kw_only=True)
 class CompiledStats:
-    """Statistics of a traced and compiled program. Bytes are per device, FLOPs are of all devices together."""
+    """Statistics of a traced and compiled program. Bytes are per device, FLOPs are the sum over all devices."""
 
     topology: str
     platform: str
@@ -94,20 +95,20 @@ class CompiledStats:
     flops: float  # model FLOPs
     hardware_flops: float  # including recomputation
     bytes_by_kind: dict[str, int]  # arguments, from shapes: parameters, moments, other, batch, ...
-    gradient_bytes: int  # of all gradients together, from shapes
-    idle_bytes: int = 0  # of the arguments, those in memory that the program does not use
-    state_bytes: int = 0  # of all devices together, replicas once: the size of a checkpoint
-    argument_bytes: int = 0  # including idle_bytes, as is the peak
+    gradient_bytes: int  # of all gradients, from shapes
+    idle_bytes: int = 0  # weights in memory that the program does not use
+    state_bytes: int = 0  # of all devices, without replicas: the size of a checkpoint
+    argument_bytes: int = 0  # including idle_bytes
     temporary_bytes: int = 0
-    peak_bytes: int = 0
+    peak_bytes: int = 0  # including idle_bytes
     activation_bytes: int = 0  # activations that the forward pass saves for the backward pass
     logits_bytes: int = 0  # the largest array with a vocabulary dimension
     hbm_bytes: float = 0.0  # moved to and from HBM in a step
     traffic: list[Traffic] = dataclasses.field(default_factory=list)
     compiler_error: str = ""  # the compiler's message if the program does not fit
-    needed_bytes: int = 0  # from that message
-    limit_bytes: int = 0
-    device_kind: str = ""  # of local devices, as the vendor names them
+    needed_bytes: int = 0  # stated in compiler_error
+    limit_bytes: int = 0  # stated in compiler_error, or by local devices
+    device_kind: str = ""  # of local devices, as reported by JAX
     compile_seconds: float = 0.0
     compiler: str = ""  # versions
     low_effort: bool = False

@@ -37,7 +37,7 @@ def format_plan(plan: Plan) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Return rows as aligned columns: the first `left` are left-aligned, the others right-aligned."""
+    """Return rows as aligned columns: the first `left` columns are left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -63,7 +63,7 @@ def describe_fit(plan: Plan) -> str:
     """Return whether a plan fits in memory and the difference, as text."""
     memory = plan.memory
     if memory.fits is None or memory.usable is None:
-        return "unknown: the memory of these devices is not known"
+        return "unknown: these devices do not report their memory"
     spare = memory.usable - memory.peak
     share = abs(spare) / memory.usable
     if not memory.fits:
@@ -138,16 +138,17 @@ def _amount(value: float) -> str:
 
 
 def _cost_rows(plan: Plan, cost: Cost) -> list[tuple[str, str]]:
+    """Return rows with the cost for the lower and the upper bound of the step time."""
     assert plan.roofline is not None
     slow = plan.roofline.upper_bound / plan.roofline.lower_bound
     rows = [
-        ("tokens per day", f"{cost.tokens / cost.days:.4g} (or {cost.tokens / cost.days / slow:.4g})"),
-        (f"days for {cost.tokens:.4g} tokens", f"{_amount(cost.days)} (or {_amount(cost.days * slow)})"),
-        ("chip-hours", f"{_amount(cost.chip_hours)} (or {_amount(cost.chip_hours * slow)})"),
-        ("energy", f"{_amount(cost.megawatt_hours)} MWh (or {_amount(cost.megawatt_hours * slow)})"),
+        ("tokens per day", f"{cost.tokens / cost.days / slow:.4g} to {cost.tokens / cost.days:.4g}"),
+        (f"days for {cost.tokens:.4g} tokens", f"{_amount(cost.days)} to {_amount(cost.days * slow)}"),
+        ("chip-hours", f"{_amount(cost.chip_hours)} to {_amount(cost.chip_hours * slow)}"),
+        ("energy", f"{_amount(cost.megawatt_hours)} to {_amount(cost.megawatt_hours * slow)} MWh"),
     ]
     if cost.money is not None:
-        rows.append(("money", f"{_amount(cost.money)} (or {_amount(cost.money * slow)})"))
+        rows.append(("money", f"{_amount(cost.money)} to {_amount(cost.money * slow)}"))
     return rows
 
 
@@ -165,7 +166,7 @@ def _traffic(traffic: Sequence[Traffic]) -> str:
 
 
 def _storage(plan: Plan) -> str:
-    count = plan.config.checkpoint.keep_last + 1  # a new checkpoint is complete before an older one is deleted
+    count = plan.config.checkpoint.keep_last + 1  # a new checkpoint is written before the oldest is deleted
     rows = [
         ("checkpoint on disk", f"{plan.checkpoint_bytes / GB:,.1f} GB"),
         (f"disk for {count} checkpoints", f"{count * plan.checkpoint_bytes / GB:,.1f} GB"),

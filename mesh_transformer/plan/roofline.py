@@ -1,18 +1,18 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Roofline bounds on a step's time: matmuls, memory traffic and communication at the hardware's rates.
+"""Roofline bounds on the time of a step: matmuls, memory traffic and communication at the hardware's rates.
 
     matmul      hardware FLOPs / (devices x peak)
     memory      bytes moved to and from HBM / bandwidth                         (from the compiled program)
     mesh axis   bytes sent over it / bandwidth of the torus dimensions it spans (from the compiled program)
-    dcn         groups that span slices or hosts: bytes that cross / the chips' share of their hosts' network
+    dcn         groups that span slices or hosts: bytes sent between them / the chips' share of the host network
 
-With full overlap a step takes the longest of these (lower bound), without overlap their sum (upper bound). Real steps
-take longer than the lower bound; the model does not predict where they are relative to the upper bound.
+With full overlap a step takes the longest of these times (lower bound), without overlap their sum (upper bound). Real steps
+take longer than the lower bound; the model does not predict whether they take longer than the upper bound.
 
-A ring sends in both directions, so a torus dimension that is a ring has twice the bandwidth of a link, and an open one
-the bandwidth of one link; a group that spans several dimensions uses all of them. Devices that share a chip share its
-links.
+A ring sends in both directions, so a torus dimension that is a ring has twice the bandwidth of a link, and a dimension that
+is not a ring the bandwidth of one link. A group that spans several dimensions uses all of them. Devices that share a chip
+share its links.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from mesh_transformer.plan.job import CompiledStats, Traffic
 
 
 class Roofline(NamedTuple):
-    """Seconds of one step by resource."""
+    """Seconds of one step by resource: matmul, memory, each combination of mesh axes, and dcn."""
 
     terms: dict[str, float]
 
@@ -58,13 +58,13 @@ def make_roofline(stats: CompiledStats, chip: Chip) -> Roofline:
 
 
 def _traffic_seconds(traffic: Traffic, chip: Chip) -> tuple[float, float]:
-    """Return the seconds within slices or hosts, and between them."""
+    """Return the seconds of the traffic within slices or hosts, and between them."""
     share = 1 / chip.devices
     if traffic.kind == "send":
         return 0.0, traffic.sent / (chip.dcn_bandwidth * share)
     between = 0.0
     if traffic.groups_spanned > 1:
-        # Each member sends its part of the traffic that leaves the host or slice, over its share of the network.
+        # Each member sends its share of the traffic between hosts or slices over its share of the network.
         local = max(traffic.group / traffic.groups_spanned, 1.0)
         crossing = (
             traffic.sent
@@ -82,7 +82,7 @@ def _bandwidth(traffic: Traffic, chip: Chip) -> float:
     """Return the bytes per second that one device sends within its slice or host."""
     if chip.platform != "tpu":
         return chip.link_bandwidth
-    if traffic.torus_dims == 0:  # the two devices of a chip communicate through its memory
+    if traffic.torus_dims == 0:  # the two devices of a chip communicate through the memory of the chip
         return chip.memory_bandwidth / 2 / chip.devices
     return chip.link_bandwidth * traffic.torus_dims * (2 if traffic.wrapped else 1) / chip.devices
 

@@ -48,7 +48,7 @@ class PlanOptions:
 
 
 def parse_amount(text: str) -> float:
-    """Parse a number such as "300B" (3e11); raise ConfigError for other text."""
+    """Parse a number of tokens such as "300B" (3e11). Raises ConfigError for other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMBT]?)", text)
     if match is None or not float(match[1]):
         raise ConfigError(f"--tokens {text}: expected a positive number such as 300B, 1.5T or 2e9")
@@ -57,9 +57,9 @@ def parse_amount(text: str) -> float:
 
 def run_plan(config: Config, options: PlanOptions) -> None:
     """Plan a run and print the result."""
-    topology = parse_topology(options.topology)  # report an unknown name before anything else
+    topology = parse_topology(options.topology)  # first, so that an unknown name is reported at once
     if topology.name != "local":
-        jax.config.update("jax_platforms", "cpu")  # the local devices are not the ones that are planned for
+        jax.config.update("jax_platforms", "cpu")  # do not initialize local accelerators, which are not planned for
     job = CompileJob(
         config=config,
         topology=options.topology,
@@ -98,7 +98,7 @@ def _print_plan(job: CompileJob, compile_one: Callable[[CompileJob], CompiledSta
         print(stats.sharding_table)
     print(format_plan(plan))
     if missing:
-        print(f"\nnot compiled: {missing}")
+        print(f"\nestimated, not compiled: {missing}")
     elif is_too_large and not options.decode:
         print("\n" + _describe_suggestion(suggestion))
 
@@ -110,18 +110,20 @@ def _make_plan(job: CompileJob, stats: CompiledStats, options: PlanOptions) -> P
 def _print_search(job: CompileJob, compile_one: Callable[[CompileJob], CompiledStats], options: PlanOptions) -> None:
     topology = parse_topology(job.topology)
     if not topology.devices:
-        raise ConfigError(f"--search with --topology {job.topology}: name the devices (v5e-8, 8xH100, cpu-8)")
+        raise ConfigError(
+            f"--topology {job.topology}: --search needs the name of a product; pass v5e-8, 8xH100 or cpu-8, for example"
+        )
     if options.decode:
-        raise ConfigError("--search plans training; remove --decode")
+        raise ConfigError("--decode cannot be combined with --search, which plans training; remove one of them")
     chip = topology.chip or CPU
     assert options.search
     result = search(job, compile_one, chip=chip, count=options.search, log=_log)
     if options.print_json:
         candidates = [
-            {"overrides": list(one.overrides), "estimate": one.estimate.peak_bytes}
-            | plan_to_json(make_plan(job.config, one.stats))
-            for one in result.compiled
-            if one.stats
+            {"overrides": list(candidate.overrides), "estimate": candidate.estimate.peak_bytes}
+            | plan_to_json(make_plan(job.config, candidate.stats))
+            for candidate in result.compiled
+            if candidate.stats
         ]
         print(json.dumps({"considered": len(result.considered), "compiled": candidates}))
     else:
@@ -134,7 +136,7 @@ def _print_search(job: CompileJob, compile_one: Callable[[CompileJob], CompiledS
 
 def _describe_suggestion(suggestion: Suggestion | None) -> str:
     if suggestion is None:
-        return "No tested configuration fits in memory. Use a larger topology or --search."
+        return "no tested change fits in memory; use a larger --topology, or --search"
     flags = " ".join(f"--set '{override}'" for override in suggestion.change.overrides)
     peak = suggestion.stats.peak_bytes / 2**30
     return f"smallest change that fits: {suggestion.change.description} (peak {peak:,.2f} GiB, compiled)\n    {flags}"

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Search for the best mesh, remat policy and number of microbatches: all are estimated, the best few compiled.
+"""Search for the best mesh, remat policy and number of microbatches: estimates all candidates and compiles the best few.
 
-Step times have a lower and an upper bound (roofline.py); candidates are compared by the mean of the two. A candidate is
-on the Pareto frontier if no other is both faster and smaller.
+Candidates are compared by the mean of the lower and the upper bound of the step time (roofline.py). A candidate is on the
+Pareto frontier if no other candidate is both faster and smaller.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from mesh_transformer.plan.roofline import make_roofline, model_flops_utilizatio
 from mesh_transformer.plan.suggestions import change_config
 
 GIB = 2**30
-ESTIMATE_LIMIT = 1.15  # of the usable memory; candidates with a higher estimate are not compiled
+ESTIMATE_LIMIT = 1.15  # fraction of the usable memory; candidates with a higher estimate are not compiled
 MAX_TENSOR = 16
 MAX_PER_MESH = 2  # compiled candidates per mesh
 SEARCHED_AXES = ("data", "fsdp", "tensor")  # other axes keep their sizes
@@ -43,7 +43,7 @@ class Candidate(NamedTuple):
 
 
 class SearchResult(NamedTuple):
-    """Compiled candidates, the fastest that fits first, and all considered candidates."""
+    """Compiled candidates, sorted by fit and then by step time, and all considered candidates."""
 
     compiled: list[Candidate]
     considered: list[Candidate]
@@ -57,33 +57,34 @@ def search(
     count: int = 4,
     log: Callable[[str], None] = lambda line: None,
 ) -> SearchResult:
-    """Estimate every candidate and compile the `count` most promising; raise ConfigError if there are no candidates."""
-    considered = sorted(list_candidates(job, chip), key=lambda one: one.seconds)
+    """Estimate every candidate and compile the `count` most promising. Raises ConfigError if there are no candidates."""
+    considered = sorted(list_candidates(job, chip), key=lambda candidate: candidate.seconds)
     if not considered:
         raise ConfigError(
-            f"{job.topology}: no mesh of its devices divides both the model and a batch of {job.config.train.batch_size}"
+            f"--topology {job.topology}: no mesh over its devices divides the sizes of the model and "
+            f"train.batch_size={job.config.train.batch_size} evenly; change the batch size or the topology"
         )
-    promising = [one for one in considered if one.estimate.peak_bytes <= ESTIMATE_LIMIT * chip.memory]
-    promising = promising or sorted(considered, key=lambda one: one.estimate.peak_bytes)
+    promising = [candidate for candidate in considered if candidate.estimate.peak_bytes <= ESTIMATE_LIMIT * chip.memory]
+    promising = promising or sorted(considered, key=lambda candidate: candidate.estimate.peak_bytes)
     compiled: list[Candidate] = []
-    for one in promising:
+    for candidate in promising:
         if len(compiled) == count:
             break
-        if sum(other.mesh == one.mesh for other in compiled) >= MAX_PER_MESH:
+        if sum(other.mesh == candidate.mesh for other in compiled) >= MAX_PER_MESH:
             continue
-        log(f"compiling {describe_candidate(one)}")
+        log(f"compiling {describe_candidate(candidate)}")
         try:
-            stats = compile_one(dataclasses.replace(job, config=change_config(job.config, one.overrides)))
+            stats = compile_one(dataclasses.replace(job, config=change_config(job.config, candidate.overrides)))
         except (ConfigError, CompileError) as error:
             log(f"  skipped: {error}")
             continue
-        compiled.append(one._replace(stats=stats))
-    compiled.sort(key=lambda one: (not _fits(one, chip), step_seconds(one, chip)))
+        compiled.append(candidate._replace(stats=stats))
+    compiled.sort(key=lambda candidate: (not _fits(candidate, chip), step_seconds(candidate, chip)))
     return SearchResult(compiled, considered)
 
 
 def list_candidates(job: CompileJob, chip: Chip) -> Iterator[Candidate]:
-    """Yield each mesh, remat policy and number of microbatches that divide the batch and the model evenly, with its estimate."""
+    """Yield the candidates whose mesh and number of microbatches divide the batch and the model evenly."""
     config, devices = job.config, parse_topology(job.topology).devices
     params = describe_model(config.model)
     policies = get_args(get_type_hints(ModelConfig)["remat"])
@@ -130,21 +131,21 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def describe_candidate(one: Candidate) -> str:
+def describe_candidate(candidate: Candidate) -> str:
     """Return a short description of a candidate."""
-    return f"{describe_mesh(one.mesh)}, remat {one.remat}, {one.grad_accum_steps} microbatch(es)"
+    return f"{describe_mesh(candidate.mesh)}, remat {candidate.remat}, {candidate.grad_accum_steps} microbatch(es)"
 
 
-def step_seconds(one: Candidate, chip: Chip) -> float:
-    """Return the mean of the two bounds on a compiled candidate's step, or its estimate."""
-    if one.stats is None or one.stats.compiler_error:
-        return one.seconds
-    roofline = make_roofline(one.stats, chip)
+def step_seconds(candidate: Candidate, chip: Chip) -> float:
+    """Return the mean of the two bounds on the step time, from the compiled program or else from the estimate."""
+    if candidate.stats is None or candidate.stats.compiler_error:
+        return candidate.seconds
+    roofline = make_roofline(candidate.stats, chip)
     return (roofline.lower_bound + roofline.upper_bound) / 2
 
 
-def _fits(one: Candidate, chip: Chip) -> bool:
-    return one.stats is not None and bool(memory_use(one.stats, chip).fits)
+def _fits(candidate: Candidate, chip: Chip) -> bool:
+    return candidate.stats is not None and bool(memory_use(candidate.stats, chip).fits)
 
 
 def find_frontier(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -155,15 +156,17 @@ def find_frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def format_search(result: SearchResult, chip: Chip) -> str:
-    """Return the compiled candidates as a table, the fastest that fits first, with the Pareto frontier marked."""
+    """Return the compiled candidates as a table, sorted by fit and step time, with the Pareto frontier marked."""
     rows = [["mesh", "remat", "micro", "peak GiB", "estimate", "step ms", "MFU", "bound", "fits", "frontier"]]
     points = [
-        (step_seconds(one, chip), float(memory_use(one.stats, chip).peak)) for one in result.compiled if one.stats
+        (step_seconds(candidate, chip), float(memory_use(candidate.stats, chip).peak))
+        for candidate in result.compiled
+        if candidate.stats
     ]
     frontier = find_frontier(points)
-    for i, one in enumerate(result.compiled):
-        rows.append([*_describe_memory(one, chip), *_describe_time(one, chip)])
-        fits = _fits(one, chip)
+    for i, candidate in enumerate(result.compiled):
+        rows.append([*_describe_memory(candidate, chip), *_describe_time(candidate, chip)])
+        fits = _fits(candidate, chip)
         rows[-1] += ["yes" if fits else "no", "*" if i in frontier and fits else ""]
     best = result.compiled[0] if result.compiled and _fits(result.compiled[0], chip) else None
     lines = [format_table(rows, left=2), ""]
@@ -172,23 +175,32 @@ def format_search(result: SearchResult, chip: Chip) -> str:
         lines.append("best    " + " ".join(f"--set {_quote(o)}" for o in best.overrides))
     else:
         lines.append(
-            'No compiled candidate fits. Use a larger topology, a smaller batch, or optimizer.moment_dtype="bfloat16".'
+            "no compiled candidate fits; use a larger --topology, a smaller train.batch_size, or --set "
+            "'optimizer.moment_dtype=\"bfloat16\"'"
         )
     return "\n".join(lines)
 
 
-def _describe_memory(one: Candidate, chip: Chip) -> list[str]:
-    assert one.stats is not None
-    peak, estimate = memory_use(one.stats, chip).peak, one.estimate.peak_bytes
-    return [describe_mesh(one.mesh), one.remat, str(one.grad_accum_steps), f"{peak / GIB:.2f}", f"{estimate / GIB:.2f}"]
+def _describe_memory(candidate: Candidate, chip: Chip) -> list[str]:
+    assert candidate.stats is not None
+    peak, estimate = memory_use(candidate.stats, chip).peak, candidate.estimate.peak_bytes
+    return [
+        describe_mesh(candidate.mesh),
+        candidate.remat,
+        str(candidate.grad_accum_steps),
+        f"{peak / GIB:.2f}",
+        f"{estimate / GIB:.2f}",
+    ]
 
 
-def _describe_time(one: Candidate, chip: Chip) -> list[str]:
-    assert one.stats is not None
-    if one.stats.compiler_error:
+def _describe_time(candidate: Candidate, chip: Chip) -> list[str]:
+    assert candidate.stats is not None
+    if candidate.stats.compiler_error:
         return ["-", "-", "-"]
-    roofline = make_roofline(one.stats, chip)
-    slow, fast = (model_flops_utilization(one.stats, chip, s) for s in (roofline.upper_bound, roofline.lower_bound))
+    roofline = make_roofline(candidate.stats, chip)
+    slow, fast = (
+        model_flops_utilization(candidate.stats, chip, s) for s in (roofline.upper_bound, roofline.lower_bound)
+    )
     return [
         f"{format_ms(roofline.lower_bound)}-{format_ms(roofline.upper_bound)}",
         f"{slow:.0%}-{fast:.0%}",

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Plot of a search as an SVG file: step time against memory of every candidate, with the memory limit and the frontier."""
+"""Plot of a search as SVG: step time and memory of every candidate, with the memory limit and the Pareto frontier."""
 
 from html import escape
 
@@ -12,7 +12,7 @@ from mesh_transformer.reports.svg import Axis, Frame, draw_grid, element, make_a
 
 FRAME = Frame(width=1080, height=520, left=70, right=320, top=56, bottom=52)
 GIB = 2**30
-LIST_STEP = 40  # height of an entry of the list next to the plot: two lines of text
+LIST_STEP = 40  # height of a list entry next to the plot: two lines of text
 STYLE = """
 svg{background:#fff;color:#1b1f24;font:13px system-ui,sans-serif}.grid{stroke:#e3e6ea}.axis{fill:#57606a}
 .estimate{fill:#c3c9d1}.fits{fill:#1f6feb}.over{fill:#cf222e}.limit{stroke:#cf222e;stroke-dasharray:6 4}
@@ -24,10 +24,10 @@ svg{background:#fff;color:#1b1f24;font:13px system-ui,sans-serif}.grid{stroke:#e
 
 def draw_search(found: SearchResult, chip: Chip, title: str) -> str:
     """Return the SVG file as text. Compiled candidates are numbered."""
-    dots = [(one.seconds * 1e3, one.estimate.peak_bytes / GIB) for one in found.considered]
+    dots = [(candidate.seconds * 1e3, candidate.estimate.peak_bytes / GIB) for candidate in found.considered]
     limit = chip.memory / GIB
     dots = [(x, y) for x, y in dots if y <= 3 * limit]
-    compiled = [(one, *_coordinates(one, chip)) for one in found.compiled]
+    compiled = [(candidate, *_coordinates(candidate, chip)) for candidate in found.compiled]
     xs = [x for x, _ in dots] + [x for _, x, _ in compiled]
     ys = [y for _, y in dots] + [y for _, _, y in compiled] + [limit]
     across = make_axis(min(xs), max(xs), log=max(xs) > 8 * min(xs))
@@ -43,7 +43,9 @@ def draw_search(found: SearchResult, chip: Chip, title: str) -> str:
     y = FRAME.y(up, limit)
     parts.append(f'<line class="limit" x1="{FRAME.left}" x2="{FRAME.x_end}" y1="{y:.1f}" y2="{y:.1f}"/>')
     parts.append(f'<text x="{FRAME.x_end}" y="{y - 6:.1f}" text-anchor="end">usable {limit:.2f} GiB</text>')
-    fitting = sorted((x, y) for one, x, y in compiled if one.stats and memory_use(one.stats, chip).fits)
+    fitting = sorted(
+        (x, y) for candidate, x, y in compiled if candidate.stats and memory_use(candidate.stats, chip).fits
+    )
     line = [fitting[i] for i in find_frontier(fitting)]
     if len(line) > 1:
         path = " L".join(f"{FRAME.x(across, x):.1f} {FRAME.y(up, y):.1f}" for x, y in line)
@@ -54,21 +56,21 @@ def draw_search(found: SearchResult, chip: Chip, title: str) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(title)}">{body}</svg>\n'
 
 
-def _coordinates(one: Candidate, chip: Chip) -> tuple[float, float]:
-    assert one.stats is not None
-    return step_seconds(one, chip) * 1e3, memory_use(one.stats, chip).peak / GIB
+def _coordinates(candidate: Candidate, chip: Chip) -> tuple[float, float]:
+    assert candidate.stats is not None
+    return step_seconds(candidate, chip) * 1e3, memory_use(candidate.stats, chip).peak / GIB
 
 
 def _draw_compiled(compiled: list[tuple[Candidate, float, float]], across: Axis, up: Axis, chip: Chip) -> list[str]:
-    """Return the numbered dots, the best one on top, and the list that describes them."""
+    """Return the numbered dots of compiled candidates, the best drawn last, and the list that describes them."""
     parts = []
-    for number, (one, x, y) in reversed(list(enumerate(compiled, start=1))):
-        fits = one.stats is not None and memory_use(one.stats, chip).fits
+    for number, (candidate, x, y) in reversed(list(enumerate(compiled, start=1))):
+        fits = candidate.stats is not None and memory_use(candidate.stats, chip).fits
         style, row = "fits" if fits else "over", FRAME.top + 12 + (number - 1) * LIST_STEP
         for px, py in ((FRAME.x(across, x), FRAME.y(up, y)), (FRAME.x_end + 34, row)):
             parts.append(f'<circle class="{style}" cx="{px:.1f}" cy="{py:.1f}" r="9"/>')
             parts.append(f'<text class="number" x="{px:.1f}" y="{py + 4:.1f}" text-anchor="middle">{number}</text>')
-        words = f"{describe_mesh(one.mesh)}, {one.remat}, {one.grad_accum_steps}x"
+        words = f"{describe_mesh(candidate.mesh)}, {candidate.remat}, {candidate.grad_accum_steps}x"
         parts.append(f'<text x="{FRAME.x_end + 52}" y="{row + 4}">{escape(words)}</text>')
         figures = f"{y:.2f} GiB, {format_ms(x / 1e3)} ms"
         parts.append(f'<text class="axis" x="{FRAME.x_end + 52}" y="{row + 20}">{figures}</text>')

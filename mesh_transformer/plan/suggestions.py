@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest configuration change with which a run fits in memory; candidates are compiled in order of their cost.
+"""Suggestion of the smallest configuration change with which a run fits in memory.
 
-First changes that cost only time and do not affect the training result: more loss chunks, more recomputation, more
-microbatches, residual stream sharded over `tensor`, replicas moved to `fsdp`, then devices moved to `tensor`. Then
-changes that affect it: moments in bfloat16, a smaller batch, an optimizer with less state. Single changes are tried
-before pairs.
+Changes are compiled in order of their cost. The first cost only time and do not affect the training result: more loss
+chunks, more recomputation, more microbatches, residual stream sharded over `tensor`, replicas moved to `fsdp`, then devices
+moved to `tensor`. The others affect it: moments in bfloat16, a smaller batch, an optimizer with less state. Single changes
+are tried before combinations.
 """
 
 import dataclasses
@@ -22,20 +22,20 @@ from mesh_transformer.plan.hardware.topologies import parse_topology
 from mesh_transformer.plan.job import CompiledStats, CompileJob
 
 REMAT_ORDER = ("none", "attention", "dots", "full", "offload")  # by decreasing activation memory
-ESTIMATE_LIMIT = 1.05  # of the usable memory; changes whose scaled estimate is higher are not compiled
+ESTIMATE_LIMIT = 1.05  # fraction of the usable memory; changes with a higher scaled estimate are not compiled
 MAX_COMPILES = 8
 MAX_COMBINED = 3  # changes tried together
 
 
 class ConfigChange(NamedTuple):
-    """Overrides, as given to --set, and their description."""
+    """Overrides in the form of --set, and their description."""
 
     overrides: tuple[str, ...]
     description: str
 
 
 class Suggestion(NamedTuple):
-    """A change that fits, the statistics with it, and the number of changes compiled before it that do not fit."""
+    """A change with which the run fits, its statistics, and the number of changes that were compiled before and do not fit."""
 
     change: ConfigChange
     stats: CompiledStats
@@ -43,7 +43,7 @@ class Suggestion(NamedTuple):
 
 
 def change_config(config: Config, overrides: tuple[str, ...]) -> Config:
-    """Return the configuration with overrides; raise ConfigError if the result is invalid."""
+    """Return the configuration with `overrides` applied. Raises ConfigError if the result is invalid."""
     table = config_to_dict(config)
     for override in overrides:
         merge_override(table, override)
@@ -57,7 +57,10 @@ def suggest_change(
     *,
     log: Callable[[str], None] = lambda line: None,
 ) -> Suggestion | None:
-    """Return the first change with which a job fits, None if no tested change does; `stats` are those of the job itself."""
+    """Return the first change with which a job fits, or None if no tested change suffices.
+
+    `stats` are the statistics of the job without changes.
+    """
     topology = parse_topology(job.topology)
     assert topology.chip is not None
     params, tried = describe_model(job.config.model), 0
@@ -85,7 +88,7 @@ def suggest_change(
 
 
 def propose_changes(config: Config, devices: int) -> Iterator[ConfigChange]:
-    """Yield single changes from the smallest to the largest, then pairs, then triples, each by increasing cost."""
+    """Yield single changes by increasing cost, then pairs, then triples."""
     groups = [group for group in _groups(config, devices) if group]
     for count in range(1, MAX_COMBINED + 1):
         for chosen in itertools.combinations(groups, count):
@@ -111,7 +114,7 @@ def _groups(config: Config, devices: int) -> list[list[ConfigChange]]:
 
 
 def _loss(config: Config, sequence_axes: tuple[str, ...], sizes: dict[str, int]) -> list[ConfigChange]:
-    """Divide the loss into 4 or 16 times as many chunks; the number of FLOPs is unchanged."""
+    """Compute the loss in 4 or 16 times as many chunks, which does not change the number of FLOPs."""
     length = config.model.seq_len // math.prod(sizes[axis] for axis in sequence_axes)
     counts = [config.train.loss_chunks * n for n in (4, 16)]
     return [
@@ -170,7 +173,7 @@ def _batch(config: Config) -> list[ConfigChange]:
         return []
     size = train.batch_size // train.grad_accum_steps
     overrides = (f"train.batch_size={size}", "train.grad_accum_steps=1")
-    return [ConfigChange(overrides, f"batch size {size} instead of {train.batch_size}, without accumulation")]
+    return [ConfigChange(overrides, f"batch size {size} instead of {train.batch_size}, without microbatches")]
 
 
 def _optimizer(config: Config) -> list[ConfigChange]:

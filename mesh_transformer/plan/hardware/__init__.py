@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Chips, and the products they are sold in."""
+"""Hardware: specifications of chips, and topologies by product name."""

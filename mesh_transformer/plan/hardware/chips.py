@@ -1,17 +1,17 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Specifications of TPU and GPU chips, and the products they are sold in.
+"""Specifications of TPU and GPU chips, and of the TPU products that contain them.
 
-Rates and sizes are those that vendors publish, FLOP/s of dense bfloat16 matmuls. Usable memory of a TPU is the limit that
-its compiler reports when a program does not fit; of a GPU, 95% of what its driver reports, the fraction that a process
-can allocate (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; JAX's default is 0.75). The watts of TPU v5e
+Rates and sizes are published by the vendors; FLOP/s are of dense bfloat16 matmuls. The usable memory of a TPU is the limit
+that its compiler reports when a program does not fit. The usable memory of a GPU is 95% of the size that its driver
+reports, which a process can allocate with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX's default is 0.75). The watts of TPU v5e
 and later are not published but estimated.
 """
 
 from typing import NamedTuple
 
 GIB, GB = 2**30, 10**9
-GPU_FRACTION = 0.95  # of a GPU's memory, for one process
+GPU_FRACTION = 0.95  # fraction of a GPU's memory that a process can use
 
 
 class Chip(NamedTuple):
@@ -22,13 +22,13 @@ class Chip(NamedTuple):
     flops: float  # peak, bfloat16 matmuls with float32 accumulation
     memory: int  # bytes that a program can use, per device
     memory_bandwidth: float
-    links: int  # of the fast network (ICI; NVLink counts as one)
+    links: int  # number of links of the fast network (ICI; NVLink counts as one link)
     link_bandwidth: float  # per link
-    dcn_bandwidth: float  # to other hosts or slices, the chip's share of its host's network
+    dcn_bandwidth: float  # to other hosts or slices: the chip's share of its host's network
     per_host: int  # chips per host
     host_memory: int  # bytes
     watts: float
-    devices: int = 1  # that JAX reports per chip
+    devices: int = 1  # devices that JAX reports per chip
 
 
 TPU_V2 = Chip("v2", "tpu", 45e12, int(7.48 * GIB), 700e9, 4, 62e9, 3.1e9, 4, 334 * GB, 280, 2)
@@ -53,10 +53,10 @@ class GpuSpec(NamedTuple):
     cores: int  # streaming multiprocessors
     fpus: int  # float32 units per multiprocessor
     clock_ghz: float
-    memory: int  # as the driver reports it
+    memory: int  # total, reported by the driver
     cache: int  # level 2
     shared: int  # shared memory per multiprocessor
-    shared_optin: int  # shared memory per block, on request
+    shared_optin: int  # shared memory per block, opt-in maximum
     accelerated: bool  # has architecture-specific instructions (sm_90a)
 
 
@@ -101,11 +101,11 @@ GPUS = {
 
 
 class Family(NamedTuple):
-    """Products of a TPU generation: the number in a product's name, and its torus of chips."""
+    """Products of a TPU generation, by the number in their names."""
 
-    libtpu: str  # name in libtpu's topologies
-    names: tuple[str, ...]  # accepted prefixes of product names; the first one is printed
-    slices: dict[int, tuple[int, ...]]
+    libtpu: str  # name of the generation in libtpu's topologies
+    names: tuple[str, ...]  # accepted prefixes of product names; the first is printed
+    slices: dict[int, tuple[int, ...]]  # number in the name -> shape of the torus, in chips
 
 
 FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
@@ -135,7 +135,7 @@ FAMILIES = {
     "v7x": Family("tpu7x", ("v7x", "tpu7x", "ironwood"), {2: (1, 1, 1), **_up_to(4096)}),
 }
 
-# Device kinds as JAX reports them.
+# Chips by the device kinds that JAX reports.
 DEVICE_KINDS = {
     "TPU v2": TPU_V2, "TPU v3": TPU_V3, "TPU v4": TPU_V4, "TPU v5 lite": TPU_V5E, "TPU v5e": TPU_V5E, "TPU v5": TPU_V5P,
     "TPU v5p": TPU_V5P, "TPU v6 lite": TPU_V6E, "TPU v6e": TPU_V6E, "TPU7x": TPU_V7X,

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Topologies by product name: number and kind of chips, and devices to compile for.
+"""Topologies by product name: kind and number of chips, and abstract devices to compile for.
 
 v3-8, v4-2048, v5p-1024, v7x-128      number of cores, two per chip
 v5e-256 (v5litepod-256), v6e-8        number of chips
 2xv5e-256                             two slices, connected by the data-center network
-H100, 8xH100, 128x8xH100              GPUs; GPUs of one host; hosts x GPUs
+H100, 8xH100, 128x8xH100              one GPU; GPUs of one host; hosts x GPUs per host
 cpu-8                                 the local CPU as eight devices
 local                                 the local devices
 """
@@ -24,7 +24,7 @@ DEFAULT_A100 = "A100-80"
 
 
 class MissingCompilerError(RuntimeError):
-    """The compiler of a platform is not installed; the message says what to install."""
+    """The compiler of a platform is not installed; the message has the install command."""
 
 
 class Topology(NamedTuple):
@@ -33,7 +33,7 @@ class Topology(NamedTuple):
     name: str
     chip: Chip | None  # None: local devices, which are not known in advance
     shape: tuple[int, ...]  # chips of one slice per dimension; (devices,) for a CPU; () for local
-    slices: int = 1  # or hosts of GPUs, which the slower network connects
+    slices: int = 1  # number of slices, or hosts of GPUs, connected by the slower network
     note: str = ""  # assumption made for an ambiguous name
 
     @property
@@ -55,7 +55,7 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str) -> Topology:
-    """Return the topology of a name; raise ConfigError for an unknown one, with the closest that exist."""
+    """Return the topology named `name`. Raises ConfigError, with the closest names, if it is unknown."""
     if name == "local":
         return Topology(name, None, ())
     if match := re.fullmatch(r"cpu-([1-9]\d*)", name):
@@ -85,21 +85,22 @@ def _gpu_topology(name: str, hosts: int, gpus: int, gpu: str) -> Topology:
         gpu = DEFAULT_A100
         note = f"A100 means {DEFAULT_A100} with 80 GB; use A100-40 for 40 GB"
     if gpus > NVLINK_HOST:
-        each = gpus // NVLINK_HOST if gpus % NVLINK_HOST == 0 else math.ceil(gpus / NVLINK_HOST)
+        n_hosts = math.ceil(gpus / NVLINK_HOST)
         raise ConfigError(
-            f"--topology {name}: a host has at most {NVLINK_HOST} GPUs; write hosts x GPUs, for example {each}x{NVLINK_HOST}x{gpu}"
+            f"--topology {name}: a host has at most {NVLINK_HOST} GPUs; write hosts x GPUs per host, for example "
+            f"{n_hosts}x{NVLINK_HOST}x{gpu}"
         )
     return Topology(name, GPUS[gpu], (gpus,), hosts, note)
 
 
 def product_names() -> list[str]:
-    """Return the names of all products of one slice or host."""
+    """Return the names of all products with one slice or host."""
     tpus = [f"{family.names[0]}-{number}" for family in FAMILIES.values() for number in family.slices]
     return tpus + [f"{count}{gpu}" for gpu in GPUS for count in ("", "2x", "4x", "8x")] + ["cpu-8", "local"]
 
 
 def _nearest(name: str) -> str:
-    """Return the closest products, by number within a generation and otherwise by spelling, with example names."""
+    """Return the names closest to `name`, by number within a generation and otherwise by spelling, with examples."""
     match = re.fullmatch(r"((?:[1-9]\d*x)?)([a-z0-9]+?)-(\d+)", name)
     for family in FAMILIES.values():
         if match and match[2] in family.names:
@@ -112,7 +113,10 @@ def _nearest(name: str) -> str:
 
 
 def make_devices(topology: Topology) -> Sequence[Any]:
-    """Return abstract devices of a TPU or GPU topology to compile for; raise MissingCompilerError."""
+    """Return the abstract devices of a TPU or GPU topology, to compile for.
+
+    Raises MissingCompilerError if the compiler of the platform is not installed.
+    """
     from jax.experimental import topologies
 
     assert topology.chip is not None, "local and cpu-N are JAX's own devices"
@@ -128,8 +132,8 @@ def make_devices(topology: Topology) -> Sequence[Any]:
     except (RuntimeError, NotImplementedError) as error:
         if "not installed" in str(error) or "not implemented" in str(error):
             raise MissingCompilerError(
-                f"{topology.name}: the compiler for {topology.chip.platform.upper()}s is not installed; "
-                "pip install 'mesh-transformer[plan]' installs libtpu (under Google's license) and the CUDA plugin"
+                f"--topology {topology.name}: the compiler for {topology.chip.platform.upper()}s is not installed; run: "
+                "pip install 'mesh-transformer[plan]' (installs libtpu, under Google's license, and the CUDA plugin)"
             ) from None
         raise
     return description.devices
@@ -149,7 +153,7 @@ def _libtpu_options(topology: Topology) -> dict[str, Any]:
 
 
 def gpu_target(gpu: GpuSpec) -> str:
-    """Return a GPU as the text of XLA's GpuTargetConfigProto, which replaces queries of a real device."""
+    """Return the text of XLA's GpuTargetConfigProto for a GPU, with which XLA compiles without querying a device."""
     feature = "ACCELERATED_FEATURES" if gpu.accelerated else "NONE"
     major, minor = gpu.capability
     return f"""gpu_device_info {{

@@ -4,14 +4,14 @@
 
 In an operation on groups of g devices with operands of O bytes each, every device sends at least
 
-    all-gather          O (g - 1)        its operand to all others
-    reduce-scatter      O (g - 1) / g    its part of the results of all others
+    all-gather          O (g - 1)        its operand to all other devices
+    reduce-scatter      O (g - 1) / g    its contributions to the results of all other devices
     all-reduce          2 O (g - 1) / g  a reduce-scatter followed by an all-gather
     all-to-all          O (g - 1) / g
     collective-permute  O                (also send, to another slice, and broadcast)
 
-which rings and tori achieve. Operations in loops are multiplied by the trip count. An asynchronous operation
-appears several times (its start, its done, and on TPUs the steps between them); it is counted once.
+bytes, which rings and tori achieve. Operations in loops are multiplied by the trip count. An asynchronous operation
+appears several times (its start, its done, and on TPUs the steps between them) and is counted once.
 """
 
 import math
@@ -38,7 +38,7 @@ class Collective(NamedTuple):
 
 
 def read_collectives(module: HloModule, sizes: Sequence[int], axes: Sequence[str]) -> list[Collective]:
-    """Return all collectives of a program over a mesh of these `sizes` and `axes`, by decreasing traffic.
+    """Return all collectives of a program over a mesh with the given axis `sizes` and names, by decreasing traffic.
 
     The program numbers its devices in row-major order of the mesh.
     """
@@ -97,7 +97,7 @@ def _repeated(instruction: Instruction, visited: set[str]) -> bool:
 
 
 def _members(instruction: Instruction, devices: int) -> np.ndarray:
-    """Return device numbers [groups, members], of permutations [pairs, 2]; raise ValueError for an unknown notation."""
+    """Return device numbers [groups, members], or [pairs, 2] for a permutation. Raises ValueError for unknown notation."""
     text = instruction.attributes
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
         return np.array([[int(n) for n in pair] for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]).reshape(-1, 2)
@@ -109,11 +109,17 @@ def _members(instruction: Instruction, devices: int) -> np.ndarray:
     if listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text):
         groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
         return np.array(groups) if groups else np.arange(devices)[None]
-    raise ValueError(f"{instruction.name}: unknown notation of replica groups: {text[:200]}")
+    raise ValueError(
+        f"{instruction.name}: unknown notation of replica groups: {text[:200]}; _members() in {__name__} must support the "
+        "notation of this version of XLA"
+    )
 
 
 def _mesh_members(mesh: str, order: str | None, axes: str, devices: int) -> np.ndarray:
-    """Return the groups along `axes` of a named mesh, such as 'a'=2,'b'=4 and 'b'; 'b':(2)2 is the part of b after the first 2."""
+    """Return the groups along `axes` of a named mesh, such as 'a'=2,'b'=4 with the axes 'b' or 'b':(2)2.
+
+    'b':(2)2 is the sub-axis of size 2 of b, after a sub-axis of size 2.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     numbers = np.arange(devices)
     if order:
@@ -139,7 +145,7 @@ def _mesh_members(mesh: str, order: str | None, axes: str, devices: int) -> np.n
 
 
 def _axes_of(members: np.ndarray, sizes: Sequence[int], axes: Sequence[str], kind: str) -> tuple[tuple[str, ...], int]:
-    """Return the axes along which members of a group differ, and the number of members."""
+    """Return the mesh axes along which the members of a group differ, and the number of members."""
     if not members.size:
         return (), 0
     coordinates = np.stack(np.unravel_index(members, sizes), axis=-1)  # [groups, members, axes]

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Parser of HLO text: computations, their instructions, and how often each computation runs in one step."""
+"""Parser of HLO text: computations, their instructions, and the number of runs of each computation in one step."""
 
 import math
 import re
@@ -53,7 +53,7 @@ class Instruction(NamedTuple):
 
     @property
     def arrays(self) -> list[HloArray]:
-        """Return the arrays of the result; those of a tuple in order."""
+        """Return the arrays of the result, in order if it is a tuple."""
         return [
             HloArray(dtype, tuple(int(dim) for dim in dims.split(",") if dim), layout or "")
             for dtype, dims, layout in _ARRAY.findall(self.result)
@@ -88,7 +88,7 @@ class HloModule:
 
     @cached_property
     def run_counts(self) -> dict[str, int]:
-        """Return how often each computation runs in one call of the program; each branch of a conditional counts once."""
+        """Number of runs of each computation per call of the program; each branch of a conditional counts once."""
         counts = {self.entry: 1}
         for name in self._callers_first():
             for instruction in self.computations[name]:
@@ -113,9 +113,9 @@ class HloModule:
         return order[::-1]
 
     def trip_count(self, loop: Instruction) -> int:
-        """Return the iterations of a `while`: XLA's known trip count, or the bound in its condition minus the initial count.
+        """Return the number of iterations of a `while`: XLA's known trip count, or its bound minus the initial count.
 
-        Scans count up by one from a constant. A loop whose bound is not constant, such as the decoding loop, counts once.
+        Scans count up by one from a constant. A loop without a constant bound, such as the decoding loop, counts once.
         """
         if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes):
             return int(known[1])
@@ -126,7 +126,7 @@ class HloModule:
         return max(bounds[0] - self._first_count(loop, condition), 1)
 
     def _first_count(self, loop: Instruction, condition: list[Instruction]) -> int:
-        """Return the initial value of the loop's counter, 0 if it is not a visible constant."""
+        """Return the initial value of the loop's counter, or 0 if it is not a constant in the same computation."""
         indices = [re.search(r"index=(\d+)", i.attributes) for i in condition if i.opcode == "get-tuple-element"]
         start = self.by_name.get(loop.operands[0]) if loop.operands else None
         if len(indices) != 1 or indices[0] is None or start is None or start.opcode != "tuple":
@@ -144,7 +144,7 @@ class HloModule:
 
 
 def _join_lines(text: str) -> Iterator[str]:
-    """Yield the lines of the text; an instruction whose attributes span several lines is joined."""
+    """Yield the lines of the text, with the lines of an instruction joined."""
     joined = ""
     for line in text.splitlines():
         if line.startswith((" ", "%", "ENTRY ", "HloModule")) or line.rstrip() in ("}", ""):
@@ -186,7 +186,7 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Return the index of the parenthesis that closes the one at `opening`."""
+    """Return the index of the parenthesis that closes the parenthesis at `opening`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, opening):
         depth += 1 if match[0] == "(" else -1

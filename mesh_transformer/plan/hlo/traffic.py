@@ -2,16 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """HBM traffic of a compiled program, and the arrays that its loops stack.
 
-XLA's own numbers count the body of a loop once. Here the operands and results of every instruction outside of fusions
-count as often as it runs. For an array that is only sliced, the slices count; for one that is updated in place, the
-update. Arrays in on-chip memory do not count. This is an upper bound, because caches are not modeled.
+XLA's cost analysis counts the body of a loop once. Here the operands and results of every instruction outside of fusions
+count once per run. Of an array that is only sliced, the slices count; of an array that is updated in place, the updates.
+Arrays in on-chip memory do not count. The result is an upper bound, because caches are not modeled.
 """
 
 from typing import NamedTuple
 
 from mesh_transformer.plan.hlo.parser import HloArray, HloModule, Instruction
 
-# Instructions that move nothing, or whose computations are counted separately.
+# Instructions without HBM traffic, or whose computations are counted separately.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "iota", "opt-barrier", "optimization-barrier", "async-start", "async-update",
@@ -59,7 +59,7 @@ def _moved(module: HloModule, instruction: Instruction) -> float:
 
 
 def _read_of(module: HloModule, computation: str, number: int) -> float:
-    """Return the bytes that a fused computation reads of its parameter `number`."""
+    """Return the bytes of its parameter `number` that a fused computation reads."""
     instructions = module.computations.get(computation, [])
     name = next((i.name for i in instructions if i.opcode == "parameter" and i.inside.strip() == str(number)), None)
     if name is None:
@@ -89,7 +89,7 @@ def _read_by_users(module: HloModule, instructions: list[Instruction], name: str
 
 
 def _written(module: HloModule, computation: str, fusion: Instruction) -> float:
-    """Return the bytes that a fusion writes: its results, or the updates of arrays that are updated in place."""
+    """Return the bytes that a fusion writes: its results, or only the updates of arrays updated in place."""
     by_name = {i.name: i for i in module.computations.get(computation, [])}
     root = next((i for i in by_name.values() if i.is_root), None)
     if root is None:
@@ -145,11 +145,11 @@ def stacked_bytes(module: HloModule) -> StackedBytes:
 
 
 def _is_new(module: HloModule, name: str) -> bool:
-    """Return whether a result of a loop is computed in its body, not passed through."""
+    """Return whether a result of a loop is computed in its body rather than passed through."""
     made = module.by_name.get(name)
     while made is not None and made.opcode in ("copy", "bitcast") and made.operands:
         made = module.by_name.get(made.operands[0])
-    if made is not None and made.opcode == "get-tuple-element":  # an argument of the body, or a result of a fusion
+    if made is not None and made.opcode == "get-tuple-element":  # of an argument of the body, or of a fusion
         made = module.by_name.get(made.operands[0])
         return made is not None and made.opcode != "parameter"
     return made is not None
