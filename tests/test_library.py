@@ -103,7 +103,7 @@ def test_mistakes_are_explained(run_dir):
     model = mt.load_model(run_dir)
     with pytest.raises(mt.ConfigError, match="temprature is not a sampling parameter; expected one of: max_tokens"):
         model.generate("the ", temprature=1.0)
-    with pytest.raises(ValueError, match="logits need at least one"):
+    with pytest.raises(ValueError, match="logits need at least 1 token"):
         model.logits("")
     with pytest.raises(mt.ConfigError, match="shard is not an option of reshard"):
         mt.reshard(run_dir, "out", shard=1)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Load a trained model for generation from a run folder or a checkpoint, with its configuration and tokenizer."""
+"""Loading of a trained model for generation, with its configuration and tokenizer, from a run folder or a checkpoint."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -32,20 +32,20 @@ from mesh_transformer.sample.model_defaults import ModelDefaults, apply_defaults
 from mesh_transformer.storage.paths import AnyPath
 
 SETTABLE = ("sample.", "serve.", "evaluate.", "mesh.", "model.dtype")
-# Required sections that imported checkpoints lack, because they were not trained here.
+# Required sections that imported checkpoints lack, because another program trained them.
 NO_TRAINING = {"data": {"train": {"unknown": {"path": ""}}}, "train": {"steps": 1, "batch_size": 1}}
-ONE_DEVICE = {"data": 1}  # default mesh; the mesh of a checkpoint is that of its training
+ONE_DEVICE = {"data": 1}  # default mesh; the mesh in a checkpoint's configuration is that of its training
 
 
 class LoadedModel(NamedTuple):
-    """A model that is ready to generate."""
+    """A model that is ready to generate text."""
 
     engine: Engine
     tokenizer: Tokenizer
-    config: Config  # that of the training, with the overrides of load_model
+    config: Config  # configuration of the training, with the overrides of load_model
     step: int
     where: str  # folder of the checkpoint
-    defaults: ModelDefaults  # those of the model's files, with the overrides of load_model
+    defaults: ModelDefaults  # from the model's files, with the overrides of load_model
 
 
 def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedModel:
@@ -54,13 +54,14 @@ def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedMode
     Only the weights are read, by each device its own slices. The mesh is one device unless `overrides` set `mesh.*`.
 
     Args:
-      path: Run folder, folder of checkpoints, checkpoint, or what `find_model` converts: a Hugging Face folder or name, a
-        GGUF file, shards of mesh-transformer-jax.
-      overrides: "section.field=value" for what may differ from training: sampling, serving, evaluation, mesh, dtype.
+      path: Run folder, folder of checkpoints, checkpoint, or a model that `find_model` converts: a Hugging Face folder or
+        name, a GGUF file, or shards of mesh-transformer-jax.
+      overrides: "section.field=value" for fields that may differ from training: sampling, serving, evaluation, mesh, dtype.
 
     Raises:
       CheckpointError: there is no valid checkpoint.
-      ConfigError: an override would change the model, the mesh does not fit, or the draft model does not match.
+      ConfigError: an override would change the model, the mesh does not fit the devices, or the draft model has another
+        vocabulary.
     """
     keep_freed_memory(True)  # before threads start, so that malloc uses one arena
     overrides = list(overrides)
@@ -91,7 +92,7 @@ def load_sampling_config(path: str | AnyPath, overrides: Iterable[str] = ()) -> 
 
 
 def read_meta(model: LoadedModel) -> dict[str, Any]:
-    """Return the checkpoint's metadata, including files that were saved with the weights (`carried`: name -> text)."""
+    """Return the metadata of the model's checkpoint, including files saved with the weights (`carried`: name -> text)."""
     store, step = find_checkpoint(model.where)
     return store.read_meta(step)
 
@@ -101,7 +102,7 @@ def describe_arrays(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shape, dtype (as saved) and sharding of every weight by its name in a checkpoint.
 
-    The sharding of a stack of layers is that of one layer, or with `stacked` that of the whole array.
+    The sharding of a stack of layers is that of one layer, or that of the whole array if `stacked`.
     """
     described = flatten_names(describe_params(config.model))
     return {
@@ -124,7 +125,7 @@ def read_model_config(meta: Mapping[str, Any], where: str, overrides: Iterable[s
         if not key.startswith(SETTABLE):
             raise ConfigError(
                 f"--set {override}: {key} of a trained model cannot be changed; only "
-                f"{', '.join(SETTABLE[:-1])} and model.dtype can be set"
+                f"{', '.join(f'{section}*' for section in SETTABLE[:-1])} and model.dtype can be set; remove it"
             )
         merge_override(table, override)
     return parse_config(table, where=where)
@@ -137,9 +138,9 @@ def _log(text: str) -> None:
 def _read_params(store: Store, step: int, config: Config, layout: MeshLayout) -> Params:
     records = store.read_manifest(step).arrays
     dtypes = {name: record.dtype for name, record in records.items()}
-    # The engine needs a separate array for every layer. Read as such, a stack is never in memory twice.
+    # The engine needs a separate array for every layer. Reading layers separately avoids a second copy of a stack.
     stacks = [name for name, record in records.items() if record.axes[:1] == (STACK,) and name.startswith("params/")]
-    keep_freed_memory(False, one_arena=True)  # buffers of the reader are returned to the system
+    keep_freed_memory(False, one_arena=True)  # buffers of the reader are returned to the operating system
     named = store.restore(step, describe_arrays(config, layout, dtypes), only="params/", unstack=stacks)
     keep_freed_memory(jax.default_backend() == "cpu")
     params: Params = {}
@@ -150,7 +151,7 @@ def _read_params(store: Store, step: int, config: Config, layout: MeshLayout) ->
 
 
 def _make_engine(config: Config, params: Params, layout: MeshLayout, defaults: ModelDefaults) -> Engine:
-    """Return the engine of a model with the options of `config.serve`."""
+    """Return an engine for the model with the options of `config.serve`."""
     serve = config.serve
     options = EngineOptions(slots=serve.slots, weight_dtype=serve.weight_dtype, kv_cache_dtype=serve.kv_cache_dtype)
     if defaults.decoder is None:

@@ -1,16 +1,17 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Defaults that come with a model: how its texts begin and end, and how it samples.
+"""Defaults of a model: the special tokens that begin and end its texts, and its sampling options.
 
 A converted checkpoint stores the text files of its Hugging Face folder (`carried` in the metadata) and the special ids of
-config.json (`special_ids`). From them, as in `transformers.generate`:
+config.json (`special_ids`). They determine, as in `transformers.generate`:
 
-* a prompt is encoded as the tokenizer's files say, for Llama with <s> in front;
-* a generated text ends at any of `eos_token_id` of generation_config.json, else of config.json, else at the tokenizer's end
-  of text; a chat message also ends at the tokenizer's `eos_token`;
-* generation_config.json sets the defaults of temperature, top_k, top_p, min_p, repetition_penalty and the number of tokens.
+* the special tokens of an encoded prompt, such as <s> in front of it for Llama;
+* the tokens that end a generated text: `eos_token_id` of generation_config.json, else of config.json, else the tokenizer's
+  end-of-text token; a chat message also ends at the tokenizer's `eos_token`;
+* the defaults of temperature, top_k, top_p, min_p, repetition_penalty and the number of tokens (generation_config.json).
 
-A model that was trained here has no such files: a prompt is the text alone, and a text ends at the end of text.
+A model that this program trained has no such files: a prompt gets no special tokens, and a text ends at the end-of-text
+token.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ SUPPORTED = {
     "max_new_tokens": "max_tokens",
 }
 GENERATE_DEFAULTS = {"temperature": 1.0, "top_k": 50}  # of transformers.generate with do_sample = true
-# Fields that change the output of transformers.generate and have no counterpart here, with the values that turn them off.
+# Fields that change the output of transformers.generate and are not supported here -> values that disable them.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "bad_words_ids": ([],),
     "begin_suppress_tokens": ([],),
@@ -75,34 +76,34 @@ class DecoderTokens(NamedTuple):
     """Special tokens of an encoder-decoder model."""
 
     start_token: int  # first token of the decoder's input
-    end_token: int | None  # to append to the encoder's tokens; None: encoding a prompt does
+    end_token: int | None  # appended to the encoder's tokens; None: the tokenizer appends it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelDefaults:
-    """The tokenizer of a model, how the model's texts begin and end, and its sampling defaults."""
+    """The tokenizer of a model, the special tokens that begin and end its texts, and its sampling defaults."""
 
     tokenizer: Tokenizer
-    eos_token_ids: tuple[int, ...]  # end a generated text
-    chat_eos_token_ids: tuple[int, ...]  # end a message: also the tokenizer's own
-    prefix_token_id: int  # precedes the first token whose likelihood is computed: the tokenizer's BOS, else its EOS
+    eos_token_ids: tuple[int, ...]  # tokens that end a generated text
+    chat_eos_token_ids: tuple[int, ...]  # tokens that end a chat message, including the tokenizer's eos_token
+    prefix_token_id: int  # precedes a text whose likelihood is computed: the tokenizer's BOS, else its EOS
     first_token_id: int  # begins a text with an empty prompt
     decoder: DecoderTokens | None = None  # of an encoder-decoder model
-    from_files: bool = False  # the model has files of its own, whose special tokens are used
+    from_files: bool = False  # the defaults come from the model's files, whose special tokens are used
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of SampleConfig that the files set
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # those that the user sets (sample.NAME)
-    notes: tuple[str, ...] = ()  # settings in the files that have no effect
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields that the user sets (sample.NAME)
+    notes: tuple[str, ...] = ()  # messages about fields of the files that have no effect
 
     @property
     def request_defaults(self) -> dict[str, Any]:
-        """Fields of SampleConfig that the files or the user set, which apply to requests without them."""
+        """Fields of SampleConfig that the files or the user set, the defaults of requests."""
         return {**self.sampling, **self.overrides}
 
     def encode(self, prompt: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
-        """Return the ids of a prompt, at least one.
+        """Return the token ids of a prompt, with at least one id.
 
         Args:
-          prompt: The text; an empty one begins a document.
+          prompt: The text. If it is empty, `first_token_id` is returned.
           add_special_tokens: Add the tokens that the model's files add to a text, such as <s> in front.
           parse_special: Special tokens written in the prompt become their ids; otherwise they are text.
         """
@@ -112,7 +113,7 @@ class ModelDefaults:
         return ids or [self.first_token_id]
 
     def describe(self) -> list[str]:
-        """Return lines to print where a model is loaded; none for a model without sampling defaults."""
+        """Return lines to print when the model is loaded: its sampling defaults and notes, if any."""
         lines = []
         if self.sampling:
             values = ", ".join(f"{name}={value}" for name, value in self.sampling.items())
@@ -121,7 +122,7 @@ class ModelDefaults:
 
 
 def make_defaults(tokenizer: Tokenizer) -> ModelDefaults:
-    """Return the defaults of a model that was trained here: its texts end, and empty prompts begin, with end_of_text.
+    """Return the defaults of a model that this program trained: end_of_text ends its texts and begins empty prompts.
 
     `tokenizer` is a SentinelTokenizer for an encoder-decoder model.
     """
@@ -140,10 +141,11 @@ def make_defaults(tokenizer: Tokenizer) -> ModelDefaults:
 def read_defaults(meta: Mapping[str, Any], tokenizer: Tokenizer, model: ModelConfig, where: str) -> ModelDefaults:
     """Return the defaults of a model from its metadata: `carried`, `special_ids` and `config`.
 
-    A run that started from a converted model has its files too. Its texts also end with end_of_text, which ends its
-    documents, and its [sample] section has precedence over generation_config.json.
+    A run that started from a converted model also has the files of that model. Its texts end at end_of_text too, which
+    ends its training documents, and its [sample] section has precedence over generation_config.json.
 
-    Raises ConfigError for a file that is no JSON object, or an id that is no integer; `where` begins the message.
+    Raises ConfigError for a file that is not a JSON object, or an id that is not an integer; the message begins with
+    `where`.
     """
     if model.n_encoder_layers is not None and not isinstance(tokenizer, SentinelTokenizer):
         tokenizer = SentinelTokenizer(tokenizer, model.n_vocab)
@@ -155,7 +157,7 @@ def read_defaults(meta: Mapping[str, Any], tokenizer: Tokenizer, model: ModelCon
     tokenizer_files = {name: _read_json(carried, name, where) for name in (CONFIG, SPECIAL_TOKENS_MAP)}
     record = tokenizer.to_json()
     ids = token_ids(merge_additions(record["tokenizer"], record)) if "tokenizer" in record else {}
-    own = {name: ids[token] for name, token in name_special_tokens(tokenizer_files).items() if token in ids}
+    special = {name: ids[token] for name, token in name_special_tokens(tokenizer_files).items() if token in ids}
 
     def read_ids(key: str) -> tuple[int, ...]:
         in_generation = _to_ids(generation.get(key), f"{where}: {GENERATION_CONFIG}: {key}", model.n_vocab)
@@ -166,8 +168,8 @@ def read_defaults(meta: Mapping[str, Any], tokenizer: Tokenizer, model: ModelCon
         return next(i for i in (*ids, tokenizer.end_of_text) if i is not None)
 
     config_bos = next(iter(read_ids("bos_token_id")), None)
-    bos = own.get("bos_token", None if CONFIG in carried else config_bos)
-    eos = first_of(own.get("eos_token"))
+    bos = special.get("bos_token", None if CONFIG in carried else config_bos)
+    eos = first_of(special.get("eos_token"))
     is_run = "sample" in meta.get("config", {})
     ends = read_ids("eos_token_id") or (eos,)
     ends = tuple(dict.fromkeys((*ends, tokenizer.end_of_text))) if is_run else ends
@@ -187,10 +189,10 @@ def read_defaults(meta: Mapping[str, Any], tokenizer: Tokenizer, model: ModelCon
 
 
 def read_sampling(generation: Mapping[str, Any], seq_len: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return fields of SampleConfig that a generation_config.json sets, and notes on fields that cannot be used.
+    """Return the fields of SampleConfig that a generation_config.json sets, and notes about fields that have no effect.
 
-    Without `do_sample` the values in the file are used; true adds the defaults of transformers.generate, and false means
-    greedy decoding.
+    Without `do_sample` only the values in the file are used. `do_sample` = true adds the defaults of transformers.generate,
+    and false selects greedy decoding.
     """
     given = {name: value for name, value in generation.items() if value is not None}
     do_sample = given.get("do_sample")
@@ -214,14 +216,14 @@ def read_sampling(generation: Mapping[str, Any], seq_len: int) -> tuple[dict[str
     ]
     max_length = given.get("max_length")
     if "max_new_tokens" not in given and max_length is not None and max_length != seq_len:
-        notes.append(_note("max_length", max_length, "prompt and output have at most seq_len tokens"))
+        notes.append(_note("max_length", max_length, f"prompt and output have at most seq_len={seq_len} tokens"))
     return sampling, tuple(notes)
 
 
 def apply_defaults(defaults: ModelDefaults, config: Config, overrides: Iterable[str]) -> tuple[ModelDefaults, Config]:
-    """Return the defaults with the `overrides` that `config` was parsed with, and the config with the model's defaults.
+    """Return `defaults` with the `overrides` that `config` contains, and `config` with the model's defaults.
 
-    An override ("sample.NAME=VALUE") has precedence over the model's files, and these over the defaults of [sample].
+    An override ("sample.NAME=VALUE") has precedence over the model's files, and the files over the defaults of [sample].
     """
     keys = (override.partition("=")[0].strip() for override in overrides)
     names = [key.removeprefix("sample.") for key in keys if key.startswith("sample.")]
@@ -248,10 +250,13 @@ def _to_number(value: Any) -> Any:
 
 
 def _to_ids(value: Any, name: str, n_vocab: int) -> tuple[int, ...]:
-    """Return the ids in a value that is one id, a list or null; without those that the model has no row for."""
+    """Return the ids in `value`, which is an id, a list of ids or null, without ids outside the model's vocabulary."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if bad := [i for i in ids if not isinstance(i, int) or isinstance(i, bool)]:
-        raise ConfigError(f"{name}={value!r}: {bad[0]!r} is not a token id; give an integer or a list of them")
+        raise ConfigError(
+            f"{name}={value!r}: {bad[0]!r} is not a token id; the value must be an integer or a list of integers; correct it and "
+            "convert the model again"
+        )
     return tuple(dict.fromkeys(i for i in ids if 0 <= i < n_vocab))
 
 
@@ -263,5 +268,7 @@ def _read_json(files: Mapping[str, str], name: str, where: str) -> dict[str, Any
             f"{where}: {name} is not valid JSON: {error}; correct it and convert the model again"
         ) from None
     if not isinstance(table, dict):
-        raise ConfigError(f"{where}: {name} is not a JSON object; correct it and convert the model again")
+        raise ConfigError(
+            f"{where}: {name} has {type(table).__name__}, not a JSON object; correct it and convert the model again"
+        )
     return table

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Interactive prompt: type a text, read the model's continuation, change the sampling options."""
+"""Interactive prompt at which the user types texts, reads their continuations, and changes the sampling options."""
 
 import dataclasses
 import difflib
@@ -25,14 +25,14 @@ have many lines.
 
   /set NAME VALUE   change a sampling option, for example /set temperature 0.7
   /show             show the sampling options and the seed
-  /seed N           set the seed of the next completion; it grows by one with every completion
-  /reset            restore the options and the seed of the start
+  /seed N           set the seed of the next completion; it increases by one with every completion
+  /reset            restore the initial options and seed
   /help             show this text
   /quit             quit (also Ctrl-D); Ctrl-C interrupts a completion'''
 BLOCK = '"""'
 COMMANDS = ("/set", "/show", "/seed", "/reset", "/help", "/quit")
 FIELDS = [field.name for field in dataclasses.fields(SampleConfig) if field.name != "prompts"]
-# Generated control characters could move the cursor or worse; they are replaced by Unicode's symbols for them.
+# Generated control characters, which could control the terminal, are replaced by the Unicode symbols for them.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 VISIBLE |= dict.fromkeys(range(128, 160), 65533)
 
@@ -42,7 +42,7 @@ class ReplError(ValueError):
 
 
 class Repl:
-    """One session at a terminal, or over pipes, where stdout has only the completions."""
+    """A session at a terminal or over pipes. Over pipes, only completions are written to stdout."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Repl:
         seed: int = 0,
         stops: Sequence[str] = (),
     ) -> None:
-        """Start with `options` and `seed`; completions end before any of `stops`."""
+        """`options` and `seed` are the initial values; a completion ends before any of the strings `stops`."""
         self._engine = engine
         self._defaults = defaults
         self._stops = list(stops)
@@ -67,7 +67,7 @@ class Repl:
 
     def run(self) -> None:
         """Read texts and commands until /quit or the end of input."""
-        self._note("/help for help, Ctrl-D to leave")
+        self._note("type /help for help, Ctrl-D to quit")
         while True:
             try:
                 text, is_command = self._read()
@@ -102,7 +102,9 @@ class Repl:
             case _:
                 near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
                 hint = f"did you mean {near[0]}?" if near else f"commands are {' '.join(COMMANDS)}"
-                raise ReplError(f'unknown command {name}; {hint} (put a text that begins with / between lines of """)')
+                raise ReplError(
+                    f'unknown command {name}; {hint} (a text that begins with / must be between lines of """)'
+                )
 
     def _complete(self, prompt: str) -> None:
         start = time.monotonic()
@@ -132,7 +134,7 @@ class Repl:
         self._note(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, seed {seed}{reason}")
 
     def _read(self) -> tuple[str, bool]:
-        """Return the next text and whether it is a command. A text is a line, lines that end in a backslash, or a block."""
+        """Return the next text, which may have several lines (see HELP), and whether it is a command."""
         line = ""
         while not line.strip():
             line = self._read_line("> ")
@@ -166,7 +168,10 @@ class Repl:
 
 
 def set_option(options: SampleConfig, assignment: str) -> SampleConfig:
-    """Return `options` with "NAME VALUE" or "NAME = VALUE" applied. Raise ReplError for an unknown name or invalid value."""
+    """Return `options` with "NAME VALUE" or "NAME = VALUE" applied.
+
+    Raises ReplError for an unknown name or an invalid value.
+    """
     name, _, value = assignment.replace("=", " ", 1).partition(" ")
     value = value.strip()
     if name not in FIELDS:

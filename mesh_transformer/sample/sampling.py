@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling: logits -> token, with penalties, temperature, and top-k, top-p and min-p filters.
+"""Sampling of a token from logits, with penalties, temperature, and top-k, top-p and min-p filters.
 
 All options are arrays with one value per request, so requests with different options share one compiled program. The
 order is
@@ -8,9 +8,9 @@ order is
     repetition penalty -> presence and frequency penalties -> bias -> allowed tokens -> temperature -> top-k -> top-p
     -> min-p -> sample
 
-Each filter is applied to the renormalized distribution that the previous one left. Tokens are ranked by probability, and
-tokens of equal probability by id in ascending order; every filter keeps at least the first. Requests are independent: a
-request samples the same tokens alone and in a batch.
+Each filter is applied to the renormalized result of the previous filter. Tokens are ranked by probability, and tokens of
+equal probability by id in ascending order; every filter keeps at least the first token. Requests are independent: a request
+samples the same tokens alone and in a batch.
 """
 
 from typing import NamedTuple
@@ -28,10 +28,8 @@ class SamplingOptions(NamedTuple):
     temperature: Float[Array, "B"]  # (1) divides the logits; 0: greedy
     top_k: Int[Array, "B"]  # (0) keep the k most probable tokens
     top_p: Float[Array, "B"]  # (1) keep the smallest set of most probable tokens with at least this total probability
-    min_p: Float[Array, "B"]  # (0) drop tokens less probable than this times the most probable one
-    repetition_penalty: Float[
-        Array, "B"
-    ]  # (1) divides positive logits of tokens that occurred, multiplies negative ones
+    min_p: Float[Array, "B"]  # (0) drop tokens less probable than this factor times the most probable token
+    repetition_penalty: Float[Array, "B"]  # (1) for tokens that occurred: divides positive, multiplies negative logits
     presence_penalty: Float[Array, "B"]  # (0) subtracted from the logits of generated tokens
     frequency_penalty: Float[Array, "B"]  # (0) subtracted once for every time a token was generated
 
@@ -40,8 +38,8 @@ class Sampled(NamedTuple):
     """A sampled token per request, with its log-probabilities (natural log)."""
 
     token: Int[Array, "B"]
-    logprob: Float[Array, "B"]  # in the model's own distribution, without penalties, temperature or filters
-    sampling_logprob: Float[Array, "B"]  # in the distribution it was sampled from; 0 at temperature 0
+    logprob: Float[Array, "B"]  # in the unmodified distribution of the model: no penalties, temperature or filters
+    sampling_logprob: Float[Array, "B"]  # in the distribution that was sampled; 0 at temperature 0
 
 
 def make_options(config: SampleConfig, batch_size: int) -> SamplingOptions:
@@ -50,9 +48,9 @@ def make_options(config: SampleConfig, batch_size: int) -> SamplingOptions:
 
 
 def stack_options(configs: list[SampleConfig]) -> SamplingOptions:
-    """Return the options of several requests as arrays. Raise ConfigError for an empty list."""
+    """Return the options of several requests as arrays. Raises ConfigError for an empty list."""
     if not configs:
-        raise ConfigError("got no requests; sampling options need at least one")
+        raise ConfigError("got no sampling options; at least 1 request is required")
     columns = ([getattr(config, field) for config in configs] for field in SamplingOptions._fields)
     types = [jnp.int32 if field == "top_k" else jnp.float32 for field in SamplingOptions._fields]
     return SamplingOptions(*(jnp.asarray(column, dtype) for column, dtype in zip(columns, types, strict=True)))
@@ -107,7 +105,7 @@ def sample(
 
 
 def top_logprobs(logits: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
-    """Return log-probabilities and ids of the `n` most probable tokens, in order; equal ones in the order of their ids."""
+    """Return log-probabilities and ids of the `n` most probable tokens, by decreasing probability and then by id."""
     logprobs, tokens = jax.lax.top_k(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), n)
     return logprobs, tokens
 
@@ -115,7 +113,7 @@ def top_logprobs(logits: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n
 def penalize_repetition(
     logits: Float[Array, "B V"], occurred: Bool[Array, "B V"], options: SamplingOptions
 ) -> Float[Array, "B V"]:
-    """Divide positive logits of `occurred` tokens by the penalty, multiply negative ones (Keskar et al. 2019, CTRL)."""
+    """Divide positive logits of `occurred` tokens by the penalty, and multiply negative logits (Keskar et al. 2019, CTRL)."""
     penalty = options.repetition_penalty[:, None]
     return jnp.where(occurred, jnp.where(logits > 0.0, logits / penalty, logits * penalty), logits)
 
@@ -130,9 +128,10 @@ def penalize_counts(
 
 
 def filter_logits(logits: Float[Array, "B V"], options: SamplingOptions) -> Float[Array, "B V"]:
-    """Return logits divided by the temperature with a maximum of 0, and -inf for tokens that a filter drops.
+    """Return `scale_temperature(logits)`, with -inf for tokens that a filter drops.
 
-    A filter that no request uses is not computed. Requests of temperature 0 use none: their token does not depend on it.
+    Filters that no request uses are not computed. Requests of temperature 0 use none, because filters do not change their
+    token.
     """
     scaled = scale_temperature(logits, options.temperature)
     stochastic = options.temperature > 0.0
@@ -146,7 +145,7 @@ def filter_logits(logits: Float[Array, "B V"], options: SamplingOptions) -> Floa
 
 
 def scale_temperature(logits: Float[Array, "B V"], temperature: Float[Array, "B"]) -> Float[Array, "B V"]:
-    """Return (logits - max) / temperature, where a temperature of 0 counts as 1.
+    """Return (logits - max) / temperature, with 1 instead of a temperature of 0.
 
     The maximum is subtracted first, because a small temperature could otherwise make several logits infinite.
     """
@@ -160,10 +159,10 @@ def keep_top_k(scaled: Float[Array, "B V"], k: Int[Array, "B"]) -> Bool[Array, "
 
 
 def keep_top_p(scaled: Float[Array, "B V"], p: Float[Array, "B"], keep: Bool[Array, "B V"]) -> Bool[Array, "B V"]:
-    """Return a mask of the fewest most probable tokens with a share `p` of the probability in `keep`; all if p is 1.
+    """Return a mask of the fewest most probable tokens with a fraction `p` of the probability in `keep`; all if p is 1.
 
-    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): a token is kept if the total of those ranked before it is
-    less than `p`. Weights are exp(logit) without normalization, so that sums of equal weights are exact.
+    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): a token is kept if the total probability of the tokens ranked
+    before it is less than `p`. Weights are exp(logit) without normalization, so that sums of equal weights are exact.
     """
     weights = jnp.where(keep, jnp.exp(scaled), 0.0)
     share = jnp.maximum(p * jnp.sum(weights, axis=-1), jnp.finfo(jnp.float32).tiny)
@@ -171,22 +170,21 @@ def keep_top_p(scaled: Float[Array, "B V"], p: Float[Array, "B"], keep: Bool[Arr
 
 
 def keep_min_p(scaled: Float[Array, "B V"], min_p: Float[Array, "B"]) -> Bool[Array, "B V"]:
-    """Return a mask of tokens at least `min_p` times as probable as the most probable one, whose logit is 0."""
+    """Return a mask of tokens that are at least `min_p` times as probable as the most probable token, whose logit is 0."""
     return jnp.exp(scaled) >= min_p[:, None]
 
 
 def _keep_first(
     scaled: Float[Array, "B V"], weights: Float[Array, "B V"], wanted: Float[Array, "B"]
 ) -> Bool[Array, "B V"]:
-    """Return a mask of the tokens whose predecessors by rank weigh less than `wanted` in total.
+    """Return a mask of the tokens for which the total weight of all tokens ranked before is less than `wanted`.
 
-    Found by bisection instead of sorting: first the smallest logit that is kept, then the largest id among tokens of that
-    logit. This needs only sums over the vocabulary. Their cost does not depend on the distribution (sorting 50,000
-    logits takes ten times as long on a CPU), and a sharded vocabulary need not be gathered.
+    The mask is found by bisection instead of sorting: first the smallest logit that is kept, then the largest id among
+    tokens of that logit. This needs only sums over the vocabulary. Their cost does not depend on the distribution (sorting
+    50,000 logits takes ten times as long on a CPU), and a sharded vocabulary need not be gathered.
     """
-    rank = jax.lax.bitcast_convert_type(
-        jnp.abs(scaled), jnp.int32
-    )  # logits are <= 0, and the bits of floats are ordered
+    # Logits are <= 0, and the bits of non-negative floats have the order of the floats.
+    rank = jax.lax.bitcast_convert_type(jnp.abs(scaled), jnp.int32)
     last = _bisect(rank, weights, wanted, bits=31)[:, None]
     tied = rank == last
     before = jnp.sum(jnp.where(rank < last, weights, 0.0), axis=-1)
@@ -199,7 +197,7 @@ def _keep_first(
 def _bisect(
     rank: Int[Array, "R V"], weights: Float[Array, "B V"], wanted: Float[Array, "B"], *, bits: int
 ) -> Int[Array, "B"]:
-    """Return the largest `bits`-bit integer such that tokens of smaller rank weigh less than `wanted`; 0 if there is none."""
+    """Return the largest `bits`-bit integer r such that tokens of rank < r weigh less than `wanted`; 0 if there is none."""
 
     def set_bit(i: Array, found: Array) -> Array:
         candidate = found | (1 << (bits - 1 - i))

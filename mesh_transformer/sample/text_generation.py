@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Text generation: prompts are tokenized, tokens are detokenized as they arrive, and stop strings end the text."""
+"""Text generation: tokenizes prompts, detokenizes tokens as they arrive, and ends texts at stop strings."""
 
 import dataclasses
 import json
@@ -22,12 +22,12 @@ class TextCompletion(NamedTuple):
     prompt: str
     text: str  # ends before the stop string
     tokens: list[int]  # all generated tokens, including those of the stop string or the end of text
-    logprobs: list[float]  # of each token in the model's own distribution, natural log
+    logprobs: list[float]  # natural log-probability of each token in the unmodified distribution of the model
     finish: Finish
     speculative: SpeculativeStats | None = None  # None without speculative decoding
 
     def to_json(self) -> str:
-        """Return one JSON object on one line; without speculative decoding it has no such field."""
+        """Return a JSON object on one line. The field `speculative` is present only with speculative decoding."""
         fields = self._asdict()
         del fields["speculative"]
         if self.speculative:
@@ -36,13 +36,14 @@ class TextCompletion(NamedTuple):
 
 
 class StopStrings:
-    """Filters streamed text: ends it at the first stop string, and holds back what could become one.
+    """Ends streamed text before the first stop string, and holds back text that may be the start of one.
 
-    The first stop string to be complete counts (the longest of several), however the text is split.
+    If several stop strings are completed by the same character, the longest counts. The result does not depend on how the
+    text is split.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Raise ConfigError for an empty stop string."""
+        """Raises ConfigError for an empty stop string."""
         if any(not stop for stop in stops):
             raise ConfigError("got an empty stop string, which would end every text at its start; remove it")
         self._stops = list(stops)
@@ -50,7 +51,7 @@ class StopStrings:
         self.complete = False
 
     def push(self, text: str) -> str:
-        """Add text and return what can be shown; nothing once a stop string is complete."""
+        """Add text and return the text that can be shown, which is empty after a stop string."""
         if self.complete:
             return ""
         self._held += text
@@ -86,7 +87,7 @@ class TextStreamer:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finish: Finish = "interrupted"
-    decoded: int = 0  # complete characters so far, including those held back
+    decoded: int = 0  # number of complete characters so far, including held-back characters
 
     def push(self, event: Event) -> str:
         """Add a token and return the text that can be shown. `finish` is set with the last token."""
@@ -104,16 +105,16 @@ class TextStreamer:
         return shown
 
     def close(self) -> str:
-        """Return the text that was held back, when no more tokens follow."""
+        """Return the text that was held back; called when no more tokens follow."""
         shown = self.stops.push(self.decoder.finish())
         return shown if self.stops.complete else shown + self.stops.finish()
 
 
 class TextGeneration:
-    """`n` samples of every prompt in progress. Iteration yields (index, new text); indices are those of Engine.start.
+    """Generation of `n` samples of every prompt. Iteration yields (index, new text); see Engine.start for the indices.
 
-    A prompt is a text or token ids. An empty text begins a document. A sample ends at any of the model's ends
-    (`defaults.eos_token_ids`), and has fewer than `options.max_tokens` tokens if the prompt leaves less space in seq_len.
+    A prompt is a text or token ids. A sample ends at any of `defaults.eos_token_ids`, and has fewer than
+    `options.max_tokens` tokens if the sequence reaches seq_len before.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class TextGeneration:
         seed: int = 0,
         stops: Sequence[str] = (),
     ) -> None:
-        """Submit the requests. Raise PromptError for a prompt that is too long."""
+        """Submit the requests. Raises PromptError for a prompt that is too long."""
         tokenizer = defaults.tokenizer
         special = {"add_special_tokens": options.add_special_tokens, "parse_special": options.parse_special}
         ids = [prompt if isinstance(prompt, list) else defaults.encode(prompt, **special) for prompt in prompts]
@@ -152,7 +153,7 @@ class TextGeneration:
                 yield event.request, shown
 
     def interrupt(self) -> list[tuple[int, str]]:
-        """End all samples and return the text (index, characters) that was held back."""
+        """End all samples, and return the text that was held back as pairs (index, text)."""
         rest = []
         for index, streamer in enumerate(self._streamers):
             if streamer.finish == "interrupted" and not streamer.stops.complete:
@@ -168,7 +169,7 @@ class TextGeneration:
         return sum(len(streamer.tokens) for streamer in self._streamers)
 
     def completions(self) -> list[TextCompletion]:
-        """Return all samples as far as they are generated, in order."""
+        """Return all samples in order, with the text generated so far."""
         return [
             TextCompletion(
                 streamer.prompt,

@@ -29,7 +29,9 @@ def _log_samples(model: LoadedModel, run_dir: Path) -> None:
     console = Console()
     console.print(Text(f"\nsamples of step {model.step}, temperature {options.temperature}", style="bold"))
     for completion in completions:
-        console.out(completion.prompt, style="dim", highlight=False, end="")  # print would wrap and strip line ends
+        console.out(
+            completion.prompt, style="dim", highlight=False, end=""
+        )  # Console.print would wrap lines and strip line ends
         console.out(completion.text, highlight=False)
         console.rule(style="dim")
     text = "\n\n".join(f"{completion.prompt}{completion.text}" for completion in completions)

@@ -286,5 +286,5 @@ def test_bfloat16_logits():
 
 
 def test_no_requests():
-    with pytest.raises(ConfigError, match="got no requests"):
+    with pytest.raises(ConfigError, match="got no sampling options"):
         stack_options([])

@@ -12,7 +12,7 @@ class Buckets(NamedTuple):
     """Bucket sizes of one engine."""
 
     seq_len: int  # longest sequence of the model
-    batch_shards: int = 1  # batch sizes are multiples of this
+    batch_shards: int = 1  # number of shards of a batch; batch sizes are multiples of it
 
     def cache_len(self, length: int) -> int:
         """Return the KV cache length for sequences of `length` tokens."""

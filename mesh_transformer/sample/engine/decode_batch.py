@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The decode batch of continuous batching: slots that requests enter and leave, resized to their number and length."""
+"""The decode batch of continuous batching: decode slots, resized to the number and length of the active requests."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -26,21 +26,21 @@ from mesh_transformer.sample.engine.requests import (
 )
 from mesh_transformer.sample.engine.speculative import Draft, Drafter
 
-RECOMPUTE_CHUNK = 512  # tokens at once when the keys of a request are recomputed
+RECOMPUTE_CHUNK = 512  # tokens per prefill chunk when the keys of a request are recomputed
 
 
 class DecodeBatch:
     """A batch of decode slots. Empty slots are decoded too; their output is discarded."""
 
     def __init__(self, programs: EnginePrograms, buckets: Buckets, drafter: Drafter | None):
-        """Start without slots. With a `drafter`, its tokens are verified several at a time."""
+        """Start without slots. The tokens of `drafter`, if it is given, are verified several at a time."""
         self.drafter = drafter
         self.stats = SpeculativeStats()
         self._programs = programs
         self._buckets = buckets
         self._slots: list[Request | None] = []
         self._state: DecodeState | None = None
-        self._recomputed: set[int] = set()  # ids of requests in slots whose keys are those of a longer sequence
+        self._recomputed: set[int] = set()  # ids of active requests whose keys were recomputed (longrope)
 
     @property
     def requests(self) -> list[Request]:
@@ -72,11 +72,11 @@ class DecodeBatch:
             stack_allowed(padded, n_vocab),
             _n_top(requests),
         )
-        # Caches are copied one at a time: a program for several would be compiled for every pair of batch sizes.
+        # Caches are copied one at a time: a program that copies several would be compiled for every pair of batch sizes.
         caches = self._state.caches
         for prompt, slot in zip(prompts[: len(requests)], slots, strict=True):
-            own = self._programs.copy_out(prefill.caches, prompt)
-            caches = self._programs.copy_in(caches, own, np.int32(slot))
+            prompt_caches = self._programs.copy_out(prefill.caches, prompt)
+            caches = self._programs.copy_in(caches, prompt_caches, np.int32(slot))
         # `insert` donates its state, which must not contain the caches that were donated already.
         without_caches = self._programs.insert(self._state._replace(caches=None), new, padded_slots)
         self._state = without_caches._replace(caches=caches)
@@ -88,7 +88,7 @@ class DecodeBatch:
         ]
 
     def decode(self, steps: int) -> list[Event]:
-        """Generate up to `steps` tokens for every request; with a draft, as many as it has accepted tokens, plus one."""
+        """Generate up to `steps` tokens for every request; with a draft, the accepted draft tokens and one more token."""
         self._slots = [None if request and request.cancelled else request for request in self._slots]
         slots = self._slots
         if not self.requests:
@@ -139,20 +139,21 @@ class DecodeBatch:
         return steps
 
     def _recompute(self, slot: int, request: Request) -> None:
-        """Prefill a request's tokens, but for the last one, again for the length that it reaches with that one."""
+        """Prefill all tokens of a request except the last again, with the rotation for the length of the full sequence."""
         assert self._state is not None
         tokens = Request(request.all_tokens[:-1], RequestParams())
         prefill = PrefillBatch(self._programs, PrefixCache(0), self._buckets, [tokens], RECOMPUTE_CHUNK, request.length)
         while prefill.remaining:
             prefill.prefill_chunk()
-        own = self._programs.copy_out(prefill.caches, np.int32(0))
-        self._state = self._state._replace(caches=self._programs.copy_in(self._state.caches, own, np.int32(slot)))
+        recomputed = self._programs.copy_out(prefill.caches, np.int32(0))
+        caches = self._programs.copy_in(self._state.caches, recomputed, np.int32(slot))
+        self._state = self._state._replace(caches=caches)
         self._recomputed.add(request.id)
 
     def _resize_to_fit(self, n: int, length: int) -> None:
-        """Make space for `n` more requests and `length` tokens.
+        """Resize the batch to hold `n` more requests and sequences of `length` tokens.
 
-        Shrinks the batch when it has four times more slots than requests.
+        The number of slots is reduced when it is at least four times the required number.
         """
         n_active = len(self.requests)
         wanted = self._buckets.batch_size(n_active + n)
@@ -160,7 +161,7 @@ class DecodeBatch:
         n_slots = len(self._slots)
         if self._state is None or not n_active:
             if self._state is None or (wanted, cache_len) != (n_slots, self._cache_len):
-                self._state = None  # freed before the next one is allocated
+                self._state = None  # freed before the next state is allocated
                 self._state = self._programs.make_state(blank_params(self._programs.config.n_vocab), wanted, cache_len)
                 self._slots = [None] * wanted
             return
@@ -179,7 +180,7 @@ class DecodeBatch:
         return jax.tree.leaves(self._state.caches)[0].shape[2]
 
     def _make_events(self, output: StepOutput, slots: Sequence[Request | None]) -> list[Event]:
-        """Convert program output to events, ordered by step; finished requests leave their slots."""
+        """Convert program output to events, ordered by step, and remove finished requests from their slots."""
         valid = output.valid[: len(slots)]
         last = valid.shape[1] - 1 - np.argmax(valid[:, ::-1], axis=1)
         events = []
@@ -217,5 +218,5 @@ class DecodeBatch:
 
 
 def _n_top(slots: Sequence[Request | None]) -> int:
-    """Number of alternatives to report: one of two values, so that there are two programs."""
+    """Return the number of most probable tokens to report: 0 or the maximum, so that only two programs are compiled."""
     return MAX_TOP_LOGPROBS if any(request and request.params.top_logprobs for request in slots) else 0

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engine of decoder-only models: continuous batching with chunked prefill and a few programs of fixed shapes.
 
-A request waits, its prompt is prefilled in chunks together with others of similar length, and it decodes in a slot until
-its last token. Prefill and decode alternate, so neither blocks the other. Prompt lengths are rounded up to powers of two
+A request waits, its prompt is prefilled in chunks together with prompts of similar length, and a slot decodes it until its
+last token. Prefill and decode alternate, so neither blocks the other. Prompt lengths are rounded up to powers of two
 from 16, cache lengths to powers of two from 128, and the number of slots to a few sizes, so that compiled programs are
 reused (buckets.py). Prompts are padded on the right: KV cache entries of the padding are overwritten before any query
 reads them.
@@ -27,7 +27,7 @@ from mesh_transformer.sample.engine.programs import DECODE_CHUNK, EnginePrograms
 from mesh_transformer.sample.engine.requests import Event, PromptError, Request, SpeculativeStats
 from mesh_transformer.sample.engine.speculative import Drafter
 
-DECODE_CHUNK_DURING_PREFILL = 4  # most tokens per decode chunk while prompts are prefilled
+DECODE_CHUNK_DURING_PREFILL = 4  # maximum number of tokens per decode chunk while prompts are prefilled
 MAX_PREFILLS = 2  # prefill batches processed in turn, so that a long prompt does not block short ones
 
 
@@ -43,11 +43,11 @@ class DecoderOnlyEngine(Engine):
         layout: MeshLayout | None = None,
         drafter: Drafter | None = None,
     ):
-        """Place `params`, as returned by `make_model(config).init`, on the devices; they may be deleted afterwards.
+        """Put `params`, as returned by `make_model(config).init`, on the devices; the originals may be deleted afterwards.
 
         Args:
           config: The model.
-          params: Its weights, on any devices.
+          params: The weights, on any devices.
           options: Capacity and data types. The prefix cache is disabled if `layout` shards the batch.
           layout: Sharding of weights and caches. None: everything is on the default device.
           drafter: Source of draft tokens for speculative decoding.
@@ -97,7 +97,7 @@ class DecoderOnlyEngine(Engine):
 
     @property
     def speculative_stats(self) -> SpeculativeStats:
-        """Draft token counts of all requests so far."""
+        """Counts of draft tokens over all requests so far."""
         return self._decode_batch.stats
 
     @property
@@ -113,7 +113,7 @@ class DecoderOnlyEngine(Engine):
         """
         seq_len, n_vocab = self.config.seq_len, self.config.n_vocab
         if not 0 < len(tokens) <= seq_len:
-            raise PromptError(f"got {len(tokens)} tokens; logits need at least one and at most seq_len={seq_len}")
+            raise PromptError(f"got {len(tokens)} tokens; logits need at least 1 token and at most seq_len={seq_len}")
         if outside := [token for token in tokens if not 0 <= token < n_vocab]:
             raise PromptError(f"got the token {outside[0]}, but the model's vocabulary is 0..{n_vocab - 1}")
         padded = np.zeros((self.buckets.batch_size(1), self._padded_len(tokens)), np.int32)
@@ -138,7 +138,7 @@ class DecoderOnlyEngine(Engine):
         events = self._prefill() if self._prefills else []
         if self.active:
             is_busy = bool(self._prefills or self._waiting)
-            # First tokens are returned after one more token, not after a whole chunk.
+            # After a prefill only one more token is decoded, so that first tokens are returned at once.
             limit = 1 if events else DECODE_CHUNK_DURING_PREFILL if is_busy else DECODE_CHUNK
             events += self._decode_batch.decode(min(steps, limit))
         return events
@@ -150,7 +150,7 @@ class DecoderOnlyEngine(Engine):
                 self._prefills.remove(prefill)
 
     def _start_prefills(self) -> None:
-        """Start prefill of waiting requests for which there are slots, those of similar length together."""
+        """Start the prefill of waiting requests for which slots are free, grouped by similar length."""
         while self._waiting and len(self._prefills) < MAX_PREFILLS:
             free = self.slots - len(self.active) - sum(len(prefill.requests) for prefill in self._prefills)
             if free <= 0:
@@ -164,11 +164,11 @@ class DecoderOnlyEngine(Engine):
             )
 
     def _prefill_kind(self, request: Request) -> tuple[int, bool]:
-        """Requests of equal kind are prefilled together: number of chunks, and whether the prompt is scored."""
+        """Return the key by which requests are grouped for prefill: number of chunks, and whether the prompt is scored."""
         return -(-len(request.prompt) // self._prefill_chunk), request.params.score_prompt
 
     def _prefill(self) -> list[Event]:
-        """Prefill one chunk of the batch closest to its end, or every second time of the one that started first."""
+        """Prefill one chunk: alternately of the batch with the fewest remaining tokens and of the oldest batch."""
         shortest = min(self._prefills, key=lambda prefill: prefill.remaining)
         prefill = self._prefills[0] if self._iterations % 2 else shortest
         prefill.prefill_chunk()
@@ -180,9 +180,10 @@ class DecoderOnlyEngine(Engine):
 
 
 def require_decoder_only(engine: Engine, purpose: str) -> DecoderOnlyEngine:
-    """Return `engine` if it is of a decoder-only model; raise ConfigError naming the `purpose` if not."""
+    """Return `engine` if its model is decoder-only. Raises ConfigError, naming the `purpose`, if it is not."""
     if not isinstance(engine, DecoderOnlyEngine):
         raise ConfigError(
-            f"{purpose} supports decoder-only models, but model.n_encoder_layers is set; use device_sample.py"
+            f"model.n_encoder_layers={engine.config.n_encoder_layers}: {purpose} supports only decoder-only models; use "
+            "device_sample.py for this model"
         )
     return engine

@@ -10,13 +10,13 @@ from mesh_transformer.sample.sampling import SamplingOptions
 
 
 class BatchParams(NamedTuple):
-    """Parameters of the requests in a batch; constant while a request keeps its slot."""
+    """Parameters of the requests in a batch, constant while a request is in its slot."""
 
     keys: Key[Array, "B"]
     options: SamplingOptions
     prompt: Bool[Array, "B V"]  # tokens that occur in the request's prompt
     bias: Float[Array, "B V"]  # added to the logits
-    last_position: Int[Array, "B"]  # of the last token the request may generate
+    last_position: Int[Array, "B"]  # position of the last token that the request may generate
     stop_tokens: Int[Array, "B Z"]  # padded with -1
 
 
@@ -24,8 +24,8 @@ class DecodeState(NamedTuple):
     """State of the decode slots. Slots of finished requests are empty."""
 
     caches: Any  # as init_cache, with a separate array [B, K, S, C] for every layer
-    token: Int[Array, "B"]  # sampled last, not in the KV cache yet
-    position: Int[Array, "B"]  # of `token` in its sequence
+    token: Int[Array, "B"]  # last sampled token, not in the KV cache yet
+    position: Int[Array, "B"]  # position of `token` in its sequence
     finished: Bool[Array, "B"]
     counts: Int[Array, "B V"]  # how often each token was generated
     params: BatchParams
@@ -35,9 +35,8 @@ class StepOutput(NamedTuple):
     """N sampled tokens for every slot, of which those marked `valid` were generated."""
 
     token: Int[Array, "B N"]
-    logprob: Float[Array, "B N"]  # natural log, in the model's own distribution
+    logprob: Float[Array, "B N"]  # natural log-probability in the unmodified distribution of the model
     valid: Bool[Array, "B N"]
-    top: (
-        tuple[Float[Array, "B N M"], Int[Array, "B N M"]] | None
-    )  # log-probabilities and ids of the most probable tokens
+    # log-probabilities and ids of the most probable tokens
+    top: tuple[Float[Array, "B N M"], Int[Array, "B N M"]] | None
     finished: Bool[Array, "B"]

@@ -52,14 +52,14 @@ class EncoderDecoderEngine(Engine):
         end_token: int | None,
         layout: MeshLayout | None = None,
     ):
-        """Place `params` on the devices, as DecoderOnlyEngine does.
+        """Put `params` on the devices, as DecoderOnlyEngine does.
 
         Args:
           config: The model.
-          params: Its weights, on any devices.
-          options: Capacity and data types. There are no prefill chunks and there is no prefix cache.
+          params: The weights, on any devices.
+          options: Capacity and data types. Prefill chunks and prefix cache are not used.
           start_token: First token of the decoder's input.
-          end_token: Appended to the encoder's tokens (data/span_corruption.py). None: prompts have it already.
+          end_token: Appended to the encoder's tokens (data/span_corruption.py). None: prompts already end with it.
           layout: Sharding of weights and caches. None: everything is on the default device.
         """
         options = options or EngineOptions()
@@ -91,18 +91,16 @@ class EncoderDecoderEngine(Engine):
         return False
 
     def submit(self, request: Request) -> Request:
-        """Queue a request. Raise PromptError for parameters that only DecoderOnlyEngine supports."""
+        """Queue a request. Raises PromptError for parameters that only DecoderOnlyEngine supports."""
         params = request.params
-        if params.logit_bias or params.top_logprobs or params.score_prompt or params.constraint:
-            raise PromptError(
-                "encoder-decoder models do not support logit_bias, top_logprobs, prompt scores or constraints; "
-                "remove them from the request"
-            )
+        unsupported = ("logit_bias", "top_logprobs", "score_prompt", "constraint")
+        if given := [name for name in unsupported if getattr(params, name)]:
+            raise PromptError(f"encoder-decoder models do not support {', '.join(given)}; remove it from the request")
         self._waiting.append(request)
         return request
 
     def step(self, steps: int = DECODE_CHUNK) -> list[Event]:
-        """Generate up to `steps` tokens for every request of the current batch, or of the next one if it has ended."""
+        """Generate up to `steps` tokens for every request of the current batch, or of the next batch if it has ended."""
         events: list[Event] = []
         if not self.active:
             self._batch = self._start_batch()

@@ -20,19 +20,19 @@ from mesh_transformer.sample.sampling import Sampled, SamplingOptions, position_
 
 
 class EncoderDecoderState(NamedTuple):
-    """On-device state of outputs that are decoded together."""
+    """On-device state of a batch of outputs."""
 
     caches: Any  # as init_cache, with a separate array [B, K, S, C] for every layer; includes cross-attention
     segment_ids: Int[Array, "B S"]  # of the encoder's tokens: 1, and 0 for padding
-    token: Int[Array, "B"]  # the last one, not in the KV cache yet
-    position: Int[Array, ""]  # of `token` in every output
+    token: Int[Array, "B"]  # last sampled token, not in the KV cache yet
+    position: Int[Array, ""]  # position of `token`, the same in every output
     counts: Int[Array, "B V"]  # how often each token was generated
     options: SamplingOptions
     keys: Key[Array, "B"]
 
 
 class EncoderDecoderPrograms(CompiledModel):
-    """Programs of an encoder-decoder model. States that are passed to them are donated."""
+    """Programs of an encoder-decoder model, which donate the states passed to them."""
 
     def __init__(
         self,
@@ -45,7 +45,9 @@ class EncoderDecoderPrograms(CompiledModel):
     ):
         """See CompiledModel."""
         if config.encoder is None:
-            raise ConfigError("model.n_encoder_layers is not set: use DecoderOnlyEngine for decoder-only models")
+            raise ConfigError(
+                "model.n_encoder_layers is not set, and EncoderDecoderEngine requires it; use DecoderOnlyEngine for this model"
+            )
         super().__init__(config, params, layout, weight_dtype=weight_dtype, kv_cache_dtype=kv_cache_dtype)
         self.make_state = self._program("make_state", self.empty_state, static_argnums=(3, 4))
         self._encode_program = self._program("encode", self._step, donate_argnums=(1,))
@@ -62,11 +64,11 @@ class EncoderDecoderPrograms(CompiledModel):
         return self._decode_program(self.weights, state)
 
     def lower_encode(self, state: EncoderDecoderState, encoder_tokens: Any) -> Any:
-        """Lower, but not compile, the program of `encode` for arguments of shapes."""
+        """Lower the program of `encode` for arguments given as shapes, without compiling it."""
         return self._encode_program.lower(self.weights, state, encoder_tokens)
 
     def lower_decode(self, state: EncoderDecoderState) -> Any:
-        """Lower, but not compile, the program of `decode` for a state of shapes."""
+        """Lower the program of `decode` for a state given as shapes, without compiling it."""
         return self._decode_program.lower(self.weights, state)
 
     def shard_batch(self, values: Any) -> Int[Array, "B S"]:
@@ -85,7 +87,7 @@ class EncoderDecoderPrograms(CompiledModel):
         start: int,
         cache_len: int,
     ) -> EncoderDecoderState:
-        """Return a state before the encoder ran, with outputs that begin with `start` and have up to `cache_len` tokens."""
+        """Return the state before the encoder runs; outputs begin with token `start` and have up to `cache_len` tokens."""
         batch_size, encoder_len = segment_ids.shape
         token = jnp.full((batch_size,), start, jnp.int32)
         counts = jnp.zeros((batch_size, self.config.n_vocab), jnp.int32)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Engine interface: tokens in, tokens out, for many requests at once.
+"""Interface of engines, which generate tokens for many requests at once.
 
 Implementations are DecoderOnlyEngine (decoder_only.py) and EncoderDecoderEngine (encoder_decoder.py). Both sample the
 token at position p of sample i of a prompt with the key fold_in(fold_in(key(seed), i), p), so a token does not depend on
@@ -20,7 +20,7 @@ from mesh_transformer.sample.engine.requests import Event, PromptError, Request,
 
 
 class Completion(NamedTuple):
-    """Tokens generated for one sample, including a stop token that ended it."""
+    """Tokens generated for one sample, including the stop token if one ended it."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -34,13 +34,13 @@ class EngineOptions:
     slots: int = 32  # requests decoded at once
     prefill_chunk: int = 512  # longer prompts are prefilled in chunks of this many tokens
     prefix_cache_bytes: int = 1 << 28  # KV caches kept for prompts that share a prefix; 0: none
-    weight_dtype: str = "saved"  # as ServeConfig.weight_dtype
-    kv_cache_dtype: str = "model"  # as ServeConfig.kv_cache_dtype
+    weight_dtype: str = "saved"  # see ServeConfig.weight_dtype
+    kv_cache_dtype: str = "model"  # see ServeConfig.kv_cache_dtype
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """A model on its devices that generates tokens for requests. Not thread-safe."""
+    """A model on its devices, with a scheduler that generates tokens for requests. Not thread-safe."""
 
     config: ModelConfig
     slots: int  # requests decoded at once
@@ -71,7 +71,7 @@ class Engine(Protocol):
 
     @abstractmethod
     def submit(self, request: Request) -> Request:
-        """Queue a request; its events come from `step`."""
+        """Queue a request; `step` returns its events."""
         ...
 
     @abstractmethod
@@ -85,11 +85,11 @@ class Engine(Protocol):
         return not (self.queued or self.active)
 
     def make_request(self, prompt: Sequence[int], params: RequestParams, *, name: str = "the prompt") -> Request:
-        """Return a request to submit. Raise PromptError if the model cannot serve it; messages use `name`."""
+        """Return a request to submit. Raises PromptError if the model cannot serve it; messages call the prompt `name`."""
         return make_request(self.config, prompt, params, name=name)
 
     def cancel(self, request: Request) -> None:
-        """Stop a request: later steps return no events of it, and its slot becomes free."""
+        """Stop a request: later steps return none of its events, and its slot becomes free."""
         request.cancelled = True
 
     def start(
@@ -106,8 +106,8 @@ class Engine(Protocol):
 
         Args:
           prompts: Token ids.
-          options: Sampling options of all prompts, or one for each.
-          max_tokens: Generated tokens per sample; None: those of `options`.
+          options: Sampling options of all prompts, or a list with the options of each prompt.
+          max_tokens: Generated tokens per sample; None: `max_tokens` of the options.
           stop_tokens: A sample ends after any of these.
           seed: Seed of the samples.
           n: Samples per prompt.
@@ -115,13 +115,14 @@ class Engine(Protocol):
         Raises:
           PromptError: a prompt is empty, has ids outside the vocabulary, or with max_tokens exceeds seq_len.
         """
-        each = [options] * len(prompts) if isinstance(options, SampleConfig) else list(options)
-        if len(each) != len(prompts) or not prompts or n < 1:
+        per_prompt = [options] * len(prompts) if isinstance(options, SampleConfig) else list(options)
+        if len(per_prompt) != len(prompts) or not prompts or n < 1:
             raise PromptError(
-                f"got {len(prompts)} prompts, {len(each)} options and n={n}; all must be at least 1, with one options per prompt"
+                f"got {len(prompts)} prompts, {len(per_prompt)} sampling options and n={n}; at least 1 prompt, as many options as "
+                "prompts, and n of at least 1 are required"
             )
         requests = []
-        for number, (prompt, option) in enumerate(zip(prompts, each, strict=True), start=1):
+        for number, (prompt, option) in enumerate(zip(prompts, per_prompt, strict=True), start=1):
             name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
             for sample in range(n):
                 params = RequestParams(option, max_tokens=max_tokens, stop_tokens=stop_tokens, seed=seed, sample=sample)
@@ -138,13 +139,13 @@ class Engine(Protocol):
         seed: int = 0,
         n: int = 1,
     ) -> list[list[Completion]]:
-        """Return `n` completions of every prompt; arguments as in `start`."""
+        """Return `n` completions of every prompt. Arguments and errors are those of `start`."""
         generation = self.start(prompts, options, max_tokens=max_tokens, stop_tokens=stop_tokens, seed=seed, n=n)
-        found: list[list[Event]] = [[] for _ in range(generation.n_requests)]
+        by_request: list[list[Event]] = [[] for _ in range(generation.n_requests)]
         for event in generation.events(interval=math.inf):
-            found[event.request].append(event)
+            by_request[event.request].append(event)
         completions = [
             Completion([e.token for e in events], [e.logprob for e in events], events[-1].finish or "length")
-            for events in found
+            for events in by_request
         ]
         return [completions[first : first + n] for first in range(0, len(completions), n)]

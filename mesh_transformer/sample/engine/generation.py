@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of one caller in progress, and the number of tokens to decode at a time while they are streamed."""
+"""Generation in progress for one caller, and the choice of the number of tokens per decode chunk while streaming."""
 
 import math
 import time
@@ -24,7 +24,7 @@ class Generation:
     """Requests in progress on an engine that serves no other requests at the same time."""
 
     def __init__(self, engine: Steppable, requests: list[Request]):
-        """Follow `requests`, which are submitted already; see Engine.start."""
+        """`requests` are already submitted to `engine`; see Engine.start."""
         self._engine = engine
         self._requests = requests
         self._index = {request.id: index for index, request in enumerate(requests)}
@@ -41,16 +41,16 @@ class Generation:
         return not self._unfinished
 
     def speculative_stats(self, index: int) -> SpeculativeStats:
-        """Return the draft token counts of a request so far."""
+        """Return the counts of draft tokens of a request so far."""
         return self._requests[index].speculative
 
     def stop(self, index: int) -> None:
-        """Generate no more tokens for this request."""
+        """Stop generating tokens for the request at `index`."""
         self._engine.cancel(self._requests[index])
         self._unfinished.discard(self._requests[index].id)
 
     def step(self, steps: int) -> list[Event]:
-        """Advance the engine once and return the events, which decode at most `steps` tokens per request."""
+        """Run one engine step, with at most `steps` new tokens per request, and return its events."""
         if self.done:
             return []
         events = [event for event in self._engine.step(steps) if event.request in self._unfinished]
@@ -58,7 +58,7 @@ class Generation:
         return [event._replace(request=self._index[event.request]) for event in events]
 
     def events(self, *, interval: float = 0.1) -> Iterator[Event]:
-        """Yield all events, in chunks that take about `interval` seconds each."""
+        """Yield all events; tokens are decoded in chunks that take about `interval` seconds each."""
         sizer = ChunkSizer(interval)
         while not self.done:
             with sizer:
@@ -69,7 +69,7 @@ class Generation:
 
 
 class ChunkSizer:
-    """Adapts the tokens per decode chunk so that one takes about `interval` seconds: `with sizer:` times a chunk."""
+    """Adapts the number of tokens per decode chunk so that a chunk takes `interval` seconds. `with sizer:` times a chunk."""
 
     def __init__(self, interval: float):
         """Start with one token, or with DECODE_CHUNK if `interval` is infinite."""

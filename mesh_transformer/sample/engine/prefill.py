@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Chunked prefill: tokens -> KV caches and next-token logits, in chunks so that decoding is not blocked."""
+"""Chunked prefill: computes KV caches and next-token logits of prompts in chunks, so that decoding is not blocked."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from mesh_transformer.sample.engine.prefix_cache import PrefixCache
 from mesh_transformer.sample.engine.programs import EnginePrograms, PromptChunk
 from mesh_transformer.sample.engine.requests import Request, Score
 
-MAX_SCORED_CHUNK = 128  # most tokens per prompt whose logits are all in memory at once
+MAX_SCORED_CHUNK = 128  # maximum number of tokens per prompt whose logits are in memory at once
 
 
 class PrefillBatch:
-    """Distinct prompts of some requests, prefilled together after their cached prefixes."""
+    """The distinct prompts of a group of requests, prefilled together from the ends of their cached prefixes."""
 
     def __init__(
         self,
@@ -28,9 +28,9 @@ class PrefillBatch:
         max_chunk: int,
         reached_len: int | None = None,
     ):
-        """Start with no chunk done; chunks have at most `max_chunk` tokens per prompt.
+        """Chunks have at most `max_chunk` tokens per prompt. No chunk is prefilled yet.
 
-        `reached_len`: tokens that each prompt is followed to (see `make_rotation`); None: its own length.
+        `reached_len` is the number of tokens that the sequences reach (see `make_rotation`); None: the prompt's length.
         """
         self._reached_len = reached_len
         self.requests = requests
@@ -59,11 +59,11 @@ class PrefillBatch:
 
     @property
     def remaining(self) -> int:
-        """Largest number of tokens that a prompt still has to prefill."""
+        """Largest number of tokens of a prompt that are not prefilled yet."""
         return int(max(self._lengths - self._done))
 
     def prefill_chunk(self) -> None:
-        """Prefill one chunk of every prompt; after the last one, add the prompts to the prefix cache."""
+        """Prefill one chunk of every prompt; after the last chunk, add the prompts to the prefix cache."""
         size = self._buckets.prefill_len(min(self.remaining, self._max_chunk), self._max_chunk)
         tokens = np.zeros((len(self._padded), size), np.int32)
         targets = np.zeros_like(tokens)
@@ -102,7 +102,7 @@ class PrefillBatch:
                 self._done[i] = prefix.length
 
     def _is_reusable(self, prompt: np.ndarray) -> bool:
-        """Return whether the keys of a prompt's prefixes are those of the prefixes alone: not for long ones of longrope."""
+        """Return whether the keys of a prompt's prefixes suit other prompts. With longrope, they depend on the full length."""
         config = self._programs.config
         return config.padded_len_limit(len(prompt)) == config.padded_len_limit(1) and self._reached_len is None
 

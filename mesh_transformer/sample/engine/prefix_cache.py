@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Prefix cache: reuse the KV cache of earlier prompts that share a prefix."""
+"""Prefix cache: reuses the KV caches of earlier prompts that share a prefix with a new prompt."""
 
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-MIN_PREFIX_LEN = 16  # shorter common prefixes are not worth a copy
+MIN_PREFIX_LEN = 16  # shorter common prefixes are not reused: copying them saves no time
 
 
 class Prefix(NamedTuple):
     """A prefix of a prompt whose keys and values are cached."""
 
     length: int
-    caches: Any  # of one sequence; positions from `length` on belong to another prompt
+    caches: Any  # of one sequence; entries from position `length` on belong to another prompt
 
 
 class PrefixCache:
@@ -28,7 +28,7 @@ class PrefixCache:
         self.reused_tokens = 0
 
     def should_insert(self, prompt: np.ndarray) -> bool:
-        """Return whether to insert this prompt; mark it as recently used if it is cached already."""
+        """Return whether to insert this prompt; mark it as recently used if it is already cached."""
         key = prompt.tobytes()
         if key in self._entries:
             self._entries.move_to_end(key)
@@ -36,7 +36,7 @@ class PrefixCache:
         return self._max_bytes > 0 and len(prompt) >= MIN_PREFIX_LEN
 
     def insert(self, prompt: np.ndarray, caches: Any) -> None:
-        """Add the caches of a prompt (int32 [T]), unless they alone exceed the limit."""
+        """Add the caches of a prompt (int32 [T]), unless they exceed `max_bytes` by themselves."""
         size = _nbytes(caches)
         if size > self._max_bytes:
             return
@@ -53,7 +53,7 @@ class PrefixCache:
         self.reused_tokens = 0
 
     def match(self, prompt: np.ndarray) -> Prefix | None:
-        """Return the longest cached prefix of `prompt` without its last token, whose logits are always needed."""
+        """Return the longest cached prefix of `prompt`, excluding its last token, whose logits are always needed."""
         best, best_key = 0, None
         for key in self._entries:
             other = np.frombuffer(key, np.int32)

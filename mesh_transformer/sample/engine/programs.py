@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled programs of the engines: prefill, slot insertion, decode, and draft and verify of speculative decoding.
 
-Decoding one token reads every weight once, so the time per token is bound by memory bandwidth; weights.py prepares the
-weights so that nothing else is read.
+Decoding one token reads every weight once, so the time per token is bound by memory bandwidth; weights.py stores the
+weights such that no other bytes are read.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ from mesh_transformer.sample.engine.weights import (
 )
 from mesh_transformer.sample.sampling import position_keys, sample, top_logprobs
 
-DECODE_CHUNK = 16  # most tokens that one call of the decode program generates for every slot
+DECODE_CHUNK = 16  # maximum number of tokens per slot that one call of the decode program generates
 
 
 class CompiledModel:
-    """A model with its weights, mesh and jitted programs, whose compilations are counted.
+    """A model with its weights, its mesh, and jitted programs whose compilations are counted.
 
     Weights may be shapes (jax.ShapeDtypeStruct); the programs can then be lowered but not run.
     """
@@ -49,14 +49,16 @@ class CompiledModel:
         weight_dtype: str = "saved",
         kv_cache_dtype: str = "model",
     ):
-        """Prepare the weights; dtypes are as in ServeConfig.
+        """Prepare the weights; for the dtypes see ServeConfig.
 
         Raises:
           ConfigError: the mesh has context or pipeline parallelism.
         """
         if layout and (layout.mesh.shape["context"] > 1 or layout.mesh.shape["pipeline"] > 1):
+            sizes = layout.mesh.shape
             raise ConfigError(
-                "sampling does not support context or pipeline parallelism: set mesh.context and mesh.pipeline to 1"
+                f"mesh.context={sizes['context']}, mesh.pipeline={sizes['pipeline']}: sampling does not support context or "
+                "pipeline parallelism; set both to 1"
             )
         # Layers are unrolled. A sequence of one token cannot be sharded, and nothing is differentiated.
         unroll = max(config.n_layers, config.n_encoder_layers or 0)
@@ -86,14 +88,14 @@ class PromptChunk(NamedTuple):
     """Consecutive tokens of every prompt of a prefill batch."""
 
     tokens: Int[Array | np.ndarray, "B T"]  # padded on the right
-    start: Int[Array | np.ndarray, "B"]  # position of the first one
+    start: Int[Array | np.ndarray, "B"]  # position of the first token of the chunk
     last: Int[Array | np.ndarray, "B"]  # position of the prompt's last token, in this chunk or another
-    targets: Int[Array | np.ndarray, "B T"] | None = None  # next tokens, if they are to be scored
+    targets: Int[Array | np.ndarray, "B T"] | None = None  # next tokens, to be scored; None: no scores
     reached_len: Int[Array | np.ndarray, "B"] | None = None  # see `make_rotation`; None: last + 1
 
 
 class EnginePrograms(CompiledModel):
-    """Programs of a decoder-only model. Caches, logits and states that are passed to them are donated."""
+    """Programs of a decoder-only model, which donate the caches, logits and states passed to them."""
 
     def __init__(
         self,
@@ -105,10 +107,12 @@ class EnginePrograms(CompiledModel):
         kv_cache_dtype: str = "model",
     ):
         """See CompiledModel."""
-        if not config.causal or config.n_encoder_layers is not None:
+        if not config.causal:
+            raise ConfigError("model.causal=false: an encoder-only model cannot generate text; use Model.encode")
+        if config.n_encoder_layers is not None:
             raise ConfigError(
-                "DecoderOnlyEngine supports decoder-only models. Use EncoderDecoderEngine (device_sample.py) for "
-                "model.n_encoder_layers; encoder-only models (model.causal=false) cannot generate"
+                f"model.n_encoder_layers={config.n_encoder_layers}: DecoderOnlyEngine supports only decoder-only models; use "
+                "EncoderDecoderEngine, as device_sample.py does"
             )
         super().__init__(config, params, layout, weight_dtype=weight_dtype, kv_cache_dtype=kv_cache_dtype)
         self.make_caches = self._program("make_caches", self._empty_caches, static_argnums=(0, 1))
@@ -129,29 +133,29 @@ class EnginePrograms(CompiledModel):
         return self._logits_program(self.weights, tokens)
 
     def prefill(self, *arguments: Any) -> tuple[Any, Float[Array, "B V"], tuple[Array, Array, Array] | None]:
-        """Run _prefill with the engine's weights."""
+        """Call the compiled `_prefill` with the engine's weights."""
         return self._prefill_program(self.weights, *arguments)
 
     def decode(self, *arguments: Any) -> tuple[DecodeState, StepOutput]:
-        """Run _decode with the engine's weights."""
+        """Call the compiled `_decode` with the engine's weights."""
         return self._decode_program(self.weights, *arguments)
 
     def verify(self, *arguments: Any) -> tuple[DecodeState, StepOutput]:
-        """Run _verify with the engine's weights."""
+        """Call the compiled `_verify` with the engine's weights."""
         return self._verify_program(self.weights, *arguments)
 
     def draft(self, *arguments: Any) -> tuple[Any, Int[Array, "B N"]]:
-        """Run _draft with the engine's weights."""
+        """Call the compiled `_draft` with the engine's weights."""
         return self._draft_program(self.weights, *arguments)
 
     def lower_decode(self, state: DecodeState) -> Any:
-        """Lower, but not compile, the decode program for a state of shapes."""
+        """Lower the decode program for a state given as shapes, without compiling it."""
         steps = jax.ShapeDtypeStruct((), jnp.int32)
         empty = jax.ShapeDtypeStruct(state.token.shape, jnp.bool_)
         return self._decode_program.lower(self.weights, state, steps, empty, None, 0)
 
     def empty_state(self, like: BatchParams, slots: int, cache_len: int) -> DecodeState:
-        """Return a state of empty slots; `like` gives the shapes and dtypes of request parameters."""
+        """Return a state of empty slots; `like` has the shapes and dtypes of request parameters."""
         params = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (slots, *x.shape[1:])), like)
         zeros = jnp.zeros(slots, jnp.int32)
         counts = jnp.zeros((slots, self.config.n_vocab), jnp.int32)
@@ -171,13 +175,13 @@ class EnginePrograms(CompiledModel):
         """Return the cache [1, ...] of the sequence at `index`."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), caches)
 
-    def _copy_in(self, caches: Any, own: Any, index: Int[Array, ""]) -> Any:
-        """Return `caches` with `own` [1, ...], truncated to their length, at `index`."""
+    def _copy_in(self, caches: Any, new: Any, index: Int[Array, ""]) -> Any:
+        """Return `caches` with the cache `new` [1, ...], truncated to their length, at `index`."""
 
         def put(x: Array, y: Array) -> Array:
             return jax.lax.dynamic_update_slice(x, y[:, :, : x.shape[2]], (index, 0, 0, 0))
 
-        return jax.tree.map(put, caches, own)
+        return jax.tree.map(put, caches, new)
 
     def _forward(
         self,
@@ -199,15 +203,15 @@ class EnginePrograms(CompiledModel):
     def _prefill(
         self, weights: Any, caches: Any, logits: Float[Array, "B V"], chunk: PromptChunk, with_scores: bool
     ) -> tuple[Any, Float[Array, "B V"], tuple[Array, Array, Array] | None]:
-        """Return the caches with `chunk` added, next-token logits, and scores of the targets (None without).
+        """Return the caches with `chunk` added, next-token logits, and scores of the targets (None without targets).
 
-        `logits` are replaced where the prompt's last token is in the chunk. Scores are the targets' log-probabilities
-        [B, T], and the log-probabilities and ids [B, T, M] of the most probable tokens.
+        The logits of a prompt are replaced if its last token is in the chunk. Scores are the log-probabilities of the
+        targets [B, T], and the log-probabilities and ids [B, T, M] of the most probable tokens.
         """
         size = chunk.tokens.shape[1]
         positions = chunk.start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
         last = jnp.clip(chunk.last - chunk.start, 0, size - 1)
-        # Logits of one position per prompt, unless all are scored.
+        # Only the logits of the last position are computed, unless all positions are scored.
         reached_len = chunk.last + 1 if chunk.reached_len is None else chunk.reached_len
         logits_at = None if with_scores else last
         found, caches = self._forward(weights, chunk.tokens, positions, caches, logits_at, reached_len)
@@ -252,7 +256,7 @@ class EnginePrograms(CompiledModel):
         allowed: Bool[Array, "B V"] | None,
         n_top: int,
     ) -> tuple[DecodeState, StepOutput]:
-        """Sample the next token of every `active` slot; the output has no dimension of tokens."""
+        """Sample the next token of every `active` slot; the arrays of the output have no dimension N."""
         params = state.params
         position = state.position + 1
         keys = position_keys(params.keys, position)
@@ -304,9 +308,9 @@ class EnginePrograms(CompiledModel):
     def _verify(
         self, weights: Any, state: DecodeState, draft_tokens: Int[Array, "B N"], empty: Bool[Array, "B"], n_top: int
     ) -> tuple[DecodeState, StepOutput]:
-        """Generate tokens as long as they equal `draft_tokens`, and one more, in a single forward pass.
+        """Generate tokens while they equal `draft_tokens`, and one more token, in a single forward pass.
 
-        Each position is sampled with its own key, so the tokens do not depend on the draft. KV cache entries of rejected
+        Each position is sampled with its own random key, so the tokens do not depend on the draft. KV cache entries of rejected
         tokens are overwritten before any query reads them.
         """
         state = state._replace(finished=state.finished | empty)
@@ -318,8 +322,8 @@ class EnginePrograms(CompiledModel):
             carry: tuple[DecodeState, Array], x: tuple[Array, Array]
         ) -> tuple[tuple[DecodeState, Array], StepOutput]:
             state, active = carry
-            own_logits, draft_token = x
-            state, output = self._sample(state, own_logits, active, None, n_top)
+            position_logits, draft_token = x
+            state, output = self._sample(state, position_logits, active, None, n_top)
             return (state, active & ~state.finished & (output.token == draft_token)), output
 
         no_draft = jnp.full_like(state.token, -1)[None]  # after the last draft token
@@ -339,7 +343,7 @@ class EnginePrograms(CompiledModel):
         params: BatchParams,
         n: int,
     ) -> tuple[Any, Int[Array, "B N"]]:
-        """Sample `n` tokens after `position` with the requests' own keys, for another model to verify."""
+        """Sample `n` draft tokens after `position` with the keys of the requests; another model verifies them."""
         unfinished = jnp.zeros(position.shape, bool)
         params = params._replace(last_position=jnp.full_like(position, self.config.seq_len))
         state = DecodeState(None, position, position, unfinished, counts, params)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to the engine, one for each sample of a prompt, and the events it returns, one for each generated token."""
+"""Requests to the engine, one per sample of a prompt, and the events that it returns, one per generated token."""
 
 import dataclasses
 import itertools
@@ -28,10 +28,10 @@ class PromptError(ValueError):
 
 @runtime_checkable
 class Constraint(Protocol):
-    """Restricts the tokens of one request given those it has generated so far (structured output)."""
+    """Restricts the next token of one request, depending on its tokens so far (structured output)."""
 
     def allowed(self) -> np.ndarray:
-        """Return a bool mask [V] of the tokens allowed next; at least one must be allowed."""
+        """Return a bool mask [V] of the tokens allowed next, with at least one allowed token."""
         ...
 
     def accept(self, token: int) -> None:
@@ -51,22 +51,22 @@ class Event(NamedTuple):
 
     request: int  # Request.id; in the events of a Generation, the index of the request
     token: int
-    logprob: float  # natural log, in the model's own distribution
-    finish: Literal["stop", "length"] | None  # set on the request's last token
+    logprob: float  # natural log-probability in the unmodified distribution of the model
+    finish: Literal["stop", "length"] | None  # None except for the request's last token
     top: list[tuple[int, float]] | None = None  # most probable tokens and their log-probabilities, if requested
     prompt_scores: list[Score] | None = None  # first event only, if requested: scores of prompt tokens 1, 2, ...
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestParams:
-    """Parameters of a request besides its prompt."""
+    """Parameters of a request, without its prompt."""
 
     options: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     _: dataclasses.KW_ONLY
     max_tokens: int | None = None  # generated tokens; None: options.max_tokens
     stop_tokens: Sequence[int] = ()  # generation ends after any of these
     seed: int = 0
-    sample: int = 0  # index of the sample among those of one prompt; folded into the key so that samples differ
+    sample: int = 0  # index among the samples of the prompt; folded into the key so that samples differ
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # token -> value added to its logit
     top_logprobs: int = 0  # most probable tokens reported per token
     score_prompt: bool = False  # also report log-probabilities of the prompt's tokens
@@ -78,7 +78,7 @@ class SpeculativeStats:
     """Token counts of speculative decoding."""
 
     draft_tokens: int = 0  # proposed by the drafter and checked by the model
-    accepted_tokens: int = 0  # equal to what the model sampled
+    accepted_tokens: int = 0  # equal to the tokens that the model sampled
 
 
 @dataclasses.dataclass(eq=False)
@@ -110,7 +110,7 @@ class Request:
 def make_request(
     config: ModelConfig, prompt: Sequence[int], params: RequestParams, *, name: str = "the prompt"
 ) -> Request:
-    """Return a checked request. Raise PromptError if the model cannot serve it; messages call the prompt `name`."""
+    """Return a valid request. Raises PromptError if the model cannot serve it; messages call the prompt `name`."""
     bad = next((token for token in prompt if not -(2**31) <= token < 2**31), None)
     if bad is not None:
         raise PromptError(_outside(name, bad, config))
@@ -121,7 +121,7 @@ def make_request(
 
 
 def _outside(name: str, token: int, config: ModelConfig) -> str:
-    return f"{name} has the token {token}, but the model's vocabulary is 0..{config.n_vocab - 1}"
+    return f"{name} has the token {token}, but the model's vocabulary is 0..{config.n_vocab - 1}; use its tokenizer"
 
 
 def _check(request: Request, config: ModelConfig, name: str) -> None:
@@ -129,13 +129,13 @@ def _check(request: Request, config: ModelConfig, name: str) -> None:
     length, max_tokens = len(request.prompt), request.max_tokens
     limit = config.max_new_tokens(length)
     if not length:
-        raise PromptError(f"{name} is empty; begin with the end-of-text token")
+        raise PromptError(f"{name} has no tokens; it needs at least 1, for example the end-of-text token")
     named = {name: request.prompt.tolist(), "logit_bias": params.logit_bias, "stop_tokens": params.stop_tokens}
     for field, tokens in named.items():
         if outside := [token for token in tokens if not 0 <= token < config.n_vocab]:
             raise PromptError(_outside(field, outside[0], config))
     if max_tokens < 1:
-        raise PromptError(f"max_tokens={max_tokens}: must be at least one")
+        raise PromptError(f"max_tokens={max_tokens}: must be at least 1")
     if length >= seq_len:
         raise PromptError(
             f"{name} has {length} tokens, but prompt and output together have at most seq_len={seq_len}; shorten it"
@@ -148,7 +148,7 @@ def _check(request: Request, config: ModelConfig, name: str) -> None:
     if not 0 <= params.top_logprobs <= MAX_TOP_LOGPROBS:
         raise PromptError(f"top_logprobs={params.top_logprobs}: must be between 0 and {MAX_TOP_LOGPROBS}")
     if len(params.stop_tokens) > MAX_STOP_TOKENS:
-        raise PromptError(f"{len(params.stop_tokens)} stop tokens; a request can have at most {MAX_STOP_TOKENS}")
+        raise PromptError(f"got {len(params.stop_tokens)} stop_tokens; a request can have at most {MAX_STOP_TOKENS}")
 
 
 def stack_requests(requests: Sequence[Request], n_vocab: int) -> BatchParams:
@@ -172,12 +172,12 @@ def stack_requests(requests: Sequence[Request], n_vocab: int) -> BatchParams:
 
 
 def blank_params(n_vocab: int) -> BatchParams:
-    """Return parameters of one default request, for their shapes and dtypes."""
+    """Return the parameters of a default request, as an example of their shapes and dtypes."""
     return stack_requests([Request(np.zeros(1, np.int32), RequestParams(max_tokens=1), id=-1)], n_vocab)
 
 
 def stack_allowed(slots: Sequence[Request | None], n_vocab: int) -> Bool[Array, "B V"] | None:
-    """Return a mask of the tokens each slot may sample, or None if no request is constrained."""
+    """Return a mask of the tokens that each slot may sample, or None if no request has a constraint."""
     if not any(request and request.params.constraint for request in slots):
         return None
     allowed = np.ones((len(slots), n_vocab), bool)

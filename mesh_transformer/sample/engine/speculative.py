@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative decoding: cheap draft tokens, verified several at a time (Leviathan et al. 2023, arXiv 2211.17192).
 
-The engine samples the token of every position with that position's own key from the model's own distribution, and keeps
-it. A draft token only decides whether the positions after it are already computed. The tokens are therefore those of
-plain decoding, not merely samples of the same distribution. A draft model uses the same keys as the model, so where the
-two distributions agree they mostly sample the same token, at any temperature.
+The engine samples the token of every position from the distribution of the model, with the random key of that position. A
+draft token only determines whether the next positions are already computed. The tokens are therefore identical to those of
+decoding without drafts, not only samples of the same distribution. A draft model uses the same keys as the model: where
+their distributions are similar, both mostly sample the same token, at any temperature.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Draft(NamedTuple):
     """Draft tokens of every slot."""
 
     tokens: np.ndarray  # int32 [B, N]; arbitrary for empty slots and past `lengths`
-    lengths: np.ndarray  # int32 [B], tokens drafted for each slot
+    lengths: np.ndarray  # int32 [B], number of draft tokens of each slot
 
 
 @runtime_checkable
@@ -35,7 +35,7 @@ class Drafter(Protocol):
     """Source of draft tokens."""
 
     def draft(self, slots: Sequence[Request | None], state: DecodeState) -> Draft | None:
-        """Return draft tokens for the requests in `slots`, or None to decode without."""
+        """Return draft tokens for the requests in `slots`, or None to decode without a draft."""
         ...
 
 
@@ -43,14 +43,14 @@ class PromptLookupDrafter:
     """Prompt lookup decoding: draft the tokens that followed the last earlier occurrence of the sequence's last n-gram."""
 
     def __init__(self, max_ngram: int = 3, num_draft_tokens: int = 4):
-        """Look up n-grams of `max_ngram` tokens, and shorter ones if there is no match."""
+        """Look up n-grams of `max_ngram` tokens, and shorter n-grams if there is no match."""
         if max_ngram < 1 or num_draft_tokens < 1:
             raise ConfigError(f"max_ngram={max_ngram}, num_draft_tokens={num_draft_tokens}: both must be at least 1")
         self._max_ngram = max_ngram
         self._num_draft_tokens = num_draft_tokens
 
     def draft(self, slots: Sequence[Request | None], state: DecodeState) -> Draft | None:
-        """See Drafter. None if no sequence repeats an n-gram."""
+        """Return draft tokens, or None if no sequence repeats an n-gram."""
         tokens = np.zeros((len(slots), self._num_draft_tokens), np.int32)
         lengths = np.zeros(len(slots), np.int32)
         for i, request in enumerate(slots):
@@ -70,22 +70,25 @@ class PromptLookupDrafter:
 
 
 class DraftModelDrafter:
-    """A small model with the same vocabulary samples the draft tokens."""
+    """Drafter that samples draft tokens from a small model with the same vocabulary."""
 
     def __init__(
         self, config: ModelConfig, params: Params, *, num_draft_tokens: int = 4, layout: MeshLayout | None = None
     ):
-        """Compile nothing yet; `params` are those of the draft model."""
+        """`config` and `params` belong to the draft model, whose programs are compiled when they are first used."""
         self.config = config
         self._programs = EnginePrograms(config, params, layout)
         self._buckets = Buckets(config.seq_len)
         self._num_draft_tokens = num_draft_tokens
         self._caches: Any = None
         self._slots: list[Request | None] = []  # requests whose tokens are in the caches
-        self._cached = np.zeros(0, np.int32)  # number of those tokens
+        self._cached = np.zeros(0, np.int32)  # number of cached tokens of each slot
 
     def draft(self, slots: Sequence[Request | None], state: DecodeState) -> Draft | None:
-        """See Drafter. None if a sequence exceeds the draft model's seq_len."""
+        """Return draft tokens, or None if a sequence with its draft exceeds the draft model's seq_len.
+
+        Raises ConfigError if the models have different vocabulary sizes.
+        """
         lengths = np.array([request.length if request else 1 for request in slots], np.int32)
         longest = int(lengths.max()) + self._num_draft_tokens
         if longest > self.config.seq_len:
@@ -109,7 +112,7 @@ class DraftModelDrafter:
         return Draft(np.asarray(draft_tokens), drafted)
 
     def _fit_caches(self, slots: Sequence[Request | None], cache_len: int) -> None:
-        """Match the caches to `slots` and `cache_len`; what is cached for other requests is invalidated."""
+        """Resize the caches for `slots` and `cache_len`, and invalidate the entries of other requests."""
         if self._caches is None or len(self._slots) != len(slots) or _cache_len(self._caches) < cache_len:
             self._caches = self._programs.make_caches(len(slots), cache_len)
             self._slots = [None] * len(slots)
@@ -121,7 +124,7 @@ class DraftModelDrafter:
 
 
 def check_vocabulary(draft: ModelConfig, n_vocab: int) -> None:
-    """Raise ConfigError unless the draft model has `n_vocab` tokens."""
+    """Raise ConfigError unless the vocabulary of the draft model has `n_vocab` tokens."""
     if draft.n_vocab != n_vocab:
         raise ConfigError(
             f"the draft model has n_vocab={draft.n_vocab}, but the model has n_vocab={n_vocab}; "

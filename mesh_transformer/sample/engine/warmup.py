@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic warm-up requests that compile the programs before real traffic arrives."""
+"""Synthetic warm-up requests that compile an engine's programs before real requests arrive."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from mesh_transformer.sample.engine.requests import RequestParams
 
 
 class WarmupRequest(NamedTuple):
-    """One request to run."""
+    """A request of the warm-up."""
 
     prompt: list[int]
     max_tokens: int
@@ -24,9 +24,9 @@ class WarmupRequest(NamedTuple):
 def warm_up(engine: DecoderOnlyEngine, max_len: int) -> Iterator[tuple[int, int]]:
     """Compile the programs for single requests of up to `max_len` tokens, prompt and output together.
 
-    Runs while it is iterated, and yields (requests done, total requests) before each one. Programs for several samples
-    at once and for constraints are not compiled. With speculative decoding every request runs with and without draft
-    tokens. The engine must be idle; its prefix cache is cleared afterwards.
+    The requests run during the iteration, which yields (finished requests, total requests) before each of them. Programs
+    for several samples at once and for constraints are not compiled. With speculative decoding every request runs with
+    and without draft tokens. The engine must be idle; its prefix cache is cleared afterwards.
     """
     requests = list(_warmup_requests(engine, max_len))
     drafter = engine.drafter
@@ -44,7 +44,7 @@ def warm_up(engine: DecoderOnlyEngine, max_len: int) -> Iterator[tuple[int, int]
 
 
 def _warmup_requests(engine: DecoderOnlyEngine, max_len: int) -> Iterator[WarmupRequest]:
-    """Yield requests for every cache length, and for every length of the last prefill chunk within it."""
+    """Yield requests for every cache length, and within it for every length of the last prefill chunk."""
     n_vocab, seq_len = engine.config.n_vocab, engine.config.seq_len
     cache_len = engine.buckets.cache_len
     # Distinct first tokens, so that the prompts do not hit the prefix cache.
@@ -55,7 +55,7 @@ def _warmup_requests(engine: DecoderOnlyEngine, max_len: int) -> Iterator[Warmup
     while max_len:
         if size < last:  # output that grows into the next cache length
             yield WarmupRequest([next(fresh)] * (size - 2), 4, 0)
-        longest = [next(fresh)] * max(size - 2 * DECODE_CHUNK, 1)  # whose output needs no larger cache
+        longest = [next(fresh)] * max(size - 2 * DECODE_CHUNK, 1)  # a prompt whose output needs no larger cache
         for top_logprobs in (0, 1):  # the web page requests alternatives
             yield WarmupRequest(longest, min(2, seq_len - len(longest)), top_logprobs)
         if shorter:  # continue a cached prompt of a smaller cache length

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Weights for decoding: a separate array for every layer, in the data type and sharding in which it is used.
+"""Weights for decoding: a separate array for every layer, with the data type and sharding in which it is used.
 
-Slicing stacked weights would copy them, which at least doubles the memory traffic. Weights wider than the activations
-are cast once, here. Narrower ones are dequantized where they are used (model/quantization.py).
+Slicing stacked weights would copy them, which at least doubles the memory traffic. Weights with more bytes per element than
+the activations are cast once, here. Weights with fewer are dequantized where they are used (model/quantization.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +19,7 @@ from mesh_transformer.model.params import STACK
 from mesh_transformer.model.quantization import Quantized, quantize
 from mesh_transformer.model.shapes import describe_params
 
+# XLA options with which weights are converted inside the decode loop.
 CPU_CONVERT_LATE = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion",
@@ -28,9 +29,9 @@ CPU_CONVERT_LATE = {
 def prepare_weights(
     params: Mapping[str, Mapping[str, Any]], config: ModelConfig, layout: MeshLayout | None, weight_dtype: str
 ) -> Any:
-    """Return `params` with each stacked array as a tuple of its layers, placed on the devices of `layout`.
+    """Return `params` with each stacked array as a tuple of its layers, on the devices of `layout`.
 
-    `weight_dtype` is as in ServeConfig. For shapes (jax.ShapeDtypeStruct) instead of arrays, return shapes with shardings.
+    For `weight_dtype` see ServeConfig. For shapes (jax.ShapeDtypeStruct) instead of arrays, return shapes with shardings.
     """
     described = describe_params(config)
 
@@ -51,8 +52,8 @@ def prepare_weights(
             quantized = apply(jax.jit(partial(quantize, contracted_dims=contracted)), array)
             scale_axes = tuple("replicated" if dim in contracted else axis for dim, axis in enumerate(axes))
             return Quantized(put(quantized.values, axes, name), put(quantized.scale, scale_axes, name))
-        widest = jnp.dtype(config.dtype if weight_dtype == "saved" else weight_dtype)
-        cast = apply(lambda x: x.astype(widest), array) if widest.itemsize < array.dtype.itemsize else array
+        dtype = jnp.dtype(config.dtype if weight_dtype == "saved" else weight_dtype)
+        cast = apply(lambda x: x.astype(dtype), array) if dtype.itemsize < array.dtype.itemsize else array
         return put(cast, axes, name)
 
     def prepare_stack(array: Any, axes: tuple[str, ...], name: str) -> Any:
@@ -68,13 +69,12 @@ def prepare_weights(
 
 
 def contracted_dims(name: str, axes: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the dimensions of a weight that its matmul contracts; () for other parameters, such as a norm's scale."""
+    """Return the dimensions of a weight that its matmul contracts; () for other parameters, such as a norm's scale.
+
+    The router weight is excluded, because routing requires the trained precision.
+    """
     short = name.rpartition("/")[2]
-    if not short.startswith("w_") or short in (
-        "w_positions",
-        "w_token_types",
-        "w_router",
-    ):  # routing keeps the trained precision
+    if not short.startswith("w_") or short in ("w_positions", "w_token_types", "w_router"):
         return ()
     if short == "w_tokens" or axes[0] == "expert":
         return (1,)
@@ -82,12 +82,12 @@ def contracted_dims(name: str, axes: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def choose_compiler_options(weights: Any, config: ModelConfig) -> dict[str, str] | None:
-    """Return XLA options for weights narrower than the activations on a CPU, None otherwise.
+    """Return XLA options if weights have fewer bytes per element than the activations, on a CPU; None otherwise.
 
-    By default XLA converts all of them at once, outside the decode loop, which takes three times the memory.
+    By default XLA converts all weights at once, outside the decode loop, which needs three times the memory.
     """
-    widest = max(jnp.dtype(config.dtype).itemsize, 4)
-    must_convert = any(leaf.dtype.itemsize < widest for leaf in jax.tree.leaves(weights) if leaf.ndim > 1)
+    itemsize = max(jnp.dtype(config.dtype).itemsize, 4)
+    must_convert = any(leaf.dtype.itemsize < itemsize for leaf in jax.tree.leaves(weights) if leaf.ndim > 1)
     return CPU_CONVERT_LATE if must_convert and target_platform() == "cpu" else None
 
 
@@ -97,7 +97,10 @@ def unstack_layers(stacked: Any) -> Any:
 
 
 def stack_layers(unstacked: Any) -> Any:
-    """Inverse of unstack_layers. Free under jit: XLA reads a slice of a concatenation from its operand."""
+    """Return a tree with each tuple of layers as one array [L, ...], the inverse of unstack_layers.
+
+    Under jit nothing is copied: XLA reads a slice of a concatenation from the operand.
+    """
 
     def is_stack(x: Any) -> bool:
         return type(x) is tuple and bool(x) and isinstance(x[0], jax.Array)

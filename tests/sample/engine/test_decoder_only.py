@@ -310,7 +310,7 @@ def test_mesh_that_does_not_fit_is_refused():
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "message"),
     [
-        ([], 5, "empty"),
+        ([], 5, "has no tokens"),
         ([3, 97], 5, r"token 97, but the model's vocabulary is 0\.\.96"),
         ([1] * 96, 1, "96 tokens, but prompt and output together have at most seq_len=96"),
         ([1] * 90, 7, "at most max_tokens=6"),
@@ -457,8 +457,8 @@ def test_constrained_biased_and_free_requests_in_one_batch(shared):
     [
         (dict(logit_bias={97: 1.0}), "logit_bias has the token 97"),
         (dict(top_logprobs=21), "top_logprobs=21: must be between 0 and 20"),
-        (dict(stop_tokens=range(17)), "17 stop tokens; a request can have at most 16"),
-        (dict(max_tokens=0), "max_tokens=0: must be at least one"),
+        (dict(stop_tokens=range(17)), "got 17 stop_tokens; a request can have at most 16"),
+        (dict(max_tokens=0), "max_tokens=0: must be at least 1"),
     ],
 )
 def test_invalid_parameters_are_refused(shared, changes, message):

@@ -119,17 +119,17 @@ def test_a_stop_token_ends_a_request():
 
 
 def test_unsupported_models_meshes_and_requests_are_refused():
-    with pytest.raises(ConfigError, match=r"Use EncoderDecoderEngine \(device_sample\.py\)"):
+    with pytest.raises(ConfigError, match=r"use EncoderDecoderEngine, as device_sample\.py does"):
         DecoderOnlyEngine(CONFIG, PARAMS)
     alone = dataclasses.replace(CONFIG, n_encoder_layers=None)
     with pytest.raises(ConfigError, match=r"model\.n_encoder_layers is not set"):
         EncoderDecoderEngine(alone, random_params(alone), start_token=START, end_token=END)
-    with pytest.raises(ConfigError, match=r"set mesh\.context and mesh\.pipeline to 1"):
+    with pytest.raises(ConfigError, match=r"mesh\.context=8, mesh\.pipeline=1: .*set both to 1"):
         make_engine(layout=make_layout(MeshConfig(context=8)))
     engine = make_engine()
-    with pytest.raises(ConfigError, match=r"serving supports decoder-only models.*use device_sample\.py"):
+    with pytest.raises(ConfigError, match=r"serving supports only decoder-only models; use device_sample\.py"):
         require_decoder_only(engine, "serving")
-    with pytest.raises(PromptError, match="do not support logit_bias"):
+    with pytest.raises(PromptError, match="do not support top_logprobs"):
         engine.submit(engine.make_request([3], RequestParams(GREEDY, top_logprobs=2)))
     with pytest.raises(PromptError, match="max_tokens=33 it exceeds"):
         engine.make_request([3], RequestParams(GREEDY, max_tokens=33))
