@@ -71,7 +71,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def world_size(self) -> int:
-        return 1  # all processes share every batch; the harness sees one
+        return 1  # every batch is sharded over all processes, which the harness must not do again
 
     @property
     def rank(self) -> int:

@@ -61,7 +61,7 @@ class Loglikelihood(NamedTuple):
     """The result of a request, with one value per scored token."""
 
     logprobs: Float[np.ndarray, "N"]  # natural logarithm
-    greedy: Bool[np.ndarray, "N"]  # whether the token is the most probable one
+    greedy: Bool[np.ndarray, "N"]  # whether the token is the most probable token
 
     @property
     def total(self) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 B_RANGE = (0.01, 3.0)  # exponents that are searched
-MIN_POINTS = 4  # one more than the law has parameters
+MIN_POINTS = 4  # the number of parameters of the law plus 1
 
 
 class Fit(NamedTuple):

@@ -38,7 +38,9 @@ class KernelOptions(NamedTuple):
     """Static arguments of a kernel."""
 
     config: ModelConfig
-    window: int | None  # number of keys that a query attends to, including its own; None: all earlier keys
+    window: (
+        int | None
+    )  # number of keys that a query attends to, including the key at its own position; None: all earlier keys
 
 
 def choose_kernel(config: ModelConfig, length: int, *, has_segments: bool, cached: bool) -> str:
@@ -128,7 +130,7 @@ def dispatch_attention(
     context: AttentionContext,
     sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H V"]:
-    """Return one layer's attention output, computed by `context.kernel`. T = S for every kernel but the dense one."""
+    """Return one layer's attention output, computed by `context.kernel`. T = S except for the dense kernel."""
     if context.masks is not None:
         return _attend_dense((q, k, v, sinks), config, local, context.masks)
     value_dim = v.shape[-1]
@@ -165,7 +167,7 @@ def _attend_dense(inputs: Any, config: ModelConfig, local: bool, masks: Masks) -
     q, k, v, sinks = inputs
     mask = masks.windowed if local else masks.full
     length = q.shape[1]
-    # Blocks pay off on a CPU; on accelerators one large matmul is faster.
+    # Blocks are faster on a CPU; on accelerators one large matmul is faster.
     in_blocks = config.causal and k.shape[1] == length and count_blocks(length) > 1
     if in_blocks and target_platform() == "cpu" and _ring_size() == 1:
         return dense_attention_in_blocks(q, k, v, mask, masks.bias, config, sinks)

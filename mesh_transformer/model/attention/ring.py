@@ -35,7 +35,9 @@ class Ring(NamedTuple):
     axis: str | None  # mesh axis, inside shard_map; None: one device
     size: int  # number of devices
     block: int  # positions per block
-    window: int | None  # number of keys that a query attends to, including its own; None: all earlier keys
+    window: (
+        int | None
+    )  # number of keys that a query attends to, including the key at its own position; None: all earlier keys
     config: ModelConfig | None = None  # soft cap of the scores; None: no cap
 
 

@@ -95,7 +95,7 @@ class DecodeBatch:
             return []
         assert self._state is not None, "a request in a slot has a state"
         allowed = stack_allowed(slots, self._programs.config.n_vocab)
-        # A constraint must see every token before the next one is sampled.
+        # A constraint must be updated with every token before the next token is sampled.
         draft = self.drafter.draft(slots, self._state) if self.drafter and allowed is None else None
         if allowed is not None:
             steps = 1
