@@ -27,7 +27,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from mesh_transformer.checkpoint.backends import backend_for
 from mesh_transformer.checkpoint.chunk_grid import DTYPES, plan_chunks, shard_key
 from mesh_transformer.checkpoint.local_backend import LocalBackend
-from mesh_transformer.checkpoint.manifest import ArrayRecord, array_folder
+from mesh_transformer.checkpoint.manifest import DAMAGE_FIX, ArrayRecord, array_folder
 from mesh_transformer.checkpoint.object_store_backend import ObjectStoreBackend
 from mesh_transformer.checkpoint.zarr_sharding import (
     DamageError,
@@ -67,7 +67,7 @@ class StoredArray(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype:
-        """Return the NumPy dtype; bfloat16 is that of ml_dtypes."""
+        """Return the NumPy dtype; bfloat16 is `ml_dtypes.bfloat16`."""
         return jax.numpy.dtype(self.record.dtype)
 
     @property
@@ -94,7 +94,7 @@ class StoredArray(NamedTuple):
                 read_shards(path, self.record.shard, self.record.chunk, index, values)
             except DamageError as error:
                 file, reason = error.args
-                raise CheckpointError(f"{file}: damaged or unreadable file of array {self.name}: {reason}") from error
+                raise CheckpointError(_damaged(file, self.name, reason)) from error
             return values
         for part in self._split(index):
             subview(values, index, part)[...] = _fetch(path, self.name, self.record, part)
@@ -128,7 +128,9 @@ def make_aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 def describe_array(name: str, array: jax.Array, axes: Sequence[str]) -> ArrayRecord:
     """Return the record of an array to be saved, without its files; raise CheckpointError if it cannot be saved."""
     if not isinstance(array, jax.Array):
-        raise CheckpointError(f"array {name}: a {type(array).__name__} is not a jax.Array")
+        raise CheckpointError(
+            f"array {name}: is of type {type(array).__name__}, but must be a jax.Array; convert it with jax.device_put"
+        )
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         raise CheckpointError(f"array {name}: a random key cannot be saved; save jax.random.key_data(key)")
     if array.dtype.name not in DTYPES:
@@ -141,7 +143,7 @@ def describe_array(name: str, array: jax.Array, axes: Sequence[str]) -> ArrayRec
             f"{array.ndim} dimensions"
         )
     if array.is_deleted():
-        raise CheckpointError(f"array {name}: its buffer was donated or deleted before the save")
+        raise CheckpointError(f"array {name}: its buffer was donated or deleted before the save; save it earlier")
     shard, chunk = plan_chunks(array.shape, array.sharding.shard_shape(array.shape), array.dtype.name)
     return ArrayRecord(array.shape, array.dtype.name, tuple(axes), shard, chunk)
 
@@ -179,12 +181,18 @@ def _write_shard(
 
 
 def copy_file(array: StoredArray, key: str, folder: AnyPath) -> dict[str, FileRecord]:
-    """Copy a file of an array into the checkpoint in `folder`; raise CheckpointError if it does not match its record."""
+    """Copy a file of an array into the checkpoint in `folder` and return its record by name.
+
+    Raises CheckpointError if size or digest of the file differ from the manifest.
+    """
     source = array_folder(array.folder, array.name) / key
     expected = array.record.files[key]
     found = backend_for(array_folder(folder, array.name)).write_file(key, read_blocks(source, expected.size))
     if found != expected:
-        raise CheckpointError(f"{source}: damaged: size and digest are {found}, but the manifest says {expected}")
+        raise CheckpointError(
+            f"{source}: damaged: it has {found.size} bytes with digest {found.digest}, but the manifest has {expected.size} "
+            f"bytes with digest {expected.digest}; {DAMAGE_FIX}"
+        )
     return {key: found}
 
 
@@ -207,8 +215,8 @@ def restore_arrays(
 ) -> dict[str, Any]:
     """Return arrays with the given shardings. Each slice is read once and copied to all devices that need it.
 
-    An array named in `unstack` becomes a tuple with one array per index of its first dimension; its sharding is that of
-    one of them. On a CPU little memory is used in addition to the restored arrays.
+    An array named in `unstack` becomes a tuple with one array per index of its first dimension; `shardings` has the
+    sharding that these arrays share. On a CPU, little memory is used in addition to the restored arrays.
     """
     on_device = collections.defaultdict[tuple[str, int], list[jax.Array]](list)
     in_flight: collections.deque[_PendingRead] = collections.deque()
@@ -307,7 +315,11 @@ def _fetch(folder: RemotePath, name: str, record: ArrayRecord, index: Slices) ->
         if unreachable := explain_error(file, error):
             raise StorageError(f"{file}: {unreachable}") from error
         reason = re.sub(r"\s*\[(source locations|tensorstore_spec|domain).*", "", message, flags=re.DOTALL)
-        raise CheckpointError(f"{file}: damaged or unreadable file of array {name}: {reason}") from error
+        raise CheckpointError(_damaged(file, name, reason)) from error
+
+
+def _damaged(file: AnyPath, array: str, reason: str) -> str:
+    return f"{file}: damaged or unreadable file of array {array}: {reason}; {DAMAGE_FIX}"
 
 
 def format_metadata(record: ArrayRecord) -> bytes:

@@ -27,6 +27,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             threading.Thread(target=self._run, name="bounded pool").start()
 
     def submit(self, job: Callable[[], Result]) -> futures.Future[Result]:
+        """Queue a job and return the future of its result."""
         future = futures.Future[Result]()
         self._jobs.put((future, job))
         return future
@@ -53,8 +54,8 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
 def run_bounded(jobs: Iterable[Callable[[], Result]], workers: Workers | None = None) -> Iterator[Result]:
     """Run jobs concurrently and yield their results in order; at most IN_FLIGHT + 1 are started and not yet consumed.
 
-    If a job raises or the consumer stops, no further job starts, and those that have started are waited for. `workers`
-    are not closed; without them a temporary pool is used.
+    If a job raises or the consumer stops, no further job starts, and the started jobs are waited for. The pool `workers`
+    is not closed; without it a temporary pool is used.
     """
     in_flight = collections.deque[futures.Future[Result]]()
     with contextlib.nullcontext(workers) if workers else Workers() as threads:

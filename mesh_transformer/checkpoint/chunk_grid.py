@@ -42,9 +42,9 @@ def shard_key(cell: Sequence[int]) -> str:
 def plan_chunks(shape: Sequence[int], owned: Sequence[int], dtype: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes (shard, chunk) for an array of `shape` that devices own in slices of shape `owned`.
 
-    In a dimension that is sharded over devices, both divide the slice; in any other, the last one may extend beyond the
-    end. Chunks split the first dimensions, as values are contiguous in memory, unless this would make them small;
-    shards are runs of chunks.
+    Along a dimension that is sharded over devices, the sizes of shards and chunks divide the slice; along any other, the
+    last shard or chunk may extend beyond the array's end. A chunk larger than MAX_CHUNK_BYTES is split along the first
+    dimension that leaves at least half of this size, because such slices are contiguous in memory. Shards are runs of chunks.
     """
     is_unsharded = [part == dim for part, dim in zip(owned, shape, strict=True)]
     chunk = [max(part, 1) for part in owned]

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Writing and committing a checkpoint, by one process or several.
+"""Write and commit a checkpoint, from one process or several.
 
 Several processes write into one folder that all of them see: process 0 creates it, each process writes the slices it
 owns and a list of its files (parts/<process>.json), and process 0 merges the lists into the manifest and commits. After
@@ -49,7 +49,7 @@ class PendingSave:
     """A checkpoint that is being written from host memory."""
 
     step: int
-    owner: str  # suffix of the temporary name; all processes take that of process 0
+    owner: str  # suffix of the temporary name; all processes use the one that process 0 made
     records: dict[str, ArrayRecord]
     slices: dict[str, list[HostSlice]]  # owned by this process; emptied while they are written
     meta: dict[str, Any]
@@ -57,7 +57,7 @@ class PendingSave:
 
 
 def commit_save(root: AnyPath, save: PendingSave) -> None:
-    """Write and commit a checkpoint durably; on CheckpointError it is removed and earlier checkpoints are unchanged."""
+    """Write and commit a checkpoint durably; on failure remove it, leave earlier checkpoints unchanged, raise CheckpointError."""
     backend = backend_for(root)
     written: Written = {}
     try:
@@ -97,9 +97,9 @@ def write_checkpoint(
 
     A job is the name of an array and a function that writes files of it into the staging folder (`write_slice`,
     `copy_file`). Jobs start in order and run concurrently. `on_written` is called after each job, whose files survive a
-    killed process but perhaps not a power failure. A call that resumes an interrupted one receives as `done` what
-    `on_written` received; it must not repeat those jobs. The temporary name of the folder is fixed, so only one process
-    at a time may do this.
+    killed process but perhaps not a power failure. To resume an interrupted call, pass in `done` the files that
+    `on_written` received, and leave out their jobs. The temporary name of the folder is fixed, so only one process at a
+    time may write a step.
     """
     save = PendingSave(step, RESUMABLE_OWNER, dict(records), {}, dict(meta))
     staging = backend_for(root).staging_dir(step, save.owner)
@@ -176,6 +176,10 @@ def _add_files(name: str, record: ArrayRecord, parts: list[Written]) -> ArrayRec
     found = {key: FileRecord(*file) for part in parts for key, file in part[name].items()}
     expected = list(shard_keys(record.shape, record.shard))
     if found.keys() != set(expected):
-        raise CheckpointError(f"array {name}: no process wrote the shards {sorted(set(expected) - found.keys())[:5]}")
+        missing, extra = sorted(set(expected) - found.keys()), sorted(found.keys() - set(expected))
+        raise CheckpointError(
+            f"array {name}: files that no process wrote: {missing[:5]}; unexpected files: {extra[:5]}; all processes must "
+            "call save with the same arrays and shardings"
+        )
     metadata = digest_bytes(format_metadata(record))
     return dataclasses.replace(record, files={METADATA: metadata, **{key: found[key] for key in expected}})

@@ -59,6 +59,7 @@ class LocalBackend:
         return list_steps(self.path)
 
     def free_bytes(self) -> int | None:
+        """Return the free space of the file system in bytes; 0 without this folder."""
         return shutil.disk_usage(self.path).free if self.path.is_dir() else 0
 
     def staging_dir(self, step: int, owner: str) -> Path:
@@ -66,6 +67,7 @@ class LocalBackend:
         return staging_folder(self.path, step, owner)
 
     def create_staging(self, step: int, owner: str) -> None:
+        """Create the staging folder of a save."""
         self.staging_dir(step, owner).mkdir()
 
     def commit(self, step: int, owner: str) -> None:
@@ -87,6 +89,7 @@ class LocalBackend:
             write_synced(self.path / name, data)
 
     def remove_folder(self, name: str) -> None:
+        """Delete a folder in this folder, with its content."""
         shutil.rmtree(self.path / name)
 
     def sync(self, *, deep: bool) -> None:
@@ -94,7 +97,7 @@ class LocalBackend:
         sync_tree(self.path) if deep else sync_folder(self.path)
 
     def file_sizes(self, names: Iterable[str]) -> Iterator[int | str]:
-        """Yield the size of each file, or a description of the problem if it is not a regular file in regular folders."""
+        """Yield the size of each file, or a problem: it is missing or unreadable, not a regular file, or reached through a link."""
         is_regular: dict[Path, bool] = {}
 
         def has_no_links(path: Path) -> bool:
@@ -106,10 +109,10 @@ class LocalBackend:
             try:
                 status = os.lstat(path)
             except OSError as error:
-                yield f"missing ({error.strerror})"
+                yield f"missing or unreadable ({error.strerror})"
                 continue
             plain = stat.S_ISREG(status.st_mode) and has_no_links(path.parent)
-            yield status.st_size if plain else "a link or not a regular file"
+            yield status.st_size if plain else "a link, or not a regular file"
 
     def list_files(self) -> dict[str, tuple[int, float]]:
         """Return {name relative to this folder: (size in bytes, modification time)} of every file below it."""
@@ -126,7 +129,7 @@ class LocalBackend:
         return FileRecord(size, digest.hexdigest())
 
     def fsync_files(self, names: Iterable[str]) -> None:
-        """Make the content of written files durable (not their names); must be called on the host that wrote them."""
+        """Make the content of files durable, but not their names; must be called on the host that wrote the files."""
         for name in names:
             sync_file(self.path / name)
 
@@ -258,7 +261,7 @@ def is_alive(host: str, pid: int, start: int, last_change: Callable[[], float]) 
 
 
 def _last_change(path: Path) -> float:
-    """Return the latest modification time in a tree; files that vanish during the walk are ignored."""
+    """Return the latest modification time in a tree, in seconds since 1970; files deleted during the walk are ignored."""
     latest = 0.0
     for folder, _, files in os.walk(path):
         for name in (".", *files):

@@ -48,7 +48,7 @@ from mesh_transformer.checkpoint.chunk_grid import (
 from mesh_transformer.checkpoint.local_backend import COMMIT
 from mesh_transformer.storage.digests import FileRecord, digest_file
 from mesh_transformer.storage.errors import CheckpointError
-from mesh_transformer.storage.paths import AnyPath, read_small
+from mesh_transformer.storage.paths import AnyPath, describe_sibling_folders, read_small
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -57,6 +57,7 @@ METADATA = "zarr.json"
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_FILES = 1 << 24
 READERS = 4  # files hashed concurrently
+DAMAGE_FIX = 'use another step (training: checkpoint.resume = "latest-valid"), or restore the file from a copy'
 NAME_PART = re.compile(r"[A-Za-z0-9_~=+@,:-][A-Za-z0-9_.~=+@,:-]{0,199}")
 
 
@@ -98,24 +99,28 @@ def write_manifest(folder: AnyPath, manifest: Manifest) -> None:
 def read_manifest(folder: AnyPath, step: int) -> Manifest:
     """Return the verified manifest in `folder`; raise CheckpointError with the file and the problem."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint")
+        raise CheckpointError(f"{folder}: no such checkpoint; {describe_sibling_folders(folder)}")
     commit, data = _read_small(folder / COMMIT), _read_small(folder / MANIFEST)
     if commit != _commit_text(data):
         if _add_digest(commit.rpartition(b"commit ")[0]) != commit:
-            raise CheckpointError(f"{folder / COMMIT}: damaged: not a commit marker")
+            raise CheckpointError(
+                f"{folder / COMMIT}: damaged: its last line is not the digest of the others; {DAMAGE_FIX}"
+            )
         if not commit.startswith(f"mesh-transformer checkpoint {FORMAT}\n".encode()):
             raise CheckpointError(
-                f"{folder / COMMIT}: {commit[:60]!r} is not format {FORMAT}, which this version reads"
+                f"{folder / COMMIT}: {commit[:60]!r} is not format {FORMAT}, the only one that this version reads; use the "
+                "version of mesh_transformer that saved the checkpoint"
             )
-        raise CheckpointError(f"{folder / MANIFEST}: damaged: its digest does not match the one in {COMMIT}")
+        raise CheckpointError(f"{folder / MANIFEST}: damaged: its digest does not match {COMMIT}; {DAMAGE_FIX}")
     try:
         manifest = _parse(json.loads(data))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"key {error} is missing" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{folder / MANIFEST}: invalid manifest: {reason}; use another step") from None
+        raise CheckpointError(f"{folder / MANIFEST}: invalid manifest: {reason}; {DAMAGE_FIX}") from None
     if manifest.step != step:
         raise CheckpointError(
-            f"{folder / MANIFEST}: step is {manifest.step}, which does not match the folder; rename it to step_{manifest.step}"
+            f"{folder / MANIFEST}: step is {manifest.step}, which does not match the folder; rename the folder to "
+            f"step_{manifest.step}"
         )
     return manifest
 
@@ -127,13 +132,13 @@ def check_names(names: Iterable[str]) -> None:
         parts = name.split("/")
         if not all(NAME_PART.fullmatch(part) for part in parts):
             raise CheckpointError(
-                f"array name {name!r}: each part must have 1 to 200 characters of A-Z a-z 0-9 _.~=+@,:- and not begin "
-                "with a dot"
+                f"array name {name!r}: each part between slashes must have 1 to 200 characters of A-Z a-z 0-9 _.~=+@,:- "
+                "and not begin with a dot"
             )
         for end in range(1, len(parts)):
             if "/".join(parts[:end]) in names:
                 raise CheckpointError(
-                    f"array names {'/'.join(parts[:end])!r} and {name!r}: no name may be a folder of another"
+                    f"array names {'/'.join(parts[:end])!r} and {name!r}: no name may be a folder of another; rename one of them"
                 )
 
 
@@ -143,7 +148,7 @@ def array_folder(folder: AnyPath, name: str) -> AnyPath:
 
 
 def verify_sizes(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> dict[AnyPath, str]:
-    """Return {file: problem} from sizes and types of files, without reading them: missing, wrong size, or not a regular file."""
+    """Return {file: problem} of files that are missing, not regular or of the wrong size, without reading the values."""
     problems: dict[AnyPath, str] = {}
     files = list(_files(folder, arrays))
     sizes = backend_for(folder).file_sizes(f"{ARRAYS}/{name}/{path.name}" for name, path, _ in files)
@@ -177,7 +182,7 @@ def check_metadata(folder: AnyPath, arrays: Mapping[str, ArrayRecord]) -> None:
         path = array_folder(folder, name) / METADATA
         if digest_file(path, record.files[METADATA].size) != record.files[METADATA]:
             raise CheckpointError(
-                f"{path}: damaged: its digest does not match the manifest; it belongs to array {name}"
+                f"{path}: damaged: its digest does not match the manifest; it belongs to array {name}; {DAMAGE_FIX}"
             )
 
 
@@ -202,7 +207,7 @@ def _read_small(path: AnyPath) -> bytes:
         return read_small(path, MAX_MANIFEST_BYTES)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: missing or unreadable ({error.strerror}); the checkpoint is incomplete"
+            f"{path}: missing or unreadable ({error.strerror}), so the checkpoint is incomplete; use another step"
         ) from None
 
 
@@ -213,19 +218,24 @@ def _parse(table: dict[str, Any]) -> Manifest:
     check_names(arrays)
     for key in ("meta", "versions"):
         if not isinstance(table[key], dict):
-            raise ValueError(f"{key} is a {type(table[key]).__name__}, and must be an object")
-    (step,) = _dims([table["step"]])
+            raise ValueError(f"{key} is a {type(table[key]).__name__}, but must be an object")
+    (step,) = _dims([table["step"]], "step")
     return Manifest(step, str(table["created"]), table["versions"], arrays, table["meta"])
 
 
 def _parse_array(name: str, table: dict[str, Any]) -> ArrayRecord:
-    shape, shard, chunk = (_dims(table[key]) for key in ("shape", "shard", "chunk"))
-    files = {str(key): FileRecord(_dims([size])[0], str(digest)) for key, (size, digest) in table["files"].items()}
+    shape, shard, chunk = (_dims(table[key], f"array {name}: {key}") for key in ("shape", "shard", "chunk"))
+    files = {
+        str(key): FileRecord(_dims([size], f"array {name}: size of {key}")[0], str(digest))
+        for key, (size, digest) in table["files"].items()
+    }
     record = ArrayRecord(shape, str(table["dtype"]), tuple(map(str, table["axes"])), shard, chunk, files)
     if record.dtype not in DTYPES:
         raise ValueError(f"array {name}: dtype {record.dtype!r} is not one of {', '.join(DTYPES)}")
     if not len(shape) == len(shard) == len(chunk) == len(record.axes):
-        raise ValueError(f"array {name}: shape, axes, shard and chunk have different lengths")
+        raise ValueError(
+            f"array {name}: shape {shape}, axes {record.axes}, shard {shard} and chunk {chunk} have different lengths"
+        )
     if any(inner < 1 or outer < inner or outer % inner for outer, inner in zip(shard, chunk, strict=True)):
         raise ValueError(f"array {name}: chunks {chunk} do not divide shards {shard}")
     chunks_per_shard = count_bytes(shard, record.dtype) // count_bytes(chunk, record.dtype)
@@ -242,7 +252,7 @@ def _parse_array(name: str, table: dict[str, Any]) -> ArrayRecord:
     return record
 
 
-def _dims(values: list[Any]) -> tuple[int, ...]:
+def _dims(values: list[Any], key: str) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
-        raise ValueError(f"{str(values)[:80]} is not a list of sizes")
+        raise ValueError(f"{key}: {str(values)[:80]} is not a list of integers from 0 to 2**62 - 1")
     return tuple(values)

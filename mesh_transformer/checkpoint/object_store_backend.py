@@ -8,9 +8,8 @@
     step_<N>/COMMIT          written last, atomically as any object; deleted first
 
 A step without COMMIT is a save that is in progress or was interrupted; readers do not take it for a checkpoint. Rule for
-leftovers: a process of this host that OWNER names is looked up by pid and start time; without OWNER, or with that of
-another host, the step is considered dead once its latest object is an hour old. The next writable store deletes dead
-steps.
+leftovers: a process of this host that OWNER names is looked up by pid and start time; if OWNER is missing or names another
+host, the step is considered dead once its latest object is an hour old. The next writable Store deletes dead steps.
 
 A second save of a step deletes the first one before it begins, COMMIT first: if it fails, that step is lost and the
 others are unchanged.
@@ -29,7 +28,7 @@ from mesh_transformer.storage.errors import StorageError
 from mesh_transformer.storage.paths import RemotePath, kvstore_context, kvstore_spec
 
 OWNER = "OWNER"
-MARK = re.compile(rf"{OWNER}\.(.+)-([0-9]+)-([0-9]+)-[0-9a-f]+")
+OWNER_MARKER = re.compile(rf"{OWNER}\.(.+)-([0-9]+)-([0-9]+)-[0-9a-f]+")
 
 
 class ObjectStoreBackend:
@@ -66,23 +65,23 @@ class ObjectStoreBackend:
         return self.path / f"step_{step}"
 
     def create_staging(self, step: int, owner: str) -> None:
-        """Write the owner's mark and delete an earlier checkpoint of this step."""
+        """Write the owner marker and delete an earlier checkpoint of this step."""
         folder = ObjectStoreBackend(self.staging_dir(step, owner))
         before = folder.list_files()
         folder.write_files({f"{OWNER}.{owner}": owner.encode()})
         folder._delete_all(before)
 
     def commit(self, step: int, owner: str) -> None:
-        """Delete the owner's mark; COMMIT exists already, and a remaining mark is harmless."""
+        """Delete the owner marker; COMMIT exists already, and a marker that remains is harmless."""
         with contextlib.suppress(StorageError, RuntimeError):
             ObjectStoreBackend(self.staging_dir(step, owner)).delete_files([f"{OWNER}.{owner}"])
 
     def abort(self, step: int, owner: str) -> None:
-        """Delete what was written, ignoring errors; the next writable store deletes the rest."""
+        """Delete the objects written so far, ignoring errors; the next writable Store deletes the rest."""
         folder = ObjectStoreBackend(self.staging_dir(step, owner))
         with contextlib.suppress(StorageError, RuntimeError):  # RuntimeError: the interpreter is about to exit
             found = folder.list_files()
-            if f"{OWNER}.{owner}" in found:  # without the mark the objects belong to an earlier save
+            if f"{OWNER}.{owner}" in found:  # without the marker the objects belong to an earlier save
                 folder._delete_all(found)
 
     def delete(self) -> None:
@@ -90,7 +89,7 @@ class ObjectStoreBackend:
         self._delete_all(self.list_files())
 
     def write_files(self, files: Mapping[str, bytes | None]) -> None:
-        """Write objects concurrently, each atomically; those with content None are deleted."""
+        """Write objects concurrently, each atomically; an object with content None is deleted."""
         with self.path.filesystem():
             store = _open_store(self.path)
             errors = [future.exception() for future in [store.write(name, data) for name, data in files.items()]]
@@ -98,6 +97,7 @@ class ObjectStoreBackend:
                 raise error
 
     def remove_folder(self, name: str) -> None:
+        """Delete all objects below a name."""
         folder = ObjectStoreBackend(self.path / name)
         folder.delete_files(list(folder.list_files()))
 
@@ -105,7 +105,7 @@ class ObjectStoreBackend:
         """Do nothing: objects are durable once written."""
 
     def file_sizes(self, names: Iterable[str]) -> Iterator[int | str]:
-        """Yield the size of each object, or a description of the problem; one listing serves all."""
+        """Yield the size of each object, or a problem if it is missing; all sizes come from one listing."""
         found = self.list_files()
         return (found[name][0] if name in found else "missing (no such object)" for name in names)
 
@@ -130,10 +130,10 @@ class ObjectStoreBackend:
         return [(path, (path / COMMIT).is_file()) for path in self.path.iterdir() if STEP.fullmatch(path.name)]
 
     def _delete_all(self, names: Iterable[str]) -> None:
-        """Delete COMMIT first and owners' marks last, so that a partly deleted step is never taken for a checkpoint."""
+        """Delete COMMIT first and owner markers last, so that a partly deleted step is never taken for a checkpoint."""
         names = set(names)
-        marks = {name for name in names if MARK.fullmatch(name)}
-        for group in ({COMMIT} & names, names - marks - {COMMIT}, marks):
+        markers = {name for name in names if OWNER_MARKER.fullmatch(name)}
+        for group in ({COMMIT} & names, names - markers - {COMMIT}, markers):
             self.delete_files(sorted(group))
 
 
@@ -143,6 +143,6 @@ def _open_store(path: RemotePath) -> Any:
 
 def _may_be_alive(found: Mapping[str, tuple[int, float]]) -> bool:
     last_change = max(changed for _, changed in found.values())
-    marks = [match for match in map(MARK.fullmatch, found) if match]
-    owners = [(mark[1], int(mark[2]), int(mark[3])) for mark in marks] or [("", 0, 0)]
+    markers = [match for match in map(OWNER_MARKER.fullmatch, found) if match]
+    owners = [(marker[1], int(marker[2]), int(marker[3])) for marker in markers] or [("", 0, 0)]
     return any(is_alive(*owner, lambda: last_change) for owner in owners)

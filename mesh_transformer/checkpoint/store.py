@@ -26,6 +26,7 @@ from mesh_transformer.checkpoint.arrays import (
 from mesh_transformer.checkpoint.backends import backend_for
 from mesh_transformer.checkpoint.commit import PendingSave, commit_save
 from mesh_transformer.checkpoint.manifest import (
+    DAMAGE_FIX,
     ArrayRecord,
     Manifest,
     check_metadata,
@@ -40,7 +41,7 @@ from mesh_transformer.storage.paths import AnyPath, describe_sibling_folders, pa
 
 
 class Store:
-    """The checkpoints under `root`. One thread at a time may use a Store; several runs may read a root, one may save.
+    """The checkpoints under `root`. Only one thread may use a Store at a time. Several runs may read a root; only one may save.
 
     The interpreter finishes a pending save before it exits, but its failure is reported only by `wait`.
     """
@@ -59,7 +60,9 @@ class Store:
         A `writable` store creates `root` and removes leftovers of interrupted saves.
         """
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
-            raise CheckpointError(f"keep_last = {keep_last}, keep_every = {keep_every}: both must be at least 1")
+            raise CheckpointError(
+                f"keep_last = {keep_last}, keep_every = {keep_every}: both must be at least 1; keep_every may also be None"
+            )
         self.root = parse_path(root).absolute()
         self.keep_last = keep_last
         self.keep_every = keep_every
@@ -93,14 +96,18 @@ class Store:
         if not arrays or arrays.keys() != axes.keys():
             different = sorted(arrays.keys() ^ axes.keys())
             raise CheckpointError(
-                f"`arrays` must not be empty and must have the names of `axes`; they differ in: {different}"
+                f"save received {len(arrays)} arrays and the axes of {len(axes)}; `arrays` must not be empty and must have the "
+                f"names of `axes`; names in only one of them: {different}"
             )
         check_names(arrays)
         records = {name: describe_array(name, array, axes[name]) for name, array in sorted(arrays.items())}
         try:
-            meta_copy = json.loads(json.dumps(meta))  # the caller may change its own during the save
+            meta_copy = json.loads(json.dumps(meta))  # the caller may change `meta` during the save
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"meta of step {step} cannot be written as JSON: {error}") from error
+            raise CheckpointError(
+                f"meta of step {step} cannot be written as JSON: {error}; it may contain only dictionaries with string keys, "
+                "lists, strings, numbers, booleans and None"
+            ) from error
         slices = copy_to_host({name: arrays[name] for name in records})
         save = PendingSave(step, local_backend.make_owner(), records, slices, meta_copy)
         self._current.add(step)
@@ -141,7 +148,8 @@ class Store:
         step = max(found, default=None)
         if step is not None and not found[step]:
             raise CheckpointError(
-                f"{self.folder(step) / local_backend.COMMIT}: missing; move the folder away to use an older step"
+                f"{self.folder(step) / local_backend.COMMIT}: missing, so the checkpoint is incomplete; move its folder away "
+                "to use an older step"
             )
         return step
 
@@ -157,7 +165,7 @@ class Store:
                 return step
             self._damaged.add(step)
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-            log(f"checkpoint {self.folder(step)} is damaged: {'; '.join(problems[:5])}{more}")
+            log(f"checkpoint {self.folder(step)} is damaged and is not used: {'; '.join(problems[:5])}{more}")
         if found:
             raise CheckpointError(
                 f"{self.root}: none of the checkpoints {found} is valid; move them away to start over"
@@ -171,8 +179,8 @@ class Store:
 
         `like` must name every array of the checkpoint whose name begins with `only`. Each device reads its own slice;
         every byte read is checked. An array named in `unstack` becomes a tuple with one array per index of its first
-        dimension, and `like` has the sharding of one of them; this avoids a copy of the whole stack. Raises
-        CheckpointError for damage, or with all names that differ.
+        dimension, and `like` has the sharding that these arrays share; this avoids a copy of the whole stack. Raises
+        CheckpointError if a file is damaged, or if names, shapes or dtypes differ; it then lists all differences.
         """
         folder = self.folder(step)
         records = self.read_manifest(step).arrays
@@ -197,7 +205,7 @@ class Store:
         return read_manifest(self.folder(step), step)
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """Return the `meta` of a save."""
+        """Return the `meta` that was passed to `save`."""
         return dict(self.read_manifest(step).meta)
 
     def verify(self, step: int) -> list[str]:
@@ -266,7 +274,8 @@ class Store:
             run_on_all("prune", lambda: self._prune(save.step), first_only=True)
         except (OSError, StorageError, RemoteFailure) as error:
             raise CheckpointError(
-                f"step {save.step} was saved, but older checkpoints could not be deleted: {error}"
+                f"step {save.step} was saved in {self.root}, but older checkpoints could not be deleted: {error}; the next "
+                "save tries again"
             ) from error
 
 
@@ -274,8 +283,8 @@ def find_checkpoint(path: str | AnyPath, *, log: Callable[[str], None] | None = 
     """Return the store, opened for reading, and the step of the checkpoint at `path`.
 
     `path` is a run folder (with checkpoints/), a folder of checkpoints, or the folder of one step. Of several steps the
-    latest is returned, with `log` the latest valid one (see Store.latest_valid). Otherwise raises CheckpointError with
-    what was found instead.
+    latest is returned; with `log`, the latest valid one (see Store.latest_valid). Raises CheckpointError if there is no
+    checkpoint, with the names of the files that exist.
     """
     path = parse_path(path).absolute()
     if not path.is_dir():
@@ -310,12 +319,15 @@ def _check_match(folder: AnyPath, records: Mapping[str, ArrayRecord], like: Mapp
         if leaf.sharding is None:
             problems.append(f"{name}: no sharding given")
     if problems:
-        raise CheckpointError(f"{folder} does not match the requested arrays:\n  " + "\n  ".join(problems))
+        raise CheckpointError(
+            f"{folder} does not match the requested arrays; request them as they were saved, with the same configuration:\n  "
+            + "\n  ".join(problems)
+        )
 
 
 def _check_files(folder: AnyPath, records: Mapping[str, ArrayRecord]) -> None:
     """Raise CheckpointError with all problems that are visible without reading the values."""
     problems = verify_sizes(folder, records)
     if problems:
-        raise CheckpointError("\n".join(problems.values()))
+        raise CheckpointError("\n".join([*problems.values(), f"{folder} is damaged or incomplete; {DAMAGE_FIX}"]))
     check_metadata(folder, records)

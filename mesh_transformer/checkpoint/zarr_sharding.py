@@ -3,7 +3,8 @@
 """Shard files of an array: chunks one after the other, each followed by its crc32c, then the index of their positions.
 
 This is Zarr 3's `sharding_indexed` codec over `bytes` and `crc32c`. TensorStore reads these files and writes identical
-ones, which a test verifies; it takes three times as long, because it copies every chunk and has no fast crc32c.
+ones, which a test verifies. This module is used instead, because TensorStore copies every chunk, has no fast crc32c and
+therefore takes three times as long.
 """
 
 import itertools
@@ -28,8 +29,9 @@ class DamageError(Exception):
 def encode_shard(values: np.ndarray, shard: Sequence[int], chunk: Sequence[int]) -> Iterator[bytes | memoryview]:
     """Yield the content of a shard's file in parts.
 
-    `values` are the shard's values, fewer than its shape if it extends beyond the array's end: chunks are then filled
-    with zeros, or left out. Both shapes have the dimensions of the values, and `chunk` divides `shard`.
+    `values` has the shape `shard`, or is smaller if the shard extends beyond the array's end; chunks across the end are
+    then filled with zeros, and chunks after it left out. `shard` and `chunk` have one size per dimension; `chunk` divides
+    `shard`.
     """
     counts = [range(0, outer, inner) for outer, inner in zip(shard, chunk, strict=True)]
     positions: list[int] = []
@@ -56,8 +58,8 @@ def encode_shard(values: np.ndarray, shard: Sequence[int], chunk: Sequence[int])
 def read_shards(folder: Path, shard: Sequence[int], chunk: Sequence[int], index: Slices, values: np.ndarray) -> None:
     """Fill `values` with the array in `folder` at `index` (slices with start and stop, step 1).
 
-    Only chunks that overlap `index` are read, each checked; those that are contiguous in `values` are read directly into
-    it. Raises DamageError if a file is damaged, missing or unreadable.
+    Only chunks that overlap `index` are read, and each is verified; a chunk that is contiguous in `values` is read directly
+    into it. Raises DamageError if a file is damaged, missing or unreadable.
     """
     for cell, part in grid_cells(index, shard):
         path = folder / shard_key(cell)
@@ -82,13 +84,13 @@ def _read_shard(file: int, counts: Sequence[int], chunk: Sequence[int], index: S
         is_direct = target.shape == tuple(chunk) and target.flags.c_contiguous
         block = target if is_direct else np.empty(chunk, values.dtype)
         if offset + nbytes > size or nbytes != block.nbytes + CHECKSUM:  # MISSING is larger than any file
-            raise ValueError(f"chunk {cell} is missing, or its size is not {block.nbytes} bytes")
+            raise ValueError(f"chunk {cell} is missing, or does not have {block.nbytes} bytes")
         _read_checked(file, offset, block, f"chunk {cell}")
         if not is_direct:
             target[...] = block[_relative(part, cell, chunk)]
 
 
-def _read_checked(file: int, offset: int, values: np.ndarray, what: str) -> None:
+def _read_checked(file: int, offset: int, values: np.ndarray, label: str) -> None:
     """Fill `values` (in C order) from a file and compare the checksum that follows them."""
     data = values.reshape(-1).view(np.uint8).data
     checksum = bytearray(CHECKSUM)
@@ -96,14 +98,14 @@ def _read_checked(file: int, offset: int, values: np.ndarray, what: str) -> None
     while rest:
         count = os.preadv(file, rest, offset)
         if not count:
-            raise ValueError(f"{what} is truncated")
+            raise ValueError(f"{label} is truncated")
         offset += count
         while rest and count >= len(rest[0]):
             count -= len(rest.pop(0))
         if count:
             rest[0] = rest[0][count:]
     if bytes(checksum) != _checksum(data):
-        raise ValueError(f"{what} does not match its checksum")
+        raise ValueError(f"{label} does not match its checksum")
 
 
 def subview(values: np.ndarray, index: Slices, part: Slices) -> np.ndarray:

@@ -52,7 +52,11 @@ class LineFile:
         self._unwritten += line + b"\n"
         failure = self.flush(sync=sync)
         if bool(failure) != was_buffering:
-            text = f"{failure.strerror}; buffering lines in memory" if failure else "all buffered lines are written"
+            text = (
+                f"{failure.strerror}; buffering lines in memory until they can be written; free space on this disk"
+                if failure
+                else "all buffered lines are written"
+            )
             print(f"{self.path}: {text}", file=sys.stderr, flush=True)
 
     def flush(self, *, sync: bool) -> OSError | None:

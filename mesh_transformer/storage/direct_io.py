@@ -25,7 +25,7 @@ _staging = threading.local()
 
 
 class DirectFile(PositionedFile):
-    """A file to write; several threads may call `write_at` concurrently. Written data is durable after `sync`."""
+    """A file opened for writing; several threads may call `write_at` concurrently. Written data is durable after `sync`."""
 
     def __init__(self, path: Path, *, truncate: bool = True):
         """Open a file, creating it if it does not exist."""

@@ -14,22 +14,23 @@ ERROR_HINTS = (
     (r"NoCredentials|PartialCredentials|Unable to locate credentials|CredentialRetrieval|DefaultCredentialsError"
      r"|ProfileNotFound|No valid credentials|Anonymous caller", "no credentials; {credentials}"),
     (r"NoSuchBucket|specified bucket does not exist|no such bucket|bucket does not exist",
-     "no such bucket: {bucket}; create it, or check its spelling and {endpoint}"),
+     "no such bucket: {bucket}; create it, or correct its name in the URL or {endpoint}"),
     (r"PermissionError|AccessDenied|PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch"
      r"|ExpiredToken|(code: |\(|, )40[13]\b",
-     "permission denied; the credentials need list, read, write and delete access to {bucket}"),
+     "permission denied; the credentials need permission to list, read, write and delete objects in {bucket}"),
     (r"SlowDown|ServiceUnavailable|InternalError|Service Unavailable|(code: |\(|, )50\d\b",
-     "the object store returned an error after several retries; try again later"),
+     "the object store returned an error after several retries; run the command again later"),
     (r"Connect|Timeout|timed out|HTTPClientError|ClientOSError|ResponseStreaming|ServerDisconnected|IncompleteRead"
      r"|PayloadError|UNAVAILABLE|resolve host|CURL|Broken pipe|reset by peer|DEADLINE",
      "cannot connect to the object store; check the network and {endpoint}, then run the command again"),
-    (r"InvalidBucketName|Invalid bucket name|Not a valid bucket", "{bucket} is not a valid bucket name"),
-    (r"PermanentRedirect|AuthorizationHeaderMalformed|response code: 301", "the bucket is in another region; set AWS_REGION"),
+    (r"InvalidBucketName|Invalid bucket name|Not a valid bucket", "{bucket} is not a valid bucket name; correct the URL"),
+    (r"PermanentRedirect|AuthorizationHeaderMalformed|response code: 301",
+     "the bucket {bucket} is in another region; set AWS_REGION to that region"),
 )  # fmt: skip
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, incomplete, damaged or of another structure; the message names the array and the file."""
+    """A checkpoint is missing, incomplete, damaged or does not match the request; the message names the array and the file."""
 
 
 class StorageError(CheckpointError):
@@ -37,7 +38,7 @@ class StorageError(CheckpointError):
 
 
 def explain_error(path: object, error: BaseException) -> str | None:
-    """Return the cause and fix of an object-store error, with its original text; None if it is not a known one.
+    """Return the cause and fix of an object-store error, with its original text; None for an unknown error.
 
     `path` is the URL that was accessed; for a local path the result is None.
     """

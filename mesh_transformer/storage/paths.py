@@ -180,7 +180,7 @@ class RemotePath:
             yield _filesystem(self.scheme, tuple(os.environ.get(name) for name in ENVIRONMENT_VARIABLES))
         except CheckpointError:
             raise
-        except Exception as error:  # each library below raises types of its own
+        except Exception as error:  # s3fs, gcsfs, botocore and aiohttp raise different types
             reason = explain_error(self, error)
             if reason is None and isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(errno.ENOENT, "no such object", str(self)) from error
@@ -193,7 +193,7 @@ AnyPath = Path | RemotePath
 
 
 def parse_path(path: str | AnyPath) -> AnyPath:
-    """Return the local path or RemotePath that a string means; raise CheckpointError for an unsupported URL."""
+    """Convert a string to a local path or a RemotePath; raise CheckpointError for an unsupported URL."""
     match = URL.fullmatch(path) if isinstance(path, str) else None
     if match:
         parts = [part for part in match[2].split("/") if part]
@@ -201,11 +201,12 @@ def parse_path(path: str | AnyPath) -> AnyPath:
             urls = ", ".join(f"{scheme}://bucket/path" for scheme in SCHEMES)
             raise CheckpointError(f"{path}: unsupported URL; use {urls} or a local path")
         if {".", ".."} & set(parts):
-            raise CheckpointError(f"{path}: the URL contains . or ..; write the full path")
+            raise CheckpointError(f"{path}: the URL contains . or ..; write the full path without them")
         return RemotePath(match[1], tuple(parts))
     if not isinstance(path, RemotePath) and Path(path).parts[:1] in {(f"{scheme}:",) for scheme in SCHEMES}:
         raise CheckpointError(
-            f"{path}: a URL was converted to a local path; this setting must be a local path, or pass the URL as a string"
+            f"{path}: a URL was converted to a local path; pass the URL as a string, or use a local path where URLs are not "
+            "supported"
         )
     return path if isinstance(path, RemotePath) else Path(path)
 
@@ -215,8 +216,13 @@ def read_small(path: AnyPath, max_bytes: int) -> bytes:
     if isinstance(path, RemotePath):
         return path.read_bytes()
     status = os.lstat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
-        raise CheckpointError(f"{path}: must be a regular file, not a link, of at most {max_bytes} bytes")
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a link" if stat.S_ISLNK(status.st_mode) else "a folder or a special file"
+        raise CheckpointError(f"{path}: is {kind}, but must be a regular file; copy the file itself to this path")
+    if status.st_size > max_bytes:
+        raise CheckpointError(
+            f"{path}: has {status.st_size:,} bytes, but must have at most {max_bytes:,}; copy the file again"
+        )
     return path.read_bytes()
 
 
@@ -234,7 +240,7 @@ def read_blocks(path: AnyPath, size: int | None = None) -> Iterator[bytes | memo
 
 
 def map_bytes(path: AnyPath, start: int, stop: int) -> np.ndarray:
-    """Return bytes [start, stop): memory-mapped of a file, read of an object; raise ValueError if it is shorter."""
+    """Return bytes [start, stop) as uint8: a local file is memory-mapped, an object is read. Raise ValueError if it is shorter."""
     if isinstance(path, RemotePath):
         raw = np.frombuffer(_read_cached(path, start, stop), np.uint8)
         found = start + len(raw)
@@ -258,24 +264,24 @@ def read_into(path: Path, start: int, values: np.ndarray) -> None:
 
 
 def _truncated(path: AnyPath, found: int, stop: int) -> str:
-    return f"{path}: truncated: the file has {found:,} bytes, but an array in it ends at byte {stop:,}; copy it again"
+    return f"{path}: truncated: the file has {found:,} bytes, but an array in it ends at byte {stop:,}; copy or download it again"
 
 
 @functools.lru_cache(2)
 def _read_cached(path: RemotePath, start: int, stop: int) -> bytes:
-    """Cached because reading an array column by column requests the same byte range repeatedly."""
+    """Read a byte range; cached, because reading an array column by column requests the same range repeatedly."""
     return path.read_range(start, stop)
 
 
 def describe_sibling_folders(path: AnyPath) -> str:
-    """Return where `path` would be and the first folders there, for messages about a missing folder."""
+    """Return a phrase with the first ten folders in the parent of a missing `path`, for error messages."""
     parent = path.parent
     others = sorted(other.name for other in parent.iterdir() if other.is_dir()) if parent.is_dir() else []
     return f"folders in {parent}: {', '.join(others[:10]) or 'none'}"
 
 
 def local_copy(folder: AnyPath, names: tuple[str, ...]) -> Path:
-    """Return a local folder with the small files `names` of `folder`: itself, or a copy that is deleted at exit."""
+    """Return a local folder with the small files `names`: `folder` itself if it is local, else a copy deleted at exit."""
     if isinstance(folder, Path):
         return folder
     copy = Path(tempfile.mkdtemp(prefix="mesh-transformer-"))
@@ -309,7 +315,7 @@ def _make_context(has_keys: bool) -> ts.Context:
 
 
 def _s3_options() -> dict[str, str | None]:
-    """Return endpoint and region by TensorStore's names; without a region it asks the bucket for its own."""
+    """Return endpoint and region under TensorStore's names; without a region, TensorStore asks the store for it."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     return {"endpoint": endpoint, "aws_region": region or ("us-east-1" if endpoint else None)}
@@ -322,9 +328,8 @@ def _filesystem(scheme: str, _environment: tuple[str | None, ...]) -> Any:
         import fsspec
 
         if scheme == "gs":
-            logging.getLogger("gcsfs").setLevel(
-                logging.CRITICAL
-            )  # it prints tracebacks of errors that are reported here
+            # gcsfs logs tracebacks of errors that are raised here as StorageError.
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
             return fsspec.filesystem("gs", use_listings_cache=False, skip_instance_cache=True)
         import s3fs.core
 
@@ -354,7 +359,7 @@ def _modification_time(entry: Mapping[str, Any]) -> float:
 
 
 class _PagedReader(PositionedFile):
-    """An object as a file; a few pages are cached, because archives are read at the end first and then in several places."""
+    """An object as a seekable file; a few pages are cached, because archives are read at the end first, then at other offsets."""
 
     def __init__(self, path: RemotePath):
         super().__init__()

@@ -3,8 +3,8 @@
 """Progress log of a long job: an interrupted conversion or evaluation resumes where it stopped.
 
 The file is JSON lines. The first line identifies the job, such as {"conversion": ...} or {"model": <digest>}. Each
-following line is one finished item, [<key>, <result>]; version 1.0 wrote those of an evaluation as {"key": ..., "is": ...},
-which is read as well. A log of another job, or a damaged one, is discarded.
+following line is one finished item, [<key>, <result>]; version 1.0 wrote the items of an evaluation as
+{"key": ..., "is": ...}, which is read as well. A damaged log, or the log of another job, is discarded.
 """
 
 import json
@@ -19,9 +19,9 @@ LOG_FILE = "journal.jsonl"  # in the staging folder of a conversion
 
 
 class ResumeLog:
-    """Results of the finished items by key. Use it in a `with` block, and call `delete` once they are stored elsewhere.
+    """Results of the finished items by key. Use it in a `with` block; call `delete` once the results are stored elsewhere.
 
-    A last line that a crash cut short is ignored.
+    An incomplete last line, left by a crash, is ignored.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]):
@@ -76,7 +76,7 @@ def _has_header(path: Path, header: Mapping[str, Any]) -> bool:
 
 
 def _read_done(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recorded results: none for another job's log, or for one with a damaged line."""
+    """Return the recorded results; an empty dictionary if the log is missing, damaged or of another job."""
     if not _has_header(path, header):
         return {}
     done: dict[str, Any] = {}

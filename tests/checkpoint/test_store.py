@@ -206,7 +206,7 @@ def test_rejects_arrays_that_cannot_be_saved(tmp_path):
     gone = jnp.ones(3)
     gone.delete()
     for arrays, axes, meta, match in [
-        ({"w": np.ones(3)}, {"w": ("embed",)}, {}, "w: a ndarray is not a jax.Array"),
+        ({"w": np.ones(3)}, {"w": ("embed",)}, {}, "w: is of type ndarray, but must be a jax.Array"),
         ({"w": jnp.ones(3)}, {"w": ()}, {}, "w: 0 logical axes"),
         ({"w": jnp.ones(3)}, {"v": ("embed",)}, {}, r"differ in: \['v', 'w'\]"),
         ({"w": jax.random.key(0)}, {"w": ()}, {}, "w: a random key cannot be saved"),
