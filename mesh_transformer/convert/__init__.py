@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Conversion of checkpoints between the native, Hugging Face and mesh-transformer-jax formats.
+"""Conversion of checkpoints between the native, Hugging Face, GGUF and mesh-transformer-jax formats.
 
-The path of a weight: `readers` opens a checkpoint as an `import_plan` of `lazy_arrays`; `writers` reads the plan slice by
-slice and writes the result; `bit_check` and `logit_check` compare both sides; `destination` publishes the result.
-`conversion` runs these steps.
+Steps of a conversion, which `conversion` runs: `readers` opens a checkpoint as an `import_plan` of `lazy_arrays`; `writers`
+reads the plan slice by slice and writes the result; `bit_check` and `logit_check` compare source and result; `destination`
+publishes the result.
 """

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the arrays of both sides of a conversion bit by bit."""
+"""Compare the arrays of the source and the result of a conversion bit by bit."""
 
 import functools
 
@@ -19,11 +19,14 @@ from mesh_transformer.storage.errors import CheckpointError
 def verify_bits(source: ImportPlan, result: ImportPlan, dtype: str | None, progress: Progress) -> dict[str, str]:
     """Read every array of both checkpoints, compare them bit by bit and return the digest of each array.
 
-    Source weights are cast to `dtype` unless it is None. CheckpointError if a bit differs.
+    Source weights are cast to `dtype` unless it is None. Raises CheckpointError if a bit differs.
     """
     if source.arrays.keys() != result.arrays.keys():
         different = sorted(source.arrays.keys() ^ result.arrays.keys())
-        raise CheckpointError(f"the source and the result have different arrays: {different[:5]}")
+        raise CheckpointError(
+            f"arrays in only one of the source and the result: {different[:5]}; the result was deleted. This is a bug in the "
+            "conversion, please report it"
+        )
     counter = ByteCounter("verifying", source.nbytes(dtype), progress)
     sources, results = source.values, result.values
 
@@ -32,9 +35,13 @@ def verify_bits(source: ImportPlan, result: ImportPlan, dtype: str | None, progr
         expected = to_c_order(cast_values(sources[name].read(index), target, name))
         found = to_c_order(results[name].read(index))
         if found.dtype == np.float32 != expected.dtype and expected.dtype.name in WEIGHT_DTYPES:
-            expected = expected.astype(np.float32)  # the result sums arrays that were written in the narrower type
+            expected = expected.astype(np.float32)  # the result is the sum of arrays that were written as `dtype`
         if found.dtype != expected.dtype or not np.array_equal(_bits(found), _bits(expected)):
-            raise CheckpointError(f"{name} at {index}: the result differs from the source; the result was deleted")
+            bounds = ", ".join(f"{part.start}:{part.stop}" for part in index)
+            raise CheckpointError(
+                f"{name}[{bounds}]: the result differs from the source; the result was deleted. Check the disk, then run the "
+                "conversion again"
+            )
         return name, _bits(expected)
 
     digests = {name: xxhash.xxh3_128() for name in sources}

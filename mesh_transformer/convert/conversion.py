@@ -20,8 +20,8 @@ from mesh_transformer.config import ConfigError
 from mesh_transformer.convert.bit_check import verify_bits
 from mesh_transformer.convert.destination import check_destination, publish, staging_folder
 from mesh_transformer.convert.gptj.writer import make_external_config
-from mesh_transformer.convert.huggingface.carried import read_carried, write_carried
 from mesh_transformer.convert.huggingface.reader import find_family
+from mesh_transformer.convert.huggingface.text_files import read_text_files, write_text_files
 from mesh_transformer.convert.import_plan import ImportPlan
 from mesh_transformer.convert.lazy_arrays import array_bytes
 from mesh_transformer.convert.logit_check import TOLERANCE, LogitDifference, Verify, compare_logits
@@ -36,7 +36,7 @@ from mesh_transformer.storage.paths import AnyPath, parse_path
 from mesh_transformer.storage.resume_log import ResumeLog, open_staging_log
 
 if TYPE_CHECKING:
-    from mesh_transformer.convert.gguf.writer import OutModel  # needs the package gguf
+    from mesh_transformer.convert.gguf.writer import GGUFPlan  # needs the package gguf
 
 GPT2_END_OF_TEXT = 50256
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -50,15 +50,19 @@ class ConversionOptions:
     destination: str | AnyPath  # folder to create; a path or URL
     format: Literal["native", "huggingface", "gguf", "gptj-v1"] = "native"
     shards: int = 8  # of format "gptj-v1"
-    gguf_type: str | None = None  # of the matrices of format "gguf"; None: unchanged
+    gguf_type: str | None = None  # GGUF type of the matrices, for format "gguf"; None: that of the source
     dtype: str | None = None  # of the weights; None: unchanged
     weights_only: bool = False  # leave out optimizer state and counters
     max_memory: str = "1G"  # in addition to the interpreter
     source_config: str | AnyPath | None = None  # JSON configuration of a mesh-transformer-jax checkpoint
-    tokenizer: str | None = None  # tokenizer.json, its folder, or "bytes", if the source has no tokenizer
+    tokenizer: str | None = (
+        None  # tokenizer.json, its folder, or "bytes"; None: the tokenizer of the source, if it has one
+    )
     overwrite: bool = False  # replace the destination when the new result is complete
-    verify: Verify = "auto"  # what computes the logits of Hugging Face folders
-    staging: Path | None = None  # local folder in which a remote result is prepared; None: that of temporary files
+    verify: Verify = "auto"  # implementation that computes the logits of Hugging Face folders
+    staging: Path | None = (
+        None  # local folder in which a remote result is prepared; None: the system's temporary folder
+    )
 
 
 class Conversion(NamedTuple):
@@ -67,16 +71,19 @@ class Conversion(NamedTuple):
     source: OpenCheckpoint
     tokenizer: Tokenizer | None
     destination: AnyPath
-    partial: Path  # where the result is written
-    nbytes: int  # of the result's values
+    partial: Path  # folder in which the result is written before it is published
+    nbytes: int  # size of the result's values in bytes
     dtype: str | None  # of the weights; None: unchanged
     may_round: bool  # whether the user requested a dtype
     max_memory: int  # bytes
-    gguf: "OutModel | None"  # what a result of format "gguf" contains
+    gguf: "GGUFPlan | None"  # the file to write, for format "gguf"
 
 
 def prepare(options: ConversionOptions) -> Conversion:
-    """Open the source and check the destination. Raise CheckpointError or ConfigError if the conversion is impossible."""
+    """Open the source and check the destination; no values are read.
+
+    Raises CheckpointError or ConfigError if the conversion is impossible.
+    """
     max_memory = parse_bytes(options.max_memory)
     destination = parse_path(options.destination)
     source_config = parse_path(options.source_config) if options.source_config else None
@@ -90,7 +97,7 @@ def prepare(options: ConversionOptions) -> Conversion:
             find_family(source.plan.config)
         case "gptj-v1":
             make_external_config(source.plan.config, options.shards)
-            dtype = dtype or source.plan.weight_dtype()  # all of its leaves have one type
+            dtype = dtype or source.plan.weight_dtype()  # all leaves of the format have one type
         case "gguf":
             gguf = _plan_gguf(source.plan, options)
     nbytes = gguf.nbytes if gguf else source.plan.nbytes(dtype)
@@ -101,9 +108,11 @@ def prepare(options: ConversionOptions) -> Conversion:
     return Conversion(source, tokenizer, destination, partial, nbytes, dtype, may_round, max_memory, gguf)
 
 
-def _plan_gguf(plan: ImportPlan, options: ConversionOptions) -> "OutModel":
+def _plan_gguf(plan: ImportPlan, options: ConversionOptions) -> "GGUFPlan":
     if options.dtype:
-        raise ConfigError("--dtype is not for --format gguf; use --gguf-type")
+        raise ConfigError(
+            f"--dtype {options.dtype} cannot be combined with --format gguf; use --gguf-type to set the type of its matrices"
+        )
     require_gguf(options.destination)
     from mesh_transformer.convert.gguf.writer import plan_gguf
 
@@ -111,7 +120,7 @@ def _plan_gguf(plan: ImportPlan, options: ConversionOptions) -> "OutModel":
 
 
 def plan_conversion(options: ConversionOptions) -> dict[str, Any]:
-    """Return the sizes of what a conversion would read, write and hold in memory, without reading any weights."""
+    """Return the plan of a conversion: its arrays, sizes in bytes, memory limit and free disk space. No weights are read."""
     conversion = prepare(options)
     source = conversion.source
     return {
@@ -188,11 +197,16 @@ def write(conversion: Conversion, options: ConversionOptions, progress: Progress
             case "gguf":
                 return _write_gguf(conversion, meta, log, write_options)
             case _:
-                carry_from = source.path if source.kind == "huggingface" else None
+                copy_files_from = source.path if source.kind == "huggingface" else None
                 result = write_huggingface(
-                    partial, source.plan, log, write_options, carry_from=carry_from, model_type=meta.get("model_type")
+                    partial,
+                    source.plan,
+                    log,
+                    write_options,
+                    copy_files_from=copy_files_from,
+                    model_type=meta.get("model_type"),
                 )
-                write_carried(partial, meta)
+                write_text_files(partial, meta)
                 return result
 
 
@@ -208,7 +222,7 @@ def _write_gguf(conversion: Conversion, meta: dict[str, Any], log: ResumeLog, op
 def load_source_tokenizer(source: OpenCheckpoint, options: ConversionOptions) -> Tokenizer | None:
     """Return the tokenizer given in the options or found in the source's model folder; None if there is neither.
 
-    Raises TokenizerError, and ConfigError if the model has too few rows for its vocabulary.
+    Raises TokenizerError if it cannot be read, and ConfigError if the model has fewer token embeddings than it has tokens.
     """
     spec = options.tokenizer or (source.plan.tokenizer if source.kind == "huggingface" else None)
     if not spec:
@@ -216,35 +230,37 @@ def load_source_tokenizer(source: OpenCheckpoint, options: ConversionOptions) ->
     tokenizer, n_vocab = load_tokenizer(spec), source.plan.model["n_vocab"]
     if tokenizer.n_base_vocab > n_vocab:
         raise ConfigError(
-            f"{spec}: the tokenizer has {tokenizer.n_base_vocab:,} entries, but the vocabulary of the model has only "
+            f"{spec}: the tokenizer has {tokenizer.n_base_vocab:,} tokens, but the model has embeddings of only "
             f"{n_vocab:,}; pass the tokenizer of this model with --tokenizer"
         )
     return tokenizer
 
 
 def note_tokenizer(tokenizer: Tokenizer | None, n_vocab: int) -> list[str]:
-    """Return what a user should know about the tokenizer of a model with `n_vocab` rows."""
+    """Return notes for the user about the tokenizer of a model with `n_vocab` token embeddings."""
     if tokenizer is None:
         return []
     notes = [f"tokenizer: {tokenizer.loss}"] if tokenizer.loss else []
     if tokenizer.n_vocab > n_vocab:
         notes.append(
-            f"tokenizer: the ids {n_vocab:,} to {tokenizer.n_vocab - 1:,}, of added tokens, have no row in the model; "
-            "prompts with them will be refused"
+            f"tokenizer: its added tokens with the ids {n_vocab:,} to {tokenizer.n_vocab - 1:,} have no embedding in the model; "
+            "prompts that contain these tokens will be rejected"
         )
     return notes
 
 
 def make_meta(source: OpenCheckpoint, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return the metadata of the result: that of the source, or the model's configuration and tokenizer."""
+    """Return the metadata of the result: the source's metadata, the model's configuration and the tokenizer."""
     meta = dict(source.meta)
     model = source.plan.model
     if "config" not in meta:
         meta["config"] = {"model": model}
     if source.kind == "huggingface":
-        meta |= read_carried(source.path, source.external_config)
+        meta |= read_text_files(source.path, source.external_config)
         meta["model_type"] = source.external_config["model_type"]
-    if source.kind == "gptj-v1" and model["n_vocab"] > GPT2_END_OF_TEXT:  # it always uses the tokenizer of GPT-2
+    if (
+        source.kind == "gptj-v1" and model["n_vocab"] > GPT2_END_OF_TEXT
+    ):  # mesh-transformer-jax always uses GPT-2's tokenizer
         meta["special_ids"] = {"bos_token_id": GPT2_END_OF_TEXT, "eos_token_id": GPT2_END_OF_TEXT}
     if tokenizer:
         meta["tokenizer"] = tokenizer.to_json()
@@ -253,7 +269,10 @@ def make_meta(source: OpenCheckpoint, tokenizer: Tokenizer | None) -> dict[str, 
 
 
 def verify(conversion: Conversion, result: Path, options: ConversionOptions, progress: Progress) -> dict[str, Any]:
-    """Compare every array and the logits of both sides. Raise CheckpointError if they differ."""
+    """Compare every array, and the logits, of source and result; return the section of the report about them.
+
+    Raises CheckpointError if they differ.
+    """
     source = conversion.source
     written = open_checkpoint(result, result.parent / "config.json" if options.format == "gptj-v1" else None)
     if conversion.gguf is not None:
@@ -266,14 +285,14 @@ def verify(conversion: Conversion, result: Path, options: ConversionOptions, pro
     difference = compare_logits(source, written, conversion.max_memory, progress, options.verify)
     if difference and not conversion.may_round and difference.largest > TOLERANCE * difference.scale:
         raise CheckpointError(
-            f"the logits of {source.path} and of the result differ by {difference.largest:.3g} (largest logit: "
-            f"{difference.scale:.3g}); the result was deleted. This is a bug in the conversion, please report it"
+            f"the logits of {source.path} and of the result differ by {difference.largest:.3g}, but may differ by at most "
+            f"{TOLERANCE * difference.scale:.3g}; the result was deleted. This is a bug in the conversion, please report it"
         )
     dtype = conversion.gguf.type if conversion.gguf else conversion.dtype
     cast = f" cast to {dtype}" if dtype else ""
     found = {
         "arrays": len(digests),
-        "verified": f"each array of the result was read back and equals that of the source{cast} bit by bit",
+        "verified": f"each array of the result was read back and is bit-identical to the array of the source{cast}",
         "digests": digests,
         "logits_compared": describe_comparison(difference),
         "notes": [
@@ -291,21 +310,25 @@ def verify(conversion: Conversion, result: Path, options: ConversionOptions, pro
 
 
 def describe_comparison(difference: LogitDifference | None) -> str:
-    """Return what computed the logits of the source and of the result, and what the comparison therefore does not test."""
+    """Return the implementations that computed the logits of source and result, and the limits of the comparison."""
     if difference is None:
         return (
-            "no: only transformers computes this family besides the native model, and it was not run; install transformers "
-            "and torch, and pass --verify transformers"
+            "no: transformers is the only other implementation of this family, and it was not run; install transformers and "
+            "torch, and pass --verify transformers"
         )
     source, result = difference.implementations
     if source == result:
-        return f"{source} ran on both sides, so this comparison tests the arrays and not the implementation"
+        return f"{source} computed both, so this comparison tests the arrays and not the implementation"
     both = f"source: {source}; result: {result}"
-    return both if difference.from_outside else f"{both}; this is our own reading, the original program was not run"
+    return (
+        both
+        if difference.used_transformers
+        else f"{both}; both belong to this project, the original library was not run"
+    )
 
 
 def parse_bytes(text: str) -> int:
-    """Return the bytes in "256M" or "1.5G". Raise ConfigError for anything else, or less than 64 MB."""
+    """Convert a size such as "256M" or "1.5G" to bytes. Raise ConfigError for an invalid size, or one below 64 MB."""
     match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
     if size < 64_000_000:
@@ -314,7 +337,7 @@ def parse_bytes(text: str) -> int:
 
 
 def _stamp(path: AnyPath) -> list[Any]:
-    """Return names, sizes and modification times of files, so that a conversion does not resume with a changed source."""
+    """Return names, sizes and modification times of the source's files; a conversion of changed files must not resume."""
     folder = path if path.is_dir() else path.parent
     return [(name, *status) for name, status in sorted(backend_for(folder).list_files().items())]
 

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The destination of a conversion: check it, prepare the result next to it, publish the result.
+"""Check the destination of a conversion, prepare the result next to it, and publish the result.
 
 A result is written to DST.partial and stays there until it is verified. A log of finished blocks in that folder lets an
-interrupted conversion resume. A rename then publishes the result as DST. If DST is remote, the same is done in a local
-staging folder, which is then uploaded (upload.py).
+interrupted conversion resume. A rename then publishes the result as DST. If DST is remote, the result is written to a local
+staging folder instead, which is uploaded once it is verified (upload.py).
 """
 
 import os
@@ -37,13 +37,20 @@ def check_destination(destination: AnyPath, overwrite: bool, nbytes: int, stagin
     free = shutil.disk_usage(partial.parent).free
     used = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
     if free + used < nbytes * 1.01 + 10_000_000:
-        raise CheckpointError(f"{partial.parent}: {free:,} bytes are free, about {nbytes:,} are needed")
+        fix = (
+            "pass --staging with another folder"
+            if isinstance(destination, RemotePath)
+            else "choose another destination"
+        )
+        raise CheckpointError(
+            f"{partial.parent}: {free:,} bytes are free, but the result needs about {nbytes:,}; free some space or {fix}"
+        )
 
 
 def staging_folder(destination: AnyPath, staging: Path | None = None) -> Path:
     """Return the folder in which the result is written.
 
-    It is next to a local destination. For a remote one it is in `staging`, by default the folder of temporary files.
+    It is next to a local destination. For a remote destination it is in `staging`, by default the system's temporary folder.
     """
     if isinstance(destination, RemotePath):
         digest = xxhash.xxh3_64_hexdigest(str(destination).encode())
@@ -52,7 +59,7 @@ def staging_folder(destination: AnyPath, staging: Path | None = None) -> Path:
 
 
 def publish(partial: Path, destination: AnyPath, progress: Progress = no_progress) -> Upload | None:
-    """Rename a verified result to its destination, or upload it. What was at the destination before is deleted."""
+    """Rename a verified result to its destination, or upload it. An earlier folder at the destination is deleted."""
     if isinstance(destination, RemotePath):
         return _upload(partial, destination, progress)
     (partial / LOG_FILE).unlink(missing_ok=True)

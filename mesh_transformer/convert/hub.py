@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Download models from the Hugging Face Hub with its own client: cache, token, progress, and offline use are the client's.
+"""Download models from the Hugging Face Hub with the package huggingface_hub, which caches them and shows progress.
 
-The client reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE from the environment.
+The package reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE from the environment.
 """
 
 import re
@@ -12,7 +12,7 @@ from mesh_transformer.config import ConfigError
 from mesh_transformer.storage.errors import CheckpointError
 
 HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
-# Configuration, tokenizers and weights; neither other frameworks' weights nor Meta's original files.
+# Configuration, tokenizers and weights; no weights of other frameworks and no original files of Meta.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 TORCH_FILES = ("*.json", "*.bin", "*.model", "*.txt", "*.jinja")
 CONFIG_FILES = ("config.json",)
@@ -31,7 +31,9 @@ def download_model(name: str, *, config_only: bool = False) -> Path:
     """
     match = HUB_NAME.fullmatch(name)
     if match is None:
-        raise CheckpointError(f'{name}: not a repository on the Hub; give "org/model" or "org/model@revision"')
+        raise CheckpointError(
+            f'{name}: not the name of a repository on the Hub; give "org/model" or "org/model@revision"'
+        )
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
@@ -58,7 +60,7 @@ def download_model(name: str, *, config_only: bool = False) -> Path:
             folder = download(TORCH_FILES)
     except GatedRepoError:
         raise CheckpointError(
-            f"{repository}: access to this repository has to be requested on its page on the Hub; then set HF_TOKEN"
+            f"{repository}: this repository requires approval; request access on its page on the Hub, then set HF_TOKEN"
         ) from None
     except RepositoryNotFoundError:
         raise CheckpointError(
@@ -73,5 +75,7 @@ def download_model(name: str, *, config_only: bool = False) -> Path:
             f"{repository}: not in the local cache, and the Hub cannot be reached; connect to the network, or give a local folder"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{repository}: cannot be downloaded: {type(error).__name__}: {error}") from None
+        raise CheckpointError(
+            f"{repository}: cannot be downloaded: {type(error).__name__}: {error}; run it again"
+        ) from None
     return folder

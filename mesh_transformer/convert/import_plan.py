@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of an import: each native array with its lazy values and its logical axes.
+"""Import plan of a checkpoint: each native array with its lazy values and its logical axes.
 
-Opening a checkpoint computes the plan once; writers and checks receive it. A reader of an external format supplies one
-function, from a `WeightSpec` to a lazy array, and `assemble` builds the native arrays from it.
+A reader computes the plan when it opens a checkpoint; writers and checks receive it. The reader of an external format
+supplies a function from `WeightSpec` to lazy array, with which `assemble` builds the native arrays.
 """
 
 import json
@@ -33,7 +33,7 @@ class PlannedArray(NamedTuple):
 
 
 class ImportPlan(NamedTuple):
-    """A checkpoint of any format in native terms; no values have been read."""
+    """A checkpoint of any format as native configuration and native arrays, whose values have not been read."""
 
     config: ModelConfig
     model: dict[str, Any]  # keys of [model] in a configuration file
@@ -44,7 +44,7 @@ class ImportPlan(NamedTuple):
 
     @property
     def values(self) -> dict[str, LazyArray]:
-        """The arrays without their axes."""
+        """Return the arrays by name, without their axes."""
         return {name: planned.array for name, planned in self.arrays.items()}
 
     def weights_only(self) -> "ImportPlan":
@@ -52,12 +52,12 @@ class ImportPlan(NamedTuple):
         return self._replace(arrays={name: a for name, a in self.arrays.items() if name.startswith(PREFIX)})
 
     def weight_dtype(self) -> str:
-        """Return the dtype that all weights have, or float32, which represents the values of each."""
+        """Return the dtype that all weights share; if they differ, float32, which represents the values of all."""
         dtypes = {array.dtype.name for name, array in self.values.items() if name.startswith(PREFIX)}
         return dtypes.pop() if len(dtypes) == 1 else "float32"
 
     def nbytes(self, dtype: str | None) -> int:
-        """Return the size of all values in bytes, with the weights cast to `dtype` unless that is None."""
+        """Return the size of all values in bytes, after the weights are cast to `dtype` unless it is None."""
         sizes = ((a.shape, target_dtype(a, name, dtype)) for name, a in self.values.items())
         return sum(math.prod(shape) * kind.itemsize for shape, kind in sizes)
 
@@ -69,6 +69,9 @@ class WeightSpec(NamedTuple):
     layer: int | None
     axes: tuple[str, ...]  # without "layers"
     shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return self.name if self.layer is None else f"{self.name} of layer {self.layer}"
 
     def expert(self) -> "WeightSpec":
         """Return the specification of a single expert of a weight with a leading expert dimension."""
@@ -86,11 +89,11 @@ def make_model_config(model: Mapping[str, Any], where: object) -> ModelConfig:
         return TypeAdapter(ModelConfig).validate_json(json.dumps(dict(model)))
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise CheckpointError(f"{where}: not a supported model: {reasons}") from None
+        raise CheckpointError(f"{where}: describes a model that is not supported: {reasons}") from None
 
 
 def describe_weights(config: ModelConfig) -> dict[str, list[WeightSpec]]:
-    """Return the weights that make up each native array, in the order of its first dimension."""
+    """Return {array name: its weights}: a single weight, or those of its layers in the order of the first dimension."""
     return {
         PREFIX + name: _split_layers(name, info, config)
         for name, info in flatten_names(describe_params(config)).items()
@@ -100,7 +103,7 @@ def describe_weights(config: ModelConfig) -> dict[str, list[WeightSpec]]:
 def list_weights(config: ModelConfig, arrays: Mapping[str, LazyArray]) -> list[tuple[WeightSpec, LazyArray]]:
     """Return every weight of a model with its values; a layer of a stacked array is an `Index` of it.
 
-    KeyError if an array is missing.
+    Raises KeyError if an array is missing.
     """
     found: list[tuple[WeightSpec, LazyArray]] = []
     for name, specs in describe_weights(config).items():
@@ -112,8 +115,8 @@ def list_weights(config: ModelConfig, arrays: Mapping[str, LazyArray]) -> list[t
 def assemble(config: ModelConfig, find: Callable[[WeightSpec], LazyArray], where: object) -> dict[str, PlannedArray]:
     """Build the native arrays of a model from the weights that `find` returns.
 
-    `find` raises KeyError for a missing weight and ValueError for a wrong shape. CheckpointError lists all weights that
-    are missing, have a wrong shape or are not floating point.
+    `find` raises KeyError for a missing weight and ValueError for a wrong shape. Raises CheckpointError with all weights
+    that are missing, have a wrong shape or are not floating point.
     """
     axes = {PREFIX + name: info.axes for name, info in flatten_names(describe_params(config)).items()}
     arrays: dict[str, PlannedArray] = {}
@@ -131,15 +134,19 @@ def assemble(config: ModelConfig, find: Callable[[WeightSpec], LazyArray], where
                 problems.append(f"wrong type: {error}")
         if len(found) == len(specs):
             arrays[name] = PlannedArray(found[0] if specs[0].layer is None else Stack(found), axes[name])
-    raise_problems(f"{where} does not match its configuration", problems)
+    raise_problems(_mismatch(where), problems)
     return arrays
+
+
+def _mismatch(where: object) -> str:
+    return f"{where}: the tensors do not match the configuration; use the tensors and configuration of the same model"
 
 
 def _check_weight(array: LazyArray, spec: WeightSpec) -> LazyArray:
     if array.dtype.name not in WEIGHT_DTYPES:
-        raise TypeError(f"{spec.name} is {array.dtype.name}; weights must be {', '.join(WEIGHT_DTYPES)}")
+        raise TypeError(f"{spec} is {array.dtype.name}, but must be one of {', '.join(WEIGHT_DTYPES)}")
     if array.shape != spec.shape:
-        raise ValueError(f"{spec.name}: shape {array.shape}, the configuration requires {spec.shape}")
+        raise ValueError(f"{spec}: shape {array.shape}, but the configuration requires {spec.shape}")
     return array
 
 
@@ -152,9 +159,9 @@ def raise_problems(heading: object, problems: Iterable[str]) -> None:
 
 
 def check_all_used(found: set[str], used: set[str], ignored: Callable[[str], bool], where: object) -> None:
-    """Raise CheckpointError with every external tensor that is part of no native array."""
+    """Raise CheckpointError with every external tensor that no native array uses, except those that `ignored` accepts."""
     unexpected = [f"unexpected: {name}" for name in sorted(found - used) if not ignored(name)]
-    raise_problems(f"{where} does not match its configuration", unexpected)
+    raise_problems(_mismatch(where), unexpected)
 
 
 def _split_layers(name: str, info: ParamInfo, config: ModelConfig) -> list[WeightSpec]:

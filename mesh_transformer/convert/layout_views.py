@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Native arrays as parts of external tensors, and external tensors as combinations of native arrays.
+"""Views of external tensors as native arrays, and of native arrays as external tensors.
 
 A pattern describes the layout of an external tensor. The grammar is close to that of einops: one entry per dimension,
 each a word, or several words in parentheses whose sizes are multiplied, the first varying slowest. Words are the logical
@@ -10,9 +10,9 @@ and v; a native array is the component with a given index along it. A native axi
     "(heads head_dim) embed"   torch.nn.Linear's [H*C, D] for a native [embed, heads, head_dim]
     "embed (3 heads head_dim)" GPT-2's fused c_attn [D, 3*H*C]; w_q is component 0, w_k 1 and w_v 2
 
-`LayoutView` reads a native array from an external tensor. `Packed` is the inverse. Rows of unequal numbers that one
-external tensor joins, such as those of q, k and v with fewer key-value heads, are a `Split`: `Part` reads one part of it,
-with a pattern of its own, and `Joined` is the inverse.
+`LayoutView` reads a native array from an external tensor. `Packed` is the inverse. An external tensor may also join tensors
+with different numbers of rows, such as q, k and v with fewer key-value heads. A `Split` describes it: `Part` reads one of the
+joined tensors, whose layout has its own pattern, and `Joined` is the inverse.
 """
 
 import math
@@ -34,8 +34,17 @@ def parse_pattern(pattern: str) -> list[list[str]]:
 class LayoutView:
     """A native array inside an external tensor with another layout."""
 
-    def __init__(self, base: LazyArray, pattern: str, axes: Sequence[str], shape: Sequence[int], *, component: int = 0):
-        """Raise ValueError if the external tensor does not have the shape that the pattern requires.
+    def __init__(
+        self,
+        base: LazyArray,
+        pattern: str,
+        axes: Sequence[str],
+        shape: Sequence[int],
+        *,
+        component: int = 0,
+        name: str = "tensor",
+    ):
+        """Raise ValueError, with the external tensor's `name`, if it does not have the shape that the pattern requires.
 
         `axes` and `shape` are those of the native array; `component` is its index along the pattern's number.
         """
@@ -48,7 +57,8 @@ class LayoutView:
         self._sizes = dict(zip(axes, shape, strict=True))
         expected = tuple(math.prod(self._size(word) for word in group) for group in self.pattern)
         if base.shape != expected:
-            raise ValueError(f"shape {base.shape}, expected {expected} for layout {pattern!r} with {self._sizes}")
+            sizes = ", ".join(f"{axis} = {size}" for axis, size in self._sizes.items())
+            raise ValueError(f"{name}: shape {base.shape}, expected {expected} for layout {pattern!r} with {sizes}")
 
     @property
     def read_granularity(self) -> tuple[int, ...]:
@@ -95,23 +105,23 @@ class Chunking(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Division of the first dimension of an external tensor: `blocks` equal blocks, each the parts one after the other."""
+    """Division of the first dimension of an external tensor into equal blocks, and of each block into the same parts."""
 
     blocks: int
     sizes: tuple[int, ...]  # rows of each part in one block
 
 
 class Part:
-    """The rows of one part of an external tensor, those of all blocks one after the other."""
+    """One of the tensors that an external tensor joins: the rows of one part, from all blocks in order."""
 
-    def __init__(self, base: LazyArray, split: Split, component: int):
-        """Raise ValueError if the tensor does not have the number of rows that the split requires."""
+    def __init__(self, base: LazyArray, split: Split, component: int, *, name: str = "tensor"):
+        """Raise ValueError, with the tensor's `name`, if it does not have the number of rows that the split requires."""
         self.base = base
         self.block_rows = sum(split.sizes)
         if base.shape[:1] != (split.blocks * self.block_rows,):
             rows = split.blocks * self.block_rows
             raise ValueError(
-                f"shape {base.shape}, expected {rows} rows = {split.blocks} x ({' + '.join(map(str, split.sizes))})"
+                f"{name}: shape {base.shape}, expected {rows} rows = {split.blocks} x ({' + '.join(map(str, split.sizes))})"
             )
         self.first = sum(split.sizes[:component])
         self.size = split.sizes[component]
@@ -127,7 +137,7 @@ class Part:
         return self.base.is_local
 
     def read(self, index: Slices) -> np.ndarray:
-        """Return the values at `index`. Each block is read on its own."""
+        """Return the values at `index`; each block is read separately."""
         start, stop, _ = index[0].indices(self.shape[0])
         found: list[np.ndarray] = []
         for block in range(start // self.size, max(-(-stop // self.size), start // self.size + 1)):
@@ -141,7 +151,7 @@ class Packed:
     """An external tensor packed from native arrays, which are the components of the pattern's number in order."""
 
     def __init__(self, arrays: Sequence[LazyArray], pattern: str, axes: Sequence[Sequence[str]]):
-        """Raise ValueError if there are not as many arrays as the number in the pattern. `axes` are those of each array."""
+        """Raise ValueError if the number in the pattern is not the number of arrays. `axes` has the axes of each array."""
         self.arrays = arrays
         self.pattern = parse_pattern(pattern)
         self.axes = axes
@@ -158,9 +168,9 @@ class Packed:
     def chunking(self) -> Chunking:
         """Division of the tensor into slices for reading and writing.
 
-        Slices along the first dimension are contiguous in the file that is written. Decoding a local chunk several times
-        costs less than writing many short rows, so the first dimension is preferred. Chunks in an object store have to be
-        downloaded, so there the first native axis that is divided into several chunks decides.
+        Slices along the first dimension are contiguous in the file that is written. This dimension is preferred for local
+        arrays, because decoding a chunk several times costs less than writing many short rows. Arrays in an object store
+        are sliced along the first native axis that is divided into several chunks, so that each chunk is downloaded once.
         """
         for array, axes in zip(self.arrays, self.axes, strict=True):
             for size, granularity, axis in zip(array.shape, array.read_granularity, axes, strict=True):
@@ -180,13 +190,13 @@ class Packed:
 
     @property
     def row_multiple(self) -> int:
-        """Number of rows that are read together: slices along the first dimension start at multiples of it."""
+        """Return the number of rows that are read together; slices along the first dimension start at its multiples."""
         return self._inner_size(0)
 
     def read_slice(self, dim: int, first: int, last: int) -> np.ndarray:
-        """Return indices `first` to `last` of one dimension and all of the others, with any strides.
+        """Return indices [first, last) of one dimension and all indices of the others, with any strides.
 
-        `first` and `last` have to respect `chunking`.
+        `first` is a multiple of `chunking.multiple`, and `last` is a multiple of it or the size of the dimension.
         """
         words = [word for group in self.pattern for word in group]
         lead = self.pattern[dim][0]
@@ -211,13 +221,13 @@ class Packed:
 
 
 class Joined:
-    """An external tensor whose rows are those of several packed tensors, as a `Split` divides them."""
+    """An external tensor that joins the rows of several packed tensors in the order that a `Split` describes."""
 
     def __init__(self, parts: Sequence[Packed], split: Split):
-        """Raise ValueError if the parts do not have the numbers of rows that the split requires."""
+        """Raise ValueError if a part does not have the number of rows that the split requires."""
         rows = [part.shape[0] for part in parts]
         if rows != [split.blocks * size for size in split.sizes]:
-            raise ValueError(f"parts of {rows} rows, expected {split.blocks} x {split.sizes}")
+            raise ValueError(f"parts of {rows} rows, expected {[split.blocks * size for size in split.sizes]}")
         self.parts = parts
         self.split = split
         self.dtype = parts[0].dtype
@@ -231,7 +241,7 @@ class Joined:
         return Chunking(0, math.gcd(*(part.row_multiple for part in self.parts)))
 
     def read_slice(self, dim: int, first: int, last: int) -> np.ndarray:
-        """Return the rows `first` to `last`, which have to respect `chunking`; `dim` is 0."""
+        """Return the rows [first, last), whose bounds are as in `Packed.read_slice`; `dim` is 0."""
         assert dim == 0
         sizes = self.split.sizes
         if self.split.blocks == 1:
@@ -265,5 +275,5 @@ def _slice_bounds(tensor: Packed | Joined, max_bytes: int) -> Iterator[tuple[int
 
 
 def _native_axis(word: str, axes: Sequence[str]) -> str:
-    """Return the native axis of a word. Fused projections have equal numbers of heads and key-value heads."""
+    """Return the native axis of a word; "heads" stands for "kv_heads" in k and v of a fused projection with equal numbers."""
     return "kv_heads" if word == "heads" and "heads" not in axes else word

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrays that are read one slice at a time: byte ranges of files, and arrays combined from others.
 
-A conversion describes each array of its result as a combination of these. No read loads more than the requested slice
-needs, so the size of the slices bounds the memory of a conversion.
+A conversion describes each array of its result as a combination of these classes. A read loads only the values that the
+requested slice needs, so the size of the slices bounds the memory of a conversion.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from mesh_transformer.storage.paths import AnyPath, map_bytes, read_into
 
 FLOAT32 = np.dtype(np.float32)
 COPY_TILE = 16  # slices along the last dimension that `to_c_order` copies at once
-MAX_MAPPED_BYTES = 1 << 23  # mapped at once when only some columns of a file's rows are needed
+MAX_MAPPED_BYTES = 1 << 23  # mapped at a time if only some columns of a file's rows are needed
 
 
 class LazyArray(Protocol):
@@ -32,17 +32,17 @@ class LazyArray(Protocol):
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of the values; bfloat16 is `ml_dtypes.bfloat16`."""
+        """Return the type of the values; bfloat16 is `ml_dtypes.bfloat16`."""
         ...
 
     @property
     def read_granularity(self) -> tuple[int, ...]:
-        """Indices along each dimension that are decoded together; 1 where each index can be read alone."""
+        """Return the number of indices along each dimension that are decoded together; 1 if each can be read alone."""
         ...
 
     @property
     def is_local(self) -> bool:
-        """True if repeated reads are cheap, as for local files; False for arrays in an object store."""
+        """Return whether repeated reads are cheap: True for local files, False for arrays in an object store."""
         ...
 
     def read(self, index: Slices) -> np.ndarray:
@@ -128,7 +128,9 @@ class Concat(_Elementwise):
         """Raise ValueError if the arrays differ in another dimension or in dtype."""
         if len({(*array.shape[:dim], *array.shape[dim + 1 :], array.dtype) for array in arrays}) != 1:
             found = [(array.shape, str(array.dtype)) for array in arrays]
-            raise ValueError(f"cannot concatenate along dimension {dim}: shapes and types are {found}")
+            raise ValueError(
+                f"cannot concatenate along dimension {dim}: shapes and types are {found}; other dimensions and types must be equal"
+            )
         self.arrays = arrays
         self.dim = dim
         self.dtype = arrays[0].dtype
@@ -155,7 +157,7 @@ class Concat(_Elementwise):
 
 
 class Stack(_Elementwise):
-    """Arrays of one shape stacked along a new first dimension; float32 if their types differ."""
+    """Arrays of one shape, stacked along a new first dimension; the dtype is float32 if their dtypes differ."""
 
     def __init__(self, arrays: Sequence[LazyArray]):
         """Raise ValueError if the arrays differ in shape."""
@@ -209,7 +211,9 @@ class Sum(_Elementwise):
     def __init__(self, arrays: Sequence[LazyArray], *, mean: bool = False):
         """Raise ValueError if the arrays differ in shape."""
         if len({array.shape for array in arrays}) != 1:
-            raise ValueError(f"cannot add arrays of shapes {[array.shape for array in arrays]}")
+            raise ValueError(
+                f"cannot add arrays of shapes {[array.shape for array in arrays]}; all must have the same shape"
+            )
         self.arrays = arrays
         self.mean = mean
         self.shape = arrays[0].shape
@@ -247,10 +251,10 @@ class AddBias(_Elementwise):
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Values that are computed from stored ones, such as those of quantized tensors.
+    """Values that are computed from stored data, such as those of quantized tensors.
 
-    The seam for every stored form that is not an array of numbers: `decode` returns the values of an index whose bounds
-    are multiples of `read_granularity`, or the array's end, and reads only what it needs.
+    `decode` returns the values at an index whose bounds are multiples of `read_granularity`, or the array's end, and reads
+    only the stored data of these values.
     """
 
     shape: tuple[int, ...]
@@ -288,7 +292,7 @@ def to_c_order(values: np.ndarray) -> np.ndarray:
 
 
 def cast_values(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Return values in another dtype. Raise CheckpointError, with the array's `name`, if a finite one would be infinite."""
+    """Return values in another dtype. Raise CheckpointError, with the array's `name`, if a finite value becomes infinite."""
     if values.dtype == dtype:
         return values
     with np.errstate(over="ignore"):

@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Logits of a Hugging Face model folder as transformers itself computes them, in a process of its own.
+"""Logits of a Hugging Face model folder, computed by transformers in a separate process.
 
-A reimplementation reads config.json as the importer does, so that both share a mistake. This is the comparison from outside.
+The NumPy reimplementations read config.json with the importer's code, so a mistake in that code affects both sides of a
+comparison. transformers shares no code with the importer.
 """
 
 import importlib.metadata
@@ -24,28 +25,30 @@ OVERHEAD_BYTES = 1 << 30  # of PyTorch and transformers themselves
 COPIES = 1.25  # of the float32 weights while a model is loaded
 
 
-def why_not(folder: AnyPath, weight_count: int) -> str:
-    """Return why transformers cannot run the model of a folder here, or nothing if it can."""
+def unavailable_reason(folder: AnyPath, weight_count: int) -> str:
+    """Return the reason why transformers cannot run the model of a folder on this machine; "" if it can."""
     if not isinstance(folder, Path):
         return f"{folder} is not a local folder"
     missing = [name for name in ("transformers", "torch") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{' and '.join(missing)} not installed"
+        return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
     needed = int(4 * weight_count * COPIES) + OVERHEAD_BYTES
     free = available_memory()
-    return f"it needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free" if needed > free else ""
+    if needed <= free:
+        return ""
+    return f"the model needs about {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free"
 
 
-def describe() -> str:
-    """Return the name and version of the library."""
+def library_version() -> str:
+    """Return "transformers" and its installed version."""
     return f"transformers {importlib.metadata.version('transformers')}"
 
 
 def run_library(folder: Path, architecture: str, tokens: np.ndarray, encoder_tokens: np.ndarray | None) -> np.ndarray:
     """Return the float32 logits [B, T, V] of transformers for tokens [B, T].
 
-    `encoder_tokens` [B, S] are the input of an encoder-decoder model's encoder. CheckpointError with the last line that the
-    process wrote if transformers cannot load or run the model.
+    `encoder_tokens` [B, S] are the input of an encoder-decoder model's encoder. Raises CheckpointError, with the last line
+    that the process wrote, if transformers cannot load or run the model.
     """
     with tempfile.TemporaryDirectory() as temporary:
         inputs = Path(temporary) / "tokens.npz"
@@ -72,7 +75,8 @@ def main(folder: str, architecture: str, inputs: str, output: str) -> None:
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     if loaded["missing_keys"] or loaded["mismatched_keys"]:
-        raise ValueError(f"tensors that the class needs are missing: {sorted(loaded['missing_keys'])[:5]}")
+        missing, mismatched = sorted(loaded["missing_keys"])[:5], sorted(map(str, loaded["mismatched_keys"]))[:5]
+        raise ValueError(f"tensors of {architecture} that are missing: {missing}; of another shape: {mismatched}")
     with np.load(inputs) as file, torch.no_grad():
         ids = {name: torch.tensor(file[name], dtype=torch.long) for name in file}
         if ids["encoder"].numel():

@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the logits of both sides of a conversion on the same random tokens.
+"""Compare the logits of the source and the result of a conversion on the same random tokens.
 
-Each side is computed from its own files: a native checkpoint by the model of this package, one period of layers at a
-time; a Hugging Face folder by transformers, if it is installed and the model fits in memory, or else by a NumPy
-reimplementation, which reads config.json as the importer does; mesh-transformer-jax shards by a NumPy reimplementation.
+The logits are computed from the files of each: of a native checkpoint by the model of this package, one period of layers at
+a time; of a Hugging Face folder by transformers, if it is installed and the model fits in memory, otherwise by a NumPy
+reimplementation, which reads config.json with the importer's code; of mesh-transformer-jax shards by a NumPy
+reimplementation.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ from mesh_transformer.storage.errors import CheckpointError
 Verify = Literal["auto", "transformers", "own"]
 SEQUENCES, SEQUENCE_LENGTH = 2, 32
 TOLERANCE = 1e-4  # of the largest logit: float32 rounding in another order of operations, after tens of layers
-# Parameters outside of the layers, besides the matrices of which only some rows are read at a time.
+# Parameters outside the layers, except the matrices that are read a few rows at a time.
 EMBEDDING = tuple(f"transformer/{name}" for name in ("w_token_types", "norm_embedding/", "w_embedding", "b_embedding"))
 OUTSIDE = tuple(f"transformer/{name}/" for name in ("norm_out", "relative_bias", "masked_lm_head"))
 PERIOD_OVERHEAD = 2  # memory to run a period of layers, as a multiple of its weights as read and in float32
@@ -55,17 +56,17 @@ class LogitDifference(NamedTuple):
     scale: float  # largest absolute logit
     tokens: int
     implementations: tuple[str, str]  # that computed the logits of the source and of the result
-    from_outside: bool  # whether transformers computed one of them
+    used_transformers: bool  # whether transformers computed the logits of source or result
     notes: tuple[str, ...] = ()
 
 
 class SideLogits(NamedTuple):
-    """The logits of one checkpoint and what computed them."""
+    """The logits of one checkpoint and the implementation that computed them."""
 
     values: np.ndarray
     implementation: str
-    from_outside: bool = False
-    note: str = ""  # why transformers did not compute them
+    used_transformers: bool = False
+    note: str = ""  # the reason why transformers did not compute them
 
 
 def compare_logits(
@@ -73,8 +74,8 @@ def compare_logits(
 ) -> LogitDifference | None:
     """Return the largest difference of logits on random tokens, using about `max_memory` bytes.
 
-    None if nothing here can compute the logits of a side. `verify` says what computes those of Hugging Face folders:
-    transformers, this project's own reimplementation, or with "auto" transformers where that is possible.
+    Returns None if no implementation is available for the source or the result. `verify` selects the implementation for
+    Hugging Face folders: "transformers", "own" (NumPy reimplementations), or "auto", which is transformers if possible.
     """
     config = source.plan.config
     shape = (SEQUENCES, min(SEQUENCE_LENGTH, config.seq_len))
@@ -99,15 +100,15 @@ def compare_logits(
         float(np.abs(sides[0].values).max()),
         tokens.size,
         (sides[0].implementation, sides[1].implementation),
-        any(side.from_outside for side in sides),
+        any(side.used_transformers for side in sides),
         tuple(dict.fromkeys(side.note for side in sides if side.note)),
     )
 
 
 def run_side(checkpoint: OpenCheckpoint, tokens: np.ndarray, max_memory: int, verify: Verify) -> SideLogits | None:
-    """Return the logits of a checkpoint for tokens [B, T]; None if nothing here can compute them.
+    """Return the logits of a checkpoint for tokens [B, T]; None if no implementation is available.
 
-    CheckpointError if `verify` is "transformers" and that cannot run the model.
+    Raises CheckpointError if `verify` is "transformers" and transformers cannot run the model.
     """
     if checkpoint.kind != "huggingface":
         return SideLogits(logits_of(checkpoint, tokens, max_memory), str(implementation_of(checkpoint)))
@@ -115,16 +116,17 @@ def run_side(checkpoint: OpenCheckpoint, tokens: np.ndarray, max_memory: int, ve
     note = ""
     if verify != "own":
         weights = sum(math.prod(array.shape) for array in checkpoint.plan.values.values())
-        reason = library_logits.why_not(checkpoint.path, weights)
+        reason = library_logits.unavailable_reason(checkpoint.path, weights)
         if not reason:
             encoder_tokens = make_encoder_tokens(tokens) if checkpoint.plan.config.encoder is not None else None
             try:
                 values = run_library(Path(str(checkpoint.path)), family.architecture, tokens, encoder_tokens)
-                return SideLogits(values, f"{library_logits.describe()}, {family.architecture}", from_outside=True)
+                implementation = f"{library_logits.library_version()}, {family.architecture}"
+                return SideLogits(values, implementation, used_transformers=True)
             except CheckpointError as error:
                 reason = str(error)
         if verify == "transformers":
-            raise CheckpointError(f"--verify transformers: {reason}; pass --verify own to compare without it")
+            raise CheckpointError(f"--verify transformers: {reason}; pass --verify own to compare without transformers")
         note = f"the logits were not compared with those of transformers: {reason}"
     implementation = implementation_of(checkpoint)
     if implementation is None:
@@ -162,7 +164,7 @@ def logits_of(checkpoint: OpenCheckpoint, tokens: np.ndarray, max_memory: int) -
 
 
 def make_encoder_tokens(tokens: np.ndarray) -> np.ndarray:
-    """Return encoder input of the same length as the decoder's tokens: their reverse."""
+    """Return input for the encoder: the decoder's tokens in reverse order."""
     return np.ascontiguousarray(tokens[:, ::-1])
 
 
@@ -189,8 +191,10 @@ def run_native(
     encoder_output = None
     if config.encoder is not None:
         prefix = "transformer/encoder/"
-        own = {f"transformer/{name.removeprefix(prefix)}": a for name, a in weights.items() if name.startswith(prefix)}
-        encoder_output = _run_stack(config.encoder, own, embed(make_encoder_tokens(tokens)), None, max_memory)
+        renamed = {
+            f"transformer/{n.removeprefix(prefix)}": array for n, array in weights.items() if n.startswith(prefix)
+        }
+        encoder_output = _run_stack(config.encoder, renamed, embed(make_encoder_tokens(tokens)), None, max_memory)
     x = _run_stack(config, weights, embed(tokens), encoder_output, max_memory)
     if config.head == "none":
         return x
@@ -212,7 +216,8 @@ def _run_stack(
     for layers in config.layer_stacks:
         prefix = f"transformer/{layers.name}/"
         stacked = _select(weights, prefix)
-        if max_memory is None or PERIOD_OVERHEAD * _period_bytes(config, layers, stacked) <= max_memory:
+        needed = PERIOD_OVERHEAD * _period_bytes(config, layers, stacked)
+        if max_memory is None or needed <= max_memory:
             run = _make_period(config, layers)
             for i in range(layers.n_repeats):
                 stored = 0 if config.shared_layers else i
@@ -220,7 +225,8 @@ def _run_stack(
             continue
         if encoder_output is not None:
             raise CheckpointError(
-                "one repetition of the encoder-decoder model's layer pattern does not fit in memory; raise --max-memory"
+                f"one repetition of the decoder's layer pattern needs {needed:,} bytes, but --max-memory is {max_memory:,}; "
+                "it cannot be divided in an encoder-decoder model, so raise --max-memory"
             )
         inside = {name.removeprefix(prefix): array for name, array in stacked.items()}
         make_context = _transform(lambda x: _attention_context(Transformer(config), x))

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Use a model of any format wherever a run is accepted: what is not a native checkpoint is converted once, into a cache.
+"""Cache of converted models, so that a model of any format can be used wherever a run is accepted.
 
-The cache is the folder `models` in MESH_TRANSFORMER_CACHE, by default ~/.cache/mesh-transformer. An entry is found again
-by names, sizes and modification times of the source's files, so a changed source is converted again. Entries can be
-deleted at any time.
+The cache is the folder `models` in MESH_TRANSFORMER_CACHE, by default ~/.cache/mesh-transformer. An entry is identified by
+names, sizes and modification times of the source's files, so a changed source is converted again. Entries can be deleted
+at any time.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ DEFAULT_CACHE = "~/.cache/mesh-transformer"
 def find_model(name: str | AnyPath, *, log: Callable[[str], None] | None = None) -> tuple[Store, int]:
     """Return the store and the step of the model that `name` refers to; see `find_source` and `find_checkpoint`.
 
-    A source that is not a native checkpoint is converted into the cache first; `log` gets a line that says so.
+    A source that is not a native checkpoint is converted into the cache first, which `log` reports.
     Raises CheckpointError or ConfigError.
     """
     try:
@@ -51,7 +51,7 @@ def cache_folder() -> Path:
 
 
 def _converted(source: AnyPath, log: Callable[[str], None] | None) -> Path:
-    """Return the folder of the converted source. Processes of one host that need the same model wait for one conversion."""
+    """Return the folder of the converted source; processes of one host that need the same model wait for one conversion."""
     source = source.absolute()
     folder = cache_folder() / f"{source.name[:80]}-{_digest(source)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,11 +59,11 @@ def _converted(source: AnyPath, log: Callable[[str], None] | None) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
             if log:
-                log(f"{source}: converting once into {folder}")
+                log(f"{source}: converting to a native checkpoint, once, in {folder}")
             with show_progress() as progress:
                 convert(ConversionOptions(source=source, destination=folder, weights_only=True), progress)
         elif log:
-            log(f"{source}: using its conversion {folder}")
+            log(f"{source}: using the converted checkpoint in {folder}")
     return folder
 
 

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of the native model for memory smaller than one layer: each matmul reads some rows of its weight at a time.
+"""Forward pass of layers that do not fit in memory: each matmul reads a few rows of its weight at a time.
 
-Everything else is done by the functions of the model package. Only the order of the matmuls is stated again here; a test
-compares it with the model's forward pass.
+All other operations are those of the model package. The order of the operations is repeated here; a test compares the
+result with the model's forward pass.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class OutOfCoreLayer:
     """One layer whose weights are not loaded."""
 
     def __init__(self, config: ModelConfig, arrays: Mapping[str, LazyArray], index: int, kind: LayerKind):
-        """`arrays` are stacks by their names in a block ("attention/w_q"); `index` is the position of this layer in them."""
+        """Select layer `index` of `arrays`, which stack the weights of a block's layers by name ("attention/w_q")."""
         self.config = config
         self.kind = kind
         self.experts = config.experts if kind.has_experts else None
@@ -120,7 +120,7 @@ class OutOfCoreLayer:
         return self.matmul(hidden, f"{module}/w_out", f"{module}/b_out")
 
     def run_experts(self, x: Array, config: ExpertsConfig) -> Array:
-        """Return the output of a mixture of experts without a capacity limit, as model.moe does."""
+        """Return the output of a mixture of experts without capacity limits, as model.moe does."""
         logits = jnp.asarray(self.matmul(x, "experts/w_router", "experts/b_router"))
         selection_bias = jnp.asarray(self.read("experts/selection_bias")) if config.selection_bias else None
         selected = select_experts(router_scores(logits, config), selection_bias, config)
@@ -128,11 +128,11 @@ class OutOfCoreLayer:
         y = np.zeros_like(x)
         names = [name for name in self.arrays if name.startswith("experts/") and name not in ROUTER]
         for e in range(config.n_experts):
-            own = (experts == e).any(axis=-1)
+            is_routed = (experts == e).any(axis=-1)
             for name in names:
                 self.arrays[f"expert/{name.rpartition('/')[2]}"] = Index(self.arrays[name], e)
-            if own.any():
-                y[own] += gates[experts == e][:, None] * self.run_dense(x[own], "expert")
+            if is_routed.any():
+                y[is_routed] += gates[experts == e][:, None] * self.run_dense(x[is_routed], "expert")
         return y
 
     def norm(self, name: str, x: Array, kind: type[Norm] | type[QKNorm] = Norm) -> Array:
@@ -168,17 +168,21 @@ class OutOfCoreLayer:
 def run_layers(
     config: ModelConfig, layers: LayerStack, arrays: Mapping[str, LazyArray], x: Array, context: AttentionContext
 ) -> Array:
-    """Return the residual stream [B, T, D] after the layers, given stacks by their names ("block_0/attention/w_q")."""
+    """Return the residual stream [B, T, D] after the layers, given stacked weights by name ("block_0/attention/w_q").
+
+    Raises CheckpointError for experts with capacity limits.
+    """
     experts = config.experts
     if experts and (experts.eval_capacity_factor or experts.eval_capacity):
         raise CheckpointError(
-            "the model has experts with a capacity limit, which need all weights of a layer in memory; raise --max-memory"
+            f"the capacity of the experts is limited (eval_capacity_factor = {experts.eval_capacity_factor}, eval_capacity = "
+            f"{experts.eval_capacity}), which needs all weights of a layer in memory; raise --max-memory"
         )
     period = len(layers.pattern)
     for i in range(period * layers.n_repeats):
         block = f"block_{i % period}/"
-        own = {name.removeprefix(block): array for name, array in arrays.items() if name.startswith(block)}
-        layer = OutOfCoreLayer(config, own, 0 if config.shared_layers else i // period, layers.pattern[i % period])
+        stacked = {name.removeprefix(block): array for name, array in arrays.items() if name.startswith(block)}
+        layer = OutOfCoreLayer(config, stacked, 0 if config.shared_layers else i // period, layers.pattern[i % period])
         with jax.default_matmul_precision("highest"):
             x = layer.run(x, context)
     return x

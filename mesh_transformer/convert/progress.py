@@ -15,7 +15,7 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 class ByteCounter:
-    """Counts the bytes of one stage and reports them; can be used from several threads."""
+    """Counter of the bytes processed in one stage, which it reports; safe to use from several threads."""
 
     def __init__(self, stage: str, total: int, report: Progress):
         self.stage = stage
@@ -25,7 +25,7 @@ class ByteCounter:
         self._lock = threading.Lock()
 
     def add(self, nbytes: int) -> None:
-        """Count and report bytes that were processed."""
+        """Add processed bytes and report the sum."""
         with self._lock:
             self.done += nbytes
             self._report(self.stage, min(self.done, self.total), self.total)

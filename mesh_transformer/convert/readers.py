@@ -24,7 +24,7 @@ class OpenCheckpoint(NamedTuple):
     kind: str  # "native", "huggingface", "gguf" or "gptj-v1"
     path: AnyPath
     plan: ImportPlan
-    meta: dict[str, Any]  # metadata of a native checkpoint; of a GGUF file, the tokenizer and what is carried along
+    meta: dict[str, Any]  # metadata of a native checkpoint; tokenizer, special IDs and text files of a GGUF file
     external_config: dict[str, Any]  # configuration file of an external checkpoint
 
 
@@ -35,7 +35,10 @@ def open_native(path: AnyPath) -> OpenCheckpoint:
     meta = store.read_meta(step)
     stored = meta.get("config", {}).get("model")
     if not isinstance(stored, dict):
-        raise CheckpointError(f"{folder}: the metadata has no config.model")
+        raise CheckpointError(
+            f"{folder}: the metadata (meta in manifest.json) has no config.model, the configuration of the model; save the "
+            "checkpoint with it"
+        )
     model = translate_stored(stored, prefix=("model",))
     arrays = {name: PlannedArray(array, array.record.axes) for name, array in store.open_arrays(step).items()}
     plan = ImportPlan(make_model_config(model, folder), model, arrays, step)
@@ -54,7 +57,7 @@ def detect_format(path: AnyPath) -> str:
 def open_checkpoint(path: AnyPath, source_config: AnyPath | None = None) -> OpenCheckpoint:
     """Open the checkpoint at `path`, detecting its format. Raise CheckpointError if there is none.
 
-    `source_config` is the JSON configuration of a mesh-transformer-jax checkpoint; without it, one beside the shards is used.
+    `source_config` is the JSON configuration of a mesh-transformer-jax checkpoint; without it, the one next to the shards is used.
     """
     require_existing(path)
     match detect_format(path):
@@ -98,13 +101,13 @@ def _find_shards(path: AnyPath) -> AnyPath | None:
 
 
 def _find_source_config(shards: AnyPath) -> AnyPath:
-    """Return the only configuration of mesh-transformer-jax beside the shards, or in the two folders above them."""
+    """Return the only configuration of mesh-transformer-jax next to the shards or in the two folders above them."""
     folders = (shards, shards.parent, shards.parent.parent)
     found = [file for folder in folders for file in sorted(folder.glob("*.json")) if _is_gptj_config(file)]
     if len(found) != 1:
         raise CheckpointError(
-            f"{shards}: a mesh-transformer-jax checkpoint with {len(found)} configurations beside it; convert it with "
-            "scripts/reshard_checkpoint.py --source-config FILE.json"
+            f"{shards}: a mesh-transformer-jax checkpoint needs its JSON configuration, but {len(found)} were found next to it "
+            f"({', '.join(map(str, found)) or 'none'}); convert it with scripts/reshard_checkpoint.py --source-config FILE.json"
         )
     return found[0]
 
@@ -121,12 +124,14 @@ def _open_shards(shards: AnyPath, source_config: AnyPath) -> OpenCheckpoint:
     try:
         config = json.loads(source_config.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source_config}: not a JSON file: {error}") from None
+        raise CheckpointError(
+            f"{source_config}: cannot be read as JSON: {error}; pass the configuration of the checkpoint with --source-config"
+        ) from None
     return OpenCheckpoint("gptj-v1", shards, open_gptj(shards, config, str(source_config)), {}, config)
 
 
 def holds_gguf(path: AnyPath) -> bool:
-    """Return whether a path is a GGUF file or a folder with one, and with no model of another format."""
+    """Return whether a path is a GGUF file, or a folder with a GGUF file that is not a Hugging Face model folder."""
     if path.is_file():
         return path.name.endswith(".gguf")
     return path.is_dir() and not is_huggingface(path) and any(path.glob("*.gguf"))
@@ -135,7 +140,7 @@ def holds_gguf(path: AnyPath) -> bool:
 def require_gguf(path: object) -> None:
     """Raise CheckpointError unless the package that reads and writes GGUF files is installed."""
     if importlib.util.find_spec("gguf") is None:
-        raise CheckpointError(f"{path}: GGUF files need another package: pip install 'mesh-transformer[gguf]'")
+        raise CheckpointError(f"{path}: GGUF files need the package gguf: pip install 'mesh-transformer[gguf]'")
 
 
 def _open_gguf(path: AnyPath) -> OpenCheckpoint:

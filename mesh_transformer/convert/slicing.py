@@ -12,8 +12,8 @@ from mesh_transformer.checkpoint.manifest import ArrayRecord
 from mesh_transformer.checkpoint.zarr_sharding import Slices
 from mesh_transformer.convert.layout_views import Joined, Packed
 
-COMPARE_BYTES = 16_000_000  # of an array, compared at once
-SLICE_BYTES = 40_000_000  # default size of a slice that is read and written at once
+COMPARE_BYTES = 16_000_000  # default size of a slice that is compared
+SLICE_BYTES = 40_000_000  # default size of a slice that is read and written
 MIN_SHARD_BYTES = 16_000_000  # shard files of a checkpoint are not made smaller than this
 
 
@@ -52,9 +52,9 @@ def shrink_shard(shard: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype
 def group_slices(tensor: Packed | Joined, slice_bytes: int) -> Iterator[list[tuple[int, int]]]:
     """Yield lists of slices of a tensor, each list to be written by one worker.
 
-    A slice along the first dimension is contiguous in the file and forms a list of its own. Slices along another
-    dimension interleave, so one worker writes all of them. Those are twice as large, because they are transposed a few
-    rows at a time.
+    Slices along the first dimension are contiguous in the file, so each is in a separate list. Slices along another
+    dimension interleave in the file, so one worker writes all of them. They are twice as large, because they are transposed
+    a few rows at a time.
     """
     interleaved = bool(tensor.shape and tensor.chunking.dim)
     bounds = list(tensor.slice_bounds(slice_bytes * (2 if interleaved else 1)))

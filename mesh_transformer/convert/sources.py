@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Find the folder or file of a model by the name that a user gives, and reject other things with a remedy.
+"""Find the folder or file of a model by its name, and reject folders and files of formats that cannot be read.
 
-A name can be a local path, a URL, or a repository on the Hugging Face Hub. The top folder of a repository in the Hub's
-cache stands for its snapshot. What the folder is, is detected by readers.py.
+A name is a local path, a URL, or a repository on the Hugging Face Hub. For the top folder of a repository in the Hub's
+cache, the folder of its snapshot is found. readers.py detects the format of a model.
 """
 
 import re
@@ -25,8 +25,8 @@ def find_source(name: str | AnyPath, *, config_only: bool = False) -> AnyPath:
     `config_only`, the only file that is downloaded is config.json.
 
     Raises:
-      CheckpointError: nothing is there, or it is known not to be a model that can be read.
-      ConfigError: the Hub is needed, and its client is not installed.
+      CheckpointError: the repository or snapshot is not found, or the path has a format that cannot be read.
+      ConfigError: `name` is a repository on the Hub, and huggingface_hub is not installed.
     """
     text = str(name)
     if text.startswith(PREFIX) or _is_repository(text):
@@ -53,16 +53,18 @@ def _find_snapshot(path: AnyPath) -> AnyPath:
             return named
     found = sorted(snapshots.iterdir())
     if len(found) != 1:
-        raise CheckpointError(f"{path}: a repository in the Hub's cache with {len(found)} snapshots; give one of them")
+        raise CheckpointError(
+            f"{path}: a repository in the Hub's cache with {len(found)} snapshots; give one of the folders in {snapshots}"
+        )
     return found[0]
 
 
 def reject_other_formats(path: AnyPath) -> None:
-    """Raise CheckpointError for what people have beside models that can be read, with the way to get one of those."""
+    """Raise CheckpointError, with the fix, for common folders and files that are not models in a supported format."""
     if path.is_file() and not path.name.endswith(".gguf"):
         if WEIGHT_FILES.fullmatch(path.name):
-            raise CheckpointError(f"{path}: a file of weights alone; give the folder that also has config.json")
-        raise CheckpointError(f"{path}: a file, not a model; give a folder, or a .gguf file")
+            raise CheckpointError(f"{path}: a file with weights only; give the folder that also has config.json")
+        raise CheckpointError(f"{path}: a file in an unknown format; give the folder of a model, or a .gguf file")
     if not path.is_dir():
         return
     entries = {entry.name: entry for entry in path.iterdir()}
@@ -73,14 +75,14 @@ def reject_other_formats(path: AnyPath) -> None:
         )
     if "params.json" in entries and any(re.fullmatch(r"consolidated.*\.pth", name) for name in entries):
         raise CheckpointError(
-            f"{path}: weights in Meta's own format; use the version of the model for transformers (with config.json)"
+            f"{path}: weights in Meta's original format; use the version of the model for transformers (with config.json)"
         )
     for entry in entries.values():
         _reject_placeholder(entry)
 
 
 def _reject_placeholder(file: AnyPath) -> None:
-    """Raise CheckpointError for a link to nothing, and for a pointer that Git LFS left instead of a file."""
+    """Raise CheckpointError for a dangling symbolic link, and for a Git LFS pointer instead of a file."""
     if not isinstance(file, Path):
         return
     if file.is_symlink() and not file.exists():
@@ -93,7 +95,7 @@ def _reject_placeholder(file: AnyPath) -> None:
 
 
 def require_existing(path: AnyPath) -> None:
-    """Raise CheckpointError, with the folders beside it, if there is nothing at `path`."""
+    """Raise CheckpointError, with the names of folders next to `path`, if `path` does not exist."""
     if path.is_dir() or path.is_file():
         return
     raise CheckpointError(

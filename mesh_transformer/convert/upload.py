@@ -31,7 +31,7 @@ class Upload(NamedTuple):
     """Statistics of a finished upload."""
 
     objects: int
-    put: int  # uploaded now; the others were there already
+    put: int  # objects uploaded now; the others existed already
     nbytes: int  # of the objects uploaded now
     seconds: float  # including the time to read all of them back
 
@@ -39,7 +39,9 @@ class Upload(NamedTuple):
 def check_remote(destination: RemotePath, overwrite: bool) -> None:
     """Raise CheckpointError if the destination exists without `overwrite`, or cannot be written."""
     if len(destination.parts) < 2:
-        raise CheckpointError(f"{destination}: name a folder in the bucket")
+        raise CheckpointError(
+            f"{destination}: a bucket is not a destination; add a folder, such as {destination}/model"
+        )
     folder = ObjectStoreBackend(destination)
     found = folder.list_files()
     if found and UPLOADING not in found and not overwrite:
@@ -52,7 +54,7 @@ def upload_folder(
 ) -> Upload:
     """Upload all files of `folder` except `exclude`, and delete all other objects at the destination.
 
-    CheckpointError names the object whose upload failed.
+    Raises CheckpointError, with the name of the object, if an upload fails.
     """
     start = time.perf_counter()
     target = ObjectStoreBackend(destination)
@@ -81,7 +83,7 @@ def upload_order(name: str) -> int:
 
 
 class _Uploader:
-    """Uploads files and verifies them by reading them back; can be used from several threads."""
+    """Uploader that verifies each file by reading the object back; safe to use from several threads."""
 
     def __init__(self, folder: Path, destination: RemotePath, sizes: dict[str, int], counter: ByteCounter):
         self.folder = folder
@@ -107,7 +109,9 @@ class _Uploader:
             self.put += 1
             self.nbytes += expected.size
         if digest_file(target, expected.size) != expected:
-            raise CheckpointError(f"{target}: the object read back differs from the uploaded file; run this again")
+            raise CheckpointError(
+                f"{target}: the object read back differs from the uploaded file; run the command again"
+            )
         self.counter.add(expected.size)
 
 

@@ -1,6 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Write a planned checkpoint in each supported format, one block at a time, resuming where an earlier attempt stopped."""
+"""Write a planned checkpoint as a native, Hugging Face or mesh-transformer-jax checkpoint, one block at a time.
+
+GGUF files are written by gguf/writer.py. A resume log lets an interrupted write continue.
+"""
 
 import dataclasses
 import functools
@@ -19,10 +22,10 @@ from mesh_transformer.checkpoint.commit import RESUMABLE_OWNER, Files, write_che
 from mesh_transformer.checkpoint.manifest import MANIFEST, ArrayRecord
 from mesh_transformer.checkpoint.zarr_sharding import Slices
 from mesh_transformer.convert.gptj.writer import write_gptj
-from mesh_transformer.convert.huggingface.carried import copy_carried
 from mesh_transformer.convert.huggingface.families import FAMILIES
 from mesh_transformer.convert.huggingface.reader import CONFIG, find_family, pack_tensors
 from mesh_transformer.convert.huggingface.tensor_files import SAFETENSORS, TensorSpec, create_safetensors, write_values
+from mesh_transformer.convert.huggingface.text_files import copy_small_files
 from mesh_transformer.convert.import_plan import ImportPlan, PlannedArray, target_dtype
 from mesh_transformer.convert.lazy_arrays import FileArray, cast_values, to_c_order, to_dtype
 from mesh_transformer.convert.progress import ByteCounter, Progress, no_progress
@@ -103,13 +106,13 @@ def write_huggingface(
     log: ResumeLog,
     options: WriteOptions,
     *,
-    carry_from: AnyPath | None = None,
+    copy_files_from: AnyPath | None = None,
     model_type: str | None = None,
 ) -> Path:
     """Write a Hugging Face model folder in `staging` and return `staging`.
 
-    The tokenizer and other small files are copied from the model folder `carry_from`. `model_type` is preferred if several
-    families compute the model's function.
+    The tokenizer and other small files are copied from the model folder `copy_files_from`. If several families of
+    transformers compute the model's function, the family `model_type` is written.
     """
     kind, config = find_family(plan.config, model_type)
     tensors = pack_tensors(plan.config, plan.values, FAMILIES[kind])
@@ -149,13 +152,13 @@ def write_huggingface(
         (staging / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1))
     config |= {"torch_dtype": options.dtype or plan.weight_dtype()}
     (staging / CONFIG).write_text(json.dumps(config, indent=1))
-    if carry_from is not None:
-        copy_carried(carry_from, staging)
+    if copy_files_from is not None:
+        copy_small_files(copy_files_from, staging)
     return staging
 
 
 def _split_files(specs: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
-    """Return the tensors of each safetensors file, by its name, at most MAX_FILE_BYTES if they are not larger."""
+    """Return {file name: tensors}; a file has at most MAX_FILE_BYTES unless a single tensor is larger."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():

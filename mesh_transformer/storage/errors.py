@@ -17,7 +17,7 @@ ERROR_HINTS = (
      "no such bucket: {bucket}; create it, or correct its name in the URL or {endpoint}"),
     (r"PermissionError|AccessDenied|PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch"
      r"|ExpiredToken|(code: |\(|, )40[13]\b",
-     "permission denied; the credentials need permission to list, read, write and delete objects in {bucket}"),
+     "permission denied; the credentials need list, read, write and delete access to {bucket}"),
     (r"SlowDown|ServiceUnavailable|InternalError|Service Unavailable|(code: |\(|, )50\d\b",
      "the object store returned an error after several retries; run the command again later"),
     (r"Connect|Timeout|timed out|HTTPClientError|ClientOSError|ResponseStreaming|ServerDisconnected|IncompleteRead"

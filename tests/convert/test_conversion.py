@@ -362,17 +362,19 @@ def test_transformers_finds_what_both_readings_share(external, tmp_path, monkeyp
     assert report["max_logit_difference"] < 1e-4
     misread = HFConfig.rope_parameters
     monkeypatch.setattr(HFConfig, "rope_parameters", lambda self: misread(self) | {"rope_theta": 100.0})
-    assert "our own reading" in run_here(external, tmp_path / "own")["logits_compared"]
+    assert "both belong to this project" in run_here(external, tmp_path / "own")["logits_compared"]
     with pytest.raises(CheckpointError, match=r"the logits of .* differ by"):
         run_here(external, tmp_path / "wrong", verify="transformers")
 
 
 def test_without_transformers_the_own_reading_is_said(external, tmp_path, monkeypatch):
-    monkeypatch.setattr(library_logits, "why_not", lambda *_: "transformers not installed")
+    monkeypatch.setattr(library_logits, "unavailable_reason", lambda *_: "transformers is not installed")
     report = run_here(external, tmp_path / "out", verify="auto")
-    assert "our own reading" in report["logits_compared"]
+    assert "both belong to this project" in report["logits_compared"]
     assert report["notes"] == ["the logits were not compared with those of transformers: transformers not installed"]
-    with pytest.raises(CheckpointError, match="--verify transformers: transformers not installed; pass --verify own"):
+    with pytest.raises(
+        CheckpointError, match="--verify transformers: transformers is not installed; pass --verify own"
+    ):
         run_here(external, tmp_path / "more", verify="transformers")
     monkeypatch.setitem(FAMILIES, "llama", FAMILIES["llama"]._replace(reference=None))
     report = run_here(external, tmp_path / "neither", verify="own")

@@ -80,9 +80,9 @@ def test_joined_parts_of_unequal_sizes(blocks, shape):
 
 
 def test_wrong_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"shape \(7, 2\), expected 2 x 2\+1\+1 rows"):
+    with pytest.raises(ValueError, match=r"tensor: shape \(7, 2\), expected 8 rows = 2 x \(2 \+ 1 \+ 1\)"):
         Part(InMemory(np.zeros((7, 2))), Split(2, (2, 1, 1)), 0)
-    with pytest.raises(ValueError, match=r"parts of \[3, 2\] rows, expected 1 x \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"parts of \[3, 2\] rows, expected \[3, 1\]"):
         Joined([Packed([InMemory(np.zeros(n))], "embed", [("embed",)]) for n in (3, 2)], Split(1, (3, 1)))
     with pytest.raises(ValueError, match=r"shape \(3, 4\), expected \(4, 3\) for layout 'vocab embed'"):
         LayoutView(InMemory(np.zeros((3, 4))), "vocab embed", ("vocab", "embed"), (4, 3))

@@ -43,10 +43,10 @@ def test_a_folder_is_converted_once_and_again_when_it_changes(external):
     lines: list[str] = []
     store, step = find_model(external, log=lines.append)
     assert parse_model(store.read_meta(step)["config"]["model"], where="test").d_model == 8
-    assert "converting once into" in lines[0]
+    assert "converting to a native checkpoint, once, in" in lines[0]
     again, _ = find_model(str(external), log=lines.append)
     assert str(again.root) == str(store.root)
-    assert "using its conversion" in lines[-1]
+    assert "using the converted checkpoint in" in lines[-1]
     weights = load_file(external / "model.safetensors")
     weights["transformer.wte.weight"] += 1
     save_file(weights, external / "model.safetensors")

@@ -27,7 +27,7 @@ def test_an_adapter_needs_its_base_model(tmp_path):
 
 def test_meta_format_is_named(tmp_path):
     folder = write(tmp_path / "llama", "params.json", "consolidated.00.pth")
-    with pytest.raises(CheckpointError, match="weights in Meta's own format; use the version"):
+    with pytest.raises(CheckpointError, match="weights in Meta's original format; use the version"):
         find_source(folder)
 
 
@@ -48,7 +48,7 @@ def test_a_dead_link_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "consolidated.00.pth"])
 def test_a_file_of_weights_is_not_a_model(tmp_path, name):
-    with pytest.raises(CheckpointError, match=rf"{name}: a file of weights alone; give the folder that also has"):
+    with pytest.raises(CheckpointError, match=rf"{name}: a file with weights only; give the folder that also has"):
         find_source(write(tmp_path, name) / name)
 
 
@@ -57,7 +57,9 @@ def test_the_top_folder_of_a_cached_repository_is_its_snapshot(tmp_path):
     first = write(top / "snapshots" / "aaa", "config.json")
     assert find_source(top) == first
     second = write(top / "snapshots" / "bbb", "config.json")
-    with pytest.raises(CheckpointError, match="a repository in the Hub's cache with 2 snapshots; give one of them"):
+    with pytest.raises(
+        CheckpointError, match="a repository in the Hub's cache with 2 snapshots; give one of the folders in"
+    ):
         find_source(top)
     write(top / "refs", "main", text="bbb")
     assert find_source(top) == second

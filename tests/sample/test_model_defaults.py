@@ -15,7 +15,7 @@ from small_tokenizers import llama_table, special
 import mesh_transformer as mt
 from mesh_transformer.config import ConfigError, ModelConfig, SampleConfig, config_to_dict, parse_config
 from mesh_transformer.config.presets import T5
-from mesh_transformer.convert.huggingface.carried import read_carried
+from mesh_transformer.convert.huggingface.text_files import read_text_files
 from mesh_transformer.data.span_corruption import SentinelTokenizer
 from mesh_transformer.data.tokenizers import ByteTokenizer, FileTokenizer
 from mesh_transformer.sample.loading import load_model
@@ -123,9 +123,9 @@ def test_a_section_of_a_run_has_precedence():
 def test_damaged_files_are_not_converted(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [70, 71')
     with pytest.raises(CheckpointError, match=r"generation_config\.json: not valid JSON"):
-        read_carried(tmp_path, {})
+        read_text_files(tmp_path, {})
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [70, 71]}')
-    assert read_carried(tmp_path, {"bos_token_id": 1, "vocab_size": 3}) == {
+    assert read_text_files(tmp_path, {"bos_token_id": 1, "vocab_size": 3}) == {
         "carried": {"generation_config.json": '{"eos_token_id": [70, 71]}'},
         "special_ids": {"bos_token_id": 1},
     }

@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Architectures of llama.cpp: their metadata as config.json of a Hugging Face family and back, and their tensor names.
+"""Architectures of llama.cpp: translate their metadata and tensor names to and from a Hugging Face family.
 
-The keys are those of `gguf.constants.Keys`; what llama.cpp assumes where a key is absent is in its src/models/*.cpp, and
-how its converter changes tensors in conversion/*.py. Each row names the family whose reader does the rest.
+Sources in llama.cpp: the keys are those of `gguf.constants.Keys`; src/models/*.cpp has the values of absent keys;
+conversion/*.py has the changes of tensors. Each entry of ARCHITECTURES names the families whose readers and writers of
+config.json complete the translation.
 """
 
 import functools
@@ -31,17 +32,17 @@ class Architecture(NamedTuple):
     """An architecture of llama.cpp and the families of transformers whose models it can hold."""
 
     families: tuple[str, ...]  # model types
-    keys: Mapping[str, str]  # metadata key without the architecture -> key of config.json
-    implied: Mapping[str, Any]  # keys of config.json that the architecture determines
-    read_more: Callable[["Metadata", Table, Tensors], None]  # adds the keys of config.json that are not one to one
-    write_more: Callable[[Table, Table], None]  # the same in the other direction: (config.json, metadata)
-    pairs: bool = False  # whether rows of query and key heads are reordered, see tensors.undo_rope_order
-    norm_offset: bool = False  # whether 1 was added to the scales of norms
+    keys: Mapping[str, str]  # metadata key without the architecture's prefix -> key of config.json with the same value
+    implied: Mapping[str, Any]  # keys of config.json whose values the architecture determines
+    read_more: Callable[["Metadata", Table, Tensors], None]  # adds all other keys of config.json
+    write_more: Callable[[Table, Table], None]  # (config.json, metadata): adds all other keys of the metadata
+    pairs: bool = False  # whether the rows of query and key heads are interleaved, see tensors.undo_rope_order
+    norm_offset: bool = False  # whether llama.cpp's converter adds 1 to the scales of norms
     transposed: tuple[str, ...] = ()  # modules of transformers whose weight is stored transposed
 
 
 class Metadata:
-    """The metadata of one architecture, whose keys are marked as they are read."""
+    """The metadata of a file, with a record of the keys that were read."""
 
     def __init__(self, values: Mapping[str, Any], where: object):
         """Raise CheckpointError if the architecture is missing or not supported."""
@@ -56,7 +57,7 @@ class Metadata:
         self._read: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key of the architecture, or the default, which llama.cpp assumes where it is absent."""
+        """Return the value of a key without the architecture's prefix; if absent, `default`, the value that llama.cpp uses."""
         full = f"{self.name}.{key}"
         self._read.add(full)
         return self.values.get(full, default)
@@ -69,19 +70,25 @@ class Metadata:
             )
 
     def check_all_read(self) -> None:
-        """Raise CheckpointError with each key of the architecture that nothing has read: it may change the function."""
+        """Raise CheckpointError with the keys of the architecture that were not read, as they may change the function."""
         unread = [key for key in self.values if key.startswith(f"{self.name}.") and key not in self._read]
         if unread:
             found = ", ".join(f"{key} = {str(self.values[key])[:60]}" for key in unread)
-            raise CheckpointError(f"{self.where}: metadata that is not supported: {found}")
+            raise CheckpointError(
+                f"{self.where}: metadata keys that are not supported and may change the model's function: {found}; convert the "
+                "model's Hugging Face folder instead"
+            )
 
 
 def read_config(values: Mapping[str, Any], tensors: Tensors, where: object) -> Table:
-    """Return config.json of the family for the metadata and tensors of a file. Raise CheckpointError if it has none."""
+    """Return the config.json of a file from its metadata and tensors. Raise CheckpointError if they are not supported."""
     metadata = Metadata(values, where)
     architecture = metadata.architecture
     if TOKEN_EMBEDDING not in tensors:
-        raise CheckpointError(f"{where}: {TOKEN_EMBEDDING} is missing; this is not a complete language model")
+        raise CheckpointError(
+            f"{where}: the tensor {TOKEN_EMBEDDING} is missing; give the file of a complete language model, not of an adapter or "
+            "a projector"
+        )
     table: Table = {"model_type": architecture.families[0], **architecture.implied}
     for key, name in architecture.keys.items():
         if (value := metadata.get(key)) is not None:
@@ -95,13 +102,14 @@ def read_config(values: Mapping[str, Any], tensors: Tensors, where: object) -> T
 
 
 def write_config(table: Mapping[str, Any]) -> Table:
-    """Return the metadata for a config.json. Raise CheckpointError if no architecture of llama.cpp holds its family."""
+    """Return the metadata for a config.json. Raise CheckpointError if its family has no entry in ARCHITECTURES."""
     kind = table["model_type"]
     found = [name for name, architecture in ARCHITECTURES.items() if kind in architecture.families]
     if not found:
         raise CheckpointError(
-            f"GGUF has no architecture for model_type {kind!r} here; supported: "
+            f"models of model_type {kind!r} cannot be written as GGUF; supported: "
             + ", ".join(family for architecture in ARCHITECTURES.values() for family in architecture.families)
+            + "; export the model with --format huggingface"
         )
     (name,) = found
     architecture = ARCHITECTURES[name]
@@ -126,9 +134,9 @@ def _name_map(name: str) -> Callable[[str], str | None]:
 
 
 def _rename(mapping: TensorMapping, name: str) -> TensorMapping | None:
-    """Return the mapping to the tensor of llama.cpp; None if the architecture does not have it.
+    """Return the mapping to the tensor of llama.cpp; None if the architecture does not have this tensor.
 
-    The components of a fused projection are not interleaved there, and the experts of a layer are one tensor.
+    llama.cpp does not interleave the components of a fused projection, and stores the experts of a layer as one tensor.
     """
     module, _, kind = mapping.name.rpartition(".")
     found = _name_map(name)(module.replace(".{e}", "").replace("{i}", "0"))
@@ -188,7 +196,10 @@ def _read_rope(metadata: Metadata, table: Table, tensors: Tensors, d_head: int) 
             "original_max_position_embeddings": LLAMA3_LENGTH,
         }
         if not np.allclose(llama3_factors(rope | {"rope_theta": theta}, d_head), factors, rtol=1e-4):
-            raise CheckpointError(f"{metadata.where}: {ROPE_FACTORS} are not the factors of Llama 3.1, 3.2 or 3.3")
+            raise CheckpointError(
+                f"{metadata.where}: the values of {ROPE_FACTORS} are not the factors of Llama 3.1, 3.2 or 3.3, the only ones "
+                "that are supported; convert the model's Hugging Face folder instead"
+            )
     table["rope_theta"] = theta
     table["rope_parameters"] = rope | {"rope_theta": theta}
 
@@ -212,7 +223,10 @@ def _read_heads(metadata: Metadata, table: Table) -> int:
     """Set the numbers of heads and their size, and return the size."""
     table.setdefault("num_key_value_heads", table["num_attention_heads"])
     if isinstance(table["num_key_value_heads"], list | tuple):
-        raise CheckpointError(f"{metadata.where}: numbers of heads that differ between layers are not supported")
+        raise CheckpointError(
+            f"{metadata.where}: {metadata.name}.attention.head_count_kv = {str(table['num_key_value_heads'])[:60]} is not "
+            "supported; supported: one number for all layers"
+        )
     d_head = table.setdefault("head_dim", table["hidden_size"] // table["num_attention_heads"])
     metadata.require("attention.value_length", d_head)
     return d_head

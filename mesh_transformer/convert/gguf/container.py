@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The container format of GGUF: metadata and the location of each tensor, of one file or of a set of split files.
+"""Container format of GGUF: read the metadata and the location of each tensor of a file or of a set of split files.
 
 The layout is specified in ggml's docs/gguf.md. `gguf.GGUFReader` is not used: it keeps a NumPy array per string of the
 metadata, which for a vocabulary of 256,000 entries takes 800 MB, and it needs a local file.
@@ -69,7 +69,7 @@ def find_files(folder: AnyPath) -> list[AnyPath]:
 def read_gguf(path: AnyPath) -> GGUFFile:
     """Read the metadata and tensor table of a GGUF file, of a folder with one, or of a set of split files.
 
-    CheckpointError if a file is missing or damaged, or a folder holds several models.
+    Raises CheckpointError if a file is missing or damaged, or if the folder has several models.
     """
     if path.is_dir():
         files = find_files(path)
@@ -81,20 +81,24 @@ def read_gguf(path: AnyPath) -> GGUFFile:
     tensors: dict[str, TensorInfo] = {}
     for part in parts:
         if repeated := sorted(tensors.keys() & part.tensors.keys()):
-            raise CheckpointError(f"{part.path}: {repeated[0]} is also in another of the split files")
+            raise CheckpointError(
+                f"{part.path}: the tensor {repeated[0]} is also in another of the split files; download the files again"
+            )
         tensors |= part.tensors
     return GGUFFile(path, parts[0].metadata, tensors)
 
 
 def _split_paths(path: AnyPath) -> list[AnyPath]:
-    """Return the paths of all split files of a model, given one of them. CheckpointError if some are missing."""
+    """Return the paths of all split files of a model, given one of them. Raise CheckpointError if some are missing."""
     name = SPLIT_NAME.fullmatch(path.name)
     if name is None:
         return [path]
     count = int(name[3])
     paths = [path.parent / f"{name[1]}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
     if missing := [part.name for part in paths if not part.is_file()]:
-        raise CheckpointError(f"{path}: one of {count} split files; missing: {', '.join(missing)}")
+        raise CheckpointError(
+            f"{path}: one of {count} split files; missing: {', '.join(missing)}; copy them next to it"
+        )
     return paths
 
 
@@ -103,7 +107,9 @@ def _read_file(path: AnyPath) -> GGUFFile:
     with path.open("rb") as file:
         reader = _Reader(file, path, size)
         if (magic := reader.take(4)) != MAGIC:
-            raise CheckpointError(f"{path}: not a GGUF file: it begins with {magic!r}")
+            raise CheckpointError(
+                f"{path}: not a GGUF file: it begins with {magic!r} instead of {MAGIC!r}; copy or download it again"
+            )
         version = reader.number("<u4")
         if version not in VERSIONS:
             raise CheckpointError(
@@ -114,13 +120,13 @@ def _read_file(path: AnyPath) -> GGUFFile:
         metadata = dict(reader.entry() for _ in range(n_keys))
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
-            raise CheckpointError(f"{path}: general.alignment = {alignment!r}, expected a positive number")
+            raise CheckpointError(f"{path}: general.alignment = {alignment!r}, but it must be a positive integer")
         table = [reader.tensor() for _ in range(n_tensors)]
         start = -(-reader.position // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}
     for name, info in table:
         if name in tensors:
-            raise CheckpointError(f"{path}: {name} occurs twice")
+            raise CheckpointError(f"{path}: damaged: the tensor {name} occurs twice; copy or download it again")
         tensors[name] = info._replace(offset=start + info.offset)
         if tensors[name].offset + info.nbytes > size:
             raise CheckpointError(
@@ -131,7 +137,7 @@ def _read_file(path: AnyPath) -> GGUFFile:
 
 
 class _Reader:
-    """Reads the values of a header in order. CheckpointError where the file ends early or a value is invalid."""
+    """Reader of the values of a header, in order. Raises CheckpointError if the file ends early or a value is invalid."""
 
     def __init__(self, file: IO[bytes], path: AnyPath, size: int):
         self.file = file
@@ -143,7 +149,7 @@ class _Reader:
         if length > self.size - self.position:
             raise CheckpointError(
                 f"{self.path}: truncated or damaged: the header needs {length:,} bytes at byte {self.position:,}, "
-                f"the file has {self.size:,}"
+                f"the file has {self.size:,}; copy or download it again"
             )
         data = self.file.read(length)
         self.position += length
@@ -156,7 +162,10 @@ class _Reader:
     def count(self) -> int:
         (count,) = struct.unpack("<Q", self.take(8))
         if count > MAX_ENTRIES:
-            raise CheckpointError(f"{self.path}: damaged: {count:,} entries at byte {self.position:,}")
+            raise CheckpointError(
+                f"{self.path}: damaged: {count:,} entries at byte {self.position:,}, but at most {MAX_ENTRIES:,} are allowed; "
+                "copy or download it again"
+            )
         return count
 
     def text(self) -> str:
@@ -178,7 +187,9 @@ class _Reader:
                 return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
             return [self.value(key, inner) for _ in range(count)]
         if kind not in NUMBERS:
-            raise CheckpointError(f"{self.path}: {key} has the unknown type {kind}")
+            raise CheckpointError(
+                f"{self.path}: damaged: the value of {key} has the unknown type {kind}; copy or download it again"
+            )
         form = NUMBERS[GGUFValueType(kind)]
         if form == "<f4":  # the shortest decimal that is this number: 1e-05, not 9.999999747378752e-06
             return float(str(np.frombuffer(self.take(4), "<f4")[0]))
@@ -189,16 +200,23 @@ class _Reader:
         name = self.text()
         n_dims = self.number("<u4")
         if n_dims > MAX_DIMS:
-            raise CheckpointError(f"{self.path}: {name} has {n_dims} dimensions, expected at most {MAX_DIMS}")
+            raise CheckpointError(
+                f"{self.path}: damaged: the tensor {name} has {n_dims} dimensions, but at most {MAX_DIMS} are allowed; copy or "
+                "download it again"
+            )
         dims = [self.number("<u8") for _ in range(n_dims)]
         kind = self.number("<u4")
         offset = self.number("<u8")
         if kind not in set(GGMLQuantizationType):
-            raise CheckpointError(f"{self.path}: {name} has the type {kind}, unknown to the installed version of gguf")
+            raise CheckpointError(
+                f"{self.path}: the tensor {name} has the type {kind}, which the installed version of gguf does not know; update "
+                "it: pip install -U gguf"
+            )
         info = TensorInfo(self.path, offset, tuple(reversed(dims)) or (1,), GGMLQuantizationType(kind))
         block = GGML_QUANT_SIZES[info.type][0]
         if info.shape[-1] % block:
             raise CheckpointError(
-                f"{self.path}: {name}: rows of {info.shape[-1]} values are not blocks of {block}, as {info.type.name} needs"
+                f"{self.path}: damaged: the tensor {name} has rows of {info.shape[-1]} values, but {info.type.name} needs a "
+                f"multiple of {block}; copy or download it again"
             )
         return name, info

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The pre-tokenizers of byte-level vocabularies that GGUF names in tokenizer.ggml.pre, as parts of a tokenizer.json.
+"""Pre-tokenizers of byte-level vocabularies, by their names in tokenizer.ggml.pre of GGUF files, for tokenizer.json.
 
-llama.cpp implements each by name (llama-vocab.cpp); the expressions here are those of the models' own tokenizer.json.
+llama.cpp implements each of them (llama-vocab.cpp); the regular expressions are from the tokenizer.json of the models.
 """
 
 import json
@@ -29,13 +29,13 @@ DEEPSEEK3 = (
 
 
 class PreTokenizer(NamedTuple):
-    """A division of texts into words, before the merges."""
+    """Division of a text into words, within which the tokens are merged."""
 
-    split: tuple[str, ...] = ()  # regular expressions, applied in order; none: that of GPT-2
-    digits: bool = False  # whether each digit is a word, before GPT-2's expression
+    split: tuple[str, ...] = ()  # regular expressions, applied in order; empty: the regular expression of GPT-2
+    digits: bool = False  # whether each digit becomes a word before GPT-2's expression is applied
     nfc: bool = False  # whether the text is normalized to Unicode's form C
-    ignore_merges: bool = False  # whether a word that is in the vocabulary is not divided
-    begins: bool = False  # whether llama.cpp adds the first token where the metadata does not say
+    ignore_merges: bool = False  # whether a word that is in the vocabulary becomes one token without merges
+    adds_bos: bool = False  # whether llama.cpp adds the BOS token if the metadata has no add_bos_token
 
     @property
     def table(self) -> dict[str, Any]:
@@ -50,16 +50,16 @@ class PreTokenizer(NamedTuple):
 
 
 GPT2_LIKE, DIGITS = PreTokenizer(), PreTokenizer(digits=True)
-# The first name of equal ones is written.
+# If several names have equal values, the first one is written.
 PRE_TOKENIZERS = {
     "gpt-2": GPT2_LIKE, "phi-2": GPT2_LIKE, "mpt": GPT2_LIKE, "jais": GPT2_LIKE, "exaone4": GPT2_LIKE,
     "olmo": PreTokenizer(nfc=True),
     "smollm": DIGITS, "starcoder": DIGITS, "refact": DIGITS, "codeshell": DIGITS, "minerva-7b": DIGITS,
     "command-r": PreTokenizer(digits=True, nfc=True),
-    "llama-bpe": PreTokenizer((LLAMA3,), ignore_merges=True, begins=True),
-    "llama3": PreTokenizer((LLAMA3,), ignore_merges=True, begins=True),
-    "llama-v3": PreTokenizer((LLAMA3,), ignore_merges=True, begins=True),
-    "falcon3": PreTokenizer((LLAMA3,), ignore_merges=True, begins=True),
+    "llama-bpe": PreTokenizer((LLAMA3,), ignore_merges=True, adds_bos=True),
+    "llama3": PreTokenizer((LLAMA3,), ignore_merges=True, adds_bos=True),
+    "llama-v3": PreTokenizer((LLAMA3,), ignore_merges=True, adds_bos=True),
+    "falcon3": PreTokenizer((LLAMA3,), ignore_merges=True, adds_bos=True),
     "dbrx": PreTokenizer((LLAMA3,)), "smaug-bpe": PreTokenizer((LLAMA3,)),
     "qwen2": PreTokenizer((QWEN2,), nfc=True), "deepseek-r1-qwen": PreTokenizer((QWEN2,), nfc=True),
     "stablelm2": PreTokenizer((QWEN2,)),
@@ -70,10 +70,10 @@ PRE_TOKENIZERS = {
 
 
 def name_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str | None:
-    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json, or None if it has none like it.
+    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json, or None if llama.cpp has no equivalent.
 
-    Whether words that are in the vocabulary are divided is part of the name, and so is the normalization, unless only
-    that differs: llama.cpp does not normalize texts.
+    Steps and `ignore_merges` must be equal. A name with equal normalization is preferred, but not required, because
+    llama.cpp does not normalize texts.
     """
     steps = _steps(tokenizer.get("pre_tokenizer"))
     ignores = bool(tokenizer["model"].get("ignore_merges"))

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Values as stored rows of each type of GGUF.
+"""Encode values as the stored rows of each GGUF type.
 
-`gguf.quants` quantizes the types with one scale per block. For Q4_K, which it lacks, `quantize_q4_k` follows
+`gguf.quants` quantizes the types with one scale per block. For Q4_K, which gguf lacks, `quantize_q4_k` follows
 quantize_row_q4_K_ref of ggml-quants.c: the same search in the same order, in float32. A compiler that fuses a multiply
 and an add rounds once less, so single blocks can differ from llama.cpp's in the last step of a scale.
 """
@@ -22,7 +22,7 @@ BLOCKS_AT_ONCE = 2048  # bounds the memory of the search
 
 
 def encode_rows(values: np.ndarray, kind: GGMLQuantizationType, name: str) -> np.ndarray:
-    """Return values [..., n] as stored rows [..., bytes], uint8. CheckpointError if float16 cannot represent a value."""
+    """Return values [..., n] as stored rows [..., bytes], uint8. Raise CheckpointError if a value overflows float16."""
     if kind in STORED:
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(values.astype(to_dtype(STORED[kind]), copy=False))
@@ -81,7 +81,7 @@ def _quantize_blocks(blocks: np.ndarray) -> np.ndarray:
 def _search_scales(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the levels [32, n], scales [n] and negated minima [n] of sub-blocks x [32, n]: make_qkx2_quants of ggml.
 
-    Of 21 scales around the range of the values, and the first guess, those with the least weighted squared error.
+    The initial scale and 21 others near it are tried; the one with the least weighted squared error is returned.
     """
     total = np.add.reduce  # over the first dimension, in order
     weights = np.sqrt(total(x * x) / np.float32(SUB)) + np.abs(x)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Plan the import of a GGUF model: its metadata becomes config.json, its tensors those of a Hugging Face family."""
+"""Plan the import of a GGUF model: translate its metadata to config.json and its tensors to a Hugging Face family."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -23,13 +23,13 @@ class OpenGGUF(NamedTuple):
     path: AnyPath  # of the first file
     plan: ImportPlan
     config: dict[str, Any]  # config.json of the family
-    meta: dict[str, Any]  # metadata for a native checkpoint: tokenizer, special IDs and files carried along
+    meta: dict[str, Any]  # metadata for a native checkpoint: tokenizer, special IDs and text files
 
 
 def open_gguf(path: AnyPath) -> OpenGGUF:
     """Plan the import of a GGUF file, a folder with one, or one of a set of split files.
 
-    CheckpointError if the file is damaged, or its architecture, metadata or types of tensors are not supported.
+    Raises CheckpointError if the file is damaged, or its architecture, metadata or tensor types are not supported.
     """
     file = read_gguf(path)
     tensors = open_tensors(file.tensors, file.path)
@@ -51,7 +51,7 @@ def read_gguf_model(file: GGUFFile, tensors: Mapping[str, LazyArray]) -> tuple[d
 def assemble_native(
     config: ModelConfig, name: str, kind: str, tensors: Mapping[str, LazyArray], where: object
 ) -> dict[str, PlannedArray]:
-    """Return the native arrays of a model of architecture `name` from its tensors. CheckpointError unless they match."""
+    """Return the native arrays of a model of architecture `name`. Raise CheckpointError if its tensors do not match."""
     family = make_family(kind, name)
     original = undo_changes(tensors, name, config)
     used: set[str] = {ROPE_FACTORS}
@@ -61,7 +61,7 @@ def assemble_native(
 
 
 def undo_changes(tensors: Mapping[str, LazyArray], name: str, config: ModelConfig) -> dict[str, LazyArray]:
-    """Return the tensors of an architecture as they were before llama.cpp's converter."""
+    """Return the tensors of an architecture without the changes that llama.cpp's converter makes."""
     architecture = ARCHITECTURES[name]
     found = dict(tensors)
     for tensor, array in tensors.items():

@@ -1,9 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of GGUF files as lazy arrays: stored values as they are, quantized ones dequantized a block of rows at a time.
+"""Tensors of GGUF files as lazy arrays; quantized tensors are dequantized to float32, by `gguf.quants`, as they are read.
 
-`gguf.quants` dequantizes; the result is float32. The functions that undo llama.cpp's changes of the original tensors
-are here too, each next to its inverse.
+The functions that undo the changes which llama.cpp's converter makes, and their inverses, are here too.
 """
 
 import math
@@ -17,7 +16,7 @@ from mesh_transformer.convert.gguf.container import TensorInfo
 from mesh_transformer.convert.import_plan import raise_problems
 from mesh_transformer.convert.lazy_arrays import FLOAT32, Decoded, FileArray, LazyArray, to_dtype
 
-STORED = {  # types whose values are numbers of NumPy
+STORED = {  # types that are not quantized -> NumPy dtype
     GGMLQuantizationType.F32: "float32",
     GGMLQuantizationType.F16: "float16",
     GGMLQuantizationType.BF16: "bfloat16",
@@ -29,14 +28,14 @@ QUANTIZED = tuple(
 
 
 def open_tensors(infos: Mapping[str, TensorInfo], where: object) -> dict[str, LazyArray]:
-    """Return the tensors as lazy arrays. CheckpointError names those whose type is not supported."""
+    """Return the tensors as lazy arrays. Raise CheckpointError with the tensors whose type is not supported."""
     supported = (*STORED, *QUANTIZED)
     problems = [
         f"{name} is {info.type.name}; supported: {', '.join(each.name for each in supported)}"
         for name, info in infos.items()
         if info.type not in supported
     ]
-    raise_problems(f"{where}: types of tensors that are not supported", problems)
+    raise_problems(f"{where}: tensors of types that are not supported; quantize the model to one that is", problems)
     return {name: open_tensor(info) for name, info in infos.items()}
 
 
@@ -59,18 +58,18 @@ def dequantize_rows(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     """Return the float32 values [..., n] of stored rows [..., bytes]."""
     block, size = GGML_QUANT_SIZES[kind]
     shape = (*rows.shape[:-1], rows.shape[-1] // size * block)
-    if not rows.size:  # which `dequantize` cannot reshape
+    if not rows.size:  # `dequantize` cannot reshape an empty array
         return np.empty(shape, np.float32)
-    # `dequantize` works on 16 rows at a time; rows of equal length, however narrow the slice, keep that efficient
+    # `dequantize` works on 16 rows at a time; rows of up to 64 blocks keep this efficient for slices of any width
     n_blocks = math.prod(shape) // block
     per_row = math.gcd(n_blocks, 64)
     return dequantize(np.ascontiguousarray(rows).reshape(-1, per_row * size), kind).reshape(shape)
 
 
 def undo_rope_order(tensor: LazyArray, n_heads: int) -> LazyArray:
-    """Return a query or key projection [heads * d_head, ...] in the order of rotate-half.
+    """Return a query or key projection [heads * d_head, ...] with the row order of transformers' rotate_half.
 
-    llama.cpp rotates neighboring pairs for the architecture "llama", and its converter reorders the rows of each head.
+    For the architecture "llama", llama.cpp rotates neighboring pairs, and its converter interleaves the rows of each head.
     """
     d_head = tensor.shape[0] // n_heads
 
@@ -82,7 +81,7 @@ def undo_rope_order(tensor: LazyArray, n_heads: int) -> LazyArray:
 
 
 def from_pairs(values: np.ndarray, d_head: int) -> np.ndarray:
-    """Return rows [heads * d_head, ...] whose halves were interleaved with the first half in front. Inverse of `to_pairs`."""
+    """Undo `to_pairs`: return interleaved rows [heads * d_head, ...] with the two halves of each head one after the other."""
     heads = values.reshape(-1, d_head // 2, 2, *values.shape[1:])
     return heads.swapaxes(1, 2).reshape(values.shape)
 
@@ -94,7 +93,7 @@ def to_pairs(values: np.ndarray, d_head: int) -> np.ndarray:
 
 
 def subtract_one(tensor: LazyArray) -> LazyArray:
-    """Return a norm's scale, float32, without the 1 that llama.cpp's converter adds for Gemma."""
+    """Return a norm's scale minus 1 in float32, because llama.cpp's converter adds 1 for Gemma."""
 
     def decode(index: Slices) -> np.ndarray:
         return tensor.read(index).astype(FLOAT32) - FLOAT32.type(1)

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer and chat template in the metadata of a GGUF file, as the files that a Hugging Face folder has.
+"""Read the tokenizer and chat template from the metadata of a GGUF file, as the files of a Hugging Face folder.
 
-Two kinds are read: "gpt2", byte-level BPE, whose pre-tokenizer is known by name (pre_tokenizers.py), and "llama",
-SentencePiece's BPE with byte fallback, which stores scores instead of merges.
+Two kinds of tokenizer.ggml.model are read: "gpt2", byte-level BPE with a named pre-tokenizer (pre_tokenizers.py), and
+"llama", SentencePiece's BPE with byte fallback, which stores scores instead of merges.
 """
 
 import json
@@ -25,9 +25,9 @@ ADDED = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
 
 
 def read_tokenizer(metadata: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Return the metadata that a native checkpoint stores: the tokenizer, IDs of special tokens and files carried along.
+    """Return metadata for a native checkpoint: the tokenizer, IDs of special tokens and text files (see text_files.py).
 
-    It is empty if the file has no tokenizer. CheckpointError if its tokenizer is of a kind that is not supported.
+    It is empty if the file has no tokenizer. Raises CheckpointError if the tokenizer is not supported.
     """
     kind = metadata.get("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab"):
@@ -35,12 +35,12 @@ def read_tokenizer(metadata: Mapping[str, Any], where: object) -> dict[str, Any]
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(
             f"{where}: tokenizer.ggml.model = {kind!r} is not supported; supported: 'gpt2', 'llama'; "
-            "pass the model's tokenizer.json with --tokenizer"
+            "convert the model's Hugging Face folder instead"
         )
     tokens, types = read_vocabulary(metadata, where)
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in SPECIAL_IDS.items()}
     named = {name.removesuffix("_id"): tokens[i] for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
-    begins = bool(metadata.get("tokenizer.ggml.add_bos_token", _begins(metadata)))
+    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(metadata)))
     ends = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
     table = (
         _make_byte_level(metadata, tokens, where) if kind == "gpt2" else _make_sentencepiece(metadata, tokens, types)
@@ -52,14 +52,14 @@ def read_tokenizer(metadata: Mapping[str, Any], where: object) -> dict[str, Any]
         if kind in added
     ]
     table["post_processor"] = _make_post_processor(
-        [named[name] for name, wanted in (("bos_token", begins), ("eos_token", ends)) if wanted and name in named],
+        [named[name] for name, wanted in (("bos_token", adds_bos), ("eos_token", ends)) if wanted and name in named],
         tokens,
-        begins,
+        adds_bos,
     )
     special = {key: value for key, value in ids.items() if value is not None and key != "unk_token_id"}
     ends_of_text = [i for i in (ids["eos_token_id"], metadata.get(END_OF_TURN)) if i is not None]
     template = metadata.get("tokenizer.chat_template")
-    config = named | {"add_bos_token": begins, "add_eos_token": ends, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = named | {"add_bos_token": adds_bos, "add_eos_token": ends, "tokenizer_class": "PreTrainedTokenizerFast"}
     generation = {key: special[key] for key in ("bos_token_id", "pad_token_id") if key in special}
     if ends_of_text:
         unique = list(dict.fromkeys(ends_of_text))
@@ -79,22 +79,25 @@ def read_tokenizer(metadata: Mapping[str, Any], where: object) -> dict[str, Any]
 
 
 def read_vocabulary(metadata: Mapping[str, Any], where: object) -> tuple[list[str], list[int]]:
-    """Return the tokens and their types, without the placeholders for unused rows of the embedding at the end."""
+    """Return the tokens and their types, without the placeholders for unused embeddings at the end."""
     tokens = list(metadata.get("tokenizer.ggml.tokens", []))
     types = list(metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens)))
     if len(types) != len(tokens) or not tokens:
-        raise CheckpointError(f"{where}: {len(tokens)} tokens and {len(types)} types of tokens")
+        raise CheckpointError(
+            f"{where}: tokenizer.ggml.tokens has {len(tokens)} elements and tokenizer.ggml.token_type {len(types)}; both must "
+            "have the same number, at least one; convert the model's Hugging Face folder instead"
+        )
     while tokens and types[-1] == TokenType.UNUSED and tokens[-1] == f"[PAD{len(tokens) - 1}]":
         tokens.pop()
         types.pop()
     return tokens, types
 
 
-def _begins(metadata: Mapping[str, Any]) -> bool:
-    """Return whether llama.cpp puts the first token before a text where the metadata does not say."""
+def _adds_bos(metadata: Mapping[str, Any]) -> bool:
+    """Return whether llama.cpp puts the BOS token before a text if the metadata has no add_bos_token."""
     if metadata["tokenizer.ggml.model"] == "llama":
         return True
-    return PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", ""), PreTokenizer()).begins
+    return PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", ""), PreTokenizer()).adds_bos
 
 
 def _make_byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: object) -> dict[str, Any]:
@@ -102,24 +105,24 @@ def _make_byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: 
     if name not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"{where}: tokenizer.ggml.pre = {name!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}; "
-            "pass the model's tokenizer.json with --tokenizer"
+            "convert the model's Hugging Face folder instead"
         )
-    before = PRE_TOKENIZERS[name]
+    pre_tokenizer = PRE_TOKENIZERS[name]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     pairs = [merge.split(" ") for merge in metadata.get("tokenizer.ggml.merges", [])]
-    merges = [pair for pair in pairs if "".join(pair) in vocabulary]  # llama.cpp ignores others
+    merges = [pair for pair in pairs if "".join(pair) in vocabulary]  # llama.cpp ignores other merges
     return {
         "version": "1.0",
-        "normalizer": {"type": "NFC"} if before.nfc else None,
-        "pre_tokenizer": before.table,
+        "normalizer": {"type": "NFC"} if pre_tokenizer.nfc else None,
+        "pre_tokenizer": pre_tokenizer.table,
         "decoder": LEVEL,
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges, "ignore_merges": before.ignore_merges},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges, "ignore_merges": pre_tokenizer.ignore_merges},
     }
 
 
 def _make_sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    # Gemma's runs of spaces are stored as spaces
+    # Tokens of Gemma that consist of several spaces are stored with plain spaces
     spelled = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
     vocabulary = {token: i for i, token in enumerate(spelled)}
     is_gemma = metadata.get("general.architecture") in GEMMA
@@ -152,9 +155,9 @@ def _make_sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], type
 
 
 def derive_merges(tokens: Sequence[str], vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[list[str]]:
-    """Return the merges of a vocabulary with scores, in order: each token from each pair of tokens that it consists of.
+    """Return the ordered merges of a vocabulary with scores: for each token, all pairs of tokens that form it.
 
-    Pairs that give a better token come first, as in SentencePiece, which merges the pair with the best score.
+    Pairs that form a token with a higher score come first, as SentencePiece merges the pair with the highest score.
     """
     allowed = set(tokens)
     found: list[tuple[float, int, int, str, str]] = []
@@ -167,13 +170,13 @@ def derive_merges(tokens: Sequence[str], vocabulary: Mapping[str, int], scores: 
     return [[left, right] for *_, left, right in sorted(found)]
 
 
-def _make_post_processor(added: Sequence[str], tokens: Sequence[str], begins: bool) -> dict[str, Any] | None:
+def _make_post_processor(added: Sequence[str], tokens: Sequence[str], adds_bos: bool) -> dict[str, Any] | None:
     """Return the post-processor that adds special tokens before and after a text, or None if there are none."""
     if not added:
         return None
     added_tokens = [{"SpecialToken": {"id": token, "type_id": 0}} for token in added]
     text: dict[str, Any] = {"Sequence": {"id": "A", "type_id": 0}}
-    single = [added_tokens[0], text, *added_tokens[1:]] if begins else [text, *added_tokens]
+    single = [added_tokens[0], text, *added_tokens[1:]] if adds_bos else [text, *added_tokens]
     ids = {token: {"id": token, "ids": [tokens.index(token)], "tokens": [token]} for token in added}
     second = json.loads(json.dumps(single).replace('"A"', '"B"').replace('"type_id": 0', '"type_id": 1'))
     return {"type": "TemplateProcessing", "single": single, "pair": [*single, *second], "special_tokens": ids}

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's tokenizer, special tokens and chat template as metadata of a GGUF file. The inverse of tokenizer.py."""
+"""Write a checkpoint's tokenizer, special tokens and chat template as metadata of a GGUF file; the inverse of tokenizer.py."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,10 @@ PREFIX = "tokenizer.ggml"
 
 
 def write_tokenizer(meta: Mapping[str, Any], n_vocab: int) -> dict[str, Any]:
-    """Return the entries for the tokenizer, the IDs of special tokens and the chat template in a checkpoint's metadata.
+    """Return GGUF metadata for the tokenizer, special tokens and chat template in a checkpoint's metadata `meta`.
 
-    `n_vocab` is the number of rows of the embedding; rows without a token get a placeholder. CheckpointError if
-    llama.cpp has no tokenizer that gives the same ids.
+    `n_vocab` is the number of token embeddings; those without a token get a placeholder. Raises CheckpointError if no
+    tokenizer of llama.cpp gives the same IDs.
     """
     record = meta.get("tokenizer") or {}
     if not record:
@@ -45,7 +45,7 @@ def write_tokenizer(meta: Mapping[str, Any], n_vocab: int) -> dict[str, Any]:
 
 
 def _write_special(meta: Mapping[str, Any], end_of_text: int, n_vocab: int) -> dict[str, int]:
-    """Return the IDs of special tokens. Of several that end a text, the second is the end of a turn."""
+    """Return the IDs of special tokens; if several tokens end a text, the second one is the end-of-turn token."""
     carried = meta.get("carried") or {}
     ids = dict(meta.get("special_ids") or {})
     ids |= {key: value for key, value in json.loads(carried.get("generation_config.json", "{}")).items() if key in ids}
@@ -57,7 +57,7 @@ def _write_special(meta: Mapping[str, Any], end_of_text: int, n_vocab: int) -> d
 
 
 def _find_template(carried: Mapping[str, str]) -> str | None:
-    """Return the chat template: of several by name, the default one."""
+    """Return the chat template; of several named templates, the one named "default"."""
     if text := carried.get("chat_template.jinja"):
         return text
     template = json.loads(carried.get("tokenizer_config.json", "{}")).get("chat_template")
@@ -69,9 +69,9 @@ def _find_template(carried: Mapping[str, str]) -> str | None:
 def _write_bytes() -> dict[str, Any]:
     """Return the tokenizer of UTF-8 bytes as a byte-level BPE.
 
-    llama.cpp requires merges; the only one gives no token, so it changes no ids.
+    llama.cpp requires merges. The one here does not form a token, so it does not change the IDs.
     """
-    alphabet = sorted(ByteLevel.alphabet())  # printable bytes as themselves, the others in order from U+0100 on
+    alphabet = sorted(ByteLevel.alphabet())  # printable bytes stand for themselves, the others are U+0100 and following
     printable = {ord(character): character for character in alphabet if ord(character) < 256}
     others = iter(alphabet[len(printable) :])
     characters = [printable.get(byte) or next(others) for byte in range(256)]
@@ -87,7 +87,10 @@ def _write_bytes() -> dict[str, Any]:
 def _write_vocabulary(table: Mapping[str, Any]) -> dict[str, Any]:
     model = table["model"]
     if model.get("type", "BPE") != "BPE":
-        raise CheckpointError(f"GGUF is not written with a tokenizer of type {model['type']}; supported: BPE")
+        raise CheckpointError(
+            f"a tokenizer with the model type {model['type']!r} cannot be written as GGUF; supported: 'BPE'; export the model "
+            "with --format huggingface"
+        )
     tokens, types = _list_tokens(table)
     values: dict[str, Any] = {f"{PREFIX}.tokens": tokens, f"{PREFIX}.token_type": types}
     merges = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model["merges"]]
@@ -95,8 +98,8 @@ def _write_vocabulary(table: Mapping[str, Any]) -> dict[str, Any]:
         name = name_pre_tokenizer(table)
         if name is None:
             raise CheckpointError(
-                f"llama.cpp has no pre-tokenizer that splits as the one of this model, which is "
-                f"{json.dumps(table.get('pre_tokenizer'))[:300]}; export it with --format huggingface"
+                "llama.cpp has no pre-tokenizer that is equal to the tokenizer's pre_tokenizer, "
+                f"{json.dumps(table.get('pre_tokenizer'))[:300]}; export the model with --format huggingface"
             )
         values |= {f"{PREFIX}.model": "gpt2", f"{PREFIX}.pre": name}
         return values | {f"{PREFIX}.merges": [" ".join(merge) for merge in merges]}
@@ -131,7 +134,7 @@ def _list_tokens(table: Mapping[str, Any]) -> tuple[list[str], list[int]]:
 def _score_tokens(
     tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]], vocabulary: Mapping[str, int]
 ) -> list[float]:
-    """Return scores for which SentencePiece merges in the order of `merges`. CheckpointError if there are none."""
+    """Return scores for which SentencePiece merges in the order of `merges`. Raise CheckpointError if none exist."""
     ranks: dict[str, int] = {}
     for left, right in merges:
         ranks.setdefault(left + right, len(ranks))
@@ -141,6 +144,7 @@ def _score_tokens(
     if given != derived:
         raise CheckpointError(
             f"{len(given ^ derived)} merges of this tokenizer are not those that SentencePiece makes from the vocabulary, "
-            f"for example {' + '.join(next(iter(given ^ derived)))}; llama.cpp would encode texts differently"
+            f"for example {' + '.join(next(iter(given ^ derived)))}; llama.cpp would encode texts differently; "
+            "export the model with --format huggingface"
         )
     return scores

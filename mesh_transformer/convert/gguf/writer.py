@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a planned checkpoint as a GGUF file, one block of rows at a time, and compare the file with its source.
 
-`gguf.GGUFWriter` writes the header; the tensors are written at the offsets that it states, so an interrupted write can
-continue. Matrices have the requested type; vectors, the router of experts and learned positions are float32, as in
-llama.cpp's converter.
+`gguf.GGUFWriter` writes the header; the tensors are written at the offsets in the header, so an interrupted write can
+continue. Matrices have the requested type; vectors, the routers of experts and learned position embeddings are float32, as
+in llama.cpp's converter.
 """
 
 import functools
@@ -53,13 +53,13 @@ K_FILE_TYPES = {"Q4_K": LlamaFileType.MOSTLY_Q4_K_S}
 ENCODING_OVERHEAD = 8  # memory to encode a slice, as a multiple of its size
 
 
-class OutTensor(NamedTuple):
-    """A tensor of the file, packed from native arrays."""
+class PlannedTensor(NamedTuple):
+    """A planned tensor of the file, packed from native arrays."""
 
-    parts: Sequence[Packed | Joined]  # one, or one for each expert, along the first dimension
+    parts: Sequence[Packed | Joined]  # along the first dimension: one for each expert, otherwise a single one
     shape: tuple[int, ...]
     type: GGMLQuantizationType
-    change: Callable[[np.ndarray], np.ndarray]  # of rows, before they are encoded
+    change: Callable[[np.ndarray], np.ndarray]  # applied to rows before they are encoded
 
     @property
     def nbytes(self) -> int:
@@ -68,14 +68,14 @@ class OutTensor(NamedTuple):
         return math.prod(self.shape) // block * size
 
 
-class OutModel(NamedTuple):
-    """A GGUF file that has not been written; no values have been read."""
+class GGUFPlan(NamedTuple):
+    """The plan of a GGUF file; no values have been read."""
 
     metadata: Table
-    tensors: Mapping[str, OutTensor]
-    constants: Mapping[str, np.ndarray]  # tensors that are computed from the configuration
-    type: str  # of most matrices
-    is_exact: bool  # whether the types hold the values of the source
+    tensors: Mapping[str, PlannedTensor]
+    constants: Mapping[str, np.ndarray]  # tensors computed from the configuration
+    type: str  # type of the matrices, except those that it does not fit
+    is_exact: bool  # whether the type represents the values of the source exactly
 
     @property
     def nbytes(self) -> int:
@@ -83,8 +83,8 @@ class OutModel(NamedTuple):
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def plan_gguf(plan: ImportPlan, gguf_type: str | None) -> OutModel:
-    """Return the metadata and tensors for a model. CheckpointError if no architecture of llama.cpp computes its function."""
+def plan_gguf(plan: ImportPlan, gguf_type: str | None) -> GGUFPlan:
+    """Plan the file of a model. Raise CheckpointError if no supported architecture of llama.cpp computes its function."""
     kind, config = _find_family(plan.config)
     metadata = write_config(config)
     name = metadata["general.architecture"]
@@ -92,15 +92,17 @@ def plan_gguf(plan: ImportPlan, gguf_type: str | None) -> OutModel:
     weights = {spec.name for specs in describe_weights(plan.config).values() for spec in specs}
     missing = weights - family.mappings.keys()
     if missing:
-        raise CheckpointError(f"the architecture {name!r} of llama.cpp has no tensor for {', '.join(sorted(missing))}")
+        raise CheckpointError(
+            f"the architecture {name!r} of llama.cpp has no tensor for {', '.join(sorted(missing))}; export the model with "
+            "--format huggingface"
+        )
     wanted = GGMLQuantizationType[gguf_type or DTYPES[plan.weight_dtype()]]
     packed = pack_tensors(plan.config, plan.values, family)
     tensors = {tensor: _plan_tensor(tensor, each, wanted, name, plan.config) for tensor, each in packed.items()}
     rope = config.get("rope_parameters") or {}
     factors = {ROPE_FACTORS: llama3_factors(rope, plan.config.head_dim)} if rope.get("rope_type") == "llama3" else {}
-    own = plan.weight_dtype()
-    is_exact = wanted.name in ("F32", DTYPES[own])
-    model = OutModel(metadata, tensors, factors, wanted.name, is_exact)
+    is_exact = wanted.name in ("F32", DTYPES[plan.weight_dtype()])
+    model = GGUFPlan(metadata, tensors, factors, wanted.name, is_exact)
     _check_function(plan.config, model)
     file_type = (
         K_FILE_TYPES.get(wanted.name) or LlamaFileType["ALL_F32" if wanted.name == "F32" else f"MOSTLY_{wanted.name}"]
@@ -109,7 +111,7 @@ def plan_gguf(plan: ImportPlan, gguf_type: str | None) -> OutModel:
 
 
 def _find_family(config: ModelConfig) -> tuple[str, Table]:
-    """Return a family that computes the function of a model, and its config.json; if possible, one that llama.cpp has."""
+    """Return a family that computes the function of a model, if possible one in ARCHITECTURES, and its config.json."""
     kinds = [kind for architecture in ARCHITECTURES.values() for kind in architecture.families]
     found = find_family(config, kinds[0])
     for kind in kinds:
@@ -118,8 +120,8 @@ def _find_family(config: ModelConfig) -> tuple[str, Table]:
     return found
 
 
-def _check_function(config: ModelConfig, model: OutModel) -> None:
-    """Raise CheckpointError with each part of the model's function that the file would not reproduce."""
+def _check_function(config: ModelConfig, model: GGUFPlan) -> None:
+    """Raise CheckpointError with the fields of the model's function that the file cannot represent."""
     shapes: dict[str, LazyArray] = {
         name: InMemory(np.broadcast_to(FLOAT32.type(0), each.shape)) for name, each in model.tensors.items()
     }
@@ -133,12 +135,13 @@ def _check_function(config: ModelConfig, model: OutModel) -> None:
         raise CheckpointError(
             f"a GGUF file of the architecture {name!r} does not compute the function of this model; it cannot represent "
             + ", ".join(different)
+            + "; export the model with --format huggingface"
         )
 
 
 def _plan_tensor(
     name: str, packed: Packed | Joined, wanted: GGMLQuantizationType, architecture: str, config: ModelConfig
-) -> OutTensor:
+) -> PlannedTensor:
     module = name.rpartition(".")[0]
     row = ARCHITECTURES[architecture]
 
@@ -155,14 +158,14 @@ def _plan_tensor(
         pattern = " ".join(word for group in packed.pattern[1:] for word in group)
         parts = [Packed([Index(array, e)], pattern, [axes[1:]]) for e in range(packed.shape[0])]
     if len(packed.shape) == 1 or name.endswith(FLOAT32_TENSORS):
-        return OutTensor(parts, packed.shape, GGMLQuantizationType.F32, change)
-    return OutTensor(parts, packed.shape, fitting_type(wanted, name, packed.shape[-1]), change)
+        return PlannedTensor(parts, packed.shape, GGMLQuantizationType.F32, change)
+    return PlannedTensor(parts, packed.shape, fitting_type(wanted, name, packed.shape[-1]), change)
 
 
 def fitting_type(wanted: GGMLQuantizationType, name: str, row: int) -> GGMLQuantizationType:
-    """Return the type of a matrix with rows of `row` values: the wanted one, or Q8_0 or F16 if it does not fit.
+    """Return the type of a matrix with rows of `row` values: `wanted`, or Q8_0 or F16 if its blocks do not divide the rows.
 
-    Token embeddings and the output matrix of a file of K-quants are Q8_0.
+    In a file of K-quants, token embeddings and the output matrix are Q8_0.
     """
     if wanted.name.endswith("_K") and (name in (TOKEN_EMBEDDING, OUTPUT) or row % GGML_QUANT_SIZES[wanted][0]):
         wanted = GGMLQuantizationType.Q8_0
@@ -171,13 +174,13 @@ def fitting_type(wanted: GGMLQuantizationType, name: str, row: int) -> GGMLQuant
 
 def write_gguf(
     path: Path,
-    model: OutModel,
+    model: GGUFPlan,
     meta: Mapping[str, Any],
     log: ResumeLog,
     progress: Progress,
     slice_bytes: int = SLICE_BYTES,
 ) -> None:
-    """Write the file at `path`, or what an earlier attempt has not written of it."""
+    """Write the file at `path`, without the blocks that an earlier attempt has written according to `log`."""
     _write_header(path, model, meta)
     infos = read_gguf(path).tensors
     counter = ByteCounter("writing", sum(tensor.nbytes for tensor in model.tensors.values()), progress)
@@ -200,10 +203,10 @@ def write_gguf(
     local_backend.sync_file(path)
 
 
-def verify_gguf(path: Path, model: OutModel, progress: Progress, slice_bytes: int = SLICE_BYTES) -> dict[str, str]:
-    """Read every tensor back, compare it with the source as encoded in its type, and return the digest of each.
+def verify_gguf(path: Path, model: GGUFPlan, progress: Progress, slice_bytes: int = SLICE_BYTES) -> dict[str, str]:
+    """Read every tensor back, compare it with the encoded values of the source, and return the digest of each tensor.
 
-    CheckpointError if a bit differs.
+    Raises CheckpointError if a bit differs.
     """
     infos = read_gguf(path).tensors
     counter = ByteCounter("verifying", sum(tensor.nbytes for tensor in model.tensors.values()), progress)
@@ -214,7 +217,10 @@ def verify_gguf(path: Path, model: OutModel, progress: Progress, slice_bytes: in
         stored = _stored(infos[name])
         found = stored.read((slice(block.first, block.first + block.rows), slice(0, stored.shape[1])))
         if not np.array_equal(found, expected):
-            raise CheckpointError(f"{name} at row {block.first}: the result differs from the source; it was deleted")
+            raise CheckpointError(
+                f"{name} at row {block.first}: the result differs from the source; the result was deleted. Check the disk, then "
+                "run the conversion again"
+            )
         return name, expected
 
     jobs = (
@@ -232,13 +238,13 @@ class Block(NamedTuple):
     """Rows of a tensor that are read, encoded and written at once; a vector is one row."""
 
     part: int
-    start: int  # first and last index of the first dimension of the part
+    start: int  # [start, stop) of the first dimension of the part
     stop: int
     first: int  # row of the stored tensor
     rows: int
 
 
-def list_blocks(tensor: OutTensor, slice_bytes: int) -> Iterator[Block]:
+def list_blocks(tensor: PlannedTensor, slice_bytes: int) -> Iterator[Block]:
     """Yield blocks that cover a tensor, in order, of at most about `slice_bytes` while they are encoded."""
     if len(tensor.shape) == 1:
         yield Block(0, 0, tensor.shape[0], 0, 1)
@@ -254,7 +260,7 @@ def list_blocks(tensor: OutTensor, slice_bytes: int) -> Iterator[Block]:
             first += stop - start
 
 
-def encode_block(name: str, tensor: OutTensor, block: Block) -> np.ndarray:
+def encode_block(name: str, tensor: PlannedTensor, block: Block) -> np.ndarray:
     """Return the stored rows [rows, bytes] of a block."""
     values = tensor.change(tensor.parts[block.part].read_slice(0, block.start, block.stop))
     return encode_rows(values.reshape(block.rows, -1), tensor.type, name)
@@ -266,15 +272,15 @@ def _stored(info: TensorInfo) -> FileArray:
     return FileArray(info.path, info.offset, (rows, info.row_bytes), BYTES)
 
 
-def _write_header(path: Path, model: OutModel, meta: Mapping[str, Any]) -> None:
-    """Create the file with its header and its final size, unless it is there."""
+def _write_header(path: Path, model: GGUFPlan, meta: Mapping[str, Any]) -> None:
+    """Create the file with its header and its final size, unless it exists with both."""
     name = model.metadata["general.architecture"]
     n_vocab = model.tensors[TOKEN_EMBEDDING].shape[0]
     values = {"general.type": "model", "general.name": path.stem} | model.metadata | write_tokenizer(meta, n_vocab)
     header = path.with_name(path.name + ".header")
     writer = GGUFWriter(header, name)
     for key, value in values.items():
-        if key != "general.architecture":  # the writer has added it
+        if key != "general.architecture":  # GGUFWriter has added this key
             _add_value(writer, key, value)
     end = 0
     for tensor, array in model.constants.items():

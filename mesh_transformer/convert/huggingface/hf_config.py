@@ -28,7 +28,7 @@ NO_EFFECT = {
         "output_router_logits add_router_probs router_aux_loss_coef router_z_loss_coef router_jitter_noise"
     ),
     "what a call returns or caches": "use_cache",
-    "kept with the weights, see SPECIAL_IDS in carried.py": (
+    "special token IDs, stored in the metadata (SPECIAL_IDS in text_files.py)": (
         "bos_token_id eos_token_id pad_token_id decoder_start_token_id sep_token_id cls_token_id"
     ),
     "heads for classification": (

@@ -82,6 +82,6 @@ def test_missing_and_unknown_tensors_are_listed(folder, tmp_path):
 def test_without_the_package(folder, monkeypatch):
     monkeypatch.setattr(readers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        CheckpointError, match=r"GGUF files need another package: pip install 'mesh-transformer\[gguf\]'"
+        CheckpointError, match=r"GGUF files need the package gguf: pip install 'mesh-transformer\[gguf\]'"
     ):
         open_checkpoint(folder / "gguf")

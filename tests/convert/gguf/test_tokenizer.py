@@ -104,7 +104,10 @@ def test_unused_rows_are_no_tokens():
 
 
 def test_tokenizers_that_are_not_supported():
-    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.model = 'rwkv' is not supported; .*--tokenizer"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"tokenizer\.ggml\.model = 'rwkv' is not supported; .*convert the model's Hugging Face folder",
+    ):
         read_tokenizer({"tokenizer.ggml.model": "rwkv"}, "m")
     values = write(make_meta(small_table()), 300) | {"tokenizer.ggml.pre": "superbpe"}
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre = 'superbpe' is not supported; supported: gpt-2"):
@@ -119,7 +122,7 @@ def test_every_pre_tokenizer_is_named():
         table["model"]["ignore_merges"] = before.ignore_merges
         found = name_pre_tokenizer(table)
         assert found is not None
-        assert PRE_TOKENIZERS[found]._replace(begins=False) == before._replace(begins=False), name
+        assert PRE_TOKENIZERS[found]._replace(adds_bos=False) == before._replace(adds_bos=False), name
         vocabulary = tokenizer_from_json({"type": "file", "tokenizer": table})
         assert vocabulary.decode(vocabulary.encode(TEXTS[1])) == TEXTS[1]
 

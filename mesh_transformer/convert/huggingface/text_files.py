@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Small files that come with a model's weights: tokenizer, chat templates, configuration of generation.
+"""Small text files of a model folder: configuration of tokenizer and generation, special tokens, chat templates.
 
-A native checkpoint stores the texts among them in its metadata as `carried`, by the name below the model's folder, and
-the tokenizer in its own form. They say how the model's texts begin and end (sample/model_defaults.py), and are written
-when the model is exported. A copy from one model folder to another keeps the files themselves.
+The metadata of a native checkpoint stores their texts under the key `carried`, by file name, and the tokenizer under the
+key `tokenizer`. sample/model_defaults.py reads from them how texts of the model begin and end. An export writes them to the
+model folder; a conversion from one model folder to another copies the files unchanged.
 """
 
 import json
@@ -30,7 +30,7 @@ _TEXTS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Keys of config.json: IDs of special tokens, and what the outputs of a classifier mean.
+# Keys of config.json: IDs of special tokens, and the labels of a classifier.
 SPECIAL_IDS = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
     *("id2label", "label2id", "problem_type"),
@@ -38,18 +38,18 @@ SPECIAL_IDS = (
 _NAMED_TEMPLATE = re.compile(r"additional_chat_templates/[^/\\]+\.jinja")
 
 
-def is_carried_text(name: str) -> bool:
-    """Return whether a native checkpoint stores the text of a file of a model's folder."""
+def is_stored_text(name: str) -> bool:
+    """Return whether a native checkpoint stores the text of the file `name` of a model folder."""
     return name in _TEXTS or _NAMED_TEMPLATE.fullmatch(name) is not None
 
 
-def read_carried(folder: AnyPath, external_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a model folder: `carried`, its files by name, and `special_ids`, keys of its config.json.
+def read_text_files(folder: AnyPath, external_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata of a model folder: `carried`, text files by name, and `special_ids`, keys of config.json.
 
     Raises CheckpointError for a file that is not text or not JSON.
     """
     carried = {}
-    for name in filter(is_carried_text, sorted(backend_for(folder).list_files())):
+    for name in filter(is_stored_text, sorted(backend_for(folder).list_files())):
         path = folder / name
         try:
             carried[name] = path.read_bytes().decode()
@@ -57,28 +57,28 @@ def read_carried(folder: AnyPath, external_config: Mapping[str, Any]) -> dict[st
                 json.loads(carried[name])
         except ValueError as error:
             kind = "JSON" if name.endswith(".json") else "text in UTF-8"
-            raise CheckpointError(f"{path}: not valid {kind}: {error}; copy it again, or remove it") from None
+            raise CheckpointError(f"{path}: not valid {kind}: {error}; copy it again, or remove the file") from None
     return {
         "carried": carried,
         "special_ids": {key: external_config[key] for key in SPECIAL_IDS if key in external_config},
     }
 
 
-def copy_carried(source: AnyPath, destination: Path) -> None:
-    """Copy the small files of one model's folder to another."""
+def copy_small_files(source: AnyPath, destination: Path) -> None:
+    """Copy the text files and tokenizer files of one model folder to another."""
     for name in backend_for(source).list_files():
-        if name != MODEL_CONFIG and (is_carried_text(name) or ("/" not in name and is_tokenizer_file(name))):
+        if name != MODEL_CONFIG and (is_stored_text(name) or ("/" not in name and is_tokenizer_file(name))):
             (destination / name).parent.mkdir(exist_ok=True)
             (destination / name).write_bytes((source / name).read_bytes())
 
 
-def write_carried(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Write the tokenizer and the texts of a checkpoint's metadata to a model's folder, unless they exist there.
+def write_text_files(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write the tokenizer and the texts of a checkpoint's metadata to a model folder; existing files are not replaced.
 
-    The IDs of special tokens go to config.json. Without a tokenizer_config.json, transformers would choose a class of
-    tokenizer by the type of the model.
+    The IDs of special tokens are written to config.json. tokenizer_config.json is always written, because without it
+    transformers chooses the tokenizer class by model type.
     """
-    texts = {name: text for name, text in (meta.get("carried") or {}).items() if is_carried_text(name)}
+    texts = {name: text for name, text in (meta.get("carried") or {}).items() if is_stored_text(name)}
     tokenizer = tokenizer_from_json(meta["tokenizer"]) if meta.get("tokenizer") else None
     table = json.loads((folder / MODEL_CONFIG).read_bytes())
     table |= meta["special_ids"] if "special_ids" in meta else _special_ids(tokenizer, table)
@@ -97,7 +97,7 @@ def write_carried(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def _special_ids(tokenizer: Tokenizer | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the special ids of a model that was trained here; for ids that are missing, transformers uses defaults."""
+    """Return the special IDs of a model trained by this project; those of BOS and EOS are set, because transformers has defaults."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
     ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}

@@ -7,7 +7,12 @@ import json
 import pytest
 from small_tokenizers import END, llama_table, small_table
 
-from mesh_transformer.convert.huggingface.carried import copy_carried, is_carried_text, read_carried, write_carried
+from mesh_transformer.convert.huggingface.text_files import (
+    copy_small_files,
+    is_stored_text,
+    read_text_files,
+    write_text_files,
+)
 from mesh_transformer.data.tokenizers import load_tokenizer
 from mesh_transformer.storage.errors import CheckpointError
 
@@ -31,25 +36,25 @@ def test_texts_are_stored_and_written_back(tmp_path):
     source = make_folder(
         tmp_path / "source", FILES | {"tokenizer.json": json.dumps(llama_table()), "config.json": "{}"}
     )
-    read = read_carried(source, {"eos_token_id": 2, "other": 1})
+    read = read_text_files(source, {"eos_token_id": 2, "other": 1})
     carried = read["carried"]
     assert read["special_ids"] == {"eos_token_id": 2}
     assert carried.keys() == {"tokenizer_config.json", "chat_template.json", "additional_chat_templates/rag.jinja"}
     meta = {"carried": carried | {"../outside.jinja": "no"}, "tokenizer": load_tokenizer(source).to_json()}
     result = make_folder(tmp_path / "result", {"config.json": '{"model_type": "llama"}'})
-    write_carried(result, meta)
+    write_text_files(result, meta)
     assert {name: (result / name).read_text(encoding="utf-8") for name in carried} == carried
     assert load_tokenizer(result).fingerprint == load_tokenizer(source).fingerprint
     assert json.loads((result / "config.json").read_text())["eos_token_id"] == 2
     assert not (tmp_path / "outside.jinja").exists()
-    assert not is_carried_text("additional_chat_templates/x.py")
-    assert not is_carried_text("additional_chat_templates/../x.jinja")
+    assert not is_stored_text("additional_chat_templates/x.py")
+    assert not is_stored_text("additional_chat_templates/../x.jinja")
 
 
 def test_files_are_copied_from_folder_to_folder(tmp_path):
     source = make_folder(tmp_path / "source", FILES | {"config.json": "{}"})
     (tmp_path / "result").mkdir()
-    copy_carried(source, tmp_path / "result")
+    copy_small_files(source, tmp_path / "result")
     found = {str(path.relative_to(tmp_path / "result")) for path in (tmp_path / "result").rglob("*") if path.is_file()}
     assert found == FILES.keys() - {"notes.txt"}
 
@@ -57,7 +62,7 @@ def test_files_are_copied_from_folder_to_folder(tmp_path):
 def test_damaged_texts_are_errors(tmp_path):
     folder = make_folder(tmp_path / "source", {"generation_config.json": "{"})
     with pytest.raises(CheckpointError, match=r"generation_config\.json: not valid JSON: .*copy it again"):
-        read_carried(folder, {})
+        read_text_files(folder, {})
 
 
 @pytest.mark.slow
@@ -68,7 +73,7 @@ def test_transformers_reads_an_exported_tokenizer_as_it_is(tmp_path, kind):
     source = make_folder(tmp_path / "source", {"tokenizer.json": json.dumps(small_table())})
     tokenizer = load_tokenizer(source)
     result = make_folder(tmp_path / "result", {"config.json": json.dumps({"model_type": kind})})
-    write_carried(result, {"tokenizer": tokenizer.to_json()})
+    write_text_files(result, {"tokenizer": tokenizer.to_json()})
     reference = transformers.AutoTokenizer.from_pretrained(str(result))
     text = "the other\n\nthe 12 \u4e2d"
     assert reference.encode(text) == tokenizer.encode(text, add_special_tokens=True)
