@@ -300,7 +300,7 @@ def families_page() -> str:
     for kind, family in FAMILIES.items():
         own = f"tests/convert/huggingface/test_{family.read_config.__module__.rpartition('.')[2]}.py"
         test = own if (ROOT / own).exists() else "tests/convert/huggingface/test_reference.py"
-        logits = "own reimplementation" if family.reference else "none"
+        logits = "NumPy reimplementation" if family.reference else "none"
         presets = ", ".join(f"`{name}`" for name in sizes.get(kind, []))
         table.append(f"| `{kind}` | `{family.architecture}` | {presets} | yes | yes | {logits} | `{test}` |")
         details += ["", f"## {kind}", "", *_list_treatment(kind, family)]

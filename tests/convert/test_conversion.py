@@ -378,5 +378,5 @@ def test_without_transformers_the_own_reading_is_said(external, tmp_path, monkey
         run_here(external, tmp_path / "more", verify="transformers")
     monkeypatch.setitem(FAMILIES, "llama", FAMILIES["llama"]._replace(reference=None))
     report = run_here(external, tmp_path / "neither", verify="own")
-    assert report["logits_compared"].startswith("no: only transformers computes this family")
+    assert report["logits_compared"].startswith("no: transformers is the only other implementation")
     assert "max_logit_difference" not in report

@@ -4,11 +4,11 @@
 
     step_<N>/shard_<s>/<p>.npz    s = 0 .. shards - 1 (cores_per_replica), p = 0 .. 15
 
-A shard is a list of unnamed leaves in 16 .npz files; the first files hold one leaf more if the number is not divisible.
-The leaves are: Adam's count, mu and nu, the count of the schedule (a slim checkpoint lacks these four), the weights, the
-step. Members arr_<i>.npy are stored uncompressed, so each leaf is a range of bytes. Weights are in the order of the sorted
-module names of the program, layer_10 before layer_2; `list_leaves` returns this order. bfloat16 has descr "<V2". Only
-the JSON configuration next to the checkpoint says which model it is.
+A shard is a list of unnamed leaves in 16 .npz files; the first files have one leaf more if the number is not divisible.
+The leaves are: Adam's count, mu and nu, the count of the schedule (these four are absent from a "slim" checkpoint, which has
+no optimizer state), the weights, the step. Members arr_<i>.npy are stored uncompressed, so each leaf is a range of bytes.
+Weights are in the order of the sorted module names of mesh-transformer-jax, layer_10 before layer_2; `list_leaves` returns
+this order. bfloat16 has descr "<V2". The shards do not describe the model; its JSON configuration does.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ UNREADABLE = (
     zipfile.BadZipFile,
 )
 
-# Fields that every v1 model has in common; the others come from its configuration.
+# Fields that are equal for all v1 models; the other fields come from the JSON configuration.
 FIXED: dict[str, Any] = dict(
     norm_eps=1e-5,
     residual="parallel",
@@ -85,21 +85,21 @@ class LeafMapping(NamedTuple):
     """An external leaf and the native weight that it corresponds to."""
 
     external: str
-    native: str | None  # None: folded into another weight
+    native: str | None  # None: added to another weight
     pattern: str  # layout in native axes; see layout_views.py
-    # The shards of a leaf are concatenated along this dimension, or combined by "sum" or "mean"; "first": shard 0's is used
+    # How the shards of a leaf are combined: concatenated along this dimension, "sum", "mean", or "first" (only shard 0 is used)
     merge: int | str
 
 
 class Leaf(NamedTuple):
-    """A leaf at its position in the order of a shard."""
+    """A leaf of one layer, or of no layer."""
 
     mapping: LeafMapping
     layer: int | None
 
     @property
     def name(self) -> str:
-        """External name."""
+        """Return the external name, with the layer."""
         return self.mapping.external if self.layer is None else f"layer_{self.layer}/{self.mapping.external}"
 
 
@@ -141,7 +141,8 @@ class Shards(NamedTuple):
 def open_gptj(folder: AnyPath, external_config: Mapping[str, Any], where: str = "the configuration") -> ImportPlan:
     """Plan the import of a folder step_<N>: the weights, and Adam's state if the checkpoint has it.
 
-    CheckpointError lists everything that is missing, damaged or does not match the configuration, which is called `where`.
+    `where` names the configuration in messages. Raises CheckpointError with everything that is missing, damaged or does not
+    match the configuration.
     """
     model = read_model(external_config, where)
     config = make_model_config(model, where)
@@ -149,14 +150,17 @@ def open_gptj(folder: AnyPath, external_config: Mapping[str, Any], where: str = 
     layers, has_optimizer = _count_layers(len(shards.leaves[0]), config, folder, where)
     if layers != config.n_layers:
         raise CheckpointError(
-            f"{folder} has {layers} layers, {where} says {config.n_layers}; pass the configuration it was trained with"
+            f"{folder}: the shards have the leaves of {layers} layers, but {where} has layers = {config.n_layers}; pass the "
+            "configuration of the training run with --source-config"
         )
     leaves = list_leaves(config)
     n = len(leaves)
     first = 2 + 2 * n if has_optimizer else 0
     groups = [first, 1, 1 + n] if has_optimizer else [first]
     problems = [problem for start in groups for problem in _check_leaves(shards, start, leaves, config)]
-    raise_problems(f"{folder} does not match {where}", problems)
+    raise_problems(
+        f"{folder} does not match {where}; pass the configuration of the training run with --source-config", problems
+    )
     arrays = assemble(config, _make_find(shards, first, leaves), folder)
     if has_optimizer:
         for prefix, start in ((OPT_MU, 1), (OPT_NU, 1 + n)):
@@ -170,7 +174,7 @@ def open_gptj(folder: AnyPath, external_config: Mapping[str, Any], where: str = 
 
 
 def open_raw_weights(folder: AnyPath, external_config: Mapping[str, Any]) -> list[list[FileArray]]:
-    """Return the weights of each shard in order, without Adam's state and counters. `open_gptj` has the checks."""
+    """Return the weights of each shard in order, without Adam's state and counters, of a folder that `open_gptj` accepts."""
     n = len(list_leaves(make_model_config(read_model(external_config), folder)))
     return [shard[-1 - n : -1] for shard in _read_shards(folder).leaves]
 
@@ -178,7 +182,7 @@ def open_raw_weights(folder: AnyPath, external_config: Mapping[str, Any]) -> lis
 def read_model(external: Mapping[str, Any], where: str = "the configuration") -> dict[str, Any]:
     """Return the native [model] of a JSON configuration.
 
-    CheckpointError lists all keys that are missing, invalid or have no native equivalent.
+    Raises CheckpointError with all keys that are missing, invalid or have no native equivalent.
     """
     sizes = dict(n_layers="layers", d_model="d_model", n_heads="n_heads", n_vocab="n_vocab", seq_len="seq")
     problems = [f"{key} is missing" for key in (*sizes.values(), "norm", "pe") if key not in external]
@@ -194,7 +198,7 @@ def read_model(external: Mapping[str, Any], where: str = "the configuration") ->
     raise_problems(f"{where} cannot be imported", problems)
     model = {native: external[key] for native, key in sizes.items()} | FIXED
     model |= dict(zip(("norm", "norm_bias"), NORMS[str(norm)], strict=True), positions=POSITIONS[str(pe)], init="gptj")
-    if pe == "rotary":  # the original program clamps it silently
+    if pe == "rotary":  # mesh-transformer-jax clamps pe_rotary_dims to d_head
         d_head = external["d_model"] // external["n_heads"]
         model["rope_dims"] = min(external.get("pe_rotary_dims", d_head), d_head)
     return model
@@ -215,7 +219,7 @@ def list_leaves(config: ModelConfig) -> list[Leaf]:
 
 
 def _list_norms(module: str, native: str, config: ModelConfig) -> list[LeafMapping]:
-    """Return the leaves of a norm. "layernorm-nobias" stores an offset that it does not use."""
+    """Return the leaves of a norm. The leaves of "layernorm-nobias" include an offset that is not used."""
     name, merge = ("replicated_layer_norm", "first") if config.norm == "layernorm" else ("rms_norm", "mean")
     pattern = "" if config.norm == "gptj-scalenorm" else "embed"
     leaves = {"offset": "bias", "scale": "scale"} if merge == "first" or config.norm_bias else {"scale": "scale"}
@@ -225,7 +229,7 @@ def _list_norms(module: str, native: str, config: ModelConfig) -> list[LeafMappi
 def _read_shards(folder: AnyPath) -> Shards:
     if (folder / "params").is_dir():
         raise CheckpointError(
-            f'{folder} has format "v2", in which the function of the weights depends on the mesh; only v1 can be imported'
+            f'{folder} has the format "v2", in which the function of the weights depends on the mesh; only v1 can be imported'
         )
     found = {int(path.name[6:]) for path in folder.glob("shard_*") if re.fullmatch(r"shard_\d+", path.name)}
     if not found:
@@ -245,10 +249,13 @@ def _read_shards(folder: AnyPath) -> Shards:
         size, more = divmod(len(shards[-1]), NPZ_FILES)
         uneven = [i for i, file in enumerate(files) if len(file) != size + (i < more)]
         if uneven and len(files) == NPZ_FILES:
-            problems.append(f"shard_{shard}: {len(shards[-1])} leaves are split unevenly, at {uneven[0]}.npz")
+            i = uneven[0]
+            problems.append(
+                f"shard_{shard}/{i}.npz has {len(files[i])} of the {len(shards[-1])} leaves, but must have {size + (i < more)}"
+            )
     if not problems and len({len(shard) for shard in shards}) > 1:
         problems.append(f"shards have different numbers of leaves: {[len(shard) for shard in shards]}")
-    raise_problems(f"{folder} is damaged or incomplete", problems)
+    raise_problems(f"{folder} is damaged or incomplete; copy or download it again", problems)
     return Shards(folder, shards)
 
 
@@ -265,7 +272,7 @@ def _try_read(path: AnyPath) -> list[FileArray] | str:
 
 
 def _count_layers(n_leaves: int, config: ModelConfig, folder: AnyPath, where: str) -> tuple[int, bool]:
-    """Return the number of layers, and whether Adam's state is present. No number of leaves is ambiguous."""
+    """Return the number of layers, and whether Adam's state is present; both follow from the number of leaves."""
     one, two = (
         len(list_leaves(dataclasses.replace(config, n_layers=n, attention_pattern=("global",)))) for n in (1, 2)
     )
@@ -274,8 +281,8 @@ def _count_layers(n_leaves: int, config: ModelConfig, folder: AnyPath, where: st
         if rest == 0 and layers > 0:
             return layers, has_optimizer
     raise CheckpointError(
-        f"{folder}: {n_leaves} leaves in each shard are not divisible by the number of leaves per layer, with or without "
-        f"Adam's state; check pe and norm in {where}"
+        f"{folder}: each shard has {n_leaves} leaves, which is not the number of any model with these pe and norm, with or "
+        f"without Adam's state; correct pe and norm in {where}"
     )
 
 
@@ -285,7 +292,7 @@ def _check_leaves(shards: Shards, first: int, leaves: Sequence[Leaf], config: Mo
     rows = shards.leaves[0][first + leaves.index(Leaf(EMBEDDING, None))].shape[:1]
     if rows and 0 < rows[0] * n < config.n_vocab and config.n_vocab % rows[0] == 0:
         missing = f"shard_{n} to shard_{config.n_vocab // rows[0] - 1} are missing, or n_vocab is wrong"
-        return [f"{rows[0]} of {config.n_vocab} vocabulary rows in each of {n} shards: {missing}"]
+        return [f"each of {n} shards has {rows[0]} of {config.n_vocab} token embeddings: {missing}"]
     if indivisible := indivisible_dims(config, n):
         return indivisible
     sizes = _axis_sizes(config)
@@ -300,7 +307,8 @@ def _check_leaves(shards: Shards, first: int, leaves: Sequence[Leaf], config: Mo
     found = sorted({str(a.dtype) for shard in shards.leaves for a in shard[first : first + len(leaves)]})
     if len(found) > 1 or found[0] not in DTYPES:
         problems.append(
-            f"leaves from {first} on have type {', '.join(found)}; all must have one of the types {', '.join(DTYPES)}"
+            f"leaves {first} to {first + len(leaves) - 1} have the types {', '.join(found)}, but must all have the same type, "
+            f"one of {', '.join(DTYPES)}"
         )
     return problems
 
@@ -327,7 +335,7 @@ def _make_find(
         base = merge(position)
         if mapping is EMBEDDING and not moments:
             base = AddBias(base, merge(positions[None, None]))
-        return LayoutView(base, mapping.pattern, spec.axes, spec.shape)
+        return LayoutView(base, mapping.pattern, spec.axes, spec.shape, name=leaves[position].name)
 
     return find
 
@@ -337,7 +345,9 @@ def _read_count(shards: Shards, position: int, name: str) -> int:
     for s, leaf in enumerate(leaves):
         if leaf.dtype.kind not in "iu" or math.prod(leaf.shape) != 1:
             found = f"{leaf.dtype}{list(leaf.shape)}"
-            raise CheckpointError(f"{shards.folder}: {name} of shard_{s} is {found}, expected an integer")
+            raise CheckpointError(
+                f"{shards.folder}: {name} of shard_{s} is {found}, but must be one integer; copy it again"
+            )
     values = [int(leaf.read(full_index(leaf)).reshape(())) for leaf in leaves]
     if len(set(values)) > 1:
         raise CheckpointError(
@@ -347,15 +357,15 @@ def _read_count(shards: Shards, position: int, name: str) -> int:
 
 
 def _list_notes(shards: Shards, step: int, config: ModelConfig, *, has_optimizer: bool) -> Iterator[str]:
-    yield "the embedding bias, which is added to each token, is folded into w_tokens, which is therefore float32"
+    yield "the embedding bias is added to each row of w_tokens, which is therefore float32"
     yield f"the bias b_out is the float32 sum of the biases that each of the {len(shards)} shards adds"
     used = "from shard 0, the only ones that are used" if config.norm == "layernorm" else "the mean over all shards"
     yield f"the parameters of norms are {used}"
     if has_optimizer:
-        yield "moments of summed biases are from shard 0, as each shard received the gradient of the sum"
-        yield "moments of w_tokens are those of the embedding matrix without its bias"
+        yield "the moments of summed biases are from shard 0, because each shard received the gradient of the sum"
+        yield "the moments of w_tokens are the moments of the embedding matrix without its bias"
         yield f"mesh-transformer-jax updates summed biases {len(shards)} times as fast as the learning rate; training here does not"
-        yield 'its Adam has optimizer.beta2 = 0.999 and its schedule is optimizer.schedule = "gptj"'
+        yield 'to continue its training, set optimizer.beta2 = 0.999 and optimizer.schedule = "gptj", as in mesh-transformer-jax'
     if shards.folder.name != f"step_{step}":
         yield f"the folder is named {shards.folder.name}, but the step stored in its arrays is {step}"
 
@@ -376,6 +386,6 @@ def _axis_sizes(config: ModelConfig) -> dict[str, int]:
 def indivisible_dims(config: ModelConfig, shards: int) -> list[str]:
     """Return the reasons why a model cannot be divided into this number of shards."""
     if shards <= 0:
-        return [f"the number of shards is {shards}, it must be positive"]
+        return [f"the number of shards is {shards}, but must be positive"]
     sizes = dict(n_heads=config.n_heads, n_vocab=config.n_vocab, d_model=config.d_model)
     return [f"{key} = {size} is not a multiple of {shards} shards" for key, size in sizes.items() if size % shards]

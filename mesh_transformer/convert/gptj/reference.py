@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""NumPy reference implementation of mesh-transformer-jax, computed from its own shards.
+"""NumPy reference implementation of mesh-transformer-jax, computed from the shards of its checkpoints.
 
-It shares no code with the importer (leaf order, layouts, configuration), so it reveals mistakes there.
+It shares no code with the importer (leaf order, layouts, configuration), so it reveals mistakes of the importer.
 """
 
 import math
@@ -41,7 +41,10 @@ class _Weights(NamedTuple):
 
 
 def run_mtj(shards: Sequence[Sequence[LazyArray]], config: Mapping[str, Any], tokens: Array) -> Array:
-    """Return logits [B, T, V] of the slim leaves of mesh-transformer-jax; the outputs of all shards are summed."""
+    """Return the logits [B, T, V] for tokens [B, T] from the weights of each shard, as `open_raw_weights` returns them.
+
+    The residual stream is the sum of the outputs of all shards, as in tensor parallelism.
+    """
     n = len(shards)
     d_head = config["d_model"] // config["n_heads"]
     weights = _group_leaves(shards, config)
@@ -96,10 +99,10 @@ def _embed(weights: _Weights, tokens: Array, d_model: int) -> Array:
 
 
 def _norm(x: Array, leaves: list[Leaves], norm: str) -> Array:
-    """Return the normalized x.
+    """Return x [B, T, D] normalized over D.
 
-    LayerNorm uses the parameters of shard 0, the other norms the mean over shards. "layernorm-nobias" has an offset
-    that it does not use.
+    LayerNorm uses the parameters of shard 0, the other norms the mean over shards. The offset of "layernorm-nobias" is
+    not used.
     """
     if not norm.startswith("layernorm"):
         *offset, scale = (sum(map(read_vector, leaf)) / len(leaf) for leaf in leaves)
@@ -109,7 +112,7 @@ def _norm(x: Array, leaves: list[Leaves], norm: str) -> Array:
 
 
 def _t5_bias(table: Array, length: int) -> Array:
-    """Return the bias [H, T, T] of past distances: 16 buckets of one, then 16 that grow up to 128."""
+    """Return the bias [H, T, T] by bucket of the distance: 16 exact buckets, then 16 logarithmic ones up to 128."""
     distance = np.maximum(np.subtract.outer(np.arange(length), np.arange(length)), 0)
     large = 16 + (np.log(np.maximum(distance, 1) / 16) / math.log(128 / 16) * 16).astype(int)
     return table[:, np.where(distance < 16, distance, np.minimum(large, 31))]

@@ -47,18 +47,20 @@ from mesh_transformer.storage.direct_io import DirectFile
 def make_external_config(config: ModelConfig, shards: int) -> dict[str, Any]:
     """Return the JSON configuration of a model for mesh-transformer-jax, without keys for training and storage.
 
-    The configuration is read back and compared with the model. CheckpointError lists the fields that differ, so a field
-    that the format cannot represent is never dropped silently.
+    The configuration is read back and compared with the model. Raises CheckpointError with the fields that differ, so a
+    field that the format cannot represent is never dropped silently.
     """
     problems: list[str] = []
     incomparable: set[str] = set()
     pe = {native: external for external, native in POSITIONS.items()}.get(config.positions)
     if pe is None:
-        problems.append(f"positions = {config.positions!r}, must be one of {list(POSITIONS.values())}")
+        problems.append(f"positions = {config.positions!r}, but must be one of {list(POSITIONS.values())}")
         incomparable |= {"positions", "rope_dims", "rope_theta", "rope_scaling"}
     norm = {native: external for external, native in NORMS.items()}.get((config.norm, config.norm_bias))
     if norm is None:
-        problems.append(f"norm = {config.norm!r}, must be one of {sorted({native for native, _ in NORMS.values()})}")
+        problems.append(
+            f"norm = {config.norm!r}, but must be one of {sorted({native for native, _ in NORMS.values()})}"
+        )
         incomparable |= {"norm", "norm_bias"}
     external: dict[str, Any] = dict(
         layers=config.n_layers,
@@ -71,22 +73,22 @@ def make_external_config(config: ModelConfig, shards: int) -> dict[str, Any]:
     external |= dict(pe_rotary_dims=config.rope_dim) if pe == "rotary" else {}
     external |= dict(seq=config.seq_len, cores_per_replica=shards, per_replica_batch=1)
     problems += _find_differences(config, external, incomparable)
-    raise_problems("mesh-transformer-jax v1 cannot represent this model", problems)
-    raise_problems("the model cannot be divided into shards", indivisible_dims(config, shards))
+    raise_problems("mesh-transformer-jax v1 cannot represent this model; choose another --format", problems)
+    raise_problems("the model cannot be divided into shards; choose another --shards", indivisible_dims(config, shards))
     return external
 
 
 def _find_differences(config: ModelConfig, external: Mapping[str, Any], incomparable: set[str]) -> list[str]:
-    """Return how a model differs in its function from the one that a JSON configuration describes."""
+    """Return the fields in which the function of a model differs from that of a JSON configuration."""
     wanted = config.effective_fields()
     if "local" not in config.attention_pattern:
         wanted["attention_pattern"] = ("global",)  # whatever its length
     try:
-        found = make_model_config(read_model(external), "read back").effective_fields()
+        found = make_model_config(read_model(external), "the exported configuration").effective_fields()
     except CheckpointError as error:  # with these sizes it is not a valid model
         return [str(error)]
     return [
-        f"{key} = {value!r}, must be {found.get(key)!r}"
+        f"{key} = {value!r}, but must be {found.get(key)!r}"
         for key, value in wanted.items()
         if key not in incomparable and (key not in found or found[key] != value)
     ]
@@ -101,12 +103,12 @@ def write_gptj(
     slice_bytes: int = SLICE_BYTES,
     progress: Progress = no_progress,
 ) -> None:
-    """Write weights as a slim checkpoint folder/step_<step>, with the config.json and meta.json that its programs read.
+    """Write a checkpoint without optimizer state to folder/step_<step>, with config.json and meta.json.
 
-    Leaves that are summed, or used from shard 0 alone, are written to shard 0. The other shards get zeros, or ones for
-    scales of norms, so that reading them gives the same bits. A few slices of `slice_bytes` are in memory at once. An
-    .npz file gets its name when it is complete, and existing files are not written again, so the same call resumes after
-    an interruption. CheckpointError if the model, the number of shards or the dtype is not supported.
+    Leaves that are summed, or used from shard 0 only, are written to shard 0. In the other shards they are zeros, or ones
+    for scales of norms, so that reading them gives the same bits. A few slices of `slice_bytes` are in memory at once. An
+    .npz file is renamed to its final name when it is complete, and existing files are not written again, so the same call
+    resumes after an interruption. Raises CheckpointError if the model, the number of shards or the dtype is not supported.
     """
     external_config = make_external_config(plan.config, shards)
     if dtype not in DTYPES:
@@ -146,39 +148,39 @@ Weights = dict[tuple[str | None, int | None], tuple[LazyArray, WeightSpec]]  # b
 
 
 def _find_weights(plan: ImportPlan) -> Weights:
-    """Return the weights of a plan. CheckpointError if one is missing or has a wrong shape."""
+    """Return the weights of a plan. Raise CheckpointError if one is missing or has a wrong shape."""
     arrays = plan.values
     missing = [f"{name} is missing" for name in describe_weights(plan.config) if name not in arrays]
-    raise_problems("nothing was written", missing)
+    raise_problems("the source lacks weights of the model; nothing was written", missing)
     found: Weights = {}
     for spec, array in list_weights(plan.config, arrays):
-        wrong = [f"{spec.name} has shape {array.shape}, expected {spec.shape}"] if array.shape != spec.shape else []
-        raise_problems("nothing was written", wrong)
+        wrong = [f"{spec} has shape {array.shape}, expected {spec.shape}"] if array.shape != spec.shape else []
+        raise_problems("a weight of the source has a wrong shape; nothing was written", wrong)
         found[spec.name, spec.layer] = array, spec
     return found
 
 
 class ShardedLeaf(NamedTuple):
-    """An external leaf of all shards together, and how it is divided between them."""
+    """An external leaf before it is divided into shards, and its division."""
 
     name: str
     values: Packed | InMemory
-    # Dimension that is split over shards; "replicated"; otherwise shard 0 has all of it and the others have `fill`.
+    # Dimension that is split over shards; or "replicated"; otherwise shard 0 has all values, and the others are `fill`.
     split: int | str
     fill: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of all shards together."""
+        """Return the shape before the division into shards."""
         return self.values.shape
 
     def nbytes(self, dtype: np.dtype) -> int:
-        """Return the number of bytes to read for it; 0 if it is in memory."""
+        """Return the number of bytes to read for the leaf; 0 if it is in memory."""
         return 0 if isinstance(self.values, InMemory) else math.prod(self.shape) * dtype.itemsize
 
 
 def _make_leaf(leaf: Leaf, weights: Weights, d_model: int) -> ShardedLeaf:
-    """Return the values of a leaf. A leaf without a native weight is zero, or one for an unused scale of a norm."""
+    """Return a leaf with its values. A leaf without a native weight has zeros, or ones if it is the scale of a norm."""
     mapping = leaf.mapping
     fill = 1 if mapping.external.endswith("/scale") else 0
     if (mapping.native, leaf.layer) not in weights:
@@ -194,7 +196,7 @@ def _write_npz(
 ) -> Iterator[int]:
     """Write the same .npz file of every shard durably, then rename them; yield numbers of bytes read.
 
-    All shards are written together. Otherwise a matrix that is split by columns would be read once per shard.
+    All shards are written together, so that a matrix that is split by columns is read only once.
     """
     temporary = [path.with_suffix(".tmp") for path in paths]
     with contextlib.ExitStack() as stack:
@@ -233,7 +235,7 @@ def _write_leaf(members: Sequence[IO[bytes]], leaf: ShardedLeaf, dtype: np.dtype
 def _split(
     leaf: ShardedLeaf, first: int, values: np.ndarray, members: Sequence[IO[bytes]]
 ) -> Iterator[tuple[IO[bytes], np.ndarray]]:
-    """Yield the part of some rows that each shard gets, in the order of its bytes."""
+    """Yield (member, values) for each shard that gets some of these rows, in the order of the member's bytes."""
     match leaf.split:
         case 0:
             size = leaf.shape[0] // len(members)
@@ -249,7 +251,7 @@ def _split(
 
 
 def _read_blocks(leaf: ShardedLeaf, dtype: np.dtype, slice_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield blocks of rows of a leaf with the index of the first row. CheckpointError if a value overflows float16."""
+    """Yield (index of the first row, rows) of a leaf, block by block. Raise CheckpointError if a value overflows float16."""
     if isinstance(leaf.values, InMemory):
         yield 0, leaf.values.values
         return

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""BERT (arXiv 1810.04805): tensor names and config.json, and what RoBERTa and ALBERT share with it.
+"""BERT (arXiv 1810.04805): tensor names and config.json, with functions that RoBERTa and ALBERT use too.
 
-One native model covers the classes of transformers; the heads say which one it is:
+One native model covers these classes of transformers, which differ in their heads:
 
     class                         head        pooler  n_labels
     BertForMaskedLM               masked-lm   false   none
@@ -10,8 +10,8 @@ One native model covers the classes of transformers; the heads say which one it 
     BertForSequenceClassification none        true    set
     BertForPreTraining            masked-lm   true    2
 
-Files often hold more than the class in config.json names, for example a pooler beside a masked language-model head. Such
-parts are imported as well, except those beside a classifier, which are left out with a note.
+Files often have tensors of heads that the class in config.json lacks, for example of a pooler in addition to a masked
+language-model head. These are imported as well. If the class has a classifier, they are left out with a note.
 """
 
 from collections.abc import Mapping
@@ -25,15 +25,15 @@ from mesh_transformer.storage.errors import CheckpointError
 
 
 class Classes(NamedTuple):
-    """Classes of transformers for one family, and tensors by which files of their heads are recognized."""
+    """Classes of transformers for one family, and names of tensors that show which heads the files have."""
 
     masked_lm: str
     model: str
     classification: str
-    pretraining: str | None  # RoBERTa has none
+    pretraining: str | None  # None: the family has no such class (RoBERTa)
     masked_lm_tensor: str
-    pooler_tensor: str  # without a classifier
-    sentence_tensor: str  # of the classifier of sentence pairs that pretraining has; "" without one
+    pooler_tensor: str  # in files without a classifier
+    sentence_tensor: str  # of the classifier of sentence pairs in the pretraining class; "" without that class
 
 
 CLASSES = Classes(
@@ -90,7 +90,7 @@ def pooler(module: str) -> dict[str, TensorMapping]:
 
 
 def classifier(module: str, alias: str = "") -> dict[str, TensorMapping]:
-    """Return the mappings of the classifier, whose module may have another name."""
+    """Return the mappings of the classifier; `alias` is another name of its module."""
     found = linear("classifier/w", module, "labels", "pooled", "classifier/b")
     if not alias:
         return found
@@ -127,7 +127,7 @@ def name_heads(c: ModelConfig) -> dict[str, TensorMapping]:
 
 
 def without_prefix(tensors: Mapping[str, TensorMapping], prefix: str) -> dict[str, TensorMapping]:
-    """Return the mappings in the files of a model without heads, which may also have the prefix."""
+    """Return mappings for files of a model without heads, whose tensor names may lack the prefix."""
     return {
         key: one._replace(name=one.name.removeprefix(prefix), aliases=(one.name, *one.aliases))
         for key, one in tensors.items()
@@ -190,7 +190,7 @@ def read_heads(s: HFConfig, classes: Classes) -> dict[str, Any]:
 
 
 def read_n_labels(s: HFConfig) -> int:
-    """Return the number of labels; config.json names them, or has transformers' default of two."""
+    """Return the number of labels in id2label of config.json, or else num_labels, by default 2 as in transformers."""
     labels = s.table.get("id2label")
     return len(labels) if labels is not None else s.table.get("num_labels", 2)
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Translate config.json of Hugging Face models to the native [model] section and back, one pair of functions per family."""
+"""Translate config.json to the native [model] section and back, with a pair of functions for each family."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -86,7 +86,9 @@ def read_gpt_neo(s: HFConfig) -> dict[str, Any]:
         tied_embeddings=s["tie_word_embeddings"],
     )  # fmt: skip
     if len(kinds) != model["n_layers"]:
-        raise CheckpointError(f"{s.where}: attention_types has {len(kinds)} layers, num_layers is {model['n_layers']}")
+        raise CheckpointError(
+            f"{s.where}: attention_types has {len(kinds)} layers, but num_layers = {model['n_layers']}"
+        )
     return model | {"d_ff": s.get("intermediate_size", default=4 * s["hidden_size"])}
 
 
@@ -121,7 +123,7 @@ def write_gpt_j(c: ModelConfig) -> dict[str, Any]:
 
 
 def require_full_rotation(s: HFConfig, rope: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if only a part of each head is rotated."""
+    """Raise CheckpointError if rotary embeddings rotate only some dimensions of each head."""
     if rope.get("partial_rotary_factor", 1) != 1:
         raise CheckpointError(
             f"{s.where}: partial_rotary_factor = {rope['partial_rotary_factor']!r} (of rope_parameters or rope_scaling) is "
@@ -132,7 +134,9 @@ def require_full_rotation(s: HFConfig, rope: Mapping[str, Any]) -> None:
 def require_even(s: HFConfig, dims: int, *keys: str) -> int:
     """Return a number of rotated dimensions. Raise CheckpointError, with the keys that determine it, if it is odd."""
     if dims % 2:
-        raise CheckpointError(f"{s.where}: {', '.join(keys)} give {dims} rotated dimensions of a head; it must be even")
+        raise CheckpointError(
+            f"{s.where}: {', '.join(keys)} give {dims} rotated dimensions of a head; the number must be even"
+        )
     return dims
 
 
@@ -173,11 +177,11 @@ def write_gpt_neox(c: ModelConfig) -> dict[str, Any]:
 
 
 def read_llama(s: HFConfig) -> dict[str, Any]:
-    """Return the [model] section for a LlamaConfig or a class of its kin: Mistral, Mixtral, Qwen2, Qwen3, Arcee."""
+    """Return the [model] section for the configuration of Llama, Mistral, Mixtral, Qwen2, Qwen3 or Arcee."""
     rope, fields = read_rope(s)
     require_full_rotation(s, rope)
     heads = s["num_attention_heads"]
-    # Mistral and Qwen2 have no such keys, and ignore them in a file.
+    # The classes of Mistral and Qwen2 lack attention_bias, and ignore it in a file.
     out_bias = s["attention_bias"] if "attention_bias" in s.fields else False
     model: dict[str, Any] = read_sizes(s) | dict(
         norm="rmsnorm", norm_eps=s["rms_norm_eps"],
@@ -195,7 +199,7 @@ def read_llama(s: HFConfig) -> dict[str, Any]:
 def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
     """Return the fields for sliding-window attention.
 
-    All layers of Mistral and Mixtral have it. Of Qwen, those that layer_types names, or else the last ones.
+    In Mistral and Mixtral all layers have a window; in Qwen those that layer_types names, by default the last ones.
     """
     if s.kind in ("mistral", "mixtral"):
         window = s["sliding_window"]
@@ -211,15 +215,18 @@ def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
     if "local" not in pattern:
         return {}
     if window is None:
-        raise CheckpointError(f"{s.where}: layer_types has sliding_attention, but sliding_window is not in use; set it")
+        raise CheckpointError(
+            f"{s.where}: layer_types has sliding_attention, but sliding_window is not in use; set it and use_sliding_window"
+        )
     return dict(attention_pattern=pattern, attention_window=window)
 
 
 def read_layer_types(s: HFConfig, types: list[str], n_layers: int) -> list[str]:
-    """Return the attention pattern for the layer_types of a config.json; CheckpointError for unknown or missing ones."""
+    """Return the attention pattern for layer_types of a config.json. Raise CheckpointError for unknown or missing types."""
     if len(types) != n_layers or set(types) - LAYER_TYPES.keys():
         raise CheckpointError(
-            f"{s.where}: layer_types must be {' or '.join(LAYER_TYPES)} for each of {n_layers} layers"
+            f"{s.where}: layer_types = {str(types)[:100]} is not supported; layer_types must be {' or '.join(LAYER_TYPES)} for "
+            f"each of {n_layers} layers"
         )
     kinds = [LAYER_TYPES[each] for each in types]
     return kinds[: dividing_period(kinds)]
@@ -232,7 +239,7 @@ def write_layer_types(c: ModelConfig) -> list[str]:
 
 
 def write_llama(c: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a LlamaConfig or a class of its kin: Mistral, Mixtral, Qwen2, Qwen3, Arcee."""
+    """Return the keys for the configuration of Llama, Mistral, Mixtral, Qwen2, Qwen3 or Arcee."""
     table = write_sizes(c) | dict(
         head_dim=c.head_dim, hidden_act=HF_ACTIVATIONS[c.activation], rms_norm_eps=c.norm_eps, mlp_bias=c.ff_bias,
         attention_bias=c.attention_out_bias, **write_rope(c),
@@ -250,7 +257,7 @@ def write_llama(c: ModelConfig) -> dict[str, Any]:
 
 
 def read_mixtral(s: HFConfig) -> dict[str, Any]:
-    """Return the [model] section for a MixtralConfig: dropless experts whose gates are normalized to sum to 1."""
+    """Return the [model] section for a MixtralConfig: experts without capacity limits, with gates that sum to 1."""
     experts = dict(n_experts=s["num_local_experts"], n_experts_per_token=s["num_experts_per_tok"], normalize_gates=True)
     return read_llama(s) | dict(experts=experts)
 

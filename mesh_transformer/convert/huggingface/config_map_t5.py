@@ -35,26 +35,29 @@ def _write(c: ModelConfig) -> dict[str, Any]:
 def read_t5(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a T5Config or an MT5Config. Its "gated-gelu" is the tanh approximation.
 
-    In transformers 5 the embedding matrix is the head if the files have no head, whatever tie_word_embeddings says
-    (`Family.files_tie_head`). The logits of T5 are scaled if that key is not false, or as scale_decoder_outputs says.
+    In transformers 5 the embedding matrix is the head if the files have no head, for any tie_word_embeddings
+    (`Family.files_tie_head`). The logits of T5 are scaled according to scale_decoder_outputs; if it is absent, they are
+    scaled unless tie_word_embeddings is false.
     """
     projection = s["feed_forward_proj"]
     kind, _, name = projection.rpartition("-")
     if kind not in ("", "gated"):
         raise CheckpointError(
-            f"{s.where}: feed_forward_proj = {projection!r} is not supported; supported: [gated-]NAME"
+            f"{s.where}: feed_forward_proj = {projection!r} is not supported; supported: NAME or gated-NAME "
+            "with the name of an activation"
         )
-    # The class computes both from feed_forward_proj, but a file that has them, as those of transformers 5, wins.
-    given_act = s.given("dense_act_fn")
-    given_gate = s.given("is_gated_act")
-    act = given_act or ("gelu_new" if projection == "gated-gelu" else name)
+    # transformers computes both keys from feed_forward_proj if a file lacks them; files of transformers 5 have them.
+    stored_act = s.find("dense_act_fn")
+    stored_gate = s.find("is_gated_act")
+    act = stored_act or ("gelu_new" if projection == "gated-gelu" else name)
     if act not in ACTIVATIONS:
         raise CheckpointError(
-            f"{s.where}: {act!r} (feed_forward_proj, dense_act_fn) is not supported; supported: {list(ACTIVATIONS)}"
+            f"{s.where}: the activation {act!r} of dense_act_fn or feed_forward_proj is not supported; supported: "
+            f"{list(ACTIVATIONS)}"
         )
-    gated = kind == "gated" if given_gate is None else given_gate
-    tied = s.given("tie_word_embeddings") is not False
-    scaled = s.given("scale_decoder_outputs") if s.kind == "t5" else False
+    gated = kind == "gated" if stored_gate is None else stored_gate
+    tied = s.find("tie_word_embeddings") is not False
+    scaled = s.find("scale_decoder_outputs") if s.kind == "t5" else False
     scaled = tied if scaled is None else scaled
     return _read(s, tied=tied, scaled=scaled) | dict(activation=ACTIVATIONS[act], gated_ffn=gated)
 

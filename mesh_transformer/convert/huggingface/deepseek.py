@@ -66,7 +66,7 @@ def read_config(s: HFConfig) -> dict[str, Any]:
 
 
 def _attention_scale(rope: Mapping[str, Any], d_head: int) -> float | str:
-    """Return the factor of the scores, which grows with the context length if mscale_all_dim is set."""
+    """Return the factor of the attention scores, which increases with the context length if mscale_all_dim is set."""
     mscale = rope.get("mscale_all_dim") or 0.0
     if rope["rope_type"] == "default" or not mscale or rope["factor"] <= 1:
         return "rsqrt_d_head"
@@ -74,7 +74,7 @@ def _attention_scale(rope: Mapping[str, Any], d_head: int) -> float | str:
 
 
 def _read_experts(s: HFConfig, is_v3: bool) -> dict[str, Any]:
-    # Keys of the original code that are not fields of the classes in transformers.
+    # Keys of DeepSeek's code that are not fields of the classes in transformers.
     s.require("moe_layer_freq", 1)
     s.require("scoring_func", "sigmoid" if is_v3 else "softmax")
     s.require("topk_method", *(["noaux_tc"] if is_v3 else ["greedy", "group_limited_greedy"]))
@@ -97,7 +97,7 @@ def _write(c: ModelConfig) -> dict[str, Any]:
     e = c.experts
     latent = c.latent_attention
     if latent is None:
-        raise CheckpointError("DeepSeek requires latent_attention")
+        raise CheckpointError("latent_attention = None, but DeepSeek requires it")
     shared = c.shared_ff_dim // c.expert_ff_dim if e and e.shared_expert else 0
     return dict(
         num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,

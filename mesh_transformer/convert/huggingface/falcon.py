@@ -54,7 +54,8 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     if (grouped and not parallel) or n_norms not in ((None, 1, 2) if grouped else (None, 1)):
         raise CheckpointError(
             f"{s.where}: parallel_attn = {parallel}, num_ln_in_parallel_attn = {n_norms!r} with new_decoder_architecture = "
-            f"{grouped} are not supported: the class in transformers has no such model"
+            f"{grouped} are not supported; supported: parallel_attn = True with num_ln_in_parallel_attn = None, 1 or 2 if "
+            "new_decoder_architecture, otherwise num_ln_in_parallel_attn = None or 1"
         )
     multi_query = s["multi_query"] and not grouped
     kv_heads = 1 if multi_query else s.get("num_kv_heads", default=heads)

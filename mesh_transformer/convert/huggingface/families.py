@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Table of the supported Hugging Face model families.
 
-A row names the architecture and refers to its tensor names, its config.json functions and its NumPy reference
-implementation. A new family may define these in a module of its own and needs one row here.
+An entry of FAMILIES has the family's class in transformers, its tensor names, its functions for config.json and its NumPy
+reference implementation. A new family can define these in a new module and needs one entry here.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,20 +52,19 @@ class Family(NamedTuple):
     mappings: Mapping[str, TensorMapping]  # by native weight
     read_config: Callable[[HFConfig], dict[str, Any]]
     write_config: Callable[[ModelConfig], dict[str, Any]]
-    # NumPy implementation: (tensors, config.json, tokens [B, T]) -> logits [B, T, V]; None: only transformers is compared
+    # NumPy implementation: (tensors, config.json, tokens [B, T]) -> logits [B, T, V]; None: compare with transformers only
     reference: Callable[..., np.ndarray] | None
-    prefix: str  # of names; files of the bare model lack it
-    buffers: tuple[str, ...] = ()  # suffixes of names that are not weights
-    left_out: tuple[str, ...] = ()  # prefixes of names that belong to another part than the text model
+    prefix: str  # prefix of tensor names that files of a model without a head lack
+    buffers: tuple[str, ...] = ()  # suffixes of names of tensors that are not weights
+    left_out: tuple[str, ...] = ()  # prefixes of names of tensors that are not part of the text model
     copies: tuple[str, ...] = ()  # other names under which files may store the embedding matrix
     bias_copies: tuple[str, ...] = ()  # other names under which files may store the bias of the head
-    heads: tuple[str, ...] = ()  # prefixes of tensors of heads, which are left out where the model has no such head
-    needs_copies: bool = (
-        False  # whether files with an untied head must have them, because transformers ties nothing then
-    )
-    files_tie_head: bool = False  # whether the head is tied if the files lack it, and untied if it differs
-    experts_key: str = "num_local_experts"  # in config.json
-    layers_after_last: str = ""  # what tensors of layers after the last one are for, which are left out; "": none exist
+    heads: tuple[str, ...] = ()  # prefixes of names of tensors of heads, which are left out if the model lacks the head
+    # Whether files with an untied head must have the copies, because transformers does not tie the embeddings then
+    needs_copies: bool = False
+    files_tie_head: bool = False  # whether the head is tied if the files lack its tensor, and untied if it differs
+    experts_key: str = "num_local_experts"  # key of config.json with the number of experts
+    layers_after_last: str = ""  # purpose of layers after the last one in files, which are left out; "": none exist
     variant: Callable[[ModelConfig], Mapping[str, TensorMapping]] | None = None  # mappings that depend on the model
 
     def mappings_of(self, config: ModelConfig) -> Mapping[str, TensorMapping]:
@@ -120,9 +119,7 @@ FAMILIES = {
     "mixtral": Family(
         "MixtralForCausalLM", tensor_map.MIXTRAL, config_map.read_mixtral, config_map.write_mixtral, *LLAMA_CONFIG[2:]
     ),
-    "arcee": Family(
-        "ArceeForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG
-    ),  # Llama without a gate in its feed-forward layers
+    "arcee": Family("ArceeForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG),  # without a gate in its feed-forward layers
     "qwen2": Family("Qwen2ForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG),
     "qwen3": Family("Qwen3ForCausalLM", tensor_map.QWEN3, *LLAMA_CONFIG),
     "qwen2_moe": Family(
@@ -312,16 +309,18 @@ def has_reference(config: Mapping[str, Any]) -> bool:
 def run_huggingface(
     tensors: Mapping[str, LazyArray], config: Mapping[str, Any], tokens: np.ndarray, *encoder_inputs: np.ndarray
 ) -> np.ndarray:
-    """Return the float32 logits [B, T, V] that a model folder's own tensors and config.json give.
+    """Return the float32 logits [B, T, V] of a model folder's tensors and config.json for tokens [B, T].
 
-    `encoder_inputs` of an encoder-decoder model are its encoder's tokens [B, S] and their mask, 0 for padding.
+    `encoder_inputs` of an encoder-decoder model are the encoder's tokens [B, S] and their mask [B, S], 0 for padding.
     Raises CheckpointError if the model type is not supported.
     """
     kind = config["model_type"]
     family = FAMILIES.get(kind)
     if family is None or family.reference is None:
         supported = ", ".join(name for name, other in FAMILIES.items() if other.reference is not None)
-        raise CheckpointError(f"no reference implementation of model_type {kind!r}; supported: {supported}")
+        raise CheckpointError(
+            f"no reference implementation of model_type {kind!r}; supported: {supported}; use transformers"
+        )
     merged = HFConfig(config, kind).merged()
     if kind in ENCODER_DECODER:
         return family.reference(tensors, merged, tokens, *encoder_inputs)

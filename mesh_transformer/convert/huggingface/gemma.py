@@ -23,7 +23,7 @@ GEMMA = LLAMA
 GEMMA3 = gemma2.TENSORS | {
     f"attention/norm_{x}/scale": TensorMapping(f"{M}.self_attn.{x}_norm.weight", "head_dim") for x in "qk"
 }
-# In files of Gemma3ForConditionalGeneration, under the names of either version of transformers
+# Tensors of the text model in files of Gemma3ForConditionalGeneration, with the names before and since transformers 5
 GEMMA3_TEXT_PART = {
     weight: mapping._replace(
         name=f"language_model.{mapping.name}", aliases=(f"model.language_model.{mapping.name.removeprefix('model.')}",)
@@ -114,7 +114,8 @@ def _read_two_rotations(s: HFConfig, *, has_local: bool) -> dict[str, Any]:
     full, local = tables
     if local["rope_type"] != "default":
         raise CheckpointError(
-            f"{s.where}: scaled rotary embeddings of sliding_attention layers are not supported; supported: 'default'"
+            f"{s.where}: rotary embeddings of type {local['rope_type']!r} in sliding_attention layers are not supported; "
+            "supported: 'default'"
         )
     fields: dict[str, Any] = {"rope_theta": float(full["rope_theta"])} | read_scaling(s, full)
     return fields | ({"rope_local_theta": float(local["rope_theta"])} if has_local else {})

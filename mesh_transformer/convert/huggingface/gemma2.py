@@ -96,7 +96,7 @@ def _inverse_square(scale: float) -> int | float:
 
 
 def run(t: ExternalTensors, c: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
-    """Return the logits [B, T, V] of a Gemma 2 model from its own tensors and config.json, in float32."""
+    """Return the float32 logits [B, T, V] of Gemma2ForCausalLM for tokens [B, T], from its tensors and config.json."""
     eps = c["rms_norm_eps"]
     heads = c["num_attention_heads"]
     kv_heads = c["num_key_value_heads"]

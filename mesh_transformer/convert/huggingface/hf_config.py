@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a config.json with the defaults, aliases and types of its configuration class in transformers.
 
-config_defaults.json records the classes (scripts/record_config_defaults.py). Every key that a family's reader reads is
-marked; a key of the class that was not read, has an effect and differs from its default is refused.
+config_defaults.json records the classes (scripts/record_config_defaults.py). `HFConfig` records every key that a family's
+reader reads; a key of the class that was not read, has an effect and differs from its default is rejected.
 """
 
 import functools
@@ -62,10 +62,10 @@ def recorded_version() -> str:
 
 
 class HFConfig:
-    """A config.json whose keys are read one by one.
+    """A config.json, with the defaults of its class and a record of the keys that were read.
 
-    `table` is the file with aliases replaced by the names of the fields they set. A key that the file lacks has the
-    default of the configuration class. Every method that returns a value marks its key as read.
+    `table` is the file with aliases replaced by the names of the fields that they set. A key that the file lacks has the
+    default of the configuration class. Every method that returns a value adds its key to `was_read`.
     """
 
     def __init__(self, table: Mapping[str, Any], where: object):
@@ -77,19 +77,21 @@ class HFConfig:
         self.fields = {self.aliases.get(name, name): (default, types) for name, (default, types) in fields.items()}
         self.computed: list[str] = recorded.get("computed", [])
         self.rope_defaults: dict[str, Any] | None = recorded.get("rope")
-        # transformers sets fields first and every other key after them, so that an alias beside its field wins
+        # transformers sets fields first and every other key after them, so that an alias overrides its field
         in_order = sorted(table.items(), key=lambda item: item[0] not in fields)
         self.table = {self.aliases.get(key, key): value for key, value in in_order}
         self.was_read: set[str] = set()
         self.was_restricted: set[str] = set()  # keys of which only some values are supported
-        self.tensors: frozenset[str] = frozenset()  # names in the model's files, where they say which parts it has
+        self.tensors: frozenset[str] = (
+            frozenset()
+        )  # names in the model's files, from which some readers determine its heads
 
     def __contains__(self, key: str) -> bool:
-        """Return whether the file has the key, also if it is null."""
+        """Return whether the file has the key, even if its value is null."""
         return self.aliases.get(key, key) in self.table
 
     def __getitem__(self, key: str) -> Any:
-        """Return the value in the file, or the default of the class. Raise CheckpointError without either."""
+        """Return the value in the file, or the default of the class. Raise CheckpointError if there is neither."""
         key = self.aliases.get(key, key)
         self.was_read.add(key)
         default, types = self.fields.get(key, (None, "any"))
@@ -97,12 +99,8 @@ class HFConfig:
             self._check_type(key, types)
             return self.table[key]
         if key not in self.fields:
-            raise CheckpointError(f"{self.where}: {key} is missing")
+            raise CheckpointError(f"{self.where}: the key {key} is missing; add it")
         return default
-
-    def given(self, key: str) -> Any:
-        """Return the value in the file, or None if the key is absent."""
-        return self[key] if self.aliases.get(key, key) in self.table else None
 
     def _check_type(self, key: str, types: str) -> None:
         value = self.table[key]
@@ -111,19 +109,20 @@ class HFConfig:
         if "any" in allowed or found in allowed or (found == "int" and "float" in allowed):
             return
         raise CheckpointError(
-            f"{self.where}: {key} = {value!r} has type {found}; the type must be {' or '.join(allowed)}"
+            f"{self.where}: {key} = {value!r} has the type {found}, but must have the type {' or '.join(allowed)}"
         )
 
     def find(self, key: str) -> Any:
-        """Return the value in the file, or None without one. For keys that the class reads but does not declare."""
+        """Return the value in the file, or None if the file lacks the key, even if the class has a default for it."""
         if key not in self:
             return None
         return self[key]
 
     def get(self, *keys: str, default: Any = None) -> Any:
-        """Return the value of the first of `keys` that is set; without one, the default of the class, or else `default`.
+        """Return the value of the first of `keys` in the file that is not null.
 
-        A null in the file is not set, and takes `default` rather than that of the class. CheckpointError without a value.
+        If all of them are null, returns `default`; if the file has none of them, the default of the class, or else
+        `default`. Raises CheckpointError if the result is None.
         """
         found = [self[key] for key in keys if key in self]
         if not found:
@@ -131,13 +130,13 @@ class HFConfig:
         value = next((value for value in found if value is not None), default)
         self.was_read.update(self.aliases.get(key, key) for key in keys)
         if value is None:
-            raise CheckpointError(f"{self.where}: {' or '.join(keys)} is missing")
+            raise CheckpointError(f"{self.where}: the key {' or '.join(keys)} is missing; add it")
         return value
 
     def require(self, key: str, *allowed: Any) -> None:
-        """Raise CheckpointError unless the key has one of the `allowed` values; other values are other functions.
+        """Raise CheckpointError unless the key has one of the `allowed` values, the only ones that are supported.
 
-        A null is allowed where the class has no default for the key or null is its default.
+        A null is allowed if the class has no default for the key, or if its default is null.
         """
         key = self.aliases.get(key, key)
         self.was_read.add(key)
@@ -159,13 +158,13 @@ class HFConfig:
         """Return the parameters of rotary embeddings as transformers completes them, with rope_type and rope_theta.
 
         Source: RotaryEmbeddingConfigMixin.convert_rope_params_to_dict and standardize_rope_params of transformers 5, where
-        the old key rope_scaling wins. Parameters for each kind of layer (nested tables) are not handled here.
+        the old key rope_scaling has precedence. Parameters by layer type (nested tables) are not handled here.
         """
         defaults = self.rope_defaults or {"rope_type": "default", "rope_theta": 10_000.0}
-        stored = self.given("rope_parameters")
+        stored = self.find("rope_parameters")
         if stored is None:
             stored = {key: value for key, value in defaults.items() if key not in TOP_LEVEL}
-        rope = dict(self.given("rope_scaling") or stored)
+        rope = dict(self.find("rope_scaling") or stored)
         rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         rope.pop("type", None)
         for name, outside in (NEOX_TOP_LEVEL if self.kind == "gpt_neox" else TOP_LEVEL).items():
@@ -183,7 +182,7 @@ class HFConfig:
             value = rope.get(name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise CheckpointError(
-                    f"{self.where}: {name} = {rope[name]!r} of the rotary embeddings must be a number"
+                    f"{self.where}: {name} = {rope[name]!r} of the rotary embeddings is not a number; set it to a number"
                 )
         return rope
 
@@ -196,7 +195,7 @@ class HFConfig:
         return fields
 
     def keys_by_treatment(self) -> tuple[list[str], list[str]]:
-        """Return the fields of the class that were read, and those of which other values are refused, after reading."""
+        """Return, after reading, the fields of the class with all values supported, and those with some values rejected."""
         effective = [key for key in self.fields if key not in KEYS_WITHOUT_EFFECT | NO_EFFECT_OF.get(self.kind, set())]
         honored = [key for key in effective if key in self.was_read - self.was_restricted]
         return honored, [key for key in effective if key not in honored]

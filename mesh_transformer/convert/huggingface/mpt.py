@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MPT (MosaicML 2023, github.com/mosaicml/llm-foundry): tensor names and config.json.
 
-transformers ignores some keys that the code that trained the models obeys: with such a value, the two are other functions,
-and the model is refused.
+transformers ignores some keys that MosaicML's training code uses. A model with a value of such a key for which the two differ
+is rejected.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ TENSORS = {
     **linear("feed_forward/w_out", f"{B}.ffn.down_proj", "embed", "ff"),
     "w_head": HEAD,
 }
-# Keys of attn_config with an effect, and their only supported value; transformers computes this one for all values.
+# Keys of attn_config that change the function in training, with the only value that transformers implements.
 REQUIRED = dict(attn_type="multihead_attention", prefix_lm=False, qk_ln=False, alibi=True, alibi_bias_max=8)
 
 
@@ -40,8 +40,8 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     for key, allowed in REQUIRED.items():
         if attention.get(key, allowed) != allowed:
             raise CheckpointError(
-                f"{s.where}: attn_config.{key} = {attention[key]!r} is not supported; supported: {allowed!r}, which "
-                "transformers computes for all values of this key"
+                f"{s.where}: attn_config.{key} = {attention[key]!r} is not supported; supported: {allowed!r}, the only "
+                "value that transformers implements"
             )
     scale = attention.get("softmax_scale")
     return dict(

@@ -13,7 +13,7 @@ from mesh_transformer.convert.layout_views import Split
 
 
 def split_gate_up(c: ModelConfig) -> Split:
-    """Return the rows of the gate and the input of a feed-forward layer in one tensor."""
+    """Return the division of a feed-forward layer's fused projection into the rows of gate and input."""
     return Split(1, (c.ff_dim, c.ff_dim))
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face model folders: plan the import of their tensors, and pack native arrays into tensors for an export.
+"""Plan the import of Hugging Face model folders, and pack native arrays into tensors for an export.
 
 The names and layouts of tensors are in tensor_map.py, those of configuration keys in config_map.py.
 """
@@ -38,7 +38,7 @@ CONFIG = "config.json"
 OPTIONAL_KEYS = (
     "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
 )  # fmt: skip
-COMPARED_ROWS = 4096  # of two copies of a matrix, compared at once
+COMPARED_ROWS = 4096  # rows of two copies of a matrix that are compared at once
 
 
 def is_huggingface(folder: AnyPath) -> bool:
@@ -49,7 +49,7 @@ def is_huggingface(folder: AnyPath) -> bool:
 def open_huggingface(folder: AnyPath) -> ImportPlan:
     """Plan the import of a model folder.
 
-    CheckpointError lists all tensors that are missing, unknown or have a wrong shape.
+    Raises CheckpointError with all tensors that are missing, unexpected or have a wrong shape.
     """
     external_config, family = read_config(folder)
     tensors = find_tensors(folder)
@@ -63,9 +63,13 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
         raise CheckpointError(f"{error}{_list_keys(external_config, str(error))}") from None
     used: set[str] = set()
     arrays = assemble(config, lambda spec: find_array(tensors, family, config, spec, used), folder)
-    copies = {name: "these must be equal" for name in (*family.copies, *family.bias_copies) if name in tensors}
+    copies = {
+        name: "but the model has one array for both; use files of one model"
+        for name in (*family.copies, *family.bias_copies)
+        if name in tensors
+    }
     if config.tied_embeddings and (head := _find_optional(tensors, family, "w_head")):
-        copies[head] = f"but {CONFIG} says tie_word_embeddings; set it to false"
+        copies[head] = f"but {CONFIG} has tie_word_embeddings = true; set it to false"
     notes: list[str] = []
     embedding = find_name(tensors, family, family.mappings["w_tokens"], None)
     for copy, reason in copies.items():
@@ -85,7 +89,9 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
         layers = f"{family.prefix}layers.{config.n_layers} and later layers, for {family.layers_after_last},"
         notes.append(f"{tensor} of {layers} {'is' if len(extra) == 1 else 'are'} not imported")
     if left_out := {name for name in tensors if name.startswith(family.left_out or ("\0",))}:
-        notes.append(f"{len(left_out)} tensors of the vision tower and its projector are left out: only text is read")
+        notes.append(
+            f"{len(left_out)} tensors of the vision tower and its projector are left out: only text is supported"
+        )
     unused = set(tensors) - left_out
     check_all_used(unused, used, lambda name: name.endswith(family.buffers or ("\0",)), folder)
     names = [path.name for path in folder.iterdir()]
@@ -103,7 +109,9 @@ def read_config(folder: AnyPath) -> tuple[HFConfig, Family]:
     except StorageError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a model configuration: {type(error).__name__}: {error}") from None
+        raise CheckpointError(
+            f"{path}: not a model configuration, which is a JSON object with model_type: {type(error).__name__}: {error}"
+        ) from None
     if kind not in FAMILIES:
         raise CheckpointError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
     return HFConfig(table, path), FAMILIES[kind]
@@ -124,7 +132,7 @@ def read_model(s: HFConfig, family: Family) -> dict[str, Any]:
 
 
 def _list_keys(s: HFConfig, message: str) -> str:
-    """Return the keys of config.json with the values that an error about the native fields mentions."""
+    """Return a phrase with the keys of config.json whose values an error about native fields mentions."""
     values = set(re.findall(r"=([\w.]+)", message))
     keys = [f"{key} = {s[key]!r}" for key in sorted(s.was_read) if key in s and str(s[key]) in values]
     return f" ({CONFIG} has {', '.join(keys)})" if keys else ""
@@ -133,8 +141,8 @@ def _list_keys(s: HFConfig, message: str) -> str:
 def find_family(config: ModelConfig, preferred: str | None = None) -> tuple[str, dict[str, Any]]:
     """Return the model type of a family that computes the same function as a native model, and its config.json.
 
-    Of several such families it is the `preferred` one, or else the first. CheckpointError names the fields that the nearest
-    family cannot represent.
+    Of several such families, `preferred` is returned, or else the first. Raises CheckpointError with the fields that the
+    nearest family cannot represent.
     """
     differences: dict[str, list[str]] = {}
     wanted = config.effective_fields()
@@ -154,6 +162,7 @@ def find_family(config: ModelConfig, preferred: str | None = None) -> tuple[str,
     raise CheckpointError(
         f"no Hugging Face family computes the function of this model; the nearest, {nearest}, does not support: "
         + ", ".join(differences[nearest])
+        + "; use --format native"
     )
 
 
@@ -165,7 +174,7 @@ def exported_names(config: ModelConfig, family: Family) -> frozenset[str]:
 
 
 def _write_table(kind: str, family: Family, config: ModelConfig) -> dict[str, Any]:
-    """Return the config.json of a native model as one family, without optional keys that the family's class lacks."""
+    """Return the config.json of a native model in one family, without optional keys that the family's class lacks."""
     table = family.write_config(config)
     if kind in recorded_classes():
         lacks = [key for key in OPTIONAL_KEYS if key not in recorded_classes()[kind]["fields"]]
@@ -207,20 +216,20 @@ def find_array(
 ) -> LazyArray:
     """Return a native weight as a view of external tensors, whose names are added to `used`.
 
-    KeyError with the name of a missing tensor; ValueError for a wrong shape or number of experts.
+    Raises KeyError with the name of a missing tensor, and ValueError for a wrong shape or number of experts.
     """
     mappings = family.mappings_of(config)
     if spec.name not in mappings:
-        raise KeyError(f"{spec.name}, which {family.architecture} does not have")
+        raise KeyError(f"{spec}; {family.architecture} has no tensor for it")
     mapping = mappings[spec.name]
 
     def view(spec: WeightSpec, expert: int | None = None) -> LazyArray:
         name = find_name(tensors, family, mapping, spec.layer, expert)
         used.add(name)
         if mapping.split is not None:
-            part = Part(tensors[name], mapping.split(config), mapping.component)
-            return LayoutView(part, mapping.pattern, spec.axes, spec.shape)
-        return LayoutView(tensors[name], mapping.pattern, spec.axes, spec.shape, component=mapping.component)
+            part = Part(tensors[name], mapping.split(config), mapping.component, name=name)
+            return LayoutView(part, mapping.pattern, spec.axes, spec.shape, name=name)
+        return LayoutView(tensors[name], mapping.pattern, spec.axes, spec.shape, component=mapping.component, name=name)
 
     if "{e}" not in mapping.name:
         return view(spec)
@@ -230,13 +239,13 @@ def find_array(
         with contextlib.suppress(KeyError):
             name = find_name(tensors, family, stacked, spec.layer)
             used.add(name)
-            return LayoutView(tensors[name], pattern, spec.axes, spec.shape, component=component)
+            return LayoutView(tensors[name], pattern, spec.axes, spec.shape, component=component, name=name)
     start = mapping.name.replace("{i}", str(spec.layer)).partition("{e}")[0].removeprefix(family.prefix)
     names = {name.removeprefix(family.prefix) for name in tensors}
     experts = {int(name.removeprefix(start).partition(".")[0]) for name in names if name.startswith(start)}
     if experts and max(experts) + 1 != spec.shape[0]:
         raise ValueError(
-            f"{CONFIG} says {spec.shape[0]} experts, the files have {max(experts) + 1} per layer; "
+            f"{CONFIG} has {spec.shape[0]} experts, the files have {max(experts) + 1} per layer; "
             f"correct {family.experts_key} if the files are right, otherwise download the files that belong to {CONFIG}"
         )
     return Stack([view(spec.expert(), e) for e in range(spec.shape[0])])
@@ -245,7 +254,7 @@ def find_array(
 def find_name(
     tensors: Mapping[str, Any], family: Family, mapping: TensorMapping, layer: int | None, expert: int | None = None
 ) -> str:
-    """Return the name that a tensor has in these files. KeyError with its usual name if it is missing."""
+    """Return the name of a tensor in these files. Raise KeyError with its usual name if it is missing."""
     known = (mapping.name, *mapping.aliases, *filter(None, [mapping.gated_name, mapping.shared_name]))
     names = [name.replace("{i}", str(layer)).replace("{e}", str(expert)) for name in known]
     for full in names:
@@ -256,7 +265,7 @@ def find_name(
 
 
 def _is_head_tied(tensors: Mapping[str, LazyArray], family: Family, expected: bool) -> bool:
-    """Return whether the embedding matrix is the head; `expected` is what config.json says."""
+    """Return whether the embedding matrix is also the head; `expected` is the value in config.json."""
     head = _find_optional(tensors, family, "w_head")
     embedding = _find_optional(tensors, family, "w_tokens")
     if head is None or embedding is None:

@@ -1,11 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""NumPy reference implementations of decoder-only Hugging Face models, computed from their own tensors and layouts.
+"""NumPy reference implementations of decoder-only Hugging Face models, computed from the tensors of their files.
 
-Conversions are compared with them. They share no code with the importer's tensor names and layouts, so they reveal mistakes
-there. Their configuration is config.json completed by `HFConfig.merged`, as the importer's is: a key that this reads wrongly
-is wrong on both sides, which only a comparison with transformers itself reveals. Only a few rows of a weight are in memory
-at a time.
+The logits of conversions are compared with theirs. They share no code with the importer's tensor names and layouts, so they
+reveal mistakes of these. Both read config.json through `HFConfig`, so only a comparison with transformers reveals a mistake
+there (library_logits.py). Only a few rows of a weight are in memory at a time.
 """
 
 import math
@@ -22,7 +21,7 @@ Array = np.ndarray
 
 
 class ExternalTensors:
-    """Tensors of a model folder by name, with or without the prefix that files of the bare model lack."""
+    """Tensors of a model folder by name; files of a model without a head lack the prefix of the names."""
 
     def __init__(self, tensors: Mapping[str, LazyArray], prefix: str):
         self.tensors = tensors
@@ -36,7 +35,7 @@ class ExternalTensors:
         return self.tensors[name if name in self.tensors else name.removeprefix(self.prefix)]
 
     def vector(self, name: str) -> Array:
-        """Return all of a small tensor as float32."""
+        """Return all values of a small tensor as float32."""
         return read_vector(self.find(name))
 
     def rows(self, name: str, indices: Array) -> Array:
@@ -62,7 +61,7 @@ class ExternalTensors:
 
 
 def read_vector(array: LazyArray) -> Array:
-    """Return all of a small array as float32."""
+    """Return all values of a small array as float32."""
     return array.read(full_index(array)).astype(np.float32)
 
 
@@ -213,10 +212,7 @@ def run_gpt_neox(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Arr
 
 
 def run_llama(t: ExternalTensors, c: Mapping[str, Any], tokens: Array) -> Array:
-    """Return the logits of LlamaForCausalLM, or of Mistral, Mixtral, Arcee, Qwen2 or Qwen3.
-
-    These differ in windows, experts, biases and QK norms.
-    """
+    """Return the logits of Llama, Mistral, Mixtral, Arcee, Qwen2 or Qwen3, which differ in windows, experts and norms."""
     act = ACTIVATIONS[c["hidden_act"]]
     eps = c["rms_norm_eps"]
     kind = c["model_type"]
@@ -255,23 +251,23 @@ def _gated(t: ExternalTensors, x: Array, act: Callable[[Array], Array], gate: st
 def _run_experts(
     t: ExternalTensors, c: Mapping[str, Any], prefix: str, x: Array, act: Callable[[Array], Array]
 ) -> Array:
-    """Return Mixtral's top-k experts of each token, weighted by their router probabilities renormalized to sum to 1."""
+    """Return the sum of each token's top-k experts, weighted by their router probabilities, which sum to 1 (Mixtral)."""
     scores = t.linear(f"{prefix}gate", x)
     lowest = np.sort(scores, axis=-1)[..., -c["num_experts_per_tok"], None]
     weights = np.where(scores < lowest, 0, np.exp(scores - scores.max(axis=-1, keepdims=True)))
     weights = weights / weights.sum(axis=-1, keepdims=True)
     y = np.zeros_like(x)
     for e in range(scores.shape[-1]):
-        if (own := weights[..., e] > 0).any():
-            out = _gated(t, x[own], act, *(f"{prefix}experts.{e}.w{n}" for n in (1, 3, 2)))
-            y[own] += weights[own][:, e, None] * out
+        if (is_routed := weights[..., e] > 0).any():
+            out = _gated(t, x[is_routed], act, *(f"{prefix}experts.{e}.w{n}" for n in (1, 3, 2)))
+            y[is_routed] += weights[is_routed][:, e, None] * out
     return y
 
 
 def _llama_windows(c: Mapping[str, Any], kind: str) -> list[int | None]:
     """Return the attention window of each layer.
 
-    Mistral and Mixtral have one in all layers. Qwen has one in the layers that layer_types names, or else in those from
+    In Mistral and Mixtral all layers have a window; in Qwen those that layer_types names, by default those from
     max_window_layers on.
     """
     layers = range(c["num_hidden_layers"])

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""NumPy reference implementation of T5 and SwitchTransformers, computed from their own tensors (see reference.py)."""
+"""NumPy reference implementation of T5, mT5 and SwitchTransformers, computed from the tensors of their files."""
 
 import math
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ from mesh_transformer.convert.lazy_arrays import LazyArray
 def run_t5(
     tensors: Mapping[str, LazyArray], c: Mapping[str, Any], tokens: Array, encoder_tokens: Array, mask: Array
 ) -> Array:
-    """Return logits [B, T, V] of T5ForConditionalGeneration or SwitchTransformersForConditionalGeneration.
+    """Return the logits [B, T, V] of T5, mT5 or SwitchTransformers for the decoder's tokens [B, T].
 
-    `encoder_tokens` [B, S] are the encoder's input, and `mask` is 0 for padding among them.
+    `encoder_tokens` [B, S] are the encoder's input; `mask` [B, S] is 0 for padding.
     """
     t = ExternalTensors(tensors, "")
     encoder_output = _run_stack(t, c, "encoder", encoder_tokens, mask, None)
@@ -97,7 +97,7 @@ def _dense(t: ExternalTensors, c: Mapping[str, Any], name: str, x: Array) -> Arr
 
 
 def _bucket(offset: Array, c: Mapping[str, Any], *, two_sided: bool) -> Array:
-    """Return the relative position bucket, of 32 by default: one per near distance, then growing ones up to 128.
+    """Return the bucket of a relative position: exact for near distances, then logarithmic (arXiv 1910.10683, section 2.1).
 
     If `two_sided`, half of the buckets are for keys after the query.
     """

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RoBERTa (arXiv 1907.11692): tensor names and config.json.
 
-The position embeddings have pad_token_id + 1 rows before that of the first position, the last of which is that of padding
-tokens. All rows are imported and exported. The first layer of the classification head is the pooler of BERT.
+The position embeddings have pad_token_id + 1 rows before the row of the first position; the last of them is for padding
+tokens. All rows are imported and exported. The first layer of the classification head is imported as the pooler of BERT.
 """
 
 from typing import Any
@@ -45,8 +45,8 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     padding = s["pad_token_id"]
     model = bert.read_encoder(s) | bert.read_heads(s, CLASSES)
     if padding is None:
-        raise CheckpointError(f"{s.where}: pad_token_id is null, but positions are counted from it; set it")
-    if model["head"] == "masked-lm" and model["activation"] != "gelu-erf":  # its head has the exact GELU in any case
+        raise CheckpointError(f"{s.where}: pad_token_id is null, but the first position is pad_token_id + 1; set it")
+    if model["head"] == "masked-lm" and model["activation"] != "gelu-erf":  # RobertaLMHead always uses the exact GELU
         raise CheckpointError(f"{s.where}: hidden_act = {s['hidden_act']!r} is not supported; supported: 'gelu'")
     rows = model["seq_len"]
     return model | dict(seq_len=rows - padding - 1, position_offset=padding + 1, position_padding_token=padding)

@@ -16,13 +16,13 @@ EXTERNAL = {"original_seq_len": TRAINED_LEN}  # names that differ
 
 
 def read_rope(s: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the rope parameters as transformers completes them, and the native fields for them."""
+    """Return the rope parameters as transformers completes them, and the native fields that represent them."""
     rope = s.rope_parameters()
     return rope, {"rope_theta": float(rope["rope_theta"])} | read_scaling(s, rope)
 
 
 def read_scaling(s: HFConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the field rope_scaling for completed rope parameters; nothing if they are not scaled."""
+    """Return the field rope_scaling for completed rope parameters; an empty dictionary without scaling."""
     kind = rope["rope_type"]
     if kind == "default":
         return {}
@@ -36,16 +36,17 @@ def read_scaling(s: HFConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
     )
     if kind == "dynamic":
         values[TRAINED_LEN] = s["max_position_embeddings"]
-    if kind == "longrope" or (
-        kind == "yarn" and "factor" in rope
-    ):  # transformers requires the key for yarn, also if null
+    # For yarn, transformers requires the key factor, but accepts null.
+    if kind == "longrope" or (kind == "yarn" and "factor" in rope):
         values["factor"] = values["factor"] or s["max_position_embeddings"] / values[TRAINED_LEN]
     if kind == "longrope" and values["attention_factor"] is None:
         values["attention_factor"] = longrope_scale(values["factor"], values[TRAINED_LEN])
     required, optional = FIELDS[kind]
     found = {name: values.get(EXTERNAL.get(name, name)) for name in (*required, *optional)}
     if missing := [EXTERNAL.get(name, name) for name in required if found[name] is None]:
-        raise CheckpointError(f"{s.where}: rotary embeddings of type {kind!r} need {', '.join(missing)}")
+        raise CheckpointError(
+            f"{s.where}: rotary embeddings of type {kind!r} need {', '.join(missing)} in rope_parameters"
+        )
     return {"rope_scaling": {"type": kind} | {name: _plain(name, x) for name, x in found.items() if x is not None}}
 
 
@@ -68,15 +69,15 @@ def write_rope(c: ModelConfig) -> dict[str, Any]:
 
 
 def write_partial_rope(c: ModelConfig) -> dict[str, Any]:
-    """Return the rope parameters with the rotated share of each head."""
-    share = {"partial_rotary_factor": c.rope_dim / c.head_dim}
+    """Return the rope parameters with partial_rotary_factor, the rotated fraction of each head."""
+    fraction = {"partial_rotary_factor": c.rope_dim / c.head_dim}
     table = write_rope(c)
-    nested = {key: table[key] | share for key in ("rope_parameters", "rope_scaling") if key in table}
-    return table | nested | share
+    nested = {key: table[key] | fraction for key in ("rope_parameters", "rope_scaling") if key in table}
+    return table | nested | fraction
 
 
 def write_scaling(c: ModelConfig) -> dict[str, Any]:
-    """Return the rope parameters without the base."""
+    """Return the rope parameters without rope_theta."""
     scaling = c.rope_scaling
     if scaling is None:
         return {"rope_type": "default"}

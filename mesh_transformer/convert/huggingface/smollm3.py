@@ -17,7 +17,9 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     n_layers, interval = model["n_layers"], s["no_rope_layer_interval"]
     rotates = s.get("no_rope_layers", default=[int((i + 1) % interval != 0) for i in range(n_layers)])
     if len(rotates) < n_layers:
-        raise CheckpointError(f"{s.where}: no_rope_layers has {len(rotates)} elements for {n_layers} layers")
+        raise CheckpointError(
+            f"{s.where}: no_rope_layers has {len(rotates)} elements, but needs one for each of {n_layers} layers"
+        )
     rope_pattern = shortest_pattern([bool(x) for x in rotates[:n_layers]])
     window = s["sliding_window"] if s["use_sliding_window"] else None
     types = ["full_attention" if x or window is None else "sliding_attention" for x in rotates[:n_layers]]
@@ -26,7 +28,9 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     if "local" not in pattern:
         return model
     if window is None:
-        raise CheckpointError(f"{s.where}: layer_types has sliding_attention, but sliding_window is not in use; set it")
+        raise CheckpointError(
+            f"{s.where}: layer_types has sliding_attention, but sliding_window is not in use; set it and use_sliding_window"
+        )
     return model | dict(attention_pattern=pattern, attention_window=window)
 
 

@@ -4,8 +4,8 @@
 
 safetensors: eight bytes with the length of the header (little endian), the header (JSON: name -> dtype, shape,
 data_offsets from its end), the values. A .bin is a zip archive: the member data.pkl describes how storages form tensors,
-and each storage is an uncompressed member. In each format a tensor is a range of bytes in a file, and no values are read
-here.
+and each storage is an uncompressed member. In each format a tensor is a range of bytes in a file. The readers return these
+ranges without reading values.
 """
 
 import collections
@@ -29,7 +29,7 @@ from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
-TRANSPOSED_ROWS = 512  # of a tensor, copied to C order at once before parts of them are written
+TRANSPOSED_ROWS = 512  # rows of a tensor that are copied to C order at once, before a part of each is written
 _WRITING = threading.Lock()  # the kernel serializes writes to a file, and waiting writers would spin
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -43,6 +43,7 @@ STORAGES = {
 ZIP_MARK = b"PK\x03\x04"
 LEGACY_NUMBER = 0x1950A86A20F9469CFC6C  # the first value in a file of PyTorch before 1.6
 MAX_HEADER_BYTES = 100_000_000
+BIG_ENDIAN = "big-endian values are not supported; save the file again on a little-endian machine"
 # NumPy parses headers with ast, which is not thread-safe in Python 3.11 (python/cpython#106905).
 _NPY_HEADER = threading.Lock()
 
@@ -50,7 +51,7 @@ _NPY_HEADER = threading.Lock()
 def find_tensors(folder: AnyPath) -> dict[str, FileArray]:
     """Return every tensor of a Hugging Face model folder.
 
-    CheckpointError if files are missing or damaged, or have several tensors of one name.
+    Raises CheckpointError if files are missing or damaged, or have several tensors of one name.
     """
     for name, read in ((SAFETENSORS, read_safetensors), (TORCH, read_torch)):
         if (folder / name).is_file():
@@ -59,7 +60,9 @@ def find_tensors(folder: AnyPath) -> dict[str, FileArray]:
         if index.is_file():
             return _read_indexed(index, read)
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10]) or "nothing"
-    raise CheckpointError(f"{folder}: expected {SAFETENSORS}, {TORCH} or an index of either; found: {found}")
+    raise CheckpointError(
+        f"{folder}: expected {SAFETENSORS}, {TORCH} or an index of either; found: {found}; download the weights"
+    )
 
 
 def read_safetensors(path: AnyPath) -> dict[str, FileArray]:
@@ -70,7 +73,8 @@ def read_safetensors(path: AnyPath) -> dict[str, FileArray]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(
-                f"{path}: not a safetensors file, or truncated: header of {length} bytes, file of {size}"
+                f"{path}: not a safetensors file, or truncated: header of {length} bytes, file of {size}; copy or download it "
+                "again"
             )
         raw = file.read(length)
     try:
@@ -78,11 +82,13 @@ def read_safetensors(path: AnyPath) -> dict[str, FileArray]:
         header.pop("__metadata__", None)
         tensors = {name: _read_entry(path, 8 + length, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged header: {error}") from None
+        raise CheckpointError(f"{path}: damaged header: {error}; copy or download it again") from None
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, array_bytes(item[1]))):
         if tensor.offset != end:
-            raise CheckpointError(f"{path}: {name} starts at byte {tensor.offset}, expected {end}")
+            raise CheckpointError(
+                f"{path}: damaged: {name} starts at byte {tensor.offset:,}, expected {end:,}; copy or download it again"
+            )
         end += array_bytes(tensor)
     if end != size:
         raise CheckpointError(f"{path}: {size:,} bytes, but its tensors end at {end:,}; copy or download it again")
@@ -103,7 +109,7 @@ def read_torch(path: AnyPath) -> dict[str, FileArray]:
             }
             byteorder = f"{root}byteorder"
             if byteorder in offsets and archive.read(byteorder) != b"little":
-                raise CheckpointError(f"{path}: big-endian values are not supported")
+                raise CheckpointError(f"{path}: {BIG_ENDIAN}")
             tree = _Unpickler(io.BytesIO(archive.read(pickled))).load()
     except (
         zipfile.BadZipFile, ValueError, KeyError, TypeError, struct.error, pickle.UnpicklingError, EOFError, AttributeError,
@@ -128,7 +134,7 @@ def _read_legacy(path: AnyPath) -> tuple[Any, dict[str, int]]:
             raise pickle.UnpicklingError("it does not begin with the number of PyTorch's format")
         _Unpickler(file).load()
         if _Unpickler(file).load().get("little_endian") is False:
-            raise CheckpointError(f"{path}: big-endian values are not supported")
+            raise CheckpointError(f"{path}: {BIG_ENDIAN}")
         unpickler = _Unpickler(file)
         tree = unpickler.load()
         offsets: dict[str, int] = {}
@@ -146,11 +152,15 @@ def _read_legacy(path: AnyPath) -> tuple[Any, dict[str, int]]:
 def _name_tensors(path: AnyPath, tree: Any, offsets: Mapping[str, int]) -> dict[str, FileArray]:
     """Return the tensors of a state_dict, given the offset of each storage's values in the file."""
     if not isinstance(tree, Mapping):
-        raise CheckpointError(f"{path}: contains a {type(tree).__name__}, expected named tensors")
+        raise CheckpointError(
+            f"{path}: contains an object of type {type(tree).__name__}, expected tensors by name; save model.state_dict()"
+        )
     tensors = {}
     for name, entry in tree.items():
         if not isinstance(entry, _Tensor):
-            raise CheckpointError(f"{path}: {name} is a {type(entry).__name__}, expected a tensor")
+            raise CheckpointError(
+                f"{path}: {name} is of type {type(entry).__name__}, expected a tensor; save only model.state_dict()"
+            )
         if entry.stride != _c_strides(entry.shape) and math.prod(entry.shape) > 1:
             raise CheckpointError(
                 f"{path}: {name} is not contiguous (strides {entry.stride}); call contiguous() before saving it"
@@ -302,7 +312,7 @@ def _data_offset(file: IO[bytes], path: AnyPath, info: zipfile.ZipInfo) -> int:
     file.seek(info.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != ZIP_MARK:
-        raise CheckpointError(f"{path}: damaged at member {info.filename}")
+        raise CheckpointError(f"{path}: damaged at member {info.filename}; copy or download it again")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     return info.header_offset + 30 + name_length + extra_length
 
@@ -314,7 +324,7 @@ def _read_indexed(index: AnyPath, read: Callable[[AnyPath], dict[str, FileArray]
     except StorageError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of tensors: {error}") from None
+        raise CheckpointError(f"{index}: not an index of tensors: {error}; copy or download it again") from None
     tensors: dict[str, FileArray] = {}
     problems = []
     for name in files:
@@ -333,7 +343,9 @@ def _read_indexed(index: AnyPath, read: Callable[[AnyPath], dict[str, FileArray]
         tensors |= found
     problems += [f"{tensor} is not in {file}" for tensor, file in weight_map.items() if tensor not in tensors]
     if problems:
-        raise CheckpointError(f"{index}:\n  " + "\n  ".join(problems[:50]))
+        raise CheckpointError(
+            f"{index}: the index and the files do not match; download both again:\n  " + "\n  ".join(problems[:50])
+        )
     return tensors
 
 
@@ -341,7 +353,7 @@ def _read_entry(path: AnyPath, start: int, entry: Mapping[str, Any]) -> FileArra
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if entry["dtype"] not in DTYPES or not all(type(x) is int and x >= 0 for x in (*shape, begin, end)):
-        raise ValueError(f"{str(dict(entry))[:100]} is not a tensor")
+        raise ValueError(f"{str(dict(entry))[:100]} is not a tensor; supported types: {', '.join(DTYPES)}")
     array = FileArray(path, start + begin, shape, to_dtype(DTYPES[entry["dtype"]]))
     if end - begin != array_bytes(array):
         raise ValueError(
@@ -353,5 +365,6 @@ def _read_entry(path: AnyPath, start: int, entry: Mapping[str, Any]) -> FileArra
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a name occurs twice")
+        repeated = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {repeated} occurs twice")
     return table

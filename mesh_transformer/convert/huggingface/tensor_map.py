@@ -14,16 +14,16 @@ from mesh_transformer.convert.layout_views import Split
 
 
 class TensorMapping(NamedTuple):
-    """The external tensor of a native weight. In names {i} is the layer, and {e} the expert if each has its own tensor."""
+    """The external tensor of a native weight. In names, {i} is the layer, and {e} the expert if each has its own tensor."""
 
     name: str
-    pattern: str
-    component: int = 0  # index along the number in the pattern, or of the part with `split`
+    pattern: str  # layout of the tensor; with `split`, of one part
+    component: int = 0  # index along the number in the pattern; with `split`, index of the part
     aliases: tuple[str, ...] = ()  # names in files of other versions
     gated_name: str = ""  # name in a gated feed-forward layer, if it is different
-    split: Callable[[ModelConfig], Split] | None = None  # the tensor joins parts; the pattern is the layout of this one
+    split: Callable[[ModelConfig], Split] | None = None  # division of a tensor that joins several weights
     shared_name: str = ""  # name in the shared expert of a layer with experts, if it is different
-    # the name, layout and component in files that have one tensor for all experts of a layer
+    # Name, layout and component in files that have one tensor for all experts of a layer
     stacked: "tuple[str, str, int] | None" = None
 
 
@@ -54,7 +54,7 @@ def projections(module: str, **names: str) -> dict[str, TensorMapping]:
 
 
 def fused(module: str, bias: str, weight: str) -> dict[str, TensorMapping]:
-    """Return the mappings of q, k and v in one module, given the layouts of its bias and weight, where N is the heads."""
+    """Return the mappings of q, k and v in one module from the layouts of its bias and weight, in which N is "heads"."""
     found: dict[str, TensorMapping] = {}
     for component, (x, heads) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):
         found[f"attention/w_{x}"] = TensorMapping(f"{module}.weight", weight.replace("N", heads), component)
@@ -63,17 +63,17 @@ def fused(module: str, bias: str, weight: str) -> dict[str, TensorMapping]:
 
 
 def split_qkv(c: ModelConfig) -> Split:
-    """Return the rows of all queries, all keys and all values (StarCoder, Phi 3)."""
+    """Return the division into the rows of all queries, all keys and all values (MPT, Phi 3)."""
     return Split(1, (c.n_heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim))
 
 
 def split_qkv_by_group(c: ModelConfig) -> Split:
-    """Return the rows of the queries of one group, their key and their value, for each key-value head (Falcon)."""
+    """Return the division by key-value head into the rows of its queries, key and value (Falcon, GPT-BigCode)."""
     return Split(c.kv_heads, (c.n_heads // c.kv_heads * c.head_dim, c.head_dim, c.head_dim))
 
 
 def joined(module: str, split: Callable[[ModelConfig], Split]) -> dict[str, TensorMapping]:
-    """Return the mappings of q, k and v of unequal sizes in one torch.nn.Linear."""
+    """Return the mappings of q, k and v, which may have different sizes, in one torch.nn.Linear."""
     found: dict[str, TensorMapping] = {}
     for i, (x, heads) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):
         found[f"attention/w_{x}"] = TensorMapping(f"{module}.weight", f"({heads} head_dim) embed", i, split=split)
@@ -82,7 +82,7 @@ def joined(module: str, split: Callable[[ModelConfig], Split]) -> dict[str, Tens
 
 
 def experts(module: str) -> dict[str, TensorMapping]:
-    """Return the mappings of gated experts: a tensor of each in files, or stacked as transformers 5 has them in memory."""
+    """Return the mappings of gated experts: one tensor per expert, or stacked as transformers 5 has them in memory."""
     single = f"{module}.{{e}}"
     gate_up = f"{module}.gate_up_proj"
     return {
@@ -99,7 +99,7 @@ def experts(module: str) -> dict[str, TensorMapping]:
 
 
 def shared_expert(native: str, module: str) -> dict[str, TensorMapping]:
-    """Return the mappings of dense layers as in Llama, whose names in layers with experts are those of the shared expert."""
+    """Return the mappings of Llama's dense feed-forward layers, with the names of the shared expert in layers with experts."""
     parts = (("w_gate", "gate_proj.weight"), ("w_in", "up_proj.weight"), ("w_out", "down_proj.weight"))
     parts += (("b_gate", "gate_proj.bias"), ("b_in", "up_proj.bias"), ("b_out", "down_proj.bias"))
     names = {f"{native}/{weight}": f"{module}.{part}" for weight, part in parts}

@@ -97,7 +97,7 @@ def write_text_files(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def _special_ids(tokenizer: Tokenizer | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the special IDs of a model trained by this project; those of BOS and EOS are set, because transformers has defaults."""
+    """Return the special IDs of a model trained by this project; BOS and EOS are set, as transformers has other defaults."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
     ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}

@@ -60,7 +60,10 @@ def test_written_metadata_is_read_back():
         ({"llama.rope.dimension_count": 8}, r"llama\.rope\.dimension_count = 8 is not supported; supported: 16"),
         ({"llama.attention.value_length": 8}, "attention.value_length = 8 is not supported; supported: 16"),
         ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type = 'longrope' is not supported"),
-        ({"llama.attention.head_count_kv": [4, 2]}, "numbers of heads that differ between layers"),
+        (
+            {"llama.attention.head_count_kv": [4, 2]},
+            r"head_count_kv = \[4, 2\] is not supported; supported: one number",
+        ),
         ({"llama.vocab_size": 90}, "vocab_size = 90 is not supported; supported: 100"),
     ],
 )

@@ -66,9 +66,13 @@ def test_rope_parameters_of_gpt_neox_have_their_own_keys():
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("llama", dict(hidden_size="32"), "config.json: hidden_size = '32' has type str; the type must be int"),
-        ("llama", dict(tie_word_embeddings=1), "tie_word_embeddings = 1 has type int; the type must be bool"),
-        ("gpt2", dict(n_layer=2.0), "n_layer = 2.0 has type float; the type must be int"),
+        (
+            "llama",
+            dict(hidden_size="32"),
+            "config.json: hidden_size = '32' has the type str, but must have the type int",
+        ),
+        ("llama", dict(tie_word_embeddings=1), "tie_word_embeddings = 1 has the type int, but must have the type bool"),
+        ("gpt2", dict(n_layer=2.0), "n_layer = 2.0 has the type float, but must have the type int"),
         ("gpt2", dict(add_cross_attention=True), "add_cross_attention = True is not supported"),
         ("llama", dict(per_layer_config={"0": {"sliding_window": 4}}), "per_layer_config = .* is not supported"),
         ("llama", dict(is_encoder_decoder=True), "is_encoder_decoder = True is not supported; supported: False"),
@@ -79,7 +83,11 @@ def test_rope_parameters_of_gpt_neox_have_their_own_keys():
             dict(partial_rotary_factor=0.5),
             r"partial_rotary_factor = 0.5 \(.*\) is not supported; supported: 1",
         ),
-        ("t5", dict(dense_act_fn="mish"), r"'mish' \(feed_forward_proj, dense_act_fn\) is not supported"),
+        (
+            "t5",
+            dict(dense_act_fn="mish"),
+            r"the activation 'mish' of dense_act_fn or feed_forward_proj is not supported",
+        ),
         ("llama", dict(head_dim=5), "head_dim, hidden_size, num_attention_heads give 5 rotated dimensions"),
         ("gpt_neo", dict(attention_types=[5]), "config.json: not a valid configuration of gpt_neo: TypeError"),
     ],

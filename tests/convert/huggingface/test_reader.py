@@ -151,7 +151,7 @@ def test_wrong_number_of_layers_is_refused(tmp_path):
         ("gpt2", dict(model_type="vit"), "'vit' is not supported; supported: gpt2, gpt_neo"),
         ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
         ("gpt2", dict(activation_function="mish"), "activation_function = 'mish'"),
-        ("gpt2", dict(n_head=None), "n_head = None has type null; the type must be int"),
+        ("gpt2", dict(n_head=None), "n_head = None has the type null, but must have the type int"),
         (
             "gpt2",
             dict(n_head=5),
@@ -368,7 +368,8 @@ def test_config_of_encoder_decoder_models(tmp_path):
         weights | {"encoder.embed_tokens.weight": weights["shared.weight"] + 1}, tmp_path / "t5" / "model.safetensors"
     )
     with pytest.raises(
-        CheckpointError, match=r"encoder\.embed_tokens\.weight differs from shared\.weight, these must be equal"
+        CheckpointError,
+        match=r"encoder\.embed_tokens\.weight differs from shared\.weight, but the model has one array for both",
     ):
         open_huggingface(tmp_path / "t5")
     alone = ModelConfig(**T5 | dict(n_layers=2, d_model=8, n_heads=2, n_vocab=9, seq_len=8))
