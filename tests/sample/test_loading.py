@@ -78,7 +78,7 @@ def test_the_configuration_needs_no_weights(run, model, tmp_path):
     _, table = find_family(model.config.model)
     (tmp_path / "config.json").write_text(json.dumps(table))
     found = load_sampling_config(tmp_path, overrides)
-    assert found.model.describe_function() == model.config.model.describe_function()
+    assert found.model.effective_fields() == model.config.model.effective_fields()
     assert found.sample.max_tokens == 7
     with pytest.raises(ConfigError, match=r"train\.steps of a trained model cannot be changed"):
         load_sampling_config(tmp_path, ["train.steps=5"])
