@@ -4,8 +4,8 @@
 
 OUT/work holds the stages with the documents they dropped, OUT/documents the final text by split and component,
 OUT/tokens the shards. OUT/manifest.json has the digest of every output and is written last: without it the corpus is
-incomplete. It does not depend on time, output path or number of workers: the same sources and recipe give the same
-manifest.
+incomplete. The manifest does not depend on time, output path or number of workers: the same sources and recipe give the
+same manifest.
 """
 
 import errno
@@ -51,13 +51,13 @@ Records = list[dict[str, Any]]
 
 
 class Corpus(NamedTuple):
-    """Result of a build: the records of its stages, and what was computed from them."""
+    """Result of a build: the records of its stages, and the statistics computed from them."""
 
     recipe: Recipe
     missing: list[str]  # optional components without files
     parts: list[Part]
     filtered: Records
-    matrix: dict[str, list[list[Any]]]  # exact and near: component of the removed documents, of the retained, count
+    matrix: dict[str, list[list[Any]]]  # "exact" and "near" -> [removed from, retained in, count] by component
     selected: Records
     tokenized: Records
     epochs: dict[str, float]
@@ -85,7 +85,7 @@ class CorpusBuilder:
         return path
 
     def run(self, task: Any, tasks: int) -> Records:
-        """Return the records of all parts of a stage, after making those that are missing."""
+        """Make the missing parts of a stage and return the records of all parts."""
         name = task.folder.name.rpartition("-")[0]
         return run_stage(name, task, tasks, task.folder, self.executor, self.on_progress)
 
@@ -93,8 +93,8 @@ class CorpusBuilder:
 def build_corpus(recipe: Recipe, out: Path, executor: Executor, on_progress: ProgressFn = ignore_progress) -> Corpus:
     """Build the corpus in `out`, or resume an interrupted build.
 
-    Raises DataError for unusable sources, ConfigError for weights that cannot be met, and CorpusError if anything is
-    missing at the end.
+    Raises DataError for unusable sources, ConfigError for weights that need too many epochs, and CorpusError if a part is
+    incomplete, a component has no training text, the disk is full, or another build runs in `out`.
     """
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -109,20 +109,21 @@ def build_corpus(recipe: Recipe, out: Path, executor: Executor, on_progress: Pro
         except OSError as error:
             if _is_disk_full(error):
                 raise CorpusError(
-                    f"{out}: disk full; free some space and build again, complete parts are retained"
+                    f"{out}: the disk or quota is full ({error}); free some space and run the same command again: complete parts "
+                    "are retained"
                 ) from None
             raise
         finally:
             executor.close()
         for folder in (out / "work").iterdir():
-            if folder not in builder.used:  # of an earlier recipe
+            if folder not in builder.used:  # left by an earlier recipe
                 shutil.rmtree(folder)
         replace_file(out / "manifest.json", json.dumps(corpus.manifest, indent=1, sort_keys=True).encode())
     return corpus
 
 
 def _is_disk_full(error: OSError) -> bool:
-    """Return whether the disk or quota is full; NumPy's error has no number and reports the bytes written instead."""
+    """Return whether the disk or quota is full. NumPy's error has no errno, but a message with the bytes written."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "requested and" in str(error))
 
 
@@ -220,19 +221,20 @@ def _sizes(recipe: Recipe, missing: list[str], filtered: Records, selected: Reco
         own = [record for record in filtered if record["component"] == name]
         if any(record["raw"]["documents"] for record in own):
             raise CorpusError(
-                f"component {name}: no training text is left after filtering and deduplication; see "
-                "work/filter-*/dropped for the reasons, then exclude the component from filters with their "
-                "`exclude_components`, or remove it"
+                f"component {name}: no training text is left after filtering and deduplication; `python "
+                f"scripts/inspect_corpus.py OUT --dropped --component {name}` prints the reasons; add {name} to "
+                "`exclude_components` of the filters that drop its documents, or remove the component"
             )
         first = next((found[0] for record in own for found in record["bad_examples"].values()), "its files are empty")
         raise CorpusError(
-            f"component {name}: none of its documents could be read; first error: {first}; fix its files, or remove it"
+            f"component {name}: none of its documents could be read; first error: {first}; correct "
+            f"components.{name}.paths or the files, or remove the component"
         )
     return sizes
 
 
 def _plan_shards(records: Records) -> tuple[tuple[str, tuple[str, ...], int], ...]:
-    """Return name, runs and tokens of the training shard and of one held-out shard per component."""
+    """Return (name, runs, number of tokens) of the training shard and of one held-out shard per component."""
     train = tuple(run for record in records for run in record["train_runs"])
     shards = [("train", train, sum(record["train"]["copied_tokens"] for record in records))]
     for component in dict.fromkeys(record["component"] for record in records):
@@ -284,5 +286,7 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CorpusError(f"{out}: another build is running in this folder") from None
+            raise CorpusError(
+                f"{out}: another build is running in this folder; wait until it ends, or choose another OUT"
+            ) from None
         yield

@@ -10,7 +10,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import xxhash
 from datatrove.data import Document
@@ -35,7 +34,7 @@ class ContaminationIndex:
             self.owners.update({gram: name for gram, count in counts.items() if count <= config.max_ngram_documents})
 
     def _grams(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """Yield hash, start and end offset of every n-gram; a text with fewer words is one n-gram."""
+        """Yield hash, start and end offset of every n-gram; a text of 8 to n words is one n-gram, a shorter one has none."""
         words = [(match.group().lower(), match.start(), match.end()) for match in _WORD.finditer(text)]
         n = min(self.config.n_gram, len(words))
         if n < 8:  # the smallest n of GPT-3: shorter texts match everywhere
@@ -79,23 +78,25 @@ def _read_texts(name: str, config: EvaluationConfig) -> Iterator[str]:
             for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
                 if line.strip():
                     count += 1
-                    yield _join_fields(file, number, line, config.text_keys)
+                    yield _join_fields(f"{file}:{number}", line, name, config.text_keys)
         else:
             for document in read_file(file, find_root(config.path)):
                 for paragraph in re.split(r"\n\s*\n", document.text):
                     count += 1
                     yield paragraph
     if not count:
-        raise DataError(f"evaluation.{name}: {config.path} contains no texts; check its path")
+        raise DataError(
+            f"evaluation.{name}.path = {config.path!r} contains no text; correct the path, or remove the section"
+        )
 
 
-def _join_fields(file: Path, number: int, line: str, keys: tuple[str, ...]) -> str:
+def _join_fields(where: str, line: str, name: str, keys: tuple[str, ...]) -> str:
     try:
         record = json.loads(line)
         values = [record[key] for key in keys]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{file}:{number}: expected a JSON object with {', '.join(keys)} ({type(error).__name__}: {error}); "
-            "correct the line, or text_keys"
+            f"{where}: expected a JSON object with {', '.join(keys)} ({type(error).__name__}: {error}); correct the line, or "
+            f"set evaluation.{name}.text_keys"
         ) from None
     return " ".join(part for value in values for part in (value if isinstance(value, list) else [str(value)]))

@@ -20,7 +20,7 @@ from datatrove.executor import SlurmPipelineExecutor
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.storage.atomic_files import replace_file
 
-GB_PER_TASK = 2  # memory that a node must have free for a part
+GB_PER_TASK = 2  # memory to reserve for a part
 POLL_SECONDS = 2.0
 
 
@@ -32,10 +32,10 @@ class Slurm(NamedTuple):
 
 
 class _Job(SlurmPipelineExecutor):
-    """Slurm executor without the second job that merges logs: it would wait forever after a failed part."""
+    """Slurm executor without DataTrove's job that merges logs, which would wait forever after a failed part."""
 
     def launch_merge_stats(self) -> None:
-        """Do nothing: the records of the parts hold the totals."""
+        """Do nothing, because the records of the parts hold the totals."""
 
 
 def run_on_ray(pipeline: list[Any], tasks: int, folder: Path, workers: int, address: str) -> None:
@@ -44,7 +44,9 @@ def run_on_ray(pipeline: list[Any], tasks: int, folder: Path, workers: int, addr
         import ray
         from datatrove.executor import RayPipelineExecutor
     except ImportError:
-        raise DataError("--ray requires the package ray: pip install 'mesh-transformer[corpus,ray]'") from None
+        raise DataError(
+            f"--ray {address} requires the package ray, which is not installed: pip install 'mesh-transformer[corpus,ray]'"
+        ) from None
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     RayPipelineExecutor(
@@ -74,10 +76,13 @@ def run_on_slurm(pipeline: list[Any], tasks: int, folder: Path, workers: int, sl
         job.launch_job()
     except FileNotFoundError:
         raise DataError(
-            "--slurm: sbatch is not installed; run this command on a machine that can submit jobs"
+            f"--slurm {slurm.partition}: sbatch is not installed; run this command on a machine that can submit jobs"
         ) from None
     except subprocess.CalledProcessError as error:
-        raise DataError(f"--slurm: sbatch failed with status {error.returncode}; its output is above") from None
+        raise DataError(
+            f"--slurm {slurm.partition}: sbatch failed with status {error.returncode}; see its output above, and correct --slurm "
+            "or --slurm-option"
+        ) from None
     if job.job_id == -1:  # all parts are complete
         return
     number = str(job.job_id)
@@ -92,7 +97,7 @@ def run_on_slurm(pipeline: list[Any], tasks: int, folder: Path, workers: int, sl
 
 
 def _is_queued(number: str) -> bool:
-    """Return whether any part of a job is waiting or running; True as well while Slurm does not respond."""
+    """Return whether any part of a job is waiting or running; also True while Slurm does not respond."""
     environment = os.environ | {"LC_ALL": "C"}
     command = ["squeue", "--noheader", "--jobs", number, "--format", "%T"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

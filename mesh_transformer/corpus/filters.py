@@ -34,7 +34,7 @@ ADDRESS = 320  # maximum characters of an e-mail address, 64 before the @
 
 
 def make_filters(recipe: r.Recipe, component: str, classifiers: dict[int, Path]) -> list[tuple[str, FilterFn]]:
-    """Return name and function of every filter of a component; `classifiers` has the models of the quality filters."""
+    """Return name and function of every filter of a component; `classifiers` maps numbers of quality filters to models."""
     filters: list[tuple[str, FilterFn]] = []
     if min_bytes := recipe.components[component].min_bytes:
         filters.append(("min_bytes", _length(r.LengthFilter(kind="length", min_bytes=min_bytes), recipe, None)))
@@ -131,7 +131,7 @@ def _quality(config: r.QualityFilter, recipe: r.Recipe, model: Path | None) -> F
         value = score(document.text)
         document.metadata["quality"] = round(value, 4)
         rng = random.Random(xxhash.xxh3_64_intdigest(f"{recipe.corpus.seed}:quality:{document.id}".encode()))
-        # The Pareto distribution of NumPy and of the paper starts at 0, that of Python at 1.
+        # NumPy's Pareto distribution, which the paper uses, starts at 0; Python's starts at 1.
         return "" if rng.paretovariate(config.alpha) - 1 > 1 - value else "low quality"
 
     return apply

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""LaTeX to text by pylatexenc, with runs of plain text as single tokens, where the library makes one per character.
+"""Fast conversion of LaTeX to text by pylatexenc: a run of plain text is one token instead of one token per character.
 
-The nodes are those of the library: its parser calls `get_token` for every token, and this override handles plain text
-and environments only. The library's own method is slow on long documents because it copies the rest of the document at
-every begin and end of an environment.
+The library's parser calls `get_token` for every token. The override in this module handles plain text and environments,
+and leaves all other tokens to the library. The library's method is slow on long documents because it copies the rest of
+the document at every begin and end of an environment.
 """
 
 import functools
@@ -14,11 +14,11 @@ from typing import Any
 
 from pylatexenc import latex2text, latexwalker
 
-logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # it would log damage in documents to the terminal
+logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # otherwise it logs damage in documents to the terminal
 
 _SPACE = re.compile(r"\s*")
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{([\w* ._-]+)\}")
-_MARKUP = "\\%{}$"  # always begins a token of its own
+_MARKUP = "\\%{}$"  # each of these characters begins a new token
 
 
 def nodes_to_text(source: str) -> str:
@@ -50,13 +50,13 @@ def _make_title(node: Any, l2tobj: Any) -> str:
 
 @functools.cache
 def _run_pattern(braces: str) -> re.Pattern[str]:
-    """Match plain characters, spaces and paragraph breaks, without trailing spaces."""
+    """Return the pattern of plain characters, spaces and paragraph breaks, without trailing spaces."""
     specials = {chars for category in _context().d.values() for chars in category["specials"]}
-    own = re.escape(_MARKUP + braces)
+    markup = re.escape(_MARKUP + braces)
     begins = re.escape("".join(sorted({chars[0] for chars in specials})))
     no_special = f"(?!{'|'.join(map(re.escape, sorted(specials)))})[{begins}]"
     spaces = r"[^\S\n]*+(?:\n(?!\n)[^\S\n]*+)*+"
-    return re.compile(rf"(?:{spaces}(?:\n\n|[^\s{own}{begins}]++|{no_special}))++")
+    return re.compile(rf"(?:{spaces}(?:\n\n|[^\s{markup}{begins}]++|{no_special}))++")
 
 
 class _RunWalker(latexwalker.LatexWalker):

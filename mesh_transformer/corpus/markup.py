@@ -13,7 +13,7 @@ from mesh_transformer.data.errors import DataError, DocumentError
 
 def install_hint(module: str) -> DataError:
     """Return the error for a missing optional library."""
-    return DataError(f"{module} is not installed: pip install 'mesh-transformer[corpus]'")
+    return DataError(f"this recipe requires {module}, which is not installed: pip install 'mesh-transformer[corpus]'")
 
 
 def html_to_text(page: str) -> str:
@@ -39,11 +39,13 @@ def latex_to_text(source: str) -> str:
         text = nodes_to_text(body)
     except (LatexWalkerError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # pylatexenc does not document its errors
-        raise DocumentError("broken LaTeX", f"LaTeX that cannot be parsed: {why}") from None
+        raise DocumentError(
+            "broken LaTeX", f"pylatexenc cannot parse the LaTeX ({why}); correct or exclude it"
+        ) from None
     return _squeeze(text)
 
 
-# Text of roff escapes; those for fonts, sizes and colors are removed.
+# Text of roff escapes; the escapes for fonts, sizes and colors are removed.
 _ROFF_NAMES = {
     "(em": "\u2014", "(en": "\u2013", "(hy": "-", "(aq": "'", "(dq": '"', "(lq": "\u201c", "(rq": "\u201d",
     "(oq": "\u2018", "(cq": "\u2019", "(bu": "\u2022", "(co": "\u00a9", "(rg": "\u00ae", "(tm": "\u2122",
@@ -180,7 +182,7 @@ def info_to_text(source: str) -> str:
 
 
 def mail_to_text(data: bytes) -> str:
-    """Return subject and body of a message, preferring plain text; raise DocumentError if no part is text."""
+    """Return subject and body of a mail message, plain text before HTML; raise DocumentError if no part is text."""
     message = email.message_from_bytes(data, policy=email.policy.default)
     assert isinstance(message, EmailMessage)
     try:
@@ -189,10 +191,10 @@ def mail_to_text(data: bytes) -> str:
         subject = str(message.get("subject", "") or "")
     except (LookupError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise DocumentError(
-            "broken mail", f"message that cannot be parsed: {' '.join(str(error).split())[:200]}"
+            "broken mail", f"the mail message cannot be parsed: {' '.join(str(error).split())[:200]}"
         ) from None
     if not isinstance(content, str) or not content.strip():
-        raise DocumentError("no text", "message without text")
+        raise DocumentError("no text", "the mail message has no text")
     if body is not None and body.get_content_type() == "text/html":
         content = html_to_text(content)
     return f"{subject}\n\n{content}".strip() + "\n"

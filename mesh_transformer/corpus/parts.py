@@ -19,7 +19,10 @@ LEVEL = 3  # of compression, as in The Pile
 
 
 class PartWriter:
-    """`with PartWriter(path) as part: part.add(text, id, meta)`; the file appears, durable, when the block succeeds."""
+    """Atomic writer of one file: `with PartWriter(path) as part: part.add(text, name, meta)`.
+
+    The file appears under `path`, flushed to disk, when the block succeeds.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -33,6 +36,7 @@ class PartWriter:
         self._hash = xxhash.xxh3_128()
 
     def add(self, text: str, name: str, meta: dict[str, Any]) -> None:
+        """Append a document; `name` is its id."""
         line = json.dumps({"text": text, "id": name, "meta": meta}, ensure_ascii=False) + "\n"
         self.documents += 1
         self.bytes += len(text.encode())
@@ -73,9 +77,9 @@ def read_documents(path: Path) -> Iterator[dict[str, Any]]:
         for line in split_lines(read_chunks(path, ".zst")):
             yield json.loads(line)
     except DocumentError as error:
-        raise DataError(f"{path}: {error.detail}; remove it and build again") from None
+        raise DataError(f"{path}: {error.detail}; remove the file and build again") from None
     except FileNotFoundError:
-        raise DataError(f"{path}: a part of the corpus is missing; build again") from None
+        raise DataError(f"{path} does not exist: a part of the corpus is missing; build again") from None
 
 
 def read_dropped(out: Path) -> Iterator[dict[str, Any]]:

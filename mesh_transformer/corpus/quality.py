@@ -59,8 +59,8 @@ def train_classifier(positives: list[str], negatives: list[str], path: Path, see
     for texts, name in zip(classes, ("negatives", "positives"), strict=True):
         if len(texts) < 10:
             raise DataError(
-                f"quality filter: {len(texts)} {name} of at least {MIN_CHARACTERS} characters, 10 are required; "
-                f"add components to {name}"
+                f"quality filter: {len(texts)} {name} of at least {MIN_CHARACTERS} characters, 10 are required; add components "
+                f"with more text to the filter's `{name}`"
             )
     labels = np.repeat([0, 1], [len(texts) for texts in classes])
     model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=200, random_state=seed)

@@ -49,7 +49,7 @@ class PublishedConfig:
 class ComponentConfig:
     """One collection of source files."""
 
-    kind: Kind  # how a file becomes documents: a row of KINDS in sources.py
+    kind: Kind  # file format: a key of KINDS in sources.py
     paths: Names = Field(min_length=1)  # files, folders, patterns ("/usr/share/doc/**/changelog*.gz"), "python-stdlib"
     exclude: Names = ()  # patterns of full paths to leave out
     license: str
@@ -60,10 +60,10 @@ class ComponentConfig:
     encoding: str = ""  # of text files that are not UTF-8, for example "latin-1"; empty: such files are skipped
     chunk_kb: NonNegativeInt = 0  # split longer files between paragraphs into documents of this size; 0: never
     min_bytes: NonNegativeInt = 0  # a shorter document is dropped
-    # copies of every document in the mixture; a fraction is the share of documents copied once more
+    # copies of every document in the mixture; a fraction is the share of documents with one more copy
     epochs: PositiveFloat = 1.0
     weight: PositiveFloat | None = None  # instead of epochs: share of mixture.bytes, relative to the other weights
-    published: PublishedConfig | None = None
+    published: PublishedConfig | None = None  # figures of a paper, for comparison
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -97,7 +97,7 @@ class LanguageFilter(FilterConfig):
     kind: Literal["language"]
     keep: Names = ()  # ISO 639-1 codes; empty: keep all languages and only count them
     min_score: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    characters: PositiveInt = 2000  # characters that the classifier gets
+    characters: PositiveInt = 2000  # length of the prefix that the classifier reads
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -191,7 +191,7 @@ class EvaluationConfig:
 class HeldoutConfig:
     """Held-out documents, selected by a hash of their names before any other stage."""
 
-    one_in: NonNegativeInt = 1000  # 0: none
+    one_in: NonNegativeInt = 1000  # about one document in this many is held out; 0: none
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -199,17 +199,17 @@ class DuplicatesConfig:
     """Deduplication: held-out documents are retained first, then the first in the order of the components."""
 
     exact: bool = True  # same text except for case and spaces
-    # MinHash with bands x rows hashes; pile: 3 x 3 of its 10 hashes, the best split at 0.5 as datasketch chooses it
+    # MinHash with bands x rows hashes. pile: 3 x 3, the split of The Pile's 10 hashes that datasketch finds for similarity 0.5
     near: Literal["none", "pile", "fineweb", "custom"] = "fineweb"
-    bands: PositiveInt = 14  # of near = "custom"
-    rows: PositiveInt = 8  # of near = "custom": hashes in a band
+    bands: PositiveInt = 14  # number of bands if near = "custom"
+    rows: PositiveInt = 8  # hashes in a band if near = "custom"
     n_gram: PositiveInt = 5  # words in a shingle
     across_components: bool = True  # false: only within each component
-    components: Names = ()  # only these lose documents, except for text held out elsewhere; empty: all
+    components: Names = ()  # remove duplicates from these only, and copies of held-out text from all; empty: all
 
     @property
     def bands_and_rows(self) -> tuple[int, int]:
-        """Number of bands, and hashes in each."""
+        """Number of bands, and of hashes in each band; zeros without near-duplicate removal."""
         return {"none": (0, 0), "pile": (3, 3), "fineweb": (14, 8), "custom": (self.bands, self.rows)}[self.near]
 
 
@@ -269,7 +269,7 @@ class Recipe:
 
     @model_validator(mode="after")
     def check(self) -> "Recipe":
-        """Raise ValueError for undeclared names and for inconsistent weights."""
+        """Raise ValueError for invalid or undeclared names, an unsupported chunk_kb, and inconsistent weights."""
         for name in self.components:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(
@@ -284,22 +284,32 @@ class Recipe:
         for name, component in self.components.items():
             if component.chunk_kb and component.kind in ("jsonl", "parquet", "warc", "mbox"):
                 raise ValueError(
-                    f"components.{name}.chunk_kb: files of kind {component.kind} already hold many documents; remove it"
+                    f"components.{name}.chunk_kb = {component.chunk_kb}: files of kind {component.kind} already hold many "
+                    "documents; remove chunk_kb"
                 )
         weighted = [name for name, component in self.components.items() if component.weight is not None]
         if weighted and len(weighted) < len(self.components):
             missing = next(name for name in self.components if name not in weighted)
             raise ValueError(
-                f"components.{missing} has no weight, but components.{weighted[0]} has; set weights on all or none"
+                f"components.{missing} has no weight, but components.{weighted[0]} has; set `weight` in all components or in none"
             )
-        if bool(weighted) != (self.mixture.bytes is not None):
-            raise ValueError("weights and mixture.bytes must be set together; set both, or neither to use epochs")
+        if weighted and self.mixture.bytes is None:
+            raise ValueError(
+                f"components.{weighted[0]}.weight = {self.components[weighted[0]].weight}, but mixture.bytes is not set; set "
+                "both, or neither to use epochs"
+            )
+        if self.mixture.bytes is not None and not weighted:
+            raise ValueError(
+                f"mixture.bytes = {self.mixture.bytes}, but no component has a weight; set both, or neither to use epochs"
+            )
         return self
 
 
 def _check_declared(field: str, name: str, declared: list[str]) -> None:
     if name not in declared:
-        raise ValueError(f"{field}: {name!r} is not declared; declared: {', '.join(declared) or 'none'}")
+        raise ValueError(
+            f"{field}: {name!r} is not declared; declared: {', '.join(declared) or 'none'}; correct the name, or add its section"
+        )
 
 
 def _referenced_names(config: Filter, recipe: Recipe) -> list[tuple[str, list[str]]]:
@@ -323,7 +333,7 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
 
 
 def load_stored_recipe(table: Mapping[str, Any], where: str) -> Recipe:
-    """Return the recipe stored with a corpus, also by an earlier version."""
+    """Return the recipe stored with a corpus by this or an earlier version; `where` names its file in errors."""
     return check_table(Recipe, translate_stored(table, RECIPE), where=where)
 
 
@@ -366,9 +376,9 @@ def section_tables(recipe: Recipe, *sections: str) -> dict[str, Any]:
 
 
 def text_tables(recipe: Recipe) -> dict[str, Any]:
-    """Return the values that the filtered text depends on, by the names of version 1.0.
+    """Return the fields that the filtered text depends on, under their names of version 1.0.
 
-    Descriptions of the sources and the numbers of copies in the mixture are left out.
+    Descriptions of the sources, and the epochs and weights of the mixture, are left out.
     """
     descriptive = ("name", "about", "gaps", "license", "consent", "origin", "optional", "published", "epochs", "weight")
     tables = section_tables(recipe, "corpus", "components", "heldout", "filters", "evaluation")
@@ -379,7 +389,7 @@ def text_tables(recipe: Recipe) -> dict[str, Any]:
 
 
 def identify_filter(config: Filter) -> str:
-    """Return the values of a filter as one string, by the names of version 1.0."""
+    """Return the values of a filter as one string, under their names of version 1.0."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     stored = to_stored_names({"filters": {"0": values}})["steps"]["0"]
     fields = (f"{name}={value!r}" for name, value in zip(stored, values.values(), strict=True))

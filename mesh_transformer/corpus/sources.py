@@ -27,7 +27,9 @@ MB = 1_000_000
 _COMPRESSED = {".gz": ".gz", ".dz": ".gz", ".zst": ".zst"}  # .dz: dictzip, which is gzip
 _LINES = (".jsonl", ".ndjson", ".json")
 
-Item = tuple[int | None, str | DocumentError]  # number of the line, row, message or page; its text or its error
+Item = tuple[
+    int | None, str | DocumentError
+]  # number of the line, row, message or page (None: the whole file); text or error
 
 
 class SourceFile(NamedTuple):
@@ -69,12 +71,15 @@ def find_parts(recipe: Recipe) -> tuple[list[Part], list[str]]:
         for file in files:
             if file.path in owners:
                 raise DataError(
-                    f"{file.path} is in the components {owners[file.path]} and {name}; exclude it from one of them"
+                    f"{file.path} is in the components {owners[file.path]} and {name}; add it to `exclude` of one of them"
                 )
             owners[file.path] = name
         parts += [Part(name, tuple(group)) for group in _group(files, recipe.corpus.part_mb * MB)]
     if not parts:
-        raise DataError("no component has any files; the field `origin` of each states where to download them")
+        raise DataError(
+            f"no files match the paths of any component ({', '.join(missing)}); correct components.*.paths, or download the "
+            "files: components.*.origin states from where"
+        )
     return parts, missing
 
 
@@ -82,7 +87,7 @@ def _find_files(name: str, component: ComponentConfig) -> list[SourceFile]:
     found: dict[str, SourceFile] = {}
     for pattern in component.paths:
         for path in sorted(_expand(name, component, pattern)):
-            real = os.path.realpath(path)  # a file reached through two links counts once
+            real = os.path.realpath(path)  # a file with two links to it counts once
             if real not in found and not any(fnmatch.fnmatch(path, one) for one in component.exclude):
                 if os.path.exists(path):
                     status = os.stat(path)
@@ -91,8 +96,8 @@ def _find_files(name: str, component: ComponentConfig) -> list[SourceFile]:
                     found[real] = SourceFile(path, 0, -1)
     if not found and not component.optional:
         raise DataError(
-            f"component {name}: no files match {', '.join(component.paths)}{_origin(component)}; "
-            "or set its optional = true"
+            f"component {name}: no files match {', '.join(component.paths)}{_origin(component)}; correct "
+            f"components.{name}.paths, or set components.{name}.optional = true"
         )
     return list(found.values())
 
@@ -137,7 +142,10 @@ def read_part(part: Part, recipe: Recipe, stats: ReadStats) -> Iterator[Document
             name = file.path if number is None else f"{file.path}:{number}"
             if isinstance(text, DocumentError):
                 if recipe.corpus.on_bad_document == "error":
-                    raise DataError(f"component {part.component}: {name}: {text.detail}")
+                    raise DataError(
+                        f"component {part.component}: {name}: {text.detail}; correct or exclude the file, or set "
+                        'corpus.on_bad_document = "skip"'
+                    )
                 stats.bad.add(text.kind, f"{name}: {text.detail}")
             elif text.strip():
                 yield Document(text, name)
@@ -164,7 +172,7 @@ def _read_source(file: SourceFile, component: ComponentConfig, limit: int, stats
 
 
 def _find_damage(path: Path) -> DocumentError | None:
-    """Return the error of a damaged archive. The checksum is at its end, so it is read in full before any document.
+    """Return the error of a damaged archive, which is read in full first, because its checksum is at the end.
 
     A truncated archive is not an error here: the documents before the end are intact.
     """
@@ -191,10 +199,12 @@ def _check_unchanged(file: SourceFile) -> None:
         status = os.stat(file.path)
     except OSError as error:
         raise DataError(
-            f"{file.path}: disappeared during the build: {error.strerror}; restore it and build again"
+            f"{file.path}: removed during the build ({error.strerror}); restore it and build again"
         ) from None
     if (status.st_size, status.st_mtime_ns) != (file.size, file.changed):
-        raise DataError(f"{file.path}: changed during the build; build again")
+        raise DataError(
+            f"{file.path}: changed during the build ({file.size:,} bytes at the start, {status.st_size:,} now); build again"
+        )
 
 
 def _read_file(file: Path, component: ComponentConfig, limit: int, stats: ReadStats) -> Iterator[Item]:
@@ -212,7 +222,8 @@ def _read_file(file: Path, component: ComponentConfig, limit: int, stats: ReadSt
 
 def _too_long(what: str) -> DocumentError:
     return DocumentError(
-        "too long", f"{what} in one document: exceeds corpus.max_document_mb; split it, or raise the limit"
+        "too long",
+        f"{what} in one document: more than corpus.max_document_mb; split the document, or raise corpus.max_document_mb",
     )
 
 
@@ -252,7 +263,9 @@ def _decode(data: bytes, file: Path, component: ComponentConfig, stats: ReadStat
     try:
         text = data.decode(component.encoding)
     except (UnicodeDecodeError, LookupError) as error:
-        raise DocumentError("bad encoding", f"neither UTF-8 nor {component.encoding}: {error}") from None
+        raise DocumentError(
+            "bad encoding", f"neither UTF-8 nor {component.encoding} ({error}); correct the component's `encoding`"
+        ) from None
     stats.decoded[component.encoding] += 1
     return text
 
@@ -290,7 +303,8 @@ def _read_records(file: Path, component: ComponentConfig, limit: int, stats: Rea
     if not suffixes & ({".parquet"} if component.kind == "parquet" else set(_LINES)):
         raise DocumentError(
             "unreadable type",
-            f"unexpected file extension for kind {component.kind}; choose another kind, or exclude it",
+            f"unexpected file extension {''.join(file.suffixes[-2:])!r} for kind {component.kind}; choose another kind, or "
+            "exclude the file",
         )
     for number, item in read_items(file, component.text_key, limit):
         yield number, _too_long(item.detail) if isinstance(item, DocumentError) and item.kind == "too long" else item
@@ -344,11 +358,18 @@ def _read_warc(file: Path, component: ComponentConfig, limit: int, stats: ReadSt
             if len(body) > limit:
                 yield number, _too_long(f"more than {limit:,} bytes")
             elif record.raw_stream.limit > 0:
-                yield number, DocumentError("truncated page", f"the last {record.raw_stream.limit:,} bytes are missing")
+                yield (
+                    number,
+                    DocumentError(
+                        "truncated page", f"the last {record.raw_stream.limit:,} bytes of the page are missing"
+                    ),
+                )
             else:
                 yield number, html_to_text(bytes_to_str(body, detect_encoding(body) or "utf-8")).replace("\0", "")
     except (ArchiveLoadFailed, zlib.error) as error:
-        raise DocumentError("broken WARC", f"invalid WARC data: {error}", number or None) from None
+        raise DocumentError(
+            "broken WARC", f"invalid WARC data ({error}); the rest of the file is skipped", number or None
+        ) from None
 
 
 Reader = Callable[[Path, ComponentConfig, int, ReadStats], Iterator[Item]]

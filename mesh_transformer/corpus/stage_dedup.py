@@ -3,7 +3,8 @@
 """Second stage: find duplicate documents and recurring lines in the whole corpus, in bounded memory.
 
 Near duplicates use DataTrove's MinHash blocks: signatures by part, equal bands over all parts, clusters. Exact
-duplicates and lines are 64-bit hashes: every part writes them sorted, and each task takes the same range of all parts.
+duplicates and recurring lines use 64-bit hashes: every part writes its hashes sorted, and each task reads one range of
+hashes from all parts.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from mesh_transformer.data.errors import DataError
 
 RANGE_ENTRIES = 4_000_000  # hashes that one task sorts in memory
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-HASH_CHARACTERS = 1 << 20  # of a text whose words are in memory at once
+HASH_CHARACTERS = 1 << 20  # length of the chunks in which a text is hashed
 _SPACE = re.compile(r"\s")
 SHINGLE_CHUNK = 1 << 13  # shingles hashed at once
 EXACT = np.dtype([("hash", "<u8"), ("heldout", "u1"), ("document", "<u4")])
@@ -61,7 +62,7 @@ def hash_line(line: str) -> int:
 
 
 class BoundedSignature(MinhashDedupSignature):
-    """DataTrove's signatures with the shingles of a long document in chunks: each needs 1.8 kB while it is hashed."""
+    """DataTrove's MinHash signatures, computed in chunks of shingles: a shingle needs 1.8 kB while it is hashed."""
 
     def get_shingles(self, text: str) -> np.ndarray:
         """Return the hash of every n-gram of words, [n-grams, 1]; each word is hashed once."""
@@ -77,7 +78,7 @@ class BoundedSignature(MinhashDedupSignature):
         return (grams * _MULTIPLIER).reshape(-1, 1)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
-        """Return the hashes of every band: the minimum of each over all chunks."""
+        """Return the hashes of every band, each the minimum over all chunks."""
         sign = super().get_signature
         chunks = [sign(shingles[i : i + SHINGLE_CHUNK]) for i in range(0, len(shingles), SHINGLE_CHUNK)]
         return chunks[0] if len(chunks) == 1 else np.min(np.array(chunks, np.uint64), axis=0).tolist()
@@ -156,11 +157,12 @@ class BandMatchStage:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise the limit of open files: DataTrove opens the signatures of all parts at once."""
+    """Raise the limit on open files, because DataTrove opens the signatures of all parts at once."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and count > hard:
         raise DataError(
-            f"{count} files must be open at once, but the limit is {hard}; raise it by ulimit -n, or raise corpus.part_mb"
+            f"{count} files must be open at once, but the limit of this process is {hard}; raise the limit by `ulimit -n {count}`, "
+            "or make fewer parts by raising corpus.part_mb"
         )
     if count > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
@@ -206,7 +208,7 @@ class ExactMatchStage:
 
 @dataclasses.dataclass(frozen=True)
 class RemovalStage:
-    """Task (one): pairs and groups of all documents -> exact.npy and near.npy, sorted removals, and counts by component."""
+    """Single task: pairs and groups of all documents -> exact.npy and near.npy, sorted removals, and counts by component."""
 
     recipe: Recipe
     components: tuple[str, ...]  # of each part
@@ -217,7 +219,7 @@ class RemovalStage:
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:
-        """Return the record, with counts of removed documents by their component and that of the retained document."""
+        """Write the removals and return the record, with their counts by component of the removed and retained document."""
         outputs = {}
         matrices = {}
         removed_before = np.zeros(0, np.uint64)
@@ -232,7 +234,7 @@ class RemovalStage:
         return {"matrix": matrices, "outputs": outputs}
 
     def _equal_groups(self) -> np.ndarray:
-        """Return group, part, document and whether it is held out, [documents, 4]."""
+        """Return the exact duplicates, [documents, 4]: group, part, document, and 1 if held out."""
         if not self.recipe.duplicates.exact:
             return np.zeros((0, 4), np.int64)
         found = [np.zeros((0, 4), np.int64)]
@@ -245,7 +247,7 @@ class RemovalStage:
         return np.concatenate(found)
 
     def _clusters(self) -> np.ndarray:
-        """Return the same of DataTrove's clusters, [documents, 4]."""
+        """Return the near duplicates by DataTrove's clusters, [documents, 4]: group, part, document, and 1 if held out."""
         if self.recipe.duplicates.near == "none":
             return np.zeros((0, 4), np.int64)
         folder = self.folder / "clusters"
@@ -269,7 +271,7 @@ class RemovalStage:
         return np.concatenate(found)
 
     def _find_removals(self, groups: np.ndarray) -> np.ndarray:
-        """Return the documents to remove, each with the one retained in its place.
+        """Return the documents to remove, each with the duplicate that is retained.
 
         Held-out documents are retained first, then the first by part and number.
         """

@@ -64,7 +64,7 @@ class FilterCounts:
         if self.documents_in != self.documents_out + self.dropped.total():
             raise DataError(
                 f"filter {self.name}: {self.documents_in} documents in, but {self.documents_out} out and "
-                f"{self.dropped.total()} dropped"
+                f"{self.dropped.total()} dropped; a filter must keep or drop every document: correct its function in filters.py"
             )
         return vars(self) | {"dropped": dict(self.dropped)}
 

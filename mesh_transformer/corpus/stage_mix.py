@@ -23,7 +23,7 @@ from mesh_transformer.corpus.stage_filter import SPLITS
 from mesh_transformer.data.shards import ShardWriter, token_dtype
 from mesh_transformer.data.tokenizers import load_tokenizer
 
-TOKENS_PER_MB = 250_000  # tokens in memory at once, of one run and of one key range, per MB of corpus.part_mb
+TOKENS_PER_MB = 250_000  # maximum tokens of a run or of a key range, both held in memory, per MB of corpus.part_mb
 ENCODE_CHARACTERS = 250_000  # of text in one call of the tokenizer: more is no faster with one thread
 INDEX = np.dtype([("key", "<u8"), ("start", "<u8"), ("length", "<u4")])
 

@@ -47,13 +47,13 @@ class SelectionStage:
                 size = len(text.encode())
                 counts["documents_in"] += 1
                 counts["bytes_in"] += size
-                why: dict[str, Any] = {"component": component, "bytes": size}
+                dropped_meta: dict[str, Any] = {"component": component, "bytes": size}
                 if number in removals:
                     kind, retained = removals[number]
                     counts[kind] += 1
                     counts["duplicate_bytes"] += size
-                    why |= {"filter": "duplicates", "reason": f"{kind} duplicate", "of": retained}
-                    dropped.add(text[:SAMPLE_CHARACTERS], record["id"], why)
+                    dropped_meta |= {"filter": "duplicates", "reason": f"{kind} duplicate", "of": retained}
+                    dropped.add(text[:SAMPLE_CHARACTERS], record["id"], dropped_meta)
                     continue
                 if len(recurring):
                     text, cut = self._cut_lines(text, recurring)
@@ -61,8 +61,8 @@ class SelectionStage:
                     counts["line_bytes"] += size - len(text.encode()) if cut else 0
                     if not text.strip():
                         counts["emptied"] += 1
-                        why |= {"filter": "lines", "reason": "nothing left"}
-                        dropped.add(record["text"][:SAMPLE_CHARACTERS], record["id"], why)
+                        dropped_meta |= {"filter": "lines", "reason": "nothing left"}
+                        dropped.add(record["text"][:SAMPLE_CHARACTERS], record["id"], dropped_meta)
                         continue
                 meta = record["meta"]
                 split = meta.pop(SPLIT_KEY)
@@ -77,12 +77,15 @@ class SelectionStage:
             np.save(path, np.unique(np.array(found, "<u8")))
         out = sum(writer.documents for writer in writers.values()) + dropped.documents
         if out != counts["documents_in"]:
-            raise CorpusError(f"part {rank}: {counts['documents_in']} documents in, but {out} out and dropped")
+            raise CorpusError(
+                f"part {rank} of component {component}: {counts['documents_in']} documents in, but {out} retained or dropped; "
+                f"remove {self.folder} and build again"
+            )
         splits = {split: {"documents": writers[split].documents, "bytes": writers[split].bytes} for split in SPLITS}
         return {"component": component, "counts": counts, "splits": splits, "lengths": lengths, "outputs": outputs}
 
     def _removals(self, rank: int) -> dict[int, tuple[str, list[int]]]:
-        """Return for every document to remove from a part its kind, and part and number of the retained duplicate."""
+        """Return for each document to remove: the kind of duplicate, and part and number of the retained document."""
         found: dict[int, tuple[str, list[int]]] = {}
         for kind in ("exact", "near"):
             table = np.load(self.removals / f"{kind}.npy", mmap_mode="r")

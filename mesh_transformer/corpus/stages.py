@@ -86,7 +86,7 @@ class _Part(PipelineStep):
             with _one_thread():
                 record = self.task(rank)
             _write_record(self.folder, rank, record)
-            trim_memory()  # so that freed memory of one part does not add to the peak of the next
+            trim_memory()  # otherwise memory freed by one part would add to the peak of the next
         except Exception as error:
             _write_failure(failure, error)
             raise
@@ -116,7 +116,7 @@ def _write_failure(path: Path, error: Exception) -> None:
 
 
 def _run_locally(pipeline_executor: LocalPipelineExecutor, executor: Executor) -> None:
-    """Make all missing parts of a local pipeline; at the first failure raise it and start no further part."""
+    """Make all missing parts of a local pipeline; start no further part after the first failure, and raise it."""
     ranks = pipeline_executor.get_incomplete_ranks(range(pipeline_executor.tasks))
     if executor.workers == 1 or len(ranks) < 2:
         for rank in ranks:
@@ -129,7 +129,8 @@ def _run_locally(pipeline_executor: LocalPipelineExecutor, executor: Executor) -
     except BrokenProcessPool:
         executor.close()
         raise CorpusError(
-            "a worker was killed, most likely because memory ran out; lower --workers or corpus.part_mb, and build again"
+            f"one of {executor.workers} workers was killed, most likely because memory ran out; lower --workers or corpus.part_mb, "
+            "and build again"
         ) from None
     except BaseException:
         executor.close()
@@ -139,9 +140,9 @@ def _run_locally(pipeline_executor: LocalPipelineExecutor, executor: Executor) -
 def run_stage(
     name: str, task: Task, tasks: int, folder: Path, executor: Executor, on_progress: ProgressFn = ignore_progress
 ) -> list[dict[str, Any]]:
-    """Return the records of all parts of a stage, after making those that are missing.
+    """Make the missing parts of a stage and return the records of all parts.
 
-    Raises CorpusError if a part is still missing at the end.
+    Raises CorpusError if a part could not be made.
     """
     if not tasks:
         return []
@@ -204,10 +205,10 @@ def reuse_parts(folder: Path, inputs: Sequence[str], earlier: Sequence[Path]) ->
 @contextmanager
 def _monitored(name: str, folder: Path, tasks: int, on_progress: ProgressFn) -> Iterator[None]:
     """Report the number of parts with records while the block runs."""
-    over = threading.Event()
+    ended = threading.Event()
 
     def monitor() -> None:
-        while not over.wait(0.2):
+        while not ended.wait(0.2):
             on_progress(name, sum(1 for _ in (folder / "records").glob("*.json")), tasks)
 
     thread = threading.Thread(target=monitor, daemon=True)
@@ -215,7 +216,7 @@ def _monitored(name: str, folder: Path, tasks: int, on_progress: ProgressFn) -> 
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         thread.join()
     on_progress(name, tasks, tasks)
 

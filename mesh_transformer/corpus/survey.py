@@ -22,13 +22,13 @@ from mesh_transformer.corpus.parts import PartWriter, read_documents
 from mesh_transformer.corpus.recipe import Recipe
 
 SAMPLE = 300  # documents of a component: those whose names have the lowest hashes
-CHARACTERS = 4000  # of each of them
+CHARACTERS = 4000  # length of the prefix of each of these documents
 PRONOUNS = ("he", "she")
 WORDS = 5000  # co-occurring words that a part records, the most frequent ones
 SENTENCE = 400  # characters of a sentence; the rest is ignored, since text without periods is not prose
 TOPICS = 16  # as in The Pile
 TOPIC_WORDS = 8
-MIN_SENTENCES = 10  # with a word; fewer are not significant
+MIN_SENTENCES = 10  # a word in fewer sentences is not compared
 NAMED = (
     "military",
     "criminal",
@@ -61,7 +61,7 @@ _END = re.compile(r"[.!?][\"')\]]*\s+|\n\s*\n")
 
 @dataclasses.dataclass(frozen=True)
 class SurveyStage:
-    """Task: the training documents of one part -> sample/RANK.jsonl.zst, and counts around pronouns in the record."""
+    """Task: the training documents of one part -> sample/RANK.jsonl.zst, and words that co-occur with pronouns in the record."""
 
     recipe: Recipe
     components: tuple[str, ...]  # of each part
@@ -116,7 +116,7 @@ def find_sentences(text: str) -> list[tuple[set[str], set[str]]]:
 
 
 def describe_survey(records: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Return topics, profanity and pronouns of all parts; `folder` is that of the stage."""
+    """Return topics, profanity and pronouns of all parts; `folder` is the stage's folder."""
     samples: dict[str, list[tuple[int, str]]] = {}
     for rank, record in enumerate(records):
         found = samples.setdefault(record["component"], [])
@@ -159,7 +159,7 @@ def find_topics(texts: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def measure_profanity(texts: dict[str, list[str]]) -> dict[str, dict[str, int]]:
-    """Return the sentences in the sample of every component, and how many the classifier marks as profane."""
+    """Return the number of sentences in the sample of every component, and of those classified as profane."""
     try:
         from profanity_check import predict
     except ImportError:
@@ -173,10 +173,10 @@ def measure_profanity(texts: dict[str, list[str]]) -> dict[str, dict[str, int]]:
 
 
 def compare_pronouns(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the sentences with each pronoun by component, and the words that are most biased to either.
+    """Return the number of sentences with each pronoun by component, and the words with the strongest bias to either.
 
-    The bias ("lean") is that of the paper: the difference of the rates at which a word occurs in sentences with he and
-    with she, times the square root of its frequency in these. The paper counts adjectives and adverbs; this function
+    The bias ("lean") is defined as in the paper: the difference of the rates at which a word occurs in sentences with he
+    and with she, times the square root of its frequency in both. The paper counts adjectives and adverbs; this function
     counts all words except function words.
     """
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS

@@ -1,16 +1,16 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up of a multi-process run: find this process's coordinator and number, connect, and disconnect together.
+"""Start-up of a multi-process run: detect the coordinator and the process index, connect, and disconnect together.
 
 Every host of a run starts the same command, and `join_processes` connects the processes. A process takes its
 configuration from the first of these that is present:
 
     [mesh] coordinator, processes, process_id    in the file or by --set
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID    in the environment
-    Slurm, Open MPI, Cloud TPU on Kubernetes     by their own variables, as jax.distributed reads them
+    Slurm, Open MPI, Cloud TPU on Kubernetes     by their environment variables, which jax.distributed reads
     mesh.processes = "auto"                      jax.distributed detects the cluster (Cloud TPU VMs)
 
-Without any of them the run has one process. watchdog.py ends the run if a process is lost.
+Without any of these, the run has one process. watchdog.py ends the run if a process is lost.
 """
 
 import contextlib
@@ -26,7 +26,12 @@ from mesh_transformer.config import ConfigError, MeshConfig
 from mesh_transformer.distributed import coordination
 from mesh_transformer.distributed.watchdog import Watchdog
 
-START_SECONDS = 300  # how long a process waits for the others to start
+VARIABLES = {  # environment variables of the fields of [mesh]
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+START_SECONDS = 300  # time limit for all processes to connect
 
 
 class ProcessConfig(NamedTuple):
@@ -39,9 +44,11 @@ class ProcessConfig(NamedTuple):
 
 def detect_process(config: MeshConfig, environment: Mapping[str, str]) -> ProcessConfig | None:
     """Return this process's configuration by the rules of this module; None for a single process. Raises ConfigError."""
-    coordinator = config.coordinator or environment.get("JAX_COORDINATOR_ADDRESS", "")
-    processes = config.processes or _read_number(environment, "JAX_NUM_PROCESSES")
-    process_id = config.process_id if config.process_id is not None else _read_number(environment, "JAX_PROCESS_ID")
+    coordinator = config.coordinator or environment.get(VARIABLES["coordinator"], "")
+    processes = config.processes or _read_number(environment, VARIABLES["processes"])
+    process_id = (
+        config.process_id if config.process_id is not None else _read_number(environment, VARIABLES["process_id"])
+    )
     if processes == 1:
         return None
     if isinstance(processes, int):
@@ -50,25 +57,40 @@ def detect_process(config: MeshConfig, environment: Mapping[str, str]) -> Proces
         ]
         if missing:
             raise ConfigError(
-                f"mesh.processes = {processes} needs mesh.{missing[0]} too: --set mesh.{missing[0]}=..., or the "
-                f"environment variable JAX_{'COORDINATOR_ADDRESS' if missing[0] == 'coordinator' else 'PROCESS_ID'}"
+                f"{_origin(config, 'processes')} = {processes}, but mesh.{missing[0]} is not set; set mesh.{missing[0]}, or "
+                f"the environment variable {VARIABLES[missing[0]]}"
             )
         if not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
-            raise ConfigError(f'mesh.coordinator = "{coordinator}" must be HOST:PORT of process 0')
+            raise ConfigError(
+                f'{_origin(config, "coordinator")} = "{coordinator}": expected HOST:PORT of process 0, for example '
+                '"10.0.0.1:1234"'
+            )
         if process_id is not None and process_id >= processes:
-            raise ConfigError(f"mesh.process_id = {process_id} must be below mesh.processes = {processes}")
+            raise ConfigError(
+                f"{_origin(config, 'process_id')} = {process_id} must be less than {_origin(config, 'processes')} = "
+                f"{processes}; number the processes from 0"
+            )
         return ProcessConfig(coordinator, processes, process_id)
     if processes == "auto" or _has_cluster_launcher(environment):
         return ProcessConfig(coordinator or None, None, process_id)
     if coordinator or process_id is not None:
-        raise ConfigError("mesh.coordinator and mesh.process_id need mesh.processes too, the number of processes")
+        name, value = ("coordinator", f'"{coordinator}"') if coordinator else ("process_id", process_id)
+        raise ConfigError(
+            f"{_origin(config, name)} = {value}, but the number of processes is not set; set mesh.processes, or the "
+            f"environment variable {VARIABLES['processes']}"
+        )
     return None
+
+
+def _origin(config: MeshConfig, field: str) -> str:
+    """Return the name under which the value of a field was given: a key of the configuration or an environment variable."""
+    return VARIABLES[field] if getattr(config, field) in ("", None) else f"mesh.{field}"
 
 
 def _read_number(environment: Mapping[str, str], name: str) -> int | None:
     text = environment.get(name, "")
     if text and not text.isdigit():
-        raise ConfigError(f"{name}={text} in the environment must be a number")
+        raise ConfigError(f"the environment variable {name} is {text!r}, but must be a number; correct or unset it")
     return int(text) if text else None
 
 
@@ -93,7 +115,8 @@ def join_processes(config: MeshConfig) -> Iterator[None]:
         return
     if config.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from distributed/stop.py
+    # The service would replace the SIGTERM handler of distributed/stop.py.
+    jax.config.update("jax_enable_preemption_service", False)
     _initialize(process, config.heartbeat_seconds)
     watchdog = Watchdog(config.heartbeat_seconds)
     try:
@@ -109,6 +132,7 @@ def join_processes(config: MeshConfig) -> Iterator[None]:
 
 def _initialize(process: ProcessConfig, heartbeat_seconds: float) -> None:
     address = process.coordinator or "the address that jax.distributed detected"
+    name = "this process" if process.process_id is None else f"process {process.process_id} of {process.processes}"
     try:
         # JAX's own heartbeat ends processes without our error message, so its timeout is longer than the watchdog's.
         jax.distributed.initialize(
@@ -120,6 +144,6 @@ def _initialize(process: ProcessConfig, heartbeat_seconds: float) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
-            f"process {process.process_id} of {process.processes} could not connect to the coordinator at {address} "
-            f"within {START_SECONDS} s; check that all processes are running and can reach it: {error}"
+            f"{name} could not connect to the coordinator at {address} within {START_SECONDS} s ({error}); check that all "
+            "processes are running and that their machines can reach this address"
         ) from error

@@ -16,30 +16,30 @@ from typing import Any
 TIMEOUT_SECONDS = 3600.0  # of a barrier; the watchdog (watchdog.py) finds a lost process much earlier
 KEY_PREFIX = "mesh_transformer"
 
-_rounds: collections.Counter[str] = collections.Counter()  # gathers made so far, by name
+_rounds: collections.Counter[str] = collections.Counter()  # name -> number of calls of `gather` so far
 _lock = threading.Lock()
 
 
 class CoordinationError(RuntimeError):
-    """The coordination service does not answer, or a process did not reach a barrier in time."""
+    """Failure of the coordination service to answer, or of a process to reach a barrier in time."""
 
 
 class RemoteFailure(RuntimeError):
-    """Work of `run_on_all` failed in another process; the message has its number and its error."""
+    """Failure of `run_on_all` in another process; the message has the process index and the error."""
 
 
 def process_count() -> int:
-    """Return the number of processes of this run; unlike jax.process_count it starts no device."""
+    """Return the number of processes of this run; unlike jax.process_count, without initializing a device."""
     return _runtime().num_processes or 1
 
 
 def process_index() -> int:
-    """Return the number of this process; process 0 is the main one, which writes and prints."""
+    """Return the index of this process; process 0 writes files and prints."""
     return _runtime().process_id or 0
 
 
 def gather(name: str, value: str, *, seconds: float = TIMEOUT_SECONDS) -> list[str]:
-    """Return the `value` of every process, in process order; a barrier. Raises CoordinationError on a timeout."""
+    """Wait for all processes and return their values by process index; raise CoordinationError after `seconds`."""
     count = process_count()
     if count == 1:
         return [value]
@@ -51,7 +51,10 @@ def gather(name: str, value: str, *, seconds: float = TIMEOUT_SECONDS) -> list[s
     try:
         _client().wait_at_barrier(f"{KEY_PREFIX}/{key}", round(1000 * seconds))
     except Exception as error:  # the service raises one type; the cause is its status code
-        raise CoordinationError(f"not all {count} processes reached {name!r} within {seconds:g} s: {error}") from error
+        raise CoordinationError(
+            f"not all {count} processes reached the barrier {name!r} within {seconds:g} s ({error}); check the output of the "
+            "other processes, and restart all of them"
+        ) from error
     values = get_keys(key)
     if process_index() == 0 and number > 1:  # a process that reached this barrier has read the previous round
         _client().key_value_delete(f"{KEY_PREFIX}/{name}.{number - 1}/")
@@ -59,7 +62,10 @@ def gather(name: str, value: str, *, seconds: float = TIMEOUT_SECONDS) -> list[s
 
 
 def run_on_all(name: str, work: Callable[[], object], *, first_only: bool = False) -> None:
-    """Call `work` in every process (`first_only`: in process 0), wait for all, and raise everywhere if one failed."""
+    """Call `work` in every process (`first_only`: in process 0), wait for all, and raise in all if one failed.
+
+    Raises the error of this process, or RemoteFailure for the error of another.
+    """
     failure: Exception | None = None
     if not first_only or process_index() == 0:
         try:
@@ -71,11 +77,11 @@ def run_on_all(name: str, work: Callable[[], object], *, first_only: bool = Fals
         raise failure
     for process, message in enumerate(messages):
         if message:
-            raise RemoteFailure(f"process {process}: {message}")
+            raise RemoteFailure(f"process {process} failed in {name!r}: {message}")
 
 
 def broadcast_from_first(name: str, work: Callable[[], Any]) -> Any:
-    """Return the result of `work` in process 0, which must be JSON-serializable; raises everywhere if it fails there."""
+    """Call `work` in process 0 and return its JSON-serializable result in all; if it fails, raise in all."""
     results: list[Any] = []
     run_on_all(name, lambda: results.append(work()), first_only=True)
     return json.loads(gather(f"{name} result", json.dumps(results[0]) if results else "")[0])
@@ -84,10 +90,10 @@ def broadcast_from_first(name: str, work: Callable[[], Any]) -> Any:
 def set_key(key: str, value: str) -> None:
     """Publish `value` under `key` to the other processes."""
     try:
-        # The "=" is there because the service does not store empty values.
+        # The prefix "=" is needed because the service does not store empty values.
         _client().key_value_set(f"{KEY_PREFIX}/{key}", f"={value}", allow_overwrite=True)
     except Exception as error:  # the service raises one type; the cause is its status code
-        raise CoordinationError(str(error).partition("\n")[0]) from error
+        raise _unreachable(error) from error
 
 
 def get_keys(folder: str) -> dict[int, str]:
@@ -95,8 +101,14 @@ def get_keys(folder: str) -> dict[int, str]:
     try:
         items = _client().key_value_dir_get(f"{KEY_PREFIX}/{folder}/")
     except Exception as error:  # the service raises one type; the cause is its status code
-        raise CoordinationError(str(error).partition("\n")[0]) from error
+        raise _unreachable(error) from error
     return {int(key.rpartition("/")[2]): value[1:] for key, value in items}
+
+
+def _unreachable(error: Exception) -> CoordinationError:
+    return CoordinationError(
+        f"the coordination service of process 0 does not answer: {str(error).partition(chr(10))[0]}"
+    )
 
 
 def _client() -> Any:
@@ -104,14 +116,14 @@ def _client() -> Any:
 
 
 def _runtime() -> Any:
-    # No public API exposes the client. Imported here because JAX takes a second to import.
+    # JAX's public API does not expose the client. The import is local because importing JAX takes a second.
     from jax._src import distributed
 
     return distributed.global_state
 
 
 class StopConsensus:
-    """Agreement of all processes on the check at which they stop, once one of them has a reason to.
+    """Agreement of all processes to stop at the same check, once one of them has a reason to stop.
 
     Training makes the same checks in the same order in every process: one before each step and one before each batch
     of an evaluation. The process that receives the stop request publishes its reason. Every process then publishes how
@@ -130,7 +142,10 @@ class StopConsensus:
         self.agreed = False  # all processes have agreed, and this one has reached the agreed check
 
     def should_stop(self, reason: str) -> str:
-        """Count one check: `reason` is this process's own, "" for none. Return the common reason to stop here, or ""."""
+        """Count one check and return the common reason to stop here, or "" to continue.
+
+        `reason` is this process's reason to stop, "" for none.
+        """
         if process_count() == 1:
             return reason
         if reason and not self._has_requested:
@@ -146,7 +161,7 @@ class StopConsensus:
             return ""
 
     def poll(self) -> None:
-        """Look for requests of other processes and answer them; called at intervals by a background thread."""
+        """Answer stop requests of other processes; the watchdog thread calls this at intervals."""
         requests = get_keys("stop_requested") if self._stop_at is None else {}
         if not requests:
             return

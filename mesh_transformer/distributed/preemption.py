@@ -4,8 +4,8 @@
 
 The server is polled on Google's machines and wherever GCE_METADATA_HOST names one (host or host:port, as Google's own
 libraries read it); GCE_METADATA_HOST= (empty) disables polling. A spot machine is reported as `preempted` 30 s before
-it ends. The `maintenance-event` of a TPU or GPU machine is TERMINATE_ON_HOST_MAINTENANCE up to an hour before. A live
-migration does not end the machine, so it does not stop the run.
+it ends. The `maintenance-event` of a TPU or GPU machine is TERMINATE_ON_HOST_MAINTENANCE up to an hour before it ends.
+A live migration does not end the machine, so it does not stop the run.
 """
 
 import os
@@ -21,7 +21,7 @@ from mesh_transformer.distributed.stop import StopRequest
 METADATA_HOST = "metadata.google.internal"
 PRODUCT_FILE = Path("/sys/class/dmi/id/product_name")
 POLL_SECONDS = 1.0  # between two requests; a spot machine has 30 s left after its notice
-MAX_FAILURES = 60  # consecutive failures after which polling ends
+MAX_FAILURES = 60  # consecutive failed requests after which polling ends
 NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: the server is local to the machine
@@ -29,7 +29,7 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no pro
 
 @contextmanager
 def watch_preemption(stop: StopRequest, log: Callable[[str], None], *, seconds: float = POLL_SECONDS) -> Iterator[None]:
-    """Context that requests a stop on a preemption or maintenance notice; does nothing without a metadata server."""
+    """Context manager that polls the metadata server and requests a stop on a notice; does nothing without a server."""
     host = find_metadata_server()
     ended = threading.Event()
 
@@ -41,7 +41,10 @@ def watch_preemption(stop: StopRequest, log: Callable[[str], None], *, seconds: 
             except (URLError, OSError, ValueError) as error:
                 failures += 1
                 if failures == MAX_FAILURES:
-                    return log(f"http://{host} does not answer ({error}); preemption notices are unavailable")
+                    return log(
+                        f"the metadata server http://{host} did not answer {failures} requests in a row ({error}); preemption "
+                        "notices are unavailable; set GCE_METADATA_HOST to its address, or to nothing to disable polling"
+                    )
             else:
                 failures = 0
                 if notice:

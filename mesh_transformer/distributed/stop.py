@@ -15,14 +15,14 @@ from types import FrameType, TracebackType
 from mesh_transformer.cli import Preempted
 from mesh_transformer.distributed.coordination import stop_consensus
 
-# Ctrl-C; what machines and schedulers send; what Slurm can be configured to send earlier (sbatch --signal=USR1@120).
+# SIGINT: Ctrl-C. SIGTERM: from machines and schedulers. SIGUSR1: from Slurm before a time limit (sbatch --signal=USR1@120).
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 PROGRESS_VARIABLE = "MESH_TRANSFORMER_PROGRESS"  # environment variable: a file that the run touches as it advances
 
 
 class StopRequest:
-    """`with StopRequest() as stop:` sets `stop.requested` on a signal, or when any thread calls `request`.
+    """Context manager that records requests to stop: `requested` is set by a signal, or by any thread that calls `request`.
 
     A second Ctrl-C ends the process at once. Other signals may be repeated: schedulers send several, and none may
     interrupt a save.
@@ -36,10 +36,10 @@ class StopRequest:
         """Handle `signals` inside the context; `message` is printed after the signal's name, unless it is empty."""
         self._signals = signals
         self._message = message
-        self._interruptible = ""  # work in progress that a request may interrupt
+        self._interruptible = ""  # description of the current work if a request may interrupt it, else ""
         self._previous_handlers: dict[signal.Signals, object] = {}
-        self.requested = ""  # name of the signal or reason of the request; "" before there is one
-        self.agreed = ""  # why all processes stop, once they have reached the agreed point
+        self.requested = ""  # name of the signal or reason of the request; "" without a request
+        self.agreed = ""  # reason for which all processes stop, once they have reached the agreed check
 
     def request(self, reason: str) -> None:
         """Request that the run stop; the first reason is kept."""
@@ -53,10 +53,9 @@ class StopRequest:
             _thread.interrupt_main(signal.SIGTERM)
 
     def should_stop(self, other: str = "") -> str:
-        """Return why the run stops at this check, "" to continue. All processes make the same checks.
+        """Return the reason to stop at this check, or "" to continue. All processes must make the same checks.
 
-        `other` is a reason of the caller's, such as a time limit. If one process has a reason, all stop at the same
-        check.
+        `other` is a reason of the caller, such as a time limit. If one process has a reason, all stop at the same check.
         """
         if path := os.environ.get(PROGRESS_VARIABLE):
             Path(path).touch()
@@ -70,7 +69,7 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self, doing: str) -> Iterator[None]:
-        """Context for work that needs no orderly end: a request raises Preempted immediately."""
+        """Context manager for work that may be interrupted at any point: a request raises Preempted immediately."""
         self._interruptible = doing
         try:
             self.raise_if_requested(doing)

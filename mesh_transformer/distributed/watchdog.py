@@ -3,7 +3,7 @@
 """Heartbeat and failure detection between the processes of a run.
 
 A collective never completes without one of its processes, so a lost process must end the others. At every tick each
-process publishes a heartbeat and checks those of the others. A process without a heartbeat for mesh.heartbeat_seconds
+process publishes a heartbeat and checks the heartbeats of the others. A process without a heartbeat for mesh.heartbeat_seconds
 counts as lost; a process that fails publishes its error. The others then print which process it was and exit with
 status 1 (75 after a preemption).
 """
@@ -23,12 +23,12 @@ from mesh_transformer.cli import FAILED, PREEMPTED, Preempted
 from mesh_transformer.distributed import coordination
 
 TICKS_PER_TIMEOUT = 30  # heartbeats in mesh.heartbeat_seconds; at most four a second
-EXIT_SECONDS = 10.0  # how long a failed process may take to report its error before it is ended
+EXIT_SECONDS = 10.0  # time limit for a failed process to report its error and exit
 RESTART_HINT = "run the same command again in all processes to resume from the latest checkpoint"
 
 
 class Watchdog:
-    """A thread that publishes this process's heartbeat and checks those of the others; it starts at once."""
+    """Thread that publishes this process's heartbeat and checks the others'; started by the constructor."""
 
     def __init__(self, heartbeat_seconds: float):
         self.heartbeat_seconds = heartbeat_seconds
@@ -62,7 +62,7 @@ class Watchdog:
         coordination.set_key(f"failed/{self._index}", f"{type(error).__name__}: {message}")
         if self._index == 0:  # the coordination service ends with process 0: leave the others time to read the error
             time.sleep(2 * self._tick_seconds)
-        # Other threads of this process may be blocked in a collective: end the process whatever they do.
+        # Other threads of this process may be blocked in a collective: end the process without waiting for them.
         timer = threading.Timer(EXIT_SECONDS, os._exit, (FAILED,))
         timer.daemon = True
         timer.start()
@@ -91,7 +91,7 @@ class Watchdog:
             elif now - arrived > self.heartbeat_seconds:
                 self._end(
                     f"{self._describe(process)} has sent no heartbeat for {self.heartbeat_seconds:g} s: "
-                    "it was killed, hangs, or its host is lost"
+                    "it was killed, is blocked, or its host is lost"
                 )
 
     def _check_failures(self, failed: dict[int, str]) -> None:
@@ -109,7 +109,7 @@ class Watchdog:
         return f"process {self._index} stops: "
 
     def _end(self, reason: str, status: int = FAILED) -> None:
-        """End this process, whatever its threads do, unless it is about to end by itself."""
+        """End this process without waiting for its threads, unless it is already ending."""
         if self._failing.is_set() or self._ended.is_set():
             return
         sys.stdout.flush()
@@ -117,13 +117,13 @@ class Watchdog:
         os._exit(status)
 
 
-_abort_handlers: list[object] = []  # keeps the callbacks alive: C code holds their addresses
+_abort_handlers: list[object] = []  # references that keep the callbacks alive, whose addresses C code holds
 
 
 def _on_abort(describe: Callable[[], str]) -> None:
     """Print a message and exit with status 1 when JAX calls abort(), as it does when it loses process 0.
 
-    JAX has no other hook: it aborts from a thread of its own, milliseconds after the connection is lost.
+    JAX has no other hook: it aborts from a background thread, milliseconds after the connection is lost.
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)

@@ -237,7 +237,7 @@ def test_a_full_disk_is_reported_and_the_next_build_resumes(
     recipe = make_recipe(sources, duplicates={"near": "none"})
     with monkeypatch.context() as patch:
         patch.setattr(target, replacement, raising=False)
-        with pytest.raises(CorpusError, match=f"{tmp_path}/out: disk full; free some space and build again"):
+        with pytest.raises(CorpusError, match=f"{tmp_path}/out: the disk or quota is full .*; free some space and run"):
             build_corpus(recipe, tmp_path / "out", Executor())
     assert not (tmp_path / "out/manifest.json").exists()
     assert build_corpus(recipe, tmp_path / "out", Executor()).manifest["outputs"]
@@ -253,7 +253,7 @@ def test_a_source_that_disappears_during_the_build(tmp_path, sources, make_recip
 
     find_parts = build.find_parts
     monkeypatch.setattr(build, "find_parts", find_and_lose)
-    with pytest.raises(DataError, match=r"005.txt: disappeared during the build"):
+    with pytest.raises(DataError, match=r"005.txt: removed during the build"):
         build_corpus(make_recipe(sources), tmp_path / "out", Executor())
     assert not (tmp_path / "out/manifest.json").exists()
 

@@ -60,7 +60,7 @@ def test_a_failed_part_is_raised_and_made_by_the_next_run(tmp_path):
 
 
 def test_a_killed_worker_is_detected(tmp_path):
-    with pytest.raises(CorpusError, match="a worker was killed, most likely because memory ran out"):
+    with pytest.raises(CorpusError, match="one of 2 workers was killed, most likely because memory ran out"):
         run_stage("write", Write(tmp_path, "kill"), 3, tmp_path, Executor(workers=2))
     assert len(run_stage("write", Write(tmp_path), 3, tmp_path, Executor())) == 3
 

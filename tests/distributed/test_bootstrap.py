@@ -34,16 +34,17 @@ def test_process_is_detected(config, environment, process):
 @pytest.mark.parametrize(
     ("config", "environment", "message"),
     [
-        (dict(processes=2), {}, "mesh.processes = 2 needs mesh.coordinator too"),
-        (dict(processes=2, coordinator="a:1"), {}, "needs mesh.process_id too"),
-        (dict(processes=2, coordinator="a", process_id=0), {}, 'mesh.coordinator = "a" must be HOST:PORT'),
+        (dict(processes=2), {}, "mesh.processes = 2, but mesh.coordinator is not set"),
+        (dict(processes=2, coordinator="a:1"), {}, "but mesh.process_id is not set; .*JAX_PROCESS_ID"),
+        (dict(processes=2, coordinator="a", process_id=0), {}, 'mesh.coordinator = "a": expected HOST:PORT'),
         (
             dict(processes=2, coordinator="a:1", process_id=2),
             {},
-            "mesh.process_id = 2 must be below mesh.processes = 2",
+            "mesh.process_id = 2 must be less than mesh.processes = 2",
         ),
-        (dict(coordinator="a:1"), {}, "need mesh.processes too"),
-        ({}, dict(JAX_NUM_PROCESSES="two"), "JAX_NUM_PROCESSES=two in the environment must be a number"),
+        (dict(coordinator="a:1"), {}, 'mesh.coordinator = "a:1", but the number of processes is not set'),
+        ({}, dict(JAX_PROCESS_ID="1"), "JAX_PROCESS_ID = 1, but the number of processes is not set"),
+        ({}, dict(JAX_NUM_PROCESSES="two"), "JAX_NUM_PROCESSES is 'two', but must be a number"),
     ],
 )
 def test_incomplete_process_configuration_is_an_error(config, environment, message):
