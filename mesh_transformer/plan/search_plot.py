@@ -30,17 +30,18 @@ def draw_search(found: SearchResult, chip: Chip, title: str) -> str:
     compiled = [(candidate, *_coordinates(candidate, chip)) for candidate in found.compiled]
     xs = [x for x, _ in dots] + [x for _, x, _ in compiled]
     ys = [y for _, y in dots] + [y for _, _, y in compiled] + [limit]
-    across = make_axis(min(xs), max(xs), log=max(xs) > 8 * min(xs))
-    up = make_axis(0.0, max(ys))
-    parts = [_draw_axes(across, up), f'<text class="title" x="{FRAME.left}" y="24">{escape(title)}</text>']
+    x_axis = make_axis(min(xs), max(xs), log=max(xs) > 8 * min(xs))
+    y_axis = make_axis(0.0, max(ys))
+    parts = [_draw_axes(x_axis, y_axis), f'<text class="title" x="{FRAME.left}" y="24">{escape(title)}</text>']
     parts.append(
         f'<text class="axis" x="{FRAME.left}" y="42">gray: estimates; blue: compiled and fits; red: compiled, too large; '
         "line: frontier</text>"
     )
     parts += [
-        f'<circle class="estimate" cx="{FRAME.x(across, x):.1f}" cy="{FRAME.y(up, y):.1f}" r="2.5"/>' for x, y in dots
+        f'<circle class="estimate" cx="{FRAME.x(x_axis, x):.1f}" cy="{FRAME.y(y_axis, y):.1f}" r="2.5"/>'
+        for x, y in dots
     ]
-    y = FRAME.y(up, limit)
+    y = FRAME.y(y_axis, limit)
     parts.append(f'<line class="limit" x1="{FRAME.left}" x2="{FRAME.x_end}" y1="{y:.1f}" y2="{y:.1f}"/>')
     parts.append(f'<text x="{FRAME.x_end}" y="{y - 6:.1f}" text-anchor="end">usable {limit:.2f} GiB</text>')
     fitting = sorted(
@@ -48,9 +49,9 @@ def draw_search(found: SearchResult, chip: Chip, title: str) -> str:
     )
     line = [fitting[i] for i in find_frontier(fitting)]
     if len(line) > 1:
-        path = " L".join(f"{FRAME.x(across, x):.1f} {FRAME.y(up, y):.1f}" for x, y in line)
+        path = " L".join(f"{FRAME.x(x_axis, x):.1f} {FRAME.y(y_axis, y):.1f}" for x, y in line)
         parts.append(f'<path class="frontier" d="M{path}"/>')
-    parts += _draw_compiled(compiled, across, up, chip)
+    parts += _draw_compiled(compiled, x_axis, y_axis, chip)
     body = f"<style>{STYLE}</style>{''.join(parts)}"
     size = f'viewBox="0 0 {FRAME.width} {FRAME.height}" width="{FRAME.width}" height="{FRAME.height}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(title)}">{body}</svg>\n'
@@ -61,13 +62,13 @@ def _coordinates(candidate: Candidate, chip: Chip) -> tuple[float, float]:
     return step_seconds(candidate, chip) * 1e3, memory_use(candidate.stats, chip).peak / GIB
 
 
-def _draw_compiled(compiled: list[tuple[Candidate, float, float]], across: Axis, up: Axis, chip: Chip) -> list[str]:
+def _draw_compiled(compiled: list[tuple[Candidate, float, float]], x_axis: Axis, y_axis: Axis, chip: Chip) -> list[str]:
     """Return the numbered dots of compiled candidates, the best drawn last, and the list that describes them."""
     parts = []
     for number, (candidate, x, y) in reversed(list(enumerate(compiled, start=1))):
         fits = candidate.stats is not None and memory_use(candidate.stats, chip).fits
         style, row = "fits" if fits else "over", FRAME.top + 12 + (number - 1) * LIST_STEP
-        for px, py in ((FRAME.x(across, x), FRAME.y(up, y)), (FRAME.x_end + 34, row)):
+        for px, py in ((FRAME.x(x_axis, x), FRAME.y(y_axis, y)), (FRAME.x_end + 34, row)):
             parts.append(f'<circle class="{style}" cx="{px:.1f}" cy="{py:.1f}" r="9"/>')
             parts.append(f'<text class="number" x="{px:.1f}" y="{py + 4:.1f}" text-anchor="middle">{number}</text>')
         words = f"{describe_mesh(candidate.mesh)}, {candidate.remat}, {candidate.grad_accum_steps}x"
@@ -77,13 +78,13 @@ def _draw_compiled(compiled: list[tuple[Candidate, float, float]], across: Axis,
     return parts
 
 
-def _draw_axes(across: Axis, up: Axis) -> str:
+def _draw_axes(x_axis: Axis, y_axis: Axis) -> str:
     """Return the grid with the titles of both axes."""
     x = (FRAME.left + FRAME.x_end) / 2
     y = (FRAME.top + FRAME.y_end) / 2
     rotate = f"translate(18 {y}) rotate(-90)"
     return (
-        draw_grid(FRAME, across, up)
+        draw_grid(FRAME, x_axis, y_axis)
         + text(x, FRAME.height - 10, "step time in ms, middle of the two bounds", style="axis", anchor="middle")
         + element("text", "peak memory of a device in GiB", style="axis", transform=rotate, text_anchor="middle")
     )

@@ -19,7 +19,7 @@ from mesh_transformer.reports.metrics_table import CONSOLE_METRICS, VALIDATION_M
 GAP = 3  # characters between two metrics of the display
 BITS = "_bits_per_byte"  # suffix of the values of validation sets, after the set's name
 
-ProgressFn = Callable[[str, int, int | None], None]  # name of the work, amount done, total if known
+ProgressFn = Callable[[str, int, int | None], None]  # name of the work, amount done, total (None: unknown)
 
 
 class Progress:
@@ -35,11 +35,11 @@ class Progress:
         self.steps = steps
         self.first_step = first_step
         self._values: dict[str, Any] = {}
-        self._status = ""  # evaluation under way
+        self._status = ""  # progress of the current evaluation, "" without one
         self._started = time.monotonic()
         self._step = first_step
         self._step_time = self._started
-        self._first_update: tuple[int, float] | None = None  # step and time; compilation is over by then
+        self._first_update: tuple[int, float] | None = None  # step and time of the first update, after compilation
         self._display = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
 
     def __enter__(self) -> "Progress":
@@ -74,7 +74,7 @@ class Progress:
         self._status = f"evaluating {name}: {done:,}" + (f" of {total:,}" if total else "")
 
     def show_results(self, step: int, values: Mapping[str, float]) -> None:
-        """Print results of evaluation tasks: accuracies, and bits per byte of texts."""
+        """Print the accuracies of evaluation tasks and the bits per byte of evaluation texts."""
         self._status = ""
         shown = [f"{name} {value:.4g}" for name, value in values.items() if name.endswith((".acc", ".bits_per_byte"))]
         self._print(f"step {step}/{self.steps}  {'  '.join(shown)}")
@@ -119,7 +119,7 @@ class Progress:
 
 
 def format_values(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (label, text) of the metrics to print, in the order of the table; optional ones only if they are not 0."""
+    """Return (label, text) of the metrics to print, in the table's order; optional metrics only if they are not 0."""
     shown = []
     for metric in CONSOLE_METRICS:
         value = values.get(metric.name)
@@ -132,7 +132,7 @@ def format_values(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def wrap_cells(cells: list[tuple[str, str]], width: int) -> list[list[tuple[str, str]]]:
-    """Return cells in lines of at most `width` characters, or of one cell."""
+    """Return cells in lines of at most `width` characters; a wider cell gets a line of its own."""
     lines: list[list[tuple[str, str]]] = []
     free = 0
     for cell in cells:
@@ -155,7 +155,7 @@ def _draw_cells(cells: list[tuple[str, str]]) -> Table:
 
 
 def format_time(seconds: float) -> str:
-    """Return a duration as a clock shows it: 0:07, 12:30, 3:05:00, 2 d 04:00:00."""
+    """Return a duration as text: 0:07, 12:30, 3:05:00, 2 d 04:00:00."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -176,7 +176,7 @@ def print_rows(console: Console, title: str, rows: Mapping[str, str]) -> None:
 
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print bits per byte of every validation set next to general compressors on the same text; nothing without sets."""
+    """Print bits per byte of every validation set and of general compressors on the same text; print nothing without sets."""
     if not scores:
         return
     table = Table(

@@ -7,7 +7,7 @@
  "config": {"model": "mesh-transformer", "step": ..., ...}, "date": <unix seconds>,
  "published": [{"model": ..., "source": ..., "scores": {"TASK.METRIC": value}}]}
 
-FILTER is the harness's answer filter, "none" if the answer is used as it is. "published" has results of other models for
+FILTER is the harness's answer filter, "none" if the answer is used unchanged. "published" has results of other models on
 the same tasks and metrics.
 """
 
@@ -36,7 +36,7 @@ COUNTS = ("documents", "bytes", "tokens", "words")
 
 
 class Table(NamedTuple):
-    """A table of text cells; the first column names the row."""
+    """A table of text cells; the first column holds the names of the rows."""
 
     title: str
     headings: list[str]
@@ -61,7 +61,7 @@ def write_evaluation(run_dir: Path, step: int, evaluation: Evaluation) -> Path:
 
 
 def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
-    """Return all results of a run folder by step; ValueError, naming the file, for one in another format."""
+    """Return all results of a run folder by step; raise ValueError, with the file's path, for another format."""
     steps = {}
     for path in run_dir.glob("evaluation_*.json"):
         if (step := path.stem.removeprefix("evaluation_")).isdigit():
@@ -80,7 +80,7 @@ def metrics_of(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _metric_values(values: Mapping[str, Any]) -> Iterable[tuple[str, str, float]]:
-    """Yield metric, filter ("" for none) and value; standard errors and text are left out."""
+    """Yield (metric, filter, value), filter "" for none, without standard errors and text."""
     for key, value in values.items():
         metric, comma, answer_filter = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
@@ -88,7 +88,7 @@ def _metric_values(values: Mapping[str, Any]) -> Iterable[tuple[str, str, float]
 
 
 def make_tables(evaluation: Evaluation) -> list[Table]:
-    """Return tables of texts, of tasks, and of published results of other models; without empty ones."""
+    """Return the nonempty tables of texts, of tasks, and of published results of other models."""
     results = evaluation["results"]
     texts = {task: values for task, values in results.items() if "bits_per_byte,none" in values}
     tasks = {task: values for task, values in results.items() if task not in texts}
@@ -178,8 +178,10 @@ def _join_scores(key: tuple[str, str], *evaluations: Evaluation) -> dict[str, fl
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found["results"], dict):
-            return found
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"{path}: not evaluation results in lm-evaluation-harness's format; move the file away")
+    except ValueError as error:
+        raise ValueError(f"{path}: invalid JSON ({error}); move the file out of the run folder") from None
+    if isinstance(found, dict) and isinstance(found.get("results"), dict):
+        return found
+    raise ValueError(
+        f'{path}: no table "results" as lm-evaluation-harness writes it; move the file out of the run folder'
+    )

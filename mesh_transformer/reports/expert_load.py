@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Load of each expert over a run, read from its metrics, as numbers and as one heat map per logged layer."""
+"""Load of each expert during a run, as numbers and as one heat map per logged layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def read_loads(train: Sequence[Mapping[str, Any]]) -> list[list[list[float | Non
 
 
 def draw_loads(train: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a heat map per layer. Layers are separate because expert i of one layer is unrelated to that of another."""
+    """Return a heat map per layer. Layers are separate because expert i of one layer is unrelated to expert i of another."""
     loads = read_loads(train)
     steps = [line["step"] for line in train]
     names = LAYER_NAMES.get(len(loads), ())

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """report.html of a run: one self-contained page made from metrics.jsonl, config.toml and the evaluation results.
 
-All text that comes from the run is escaped. See page.py for the shell and metrics_table.py for the logged values.
+All text that comes from the run is escaped. See page.py for the page's template and metrics_table.py for the logged values.
 """
 
 import math
@@ -31,10 +31,10 @@ from mesh_transformer.storage.atomic_files import replace_file
 
 MAX_EVENTS = 200  # in the list of events
 MAX_ROWS = 20  # of the table of numbers
-RAW_POINTS = 500  # drawn of a series; a plot is about 570 units wide
-SMOOTH_POINTS = 200
-MIN_POINTS = 50  # of a series that is drawn smoothed as well
-VALIDATION_STYLES = STYLES[1:]  # the first one is the training loss
+RAW_POINTS = 500  # maximum points of a series; a plot is about 570 units wide
+SMOOTH_POINTS = 200  # maximum points of a smoothed series
+MIN_POINTS = 50  # a series with fewer points is not smoothed
+VALIDATION_STYLES = STYLES[1:]  # the first style is for the training loss
 Line = Mapping[str, Any]
 
 
@@ -48,7 +48,7 @@ class Log(NamedTuple):
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html into the run folder atomically and return its path; MetricsError for damaged metrics."""
+    """Write report.html into the run folder atomically and return its path; raise MetricsError for damaged metrics."""
     lines = read_metrics(run_dir / FILE)
     config = run_dir / "config.toml"
     text = config.read_text(encoding="utf-8") if config.exists() else ""
@@ -95,7 +95,7 @@ class Tile(NamedTuple):
 
 def _headline(log: Log) -> str:
     if not log.train:
-        return "<p>no step yet</p>"
+        return "<p>no training step logged yet</p>"
     last = log.train[-1]
     parameters = [number for line in log.lines if (number := _number(line, "parameters")) is not None]
     tiles = [Tile("step", f"{last['step']:,}")]
@@ -106,7 +106,11 @@ def _headline(log: Log) -> str:
     tiles.append(Tile("time", format_time(active_seconds(log.lines)[-1]), "without interruptions"))
     if loads := [expert for layer in read_loads(log.train) for expert in layer]:
         idle = sum(all(not load for load in expert) for expert in loads)
-        tiles.append(Tile("experts never used", f"{idle} of {len(loads)}", "in the plotted layers, at any logged step"))
+        tiles.append(
+            Tile(
+                "unused experts", f"{idle} of {len(loads)}", "without a token at any logged step, in the plotted layers"
+            )
+        )
     shown = (
         f"<div><dt>{escape(tile.label)}</dt><dd>{tile.value}</dd>"
         f"{f'<dd class=more>{tile.note}</dd>' if tile.note else ''}</div>"
@@ -162,7 +166,7 @@ def _validation_scores(validation: list[Line]) -> str:
 
 
 def _plots(log: Log) -> dict[str, list[str]]:
-    """Return the figures of each group."""
+    """Return the figures of each group by the group's heading."""
     skipped = sorted({line["step"] for line in log.events if line.get("event") == "skipped"})
     groups = {"Loss": _loss_plots(log, skipped), OPTIMIZATION: [], SPEED: [], EXPERTS: []}
     for metric in TRAIN_METRICS:
@@ -209,7 +213,7 @@ def _layer_norm_plots(train: list[Line]) -> list[str]:
 
 
 def _series(name: str, points: Points, *, log: bool = False) -> list[Series]:
-    """Return a line as measured and, if it has many points, smoothed on top of it."""
+    """Return the measured series and, if it has many points, a smoothed copy to draw on top."""
     if len(points) < MIN_POINTS:
         return [Series(name, downsample(points, RAW_POINTS), "main")]
     smoothed = downsample(smooth(points, log=log), SMOOTH_POINTS)
@@ -227,13 +231,13 @@ def _event_list(events: list[Line]) -> str:
         f"<tr><td>{line['step']:,}<td>{escape(str(line.get('event', '')))}<td>{escape(str(line.get('text', '')))}"
         for line in events
     ]
-    note = f"<p>the last {MAX_EVENTS} of {len(rows):,}</p>" if len(rows) > MAX_EVENTS else ""
+    note = f"<p>the last {MAX_EVENTS} of {len(rows):,} events</p>" if len(rows) > MAX_EVENTS else ""
     table = f"<table><tr><th>step<th>event<th>text{''.join(rows[-MAX_EVENTS:])}</table>"
     return make_details("events", note + table, is_open=any(line.get("event") == "save failed" for line in events))
 
 
 def _number_table(train: list[Line]) -> str:
-    """Return the curves as a table of about MAX_ROWS steps, the last one among them."""
+    """Return the plotted values as a table of about MAX_ROWS steps that includes the last step."""
     names = [
         metric.name
         for metric in TRAIN_METRICS
@@ -255,7 +259,7 @@ def _metric_reference() -> str:
 
 
 def _number(line: Line, name: str, item: int | None = None) -> float | None:
-    """Return a value, or an item of a list, if it can be drawn, else None."""
+    """Return a value, or item `item` of a list, if it can be drawn, else None."""
     value = line.get(name)
     if item is not None:
         value = value[item] if isinstance(value, list) and item < len(value) else None

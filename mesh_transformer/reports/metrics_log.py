@@ -36,7 +36,7 @@ SYNC_SECONDS = 30.0  # a power failure loses at most the lines of this time; a c
 
 
 class MetricsError(ValueError):
-    """A metrics.jsonl of another program, or one damaged before its last line."""
+    """Error for a metrics.jsonl of another program, or with damage before its last line."""
 
 
 class MetricsLog:
@@ -89,7 +89,9 @@ class MetricsLog:
         except OSError as lost:
             if kind is None:
                 raise
-            print(lost, file=sys.stderr, flush=True)  # the exception that ended the run is the one to raise
+            print(
+                f"{self.path}: the last lines may be missing: {lost}", file=sys.stderr, flush=True
+            )  # `error` is raised
 
     def _write(self, values: dict[str, Any]) -> None:
         if self._file is None:
@@ -106,8 +108,8 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return all lines of a metrics.jsonl under current names; an incomplete last line is ignored.
 
-    A missing file has no lines. Raises MetricsError, with file and line, for anything else that does not have the format
-    of this module's docstring.
+    The result is empty if the file does not exist. Raises MetricsError, with file and line, for a line that does not have
+    the format of this module's docstring.
     """
     return [_translate(line) for _, line in _read_lines(path)]
 
@@ -132,7 +134,10 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except (ValueError, KeyError, TypeError):
             is_valid = False
         if not is_valid:
-            raise MetricsError(f"{path}:{number}: not a metrics line: {raw[:60]!r}; remove the line, or the file")
+            raise MetricsError(
+                f'{path}:{number}: not a metrics line, a JSON object with "step" and "kind": {raw[:60]!r}; remove the line, '
+                "or move the file out of the run folder"
+            )
         lines.append((raw + b"\n", line))
     return lines
 
@@ -149,7 +154,7 @@ def _truncate_after(path: Path, step: int) -> None:
 
 
 def _to_json(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a line with plain Python numbers; those that are not finite are null and listed in "not_finite"."""
+    """Return a line with plain Python numbers; non-finite numbers become null and are listed in "not_finite"."""
     plain = {}
     not_finite = {}
     for name, value in line.items():

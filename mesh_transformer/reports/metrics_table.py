@@ -34,10 +34,10 @@ class Metric(NamedTuple):
     unit: str
     meaning: str
     label: str = ""  # display name; required by `value_format`
-    value_format: str = ""  # display format; values with one are printed on the console
+    value_format: str = ""  # display format; a metric with a format is printed on the console
     plot: Plot | None = None
-    optional: bool = False  # not logged by every run: no empty plot, and no tile for a zero
-    headline: bool = False  # its last value is a tile at the top of the report
+    optional: bool = False  # not logged by every run; without values it has no plot, and a zero has no tile
+    headline: bool = False  # the report shows its last value in a tile at the top
     old_name: str = ""  # its name in files of version 1.0
 
 
@@ -69,7 +69,7 @@ TRAIN_METRICS = (
     ),
     Metric("skipped", "steps", "steps skipped since the start of the run", "skipped", "{:,}", optional=True, headline=True),
     Metric(
-        "consecutive_skips", "steps", "steps skipped in a row up to this one; checked by the run, not written",
+        "consecutive_skips", "steps", "consecutive skipped steps up to this one; checked by the run, not written",
         old_name="skipped_in_a_row",
     ),
     Metric("step_ms", "milliseconds", "mean time of a step since the last line"),
@@ -123,12 +123,12 @@ NEW_NAMES = {metric.old_name: metric.name for metric in TRAIN_METRICS if metric.
 
 
 def representative_layers(n_layers: int) -> list[int]:
-    """Return up to four layers, evenly spaced from the first to the last: those whose own values are logged."""
+    """Return the indices of the layers whose values are logged: up to four, evenly spaced from first to last."""
     return sorted({0, n_layers // 3, 2 * n_layers // 3, n_layers - 1})
 
 
 def translate_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values under their current names, given those of any version."""
+    """Return values under their current names, given names of any version."""
     return {NEW_NAMES.get(name, name): value for name, value in values.items()}
 
 

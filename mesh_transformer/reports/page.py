@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""HTML template of all report pages: one self-contained file, whose only script is report.js."""
+"""HTML template of all report pages; a page is one self-contained file, whose only script is report.js."""
 
 import base64
 import hashlib
@@ -38,12 +38,12 @@ def make_html_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, s
 
 
 def make_details(summary: str, body: str, *, is_open: bool = False) -> str:
-    """Return a section that opens on a click."""
+    """Return a collapsible section; `body` is HTML, and the summary is escaped."""
     return f"<details{' open' if is_open else ''}><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def make_plots(plots: Sequence[str], heading: str = "") -> str:
-    """Return a grid of figures under a heading; nothing without figures."""
+    """Return a grid of figures under a heading, or "" without figures."""
     if not plots:
         return ""
     title = f"<h2>{escape(heading)}</h2>" if heading else ""

@@ -1,4 +1,4 @@
-// Switches the theme, and shows the values of a plot under the pointer.
+// Theme switch, and display of the values of a plot at the pointer.
 
 const root = document.documentElement;
 const requestedTheme = new URLSearchParams(location.search).get('theme');
@@ -13,7 +13,7 @@ document.getElementById('theme').onclick = () => {
   root.dataset.theme = isDark() ? 'light' : 'dark';
 };
 
-// The left and right end of the x axis and the width of a plot: svg.py FRAME.
+// Left and right end of the x axis, and width of a plot, as in FRAME of svg.py.
 const [left, right, width] = [58, 626, 640];
 
 function nearest(points, x) {

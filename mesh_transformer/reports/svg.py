@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""SVG for HTML pages: line plots, heat maps, and the elements, axes and grids that other pictures are made of.
+"""SVG for HTML pages: line plots, heat maps, and the elements, axes and grids of other figures.
 
 Plots are readable in light and dark themes. Their colors come from the classes of page.css, and values under the pointer
 are shown by report.js.
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-HEAT_COLUMNS = 80  # largest size of a heat map; longer data is averaged
+HEAT_COLUMNS = 80  # maximum columns and rows of a heat map; larger data is averaged
 HEAT_ROWS = 32
-MAX_HEAT_LEVEL = 8  # in quarters of a doubling: a fourth and four times
+MAX_HEAT_LEVEL = 8  # in quarters of a doubling: four times an even load, or a quarter of it
 HEAT_LEGEND = (
     (-MAX_HEAT_LEVEL, "none, or a quarter"),
     (-MAX_HEAT_LEVEL // 2, "half"),
@@ -24,14 +24,14 @@ HEAT_LEGEND = (
 )
 STYLES = ("main", "accent", "second", "third", "fourth")  # CSS classes, one color each
 DASHES = ("", " dashed", " dotted")  # for more lines than there are colors
-MAX_POINTS = 1200  # of a series; longer ones are downsampled
+MAX_POINTS = 1200  # maximum points of a series; longer series are downsampled
 
 Point = tuple[float, float | None]
 Points = Sequence[Point]
 
 
 class Series(NamedTuple):
-    """Points of one line, x increasing. Values that are None or not finite are gaps."""
+    """Points of one line, in order of x; None and values that are not finite are gaps."""
 
     name: str
     points: Points
@@ -89,7 +89,7 @@ FRAME = Frame(width=640, height=260, left=58, right=14, top=12, bottom=34)  # re
 def element(tag: str, content: str = "", *, style: str = "", **attributes: Any) -> str:
     """Return an SVG element. `style` is its CSS class; an underscore in an attribute's name stands for a hyphen.
 
-    Floats are written with one decimal. `content` is inserted as it is: escape text first.
+    Floats are written with one decimal. `content` is inserted unescaped: escape text first.
     """
     named = {"class": style} if style else {}
     named |= {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
@@ -113,7 +113,7 @@ def rect(x: float, y: float, width: float, height: float, *, style: str, opacity
 
 
 def image(width: float, height: float, body: str, *, label: str = "") -> str:
-    """Return an inline picture of a fixed size."""
+    """Return an inline SVG image of a fixed size."""
     return element("svg", body, role="img", **({"aria_label": label} if label else {}), width=width, height=height)
 
 
@@ -139,14 +139,14 @@ def plot(
         return _figure(title, subtitle, '<p class="nothing">nothing recorded</p>')
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points if y is not None]
-    across = _fitted_axis(xs, log=log_x)
-    up = make_axis(min(ys), max(ys), log=log)
-    body = [draw_grid(FRAME, across, up), *(_draw_mark(x, across) for x in marks if across.low <= x <= across.high)]
-    body += [_draw_series(one, across, up) for one in drawn]
+    x_axis = _fitted_axis(xs, log=log_x)
+    y_axis = make_axis(min(ys), max(ys), log=log)
+    body = [draw_grid(FRAME, x_axis, y_axis), *(_draw_mark(x, x_axis) for x in marks if x_axis.low <= x <= x_axis.high)]
+    body += [_draw_series(one, x_axis, y_axis) for one in drawn]
     body.append(element("line", style="pointer", y1=FRAME.top, y2=FRAME.y_end, x1="-9", x2="-9"))
     first, last = drawn[0].points[0][1], drawn[0].points[-1][1]
     label = f"{title}, {subtitle}: from {format_number(first)} to {format_number(last)}"
-    data = "" if log_x else f"data-plot='{escape(json.dumps(_pointer_data(drawn, across)), quote=True)}'"
+    data = "" if log_x else f"data-plot='{escape(json.dumps(_pointer_data(drawn, x_axis)), quote=True)}'"
     keys = dict.fromkeys((one.style, one.name) for one in drawn)
     legend = "".join(f'<span class="key {style}">{escape(name)}</span>' for style, name in keys)
     return _figure(
@@ -162,10 +162,10 @@ def _figure(title: str, subtitle: str, body: str) -> str:
     return f'<figure class="plot">{caption}{body}</figure>'
 
 
-def _pointer_data(drawn: Sequence[Series], across: Axis) -> dict[str, Any]:
+def _pointer_data(drawn: Sequence[Series], x_axis: Axis) -> dict[str, Any]:
     """Return the points as report.js needs them to show values under the pointer."""
     return {
-        "x": [across.low, across.high],
+        "x": [x_axis.low, x_axis.high],
         "series": [
             {"name": one.name, "points": [[x, round(float(y), 6)] for x, y in one.points if y is not None]}
             for one in drawn
@@ -174,7 +174,7 @@ def _pointer_data(drawn: Sequence[Series], across: Axis) -> dict[str, Any]:
 
 
 def drawable(value: Any) -> float | None:
-    """Return a value as a number that an axis can hold; None for anything else, such as infinity. Denormals are 0."""
+    """Return a value as a number that can be drawn; None for any other value, such as infinity. Below 1e-60 it is 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e60:
         return None
     return value if abs(value) > 1e-60 else 0
@@ -185,7 +185,7 @@ def heat_map(
 ) -> str:
     """Return a figure of multiples of an even load: one line per item of `rows`, with a value at each of `steps`.
 
-    Colors show the ratio in quarters of a doubling, up to MAX_HEAT_LEVEL of them; zero is the lowest level. Many steps and
+    Colors show the ratio in quarters of a doubling, at most MAX_HEAT_LEVEL of them; zero has the lowest level. Many steps and
     many rows are averaged.
     """
     cells = [_average_cells(rows, first, len(steps)) for first in _bin_starts(len(rows), HEAT_ROWS)]
@@ -217,7 +217,7 @@ def heat_map(
 
 
 def _draw_levels(cells: Sequence[Sequence[float | None]], width: float, height: float) -> list[str]:
-    """Return one path for all cells of a level; even and unknown cells stay blank."""
+    """Return one path per level with all of its cells; even and missing values stay blank."""
     levels: dict[int, list[str]] = {}
     for i, line in enumerate(cells):
         for j, value in enumerate(line):
@@ -313,50 +313,50 @@ def format_ticks(ticks: Sequence[float]) -> list[str]:
     return labels
 
 
-def draw_grid(frame: Frame, across: Axis, up: Axis) -> str:
+def draw_grid(frame: Frame, x_axis: Axis, y_axis: Axis) -> str:
     """Return the horizontal grid lines and the tick labels of both axes."""
     parts = []
-    for tick, label in zip(up.ticks, format_ticks(up.ticks), strict=True):
-        y = frame.y(up, tick)
+    for tick, label in zip(y_axis.ticks, format_ticks(y_axis.ticks), strict=True):
+        y = frame.y(y_axis, tick)
         parts.append(element("line", style="grid", x1=frame.left, x2=frame.x_end, y1=y, y2=y))
         parts.append(text(frame.left - 7, y + 4, label, style="axis", anchor="end"))
-    return "".join(parts) + _draw_x_ticks(frame, across)
+    return "".join(parts) + _draw_x_ticks(frame, x_axis)
 
 
-def _draw_x_ticks(frame: Frame, across: Axis) -> str:
+def _draw_x_ticks(frame: Frame, x_axis: Axis) -> str:
     parts = []
-    for tick, label in zip(across.ticks, format_ticks(across.ticks), strict=True):
-        if across.low <= tick <= across.high:
-            x = frame.x(across, tick)
+    for tick, label in zip(x_axis.ticks, format_ticks(x_axis.ticks), strict=True):
+        if x_axis.low <= tick <= x_axis.high:
+            x = frame.x(x_axis, tick)
             anchor = "end" if x > frame.x_end - 16 else "middle"
             parts.append(text(x, frame.y_end + 18, label, style="axis", anchor=anchor))
     return "".join(parts)
 
 
-def _draw_mark(value: float, across: Axis) -> str:
-    x = FRAME.x(across, value)
+def _draw_mark(value: float, x_axis: Axis) -> str:
+    x = FRAME.x(x_axis, value)
     return element("line", style="mark", x1=x, x2=x, y1=FRAME.top, y2=FRAME.y_end)
 
 
-def _draw_series(one: Series, across: Axis, up: Axis) -> str:
+def _draw_series(series: Series, x_axis: Axis, y_axis: Axis) -> str:
     path = []
     dots = []
     command = "M"
-    for x, y in one.points:
+    for x, y in series.points:
         if y is None:
             command = "M"
             continue
-        px = FRAME.x(across, x)
-        py = FRAME.y(up, y)
+        px = FRAME.x(x_axis, x)
+        py = FRAME.y(y_axis, y)
         path.append(f"{command}{px:.1f} {py:.1f}")
         command = "L"
-        if one.markers or len(one.points) == 1:
-            dots.append(element("circle", style=one.style, cx=px, cy=py, r=3.2))
-    return f'<path class="{one.style}" d="{"".join(path)}"/>{"".join(dots)}'
+        if series.markers or len(series.points) == 1:
+            dots.append(element("circle", style=series.style, cx=px, cy=py, r=3.2))
+    return f'<path class="{series.style}" d="{"".join(path)}"/>{"".join(dots)}'
 
 
 def _drop_unusable(points: Points, *, positive: bool) -> list[Point]:
-    """Return points with None for what cannot be drawn, without those at both ends."""
+    """Return points with None for values that cannot be drawn; these are dropped at both ends."""
 
     def is_usable(y: float | None) -> bool:
         return y is not None and math.isfinite(y) and (y > 0 or not positive)
@@ -370,7 +370,7 @@ def _drop_unusable(points: Points, *, positive: bool) -> list[Point]:
 
 
 def downsample(points: Points, count: int) -> list[Point]:
-    """Return about `count` points: the lowest and highest of each bin, gaps, and both ends."""
+    """Return about `count` points: the lowest and highest of each bin, gaps, and the first and last point."""
     if len(points) <= count:
         return list(points)
     bin_size = math.ceil(2 * len(points) / count)

@@ -15,19 +15,19 @@ from typing import Any, NamedTuple
 from mesh_transformer.config import ConfigError, TrackConfig
 from mesh_transformer.storage.atomic_files import replace_file
 
-QUEUE_LINES = 1000  # lines that may wait for a slow tracker; further ones are dropped
-CLOSE_SECONDS = 10.0  # time a tracker has to finish at the end of a run
+QUEUE_LINES = 1000  # maximum number of lines that wait for a slow tracker; further lines are dropped
+CLOSE_SECONDS = 10.0  # time limit for a tracker to finish at the end of a run
 
 
 class Sink(NamedTuple):
-    """Functions of a started tracker."""
+    """Functions that write to and close a started tracker."""
 
     write: Callable[[dict[str, Any]], object]
     close: Callable[[], object]
 
 
 class Tracker:
-    """A background thread that starts a tracker and feeds it, so that a slow or failing one does not affect training."""
+    """Background thread that starts a tracker and sends it lines, so that a slow or failing tracker cannot affect training."""
 
     def __init__(self, name: str, start: Callable[[], Sink]):
         self.name = name
@@ -55,9 +55,11 @@ class Tracker:
                 continue
         self._thread.join(max(deadline - time.monotonic(), 0.0))
         if self._thread.is_alive():
-            self._warn(f"did not finish within {seconds:g} s; metrics.jsonl has the lines that were not sent")
+            self._warn(
+                f"did not finish within {seconds:g} s, so its last lines were not sent; metrics.jsonl has all lines"
+            )
         elif self.dropped:
-            self._warn(f"was too slow: {self.dropped} lines were dropped; metrics.jsonl has them")
+            self._warn(f"was too slow, so {self.dropped} lines were not sent; metrics.jsonl has all lines")
 
     def _run(self, start: Callable[[], Sink]) -> None:
         try:
@@ -66,7 +68,9 @@ class Tracker:
                 sink.write(line)
             sink.close()
         except Exception as error:
-            self._warn(f"failed and is disabled for the rest of the run: {type(error).__name__}: {error}")
+            self._warn(
+                f"failed and is disabled for the rest of the run ({type(error).__name__}: {error}); metrics.jsonl has all lines"
+            )
 
     def _warn(self, text: str) -> None:
         print(f"{self.name} {text}", file=sys.stderr, flush=True)
@@ -109,7 +113,9 @@ def _find_wandb(run_dir: Path, project: str, config: Mapping[str, Any]) -> Calla
     try:
         wandb = importlib.import_module("wandb")  # dynamic, so that type checking does not need it installed
     except ImportError as error:
-        raise ConfigError(f"track.wandb_project needs wandb: pip install 'mesh-transformer[track]' ({error})") from None
+        raise ConfigError(
+            f"track.wandb_project = \"{project}\" needs wandb: pip install 'mesh-transformer[track]' ({error})"
+        ) from None
 
     def start() -> Sink:
         run = wandb.init(
@@ -120,14 +126,14 @@ def _find_wandb(run_dir: Path, project: str, config: Mapping[str, Any]) -> Calla
             id=_wandb_id(run_dir),
             resume="allow",
         )
-        # The step is sent as a value: a resumed run may log a step twice, which wandb's own counter would drop.
+        # The step is sent as a value: a resumed run may log a step twice, and wandb's step counter would drop the second.
         return Sink(lambda line: run.log({**_scalars(line), "step": line["step"]}), run.finish)
 
     return start
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """Return the id under which resumed attempts continue the same wandb run; created once."""
+    """Return the id of the wandb run, created once and stored in the run folder, so that a resumed run continues it."""
     path = run_dir / "wandb_id"
     if not path.exists():
         replace_file(path, uuid.uuid4().hex.encode())

@@ -374,7 +374,7 @@ def test_results_of_several_evaluations_are_merged(tmp_path):
     assert tasks.rows == [["a", "acc", "0.5", "", "", "0"], ["b", "acc", "0.25", "0.1", "8", "0"]]
     assert published.rows == [["this model", "0.5", "0.25", ""], ["m", "0.6", "0.7", "s"]]
     (tmp_path / "evaluation_4.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"evaluation_4\.json: not evaluation results"):
+    with pytest.raises(ValueError, match=r'evaluation_4\.json: no table "results"'):
         read_evaluations(tmp_path)
 
 

@@ -230,7 +230,7 @@ def test_every_validation_set_has_a_curve_and_its_latest_score():
 
 
 def test_missing_and_damaged_metrics(tmp_path):
-    assert "no step yet" in write_report(tmp_path).read_text()
+    assert "no training step logged yet" in write_report(tmp_path).read_text()
     (tmp_path / FILE).write_text("nonsense\n")
     before = (tmp_path / "report.html").read_bytes()
     with pytest.raises(MetricsError, match=r"metrics\.jsonl:1"):
