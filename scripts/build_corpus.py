@@ -4,7 +4,7 @@
 
 If the build was interrupted, run the same command again to resume. After a change of the recipe, only the stages that
 depend on the change run again. The output folder contains documents/ (text by split and component), tokens/ (shards for
-device_train.py), work/ (stages, with the documents that they dropped), datasheet.html and .json, and manifest.json with
+device_train.py), work/ (results of the stages, and the dropped documents), datasheet.html and .json, and manifest.json with
 the digests of all files, which exists only if the corpus is complete.
 
 examples:
@@ -66,8 +66,10 @@ def main(arguments: list[str]) -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("corpus", type=Path, metavar="CORPUS.toml", help="the recipe, see configs/corpus")
-    parser.add_argument("out", type=Path, metavar="OUT", help="output folder, also of an interrupted build")
+    parser.add_argument("corpus", type=Path, metavar="CORPUS.toml", help="recipe, as in configs/corpus")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="output folder; that of an interrupted build to resume it"
+    )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="number of parallel workers; default: %(default)s"
     )
@@ -85,7 +87,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: must be at least 1")
     if options.ray and options.slurm:
-        raise ConfigError("--ray and --slurm exclude each other; choose one")
+        raise ConfigError(f"--ray {options.ray} and --slurm {options.slurm} exclude each other; pass one of them")
     if wrong := [one for one in options.slurm_option if "=" not in one or one.startswith("-")]:
         raise ConfigError(f"--slurm-option {wrong[0]!r}: expected KEY=VALUE, for example account=us")
     return options
@@ -97,7 +99,7 @@ def describe(corpus: "Corpus", out: Path, seconds: float) -> str:
     train = sum(record["splits"]["train"]["bytes"] for record in corpus.selected)
     tokens = sum(record["train"]["copied_tokens"] for record in corpus.tokenized)
     lines = [
-        f"component {name}: no files, left out; origin: {corpus.recipe.components[name].origin}"
+        f"component {name}: no files, skipped; origin: {corpus.recipe.components[name].origin or 'not given'}"
         for name in corpus.missing
     ]
     lines += [

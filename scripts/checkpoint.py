@@ -6,11 +6,11 @@ examples:
   python scripts/checkpoint.py inspect runs/quickstart
       step, parameters, arrays, configuration and metrics of the latest checkpoint of a run
   python scripts/checkpoint.py verify runs/quickstart/checkpoints/step_1000
-      read every byte; one line per problem, exit status 1 if there is any
+      read every byte; print one line per problem, and exit with 1 if there is any
   python scripts/checkpoint.py diff runs/a runs/b --json
-      names, shapes, dtypes and values, compared a slice at a time
+      compare names, shapes, dtypes and values, a slice at a time
   python scripts/checkpoint.py inspect s3://bucket/run
-      paths may be s3://bucket/path or gs://bucket/path (pip install 'mesh-transformer[remote]')
+      paths can be s3://bucket/path or gs://bucket/path (pip install 'mesh-transformer[remote]')
 
 exit status: 0 success (diff: also if they differ), 1 failed or damaged, 2 usage error
 """
@@ -30,7 +30,7 @@ from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ConfigError
 from mesh_transformer.convert.model_cache import find_model
 
-BLOCK_BYTES = 32_000_000  # compared at a time, per checkpoint
+BLOCK_BYTES = 32_000_000  # bytes of each checkpoint that are compared at once
 SUMMARY = (  # configuration fields that inspect prints
     "preset",
     "n_layers",
@@ -48,16 +48,18 @@ SUMMARY = (  # configuration fields that inspect prints
 def main(arguments: list[str]) -> int:
     """Run the command line."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("action", choices=("inspect", "verify", "diff"))
+    parser.add_argument("action", choices=("inspect", "verify", "diff"), help="operation, as in the examples")
     parser.add_argument(
-        "path", metavar="PATH", nargs="+", help="a run folder, a folder of checkpoints, or a folder step_<N>"
+        "path", metavar="PATH", nargs="+", help="run folder, folder of checkpoints, or folder step_<N>; two for diff"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     expected = 2 if options.action == "diff" else 1
     if len(options.path) != expected:
         arguments_needed = "2 PATH arguments" if expected == 2 else "1 PATH argument"
-        raise ConfigError(f"{options.action} takes {arguments_needed}, got {len(options.path)}")
+        raise ConfigError(
+            f"{options.action} takes {arguments_needed}, got {len(options.path)}: {' '.join(options.path)}; see --help"
+        )
     found = [find_model(path) for path in options.path]
     if options.action == "verify":
         store, step = found[0]
@@ -142,13 +144,15 @@ def format_description(result: Mapping[str, Any]) -> str:
 
 
 def compare(store: Store, step: int, other_store: Store, other_step: int) -> dict[str, Any]:
-    """Return the names that only one checkpoint has, and how shapes, dtypes and values of the common arrays differ."""
+    """Return the names that only one checkpoint has, and the differences of the shapes, dtypes and values of common arrays."""
     left, right = store.open_arrays(step), other_store.open_arrays(other_step)
     arrays: dict[str, Any] = {}
     for name in sorted(left.keys() & right.keys()):
         kinds = [f"{side.record.dtype}{list(side.shape)}" for side in (left[name], right[name])]
         arrays[name] = {"equal": False, "left": kinds[0], "right": kinds[1]} if kinds[0] != kinds[1] else {}
-        if left[name].shape == right[name].shape:  # different dtypes are compared as float64, which is exact for both
+        if (
+            left[name].shape == right[name].shape
+        ):  # arrays of different dtypes are compared as float64, which is exact for both
             common_dtype = np.float64 if arrays[name] else None
             blocks = (
                 tuple(np.asarray(side.read(index), common_dtype) for side in (left[name], right[name]))

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare training runs: a page of losses against tokens, FLOPs and time, a table, and a scaling law.
 
-Each argument is a run folder. FLOPs are the model's own training FLOPs, counted from its training step. The law
+Each argument is a run folder. FLOPs are the training FLOPs without recomputation, counted from the training step. The law
 L = a C^-b + c is fitted to the last losses of four or more runs, one point per run (validation losses, if all runs have a
-validation set of the same name). It is also fitted to each run's own curve, which describes that run's progress but does not
-compare sizes.
+validation set of the same name). It is also fitted to the curve of each run, which describes the progress of that run but does
+not compare sizes.
 
 examples:
   python scripts/compare_runs.py runs/small runs/medium runs/large runs/xl
@@ -45,11 +45,9 @@ from mesh_transformer.train.state import describe_state
 from mesh_transformer.train.step import make_train_step
 
 COLORS = ("#3056d3", "#d1495b", "#0f8b6d", "#b7791f", "#7b4fb5", "#00838f", "#ad1457", "#546e7a")
-CURVES = (
-    "b and c of a run's own curve are fitted to its training loss: they describe its progress, not how sizes compare"
-)
-LAST_STEPS = 20  # logged steps whose median is the last training loss
-MAX_POINTS = 300  # of a curve
+CURVES = "The b and c of a curve are fitted to the training loss of one run; they describe its progress and do not compare sizes."
+LAST_STEPS = 20  # number of logged steps; their median is the last training loss
+MAX_POINTS = 300  # maximum points of a curve
 AXES = (  # title, attribute of History, unit, logarithmic
     ("Loss against tokens", "tokens", "nats per token, smoothed", True),
     ("Loss against FLOPs", "flops", "nats per token, smoothed", True),
@@ -58,7 +56,7 @@ AXES = (  # title, attribute of History, unit, logarithmic
 
 
 class Scores(NamedTuple):
-    """Results on one validation set, a value for each evaluation."""
+    """Results on one validation set; each list has a value per evaluation."""
 
     tokens: list[float]
     losses: list[float]
@@ -66,7 +64,7 @@ class Scores(NamedTuple):
 
 
 class History(NamedTuple):
-    """Metrics of a run, a value for each logged step."""
+    """Metrics of a run; each list has a value per logged step."""
 
     name: str
     parameters: float
@@ -74,21 +72,21 @@ class History(NamedTuple):
     flops: list[float]
     seconds: list[float]
     losses: list[float]
-    held_out: dict[str, Scores]  # by validation set
-    results: dict[str, float]  # of its latest evaluation
+    held_out: dict[str, Scores]  # validation set -> its results
+    results: dict[str, float]  # "TASK.METRIC" -> value in the latest evaluation
 
     @property
     def last_loss(self) -> float:
-        """Training loss at the end of the run: a median, less noisy than the last step."""
+        """Training loss at the end of the run: the median of the last logged steps."""
         return statistics.median(self.losses[-LAST_STEPS:])
 
 
 class Comparison(NamedTuple):
-    """Everything that is printed and drawn."""
+    """Histories, fits and table of the compared runs."""
 
     histories: Sequence[History]
-    fits: Sequence[Fit | None]  # of each run's own curve
-    law: Fit | None  # over the runs
+    fits: Sequence[Fit | None]  # law of the curve of each run
+    law: Fit | None  # law of the last losses of all runs
     points: list[tuple[float, float]]  # FLOPs and last loss of each run
     headings: list[str]
     rows: list[list[str]]
@@ -126,10 +124,12 @@ def compare(histories: Sequence[History]) -> Comparison:
 
 
 def read_history(run: Path, name: str) -> History:
-    """Read a run from its metrics.jsonl and config.toml; ConfigError if it has no training steps."""
+    """Return a run's history from metrics.jsonl and config.toml; raise ConfigError if it has no training steps."""
     lines = read_metrics(run / FILE)
     if not any(line["kind"] == "train" for line in lines) or not (run / "config.toml").is_file():
-        raise ConfigError(f"{run}: not a trained run; a run folder has config.toml and {FILE} with training steps")
+        raise ConfigError(
+            f"{run}: not a trained run: config.toml, and {FILE} with training steps, are required; pass the folder of a run"
+        )
     config = load_config(run / "config.toml")
     per_sequence = flops_per_sequence(config)
     seq_len = config.model.seq_len
@@ -166,7 +166,7 @@ def flops_per_sequence(config: Config) -> float:
 def fit_across(histories: Sequence[History]) -> tuple[Fit | None, list[tuple[float, float]]]:
     """Return the law over the runs, and each run's point (FLOPs, last loss).
 
-    The loss is that of the validation set that all runs have, or else the training loss.
+    The loss is on the first validation set that all runs have; without one it is the training loss.
     """
     common = set.intersection(*(set(history.held_out) for history in histories))
     name = min(common, default=None)
@@ -218,7 +218,7 @@ def make_table(histories: Sequence[History], fits: Sequence[Fit | None]) -> tupl
                 *(f"{history.results[key]:.4g}" if key in history.results else "" for key in shown),
             ]
         )  # fmt: skip
-    headings.append("own curve's b, c")
+    headings.append("b, c of the curve")
     for row, fit in zip(rows, fits, strict=True):
         row.append("" if fit is None else f"{fit.b:.3f} ± {fit.errors[1]:.2g}, {fit.c:.3f} ± {fit.errors[2]:.2g}")
     return headings, rows
@@ -274,7 +274,7 @@ def _law_plot(comparison: Comparison, law: Fit) -> str:
     compute = [x for x, _ in comparison.points]
     grid = np.geomspace(min(compute), 4 * max(compute), 60)
     series = [
-        Series("the law, to four times the FLOPs", [(float(x), law(float(x))) for x in grid], "main dashed"),
+        Series("scaling law, to four times the FLOPs", [(float(x), law(float(x))) for x in grid], "main dashed"),
         *(
             Series(history.name, [point], _style(i))
             for i, (history, point) in enumerate(zip(comparison.histories, comparison.points, strict=True))
@@ -286,8 +286,8 @@ def _law_plot(comparison: Comparison, law: Fit) -> str:
 def _describe_law(comparison: Comparison) -> str:
     n_runs = len(comparison.rows)
     if comparison.law is not None:
-        return f"scaling law of the runs' last losses, C in FLOPs: {comparison.law}"
-    reason = f"{n_runs} run(s) given, at least 4 are needed" if n_runs < 4 else "losses do not fall with compute"
+        return f"scaling law of the last losses, C in FLOPs: {comparison.law}"
+    reason = f"{n_runs} run(s) given, at least 4 are needed" if n_runs < 4 else "the losses do not fall with the FLOPs"
     return f"no scaling law: {reason}"
 
 
@@ -296,7 +296,7 @@ def _style(number: int) -> str:
 
 
 def _short_names(runs: Sequence[Path]) -> list[str]:
-    """Return the last parts of the paths, or the paths if those are not distinct."""
+    """Return the folder names of the runs, or their paths if two runs have the same folder name."""
     names = [run.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 

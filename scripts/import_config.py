@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translate a configuration of mesh-transformer-jax (JSON), GPT-Neo (JSON) or GPT-NeoX (YAML) to TOML.
 
-The TOML is printed to stdout (or written to --output). A table on stderr says what happened to every key, which keys have
-a different meaning here (DANGEROUS) and which are unknown; then it gives the effective batch and the final learning rate.
+The TOML is printed to stdout (or written to --output). A table on stderr lists the treatment of every key, which keys have
+a different meaning here (DANGEROUS) and which are unknown (UNKNOWN), the effective batch and the final learning rate.
 Several OLD files form one configuration.
 
 examples:
@@ -32,13 +32,15 @@ from mesh_transformer.config import ConfigError, config_to_toml, parse_config
 
 
 class Import:
-    """An old configuration, the table of the new one, and a note on every key."""
+    """Translation of an old configuration: its keys, the table of the new configuration, and a note on every key."""
 
     def __init__(
         self, old: Mapping[str, Any], rules: Mapping[str, keys.Rule], required: list[str], fixed: Mapping[str, str]
     ):
         if missing := [key for key in required if key not in old]:
-            raise ConfigError(f"these keys are missing: {', '.join(missing)}")
+            raise ConfigError(
+                f"these keys are missing: {', '.join(missing)}; add them, or pass the file that has them too"
+            )
         self.old = old
         self.table: dict[str, Any] = {}
         self.notes: dict[str, str] = {}
@@ -64,10 +66,12 @@ class Import:
         self.set(**{f"{section}.{name}": value for name, value in fields.items()})
 
     def pattern(self, key: str, n_layers: int) -> list[str]:
-        """Return the shortest repeating pattern of [[[kind, ...], times], ...]."""
+        """Return the shortest repeating pattern of the attention kinds in a key, [[[kind, ...], times], ...]."""
         kinds = [kind for group, times in self.old.get(key, [[["global"], n_layers]]) for kind in group * times]
         if len(kinds) != n_layers or set(kinds) - {"global", "local"}:
-            raise ConfigError(f'{key} = {self.old[key]} must give "global" or "local" for each of {n_layers} layers')
+            raise ConfigError(
+                f'{key} = {self.old[key]} lists {len(kinds)} layers; it must list "global" or "local" for each of {n_layers} layers'
+            )
         lengths = (n for n in range(1, n_layers + 1) if n_layers % n == 0)
         return next(kinds[:n] for n in lengths if kinds[:n] * (n_layers // n) == kinds)
 
@@ -75,7 +79,7 @@ class Import:
         """Return the value of a key, which must be a positive integer."""
         value = self.old.get(key, default)
         if value is None:
-            raise ConfigError(f"{key} is missing")
+            raise ConfigError(f"{key} is missing; set it to a positive integer")
         if type(value) is not int or value < 1:
             raise ConfigError(f"{key} = {json.dumps(value)} must be a positive integer")
         return value
@@ -87,7 +91,7 @@ def _source_name(text: str) -> str:
 
 
 def convert_mtj(new: Import, devices: int | None) -> None:
-    """Set what mesh-transformer-jax computes from several keys or hard-codes."""
+    """Set the fields that mesh-transformer-jax computes from several keys or hard-codes."""
     from mesh_transformer.convert.gptj.reader import NORMS, POSITIONS
 
     old = new.old
@@ -97,21 +101,23 @@ def convert_mtj(new: Import, devices: int | None) -> None:
     d_head = count("d_model") // count("n_heads")
     if pe not in POSITIONS or norm not in {*NORMS, "layernorm-desync"}:
         raise ConfigError(
-            f"norm = {norm!r} or pe = {pe!r} is not supported; norm: {', '.join(NORMS)}, layernorm-desync; "
-            f"pe: {', '.join(POSITIONS)}"
+            f"norm = {norm!r} or pe = {pe!r} is not supported; norm must be one of {', '.join(NORMS)}, layernorm-desync, and "
+            f"pe one of {', '.join(POSITIONS)}"
         )
     kind, bias = NORMS.get(norm, NORMS["layernorm"])
     new.update("model", **keys.MTJ_MODEL, positions=POSITIONS[pe], norm=kind, norm_bias=bias)
     if norm == "layernorm-desync":
         new.notes["norm"] = (
-            keys.DANGER + "each shard had its own norm; here all share one, so the weights cannot be imported"
+            keys.DANGER
+            + "each shard had a separate norm; here all shards share one norm, so the weights cannot be imported"
         )
     if pe == "rotary":
         dims = old.get("pe_rotary_dims", d_head)
         new.update("model", rope_dims=min(dims, d_head))
         if dims > d_head:
             new.notes["pe_rotary_dims"] = (
-                keys.DANGER + f"it was silently clamped to d_head = {d_head}; here it is set to that value"
+                keys.DANGER
+                + f"it was clamped without a message to d_head = {d_head}; model.rope_dims is set to that value"
             )
     elif "pe_rotary_dims" in old:
         del new.table["model"]["rope_dims"]
@@ -119,7 +125,10 @@ def convert_mtj(new: Import, devices: int | None) -> None:
     grad_accum_steps = count("gradient_accumulation_steps", 1)
     replicas, rest = divmod(devices or count("tpu_size"), count("cores_per_replica"))
     if rest or not replicas:
-        raise ConfigError("tpu_size (or --devices) is not a multiple of cores_per_replica; set --devices")
+        given = f"--devices {devices}" if devices else f"tpu_size = {count('tpu_size')}"
+        raise ConfigError(
+            f"{given} is not a multiple of cores_per_replica = {count('cores_per_replica')}; set --devices to one"
+        )
     new.update(
         "train", batch_size=grad_accum_steps * count("per_replica_batch") * replicas, grad_accum_steps=grad_accum_steps
     )
@@ -127,7 +136,7 @@ def convert_mtj(new: Import, devices: int | None) -> None:
     new.update("optimizer", schedule="gptj", beta1=0.9, beta2=0.999, eps=1e-8, clip_norm=1.0)
     new.update("checkpoint", keep_last=3)
     if old.get("ckpt_every") == 1:
-        new.notes["ckpt_every"] = keys.DANGER + "1 meant never; here it means every step"
+        new.notes["ckpt_every"] = keys.DANGER + "1 meant that no checkpoint was saved; here it means every step"
     new.update("data", tokenizer=keys.GPT2, shuffle=False)
     sets = old.get("val_set", {})
     for name, index in (sets if isinstance(sets, dict) else {"validation": sets}).items():
@@ -135,7 +144,7 @@ def convert_mtj(new: Import, devices: int | None) -> None:
 
 
 def convert_neo(new: Import, devices: int | None) -> None:
-    """Set what GPT-Neo computes from several keys or hard-codes."""
+    """Set the fields that GPT-Neo computes from several keys or hard-codes."""
     del devices
     old = new.old
     steps = new.count("train_steps")
@@ -143,7 +152,7 @@ def convert_neo(new: Import, devices: int | None) -> None:
     new.update("model", attention_pattern=new.pattern("attention_types", new.count("n_layer")), qkv_bias=False)
     new.update("model", attention_scale="rsqrt_d_head", dropout=max(rates.values()))
     if len(set(rates.values())) > 1:
-        note: str = keys.DANGER + "there were three rates and there is one here; the largest is used"
+        note: str = keys.DANGER + "GPT-Neo had three rates, and model.dropout is one rate; the largest is used"
         new.notes |= dict.fromkeys(rates, note)
     decay = (old.get("lr_decay_end") or steps) - old["warmup_steps"]
     new.update("optimizer", end_learning_rate=old["lr"] / 10, decay_steps=decay)
@@ -158,18 +167,19 @@ def convert_neo(new: Import, devices: int | None) -> None:
 
 
 def convert_neox(new: Import, devices: int | None) -> None:
-    """Set what GPT-NeoX computes from several keys or has as defaults."""
+    """Set the fields that GPT-NeoX computes from several keys or sets by default."""
     old = new.old
     count = new.count
     adam = old["optimizer"].get("params", {})
     shards = count("model_parallel_size", 1)
     grad_accum_steps = count("gradient_accumulation_steps", 1)
     if "data_path" not in old and "train_data_paths" not in old:
-        raise ConfigError("data_path and train_data_paths are both missing; one of them is required")
+        raise ConfigError("data_path and train_data_paths are both missing; add one of them")
     if "train_batch_size" not in old:
         if devices is None:
             raise ConfigError(
-                "the batch depends on the number of GPUs, which the files do not contain; add --devices N"
+                "train_batch_size is missing, so the batch size depends on the number of GPUs of the run, which the files do not "
+                "contain; pass it as --devices N"
             )
         stages = max(old.get("pipe_parallel_size", 1), 1)
         replicas, rest = divmod(devices, shards * stages)
@@ -230,7 +240,7 @@ def convert_neox(new: Import, devices: int | None) -> None:
     new.update("model", n_vocab=-(-(50277 if own else 50257) // multiple) * multiple)
     new.update("data", tokenizer=old.get("vocab_file", "20B_tokenizer.json") if own else keys.GPT2)
     new.notes["(model) n_vocab"] = (
-        keys.DANGER + f"it came from the tokenizer; that of {'GPT-NeoX-20B' if own else 'GPT-2'} is assumed"
+        keys.DANGER + f"it came from the tokenizer; the tokenizer of {'GPT-NeoX-20B' if own else 'GPT-2'} is assumed"
     )
     for side, section in (("train", "train"), ("valid", "validation")):
         paths = old.get(f"{side}_data_paths") or []
@@ -248,12 +258,12 @@ FORMATS = {
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML that rejects duplicate keys and reads 1e-4 as a number, which YAML 1.1 reads as text."""
+    """YAML loader that rejects duplicate keys, and reads 1e-4 as a number, as YAML 1.2 does."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
         if duplicates := [name for i, name in enumerate(names) if name in names[:i]]:
-            raise ConfigError(f"the key {duplicates[0]} occurs twice; remove one")
+            raise ConfigError(f"the key {duplicates[0]} occurs twice; remove one of them")
         return super().construct_mapping(node, deep)
 
 
@@ -265,7 +275,7 @@ _Yaml.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None"), ["N"])
 def read_old(paths: list[Path]) -> dict[str, Any]:
     """Return the keys of all files, with "-" replaced by "_".
 
-    JSON is read as YAML, and so are the files of GPT-NeoX, with comments, trailing commas and constants.
+    JSON and the files of GPT-NeoX, which have comments, trailing commas and constants, are read as YAML.
     """
     old: dict[str, Any] = {}
     for path in paths:
@@ -275,33 +285,44 @@ def read_old(paths: list[Path]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{path}:{mark.line + 1}" if mark else str(path)
-            raise ConfigError(f"{where}: neither JSON nor YAML: {getattr(error, 'problem', error)}") from None
+            raise ConfigError(
+                f"{where}: neither JSON nor YAML ({getattr(error, 'problem', error)}); correct the syntax"
+            ) from None
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         if not isinstance(table, dict):
-            raise ConfigError(f"{path}: expected a mapping of keys to values, found a {type(table).__name__}")
+            raise ConfigError(
+                f"{path}: expected a mapping of keys to values at the top level, but it is a {type(table).__name__}"
+            )
         new = [(str(key).replace("-", "_"), value) for key, value in table.items()]
         keys_so_far = [*old, *(key for key, _ in new)]
         if duplicates := [key for n, key in enumerate(keys_so_far) if key in keys_so_far[:n]]:
-            raise ConfigError(f"{path}: the key {duplicates[0]} occurs twice; remove one")
+            raise ConfigError(
+                f"{path}: the key {duplicates[0]} occurs twice, in this file or an earlier one; remove one of them"
+            )
         old |= dict(new)
     return old
 
 
 def import_config(paths: list[Path], devices: int | None = None) -> tuple[str, str]:
-    """Return the TOML, and the table of what happened to every key."""
+    """Return the TOML, and a table of the treatment of every key."""
     where, old = str(paths[0]), read_old(paths)
     name = max(FORMATS, key=lambda name: len(FORMATS[name][0].keys() & old.keys()))
     rules, required, fixed, convert = FORMATS[name]
     if len(rules.keys() & old.keys()) < 3:
-        raise ConfigError(f"{where}: not a configuration of {', '.join(FORMATS)}; too few known keys")
+        raise ConfigError(
+            f"{where}: not a configuration of {', '.join(FORMATS)}: fewer than 3 of its {len(old)} keys are known; "
+            "pass another file"
+        )
     try:
         new = Import(old, rules, required, fixed)
         convert(new, devices)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except (TypeError, ValueError, AttributeError, LookupError) as error:
-        raise ConfigError(f"{where}: a value has a type that {name} does not allow: {error}") from error
+        raise ConfigError(
+            f"{where}: a value has a type that {name} does not allow ({error}); correct the value"
+        ) from error
     config = parse_config(new.table, where=where, run_dir=f"runs/{paths[0].stem}")
     from mesh_transformer.train.schedule import make_schedule  # after the errors above, because it imports JAX
 
@@ -310,7 +331,7 @@ def import_config(paths: list[Path], devices: int | None = None) -> tuple[str, s
     shown = {key: json.dumps(old[key]) if key in old else "" for key in new.notes}
     lines = [f"{key:<{max(map(len, shown))}}  {value[:24]:<24}  {new.notes[key]}" for key, value in shown.items()]
     found = [sum(word in note for note in new.notes.values()) for word in ("DANGEROUS", "UNKNOWN")]
-    lines += [f"{where} is a configuration of {name}: {found[0]} DANGEROUS, {found[1]} UNKNOWN",
+    lines += [f"{where} is a configuration of {name}: {found[0]} keys are DANGEROUS, {found[1]} are UNKNOWN",
               f"batch: {config.train.batch_size:,} sequences of {config.model.seq_len:,}, {tokens:,} tokens per step; "
               f"{tokens * config.train.steps:,} tokens in {config.train.steps:,} steps",
               f"learning rate at the last step: {last:.6g}"]  # fmt: skip
@@ -329,9 +350,9 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     if options.output and options.output.exists():
-        raise ConfigError(f"{options.output} exists; remove it or choose another name")
+        raise ConfigError(f"--output {options.output}: the file exists; remove it, or choose another name")
     if options.devices is not None and options.devices < 1:
-        raise ConfigError(f"--devices {options.devices}: expected at least 1")
+        raise ConfigError(f"--devices {options.devices}: must be at least 1")
     toml, report = import_config(options.old, options.devices)
     print(report, file=sys.stderr)
     if not options.output:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of scripts/import_config.py: what happens to every key of the configurations of other programs."""
+"""Tables of scripts/import_config.py: the treatment of every key of the configurations of other programs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,12 +39,12 @@ def part(field: str, note: str = "") -> Rule:
 
 
 def ignore(reason: str, *keys: str) -> dict[str, Rule]:
-    """Ignore keys on which nothing here depends."""
+    """Ignore keys without effect here; `reason` completes "ignored because"."""
     return dict.fromkeys(keys, Rule("", f"ignored because {reason}"))
 
 
 def danger(reason: str, field: str = "", cast: Callable[[Any], Any] = keep) -> Rule:
-    """Warn the user that the key has a different meaning here, or none."""
+    """Warn the user that the key has another meaning here, or none; `reason` completes "DANGEROUS because"."""
     return Rule(field, DANGER + reason, cast)
 
 
@@ -54,11 +54,11 @@ def remat(flag: Any) -> str:
 
 
 GRAD_ACCUM = danger(
-    "it multiplied the batch size; here train.batch_size is the size of the whole batch, which this divides",
+    "it multiplied the batch size; here it divides train.batch_size, the size of the whole batch",
     "train.grad_accum_steps",
 )
-MESH = "neither the model's function nor its checkpoints depend on it any more, so it can be changed"
-DECAY = "multiplied by the learning rate and applied to matrices only, as before"
+MESH = "the model's function and its checkpoints no longer depend on it, so it can be changed"
+DECAY = "multiplied by the learning rate and applied to matrices only, as in the old program"
 MTJ = {
     **uses("model", layers="n_layers", d_model="d_model", n_heads="n_heads", n_vocab="n_vocab"),
     **uses("optimizer", warmup_steps="warmup_steps", lr="learning_rate", end_lr="end_learning_rate"),
@@ -85,7 +85,7 @@ MTJ = {
                          "checkpoint.keep_every"),
     "early_cast": danger("its presence, even with the value false, made all weights bfloat16; here they are float32"),
     **ignore("runs are stored in run.dir", "bucket"),
-    **ignore("the name of a run is that of its folder, run.dir", "name"),
+    **ignore("a run has the name of its folder, run.dir", "name"),
     **ignore("evaluation tasks are set in the [evaluate] section", "eval_harness_tasks"),
     **ignore("train.log_grad_noise_scale = true measures it with its own averaging", "noise_scale_alpha"),
     **ignore("it was never read", "comment", "d_head", "early_collect", "bf16_optimizer", "eval_only", "gen_length"),
@@ -101,11 +101,11 @@ MTJ_FIXED = {
     "(code) z-loss": DANGER
     + "it applied to log Z minus the largest logit; train.z_loss = 1e-4 applies to log Z itself",
     "(code) biases": DANGER
-    + "those of embedding and MLP output had cores_per_replica times the learning rate; not here",
+    + "the biases of embedding and MLP output had cores_per_replica times the learning rate; here all have the same",
     "(code) precision": DANGER
     + "microbatch gradients were summed in bfloat16, here in float32; activations are float32 in both, and "
     'model.dtype = "bfloat16" is faster',
-    "(code) order": "used as data.shuffle = false; the text is split into sequences of seq_len, not into one per record",
+    "(code) order": "used as data.shuffle = false; the text is split into sequences of seq_len tokens, not by record",
     "(code) tokenizer": f'used as data.tokenizer = "{GPT2}", a folder with vocab.json and merges.txt of GPT-2',
     "(code) seed 42": "ignored because the initial weights depended on cores_per_replica; here they depend on run.seed",
 }
@@ -113,7 +113,7 @@ MTJ_MODEL: dict[str, Any] = dict(
     residual="parallel", qkv_bias=False, attention_out_bias=False, head_bias=True, tied_embeddings=False, init="gptj",
     remat="full",
 )  # fmt: skip
-UNSUPPORTED = danger("this feature is not supported; if it was enabled, the translated model is a different one")
+UNSUPPORTED = danger("this feature is not supported; if it was enabled, the translated model computes another function")
 NEO = {
     **uses("model", n_layer="n_layers", n_embd="d_model", n_head="n_heads", n_ctx="seq_len", n_vocab="n_vocab",
            local_attention_radius="attention_window"),
@@ -125,16 +125,16 @@ NEO = {
     "scale_by_depth": danger('it scaled by 1 / sqrt(layers); model.init = "gpt2" scales by 1 / sqrt(2 layers), as GPT-2 does'),
     "lr_decay": danger("its decay started at step 0, here after the warmup; both end at a tenth of the peak", "optimizer.schedule"),
     "lr_decay_end": part("optimizer.decay_steps"),
-    "opt_name": danger("its Adam had no bias correction, here it has; its Adafactor had no schedule", "optimizer.name",
+    "opt_name": danger("its Adam had no bias correction, and AdamW here has it; its Adafactor had no schedule", "optimizer.name",
                        lambda value: {"adam": "adamw"}.get(value.lower(), value.lower())),
     "weight_decay": use("optimizer.weight_decay", DECAY + ", except for the final norm"),
     "gradient_clipping": use("optimizer.clip_norm", cast=lambda value: value or 0.0),
     "eval_steps": use("train.evaluate_batches", "in batches of train.batch_size"),
     "recompute_grad": use("model.remat", cast=remat),
-    "precision": danger("it applied to weights as well; here they stay float32", "model.dtype"),
+    "precision": danger("it applied to weights as well; here weights are float32", "model.dtype"),
     "datasets": danger("their paths are in other files; list the .tfrecords in data/NAME.index, one per line"),
     "model_path": use("run.dir", cast=lambda value: f"runs/{Path(value).name}"),
-    **ignore("GPT-Neo read activation_fn instead, so every model had the tanh GELU, as here", "activation_function"),
+    **ignore("GPT-Neo read activation_fn instead, so every model had the tanh GELU, which is used here", "activation_function"),
     **ignore("microbatches do not change the result; set train.grad_accum_steps", "tokens_per_mb_per_replica"),
     **ignore("the function does not depend on the mesh; set mesh.fsdp and mesh.tensor", "mesh_shape", "layout"),
     **ignore("nothing here depends on it", "eval_batch_size", "predict_steps", "predict_batch_size", "iterations",
@@ -167,16 +167,16 @@ NEOX = {
     "pos_emb": part("model.positions"),
     "rotary_pct": part("model.rope_dims"),
     "no_weight_tying": use("model.tied_embeddings", cast=lambda value: not value),
-    "gpt_j_residual": part("model.residual", "it has two norms, unlike that of GPT-J"),
+    "gpt_j_residual": part("model.residual", "GPT-NeoX has two norms where GPT-J has one"),
     "gpt_j_tied": part("model.residual"),
     "activation": part("model.activation"),
-    "bias_gelu_fusion": part("model.activation", "if fused, the tanh approximation, otherwise the exact one"),
+    "bias_gelu_fusion": part("model.activation", "the tanh approximation if fused, otherwise the exact GELU"),
     "attention_config": part("model.attention_pattern"),
     **dict.fromkeys(("init_method", "output_layer_init_method"), part("model.init")),
     **dict.fromkeys(("hidden_dropout", "attention_dropout"), part("model.dropout", "there is one rate for both")),
     "optimizer": part("optimizer"),
     "lr_decay_iters": part("optimizer.decay_steps"),
-    "warmup": part("optimizer.warmup_steps", "it is a fraction of lr_decay_iters, here it is a number of steps"),
+    "warmup": part("optimizer.warmup_steps", "converted from a fraction of lr_decay_iters to a number of steps"),
     "train_micro_batch_size_per_gpu": part("train.batch_size"),
     "gradient_accumulation_steps": GRAD_ACCUM,
     "model_parallel_size": use("mesh.tensor", MESH),

@@ -6,9 +6,9 @@ examples:
   python scripts/inspect_corpus.py corpora/machine --n 3 --component licenses
       three training documents, the same for the same --seed
   python scripts/inspect_corpus.py corpora/machine --dropped gopher
-      documents dropped by a filter, or for a reason, with this word in its name
+      dropped documents whose filter or reason contains this word
   python scripts/inspect_corpus.py corpora/machine --duplicates-of /usr/share/common-licenses/Apache-2.0
-      documents that share a MinHash band with this one, including removed ones, with their similarity
+      documents that share a MinHash band with the document of this id, also removed ones, with their similarity
 """
 
 import argparse
@@ -35,7 +35,9 @@ def main(arguments: list[str]) -> int:
     """Print the requested documents."""
     options = parse(arguments)
     if not (options.corpus / "manifest.json").is_file():
-        raise CorpusError(f"{options.corpus}: no manifest.json: not a corpus, or incomplete; build it again")
+        raise CorpusError(
+            f"{options.corpus}: no manifest.json: not a corpus, or incomplete; build it with scripts/build_corpus.py"
+        )
     if options.duplicates_of:
         print_duplicates(options)
         return 0
@@ -46,7 +48,12 @@ def main(arguments: list[str]) -> int:
         paths = sorted(folder.glob(f"{options.component or '*'}-*.jsonl.zst"))
         records = sample((record for path in paths for record in read_documents(path)), options)
     if not records:
-        raise CorpusError("no document matches; see datasheet.html for components, filters and reasons")
+        requested = f"--component {options.component}" if options.component else "any component"
+        requested += f", --dropped {options.dropped}".rstrip() if options.dropped is not None else ""
+        raise CorpusError(
+            f"{options.corpus}: no document matches {requested}; {options.corpus}/datasheet.html lists the components, "
+            "filters and reasons"
+        )
     for record in records:
         print_document(record, options.characters)
     return 0
@@ -57,13 +64,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = make_parser(__doc__ or "")
     parser.add_argument("corpus", type=Path, metavar="CORPUS", help="folder of a corpus")
     parser.add_argument("--n", type=int, default=5, help="number of documents; default: %(default)s")
-    parser.add_argument("--component", default="", help="only of this component")
-    parser.add_argument("--heldout", action="store_true", help="held-out instead of training documents")
+    parser.add_argument("--component", default="", help="print only documents of this component")
+    parser.add_argument("--heldout", action="store_true", help="print held-out instead of training documents")
     parser.add_argument(
-        "--dropped", metavar="WORD", nargs="?", const="", help="dropped documents with WORD in the filter or reason"
+        "--dropped",
+        metavar="WORD",
+        nargs="?",
+        const="",
+        help="print dropped documents with WORD in the filter or reason",
     )
     parser.add_argument(
-        "--duplicates-of", metavar="ID", default="", help="near duplicates of the document with this id"
+        "--duplicates-of", metavar="ID", default="", help="print near duplicates of the document with this id"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample; default: %(default)s")
     parser.add_argument(
@@ -85,7 +96,7 @@ def sample(records: Iterator[Record], options: argparse.Namespace) -> list[Recor
 
 
 def find_dropped(options: argparse.Namespace) -> Iterator[Record]:
-    """Yield dropped documents whose filter or reason contains the word."""
+    """Yield dropped documents whose filter or reason contains the word of --dropped."""
     for record in read_dropped(options.corpus):
         meta = record["meta"]
         matches = options.dropped in f"{meta['filter']} {meta['reason']}"
@@ -102,7 +113,7 @@ def print_document(record: Record, characters: int) -> None:
 
 
 def print_duplicates(options: argparse.Namespace) -> None:
-    """Find candidates with equal bands in the signatures of the build, and print them by their exact similarity."""
+    """Print the documents that share a band of the build's signatures with a document, by their exact similarity."""
     manifest = options.corpus / "manifest.json"
     recipe = load_stored_recipe(json.loads(manifest.read_text(encoding="utf-8"))["recipe"], where=str(manifest))
     if recipe.duplicates.near == "none":
@@ -117,16 +128,16 @@ def print_duplicates(options: argparse.Namespace) -> None:
     original = next((r for path in parts for r in read_documents(path) if r["id"] == options.duplicates_of), None)
     if original is None:
         raise CorpusError(
-            f"{options.duplicates_of}: no filtered document has this id; "
-            "scripts/inspect_corpus.py without --duplicates-of prints ids"
+            f"--duplicates-of {options.duplicates_of}: no filtered document has this id; without --duplicates-of, this program "
+            "prints documents with their ids"
         )
     language: Any = WORDS
     block = BoundedSignature(str(signed / "signatures"), minhash_config(recipe), language=language)
     shingles = block.get_shingles(original["text"])
     if not len(shingles):
         raise CorpusError(
-            f"{options.duplicates_of}: fewer than duplicates.n_gram = {recipe.duplicates.n_gram} words: "
-            "it has no near duplicates, only exact ones"
+            f"--duplicates-of {options.duplicates_of}: the document has fewer than duplicates.n_gram = "
+            f"{recipe.duplicates.n_gram} words, so it cannot have near duplicates; choose a longer document"
         )
     signature = block.get_signature(shingles)
     found = [(similarity(block, shingles, r["text"]), r) for r in find_candidates(signed, parts, signature)]

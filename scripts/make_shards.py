@@ -3,8 +3,8 @@
 """Build token shards (DST.bin and DST.idx, the format of Megatron-LM and GPT-NeoX) from text, for use by many runs.
 
 SRC are files or folders of text, JSONL or Parquet (text and JSONL also as .gz or .zst), or python-stdlib, or the
-.tfrecords of mesh-transformer-jax and GPT-Neo, or an .index that lists them; their tokens are copied unchanged. If
-interrupted, run the same command again to resume. A run reads the result with [data.train.NAME] path = "DST".
+.tfrecords of mesh-transformer-jax and GPT-Neo, or an .index that lists them; their tokens are copied unchanged. If this
+program is interrupted, run the same command again to resume. A run reads the result with [data.train.NAME] path = "DST".
 
 examples:
   python scripts/make_shards.py python-stdlib shards/stdlib

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Record the fields and defaults of the configuration classes of transformers, so that config.json is read as it reads it.
+"""Record the fields and defaults of the configuration classes of transformers, which the import of config.json applies.
 
-A key that is absent from a config.json has the default of the class. The result is package data: importing a model needs no
-transformers.
+A key that is absent from a config.json has the default of the class. The result is package data, so that importing a model
+does not need transformers.
 
 examples:
   python scripts/record_config_defaults.py
@@ -34,7 +34,7 @@ JSON_TYPES = {int: "int", float: "float", bool: "bool", str: "str", list: "list"
 def main(arguments: list[str]) -> int:
     """Write the table."""
     make_parser(__doc__ or "").parse_args(arguments)
-    logging.disable(logging.WARNING)  # classes comment on their own defaults
+    logging.disable(logging.WARNING)  # some classes warn about their own defaults
     OUTPUT.write_text(format_table(make_table()), encoding="utf-8")
     return 0
 
@@ -48,15 +48,14 @@ def make_table() -> dict[str, Any]:
 
 
 def describe_class(config_class: Any) -> dict[str, Any]:
-    """Return the fields of a configuration class with defaults and JSON types, and what else affects how it is read."""
+    """Return the fields of a configuration class with defaults and JSON types, its aliases, and its computed keys."""
     import torch
     from transformers import PreTrainedConfig
 
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"is_encoder_decoder"}
     fields = [field for field in dataclasses.fields(config_class) if field.name not in common]
-    hints = typing.get_type_hints(
-        config_class, localns={"torch": torch}
-    )  # a name that their modules import for checkers only
+    # The modules of transformers import torch for type checkers only, so its name is passed here.
+    hints = typing.get_type_hints(config_class, localns={"torch": torch})
     instance = config_class()
     table = instance.to_dict()
     aliases = dict(config_class.attribute_map)
@@ -72,7 +71,7 @@ def describe_class(config_class: Any) -> dict[str, Any]:
 
 
 def json_types(hint: Any) -> str:
-    """Return the JSON types that a type annotation allows, such as "int|null"; "any" if it names another one."""
+    """Return the JSON types that a type annotation allows, such as "int|null"; "any" if it names a type without JSON form."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         found = [json_types(argument) for argument in typing.get_args(hint)]
@@ -87,7 +86,7 @@ def json_types(hint: Any) -> str:
 
 
 def format_table(table: dict[str, Any]) -> str:
-    """Return the table as JSON with one line per field, so that changes of a version can be read."""
+    """Return the table as JSON with one line per field, so that a diff shows the changes of a version."""
     lines = [f'{{"transformers": {json.dumps(table["transformers"])}, "model_types": {{']
     for kind, entry in table["model_types"].items():
         head = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items() if key != "fields")

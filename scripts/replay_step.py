@@ -9,7 +9,7 @@ examples:
   python scripts/replay_step.py runs/quickstart 300 --worst 8 --json
       show eight sequences; print one JSON object
 
-exit status: 0 the loss equals the logged one or none was logged, 1 it differs or the replay failed, 2 wrong usage
+exit status: 0 the loss equals the logged loss or none was logged, 1 it differs or the replay failed, 2 wrong usage
 """
 
 import json
@@ -31,7 +31,7 @@ from mesh_transformer.train.run import Run
 from mesh_transformer.train.schedule import first_sequence
 from mesh_transformer.train.step import dropout_key, make_gradients, model_inputs, norms_by_layer
 
-MAX_CHARACTERS = 600  # of a sequence that are printed
+MAX_CHARACTERS = 600  # printed characters of a sequence
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     if options.step < 1:
-        raise ConfigError(f"STEP is {options.step}, must be at least 1: steps are numbered from 1")
+        raise ConfigError(f"STEP is {options.step}, but must be at least 1: steps are numbered from 1")
     result = inspect_step(options.run, options.step, options.worst)
     print(json.dumps(result) if options.json else format_result(result))
     return 1 if result["equal"] is False else 0
@@ -55,7 +55,7 @@ def inspect_step(run_dir: Path, step: int, worst: int) -> dict[str, Any]:
     """Replay a step; return its loss, norms, and the `worst` sequences with the highest loss."""
     run, changes = open_replay(run_dir, step - 1)
     if step > run.config.train.steps:
-        raise ConfigError(f"STEP is {step}, must be at most {run.config.train.steps}: the run has no later steps")
+        raise ConfigError(f"STEP is {step}, but must be at most {run.config.train.steps}, the last step of {run_dir}")
     from_checkpoint = run.step
     for _ in replay(run, step - 1):
         pass

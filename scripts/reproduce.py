@@ -33,14 +33,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     if options.steps is not None and options.steps < 1:
-        raise ConfigError(f"--steps is {options.steps}, must be at least 1")
+        raise ConfigError(f"--steps {options.steps}: must be at least 1")
     result = reproduce(options.run, options.steps)
     print(json.dumps(result) if options.json else format_result(result))
     return 0 if result["equal"] else 1
 
 
 def reproduce(run_dir: Path, steps: int | None = None) -> dict[str, Any]:
-    """Repeat a run up to step `steps` and return the comparison with its log and its checkpoint."""
+    """Repeat a run up to step `steps` and return the comparison with its metrics log and its checkpoint."""
     from mesh_transformer.scripts.stress.fault_injection import count_ulps
 
     from mesh_transformer.checkpoint.store import Store
@@ -50,7 +50,7 @@ def reproduce(run_dir: Path, steps: int | None = None) -> dict[str, Any]:
     logged = read_losses(run_dir)
     if not logged:
         raise ValueError(
-            f"{run_dir}: metrics.jsonl has no losses to compare with; give the folder of a run that has taken steps"
+            f"{run_dir}: metrics.jsonl has no losses to compare with; pass the folder of a run that has logged steps"
         )
     run, changes = open_replay(run_dir, 0)
     last = min(max(logged), steps or run.config.train.steps)
@@ -88,7 +88,7 @@ def format_result(result: dict[str, Any]) -> str:
         lines.append(f"{result['compared']} losses up to step {result['steps']} are equal, bit for bit")
     else:
         lines.append(
-            f"step {result['first_differing_step']} is the first that differs: logged {result['logged']!r}, "
+            f"step {result['first_differing_step']} is the first step whose loss differs: logged {result['logged']!r}, "
             f"repeated {result['repeated']!r}; at most {result['ulps']} ulps in {result['compared']} losses"
         )
     differing = result["differing_arrays"]

@@ -12,14 +12,14 @@ examples:
   python scripts/reshard_checkpoint.py step_383500 runs/gptj --source-config 6B_roto_256.json --weights-only
       shards of mesh-transformer-jax, any number of them; --format gptj-v1 --shards 8 writes such shards
 
-SRC and DST can be s3://bucket/path or gs://bucket/path (pip install 'mesh-transformer[remote]'). Only the parts of a
-remote source that are needed are downloaded. A remote result is written and verified in a local folder (--staging), then
+SRC and DST can be s3://bucket/path or gs://bucket/path (pip install 'mesh-transformer[remote]'). Only the needed parts
+of a remote source are downloaded. A remote result is written and verified in a local folder (--staging), then
 uploaded and read back.
 
 The result is written to DST.partial; the same command resumes an interrupted conversion there. Before DST gets its name,
 every array is read back and compared with the source bit by bit, and the logits of both sides are compared on random
-tokens, those of a Hugging Face folder as transformers computes them if it is installed (--verify). conversion.json in the
-result says what was compared with what. A native checkpoint does not depend on a mesh: it can be restored on any number of devices.
+tokens; transformers computes the logits of a Hugging Face folder if it is installed (--verify). conversion.json in the
+result records the comparison. A native checkpoint does not depend on a mesh: it can be restored on any number of devices.
 
 exit status: 0 done, 1 failed, 2 wrong usage or input
 """
@@ -40,12 +40,17 @@ def main(arguments: list[str]) -> int:
     parser = make_parser(__doc__ or "")
     parser.add_argument("source", metavar="SRC", help="run, checkpoint, model folder or v1 shards; a path or URL")
     parser.add_argument("destination", metavar="DST", help="folder to create, s3://bucket/path or gs://bucket/path")
-    parser.add_argument("--format", choices=("native", "huggingface", "gguf", "gptj-v1"), default="native")
     parser.add_argument(
-        "--shards", type=int, default=8, help="number of shards of --format gptj-v1; default: %(default)s"
+        "--format",
+        choices=("native", "huggingface", "gguf", "gptj-v1"),
+        default="native",
+        help="format of DST; default: %(default)s",
     )
     parser.add_argument(
-        "--gguf-type", choices=GGUF_TYPES, help="type of the matrices of --format gguf; default: unchanged"
+        "--shards", type=int, default=8, help="number of shards to write with --format gptj-v1; default: %(default)s"
+    )
+    parser.add_argument(
+        "--gguf-type", choices=GGUF_TYPES, help="data type of the matrices with --format gguf; default: unchanged"
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights; default: unchanged"
@@ -56,20 +61,24 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--source-config", help="JSON configuration of a mesh-transformer-jax checkpoint")
     parser.add_argument("--tokenizer", help='tokenizer.json, its folder, or "bytes", if the source has no tokenizer')
-    parser.add_argument("--overwrite", action="store_true", help="replace DST when the new result is complete")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing DST once the new result is complete"
+    )
     parser.add_argument(
         "--staging",
         type=Path,
-        help="local folder in which a remote DST is prepared; default: the folder for temporary files",
+        help="local folder in which a remote DST is written before its upload; default: the folder for temporary files",
     )
     parser.add_argument(
         "--verify",
         choices=("auto", "transformers", "own"),
         default="auto",
-        help="what computes the logits of Hugging Face folders: transformers in a process of its own, this project's own "
-        "reimplementation, or auto: transformers if it is installed and the model fits in memory; default: %(default)s",
+        help="program that computes the logits of Hugging Face folders: transformers in a separate process; own: this "
+        "project's reimplementation; auto: transformers if it is installed and the model fits in memory; default: %(default)s",
     )
-    parser.add_argument("--plan", action="store_true", help="check everything and print sizes; write nothing")
+    parser.add_argument(
+        "--plan", action="store_true", help="check the source and the options, and print sizes; write nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     arguments_by_name = vars(parser.parse_args(arguments))
     from mesh_transformer.convert.conversion import ConversionOptions, convert, plan_conversion  # slow to import
@@ -130,7 +139,7 @@ def _format_upload(upload: dict[str, Any] | None) -> list[str]:
     skipped = upload["objects"] - upload["put"]
     return [
         f"uploaded {upload['put']} of {upload['objects']} objects, {upload['nbytes']:,} bytes, {rate}; "
-        f"{skipped} were already there"
+        f"{skipped} were uploaded before"
     ]
 
 

@@ -4,7 +4,7 @@
 
 SRC is a text file, a folder, JSON lines or Parquet (text and JSON lines also as .zst or .gz), or "python-stdlib". DST
 is a .json file, or a folder in which tokenizer.json is written. A run uses it with `data.tokenizer = "DST"`. About one
-document in 50, selected by a hash of its name, is held out, and the bytes per token on these are printed. The word
+document in 50, selected by a hash of its name, is held out, and the bytes per token on the held-out documents are printed. The word
 counts of all documents must fit in memory.
 
 examples:
@@ -32,8 +32,8 @@ from mesh_transformer.data.tokenizers import Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # all bytes and the end of text
-HOLDOUT_ONE_IN = 50
-HELD_OUT_BYTES = 10_000_000
+HOLDOUT_ONE_IN = 50  # about one document in this many is held out
+HELD_OUT_BYTES = 10_000_000  # further documents are trained on
 
 
 class HeldOut:
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     console = Console(stderr=True)
     skipped, held_out = SkippedDocuments(), HeldOut()
-    arguments.dst.parent.mkdir(parents=True, exist_ok=True)  # so that an error appears before training
+    arguments.dst.parent.mkdir(parents=True, exist_ok=True)  # fail before training if this is impossible
     with make_progress(console) as progress:
         texts = read_texts(arguments, skipped, held_out, progress)
         library = train_vocabulary(texts, arguments.vocab_size)
@@ -67,7 +67,8 @@ def main(argv: list[str]) -> int:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not held_out.n_trained:
         raise ValueError(
-            f"no document to train on in {', '.join(arguments.src)}: all were held out or skipped; add text"
+            f"{', '.join(arguments.src)}: no document to train on, because all {len(held_out.texts)} documents are held out or "
+            "skipped; add documents"
         )
     write_atomically(arguments.dst, library.to_str(pretty=True))
     tokenizer = load_tokenizer(arguments.dst)
@@ -108,7 +109,7 @@ def make_progress(console: Console) -> Progress:
 def read_texts(
     arguments: argparse.Namespace, skipped: SkippedDocuments, held_out: HeldOut, progress: Progress
 ) -> Iterator[str]:
-    """Yield all texts but the held-out ones; lists all files before the first is read."""
+    """Return an iterator of all texts except the held-out ones; all files are found before the first is read."""
     files = [(find_root(src), file) for src in arguments.src for file in find_files(src)]
     on_bad = "skip" if arguments.skip_bad else "error"
 

@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Write what is generated: docs/reference (configuration fields, presets, commands), and the notebooks' Colab badges.
+"""Write the generated documentation: docs/reference, docs/families.md, and the Colab badges of the notebooks.
 
 examples:
   python scripts/write_docs.py
-      write docs/reference/{config,presets,commands}.md
+      write docs/reference/{config,presets,commands}.md, docs/families.md and the badges
   python scripts/write_docs.py --check
-      exit with 1 if a page differs from what would be written
+      write nothing, and exit with 1 if a page is out of date
 """
 
 import ast
@@ -37,7 +37,7 @@ HEADER = """# Configuration reference
 
 This page is generated from the schema (`mesh_transformer/config/`) by `python scripts/write_docs.py`. A run is one TOML file;
 every key below can also be set on the command line with `--set section.key=value`. Unknown keys, wrong types and values out
-of range are errors that name the nearest key.
+of range are errors; the message for an unknown key suggests the nearest one.
 
 *Resume* says whether a resumed run may have another value: *no* is rejected, *yes, logged* is accepted and noted in the log,
 *yes* is accepted.
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     if options.check and stale:
-        print(f"out of date: {', '.join(stale)}; run python scripts/write_docs.py", file=sys.stderr)
+        print(f"these pages are out of date: {', '.join(stale)}; run python scripts/write_docs.py", file=sys.stderr)
         return FAILED
     return DONE
 
@@ -96,7 +96,7 @@ def notebook_with_badge(path: Path) -> str:
 
 
 class FieldRow(NamedTuple):
-    """One field of a section, as the page shows it."""
+    """One field of a section: a row of its table."""
 
     name: str
     type: str
@@ -214,7 +214,7 @@ def _classes(module: types.ModuleType) -> list[type]:
 
 
 def _comments(module: types.ModuleType) -> dict[tuple[str, str], str]:
-    """Return the comment of each field, (class, field) -> text: the lines before it and the one at its end."""
+    """Return the comments, (class, field) -> text: the comment lines before the field and the comment at its end."""
     source = Path(module.__file__ or "").read_text(encoding="utf-8")
     by_line = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -271,15 +271,15 @@ Model folders of these families are converted in both directions by `scripts/res
 
 An absent key has the default of that class, an alias is resolved as there, and a value of a wrong JSON type is an error. A
 *published size* is a preset that computes the function of the family. *Another value refused* lists the keys of which only
-the default, or what the error names, is supported: another value changes the function, so that the import is refused with
-the name of the key. Keys without effect on the function (dropout, initial values, losses, special token IDs) are not listed;
-the token IDs and the generation settings are kept with the weights. *Logits* says what conversions are compared with besides
-transformers itself (`--verify`).
+the default, or the values in the error message, are supported: any other value changes the function, so that the import is
+refused with the name of the key. Keys without effect on the function (dropout, initial values, losses, special token IDs)
+are not listed; the token IDs and the generation settings are kept with the weights. *Logits* is the program that computes
+logits for the comparison besides transformers (`--verify`).
 
 | family | class | published sizes | import | export | logits | parity test |
 |---|---|---|---|---|---|---|
 """
-# Where the default configuration of a class is itself not supported: keys that make it so.
+# Keys that make the configuration of a class supported, where its default configuration is not.
 EXAMPLES: dict[str, dict[str, Any]] = {
     "arcee": {"hidden_act": "silu"},
     "switch_transformers": {"num_sparse_encoder_layers": 6, "num_sparse_decoder_layers": 6},
@@ -308,7 +308,7 @@ def families_page() -> str:
 
 
 def _list_treatment(kind: str, family: Any) -> list[str]:
-    """Return the lines on the keys of a family: those that are honored and those of which other values are refused."""
+    """Return the lines on the keys of a family: honored keys, and keys of which other values are refused."""
     from mesh_transformer.convert.huggingface.hf_config import HFConfig
     from mesh_transformer.storage.errors import CheckpointError
 
@@ -331,7 +331,7 @@ def _sizes_by_family() -> dict[str, list[str]]:
     from mesh_transformer.storage.errors import CheckpointError
 
     found: dict[str, list[str]] = {}
-    known: dict[str, str | None] = {}  # family by all keys but sizes, which do not decide it
+    known: dict[str, str | None] = {}  # keys without sizes, which do not affect the family -> family
     for name, row in PRESETS.items():
         choices = json.dumps({key: value for key, value in row.items() if key not in SIZES})
         if choices not in known:

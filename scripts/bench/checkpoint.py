@@ -1,16 +1,16 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Measure saving and restoring next to raw files of the same bytes, and next to Orbax's default if it is installed.
+"""Compare saving and restoring with raw files of the same bytes, and with Orbax's default checkpointer if it is installed.
 
 A state sharded over eight simulated CPU devices is saved in alternation by each method: raw (one file per shard that a
 device owns, written from host memory and synced), this project's store and Orbax, each synchronous and asynchronous. A
-save ends when everything is durable on disk, and its files are deleted before the next one. Results are medians over
+save ends when all bytes are durable on disk, and its files are deleted before the next save. Results are medians over
 --repeats. `blocked` is the time during which the program waits; for an asynchronous save it is compared with a plain copy
 of the state to host memory. All methods restore what was just written, from the page cache.
 
 examples:
   python scripts/bench/checkpoint.py
-      2 GB on the disk of the working directory; needs 8 GB of memory and 4 GB of disk
+      2 GB on the disk of the working directory; needs 8 GB of memory and 4 GB of disk space
   python scripts/bench/checkpoint.py --gb 0.2 --repeats 1 --json
       a quick run
 
@@ -49,12 +49,12 @@ Method = Callable[[Path, Arrays], "Timing"]
 
 
 class Timing(NamedTuple):
-    """Seconds of a save and a restore, and the memory of the save."""
+    """Times of a save and a restore in seconds, and the memory of the save."""
 
-    save: float  # until everything is durable on disk
+    save: float  # until all bytes are durable on disk
     blocked: float  # during which the program waits
     restore: float
-    memory: float  # growth of the process's memory as a fraction of the state
+    memory: float  # growth of the process's memory during the save, as a fraction of the state's size
 
 
 def main(arguments: list[str]) -> int:
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
 
 
 def make_state(layout: MeshLayout, gigabytes: float) -> Arrays:
-    """Return random float32 arrays of 64 MB sharded over fsdp and tensor, and a small replicated one."""
+    """Return random float32 arrays of 64 MB sharded over fsdp and tensor, and a small replicated array."""
     shape = (1, 2048, 8192)
     n_arrays = max(round(gigabytes * 1e9 / (4 * math.prod(shape))), 1)
     make_array = jax.jit(lambda key: jax.random.normal(key, shape), out_shardings=layout.sharding(AXES, shape, "w"))
@@ -108,7 +108,7 @@ def make_state(layout: MeshLayout, gigabytes: float) -> Arrays:
 
 
 def time_host_copy(arrays: Arrays) -> float:
-    """Return the seconds that a plain copy of all shards that the devices own to host memory takes."""
+    """Return the seconds of a plain copy of all primary shards to host memory."""
     start = time.perf_counter()
     copies = [
         np.array(shard.data) for array in arrays.values() for shard in array.addressable_shards if not shard.replica_id
@@ -119,7 +119,7 @@ def time_host_copy(arrays: Arrays) -> float:
 
 
 def save_raw(folder: Path, arrays: Arrays) -> Timing:
-    """Write one file per shard."""
+    """Write and read one file per shard."""
     shards = {
         f"{name.replace('/', '.')}.{i}": np.asarray(shard.data)
         for name, array in arrays.items()
@@ -159,11 +159,14 @@ def _save_native(folder: Path, arrays: Arrays, *, async_save: bool) -> Timing:
 
 
 def find_orbax() -> dict[str, Method]:
-    """Return both methods of Orbax's default checkpointer, or none if it is not installed."""
+    """Return the synchronous and the asynchronous method of Orbax's default checkpointer, none if it is not installed."""
     try:
         orbax = importlib.import_module("orbax.checkpoint")
     except ImportError:
-        print("orbax-checkpoint is not installed: it is not measured", file=sys.stderr)
+        print(
+            "orbax-checkpoint is not installed, so it is not measured; to measure it: pip install orbax-checkpoint",
+            file=sys.stderr,
+        )
         return {}
 
     def save_orbax(folder: Path, arrays: Arrays) -> Timing:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Compare a corpus with its raw sources: train one small model on the same amount of text of each of
+"""Compare a corpus with its raw sources: train a small model on the same amount of each of three texts
 
   mixture    CORPUS as built: filtered, deduplicated, components by their epochs
   raw        the same sources without filters and deduplication, components by their size
@@ -8,12 +8,12 @@
 
 and measure bits per byte on the held-out documents of CORPUS by component, as in table 4 of The Pile's paper.
 
-No run trains on held-out text. Documents that the corpus held out by name are excluded from the raw text as well. A
-passage that shares 13 consecutive words with a held-out document loses them and 200 characters on each side (GPT-3,
-appendix C), or is dropped if it has more than ten such overlaps. The result is checked for shared 13-grams.
+No run trains on held-out text. Documents that the corpus held out by name are excluded from the raw text as well. From
+a passage that shares 13 consecutive words with a held-out document, these words and 200 characters on each side are cut
+(GPT-3, appendix C); a passage with more than ten overlaps is dropped. The result is checked for shared 13-grams.
 
-Text is sampled in passages of at most 16,384 characters by a hash of their names; files of the raw sources likewise. Runs
-are stored in OUT; the same command resumes them. The table is also in OUT/bits_per_byte.json.
+Passages of at most 16,384 characters are sampled by a hash of their names, and so are files of the raw sources. Runs are
+stored in OUT; the same command resumes them. The table is also in OUT/bits_per_byte.json.
 
 examples:
   python scripts/bench/corpus.py corpora/machine runs/corpus
@@ -44,11 +44,11 @@ from mesh_transformer.reports.evaluation_results import metrics_of, read_evaluat
 from mesh_transformer.storage.atomic_files import replace_file
 
 ROOT = Path(__file__).parents[2]
-PASSAGE = 16_384  # characters
+PASSAGE = 16_384  # maximum characters of a passage
 LARGE_FILE = 1_000_000  # bytes; larger source files are sampled by passage, smaller ones as a whole
-SPARE = 1.4  # sampled text per trained text, since decontamination removes some
-OVERLAP = 13  # consecutive words
-HELD_OUT_KB = 60  # maximum per component
+SPARE = 1.4  # ratio of sampled to trained text, since decontamination removes some text
+OVERLAP = 13  # consecutive words that a passage may not share with held-out text
+HELD_OUT_KB = 60  # maximum kB of held-out text of a component
 CUT_LABEL = "passages cut, dropped"
 
 
@@ -60,7 +60,7 @@ class Passage(NamedTuple):
     text: str
 
 
-Source = tuple[float, Passage]  # fraction of its passages to sample, and a whole document
+Source = tuple[float, Passage]  # a whole document, and the fraction of its passages to sample
 
 
 def main(arguments: list[str]) -> int:
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
     component = options.component or max(sheet["components"], key=lambda n: sheet["components"][n]["effective_bytes"])
     if component not in sheet["components"]:
         raise ConfigError(
-            f"--component {component}: not in {options.corpus}; its components: {', '.join(sheet['components'])}"
+            f"--component {component}: not a component of {options.corpus}; choose one of {', '.join(sheet['components'])}"
         )
     texts = prepare_texts(options.corpus, sheet, component, options.out / "texts", options.mb)
     names = ["mixture", "raw", component]
@@ -106,7 +106,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def read_sheet(corpus: Path) -> dict[str, Any]:
-    """Return the datasheet of a complete corpus, without the libraries of the corpus extra."""
+    """Return the datasheet of a complete corpus; this does not need the libraries of the corpus extra."""
     if not (corpus / "manifest.json").is_file() or not (corpus / "datasheet.json").is_file():
         raise ConfigError(f"{corpus}: not a complete corpus; build it with scripts/build_corpus.py")
     return json.loads((corpus / "datasheet.json").read_text(encoding="utf-8"))
@@ -119,7 +119,7 @@ def prepare_texts(corpus: Path, sheet: dict[str, Any], component: str, folder: P
     if summary.is_file():
         found = json.loads(summary.read_text(encoding="utf-8"))
         if found["plan"] != plan:
-            raise ConfigError(f"{folder}: contains texts of {found['plan']}, not of {plan}; choose another OUT")
+            raise ConfigError(f"{folder} has the texts of {found['plan']}, but {plan} is requested; choose another OUT")
         return found
     # Imported late so that resuming does not require the libraries of the corpus extra.
     from mesh_transformer.corpus.contamination import ContaminationIndex
@@ -179,12 +179,12 @@ def built_documents(corpus: Path, fractions: dict[str, float]) -> Iterator[Sourc
     for path in sorted((corpus / "documents/train").glob("*.jsonl.zst")):
         for record in read_documents(path):
             if (name := record["meta"]["pile_set_name"]) not in fractions:
-                break  # all documents of a file are of one component
+                break  # all documents of a file have the same component
             yield fractions[name], Passage(name, record["id"], record["text"])
 
 
 def raw_documents(recipe: Any, fraction: float) -> Iterator[Source]:
-    """Yield the unfiltered training documents of sampled files completely, and of all large files with `fraction`."""
+    """Yield the unfiltered training documents of sampled files (fraction 1) and of all large files (`fraction`)."""
     from mesh_transformer.corpus.sources import ReadStats, find_parts, read_part
     from mesh_transformer.corpus.stage_filter import split_of
 
@@ -215,7 +215,7 @@ def sample(documents: Iterable[Source]) -> list[Passage]:
 
 
 def write_clean(path: Path, passages: Iterable[Passage], index: Any, size: int) -> dict[str, Any]:
-    """Write `size` bytes of text that share no n-gram with held-out text; return what was written, cut and dropped.
+    """Write `size` bytes of text that share no n-gram with held-out text; return counts of written, cut and dropped text.
 
     Raises DataError if a written passage still shares an n-gram.
     """
@@ -240,7 +240,8 @@ def write_clean(path: Path, passages: Iterable[Passage], index: Any, size: int) 
             again = Document(document.text, passage.name)
             if index.decontaminate(again) or again.text != document.text:
                 raise DataError(
-                    f"{passage.name}: still shares {OVERLAP} consecutive words with a held-out document after decontamination"
+                    f"{passage.name}: shares {OVERLAP} consecutive words with a held-out document even after decontamination; "
+                    "exclude its file in the recipe, and build the corpus again"
                 )
             part.add(document.text, passage.name, {"pile_set_name": passage.component})
             written[passage.component] += len(document.text.encode())
@@ -248,7 +249,7 @@ def write_clean(path: Path, passages: Iterable[Passage], index: Any, size: int) 
 
 
 def train(options: argparse.Namespace, texts: dict[str, Any], name: str, seed: int) -> dict[str, float]:
-    """Train on a text in its own run folder, or resume; return bits per byte of each component and of all."""
+    """Train on a text, or resume its run, and return the bits per byte of each component and of all."""
     run = (options.out / f"{name}-seed{seed}").absolute()
     held_out = {component: str(held_out_file(options.out / "texts", component)) for component in texts["held_out"]}
     changes = [
@@ -273,9 +274,12 @@ def train(options: argparse.Namespace, texts: dict[str, Any], name: str, seed: i
             [*command, *(f"--set={change}" for change in changes)], stdout=sys.stderr, cwd=ROOT, check=False
         )
         if finished.returncode == PREEMPTED:
-            raise Preempted("run the same command again to resume")
+            raise Preempted(f"training on {name} was preempted; run the same command again to resume")
         if finished.returncode:
-            raise ChildProcessError(f"training on {name} failed with status {finished.returncode}; its output is above")
+            raise ChildProcessError(
+                f"training on {name} with seed {seed} failed with status {finished.returncode}; correct the error above, and run "
+                "the same command again to resume"
+            )
     measured = metrics_of(read_evaluations(run)[steps])
     found = {component: measured[f"text:{component}.bits_per_byte"] for component in held_out}
     return found | ({"all": measured["text.bits_per_byte"]} if len(held_out) > 1 else {})
@@ -300,7 +304,7 @@ def make_table(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, d
 
 
 def format_result(texts: dict[str, Any], table: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Return the training texts and bits per byte as tables; a star marks the best of each line."""
+    """Return the training texts and bits per byte as tables; a star marks the lowest value of each line."""
     names = list(texts["trained"])
     width = max(map(len, [*table, CUT_LABEL])) + 2
     heading = f"{'':<{width}}" + "".join(f"{name:>24}" for name in names)

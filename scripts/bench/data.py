@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure building a corpus: MB of text per second of each filter and stage on one core, and peak memory as the input grows.
 
-Times are CPU seconds, so that other load on the machine and waiting for the disk do not count.
+Times are CPU seconds, which exclude other load on the machine and waiting for the disk.
 
-The text is real: documents of a recipe's components, an equal share of each, as their sources give them. Each filter and
-stage processes all of it separately; next to a stage that is based on a library, the library alone is measured as well.
-Complete builds of 1, 4 and 16 times --build-mb follow, in separate processes. A projection to The Pile's 825 GiB is
-computed from the smallest and the largest of them.
+The text consists of documents of a recipe's components, an equal share of each, as read from the sources. Each filter and
+stage processes all of the text separately; for a stage that is based on a library, the library alone is measured as well.
+Complete builds of 1, 4 and 16 times --build-mb follow, in separate processes. The time for The Pile's 825 GiB is
+extrapolated from the smallest and the largest build.
 
 examples:
   python scripts/bench/data.py
@@ -49,10 +49,8 @@ from mesh_transformer.corpus.word_tokenizer import WORDS
 from mesh_transformer.data.tokenizers import FileTokenizer, load_tokenizer
 
 MB = 1e6
-MAX_CHARACTERS = (
-    100_000  # longer documents are skipped: memory depends on the longest document, and must on nothing else
-)
-GROWTH = (1, 4, 16)  # times --build-mb
+MAX_CHARACTERS = 100_000  # longer documents are skipped, since peak memory depends on the longest document
+GROWTH = (1, 4, 16)  # sizes of the builds in multiples of --build-mb
 PILE_MB = 825.18 * 2**30 / MB  # The Pile, table 1
 PILE_DOCUMENTS = 146_340_692
 MACHINES = (1, 16, 128)
@@ -67,15 +65,19 @@ def main(arguments: list[str]) -> int:
     parser = make_parser(__doc__ or "")
     default = Path(__file__).parents[2] / "configs/corpus/machine.toml"
     parser.add_argument(
-        "corpus", type=Path, nargs="?", default=default, help="recipe that names the sources; default: machine.toml"
+        "corpus",
+        type=Path,
+        nargs="?",
+        default=default,
+        help="recipe with the sources; default: configs/corpus/machine.toml",
     )
     parser.add_argument("--tokenizer", default="", help="tokenizer.json; default: 8,192 tokens trained on the text")
-    parser.add_argument("--mb", type=int, default=8, help="text for filters and stages; default: %(default)s")
+    parser.add_argument("--mb", type=int, default=8, help="MB of text for filters and stages; default: %(default)s")
     parser.add_argument(
-        "--build-mb", type=int, default=4, help="text of the smallest build; 0: no builds; default: %(default)s"
+        "--build-mb", type=int, default=4, help="MB of text of the smallest build; 0: no builds; default: %(default)s"
     )
-    parser.add_argument("--folder", type=Path, help="folder with space for the builds; default: a temporary one")
-    parser.add_argument("--json", action="store_true", help="print only JSON")
+    parser.add_argument("--folder", type=Path, help="folder with space for the builds; default: a temporary folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     recipe = load_recipe(options.corpus)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -96,11 +98,11 @@ class Bench:
         self.options = options
         self.parts, _ = find_parts(recipe)
         self.texts: Texts = []
-        self.tokenizer = options.tokenizer  # "": trained once the texts are read
+        self.tokenizer = options.tokenizer  # "": trained on the texts after they are read
 
     @property
     def size(self) -> float:
-        """MB of text that filters and stages process."""
+        """Size of the texts in MB."""
         return sum(len(text.encode()) for _, text in self.texts) / MB
 
     def documents(self, component: str) -> Iterator[tuple[str, str]]:
@@ -112,13 +114,13 @@ class Bench:
                         yield document.name, document.text
 
     def read_sources(self) -> list[Row]:
-        """Read an equal share of text from each component and keep it; return MB of text per second of each source."""
+        """Read and keep an equal share of text from each component; return the MB per second of each."""
         names = dict.fromkeys(part.component for part in self.parts)
         share = self.options.mb / len(self.recipe.components)
         return [self._read_source(name, share) for name in names]
 
     def _read_source(self, component: str, mb: float) -> Row:
-        """Read complete files until they have `mb` MB of text, of which at most `mb` are kept."""
+        """Read complete files with at least `mb` MB of text, keep documents of about `mb` MB, and return the reading rate."""
         size = 0
         last_file = ""
         start = time.process_time()
@@ -134,7 +136,7 @@ class Bench:
         return {"step": f"read {self.recipe.components[component].kind}: {component}", "mb_per_s": rate}
 
     def rate(self, run: Callable[[str], Any]) -> float:
-        """Return the MB per second of a function of one text."""
+        """Return the MB of text per second that a function of one text processes."""
         start = time.process_time()
         for _, text in self.texts:
             run(text)
@@ -159,7 +161,7 @@ class Bench:
         return str(path)
 
     def measure_stages(self) -> list[Row]:
-        """Return the rates of hashing, files and tokenization, with those of the libraries."""
+        """Return the rates of hashing, files and tokenization, and of the libraries alone."""
         rows: list[Row] = [
             {"step": "exact duplicates", "mb_per_s": self.rate(hash_text)},
             {
@@ -201,11 +203,13 @@ class Bench:
         ]
 
     def _measure_tokens(self) -> list[Row]:
-        """Measure this project's and the library's batch encoding in alternation, the best of three each."""
+        """Return the best of three rates of this project's batch encoding and of the library's, measured in alternation."""
         texts = [text for _, text in self.texts]
         tokenizer = load_tokenizer(self.tokenizer)
         if not isinstance(tokenizer, FileTokenizer):
-            raise ConfigError(f"--tokenizer {self.tokenizer}: must be a tokenizer.json or its folder")
+            raise ConfigError(
+                f"--tokenizer {self.tokenizer}: must be a tokenizer.json or its folder, which tokenizers can read"
+            )
         library = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.to_json()["tokenizer"]))
         encoders = {"native": tokenizer.encode_batch, "batch": library.encode_batch, "fast": library.encode_batch_fast}
         rates: dict[str, list[float]] = {name: [] for name in encoders}
@@ -232,9 +236,8 @@ class Bench:
         components = dict.fromkeys(part.component for part in self.parts)
         rounds = itertools.zip_longest(*(self.documents(name) for name in components))
         documents = (document for one_of_each in rounds for document in one_of_each if document is not None)
-        kinds = [
-            kind for kind in FILTERS if kind not in ("c4", "fineweb", "quality")
-        ]  # these would drop most documents
+        # c4, fineweb and quality are left out because they would drop most documents.
+        kinds = [kind for kind in FILTERS if kind not in ("c4", "fineweb", "quality")]
         builds = []
         n_files = 0
         for growth in GROWTH:
@@ -298,7 +301,7 @@ def compute_signature(signature: BoundedSignature, text: str) -> None:
 
 
 def measure_build(recipe: Recipe, out: Path) -> Row:
-    """Build in this process; return sizes, CPU seconds by stage and peak memory."""
+    """Build a corpus in this process; return sizes, CPU seconds by stage and peak memory."""
     peak_before = peak_memory()
     start = time.perf_counter()
     stage_ends = [("", time.process_time())]
@@ -330,11 +333,8 @@ def peak_memory() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / MB
 
 
-MAX_TASKS = {
-    "match-bands": 14,
-    "removals": 1,
-    "shards": 1,
-}  # of stages whose number of tasks does not grow with the input
+# Number of tasks of the stages whose number of tasks does not grow with the input.
+MAX_TASKS = {"match-bands": 14, "removals": 1, "shards": 1}
 STAGES_PER_DOCUMENT = ("match-bands", "match-exact", "removals")  # their time grows with documents, not bytes
 
 
@@ -379,9 +379,7 @@ def format_result(result: Row) -> str:
         peaks = [result["builds"][i]["peak_mb"] for i in (0, -1)]
         lines.append(f"peak memory of the largest build / the smallest: {peaks[1] / peaks[0]:.3f}")
     tokens = next(row for row in result["rows"] if row["step"] == TOKENIZE)
-    lines.append(
-        f"ratio of tokenization to tokenizers' encode_batch_fast, on which it is based: {tokens['ratio_fast']:.3f}"
-    )
+    lines.append(f"ratio of tokenization to tokenizers' encode_batch_fast, which it calls: {tokens['ratio_fast']:.3f}")
     lines.append(f"ratio of tokenization to tokenizers' encode_batch: {tokens['ratio']:.3f}")
     return "\n".join(lines)
 

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure precision and recall of deduplication on duplicates planted among documents of random words.
 
-Words follow Zipf's law, so documents share almost nothing except what is planted. A near duplicate shares its first words
-with its original, as many as give the stated Jaccard similarity of 5-grams.
+Words follow Zipf's law, so documents share almost nothing except what is planted. A near duplicate shares as many of
+its first words with its original as the stated Jaccard similarity of 5-grams requires.
 
 examples:
   python scripts/bench/dedup.py
@@ -29,7 +29,7 @@ from mesh_transformer.corpus.parts import read_documents
 from mesh_transformer.corpus.recipe import Recipe
 from mesh_transformer.corpus.stages import Executor
 
-WORDS, N_GRAM = 150, 5
+WORDS, N_GRAM = 150, 5  # words of a document, and of a shingle
 LEVELS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 VOCABULARY = 50_000
 _LETTERS = str.maketrans("0123456789ABCDEFGHIJKLMNOP", "abcdefghijklmnopqrstuvwxyz")
@@ -40,7 +40,10 @@ def main(arguments: list[str]) -> int:
     parser = make_parser(__doc__ or "")
     parser.add_argument("--documents", type=int, default=50_000, help="number of originals; default: %(default)s")
     parser.add_argument(
-        "--planted", type=int, default=1000, help="number of exact, and of near duplicates; default: %(default)s"
+        "--planted",
+        type=int,
+        default=1000,
+        help="number of exact duplicates, and of near duplicates; default: %(default)s",
     )
     parser.add_argument(
         "--preset", choices=["pile", "fineweb"], action="append", help="near-duplicate preset; default: both"
@@ -72,7 +75,7 @@ def plant(options: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
         yield "exact", to_text(words[number]).title(), 1.0
     for number in range(options.planted):
         level = LEVELS[number % len(LEVELS)]
-        grams = WORDS - N_GRAM + 1  # of each; J = shared / (2 grams - shared)
+        grams = WORDS - N_GRAM + 1  # of each document; Jaccard similarity = shared / (2 grams - shared)
         shared = round(2 * grams * level / (1 + level))
         other = words[options.documents + number]
         text = np.concatenate([words[options.planted + number][: shared + N_GRAM - 1], other])[:WORDS]
@@ -80,12 +83,12 @@ def plant(options: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
 
 
 def to_text(words: np.ndarray) -> str:
-    """Write word numbers in letters: DataTrove's shingles treat all digits as equal."""
+    """Return word numbers as words of letters, because DataTrove's shingles treat all digits as equal."""
     return " ".join(np.base_repr(word, 26).translate(_LETTERS) for word in words)
 
 
 def measure(preset: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return precision of all removals, and for each planted level its recall and the recall predicted for the bands."""
+    """Return the precision of all removals, and the measured and the predicted recall at each planted similarity."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         kinds = []

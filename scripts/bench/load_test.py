@@ -3,12 +3,12 @@
 """Measure how long a checkpoint takes to load for sampling, and the peak memory relative to the checkpoint's size.
 
 A GPT-J-shaped model with random bfloat16 weights is created, loaded in a separate process as device_sample.py does, and
-generates a few tokens. Peak memory is that of the whole process: after loading, and after generation, which adds the
-memory of the compiled programs.
+generates a few tokens. Peak memory is measured for the whole process, after loading and after generation, which adds
+the memory of the compiled programs.
 
 examples:
   python scripts/bench/load_test.py
-      2.4 GB
+      a checkpoint of 2.4 GB
   python scripts/bench/load_test.py --layers 4 --json
       a small model
 
@@ -27,20 +27,22 @@ from mesh_transformer.scripts.bench.reshard import PROGRAM, make_model_folder
 
 from mesh_transformer.cli import make_parser, run_command
 
-TOKENS = 4
+TOKENS = 4  # generated tokens
 
 
 def main(arguments: list[str]) -> int:
     """Create the model, load it in another process and print."""
     parser = make_parser(__doc__ or "")
     parser.add_argument(
-        "--layers", type=int, default=37, help="layers of 28 million parameters each; default: %(default)s"
+        "--layers", type=int, default=37, help="number of layers, of 28 million parameters each; default: %(default)s"
     )
     parser.add_argument(
-        "--folder", type=Path, help="folder with space for two copies of the model; default: a temporary one"
+        "--folder", type=Path, help="folder with space for two copies of the model; default: a temporary folder"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--open", type=Path, metavar="RUN", help="only load this run, in this process; print JSON")
+    parser.add_argument(
+        "--open", type=Path, metavar="RUN", help="only measure this run, in this process, and print JSON"
+    )
     options = parser.parse_args(arguments)
     if options.open:
         print(json.dumps(measure(options.open)))

@@ -38,7 +38,9 @@ from mesh_transformer.train.run import Run, open_run
 def main(arguments: list[str]) -> int:
     """Measure and print."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("config", nargs="?", default="configs/quickstart.toml", help="default: %(default)s")
+    parser.add_argument(
+        "config", nargs="?", default="configs/quickstart.toml", help="TOML file of the run; default: %(default)s"
+    )
     add_set_option(parser)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each kind; default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="steps per round; default: %(default)s")
@@ -67,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(run: Run, rounds: int, steps: int) -> tuple[list[float], list[float]]:
-    """Return the seconds per step of each round, of the compiled step alone and of the loop."""
+    """Return the seconds per step in each round: of the compiled step alone, and of the training loop."""
     batch_size = run.config.train.batch_size
     batch = run.shard_batch(run.data.train.batch(0, batch_size), batch_size)
     compiled: list[float] = []
@@ -102,7 +104,7 @@ def time_compiled_steps(run: Run, batch: Batch, steps: int) -> float:
 
 
 def limit_steps(run: Run, steps: int) -> Run:
-    """Return the run with an end after `steps` more steps, without evaluation and saving."""
+    """Return a copy of the run that ends after `steps` more steps, without evaluation and saving."""
     config = dataclasses.replace(
         run.config,
         train=dataclasses.replace(run.config.train, steps=run.step + steps, evaluate_every=0),

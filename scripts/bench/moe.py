@@ -5,7 +5,7 @@
 This repeats the comparison of Switch Transformer (arXiv 2101.03961, figures 1 and 5) at a small size. For each seed,
 device_train.py trains both models on the same batches of the configuration's data. Losses are on its held-out text: mean
 and standard deviation over the seeds. Step times are measured first, on random tokens, in alternation. They include the
-optimizer, which has several times more weights to update for the experts.
+optimizer, which updates several times more weights in the model with experts.
 
 examples:
   python scripts/bench/moe.py
@@ -51,9 +51,9 @@ ROOT = Path(__file__).parents[2]
 EXPERTS = (
     "model.experts={n_experts=8, layer_interval=2, group_size=64, capacity_factor=1.0, eval_capacity_factor=2.0}",
 )
-# AdamW costs the same for several small weights as for one large weight; Muon runs matmuls for each of them.
+# AdamW takes as long for several small weights as for one large weight; Muon runs matmuls for each weight.
 COMMON = ('optimizer.name="adamw"', "optimizer.learning_rate=3e-3", "sample.prompts=[]")
-EVALUATIONS = 10  # per run
+EVALUATIONS = 10  # evaluations of a run
 STYLES = {"dense": "accent", "experts": "main"}
 
 Runs = dict[str, list[list["Point"]]]  # model -> seed -> evaluations
@@ -70,7 +70,12 @@ class Point(NamedTuple):
 def main(arguments: list[str]) -> int:
     """Measure, train, print the tables and write the plots."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("config", nargs="?", default="configs/quickstart.toml", help="default: %(default)s")
+    parser.add_argument(
+        "config",
+        nargs="?",
+        default="configs/quickstart.toml",
+        help="TOML file of the dense model; default: %(default)s",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of both models; repeatable"
     )
@@ -81,8 +86,10 @@ def main(arguments: list[str]) -> int:
         metavar="KEY=VALUE",
         help=f"override a field of the model with experts; repeatable; default: {' and '.join(EXPERTS)}",
     )
-    parser.add_argument("--steps", type=int, help="steps of each run; default: those of the configuration")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each model; default: %(default)s")
+    parser.add_argument("--steps", type=int, help="steps of each run; default: train.steps of the configuration")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="runs of each model; 0: measure only the speed; default: %(default)s"
+    )
     parser.add_argument("--seconds", type=float, default=30.0, help="time to measure steps for; default: %(default)s")
     parser.add_argument("--output", type=Path, help="write plots to this HTML file, for example experts.html")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -92,10 +99,12 @@ def main(arguments: list[str]) -> int:
     configs = {name: load_config(options.config, values) for name, values in overrides.items()}
     if configs["dense"].model.experts is not None:
         raise ConfigError(
-            f"{options.config} has model.experts, but must be a dense model: remove it there and pass it with --experts"
+            f"{options.config} has model.experts, but must describe a dense model; remove model.experts, and pass it with --experts"
         )
     if configs["experts"].model.experts is None:
-        raise ConfigError("--experts does not set model.experts: add --experts 'model.experts={n_experts=8}'")
+        raise ConfigError(
+            f"--experts {' '.join(options.experts)} does not set model.experts; add --experts 'model.experts={{n_experts=8}}'"
+        )
     report: dict[str, Any] = {"speed": measure_speed(configs, options.seconds)}
     if not options.json:
         print(format_speed(report["speed"]), flush=True)
@@ -187,7 +196,7 @@ def train_all(config: str, overrides: dict[str, list[str]], steps: int, seeds: i
 
 
 def read_points(run: Path) -> list[Point]:
-    """Return the evaluations of a run; times are multiples of the median step, so that brief load on the machine is ignored."""
+    """Return the evaluations of a run; times are step numbers times the median step time, to ignore brief load."""
     lines = read_metrics(run / FILE)
     step_seconds = statistics.median(line["step_ms"] for line in lines if line["kind"] == "train") / 1000
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
@@ -221,13 +230,15 @@ def format_runs(runs: Runs, tokens: int) -> str:
         (dense, _), (experts, _) = evaluations
         cells = "".join(f"{mean.loss:>12.4f} {deviation:>6.4f} {mean.seconds:>8.1f}" for mean, deviation in evaluations)
         lines.append(f"{dense.step:>8,}{dense.step * tokens:>12,}{cells}{experts.loss - dense.loss:>12.4f}")
-    return "\n".join([*lines, "last row: all held-out text; other rows: train.evaluate_batches batches of it"])
+    return "\n".join(
+        [*lines, "last row: loss on all held-out text; other rows: on train.evaluate_batches batches of it"]
+    )
 
 
 def format_gain(runs: Runs) -> str:
-    """Return the fraction of steps and time after which the experts reach the final loss of the dense model.
+    """Return the fractions of steps and time after which the experts reach the final loss of the dense model, as text.
 
-    Curves are means over the seeds and interpolated linearly, without the last point, which covers more text.
+    Curves are means over the seeds, interpolated linearly. The last point is excluded, because it covers more text.
     """
     dense, experts = ([point for point, _ in average(curves)][:-1] for curves in runs.values())
     end = dense[-1]
@@ -244,9 +255,9 @@ def format_gain(runs: Runs) -> str:
 
 
 def make_page(runs: Runs, tokens_per_step: int) -> str:
-    """Return a page that plots loss over steps, tokens and time, without the last point, which covers more text.
+    """Return a page that plots the loss over steps, tokens and time; thin lines are single seeds.
 
-    Thin lines are single seeds.
+    The last point is excluded, because it covers more text.
     """
     horizontal_axes: dict[str, Callable[[Point], float]] = {
         "Held-out loss by step": lambda point: point.step,

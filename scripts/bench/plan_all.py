@@ -7,7 +7,7 @@ are cached by a digest of the program, so an interrupted run resumes; a plan tak
 
 examples:
   python scripts/bench/plan_all.py
-      compile what is missing and write docs/plans.md
+      compile the plans that are not cached, and write docs/plans.md
   python scripts/bench/plan_all.py configs/gptj_6b.toml --output gptj.md --no-cache
       the plans of one file, compiled again
 """
@@ -38,7 +38,7 @@ GIB = 2**30
 
 
 class PlannedRun(NamedTuple):
-    """A plan as the configuration requests it and, if it does not fit, with the smallest change that fits."""
+    """A plan of a configuration and, if it does not fit, of the smallest change of the configuration that fits."""
 
     command: str
     job: CompileJob
@@ -78,7 +78,7 @@ def format_rows(rows: list[PlannedRun]) -> str:
     lines = [
         "# Plans",
         "",
-        "The requirements of every run in `configs/` on the hardware it is meant for. Each row was compiled with default compiler",
+        "The requirements of every run in `configs/` on its intended hardware. Each row was compiled with default compiler",
         "effort for absent devices (`python scripts/bench/plan_all.py`). Peak and usable memory are GiB per device. Step times are",
         "given as lower bound (matmuls, memory traffic and communication overlap fully) and upper bound (no overlap). Days are for",
         "the run's tokens. Nothing in this table was measured on the hardware.",
@@ -154,12 +154,21 @@ def _compiled_pairs(row: PlannedRun) -> Iterator[tuple[CompileJob, Plan]]:
 def main(arguments: list[str]) -> int:
     """Run the command line."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("configs", nargs="*", type=Path, help="default: every file in configs/")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "plans.md", help="default: %(default)s")
-    parser.add_argument("--cache", type=Path, default=Path("~/.cache/mesh-transformer/plans").expanduser())
+    parser.add_argument("configs", nargs="*", type=Path, help="configurations; default: every file in configs/")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs" / "plans.md", help="page to write; default: %(default)s"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/mesh-transformer/plans").expanduser(),
+        help="folder of compiled results; default: %(default)s",
+    )
     parser.add_argument("--no-cache", action="store_true", help="ignore cached results")
     options = parser.parse_args(arguments)
-    jax.config.update("jax_platforms", "cpu")  # the local devices are not the ones that are planned for
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # plans are compiled for absent devices, so the local accelerators are not used
     cache = options.cache / f"uncached-{int(time.time())}" if options.no_cache else options.cache
     paths = options.configs or sorted((ROOT / "configs").glob("*.toml"))
     rows, failed = [], 0
@@ -175,7 +184,7 @@ def main(arguments: list[str]) -> int:
         rows.append(row)
         shown = row.fixed or row.plan
         words = f", with {row.suggestion.change.description}" if row.suggestion else ""
-        fits = f"fits{words}" if shown.memory.fits else "does not fit; no tested change does"
+        fits = f"fits{words}" if shown.memory.fits else "does not fit, and neither does any tested change"
         print(f"    {shown.memory.peak / GIB:.2f} GiB, {fits}, {time.monotonic() - start:.0f} s", flush=True)
         options.output.write_text(format_rows(rows), encoding="utf-8")
     return 1 if failed else 0

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare weight and KV-cache data types of a trained model: perplexity on held-out text, bytes, and tokens per second.
 
-Each combination scores the same windows of held-out text through the sampling engine, as prompts whose tokens are scored, so
-that the KV cache's data type takes effect. Then it decodes greedily. The ratio is to the perplexity of the saved weights.
+For each combination, the sampling engine scores the same windows of held-out text as prompts, so that the data type of the
+KV cache takes effect, and then decodes greedily. The ratio is relative to the perplexity with the saved weights.
 
 examples:
   python scripts/bench/quantization.py runs/quickstart
@@ -49,10 +49,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="a run folder or a checkpoint in it")
     parser.add_argument("--text", type=Path, help="text file to score; default: the run's held-out text")
     parser.add_argument(
-        "--windows", type=int, default=64, help="windows of seq_len - 1 tokens to score; default: %(default)s"
+        "--windows", type=int, default=64, help="number of windows of seq_len - 1 tokens to score; default: %(default)s"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=128, help="tokens to generate for the speed; default: %(default)s"
+        "--max-tokens", type=int, default=128, help="tokens to generate when measuring the speed; default: %(default)s"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
@@ -70,14 +70,16 @@ def main(arguments: list[str]) -> int:
 
 
 def find_windows(model: LoadedModel, text: Path | None, count: int) -> list[list[int]]:
-    """Return token sequences of seq_len - 1 tokens, since one token is generated after them."""
+    """Return up to `count` sequences of seq_len - 1 tokens, since one token is generated after each."""
     length = model.config.model.seq_len - 1
     if text is not None:
         tokens = model.tokenizer.encode(text.read_text(encoding="utf-8"))
         return [tokens[i : i + length] for i in range(0, max(len(tokens) - length, 1), length)][:count]
     loaders = open_data(model.config).validation
     if not loaders:
-        raise ValueError("the run has no held-out text: give --text FILE")
+        raise ValueError(
+            "the run's configuration has no validation set and holds out no documents; pass the text to score as --text FILE"
+        )
     batches = itertools.chain.from_iterable(loader.batches(None) for loader in loaders.values())
     sequences = itertools.chain.from_iterable(batch.tokens.tolist() for batch in batches)
     return [tokens[:length] for tokens in itertools.islice(sequences, count)]

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert between all checkpoint formats at a realistic size: speed next to cp, peak memory, largest logit difference.
 
-A GPT-J-shaped model with random weights is created as a Hugging Face folder, and reshard_checkpoint.py converts it from
-each format to each other. Before and after each conversion the source is copied with cp and synced to disk. The ratio of a
-round is the time of the faster copy over that of the conversion's writing, both synced to disk; the ratio of a pair is the
-median of its rounds. A conversion also reads everything twice more for verification, which is reported separately.
+A GPT-J-shaped model with random weights is created as a Hugging Face folder, and reshard_checkpoint.py converts it between
+all pairs of formats. Before and after each conversion the source is copied with cp and synced to disk. The ratio of a
+round is the time of the faster copy divided by the conversion's time to write, both synced to disk; the ratio of a pair of
+formats is the median of its rounds. A conversion also reads all data twice for verification, which is reported separately.
 
 examples:
   python scripts/bench/reshard.py
@@ -46,19 +46,19 @@ def main(arguments: list[str]) -> int:
     """Create the model, convert it between all pairs of formats and print the table."""
     parser = make_parser(__doc__ or "")
     parser.add_argument(
-        "--layers", type=int, default=16, help="layers of 28 million parameters each; default: %(default)s"
+        "--layers", type=int, default=16, help="number of layers, of 28 million parameters each; default: %(default)s"
     )
     parser.add_argument("--max-memory", default="256M", help="memory limit of each conversion; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="conversions of each pair; default: %(default)s")
     parser.add_argument(
-        "--folder", type=Path, help="folder with space for four copies of the model; default: a temporary one"
+        "--folder", type=Path, help="folder with space for four copies of the model; default: a temporary folder"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         root = Path(temporary)
         make_model_folder(root / "huggingface", options.layers)
-        first = [(FORMATS[0], target) for target in FORMATS[1:]]  # create the sources of the other pairs
+        first = [(FORMATS[0], target) for target in FORMATS[1:]]  # these results are the sources of the other pairs
         pairs = [*first, *(pair for pair in itertools.product(FORMATS, FORMATS) if pair not in first)]
         rows = []
         for source, target in pairs:
@@ -96,7 +96,7 @@ def make_model_folder(folder: Path, n_layers: int, dtype: str = "float32") -> No
 
 
 def tensor_shapes(config: ModelConfig, family: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a model of this family, whose heads together have the size of `embed`."""
+    """Return the tensor shapes of a model of this family; n_heads * d_head must equal d_model."""
     sizes = {"embed": config.d_model, "ff": config.ff_dim, "vocab": config.n_vocab}
     shapes = {}
     for mapping in FAMILIES[family].mappings.values():
@@ -110,7 +110,7 @@ def tensor_shapes(config: ModelConfig, family: str) -> dict[str, tuple[int, ...]
 
 
 def convert(root: Path, source: str, target: str, max_memory: str) -> dict[str, Any]:
-    """Convert once, between two copies of the source. The first result in each format becomes a source."""
+    """Convert once and return the measurements; the source is copied before and after. A format's first result is kept."""
     result = root / f"{source}-to-{target}"
     command = [sys.executable, str(PROGRAM), str(root / source), str(result), "--format", target, "--verify", "own"]
     command += ["--max-memory", max_memory, "--json"]
@@ -120,7 +120,9 @@ def convert(root: Path, source: str, target: str, max_memory: str) -> dict[str, 
     os.sync()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{source} to {target} failed with status {done.returncode}: {done.stderr}")
+        raise RuntimeError(
+            f"the conversion from {source} to {target} failed with status {done.returncode}: {done.stderr}"
+        )
     cp_seconds = min(seconds_before, copy(root / source, root / "copy"))
     report = json.loads(done.stdout)
     if (root / target).exists():
@@ -141,13 +143,13 @@ def convert(root: Path, source: str, target: str, max_memory: str) -> dict[str, 
 
 
 def median_round(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the round with the median ratio, with the largest memory and logit difference of all rounds."""
+    """Return the round with the median ratio, but the largest memory and logit difference of all rounds."""
     worst = {key: max(row[key] for row in rounds) for key in ("peak_memory_mb", "max_logit_difference")}
     return sorted(rounds, key=lambda row: row["ratio"])[len(rounds) // 2] | worst
 
 
 def copy(source: Path, destination: Path) -> float:
-    """Return the seconds that cp and sync take; the copy is deleted."""
+    """Copy a folder with cp and sync, delete the copy, and return the seconds of copying."""
     os.sync()
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(destination)], check=True)

@@ -3,7 +3,7 @@
 """Measure the generation speed of GPT-2 (124M random weights, greedy) next to transformers' generate in float32.
 
 Every decode step reads all weights once, so memory bandwidth limits the speed to (bytes read per second) / (bytes of the
-weights) steps per second. Without torch and transformers, the ratio is to this limit.
+weights) steps per second. Without torch and transformers, speeds are compared with this limit.
 
 examples:
   python scripts/bench/sample.py
@@ -11,8 +11,8 @@ examples:
   python scripts/bench/sample.py --batch 1 --rounds 9 --json
       one JSON object
   python scripts/bench/sample.py --concurrent 1 8 32
-      measure the time to the first token instead: of this many requests submitted at once, and of one that is submitted
-      while the others are decoded; transformers takes those submitted at once as one batch and cannot add one later
+      measure the time to the first token instead: of this many requests submitted at once, and of a late request, submitted
+      while the others are decoded; transformers decodes the first requests as one batch and cannot add a late one
 """
 
 import functools
@@ -44,12 +44,12 @@ Case = tuple[str, int]  # program, batch size
 
 
 class RequestTimes(NamedTuple):
-    """Seconds that requests submitted at once took."""
+    """Times in seconds of requests that were submitted at once."""
 
-    first_token: float  # median time to the first token
-    slowest_first_token: float
-    total: float  # until the last token of all
-    late_first_token: float | None  # of one submitted when the others had a quarter of their tokens
+    first_token: float  # median over the requests
+    slowest_first_token: float  # maximum over the requests
+    total: float  # until the last token of all requests
+    late_first_token: float | None  # of a request submitted when the others had a quarter of their tokens
 
 
 def main(arguments: list[str]) -> int:
@@ -63,16 +63,18 @@ def main(arguments: list[str]) -> int:
         nargs="+",
         default=["saved", "int8"],
         choices=["saved", "bfloat16", "int8"],
-        help="as serve.weight_dtype, one program each; default: saved int8",
+        help="values of serve.weight_dtype to measure; default: saved int8",
     )
     parser.add_argument(
-        "--kv-cache-dtype", default="model", help="as serve.kv_cache_dtype; default: that of the model, float32"
+        "--kv-cache-dtype",
+        default="model",
+        help="value of serve.kv_cache_dtype; default: %(default)s, which is float32",
     )
     parser.add_argument(
         "--concurrent", type=int, nargs="+", help="number of concurrent requests; measures the time to first token"
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, help="rounds in which all programs alternate; default: %(default)s"
+        "--rounds", type=int, default=5, help="number of rounds, in which all programs alternate; default: %(default)s"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
@@ -87,7 +89,7 @@ def main(arguments: list[str]) -> int:
 
 
 def make_engines(options: Namespace) -> dict[str, DecoderOnlyEngine]:
-    """Return an engine for each weight dtype, by its name in the tables."""
+    """Return an engine for each weight dtype, by the name of the program in the tables."""
     config = ModelConfig(preset="gpt2", **PRESETS["gpt2"])
     params = jax.jit(make_model(config).init)(jax.random.key(0))
     engines = {}
@@ -146,7 +148,8 @@ def _make_torch(max_tokens: int) -> Generate | None:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError as error:
         print(
-            f"{error.name} is not installed: comparing with the memory bandwidth limit (pip install torch transformers)",
+            f"{error.name} is not installed, so the comparison is with the memory bandwidth limit; to compare with transformers: "
+            "pip install torch transformers",
             file=sys.stderr,
         )
         return None
@@ -180,7 +183,9 @@ def _measure_rates(
                 generated = generate(tokens)
                 elapsed = time.perf_counter() - start
                 if generated != size * max_tokens:
-                    raise RuntimeError(f"{name} generated {generated} tokens instead of {size * max_tokens}")
+                    raise RuntimeError(
+                        f"{name} generated {generated} tokens for {size} prompts, but must generate {size * max_tokens}"
+                    )
                 if number:  # the first round compiles
                     seconds.setdefault((name, size), []).append(elapsed)
     return {(name, size): size * max_tokens / statistics.median(times) for (name, size), times in seconds.items()}

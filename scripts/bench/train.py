@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Measure training speed next to PyTorch's on the same model, data and steps; on the CPU, in float32.
+"""Compare training speed with PyTorch's on the same model, data and steps, on the CPU in float32.
 
-Both train GPT-2 (the peer is transformers' GPT2LMHeadModel, eager, fused AdamW) on the same random tokens. Rounds of both
-alternate, and the ratio is the median over pairs of rounds. Without PyTorch, the peer is a step that takes as long as its
-matmuls alone would take at the speed of a large matmul.
+Both programs train GPT-2 on the same random tokens; PyTorch runs transformers' GPT2LMHeadModel, eager, with fused AdamW.
+Rounds of the programs alternate, and the ratio is the median over pairs of rounds. Without PyTorch, the speed is compared
+with a lower bound: the time of the step's matmuls at the speed of a large matmul.
 
 examples:
   python scripts/bench/train.py
@@ -54,8 +54,8 @@ def main(arguments: list[str]) -> int:
     """Run the rounds and print the table."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of each program; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of a round; default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="one JSON object per shape instead of the table")
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of a round in seconds; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per shape instead of the table")
     options = parser.parse_args(arguments)
     if not options.json:
         print(f"{'shape':<28}{'tokens/s':>12}{'peer tokens/s':>15}{'peer':>10}{'ratio':>8}{'losses after 5 steps':>26}")
@@ -78,7 +78,7 @@ def format_row(name: str, row: dict[str, Any]) -> str:
 
 
 def compare(shape: Shape, rounds: int, seconds: float) -> dict[str, Any]:
-    """Return tokens per second of both programs and the median of the paired ratios."""
+    """Return tokens per second of both programs, and the median ratio over pairs of rounds."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shape.n_vocab, (shape.batch_size, shape.seq_len + 1), dtype=np.int32)
     step, weights = make_native_step(shape, tokens)
@@ -206,7 +206,7 @@ def _make_matmul_limit(shape: Shape) -> Callable[[], float]:
 
 
 def _steps_per_second(step: Callable[[], float], seconds: float) -> float:
-    """Return the rate of steps over one round, after one that is not timed."""
+    """Return the steps per second of one round, after one step that is not timed."""
     step()
     count = 0
     start = time.perf_counter()

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Local launcher: start a command as several processes of one run on this machine, to test a run or use one process per GPU.
+"""Local launcher: start a command as several processes of one run on this machine, for tests or for one process per GPU.
 
-Each process reads its index from the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID). Output
-lines of all processes but process 0 begin with the process index. Signals are forwarded to all. If one process fails, the
-others have --grace seconds to exit before they are killed.
+Each process gets its index in the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID). Output lines of
+all processes except process 0 begin with the process index. Signals are forwarded to all processes. If one process fails,
+the others have --grace seconds to exit before they are killed.
 
 examples:
   python scripts/launch/local.py 2 -- python device_train.py configs/quickstart.toml --set mesh.cpu_devices=4
@@ -12,7 +12,7 @@ examples:
   python scripts/launch/local.py 4 --port 9999 -- python device_train.py run.toml
       with a fixed port for the coordinator
 
-exit status: 0 all done, 75 all preempted (run again to continue), else that of the first process that failed
+exit status: 0 all done, 75 all preempted (run again to continue), else the status of the first process that failed
 """
 
 import os
@@ -34,20 +34,22 @@ def main(arguments: list[str]) -> int:
     """Start the processes, forward signals and output, and wait."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("processes", type=int, metavar="N", help="number of processes")
-    parser.add_argument("--port", type=int, default=0, help="port of the coordinator in process 0; default: a free one")
+    parser.add_argument(
+        "--port", type=int, default=0, help="port of the coordinator in process 0; default: a free port"
+    )
     parser.add_argument(
         "--grace",
         type=float,
         default=60.0,
-        help="seconds the other processes have to exit after one has failed; default: %(default)s",
+        help="time limit in seconds for the other processes to exit after one failed; default: %(default)s",
     )
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:split])
     command = arguments[split + 1 :]
     if not command:
-        parser.error("no command: put it after --, for example: local.py 2 -- python device_train.py CONFIG")
+        parser.error("no command; put it after --, for example: local.py 2 -- python device_train.py CONFIG")
     if options.processes < 1:
-        parser.error(f"N is {options.processes}, must be at least 1")
+        parser.error(f"N is {options.processes}, but must be at least 1")
     processes = start_processes(command, options.processes, port=options.port)
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -61,7 +63,7 @@ def main(arguments: list[str]) -> int:
 
 
 def find_port() -> int:
-    """Return a free port."""
+    """Return a free TCP port of this machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -82,7 +84,7 @@ def start_processes(
         process = subprocess.Popen(
             command,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **environment, **variables},
-            start_new_session=True,  # so that a Ctrl-C reaches it once, forwarded by this process
+            start_new_session=True,  # so that it gets Ctrl-C once, forwarded by this process
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

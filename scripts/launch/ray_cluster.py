@@ -34,15 +34,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("nodes", type=int, metavar="N", help="number of nodes")
     parser.add_argument("--cpus", type=float, default=1.0, help="CPUs to reserve per node; default: %(default)s")
     parser.add_argument("--gpus", type=float, default=0.0, help="GPUs to reserve per node; default: %(default)s")
-    parser.add_argument("--port", type=int, default=PORT, help="port of process 0; default: %(default)s")
+    parser.add_argument(
+        "--port", type=int, default=PORT, help="port of the coordinator in process 0; default: %(default)s"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command of each node and exit")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:split])
     train_arguments = arguments[split + 1 :]
     if not train_arguments:
-        parser.error("no arguments for device_train.py: put them after --, for example: ray_cluster.py 4 -- run.toml")
+        parser.error("no arguments for device_train.py; put them after --, for example: ray_cluster.py 4 -- run.toml")
     if options.nodes < 1:
-        parser.error(f"N is {options.nodes}, must be at least 1")
+        parser.error(f"N is {options.nodes}, but must be at least 1")
     command = [sys.executable, "scripts/launch/supervise.py", "--", sys.executable, "device_train.py", *train_arguments]
     if options.dry_run:
         for index in range(options.nodes):

@@ -3,10 +3,10 @@
 """Supervisor: run a command and restart it when it is preempted, crashes or hangs. All other launchers use it.
 
 On each host the supervisor runs one process of a run. If a process is lost, the others exit within a minute
-(mesh_transformer/distributed/watchdog.py); all supervisors then restart theirs, and training resumes from the latest
-checkpoint. After a crash the supervisor pauses, twice as long after each, at most five minutes. It gives up after
---max-failures consecutive failures without a training step. A run hangs if it takes no step for --hang-minutes: at every
-step, training touches the file that the environment variable MESH_TRANSFORMER_PROGRESS names.
+(mesh_transformer/distributed/watchdog.py); all supervisors then restart their processes, and training resumes from the
+latest checkpoint. After a crash the supervisor pauses; the pause doubles with each consecutive crash, up to five minutes. The
+supervisor exits after --max-failures consecutive failures without a training step. A run counts as hung if it takes no step
+for --hang-minutes: at every step, training touches the file in the environment variable MESH_TRANSFORMER_PROGRESS.
 
 Signals are forwarded to the command. After a signal the command is not restarted.
 
@@ -16,7 +16,7 @@ examples:
   python scripts/launch/supervise.py --no-restart-on-preemption -- python device_train.py run.toml
       for a scheduler that restarts the job itself when it exits with 75
 
-exit status: 0 done, 2 wrong usage or configuration, 75 preempted, else that of the last attempt
+exit status: 0 done, 2 wrong usage or configuration, 75 preempted, else the status of the last attempt
 """
 
 import os
@@ -33,7 +33,7 @@ from mesh_transformer.cli import DONE, FAILED, PREEMPTED, WRONG_USAGE, make_pars
 from mesh_transformer.distributed.stop import PROGRESS_VARIABLE, SIGNALS
 
 MAX_PAUSE_SECONDS = 300.0
-KILL_SECONDS = 30.0  # from SIGTERM to SIGKILL for a command that hangs
+KILL_SECONDS = 30.0  # from SIGTERM to SIGKILL for a hung command
 
 
 def main(arguments: list[str]) -> int:
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         "--max-failures",
         type=int,
         default=10,
-        help="consecutive failures without a step before giving up; default: %(default)s",
+        help="number of consecutive failures without a step after which to exit; default: %(default)s",
     )
     parser.add_argument(
         "--pause", type=float, default=5.0, help="seconds to pause after the first crash; default: %(default)s"
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         "--hang-minutes",
         type=float,
         default=30.0,
-        help="time without a step after which the command is ended; default: %(default)s",
+        help="minutes without a step after which to end and restart the command; default: %(default)s",
     )
     parser.add_argument(
         "--no-restart-on-preemption", action="store_true", help="exit with 75 instead of restarting the command"
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments[:split])
     command = arguments[split + 1 :]
     if not command:
-        parser.error("no command: put it after --, for example: supervise.py -- python device_train.py CONFIG")
+        parser.error("no command; put it after --, for example: supervise.py -- python device_train.py CONFIG")
     if options.dry_run:
         print(*command)
         return DONE
@@ -81,7 +81,7 @@ class Supervisor:
         self.stop_requested = False
 
     def run(self) -> int:
-        """Return the last exit status, once the command is done, misconfigured, stopped, or has failed too often."""
+        """Run the command until it is done, misconfigured, stopped, or failed too often; return its last exit status."""
         for number in SIGNALS:
             signal.signal(number, self._forward_signal)
         environment = {**os.environ, PROGRESS_VARIABLE: str(self.progress)}
@@ -96,7 +96,10 @@ class Supervisor:
             if status == PREEMPTED and self.options.no_restart_on_preemption:
                 return status
             if failures >= max_failures:
-                log(f"gave up after {failures} consecutive failures without a step")
+                log(
+                    f"{failures} consecutive failures without a step (--max-failures {max_failures}), the last with exit status "
+                    f"{status}; correct the error above, and run the same command again to resume"
+                )
                 return status
             pause = 0.0 if status == PREEMPTED else min(self.options.pause * 2 ** (failures - 1), MAX_PAUSE_SECONDS)
             reason = "preempted" if status == PREEMPTED else f"exit status {status}"
@@ -111,12 +114,12 @@ class Supervisor:
         """Run the command until it ends or hangs, and return its exit status."""
         started = time.time()
         self.child = subprocess.Popen(self.command, env=environment, start_new_session=True)
-        if self.stop_requested:  # by a signal just before the command started
+        if self.stop_requested:  # a signal arrived just before the command started
             self.child.terminate()
         while self.child.poll() is None:
             last_step = self.progress.stat().st_mtime if self.progress.exists() else started
             if time.time() - last_step > 60 * self.options.hang_minutes:
-                log(f"no step for {self.options.hang_minutes:g} minutes: ending the command")
+                log(f"no step for {self.options.hang_minutes:g} minutes (--hang-minutes): ending the command")
                 self._end()
             time.sleep(0.1)
         status = self.child.returncode

@@ -12,7 +12,7 @@ examples:
   python scripts/launch/tpu_vms.py my-pod --zone us-central2-b --dry-run -- run.toml
       print the command
 
-exit status: that of gcloud, 2 wrong usage
+exit status: the status of gcloud, 2 wrong usage
 """
 
 import shlex
@@ -29,8 +29,12 @@ def main(arguments: list[str]) -> int:
     parser = make_parser(__doc__ or "")
     parser.add_argument("name", metavar="NAME", help="name of the TPU")
     parser.add_argument("--zone", required=True, help="zone of the TPU")
-    parser.add_argument("--project", help="Google Cloud project; default: that of gcloud's configuration")
-    parser.add_argument("--worker", default="all", help="host; default: %(default)s, which a run requires")
+    parser.add_argument("--project", help="Google Cloud project; default: the project in gcloud's configuration")
+    parser.add_argument(
+        "--worker",
+        default="all",
+        help="number of the host on which to run the command; default: %(default)s, which training requires",
+    )
     parser.add_argument(
         "--folder", default="mesh-transformer", help="folder of the project on the hosts; default: %(default)s"
     )
@@ -41,7 +45,7 @@ def main(arguments: list[str]) -> int:
     train_arguments = arguments[split + 1 :]
     if not train_arguments:
         parser.error(
-            "no arguments for device_train.py: put them after --, for example: tpu_vms.py NAME ... -- run.toml"
+            "no arguments for device_train.py; put them after --, for example: tpu_vms.py NAME ... -- run.toml"
         )
     python = ".venv/bin/python"
     supervised = [python, "scripts/launch/supervise.py", "--", python, "device_train.py", *train_arguments]

@@ -6,11 +6,11 @@ examples:
   python scripts/stress/corruption.py --trials 400
       flip bits in, truncate and delete array data, shard indices, zarr.json, manifest.json and COMMIT of a small checkpoint
   python scripts/stress/corruption.py runs/quickstart --trials 40 --json
-      the same on a copy of the latest checkpoint of a run
+      the same on copies of the two latest checkpoints of a run
 
 Each trial damages one file of the later of two checkpoints. Restoring that step must then raise an error that names the
-file or its array, `verify` must name the file, and the latest valid step must be the earlier one, with a message that
-names the damaged file. A trial fails if the step is restored, whatever the values are.
+file or its array, `verify` must name the file, and `latest_valid` must return the earlier step with a message that names
+the damaged file. A trial fails if the damaged step is restored, even with the right values.
 
 exit status: 0 all damage was detected, 1 some was not, 2 wrong usage
 """
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         "path",
         metavar="PATH",
         nargs="?",
-        help="run folder or checkpoint; default: a small checkpoint made for the test",
+        help="run folder or checkpoint; default: a small checkpoint created for the test",
     )
     parser.add_argument("--trials", type=int, default=300, help="number of damaged files; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="seed of the damage; default: %(default)s")
@@ -79,7 +79,7 @@ def format_result(result: dict[str, Any]) -> str:
 
 
 def run_trials(root: Path, trials: int, rng: random.Random) -> dict[str, Any]:
-    """Damage files of all kinds in all ways, and return what was detected and what was missed."""
+    """Damage files of all kinds in all ways, and return the counts of detected damage and a list of missed damage."""
     store = Store(root, keep_last=2)
     earlier, later = store.steps()
     ranges = list_byte_ranges(store, later)
@@ -101,7 +101,7 @@ def run_trials(root: Path, trials: int, rng: random.Random) -> dict[str, Any]:
         else:
             detected[kind, damage] += 1
     if store.verify(later):
-        missed.append("the checkpoint is still damaged after all files were put back")
+        missed.append("the checkpoint is still damaged after all files were restored")
     table = [
         (kind, damage, detected[kind, damage], tried[kind, damage])
         for kind in KINDS
@@ -112,7 +112,7 @@ def run_trials(root: Path, trials: int, rng: random.Random) -> dict[str, Any]:
 
 
 def check_detection(store: Store, earlier: int, later: int, path: Path) -> str:
-    """Return how the store failed to detect the damaged file `path`, "" if it detected it."""
+    """Return a description of how the store failed to detect the damaged file `path`, "" if it detected the damage."""
     arrays = Path(str(store.folder(later))) / "arrays"
     names = [str(path)]
     if path.is_relative_to(arrays):
@@ -171,7 +171,7 @@ def list_byte_ranges(store: Store, step: int) -> list[ByteRange]:
 
 
 def damage_file(path: Path, damage: str, rng: random.Random, start: int = 0, stop: int | None = None) -> str:
-    """Flip a bit of bytes `start` to `stop` of a file, truncate it there, or delete it; return a description."""
+    """Flip a bit in bytes `start` to `stop` of a file, truncate it at one of them, or delete it; return a description."""
     size = path.stat().st_size
     if damage == "delete" or not size:
         path.unlink()
@@ -205,12 +205,12 @@ def make_checkpoints(root: Path) -> None:
 
 
 def copy_checkpoints(path: str, root: Path) -> None:
-    """Copy the checkpoint at `path` and the one before it. Raises ValueError if there is no earlier one."""
+    """Copy the checkpoint at `path` and the previous one into `root`; raise ValueError without a previous checkpoint."""
     store, step = find_checkpoint(path)
     earlier = [other for other in store.steps() if other < step]
     if not earlier:
         raise ValueError(
-            f"{path}: step {step} is the only checkpoint; the test needs an earlier one (checkpoint.keep_last=2)"
+            f"{path}: step {step} has no earlier checkpoint, which the test requires; train with checkpoint.keep_last=2 or more"
         )
     for each in (step, earlier[-1]):
         shutil.copytree(str(store.folder(each)), root / f"step_{each}")

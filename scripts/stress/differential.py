@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differential test of imports: every field of every supported configuration class of transformers, varied one at a time.
 
-A small random model is saved by transformers and imported. Each field gets other values (a model of that configuration, and
-an edit of the saved config.json), null, and is deleted. Then the logits of transformers and of the imported model must be
-equal and foretell the same 16 greedy tokens, or the import must be refused with an error that names the key. What
-transformers itself cannot load is not counted. Accepted models are exported, loaded by transformers and compared again.
+A small random model is saved by transformers and imported. Each field is set to other values (in a model of that
+configuration, and in the saved config.json) and to null, and is deleted. Then the logits of transformers and of the imported
+model must be equal and give the same 16 greedy tokens, or the import must be refused with an error that names the key. Models
+that transformers cannot load are not counted. Imported models are exported, loaded by transformers and compared again.
 
 examples:
   python scripts/stress/differential.py
@@ -15,7 +15,10 @@ examples:
   python scripts/stress/differential.py --sample 20
       20 random cells of each family
 
-exit status: 0 no cell is silent, unnamed or a crash, 1 one is, 2 wrong usage
+The outcome of a cell (one value of one key) is equal, refused, not loadable, or a failure: silent (other logits), unnamed (the
+error does not name the key), crash, or export.
+
+exit status: 0 no failure, 1 a cell failed, 2 wrong usage
 """
 
 import copy
@@ -42,10 +45,10 @@ from mesh_transformer.convert.import_plan import ImportPlan
 from mesh_transformer.convert.logit_check import make_encoder_tokens, run_native
 from mesh_transformer.storage.errors import CheckpointError
 
-TOLERANCE = 2e-5  # of the largest logit, at least 1
-PROMPT = 8  # tokens
-GREEDY = 16
-MODEL_LENGTH = 32
+TOLERANCE = 2e-5  # relative to the largest absolute logit or 1
+PROMPT = 8  # tokens of the prompt
+GREEDY = 16  # tokens to generate
+MODEL_LENGTH = 32  # positions of the model
 ABSENT = "(absent)"
 FAILURES = ("silent", "unnamed", "crash", "export")
 # Sizes of the small models, for every class that has the field.
@@ -66,10 +69,8 @@ SMALL = {
     **dict(max_window_layers=1, embedding_size=16, expert_capacity=20, original_max_position_embeddings=MODEL_LENGTH),
     **dict(pad_token_id=None, bos_token_id=1, eos_token_id=2),
 }
-CHOICES: dict[str, dict[str, Any]] = {
-    "arcee": {"hidden_act": "silu"},
-    "roberta": {"pad_token_id": 1},
-}  # where the default of the class, or the small size, is not supported
+# Fields of which the default of the class, or the small size, is not supported.
+CHOICES: dict[str, dict[str, Any]] = {"arcee": {"hidden_act": "silu"}, "roberta": {"pad_token_id": 1}}
 ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu", "quick_gelu", "relu2", "mish"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 LLAMA3 = dict(YARN, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)
@@ -93,7 +94,7 @@ VALUES: dict[str, list[Any]] = {
     "eos_token_id": [5, [5, 6]],
     "router_dtype": ["bfloat16"],
 }
-# Keys that may stand in any config.json, also where the class has no such field.
+# Keys that can occur in any config.json, even if the class does not have the field.
 OTHER_KEYS: dict[str, list[Any]] = {
     "rope_theta": [5e3], "partial_rotary_factor": [0.5], "rotary_pct": [0.5], "rotary_emb_base": [5e3],
     "rope_scaling": ROPE, "attention_bias": [True], "mlp_bias": [True], "tie_word_embeddings": [True, False],
@@ -108,21 +109,21 @@ class Cell(NamedTuple):
 
     key: str
     value: Any  # ABSENT: the key is deleted
-    built: bool  # whether transformers builds a model with it, or config.json of the base model is edited
+    built: bool  # True: transformers builds a model with the value; False: config.json of the base model is edited
 
 
 class NotLoadable(Exception):
-    """transformers cannot load or run this model."""
+    """Error for a model that transformers cannot load or run."""
 
 
 def main(arguments: list[str]) -> int:
     """Run the cells and print a table."""
     parser = make_parser(__doc__ or "")
     parser.add_argument(
-        "--only", action="append", choices=list_families(), help="family; can be repeated; default: all"
+        "--only", action="append", choices=list_families(), help="family to test; repeatable; default: all"
     )
     parser.add_argument("--sample", type=int, help="number of random cells of each family; default: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --sample; default: %(default)s")
     parser.add_argument("--verbose", action="store_true", help="print a line for each cell")
     options = parser.parse_args(arguments)
     names = ("equal", "refused", "not loadable", *FAILURES)
@@ -141,12 +142,12 @@ def main(arguments: list[str]) -> int:
 
 
 def list_families() -> list[str]:
-    """Return the families whose configuration class is recorded: all but those with another part than text."""
+    """Return the families whose configuration class is recorded, which excludes multimodal families."""
     return [kind for kind in FAMILIES if kind in recorded_classes()]
 
 
 def run_family(kind: str, sample: int | None = None, seed: int = 0) -> list[tuple[Cell, str, str]]:
-    """Return the outcome of each cell of a family, with a detail."""
+    """Return (cell, outcome, detail) of each cell of a family."""
     from transformers.utils import logging
 
     logging.set_verbosity(logging.CRITICAL)
@@ -155,7 +156,7 @@ def run_family(kind: str, sample: int | None = None, seed: int = 0) -> list[tupl
     if sample is not None and sample < len(cells):
         cells = random.Random(seed).sample(cells, sample)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what transformers says about the models that it is given
+        warnings.simplefilter("ignore")  # transformers warns about many of these configurations
         bench = Bench(kind, Path(folder))
         return [(cell, *bench.run(cell)) for cell in cells]
 
@@ -189,7 +190,7 @@ def other_values(value: Any, types: str) -> list[Any]:
 
 
 class Bench:
-    """The base model of a family on disk, and the comparison of one changed model."""
+    """The base model of a family on disk, and comparisons of changed models with transformers."""
 
     def __init__(self, kind: str, folder: Path):
         import transformers
@@ -230,7 +231,7 @@ class Bench:
         return ("export", problem) if problem else ("equal", f"{difference:.1e}")
 
     def _build(self, changes: dict[str, Any]) -> Any:
-        """Return a model of transformers, with the base model's weights if its tensors have the same shapes."""
+        """Return a transformers model with the base model's weights, or random weights if the tensors' shapes differ."""
         import torch
 
         config = self.model_class.config_class(**copy.deepcopy(self.sizes | changes), attn_implementation="eager")
@@ -262,26 +263,28 @@ class Bench:
         return "base"
 
     def _load(self, folder: Path) -> Any:
-        """Return the model of a folder. NotLoadable if a tensor has another shape or there are more or fewer of them."""
+        """Return the transformers model of a folder; raise NotLoadable if tensors are missing, added or of another shape."""
         import torch
 
         config = self.model_class.config_class.from_pretrained(folder)
-        with torch.device("meta"):  # a deleted size has the default of the class, which would need gigabytes
+        with torch.device(
+            "meta"
+        ):  # a deleted size has the default of the class, so that the model would need gigabytes
             wanted = {name: list(tensor.shape) for name, tensor in self.model_class(config).state_dict().items()}
         with safe_open(folder / "model.safetensors", "numpy") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
         other = [name for name, shape in found.items() if wanted.get(name, shape) != shape]
         if other:
-            raise NotLoadable(f"tensors of other shapes: {other}")
+            raise NotLoadable(f"tensors whose shape differs from the configuration: {other}")
         model, info = self.model_class.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
         if info["missing_keys"] or info["mismatched_keys"] or info["unexpected_keys"]:
-            raise NotLoadable(f"tensors: {info}")
+            raise NotLoadable(f"tensors differ from the configuration: {info}")
         return model.eval()
 
     def _generate(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Return the prompt with the library's greedy tokens [B, T], and its logits for them [B, T, V]."""
+        """Return prompt and greedy tokens of transformers [B, T], and its logits [B, T, V]."""
         model = self._load(folder)
         tokens = self.tokens
         for _ in range(GREEDY):
@@ -301,7 +304,7 @@ class Bench:
         return self.native[key]
 
     def _check_export(self, plan: ImportPlan, source: Path, tokens: np.ndarray, expected: np.ndarray) -> str:
-        """Return what is wrong with the exported model, or nothing."""
+        """Return a description of the exported model's problem, "" without one."""
         kind, table = find_family(plan.config, self.kind)
         if kind != self.kind:
             return f"exported as {kind}"
@@ -327,7 +330,7 @@ class Bench:
         return f"keys differ: {changed}" if changed else ""
 
 
-# Fields whose value does not survive an export although the function does, with the reason.
+# Fields that have another value after an export, although the function is the same.
 EQUIVALENT = {
     ("gpt2", "n_inner"),  # null means 4 n_embd, which is written
     ("gpt_neo", "intermediate_size"),
@@ -339,7 +342,7 @@ EQUIVALENT = {
 
 
 def _library_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    """Return the logits of a model of transformers; the encoder of one that has one reads the reverse of the tokens."""
+    """Return the logits of a transformers model; an encoder reads the tokens of make_encoder_tokens."""
     import torch
 
     ids = torch.tensor(tokens, dtype=torch.long)

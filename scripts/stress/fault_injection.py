@@ -4,7 +4,7 @@
 
 Every attempt at a run is a separate process that calls the main function of device_train.py. It is forked from a server
 process that has imported the libraries but has not initialized JAX devices, and it reads compiled programs from a cache.
-This saves about ten seconds per attempt and does not change what is tested.
+This saves about ten seconds per attempt and does not affect the training.
 """
 
 import atexit
@@ -34,7 +34,7 @@ PRELOAD = [
     "mesh_transformer.scripts.stress.fault_injection",
 ]
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-UNFINISHED = (".tmp-", ".old-", ".trash-")  # parts of names that only an unfinished save or deletion leaves
+UNFINISHED = (".tmp-", ".old-", ".trash-")  # in the names of the folders of unfinished saves and deletions
 TEMPORARY = (".tmp", *UNFINISHED)
 
 
@@ -43,7 +43,7 @@ class MemorySample(NamedTuple):
 
     seconds: float  # since the start of the attempt
     resident_bytes: int
-    log_bytes: int  # size of its log, which grows at every step
+    log_bytes: int  # size of the attempt's log, which grows at every step
 
 
 class CheckpointDiff(NamedTuple):
@@ -51,7 +51,7 @@ class CheckpointDiff(NamedTuple):
 
     step: int
     n_arrays: int
-    n_different: int  # arrays whose bytes differ, or that only one of the checkpoints has
+    n_different: int  # arrays whose bytes differ, or that are in one checkpoint only
     first: str  # name of the first array that differs, "" if all are equal
     ulps: int  # largest distance in units in the last place
     relative: float  # largest difference divided by the largest absolute value of its array
@@ -140,7 +140,7 @@ def run_attempt(arguments: list[str], log: str, user: int | None, nan_every: int
     os.chdir(ROOT)
     sys.argv = ["device_train.py", *arguments]
 
-    import device_train  # imported by the server already
+    import device_train  # the server process has imported it
     from mesh_transformer.cli import run_command
 
     if nan_every:
@@ -149,7 +149,7 @@ def run_attempt(arguments: list[str], log: str, user: int | None, nan_every: int
 
 
 def inject_nan_batches(every: int) -> None:
-    """Make the loss weights of every `every`-th training batch NaN, from now on in this process."""
+    """Patch the data loader so that the loss weights of every `every`-th batch are NaN."""
     from mesh_transformer.data.loader import Batch, Loader
 
     original = Loader.batch
@@ -163,13 +163,13 @@ def inject_nan_batches(every: int) -> None:
 
 
 def list_unfinished_saves(root: Path) -> list[str]:
-    """Return the names that unfinished saves and deletions left in a folder of checkpoints."""
+    """Return the names of unfinished saves and deletions in a folder of checkpoints."""
     names = os.listdir(root) if root.is_dir() else []
     return [name for name in names if any(part in name for part in UNFINISHED)]
 
 
 def list_temporary_files(folder: Path) -> list[str]:
-    """Return every path under `folder` whose name is a temporary one."""
+    """Return every path under `folder` with a temporary name."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if any(t in path.name for t in TEMPORARY))
 
 
@@ -207,7 +207,7 @@ def compare_checkpoints(left: Path, right: Path, step: int) -> CheckpointDiff:
 
 
 def count_ulps(left: np.ndarray, right: np.ndarray) -> int:
-    """Return the largest distance of two arrays: in units in the last place (floats), or as it is (integers)."""
+    """Return the largest distance of two arrays: units in the last place for floats, the difference for integers."""
     if left.dtype.kind in "biu":
         return int(np.abs(left.astype(np.int64) - right.astype(np.int64)).max())
     bits = np.dtype(f"i{left.itemsize}")

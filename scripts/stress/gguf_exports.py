@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Check GGUF exports with llama.cpp: the files load, and the greedy tokens are those of the native model.
+"""Check GGUF exports with llama.cpp: the files must load, and the greedy tokens must equal those of the native model.
 
 A small model with random weights of each architecture is exported with float16 matrices, and llama.cpp continues prompts
-of random tokens. The native model then computes the logits of the whole sequence: at each position its best token must be
-the one that llama.cpp chose. --record writes llama.cpp's tokens, with which the test suite compares the native model on
-machines without llama.cpp. llama.cpp is not built here: pip install llama-cpp-python.
+of random tokens. The native model then computes the logits of the whole sequence: at each position llama.cpp's token must
+have the largest logit. --record writes llama.cpp's tokens, with which the test suite compares the native model on machines
+without llama.cpp. This program requires llama-cpp-python (pip install llama-cpp-python).
 
 examples:
   python scripts/stress/gguf_exports.py
@@ -44,8 +44,8 @@ from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.shapes import describe_params
 from mesh_transformer.storage.resume_log import open_staging_log
 
-N_PROMPT, N_NEW = 12, 20
-MIN_MARGIN = 1e-2  # of the best token's logit over the second, relative to the largest; less could be rounding
+N_PROMPT, N_NEW = 12, 20  # tokens of a random prompt, and tokens to generate
+MIN_MARGIN = 1e-2  # best minus second logit, relative to the largest; a smaller margin could be rounding
 LLAMA = dict(
     num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=260, max_position_embeddings=64, rms_norm_eps=1e-5,
@@ -79,15 +79,17 @@ class Answer(NamedTuple):
 
 
 def main(arguments: list[str]) -> int:
-    """Export, ask llama.cpp, compare and print a line for each model."""
+    """Export, generate with llama.cpp, compare, and print a line for each model."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("source", metavar="SRC", nargs="?", help="model of any format; default: small random models")
-    parser.add_argument("--type", default="F16", help="type of the matrices; default: %(default)s")
-    parser.add_argument("--text", action="append", help="text to continue, with SRC; can be repeated")
+    parser.add_argument(
+        "source", metavar="SRC", nargs="?", help="model or checkpoint of any format; default: small random models"
+    )
+    parser.add_argument("--type", default="F16", help="data type of the matrices; default: %(default)s")
+    parser.add_argument("--text", action="append", help="text to continue with the model SRC; repeatable")
     parser.add_argument("--record", type=Path, help="JSON file to write with the tokens of llama.cpp")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("llama_cpp") is None:
-        raise ConfigError("llama.cpp is not installed: pip install llama-cpp-python")
+        raise ConfigError("this program requires llama.cpp, which is not installed: pip install llama-cpp-python")
     answers: dict[str, list[Answer]] = {}
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
@@ -170,7 +172,10 @@ def ask_llama_cpp(path: Path, prompt: Sequence[int], text: str | None) -> Answer
     if text is not None:
         own = llama.tokenize(text.encode(), add_bos=False, special=True)
         if own != list(prompt):
-            raise ConfigError(f"{text!r}: llama.cpp's tokens are {own}, this project's {list(prompt)}")
+            raise ConfigError(
+                f"--text {text!r}: llama.cpp's tokens are {own}, but this project's are {list(prompt)}, so the models cannot be "
+                "compared; pass another --text"
+            )
     tokens = list(prompt)
     llama.eval(tokens)
     for _ in range(N_NEW):
@@ -181,9 +186,9 @@ def ask_llama_cpp(path: Path, prompt: Sequence[int], text: str | None) -> Answer
 
 
 def compare(path: Path, answers: Sequence[Answer]) -> tuple[int, float]:
-    """Return how many tokens are not the native model's best, and the smallest relative margin of its best over its second.
+    """Return the number of tokens that differ from the native model's best, and its smallest relative margin.
 
-    Tokens whose margin is below MIN_MARGIN do not count.
+    The margin is the best minus the second logit. Tokens with a margin below MIN_MARGIN do not count.
     """
     plan = open_checkpoint(path).plan
     wrong, smallest = 0, float("inf")

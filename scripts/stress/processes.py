@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Stress test of runs of several processes: processes are killed, and the run moves to other topologies; nothing may be lost.
+"""Stress test of multi-process runs: processes are killed, and the run moves to other topologies, without losing anything.
 
 device_train.py trains a tiny model in several processes on this machine (jax.distributed, collectives over Gloo). With
 --trials a random process is killed (SIGKILL) that many times, every second time during a save. After each kill the other
-processes must stop by themselves, and the latest checkpoint must be intact and no older than the last one that was
+processes must stop by themselves, and the latest checkpoint must be intact and no older than the last checkpoint
 committed before the kill. With --moves one process gets SIGTERM, and the run continues with another number of processes
 on another mesh. At the end the losses and the final state are compared with those of an uninterrupted run, and the
 examples that the steps used are counted.
@@ -15,7 +15,7 @@ examples:
   python scripts/stress/processes.py --moves 4:data=4,fsdp=2 2:fsdp=4 1:tensor=2,fsdp=2 4:tensor=4
       PROCESSES:MESH of each phase; the first is also the topology of the kills and of the uninterrupted run
 
-exit status: 0 nothing was lost, 1 something was, 2 wrong usage
+exit status: 0 nothing was lost, 1 something was lost, 2 wrong usage
 """
 
 import functools
@@ -37,7 +37,7 @@ from mesh_transformer.scripts.launch import local
 from mesh_transformer.cli import FAILED, PREEMPTED, make_parser, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
-N_DEVICES = 4  # of all processes together
+N_DEVICES = 4  # total over all processes
 BATCH_SIZE = 8
 SEQ_LEN = 16
 SAVE_EVERY = 2  # steps
@@ -69,7 +69,7 @@ heartbeat_seconds = {heartbeat}
 
 
 class Topology(NamedTuple):
-    """Number of processes, and sizes of the mesh axes ("fsdp=2")."""
+    """Number of processes, and mesh axes with their sizes ("fsdp=2")."""
 
     n_processes: int
     mesh: tuple[str, ...]
@@ -84,7 +84,9 @@ def main(arguments: list[str]) -> int:
         "--processes", type=int, default=2, help="number of processes for --trials; default: %(default)s"
     )
     parser.add_argument("--trials", type=int, default=0, help="number of kills; default: %(default)s")
-    parser.add_argument("--moves", nargs="+", metavar="N:MESH", help="topology of each phase")
+    parser.add_argument(
+        "--moves", nargs="+", metavar="N:MESH", help="topologies between which the run moves, as 2:fsdp=4"
+    )
     parser.add_argument("--phase-steps", type=int, default=4, help="minimum steps of a phase; default: %(default)s")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the kill times and the killed processes; default: %(default)s"
@@ -92,7 +94,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     if not (options.trials or options.moves):
-        parser.error("nothing to do: give --trials, --moves or both")
+        parser.error("neither --trials nor --moves is given; pass at least one of them")
     topologies = [parse_topology(text) for text in options.moves or [f"{options.processes}:fsdp=2"]]
     first = topologies[0]
     with tempfile.TemporaryDirectory() as temporary:
@@ -132,16 +134,16 @@ class ProcessesTest:
         self.random = rng
         self.quiet = quiet
         self.problems: list[str] = []
-        self.topology = Topology(0, ())  # the latest of the interrupted run
+        self.topology = Topology(0, ())  # latest topology of the interrupted run
         (folder / "texts").mkdir()
-        for i in range(20):  # all examples are different
+        for i in range(20):  # so that all examples differ
             (folder / "texts" / f"{i}.txt").write_text(" ".join(f"{i}.{j}" for j in range(2500)))
         self.config = folder / "tiny.toml"
         sizes = dict(seq_len=SEQ_LEN, batch=BATCH_SIZE, every=SAVE_EVERY, heartbeat=HEARTBEAT_SECONDS)
         self.config.write_text(CONFIG.format(folder=folder, **sizes))
 
     def kill(self, topology: Topology, trials: int) -> dict[str, Any]:
-        """Kill a random process `trials` times; return what was counted."""
+        """Kill a random process `trials` times; return counts and times."""
         in_save = 0
         peer_named = 0
         stop_seconds: list[float] = []
@@ -163,7 +165,9 @@ class ProcessesTest:
             peer_named += f"process {victim} of {topology.n_processes}" in phase.read_output()
             others = [status for process, status in enumerate(statuses) if process != victim]
             if any(status in (None, 0) for status in others):
-                self.problems.append(f"trial {trial}: the other processes ended with statuses {others}")
+                self.problems.append(
+                    f"trial {trial}: the other processes ended with statuses {others}, expected errors (None: did not end)"
+                )
             self.check_latest(f"trial {trial}", committed)
             self.log(
                 f"kill {trial + 1}: process {victim}; the others stopped after {stop_seconds[-1]:.1f} s; "
@@ -179,7 +183,7 @@ class ProcessesTest:
         }
 
     def move(self, topologies: Sequence[Topology], phase_steps: int) -> dict[str, Any]:
-        """Run on each topology but the last until SIGTERM to one process; return what was counted."""
+        """Train on each topology except the last until one process gets SIGTERM; return the phases and their last steps."""
         stopped_at = []
         for number, topology in enumerate(topologies[:-1]):
             phase = Phase(self, "run", topology)
@@ -188,7 +192,8 @@ class ProcessesTest:
             statuses = phase.wait(STOP_SECONDS)
             if set(statuses) != {PREEMPTED}:
                 self.problems.append(
-                    f"phase {number}: ended with statuses {statuses} after SIGTERM to one process\n"
+                    f"phase {number}: the processes ended with statuses {statuses} after SIGTERM to one of them, expected "
+                    f"{PREEMPTED} from all\n"
                     f"{phase.read_output()[-2000:]}"
                 )
             self.check_latest(f"phase {number}", 0)
@@ -204,9 +209,11 @@ class ProcessesTest:
         for name, used in (("run", self.topology), ("uninterrupted", topology)):
             phase = Phase(self, name, used, f"train.steps={steps}")
             if set(statuses := phase.wait(PHASE_SECONDS)) != {0}:
-                raise RuntimeError(f"{name}: ended with statuses {statuses}: {phase.read_output()[-3000:]}")
+                raise RuntimeError(
+                    f"{name}: the processes ended with statuses {statuses}, expected 0 from all: {phase.read_output()[-3000:]}"
+                )
         leftovers = [path.name for path in (self.folder / "run" / "checkpoints").iterdir() if "-" in path.name]
-        self.problems += [f"temporary folder was left: {name}" for name in leftovers]
+        self.problems += [f"a temporary folder remains: {name}" for name in leftovers]
         losses = self.read_losses("run")
         expected = self.read_losses("uninterrupted")
         if list(losses) != list(range(1, steps + 1)):

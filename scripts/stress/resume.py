@@ -1,17 +1,17 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Stress test of resuming: a run that is killed and stopped must end in the same bits and the same data as one that is not.
+"""Stress test of resuming: an interrupted run must end with the same bits and data as an uninterrupted run.
 
 examples:
   python scripts/stress/resume.py configs/tiny.toml --kills 200 --terms 20
       half of the kills at a random moment of an attempt, half during a save (--in-save); the parameters, the optimizer
       state and all other arrays of the last checkpoint are then compared bit for bit
   python scripts/stress/resume.py configs/tiny.toml --kills 20 --mesh-after fsdp=2,tensor=2,cpu_devices=4 --json
-      every second attempt continues on that mesh: bits may differ, losses by --tolerance, the data not at all
+      every second attempt continues on that mesh: bits may differ, losses may differ by --tolerance, data may not
 
-An interrupted run is one run folder and as many attempts as are needed to finish it; there are as many runs as are needed
-for all kills. After every kill the latest checkpoint must be intact and, on the same mesh, equal to that of the
-uninterrupted run at the same step; the next attempt must resume from it. A stop (SIGTERM, SIGINT and SIGUSR1 in turn)
+An interrupted run is one run folder, in which attempts start until one of them finishes the run; runs are started until all
+kills are sent. After every kill the latest checkpoint must be intact and, on the same mesh, equal to the
+uninterrupted run's checkpoint of that step; the next attempt must resume from it. A stop (SIGTERM, SIGINT and SIGUSR1 in turn)
 must end with status 75 and a checkpoint of the last step that was started.
 
 exit status: 0 passed, 1 failed, 2 wrong usage
@@ -57,17 +57,17 @@ class Result:
     """Counts of a stress test, and the problems it found."""
 
     kills: int = 0
-    in_save: int = 0  # kills that left an unfinished save
+    in_save: int = 0  # kills during a save, after which an unfinished save remains
     stops: int = 0
     runs: int = 0
     resumes: int = 0
-    not_from_latest: int = 0  # resumes from another step than the latest committed one
+    not_from_latest: int = 0  # resumes from a step that was not the latest committed step
     equal_checkpoints: int = 0  # latest checkpoints after a kill or stop that equal the uninterrupted run's
     checkpoints: int = 0  # latest checkpoints that were compared
     slowest_stop: float = 0.0  # seconds from a signal to the end of the process
     repeated_sequences: int = 0
     missing_sequences: int = 0
-    first_different: str = ""  # name of an array
+    first_different: str = ""  # name of the first array that differs
     ulps: int = 0
     relative_difference: float = 0.0  # largest difference divided by the largest absolute value of its array
     loss_difference: float = 0.0  # largest relative difference of a loss
@@ -88,13 +88,20 @@ def main(arguments: list[str]) -> int:
         help="minimum fraction of kills during a save; default: %(default)s",
     )
     parser.add_argument(
-        "--terms", type=int, default=2, help="total number of SIGTERM, SIGINT and SIGUSR1; default: %(default)s"
+        "--terms", type=int, default=2, help="total number of stops by SIGTERM, SIGINT or SIGUSR1; default: %(default)s"
     )
-    parser.add_argument("--mesh-after", metavar="AXES", help="mesh of every second attempt: fsdp=2,cpu_devices=4")
     parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="relative, of losses on another mesh; default: %(default)s"
+        "--mesh-after", metavar="AXES", help="mesh of every second attempt, for example fsdp=2,cpu_devices=4"
     )
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop killing after this time; default: no limit")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="relative tolerance of losses on another mesh; default: %(default)s",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=1e6, help="send no kills or stops after this many minutes; default: no limit"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the kill times; default: %(default)s")
     parser.add_argument("--work", type=Path, help="folder for the runs; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -140,7 +147,7 @@ def format_result(result: Result, other_mesh: bool) -> str:
 
 
 class ResumeTest:
-    """Two uninterrupted runs, and interrupted runs that must equal them."""
+    """Two uninterrupted runs, and interrupted runs that must equal the first."""
 
     def __init__(self, options: Namespace, work: Path, axes: list[str]):
         self.options = options
@@ -160,9 +167,9 @@ class ResumeTest:
         if attempt.wait(MAX_ATTEMPT_SECONDS):
             raise RuntimeError(f"the uninterrupted run failed:\n{attempt.log_tail()}")
         self.check_data_log(self.uninterrupted)
-        if self.axes:  # compile its steps before anything is timed
+        if self.axes:  # compile the steps of the other mesh before anything is timed
             self.start(self.work / "other-mesh", self.axes, self.work / "other-mesh.log").wait(MAX_ATTEMPT_SECONDS)
-        # The same seed again: must be equal, and gives the time of an attempt with a warm cache.
+        # A second run with the same seed must be equal, and measures an attempt with a warm compilation cache.
         attempt = self.start(self.work / "again", [], self.work / "again.log")
         if attempt.wait(MAX_ATTEMPT_SECONDS):
             raise RuntimeError(f"the second uninterrupted run failed:\n{attempt.log_tail()}")
@@ -173,7 +180,8 @@ class ResumeTest:
             self.result.runs += 1
         if self.has_faults_left():
             self.add_problem(
-                "the runs ended before all kills and stops were sent; set a larger train.steps or checkpoint.every"
+                f"{self.result.runs} runs ended before all kills and stops were sent ({self.result.kills} kills, "
+                f"{self.result.stops} stops); set a larger train.steps or checkpoint.every"
             )
         return self.result
 
@@ -212,7 +220,10 @@ class ResumeTest:
             if status == 0:
                 break
             if status not in (PREEMPTED, -signal.SIGKILL):
-                self.add_problem(f"{run_dir.name}: attempt {number} ended with status {status}: {attempt.log_tail()}")
+                self.add_problem(
+                    f"{run_dir.name}: attempt {number} ended with status {status}, expected 0, {PREEMPTED} or {-signal.SIGKILL}: "
+                    f"{attempt.log_tail()}"
+                )
                 return
             self.check_latest(root)
         self.compare_runs(run_dir, same_mesh=not self.axes)
@@ -248,8 +259,10 @@ class ResumeTest:
         if status == PREEMPTED:
             self.result.stops += 1
             self.result.slowest_stop = max(self.result.slowest_stop, time.monotonic() - sent)
-        elif status and status != -number:  # -number: the program had not installed its handler yet, nothing is lost
-            self.add_problem(f"{number.name} ended the attempt with status {status}: {attempt.log_tail()}")
+        elif status and status != -number:  # -number: the signal arrived before the program installed its handler
+            self.add_problem(
+                f"{number.name} ended the attempt with status {status}, expected {PREEMPTED}: {attempt.log_tail()}"
+            )
 
     def check_latest(self, root: Path) -> None:
         """Check that the latest checkpoint is intact and, on the same mesh, equals the uninterrupted run's."""
@@ -265,7 +278,7 @@ class ResumeTest:
             self.check_equal(diff, root.parent.name)
 
     def check_first_step(self, run_dir: Path, number: int, latest: int) -> None:
-        """Check that an attempt, if it started training, resumed from the step that was the latest at its start."""
+        """Check that an attempt, if it started training, resumed from the latest step at its start."""
         attempts = read_log(run_dir)
         if len(attempts) <= self.n_starts.get(run_dir, 0):
             return
@@ -277,7 +290,7 @@ class ResumeTest:
         if first_step != latest:
             self.result.not_from_latest += 1
             self.add_problem(
-                f"{run_dir.name}: attempt {number} resumed from step {first_step}, the latest was {latest}"
+                f"{run_dir.name}: attempt {number} resumed from step {first_step}, but the latest committed step was {latest}"
             )
 
     def compare_runs(self, run_dir: Path, *, same_mesh: bool) -> None:
@@ -294,17 +307,19 @@ class ResumeTest:
             first = list(losses)[:3]
             last = list(losses)[-3:]
             self.add_problem(
-                f"{run_dir.name}: the metrics log has other steps than the uninterrupted run's: {first} ... {last}"
+                f"{run_dir.name}: the metrics log has the steps {first} ... {last}, the uninterrupted run's 1 to {max(expected)}"
             )
         differences = [abs(losses[step] / expected[step] - 1) for step in expected if step in losses]
         self.result.loss_difference = max([self.result.loss_difference, *differences])
         if self.result.loss_difference > (0.0 if same_mesh else self.options.tolerance):
-            self.add_problem(f"{run_dir.name}: a loss differs by {self.result.loss_difference:.3g}, relative")
+            self.add_problem(
+                f"{run_dir.name}: a loss differs by {self.result.loss_difference:.3g} (relative), more than allowed"
+            )
         self.compare_data(
             effective_history(read_log(self.uninterrupted)), effective_history(read_log(run_dir)), run_dir.name
         )
         if leftovers := list_temporary_files(run_dir):
-            self.add_problem(f"{run_dir.name}: temporary files were left: {leftovers[:5]}")
+            self.add_problem(f"{run_dir.name}: temporary files remain: {leftovers[:5]}")
 
     def compare_data(self, expected: dict[int, BatchRecord], used: dict[int, BatchRecord], name: str) -> None:
         """Check that every step used the same sequences as in the uninterrupted run."""
@@ -317,7 +332,7 @@ class ResumeTest:
             self.add_problem(f"{name}: {len(steps)} steps used other sequences, the first is step {min(steps)}")
 
     def check_data_log(self, run_dir: Path) -> None:
-        """Check that the sequences in the data log have the token digests in the data log."""
+        """Check the token digests in the data log against the sequences that it lists."""
         from mesh_transformer.data.dataset import open_data
         from mesh_transformer.train.data_log import digest_tokens
 
@@ -325,7 +340,7 @@ class ResumeTest:
         for step, batch in effective_history(read_log(run_dir)).items():
             if digest_tokens(loader.read_sequences(batch.sequences).tokens) != batch.digest:
                 self.add_problem(
-                    f"{run_dir.name}: step {step}: the digest in the data log is not that of its sequences"
+                    f"{run_dir.name}: step {step}: the digest in the data log differs from the digest of the logged sequences"
                 )
                 return
 

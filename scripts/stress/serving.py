@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stress test of the server: malformed requests, overload, clients that disconnect, and long mixed traffic.
 
-Each trial starts device_serve.py with RUN and ends it with SIGTERM, after which it must exit with 0. A trial passes if no
-response is a server error (5xx), all slots are free afterwards, no request hangs, and memory growth is bounded.
+Each trial starts device_serve.py with RUN and sends it SIGTERM at the end, after which the server must exit with 0. A trial
+passes if no response is a server error (5xx), all slots are free afterwards, no request hangs, and memory growth is bounded.
 
 examples:
   python scripts/stress/serving.py runs/quickstart
@@ -23,6 +23,7 @@ import itertools
 import json
 import random
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -40,19 +41,20 @@ from mesh_transformer.scripts.stress.fault_injection import read_resident_bytes
 from mesh_transformer.cli import DONE, FAILED, add_set_option, make_parser, run_command
 
 ROOT = Path(__file__).parents[2]
-RESPONSE_SECONDS = 120.0  # a response that takes longer counts as missing
+RESPONSE_SECONDS = 120.0  # time limit after which a response counts as missing
 SLOTS = 32
 MAX_GROWTH_MB = 50.0  # of resident memory
-NO_RESPONSE = "no response"  # a key of the counts of statuses
+NO_RESPONSE = "no response"  # in place of an HTTP status
 DISCONNECTED = "disconnected"  # the client disconnected before the response
 
 
 class ServerProcess:
-    """Context manager that runs device_serve.py on a free port; it is ended by SIGTERM."""
+    """Context manager that runs device_serve.py on a free port, and sends it SIGTERM at the end."""
 
     def __init__(self, run: str, overrides: list[str]):
         command = [sys.executable, str(ROOT / "device_serve.py"), run, "--port", "0"]
         command += [f"--set={override}" for override in overrides]
+        self.command = command
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
         self.status: int | None = None  # exit status
         self.stop_seconds = 0.0  # from SIGTERM to the exit
@@ -61,7 +63,9 @@ class ServerProcess:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line.startswith("serving on"):
-            raise RuntimeError(f"the server did not start: exit status {self.process.wait()}")
+            raise RuntimeError(
+                f"the server did not start (exit status {self.process.wait()}); run {shlex.join(self.command)} to see its error"
+            )
         self.port = int(line.rsplit(":", 1)[1])
         return self
 
@@ -78,7 +82,7 @@ class ServerProcess:
         """Return the resident memory in MB."""
         resident = read_resident_bytes(self.process.pid)
         if resident is None:
-            raise RuntimeError(f"the server ended during the trial: exit status {self.process.poll()}")
+            raise RuntimeError(f"the server exited during the trial with status {self.process.poll()}")
         return resident / 1e6
 
 
@@ -86,14 +90,18 @@ def main(arguments: list[str]) -> int:
     """Run the requested trials and print their results."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("run", metavar="RUN", help="run folder or checkpoint, preferably of a very small model")
-    parser.add_argument("--trial", choices=[*TRIALS], action="append", help="repeatable; default: all except schema")
+    parser.add_argument(
+        "--trial", choices=[*TRIALS], action="append", help="trial to run; repeatable; default: all except schema"
+    )
     parser.add_argument(
         "--requests",
         type=int,
         default=10_000,
-        help="requests of the trials soak, malformed and schema; default: %(default)s",
+        help="number of requests in the trials soak, malformed and schema; default: %(default)s",
     )
-    parser.add_argument("--minutes", type=float, default=30.0, help="duration of the trial soak; default: %(default)g")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="duration of the trial soak in minutes; default: %(default)g"
+    )
     parser.add_argument("--schemathesis", default="st", help="command that runs Schemathesis; default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="seed of the requests; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -183,7 +191,7 @@ async def disconnect(server: ServerProcess, options: Namespace) -> dict[str, Any
         if requests.done():
             raise RuntimeError(
                 f"a response arrived before all requests had a slot: {(await requests)[0][:200]!r}; "
-                "use a model with seq_len 256 or more"
+                "pass a RUN whose model has a seq_len of at least 256"
             )
         await asyncio.sleep(0.01)
     all_active.set()

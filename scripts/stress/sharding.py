@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Stress test of sharding: every mesh with every feature must train like one device.
+"""Stress test of sharding: training on every mesh, with every feature, must equal training on one device.
 
 Each case trains the same small model on the same batches for five optimizer steps, on a mesh of CPU devices and on one
-device. It prints the largest relative differences of the five losses, of the final gradient of every array (norm of the
-difference divided by the norm of the array), and of every parameter.
+device. It prints the largest relative differences of the losses, of the final gradients (norm of the difference divided by the
+norm of the array), and of the parameters.
 
 examples:
   python scripts/stress/sharding.py
@@ -16,7 +16,7 @@ examples:
   python scripts/stress/sharding.py --processes 4 --only "4 devices"
       one device per process, so that every axis spans processes
 
-exit status: 0 all differences are within the tolerance, 1 one is not, 2 wrong usage
+exit status: 0 all differences are within the tolerance, 1 a case exceeds it, 2 wrong usage
 """
 
 import functools
@@ -58,7 +58,7 @@ LONGROPE = dict(
     type="longrope", short_factor=[1.0, 1.5], long_factor=[2.0, 3.0], original_seq_len=16, attention_factor=1.2
 )
 LINEAR = dict(type="linear", factor=4.0)
-WIDE_HEADS = dict(GQA, d_head=8)  # a norm of the two channels of a head would be a sign
+WIDE_HEADS = dict(GQA, d_head=8)  # with two channels a head, a norm would leave only the signs
 
 
 LATENT = dict(kv_rank=12, q_rank=8, d_unrotated=6, d_rotated=4, d_value=6)
@@ -69,10 +69,10 @@ GROUPED = dict(
 
 
 class Feature(NamedTuple):
-    """Config keys of a feature."""
+    """Configuration of a feature."""
 
-    model: dict[str, Any]  # of [model]
-    train: dict[str, Any]  # of [train]
+    model: dict[str, Any]  # keys of [model]
+    train: dict[str, Any]  # keys of [train]
     isolate_documents: bool
 
 
@@ -136,8 +136,8 @@ FEATURES = {
         {},
         False,
     ),
-    # The auxiliary loss is of a microbatch, so one device uses as many microbatches. Pipeline stages have separate random
-    # keys, so there is no router noise.
+    # The auxiliary loss is computed per microbatch, so one device uses as many microbatches. Pipeline stages have separate
+    # random keys, so router jitter is disabled.
     "experts, pipeline": Feature(
         dict(GQA, ff_bias=False, experts=dict(EXPERTS, router_jitter=0.0, capacity_factor=0.9, group_size=4)),
         dict(grad_accum_steps=4),
@@ -185,12 +185,12 @@ class Case(NamedTuple):
     """A mesh and a feature."""
 
     name: str
-    mesh: str  # "AXIS=SIZE ..." and switches
+    mesh: str  # "AXIS=SIZE ...", and flags such as sequence_parallel
     feature: str  # a key of FEATURES
 
 
 class TrainingResult(NamedTuple):
-    """Result of a run of STEPS steps."""
+    """Losses of STEPS + 1 steps, and arrays after STEPS steps."""
 
     losses: np.ndarray
     arrays: dict[str, np.ndarray]  # "gradient/..." and "parameter/..."
@@ -208,7 +208,11 @@ def main(arguments: list[str]) -> int:
     """Run the cases and print a table."""
     parser = make_parser(__doc__ or "")
     parser.add_argument(
-        "--only", action="append", default=[], metavar="TEXT", help="only cases whose name contains this"
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="run only cases whose name contains TEXT; repeatable: all texts",
     )
     parser.add_argument("--processes", type=int, default=1, help="number of processes; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object per case")
@@ -250,10 +254,10 @@ def list_cases(only: Sequence[str]) -> list[Case]:
 
 
 def is_supported(mesh: str, feature: str) -> bool:
-    """Return whether a mesh supports a feature, and the two are worth testing together."""
+    """Return whether a mesh supports a feature, and testing them together adds coverage."""
     has_experts = "experts" in feature
     if "pipeline" in mesh:
-        # A pipeline accumulates gradients over microbatches in any case.
+        # A pipeline always accumulates gradients over microbatches.
         if feature == "gradient accumulation" or (has_experts and feature != "experts, pipeline"):
             return False
     elif feature == "experts, pipeline":
@@ -268,7 +272,7 @@ def compare(result: TrainingResult, expected: TrainingResult) -> Difference:
     largest = {"gradient": 0.0, "parameter": 0.0}
     for name, array in expected.arrays.items():
         kind = name.split("/")[0]
-        # The exact gradient of a key's bias is zero, so the computed one is rounding: use the scale of the query's bias.
+        # The exact gradient of a key's bias is zero and the computed gradient is rounding: use the scale of the query's bias.
         scale = np.linalg.norm(expected.arrays[name.replace("/b_k", "/b_q")])
         largest[kind] = max(largest[kind], float(np.linalg.norm(result.arrays[name] - array) / scale))
     return Difference(float(np.max(np.abs(result.losses / expected.losses - 1))), **largest)
@@ -300,7 +304,7 @@ def train(mesh: str, feature: str) -> TrainingResult:
         arrays = {f"parameter/{name}": leaf for name, leaf in flatten_state(state.params).items()}
         state, metrics = compiled(state, shard_batch(make_batch(index, feature), layout))
         losses.append(float(metrics["loss"]))
-    # With beta1 = 0 the optimizer's first moment is the last gradient, of the parameters after STEPS steps.
+    # With beta1 = 0 the first moment of the optimizer is the last gradient, taken at the parameters after STEPS steps.
     moments = flatten_state(state.opt_state)
     arrays |= {f"gradient/{name.partition('/mu/')[2]}": leaf for name, leaf in moments.items() if "/mu/" in name}
     return TrainingResult(np.array(losses), {name: gather(leaf) for name, leaf in arrays.items()})
@@ -376,7 +380,7 @@ def make_batch(index: int, feature: str) -> Batch:
 
 
 def shard_batch(batch: Batch, layout: MeshLayout) -> Batch:
-    """Shard a batch, of which every process has all sequences, over the mesh."""
+    """Shard a batch over the mesh; every process has all of its sequences."""
     return jax.tree.map(lambda x: _to_devices(x, layout.sharding(("batch", "sequence"), x.shape, "batch")), batch)
 
 

@@ -1,19 +1,19 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Soak test: train for an hour under kills, stops, damaged checkpoints, full disks and NaN batches; nothing may be lost.
+"""Soak test: train for an hour under kills, stops, damaged checkpoints, full disks and NaN batches, without losing anything.
 
 examples:
   python scripts/stress/soak.py --minutes 60
-      the quickstart once without faults, then repeatedly with a fault every --pause seconds on average
+      train the quickstart once without faults, then repeatedly with a fault every --pause seconds on average
   python scripts/stress/soak.py configs/tiny.toml --minutes 3 --json
       a short test
 
 Faults: SIGKILL; SIGTERM, SIGINT and SIGUSR1; a file of the latest checkpoint with a flipped bit, truncated or deleted
-while no process runs; a full disk for a while (a tmpfs; without permission to mount one, this fault is left out and the
-result says so). One batch in 50 has a NaN loss, also in the run without faults. Each run with faults must end with the
-bits, the losses and the data of the run without, and leave no temporary files. Memory is sampled throughout.
+while no process runs; a full disk for 5 to 30 seconds (on a tmpfs; without permission to mount it, this fault is left out,
+which the result reports). One batch in 50 has a NaN loss, also in the run without faults. Each run with faults must end with
+the bits, losses and data of the run without faults, and without temporary files. Memory is sampled throughout.
 
-exit status: 0 nothing was lost, 1 something was, 2 wrong usage
+exit status: 0 nothing was lost, 1 something was lost, 2 wrong usage
 """
 
 import collections
@@ -52,10 +52,10 @@ from mesh_transformer.config import load_config
 from mesh_transformer.reports.metrics_log import FILE, read_metrics
 from mesh_transformer.train.data_log import effective_history, read_log
 
-NAN_EVERY = 50
-DISK_BYTES = 200_000_000
-SAMPLE_SECONDS = 5.0
-WARMUP_SAMPLES = 4  # memory samples of a training process that are ignored; memory should be constant afterwards
+NAN_EVERY = 50  # one batch in this many has a NaN loss
+DISK_BYTES = 200_000_000  # size of the tmpfs
+SAMPLE_SECONDS = 5.0  # between two memory samples
+WARMUP_SAMPLES = 4  # ignored memory samples of a training process, after which its memory should be constant
 FAULTS = ("kill", "stop", "damage", "full disk")
 
 
@@ -65,14 +65,14 @@ class Result:
 
     minutes: float = 0.0
     runs: int = 0  # runs with faults that finished
-    equal: int = 0  # of those, with the bits, losses and data of the run without faults
+    equal: int = 0  # runs with faults that have the bits, losses and data of the run without faults
     attempts: int = 0
     faults: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(FAULTS, 0))
     statuses: dict[str, int] = dataclasses.field(default_factory=dict)  # exit status -> attempts
     events: dict[str, int] = dataclasses.field(default_factory=dict)  # event in metrics.jsonl -> count, all runs
-    peak_bytes: list[int] = dataclasses.field(default_factory=list)  # of each attempt with enough samples
-    growth: list[float] = dataclasses.field(default_factory=list)  # bytes per minute of each, after the warm-up
-    # of the run without faults: seconds, bytes
+    peak_bytes: list[int] = dataclasses.field(default_factory=list)  # peak memory of each attempt with enough samples
+    growth: list[float] = dataclasses.field(default_factory=list)  # of each attempt after the warm-up, bytes per minute
+    # samples (seconds, bytes) of the run without faults
     memory: list[tuple[float, int]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> int:
 
 
 def mount_tmpfs(folder: Path) -> bool:
-    """Mount a tmpfs of DISK_BYTES at `folder`; return whether that was possible."""
+    """Mount a tmpfs of DISK_BYTES at `folder`; return whether it was mounted."""
     if os.geteuid() or not shutil.which("mount"):
         return False
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
@@ -155,7 +155,9 @@ class SoakTest:
         self.random = random.Random(options.seed)
         self.faults = FAULTS if is_mounted else tuple(fault for fault in FAULTS if fault != "full disk")
         if not is_mounted:
-            self.result.notes.append("no tmpfs could be mounted: full disks were left out")
+            self.result.notes.append(
+                "full disks were not tested, because no tmpfs could be mounted; run as root to test them"
+            )
         self.started = time.monotonic()
         self.attempt_seconds = 0.0  # of the run without faults
         start_fork_server(str(work / "compiled"))
@@ -207,7 +209,9 @@ class SoakTest:
                 return
             allowed = {PREEMPTED, -signal.SIGKILL, *(-number for number in STOP_SIGNALS), *([1] if was_full else [])}
             if status not in allowed:
-                self.add_problem(f"{name}: an attempt ended with status {status}: {attempt.log_tail()}")
+                self.add_problem(
+                    f"{name}: an attempt ended with status {status}, expected one of {sorted(allowed)}: {attempt.log_tail()}"
+                )
                 if status == 2:
                     return
 
@@ -263,11 +267,11 @@ class SoakTest:
         if diff.n_different:
             self.add_problem(f"{name}: {diff.n_different} of {diff.n_arrays} arrays differ, the first is {diff.first}")
         if read_losses(clean) != read_losses(run_dir):
-            self.add_problem(f"{name}: its losses differ")
+            self.add_problem(f"{name}: its losses differ from those of the run without faults")
         if effective_history(read_log(clean)) != effective_history(read_log(run_dir)):
-            self.add_problem(f"{name}: it used other sequences")
+            self.add_problem(f"{name}: it was trained on other sequences than the run without faults")
         if leftovers := list_temporary_files(run_dir):
-            self.add_problem(f"{name}: temporary files were left: {leftovers[:5]}")
+            self.add_problem(f"{name}: temporary files remain: {leftovers[:5]}")
         if len(steps := Store(run_dir / "checkpoints", writable=False).steps()) != 3:
             self.add_problem(f"{name}: expected 3 checkpoints, found steps {steps}")
         lines = read_metrics(run_dir / FILE)
@@ -284,7 +288,7 @@ class SoakTest:
 
 
 def fill_disk(ballast: Path) -> None:
-    """Write a file that takes all free space of its file system."""
+    """Write a file that fills its file system."""
     with open(ballast, "wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12, 1):
             while True:

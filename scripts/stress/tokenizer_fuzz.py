@@ -1,23 +1,23 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Stress test of tokenizers: random difficult texts are encoded and decoded as transformers does.
+"""Stress test of tokenizers: random difficult texts must be encoded and decoded as by transformers.
 
 examples:
   python scripts/stress/tokenizer_fuzz.py models/llama models/t5 --texts 300
-      compare the tokenizers of these folders with transformers' AutoTokenizer
+      compare the tokenizers in these folders with transformers' AutoTokenizer
   python scripts/stress/tokenizer_fuzz.py models/llama --reference file --seed 7 --json
-      compare with the folder's tokenizer.json as PreTrainedTokenizerFast reads it
+      compare with PreTrainedTokenizerFast, which reads only tokenizer.json
 
 Texts have spaces, tabs, line ends, CJK, emoji joined by U+200D, combining marks, right-to-left scripts, digits, code,
-NUL, long runs, and special tokens written as text. Compared are: ids with and without added special tokens, with special
+NUL, long runs, and special tokens written as text. The comparison covers: ids with and without added special tokens, with special
 tokens parsed and as text; decoded texts with and without special tokens, of these ids and of random ids; incremental
-decoding in random steps; prompts of random chats, if there is a chat template. Random ids are of tokens that are not
-single bytes, where the two differ on purpose (mesh_transformer/data/tokenizers.py).
+decoding in random steps; prompts of random chats, if there is a chat template. Random ids exclude the tokens of single
+bytes, which this project decodes differently on purpose (mesh_transformer/data/tokenizers.py).
 
-AutoTokenizer builds some classes from the vocabulary alone, with another pre-tokenizer than that of the file
-(mesh_transformer/data/tokenizer_files.py): with --reference auto these folders differ.
+AutoTokenizer builds some classes from the vocabulary alone, with a pre-tokenizer that differs from the file's
+(mesh_transformer/data/tokenizer_files.py); for their folders, --reference auto reports differences.
 
-exit status: 0 all is equal, 1 something differs, 2 wrong usage
+exit status: 0 no differences, 1 differences, 2 wrong usage
 """
 
 import json
@@ -49,7 +49,7 @@ SPECIAL = ("<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>", "<|im_start|>", "[C
 
 
 class Difference(NamedTuple):
-    """One result that is not the reference's."""
+    """A result that differs from the reference's."""
 
     check: str
     given: str
@@ -60,13 +60,18 @@ class Difference(NamedTuple):
 def main(arguments: list[str]) -> int:
     """Compare the tokenizer of every folder; print the differences."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("folder", nargs="+", type=Path, help="folder of a model, with its tokenizer")
-    parser.add_argument("--texts", type=int, default=300, help="random texts a folder; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("folder", nargs="+", type=Path, help="folder of a model with its tokenizer")
     parser.add_argument(
-        "--reference", choices=("auto", "file"), default="auto", help="class of transformers; default: %(default)s"
+        "--texts", type=int, default=300, help="number of random texts for each folder; default: %(default)s"
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the texts; default: %(default)s")
+    parser.add_argument(
+        "--reference",
+        choices=("auto", "file"),
+        default="auto",
+        help="auto: AutoTokenizer; file: PreTrainedTokenizerFast; default: %(default)s",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     results = {}
     for folder in options.folder:
@@ -85,7 +90,7 @@ def main(arguments: list[str]) -> int:
 
 
 def load_reference(folder: Path, kind: str) -> Any:
-    """Return the tokenizer of transformers."""
+    """Return the tokenizer of a folder, loaded by transformers."""
     import transformers
 
     classes = {"auto": transformers.AutoTokenizer, "file": transformers.PreTrainedTokenizerFast}
@@ -93,7 +98,7 @@ def load_reference(folder: Path, kind: str) -> Any:
 
 
 def compare(folder: Path, reference: Any, texts: int, seed: int) -> list[Difference]:
-    """Return the differences between our tokenizer of a folder and `reference` on random texts."""
+    """Return the differences between this project's tokenizer of a folder and `reference` on random texts."""
     tokenizer, rng = load_tokenizer(folder), random.Random(seed)
     special = [token for token in reference.get_added_vocab() if token.strip()]
     found = []
@@ -136,7 +141,7 @@ def compare_text(tokenizer: Tokenizer, reference: Any, text: str, rng: random.Ra
             found.append(Difference(f"ids, special tokens added: {added}", repr(text), str(ids), str(own)))
     as_text = reference.encode(text, add_special_tokens=False, split_special_tokens=True)
     own = tokenizer.encode(text)
-    # Vocabularies of whole words find special tokens in a text even so; for ours that is never wanted.
+    # transformers' word-level tokenizers find special tokens in a text even so; this project never does.
     if own != as_text and not set(as_text) & set(reference.all_special_ids) - {reference.unk_token_id}:
         found.append(Difference("ids, special tokens as text", repr(text), str(as_text), str(own)))
     return found + compare_decoding(tokenizer, reference, ids, rng)
@@ -199,7 +204,7 @@ def prompt_of_reference(reference: Any, chat: list[dict[str, str]]) -> Any:
     """Return the ids of a chat's prompt by transformers, or "error"."""
     try:
         return reference.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=False)
-    except Exception:  # of the template
+    except Exception:  # raised by the template
         return "error"
 
 
