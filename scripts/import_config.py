@@ -127,7 +127,7 @@ def convert_mtj(new: Import, devices: int | None) -> None:
     if rest or not replicas:
         given = f"--devices {devices}" if devices else f"tpu_size = {count('tpu_size')}"
         raise ConfigError(
-            f"{given} is not a multiple of cores_per_replica = {count('cores_per_replica')}; set --devices to one"
+            f"{given} is not a multiple of cores_per_replica = {count('cores_per_replica')}; set --devices to a multiple"
         )
     new.update(
         "train", batch_size=grad_accum_steps * count("per_replica_batch") * replicas, grad_accum_steps=grad_accum_steps
@@ -331,7 +331,7 @@ def import_config(paths: list[Path], devices: int | None = None) -> tuple[str, s
     shown = {key: json.dumps(old[key]) if key in old else "" for key in new.notes}
     lines = [f"{key:<{max(map(len, shown))}}  {value[:24]:<24}  {new.notes[key]}" for key, value in shown.items()]
     found = [sum(word in note for note in new.notes.values()) for word in ("DANGEROUS", "UNKNOWN")]
-    lines += [f"{where} is a configuration of {name}: {found[0]} keys are DANGEROUS, {found[1]} are UNKNOWN",
+    lines += [f"{where} is a configuration of {name}; notes on its keys: {found[0]} DANGEROUS, {found[1]} UNKNOWN",
               f"batch: {config.train.batch_size:,} sequences of {config.model.seq_len:,}, {tokens:,} tokens per step; "
               f"{tokens * config.train.steps:,} tokens in {config.train.steps:,} steps",
               f"learning rate at the last step: {last:.6g}"]  # fmt: skip

@@ -104,7 +104,7 @@ def test_gpt_neox_in_two_files(tmp_path):
     assert config.train.batch_size == 4 * 32 * 12
     assert (config.optimizer.warmup_steps, config.model.n_vocab) == (1500, 50432)
     assert "1 UNKNOWN" in report
-    assert "add --devices N" in call(*files, expect=2)[1]
+    assert "pass it as --devices N" in call(*files, expect=2)[1]
 
 
 def test_block_yaml_and_json_with_tabs_are_equivalent(tmp_path):
@@ -127,8 +127,8 @@ REJECTED = {
     "unknown": ({"a": 1, "layers": 2}, "not a configuration of mesh-transformer-jax, GPT-Neo, GPT-NeoX"),
     "duplicate key": ('{"layers": 1, "layers": 2}', "the key layers occurs twice"),
     "neither JSON nor YAML": ("num-layers: [3\n", "old.json:2: neither JSON nor YAML"),
-    "list": ("[1]", "expected a mapping of keys to values, found a list"),
-    "cores": ({**GPT_J, "tpu_size": 12}, "tpu_size (or --devices) is not a multiple of cores_per_replica"),
+    "list": ("[1]", "expected a mapping of keys to values at the top level, but it is a list"),
+    "cores": ({**GPT_J, "tpu_size": 12}, "tpu_size = 12 is not a multiple of cores_per_replica = 8; set --devices"),
     "norm": ({**GPT_J, "norm": "batchnorm"}, "norm = 'batchnorm' or pe = 'rotary' is not supported"),
     "heads": ({**GPT_J, "n_heads": 3}, "d_model=4096 is not a multiple of n_heads=3"),
 }

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Content of a datasheet: composition, removals with samples, duplicates, gaps, licenses and digests of a corpus.
 
-The questions (questions.py) are those of Datasheets for Datasets (Gebru et al.); the composition table follows Table 1
+The questions (questions.py) are from Datasheets for Datasets (Gebru et al.); the composition table follows Table 1
 of The Pile's paper.
 """
 
@@ -23,11 +23,11 @@ from mesh_transformer.corpus.stages import CorpusError
 from mesh_transformer.storage.atomic_files import replace_file
 
 SAMPLES = 3  # dropped documents shown per filter and reason
-SAMPLE_CHARACTERS = 400
+SAMPLE_CHARACTERS = 400  # shown characters of a dropped document
 
 
 def write_datasheet(corpus: Corpus, out: Path) -> dict[str, Any]:
-    """Write OUT/datasheet.json and a self-contained OUT/datasheet.html; return the content of the first."""
+    """Write OUT/datasheet.json and a self-contained OUT/datasheet.html; return the content of datasheet.json."""
     sheet = describe_corpus(corpus, out)
     replace_file(out / "datasheet.json", json.dumps(sheet, indent=1, ensure_ascii=False).encode())
     replace_file(out / "datasheet.html", make_page(sheet).encode())
@@ -35,9 +35,9 @@ def write_datasheet(corpus: Corpus, out: Path) -> dict[str, Any]:
 
 
 def read_datasheet(out: Path) -> dict[str, Any]:
-    """Return the datasheet of a complete corpus, also of one that an earlier version built.
+    """Return the datasheet of a complete corpus, which this or an earlier version built.
 
-    Raises CorpusError if there is none.
+    Raises CorpusError if the corpus is incomplete.
     """
     if not (out / "manifest.json").is_file() or not (out / "datasheet.json").is_file():
         raise CorpusError(

@@ -44,7 +44,7 @@ def make_section(title: str, body: str) -> str:
 def make_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = (), *, left: bool = False
 ) -> str:
-    """Return a table of text cells, aligned right except for the first column; with `left` all are aligned left."""
+    """Return a table of text cells, aligned right except for the first column; with `left`, all cells are aligned left."""
     css = " class=left" if left else ""
     lines = ["<tr>" + "".join(f"<th{css}>{escape(cell)}</th>" for cell in head) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td{css}>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
@@ -54,7 +54,7 @@ def make_table(
 
 
 def format_size(count: float) -> str:
-    """Format a number of bytes with a binary unit."""
+    """Return a number of bytes as text with a binary unit."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -63,7 +63,7 @@ def format_size(count: float) -> str:
 
 
 def format_count(count: int) -> str:
-    """Format a count to fit a matrix cell of 46 pixels."""
+    """Return a count as text that fits a matrix cell of CELL pixels."""
     return f"{count:,}" if count < 10_000 else f"{count / 1000:.0f}k"
 
 

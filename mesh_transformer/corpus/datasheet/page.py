@@ -100,14 +100,14 @@ def _composition(sheet: dict[str, Any]) -> str:
         "<p>Raw: text of all readable documents. Retained: training text after filters, deduplication and line removal. "
         f"Effective: retained text times epochs, as in the mixture. Tokenizer: {escape(sheet['tokenizer'])}.</p>"
     )
-    gone = "".join(f"<li>{escape(name)}: {escape(where)}</li>" for name, where in sheet["missing"].items())
-    return (
-        note + make_table(head, rows, total) + (f"<p>Declared, but without files:</p><ul>{gone}</ul>" if gone else "")
-    )
+    missing = "".join(f"<li>{escape(name)}: {escape(origin)}</li>" for name, origin in sheet["missing"].items())
+    if missing:
+        missing = f"<p>Optional components without files, with their origin:</p><ul>{missing}</ul>"
+    return note + make_table(head, rows, total) + missing
 
 
 def _removals(sheet: dict[str, Any]) -> str:
-    """Return a table with a row for every filter that dropped or changed something."""
+    """Return a table with a row for every filter that dropped documents or changed texts."""
     rows = []
     for name, part in sheet["components"].items():
         for counts in part["filters"]:
@@ -125,16 +125,18 @@ def _removals(sheet: dict[str, Any]) -> str:
         if part["lines_cut"]:
             cut = f"{-part['line_bytes_cut'] / MB:+.2f}"
             rows.append([name, "lines", "", "", cut, f"{part['lines_cut']:,} recurring lines"])
-    note = "<p>Filters of each component in order, without those that changed nothing.</p>"
-    return note + make_table(["component", "filter", "documents in", "out", "MB", "reasons"], rows, left=True)
+    note = (
+        "<p>Filters of each component in order. Filters that dropped no document and changed no text are omitted.</p>"
+    )
+    return note + make_table(
+        ["component", "filter", "documents in", "documents out", "change in MB", "reasons"], rows, left=True
+    )
 
 
 def _duplicates(sheet: dict[str, Any]) -> str:
     found = sheet["duplicates"]
     bands, rows = found["bands_and_rows"]
-    text = (
-        "<p>Rows: component of the removed documents. Columns: component of the documents retained in their place.</p>"
-    )
+    text = "<p>Rows: component of the removed documents. Columns: component of the retained duplicates.</p>"
     if bands:
         points = ", ".join(f"{s:.1f}: {1 - (1 - s**rows) ** bands:.3f}" for s in (0.3, 0.5, 0.7, 0.8, 0.9))
         text += (
@@ -187,7 +189,7 @@ def _lengths(sheet: dict[str, Any]) -> str:
 def _languages(sheet: dict[str, Any]) -> str:
     """Return a bar for each component with its shares of bytes by language."""
     if not any(part["languages"] for part in sheet["components"].values()):
-        return "<p>Not measured: the recipe has no filter of kind language.</p>"
+        return "<p>Not measured, because the recipe has no filter of the kind language.</p>"
     rows = []
     for name, part in sheet["components"].items():
         total = sum(part["languages"].values()) or 1
@@ -216,7 +218,7 @@ def _skipped(sheet: dict[str, Any]) -> str:
         for name, part in sheet["components"].items()
         for encoding, count in part["decoded"].items()
     ]
-    return make_table(["component", "error", "count", "first"], rows, left=True) if rows else "<p>None.</p>"
+    return make_table(["component", "error", "count", "first example"], rows, left=True) if rows else "<p>None.</p>"
 
 
 def _split(sheet: dict[str, Any]) -> str:
@@ -236,7 +238,7 @@ def _split(sheet: dict[str, Any]) -> str:
 
 def _gaps(sheet: dict[str, Any]) -> str:
     items = "".join(f"<li>{escape(gap)}</li>" for gap in sheet["gaps"])
-    return f"<ul>{items}</ul>" if items else "<p>The recipe lists none (corpus.gaps).</p>"
+    return f"<ul>{items}</ul>" if items else "<p>The recipe lists no gaps (field corpus.gaps).</p>"
 
 
 def _licenses(sheet: dict[str, Any]) -> str:
@@ -255,7 +257,11 @@ def _answers(sheet: dict[str, Any]) -> str:
         items = []
         for question, answer in rows:
             unanswered += not answer
-            text = escape(answer) if answer else "<em>Not answered in the recipe (section datasheet).</em>"
+            text = (
+                escape(answer)
+                if answer
+                else "<em>Not answered; add the answer to the section [datasheet] of the recipe.</em>"
+            )
             items.append(f"<dt>{escape(question)}</dt><dd>{text}</dd>")
         parts.append(f"<h3>{escape(chapter)}</h3><dl>{''.join(items)}</dl>")
     count = sum(len(rows) for rows in sheet["answers"].values())
@@ -274,7 +280,7 @@ def _samples(sheet: dict[str, Any]) -> str:
 def _outputs(sheet: dict[str, Any]) -> str:
     inputs = sheet["inputs"]
     text = (
-        f"<p>{inputs['files']:,} source files; digest of their digests <code>{inputs['digest']}</code>. The digest of "
+        f"<p>{inputs['files']:,} source files; digest of all their digests: <code>{inputs['digest']}</code>. The digest of "
         "each file is in manifest.json (xxh3, 128 bits).</p>"
     )
     rows = [[name, f"{found['size']:,}", found["digest"]] for name, found in sheet["outputs"].items()]

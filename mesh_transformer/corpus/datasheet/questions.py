@@ -10,7 +10,7 @@ Answers = dict[str, list[tuple[str, str]]]  # chapter -> question, answer; "": n
 
 
 def answer_questions(sheet: dict[str, Any], recipe: Recipe) -> Answers:
-    """Return all questions with their answers; `sheet` is the rest of the datasheet."""
+    """Return all questions with their answers; `sheet` is the datasheet without them."""
     given = recipe.datasheet
     parts = sheet["components"]
     documents = sum(part["train_documents"] for part in parts.values())
@@ -37,21 +37,21 @@ def answer_questions(sheet: dict[str, Any], recipe: Recipe) -> Answers:
             ("What do the instances represent?", f"Documents: files, pages, messages or lines of {len(parts)} components."),
             ("How many instances are there?",
              f"{documents:,} for training, {heldout:,} held out; {retained:.1f} MB of {raw:.1f} MB raw."),
-            ("Is it a sample of a larger set?", "All that the sources contained on the day of the build, after filtering."),
+            ("Is it a sample of a larger set?", "No: it has all documents of the sources, after filtering."),
             ("What does each instance consist of?", "Text (UTF-8), an id from its file and position, its component; tokens."),
             ("Is there a label or target?", "None except the component and, where measured, language and quality."),
             ("Is any information missing?", " ".join([*recipe.corpus.gaps, f"{skipped:,} documents could not be read."])),
-            ("Are relations between instances explicit?", "Chunks and lines of a file share its name; there are no others."),
+            ("Are relations between instances explicit?", "Chunks and lines of a file share its name; other relations are not."),
             ("Are there recommended splits?", f"Held out: one in {recipe.heldout.one_in} by a hash of the name, 0 texts in both."
              if recipe.heldout.one_in else "None: no documents are held out."),
             ("Are there errors, noise or redundancies?", f"{removed:,} duplicates were removed; near duplicates that MinHash did "
-             "not find remain. Markup is converted to text by rules, with errors: see the samples."),
+             "not find remain. Markup is converted to text by rules, with errors; see the samples."),
             ("Does it rely on external resources?", "No: the text is stored. Links in it are not resolved."),
             ("Does it contain confidential data?", given.people),
             ("Does it contain offensive data?", f"{share:.2%} of sampled sentences are classified as profane, see Profanity."),
             ("Can individuals be identified?", given.people),
             ("How was personal data handled?", "E-mail and public IP addresses are masked, names are not." if masked
-             else "It was not: no filter masks personal data."),
+             else "It was not handled: no filter masks personal data."),
         ],
         "Collection": [
             ("How was the data acquired?", origins),

@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Sections of the datasheet on content: a matrix of topics, tables of profanity and of words used near "he" and "she"."""
+"""Sections of the datasheet on content: topics, profanity, and words that co-occur with "he" and "she"."""
 
 from typing import Any
 
 from mesh_transformer.corpus.datasheet.html import Cell, draw_matrix, make_table
 from mesh_transformer.corpus.survey import CHARACTERS, NAMED, SAMPLE
 
-ROWS = 15  # of the table of biased words
+ROWS = 15  # rows of the table of biased words
 
 
 def make_topics(sheet: dict[str, Any]) -> str:
@@ -66,7 +66,7 @@ def make_pronouns(sheet: dict[str, Any]) -> str:
     named = [[*_bias_cells(entry), "he" if entry["word"] in NAMED[:3] else "she"] for entry in found["named"]]
     return (
         "<p>Sentences of all training text, each document once. Bias: difference of the rates at which a word occurs in "
-        "sentences with he and with she, times the square root of its frequency in these; without function words.</p>"
+        "sentences with he and with she, times the square root of its frequency in both; function words are excluded.</p>"
         + make_table(["component", "sentences with he", "with she", "he : she"], rows, total)
         + "<h3>Most biased words</h3>"
         + make_table(["to he", "with he", "with she", "bias", "to she", "with he", "with she", "bias"], pairs)
