@@ -236,7 +236,9 @@ class Store:
             backend_for(self.root).create()
             backend_for(self.root).remove_leftovers()
         except OSError as error:
-            raise CheckpointError(f"{self.root}: cannot be used as a checkpoint folder: {error}") from error
+            raise CheckpointError(
+                f"{self.root}: cannot be used as a checkpoint folder: {error}; choose another folder, or change its permissions"
+            ) from error
 
     def _prune(self, last: int) -> list[int]:
         steps = [step for step in self.steps() if step <= last]
@@ -317,7 +319,7 @@ def _check_match(folder: AnyPath, records: Mapping[str, ArrayRecord], like: Mapp
             requested = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
             problems.append(f"{name}: {record.dtype}{list(record.shape)} in the checkpoint, {requested} requested")
         if leaf.sharding is None:
-            problems.append(f"{name}: no sharding given")
+            problems.append(f"{name}: no sharding given in the request")
     if problems:
         raise CheckpointError(
             f"{folder} does not match the requested arrays; request them as they were saved, with the same configuration:\n  "

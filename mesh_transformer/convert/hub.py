@@ -76,6 +76,6 @@ def download_model(name: str, *, config_only: bool = False) -> Path:
         ) from None
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{repository}: cannot be downloaded: {type(error).__name__}: {error}; run it again"
+            f"{repository}: cannot be downloaded: {type(error).__name__}: {error}; run the command again"
         ) from None
     return folder

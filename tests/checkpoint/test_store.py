@@ -247,7 +247,7 @@ def test_restore_names_every_difference(tmp_path, arrays, axes, shardings, like)
         "unexpected in the checkpoint: guard/key",
         "step: int32[] in the checkpoint, int32[1] requested",
         "params/embed/w: float32[64, 24] in the checkpoint, bfloat16[64, 24] requested",
-        "guard/seen: no sharding given",
+        "guard/seen: no sharding given in the request",
     ]:
         assert line in str(raised.value)
 

@@ -130,7 +130,7 @@ def test_tokenizer_and_small_files_are_carried_along(external, tmp_path):
     assert Tokenizer.from_file(str(again["tokenizer.json"])).get_vocab() == tokenizer.get_vocab()
     make_tokenizer(301).save(str(source / "tokenizer.json"))
     refused = call(source, tmp_path / "more", expect=2).err
-    assert "the tokenizer has 301 entries, but the vocabulary of the model has only 264" in refused
+    assert "the tokenizer has 301 tokens, but the model has embeddings of only 264" in refused
 
 
 def test_cast_is_reported(external, tmp_path):
@@ -352,7 +352,7 @@ def test_v1_checkpoint_with_its_optimizer_is_imported(tmp_path):
 
 @pytest.mark.slow
 def test_transformers_finds_what_both_readings_share(external, tmp_path, monkeypatch):
-    """A misreading of config.json by the importer and by the own reimplementation is found by the library."""
+    """A misreading of config.json by the importer and the NumPy reimplementation is revealed by transformers."""
     pytest.importorskip("transformers", reason="needs pip install transformers torch")
     pytest.importorskip("torch", reason="needs pip install transformers torch")
     report = run_here(external, tmp_path / "out", verify="transformers")

@@ -144,7 +144,7 @@ def test_a_repository_without_safetensors_gives_its_bin_files(hub):
         ("org/name@v9", "org/name: no revision 'v9'; give a branch, tag or commit of the repository"),
         (
             "org/gated",
-            "org/gated: access to this repository has to be requested on its page on the Hub; then set HF_TOKEN",
+            "org/gated: this repository requires approval; request access on its page on the Hub, then set HF_TOKEN",
         ),
         ("hf://one", 'one: not a repository on the Hub; give "org/model" or "org/model@revision"'),
     ],

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of models: folders, files and cached repositories are found; other things are rejected with a remedy."""
+"""Sources of models: folders, files and cached repositories are found; other formats are rejected with a fix."""
 
 import pytest
 

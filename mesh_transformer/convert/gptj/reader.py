@@ -351,7 +351,8 @@ def _read_count(shards: Shards, position: int, name: str) -> int:
     values = [int(leaf.read(full_index(leaf)).reshape(())) for leaf in leaves]
     if len(set(values)) > 1:
         raise CheckpointError(
-            f"{shards.folder}: {name} differs between shards: {values}; the shards are from different checkpoints; use those of one"
+            f"{shards.folder}: {name} differs between shards: {values}; they are from different checkpoints, so copy all "
+            "shards of one"
         )
     return values[0]
 

@@ -166,7 +166,9 @@ def read_heads(s: HFConfig, classes: Classes) -> dict[str, Any]:
     known = [name for name in classes[:4] if name]
     architecture = (s.table.get("architectures") or [None])[0]
     if architecture not in (*known, None):
-        raise CheckpointError(f"{s.where}: architectures = [{architecture!r}] is not supported; supported: {known}")
+        raise CheckpointError(
+            f"{s.where}: architectures = [{architecture!r}] is not supported; supported: {', '.join(known)}"
+        )
     s.require("tie_word_embeddings", True)
     has_classifier = architecture == classes.classification or (
         architecture is None and any(name.startswith("classifier.") for name in s.tensors)

@@ -53,7 +53,7 @@ def read_t5(s: HFConfig) -> dict[str, Any]:
     if act not in ACTIVATIONS:
         raise CheckpointError(
             f"{s.where}: the activation {act!r} of dense_act_fn or feed_forward_proj is not supported; supported: "
-            f"{list(ACTIVATIONS)}"
+            + ", ".join(map(repr, ACTIVATIONS))
         )
     gated = kind == "gated" if stored_gate is None else stored_gate
     tied = s.find("tie_word_embeddings") is not False

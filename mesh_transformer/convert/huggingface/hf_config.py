@@ -145,13 +145,15 @@ class HFConfig:
         if value is None and self.fields.get(key, (None,))[0] is None:
             return
         if value not in allowed:
-            raise CheckpointError(f"{self.where}: {key} = {value!r} is not supported; supported: {allowed}")
+            supported = ", ".join(map(repr, allowed or (None,)))
+            raise CheckpointError(f"{self.where}: {key} = {value!r} is not supported; supported: {supported}")
 
     def translate(self, names: Mapping[Any, str], *keys: str, default: Any = None) -> str:
         """Return the native name of an external value. Raise CheckpointError if it is not in `names`."""
         value = self.get(*keys, default=default)
         if value not in names:
-            raise CheckpointError(f"{self.where}: {keys[0]} = {value!r} is not supported; supported: {list(names)}")
+            supported = ", ".join(map(repr, names))
+            raise CheckpointError(f"{self.where}: {keys[0]} = {value!r} is not supported; supported: {supported}")
         return names[value]
 
     def rope_parameters(self) -> dict[str, Any]:

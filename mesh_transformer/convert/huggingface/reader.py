@@ -82,7 +82,8 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
         notes.append(f"{copy} equals {original} and is stored once")
     if other_heads := sorted(name for name in tensors if name not in used and name.startswith(family.heads)):
         used.update(other_heads)
-        notes.append(f"left out, because {external_config.table.get('architectures')} has no such head: {other_heads}")
+        architectures = external_config.table.get("architectures")
+        notes.append(f"tensors of heads that {architectures} does not have are left out: {', '.join(other_heads)}")
     if family.layers_after_last and (extra := _find_later_layers(tensors, family, config.n_layers)):
         used |= extra
         tensor = "1 tensor" if len(extra) == 1 else f"{len(extra)} tensors"
@@ -125,7 +126,7 @@ def read_model(s: HFConfig, family: Family) -> dict[str, Any]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"{s.where}: not a valid configuration of {s.kind}: {type(error).__name__}: {error}"
+            f"{s.where}: not a valid configuration of {s.kind}: {type(error).__name__}: {error}; correct the values"
         ) from None
     s.check_all_read()
     return model

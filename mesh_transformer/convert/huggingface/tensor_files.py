@@ -131,7 +131,7 @@ def _read_legacy(path: AnyPath) -> tuple[Any, dict[str, int]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         if _Unpickler(file).load() != LEGACY_NUMBER:
-            raise pickle.UnpicklingError("it does not begin with the number of PyTorch's format")
+            raise pickle.UnpicklingError("it does not begin with the magic number of PyTorch's format")
         _Unpickler(file).load()
         if _Unpickler(file).load().get("little_endian") is False:
             raise CheckpointError(f"{path}: {BIG_ENDIAN}")
@@ -282,7 +282,9 @@ class _Unpickler(pickle.Unpickler):
             return lambda tensor, *_: tensor
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
-        raise pickle.UnpicklingError(f"its pickle calls {module}.{name}, which is not allowed; it was not run")
+        raise pickle.UnpicklingError(
+            f"its pickle calls {module}.{name}, which is not allowed and was not run; save it again"
+        )
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file)

@@ -77,7 +77,7 @@ def test_rope_parameters_of_gpt_neox_have_their_own_keys():
         ("llama", dict(per_layer_config={"0": {"sliding_window": 4}}), "per_layer_config = .* is not supported"),
         ("llama", dict(is_encoder_decoder=True), "is_encoder_decoder = True is not supported; supported: False"),
         ("gemma2", dict(use_bidirectional_attention=True), "use_bidirectional_attention = True is not supported"),
-        ("llama", dict(rope_theta="big"), "rope_theta = 'big' of the rotary embeddings must be a number"),
+        ("llama", dict(rope_theta="big"), "rope_theta = 'big' of the rotary embeddings is not a number"),
         (
             "llama",
             dict(partial_rotary_factor=0.5),
