@@ -67,9 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("corpus", type=Path, metavar="CORPUS.toml", help="recipe, as in configs/corpus")
-    parser.add_argument(
-        "out", type=Path, metavar="OUT", help="output folder; that of an interrupted build to resume it"
-    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="output folder; an interrupted build in it is resumed")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="number of parallel workers; default: %(default)s"
     )

@@ -185,7 +185,7 @@ def convert_neox(new: Import, devices: int | None) -> None:
         replicas, rest = divmod(devices, shards * stages)
         if rest or not replicas:
             raise ConfigError(
-                f"--devices {devices} is not a multiple of model_parallel_size x pipe_parallel_size = {shards} x {stages}; give "
+                f"--devices {devices} is not a multiple of model_parallel_size x pipe_parallel_size = {shards} x {stages}; pass "
                 "the number of GPUs of the run"
             )
         new.update("train", batch_size=count("train_micro_batch_size_per_gpu") * grad_accum_steps * replicas)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Build a corpus from its recipe: run the stages in order, each only if something it depends on has changed.
+"""Build a corpus from its recipe: run the stages in order, each only if its inputs have changed.
 
 OUT/work holds the stages with the documents they dropped, OUT/documents the final text by split and component,
 OUT/tokens the shards. OUT/manifest.json has the digest of every output and is written last: without it the corpus is
@@ -77,7 +77,7 @@ class CorpusBuilder:
         self.used: set[Path] = set()
 
     def folder(self, name: str, *depends: Any) -> Path:
-        """Return the folder of a stage, named after a digest of everything it depends on."""
+        """Return the folder of a stage, named after a digest of its inputs."""
         key = hashlib.sha256(json.dumps([VERSION, name, *map(str, depends)]).encode()).hexdigest()[:12]
         path = self.out / "work" / f"{name}-{key}"
         path.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PublishedConfig:
-    """Figures that a paper reports for a component, shown next to those of the build."""
+    """Figures that a paper reports for a component, shown next to the figures of the build."""
 
     raw_gib: PositiveFloat
     weight: PositiveFloat  # percent of the mixture
@@ -57,7 +57,9 @@ class ComponentConfig:
     origin: str = ""  # where to download it today, or that it is no longer available
     optional: bool = False  # true: a component without files is reported and left out instead of being an error
     text_key: str = "text"  # field or column of JSON lines and Parquet
-    encoding: str = ""  # of text files that are not UTF-8, for example "latin-1"; empty: such files are skipped
+    encoding: str = (
+        ""  # encoding of text files that are not UTF-8, for example "latin-1"; empty: such files are skipped
+    )
     chunk_kb: NonNegativeInt = 0  # split longer files between paragraphs into documents of this size; 0: never
     min_bytes: NonNegativeInt = 0  # a shorter document is dropped
     # copies of every document in the mixture; a fraction is the share of documents with one more copy
@@ -239,7 +241,7 @@ class TokensConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DatasheetConfig:
-    """Answers that only the author of a corpus can give; the datasheet lists those that are missing."""
+    """Answers that only the author of a corpus can give; the datasheet marks missing answers."""
 
     made_by: str = ""
     paid_by: str = ""

@@ -211,7 +211,7 @@ class RemovalStage:
     """Single task: pairs and groups of all documents -> exact.npy and near.npy, sorted removals, and counts by component."""
 
     recipe: Recipe
-    components: tuple[str, ...]  # of each part
+    components: tuple[str, ...]  # component of each part
     signed: Path
     bands: Path
     equal: Path

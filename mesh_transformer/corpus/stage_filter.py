@@ -76,7 +76,7 @@ class FilterStage:
     recipe: Recipe
     parts: tuple[Part, ...]
     classifiers: dict[int, Path]  # number of a quality filter -> its model
-    inputs: tuple[str, ...]  # of each part, a digest of everything it depends on
+    inputs: tuple[str, ...]  # digest of the inputs of each part
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class ClassifierStage:
 
     recipe: Recipe
     parts: tuple[Part, ...]
-    numbers: tuple[int, ...]  # of the quality filters among all filters
+    numbers: tuple[int, ...]  # indices of the quality filters in recipe.filters
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class TokenizationStage:
     """Task: the documents of one part -> runs/SPLIT-RANK-RUN.bin and .npy."""
 
     recipe: Recipe
-    components: tuple[str, ...]  # of each part
+    components: tuple[str, ...]  # component of each part
     epochs: dict[str, float]
     selected: Path
     folder: Path

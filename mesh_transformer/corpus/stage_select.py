@@ -21,7 +21,7 @@ class SelectionStage:
     """Task: one filtered part -> train/COMPONENT-RANK, heldout/COMPONENT-RANK, dropped/RANK, hashes/SPLIT-RANK.npy."""
 
     recipe: Recipe
-    components: tuple[str, ...]  # of each part
+    components: tuple[str, ...]  # component of each part
     filtered: Path
     matched: Path  # folder of the recurring lines
     removals: Path

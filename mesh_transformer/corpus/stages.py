@@ -3,7 +3,7 @@
 """Run a stage of a build in parts by DataTrove's executors: on this machine, on Ray or on Slurm, with completeness checks.
 
 A task makes one part: it writes complete, durable files and returns a record of them, which is written last. A part
-with a record is done, whatever happened to the process; every other part is made again from its beginning. After a
+with a record is done, even if the process was killed afterwards; every other part is made again from its beginning. After a
 stage every part must have its record, and every file the size in its record; otherwise the stage has failed. The
 executors alone report success when a rank was lost on Ray or Slurm, and wait forever when a local worker was killed.
 """

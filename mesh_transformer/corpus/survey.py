@@ -64,7 +64,7 @@ class SurveyStage:
     """Task: the training documents of one part -> sample/RANK.jsonl.zst, and words that co-occur with pronouns in the record."""
 
     recipe: Recipe
-    components: tuple[str, ...]  # of each part
+    components: tuple[str, ...]  # component of each part
     selected: Path
     folder: Path
 

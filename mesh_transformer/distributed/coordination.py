@@ -4,7 +4,7 @@
 
 Values travel through the key-value store and the barriers of jax.distributed's coordination service, which runs in
 process 0. They use the network and not the devices, so a thread may exchange them while the collectives of a step run.
-Every process must make the same calls, with the same names and equally often. With one process nothing is sent.
+Every process must make the same calls, with the same names and equally often. A run of one process does not use the service.
 """
 
 import collections

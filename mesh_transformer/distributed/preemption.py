@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preemption and maintenance notices of Google Cloud machines, polled from their metadata server.
 
-The server is polled on Google's machines and wherever GCE_METADATA_HOST names one (host or host:port, as Google's own
-libraries read it); GCE_METADATA_HOST= (empty) disables polling. A spot machine is reported as `preempted` 30 s before
+The server is polled on Google's machines and wherever GCE_METADATA_HOST is set (to host or host:port, as in Google's
+libraries); GCE_METADATA_HOST= (empty) disables polling. A spot machine is reported as `preempted` 30 s before
 it ends. The `maintenance-event` of a TPU or GPU machine is TERMINATE_ON_HOST_MAINTENANCE up to an hour before it ends.
 A live migration does not end the machine, so it does not stop the run.
 """

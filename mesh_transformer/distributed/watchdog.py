@@ -38,7 +38,7 @@ class Watchdog:
         self._identity = f"{socket.gethostname()}, pid {os.getpid()}"
         self._ended = threading.Event()
         self._failing = threading.Event()
-        self._heartbeats: dict[int, tuple[str, float]] = {}  # last heartbeat of each process, and when it arrived here
+        self._heartbeats: dict[int, tuple[str, float]] = {}  # last heartbeat of each process, and its time of arrival
         self._started = time.monotonic()
         _on_abort(
             lambda: f"{self._prefix()}{self._describe(0)}, the coordinator, is lost or unreachable; {RESTART_HINT}"

@@ -132,7 +132,7 @@ def format_values(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def wrap_cells(cells: list[tuple[str, str]], width: int) -> list[list[tuple[str, str]]]:
-    """Return cells in lines of at most `width` characters; a wider cell gets a line of its own."""
+    """Return cells in lines of at most `width` characters; a wider cell gets a separate line."""
     lines: list[list[tuple[str, str]]] = []
     free = 0
     for cell in cells:
@@ -176,7 +176,7 @@ def print_rows(console: Console, title: str, rows: Mapping[str, str]) -> None:
 
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print bits per byte of every validation set and of general compressors on the same text; print nothing without sets."""
+    """Print bits per byte of the model and of general compressors on every validation set; print nothing without sets."""
     if not scores:
         return
     table = Table(

@@ -3,7 +3,7 @@
 """Table of logged values: the console, the HTML report and the reader of metrics.jsonl are derived from it.
 
 To log a new value, return it from the training step (train/step.py) or compute it in train/recorder.py, and add a row
-here. MFU (model FLOPs utilization) is the fraction of the measured peak matmul FLOP/s that the model's own FLOPs use.
+here. MFU (model FLOPs utilization) is the model's FLOP/s divided by the measured peak matmul FLOP/s.
 
 `python -m mesh_transformer.reports.metrics_table` prints the table.
 """

@@ -233,9 +233,9 @@ def _draw_levels(cells: Sequence[Sequence[float | None]], width: float, height: 
     ]
 
 
-def _bin_starts(count: int, most: int) -> range:
-    """Return the first index of each of at most `most` equal bins of `count` items."""
-    return range(0, count, max(math.ceil(count / most), 1))
+def _bin_starts(count: int, max_bins: int) -> range:
+    """Return the first index of each bin if `count` items are divided into at most `max_bins` equal bins."""
+    return range(0, count, max(math.ceil(count / max_bins), 1))
 
 
 def _average_cells(rows: Sequence[Sequence[float | None]], first: int, length: int) -> list[float | None]:

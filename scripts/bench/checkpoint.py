@@ -6,7 +6,7 @@ A state sharded over eight simulated CPU devices is saved in alternation by each
 device owns, written from host memory and synced), this project's store and Orbax, each synchronous and asynchronous. A
 save ends when all bytes are durable on disk, and its files are deleted before the next save. Results are medians over
 --repeats. `blocked` is the time during which the program waits; for an asynchronous save it is compared with a plain copy
-of the state to host memory. All methods restore what was just written, from the page cache.
+of the state to host memory. All methods restore the files that they just wrote, from the page cache.
 
 examples:
   python scripts/bench/checkpoint.py

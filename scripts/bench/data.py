@@ -388,9 +388,9 @@ def _format_projection(projection: list[Row]) -> list[str]:
     if not projection:
         return []
     lines = [
-        f"projection to {PILE_MB / 1e6:.3f} TB and {PILE_DOCUMENTS:,} documents on machines of {CORES} such cores. It assumes "
-        "that each stage takes as long per byte or document as here, whatever the number of parts; that storage is not a "
-        f"bottleneck; that match-bands has {MAX_TASKS['match-bands']} tasks, and removals and shards have one:"
+        f"projection to {PILE_MB / 1e6:.3f} TB and {PILE_DOCUMENTS:,} documents on machines with {CORES} cores like this one. "
+        "It assumes that each stage takes as long per byte or document as here, for any number of parts; that storage is not "
+        f"a bottleneck; that match-bands has {MAX_TASKS['match-bands']} tasks, and removals and shards have one:"
     ]
     for row in projection:
         slowest = sorted(row["stages"].items(), key=lambda item: -item[1])[:4]

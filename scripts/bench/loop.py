@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         "config", nargs="?", default="configs/quickstart.toml", help="TOML file of the run; default: %(default)s"
     )
     add_set_option(parser)
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of each kind; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=15, help="number of rounds of each kind; default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="steps per round; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)

@@ -86,11 +86,18 @@ def main(arguments: list[str]) -> int:
         metavar="KEY=VALUE",
         help=f"override a field of the model with experts; repeatable; default: {' and '.join(EXPERTS)}",
     )
-    parser.add_argument("--steps", type=int, help="steps of each run; default: train.steps of the configuration")
     parser.add_argument(
-        "--seeds", type=int, default=3, help="runs of each model; 0: measure only the speed; default: %(default)s"
+        "--steps", type=int, help="number of steps of each run; default: train.steps of the configuration"
     )
-    parser.add_argument("--seconds", type=float, default=30.0, help="time to measure steps for; default: %(default)s")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        help="number of runs of each model; 0: measure only the speed; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="seconds during which steps are measured; default: %(default)s"
+    )
     parser.add_argument("--output", type=Path, help="write plots to this HTML file, for example experts.html")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)

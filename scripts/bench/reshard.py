@@ -49,7 +49,9 @@ def main(arguments: list[str]) -> int:
         "--layers", type=int, default=16, help="number of layers, of 28 million parameters each; default: %(default)s"
     )
     parser.add_argument("--max-memory", default="256M", help="memory limit of each conversion; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="conversions of each pair; default: %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="number of conversions of each pair of formats; default: %(default)s"
+    )
     parser.add_argument(
         "--folder", type=Path, help="folder with space for four copies of the model; default: a temporary folder"
     )

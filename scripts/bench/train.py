@@ -53,7 +53,7 @@ LEARNING_RATE = 1e-3
 def main(arguments: list[str]) -> int:
     """Run the rounds and print the table."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of each program; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=30, help="number of rounds of each program; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of a round in seconds; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object per shape instead of the table")
     options = parser.parse_args(arguments)

@@ -298,7 +298,7 @@ async def complete(port: int, body: dict[str, Any], disconnect: Awaitable[Any] |
 
 
 async def exchange(port: int, data: bytes, disconnect: Awaitable[Any] | None = None) -> bytes:
-    """Send bytes and return what the server sends until it closes the connection; b"" if it resets the connection.
+    """Send bytes and return the response until the server closes the connection; b"" if it resets the connection.
 
     With `disconnect`, the client disconnects when that is done, and b"" is returned. Raises TimeoutError if the server
     does not close the connection within RESPONSE_SECONDS.
