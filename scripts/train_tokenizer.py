@@ -67,8 +67,8 @@ def main(argv: list[str]) -> int:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not held_out.n_trained:
         raise ValueError(
-            f"{', '.join(arguments.src)}: no document to train on, because all {len(held_out.texts)} documents are held out or "
-            "skipped; add documents"
+            f"{', '.join(arguments.src)}: no document to train on: {len(held_out.texts)} documents are held out, "
+            f"{skipped.total} are skipped; add documents"
         )
     write_atomically(arguments.dst, library.to_str(pretty=True))
     tokenizer = load_tokenizer(arguments.dst)

@@ -43,7 +43,7 @@ def watch_preemption(stop: StopRequest, log: Callable[[str], None], *, seconds: 
                 if failures == MAX_FAILURES:
                     return log(
                         f"the metadata server http://{host} did not answer {failures} requests in a row ({error}); preemption "
-                        "notices are unavailable; set GCE_METADATA_HOST to its address, or to nothing to disable polling"
+                        "notices are unavailable; set GCE_METADATA_HOST to its address, or to an empty value to disable polling"
                     )
             else:
                 failures = 0
