@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters: `param` creates a parameter and names the logical axes of its dimensions, which determine its sharding."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -80,7 +81,21 @@ def make_inits(config: ModelConfig) -> Inits:
     return Inits(embedding, position, inputs, output, query=inputs, attn_output=output)
 
 
-_record: ContextVar[dict[str, tuple[str, ...]] | None] = ContextVar("record", default=None)
+class Recorder:
+    """Shapes and axes of the parameters that a model creates, recorded by `param` during `describe`."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, ParamInfo]] = {}
+        self.n_repeats: int | None = None  # size of the leading axis inside a layer scan
+
+    def add(self, module: str, name: str, axes: Mapping[str, int]) -> None:
+        """Record a parameter of one layer, or outside the layers."""
+        scan = {} if self.n_repeats is None else {STACK: self.n_repeats}
+        sizes = (*scan.values(), *axes.values())
+        self.found.setdefault(module, {})[name] = ParamInfo(sizes, (*scan, *axes))
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
 def param(name: str, init: hk.initializers.Initializer, **axes: int) -> Any:
@@ -88,33 +103,41 @@ def param(name: str, init: hk.initializers.Initializer, **axes: int) -> Any:
 
     During sampling, a parameter that only matmuls use may have a smaller dtype or be `Quantized`.
     """
-    record = _record.get()
-    if record is not None:
-        record[f"{hk.experimental.current_name()}/{name}"] = tuple(axes)
+    if (recorder := _recorder.get()) is not None:
+        recorder.add(hk.experimental.current_name(), name, axes)
     return hk.get_parameter(name, tuple(axes.values()), jnp.float32, init=init)
 
 
 def describe(init: Callable[[Array], Params]) -> dict[str, dict[str, ParamInfo]]:
     """Return the shape and axes of every parameter that `init(key)` would create, without allocating arrays.
 
-    Inside the layer scan, Haiku sees only the path below the scan and the shape of one layer. The path of the scan and
-    the leading "layers" axis are added here.
+    Modules and names are sorted. `init` is only traced. A layer scan is traced once, outside of Haiku's scan, by
+    `describe_repeat`: Haiku would trace it three times.
     """
-    record: dict[str, tuple[str, ...]] = {}
-    token = _record.set(record)
+    recorder = Recorder()
+    token = _recorder.set(recorder)
     try:
         with use_layout(None):  # the caller may be tracing a program for a mesh
-            shapes = jax.eval_shape(init, jax.random.key(0))
+            jax.eval_shape(init, jax.random.key(0))
     finally:
-        _record.reset(token)
-    described: dict[str, dict[str, ParamInfo]] = {}
-    for module, arrays in shapes.items():
-        stack, _, inner = split_scan(module)
-        for name, array in arrays.items():
-            axes = (STACK, *record[f"{inner}/{name}"]) if inner else record[f"{stack}/{name}"]
-            assert len(axes) == len(array.shape), f"{module}/{name}: axes {axes} for shape {array.shape}"
-            described.setdefault(module, {})[name] = ParamInfo(array.shape, axes)
-    return described
+        _recorder.reset(token)
+    return {module: dict(sorted(infos.items())) for module, infos in sorted(recorder.found.items())}
+
+
+def describing() -> bool:
+    """Return whether the model is traced by `describe`."""
+    return _recorder.get() is not None
+
+
+@contextlib.contextmanager
+def describe_repeat(scan: str, n_repeats: int) -> Iterator[None]:
+    """Record parameters as those of one repetition of the layer scan of this name, which has `n_repeats`."""
+    recorder = _recorder.get()
+    assert recorder is not None, "only while `describe` traces"
+    recorder.n_repeats = n_repeats
+    with hk.name_scope(scan):
+        yield
+    recorder.n_repeats = None
 
 
 def split_scan(module: str) -> tuple[str, str, str]:

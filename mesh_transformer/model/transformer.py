@@ -29,7 +29,7 @@ from mesh_transformer.model.lm_head import LMHead, lm_logits
 from mesh_transformer.model.moe.layer import MoELayer
 from mesh_transformer.model.moe.router import RoutingStats
 from mesh_transformer.model.norms import Norm
-from mesh_transformer.model.params import Params, make_inits, param
+from mesh_transformer.model.params import Params, describe_repeat, describing, make_inits, param
 from mesh_transformer.model.positions import RelativeBias
 from mesh_transformer.model.quantization import Quantized
 
@@ -386,6 +386,9 @@ class Transformer(hk.Module):
             raise ConfigError(
                 'model.remat = "offload" needs a GPU or TPU with separate host memory; on a CPU use "full"'
             )
+        if describing():
+            with describe_repeat(layers.name, n_stored):
+                return run_repeat(x, caches)[0], caches, []
         stack = hk.experimental.layer_stack(
             n_stored, with_per_layer_inputs=True, unroll=min(c.scan_unroll, n_stored), name=layers.name
         )
