@@ -24,6 +24,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
+# Compilation takes most of the suite's time, and the results under test do not depend on LLVM's optimizations. An environment
+# variable, because the tests start programs too.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -31,8 +35,6 @@ from slow_tier import is_slow
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compilation takes most of the suite's time, and the results under test do not depend on LLVM's optimizations.
-jax.config.update("jax_disable_most_optimizations", True)
 # Annotations of shapes are checked in tests only, because the checks slow tracing down.
 TRAIN_MODULES = ("loss", "noise_scale", "optimizer", "pipeline", "schedule", "state", "step")
 install_import_hook(

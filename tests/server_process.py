@@ -5,7 +5,6 @@
 import contextlib
 import http.client
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -35,12 +34,9 @@ class Server:
         )
         command = [sys.executable, "device_serve.py", str(folder), "--port", "0", "--token-file", str(folder / "token")]
         command += [f"--set=serve.{name}={value}" for name, value in limits.items()]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
         self.errors = (folder / "stderr").open("w+")
         self.client = None
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
-        )
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=self.errors, text=True)
         self.stderr = folder / "stderr"
 
     def wait(self):

@@ -219,7 +219,7 @@ def test_consecutive_skipped_steps_stop_the_run_and_save_it(config_file):
 
 
 def call(*arguments: object, **options) -> subprocess.Popen:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "COLUMNS": "200"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True, **options
     )

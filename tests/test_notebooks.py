@@ -19,8 +19,7 @@ from smollm2 import find_smollm2
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WORDS = ["the", "mesh", "of", "devices", "holds", "every", "layer", "and", "each", "token", "has", "its", "position"]
-# Of the kernels: the project without an installation, and fast compilation as in the rest of the suite.
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+ENVIRONMENT = {"PYTHONPATH": str(ROOT)}  # of the kernels: the project without an installation
 
 
 def read(name: str) -> nbformat.NotebookNode:
