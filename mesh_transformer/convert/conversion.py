@@ -55,14 +55,10 @@ class ConversionOptions:
     weights_only: bool = False  # leave out optimizer state and counters
     max_memory: str = "1G"  # in addition to the interpreter
     source_config: str | AnyPath | None = None  # JSON configuration of a mesh-transformer-jax checkpoint
-    tokenizer: str | None = (
-        None  # tokenizer.json, its folder, or "bytes"; None: the tokenizer of the source, if it has one
-    )
+    tokenizer: str | None = None  # tokenizer.json, its folder, or "bytes"; None: the tokenizer of the source
     overwrite: bool = False  # replace the destination when the new result is complete
     verify: Verify = "auto"  # implementation that computes the logits of Hugging Face folders
-    staging: Path | None = (
-        None  # local folder in which a remote result is prepared; None: the system's temporary folder
-    )
+    staging: Path | None = None  # local folder for a remote result; None: the system's temporary folder
 
 
 class Conversion(NamedTuple):

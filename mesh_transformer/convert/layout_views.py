@@ -249,7 +249,7 @@ class Joined:
             bounds = [
                 (max(first - start, 0), min(last - start, size)) for start, size in zip(starts, sizes, strict=False)
             ]
-            found = [part.read_slice(0, *own) for part, own in zip(self.parts, bounds, strict=True) if own[0] < own[1]]
+            found = [part.read_slice(0, a, b) for part, (a, b) in zip(self.parts, bounds, strict=True) if a < b]
             return np.concatenate(found)
         first_block, last_block = first // sum(sizes), last // sum(sizes)
         blocks = [

@@ -271,7 +271,7 @@ def _read_gpt2(metadata: Metadata, table: Table, tensors: Tensors) -> None:
 
 
 def _write_gpt2(config: Table, values: Table) -> None:
-    pass  # all of its keys are one to one
+    pass  # Architecture.keys has all keys
 
 
 def _read_neox(metadata: Metadata, table: Table, tensors: Tensors) -> None:

@@ -143,12 +143,12 @@ def _plan_tensor(
     name: str, packed: Packed | Joined, wanted: GGMLQuantizationType, architecture: str, config: ModelConfig
 ) -> PlannedTensor:
     module = name.rpartition(".")[0]
-    row = ARCHITECTURES[architecture]
+    entry = ARCHITECTURES[architecture]
 
     def change(values: np.ndarray) -> np.ndarray:
-        if row.pairs and module.endswith(("attn_q", "attn_k")):
+        if entry.pairs and module.endswith(("attn_q", "attn_k")):
             return to_pairs(values, config.head_dim)
-        if row.norm_offset and module.endswith("norm"):
+        if entry.norm_offset and module.endswith("norm"):
             return values.astype(FLOAT32) + FLOAT32.type(1)
         return values
 

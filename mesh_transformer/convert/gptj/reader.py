@@ -223,7 +223,10 @@ def _list_norms(module: str, native: str, config: ModelConfig) -> list[LeafMappi
     name, merge = ("replicated_layer_norm", "first") if config.norm == "layernorm" else ("rms_norm", "mean")
     pattern = "" if config.norm == "gptj-scalenorm" else "embed"
     leaves = {"offset": "bias", "scale": "scale"} if merge == "first" or config.norm_bias else {"scale": "scale"}
-    return [LeafMapping(f"{module}{name}/{leaf}", f"{native}/{own}", pattern, merge) for leaf, own in leaves.items()]
+    return [
+        LeafMapping(f"{module}{name}/{external}", f"{native}/{param}", pattern, merge)
+        for external, param in leaves.items()
+    ]
 
 
 def _read_shards(folder: AnyPath) -> Shards:

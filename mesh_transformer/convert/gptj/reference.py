@@ -90,8 +90,8 @@ def _embed(weights: _Weights, tokens: Array, d_model: int) -> Array:
     x = bias + np.zeros((*tokens.shape, d_model), np.float32)
     for s, matrix in enumerate(weights.embedding):
         rows = matrix.shape[0]
-        own = tokens // rows == s
-        x = x + np.where(own[..., None], read_rows(matrix, np.where(own, tokens % rows, 0)), 0)
+        in_shard = tokens // rows == s
+        x = x + np.where(in_shard[..., None], read_rows(matrix, np.where(in_shard, tokens % rows, 0)), 0)
     if weights.positions:
         indices = np.arange(tokens.shape[1])
         x = x + np.concatenate([read_rows(matrix, indices) for matrix in weights.positions], axis=-1)

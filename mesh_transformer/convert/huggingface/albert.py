@@ -45,11 +45,11 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for an AlbertConfig."""
     s.require("num_hidden_groups", 1)
     s.require("inner_group_num", 1)
-    own = dict(d_embedding=s["embedding_size"], shared_layers=True)
-    return bert.read_encoder(s) | bert.read_heads(s, CLASSES) | own
+    model = bert.read_encoder(s) | bert.read_heads(s, CLASSES)
+    return model | dict(d_embedding=s["embedding_size"], shared_layers=True)
 
 
 def write_config(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of an AlbertConfig."""
-    own = dict(embedding_size=c.d_embedding, num_hidden_groups=1, inner_group_num=1)
-    return bert.write_encoder(c) | bert.write_heads(c, CLASSES) | own
+    table = bert.write_encoder(c) | bert.write_heads(c, CLASSES)
+    return table | dict(embedding_size=c.d_embedding, num_hidden_groups=1, inner_group_num=1)

@@ -94,7 +94,7 @@ def classifier(module: str, alias: str = "") -> dict[str, TensorMapping]:
     found = linear("classifier/w", module, "labels", "pooled", "classifier/b")
     if not alias:
         return found
-    return {key: one._replace(aliases=(one.name.replace(module, alias),)) for key, one in found.items()}
+    return {key: mapping._replace(aliases=(mapping.name.replace(module, alias),)) for key, mapping in found.items()}
 
 
 def encoder_tensors(prefix: str) -> dict[str, TensorMapping]:
@@ -129,8 +129,8 @@ def name_heads(c: ModelConfig) -> dict[str, TensorMapping]:
 def without_prefix(tensors: Mapping[str, TensorMapping], prefix: str) -> dict[str, TensorMapping]:
     """Return mappings for files of a model without heads, whose tensor names may lack the prefix."""
     return {
-        key: one._replace(name=one.name.removeprefix(prefix), aliases=(one.name, *one.aliases))
-        for key, one in tensors.items()
+        key: mapping._replace(name=mapping.name.removeprefix(prefix), aliases=(mapping.name, *mapping.aliases))
+        for key, mapping in tensors.items()
     }
 
 

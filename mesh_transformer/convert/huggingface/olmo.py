@@ -42,8 +42,9 @@ def read_olmo(s: HFConfig) -> dict[str, Any]:
     if s.kind == "olmo":
         clip = s["clip_qkv"]
         return model | dict(norm="nonparametric-layernorm", clip_qkv=None if clip is None else float(clip))
-    own = dict(norm="rmsnorm", norm_eps=s["rms_norm_eps"], residual="reordered-norm", qk_norm="rmsnorm-all-heads")
-    return model | own
+    return model | dict(
+        norm="rmsnorm", norm_eps=s["rms_norm_eps"], residual="reordered-norm", qk_norm="rmsnorm-all-heads"
+    )
 
 
 def write_olmo(c: ModelConfig) -> dict[str, Any]:

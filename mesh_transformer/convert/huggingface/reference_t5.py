@@ -80,10 +80,10 @@ def _feed_forward(t: ExternalTensors, c: Mapping[str, Any], name: str, x: Array)
     expert = scores.argmax(axis=-1)
     y = np.zeros_like(x)
     for e in range(c["num_experts"]):
-        own = expert == e
-        own &= np.cumsum(own, axis=1) <= c["expert_capacity"]  # the first tokens of each sequence
-        if own.any():
-            y[own] = p[own][:, e, None] * _dense(t, c, f"{name}mlp.experts.expert_{e}", x[own])
+        is_routed = expert == e
+        is_routed &= np.cumsum(is_routed, axis=1) <= c["expert_capacity"]  # the first tokens of each sequence
+        if is_routed.any():
+            y[is_routed] = p[is_routed][:, e, None] * _dense(t, c, f"{name}mlp.experts.expert_{e}", x[is_routed])
     return y
 
 
