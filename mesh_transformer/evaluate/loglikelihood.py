@@ -172,7 +172,9 @@ class LoglikelihoodScorer:
         high = max(request.tokens)
         if low < 0 or high >= self.config.n_vocab:
             bad = low if low < 0 else high
-            raise ScoringError(f"request {number} has token {bad}; the vocabulary is 0..{self.config.n_vocab - 1}")
+            raise ScoringError(
+                f"request {number} has token {bad}; the vocabulary is 0..{self.config.n_vocab - 1}; use the model's tokenizer"
+            )
 
     def _bucket(self, request: ScoringRequest) -> int:
         limit = self.config.padded_len_limit(len(request.tokens) - 1)

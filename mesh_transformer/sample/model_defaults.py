@@ -269,6 +269,6 @@ def _read_json(files: Mapping[str, str], name: str, where: str) -> dict[str, Any
         ) from None
     if not isinstance(table, dict):
         raise ConfigError(
-            f"{where}: {name} has {type(table).__name__}, not a JSON object; correct it and convert the model again"
+            f"{where}: {name} contains a {type(table).__name__}, not a JSON object; correct it and convert the model again"
         )
     return table

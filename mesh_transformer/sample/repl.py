@@ -90,7 +90,7 @@ class Repl:
                 self._options = set_option(self._options, assignment)
             case "/seed", number:
                 if not number.isdecimal():
-                    raise ReplError(f"/seed needs an integer >= 0, got {number!r}; for example /seed 3")
+                    raise ReplError(f"/seed {number}: expected an integer >= 0, for example /seed 3")
                 self._seed = int(number)
             case "/show", _:
                 print("\n".join(f"{name} = {getattr(self._options, name)}" for name in FIELDS))
@@ -181,7 +181,7 @@ def set_option(options: SampleConfig, assignment: str) -> SampleConfig:
     try:
         return dataclasses.replace(options, **{name: tomllib.loads(f"value = {value}")["value"]})
     except tomllib.TOMLDecodeError:
-        raise ReplError(f"/set {name} needs a number, true or false, got {value!r}") from None
+        raise ReplError(f"/set {name} {value}: expected a number, true or false") from None
     except ValidationError as error:
         raise ReplError(f"{name} = {value}: {error.errors()[0]['msg']}") from None
 

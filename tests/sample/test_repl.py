@@ -29,7 +29,7 @@ def test_options_are_checked():
     for assignment, message in {
         "temprature 1": "did you mean temperature",
         "top_p 1.5": "less than or equal to 1",
-        "top_k many": "needs a number",
+        "top_k many": "expected a number",
         "prompts 3": "unknown option",
     }.items():
         with pytest.raises(ReplError, match=message):

@@ -110,8 +110,8 @@ def _members(instruction: Instruction, devices: int) -> np.ndarray:
         groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
         return np.array(groups) if groups else np.arange(devices)[None]
     raise ValueError(
-        f"{instruction.name}: unknown notation of replica groups: {text[:200]}; _members() in {__name__} must support the "
-        "notation of this version of XLA"
+        f"{instruction.name}: unknown notation of replica groups: {text[:200]}; add the notation of this version of "
+        f"XLA to _members() in {__name__}"
     )
 
 

@@ -115,7 +115,9 @@ class DecoderOnlyEngine(Engine):
         if not 0 < len(tokens) <= seq_len:
             raise PromptError(f"got {len(tokens)} tokens; logits need at least 1 token and at most seq_len={seq_len}")
         if outside := [token for token in tokens if not 0 <= token < n_vocab]:
-            raise PromptError(f"got the token {outside[0]}, but the model's vocabulary is 0..{n_vocab - 1}")
+            raise PromptError(
+                f"got the token {outside[0]}, but the model's vocabulary is 0..{n_vocab - 1}; use its tokenizer"
+            )
         padded = np.zeros((self.buckets.batch_size(1), self._padded_len(tokens)), np.int32)
         padded[:, : len(tokens)] = tokens
         return np.asarray(self.programs.logits(padded)[0, : len(tokens)])
