@@ -122,11 +122,11 @@ def evaluate_model(target: EvalTarget, on_progress: ProgressFn = lambda name, do
     """
     evaluate = target.config.evaluate
     names = check_tasks(target.config)
-    found: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}, "n-shot": {}, "higher_is_better": {}}
+    evaluation: dict[str, Any] = {"results": {}, "versions": {}, "n-samples": {}, "n-shot": {}, "higher_is_better": {}}
     if TEXT in names:
-        _add_texts(found, _score(target, _read_texts(target), TEXT, on_progress))
+        _add_texts(evaluation, _score(target, _read_texts(target), TEXT, on_progress))
     if WIKITEXT in names:
-        _add_wikitext(found, target, on_progress)
+        _add_wikitext(evaluation, target, on_progress)
     if harness_names := _harness_names(names):
         # Imported here, because it requires lm-evaluation-harness, an optional dependency.
         from mesh_transformer.evaluate.harness_model import HarnessModel
@@ -134,8 +134,8 @@ def evaluate_model(target: EvalTarget, on_progress: ProgressFn = lambda name, do
         model = HarnessModel(target.scorer, target.defaults, target.engine, on_progress)
         results = run_tasks(model, {name: _read_inputs(target, name) for name in harness_names})
         for key, values in results.items():
-            found[key] |= _to_plain(values)
-    found["config"] = {
+            evaluation[key] |= _to_plain(values)
+    evaluation["config"] = {
         "model": "mesh-transformer",
         "model_args": target.location,
         "step": target.step,
@@ -143,9 +143,9 @@ def evaluate_model(target: EvalTarget, on_progress: ProgressFn = lambda name, do
         "tokenizer": target.defaults.tokenizer.fingerprint,
         "jax": jax.__version__,
     }
-    found["date"] = time.time()
-    found["published"] = find_published(metrics_of(found).keys())
-    return found
+    evaluation["date"] = time.time()
+    evaluation["published"] = find_published(metrics_of(evaluation).keys())
+    return evaluation
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
@@ -181,16 +181,16 @@ def _score(
     )
 
 
-def _add_texts(found: dict[str, Any], scores: dict[str, TextScore]) -> None:
+def _add_texts(evaluation: dict[str, Any], scores: dict[str, TextScore]) -> None:
     """Add the scores of every component and, if there are several, their total: "pile" for the Pile's 22 components."""
     for name, score in scores.items():
-        _add(found, f"{TEXT}:{name}", score.to_results(), score.documents)
+        _add(evaluation, f"{TEXT}:{name}", score.to_results(), score.documents)
     if len(scores) > 1:
         total = "pile" if scores.keys() == pile_components() else TEXT
-        _add(found, total, weighted_total(scores), sum(score.documents for score in scores.values()))
+        _add(evaluation, total, weighted_total(scores), sum(score.documents for score in scores.values()))
 
 
-def _add_wikitext(found: dict[str, Any], target: EvalTarget, on_progress: ProgressFn) -> None:
+def _add_wikitext(evaluation: dict[str, Any], target: EvalTarget, on_progress: ProgressFn) -> None:
     evaluate = target.config.evaluate
     path = Path(evaluate.data[WIKITEXT]).expanduser()
     corpus = WikiText(path.read_text(encoding="utf-8"), str(path))
@@ -199,14 +199,14 @@ def _add_wikitext(found: dict[str, Any], target: EvalTarget, on_progress: Progre
     documents = ((WIKITEXT, article.document) for article in articles)
     score = _score(target, documents, WIKITEXT, on_progress)[WIKITEXT]
     results = wikitext_results(score, sum(article.n_words for article in articles))
-    _add(found, WIKITEXT, results, score.documents)
+    _add(evaluation, WIKITEXT, results, score.documents)
 
 
-def _add(found: dict[str, Any], name: str, values: dict[str, float], n_documents: int) -> None:
-    found["results"][name] = {"alias": name, **{f"{key},none": value for key, value in values.items()}}
-    found["versions"][name] = 1.0
-    found["n-samples"][name] = {"original": n_documents, "effective": n_documents}
-    found["higher_is_better"][name] = dict.fromkeys(values, False)
+def _add(evaluation: dict[str, Any], name: str, values: dict[str, float], n_documents: int) -> None:
+    evaluation["results"][name] = {"alias": name, **{f"{key},none": value for key, value in values.items()}}
+    evaluation["versions"][name] = 1.0
+    evaluation["n-samples"][name] = {"original": n_documents, "effective": n_documents}
+    evaluation["higher_is_better"][name] = dict.fromkeys(values, False)
 
 
 def _read_inputs(target: EvalTarget, name: str) -> TaskInputs:

@@ -165,13 +165,13 @@ def run_tasks(
     """Run all tasks on `model` (a HarnessModel) and return the harness's results."""
     evaluator = import_harness("lm_eval.evaluator")
     with contextlib.redirect_stdout(io.StringIO()):  # stdout is for results
-        found = evaluator.evaluate(
+        results = evaluator.evaluate(
             model,
             {to_key(name): make(name, inputs) for name, inputs in tasks.items()},
             log_samples=False,
             bootstrap_iters=1000,
         )
-    for name, counts in found["n-samples"].items():
+    for name, counts in results["n-samples"].items():
         if truncated := len(model.truncated.get(name, ())):
             counts["cut"] = truncated
-    return {key: value for key, value in found.items() if key in REPORTED}
+    return {key: value for key, value in results.items() if key in REPORTED}
