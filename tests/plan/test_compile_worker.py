@@ -7,7 +7,10 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 import mesh_transformer
@@ -15,10 +18,17 @@ from mesh_transformer.config import Config, ConfigError, parse_config
 from mesh_transformer.data.dataset import open_data
 from mesh_transformer.mesh import make_layout
 from mesh_transformer.plan.compile_jobs import compile_job
-from mesh_transformer.plan.compile_worker import lower_training, make_topology_layout, measure, parse_out_of_memory
+from mesh_transformer.plan.compile_worker import (
+    locate_traffic,
+    lower_training,
+    make_topology_layout,
+    measure,
+    parse_out_of_memory,
+)
 from mesh_transformer.plan.estimate import LABEL, estimate_training
 from mesh_transformer.plan.fit import make_plan
-from mesh_transformer.plan.hardware.topologies import MissingCompilerError
+from mesh_transformer.plan.hardware.topologies import MissingCompilerError, parse_topology
+from mesh_transformer.plan.hlo.collectives import Collective
 from mesh_transformer.plan.job import CompiledStats, CompileJob, digest_code
 from mesh_transformer.plan.report import format_plan, plan_to_json
 from mesh_transformer.plan.suggestions import change_config, propose_changes, suggest_change
@@ -141,6 +151,22 @@ def test_an_absent_gpu():
     # XLA rejects no program for a GPU; the planner compares.
     large = dataclasses.replace(plan.stats, peak_bytes=10**12)
     assert make_plan(job.config, large).memory.fits is False
+
+
+@pytest.mark.parametrize(
+    ("topology", "axis", "spanned", "torus_dims"),
+    [("2xv5e-4", "data", 2, 0), ("2xv5e-4", "fsdp", 1, 2), ("2x4xH100", "data", 2, 1), ("2x4xH100", "fsdp", 1, 1)],
+)
+def test_traffic_is_located_on_slices_and_hosts(topology, axis, spanned, torus_dims):
+    """`data` has one device in each of the two slices or hosts, and `fsdp` the four devices of one of them."""
+    devices = [
+        SimpleNamespace(process_index=i // 4, slice_index=i // 4, coords=(i % 2, i // 2 % 2, 0)) for i in range(8)
+    ]
+    mesh = SimpleNamespace(axis_names=("data", "fsdp"), devices=np.array(devices, object).reshape(2, 4))
+    layout: Any = SimpleNamespace(mesh=mesh)
+    collective = Collective((axis,), "all-gather", 2 if axis == "data" else 4, 1, 8.0)
+    traffic = locate_traffic(collective, layout, parse_topology(topology))
+    assert (traffic.groups_spanned, traffic.torus_dims, traffic.sent) == (spanned, torus_dims, 8.0)
 
 
 def test_without_a_compiler_the_plan_is_marked_as_an_estimate(monkeypatch):
