@@ -371,7 +371,7 @@ def test_without_transformers_the_own_reading_is_said(external, tmp_path, monkey
     monkeypatch.setattr(library_logits, "unavailable_reason", lambda *_: "transformers is not installed")
     report = run_here(external, tmp_path / "out", verify="auto")
     assert "both belong to this project" in report["logits_compared"]
-    assert report["notes"] == ["the logits were not compared with those of transformers: transformers not installed"]
+    assert report["notes"] == ["the logits were not compared with those of transformers: transformers is not installed"]
     with pytest.raises(
         CheckpointError, match="--verify transformers: transformers is not installed; pass --verify own"
     ):

@@ -118,7 +118,9 @@ def test_integers_are_refused_and_mixed_types_become_float32(tmp_path):
     save_file(
         weights | {up: weights[up].astype(np.int8), "lm_head.weight": weights["lm_head.weight"].astype(float)}, path
     )
-    with pytest.raises(CheckpointError, match=r"(?s)wrong type: w_head is float64.*feed_forward/w_in of layer 1 is int8"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)wrong type: w_head is float64.*feed_forward/w_in of layer 1 is int8"
+    ):
         open_huggingface(tmp_path / "external")
     save_file(weights | {up: weights[up].astype(np.float16)}, path)
     arrays = open_huggingface(tmp_path / "external").values
