@@ -16,8 +16,8 @@ examples:
       32-shot evaluation, with the few-shot examples that the harness samples
 
 tasks: text (the default), wikitext2; lambada, hellaswag, piqa, winogrande, arc_easy, arc_challenge, sciq; superglue (boolq, cb,
-copa, rte, wic, wsc, multirc, record), each with --data TASK=FILE; local (local_choice, local_cloze), local_line; and any task
-definition of the harness by its file, its own (gsm8k/gsm8k.yaml) or yours, with --data gsm8k=FILE.
+copa, rte, wic, wsc, multirc, record), each with --data TASK=FILE; local (local_choice, local_cloze), local_line; and the file of
+any task definition of the harness (gsm8k/gsm8k.yaml) or your own, with --data gsm8k=FILE.
 Results are written into the run folder: evaluation_<step>.json in the harness's format, and the page report.html.
 exit status: 0 done, 1 failed, 2 invalid usage or configuration
 """

@@ -23,7 +23,7 @@ from mesh_transformer.config import Config, ConfigError, find_config, load_confi
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line."""
+    """Plan the run named on the command line."""
     parser = make_parser(__doc__ or "")
     parser.add_argument(
         "config",
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         "--topology",
         default="local",
         metavar="NAME",
-        help="v3-8, v4-2048, v5p-1024, v6e-256, 2xv5e-256, H100, 8xH100, 128x8xH100, 8xA100-40, cpu-8, or local; "
+        help="hardware: v3-8, v4-2048, v5p-1024, v6e-256, 2xv5e-256, H100, 8xH100, 128x8xH100, 8xA100-40, cpu-8, or local; "
         "default: %(default)s, the devices of this machine",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")

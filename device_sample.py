@@ -16,10 +16,10 @@ examples:
       from earlier repetitions in the text, or from a smaller model with the same vocabulary. The tokens are those of
       plain decoding. --json adds `speculative`: draft_tokens and accepted_tokens. Decoder-only models only
 
-A converted model begins and ends texts as its Hugging Face files say, and samples with the defaults of its
+A converted model uses the special tokens of its Hugging Face files, and samples with the defaults of its
 generation_config.json, which --set sample.NAME=VALUE and flags override.
 
-exit status: 0 done, 1 failed, 2 wrong usage or configuration
+exit status: 0 done, 1 failed, 2 invalid usage or configuration
 """
 
 import argparse
@@ -62,7 +62,8 @@ def main(arguments: list[str]) -> int:
     for number, completion in enumerate(completions):
         n_tokens = len(completion.tokens)
         if completion.finish == "length" and n_tokens < config.sample.max_tokens:
-            print(f"note: stopped after {n_tokens} tokens at seq_len={config.model.seq_len}", file=sys.stderr)
+            text = f"note: stopped after {n_tokens} tokens, at the maximum length model.seq_len={config.model.seq_len}"
+            print(text, file=sys.stderr)
         if options.json:
             print(completion.to_json())
         else:
@@ -71,14 +72,14 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line and check what does not depend on the run."""
+    """Parse the command line and validate values that do not depend on the model."""
     parser = make_parser(__doc__ or "")
     parser.add_argument(
         "run",
         metavar="RUN",
         help="run folder, checkpoint, Hugging Face folder or name (org/model), or .gguf file",
     )
-    parser.add_argument("--prompt", action="append", help='a text to continue; repeatable; "" begins a document')
+    parser.add_argument("--prompt", action="append", help='text to continue; "" begins a document; repeatable')
     parser.add_argument("--n", type=int, default=1, help="samples per prompt; default: %(default)s")
     for name, kind in FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"the same as --set sample.{name}=...")
@@ -101,7 +102,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.seed < 0:
         raise ConfigError(f"--seed {options.seed}: must be at least 0")
     if options.prompt is None and (options.json or options.n != 1):
-        raise ConfigError("--json and --n need --prompt; add --prompt TEXT")
+        raise ConfigError("--json and --n require --prompt; add --prompt TEXT")
     options.stop = [_unescape(stop) for stop in options.stop]
     return options
 

@@ -13,7 +13,7 @@ examples:
 The server first compiles the programs for requests of up to serve.warmup_tokens tokens. Until then GET /health returns 503
 and requests wait. On SIGTERM or Ctrl-C it accepts no new requests, and exits once running requests have finished, after at
 most serve.drain_seconds.
-exit status: 0 success, 1 failure, 2 invalid usage or configuration
+exit status: 0 done, 1 failed, 2 invalid usage or configuration
 """
 
 import argparse

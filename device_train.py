@@ -6,9 +6,9 @@ examples:
   python device_train.py configs/quickstart.toml
       train on the source code of Python's standard library; run it again after Ctrl-C to continue
   python device_train.py configs/quickstart.toml --set mesh.cpu_devices=8 --set mesh.fsdp=2 --set mesh.tensor=2
-      the same run on eight simulated CPU devices: 2-way data, fsdp and tensor parallelism
+      the same run on eight virtual CPU devices: 2-way data, fsdp and tensor parallelism
 
-exit status: 0 done, 1 failed, 2 wrong usage or configuration, 75 preempted (run again to continue)
+exit status: 0 done, 1 failed, 2 invalid usage or configuration, 75 preempted (run again to continue)
 """
 
 import argparse
@@ -20,7 +20,7 @@ from mesh_transformer.distributed.stop import StopRequest
 
 
 def main(arguments: list[str]) -> int:
-    """Parse the arguments, open the session, train."""
+    """Train the configuration named on the command line, or print it or its data."""
     options = _parse_arguments(arguments)
     config = load_config(options.config, options.set)
     if options.print_config:
@@ -72,14 +72,16 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--show-data", type=int, metavar="N", help="print the first N training sequences as text and exit"
     )
-    parser.add_argument("--profile", metavar="A:B", help="write a profiler trace of steps A to B into the run folder")
+    parser.add_argument(
+        "--profile", metavar="FIRST:LAST", help="write a profiler trace of steps FIRST to LAST into the run folder"
+    )
     return parser.parse_args(arguments)
 
 
 def _parse_profile(text: str) -> tuple[int, int]:
     first, _, last = text.partition(":")
     if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
-        raise ConfigError(f"--profile {text}: expected FIRST:LAST, for example 10:13")
+        raise ConfigError(f"--profile {text}: expected FIRST:LAST with FIRST < LAST, for example 10:13")
     return int(first), int(last)
 
 

@@ -21,7 +21,7 @@ from mesh_transformer.cli import DONE, PROGRAM, WRONG_USAGE, run_command
 
 
 class Command(NamedTuple):
-    """A row of the table of commands."""
+    """The module whose `main` runs a command, and the command's line in the help text."""
 
     module: str
     summary: str

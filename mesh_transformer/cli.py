@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Command-line conventions that all programs share: parser, `--set`, one-line errors and exit statuses.
 
-Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 75 preempted (run again to continue), 130 interrupted.
+Exit status: 0 done, 1 failed, 2 invalid usage or configuration, 75 preempted (run again to continue), 130 interrupted.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def make_parser(docstring: str) -> argparse.ArgumentParser:
 
 
 def add_set_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--set section.field=value`, which is repeatable and validated like the file itself."""
+    """Add the repeatable option `--set section.field=value`, which overrides a field of the configuration."""
     parser.add_argument(
         "--set",
         action="append",
@@ -115,9 +115,9 @@ def _report_or_raise(error: BaseException, arguments: list[str]) -> int:
         case KeyboardInterrupt():
             return _print_error(INTERRUPTED, "interrupted")
         case ValueError() if type(error).__module__.startswith("mesh_transformer."):  # may have several lines
-            return _print_error(FAILED, f"error: {_describe(error)}  (--debug shows where)")
+            return _print_error(FAILED, f"error: {_describe(error)}  (--debug shows the traceback)")
         case _:
-            return _print_error(FAILED, f"error: {_first_line(_describe(error))}  (--debug shows where)")
+            return _print_error(FAILED, f"error: {_first_line(_describe(error))}  (--debug shows the traceback)")
 
 
 def _print_error(status: int, *lines: str) -> int:
@@ -126,7 +126,7 @@ def _print_error(status: int, *lines: str) -> int:
 
 
 def _describe(error: BaseException) -> str:
-    """Return the message of an error, with its type where the message alone is not clear (KeyError: 'x')."""
+    """Return the message of an error, with its type if the message alone is not clear (KeyError: 'x')."""
     kind = type(error).__name__
     text = str(error).strip()
     if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):

@@ -37,7 +37,7 @@ def keep_freed_memory(keep: bool, *, one_arena: bool | None = None) -> None:
 
 
 def available_memory() -> int:
-    """Return the bytes that a new process can use: those free on the host, or what its control group still allows."""
+    """Return the bytes available to a new process: the minimum over the host and its control group."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

@@ -48,7 +48,7 @@ SAMPLING = (
 
 
 class Model:
-    """A trained model on devices: text generation and logits. Made by `load_model`."""
+    """A trained model on devices, for text generation and logits, as returned by `load_model`."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
@@ -58,7 +58,7 @@ class Model:
 
     @property
     def config(self) -> Config:
-        """The configuration of the run that trained the model, with today's [sample], [serve] and [mesh] sections."""
+        """The training run's configuration, with the [sample], [serve] and [mesh] sections of `load_model`."""
         return self._loaded.config
 
     @property
@@ -122,8 +122,8 @@ class Model:
         engine = self._loaded.engine
         if not isinstance(engine, DecoderOnlyEngine):
             raise ConfigError(
-                "logits of an encoder-decoder model depend on encoder and decoder tokens; call "
-                "mesh_transformer.model.transformer.make_model(config.model).apply with both"
+                "Model.logits supports decoder-only models, but this is an encoder-decoder model; call "
+                "mesh_transformer.model.transformer.make_model(config.model).apply with encoder and decoder tokens"
             )
         return engine.logits(list(prompt))
 
@@ -143,7 +143,7 @@ def load_model(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> M
     Args:
       path: a run folder (its latest valid checkpoint), a checkpoint folder, or a Hugging Face model folder; also s3:// and
         gs:// paths.
-      overrides: settings as on the command line, such as "mesh.tensor=4", 'serve.weight_dtype="int8"' or
+      overrides: fields as after --set on the command line, such as "mesh.tensor=4", 'serve.weight_dtype="int8"' or
         "sample.temperature=0.0". By default the model is on one device.
 
     Raises:
@@ -170,7 +170,7 @@ def train_model(
 
     Args:
       config: a TOML file, the name of a shipped configuration ("quickstart"), or a `Config`.
-      overrides: settings as on the command line, such as "train.steps=100"; only with a file.
+      overrides: fields as after --set on the command line, such as "train.steps=100"; only with a file.
       restart: start over; an existing run folder is kept under another name.
 
     Raises:
@@ -178,9 +178,9 @@ def train_model(
       Preempted: a stop was requested (Ctrl-C, SIGTERM); the run is saved and resumes with the same call.
     """
     if isinstance(config, Config):
-        if list(overrides):
+        if given := list(overrides):
             raise ConfigError(
-                "overrides need a configuration file; change the fields of a Config with dataclasses.replace"
+                f"overrides={given} need a configuration file, but `config` is a Config; change it with dataclasses.replace"
             )
     else:
         config = load_config(Path(config), overrides)

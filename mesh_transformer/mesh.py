@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh, the rules from logical axes to mesh axes, and sharding constraints for activations.
 
-Model code names the role of every dimension ("embed", "heads", ...), its logical axis. One table of rules maps logical
-axes to mesh axes:
+Model code gives every dimension of an array a logical axis ("embed", "heads", ...). A table of rules maps logical axes to
+mesh axes:
 
     weights      embed -> fsdp    heads, kv_heads, ff -> tensor    vocab -> tensor and pipeline    layers -> pipeline
                  expert -> expert
@@ -93,7 +93,7 @@ class MeshLayout(NamedTuple):
         return PartitionSpec(*parts)
 
     def sharding(self, axes: Sequence[str], shape: Sequence[int], name: str) -> NamedSharding:
-        """Return `spec` on this mesh."""
+        """Return the sharding of the array `name` on this mesh; arguments as in `spec`."""
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
 
     @property
@@ -149,9 +149,9 @@ def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mes
 def _device_grid(sizes: Mapping[str, int], devices: list[Any], slices: int | None) -> np.ndarray:
     """Return the devices as an array with the mesh's axes, so that interconnect neighbors are adjacent.
 
-    Between slices (TPU pods, or machines) the network is slow. One axis alone spans several slices: `data`, whose
-    gradients are reduced once per step, or `pipeline`, which sends one activation from stage to stage. An axis with
-    communication in every layer never does.
+    Between slices (TPU pods, or machines) the network is slow. Only one axis spans several slices: `data`, whose gradients
+    are reduced once per step, or `pipeline`, which sends one activation from stage to stage. All axes with communication in
+    every layer stay within a slice.
     """
     # JAX reports every GPU machine as a slice, although its network may be fast enough for every axis. Slices of GPUs are
     # therefore used only if mesh.slices requests them.

@@ -37,7 +37,7 @@ def run(body: str, *arguments: str) -> subprocess.CompletedProcess:
     [
         ("pass", 0, ""),
         ("raise ConfigError('train.stepz is not a field')", 2, "error: train.stepz is not a field\n"),
-        ("raise ValueError('bad data')", 1, "error: bad data  (--debug shows where)\n"),
+        ("raise ValueError('bad data')", 1, "error: bad data  (--debug shows the traceback)\n"),
         ("open('/nonexistent/file')", 1, "error: /nonexistent/file: No such file"),
         ("raise Preempted('saved step 3')", 75, "preempted: saved step 3\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),

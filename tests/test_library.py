@@ -52,7 +52,7 @@ def test_train_resumes_and_returns_the_run_folder(run_dir):
     assert (Path(run_dir) / "report.html").is_file()
     config = mt.load_config(Path(run_dir) / "config.toml")
     assert mt.train_model(config) == run_dir
-    with pytest.raises(mt.ConfigError, match="overrides need a configuration file"):
+    with pytest.raises(mt.ConfigError, match=r"overrides=.* need a configuration file, but `config` is a Config"):
         mt.train_model(config, ["train.steps=7"])
 
 

@@ -10,10 +10,10 @@ from mesh_transformer.config.field_types import STRICT
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LatentAttentionConfig:
-    """Keys and values are linear functions of one latent vector per token, which the KV cache stores (DeepSeek V2).
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1): keys and values are projected from a latent vector.
 
-    A key is the concatenation of channels of each head, which are not rotated, and of rotated channels that all heads
-    share.
+    The KV cache stores one latent vector per token. A key is the concatenation of unrotated channels, which are separate
+    for each head, and of rotated channels, which all heads share.
     """
 
     kv_rank: PositiveInt  # size of the latent vector of keys and values
@@ -24,7 +24,7 @@ class LatentAttentionConfig:
 
     @model_validator(mode="after")
     def check(self) -> "LatentAttentionConfig":
-        """Raise ValueError unless the rotated channels are pairs."""
+        """Raise ValueError if `d_rotated` is odd."""
         if self.d_rotated % 2:
             raise ValueError(f"d_rotated={self.d_rotated} must be even, because pairs of channels are rotated")
         return self

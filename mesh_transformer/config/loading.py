@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Load a run from a TOML file: strict parsing, `--set` overrides in TOML syntax, readable errors, and printing.
+"""Load the configuration of a run from a TOML file, with `--set` overrides, and write it as TOML.
 
 The schema is in schema.py. Other packages import both from `mesh_transformer.config`.
 """
@@ -32,7 +32,7 @@ SHOWN_PRESETS = 30  # in an error message
 
 
 class ConfigError(ValueError):
-    """An invalid configuration; the message names the field, the value and what is allowed, one line per mistake."""
+    """An invalid configuration. The message has one line per error, with the field, its value and the allowed values."""
 
 
 Table = typing.TypeVar("Table")
@@ -44,20 +44,20 @@ SHIPPED_CONFIGS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Return the run that a TOML file describes, with `overrides` ("train.steps=20") merged before validation.
+    """Return the configuration in a TOML file, with `overrides` ("train.steps=20") merged before validation.
 
-    `path` may also be the name of a shipped configuration ("quickstart"). Raises ConfigError with one line per mistake:
-    file, field, value and what is allowed.
+    `path` may also be the name of a shipped configuration ("quickstart"). Raises ConfigError with one line per error:
+    file, field, value and allowed values.
     """
     path = find_config(path)
     return parse_config(read_toml(path, overrides), where=str(path), run_dir=f"runs/{path.stem}")
 
 
 def find_config(path: str | Path) -> Path:
-    """Return the path of a configuration file: an existing path as it is, else the shipped file of that name.
+    """Return the path of a configuration file: `path` itself if it exists, otherwise the shipped file with that name.
 
-    "quickstart", "quickstart.toml" and "configs/quickstart.toml" all name the shipped configs/quickstart.toml where no
-    such file exists in the working directory.
+    "quickstart", "quickstart.toml" and "configs/quickstart.toml" all name the shipped configs/quickstart.toml if the
+    working directory has no such file.
     """
     path = Path(path)
     if path.exists():
@@ -79,10 +79,14 @@ def read_toml(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"{path}: no such file{hint}") from None
+        hint = (
+            f"did you mean {path.parent / near[0]}?"
+            if near
+            else "give a TOML file or the name of a shipped configuration"
+        )
+        raise ConfigError(f"{path}: no such file; {hint}") from None
     except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder; name a .toml file") from None
+        raise ConfigError(f"{path}: this is a folder; give the path of a .toml file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -93,10 +97,10 @@ def read_toml(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def parse_config(table: Mapping[str, Any], *, where: str, run_dir: str = "runs/unnamed") -> Config:
-    """Return a validated run from nested dictionaries.
+    """Return the validated configuration of a run from nested dictionaries.
 
-    `where` begins every error message; `run_dir` is the run folder if the table sets none. Raises ConfigError, also for
-    keys that were renamed.
+    Every error message begins with `where`, such as the file name. `run_dir` is the run folder if `table` sets none.
+    Raises ConfigError for invalid values and for unknown or renamed keys.
     """
     if renamed := find_renamed(table, RUN):
         raise ConfigError("\n".join(f"{where}: {line}" for line in renamed))
@@ -115,23 +119,23 @@ def parse_config(table: Mapping[str, Any], *, where: str, run_dir: str = "runs/u
 def check_table(kind: type[Table], table: Mapping[str, Any], *, where: str, prefix: str = "") -> Table:
     """Return a dataclass of type `kind` from nested dictionaries.
 
-    Raises ConfigError with one line per mistake; each line begins with `where`, and `prefix` precedes the field's path.
+    Raises ConfigError with one line per error, which begins with `where`. `prefix` precedes the path of the field.
     """
     _reject_dates_and_infinities(table, where, ())
     try:
         return _adapt(kind).validate_json(json.dumps(table))
     except ValidationError as error:
-        problems = [f"{prefix}{_explain(problem, kind)}" for problem in error.errors(include_url=False)]
+        problems = [f"{prefix}{_explain(problem, kind, table)}" for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in dict.fromkeys(problems))) from None
 
 
 def parse_stored(table: Mapping[str, Any], *, where: str, run_dir: str = "runs/unnamed") -> Config:
-    """Return a validated run from a configuration that a run or checkpoint of this or an older version stored."""
+    """Return the validated configuration that this version or an older one stored in a run or checkpoint."""
     return parse_config(translate_stored(table), where=where, run_dir=run_dir)
 
 
 def parse_model(table: Mapping[str, Any], *, where: str) -> ModelConfig:
-    """Return a validated [model] section from a dictionary that a checkpoint stored, of this or an older version."""
+    """Return the validated [model] section that this version or an older one stored in a checkpoint."""
     return check_table(ModelConfig, translate_stored(table, prefix=("model",)), where=where, prefix="model.")
 
 
@@ -141,7 +145,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_to_toml(config: Config, *, mark_changes: bool = False) -> str:
-    """Return the resolved run as TOML that loads to the same run; `mark_changes` notes values that are not defaults."""
+    """Return a configuration as TOML; with `mark_changes`, a comment shows the default of each value that differs from it."""
     lines: list[str] = []
     for name, table in config_to_dict(config).items():
         defaults = _defaults(type(getattr(config, name)))
@@ -151,10 +155,10 @@ def config_to_toml(config: Config, *, mark_changes: bool = False) -> str:
 
 def find_preset_changes(model: ModelConfig) -> dict[str, Any]:
     """Return the fields of `model` that differ from its preset; empty without a preset."""
-    own = config_to_dict(model)
+    table = config_to_dict(model)
     changes = {}
     for key, value in PRESETS.get(model.preset or "", {}).items():
-        found = own.get(key)
+        found = table.get(key)
         if isinstance(value, dict) and isinstance(found, dict):  # experts: only the fields that the preset sets
             found = {inner: found.get(inner) for inner in value}
         if found != value:
@@ -165,10 +169,10 @@ def find_preset_changes(model: ModelConfig) -> dict[str, Any]:
 def _preset(name: str, where: str) -> dict[str, Any]:
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        hint = f" did you mean {near[0]!r}?" if near else ""
         listed = ", ".join([*PRESETS][:SHOWN_PRESETS])
-        more = f" and {len(PRESETS) - SHOWN_PRESETS} more, in docs/reference/presets.md"
-        raise ConfigError(f"{where}: model.preset = {json.dumps(name)} is not a preset{hint} presets: {listed}{more}")
+        more = f", and {len(PRESETS) - SHOWN_PRESETS} more in docs/reference/presets.md"
+        raise ConfigError(f"{where}: model.preset = {json.dumps(name)} is not a preset;{hint} presets: {listed}{more}")
     return dict(PRESETS[name])
 
 
@@ -196,7 +200,8 @@ def _merge(table: dict[str, Any], path: list[str], value: Any) -> None:
     for depth, part in enumerate(path[:-1]):
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a section")
+            parent = ".".join(path[: depth + 1])
+            raise ConfigError(f"--set {'.'.join(path)}: {parent} = {table!r} is not a section; set {parent} itself")
     table[path[-1]] = value
 
 
@@ -209,16 +214,19 @@ def _reject_dates_and_infinities(value: Any, where: str, path: tuple[str, ...]) 
         for i, inner in enumerate(value):
             _reject_dates_and_infinities(inner, where, (*path, str(i)))
     elif isinstance(value, datetime.date | datetime.time) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ConfigError(f"{where}: {'.'.join(path)} = {value}: dates, nan and inf are not allowed")
+        raise ConfigError(
+            f"{where}: {'.'.join(path)} = {value}: dates, nan and inf are not supported; use a finite number or a string"
+        )
 
 
-def _explain(problem: Mapping[str, Any], root: Any) -> str:
-    """Return one line for a pydantic error: field, value, what is allowed, and the nearest name."""
+def _explain(problem: Mapping[str, Any], root: Any, table: Mapping[str, Any]) -> str:
+    """Return one line for a pydantic error in `table`: field, value, allowed values, and the nearest name."""
     location = [str(part) for part in problem["loc"]]
     value = problem.get("input")
     kind = problem["type"]
-    if location[:2] == ["mesh", "rules"] and len(location) > 3:  # one error for each alternative
-        return f"{'.'.join(location[:3])} must be a mesh axis or a list of them"
+    if location[:2] == ["mesh", "rules"] and len(location) > 3:  # one error for each type of the union
+        rule = table["mesh"]["rules"][location[2]]
+        return f"{'.'.join(location[:3])} = {json.dumps(rule)}: must be the name of a mesh axis or a list of names"
     path = ".".join(location)
     if kind == "unexpected_keyword_argument":
         fields = _fields_at(root, location[:-1])
@@ -227,9 +235,9 @@ def _explain(problem: Mapping[str, Any], root: Any) -> str:
             f"{path} is not a field; {hint}" if hint else f"{path} is not a field; expected one of: {', '.join(fields)}"
         )
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{path} is missing and has no default"
+        return f"{path} is missing; set it, because it has no default"
     if kind == "union_tag_not_found":
-        return f"{path}.kind is missing and has no default"
+        return f"{path}.kind is missing; set it, because it has no default"
     if kind == "union_tag_invalid":
         tag, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
         hint = _nearest(tag, re.findall(r"'([^']+)'", known))
@@ -266,7 +274,7 @@ def _fields_at(kind: Any, path: list[str]) -> list[str]:
         elif typing.get_origin(kind) in (dict, tuple):
             kind = arguments[1 if typing.get_origin(kind) is dict else 0]
         elif isinstance(kind, types.UnionType):
-            kind = next(one for one in arguments if part in typing.get_args(typing.get_type_hints(one)["kind"]))
+            kind = next(item for item in arguments if part in typing.get_args(typing.get_type_hints(item)["kind"]))
         if isinstance(kind, types.UnionType) and types.NoneType in typing.get_args(kind):
             kind = next(iter(typing.get_args(kind)))
     return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
@@ -312,5 +320,5 @@ def _toml_key(key: str) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    """JSON and TOML write strings, numbers and lists alike, except for one control character."""
+    """Return a string, number, boolean or list in TOML syntax, which differs from JSON in one control character."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Schema of the `[model]` section: one transformer (decoder, encoder-decoder or encoder) described by closed choices."""
+"""Schema of the `[model]` section: architecture of a decoder-only, encoder-decoder or encoder-only transformer."""
 
 import dataclasses
 import functools
@@ -19,8 +19,8 @@ from mesh_transformer.config.rope import RopeScalingConfig
 
 Kind = TypeVar("Kind")
 
-# Choices of encoder-only models (model.causal=false).
-ENCODER_ONLY = (
+# Fields that only encoder-only models (causal=false) may set.
+ENCODER_ONLY_FIELDS = (
     "shared_layers",
     "n_token_types",
     "d_embedding",
@@ -34,15 +34,15 @@ ENCODER_ONLY = (
 class LayerKind(NamedTuple):
     """Properties in which the layers of one model may differ."""
 
-    local: bool  # attention has a window
+    local: bool  # attention is limited to attention_window
     has_experts: bool
     rotates: bool  # queries and keys are rotated; without effect unless `positions` is a rotary embedding
 
 
 class LayerStack(NamedTuple):
-    """Consecutive layers that repeat a pattern; one layer scan."""
+    """Consecutive layers that repeat a pattern of layer kinds and run as one scan."""
 
-    name: str  # of the module
+    name: str  # of the Haiku module
     first: int  # index of the first layer
     pattern: tuple[LayerKind, ...]
     n_repeats: int
@@ -50,22 +50,23 @@ class LayerStack(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
-    """One transformer: decoder-only, encoder-decoder or encoder-only (published sizes: config/presets.py)."""
+    """A decoder-only, encoder-decoder or encoder-only transformer (published sizes: config/presets.py)."""
 
-    preset: Annotated[str | None, Resume.FREE] = None  # a row of presets.py; every other key overrides it
+    # name in docs/reference/presets.md; other keys override its values
+    preset: Annotated[str | None, Resume.FREE] = None
     # -- sizes --
-    n_layers: PositiveInt  # of the decoder, or of an encoder-only model
+    n_layers: PositiveInt  # layers of the decoder, or of an encoder-only model
     n_encoder_layers: PositiveInt | None = None  # layers of the encoder that the decoder attends to; None: decoder-only
     d_model: PositiveInt  # size of the residual stream
     n_heads: PositiveInt  # query heads
     n_vocab: PositiveInt  # rows of the embedding matrix; at least the tokenizer's vocabulary size
     seq_len: PositiveInt  # context length in tokens; encoder-decoder: of the encoder's input
-    n_kv_heads: PositiveInt | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
-    d_head: PositiveInt | None = None  # None: d_model / n_heads
-    d_ff: PositiveInt | None = None  # None: 4 d_model
+    n_kv_heads: PositiveInt | None = None  # key-value heads; fewer than n_heads: grouped-query attention; None: n_heads
+    d_head: PositiveInt | None = None  # size of each head; None: d_model / n_heads
+    d_ff: PositiveInt | None = None  # hidden size of the feed-forward layer; None: 4 d_model
     # -- architecture --
-    # "gemma-rmsnorm" stores the difference of the scale from 1; "gptj-rmsnorm" and "gptj-scalenorm" divide by (norm of the
-    # vector + norm_eps), as in mesh-transformer-jax; "nonparametric-layernorm" has no weights (OLMo)
+    # "gemma-rmsnorm" stores scale - 1; "gptj-rmsnorm" and "gptj-scalenorm" divide by (norm of the vector + norm_eps), as in
+    # mesh-transformer-jax; "nonparametric-layernorm" has no weights (OLMo)
     norm: Literal[
         "layernorm",
         "rmsnorm",
@@ -75,47 +76,47 @@ class ModelConfig:
         "gptj-scalenorm",
         "nonparametric-layernorm",
     ] = "layernorm"
-    norm_eps: PositiveFloat = 1e-5  # added to the variance, or as `norm` says
-    # rope-interleaved rotates neighboring channels (GPT-J), rope-half channels i and i + rope_dims / 2 (GPT-NeoX, Llama)
-    # falcon-alibi: slope times position of the key, rounded to bfloat16 and scaled as the scores (Falcon RW)
+    norm_eps: PositiveFloat = 1e-5  # added to the variance; gptj-rmsnorm, gptj-scalenorm: to the norm of the vector
+    # rope-interleaved rotates neighboring channels (GPT-J), rope-half channels i and i + rope_dims / 2 (GPT-NeoX, Llama).
+    # falcon-alibi: slope times position of the key, rounded to bfloat16 and scaled like the scores (Falcon RW)
     positions: Literal["none", "learned", "rope-interleaved", "rope-half", "t5", "alibi", "falcon-alibi"] = "learned"
-    position_offset: NonNegativeInt = 0  # rows of the learned table before that of the first position (OPT: 2)
-    # RoBERTa: positions number the tokens other than this one, which has the row before that of the first position
+    position_offset: NonNegativeInt = 0  # index of the first position's row in the table of learned positions (OPT: 2)
+    # RoBERTa: id of the padding token. Positions count the other tokens; padding uses row position_offset - 1
     position_padding_token: NonNegativeInt | None = None
-    t5_buckets: PositiveInt = 32  # rows of the T5 bias
-    t5_max_distance: PositiveInt = 128  # distances from here on share the last bucket
+    t5_buckets: PositiveInt = 32  # rows of the relative position bias (T5)
+    t5_max_distance: PositiveInt = 128  # all greater distances share the last bucket (T5)
     rope_dims: PositiveInt | None = None  # leading channels of a head that are rotated; None: all
     rope_theta: PositiveFloat = 10_000.0  # base of the rotation frequencies
-    # base in local layers, which are not scaled then (Gemma 3); None: as in the others
+    # base in local layers, where rope_scaling then does not apply (Gemma 3); None: as in global layers
     rope_local_theta: PositiveFloat | None = None
     rope_scaling: RopeScalingConfig | None = None  # frequency scaling for long contexts; None: unscaled
-    # repeated over the layers: whether queries and keys are rotated (SmolLM 3: not in every fourth layer)
+    # pattern repeated over the layers; true: queries and keys are rotated (SmolLM 3: false in every fourth layer)
     rope_pattern: tuple[bool, ...] = (True,)
     # serial: x + attention, then x + ffn (GPT-2). parallel: both read one norm of x (GPT-J). parallel-two-norms: both read
     # their own norm of x (GPT-NeoX). sandwich: serial, with a norm before and after each branch (Gemma 2). reordered-norm:
     # serial, with a norm after each branch only (OLMo 2). post-norm: serial, with a norm after each sum and none after the
     # last layer (Vaswani et al. 2017, BERT)
     residual: Literal["serial", "parallel", "parallel-two-norms", "sandwich", "reordered-norm", "post-norm"] = "serial"
-    # of the feed-forward layer. clamped-swiglu is that of gpt-oss: a gated layer with clamped arguments
+    # activation of the feed-forward layer; clamped-swiglu: SwiGLU with clamped arguments (gpt-oss)
     activation: Literal["gelu-tanh", "gelu-erf", "relu", "silu", "clamped-swiglu"] = "gelu-tanh"
     gated_ffn: bool = False  # activation(x W_gate) * (x W_in), as in SwiGLU
     causal: bool = True  # false: an encoder-only model with bidirectional attention
     shared_layers: bool = False  # all repetitions of the layer pattern have the same parameters (ALBERT)
-    # repeated over the layers. If n_layers is no multiple of its length, the first layers are stacked by themselves, and
-    # the layers cannot be divided over mesh.pipeline
+    # pattern repeated over the layers; local: sliding-window attention. If n_layers is not a multiple of its length, the
+    # first layers form a separate scan, and mesh.pipeline must be 1
     attention_pattern: tuple[Literal["global", "local"], ...] = ("global",)
-    # keys that a token of a local layer attends to, itself included (bidirectional: on either side)
+    # keys that a token of a local layer attends to, including itself (bidirectional: on each side)
     attention_window: PositiveInt = 256
-    # factor of the scores; none: 1 (GPT-Neo, T5); a number: itself
+    # factor of the attention scores; none: 1 (GPT-Neo, T5); or a number
     attention_scale: Literal["rsqrt_d_head", "none"] | PositiveFloat = "rsqrt_d_head"
-    # keys and values of a latent vector (DeepSeek); None: projected
+    # keys and values are projected from a latent vector (DeepSeek); None: from the residual stream
     latent_attention: LatentAttentionConfig | None = None
-    # a learned score of each head takes part in the softmax, as of a key whose value is zero (gpt-oss)
+    # each head has a learned score in the softmax, like that of a key whose value is zero (gpt-oss)
     attention_sinks: bool = False
     attention_softcap: PositiveFloat | None = None  # scores become cap * tanh(scores / cap) (Gemma 2); None: no cap
     # norm of queries and keys before the rotation. true: RMSNorm of each head, one scale for all heads (Qwen 3);
-    # gemma-rmsnorm: the same, storing the difference of the scale from 1 (Gemma 3); rmsnorm-all-heads: RMSNorm of all heads
-    # together (OLMo 2); layernorm-per-head: layer norm of each head with its own scale and no bias (StableLM 2, Command R)
+    # gemma-rmsnorm: the same, storing scale - 1 (Gemma 3); rmsnorm-all-heads: RMSNorm of all heads together (OLMo 2);
+    # layernorm-per-head: layer norm of each head with its own scale and no bias (StableLM 2, Command R)
     qk_norm: bool | Literal["gemma-rmsnorm", "rmsnorm-all-heads", "layernorm-per-head"] = False
     # limit of the absolute value of queries, keys and values before the rotation (OLMo, MPT)
     clip_qkv: PositiveFloat | None = None
@@ -131,23 +132,23 @@ class ModelConfig:
     n_token_types: PositiveInt | None = None  # rows of the token type embeddings (BERT); None: no token types
     # size of the embeddings before a projection to d_model (ALBERT); None: d_model
     d_embedding: PositiveInt | None = None
-    # lm: logits of the hidden states. masked-lm: of a linear layer with activation and norm (BERT). none: no such logits
+    # lm: logits from the hidden states; masked-lm: after a linear layer, activation and norm (BERT); none: no logits
     head: Literal["lm", "masked-lm", "none"] = "lm"
     pooler: bool = False  # a linear layer with tanh on the first token's hidden state (BERT)
     n_labels: PositiveInt | None = None  # outputs of a linear layer on the pooled output; None: no classifier
     logit_softcap: PositiveFloat | None = None  # logits become cap * tanh(logits / cap) (Gemma 2); None: no cap
-    # factor of the logits; rsqrt_d_model: T5 with tied embeddings; a number: itself (Command R)
+    # factor of the logits; rsqrt_d_model: 1 / sqrt(d_model) (T5 with tied embeddings); or a number (Command R)
     logit_scale: Literal["none", "rsqrt_d_model"] | PositiveFloat = "none"
     init: Literal["gpt2", "gptj", "neox", "t5", "bert"] = "gpt2"  # scheme of the initial weights (model/params.py)
     init_scale: PositiveFloat = 1.0  # factor of the variance of all initial weights (Switch: 0.1)
     experts: ExpertsConfig | None = None  # mixture of experts in some or all layers; None: dense layers only
-    dropout: FractionBelowOne = 0.0  # on embeddings, attention probabilities and both residual branches
-    # -- how it is computed; the function does not depend on it --
+    dropout: FractionBelowOne = 0.0  # dropout rate of embeddings, attention probabilities and both residual branches
+    # -- computation; no effect on the function --
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations, and of weights in matmuls
-    # activation checkpointing, by what the backward pass recomputes: nothing; everything but the residual stream;
-    # everything but matmuls with weights; attention; as "full", with the residual stream offloaded to host memory
+    # activation checkpointing: the backward pass recomputes nothing (none), everything but the residual stream (full),
+    # everything but matmuls with weights (dots), or attention; offload: like full, with the residual stream in host memory
     remat: Annotated[Literal["none", "full", "dots", "attention", "offload"], Resume.FREE] = "none"
-    # auto: by platform
+    # auto: chosen by platform
     attention_kernel: Annotated[Literal["auto", "dense", "blockwise", "splash", "triton", "cudnn"], Resume.FREE] = (
         "auto"
     )
@@ -156,17 +157,22 @@ class ModelConfig:
 
     @model_validator(mode="after")
     def check(self) -> "ModelConfig":
-        """Raise ValueError where fields contradict each other."""
+        """Raise ValueError if fields contradict each other."""
         if self.attention_sinks and self.n_encoder_layers is not None:
-            raise ValueError("attention_sinks=true is not supported in encoder-decoder models; remove it")
+            raise ValueError(
+                f"attention_sinks=true is not supported with n_encoder_layers={self.n_encoder_layers}; remove attention_sinks"
+            )
         if self.latent_attention is not None:
             self._check_latent_attention()
         elif self.d_head is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; set d_head")
         if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
-        if not self.attention_pattern or not self.rope_pattern:
-            raise ValueError("attention_pattern and rope_pattern must have at least one element")
+            raise ValueError(
+                f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}; change one of them"
+            )
+        for name in ("attention_pattern", "rope_pattern"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}=[] must have at least one element; remove it to use the default")
         if self.activation == "clamped-swiglu" and not self.gated_ffn:
             raise ValueError('activation="clamped-swiglu" requires gated_ffn=true; set it, or use "silu"')
         if self.experts is not None:
@@ -183,32 +189,38 @@ class ModelConfig:
             if (value := getattr(self, name)) is not None and not rotates:
                 raise ValueError(f'{name}={value} has no effect with positions="{self.positions}"; remove it')
         if self.position_offset and self.positions != "learned":
-            raise ValueError(f'position_offset={self.position_offset} requires positions="learned"')
+            raise ValueError(
+                f'position_offset={self.position_offset} requires positions="learned", not "{self.positions}"; remove it'
+            )
         if (self.t5_buckets, self.t5_max_distance) != (32, 128) and self.positions != "t5":
             raise ValueError(
-                f't5_buckets={self.t5_buckets}, t5_max_distance={self.t5_max_distance}: requires positions="t5"'
+                f"t5_buckets={self.t5_buckets} and t5_max_distance={self.t5_max_distance} have no effect with "
+                f'positions="{self.positions}"; remove them, or set positions="t5"'
             )
         if self.t5_buckets < 4 or self.t5_buckets % 2 or self.t5_max_distance <= self.t5_buckets // 2:
             raise ValueError(
-                f"t5_buckets={self.t5_buckets} must be even and at least 4, and t5_max_distance={self.t5_max_distance} more "
-                "than half of it"
+                f"t5_buckets={self.t5_buckets} must be even and at least 4, and t5_max_distance={self.t5_max_distance} must exceed "
+                "t5_buckets / 2"
             )
         if not rotates:
             if not all(self.rope_pattern):
-                raise ValueError(f'rope_pattern has no effect with positions="{self.positions}"; remove it')
+                pattern = json.dumps(self.rope_pattern)
+                raise ValueError(f'rope_pattern={pattern} has no effect with positions="{self.positions}"; remove it')
             return
         if self.rope_dim > self.head_dim or self.rope_dim % 2:
-            raise ValueError(f"rope_dims={self.rope_dim} must be even and at most d_head={self.head_dim}")
+            raise ValueError(
+                f"rope_dims={self.rope_dim} must be even and at most d_head={self.head_dim}; set rope_dims"
+            )
         if self.rope_local_theta is not None and "local" not in self.attention_pattern:
             raise ValueError(
                 f"rope_local_theta={self.rope_local_theta} has no effect without a local layer in attention_pattern; remove it"
             )
         if self.rope_scaling and self.rope_scaling.short_factor and self.rope_scaling.long_factor:
-            lengths = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
-            if lengths != {self.rope_dim // 2}:
+            n_short, n_long = len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)
+            if {n_short, n_long} != {self.rope_dim // 2}:
                 raise ValueError(
-                    f"rope_scaling.short_factor and long_factor must have {self.rope_dim // 2} elements, one for each pair of "
-                    f"rotated channels; they have {' and '.join(map(str, sorted(lengths)))}"
+                    f"rope_scaling.short_factor has {n_short} elements and long_factor has {n_long}; each must have "
+                    f"{self.rope_dim // 2}, one per pair of rotated channels"
                 )
 
     def _check_experts(self, experts: ExpertsConfig) -> None:
@@ -219,15 +231,19 @@ class ModelConfig:
                     "experts.layer_interval, or remove n_encoder_layers"
                 )
             if max(experts.dense_layers) >= self.n_layers:
-                raise ValueError(f"experts.dense_layers has {max(experts.dense_layers)}, n_layers is {self.n_layers}")
+                raise ValueError(
+                    f"experts.dense_layers contains {max(experts.dense_layers)}, but with n_layers={self.n_layers} the "
+                    f"largest index is {self.n_layers - 1}; remove it"
+                )
             if not any(kind.has_experts for kind in self.layer_kinds):
                 raise ValueError(
-                    "no layer has experts: experts.dense_layers lists all of them; remove some, or experts"
+                    f"experts.dense_layers={list(experts.dense_layers)} and experts.layer_interval={experts.layer_interval} leave "
+                    "no layer with experts; change one of them, or remove experts"
                 )
         elif self.n_layers % self._period:
             raise ValueError(
-                f"n_layers={self.n_layers} is not a multiple of {self._period}, the length of the pattern that "
-                f"attention_pattern and experts.layer_interval={experts.layer_interval} give"
+                f"n_layers={self.n_layers} is not a multiple of {self._period}, the layers after which attention_pattern, "
+                f"rope_pattern and experts.layer_interval={experts.layer_interval} repeat together; change one of them"
             )
 
     def _check_latent_attention(self) -> None:
@@ -242,23 +258,22 @@ class ModelConfig:
         )
         for name, default in derived.items():
             if (value := getattr(self, name)) != default:
-                raise ValueError(
-                    f"{name}={value} is not supported with latent_attention, which has its own sizes; remove it"
-                )
+                raise ValueError(f"{name}={value} is not supported with latent_attention; remove it")
         if not self.positions.startswith("rope"):
             raise ValueError(
                 f'latent_attention requires positions="rope-interleaved" or "rope-half", not "{self.positions}"'
             )
         if self.n_encoder_layers is not None or not self.causal:
             raise ValueError(
-                "latent_attention is supported in decoder-only models; remove n_encoder_layers, or set causal=true"
+                f"latent_attention is only supported in decoder-only models, not with n_encoder_layers={self.n_encoder_layers} "
+                f"and causal={json.dumps(self.causal)}; remove n_encoder_layers, and set causal=true"
             )
 
     def _check_encoder_only(self) -> None:
-        """Raise ValueError where choices of encoder-only models do not go with the rest."""
+        """Raise ValueError if fields of encoder-only models contradict other fields."""
         if self.causal:
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            for name in ENCODER_ONLY:
+            for name in ENCODER_ONLY_FIELDS:
                 if (value := getattr(self, name)) != defaults[name]:
                     raise ValueError(
                         f"{name}={json.dumps(value)} requires causal=false; remove it, or set causal=false"
@@ -266,14 +281,20 @@ class ModelConfig:
         if self.shared_layers and self.experts is not None:
             raise ValueError("shared_layers=true is not supported with experts; remove one of them")
         if self.shared_layers and self.n_layers % self._period:
-            raise ValueError(f"shared_layers=true requires n_layers={self.n_layers} to be a multiple of {self._period}")
+            raise ValueError(
+                f"shared_layers=true requires n_layers to be a multiple of {self._period}, the length of the layer pattern, not "
+                f"{self.n_layers}; change n_layers"
+            )
         padding = self.position_padding_token
         if padding is not None and (self.positions != "learned" or self.position_offset != padding + 1):
             raise ValueError(
-                f'position_padding_token={padding} requires positions="learned" and position_offset={padding + 1}'
+                f'position_padding_token={padding} requires positions="learned" and position_offset={padding + 1}, not '
+                f'"{self.positions}" and {self.position_offset}; set them, or remove position_padding_token'
             )
         if self.n_labels is not None and not self.pooler:
-            raise ValueError(f"n_labels={self.n_labels} requires pooler=true; the classifier reads the pooled output")
+            raise ValueError(
+                f"n_labels={self.n_labels} requires pooler=true, because the classifier reads the pooled output"
+            )
         if self.d_embedding is not None and self.head == "lm":
             raise ValueError(
                 f'd_embedding={self.d_embedding} requires head="masked-lm" or "none", because the hidden states have d_model='
@@ -284,22 +305,22 @@ class ModelConfig:
                 f'd_embedding={self.d_embedding} is not supported with norm="{self.norm}"; use "layernorm"'
             )
         if self.head == "masked-lm" and not self.tied_embeddings:
-            raise ValueError('head="masked-lm" requires tied_embeddings=true')
+            raise ValueError('head="masked-lm" requires tied_embeddings=true; set it, or use another head')
 
     def _check_encoder(self, n_layers: int) -> None:
         if not self.causal:
             raise ValueError(
-                f"n_encoder_layers={n_layers} requires causal=true, which is the decoder's; an encoder-only model has n_layers "
-                "and no n_encoder_layers"
+                f"n_encoder_layers={n_layers} requires causal=true, because it adds an encoder to a decoder; for an encoder-only "
+                "model, remove n_encoder_layers"
             )
         if self.embedding_norm:
-            raise ValueError(f"n_encoder_layers={n_layers} requires embedding_norm=false")
+            raise ValueError(f"n_encoder_layers={n_layers} requires embedding_norm=false; remove embedding_norm")
         if self.residual != "serial":
             raise ValueError(f'n_encoder_layers={n_layers} requires residual="serial", not "{self.residual}"')
         if n_layers % self._period:
             raise ValueError(
-                f"n_encoder_layers={n_layers} is not a multiple of {self._period}, the length of the pattern that "
-                "attention_pattern and experts.layer_interval give"
+                f"n_encoder_layers={n_layers} is not a multiple of {self._period}, the layers after which attention_pattern, "
+                "rope_pattern and experts.layer_interval repeat together; change one of them"
             )
 
     @property
@@ -307,15 +328,15 @@ class ModelConfig:
         """The config of the bidirectional encoder of an encoder-decoder model; None for other models."""
         if self.n_encoder_layers is None:
             return None
-        own: dict[str, Any] = dict(
+        changes: dict[str, Any] = dict(
             n_layers=self.n_encoder_layers, n_encoder_layers=None, causal=False, logit_scale="none"
         )
-        return dataclasses.replace(self, **own)
+        return dataclasses.replace(self, **changes)
 
     def padded_len_limit(self, length: int) -> int:
-        """Return the length up to which a sequence of `length` tokens may be padded without a change of its function.
+        """Return the maximum length to which a sequence of `length` tokens can be padded without changing its output.
 
-        It is seq_len, but for rotary embeddings that depend on the length that a sequence reaches (longrope).
+        It is seq_len, except for rotary embeddings whose frequencies depend on the sequence length (longrope).
         """
         scaling = self.rope_scaling
         if scaling is None or scaling.type != "longrope" or scaling.original_seq_len is None:
@@ -323,7 +344,7 @@ class ModelConfig:
         return self.seq_len if length > scaling.original_seq_len else min(scaling.original_seq_len, self.seq_len)
 
     def max_new_tokens(self, length: int) -> int:
-        """Number of tokens that can be generated after a prompt of `length` tokens.
+        """Return the number of tokens that can be generated after a prompt of `length` tokens.
 
         A decoder shares `seq_len` with the prompt; in an encoder-decoder model the prompt goes to the encoder.
         """
@@ -337,7 +358,7 @@ class ModelConfig:
 
     @property
     def pattern(self) -> tuple[LayerKind, ...]:
-        """The kinds of layers of one period of the last layer stack, which is the only one of most models."""
+        """The layer kinds of one period of the last layer stack; most models have only one stack."""
         return self.layer_stacks[-1].pattern
 
     @property
@@ -347,7 +368,7 @@ class ModelConfig:
 
     @property
     def layer_stacks(self) -> tuple[LayerStack, ...]:
-        """The layers as scans: "layers", and before it "first_layers" if the layers are no whole number of periods."""
+        """The layer scans: "layers", preceded by "first_layers" if the layers are not a whole number of periods."""
         if self.n_layers % self._period or (self.experts is not None and self.experts.dense_layers):
             return _split_into_stacks(self.layer_kinds)
         pattern = tuple(self._kind_of_layer(i) for i in range(self._period))
@@ -361,7 +382,7 @@ class ModelConfig:
 
     @property
     def layer_uses(self) -> int:
-        """Number of layers that have the same parameters."""
+        """Number of layers that use the same parameters: 1, or the repetitions of the pattern with shared_layers."""
         return self.layer_stacks[0].n_repeats if self.shared_layers else 1
 
     @property
@@ -413,8 +434,8 @@ class ModelConfig:
 
         Two configs with equal effective fields compute the same function of weights and inputs.
         """
-        free = ("preset", "init", "init_scale", "dropout", "dtype", "remat", "attention_kernel", "scan_unroll")
-        table = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
+        excluded = ("preset", "init", "init_scale", "dropout", "dtype", "remat", "attention_kernel", "scan_unroll")
+        table = {key: value for key, value in dataclasses.asdict(self).items() if key not in excluded}
         table["experts"] = self.experts and self._effective_expert_fields(self.experts)
         table |= dict(d_head=self.head_dim, n_kv_heads=self.kv_heads, d_ff=self.ff_dim)
         scales = {"rsqrt_d_head": self.head_dim**-0.5, "rsqrt_d_model": self.d_model**-0.5, "none": 1.0}
@@ -439,8 +460,8 @@ class ModelConfig:
     def _effective_expert_fields(self, experts: ExpertsConfig) -> dict[str, Any]:
         shared = self.shared_ff_dim if experts.shared_expert else None
         dense = [i for i, kind in enumerate(self.layer_kinds) if not kind.has_experts]
-        own: dict[str, Any] = dict(d_ff=self.expert_ff_dim, shared_d_ff=shared, dense_layers=dense, layer_interval=None)
-        return experts.effective_fields() | own
+        resolved = dict(d_ff=self.expert_ff_dim, shared_d_ff=shared, dense_layers=dense, layer_interval=None)
+        return experts.effective_fields() | resolved
 
 
 def shortest_pattern(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
@@ -450,7 +471,7 @@ def shortest_pattern(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
 
 
 def dividing_period(kinds: Sequence[Any]) -> int:
-    """Return the smallest length of a pattern whose whole repetition is `kinds`; 0 if that is empty."""
+    """Return the length of the shortest pattern that repeats a whole number of times in `kinds`; 0 if it is empty."""
     items = list(kinds)
     lengths = (n for n in range(1, len(items) + 1) if len(items) % n == 0)
     return next((n for n in lengths if items[:n] * (len(items) // n) == items), 0)
@@ -458,7 +479,7 @@ def dividing_period(kinds: Sequence[Any]) -> int:
 
 @functools.cache
 def _split_into_stacks(kinds: tuple[LayerKind, ...]) -> tuple[LayerStack, ...]:
-    """Return one or two stacks that have the fewest layers to compile, which are those of one period of each."""
+    """Divide layers into one or two stacks so that the fewest layers are compiled: one period of each stack."""
 
     def n_compiled(n_first: int) -> int:
         return dividing_period(kinds[:n_first]) + dividing_period(kinds[n_first:])

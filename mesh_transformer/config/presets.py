@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Presets: the `[model]` keys of published models, selected by `preset = "name"`.
 
-A row combines the choices of a family with the numbers of a size. `n_vocab` is the number of rows stored in the released
-files. Parameter counts are tested in tests/config/test_presets.py.
+Each preset combines the fields of a model family with those of a size. `n_vocab` is the number of embedding rows in the
+released files. Parameter counts are tested in tests/config/test_presets.py.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from mesh_transformer.config.presets_dense import DENSE_PRESETS, LLAMA, with_siz
 from mesh_transformer.config.presets_experts import EXPERT_PRESETS
 
 GPT2 = dict(n_vocab=50257, seq_len=1024)
-# GPT-3 alternates dense and banded layers; window and order were never published. 256, dense first, follows GPT-Neo.
+# GPT-3 alternates dense and banded layers. Their order and window are unpublished; these values are those of GPT-Neo.
 GPT3 = dict(n_vocab=50257, seq_len=2048, attention_pattern=["global", "local"], attention_window=256)
 GPT_NEO = dict(
     n_vocab=50257,
@@ -96,7 +96,7 @@ ALBERT = dict(BERT, n_vocab=30000, activation="gelu-tanh", d_embedding=128, shar
 
 
 def _switch(n_experts: int, layer_interval: int, capacity_factor: float, group_size: int = 1) -> dict[str, Any]:
-    """Return the experts of a Switch model; `group_size` follows max_group_size of the released code (512-token sequences)."""
+    """Return the `experts` fields of a Switch model; `group_size` is max_group_size of the released code in 512-token sequences."""
     return dict(
         n_experts=n_experts,
         layer_interval=layer_interval,
@@ -111,7 +111,7 @@ def _switch(n_experts: int, layer_interval: int, capacity_factor: float, group_s
 def _t5(
     family: dict[str, Any], n_layers: int, d_model: int, n_heads: int, d_ff: int, d_head: int = 64, **rest: Any
 ) -> dict[str, Any]:
-    """Return a T5 row with `n_layers` layers in both encoder and decoder."""
+    """Return a T5 preset with `n_layers` layers in both encoder and decoder."""
     sizes = dict(d_ff=d_ff, d_head=d_head, n_encoder_layers=n_layers)
     return with_sizes(family, n_layers, d_model, n_heads, **sizes, **rest)
 
@@ -178,7 +178,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-65b": with_sizes(LLAMA, 80, 8192, 64, d_ff=22016, seq_len=2048, norm_eps=1e-6),
     "gemma2-2b": with_sizes(GEMMA2, 26, 2304, 8, n_kv_heads=4, d_head=256, d_ff=9216),
     "gemma2-9b": with_sizes(GEMMA2, 42, 3584, 16, n_kv_heads=8, d_head=256, d_ff=14336),
-    # its scores are scaled by (d_model / n_heads)^-0.5
+    # the attention scores are scaled by (d_model / n_heads)^-0.5
     "gemma2-27b": with_sizes(GEMMA2, 46, 4608, 32, n_kv_heads=16, d_head=128, d_ff=36864, attention_scale=144**-0.5),
     "mixtral-8x7b": with_sizes(MIXTRAL, 32, 4096, 32, d_ff=14336, experts=dict(n_experts=8, n_experts_per_token=2)),
     "mixtral-8x22b": with_sizes(

@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Presets of dense decoders since Llama: rows of presets.py, after the published config.json of each model."""
+"""Presets of dense decoder-only models since Llama 2, from the published config.json of each model."""
 
 from typing import Any
 
 
 def with_sizes(family: dict[str, Any], n_layers: int, d_model: int, n_heads: int, **rest: Any) -> dict[str, Any]:
-    """Return the keys of a family with these sizes and choices."""
+    """Return the fields of a family with these sizes and further fields."""
     return dict(family, n_layers=n_layers, d_model=d_model, n_heads=n_heads, **rest)
 
 
@@ -41,7 +41,7 @@ GEMMA = dict(
     d_head=256,
     **NO_BIASES,
 )
-# arXiv 2503.19786; n_vocab is that of the text models: 64 rows less than beside a vision tower
+# arXiv 2503.19786. n_vocab is that of the text-only models; multimodal models have 64 more rows
 GEMMA3 = dict(
     GEMMA,
     n_vocab=262_144,
@@ -140,11 +140,11 @@ DENSE_PRESETS: dict[str, dict[str, Any]] = {
     "gemma3-1b": with_sizes(GEMMA3, 26, 1152, 4, n_kv_heads=1, d_ff=6912, attention_window=512, seq_len=32_768),
     "gemma3-4b": with_sizes(GEMMA3_LONG, 34, 2560, 8, n_kv_heads=4, d_ff=10240),
     "gemma3-12b": with_sizes(GEMMA3_LONG, 48, 3840, 16, n_kv_heads=8, d_ff=15360),
-    # its scores are scaled by (d_model / n_heads)^-0.5
+    # the attention scores are scaled by (d_model / n_heads)^-0.5
     "gemma3-27b": with_sizes(
         GEMMA3_LONG, 62, 5376, 32, n_kv_heads=16, d_head=128, d_ff=21504, attention_scale=168**-0.5
     ),
-    # Phi 3.5 and Phi 4 mini have the sizes of phi3-mini and 24 heads of 128; their rope_scaling comes with their config.json
+    # Phi 3.5 and Phi 4 mini have the sizes of phi3-mini and 24 heads of 128; for their rope_scaling see their config.json
     "phi3-mini": with_sizes(PHI3, 32, 3072, 32, d_ff=8192),
     "phi3-medium": with_sizes(PHI3, 40, 5120, 40, n_kv_heads=10, d_ff=17920),
     "phi4": with_sizes(

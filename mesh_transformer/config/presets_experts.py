@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Presets of decoders with a mixture of experts since Mixtral: rows of presets.py, after the published config.json."""
+"""Presets of Qwen MoE, DeepSeek and gpt-oss models, from the published config.json of each model."""
 
 import math
 from typing import Any
@@ -32,11 +32,11 @@ GPT_OSS = dict(
 
 
 def _deepseek(mscale: float, q_rank: int | None = 1536) -> dict[str, Any]:
-    """Return the latent attention of a DeepSeek model, whose context was extended 40 times."""
-    growth = 0.1 * mscale * math.log(40.0) + 1.0
+    """Return the attention fields of a DeepSeek model, whose context length was extended by a factor of 40."""
+    yarn_scale = 0.1 * mscale * math.log(40.0) + 1.0
     return dict(
         latent_attention=dict(kv_rank=512, q_rank=q_rank, d_unrotated=128, d_rotated=64, d_value=128),
-        attention_scale=192**-0.5 * growth**2,
+        attention_scale=192**-0.5 * yarn_scale**2,
         rope_scaling=dict(
             type="yarn",
             factor=40.0,

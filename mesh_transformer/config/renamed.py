@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Renamed configuration keys and values: rejected with the new name in files, translated in what older versions stored.
+"""Renamed configuration keys and values: errors in configuration files, translated in stored configurations.
 
-A table maps the dotted path of an old key to the new name of its last part. `*` stands for any one key or list index.
+A table maps the dotted path of an old key to its new name (the last part of the path). `*` matches one key or list index.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 
 class Renames(NamedTuple):
-    """Renamed keys, renamed values of keys (by their new paths), and keys whose value is written differently."""
+    """Renamed keys, renamed values, and conversions of values whose form changed."""
 
     keys: Mapping[str, str]  # path of the old key -> its new name
     values: Mapping[str, Mapping[str, str]]  # path of the new key -> old value -> new value
-    forms: Mapping[str, Callable[[Any], Any]] = {}  # path of the new key -> function of a stored value
+    conversions: Mapping[str, Callable[[Any], Any]] = {}  # path of the new key -> function of the stored value
 
 
-def _rope_scaling(value: Any) -> Any:
-    """Version 1.0 stored (factor, low_freq_factor, high_freq_factor, original_seq_len)."""
+def _convert_rope_scaling(value: Any) -> Any:
+    """Return the table form of the list (factor, low_freq_factor, high_freq_factor, original_seq_len) of version 1.0."""
     if not isinstance(value, list | tuple) or len(value) != 4:
         return value
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_seq_len")
@@ -92,7 +92,7 @@ RUN = Renames(
         "checkpoint.resume": {"newest": "latest", "newest-intact": "latest-valid"},
         "optimizer.no_decay_axes.*": LOGICAL_AXES,
     },
-    forms={"model.rope_scaling": _rope_scaling},
+    conversions={"model.rope_scaling": _convert_rope_scaling},
 )
 
 
@@ -102,22 +102,22 @@ def find_renamed(table: Any, renames: Renames) -> list[str]:
 
     def visit(value: Any, path: tuple[str, ...]) -> None:
         for key, inner in _items(value):
-            own = (*path, key)
-            new = _lookup(renames.keys, own)
+            inner_path = (*path, key)
+            new = _lookup(renames.keys, inner_path)
             if new is not None:
-                found.append(f"{'.'.join(own)} was renamed: use {'.'.join((*path, new))}")
-                own = (*path, new)
-            values = _lookup(renames.values, own)
+                found.append(f"{'.'.join(inner_path)} was renamed: use {'.'.join((*path, new))}")
+                inner_path = (*path, new)
+            values = _lookup(renames.values, inner_path)
             if values and isinstance(inner, str) and inner in values:
-                found.append(f'{".".join(own)} = "{inner}" was renamed: use "{values[inner]}"')
-            visit(inner, own)
+                found.append(f'{".".join(inner_path)} = "{inner}" was renamed: use "{values[inner]}"')
+            visit(inner, inner_path)
 
     visit(table, ())
     return found
 
 
 def translate_stored(table: Any, renames: Renames = RUN, prefix: tuple[str, ...] = ()) -> Any:
-    """Return a copy of nested values that an older version stored, with today's keys and values.
+    """Return a copy of the nested values that an older version stored, with the current keys and values.
 
     `prefix` is the path of `table` in the full configuration, for example ("model",) for a stored [model] section.
     """
@@ -133,8 +133,8 @@ def translate_stored(table: Any, renames: Renames = RUN, prefix: tuple[str, ...]
 
 
 def _translate_value(value: Any, renames: Renames, path: tuple[str, ...]) -> Any:
-    form = _lookup(renames.forms, path)
-    value = value if form is None else form(value)
+    convert = _lookup(renames.conversions, path)
+    value = value if convert is None else convert(value)
     values = _lookup(renames.values, path)
     if values and isinstance(value, str):
         return values.get(value, value)
@@ -150,7 +150,7 @@ def _items(value: Any) -> list[tuple[str, Any]]:
 
 
 def _lookup(table: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """Return the entry whose dotted path matches; `*` in an entry matches any one part."""
+    """Return the entry for `path`, or None; `*` in the dotted path of an entry matches one part."""
     exact = table.get(".".join(path))
     if exact is not None:
         return exact

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Look up whether a resumed run may change a configuration field."""
+"""Rules for configuration fields that changed between the start of a run and its resumption."""
 
 import dataclasses
 import types
@@ -14,8 +14,8 @@ from mesh_transformer.config.schema import Config
 def resume_rule(path: str) -> Resume:
     """Return the rule of the field at a dotted path, such as "train.batch_size".
 
-    The innermost marker on the way to the field decides. Keys below a dictionary (names of datasets, mesh axes) and
-    paths that the schema no longer has take the rule of the last field that was found.
+    The marker of the field applies, or else that of the nearest section that contains it. Keys of a dictionary (names of
+    datasets, mesh axes) and paths that the schema no longer has use the rule of the deepest field on the path.
     """
     rule, kind = Resume.FIXED, Config
     for part in path.split("."):
@@ -34,7 +34,7 @@ def resume_rule(path: str) -> Resume:
 
 def _without_none(hint: Any) -> Any:
     if isinstance(hint, types.UnionType):
-        return next(one for one in typing.get_args(hint) if one is not types.NoneType)
+        return next(item for item in typing.get_args(hint) if item is not types.NoneType)
     return hint
 
 

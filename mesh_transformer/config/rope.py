@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Schema of `[model.rope_scaling]`: frequency scaling of rotary position embeddings, by its type in transformers."""
+"""Schema of `[model.rope_scaling]`: frequency scaling of rotary position embeddings, with the types of transformers."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from mesh_transformer.config.field_types import STRICT
 
-# Fields of each type: required and optional ones. All others must be absent.
+# Required and optional fields of each type. All other fields must be unset.
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "dynamic": (("factor", "original_seq_len"), ()),
@@ -28,27 +28,29 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 class RopeScalingConfig:
     """Frequency scaling of rotary position embeddings for contexts longer than the trained length."""
 
-    # linear: all frequencies are divided by `factor`. dynamic: a larger base for sequences of model.seq_len tokens (NTK).
+    # linear: all frequencies are divided by `factor`. dynamic: NTK-aware, with a base computed for model.seq_len tokens.
     # yarn: arXiv 2309.00071. longrope: arXiv 2402.13753 (Phi 3). llama3: Llama 3.1
     type: Literal["linear", "dynamic", "yarn", "longrope", "llama3"] = "llama3"
-    factor: PositiveFloat | None = None  # by which frequencies are divided: all (linear), low ones (llama3, yarn)
-    # llama3: wavelengths above original_seq_len / this are low frequencies
+    factor: PositiveFloat | None = None  # divisor of the frequencies; llama3, yarn: of low frequencies only
+    # llama3: frequencies with wavelengths above original_seq_len / low_freq_factor are divided by factor
     low_freq_factor: PositiveFloat | None = None
-    high_freq_factor: PositiveFloat | None = None  # llama3: wavelengths below original_seq_len / this stay as they are
-    original_seq_len: PositiveInt | None = None  # the trained length
-    # yarn: pairs with more rotations in original_seq_len stay as they are; None: 32
+    # llama3: those below original_seq_len / high_freq_factor are unchanged
+    high_freq_factor: PositiveFloat | None = None
+    original_seq_len: PositiveInt | None = None  # context length before scaling
+    # yarn: channel pairs with more rotations in original_seq_len tokens are unchanged; None: 32
     beta_fast: PositiveFloat | None = None
-    beta_slow: PositiveFloat | None = None  # yarn: pairs with fewer rotations are divided by factor; None: 1
-    # yarn, longrope: factor of the rotated channels of queries and keys; yarn: None: from factor and mscale
+    # yarn: frequencies of pairs with fewer rotations are divided by factor; None: 1
+    beta_slow: PositiveFloat | None = None
+    # yarn, longrope: factor of the rotated channels of queries and keys; None: see mscale (yarn), 1 (longrope)
     attention_factor: PositiveFloat | None = None
-    # yarn: attention_factor is (0.1 mscale ln factor + 1) / (the same of mscale_all_dim)
+    # yarn: with both set, attention_factor is (0.1 mscale ln factor + 1) / (0.1 mscale_all_dim ln factor + 1)
     mscale: NonNegativeFloat | None = None
-    # yarn: None or 0, like mscale: attention_factor is 0.1 ln factor + 1
+    # yarn: if this or mscale is None or 0, attention_factor is 0.1 ln factor + 1
     mscale_all_dim: NonNegativeFloat | None = None
-    truncate: bool | None = None  # yarn: round the bounds of the interpolated pairs to whole pairs; None: true
+    truncate: bool | None = None  # yarn: round the bounds of the interpolated channel pairs to integers; None: true
     # longrope: divisor of the frequency of each rotated pair in sequences of at most original_seq_len tokens
     short_factor: tuple[PositiveFloat, ...] | None = None
-    # longrope: the same in longer sequences
+    # longrope: divisor of the frequency of each rotated pair in longer sequences
     long_factor: tuple[PositiveFloat, ...] | None = None
 
     @model_validator(mode="after")
@@ -60,7 +62,8 @@ class RopeScalingConfig:
             if field.name in required and not is_set:
                 raise ValueError(f'type="{self.type}" requires {field.name}; set it')
             if is_set and field.name not in ("type", *required, *optional):
-                raise ValueError(f'{field.name} has no effect with type="{self.type}"; remove it')
+                value = getattr(self, field.name)
+                raise ValueError(f'{field.name}={value} has no effect with type="{self.type}"; remove it')
         if self.low_freq_factor and self.high_freq_factor and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor={self.low_freq_factor} must be less than high_freq_factor={self.high_freq_factor}"

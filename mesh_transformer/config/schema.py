@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schema of a run's TOML file: one frozen, strictly typed dataclass per section, with a comment for every field.
 
-`Resume` markers say what a resumed run may change (see field_types.py). docs/config_reference.md is generated from here.
+`Resume` markers are the rules for fields that change when a run is resumed (field_types.py). docs/reference/config.md is
+generated from this file.
 """
 
 from typing import Annotated, Literal
@@ -40,16 +41,18 @@ class MeshConfig:
     pipeline: PositiveInt = 1
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"  # gpipe stores the activations of all microbatches
     sequence_parallel: bool = False  # between blocks, activations are also sharded along the sequence over `tensor`
-    slices: PositiveInt | None = None  # hosts or pods connected by a slow network; None: as JAX reports them
-    cpu_devices: PositiveInt | None = None  # split the CPU into this many devices, to try a mesh on a laptop
+    # hosts or TPU pods connected by a slow network; None: the slices that JAX reports
+    slices: PositiveInt | None = None
+    cpu_devices: PositiveInt | None = None  # use this many virtual CPU devices, to try a mesh on a laptop
     # logical axis -> mesh axis or axes; "" replicates. Logical axes and default rules: mesh_transformer/mesh.py
     rules: dict[str, str | list[str]] = Field(default_factory=dict)
-    # Multi-process runs; None and "": from the launcher's environment (distributed/bootstrap.py)
-    processes: PositiveInt | Literal["auto"] | None = None  # "auto": jax.distributed detects them (Cloud TPU VMs)
-    # index of this process; process 0 prints, logs metrics and writes the report
+    # number of processes; "auto": detected by jax.distributed (Cloud TPU VMs); None: from the launcher's environment
+    # (distributed/bootstrap.py)
+    processes: PositiveInt | Literal["auto"] | None = None
+    # index of this process; process 0 prints, logs metrics and writes the report; None: from the environment
     process_id: NonNegativeInt | None = None
-    coordinator: str = ""  # host:port of process 0, reachable from all other processes
-    # a process that is silent for this long is considered lost, and the others stop
+    coordinator: str = ""  # host:port of process 0, reachable from all other processes; "": from the environment
+    # without a heartbeat for this long, a process is considered lost and the others stop
     heartbeat_seconds: PositiveFloat = 30.0
 
     @model_validator(mode="after")
@@ -81,15 +84,16 @@ class DataConfig:
     # hold out one document in N of each training dataset, by hash of its name; 0: none
     holdout_one_in: NonNegativeInt = 0
     tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder with vocab.json and merges.txt
-    shuffle: bool = True  # documents are packed into sequences in order; sequences are shuffled each epoch
+    shuffle: bool = True  # shuffle the sequences in every epoch; documents are packed into sequences in order
     isolate_documents: bool = False  # no attention between documents that are packed into one sequence
     # Span corruption (T5), with model.n_encoder_layers; see data/span_corruption.py
     noise_density: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # fraction of tokens that are replaced by sentinels
     mean_noise_span_length: PositiveFloat = 3.0  # mean number of tokens in a replaced span
-    # reject runs with more passes over the data than this
+    # more epochs over the data than this are an error; None: no limit
     max_epochs: Annotated[PositiveFloat | None, Resume.FREE] = None
     on_bad_document: Literal["error", "skip"] = "error"  # "skip" counts and reports damaged documents
-    cache_dir: Annotated[str, Resume.FREE] = "~/.cache/mesh-transformer"  # token shards built from the datasets
+    # folder of the token shards built from the datasets
+    cache_dir: Annotated[str, Resume.FREE] = "~/.cache/mesh-transformer"
 
     def measure_spans(self, seq_len: int) -> tuple[int, int, int]:
         """Return (text tokens, noise tokens, noise spans) for which the encoder input has exactly `seq_len` tokens.
@@ -121,8 +125,8 @@ class OptimizerConfig:
 
     # optimizer (train/optimizer.py)
     name: Annotated[Literal["adamw", "adafactor", "lion", "muon", "sgd"], Resume.FIXED] = "adamw"
-    learning_rate: PositiveFloat = 6e-4  # peak, after the warm-up
-    end_learning_rate: NonNegativeFloat = 6e-5  # at the end of the schedule
+    learning_rate: PositiveFloat = 6e-4  # peak learning rate, after the warm-up
+    end_learning_rate: NonNegativeFloat = 6e-5  # learning rate at the end of the schedule
     # shape of the learning rate after the warm-up; formulas: train/schedule.py
     schedule: Literal["cosine", "gptj", "linear", "wsd", "inverse-sqrt", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0  # steps of linear warm-up from 0
@@ -133,26 +137,26 @@ class OptimizerConfig:
     eps: PositiveFloat = 1e-8  # added to the denominator of the update
     weight_decay: NonNegativeFloat = 0.1  # decoupled, times the learning rate; not for norms, biases and no_decay_axes
     no_decay_axes: tuple[str, ...] = ()  # no weight decay for arrays with one of these logical axes
-    clip_norm: NonNegativeFloat = 1.0  # global gradient norm; 0: no clipping
+    clip_norm: NonNegativeFloat = 1.0  # maximum global gradient norm; 0: no clipping
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # storage type of the moments
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
-    """The training loop."""
+    """Steps, batches, loss, logging and validation of the training loop."""
 
     steps: PositiveInt  # total number of training steps
-    batch_size: Annotated[PositiveInt, Resume.FIXED]  # sequences per step, over all devices
+    batch_size: Annotated[PositiveInt, Resume.FIXED]  # sequences per step, on all devices together
     grad_accum_steps: PositiveInt = 1  # microbatches per batch
     # first batch size of a linear ramp (Brown et al. 2020, section 2.3)
     batch_ramp_from: Annotated[PositiveInt | None, Resume.FIXED] = None
     batch_ramp_steps: Annotated[NonNegativeInt, Resume.FIXED] = 0  # steps until batch_size is reached
-    z_loss: NonNegativeFloat = 0.0  # weight of (log Z)^2
-    # the loss is computed in this many chunks of a sequence; one chunk's logits exist at a time
+    z_loss: NonNegativeFloat = 0.0  # weight of (log Z)^2 in the loss
+    # number of chunks of a sequence whose logits and loss are computed one after the other, to save memory
     loss_chunks: PositiveInt = 1
-    log_every: PositiveInt = 10  # steps
-    evaluate_every: NonNegativeInt = 0  # steps; 0: only at the end
-    evaluate_batches: PositiveInt = 8  # per validation set, during training; the final evaluation uses all of it
+    log_every: PositiveInt = 10  # steps between logged metrics
+    evaluate_every: NonNegativeInt = 0  # steps between validations; 0: only at the end
+    evaluate_batches: PositiveInt = 8  # batches of each validation set during training; the final validation uses all
     # log the gradient noise scale (McCandlish et al. 2018, appendix A.1)
     log_grad_noise_scale: Annotated[bool, Resume.FIXED] = False
     log_layer_grad_norms: bool = False  # log the gradient norm of each layer
@@ -163,38 +167,43 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def check(self) -> "TrainConfig":
-        """Raise ValueError unless microbatches have equal sizes and the batch ramp rises to batch_size."""
+        """Raise ValueError if microbatches have unequal sizes or the batch ramp does not fit `batch_size`."""
         if self.batch_size % self.grad_accum_steps:
             raise ValueError(
-                f"batch_size={self.batch_size} is not a multiple of grad_accum_steps={self.grad_accum_steps}"
+                f"batch_size={self.batch_size} is not a multiple of grad_accum_steps={self.grad_accum_steps}; change one of "
+                "them"
             )
         if (self.batch_ramp_from is None) != (self.batch_ramp_steps == 0):
-            raise ValueError("batch_ramp_from and batch_ramp_steps must be set together; set both or neither")
+            raise ValueError(
+                f"batch_ramp_from={self.batch_ramp_from} and batch_ramp_steps={self.batch_ramp_steps} must be set together; set "
+                "both or neither"
+            )
         if self.batch_ramp_from is not None:
             if self.batch_ramp_from > self.batch_size or self.batch_size % self.batch_ramp_from:
                 raise ValueError(f"batch_ramp_from={self.batch_ramp_from} must divide batch_size={self.batch_size}")
             if self.batch_ramp_from % self.grad_accum_steps:
                 raise ValueError(
-                    f"batch_ramp_from={self.batch_ramp_from} is not a multiple of grad_accum_steps={self.grad_accum_steps}"
+                    f"batch_ramp_from={self.batch_ramp_from} is not a multiple of grad_accum_steps={self.grad_accum_steps}; "
+                    "change one of them"
                 )
         return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
-    """When checkpoints are saved, and which are kept."""
+    """Checkpoint intervals and retention."""
 
-    every: PositiveInt = 1000  # steps; the last step is always saved
+    every: PositiveInt = 1000  # steps between checkpoints; the last step is always saved
     keep_last: PositiveInt = 2  # number of latest checkpoints to keep
     keep_every: PositiveInt | None = None  # checkpoints whose step is divisible by this are never deleted
-    # a damaged latest one: error, or fall back to the latest valid one
+    # if the latest checkpoint is damaged, latest: error; latest-valid: resume from the latest valid one
     resume: Literal["latest", "latest-valid"] = "latest"
     async_save: bool = True  # write in the background while training continues
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SampleConfig:
-    """Sampling parameters: of the samples after training, and defaults of device_sample.py and the server."""
+    """Sampling parameters of samples during and after training, and defaults of device_sample.py and the server."""
 
     # prompts of the samples that are generated during and after training
     prompts: tuple[str, ...] = ()
@@ -206,37 +215,41 @@ class SampleConfig:
     repetition_penalty: PositiveFloat = 1.0  # divides the logits of tokens that occurred (Keskar et al. 2019); 1: off
     presence_penalty: float = 0.0  # subtracted from the logit of each token that was generated; 0: off
     frequency_penalty: float = 0.0  # subtracted per occurrence in the generated tokens; 0: off
-    # add to a prompt the special tokens that the tokenizer files of a converted model add to a text, such as <s>
+    # add to prompts the special tokens that the tokenizer of a converted model adds, such as <s>
     add_special_tokens: bool = True
-    parse_special: bool = False  # special tokens written in a prompt become their ids; otherwise they are text
+    parse_special: bool = False  # encode special tokens written in a prompt as their ids; otherwise as text
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ServeConfig:
-    """The engine of device_sample.py and device_serve.py, and the limits of the server."""
+    """Inference engine of device_sample.py and device_serve.py, and limits of the server."""
 
-    weight_dtype: Literal["saved", "bfloat16", "int8"] = "saved"  # int8: a quarter of float32, one scale per output
-    kv_cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"  # model: as model.dtype
-    slots: PositiveInt = 32  # sequences that are decoded at once
-    # speculative decoding of decoder-only models: verify several draft tokens in one forward pass. The tokens are those of
-    # plain decoding. prompt-lookup: what followed earlier occurrences of the last tokens; draft-model: a smaller model
+    # saved: as in the checkpoint; int8: one scale per output channel
+    weight_dtype: Literal["saved", "bfloat16", "int8"] = "saved"
+    kv_cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"  # model: model.dtype
+    slots: PositiveInt = 32  # maximum sequences decoded at the same time
+    # speculative decoding of decoder-only models: verify several draft tokens in one forward pass, without changing the
+    # output. prompt-lookup: draft tokens are those that followed earlier occurrences of the last tokens; draft-model: a
+    # smaller model generates them
     speculative: Literal["none", "prompt-lookup", "draft-model"] = "none"
     # with speculative="draft-model": run or checkpoint of a smaller model with the same vocabulary
     draft_model: str = ""
     num_speculative_tokens: PositiveInt = 4  # draft tokens per forward pass
     max_queue: NonNegativeInt = 256  # sequences that may wait for a slot; further requests get status 429
-    max_body_bytes: PositiveInt = 1 << 20  # size of a request
-    body_timeout_seconds: PositiveFloat = 10.0  # time for a request's body to arrive
-    request_timeout_seconds: PositiveFloat = 600.0  # time for a request to be answered
-    # compile for prompts and outputs of up to this many tokens before reporting ready; 0: nothing
+    max_body_bytes: PositiveInt = 1 << 20  # maximum size of a request's body
+    body_timeout_seconds: PositiveFloat = 10.0  # maximum time for a request's body to arrive
+    request_timeout_seconds: PositiveFloat = 600.0  # maximum time to answer a request
+    # before reporting ready, compile the programs for requests of up to this many tokens; 0: none
     warmup_tokens: NonNegativeInt = 240
-    drain_seconds: PositiveFloat = 7.0  # time for running requests to finish after SIGTERM
+    drain_seconds: PositiveFloat = 7.0  # maximum time for running requests to finish after SIGTERM
 
     @model_validator(mode="after")
     def check(self) -> "ServeConfig":
-        """Raise ValueError unless speculative and draft_model go together."""
+        """Raise ValueError if only one of speculative="draft-model" and draft_model is set."""
         if self.speculative == "draft-model" and not self.draft_model:
-            raise ValueError('speculative="draft-model" needs draft_model, the run or checkpoint of a smaller model')
+            raise ValueError(
+                'speculative="draft-model" requires draft_model; set it to the run or checkpoint of a smaller model'
+            )
         if self.draft_model and self.speculative != "draft-model":
             raise ValueError(
                 f'draft_model={self.draft_model!r} has no effect with speculative="{self.speculative}"; '
@@ -247,7 +260,7 @@ class ServeConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrackConfig:
-    """Trackers that receive the metrics, besides metrics.jsonl and report.html."""
+    """Outputs for metrics in addition to metrics.jsonl and report.html."""
 
     tensorboard: bool = False  # write TensorBoard events into the run folder
     # Weights & Biases project; unset: not used
@@ -257,7 +270,7 @@ class TrackConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
-    """A training run."""
+    """The configuration of a training run."""
 
     run: RunConfig = Field(default_factory=RunConfig)
     model: ModelConfig
@@ -273,23 +286,23 @@ class Config:
 
     @model_validator(mode="after")
     def check(self) -> "Config":
-        """Raise ValueError where fields of different sections contradict each other."""
+        """Raise ValueError if fields of different sections contradict each other."""
         warmup, steps = self.optimizer.warmup_steps, self.train.steps
         if warmup >= steps:
             raise ValueError(f"optimizer.warmup_steps={warmup} must be less than train.steps={steps}")
         end, peak = self.optimizer.end_learning_rate, self.optimizer.learning_rate
         if end > peak:
-            raise ValueError(f"optimizer.end_learning_rate={end} exceeds optimizer.learning_rate={peak}")
+            raise ValueError(f"optimizer.end_learning_rate={end} exceeds optimizer.learning_rate={peak}; lower it")
         if self.run.load_optimizer_state and not self.run.init_from:
             raise ValueError(
-                "run.load_optimizer_state=true requires run.init_from, the checkpoint to load it from; set it"
+                "run.load_optimizer_state=true requires run.init_from; set it to the checkpoint to load the state from"
             )
         stages = self.mesh.pipeline
         periods = self.model.layer_stacks[-1].n_repeats
         if stages > 1 and len(self.model.layer_stacks) > 1:
             raise ValueError(
-                f"mesh.pipeline={stages} requires layers of one repeated pattern; model.n_layers={self.model.n_layers} is no "
-                "multiple of its length, or model.experts.dense_layers interrupts it. Set mesh.pipeline=1"
+                f"mesh.pipeline={stages} requires one repeated layer pattern, but model.n_layers={self.model.n_layers} is not a "
+                "multiple of the pattern's length, or model.experts.dense_layers breaks the pattern; set mesh.pipeline=1"
             )
         if periods % stages:
             raise ValueError(
@@ -300,7 +313,7 @@ class Config:
             self.model.experts.check_divides(self.mesh.expert)
         if stages > 1 and self.train.log_grad_noise_scale:
             raise ValueError(
-                f"train.log_grad_noise_scale needs the gradient of each microbatch, which mesh.pipeline={stages} does not "
+                f"train.log_grad_noise_scale=true needs the gradient of each microbatch, which mesh.pipeline={stages} does not "
                 "compute; set mesh.pipeline=1, or train.log_grad_noise_scale=false"
             )
         self._check_encoder()
@@ -324,7 +337,7 @@ class Config:
         return self
 
     def _check_encoder(self) -> None:
-        """Raise ValueError where encoder-only or encoder-decoder models do not go with the rest."""
+        """Raise ValueError for fields that encoder-only or encoder-decoder models do not support."""
         if self.model.shared_layers and self.mesh.pipeline > 1:
             raise ValueError(
                 f"mesh.pipeline={self.mesh.pipeline} is not supported with model.shared_layers, because all stages would need "
@@ -341,7 +354,10 @@ class Config:
         if self.data.isolate_documents:
             raise ValueError("data.isolate_documents=true has no effect with model.n_encoder_layers; remove it")
         if self.evaluate.tasks:
-            raise ValueError("evaluate.tasks are only supported for decoder-only models; remove them")
+            raise ValueError(
+                f"evaluate.tasks={list(self.evaluate.tasks)} is only supported for decoder-only models, but "
+                "model.n_encoder_layers is set; remove evaluate.tasks"
+            )
         if self.serve.speculative != "none":
             raise ValueError(
                 f'serve.speculative="{self.serve.speculative}" is only supported for decoder-only models, but '
@@ -350,7 +366,7 @@ class Config:
 
     @property
     def target_len(self) -> int:
-        """Number of target tokens per sequence: the length of the decoder's input and of the loss."""
+        """Number of target tokens per sequence, which is the length of the decoder's input."""
         if self.model.n_encoder_layers is None:
             return self.model.seq_len
         _, noise, spans = self.data.measure_spans(self.model.seq_len)

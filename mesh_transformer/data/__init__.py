@@ -8,7 +8,8 @@
 - `shard_builder`, `shards`: memory-mapped token shards, built once and shared by all runs.
 - `loader`, `span_corruption`: pack documents into sequences and mix datasets. A batch is a pure function of
   (data, seed, step).
-- `dataset`: opens all of this for a run. `download` copies datasets from object stores. `chat_template` renders chats.
+- `dataset`: opens the tokenizer and datasets of a run. `download` copies datasets from object
+  stores. `chat_template` renders chats.
 
 To add a file format, add a row to `formats.READERS`. To add another kind of dataset, add a row to `readers.DATASETS`.
 """

@@ -24,8 +24,8 @@ import tokenizers as hf
 from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.data.vocabularies import make_library, merge_additions
 
-ESCAPE = "\ufdd0"  # a Unicode noncharacter, inserted into special tokens in messages; it is removed before the model
-DEFAULT_NAME = "default"  # of the template to use if a model has several
+ESCAPE = "\ufdd0"  # a Unicode noncharacter, inserted into special tokens in messages; `encode` removes it
+DEFAULT_NAME = "default"  # name of the template to use if a model has several
 _TEMPLATE_FILE = re.compile(r"additional_chat_templates/([^/]+)\.jinja")
 _MAX_STEPS = 1_000_000  # iterations and calls of one rendering: about a second
 _STEPS = "_steps"  # name of the count in a template
@@ -35,7 +35,7 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 
 
 class ChatError(ValueError):
-    """Messages that cannot be rendered to a prompt; the message gives the reason."""
+    """Chat messages that cannot be rendered to a prompt, or a template that cannot be used."""
 
 
 class NoChatTemplate(ChatError):
@@ -46,9 +46,9 @@ class ChatTemplate:
     """The chat template and special tokens of one model."""
 
     def __init__(self, tokenizer: Tokenizer, meta: Mapping[str, Any]):
-        """`meta` is the checkpoint's: its `carried` maps names of files in the model's folder to their text.
+        """Read the template from a checkpoint's metadata, whose `carried` maps file names of the model to their text.
 
-        A missing or invalid template is reported by `render`.
+        `render` raises the error of a missing or invalid template.
         """
         record = tokenizer.to_json()
         self._tokenizer_json = merge_additions(record["tokenizer"], record) if "tokenizer" in record else None
@@ -56,7 +56,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def source(self) -> str | None:
-        """The template's source, or None.
+        """Jinja source of the template, or None if the model has none.
 
         In order of precedence: chat_template.jinja with the named ones in additional_chat_templates/,
         tokenizer_config.json, chat_template.json.
@@ -75,7 +75,8 @@ class ChatTemplate:
             found = named.get(DEFAULT_NAME)
         if found is None and named:
             raise ChatError(
-                f"none of this model's chat templates ({', '.join(map(str, named))}) is named {DEFAULT_NAME}"
+                f"this model has the chat templates {', '.join(map(str, named))}, but none with the name {DEFAULT_NAME!r}; rename "
+                "one in the model's files and convert the model again"
             )
         return found if isinstance(found, str) and found else None
 
@@ -85,16 +86,20 @@ class ChatTemplate:
         Raises ChatError if there is no template, there are no messages, or the template rejects them or fails.
         """
         if not messages:
-            raise ChatError("the list of messages is empty; give at least one message")
+            raise ChatError("messages is empty; give at least one message")
         compiled = self._compiled
         chat = [{name: self._escape_special_tokens(text) for name, text in message.items()} for message in messages]
         try:
             options = {_STEPS: iter(range(_MAX_STEPS)), "add_generation_prompt": True}
             return compiled.render(messages=chat, tools=None, documents=None, **options, **self._special)
         except jinja2.TemplateError as error:
-            raise ChatError(f"the chat template rejects these messages: {_shorten(error)}") from None
+            raise ChatError(
+                f"the chat template rejects these messages: {_shorten(error)}; check roles and order"
+            ) from None
         except Exception as error:  # an untrusted template can raise anything
-            raise ChatError(f"the chat template fails: {type(error).__name__}: {_shorten(error)}") from None
+            raise ChatError(
+                f"the chat template fails on these messages: {type(error).__name__}: {_shorten(error)}"
+            ) from None
 
     def encode(self, prompt: str) -> list[int]:
         """Return the ids of a rendered prompt, without an added first token.
@@ -105,11 +110,11 @@ class ChatTemplate:
         try:
             ids = library.encode(prompt, add_special_tokens=False).ids
         except TypeError:  # raised by `tokenizers` for lone surrogates
-            raise ChatError("the prompt contains lone surrogates, so it is not valid Unicode") from None
+            raise ChatError("the prompt contains lone surrogates, which are not valid Unicode; remove them") from None
         escape = library.token_to_id(ESCAPE)
         tokens = [i for i in ids if i != escape]
         if not tokens:
-            raise ChatError("the chat template renders these messages to an empty prompt")
+            raise ChatError("the chat template renders these messages to an empty prompt; give messages with text")
         return tokens
 
     @functools.cached_property
@@ -119,18 +124,21 @@ class ChatTemplate:
         try:
             return _make_environment().from_string(self.source)
         except jinja2.TemplateError as error:
-            raise ChatError(f"this model's chat template cannot be parsed: {_shorten(error)}") from None
+            raise ChatError(
+                f"this model's chat template is not valid Jinja: {_shorten(error)}; correct it and convert the model again"
+            ) from None
 
     @functools.cached_property
     def _library(self) -> hf.Tokenizer:
         """The vocabulary as a `tokenizers` object that, unlike FileTokenizer's, encodes special tokens in a text."""
         if self._tokenizer_json is None:
             raise ChatError(
-                "the chat template needs the tokenizer.json it was written for, which this model does not have"
+                "this model has a chat template but no tokenizer.json, which encodes its special tokens; convert the model again "
+                "from a folder with a tokenizer.json"
             )
         library = make_library(self._tokenizer_json, "tokenizer")
         known = {token.content for token in library.get_added_tokens_decoder().values()}
-        # Tokens that only the model's files call special. Names that are not in the vocabulary stay text.
+        # Tokens that are special only in the model's files. Names that are not in the vocabulary remain text.
         more = [name for name in self._special.values() if name not in known and library.token_to_id(name) is not None]
         library.add_special_tokens([hf.AddedToken(name, normalized=False, special=True) for name in [*more, ESCAPE]])
         return library
@@ -180,7 +188,7 @@ class ChatTemplate:
 
 
 class _Generation(jinja2.ext.Extension):
-    """The tag `{% generation %}` ... `{% endgeneration %}`, which marks responses for training: no effect here."""
+    """The tag `{% generation %}` ... `{% endgeneration %}`, which marks responses for training and has no effect here."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -190,7 +198,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """A sandbox in which a template can make only _MAX_STEPS iterations and calls, so that none runs forever."""
+    """A sandbox that limits a template to _MAX_STEPS loop iterations and calls."""
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -205,12 +213,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 def _count_step(context: jinja2.runtime.Context) -> None:
     if next(context[_STEPS], None) is None:
-        raise jinja2.TemplateError(f"it makes more than {_MAX_STEPS:,} steps")
+        raise jinja2.TemplateError(f"more than {_MAX_STEPS:,} loop iterations and calls")
 
 
 @jinja2.pass_context
 def _count_items(context: jinja2.runtime.Context, items: Any) -> Any:
-    """Return the items of a loop, each of which counts as a step."""
+    """Return the items of a loop after counting a step for each."""
     for _ in items if isinstance(items, Collection) else ():
         _count_step(context)
     return items

@@ -16,7 +16,7 @@ from mesh_transformer.data.errors import DocumentError
 COMPRESSED = {".gz", ".zst"}
 _INPUT_BYTES = 1 << 10  # compressed bytes per step: zstd expands one step to at most about 32,000 times as much
 _CHUNK = 1 << 20
-_MAX_DOCUMENT_BYTES = 1 << 30  # a longer document is damage or an attack on memory
+_MAX_DOCUMENT_BYTES = 1 << 30  # a longer document indicates damage, or data made to exhaust memory
 
 
 def read_chunks(file: Path, compressed: str | None) -> Iterator[bytes]:
@@ -32,10 +32,10 @@ def read_chunks(file: Path, compressed: str | None) -> Iterator[bytes]:
 
 
 def split_lines(chunks: Iterator[bytes], max_bytes: int | None = None) -> Iterator[bytes]:
-    """Yield lines without their line ends, and at the end the unterminated last line.
+    """Yield the lines of chunked bytes without line ends, including an unterminated last line.
 
     A line longer than `max_bytes` is truncated to max_bytes + 1 bytes, and the rest of it is never held in memory.
-    Without `max_bytes`, a line that is longer than any real document raises DocumentError.
+    Without `max_bytes`, a line longer than the maximum size of a document raises DocumentError.
     """
     pending: list[bytes] = []
     length = 0
@@ -58,11 +58,11 @@ def split_lines(chunks: Iterator[bytes], max_bytes: int | None = None) -> Iterat
 
 
 def check_length(length: int) -> None:
-    """Raise DocumentError if a document of `length` bytes is longer than any real one."""
+    """Raise DocumentError if `length` exceeds the maximum size of a document in bytes."""
     if length > _MAX_DOCUMENT_BYTES:
         raise DocumentError(
             "too long",
-            f"more than {_MAX_DOCUMENT_BYTES:,} bytes in one document; if each line is a document, use .jsonl",
+            f"the document has more than {_MAX_DOCUMENT_BYTES:,} bytes; split it, or use .jsonl with one document per line",
         )
 
 
@@ -86,13 +86,19 @@ def _decompress(inputs: Iterator[bytes], suffix: str) -> Iterator[bytes]:
                 yield decoder.decompress(rest)
             except (zstandard.ZstdError, zlib.error) as error:
                 where = f"near byte {offset:,} (frame from byte {start:,})"
-                hint = "; compress with a window of at most 128 MiB (--long=27)" if "memory" in str(error) else ""
-                raise DocumentError("damaged archive", f"damaged archive {where}: {error}{hint}") from None
+                hint = (
+                    "compress with a window of at most 128 MiB (--long=27)"
+                    if "memory" in str(error)
+                    else "copy it again"
+                )
+                raise DocumentError("damaged archive", f"damaged archive {where}: {error}; {hint}") from None
             rest = decoder.unused_data if decoder.eof else b""
             decoder = None if decoder.eof else decoder
         offset += len(data)
     if decoder is not None:
-        detail = f"truncated archive: ends at byte {offset:,}, inside the frame that starts at byte {start:,}"
+        detail = (
+            f"truncated archive: ends at byte {offset:,}, inside the frame that starts at byte {start:,}; copy it again"
+        )
         raise DocumentError("truncated archive", detail)
     if not offset:
         raise DocumentError("empty file", "the archive is empty; check that the program that wrote it finished")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Opens the data of a run: tokenizer, training loader, validation sets; and previews training sequences as text."""
+"""Opens the tokenizer, training loader and validation sets of a run, and previews training sequences as text."""
 
 import math
 import os
@@ -23,9 +23,9 @@ ProgressFn = Callable[[str, int, int, float], None]  # dataset, bytes done, tota
 
 
 class ValidationSet(NamedTuple):
-    """Held-out text: its batches in order, each token once, and its size."""
+    """Held-out text: batches in order, with every token once, and sizes."""
 
-    batches: Callable[[Sequence[int] | None], Iterator[Batch]]  # given the rows of each batch, None for all
+    batches: Callable[[Sequence[int] | None], Iterator[Batch]]  # argument: the rows of each batch to read; None: all
     n_batches: int
     n_tokens: int
     n_bytes: int  # of text, without end-of-text tokens
@@ -170,9 +170,9 @@ def _open_validation(
 
 
 def _open_corrupted(config: Config, built: BuiltShards, shard: TokenShard, corruption: SpanCorruption) -> ValidationSet:
-    """Open a validation set of corrupted text: only targets count, with their share of the text's bytes.
+    """Open a validation set with span corruption, whose size in bytes is the targets' fraction of the text.
 
-    `text` is empty, because compressors cannot be compared on targets.
+    `text` is empty, because general compressors cannot be compared on targets.
     """
     sequences = shard.n_tokens // corruption.text_len
     if sequences < 1:

@@ -50,7 +50,9 @@ def download_dataset(
                 on_progress(done, total)
             _remove_others(folder, {folder / name for name in files})
     except (CheckpointError, OSError) as error:
-        raise DataError(f"{url}: cannot be downloaded: {error}") from error
+        raise DataError(
+            f"{url}: cannot be downloaded: {error}; check the URL, the credentials and the network"
+        ) from error
     is_folder = root == remote
     return str(folder if is_folder else folder / remote.name)
 
@@ -60,7 +62,9 @@ def _find(remote: RemotePath) -> tuple[RemotePath, dict[str, tuple[int, float]]]
     siblings = remote.parent.list_files()
     files = {name: siblings[name] for name in (remote.name, *(remote.name + end for end in SHARD)) if name in siblings}
     if files and remote.name not in files and len(files) < len(SHARD):
-        raise DataError(f"{remote}: only {next(iter(files))} exists; a shard consists of a .bin and an .idx file")
+        raise DataError(
+            f"{remote}: only {next(iter(files))} exists, but a shard consists of a .bin and an .idx file; upload both"
+        )
     if files:
         return remote.parent, files
     start = f"{remote.name}/"

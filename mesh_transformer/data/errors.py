@@ -9,7 +9,7 @@ _EXAMPLES = 3
 
 
 class DataError(ValueError):
-    """Unusable documents or tokens; the message names the file, the line and a fix."""
+    """Unusable documents or tokens. The message has the file, the line and a fix."""
 
 
 class Document(NamedTuple):
@@ -48,13 +48,13 @@ class SkippedDocuments:
     def summary_lines(self) -> list[str]:
         """Return one line per kind, most frequent first: count, kind, first example. Empty if nothing was skipped."""
         counts = self.counts.most_common()
-        return [f"skipped {count:,} ({kind}), first: {self.examples[kind][0]}" for kind, count in counts]
+        return [f"skipped {count:,} documents ({kind}); first: {self.examples[kind][0]}" for kind, count in counts]
 
 
 class DocumentError(Exception):
-    """An error at a line (None: in the whole file).
+    """An error in one line of a file, or in the whole file (`line` is None).
 
-    File readers yield one for a single line, and raise one if the rest of the file cannot be read.
+    Readers yield the error of a single line, and raise the error after which a file cannot be read further.
     """
 
     def __init__(self, kind: str, detail: str, line: int | None = None) -> None:

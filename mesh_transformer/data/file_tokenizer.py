@@ -30,8 +30,8 @@ from mesh_transformer.data.vocabularies import (
     to_utf8,
 )
 
-UNKNOWN = "\ufffd".encode()  # of an id outside the vocabulary
-_PROBE = "two  words,\n\u4e2d \U0001f600"  # a vocabulary that changes it, apart from case and Unicode form, loses text
+UNKNOWN = "\ufffd".encode()  # decoded bytes of an id outside the vocabulary
+_PROBE = "two  words,\n\u4e2d \U0001f600"  # a vocabulary that changes more than its case and Unicode form loses text
 _PART = 1 << 20  # characters in one part of a long text, and in all texts that are encoded in one call
 # ByteLevel's pattern always ends a word here and begins the next one, whatever the surrounding text.
 _WORD_BOUNDARY = re.compile(r"[A-Za-z0-9.,;] (?=[A-Za-z])")
@@ -45,8 +45,8 @@ class FileTokenizer:
     ) -> None:
         """Prepare encoding and decoding.
 
-        `table` is the content of a tokenizer.json, `additions` what other files of its folder add (tokenizer_files.py);
-        `where` begins error messages. Raises TokenizerError.
+        `table` is the content of a tokenizer.json, and `additions` come from other files of its folder (tokenizer_files.py).
+        Error messages begin with `where`. Raises TokenizerError.
         """
         self._table = make_deterministic(table, where)
         self._additions = dict(additions or {})
@@ -105,7 +105,7 @@ class FileTokenizer:
         return next((name for name, i in self._vocabulary.items() if i == token), None)
 
     def count_lost(self, text: str, ids: np.ndarray) -> int:
-        """Return the number of characters of a text that its `ids` do not contain: unknown to the vocabulary."""
+        """Return the number of characters of `text` that `ids` do not represent, because the vocabulary lacks them."""
         if self._missing is not None:
             lost = {c: n for c, n in Counter(text).items() if c not in self._vocabulary} if self._missing else {}
             return sum(n for c, n in lost.items() if not self._missing.isdisjoint(c.encode()))
@@ -130,15 +130,15 @@ class FileTokenizer:
         end = named or (library.id_to_token(self._suffix[-1]) if self._suffix else None)
         if end not in self._vocabulary:
             raise TokenizerError(
-                f"{where}: no end-of-text token; name it as eos_token in tokenizer_config.json beside it, or add one of "
-                f"{', '.join(END_OF_TEXT)} to added_tokens, as special"
+                f"{where}: this tokenizer has no end-of-text token; set eos_token in the tokenizer_config.json of its folder, or "
+                f"add one of {', '.join(END_OF_TEXT)} to added_tokens with special=true"
             )
         return end
 
     def _make_plain_library(self, where: str) -> hf.Tokenizer:
         """Return the library that encodes special tokens as text.
 
-        A vocabulary of whole words or pieces may contain them, so their entries get names that no text contains.
+        If the vocabulary itself contains their names, these entries get names that no text contains.
         """
         library = _share_library(self._source, where, parse_special=False)
         names = {i: token.content for i, token in library.get_added_tokens_decoder().items() if token.special}
@@ -153,8 +153,8 @@ class FileTokenizer:
             )
         except TokenizerError:
             raise TokenizerError(
-                f"{where}: the text {reached[0]} would be encoded as the special token, because the vocabulary merges "
-                "it; use another vocabulary"
+                f"{where}: the text {reached[0]} would be encoded as the special token of that name, because the merges of the "
+                "vocabulary produce it; use another vocabulary"
             ) from None
 
     def _find_bytes(self, token: int, *, first: bool = False) -> bytes:
@@ -162,15 +162,13 @@ class FileTokenizer:
         return UNKNOWN if data is None else data
 
     def _describe_loss(self) -> str | None:
-        """Return what this vocabulary does to texts that it cannot encode, or None."""
+        """Return a description of the text that this vocabulary cannot encode, or None if it encodes every text."""
         if self._missing is None:
             unknown = find_unknown(self._table)
-            name = "nothing" if unknown is None else self._library.id_to_token(unknown)
-            return f"the vocabulary has no bytes: text outside it becomes {name}"
+            effect = "is dropped" if unknown is None else f"becomes {self._library.id_to_token(unknown)}"
+            return f"the vocabulary has no byte tokens: text that it lacks {effect}"
         if self._missing:
-            return (
-                f"the vocabulary lacks {len(self._missing)} of the {len(IN_UTF8)} byte values of UTF-8: they are lost"
-            )
+            return f"the vocabulary lacks {len(self._missing)} of the {len(IN_UTF8)} byte values of UTF-8: text with them is lost"
         back = self.decode(self.encode(_PROBE)).removeprefix(" ")
         if unicodedata.normalize("NFKC", back).casefold() != _PROBE:
             return f"the vocabulary does not preserve all text: {_PROBE!r} becomes {back!r}"
@@ -179,10 +177,10 @@ class FileTokenizer:
 
 @functools.lru_cache(maxsize=4)
 def _share_library(source: str, where: str, *, parse_special: bool) -> hf.Tokenizer:
-    """Return one shared `tokenizers` object per vocabulary, because each one that has encoded leaks 5 to 8 MB.
+    """Return one shared `tokenizers` object per vocabulary, because each object that has encoded text leaks 5 to 8 MB.
 
     Workers load or unpickle a tokenizer for every part of a dataset, and would grow by that much each time. There is one
-    for each value of `parse_special`, so that threads can use both.
+    object for each value of `parse_special`, so that threads can use both.
     """
     library = make_library(json.loads(source), where)
     library.encode_special_tokens = not parse_special
@@ -214,7 +212,7 @@ def _encode_strictly(library: hf.Tokenizer, texts: Sequence[str]) -> list[np.nda
             to_utf8(text)
         raise
     except Exception as error:  # the library raises nothing narrower
-        raise TokenizerError(f"the vocabulary cannot encode a text: {error}") from None
+        raise TokenizerError(f"the vocabulary cannot encode a text: {error}; use another tokenizer") from None
     return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
 

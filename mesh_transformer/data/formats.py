@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""File formats: the texts of one file, line by line or as a whole, and the errors of damaged ones."""
+"""Readers of file formats: they yield the texts of one file, line by line or as a whole, and errors."""
 
 import io
 import json
@@ -19,9 +19,9 @@ class InputFile(NamedTuple):
     """A file to read, and the options for reading it."""
 
     path: Path
-    compressed: str | None  # its suffix in COMPRESSED, if any
+    compressed: str | None  # suffix in COMPRESSED, or None
     text_key: str
-    max_bytes: int | None  # of a line; longer ones are errors
+    max_bytes: int | None  # maximum size of a line; longer lines are errors
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the decompressed contents."""
@@ -35,7 +35,7 @@ def read_items(file: Path, text_key: str, max_bytes: int | None = None) -> Itera
     suffix = "".join((suffixes[:-1] if compressed else suffixes)[-1:])
     try:
         if suffix in UNSUPPORTED:
-            raise DocumentError("unreadable type", f"{suffix} is {UNSUPPORTED[suffix]}")
+            raise DocumentError("unreadable type", f"a {suffix} file is {UNSUPPORTED[suffix]}")
         reader = READERS.get(suffix, _read_text)
         yield from reader(InputFile(file, compressed, text_key, max_bytes))
     except DocumentError as error:
@@ -85,7 +85,7 @@ def _read_json_lines(file: InputFile) -> Iterator[Item]:
 
 def _read_parquet(file: InputFile) -> Iterator[Item]:
     if file.compressed:
-        raise DocumentError("unreadable type", "Parquet inside an archive; decompress it first")
+        raise DocumentError("unreadable type", "a compressed Parquet file cannot be read; decompress it first")
     try:
         import pyarrow
         import pyarrow.parquet
@@ -99,17 +99,19 @@ def _read_parquet(file: InputFile) -> Iterator[Item]:
         names = table.schema_arrow.names
         if text_key not in names:
             raise DocumentError(
-                "no text", f"no column {text_key!r}; columns here: {_list_names(names)} (text_key chooses one)"
+                "no text", f"there is no column {text_key!r}; set text_key to one of the columns: {_list_names(names)}"
             )
         for batch in table.iter_batches(batch_size=256, columns=[text_key]):
             for value in batch.column(0):
                 row += 1
-                yield row, _check_value(value)
+                yield row, _check_value(value, text_key)
     except (pyarrow.ArrowException, OSError) as error:  # damage raises either; only a system error has an errno
         if getattr(error, "errno", None):
             raise
         detail = " ".join(str(error).split())
-        raise DocumentError("broken Parquet", f"damaged or truncated Parquet file: {detail}", row or None) from None
+        raise DocumentError(
+            "broken Parquet", f"damaged or truncated Parquet file: {detail}; copy it again", row or None
+        ) from None
 
 
 # Readers by file suffix, without .gz and .zst; a file with another suffix is one document of UTF-8 text.
@@ -130,12 +132,12 @@ UNSUPPORTED = {
 }
 
 
-def _check_value(value: Any) -> str | DocumentError:
+def _check_value(value: Any, text_key: str) -> str | DocumentError:
     """Return the text of one cell of a Parquet column, or its error."""
     try:
-        return _check_text(value.as_py())
+        return _check_text(value.as_py(), text_key)
     except UnicodeDecodeError as error:
-        return DocumentError("bad UTF-8", f"byte {error.start} of the text is not UTF-8")
+        return DocumentError("bad UTF-8", f"byte {error.start} of the text is not valid UTF-8")
     except DocumentError as error:
         return error
 
@@ -146,26 +148,28 @@ def _parse_line(line: bytes, text_key: str) -> str:
     try:
         record = json.loads(source)
     except RecursionError:
-        raise DocumentError("broken JSON", "JSON is nested too deeply") from None
+        raise DocumentError("broken JSON", "the JSON is nested too deeply to be parsed; reduce the nesting") from None
     except json.JSONDecodeError as error:
         raise DocumentError(
-            "broken JSON", f"not one JSON object per line: {error.msg}, column {error.pos + 1}"
+            "broken JSON", f"invalid JSON: {error.msg}, column {error.pos + 1}; each line must be one JSON object"
         ) from None
     except ValueError as error:  # an integer of thousands of digits
-        raise DocumentError("broken JSON", f"JSON cannot be parsed: {error}") from None
+        raise DocumentError("broken JSON", f"the JSON cannot be parsed: {error}") from None
     if not isinstance(record, dict):
         kind = {list: "a list", str: "a string", type(None): "null"}.get(type(record), "a number or boolean")
         raise DocumentError("not an object", f"got {kind}, expected a JSON object with {text_key!r} on each line")
     if text_key not in record:
         raise DocumentError(
-            "no text", f"no key {text_key!r}; keys here: {_list_names(list(record))} (text_key chooses one)"
+            "no text", f"there is no key {text_key!r}; set text_key to one of the keys: {_list_names(list(record))}"
         )
-    return _check_text(record[text_key])
+    return _check_text(record[text_key], text_key)
 
 
-def _check_text(text: object) -> str:
+def _check_text(text: object, text_key: str) -> str:
     if not isinstance(text, str):
-        raise DocumentError("not text", f"got {'null' if text is None else type(text).__name__}, expected text")
+        raise DocumentError(
+            "not text", f"{text_key!r} is {'null' if text is None else type(text).__name__}, expected a string"
+        )
     check_characters(text)
     return text
 
@@ -175,13 +179,15 @@ def check_characters(text: str) -> None:
     nul = text.find("\0")
     if nul >= 0:
         line = text.count("\n", 0, nul) + 1
-        raise DocumentError("NUL", f"NUL at character {nul} (line {line} of the text): binary or damaged, not text")
+        raise DocumentError(
+            "NUL", f"the text has a NUL at character {nul} (line {line}), as in binary or damaged files; remove it"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         raise DocumentError(
-            "lone surrogate", f"lone surrogate {code} at character {error.start}: not Unicode"
+            "lone surrogate", f"lone surrogate {code} at character {error.start} is not valid Unicode; remove it"
         ) from None
 
 
@@ -191,8 +197,13 @@ def decode_utf8(data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        hint = "UTF-16; convert it" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "binary, damaged or another encoding"
-        detail = f"byte {error.start} (0x{data[error.start]:02x}) is not UTF-8: {hint}"
+        is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        hint = (
+            "UTF-16; convert it to UTF-8"
+            if is_utf16
+            else "binary, damaged or in another encoding; convert or remove it"
+        )
+        detail = f"byte {error.start} (0x{data[error.start]:02x}) is not valid UTF-8; the file is {hint}"
         raise DocumentError("bad UTF-8", detail, line if b"\n" in data else None) from None
 
 
@@ -203,7 +214,10 @@ def decode_python(data: bytes) -> str:
         return data.decode(encoding)
     except (SyntaxError, LookupError, ValueError) as error:
         why = " ".join(str(error).split())
-        raise DocumentError("bad encoding", f"not Python source in UTF-8 or its declared encoding: {why}") from None
+        raise DocumentError(
+            "bad encoding",
+            f"cannot be decoded as Python source in UTF-8 or its declared encoding: {why}; convert or remove it",
+        ) from None
 
 
 def _list_names(names: list[str]) -> str:

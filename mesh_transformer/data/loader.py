@@ -68,14 +68,12 @@ class Loader:
         for dataset, length in zip(datasets, self.lengths, strict=True):
             if length < 1:
                 raise DataError(
-                    f"{dataset.name}: {dataset.shard.n_tokens:,} tokens are fewer than one sequence of {seq_len} and its "
-                    "last target; add text, or lower model.seq_len"
+                    f"{dataset.name}: {dataset.shard.n_tokens:,} tokens are fewer than one sequence of {seq_len} and its last "
+                    "target; add text, or lower model.seq_len"
                 )
         self._orders = [_make_order(length, seed + i, shuffle) for i, length in enumerate(self.lengths)]
-        self._mixture_dataset, self._mixture_rank, self._mixture_count = _make_mixture(
-            [dataset.weight for dataset in datasets]
-        )
-        # Of the data and its order. Runs store it, so its form must not change.
+        self._mixture_dataset, self._mixture_rank, self._mixture_count = _make_mixture(self.datasets)
+        # Identity of the data and its order. Runs store its digest, so its form must not change.
         identity = [
             [
                 (
@@ -92,19 +90,19 @@ class Loader:
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def batch(self, first: int, size: int, rows: Iterable[int] | None = None) -> Batch:
-        """Return sequences `first` to `first + size` of the run, or only those `rows` of them that this process needs."""
+        """Return sequences `first` to `first + size` of the run, or only the `rows` of them that this process needs."""
         wanted = range(size) if rows is None else rows
         return self.read_sequences([self.locate(first + row) for row in wanted])
 
     def read_sequences(self, sequences: Iterable[tuple[int, int]]) -> Batch:
-        """Return the batch of the given sequences: (dataset, sequence of the dataset) of each."""
+        """Return a batch of sequences, each given as (dataset, sequence of the dataset)."""
         return make_batch([self._read(*sequence) for sequence in sequences])
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return (dataset, sequence of the dataset) of sequence `index` of the run."""
-        period, slot = divmod(index, MIXTURE_PERIOD)
-        dataset = int(self._mixture_dataset[slot])
-        n = period * self._mixture_count[dataset] + int(self._mixture_rank[slot])
+        period, i = divmod(index, MIXTURE_PERIOD)
+        dataset = int(self._mixture_dataset[i])
+        n = period * self._mixture_count[dataset] + int(self._mixture_rank[i])
         return dataset, self._sequence_at(dataset, n)
 
     def epochs(self, n_sequences: int) -> float:
@@ -130,8 +128,8 @@ class Loader:
             position = start + int(np.argmax((tokens >= self.n_vocab) | (tokens < 0)))
             document = int(shard.documents_at(np.asarray(position)))
             raise DataError(
-                f"{shard.prefix}: document {document} contains token {shard.tokens[position]}, but model.n_vocab is "
-                f"{self.n_vocab}; the shard was made with another tokenizer, or n_vocab is too small"
+                f"{shard.prefix}: document {document} contains token id {shard.tokens[position]}, but model.n_vocab="
+                f"{self.n_vocab}; set data.tokenizer to the tokenizer of the shard, or raise model.n_vocab"
             )
         return pack_sequence(tokens, shard, start, isolate_documents=self.isolate_documents)
 
@@ -171,9 +169,9 @@ def evaluation_batches(
     rows: Sequence[int] | None = None,
     isolate_documents: bool = False,
 ) -> Iterator[Batch]:
-    """Yield a shard once, in order, with every token but the first as a target exactly once; padding has mask 0.
+    """Yield the batches of a shard in order; every token but the first is a target once, and padding has mask 0.
 
-    With `rows`, only these rows of each batch.
+    With `rows`, yield only these rows of each batch.
     """
     wanted = range(batch_size) if rows is None else rows
     for first in range(0, shard.n_tokens - 1, batch_size * seq_len):
@@ -240,23 +238,27 @@ def _make_order(length: int, seed: int, shuffle: bool) -> grain.MapDataset:
     return (sequences.shuffle(seed=seed % 2**32) if shuffle else sequences).repeat()
 
 
-def _make_mixture(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Return for each slot of a period its dataset and its rank within the dataset, and each dataset's slot count.
+def _make_mixture(mixture: Sequence[Dataset]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Return the datasets of a period's sequences [MIXTURE_PERIOD], their ranks, and the number of sequences per dataset.
 
-    A slot is assigned to the dataset that is furthest below its weight, so that any range of sequences is close to the mixture.
+    The rank of a sequence is its index among the period's sequences of its dataset. Each sequence is assigned to the dataset
+    that is furthest below its weight, so that any range of sequences is close to the mixture.
     """
-    shares = np.asarray(weights, np.float64) / sum(weights)
+    weights = np.asarray([dataset.weight for dataset in mixture], np.float64)
+    shares = weights / sum(weights)
     datasets = np.zeros(MIXTURE_PERIOD, np.int64)
     ranks = np.zeros(MIXTURE_PERIOD, np.int64)
     counts = np.zeros(len(shares), np.int64)
-    for slot in range(MIXTURE_PERIOD):
-        dataset = int(np.argmax(shares * (slot + 1) - counts))
-        datasets[slot] = dataset
-        ranks[slot] = counts[dataset]
+    for i in range(MIXTURE_PERIOD):
+        dataset = int(np.argmax(shares * (i + 1) - counts))
+        datasets[i] = dataset
+        ranks[i] = counts[dataset]
         counts[dataset] += 1
     if (counts == 0).any():
+        rarest = mixture[int(np.argmin(counts))]
         raise DataError(
-            f"dataset {int(np.argmin(counts))} of the mixture has less than 1/{MIXTURE_PERIOD} of the weight; raise its weight"
+            f"dataset {rarest.name!r}: weight={rarest.weight} is less than 1/{MIXTURE_PERIOD} of the total weight; raise its "
+            "weight"
         )
     return datasets, ranks, counts.tolist()
 

@@ -103,7 +103,7 @@ def find_root(path: str | Path) -> Path:
 
 
 def find_files(path: str | Path) -> list[Path]:
-    """List the files of a dataset, sorted by path below `find_root(path)`; those named by an index in its order.
+    """List the files of a dataset, sorted by path below `find_root(path)`, or in the order of an index.
 
     Raises DataError if the path does not exist (and suggests the nearest name), or if the folder has no files.
     """
@@ -120,27 +120,27 @@ def find_files(path: str | Path) -> list[Path]:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder{_suggest(path)}")
         if not path.is_dir():
-            raise DataError(f"{path}: neither a file nor a folder; give one of these")
+            raise DataError(f"{path}: this is a device or socket; give a file or a folder")
         files = _walk(path)
         if any(map(is_tfrecords, files)):  # an index next to them is not a document
             files = [file for file in files if not is_index(file)]
     if not files:
-        raise DataError(f"{path}: no files in this folder (hidden ones are ignored)")
+        raise DataError(f"{path}: this folder has no files, apart from hidden ones; add files, or give another path")
     return files
 
 
 def is_tfrecords(path: Path) -> bool:
-    """Return whether a file has a suffix of TFRecords."""
+    """Return whether a path has the suffix of TFRecords."""
     return path.suffix.lower() in TFRECORDS
 
 
 def is_index(path: Path) -> bool:
-    """Return whether a path is an existing file with the suffix of a list of TFRecords."""
+    """Return whether a path is an existing index, a file that lists TFRecords."""
     return path.suffix.lower() == ".index" and path.is_file()
 
 
 def read_index(path: Path) -> list[Path]:
-    """Read the list of files in an index; relative paths start at its folder, else at the working directory.
+    """Read the list of files in an index; relative paths are relative to its folder, or else to the working directory.
 
     Raises DataError, with the line, for a file that does not exist.
     """
@@ -157,10 +157,10 @@ def read_index(path: Path) -> list[Path]:
             found = next((candidate for candidate in candidates if candidate.is_file()), None)
             if found is None:
                 tried = " and ".join(dict.fromkeys(map(str, candidates)))
-                raise DataError(f"{path}:{number}: no such file: {name} (looked for {tried})")
+                raise DataError(f"{path}:{number}: no such file: {name} (looked for {tried}); correct the path")
             files.append(found)
     if not files:
-        raise DataError(f"{path}: lists no files; an index holds one path per line")
+        raise DataError(f"{path}: this index lists no files; write one path per line")
     return files
 
 
@@ -199,7 +199,9 @@ def _check_on_bad(on_bad: str, skipped: SkippedDocuments | None) -> None:
 def _suggest(path: Path) -> str:
     names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, [*names, STDLIB], n=1)
-    return f"; did you mean {near[0] if near[0] == STDLIB else path.parent / near[0]}?" if near else ""
+    if not near:
+        return f"; give an existing file or folder, or {STDLIB!r}"
+    return f"; did you mean {near[0] if near[0] == STDLIB else path.parent / near[0]}?"
 
 
 def _walk(root: Path, *, exclude: Set[str] = frozenset({"__pycache__"}), suffix: str = "") -> list[Path]:
@@ -227,7 +229,7 @@ def _read_all(partitions: list[Partition], options: ReadOptions, skipped: Skippe
             yield document
     if not count:
         why = "; ".join(skipped.summary_lines()) or "only blank lines"
-        raise DataError(f"{options.path}: no usable document: {why}")
+        raise DataError(f"{options.path}: this dataset has no usable document: {why}")
 
 
 def _read_one(file: Path, root: Path, text_key: str, on_bad: OnBad, skipped: SkippedDocuments) -> Iterator[Document]:

@@ -132,7 +132,7 @@ def _fingerprint(partitions: list[Partition], options: ReadOptions, tokenizer: T
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Allow one builder at a time; the others wait and then find the result."""
+    """Hold an exclusive file lock, so that only one process builds a dataset; the others wait and then use its shards."""
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -287,19 +287,20 @@ def _join(base: Path, split: str, parts: list[Path], tokenizer: Tokenizer) -> No
 
 def _open_built(prefix: Path, path: str, split: str, holdout: int) -> BuiltShards:
     record = json.loads(Path(f"{prefix}.json").read_text())
+    notes = list(record["notes"])
     if not record["documents"]:
+        details = f" ({'; '.join(notes)})" if notes else ""
         if split == VALIDATION:
             raise DataError(
-                f"{path}: the validation split is empty: no document name was selected; "
-                f"lower data.holdout_one_in={holdout}; {'; '.join(record['notes'])}"
+                f"{path}: the validation split is empty, because data.holdout_one_in={holdout} selected no document; lower "
+                f"it{details}"
             )
         raise DataError(
-            f"{path}: the training split is empty: no document was selected; give more documents, or raise "
-            f"data.holdout_one_in={holdout} (0: no split); {'; '.join(record['notes'])}"
+            f"{path}: the training split has no documents; add documents, or raise data.holdout_one_in={holdout} (0: no "
+            f"validation split){details}"
         )
-    notes = list(record["notes"])
     if lost := record.get("lost"):  # older records lack it
-        notes.append(f"{lost:,} characters are unknown to the tokenizer and not in the tokens")
+        notes.append(f"{lost:,} characters are unknown to the tokenizer and missing from the tokens")
     return BuiltShards(prefix, record["documents"], record["tokens"], record["bytes"], tuple(notes))
 
 

@@ -42,14 +42,14 @@ def is_shard(prefix: str | Path) -> bool:
 
 
 class TokenShard:
-    """A shard opened for reading. Raises DataError, with the file name, if its files are inconsistent."""
+    """A memory-mapped shard. Raises DataError if its files are missing or inconsistent."""
 
     def __init__(self, prefix: str | Path):
         self.prefix = Path(prefix)
         index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         for path in (index, data):
             if not path.is_file():
-                raise DataError(f"{path}: no such file; a shard consists of a .bin and an .idx file")
+                raise DataError(f"{path}: no such file, but a shard consists of a .bin and an .idx file; copy both")
         dtype, ends = _read_index(index)
         size = data.stat().st_size
         if size % dtype.itemsize or (len(ends) and ends[-1] * dtype.itemsize != size) or (not len(ends) and size):
@@ -82,11 +82,14 @@ class TokenShard:
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
     if len(raw) < HEADER.size or bytes(raw[: len(MAGIC)]) != MAGIC:
-        raise DataError(f"{path}: not the index of a token shard: it must begin with {MAGIC!r}")
+        raise DataError(
+            f"{path}: begins with {bytes(raw[: len(MAGIC)])!r}, but the index of a token shard begins with {MAGIC!r}; copy or "
+            "rebuild the shard"
+        )
     _, version, code, n_sequences, n_boundaries = HEADER.unpack(bytes(raw[: HEADER.size]))
     if version != VERSION or code not in DTYPES:
         raise DataError(
-            f"{path}: version {version}, token type {code}; supported: version {VERSION}, types {sorted(DTYPES)}"
+            f"{path}: version {version}, token type {code}; supported: version {VERSION}, types {sorted(DTYPES)}; rebuild the shard"
         )
     expected = HEADER.size + 12 * n_sequences + 8 * n_boundaries
     if len(raw) != expected:
@@ -98,7 +101,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     boundaries = np.frombuffer(raw, "<i8", n_boundaries, at + 12 * n_sequences)
     ends = np.cumsum(sizes)
     if (sizes < 0).any() or not np.array_equal(offsets, (ends - sizes) * dtype.itemsize):
-        raise DataError(f"{path}: the sequences have gaps or overlap; only contiguous sequences are supported")
+        raise DataError(f"{path}: the sequences have gaps or overlap, but they must be contiguous; rebuild the shard")
     rising = n_boundaries == 0 or (
         boundaries[0] == 0 and boundaries[-1] == n_sequences and (np.diff(boundaries) >= 0).all()
     )

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Span corruption (Raffel et al. 2019, section 3.1.4): the encoder's input lacks some spans, the decoder generates them.
+"""Span corruption (Raffel et al. 2019, section 3.1.4): the encoder's input lacks some spans, and the decoder generates them.
 
 From a chunk of text, the encoder's input (S = model.seq_len tokens) and the decoder's targets:
 
@@ -50,10 +50,10 @@ class SpanCorruption(NamedTuple):
 
 
 class SentinelTokenizer:
-    """A tokenizer for which <extra_id_0>, <extra_id_1>, ... are sentinels: its own, or the vocabulary's last rows."""
+    """A tokenizer with sentinels <extra_id_0>, <extra_id_1>, ...: its own, or the last rows of the model's vocabulary."""
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int):
-        """`n_vocab` is the model's."""
+        """Wrap `tokenizer` for a model with `n_vocab` embedding rows."""
         self._inner = tokenizer
         added = tokenizer.to_json().get("tokenizer", {}).get("added_tokens", [])
         named = {token["content"]: token["id"] for token in added}
@@ -75,7 +75,7 @@ class SentinelTokenizer:
         self.fingerprint = tokenizer.fingerprint
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
-        """Return the ids of a text, in which sentinels are always special."""
+        """Return the ids of a text; sentinels in it always become their ids."""
         ids: list[int] = []
         for i, part in enumerate(re.split(r"<extra_id_(\d+)>", text)):  # text and sentinel numbers alternate
             if i % 2 == 0:
@@ -84,7 +84,8 @@ class SentinelTokenizer:
                 ids.append(self.first_sentinel - int(part))
             else:
                 raise TokenizerError(
-                    f"<extra_id_{part}> is not a sentinel: the vocabulary has {self.n_sentinels} sentinels, counted from 0"
+                    f"<extra_id_{part}> is not a sentinel: the vocabulary has {self.n_sentinels} sentinels, numbered from 0; use "
+                    "one of them"
                 )
         if add_special_tokens:
             added = self._inner.encode("", add_special_tokens=True)
@@ -116,7 +117,7 @@ class SentinelTokenizer:
         return self._inner.count_lost(text, ids)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON of the wrapped tokenizer: the sentinels follow from the model."""
+        """Return the JSON of the wrapped tokenizer; the sentinels are determined by the model."""
         return self._inner.to_json()
 
     def _is_sentinel(self, token: int) -> bool:
@@ -154,8 +155,8 @@ def corrupt_spans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (encoder tokens [S], targets [U]) of `text_len` tokens of text.
 
-    `sequence` is the sequence's index in dataset number `dataset`, counted on from epoch to epoch. Every division of
-    the noise tokens into spans, and of the other tokens into the text before each span, is equally likely. A sequence
+    `sequence` is the sequence's index in dataset number `dataset`, plus the dataset's length for each earlier epoch. Every
+    division of the noise tokens into spans, and of the other tokens into the text before each span, is equally likely. A sequence
     begins with text and ends with a noise span.
     """
     rng = np.random.default_rng([corruption.seed, dataset, sequence])
@@ -171,13 +172,13 @@ def corrupt_spans(
 
 
 def _divide(rng: np.random.Generator, items: int, parts: int) -> np.ndarray:
-    """Return the lengths of `parts` non-empty runs."""
+    """Return random lengths of `parts` non-empty runs that divide `items` items."""
     cuts = np.sort(rng.choice(items - 1, parts - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [items]]))
 
 
 def make_span_batch(pairs: Sequence[tuple[np.ndarray, np.ndarray]], corruption: SpanCorruption) -> Batch:
-    """Return a batch of results of `corrupt_spans`; decoder inputs are the targets shifted right by one."""
+    """Return a batch from pairs (encoder tokens, targets); decoder inputs are the targets shifted right by one."""
     encoder_tokens, targets = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
     tokens = np.concatenate([np.full_like(targets[:, :1], corruption.decoder_start), targets[:, :-1]], axis=1)
     positions = np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape)
@@ -186,17 +187,17 @@ def make_span_batch(pairs: Sequence[tuple[np.ndarray, np.ndarray]], corruption: 
 
 
 class SpanCorruptionLoader(Loader):
-    """Batches of corrupted text. The sequences, their order and their spans are the same on any mesh."""
+    """Loader of text with span corruption. The sequences, their order and their spans are the same on any mesh."""
 
     def __init__(self, corruption: SpanCorruption, datasets: Sequence[Dataset], **options: Any):
-        """`options` are those of Loader, with the length of a chunk of text as seq_len."""
+        """`options` are the arguments of Loader; `seq_len` is `corruption.text_len`."""
         super().__init__(datasets, **options)
         self.corruption = corruption
         identity = [self.fingerprint, corruption, "anew in every pass"]  # stored in runs: the words must not change
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def _sequence_at(self, dataset: int, n: int) -> int:
-        """Return the sequence like Loader, plus the dataset's length for each epoch before it."""
+        """Return the n-th sequence as Loader does, plus the dataset's length for each earlier epoch."""
         length = self.lengths[dataset]
         return n // length * length + super()._sequence_at(dataset, n)
 
@@ -211,9 +212,9 @@ class SpanCorruptionLoader(Loader):
 def span_evaluation_batches(
     shard: TokenShard, corruption: SpanCorruption, *, batch_size: int, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Yield a shard once, in order, without its last partial sequence; padding of the last batch has mask 0.
+    """Yield the batches of a shard in order, without its last partial sequence; padding has mask 0.
 
-    With `rows`, only these rows of each batch.
+    With `rows`, yield only these rows of each batch.
     """
     wanted = range(batch_size) if rows is None else rows
     total = shard.n_tokens // corruption.text_len

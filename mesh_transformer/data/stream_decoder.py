@@ -15,7 +15,7 @@ _CLEANED = (
 
 
 class DecodesTokens(Protocol):
-    """Part of the interface of tokenizers that decoding needs."""
+    """Interface of tokenizers that `StreamDecoder` uses."""
 
     @property
     def utf8_errors(self) -> str:
@@ -28,18 +28,18 @@ class DecodesTokens(Protocol):
         ...
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> bytes:
-        """Return the bytes of any run of ids that does not begin a text; those of consecutive runs concatenate."""
+        """Return the bytes of ids that do not begin a text; those of consecutive ids can be concatenated."""
         ...
 
     def decode_first(self, token: int, *, skip_special_tokens: bool = True) -> bytes | None:
-        """Return the bytes of an id that begins a text, or None if it writes nothing, so that the next id begins it."""
+        """Return the bytes of an id that begins a text, or None if it is skipped, so that the next id begins it."""
         ...
 
 
 class StreamDecoder:
-    """Decodes ids incrementally: returns only complete characters, in total the same text as `decode`.
+    """Decodes ids incrementally to complete characters; the texts of all calls together equal that of `decode`.
 
-    With `continues`, the ids follow a prompt, so a leading space is part of the text.
+    With `continues`, the ids follow a prompt, so a leading space is kept.
     """
 
     def __init__(self, tokenizer: DecodesTokens, *, continues: bool = False, skip_special_tokens: bool = True) -> None:
@@ -60,19 +60,19 @@ class StreamDecoder:
         return text if self._clean_up is None else self._clean_up.push(text)
 
     def finish(self) -> str:
-        """Return what was held back: U+FFFD for an incomplete character, and spaces that might have been cleaned up."""
+        """Return the remaining text: U+FFFD for an incomplete character, and text retained for `clean_up_spaces`."""
         text = self._decoder.decode(b"", final=True)
         return text if self._clean_up is None else self._clean_up.push(text) + self._clean_up.finish()
 
 
 def decode_all(tokenizer: DecodesTokens, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-    """Return the text of ids that begin a text."""
+    """Return the text of ids, the first of which begins the text."""
     stream = StreamDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
     return stream.push(ids) + stream.finish()
 
 
 class SpaceCleanUp:
-    """Removes spaces before punctuation, incrementally: in total the same text as transformers' clean_up_tokenization."""
+    """Incremental `clean_up_spaces`: the texts of all calls together equal that of transformers."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -85,16 +85,16 @@ class SpaceCleanUp:
         return clean_up_spaces(done)
 
     def finish(self) -> str:
-        """Return the rest."""
+        """Return the remaining text."""
         done, self._held = self._held, ""
         return clean_up_spaces(done)
 
     def _find_cut(self) -> int:
-        """Return the position of the last space that begins a word, where no replacement reaches across it."""
+        """Return the index of the last space before a word that no replacement can span, or 0."""
         held = self._held
         for cut in range(len(held) - 3, 0, -1):
-            alone = held[cut] == " " and held[cut - 1] != " " and held[cut : cut + 3] != " ' "
-            if alone and not held[:cut].endswith((" '", " n", " n'")):
+            separate = held[cut] == " " and held[cut - 1] != " " and held[cut : cut + 3] != " ' "
+            if separate and not held[:cut].endswith((" '", " n", " n'")):
                 return cut
         return 0
 

@@ -27,6 +27,7 @@ from mesh_transformer.data.errors import DataError
 FEATURE = "text"
 MAX_RECORD_BYTES = 1 << 30
 _CHUNK = 1 << 20
+_NOT_AN_EXAMPLE = f": not a tf.train.Example; give TFRecords of examples with an int64 feature {FEATURE!r}"
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
@@ -109,9 +110,11 @@ def _read_record(records: _RecordFile) -> bytes | None:
         raise _RecordError(f"the file is truncated after {len(head)} of the 12 header bytes; copy the file again")
     length, expected = struct.unpack("<QI", head)
     if masked_crc32c(head[:8]) != expected:
-        raise _RecordError("the checksum of the length is wrong: the file is damaged, or not a TFRecord file")
+        raise _RecordError(
+            "the checksum of the length is wrong: the file is damaged, or not a TFRecord file; copy it again"
+        )
     if length > MAX_RECORD_BYTES:
-        raise _RecordError(f"the record has {length:,} bytes; the maximum is {MAX_RECORD_BYTES:,}")
+        raise _RecordError(f"the record has {length:,} bytes, more than the maximum of {MAX_RECORD_BYTES:,}; split it")
     data = records.read(length + 4)
     if len(data) < length + 4:
         raise _RecordError(f"the file is truncated after {len(data):,} of {length + 4:,} bytes; copy the file again")
@@ -138,7 +141,9 @@ def _parse_example(data: bytes) -> np.ndarray:
             if name == FEATURE:
                 feature = parts.get(2, b"")
     if feature is None:
-        raise _RecordError(f"no feature {FEATURE!r}; features here: {', '.join(map(repr, names)) or 'none'}")
+        raise _RecordError(
+            f"the example has no feature {FEATURE!r} with token ids; its features: {', '.join(map(repr, names)) or 'none'}"
+        )
     return _parse_feature(feature)
 
 
@@ -154,16 +159,18 @@ def _parse_feature(feature: bytes) -> np.ndarray:
     for values in lists:
         for number, wire, value in _fields(values, "the list"):
             if number != 1 or wire not in (_BYTES, _VARINT):
-                raise _RecordError(f"the list of feature {FEATURE!r} has field {number} of wire type {wire}")
+                raise _RecordError(
+                    f"the list of feature {FEATURE!r} has field {number} of wire type {wire}, expected field 1 with int64"
+                )
             parts.append(value)
     return _decode_varints(b"".join(parts))
 
 
 def _messages(data: bytes, context: str) -> Iterator[bytes]:
-    """Yield every field 1 of a message that may hold nothing else."""
+    """Yield the fields of a message in which every field has the number 1."""
     for number, wire, value in _fields(data, context):
         if (number, wire) != (1, _BYTES):
-            raise _RecordError(f"{context} has field {number} of wire type {wire}: not a tf.train.Example")
+            raise _RecordError(f"{context} has field {number} of wire type {wire}{_NOT_AN_EXAMPLE}")
         yield value
 
 
@@ -181,9 +188,9 @@ def _fields(data: bytes, context: str) -> Iterator[tuple[int, int, bytes]]:
         elif wire in (_FIXED64, _FIXED32):
             at += 8 if wire == _FIXED64 else 4
         else:
-            raise _RecordError(f"{context} has a field of wire type {wire}: not a tf.train.Example")
+            raise _RecordError(f"{context} has a field of wire type {wire}{_NOT_AN_EXAMPLE}")
         if at > len(data):
-            raise _RecordError(f"{context} has a field that extends past its end: not a tf.train.Example")
+            raise _RecordError(f"{context} has a field that extends past its end{_NOT_AN_EXAMPLE}")
         yield key >> 3, wire, data[first:at]
 
 
@@ -197,7 +204,7 @@ def _read_varint(data: bytes, at: int, context: str) -> tuple[int, int]:
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at + shift // 7 + 1
-    raise _RecordError(f"{context} has a truncated varint: not a tf.train.Example")
+    raise _RecordError(f"{context} has a truncated varint{_NOT_AN_EXAMPLE}")
 
 
 def _decode_varints(data: bytes) -> np.ndarray:
@@ -205,15 +212,15 @@ def _decode_varints(data: bytes) -> np.ndarray:
     values = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero(values < 128)
     if len(values) and (not len(ends) or ends[-1] != len(values) - 1):
-        raise _RecordError("the last token is unterminated")
+        raise _RecordError("the last token id is incomplete; copy the file again")
     starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
     lengths = ends - starts + 1
     if len(lengths) and lengths.max() > 5:
-        raise _RecordError("a token is negative or does not fit 32 bits")
+        raise _RecordError("a token id is negative or does not fit in 32 bits; write ids from 0 to 2^32 - 1")
     tokens = np.zeros(len(ends), np.uint64)
     wide = np.concatenate([values & 127, np.zeros(5, np.uint8)]).astype(np.uint64)
     for i in range(int(lengths.max()) if len(lengths) else 0):  # the i-th byte of each number
         tokens |= np.where(lengths > i, wide[starts + i], 0) << np.uint64(7 * i)
     if len(tokens) and tokens.max() > 0xFFFFFFFF:
-        raise _RecordError("a token is negative or does not fit 32 bits")
+        raise _RecordError("a token id is negative or does not fit in 32 bits; write ids from 0 to 2^32 - 1")
     return tokens.astype(np.uint32)

@@ -4,7 +4,7 @@
 
 The decoders of Hugging Face `tokenizers` take all tokens of a text at once. All of them but two concatenate the texts of
 the tokens, of which only the first in a text is different: it lacks its leading space ("\u2581the" in a text of T5, "the" in
-one of BERT). So the text of a token follows from the decoder's output for the token alone and behind another one. The
+one of BERT). So the text of a token follows from the decoder's output for the token alone and after another token. The
 two exceptions work on bytes, which need not be UTF-8 before the next token: ByteLevel (GPT-2) and ByteFallback (Llama).
 """
 
@@ -23,7 +23,7 @@ class TokenBytes:
     """Bytes of the tokens of one vocabulary."""
 
     def __init__(self, table: Mapping[str, Any], library: hf.Tokenizer):
-        """`table` is the tokenizer.json from which `library` was made; `special` will hold the ids that write nothing."""
+        """Prepare decoding with `library`, made from the tokenizer.json `table`; `special` is the set of special ids."""
         vocabulary = library.get_vocab(with_added_tokens=True)
         self._tokens = {i: token for token, i in vocabulary.items()}
         self.special = {i for i, token in library.get_added_tokens_decoder().items() if token.special}
@@ -34,7 +34,7 @@ class TokenBytes:
         self._known: dict[tuple[int, bool], bytes] = {}
 
     def find(self, token: int, *, first: bool = False) -> bytes | None:
-        """Return the bytes of an id, or None outside the vocabulary; with `first`, those at the start of a text."""
+        """Return the bytes of an id, with `first` at the start of a text; None for an id outside the vocabulary."""
         key = token, first
         if key not in self._known:
             if token not in self._tokens:
@@ -57,7 +57,7 @@ class TokenBytes:
 
 
 def find_missing_bytes(table: Mapping[str, Any]) -> frozenset[int] | None:
-    """Return the bytes of UTF-8 that a vocabulary cannot write; None if it is one of characters and words, not bytes."""
+    """Return the bytes of UTF-8 that a vocabulary lacks; None for one of characters or words, without byte tokens."""
     vocabulary = table["model"]["vocab"]
     names = {entry[0] for entry in vocabulary} if isinstance(vocabulary, list) else vocabulary.keys()
     if find_entry([table.get("normalizer"), table.get("pre_tokenizer")], "type", "ByteLevel"):
@@ -68,10 +68,10 @@ def find_missing_bytes(table: Mapping[str, Any]) -> frozenset[int] | None:
 
 
 def make_byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's byte for each character: printable characters for themselves, U+0100 onward for the other bytes."""
+    """Return GPT-2's mapping of characters to bytes: printable characters to themselves, U+0100 onward to other bytes."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    unprintable = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(unprintable)}
 
 
 def find_entry(tree: Any, key: str, value: object) -> bool:

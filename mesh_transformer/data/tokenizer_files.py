@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the tokenizer in a model folder of Hugging Face, whatever its files: a tokenizer.json, and what is added to it.
+"""Reads the tokenizer of a Hugging Face model folder: its vocabulary, and the additions in its other files.
 
 The vocabulary is read from the first of these that the folder has:
 
@@ -11,7 +11,7 @@ The vocabulary is read from the first of these that the folder has:
 
 Other files add to it, as in transformers: tokens in tokenizer_config.json or added_tokens.json that the vocabulary lacks,
 special tokens named in tokenizer_config.json or special_tokens_map.json, and the end of text: the eos_token there, else
-the eos_token_id in config.json. `Files.additions` holds all this in the form in which a checkpoint stores it.
+the eos_token_id in config.json. `FolderTokenizer.additions` has all of them, as a checkpoint stores them.
 """
 
 import json
@@ -36,42 +36,44 @@ SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 MODEL_CONFIG = "config.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Read for their content, besides the vocabulary.
+# Files that are read in addition to the vocabulary.
 CONFIG_FILES = (CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, MODEL_CONFIG)
 _BYTE_LEVEL = {"GPT2Tokenizer", "Qwen2Tokenizer"}
 _BERT = {"BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer"}
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", ".model", ".tiktoken")  # ends of names
 
 
-class Files(NamedTuple):
-    """The tokenizer of a folder."""
+class FolderTokenizer(NamedTuple):
+    """The vocabulary of a model folder, and the additions in its other files."""
 
     table: dict[str, Any]  # in the form of a tokenizer.json
     additions: dict[str, Any]  # end_of_text, added_tokens, post_processor, clean_up_tokenization_spaces: where needed
     where: Path  # of the vocabulary, for error messages
 
 
-def read_folder(folder: Path) -> Files:
+def read_folder(folder: Path) -> FolderTokenizer:
     """Read the tokenizer of a folder. Raises TokenizerError if it has none, or its files are damaged."""
     config = read_optional(folder / CONFIG)
     name = _find_class(folder, config)
     if (folder / "tokenizer.json").is_file():
         table = make_deterministic(read_json(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
-        return Files(table, read_additions(folder, table, folder / "tokenizer.json"), folder / "tokenizer.json")
+        return FolderTokenizer(
+            table, read_additions(folder, table, folder / "tokenizer.json"), folder / "tokenizer.json"
+        )
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and name in _BYTE_LEVEL:
         table = make_deterministic(read_byte_level(folder, name, config), str(folder))
         additions = read_additions(folder, table, folder)
-        return Files(table, additions | _make_post_processor(folder, table, additions), folder)
+        return FolderTokenizer(table, additions | _make_post_processor(folder, table, additions), folder)
     if (folder / "vocab.txt").is_file() and name in _BERT:
         table = make_deterministic(read_bert(folder, config), str(folder))
-        return Files(table, read_additions(folder, table, folder), folder)
+        return FolderTokenizer(table, read_additions(folder, table, folder), folder)
     if holds_vocabulary(path.name for path in folder.iterdir()):
         table, end = convert_with_transformers(folder)
         known = find_end_of_text(table, make_library(table, str(folder)).get_vocab())
-        return Files(table, {} if end in (None, known) else {"end_of_text": end}, folder)
+        return FolderTokenizer(table, {} if end in (None, known) else {"end_of_text": end}, folder)
     raise TokenizerError(
-        f"{folder}: this folder has no tokenizer: neither tokenizer.json, nor vocab.json with merges.txt, vocab.txt, "
-        "tokenizer.model or another vocabulary that transformers reads"
+        f"{folder}: this folder has no tokenizer; add tokenizer.json, vocab.json with merges.txt, vocab.txt, tokenizer.model "
+        "or another vocabulary that transformers reads"
     )
 
 
@@ -86,7 +88,7 @@ def is_tokenizer_file(name: str) -> bool:
 
 
 def read_additions(folder: Path, table: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Return what the files of a folder add to its tokenizer.json `table`, which was read from `where`.
+    """Return the additions of a folder's other files to its tokenizer.json `table`, which was read from `where`.
 
     Raises TokenizerError for damaged files.
     """
@@ -142,16 +144,17 @@ def convert_with_transformers(folder: Path) -> tuple[dict[str, Any], str | None]
         import transformers
     except ImportError:
         raise TokenizerError(
-            f"{folder}: this vocabulary is read by transformers: pip install 'mesh-transformer[tokenizers]'"
+            f"{folder}: reading this vocabulary needs transformers: pip install 'mesh-transformer[tokenizers]'"
         ) from None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
         table = json.loads(tokenizer.backend_tokenizer.to_str())
-    except Exception as error:  # of any kind, by the class and the damage
+    except Exception as error:  # its type depends on the tokenizer class
         raise TokenizerError(
-            f"{folder}: transformers cannot convert this vocabulary: {' '.join(str(error).split())}"
+            f"{folder}: transformers cannot convert this vocabulary: {' '.join(str(error).split())}; add a "
+            "tokenizer.json"
         ) from None
     return make_deterministic(table, str(folder)), tokenizer.eos_token
 
@@ -180,9 +183,9 @@ def _list_tokens(
     merged = _merge_config(files)
     extra = merged.get("extra_special_tokens") or merged.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
-    own = {name: value for name, value in merged.items() if name.endswith("_token") and name not in NAMED_TOKENS}
+    further = {name: value for name, value in merged.items() if name.endswith("_token") and name not in NAMED_TOKENS}
     named = [merged[name] for name in NAMED_TOKENS if merged.get(name)]
-    named += [value for value in own.values() if isinstance(value, str)]
+    named += [value for value in further.values() if isinstance(value, str)]
     special = {_content(token) for token in [*named, *extra]}
     known = {token["content"] for token in list_added(table)}
     if "added_tokens_decoder" in merged:
@@ -215,7 +218,7 @@ def _make_token(token: Any, special: bool) -> hf.AddedToken:
 
 
 def _make_post_processor(folder: Path, table: Mapping[str, Any], additions: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the addition that puts the tokens around a text which tokenizer_config.json asks for."""
+    """Return the post-processor that adds the bos and eos tokens that tokenizer_config.json requests, or nothing."""
     config = read_optional(folder / CONFIG)
     names = name_special_tokens({CONFIG: config, SPECIAL_TOKENS_MAP: read_optional(folder / SPECIAL_TOKENS_MAP)})
     before = names.get("bos_token", "<|endoftext|>") if config.get("add_bos_token") else None
@@ -227,7 +230,7 @@ def _make_post_processor(folder: Path, table: Mapping[str, Any], additions: Mapp
 
 
 def _find_by_id(library: hf.Tokenizer, wanted: Any) -> str | None:
-    """Return the special token with an id, or with the first of several. Ordinary tokens never end a text."""
+    """Return the special token with the id `wanted`, or its first id if it is a list; None for an ordinary token."""
     first = wanted[0] if isinstance(wanted, list) and wanted else wanted
     found = library.get_added_tokens_decoder().get(first) if isinstance(first, int) else None
     return found.content if found is not None and found.special else None

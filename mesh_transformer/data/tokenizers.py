@@ -2,17 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers: text <-> token ids, as raw bytes or with the vocabulary of a model in the formats of Hugging Face.
 
-Nothing is downloaded. The ids, and the texts decoded from them, are those of the package `tokenizers`, which does the
-work, and so those of transformers, with these differences:
+Nothing is downloaded. Ids and decoded texts equal those of transformers, because the same package, `tokenizers`, computes
+them, with these differences:
 
-- Text never becomes a special token unless asked: "<|endoftext|>" in a document is encoded as its characters; to end a
+- By default, text never becomes a special token: "<|endoftext|>" in a document is encoded as its characters; to end a
   document, append the id `end_of_text`. `encode(..., parse_special=True)` gives the ids of transformers.
-- An id outside the vocabulary (models may have more rows than tokens) decodes to U+FFFD, in transformers to nothing.
-- Among tokens that are single bytes, what is UTF-8 decodes to its characters and each other byte to U+FFFD; in
-  transformers, a whole run of such tokens decodes to U+FFFD if any of it is not UTF-8.
-- An ordinary added token of a byte-level vocabulary decodes to itself; in transformers one such as "\u00e9" to U+FFFD.
+- An id outside the vocabulary (models may have more rows than tokens) decodes to U+FFFD; in transformers, to nothing.
+- In a run of byte tokens, valid UTF-8 decodes to its characters and every other byte to U+FFFD; in transformers, the whole
+  run decodes to U+FFFD if any of it is invalid.
+- An ordinary added token of a byte-level vocabulary decodes to itself; in transformers, a token such as "\u00e9" decodes to
+  U+FFFD.
 
-A vocabulary that cannot write every text (T5's, BERT's) is `lossy`, and `loss` says what happens to the rest.
+A vocabulary that cannot encode every text (T5's, BERT's) is `lossy`, and `loss` describes its effect.
 `fingerprint` is a digest of the files' content, so it is the same with every version of `tokenizers`.
 """
 
@@ -45,7 +46,7 @@ class Tokenizer(Protocol):
 
     @property
     def begin_of_text(self) -> int | None:
-        """The id that the tokenizer's files add in front of a text (beginning of sequence), or None if they add none."""
+        """The id added before a text with add_special_tokens (beginning of sequence), or None if there is none."""
         ...
 
     @property
@@ -65,7 +66,7 @@ class Tokenizer(Protocol):
 
     @property
     def loss(self) -> str | None:
-        """Description of the text that the vocabulary cannot encode, and what becomes of it; None if there is none."""
+        """Description of the text that the vocabulary cannot encode and the effect on it; None if it encodes every text."""
         ...
 
     @property
@@ -81,8 +82,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
         """Return the ids of a text. Raises TokenizerError at lone surrogates.
 
-        With `add_special_tokens`, those that the tokenizer's files add to a text: begin_of_text, an end, both or none.
-        With `parse_special`, special tokens written in the text become their ids; otherwise they are text.
+        With `add_special_tokens`, the tokens that the tokenizer's files add before and after a text are added. With
+        `parse_special`, special tokens written in the text become their ids; otherwise they are encoded as text.
         """
         ...
 
@@ -91,19 +92,19 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of ids that begin a text."""
+        """Return the text of ids, the first of which begins the text."""
         ...
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> bytes:
-        """Return the bytes of any run of ids that does not begin a text; those of consecutive runs concatenate."""
+        """Return the bytes of ids that do not begin a text; those of consecutive ids can be concatenated."""
         ...
 
     def decode_first(self, token: int, *, skip_special_tokens: bool = True) -> bytes | None:
-        """Return the bytes of an id that begins a text, or None if it writes nothing, so that the next id begins it."""
+        """Return the bytes of an id that begins a text, or None if it is skipped, so that the next id begins it."""
         ...
 
     def count_lost(self, text: str, ids: np.ndarray) -> int:
-        """Return the number of characters of a text that its `ids` do not contain: unknown to the vocabulary."""
+        """Return the number of characters of `text` that `ids` do not represent, because the vocabulary lacks them."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -152,7 +153,7 @@ class ByteTokenizer:
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Load a tokenizer: "bytes", a tokenizer.json, or a folder with the files of one (tokenizer_files.py).
 
-    Of a folder, what its other files say about special tokens is used too; of a file, nothing but the file.
+    For a folder, the special tokens in its other files are used as well; for a file, only that file is read.
 
     Raises TokenizerError if files are missing or damaged, or the vocabulary cannot be used.
     """
@@ -166,15 +167,17 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, [*names, "bytes"], n=1)
         hint = f"; did you mean {near[0] if near[0] == 'bytes' else path.parent / near[0]}?" if near else ""
-        raise TokenizerError(f'{path}: no such tokenizer file or folder, and not "bytes"{hint}')
+        raise TokenizerError(
+            f'{path}: no such file or folder; give a tokenizer.json, a folder with one, or "bytes"{hint}'
+        )
     return FileTokenizer(read_json(path), where=str(path))
 
 
 def tokenizer_from_json(record: Mapping[str, Any], *, where: str = "checkpoint") -> Tokenizer:
-    """Return the tokenizer stored by `to_json` in `record`; `where` begins error messages."""
+    """Return the tokenizer that `to_json` stored in `record`; error messages begin with `where`."""
     if record.get("type") == "bytes":
         return ByteTokenizer()
     if record.get("type") == "file" and isinstance(record.get("tokenizer"), dict):
         additions = {name: value for name, value in record.items() if name not in ("type", "tokenizer")}
         return FileTokenizer(record["tokenizer"], additions, where=where)
-    raise TokenizerError(f"{where}: not a stored tokenizer (type {record.get('type')!r}); known: bytes, file")
+    raise TokenizerError(f"{where}: the stored tokenizer has type {record.get('type')!r}; supported types: bytes, file")

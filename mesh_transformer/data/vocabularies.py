@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Vocabularies in the form of a tokenizer.json: their properties, and changes of them."""
+"""Functions on the contents of a tokenizer.json: reading, validation, properties and changes."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ from typing import Any
 
 import tokenizers as hf
 
-# The first of these in a vocabulary is its end of text: GPT-2 and derivatives, Llama 3, Llama, Gemma.
+# End-of-text tokens, of which the first in a vocabulary is used: GPT-2 and derivatives, Llama 3, Llama, Gemma.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _UNREACHABLE = "\ufdd0"  # a Unicode noncharacter, which no text contains
 
 
 class TokenizerError(ValueError):
-    """An unusable tokenizer, or text it cannot encode; the message names the file and a fix."""
+    """An unusable tokenizer, or text that it cannot encode. The message has the file and a fix."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(table, dict):
-        raise TokenizerError(f"{path}: expected a JSON object; give a tokenizer.json")
+        raise TokenizerError(f"{path}: got a JSON {type(table).__name__}, expected an object; copy the file again")
     return table
 
 
@@ -37,9 +37,13 @@ def make_deterministic(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the tokenizer.json without truncation, padding and dropout, so that a text always has the same ids."""
     model = table.get("model")
     if not isinstance(model, Mapping) or not model.get("vocab"):
-        raise TokenizerError(f"{where}: no vocabulary; give a tokenizer.json of Hugging Face tokenizers")
+        raise TokenizerError(
+            f"{where}: model.vocab is missing or empty; give a tokenizer.json of Hugging Face tokenizers"
+        )
     if model.get("end_of_word_suffix"):
-        raise TokenizerError(f"{where}: end_of_word_suffix is not supported; use another vocabulary")
+        raise TokenizerError(
+            f"{where}: end_of_word_suffix={model['end_of_word_suffix']!r} is not supported; use another tokenizer"
+        )
     fixed = {"dropout": None} if "merges" in model else {}
     return {**table, "truncation": None, "padding": None, "model": {**model, **fixed}}
 
@@ -49,7 +53,9 @@ def make_library(table: Mapping[str, Any], where: str) -> hf.Tokenizer:
     try:
         return hf.Tokenizer.from_str(json.dumps(table))
     except Exception as error:  # the library raises nothing narrower
-        raise TokenizerError(f"{where}: not a usable tokenizer.json: {error}") from None
+        raise TokenizerError(
+            f"{where}: not a usable tokenizer.json: {error}; copy it again, or use another tokenizer"
+        ) from None
 
 
 def find_end_of_text(table: Mapping[str, Any], vocabulary: Mapping[str, int]) -> str | None:
@@ -131,5 +137,5 @@ def to_utf8(text: str) -> bytes:
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         raise TokenizerError(
-            f"lone surrogate {code} at character {error.start} of the text: not valid Unicode"
+            f"lone surrogate {code} at character {error.start} of the text is not valid Unicode; remove it"
         ) from None

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Reads files that hold a vocabulary alone, and completes them to a tokenizer.json as classes of transformers do."""
+"""Converts vocab.json with merges.txt, and vocab.txt, to a tokenizer.json, as the classes of transformers do."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +52,7 @@ def read_bert(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if missing := [
         token for name, token in special.items() if name in ("unk", "cls", "sep") and token not in vocabulary
     ]:
-        raise TokenizerError(f"{path}: lacks {', '.join(missing)}; give a vocabulary of BERT, one token a line")
+        raise TokenizerError(f"{path}: the tokens {', '.join(missing)} are missing; give the vocab.txt of a BERT model")
     return {
         "version": "1.0",
         "added_tokens": [
@@ -106,6 +106,8 @@ def _read_merges(path: Path) -> list[list[str]]:
         if pair == [""] or (number == 1 and line.startswith("#version")):
             continue
         if len(pair) != 2:
-            raise TokenizerError(f"{path}:{number}: expected two tokens separated by a space")
+            raise TokenizerError(
+                f"{path}:{number}: got {line!r}, expected two tokens separated by a space; copy the file again"
+            )
         merges.append(pair)
     return merges

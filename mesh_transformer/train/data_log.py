@@ -6,10 +6,10 @@ sequences.jsonl is written if `track.sequences` is set. It is never truncated, s
 was discarded:
 
     {"from_step": 4}                                                    an attempt starts: steps 5, 6, ... follow
-    {"step": 5, "first": 32, "sequences": [[<source>, <number>], ...], "digest": <xxh3-64 of the tokens>}
+    {"step": 5, "first": 32, "sequences": [[<dataset>, <sequence>], ...], "digest": <xxh3-64 of the tokens>}
 
 `step` counts steps taken, as in metrics.jsonl. `digest` is of the tokens of the batch (this process's part of it), so
-that the numbers can be checked against the data.
+that the sequences can be checked against the data.
 """
 
 import json
@@ -29,7 +29,7 @@ class BatchRecord(NamedTuple):
     """The batch of one step."""
 
     first: int  # index of the batch's first sequence in the run's order
-    sequences: tuple[tuple[int, int], ...]  # (source, sequence of that source) of each row
+    sequences: tuple[tuple[int, int], ...]  # (dataset, sequence of the dataset) of each row
     digest: str
 
 
@@ -41,7 +41,7 @@ class DataLog:
         self._write({"from_step": from_step})
 
     def write(self, step: int, batch: BatchRecord) -> None:
-        """Record the batch of the step after which `step` steps are taken."""
+        """Record the batch of step number `step`, counted from 1."""
         self._write({"step": step, **batch._asdict()})
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ def read_log(run_dir: Path) -> list[tuple[int, dict[int, BatchRecord]]]:
         if "from_step" in line:
             attempts.append((line["from_step"], {}))
         else:
-            sequences = tuple((source, number) for source, number in line["sequences"])
+            sequences = tuple((dataset, sequence) for dataset, sequence in line["sequences"])
             attempts[-1][1][line["step"]] = BatchRecord(line["first"], sequences, line["digest"])
     return attempts
 

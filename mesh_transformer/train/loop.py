@@ -49,7 +49,7 @@ def train(
         reason = stop.should_stop()
     recorder.write_report()
     if reason:
-        recorder.log.event(run.step, "stopped", f"{reason}: stopped with step {run.step} saved")
+        recorder.log.event(run.step, "stopped", f"{reason}: stopped after saving step {run.step}")
         raise Preempted(
             f"{reason}: saved step {run.step} of {run.config.train.steps} in {run.store.root}; "
             "run the same command again to continue"
@@ -85,7 +85,9 @@ def train_steps(
             if profile and step + 1 == profile[1]:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
-                recorder.progress.note(f"profile of steps {profile[0]} to {profile[1]} in {run.dir / 'profile'}")
+                recorder.progress.note(
+                    f"wrote the profile of steps {profile[0]} to {profile[1]} to {run.dir / 'profile'}"
+                )
             done = step + 1
             is_last = done == train.steps
             if _is_due(config.checkpoint.every, done) and not is_last:
@@ -111,7 +113,7 @@ def _is_due(every: int | None, done: int) -> bool:
 
 
 def _validate(run: Run, recorder: Recorder, stop: StopRequest, *, final: bool) -> None:
-    """Score the validation sets; at the end of the run all of their batches, and general compressors for comparison."""
+    """Compute the loss of the validation sets; with `final`, of all batches, and compare general compressors."""
     started, step = time.perf_counter(), run.step
     size = run.config.train.batch_size
     for name, validation in run.data.validation.items():

@@ -33,7 +33,7 @@ class LossOptions(NamedTuple):
 
     model: ModelConfig
     z_loss: float
-    chunks: int  # parts of the sequence that are scored one after the other
+    chunks: int  # number of chunks of a sequence, which are processed one after the other
 
 
 def loss_options(config: Config) -> LossOptions:
@@ -42,9 +42,11 @@ def loss_options(config: Config) -> LossOptions:
 
 
 def require_head(model: ModelConfig) -> None:
-    """Raise ConfigError if a model has no logits to compute a loss of."""
+    """Raise ConfigError if a model computes no logits, which the loss requires."""
     if model.head == "none":
-        raise ConfigError('model.head="none" has no logits to compute a loss of; use "lm" or "masked-lm"')
+        raise ConfigError(
+            'model.head="none" computes no logits, which the loss requires; set model.head="lm" or "masked-lm"'
+        )
 
 
 class SavedGradients(NamedTuple):
@@ -56,7 +58,7 @@ class SavedGradients(NamedTuple):
 
 
 class _MeshAxes(NamedTuple):
-    """Mesh axes over which the arguments are sharded."""
+    """Mesh axes over which dimensions of the arguments are sharded."""
 
     tokens: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
@@ -133,7 +135,7 @@ def _local_cross_entropy(
     targets: Array,
     mask: Array,
 ) -> tuple[tuple[Array, TokenLosses], SavedGradients | None]:
-    """Score this device's tokens against its vocabulary shard; the result is summed over all devices."""
+    """Compute the loss of this device's tokens with its vocabulary shard; the result is summed over all devices."""
     x, w, b = operands
     first = jax.lax.axis_index(axes.vocab) * w.shape[1] if axes.vocab else 0
     sum_over_vocab = partial(psum_or_scatter, axes=axes.vocab)

@@ -51,7 +51,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Axes) -> optax.Gra
     present = {axis for leaves in axes.values() for array in leaves.values() for axis in array}
     if unknown := [axis for axis in config.no_decay_axes if axis not in present]:
         raise ConfigError(
-            f"optimizer.no_decay_axes: no array has the axis {unknown[0]!r}; use some of {', '.join(sorted(present))}"
+            f"optimizer.no_decay_axes contains {unknown[0]!r}, but no parameter has this logical axis; use axes from: "
+            f"{', '.join(sorted(present))}"
         )
     decays = map_axes(lambda a: is_matrix(a) and not set(a) & set(config.no_decay_axes), axes)
     return optax.chain(
@@ -84,13 +85,13 @@ def _make_scaling(config: OptimizerConfig, axes: Axes) -> optax.GradientTransfor
 
 
 def is_matrix(axes: tuple[str, ...]) -> bool:
-    """Return whether an array with these logical axes is a matrix next to the residual stream, or a stack of them."""
+    """Return whether an array with these logical axes is a matrix, as defined above, or a stack of matrices."""
     first = _first_axis(axes)
     return first in axes and any(axis != first and axis not in STACK_AXES for axis in axes)
 
 
 def _first_axis(axes: tuple[str, ...]) -> str:
-    """Return the axis that is one dimension of a matrix; all axes that are not stacked are the other."""
+    """Return the axis of a matrix's first dimension; all other axes that are not stacked form its second dimension."""
     return "latent" if "latent" in axes and "embed" not in axes else "embed"
 
 
@@ -100,7 +101,7 @@ def map_axes(function: Callable[[tuple[str, ...]], Any], axes: Axes) -> dict[str
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
-    """Return the Euclidean norm of all arrays together, squared and summed in float32 whatever their type."""
+    """Return the Euclidean norm of all arrays together; squares and sums are float32 for every dtype."""
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
@@ -131,7 +132,7 @@ class FactoredState(NamedTuple):
 
 
 def scale_by_factored_moment(axes: Axes, *, decay: float, eps: float) -> optax.GradientTransformation:
-    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), sections 3 and 5 to 7.
+    """Scale gradients as Adafactor does (Shazeer and Stern 2018, arXiv 1804.04235, sections 3 and 5 to 7).
 
     v averages g^2 + eps^2 with the rate min(decay, 1 - t^-0.8), t = 1, 2, ...: algorithm 4 capped as by Zhai et al.
     2022 (arXiv 2106.04560). Updates g / sqrt(v) are scaled down to a root mean square of 1 over one layer's array. The
@@ -142,9 +143,9 @@ def scale_by_factored_moment(axes: Axes, *, decay: float, eps: float) -> optax.G
     """
 
     def init_one(path: Any, param: Array) -> FactoredMoment | Array:
-        own = _array_axes(path, axes)
-        embed, others = _dims(own)
-        if not is_matrix(own):
+        array_axes = _array_axes(path, axes)
+        embed, others = _dims(array_axes)
+        if not is_matrix(array_axes):
             return jnp.zeros(param.shape, jnp.float32)
         shapes = [[size for i, size in enumerate(param.shape) if i not in reduced] for reduced in ((embed,), others)]
         return FactoredMoment(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
@@ -158,14 +159,14 @@ def scale_by_factored_moment(axes: Axes, *, decay: float, eps: float) -> optax.G
         return FactoredMoment(*(rate * old + (1.0 - rate) * new for old, new in zip(second, means, strict=True)))
 
     def scale_one(path: Any, g: Array, second: FactoredMoment | Array) -> Array:
-        own = _array_axes(path, axes)
+        array_axes = _array_axes(path, axes)
         if isinstance(second, FactoredMoment):
-            embed, others = _dims(own)
+            embed, others = _dims(array_axes)
             rows, columns = jnp.expand_dims(second.over_embed, embed), jnp.expand_dims(second.over_others, others)
             scaled = g * jax.lax.rsqrt(rows / jnp.mean(rows, axis=others, keepdims=True)) * jax.lax.rsqrt(columns)
         else:
             scaled = g * jax.lax.rsqrt(second)
-        layer = tuple(i for i, axis in enumerate(own) if axis not in STACK_AXES)
+        layer = tuple(i for i, axis in enumerate(array_axes) if axis not in STACK_AXES)
         rms = jnp.sqrt(jnp.mean(jnp.square(scaled), axis=layer, keepdims=True))
         return scaled / jnp.maximum(rms, 1.0)
 
@@ -183,13 +184,13 @@ def scale_by_factored_moment(axes: Axes, *, decay: float, eps: float) -> optax.G
 
 
 class MuonState(NamedTuple):
-    """Average of the gradients, an array of its shape for every parameter."""
+    """Moving average of the gradient of every parameter."""
 
     momentum: Any
 
 
 def scale_by_muon(axes: Axes, *, momentum: float, dtype: Any) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024): Nesterov momentum, then approximately the nearest orthogonal matrix.
+    """Scale gradients as Muon does (Jordan et al. 2024): Nesterov momentum, then approximate orthogonalization.
 
     Each layer's array is one matrix of "embed" x (all other axes, heads included). Updates are scaled by
     0.2 sqrt(max(rows, columns)), so that the root mean square of their elements is about 0.2 and the learning rate and
@@ -260,7 +261,7 @@ def optimizer_state_axes(opt_state: Any, params: Mapping[str, Mapping[str, Any]]
             return ()
         raise ValueError(
             f"optimizer state {jax.tree_util.keystr(path)} of shape {leaf.shape} belongs to no parameter; "
-            "the leaf of a parameter must be at [module][name] and have its shape"
+            "store the state of a parameter at [module][name] with the parameter's shape"
         )
 
     return jax.tree_util.tree_map_with_path(find, opt_state)

@@ -94,7 +94,7 @@ class StageFns(NamedTuple):
 
 
 class SplitParams(NamedTuple):
-    """Parameters, or their gradients, by where they are used."""
+    """Parameters, or their gradients, divided into those of stages, those that stages share, and all others."""
 
     stages: Params  # of the layers of each stage, [P, L / P, ...]
     shared: Params  # used by all stages
@@ -102,7 +102,7 @@ class SplitParams(NamedTuple):
 
 
 class Pipeline(NamedTuple):
-    """Everything that stays the same in all ticks."""
+    """Inputs of a pipeline that are the same in all ticks."""
 
     config: Config
     fns: StageFns
@@ -322,17 +322,23 @@ def _microbatch_loss(
 
 
 def _backward(pipeline: Pipeline, carry: Carry, tick: Array) -> tuple:
-    """Return the gradients of every stage's layers, of what stages share, and of the stage inputs, for one tick."""
+    """Return the gradients of every stage's layers, of shared parameters, and of the stage inputs, for one tick."""
     fns, microbatches, params = pipeline.fns, pipeline.microbatches, pipeline.params
     stage = jnp.arange(fns.n_stages)
     index = tick - 2 * (fns.n_stages - 1) + stage
     microbatch = microbatches.take(index)
     is_active = microbatches.is_active(index)
     d_out = jnp.where(is_active[:, None, None, None], carry.incoming_grads, 0)
-    slot = (index + stage) % carry.inputs.shape[0]  # the tick of that microbatch's forward pass
+    buffer_index = (index + stage) % carry.inputs.shape[0]  # of the stage's input in the microbatch's forward pass
 
     def stage_vjp(
-        stages: Params, inputs: Array, slot: Array, key: Any, positions: Array, segment_ids: Any, cotangents: Any
+        stages: Params,
+        inputs: Array,
+        buffer_index: Array,
+        key: Any,
+        positions: Array,
+        segment_ids: Any,
+        cotangents: Any,
     ) -> tuple:
         def run(stages: Params, shared: Params, x: Array) -> tuple[Array, Array]:
             x, routing = fns.stage((stages, shared), key, x, positions, segment_ids)
@@ -340,13 +346,13 @@ def _backward(pipeline: Pipeline, carry: Carry, tick: Array) -> tuple:
                 return x, jnp.zeros(())
             return x, router_losses(pipeline.config.model, routing) / microbatches.count
 
-        x = jax.lax.dynamic_index_in_dim(inputs, slot, 0, keepdims=False)
+        x = jax.lax.dynamic_index_in_dim(inputs, buffer_index, 0, keepdims=False)
         return jax.vjp(run, stages, params.shared, x)[1](cotangents)
 
     d_stages, d_shared, dx = _vmap_stages(stage_vjp, (0, 1, 0, 0, 0, 0, 0))(
         params.stages,
         carry.inputs,
-        slot,
+        buffer_index,
         microbatches.keys(index, stage + 1),
         microbatch.positions,
         microbatches.segment_ids(microbatch),

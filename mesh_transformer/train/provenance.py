@@ -39,7 +39,7 @@ PACKAGES = (
 
 
 class ProvenanceError(ValueError):
-    """A run folder without a recipe.json, or with one that cannot be read."""
+    """A missing or damaged recipe.json, or data that differs from its record."""
 
 
 def environment_info(layout: MeshLayout) -> dict[str, Any]:
@@ -79,11 +79,13 @@ def read_provenance(run_dir: Path) -> dict[str, Any]:
         config = provenance["config"]
         starts = provenance["starts"]
         if not (isinstance(config, dict) and isinstance(starts, list) and starts):
-            raise ValueError("`config` and `starts` are missing")
+            raise ValueError("`config` or `starts` is missing")
     except FileNotFoundError:
         raise ProvenanceError(f"{path}: no such file; check that {run_dir} is a run folder") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ProvenanceError(f"{path}: cannot be read: {error}; remove the file") from error
+        raise ProvenanceError(
+            f"{path}: damaged: {error}; restore the file, or remove it to start a new record"
+        ) from error
     return provenance
 
 

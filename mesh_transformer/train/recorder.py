@@ -20,7 +20,7 @@ from mesh_transformer.train.flops import measure_matmul_peak
 from mesh_transformer.train.run import Run
 from mesh_transformer.train.schedule import batch_size_at, first_sequence
 
-SLOW_SECONDS = 10.0  # waiting longer than this for an earlier save is logged
+SLOW_SECONDS = 10.0  # a longer wait for an earlier save is logged
 
 
 class TooManySkippedSteps(RuntimeError):
@@ -35,7 +35,7 @@ class Recorder:
         self.log = log
         self.progress = progress
         self.peak_flops = measure_matmul_peak(run.config.model.dtype)
-        self.last_metrics: dict[str, Any] = {}  # as logged last
+        self.last_metrics: dict[str, Any] = {}  # as last logged
         self.started = time.perf_counter()
         self._interval_start = self.started  # of the steps since the last line of the log
         self._interval_steps = 0
@@ -74,16 +74,17 @@ class Recorder:
         """Return the reason to stop if `train.max_minutes` have passed, else ""."""
         limit = self.run.config.train.max_minutes
         is_over = limit is not None and time.perf_counter() - self.started > 60 * limit
-        return f"train.max_minutes = {limit} is over" if is_over else ""
+        return f"train.max_minutes = {limit} has been reached" if is_over else ""
 
     def save(self, *, last: bool = False) -> None:
-        """Save the state, unless its step is saved. `last` waits until it is on disk and raises errors."""
+        """Save the state, unless its step is already saved. `last` waits until it is on disk and raises errors."""
         step, started = self.run.step, time.perf_counter()
         earlier = self._saving
         self.poll_save(wait=True)
         waited = time.perf_counter() - started
         if waited > SLOW_SECONDS:
-            text = f"waited {waited:.0f} s for the save of step {earlier}: the disk is too slow for checkpoint.every"
+            every = self.run.config.checkpoint.every
+            text = f"waited {waited:.0f} s for the save of step {earlier}; raise checkpoint.every={every}, or use a faster disk"
             self.log.event(step, "slow disk", text)
             self.progress.note(text)
         if not self.run.store.holds(step):
@@ -169,6 +170,6 @@ class Recorder:
 
     def _log_failed_save(self, error: CheckpointError) -> None:
         failed, self._saving = self._saving, None
-        text = f"SAVE FAILED: {error}; training continues, and the next save is tried as scheduled"
+        text = f"SAVE FAILED: {error}; training continues, and the next save follows at the next interval"
         self.log.event(failed or 0, "save failed", text)
         self.progress.note(text)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Replay of a run: its steps taken again from a checkpoint or from the start, to compare with its log."""
+"""Replays steps of a run from a checkpoint or from the start, to compare their losses with its log."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,7 +37,7 @@ def open_replay(run_dir: Path, until: int) -> tuple[Run, list[str]]:
     data = open_data(config)
     if data.train.fingerprint != provenance["data_fingerprint"]:
         raise ProvenanceError(
-            f"{run_dir}: data.train has the fingerprint {data.train.fingerprint}, and the run was trained on data with "
+            f"{run_dir}: data.train has the fingerprint {data.train.fingerprint}, but the run was trained on data with "
             f"the fingerprint {provenance['data_fingerprint']}; restore that data to replay the run"
         )
     store = Store(run_dir / "checkpoints", writable=False)
@@ -55,7 +55,7 @@ def read_config(provenance: Mapping[str, Any], run_dir: Path) -> Config:
 
 
 def read_batch(run: Run, step: int) -> Batch:
-    """Return the batch of the step after `step` steps."""
+    """Return the batch of the step that follows `step` completed steps."""
     return run.data.train.batch(first_sequence(run.config.train, step), batch_size_at(run.config.train, step))
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Initial state of a run: resumed from its checkpoint, or with the weights of another one (`run.init_from`).
 
-The `Resume` markers of the schema (config/schema.py) say which fields may change when a run is resumed.
+The `Resume` markers of the schema (config/schema.py) are the rules for fields that change when a run is resumed.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from mesh_transformer.train.state import TrainState, flatten_state, unflatten_st
 def restore_state(
     config: Config, data: Data, store: Store, step: int, shapes: TrainState, shardings: TrainState
 ) -> tuple[TrainState, list[str]]:
-    """Return the state of a checkpoint of this run, and notes on what changed. Raises ConfigError, CheckpointError."""
+    """Return the state of a checkpoint, and notes on changed fields. Raises ConfigError, CheckpointError."""
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
     saved = parse_stored(meta["config"], where=where)  # fields added since then get their defaults
@@ -39,7 +39,7 @@ def restore_state(
 
 
 def check_resume(saved: Mapping[str, Any], config: Config, where: str) -> list[str]:
-    """Return notes on fields that differ from the saved configuration. Raises ConfigError for one that must not."""
+    """Return notes on fields that differ from the saved configuration. Raises ConfigError for a FIXED field."""
     before = flatten_table(saved)
     now = flatten_table(config_to_dict(config))
     notes = []
@@ -68,9 +68,9 @@ def _format_field(flat: Mapping[str, Any], path: str) -> str:
 
 
 def init_from(config: Config, state: TrainState, shardings: TrainState) -> tuple[TrainState, list[str]]:
-    """Return a new state with the weights of another checkpoint, and a note on where they come from.
+    """Return a new state with the weights of another checkpoint, and a note with its path.
 
-    With `run.load_optimizer_state` it has the optimizer's moments as well. The step, the schedule and the skip guard
+    With `run.load_optimizer_state`, the optimizer's moments are loaded as well. The step, the schedule and the skip guard
     start from zero, and arrays are cast to the types of `state`. Raises ConfigError if the models differ, and
     CheckpointError for a damaged checkpoint or moments of another optimizer.
     """
@@ -100,7 +100,7 @@ def init_from(config: Config, state: TrainState, shardings: TrainState) -> tuple
 
 
 def read_carried_meta(store: Store, step: int) -> dict[str, Any]:
-    """Return the metadata that says how the texts of a converted model begin and end; empty if it was trained here.
+    """Return a converted model's metadata about special tokens and chat template; empty for other models.
 
     The checkpoints of a run that starts from such a model keep it, for sampling and for an export.
     """
@@ -121,8 +121,8 @@ def _check_same_model(config: Config, saved: ModelConfig, where: str) -> None:
     if changed := [key for key in sorted(before.keys() | now.keys()) if now.get(key) != before.get(key)]:
         differences = ", ".join(f"{key} = {now.get(key)!r} (checkpoint: {before.get(key)!r})" for key in changed)
         raise ConfigError(
-            f"run.init_from: {where} was trained with a different model: {differences}; set them to the checkpoint's "
-            "values"
+            f"run.init_from: {where} was trained with a different [model] section: {differences}; set these fields "
+            "to the checkpoint's values"
         )
 
 

@@ -38,7 +38,7 @@ from mesh_transformer.train.step import Metrics, make_train_step
 
 @dataclasses.dataclass
 class Run:
-    """A run that is ready to train. Only `state` changes."""
+    """State, data and compiled steps of a run. Only `state` changes during training."""
 
     config: Config
     folder: RunFolder
@@ -50,7 +50,7 @@ class Run:
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: Callable[[Any, Batch], TokenLosses]
     flops_per_sequence: float  # of a training step, without recomputation
-    notes: list[str]  # how the state was obtained, for the log
+    notes: list[str]  # origin of the state, for the log
     carried: Mapping[
         str, Any
     ]  # metadata of the converted model that the run was started from (run.init_from), or empty
@@ -95,7 +95,7 @@ class Run:
         return self.layout.sharding(("batch", "sequence"), (size, self.config.model.seq_len), "batch")
 
     def save(self, meta: Mapping[str, Any]) -> None:
-        """Hand the state to the checkpoint store; on return the state may be donated to the next step."""
+        """Pass the state to the checkpoint store; after the return, the state may be donated to the next step."""
         meta = {
             "config": config_to_dict(self.config),
             "tokenizer": self.data.tokenizer.to_json(),
@@ -119,7 +119,7 @@ def open_run(
     """Open a run with the state of its latest checkpoint, or with a new state if it has none.
 
     `at` selects the checkpoint of that step, or a new state if 0, and opens the run folder read-only. Raises ConfigError
-    if the batch does not fit the mesh or the checkpoint not the configuration, and CheckpointError for a damaged
+    if the batch does not fit the mesh or the checkpoint does not fit the configuration, and CheckpointError for a damaged
     checkpoint (unless checkpoint.resume allows an older one).
     """
     check_batches(config, layout)
@@ -180,7 +180,7 @@ def check_batches(config: Config, layout: MeshLayout) -> None:
 
 
 def _check_processes_agree(config: Config, data: Data) -> None:
-    """Raise ConfigError if a process has another configuration or other data than process 0."""
+    """Raise ConfigError if the configuration or data of a process differs from that of process 0."""
     table = flatten_table(config_to_dict(config))
     own = json.dumps({key: value for key, value in table.items() if not key.startswith("mesh.process")})
     tables = [json.loads(text) for text in gather("configuration", own)]
@@ -188,13 +188,13 @@ def _check_processes_agree(config: Config, data: Data) -> None:
     for process, other in enumerate(tables):
         if changed := [key for key in sorted(first | other) if first.get(key) != other.get(key)]:
             raise ConfigError(
-                f"process {process} has {changed[0]} = {other.get(changed[0])!r}, and process 0 has "
+                f"process {process} has {changed[0]} = {other.get(changed[0])!r}, but process 0 has "
                 f"{first.get(changed[0])!r}; start all processes with the same configuration"
             )
     fingerprints = gather("data", data.train.fingerprint)
     for process, fingerprint in enumerate(fingerprints):
         if fingerprint != fingerprints[0]:
             raise ConfigError(
-                f"data.train of process {process} has the fingerprint {fingerprint}, and that of process 0 "
+                f"data.train of process {process} has the fingerprint {fingerprint}, but that of process 0 has "
                 f"{fingerprints[0]}; give all hosts the same files"
             )

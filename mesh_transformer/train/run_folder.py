@@ -4,8 +4,8 @@
 
 Checkpoints are written to the object store directly. Files that grow line by line cannot be: metrics, configuration and
 report are written into the mirror, <cache_dir>/runs/<digest of the URL>/<name>/, and uploaded by a thread at every
-checkpoint, every minute, and at the end. A run that resumes on another machine downloads them; on the same machine it
-keeps the mirror's file where that only has more lines. An unreachable store is reported and retried, and does not stop
+checkpoint, every minute, and at the end. A run that resumes on another machine downloads them; on the same machine,
+a mirrored file that continues the stored one is kept. An unreachable store is reported and retried, and does not stop
 the run.
 """
 
@@ -27,8 +27,9 @@ CHECKPOINTS = "checkpoints"
 
 
 class RunFolder:
-    """`with RunFolder(config, report) as folder:`; `location` is run.dir, `path` the local folder of its files.
+    """The folder of a run, used as `with RunFolder(config, report) as folder:`.
 
+    `location` is run.dir, and `path` is the local folder of its files: the same, or the mirror of an object store.
     Only process 0 writes into it. `report` receives a message when the store cannot be reached.
     """
 
@@ -66,7 +67,7 @@ class RunFolder:
             self._thread.join()
 
     def request_upload(self) -> None:
-        """Upload what is new; does not wait."""
+        """Request an upload of changed files in the background."""
         self._wake.set()
 
     def _download(self, store: ObjectStoreBackend) -> None:
@@ -92,7 +93,7 @@ class RunFolder:
                 is_failing = False
             except (CheckpointError, OSError) as error:
                 if not is_failing or is_last:
-                    self._report(f"{error}; the upload is retried, the files are in {self.path}")
+                    self._report(f"{error}; the upload will be retried, and the files are in {self.path}")
                 is_failing = True
 
     def _upload(self, store: ObjectStoreBackend) -> None:

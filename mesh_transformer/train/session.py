@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A training session: opens the data and the run of a configuration, trains, and prints what a user sees of it."""
+"""A training session: opens the data and the run of a configuration, trains, and prints progress and results."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -53,8 +53,8 @@ def train_config(
         )
     if not config.model.causal:
         raise ConfigError(
-            "model.causal=false cannot be trained on next-token prediction: each token would see its own target. Use a "
-            "decoder (model.causal=true), or add one (model.n_encoder_layers)"
+            "model.causal=false cannot be trained on next-token prediction, because each token attends to its own target; set "
+            "model.causal=true, or add an encoder to a decoder with model.n_encoder_layers"
         )
     is_main = process_index() == 0
     console = Console(quiet=not is_main)
@@ -106,7 +106,7 @@ def _archive_run(run_dir: AnyPath, console: Console) -> None:
     if isinstance(run_dir, RemotePath):
         if run_dir.exists():
             raise ConfigError(
-                f"--restart: {run_dir} holds a run, and folders of an object store cannot be renamed; "
+                f"--restart: {run_dir} contains a run, and folders of an object store cannot be renamed; "
                 "choose another run.dir"
             )
     elif run_dir.exists():

@@ -216,7 +216,7 @@ def _split_batch(batch: Batch, n_microbatches: int) -> Batch:
 def _is_good_step(
     guard: SkipGuard, loss: Float[Array, ""], grad_norm: Float[Array, ""], loss_spike_factor: float
 ) -> Bool[Array, ""]:
-    """Return whether loss and gradient norm are finite and no spike.
+    """Return whether loss and gradient norm are finite and not spikes.
 
     A spike is above `loss_spike_factor` times the median of the last GUARD_WINDOW accepted steps; none is detected
     before that many steps were accepted.

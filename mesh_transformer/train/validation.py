@@ -19,7 +19,7 @@ COMPRESS_BYTES = 1_000_000  # compressed between two checks of should_stop
 
 
 class ValidationScore(NamedTuple):
-    """Scores of one validation set."""
+    """Results of one validation set."""
 
     loss: float  # nats per token
     perplexity: float
@@ -36,7 +36,7 @@ def validate(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidationScore | None:
-    """Score the first `max_batches` batches (all by default); return None if `should_stop` before the end.
+    """Compute the loss of the first `max_batches` batches (default: all); return None if `should_stop` before the end.
 
     Sums stay on the devices until the end. Bits per byte are the bits of all tokens, including end-of-text tokens, per
     byte of text; for a part of a set, its bytes are estimated in proportion to its tokens. `score_batch` receives the

@@ -109,7 +109,7 @@ def test_fingerprints_differ_between_data(shards):
 
 
 def test_wrong_data_is_refused(shards, tmp_path):
-    with pytest.raises(DataError, match=r"b: document \d+ contains token .*n_vocab is 60"):
+    with pytest.raises(DataError, match=r"b: document \d+ contains token id .*n_vocab=60"):
         make(shards[1:], n_vocab=60).batch(0, 50)
     short = make_shard(tmp_path, "short", 1)
     with pytest.raises(DataError, match=r"short: .*fewer than one sequence of 64"):

@@ -82,11 +82,11 @@ BAD = [
     Bad("empty.jsonl.zst", b"", "", "empty file", "the archive is empty", 0),
     Bad("utf8.jsonl", lines(GOOD, b'{"text": "\xff"}\n', GOOD), ":2", "bad UTF-8", "byte 10 (0xff)", 2),
     Bad("utf8.txt", b"one\ntwo\nthr\xc3\x28ee", ":3", "bad UTF-8", "byte 11 (0xc3)", 0),
-    Bad("cut.txt", "ends inside é".encode()[:-1], "", "bad UTF-8", "not UTF-8", 0),
+    Bad("cut.txt", "ends inside é".encode()[:-1], "", "bad UTF-8", "not valid UTF-8", 0),
     Bad("utf16.txt", "some text".encode("utf-16"), "", "bad UTF-8", "UTF-16", 0),
     Bad("surrogate.jsonl", lines(b'{"text": "a\\ud800b"}\n', GOOD), ":1", "lone surrogate", "U+D800 at character 1", 1),
     Bad("broken.jsonl", lines(GOOD, b'{"text": "a"\n', GOOD), ":2", "broken JSON", "column", 2),
-    Bad("cut.jsonl", lines(GOOD, b'{"text": "the las'), ":2", "broken JSON", "one JSON object per line", 1),
+    Bad("cut.jsonl", lines(GOOD, b'{"text": "the las'), ":2", "broken JSON", "each line must be one JSON object", 1),
     Bad("list.jsonl", lines(GOOD, ["text"]), ":2", "not an object", "got a list", 1),
     Bad("number.jsonl", lines(7, GOOD), ":1", "not an object", "got a number", 1),
     Bad("string.jsonl", lines("text", GOOD), ":1", "not an object", "got a string", 1),
@@ -96,19 +96,27 @@ BAD = [
         lines(GOOD, {"content": "x", "id": 1}),
         ":2",
         "no text",
-        "no key 'text'; keys here: 'content', 'id'",
+        "no key 'text'; set text_key to one of the keys: 'content', 'id'",
         1,
     ),
-    Bad("nulltext.jsonl", lines({"text": None}, GOOD), ":1", "not text", "got null, expected text", 1),
-    Bad("listtext.jsonl", lines(GOOD, GOOD, {"text": ["a"]}), ":3", "not text", "got list, expected", 2),
+    Bad("nulltext.jsonl", lines({"text": None}, GOOD), ":1", "not text", "'text' is null, expected a string", 1),
+    Bad("listtext.jsonl", lines(GOOD, GOOD, {"text": ["a"]}), ":3", "not text", "'text' is list, expected", 2),
     Bad("nul.jsonl", lines(GOOD, {"text": "a\nb\0c"}), ":2", "NUL", "character 3 (line 2", 1),
     Bad("raw_nul.jsonl", lines(GOOD, b"\0" * 512 + b"\n", GOOD), ":2", "broken JSON", "column 1", 2),
     Bad("nul.txt", b"\0" * 4096, "", "NUL", "binary or damaged", 0),
     Bad("deep.jsonl", lines(b"[" * 200_000 + b"\n", GOOD), ":1", "broken JSON", "nested too deeply", 1),
     Bad("digits.jsonl", lines(b'{"n": ' + b"7" * 9999 + b"}\n", GOOD), ":1", "broken JSON", "cannot be parsed", 1),
-    Bad("pretty.json", json.dumps(GOOD, indent=1).encode(), ":1", "broken JSON", "one JSON object per line", 0, 3),
+    Bad(
+        "pretty.json",
+        json.dumps(GOOD, indent=1).encode(),
+        ":1",
+        "broken JSON",
+        "each line must be one JSON object",
+        0,
+        3,
+    ),
     Bad("coding.py", b"# coding: klingon\nx = 1\n", "", "bad encoding", "klingon", 0),
-    Bad("latin.py", b"name = '\xe9'\n", "", "bad encoding", "not Python source", 0),
+    Bad("latin.py", b"name = '\xe9'\n", "", "bad encoding", "cannot be decoded as Python source", 0),
     Bad("picture.png", b"\x89PNG\r\n\x1a\n\0\0", ":1", "bad UTF-8", "binary", 0),
     Bad("many.tar.gz", gzip.compress(b"x"), "", "unreadable type", "unpack it first", 0),
     Bad("many.zip", b"PK", "", "unreadable type", "unpack it first", 0),
@@ -267,10 +275,10 @@ def test_missing_path_suggests_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the dataset path is empty"):
         read_documents("")
     (tmp_path / "empty" / ".git").mkdir(parents=True)
-    with pytest.raises(DataError, match="empty: no files in this folder"):
+    with pytest.raises(DataError, match="empty: this folder has no files"):
         read_documents(tmp_path / "empty")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="neither a file nor a folder"):
+    with pytest.raises(DataError, match="this is a device or socket"):
         read_documents(tmp_path / "pipe")
 
 
@@ -280,13 +288,17 @@ def test_empty_texts_are_counted_and_a_dataset_of_them_is_refused(tmp_path: Path
     count = SkippedDocuments()
     assert [d.name for d in read_documents(tmp_path, skipped=count)] == ["a.jsonl:2"]
     assert count.counts == {"empty text": 3}
-    with pytest.raises(DataError, match=r"b\.txt: no usable document: skipped 1 \(empty text\)"):
+    with pytest.raises(
+        DataError, match=r"b\.txt: this dataset has no usable document: skipped 1 documents \(empty text\)"
+    ):
         list(read_documents(tmp_path / "b.txt"))
     (tmp_path / "a.jsonl").write_bytes(b"\n \n")
     with pytest.raises(DataError, match="only blank lines"):
         list(read_documents(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_bytes(lines([], []))
-    with pytest.raises(DataError, match=r"no usable document: skipped 2 \(not an object\), first: .*a\.jsonl:1"):
+    with pytest.raises(
+        DataError, match=r"no usable document: skipped 2 documents \(not an object\); first: .*a\.jsonl:1"
+    ):
         list(read_documents(tmp_path / "a.jsonl", on_bad="skip", skipped=SkippedDocuments()))
 
 
@@ -313,22 +325,24 @@ def test_counts_of_processes_add_up(tmp_path: Path) -> None:
     assert total.examples == single.examples
     assert total.summary_lines() == single.summary_lines()
     assert [len(examples) for examples in total.examples.values()] == [3, 3]
-    assert total.summary_lines()[0].startswith(f"skipped 6 (not an object), first: {tmp_path}/a.jsonl:2: got a list")
+    assert total.summary_lines()[0].startswith(
+        f"skipped 6 documents (not an object); first: {tmp_path}/a.jsonl:2: got a list"
+    )
 
 
 def test_parquet(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     texts = [*TEXTS, None, "", "a\0b"]
     pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), file, row_group_size=90)
-    with pytest.raises(DataError, match=rf"a\.parquet:{N + 1}: got null, expected text"):
+    with pytest.raises(DataError, match=rf"a\.parquet:{N + 1}: 'text' is null, expected a string"):
         list(read_documents(file))
     count = SkippedDocuments()
     documents = list(read_documents(file, on_bad="skip", skipped=count))
     assert documents == [Document(text, f"a.parquet:{i}") for i, text in enumerate(TEXTS, 1)]
     assert count.counts == {"not text": 1, "empty text": 1, "NUL": 1}
-    with pytest.raises(DataError, match="no column 'body'; columns here: 'id', 'text'"):
+    with pytest.raises(DataError, match="no column 'body'; set text_key to one of the columns: 'id', 'text'"):
         list(read_documents(file, text_key="body"))
-    with pytest.raises(DataError, match=r"a\.parquet:1: got int, expected text"):
+    with pytest.raises(DataError, match=r"a\.parquet:1: 'id' is int, expected a string"):
         list(read_documents(file, text_key="id"))
 
 
@@ -370,10 +384,10 @@ def test_long_lines_and_bounded_memory(tmp_path: Path) -> None:
 def test_endless_document_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compression, "_MAX_DOCUMENT_BYTES", 1_000_000)
     (tmp_path / "a.jsonl.zst").write_bytes(zst(lines(GOOD) + b" " * 5_000_000))
-    with pytest.raises(DataError, match="more than 1,000,000 bytes in one document"):
+    with pytest.raises(DataError, match="the document has more than 1,000,000 bytes"):
         list(read_documents(tmp_path))
     (tmp_path / "a.jsonl.zst").rename(tmp_path / "a.txt.zst")
-    with pytest.raises(DataError, match=r"if each line is a document, use \.jsonl"):
+    with pytest.raises(DataError, match=r"use \.jsonl with one document per line"):
         list(read_documents(tmp_path))
 
 

@@ -117,7 +117,10 @@ DAMAGED = {
     "length": (flip(GOOD, 0), "checksum of the length"),
     "data": (flip(GOOD, 100), "checksum of the data"),
     "checksum": (flip(GOOD, len(GOOD) - 1), "checksum of the data"),
-    "no feature": (frame(example(tokens=feature([1]), n=feature([2]))), "no feature 'text'; .*'tokens', 'n'"),
+    "no feature": (
+        frame(example(tokens=feature([1]), n=feature([2]))),
+        "no feature 'text' with token ids; its features: 'tokens', 'n'",
+    ),
     "empty example": (frame(b""), "no feature 'text'.*none"),
     "bytes": (frame(example(text=field(1, field(1, b"a text")))), "holds bytes .* expected a list of int64"),
     "floats": (frame(example(text=field(2, field(1, b"abcd")))), "holds floats"),
@@ -126,7 +129,7 @@ DAMAGED = {
     "fixed64": (frame(example(text=field(3, b"\x09" + bytes(8)))), "field 1 of wire type 1"),
     "no protobuf": (frame(b"\xff" * 40), "not a tf.train.Example"),
     "field too long": (frame(b"\x0a\x7f"), "extends past its end"),
-    "cut varint": (frame(example(text=field(3, field(1, b"\x80")))), "truncated varint"),
+    "cut varint": (frame(example(text=field(3, field(1, b"\x80")))), "the last token id is incomplete"),
 }
 
 

@@ -358,12 +358,14 @@ def without(*tokens: str) -> dict[str, Any]:
 
 
 ERRORS = {
-    "no end-of-text token": small_table(added_tokens=[special(259, "[PAD]")]),
-    "no end-of-text token; name it as eos_token": small_table(
+    "this tokenizer has no end-of-text token": small_table(added_tokens=[special(259, "[PAD]")]),
+    "no end-of-text token; set eos_token in the tokenizer_config.json": small_table(
         added_tokens=[], model=dict(small_table()["model"], vocab=small_table()["model"]["vocab"] | {"</s>": 259})
     ),
-    "no vocabulary": {"version": "1.0"},
-    "end_of_word_suffix is not": small_table(model=dict(small_table()["model"], end_of_word_suffix="</w>")),
+    "model.vocab is missing or empty": {"version": "1.0"},
+    "end_of_word_suffix='</w>' is not supported": small_table(
+        model=dict(small_table()["model"], end_of_word_suffix="</w>")
+    ),
     "not a usable tokenizer.json": small_table(pre_tokenizer={"type": "Unheard"}),
     "would be encoded as the special token": small_table(
         added_tokens=[special(257, "the")], pre_tokenizer=None, normalizer={"type": "ByteLevel"}
@@ -384,7 +386,9 @@ def test_unusable_vocabularies(tmp_path: Path, message: str) -> None:
 
 LOSSY = {
     "lacks 1 of the 243 byte values": without("A"),
-    "has no bytes: text outside it becomes nothing": small_table(pre_tokenizer={"type": "Whitespace"}, decoder=None),
+    "has no byte tokens: text that it lacks is dropped": small_table(
+        pre_tokenizer={"type": "Whitespace"}, decoder=None
+    ),
     "does not preserve all text": small_table(
         normalizer={"type": "Replace", "pattern": {"String": " "}, "content": ""}
     ),
@@ -511,11 +515,11 @@ def test_spaces_are_cleaned_up_as_by_transformers() -> None:
 def test_unusable_files(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="did you mean bytes"):
         load_tokenizer("byte")
-    with pytest.raises(TokenizerError, match=r"has no tokenizer: neither tokenizer\.json"):
+    with pytest.raises(TokenizerError, match=r"has no tokenizer; add tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps(small_table()["model"]["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e x\n")
-    with pytest.raises(TokenizerError, match=r"merges\.txt:3: expected two tokens"):
+    with pytest.raises(TokenizerError, match=r"merges\.txt:3: got 'th e x', expected two tokens"):
         load_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("t h\n")
     with pytest.raises(TokenizerError, match="no end-of-text token"):
@@ -532,7 +536,7 @@ def test_unusable_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\xff")
     with pytest.raises(TokenizerError, match=r"tokenizer\.model: not valid JSON.*give a tokenizer\.json"):
         load_tokenizer(tmp_path / "tokenizer.model")
-    with pytest.raises(TokenizerError, match="checkpoint: not a stored tokenizer"):
+    with pytest.raises(TokenizerError, match="checkpoint: the stored tokenizer has type 'words'"):
         tokenizer_from_json({"type": "words"})
 
 
@@ -550,7 +554,7 @@ def test_training_a_tokenizer(load_script: Any, tmp_path: Path, capsys: pytest.C
     captured = capsys.readouterr()
     assert "300 tokens from" in captured.out
     assert "held-out documents" in captured.out
-    assert "skipped 1 (not an object)" in captured.err
+    assert "skipped 1 documents (not an object)" in captured.err
     assert [file.name for file in written.parent.iterdir()] == ["tokenizer.json"]
     tokenizer = load_tokenizer(tmp_path / "out")
     assert (tokenizer.n_vocab, tokenizer.end_of_text) == (300, 0)

@@ -336,7 +336,7 @@ def test_invalid_usage(trained, tmp_path):
         (["--num-fewshot", "-1"], "--num-fewshot -1: expected N or NAME=N"),
         (["--set", "train.steps=3"], "of a trained model cannot be changed; only"),
         (["--set", "evaluate.context=65"], r"evaluate\.context=65: must be between 1 and model\.seq_len=64"),
-        (["--data", f"mine={tmp_path}"], "no files in this folder"),
+        (["--data", f"mine={tmp_path}"], "this folder has no files"),
         (["--data", f"mine={tmp_path / 'absent'}"], "no such file or folder"),
     ):
         with pytest.raises(ValueError, match=words):

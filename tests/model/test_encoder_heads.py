@@ -197,7 +197,7 @@ def test_a_model_without_a_head_has_no_logits():
     params = draw_params(config)
     with pytest.raises(ConfigError, match=r'model\.head="none" has no vocabulary logits'):
         make_model(config).apply(params, jnp.asarray(TOKENS))
-    with pytest.raises(ConfigError, match=r'model\.head="none" has no logits to compute a loss of'):
+    with pytest.raises(ConfigError, match=r'model\.head="none" computes no logits, which the loss requires'):
         require_head(config)
     plain = dataclasses.replace(config, n_token_types=None)
     with pytest.raises(ConfigError, match=r"token_types were given, but model\.n_token_types is not set"):

@@ -208,7 +208,7 @@ def test_local_layers_may_have_a_base_of_their_own():
     ("fields", "message"),
     [
         (dict(type="linear"), 'type="linear" requires factor'),
-        (dict(type="linear", factor=2.0, original_seq_len=8), "original_seq_len has no effect"),
+        (dict(type="linear", factor=2.0, original_seq_len=8), "original_seq_len=8 has no effect"),
         (dict(factor=2.0, low_freq_factor=4.0, high_freq_factor=1.0, original_seq_len=8), "must be less than"),
         (
             dict(type="longrope", short_factor=(1.0,), long_factor=(1.0,), original_seq_len=8),
@@ -223,7 +223,7 @@ def test_wrong_scalings_are_refused(fields, message):
 
 def test_rope_fields_without_effect_are_refused():
     for fields, message in (
-        (dict(rope_pattern=(True, False)), "rope_pattern has no effect"),
+        (dict(rope_pattern=(True, False)), r"rope_pattern=\[true, false\] has no effect"),
         (dict(positions="rope-half", rope_local_theta=10.0), "rope_local_theta=10.0 has no effect"),
         (
             dict(
@@ -231,7 +231,7 @@ def test_rope_fields_without_effect_are_refused():
                 rope_dims=4,
                 rope_scaling=RopeScalingConfig(type="longrope", **SCALINGS["longrope"][0]),
             ),
-            "must have 2 elements",
+            "short_factor has 4 elements and long_factor has 4; each must have 2",
         ),
     ):
         with pytest.raises(ValueError, match=message):

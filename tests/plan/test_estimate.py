@@ -94,5 +94,5 @@ def test_a_model_without_logits_has_no_training_step():
         "data": {"train": {"a": {"path": "x"}}},
         "train": {"steps": 1, "batch_size": 8},
     }
-    with pytest.raises(ConfigError, match=r'model\.head="none" has no logits'):
+    with pytest.raises(ConfigError, match=r'model\.head="none" computes no logits'):
         estimate_training(parse_config(table, where="minilm"), "local")

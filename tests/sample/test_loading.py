@@ -59,7 +59,7 @@ def test_a_draft_model_may_differ_but_not_in_its_vocabulary(run, model, save_run
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (['serve.speculative="draft-model"'], 'speculative="draft-model" needs draft_model'),
+        (['serve.speculative="draft-model"'], 'speculative="draft-model" requires draft_model'),
         (['serve.draft_model="runs/small"'], 'has no effect with speculative="none"'),
         (['serve.speculative="ngram"'], "serve.speculative"),
         (["serve.num_speculative_tokens=0"], "serve.num_speculative_tokens"),

@@ -54,7 +54,7 @@ def test_device_sample_prints_json_and_one_line_errors(run, model, device_sample
     assert missing.stderr.count("\n") == 1
     assert "no such" in missing.stderr
     clipped = device_sample(run, "--prompt", "x" * 2040, "--stop", "no such text")
-    assert clipped.stderr == "note: stopped after 8 tokens at seq_len=2048\n"
+    assert clipped.stderr == "note: stopped after 8 tokens, at the maximum length model.seq_len=2048\n"
 
 
 def test_device_sample_decodes_speculatively(run, model, device_sample):
@@ -69,4 +69,4 @@ def test_device_sample_decodes_speculatively(run, model, device_sample):
     assert line["speculative"]["draft_tokens"] > 0
     refused = device_sample(run, *greedy, "--speculative", "draft-model")
     assert refused.returncode == 2
-    assert 'speculative="draft-model" needs draft_model' in refused.stderr
+    assert 'speculative="draft-model" requires draft_model' in refused.stderr

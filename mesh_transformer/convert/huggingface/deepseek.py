@@ -120,6 +120,6 @@ def write_v2(c: ModelConfig) -> dict[str, Any]:
 
 def write_v3(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a DeepseekV3Config without multi-token prediction."""
-    normalized = c.experts is not None and c.experts.scales_gates
+    normalized = c.experts is not None and c.experts.normalizes_gates
     interleaved = c.positions == "rope-interleaved"
     return _write(c) | dict(norm_topk_prob=normalized, rope_interleave=interleaved, num_nextn_predict_layers=0)

@@ -83,7 +83,7 @@ def write_config(c: ModelConfig) -> dict[str, Any]:
         use_sliding_window=has_windows, sliding_window=c.attention_window if has_windows else None,
         moe_intermediate_size=c.expert_ff_dim, shared_expert_intermediate_size=c.shared_ff_dim,
         num_experts=e.n_experts if e else 0, num_experts_per_tok=e.n_experts_per_token if e else 1,
-        norm_topk_prob=e is not None and e.scales_gates, decoder_sparse_step=1,
+        norm_topk_prob=e is not None and e.normalizes_gates, decoder_sparse_step=1,
         mlp_only_layers=[i for i, kind in enumerate(c.layer_kinds) if not kind.has_experts], **write_rope(c),
     )  # fmt: skip
     return table

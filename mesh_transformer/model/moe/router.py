@@ -108,7 +108,7 @@ def select_experts(
         preference = _limit_groups(preference, experts)
     _, selected = jax.lax.top_k(jax.lax.stop_gradient(preference), experts.n_experts_per_token)
     gates = jnp.take_along_axis(scores, selected, axis=-1)
-    if experts.scales_gates:  # 1e-20 as in DeepSeek V3: a sum of sigmoids can be zero
+    if experts.normalizes_gates:  # 1e-20 as in DeepSeek V3: a sum of sigmoids can be zero
         gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)
     return gates * experts.gate_scale, selected
 

@@ -51,7 +51,7 @@ def test_selection_equals_a_loop(name):
         ranked = sorted(groups, key=lambda group: -np.sort(preference[group])[-n_summed:].sum())
         allowed = np.concatenate(ranked[: e.groups_per_token])
         wanted = allowed[np.argsort(-preference[allowed])][: e.n_experts_per_token]
-        total = own[wanted].sum() if e.scales_gates else 1.0
+        total = own[wanted].sum() if e.normalizes_gates else 1.0
         assert list(selected[token]) == list(wanted)
         np.testing.assert_allclose(gates[token], e.gate_scale * own[wanted] / total, rtol=1e-5)
         differs += list(wanted) != list(np.argsort(-own)[: e.n_experts_per_token])
@@ -160,11 +160,14 @@ def test_layers_are_split_where_fewest_are_compiled():
     ("experts", "message"),
     [
         (dict(n_expert_groups=3), "n_expert_groups=3 must divide n_experts=4"),
-        (dict(n_expert_groups=4, n_groups_per_token=1), "so many groups of 1 experts must hold n_experts_per_token=2"),
+        (
+            dict(n_expert_groups=4, n_groups_per_token=1),
+            "n_groups_per_token=1 groups of 1 experts have fewer experts than n_experts_per_token=2",
+        ),
         (dict(shared_expert=False), "shared_d_ff=12 has no effect without shared_expert=true"),
-        (dict(dense_layers=(3,)), "experts.dense_layers has 3, n_layers is 3"),
-        (dict(dense_layers=(0, 1, 2)), "no layer has experts"),
-        (dict(routing="expert-choice"), 'scores=sigmoid requires routing="token-choice"'),
+        (dict(dense_layers=(3,)), "experts.dense_layers contains 3, but with n_layers=3 the largest index is 2"),
+        (dict(dense_layers=(0, 1, 2)), "leave no layer with experts"),
+        (dict(routing="expert-choice"), 'scores=sigmoid has no effect with routing="expert-choice"'),
     ],
 )
 def test_contradictions_are_refused(experts, message):
