@@ -13,11 +13,21 @@ __version__ = "2.0.0"
 
 if TYPE_CHECKING:
     from mesh_transformer.config import Config, ConfigError, load_config
-    from mesh_transformer.library import Model, load_model, make_mesh, reshard, train_model
+    from mesh_transformer.library import Encoder, Model, load_model, make_mesh, reshard, train_model
 
-__all__ = ["Config", "ConfigError", "Model", "load_config", "load_model", "make_mesh", "reshard", "train_model"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Encoder",
+    "Model",
+    "load_config",
+    "load_model",
+    "make_mesh",
+    "reshard",
+    "train_model",
+]
 
-_LIBRARY = ("Model", "load_model", "make_mesh", "reshard", "train_model")
+_LIBRARY = ("Encoder", "Model", "load_model", "make_mesh", "reshard", "train_model")
 _CONFIG = ("Config", "ConfigError", "load_config")
 
 

@@ -16,7 +16,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -28,8 +28,9 @@ from mesh_transformer.distributed.stop import StopRequest
 from mesh_transformer.evaluate.callback import make_measure
 from mesh_transformer.mesh import MeshLayout, init_devices
 from mesh_transformer.sample import loading
+from mesh_transformer.sample.encoder import EncoderInputs, Texts, make_inputs, mean_pool
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
-from mesh_transformer.sample.loading import LoadedModel
+from mesh_transformer.sample.loading import LoadedEncoder, LoadedModel
 from mesh_transformer.sample.text_generation import TextCompletion, TextGeneration
 from mesh_transformer.train.session import train_config
 
@@ -137,8 +138,82 @@ class Model:
         return TextGeneration(loaded.engine, loaded.defaults, prompts, options, n=n, seed=seed, stops=stop)
 
 
-def load_model(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Model:
-    """Load a trained model onto devices.
+class Encoder:
+    """An encoder-only model (BERT, RoBERTa, ALBERT) on devices: hidden states and outputs of its heads. Made by `load_model`.
+
+    `texts` is one input or a batch: a text, a list of texts, a list of pairs of texts (text, text), the token IDs of one
+    sequence, those of several, or the result of `tokenize`. A text gets the special tokens of the model's files, and
+    special tokens written in it, such as [MASK], become their IDs. The sequences of a batch are padded to the longest one;
+    an output of a text does not depend on the others. Outputs at padding have no meaning. A sequence that is empty or
+    longer than model.seq_len raises PromptError.
+    """
+
+    def __init__(self, loaded: LoadedEncoder) -> None:
+        self._loaded = loaded
+
+    def __repr__(self) -> str:
+        return f"Encoder({self._loaded.where!r}, step {self.step})"
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the model, with today's [mesh] section."""
+        return self._loaded.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the checkpoint stores: `encode(text)`, `decode(ids)`."""
+        return self._loaded.tokenizer
+
+    @property
+    def step(self) -> int:
+        """The training step of the checkpoint."""
+        return self._loaded.step
+
+    def tokenize(self, texts: Texts | EncoderInputs) -> EncoderInputs:
+        """Return the batch that the model reads: `tokens`, `attention_mask` and `token_types`, int32 [batch, seq_len]."""
+        return make_inputs(texts, self.tokenizer, self.config.model)
+
+    def hidden_states(self, texts: Texts | EncoderInputs) -> np.ndarray:
+        """Return the hidden states after the last layer, float32 [batch, seq_len, d_model]."""
+        return self._loaded.programs.hidden_states(self.tokenize(texts))
+
+    def mean_pooled(self, texts: Texts | EncoderInputs, *, normalize: bool = True) -> np.ndarray:
+        """Return the mean of each text's hidden states, padding excluded, float32 [batch, d_model].
+
+        Divided by its L2 norm unless `normalize` is false: the sentence embeddings of all-MiniLM and other models of
+        sentence-transformers with mean pooling (Reimers and Gurevych 2019, section 3). The dot product of two of them is
+        the cosine similarity of the texts.
+        """
+        inputs = self.tokenize(texts)
+        return mean_pool(self._loaded.programs.hidden_states(inputs), inputs.attention_mask, normalize=normalize)
+
+    def pooled(self, texts: Texts | EncoderInputs) -> np.ndarray:
+        """Return the output of the pooler, float32 [batch, d_model]. Raises ConfigError if the model has none."""
+        return self._loaded.programs.pooled(self.tokenize(texts))
+
+    def logits(self, texts: Texts | EncoderInputs) -> np.ndarray:
+        """Return the logits of the masked language-model head, float32 [batch, seq_len, n_vocab].
+
+        Raises ConfigError if the model has none.
+        """
+        return self._loaded.programs.logits(self.tokenize(texts))
+
+    def class_logits(self, texts: Texts | EncoderInputs) -> np.ndarray:
+        """Return the logits of the sequence classifier, float32 [batch, n_labels]. Raises ConfigError if it has none."""
+        return self._loaded.programs.class_logits(self.tokenize(texts))
+
+    def generate(self, *_: Any, **__: Any) -> NoReturn:
+        """Raise ConfigError: an encoder does not generate text."""
+        raise ConfigError(
+            f"{self._loaded.where} is an encoder (model.causal=false), which cannot generate text; use hidden_states, "
+            "mean_pooled, pooled, logits or class_logits, or load a model that generates, such as GPT-2"
+        )
+
+    stream = generate
+
+
+def load_model(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Model | Encoder:
+    """Load a trained model onto devices: a `Model`, or an `Encoder` if the model is encoder-only.
 
     Args:
       path: a run folder (its latest valid checkpoint), a checkpoint folder, or a Hugging Face model folder; also s3:// and
@@ -150,7 +225,8 @@ def load_model(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> M
       ConfigError: an override that would change the model, or a mesh that does not fit.
       CheckpointError: no checkpoint, or a damaged one.
     """
-    return Model(loading.load_model(os.fspath(path), overrides))
+    loaded = loading.load_any_model(os.fspath(path), overrides)
+    return Encoder(loaded) if isinstance(loaded, LoadedEncoder) else Model(loaded)
 
 
 def make_mesh(**axes: Any) -> MeshLayout:

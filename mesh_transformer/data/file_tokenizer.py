@@ -79,6 +79,17 @@ class FileTokenizer:
             ids = self.encode_batch([text])[0].tolist()
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """Return the ids of two texts as one input of an encoder, and their token types: of which text each id is.
+
+        The tokenizer's files say which special tokens are added and what the types are. Special tokens written in the texts
+        become their ids. Raises TokenizerError at lone surrogates.
+        """
+        for text in (first, second):
+            to_utf8(text)
+        encoding = _share_library(self._source, "tokenizer", parse_special=True).encode(first, second)
+        return encoding.ids, encoding.type_ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # Long texts are encoded in parts, because `tokenizers` needs about 120 bytes of memory per character.
         ids: list[list[np.ndarray]] = [[] for _ in texts]

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Loading of a trained model for generation, with its configuration and tokenizer, from a run folder or a checkpoint."""
+"""Loading of a trained model onto devices, with its configuration and tokenizer, from a run folder or a checkpoint."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from mesh_transformer.host_memory import keep_freed_memory
 from mesh_transformer.mesh import MeshLayout, init_devices
 from mesh_transformer.model.params import STACK, ParamInfo, Params, flatten_names
 from mesh_transformer.model.shapes import describe_params
+from mesh_transformer.sample.encoder import EncoderPrograms
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
 from mesh_transformer.sample.engine.encoder_decoder import EncoderDecoderEngine
 from mesh_transformer.sample.engine.engine import Engine, EngineOptions
@@ -32,6 +33,7 @@ from mesh_transformer.sample.model_defaults import ModelDefaults, apply_defaults
 from mesh_transformer.storage.paths import AnyPath
 
 SETTABLE = ("sample.", "serve.", "evaluate.", "mesh.", "model.dtype")
+ENCODER_SETTABLE = ("mesh.", "model.dtype", "serve.weight_dtype")
 # Required sections that imported checkpoints lack, because another program trained them.
 NO_TRAINING = {"data": {"train": {"unknown": {"path": ""}}}, "train": {"steps": 1, "batch_size": 1}}
 ONE_DEVICE = {"data": 1}  # default mesh; the mesh in a checkpoint's configuration is that of its training
@@ -48,8 +50,37 @@ class LoadedModel(NamedTuple):
     defaults: ModelDefaults  # from the model's files, with the overrides of load_model
 
 
+class LoadedEncoder(NamedTuple):
+    """An encoder-only model on its devices; the fields are as in LoadedModel."""
+
+    programs: EncoderPrograms
+    tokenizer: Tokenizer
+    config: Config
+    step: int
+    where: str
+
+
+class _Source(NamedTuple):
+    """A checkpoint whose metadata is read."""
+
+    store: Store
+    step: int
+    meta: dict[str, Any]
+    config: Config
+    tokenizer: Tokenizer
+    where: str
+
+
+def load_any_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedModel | LoadedEncoder:
+    """Load a model that generates text, or an encoder-only model; arguments and errors are as in `load_model`."""
+    overrides = list(overrides)
+    source = _open(path, overrides)
+    return _load_generator(source, overrides) if source.config.model.causal else _load_encoder(source, overrides)
+
+
 def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedModel:
-    """Load a model: the latest valid checkpoint of the run folder `path`, `path` itself, or a model of another format.
+    """Load a model that generates text: the latest valid checkpoint of the run folder `path`, `path` itself, or a model of
+    another format.
 
     Only the weights are read, by each device its own slices. The mesh is one device unless `overrides` set `mesh.*`.
 
@@ -60,23 +91,51 @@ def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedMode
 
     Raises:
       CheckpointError: there is no valid checkpoint.
-      ConfigError: an override would change the model, the mesh does not fit the devices, or the draft model has another
-        vocabulary.
+      ConfigError: an override would change the model, the mesh does not fit the devices, the draft model has another
+        vocabulary, or the model is an encoder.
     """
-    keep_freed_memory(True)  # before threads start, so that malloc uses one arena
     overrides = list(overrides)
+    source = _open(path, overrides)
+    if not source.config.model.causal:
+        raise ConfigError(
+            f"{path} is an encoder (model.causal=false, such as BERT), which cannot generate or score text; use "
+            "mesh_transformer.load_model in Python for its hidden states, pooled outputs and logits"
+        )
+    return _load_generator(source, overrides)
+
+
+def _open(path: str | AnyPath, overrides: Sequence[str]) -> _Source:
+    keep_freed_memory(True)  # before threads start, so that malloc uses one arena
     store, step = find_model(path, log=_log)
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
     config = read_model_config(meta, where, overrides)
     if "tokenizer" not in meta:
         raise ConfigError(f"{where} has no tokenizer; convert the checkpoint again with --tokenizer PATH")
-    defaults = read_defaults(meta, tokenizer_from_json(meta["tokenizer"], where=where), config.model, where)
-    defaults, config = apply_defaults(defaults, config, overrides)
+    return _Source(store, step, meta, config, tokenizer_from_json(meta["tokenizer"], where=where), where)
+
+
+def _load_generator(source: _Source, overrides: Sequence[str]) -> LoadedModel:
+    defaults = read_defaults(source.meta, source.tokenizer, source.config.model, source.where)
+    defaults, config = apply_defaults(defaults, source.config, overrides)
     layout = init_devices(config.mesh)
-    params = _read_params(store, step, config, layout)
+    params = _read_params(source.store, source.step, config, layout)
     engine = _make_engine(config, params, layout, defaults)
-    return LoadedModel(engine, defaults.tokenizer, config, step, where, defaults)
+    return LoadedModel(engine, defaults.tokenizer, config, source.step, source.where, defaults)
+
+
+def _load_encoder(source: _Source, overrides: Sequence[str]) -> LoadedEncoder:
+    for override in overrides:
+        if not override.strip().startswith(ENCODER_SETTABLE):
+            raise ConfigError(
+                f"--set {override}: has no effect on an encoder (model.causal=false); only mesh, model.dtype and "
+                "serve.weight_dtype can be set"
+            )
+    config = source.config
+    layout = init_devices(config.mesh)
+    params = _read_params(source.store, source.step, config, layout)
+    programs = EncoderPrograms(config.model, params, layout, weight_dtype=config.serve.weight_dtype)
+    return LoadedEncoder(programs, source.tokenizer, config, source.step, source.where)
 
 
 def load_sampling_config(path: str | AnyPath, overrides: Iterable[str] = ()) -> Config:

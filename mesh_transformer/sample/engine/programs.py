@@ -57,7 +57,7 @@ class CompiledModel:
         if layout and (layout.mesh.shape["context"] > 1 or layout.mesh.shape["pipeline"] > 1):
             sizes = layout.mesh.shape
             raise ConfigError(
-                f"mesh.context={sizes['context']}, mesh.pipeline={sizes['pipeline']}: sampling does not support context or "
+                f"mesh.context={sizes['context']}, mesh.pipeline={sizes['pipeline']}: inference does not support context or "
                 "pipeline parallelism; set both to 1"
             )
         # Layers are unrolled. A sequence of one token cannot be sharded, and nothing is differentiated.
