@@ -297,6 +297,14 @@ def test_setup_lists_every_package():
 
 # Modules without a test file of their own, by the file that tests them.
 COVERED_BY = {
+    "convert/huggingface/quantized/test_formats.py": (
+        "convert.huggingface.quantized.bitsandbytes",
+        "convert.huggingface.quantized.compressed_tensors",
+        "convert.huggingface.quantized.decoding",
+        "convert.huggingface.quantized.mxfp4",
+        "convert.huggingface.quantized.packed",
+        "convert.huggingface.quantized.scaled",
+    ),
     "checkpoint/test_object_store_backend.py": ("convert.upload", "data.download"),
     "checkpoint/test_store.py": ("checkpoint.backends", "checkpoint.commit", "storage.digests"),
     "config/test_loading.py": (

@@ -70,7 +70,7 @@ class Conversion(NamedTuple):
     partial: Path  # folder in which the result is written before it is published
     nbytes: int  # size of the result's values in bytes
     dtype: str | None  # of the weights; None: unchanged
-    may_round: bool  # whether the user requested a dtype
+    may_round: bool  # whether the user requested a dtype, or dequantized weights were rounded
     max_memory: int  # bytes
     gguf: "GGUFPlan | None"  # the file to write, for format "gguf"
 
@@ -99,7 +99,7 @@ def prepare(options: ConversionOptions) -> Conversion:
     nbytes = gguf.nbytes if gguf else source.plan.nbytes(dtype)
     check_destination(destination, options.overwrite, nbytes, options.staging)
     partial = staging_folder(destination, options.staging)
-    may_round = bool(options.dtype) or (gguf is not None and not gguf.is_exact)
+    may_round = bool(options.dtype) or source.plan.is_rounded or (gguf is not None and not gguf.is_exact)
     tokenizer = load_source_tokenizer(source, options)
     return Conversion(source, tokenizer, destination, partial, nbytes, dtype, may_round, max_memory, gguf)
 

@@ -41,6 +41,7 @@ class ImportPlan(NamedTuple):
     step: int
     tokenizer: str | None = None  # value for data.tokenizer
     notes: tuple[str, ...] = ()  # shown to the user after the conversion
+    is_rounded: bool = False  # whether weights were dequantized and rounded to the model's dtype
 
     @property
     def values(self) -> dict[str, LazyArray]:

@@ -83,6 +83,12 @@ class FileArray(_Elementwise):
     def is_local(self) -> bool:
         return isinstance(self.path, Path)
 
+    def with_shape(self, *shape: int) -> "FileArray":
+        """Return the same values in another shape. Raise ValueError if it has not as many."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise ValueError(f"shape {list(self.shape)}, expected {list(shape)}")
+        return dataclasses.replace(self, shape=shape)
+
     def read(self, index: Slices) -> np.ndarray:
         """Return the values at `index`. Raise ValueError if the file is too short.
 
@@ -308,5 +314,5 @@ def cast_values(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def to_dtype(name: str) -> np.dtype:
-    """Return the NumPy dtype with this name, including "bfloat16"."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+    """Return the NumPy dtype with this name, including "bfloat16" and the 8-bit floating point types."""
+    return np.dtype(getattr(ml_dtypes, name, name))

@@ -25,8 +25,8 @@ from mesh_transformer.convert import library_logits
 from mesh_transformer.convert.gptj.reader import open_raw_weights
 from mesh_transformer.convert.gptj.reference import run_mtj
 from mesh_transformer.convert.huggingface.families import ENCODER_DECODER, FAMILIES, has_reference, run_huggingface
+from mesh_transformer.convert.huggingface.quantized.formats import open_tensors
 from mesh_transformer.convert.huggingface.reference import matmul, read_rows, read_vector
-from mesh_transformer.convert.huggingface.tensor_files import find_tensors
 from mesh_transformer.convert.import_plan import PREFIX
 from mesh_transformer.convert.lazy_arrays import LazyArray, array_bytes, full_index
 from mesh_transformer.convert.library_logits import run_library
@@ -152,7 +152,7 @@ def logits_of(checkpoint: OpenCheckpoint, tokens: np.ndarray, max_memory: int) -
     external = checkpoint.external_config
     match checkpoint.kind:
         case "huggingface":
-            tensors = find_tensors(checkpoint.path)
+            tensors = open_tensors(checkpoint.path, external).tensors
             if external["model_type"] in ENCODER_DECODER:
                 encoder_tokens = make_encoder_tokens(tokens)
                 return run_huggingface(tensors, external, tokens, encoder_tokens, np.ones_like(encoder_tokens))

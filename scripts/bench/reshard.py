@@ -12,6 +12,8 @@ examples:
       2.4 GB, a memory limit of 256 MB
   python scripts/bench/reshard.py --layers 4 --max-memory 1G --json
       a small model
+  python scripts/bench/reshard.py --fp8 --layers 30
+      a model in FP8 with scales of blocks, 1 GB, which becomes bfloat16
 
 exit status: 0 done, 1 failed, 2 wrong usage
 """
@@ -40,6 +42,8 @@ from mesh_transformer.convert.lazy_arrays import to_dtype
 
 PROGRAM = Path(__file__).parents[1] / "reshard_checkpoint.py"
 FORMATS = ("huggingface", "native", "gptj-v1")
+FP8 = "float8_e4m3fn"
+FP8_BLOCK, FP8_STEP = 128, 1e-3  # size of a block, and its scale
 
 
 def main(arguments: list[str]) -> int:
@@ -55,13 +59,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--folder", type=Path, help="folder with space for four copies of the model; default: a temporary folder"
     )
+    parser.add_argument("--fp8", action="store_true", help="convert only from a Hugging Face folder in FP8, to native")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         root = Path(temporary)
-        make_model_folder(root / "huggingface", options.layers)
+        make_model_folder(root / "huggingface", options.layers, FP8 if options.fp8 else "float32")
         first = [(FORMATS[0], target) for target in FORMATS[1:]]  # these results are the sources of the other pairs
         pairs = [*first, *(pair for pair in itertools.product(FORMATS, FORMATS) if pair not in first)]
+        if options.fp8:
+            pairs = first[:1]
         rows = []
         for source, target in pairs:
             rounds = [convert(root, source, target, options.max_memory) for _ in range(options.rounds)]
@@ -83,18 +90,36 @@ def main(arguments: list[str]) -> int:
 
 
 def make_model_folder(folder: Path, n_layers: int, dtype: str = "float32") -> None:
-    """Write a GPT-J with narrow layers and random weights as a Hugging Face folder with one safetensors file."""
+    """Write a GPT-J with narrow layers and random weights as a Hugging Face folder with one safetensors file.
+
+    With the dtype FP8, the matrices of layers have scales of blocks, as in DeepSeek V3, and the rest is bfloat16.
+    """
     sizes: dict[str, Any] = dict(n_layers=n_layers, d_model=1536, n_heads=16, rope_dims=32)
     config = ModelConfig(**PRESETS["gptj-6b"] | sizes)
     family, table = find_family(config)
     folder.mkdir()
+    shapes = tensor_shapes(config, family)
+    specs = {name: TensorSpec(shape, to_dtype("bfloat16" if dtype == FP8 else dtype)) for name, shape in shapes.items()}
+    if dtype == FP8:
+        table |= {
+            "dtype": "bfloat16",
+            "quantization_config": {"quant_method": "fp8", "weight_block_size": [FP8_BLOCK] * 2},
+        }
+        for name in [name for name, shape in shapes.items() if ".h." in name and len(shape) == 2]:
+            specs[name] = TensorSpec(shapes[name], to_dtype(FP8))
+            blocks = tuple(-(-dim // FP8_BLOCK) for dim in shapes[name])
+            specs[f"{name}_scale_inv"] = TensorSpec(blocks, to_dtype("float32"))
     (folder / "config.json").write_text(json.dumps(table))
-    specs = {name: TensorSpec(shape, to_dtype(dtype)) for name, shape in tensor_shapes(config, family).items()}
     rng = np.random.default_rng(0)
     for name, target in create_safetensors(folder / "model.safetensors", specs).items():
         scale = 0.7 / math.sqrt(target.shape[-1]) if len(target.shape) == 2 else 0.1
         mean = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
-        write_values(target, 0, rng.standard_normal(target.shape, np.float32) * scale + mean)
+        values = rng.standard_normal(target.shape, np.float32) * scale + mean
+        if name.endswith("_scale_inv"):
+            values = np.full(target.shape, FP8_STEP, np.float32)
+        elif target.dtype == to_dtype(FP8):
+            values /= FP8_STEP
+        write_values(target, 0, values.astype(target.dtype))
 
 
 def tensor_shapes(config: ModelConfig, family: str) -> dict[str, tuple[int, ...]]:
@@ -139,7 +164,7 @@ def convert(root: Path, source: str, target: str, max_memory: str) -> dict[str, 
         "target": target,
         "cp_mb_per_s": cp_rate,
         "written_mb_per_s": rate,
-        "ratio": rate / cp_rate,
+        "ratio": cp_seconds / report["write_seconds"],
     }
     return row | {key: report[key] for key in ("bytes", "peak_memory_mb", "mb_per_s", "max_logit_difference")}
 

@@ -3,8 +3,8 @@
 """gpt-oss (arXiv 2508.10925): tensor names and config.json.
 
 The names are those of files with floating-point experts: `gate_up_proj` [E, D, 2 F], with gate and input of a hidden unit
-next to each other. The published files store the experts as MXFP4 under the names `*_blocks` and `*_scales`. Code that
-dequantizes them must return lazy arrays with the names and shapes above.
+next to each other. The published files store the experts as MXFP4 under the names `*_blocks` and `*_scales`.
+quantized/mxfp4.py dequantizes them to lazy arrays with the names and shapes above.
 """
 
 from typing import Any

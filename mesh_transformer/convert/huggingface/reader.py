@@ -16,7 +16,7 @@ import numpy as np
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface.families import FAMILIES, Family
 from mesh_transformer.convert.huggingface.hf_config import HFConfig, recorded_classes
-from mesh_transformer.convert.huggingface.tensor_files import find_tensors
+from mesh_transformer.convert.huggingface.quantized.formats import open_tensors
 from mesh_transformer.convert.huggingface.tensor_map import TensorMapping
 from mesh_transformer.convert.import_plan import (
     ImportPlan,
@@ -52,7 +52,7 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
     Raises CheckpointError with all tensors that are missing, unexpected or have a wrong shape.
     """
     external_config, family = read_config(folder)
-    tensors = find_tensors(folder)
+    tensors, is_quantized, quantized_notes = open_tensors(folder, external_config.table)
     external_config.tensors = frozenset(tensors)
     model = read_model(external_config, family)
     if family.files_tie_head:
@@ -70,7 +70,7 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
     }
     if config.tied_embeddings and (head := _find_optional(tensors, family, "w_head")):
         copies[head] = f"but {CONFIG} has tie_word_embeddings = true; set it to false"
-    notes: list[str] = []
+    notes = list(quantized_notes)
     embedding = find_name(tensors, family, family.mappings["w_tokens"], None)
     for copy, reason in copies.items():
         original = _find_optional(tensors, family, "b_head") if copy in family.bias_copies else embedding
@@ -93,12 +93,15 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
         notes.append(
             f"{len(left_out)} tensors of the vision tower and its projector are left out: only text is supported"
         )
+    if is_quantized and (zero := [name for name in set(tensors) - used - left_out if _is_zero_bias(name, tensors)]):
+        used.update(zero)
+        notes.append(f"biases that the model does not have, zero and left out: {len(zero)}, such as {min(zero)}")
     unused = set(tensors) - left_out
     check_all_used(unused, used, lambda name: name.endswith(family.buffers or ("\0",)), folder)
     names = [path.name for path in folder.iterdir()]
     files = tuple(filter(is_tokenizer_file, names))
     tokenizer = str(local_copy(folder, files)) if holds_vocabulary(names) else None
-    return ImportPlan(config, model, arrays, 0, tokenizer, tuple(notes))
+    return ImportPlan(config, model, arrays, 0, tokenizer, tuple(notes), is_quantized)
 
 
 def read_config(folder: AnyPath) -> tuple[HFConfig, Family]:
@@ -279,6 +282,11 @@ def _find_later_layers(tensors: Mapping[str, Any], family: Family, n_layers: int
     pattern = re.compile(rf"({re.escape(family.prefix)})?layers\.(\d+)\.")
     found = ((name, pattern.match(name)) for name in tensors)
     return {name for name, match in found if match and int(match[2]) >= n_layers}
+
+
+def _is_zero_bias(name: str, tensors: Mapping[str, LazyArray]) -> bool:
+    """Return whether a tensor is a bias of zeros, such as older versions of AutoGPTQ wrote for every quantized module."""
+    return name.endswith(".bias") and not tensors[name].read(full_index(tensors[name])).any()
 
 
 def _find_optional(tensors: Mapping[str, Any], family: Family, weight: str) -> str | None:
