@@ -27,6 +27,7 @@ from rich.console import Console
 
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ConfigError
+from mesh_transformer.config.schema import CACHE_DIR
 from mesh_transformer.data.shard_builder import SPLITS, BuiltShards, build_shards
 from mesh_transformer.data.shards import ShardWriter, TokenShard, is_shard
 from mesh_transformer.data.tokenizers import load_tokenizer
@@ -80,9 +81,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--text-key", default="text", help="field of JSONL and Parquet; default: %(default)s")
     parser.add_argument("--holdout", type=int, default=0, metavar="N", help="hold out one document in N; default: none")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count damaged documents instead of stopping")
-    parser.add_argument(
-        "--cache-dir", default="~/.cache/mesh-transformer", help="folder for intermediate shards; default: %(default)s"
-    )
+    parser.add_argument("--cache-dir", default=CACHE_DIR, help="folder for intermediate shards; default: %(default)s")
     options = parser.parse_args(arguments)
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: must be at least 1")

@@ -15,6 +15,8 @@ from mesh_transformer.config.evaluation import EvaluateConfig
 from mesh_transformer.config.field_types import STRICT, FractionBelowOne, PositiveFraction, Resume
 from mesh_transformer.config.model import ModelConfig
 
+CACHE_DIR = "~/.cache/mesh-transformer"
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
@@ -93,7 +95,7 @@ class DataConfig:
     max_epochs: Annotated[PositiveFloat | None, Resume.FREE] = None
     on_bad_document: Literal["error", "skip"] = "error"  # "skip" counts and reports damaged documents
     # folder of the token shards built from the datasets
-    cache_dir: Annotated[str, Resume.FREE] = "~/.cache/mesh-transformer"
+    cache_dir: Annotated[str, Resume.FREE] = CACHE_DIR
 
     def measure_spans(self, seq_len: int) -> tuple[int, int, int]:
         """Return (text tokens, noise tokens, noise spans) for which the encoder input has exactly `seq_len` tokens.

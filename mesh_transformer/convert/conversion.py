@@ -22,14 +22,14 @@ from mesh_transformer.convert.destination import check_destination, publish, sta
 from mesh_transformer.convert.gptj.writer import make_external_config
 from mesh_transformer.convert.huggingface.reader import find_family
 from mesh_transformer.convert.huggingface.text_files import read_text_files, write_text_files
-from mesh_transformer.convert.import_plan import ImportPlan
 from mesh_transformer.convert.lazy_arrays import array_bytes
 from mesh_transformer.convert.logit_check import TOLERANCE, LogitDifference, Verify, compare_logits
 from mesh_transformer.convert.progress import Progress, no_progress
 from mesh_transformer.convert.readers import OpenCheckpoint, open_checkpoint, require_gguf
 from mesh_transformer.convert.sources import find_source
 from mesh_transformer.convert.writers import WriteOptions, write_gptj_v1, write_huggingface, write_native
-from mesh_transformer.data.tokenizers import Tokenizer, load_tokenizer
+from mesh_transformer.data.tokenizer_files import is_tokenizer_file
+from mesh_transformer.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_json
 from mesh_transformer.host_memory import keep_freed_memory
 from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath, parse_path
@@ -95,7 +95,7 @@ def prepare(options: ConversionOptions) -> Conversion:
             make_external_config(source.plan.config, options.shards)
             dtype = dtype or source.plan.weight_dtype()  # all leaves of the format have one type
         case "gguf":
-            gguf = _plan_gguf(source.plan, options)
+            gguf = _plan_gguf(source, options)
     nbytes = gguf.nbytes if gguf else source.plan.nbytes(dtype)
     check_destination(destination, options.overwrite, nbytes, options.staging)
     partial = staging_folder(destination, options.staging)
@@ -104,7 +104,7 @@ def prepare(options: ConversionOptions) -> Conversion:
     return Conversion(source, tokenizer, destination, partial, nbytes, dtype, may_round, max_memory, gguf)
 
 
-def _plan_gguf(plan: ImportPlan, options: ConversionOptions) -> "GGUFPlan":
+def _plan_gguf(source: OpenCheckpoint, options: ConversionOptions) -> "GGUFPlan":
     if options.dtype:
         raise ConfigError(
             f"--dtype {options.dtype} cannot be combined with --format gguf; use --gguf-type to set the type of its matrices"
@@ -112,7 +112,8 @@ def _plan_gguf(plan: ImportPlan, options: ConversionOptions) -> "GGUFPlan":
     require_gguf(options.destination)
     from mesh_transformer.convert.gguf.writer import plan_gguf
 
-    return plan_gguf(plan, options.gguf_type)
+    model_type = source.meta.get("model_type") or source.external_config.get("model_type")
+    return plan_gguf(source.plan, options.gguf_type, model_type)
 
 
 def plan_conversion(options: ConversionOptions) -> dict[str, Any]:
@@ -172,6 +173,9 @@ def write(conversion: Conversion, options: ConversionOptions, progress: Progress
     """Write the result below the partial folder and return the folder of the checkpoint in it."""
     source, partial = conversion.source, conversion.partial
     meta = make_meta(source, conversion.tokenizer)
+    if options.tokenizer and "carried_files" in meta:  # the files of the source's own tokenizer no longer apply
+        files: dict[str, str] = meta["carried_files"]
+        meta["carried_files"] = {name: data for name, data in files.items() if not is_tokenizer_file(name)}
     identity = {
         "source": str(source.path.absolute()),
         "stamp": _stamp(source.path),
@@ -216,14 +220,19 @@ def _write_gguf(conversion: Conversion, meta: dict[str, Any], log: ResumeLog, op
 
 
 def load_source_tokenizer(source: OpenCheckpoint, options: ConversionOptions) -> Tokenizer | None:
-    """Return the tokenizer given in the options or found in the source's model folder; None if there is neither.
+    """Return the tokenizer given in the options, or found in the source's model folder or GGUF file; else None.
 
     Raises TokenizerError if it cannot be read, and ConfigError if the model has fewer token embeddings than it has tokens.
     """
     spec = options.tokenizer or (source.plan.tokenizer if source.kind == "huggingface" else None)
-    if not spec:
+    if spec:
+        tokenizer = load_tokenizer(spec)
+    elif source.kind == "gguf" and "tokenizer" in source.meta:
+        spec = str(source.path)
+        tokenizer = tokenizer_from_json(source.meta["tokenizer"], where=spec)
+    else:
         return None
-    tokenizer, n_vocab = load_tokenizer(spec), source.plan.model["n_vocab"]
+    n_vocab = source.plan.model["n_vocab"]
     if tokenizer.n_base_vocab > n_vocab:
         raise ConfigError(
             f"{spec}: the tokenizer has {tokenizer.n_base_vocab:,} tokens, but the model has embeddings of only "

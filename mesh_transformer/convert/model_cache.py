@@ -17,6 +17,7 @@ from pathlib import Path
 import mesh_transformer
 from mesh_transformer.checkpoint.backends import backend_for
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
+from mesh_transformer.config.schema import CACHE_DIR
 from mesh_transformer.convert.conversion import ConversionOptions, convert
 from mesh_transformer.convert.progress import show_progress
 from mesh_transformer.convert.readers import NATIVE, detect_format
@@ -25,7 +26,6 @@ from mesh_transformer.storage.errors import CheckpointError, StorageError
 from mesh_transformer.storage.paths import AnyPath
 
 CACHE = "MESH_TRANSFORMER_CACHE"  # environment variable
-DEFAULT_CACHE = "~/.cache/mesh-transformer"
 
 
 def find_model(name: str | AnyPath, *, log: Callable[[str], None] | None = None) -> tuple[Store, int]:
@@ -47,7 +47,7 @@ def find_model(name: str | AnyPath, *, log: Callable[[str], None] | None = None)
 
 def cache_folder() -> Path:
     """Return the folder of converted models."""
-    return Path(os.environ.get(CACHE) or DEFAULT_CACHE).expanduser() / "models"
+    return Path(os.environ.get(CACHE) or CACHE_DIR).expanduser() / "models"
 
 
 def _converted(source: AnyPath, log: Callable[[str], None] | None) -> Path:
@@ -61,7 +61,9 @@ def _converted(source: AnyPath, log: Callable[[str], None] | None) -> Path:
             if log:
                 log(f"{source}: converting to a native checkpoint, once, in {folder}")
             with show_progress() as progress:
-                convert(ConversionOptions(source=source, destination=folder, weights_only=True), progress)
+                # "own": to start PyTorch here would take longer than the conversion
+                options = ConversionOptions(source=source, destination=folder, weights_only=True, verify="own")
+                convert(options, progress)
         elif log:
             log(f"{source}: using the converted checkpoint in {folder}")
     return folder

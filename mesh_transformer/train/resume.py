@@ -15,6 +15,7 @@ from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.config import Config, ConfigError, ModelConfig, config_to_dict, parse_model, parse_stored
 from mesh_transformer.config.field_types import Resume
 from mesh_transformer.config.resume_rules import resume_rule
+from mesh_transformer.convert.huggingface.text_files import MODEL_CARD
 from mesh_transformer.convert.model_cache import find_model
 from mesh_transformer.data.dataset import Data
 from mesh_transformer.train.compile import abstract_state
@@ -102,10 +103,14 @@ def init_from(config: Config, state: TrainState, shardings: TrainState) -> tuple
 def read_carried_meta(store: Store, step: int) -> dict[str, Any]:
     """Return a converted model's metadata about special tokens and chat template; empty for other models.
 
-    The checkpoints of a run that starts from such a model keep it, for sampling and for an export.
+    The checkpoints of a run that starts from such a model keep it, for sampling and for an export, and its license. Its model
+    card does not describe the new weights.
     """
     meta = store.read_meta(step)
-    return {name: meta[name] for name in ("carried", "special_ids", "model_type") if name in meta}
+    found = {name: meta[name] for name in ("carried", "carried_files", "special_ids", "model_type") if name in meta}
+    if "carried_files" in found:
+        found["carried_files"] = {name: data for name, data in found["carried_files"].items() if name != MODEL_CARD}
+    return found
 
 
 def _is_schedule(leaf: Any) -> bool:

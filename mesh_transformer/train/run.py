@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mesh_transformer.checkpoint.store import Store, find_checkpoint
+from mesh_transformer.checkpoint.store import Store
 from mesh_transformer.config import Config, ConfigError, config_to_dict
+from mesh_transformer.convert.model_cache import find_model
 from mesh_transformer.data.dataset import Data
 from mesh_transformer.data.loader import Batch
 from mesh_transformer.distributed.coordination import broadcast_from_first, gather
@@ -147,7 +148,7 @@ def open_run(
         state = jax.jit(make_init_state(config), out_shardings=shardings)(jax.random.key(config.run.seed))
         if config.run.init_from:
             state, notes = init_from(config, state, shardings)
-            carried = read_carried_meta(*find_checkpoint(config.run.init_from))
+            carried = read_carried_meta(*find_model(config.run.init_from))
     batch = abstract_batch(config, layout)
     flops = count_flops(make_train_step(without_remat(config)), shapes, batch) / config.train.batch_size
     return Run(

@@ -25,6 +25,7 @@ import jax
 
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import load_config
+from mesh_transformer.config.schema import CACHE_DIR
 from mesh_transformer.plan.compile_jobs import CompileError, compile_job
 from mesh_transformer.plan.estimate import estimate_training
 from mesh_transformer.plan.fit import Plan, make_plan
@@ -161,7 +162,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--cache",
         type=Path,
-        default=Path("~/.cache/mesh-transformer/plans").expanduser(),
+        default=Path(CACHE_DIR).expanduser() / "plans",
         help="folder of compiled results; default: %(default)s",
     )
     parser.add_argument("--no-cache", action="store_true", help="ignore cached results")

@@ -9,6 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mesh_transformer.config import parse_model
+from mesh_transformer.convert import logit_check
+from mesh_transformer.convert.conversion import ConversionOptions, convert
 from mesh_transformer.convert.huggingface.reader import find_family
 from mesh_transformer.convert.import_plan import make_model_config
 from mesh_transformer.convert.model_cache import CACHE, find_model
@@ -53,6 +55,22 @@ def test_a_folder_is_converted_once_and_again_when_it_changes(external):
     changed, _ = find_model(external)
     assert str(changed.root) != str(store.root)
     assert find_model(store.root)[0].root == store.root, "a native checkpoint is used as it is"
+
+
+def test_a_conversion_into_the_cache_does_not_start_transformers(external, monkeypatch):
+    ran: list[str] = []
+
+    def run_library(*_):
+        ran.append("transformers")
+        raise CheckpointError("not run")
+
+    monkeypatch.setattr(logit_check.library_logits, "why_not", lambda *_: "")
+    monkeypatch.setattr(logit_check, "run_library", run_library)
+    convert(ConversionOptions(source=external, destination=external.parent / "explicit"))
+    assert ran, "a conversion by the command compares with transformers"
+    ran.clear()
+    find_model(external)
+    assert not ran
 
 
 def test_a_failed_conversion_leaves_nothing_that_is_used(external):

@@ -16,6 +16,7 @@ import mesh_transformer as mt
 from mesh_transformer.config import ConfigError, ModelConfig, SampleConfig, config_to_dict, parse_config
 from mesh_transformer.config.presets import T5
 from mesh_transformer.convert.huggingface.text_files import read_text_files
+from mesh_transformer.convert.model_cache import CACHE
 from mesh_transformer.data.span_corruption import SentinelTokenizer
 from mesh_transformer.data.tokenizers import ByteTokenizer, FileTokenizer
 from mesh_transformer.sample.loading import load_model
@@ -199,14 +200,17 @@ def test_speculative_decoding_begins_and_ends_alike(bos_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_starts_from_a_converted_model_keeps_its_files(tmp_path):
+def test_a_run_that_starts_from_a_model_folder_keeps_its_files(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE, str(tmp_path / "models"))
     generation = {"eos_token_id": [70, 71], "temperature": 0.5}
     table = with_template(llama_table(), ["<s>"], [])
     folder = save_folder(tmp_path / "model", make_llama(), table, SPECIAL, generation)
-    before = convert(folder, tmp_path / "out")
+    (folder / "LICENSE").write_text("a license")
+    (folder / "README.md").write_text("describes other weights")
+    before = load_model(folder)
     (tmp_path / "text.txt").write_text("hi there " * 200)
     config = {
-        "run": {"dir": str(tmp_path / "run"), "init_from": str(tmp_path / "out")},
+        "run": {"dir": str(tmp_path / "run"), "init_from": str(folder)},
         "model": config_to_dict(before.config)["model"],
         "data": {
             "train": {"texts": {"path": str(tmp_path / "text.txt")}},
@@ -222,6 +226,8 @@ def test_a_run_that_starts_from_a_converted_model_keeps_its_files(tmp_path):
     assert tuned.defaults.sampling == {}, "the run has a [sample] section"
     mt.reshard(tmp_path / "run", tmp_path / "back", format="huggingface")
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == generation
+    assert (tmp_path / "back" / "LICENSE").read_text() == "a license"
+    assert not (tmp_path / "back" / "README.md").exists()
     assert greedy(tuned, PROMPTS) == greedy_of_transformers(tmp_path / "back", PROMPTS)
 
 

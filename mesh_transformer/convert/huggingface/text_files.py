@@ -1,12 +1,15 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Small text files of a model folder: configuration of tokenizer and generation, special tokens, chat templates.
+"""Small files of a model folder: configuration of tokenizer and generation, special tokens, chat templates.
 
 The metadata of a native checkpoint stores their texts under the key `carried`, by file name, and the tokenizer under the
 key `tokenizer`. sample/model_defaults.py reads from them how texts of the model begin and end. An export writes them to the
-model folder; a conversion from one model folder to another copies the files unchanged.
+model folder; a conversion from one model folder to another copies the files unchanged. The key `carried_files` has, in
+base64, files that are only written again: license, model card, and the files of SentencePiece, which other programs read
+instead of tokenizer.json.
 """
 
+import base64
 import json
 import re
 from collections.abc import Mapping
@@ -35,6 +38,9 @@ SPECIAL_IDS = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
     *("id2label", "label2id", "problem_type"),
 )
+MODEL_CARD = "README.md"
+_FILES = re.compile(r"README\.md|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.md|\.txt)?|[\w.-]+\.model")
+_MAX_FILE_BYTES = 8 << 20  # of one of them: every checkpoint of a fine-tuned model has it too
 _NAMED_TEMPLATE = re.compile(r"additional_chat_templates/[^/\\]+\.jinja")
 
 
@@ -43,13 +49,21 @@ def is_stored_text(name: str) -> bool:
     return name in _TEXTS or _NAMED_TEMPLATE.fullmatch(name) is not None
 
 
-def read_text_files(folder: AnyPath, external_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metadata of a model folder: `carried`, text files by name, and `special_ids`, keys of config.json.
+def is_stored_file(name: str) -> bool:
+    """Return whether a native checkpoint stores the bytes of the file `name` of a model folder, if it is not too large."""
+    return _FILES.fullmatch(name) is not None
 
+
+def read_text_files(folder: AnyPath, external_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata of a model folder.
+
+    Its keys are `carried`, text files by name, `carried_files`, other files in base64, and `special_ids`, keys of config.json.
     Raises CheckpointError for a file that is not text or not JSON.
     """
     carried = {}
-    for name in filter(is_stored_text, sorted(backend_for(folder).list_files())):
+    sizes = {name: size for name, (size, _) in sorted(backend_for(folder).list_files().items())}
+    files = [name for name, size in sizes.items() if is_stored_file(name) and size <= _MAX_FILE_BYTES]
+    for name in filter(is_stored_text, sizes):
         path = folder / name
         try:
             carried[name] = path.read_bytes().decode()
@@ -58,22 +72,26 @@ def read_text_files(folder: AnyPath, external_config: Mapping[str, Any]) -> dict
         except ValueError as error:
             kind = "JSON" if name.endswith(".json") else "text in UTF-8"
             raise CheckpointError(f"{path}: not valid {kind}: {error}; copy it again, or remove the file") from None
-    return {
+    meta: dict[str, Any] = {
         "carried": carried,
         "special_ids": {key: external_config[key] for key in SPECIAL_IDS if key in external_config},
     }
+    if files:
+        meta["carried_files"] = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in files}
+    return meta
 
 
 def copy_small_files(source: AnyPath, destination: Path) -> None:
     """Copy the text files and tokenizer files of one model folder to another."""
     for name in backend_for(source).list_files():
-        if name != MODEL_CONFIG and (is_stored_text(name) or ("/" not in name and is_tokenizer_file(name))):
+        is_file_on_top = "/" not in name and (is_stored_file(name) or is_tokenizer_file(name))
+        if name != MODEL_CONFIG and (is_stored_text(name) or is_file_on_top):
             (destination / name).parent.mkdir(exist_ok=True)
             (destination / name).write_bytes((source / name).read_bytes())
 
 
 def write_text_files(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Write the tokenizer and the texts of a checkpoint's metadata to a model folder; existing files are not replaced.
+    """Write the tokenizer and the files of a checkpoint's metadata to a model folder; existing files are not replaced.
 
     The IDs of special tokens are written to config.json. tokenizer_config.json is always written, because without it
     transformers chooses the tokenizer class by model type.
@@ -90,10 +108,13 @@ def write_text_files(folder: Path, meta: Mapping[str, Any]) -> None:
         texts.setdefault(
             TOKENIZER_CONFIG, json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}, indent=1)
         )
-    for name, text in texts.items():
+    stored = {name: data for name, data in (meta.get("carried_files") or {}).items() if is_stored_file(name)}
+    files = {name: text.encode() for name, text in texts.items()}
+    files |= {name: base64.b64decode(data) for name, data in stored.items()}
+    for name, data in files.items():
         if not (folder / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_bytes(data)
 
 
 def _special_ids(tokenizer: Tokenizer | None, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ FILES = {
     "chat_template.json": '{"chat_template": "x"}',
     "additional_chat_templates/rag.jinja": "{{ messages }} \u00fc",
     "tokenizer.model": "binary",
+    "README.md": "a model \u00fc",
+    "LICENSE.txt": "a license",
     "notes.txt": "no",
 }
 
@@ -40,10 +42,19 @@ def test_texts_are_stored_and_written_back(tmp_path):
     carried = read["carried"]
     assert read["special_ids"] == {"eos_token_id": 2}
     assert carried.keys() == {"tokenizer_config.json", "chat_template.json", "additional_chat_templates/rag.jinja"}
-    meta = {"carried": carried | {"../outside.jinja": "no"}, "tokenizer": load_tokenizer(source).to_json()}
+    files = read["carried_files"]
+    assert files.keys() == {"tokenizer.model", "README.md", "LICENSE.txt"}
+    meta = {
+        "carried": carried | {"../outside.jinja": "no"},
+        "carried_files": files | {"../README.md": "no", "weights.bin": "no"},
+        "tokenizer": load_tokenizer(source).to_json(),
+    }
     result = make_folder(tmp_path / "result", {"config.json": '{"model_type": "llama"}'})
     write_text_files(result, meta)
     assert {name: (result / name).read_text(encoding="utf-8") for name in carried} == carried
+    assert {name: (result / name).read_bytes() for name in files} == {name: FILES[name].encode() for name in files}
+    assert not (tmp_path / "README.md").exists()
+    assert not (result / "weights.bin").exists()
     assert load_tokenizer(result).fingerprint == load_tokenizer(source).fingerprint
     assert json.loads((result / "config.json").read_text())["eos_token_id"] == 2
     assert not (tmp_path / "outside.jinja").exists()
@@ -57,6 +68,13 @@ def test_files_are_copied_from_folder_to_folder(tmp_path):
     copy_small_files(source, tmp_path / "result")
     found = {str(path.relative_to(tmp_path / "result")) for path in (tmp_path / "result").rglob("*") if path.is_file()}
     assert found == FILES.keys() - {"notes.txt"}
+
+
+def test_large_files_are_not_stored(tmp_path):
+    folder = make_folder(tmp_path / "source", {"LICENSE": "a license"})
+    with open(folder / "tokenizer.model", "wb") as file:
+        file.truncate((8 << 20) + 1)
+    assert read_text_files(folder, {})["carried_files"].keys() == {"LICENSE"}
 
 
 def test_damaged_texts_are_errors(tmp_path):
