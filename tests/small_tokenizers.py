@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from mesh_transformer.data.token_bytes import make_byte_alphabet
+from mesh_transformer.data.vocabulary_files import make_affix_processor
 
 END = "<|endoftext|>"
 
@@ -64,3 +65,20 @@ def llama_table() -> dict[str, Any]:
             "merges": ["h i", "\u2581 hi"],
         },
     }
+
+
+def unigram_table(**changes: Any) -> dict[str, Any]:
+    """Return a Unigram vocabulary as T5's tokenizer.json has it."""
+    scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "\u2581": -2.5, "\u2581the": -3.0, "\u2581hi": -4.0, "th": -5.0}
+    scores |= {"er": -5.5, "o": -6.0, "h": -6.5, "e": -6.25, "t": -7.0, "i": -7.5, "r": -8.0, "\u2581other": -9.0}
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    table = {
+        "version": "1.0",
+        "added_tokens": [special(i, token) for i, token in enumerate(("<pad>", "</s>", "<unk>"))],
+        "normalizer": None,
+        "pre_tokenizer": space,
+        "decoder": space,
+        "post_processor": make_affix_processor({"</s>": 1}, None, "</s>"),
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": [list(item) for item in scores.items()]},
+    }
+    return table | changes

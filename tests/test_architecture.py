@@ -438,8 +438,8 @@ COVERED_BY = {
 }
 # Test files of programs, formats and whole behaviors, which belong to no single module.
 WHOLE = {
-    "checkpoint/test_object_stores.py", "checkpoint/test_program.py", "convert/gguf/test_real_model.py",
-    "corpus/test_bench_corpus.py",
+    "checkpoint/test_object_stores.py", "checkpoint/test_program.py", "convert/gguf/test_llama_cpp_files.py",
+    "convert/gguf/test_real_model.py", "corpus/test_bench_corpus.py",
     "corpus/test_build_corpus.py", "corpus/test_inspect_corpus.py", "corpus/test_ray.py", "corpus/test_slurm.py",
     "corpus/test_version_1_0.py", "distributed/test_processes.py", "model/test_encoder.py", "model/test_reference.py",
     "sample/test_memory.py", "scripts/test_bench.py", "serve/test_chat_server.py", "serve/test_converted_server.py",

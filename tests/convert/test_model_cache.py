@@ -64,7 +64,7 @@ def test_a_conversion_into_the_cache_does_not_start_transformers(external, monke
         ran.append("transformers")
         raise CheckpointError("not run")
 
-    monkeypatch.setattr(logit_check.library_logits, "why_not", lambda *_: "")
+    monkeypatch.setattr(logit_check.library_logits, "unavailable_reason", lambda *_: "")
     monkeypatch.setattr(logit_check, "run_library", run_library)
     convert(ConversionOptions(source=external, destination=external.parent / "explicit"))
     assert ran, "a conversion by the command compares with transformers"

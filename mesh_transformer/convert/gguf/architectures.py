@@ -2,88 +2,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """Architectures of llama.cpp: translate their metadata and tensor names to and from a Hugging Face family.
 
-Sources in llama.cpp: the keys are those of `gguf.constants.Keys`; src/models/*.cpp has the values of absent keys;
-conversion/*.py has the changes of tensors. Each entry of ARCHITECTURES names the families whose readers and writers of
-config.json complete the translation.
+llama.cpp's conversion/*.py has the changes of tensors. Each entry of ARCHITECTURES names the families whose readers and
+writers of config.json complete the translation.
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
+from mesh_transformer.convert.gguf.metadata import (
+    LONGROPE_FACTORS,
+    Architecture,
+    Metadata,
+    Table,
+    Tensors,
+    read_heads,
+    read_longrope,
+    read_rope,
+    write_longrope,
+    write_rope,
+)
 from mesh_transformer.convert.huggingface.families import FAMILIES, Family
 from mesh_transformer.convert.huggingface.tensor_map import TensorMapping
 from mesh_transformer.convert.layout_views import parse_pattern
-from mesh_transformer.convert.lazy_arrays import LazyArray
 from mesh_transformer.storage.errors import CheckpointError
 
-TOKEN_EMBEDDING, OUTPUT, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
-LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_LENGTH = 1.0, 4.0, 8192  # of all published Llama 3.1, 3.2 and 3.3 models
+TOKEN_TYPES = "token_types.weight"
+TOKEN_EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 GEMMA2_27B_LAYERS = 46  # llama.cpp recognizes the model with another attention scale by its number of layers
-
-Table = dict[str, Any]
-Tensors = Mapping[str, LazyArray]
-
-
-class Architecture(NamedTuple):
-    """An architecture of llama.cpp and the families of transformers whose models it can hold."""
-
-    families: tuple[str, ...]  # model types
-    keys: Mapping[str, str]  # metadata key without the architecture's prefix -> key of config.json with the same value
-    implied: Mapping[str, Any]  # keys of config.json whose values the architecture determines
-    read_more: Callable[["Metadata", Table, Tensors], None]  # adds all other keys of config.json
-    write_more: Callable[[Table, Table], None]  # (config.json, metadata): adds all other keys of the metadata
-    pairs: bool = False  # whether the rows of query and key heads are interleaved, see tensors.undo_rope_order
-    norm_offset: bool = False  # whether llama.cpp's converter adds 1 to the scales of norms
-    transposed: tuple[str, ...] = ()  # modules of transformers whose weight is stored transposed
-
-
-class Metadata:
-    """The metadata of a file, with a record of the keys that were read."""
-
-    def __init__(self, values: Mapping[str, Any], where: object):
-        """Raise CheckpointError if the architecture is missing or not supported."""
-        self.values = values
-        self.where = where
-        self.name = str(values.get("general.architecture"))
-        if self.name not in ARCHITECTURES:
-            raise CheckpointError(
-                f"{where}: general.architecture = {self.name!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
-            )
-        self.architecture = ARCHITECTURES[self.name]
-        self._read: set[str] = set()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key without the architecture's prefix; if absent, `default`, the value that llama.cpp uses."""
-        full = f"{self.name}.{key}"
-        self._read.add(full)
-        return self.values.get(full, default)
-
-    def require(self, key: str, expected: Any) -> None:
-        """Raise CheckpointError unless a key is absent or has the expected value."""
-        if (value := self.get(key, expected)) != expected:
-            raise CheckpointError(
-                f"{self.where}: {self.name}.{key} = {value!r} is not supported; supported: {expected}"
-            )
-
-    def check_all_read(self) -> None:
-        """Raise CheckpointError with the keys of the architecture that were not read, as they may change the function."""
-        unread = [key for key in self.values if key.startswith(f"{self.name}.") and key not in self._read]
-        if unread:
-            found = ", ".join(f"{key} = {str(self.values[key])[:60]}" for key in unread)
-            raise CheckpointError(
-                f"{self.where}: metadata keys that are not supported and may change the model's function: {found}; convert the "
-                "model's Hugging Face folder instead"
-            )
+GEMMA3_27B_LAYERS = 62
+OLMO_EPSILON = 1e-5  # of OLMo's norms, which have no parameters
+Q_BIAS = "blk.0.attn_q.bias"
+Q_NORM = "blk.0.attn_q_norm.weight"
+GEMMA3_PERIOD = 6  # the last of so many layers has full attention
 
 
 def read_config(values: Mapping[str, Any], tensors: Tensors, where: object) -> Table:
     """Return the config.json of a file from its metadata and tensors. Raise CheckpointError if they are not supported."""
     metadata = Metadata(values, where)
-    architecture = metadata.architecture
+    if metadata.name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{where}: general.architecture = {metadata.name!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    architecture = ARCHITECTURES[metadata.name]
     if TOKEN_EMBEDDING not in tensors:
         raise CheckpointError(
             f"{where}: the tensor {TOKEN_EMBEDDING} is missing; give the file of a complete language model, not of an adapter or "
@@ -124,7 +87,10 @@ def make_family(kind: str, name: str) -> Family:
     """Return a family of transformers with the tensor names and layouts of an architecture of llama.cpp."""
     mappings = {weight: _rename(mapping, name) for weight, mapping in FAMILIES[kind].mappings.items()}
     known = {weight: mapping for weight, mapping in mappings.items() if mapping is not None}
-    return FAMILIES[kind]._replace(mappings=known, prefix="", buffers=(), copies=(), needs_copies=False)
+    known |= ARCHITECTURES[name].own
+    return FAMILIES[kind]._replace(
+        mappings=known, prefix="", buffers=(), copies=(), bias_copies=(), needs_copies=False, variant=None
+    )
 
 
 @functools.cache
@@ -139,10 +105,13 @@ def _rename(mapping: TensorMapping, name: str) -> TensorMapping | None:
     llama.cpp does not interleave the components of a fused projection, and stores the experts of a layer as one tensor.
     """
     module, _, kind = mapping.name.rpartition(".")
+    module = module.removeprefix("bert.")
     found = _name_map(name)(module.replace(".{e}", "").replace("{i}", "0"))
+    if found is None and mapping.shared_name:
+        return _rename(mapping._replace(name=mapping.shared_name, shared_name=""), name)
     if found is None:
         return None
-    groups = parse_pattern(mapping.pattern)
+    groups = [group for group in parse_pattern(mapping.pattern) if group != ["1"]]  # the converter squeezes tensors
     if kind == "weight" and module.endswith(ARCHITECTURES[name].transposed or ("\0",)):
         groups.reverse()
     if "{e}" in mapping.name:
@@ -153,101 +122,24 @@ def _rename(mapping: TensorMapping, name: str) -> TensorMapping | None:
     return TensorMapping(full, pattern, mapping.component, split=mapping.split)
 
 
-def llama3_factors(rope: Mapping[str, Any], d_head: int) -> np.ndarray:
-    """Return the factors [d_head / 2] by which Llama 3.1 divides the frequencies of its rotary embeddings, float32."""
-    frequencies = rope["rope_theta"] ** (-np.arange(0, d_head, 2, dtype=np.float32) / np.float32(d_head))
-    low, high, length = (
-        rope[key] for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
-    rotations = length * frequencies / (2 * np.pi)
-    smooth = np.clip((rotations - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
-
-
-def _read_rope(metadata: Metadata, table: Table, tensors: Tensors, d_head: int) -> None:
-    """Set rope_parameters from rope.* and from the tensor with the factors of Llama 3.1."""
-    theta = metadata.get("rope.freq_base", 10_000.0)
-    rope: Table = {"rope_type": metadata.get("rope.scaling.type", "none")}
-    scaling = {
-        "factor": metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear")),
-        "original_max_position_embeddings": metadata.get("rope.scaling.original_context_length"),
-        "attention_factor": metadata.get("rope.scaling.yarn_attn_factor"),
-        "beta_fast": metadata.get("rope.scaling.yarn_beta_fast"),
-        "beta_slow": metadata.get("rope.scaling.yarn_beta_slow"),
-    }
-    metadata.get("rope.scaling.finetuned")
-    if rope["rope_type"] not in ("none", "linear", "yarn"):
-        raise CheckpointError(
-            f"{metadata.where}: {metadata.name}.rope.scaling.type = {rope['rope_type']!r} is not supported; supported: "
-            "'none', 'linear', 'yarn'"
-        )
-    if rope["rope_type"] == "none":
-        rope["rope_type"] = "linear" if scaling["factor"] not in (None, 1.0) else "default"
-    if rope["rope_type"] != "default":
-        wanted = ("factor",) if rope["rope_type"] == "linear" else tuple(scaling)
-        rope |= {key: scaling[key] for key in wanted if scaling[key] is not None}
-    if ROPE_FACTORS in tensors:
-        factors = np.asarray(tensors[ROPE_FACTORS].read((slice(0, d_head // 2),)), np.float32)
-        rope = {
-            "rope_type": "llama3",
-            "factor": float(factors.max()),
-            "low_freq_factor": LLAMA3_LOW,
-            "high_freq_factor": LLAMA3_HIGH,
-            "original_max_position_embeddings": LLAMA3_LENGTH,
-        }
-        if not np.allclose(llama3_factors(rope | {"rope_theta": theta}, d_head), factors, rtol=1e-4):
-            raise CheckpointError(
-                f"{metadata.where}: the values of {ROPE_FACTORS} are not the factors of Llama 3.1, 3.2 or 3.3, the only ones "
-                "that are supported; convert the model's Hugging Face folder instead"
-            )
-    table["rope_theta"] = theta
-    table["rope_parameters"] = rope | {"rope_theta": theta}
-
-
-def _write_rope(config: Table, values: Table) -> None:
-    rope = config.get("rope_parameters") or {}
-    values["rope.freq_base"] = float(rope.get("rope_theta") or config["rope_theta"])
-    if rope.get("rope_type") in ("linear", "yarn"):
-        names = {"rope.scaling.type": "rope_type", "rope.scaling.factor": "factor"}
-        if rope["rope_type"] == "yarn":
-            names |= {
-                "rope.scaling.original_context_length": "original_max_position_embeddings",
-                "rope.scaling.yarn_attn_factor": "attention_factor",
-                "rope.scaling.yarn_beta_fast": "beta_fast",
-                "rope.scaling.yarn_beta_slow": "beta_slow",
-            }
-        values |= {key: rope[name] for key, name in names.items() if rope.get(name) is not None}
-
-
-def _read_heads(metadata: Metadata, table: Table) -> int:
-    """Set the numbers of heads and their size, and return the size."""
-    table.setdefault("num_key_value_heads", table["num_attention_heads"])
-    if isinstance(table["num_key_value_heads"], list | tuple):
-        raise CheckpointError(
-            f"{metadata.where}: {metadata.name}.attention.head_count_kv = {str(table['num_key_value_heads'])[:60]} is not "
-            "supported; supported: one number for all layers"
-        )
-    d_head = table.setdefault("head_dim", table["hidden_size"] // table["num_attention_heads"])
-    metadata.require("attention.value_length", d_head)
-    return d_head
-
-
 def _read_llama(metadata: Metadata, table: Table, tensors: Tensors) -> None:
-    d_head = _read_heads(metadata, table)
+    d_head = read_heads(metadata, table)
     metadata.require("rope.dimension_count", d_head)
-    _read_rope(metadata, table, tensors, d_head)
+    read_rope(metadata, table, tensors, d_head)
     if metadata.name == "llama":
-        table["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        table["attention_bias"] = Q_BIAS in tensors
         table["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    if n_experts := metadata.get("expert_count", 0):
+        if not (n_experts := metadata.get("expert_count", 0)):
+            return
         table |= {"model_type": "mixtral", "num_local_experts": n_experts}
         table |= {"num_experts_per_tok": metadata.get("expert_used_count"), "sliding_window": None}
         del table["attention_bias"], table["mlp_bias"]
 
 
 def _write_llama(config: Table, values: Table) -> None:
-    _write_rope(config, values)
-    values |= {"rope.dimension_count": config["head_dim"], "attention.value_length": config["head_dim"]}
+    write_rope(config, values)
+    d_head = _head_dim(config)
+    values |= {"rope.dimension_count": d_head, "attention.value_length": d_head}
     if config.get("num_local_experts"):
         values |= {"expert_count": config["num_local_experts"], "expert_used_count": config["num_experts_per_tok"]}
 
@@ -265,6 +157,126 @@ def _read_gemma2(metadata: Metadata, table: Table, tensors: Tensors) -> None:
         table.setdefault(key, {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}[key])
 
 
+def _read_gemma3(metadata: Metadata, table: Table, tensors: Tensors) -> None:
+    _read_llama(metadata, table, tensors)
+    is_27b = table["num_hidden_layers"] == GEMMA3_27B_LAYERS
+    table["query_pre_attn_scalar"] = (
+        table["hidden_size"] // table["num_attention_heads"] if is_27b else table["head_dim"]
+    )
+    local = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base_swa", 10_000.0)}
+    table["rope_parameters"] = {"full_attention": table["rope_parameters"], "sliding_attention": local}
+    windows = metadata.get("attention.sliding_window_pattern", GEMMA3_PERIOD)
+    if not isinstance(windows, list):
+        windows = _repeat_windows(windows, table["num_hidden_layers"])
+    if not table.get("sliding_window"):
+        windows = [False] * len(windows)
+    table["layer_types"] = ["sliding_attention" if each else "full_attention" for each in windows]
+
+
+def _repeat_windows(period: int, n_layers: int) -> list[bool]:
+    """Return which layers have a window: all but the last of each period."""
+    return [bool((i + 1) % period) for i in range(n_layers)]
+
+
+def _write_gemma3(config: Table, values: Table) -> None:
+    ropes = config["rope_parameters"]
+    _write_llama(config | {"rope_parameters": ropes["full_attention"]}, values)
+    values["rope.freq_base_swa"] = float(ropes["sliding_attention"]["rope_theta"])
+    windows = [kind == "sliding_attention" for kind in config["layer_types"]]
+    if not any(windows):
+        values.pop("attention.sliding_window", None)
+    elif windows != _repeat_windows(GEMMA3_PERIOD, len(windows)):
+        values["attention.sliding_window_pattern"] = windows
+
+
+def _read_phi3(metadata: Metadata, table: Table, tensors: Tensors) -> None:
+    d_head = read_heads(metadata, table)
+    table["sliding_window"] = metadata.get("attention.sliding_window") or None
+    read_longrope(metadata, table, tensors)
+    table["rope_parameters"]["partial_rotary_factor"] = metadata.get("rope.dimension_count", d_head) / d_head
+
+
+def _write_phi3(config: Table, values: Table) -> None:
+    write_longrope(config, values)
+    values["rope.dimension_count"] = round(config["partial_rotary_factor"] * _head_dim(config))
+    values["attention.sliding_window"] = config["sliding_window"] or 0
+
+
+def _read_starcoder2(metadata: Metadata, table: Table, tensors: Tensors) -> None:
+    _read_llama(metadata, table, tensors)
+    table["use_bias"] = Q_BIAS in tensors
+
+
+def _read_qwen_moe(metadata: Metadata, table: Table, tensors: Tensors) -> None:
+    _read_llama(metadata, table, tensors)
+    if (experts := tensors.get("blk.0.ffn_up_exps.weight")) is not None:
+        table.setdefault("moe_intermediate_size", experts.shape[1])
+    if metadata.name == "qwen2moe":
+        table["qkv_bias"] = Q_BIAS in tensors
+        if (shared := tensors.get("blk.0.ffn_up_shexp.weight")) is not None:
+            table.setdefault("shared_expert_intermediate_size", shared.shape[0])
+
+
+def _read_gpt_oss(metadata: Metadata, table: Table, tensors: Tensors) -> None:
+    _read_llama(metadata, table, tensors)
+    metadata.require("expert_feed_forward_length", table["intermediate_size"])
+    kinds = ("sliding_attention", "full_attention")
+    table["layer_types"] = [kinds[i % 2] for i in range(table["num_hidden_layers"])]
+    table["attention_bias"] = Q_BIAS in tensors
+    if table["rope_parameters"]["rope_type"] == "yarn":
+        table["rope_parameters"]["truncate"] = False  # as in all published models; the metadata does not say
+
+
+def _write_gpt_oss(config: Table, values: Table) -> None:
+    _write_llama(config, values)
+    values["expert_feed_forward_length"] = config["intermediate_size"]
+
+
+def _read_stablelm(metadata: Metadata, table: Table, tensors: Tensors) -> None:
+    d_head = read_heads(metadata, table)
+    read_rope(metadata, table, tensors, d_head)
+    table["rope_parameters"]["partial_rotary_factor"] = metadata.get("rope.dimension_count", d_head) / d_head
+    # llama.cpp computes what the tensors are there for, whatever the key says
+    table["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in tensors
+    table |= {"use_qkv_bias": Q_BIAS in tensors, "qk_layernorm": Q_NORM in tensors}
+    del table["head_dim"]
+
+
+def _write_stablelm(config: Table, values: Table) -> None:
+    write_rope(config, values)
+    values["rope.dimension_count"] = round(config["partial_rotary_factor"] * _head_dim(config))
+
+
+def _read_olmo(metadata: Metadata, table: Table, tensors: Tensors) -> None:
+    _read_llama(metadata, table, tensors)
+    metadata.require("attention.layer_norm_epsilon", OLMO_EPSILON)
+
+
+def _write_olmo(config: Table, values: Table) -> None:
+    _write_llama(config, values)
+    values["attention.layer_norm_epsilon"] = OLMO_EPSILON
+
+
+def _read_cohere(metadata: Metadata, table: Table, tensors: Tensors) -> None:
+    _read_llama(metadata, table, tensors)
+    table["use_qk_norm"] = Q_NORM in tensors
+
+
+def _read_bert(metadata: Metadata, table: Table, tensors: Tensors) -> None:
+    metadata.require("attention.causal", False)
+    metadata.get("pooling_type")  # of sentence embeddings, after the model
+    if (types := tensors.get(TOKEN_TYPES)) is not None:
+        table["type_vocab_size"] = types.shape[0]
+
+
+def _write_bert(config: Table, values: Table) -> None:
+    values["attention.causal"] = False
+
+
+def _head_dim(config: Table) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
 def _read_gpt2(metadata: Metadata, table: Table, tensors: Tensors) -> None:
     metadata.require("attention.head_count_kv", table["n_head"])
     table["n_ctx"] = table["n_positions"]
@@ -278,13 +290,13 @@ def _read_neox(metadata: Metadata, table: Table, tensors: Tensors) -> None:
     d_head = table["hidden_size"] // table["num_attention_heads"]
     fraction = metadata.get("rope.dimension_count", d_head) / d_head
     metadata.require("attention.head_count_kv", table["num_attention_heads"])
-    _read_rope(metadata, table, tensors, d_head)
+    read_rope(metadata, table, tensors, d_head)
     table |= {"rotary_pct": fraction, "rotary_emb_base": table["rope_theta"]}
     table["rope_parameters"]["partial_rotary_factor"] = fraction
 
 
 def _write_neox(config: Table, values: Table) -> None:
-    _write_rope(config, values)
+    write_rope(config, values)
     d_head = config["hidden_size"] // config["num_attention_heads"]
     values["rope.dimension_count"] = round(config["rotary_pct"] * d_head)
 
@@ -306,6 +318,26 @@ GEMMA2 = LLAMA | {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+GEMMA3 = {key: name for key, name in GEMMA2.items() if key != "attn_logit_softcapping"}
+LAYERNORM = SIZES | {"attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim"}
+STARCODER2 = LAYERNORM | {"attention.layer_norm_epsilon": "norm_epsilon"}
+STABLELM = LAYERNORM | {
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+    "use_parallel_residual": "use_parallel_residual",
+}
+OLMO = LAYERNORM | {"attention.clamp_kqv": "clip_qkv"}
+COHERE = LAYERNORM | {"attention.layer_norm_epsilon": "layer_norm_eps", "logit_scale": "logit_scale"}
+QWEN_MOE = LLAMA | {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+GPT_OSS = LLAMA | {
+    "attention.sliding_window": "sliding_window",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+}
 NEOX = SIZES | {
     "attention.layer_norm_epsilon": "layer_norm_eps",
     "use_parallel_residual": "use_parallel_residual",
@@ -320,11 +352,66 @@ GPT2 = {
 }
 SILU = {"hidden_act": "silu"}
 GEMMA_IMPLIED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
+WITHOUT_BIAS = SILU | {"attention_bias": False}
+ALL_EXPERTS = SILU | {"use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
+# Normalized for each head, in one tensor for all of them
+HEAD_NORMS = {
+    f"attention/norm_{x}/scale": TensorMapping(f"blk.{{i}}.attn_{x}_norm.weight", f"{heads} head_dim")
+    for x, heads in (("q", "heads"), ("k", "kv_heads"))
+}
+GPT_OSS_TENSORS = {
+    "attention/sinks": TensorMapping("blk.{i}.attn_sinks.weight", "heads"),
+    "experts/w_gate": TensorMapping("blk.{i}.ffn_gate_exps.weight", "expert ff embed"),
+    "experts/w_in": TensorMapping("blk.{i}.ffn_up_exps.weight", "expert ff embed"),
+    "experts/w_out": TensorMapping("blk.{i}.ffn_down_exps.weight", "expert embed ff"),
+    "experts/b_gate": TensorMapping("blk.{i}.ffn_gate_exps.bias", "expert ff"),
+    "experts/b_in": TensorMapping("blk.{i}.ffn_up_exps.bias", "expert ff"),
+    "experts/b_out": TensorMapping("blk.{i}.ffn_down_exps.bias", "expert embed"),
+}
 CONV1D = ("c_attn", "c_proj", "c_fc")
 ARCHITECTURES = {
     "llama": Architecture(("llama", "mistral", "mixtral"), LLAMA, SILU, _read_llama, _write_llama, pairs=True),
     "qwen2": Architecture(("qwen2",), LLAMA, SILU | {"use_sliding_window": False}, _read_llama, _write_llama),
     "qwen3": Architecture(("qwen3",), LLAMA, SILU | {"use_sliding_window": False}, _read_llama, _write_llama),
+    "qwen2moe": Architecture(
+        ("qwen2_moe",), QWEN_MOE, ALL_EXPERTS | {"norm_topk_prob": False}, _read_qwen_moe, _write_llama
+    ),
+    "qwen3moe": Architecture(
+        ("qwen3_moe",),
+        QWEN_MOE,
+        ALL_EXPERTS | {"norm_topk_prob": True, "attention_bias": False},
+        _read_qwen_moe,
+        _write_llama,
+    ),
+    "gemma": Architecture(
+        ("gemma",),
+        LLAMA,
+        {"hidden_act": "gelu_pytorch_tanh", "attention_bias": False},
+        _read_llama,
+        _write_llama,
+        norm_offset=True,
+    ),
+    "gemma3": Architecture(("gemma3_text",), GEMMA3, GEMMA_IMPLIED, _read_gemma3, _write_gemma3, norm_offset=True),
+    "phi3": Architecture(("phi3",), LLAMA, SILU, _read_phi3, _write_phi3, constants=tuple(LONGROPE_FACTORS.values())),
+    "starcoder2": Architecture(
+        ("starcoder2",),
+        STARCODER2,
+        {"hidden_act": "gelu_pytorch_tanh", "sliding_window": None},
+        _read_starcoder2,
+        _write_llama,
+    ),
+    "stablelm": Architecture(("stablelm",), STABLELM, SILU, _read_stablelm, _write_stablelm, own=HEAD_NORMS),
+    "olmo": Architecture(("olmo",), OLMO, WITHOUT_BIAS, _read_olmo, _write_olmo, pairs=True),
+    "olmo2": Architecture(("olmo2",), LLAMA, WITHOUT_BIAS, _read_llama, _write_llama),
+    "gpt-oss": Architecture(("gpt_oss",), GPT_OSS, SILU, _read_gpt_oss, _write_gpt_oss, own=GPT_OSS_TENSORS),
+    "bert": Architecture(
+        ("bert",),
+        SIZES | {"attention.layer_norm_epsilon": "layer_norm_eps"},
+        {"hidden_act": "gelu", "architectures": ["BertModel"]},
+        _read_bert,
+        _write_bert,
+    ),
+    "command-r": Architecture(("cohere",), COHERE, WITHOUT_BIAS, _read_cohere, _write_llama),
     "gemma2": Architecture(("gemma2",), GEMMA2, GEMMA_IMPLIED, _read_gemma2, _write_llama, norm_offset=True),
     "gpt2": Architecture(
         ("gpt2",), GPT2, {"activation_function": "gelu_new"}, _read_gpt2, _write_gpt2, transposed=CONV1D

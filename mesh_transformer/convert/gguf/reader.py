@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, make_family, read_config
+from mesh_transformer.convert.gguf.architectures import ARCHITECTURES, make_family, read_config
 from mesh_transformer.convert.gguf.container import GGUFFile, read_gguf
 from mesh_transformer.convert.gguf.tensors import open_tensors, subtract_one, undo_rope_order
 from mesh_transformer.convert.gguf.tokenizer import read_tokenizer
@@ -54,7 +54,7 @@ def assemble_native(
     """Return the native arrays of a model of architecture `name`. Raise CheckpointError if its tensors do not match."""
     family = make_family(kind, name)
     original = undo_changes(tensors, name, config)
-    used: set[str] = {ROPE_FACTORS}
+    used: set[str] = set(ARCHITECTURES[name].constants)
     arrays = assemble(config, lambda spec: find_array(original, family, config, spec, used), where)
     check_all_used(set(tensors), used, lambda _: False, where)
     return arrays

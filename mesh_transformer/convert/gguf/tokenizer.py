@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read the tokenizer and chat template from the metadata of a GGUF file, as the files of a Hugging Face folder.
 
-Two kinds of tokenizer.ggml.model are read: "gpt2", byte-level BPE with a named pre-tokenizer (pre_tokenizers.py), and
-"llama", SentencePiece's BPE with byte fallback, which stores scores instead of merges.
+Four kinds of tokenizer.ggml.model are read: "gpt2", byte-level BPE with a named pre-tokenizer (pre_tokenizers.py),
+"llama", SentencePiece's BPE with byte fallback, which stores scores instead of merges, "t5", SentencePiece's Unigram, and
+"bert", WordPiece (unigram.py).
 """
 
 import json
@@ -13,10 +14,13 @@ from typing import Any
 from gguf import TokenType
 
 from mesh_transformer.convert.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from mesh_transformer.convert.gguf.unigram import SPACE, make_unigram, make_wordpiece
 from mesh_transformer.data.tokenizers import tokenizer_from_json
 from mesh_transformer.storage.errors import CheckpointError
 
-SPACE = "\u2581"  # SentencePiece's character for a space
+KINDS = ("gpt2", "llama", "t5", "bert")
+ENDED_BY_DEFAULT = ("t5", "bert")  # llama.cpp puts a token after a text if the metadata has no add_eos_token
+BERT_IDS = {"cls": "cls_token_id", "seperator": "sep_token_id", "mask": "mask_token_id"}  # spelled so in the format
 SPECIAL_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 END_OF_TURN = "tokenizer.ggml.eot_token_id"
 GEMMA = ("gemma", "gemma2", "gemma3")
@@ -32,19 +36,21 @@ def read_tokenizer(metadata: Mapping[str, Any], where: object) -> dict[str, Any]
     kind = metadata.get("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab"):
         return {}
-    if kind not in ("gpt2", "llama"):
+    if kind not in KINDS:
         raise CheckpointError(
-            f"{where}: tokenizer.ggml.model = {kind!r} is not supported; supported: 'gpt2', 'llama'; "
+            f"{where}: tokenizer.ggml.model = {kind!r} is not supported; supported: {', '.join(map(repr, KINDS))}; "
             "convert the model's Hugging Face folder instead"
         )
     tokens, types = read_vocabulary(metadata, where)
     ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in SPECIAL_IDS.items()}
-    named = {name.removesuffix("_id"): tokens[i] for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
+    all_ids = ids | {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in BERT_IDS.items()}
+    named = {
+        name.removesuffix("_id"): tokens[i] for name, i in all_ids.items() if i is not None and 0 <= i < len(tokens)
+    }
     adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(metadata)))
-    ends = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
-    table = (
-        _make_byte_level(metadata, tokens, where) if kind == "gpt2" else _make_sentencepiece(metadata, tokens, types)
-    )
+    ends = bool(metadata.get("tokenizer.ggml.add_eos_token", kind in ENDED_BY_DEFAULT))
+    around = ("cls_token", "sep_token") if kind == "bert" else ("bos_token", "eos_token")
+    table = _make_table(metadata, tokens, types, where)
     added = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
     table["added_tokens"] = [
         dict(id=i, content=token, **ADDED, special=kind != TokenType.USER_DEFINED)
@@ -52,7 +58,7 @@ def read_tokenizer(metadata: Mapping[str, Any], where: object) -> dict[str, Any]
         if kind in added
     ]
     table["post_processor"] = _make_post_processor(
-        [named[name] for name, wanted in (("bos_token", adds_bos), ("eos_token", ends)) if wanted and name in named],
+        [named[name] for name, wanted in zip(around, (adds_bos, ends), strict=True) if wanted and name in named],
         tokens,
         adds_bos,
     )
@@ -95,9 +101,24 @@ def read_vocabulary(metadata: Mapping[str, Any], where: object) -> tuple[list[st
 
 def _adds_bos(metadata: Mapping[str, Any]) -> bool:
     """Return whether llama.cpp puts the BOS token before a text if the metadata has no add_bos_token."""
-    if metadata["tokenizer.ggml.model"] == "llama":
+    if metadata["tokenizer.ggml.model"] in ("llama", "bert"):
         return True
     return PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", ""), PreTokenizer()).adds_bos
+
+
+def _make_table(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], where: object
+) -> dict[str, Any]:
+    """Return a tokenizer.json without added tokens and post-processor."""
+    match metadata["tokenizer.ggml.model"]:
+        case "gpt2":
+            return _make_byte_level(metadata, tokens, where)
+        case "t5":
+            return make_unigram(metadata, tokens, types)
+        case "bert":
+            return make_wordpiece(metadata, tokens, types)
+        case _:
+            return _make_sentencepiece(metadata, tokens, types)
 
 
 def _make_byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: object) -> dict[str, Any]:

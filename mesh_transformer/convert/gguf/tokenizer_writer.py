@@ -10,7 +10,10 @@ from gguf import TokenType
 from tokenizers.pre_tokenizers import ByteLevel
 
 from mesh_transformer.convert.gguf.pre_tokenizers import name_pre_tokenizer
-from mesh_transformer.convert.gguf.tokenizer import END_OF_TURN, derive_merges
+from mesh_transformer.convert.gguf.tokenizer import END_OF_TURN, ENDED_BY_DEFAULT, derive_merges
+from mesh_transformer.convert.gguf.unigram import write_unigram, write_wordpiece
+from mesh_transformer.data.file_tokenizer import FileTokenizer
+from mesh_transformer.data.tokenizer_files import token_ids
 from mesh_transformer.data.tokenizers import tokenizer_from_json
 from mesh_transformer.data.vocabularies import END_OF_TEXT
 from mesh_transformer.storage.errors import CheckpointError
@@ -28,7 +31,7 @@ def write_tokenizer(meta: Mapping[str, Any], n_vocab: int) -> dict[str, Any]:
     if not record:
         return {f"{PREFIX}.model": "no_vocab"}
     tokenizer = tokenizer_from_json(record)
-    values = _write_bytes() if record["type"] == "bytes" else _write_vocabulary(record["tokenizer"])
+    values = _write_vocabulary(tokenizer.tokenizer_json) if isinstance(tokenizer, FileTokenizer) else _write_bytes()
     tokens, types = values[f"{PREFIX}.tokens"], values[f"{PREFIX}.token_type"]
     for i in range(len(tokens), n_vocab):
         tokens.append(f"[PAD{i}]")
@@ -39,6 +42,9 @@ def write_tokenizer(meta: Mapping[str, Any], n_vocab: int) -> dict[str, Any]:
     if tokenizer.begin_of_text is not None:
         values[f"{PREFIX}.bos_token_id"] = tokenizer.begin_of_text
     values[f"{PREFIX}.add_bos_token"] = tokenizer.begin_of_text is not None
+    after = tokenizer.encode("", add_special_tokens=True)[values[f"{PREFIX}.add_bos_token"] :]
+    if after or values[f"{PREFIX}.model"] in ENDED_BY_DEFAULT:
+        values[f"{PREFIX}.add_eos_token"] = bool(after)
     if template := _find_template(meta.get("carried") or {}):
         values["tokenizer.chat_template"] = template
     return values
@@ -86,13 +92,19 @@ def _write_bytes() -> dict[str, Any]:
 
 def _write_vocabulary(table: Mapping[str, Any]) -> dict[str, Any]:
     model = table["model"]
-    if model.get("type", "BPE") != "BPE":
+    kind = model.get("type", "BPE")
+    if kind not in ("BPE", "Unigram", "WordPiece"):
         raise CheckpointError(
-            f"a tokenizer with the model type {model['type']!r} cannot be written as GGUF; supported: 'BPE'; export the model "
-            "with --format huggingface"
+            f"a tokenizer with the model type {kind!r} cannot be written as GGUF; supported: 'BPE', 'Unigram', 'WordPiece'; "
+            "export the model with --format huggingface"
         )
     tokens, types = _list_tokens(table)
     values: dict[str, Any] = {f"{PREFIX}.tokens": tokens, f"{PREFIX}.token_type": types}
+    if kind == "WordPiece":
+        return values | write_wordpiece(table, tokens, types)
+    if kind == "Unigram":
+        scores = dict(enumerate(score for _, score in model["vocab"]))
+        return values | write_unigram(table) | {f"{PREFIX}.scores": [scores.get(i, 0.0) for i in range(len(tokens))]}
     merges = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model["merges"]]
     if not model.get("byte_fallback"):
         name = name_pre_tokenizer(table)
@@ -113,14 +125,17 @@ def _list_tokens(table: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     """Return the tokens by id and their types."""
     model = table["model"]
     added = {token["id"]: token for token in table.get("added_tokens") or []}
-    by_id = {i: token for token, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
+    by_id = {i: token for token, i in token_ids(table).items()} | {i: token["content"] for i, token in added.items()}
+    unknown = model.get("unk_token") if model.get("byte_fallback") else None
+    if model.get("unk_id") is not None:
+        unknown = by_id[model["unk_id"]]
     tokens, types = [], []
     for i in range(max(by_id) + 1):
         token = by_id.get(i, f"[PAD{i}]")
         kind = TokenType.NORMAL
         if i not in by_id:
             kind = TokenType.UNUSED
-        elif model.get("byte_fallback") and token == model.get("unk_token"):
+        elif token == unknown:
             kind = TokenType.UNKNOWN
         elif i in added:
             kind = TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED

@@ -23,15 +23,13 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.gguf.architectures import (
     ARCHITECTURES,
     OUTPUT,
-    ROPE_FACTORS,
     TOKEN_EMBEDDING,
-    Table,
-    llama3_factors,
     make_family,
     read_config,
     write_config,
 )
 from mesh_transformer.convert.gguf.container import TensorInfo, read_gguf
+from mesh_transformer.convert.gguf.metadata import Table, constant_tensors
 from mesh_transformer.convert.gguf.quantize import encode_rows
 from mesh_transformer.convert.gguf.tensors import to_pairs
 from mesh_transformer.convert.gguf.tokenizer_writer import write_tokenizer
@@ -46,7 +44,7 @@ from mesh_transformer.convert.slicing import SLICE_BYTES
 from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.resume_log import ResumeLog
 
-FLOAT32_TENSORS = ("ffn_gate_inp.weight", "position_embd.weight")
+FLOAT32_TENSORS = ("ffn_gate_inp.weight", "position_embd.weight", "token_types.weight", "_norm.weight", ".bias")
 BYTES = np.dtype(np.uint8)
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 K_FILE_TYPES = {"Q4_K": LlamaFileType.MOSTLY_Q4_K_S}
@@ -83,9 +81,12 @@ class GGUFPlan(NamedTuple):
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def plan_gguf(plan: ImportPlan, gguf_type: str | None) -> GGUFPlan:
-    """Plan the file of a model. Raise CheckpointError if no supported architecture of llama.cpp computes its function."""
-    kind, config = _find_family(plan.config)
+def plan_gguf(plan: ImportPlan, gguf_type: str | None, model_type: str | None = None) -> GGUFPlan:
+    """Plan the file of a model. Raise CheckpointError if no supported architecture of llama.cpp computes its function.
+
+    If several do, the file has the architecture of the family `model_type`, if that is one of them.
+    """
+    kind, config = _find_family(plan.config, model_type)
     metadata = write_config(config)
     name = metadata["general.architecture"]
     family = make_family(kind, name)
@@ -99,10 +100,9 @@ def plan_gguf(plan: ImportPlan, gguf_type: str | None) -> GGUFPlan:
     wanted = GGMLQuantizationType[gguf_type or DTYPES[plan.weight_dtype()]]
     packed = pack_tensors(plan.config, plan.values, family)
     tensors = {tensor: _plan_tensor(tensor, each, wanted, name, plan.config) for tensor, each in packed.items()}
-    rope = config.get("rope_parameters") or {}
-    factors = {ROPE_FACTORS: llama3_factors(rope, plan.config.head_dim)} if rope.get("rope_type") == "llama3" else {}
+    constants = constant_tensors(config, plan.config.head_dim)
     is_exact = wanted.name in ("F32", DTYPES[plan.weight_dtype()])
-    model = GGUFPlan(metadata, tensors, factors, wanted.name, is_exact)
+    model = GGUFPlan(metadata, tensors, constants, wanted.name, is_exact)
     _check_function(plan.config, model)
     file_type = (
         K_FILE_TYPES.get(wanted.name) or LlamaFileType["ALL_F32" if wanted.name == "F32" else f"MOSTLY_{wanted.name}"]
@@ -110,9 +110,10 @@ def plan_gguf(plan: ImportPlan, gguf_type: str | None) -> GGUFPlan:
     return model._replace(metadata=metadata | {"general.file_type": int(file_type), "general.quantization_version": 2})
 
 
-def _find_family(config: ModelConfig) -> tuple[str, Table]:
+def _find_family(config: ModelConfig, preferred: str | None) -> tuple[str, Table]:
     """Return a family that computes the function of a model, if possible one in ARCHITECTURES, and its config.json."""
     kinds = [kind for architecture in ARCHITECTURES.values() for kind in architecture.families]
+    kinds.sort(key=lambda kind: kind != preferred)
     found = find_family(config, kinds[0])
     for kind in kinds:
         if found[0] not in kinds:
@@ -153,7 +154,7 @@ def _plan_tensor(
         return values
 
     parts: list[Packed | Joined] = [packed]
-    if isinstance(packed, Packed) and packed.pattern[0] == ["expert"]:
+    if isinstance(packed, Packed) and packed.pattern[0] == ["expert"] and len(packed.shape) == 3:
         (array,), (axes,) = packed.arrays, packed.axes
         pattern = " ".join(word for group in packed.pattern[1:] for word in group)
         parts = [Packed([Index(array, e)], pattern, [axes[1:]]) for e in range(packed.shape[0])]
@@ -314,7 +315,7 @@ def _pad(size: int, alignment: int) -> int:
 
 def _add_value(writer: GGUFWriter, key: str, value: Any) -> None:
     """Add one entry of the metadata with the type that llama.cpp reads."""
-    if isinstance(value, list):
+    if isinstance(value, list | bytes):
         writer.add_array(key, value)
         return
     kinds = {

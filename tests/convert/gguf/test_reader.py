@@ -10,9 +10,10 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 from reference_models import make_model_folder
 from safetensors.numpy import load_file
+from small_tokenizers import unigram_table
 
 from mesh_transformer.convert import readers
-from mesh_transformer.convert.conversion import ConversionOptions, convert
+from mesh_transformer.convert.conversion import ConversionOptions, convert, plan_conversion
 from mesh_transformer.convert.readers import open_checkpoint
 from mesh_transformer.convert.sources import find_source
 from mesh_transformer.storage.errors import CheckpointError
@@ -51,6 +52,18 @@ def test_converted_to_hugging_face(folder, tmp_path):
         np.testing.assert_array_equal(found[name], values, err_msg=name)
     before, after = (json.loads((path / "config.json").read_text()) for path in (folder / "model", tmp_path / "out"))
     assert after["rms_norm_eps"] == before["rms_norm_eps"]
+
+
+def test_its_tokenizer_is_described(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(unigram_table()))
+    convert(ConversionOptions(source=tmp_path / "model", destination=tmp_path / "gguf", format="gguf", verify="own"))
+    found = [
+        plan_conversion(ConversionOptions(source=tmp_path / name, destination=tmp_path / "out"))["notes"]
+        for name in ("model", "gguf")
+    ]
+    assert any(note.startswith("tokenizer: ") for note in found[0])
+    assert found[1] == found[0]
 
 
 def test_a_model_folder_with_a_gguf_file_is_a_model_folder(folder, tmp_path):
