@@ -273,8 +273,9 @@ An absent key has the default of that class, an alias is resolved as there, and 
 *published size* is a preset that computes the function of the family. *Another value refused* lists the keys of which only
 the default, or the values in the error message, are supported: any other value changes the function, so that the import is
 refused with the name of the key. Keys without effect on the function (dropout, initial values, losses, special token IDs)
-are not listed; the token IDs and the generation settings are kept with the weights. *Logits* is the program that computes
-logits for the comparison besides transformers (`--verify`).
+are not listed; the token IDs and the generation settings are kept with the weights.
+`python scripts/stress/differential.py` changes every key of every family and compares the logits with those of transformers.
+*Logits* is the program that computes logits for the comparison besides transformers (`--verify`).
 
 | family | class | published sizes | import | export | logits | parity test |
 |---|---|---|---|---|---|---|
@@ -284,8 +285,10 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "arcee": {"hidden_act": "silu"},
     "switch_transformers": {"num_sparse_encoder_layers": 6, "num_sparse_decoder_layers": 6},
 }
-
-
+# Families whose text model has its keys in a part of config.json
+TEXT_PARTS = {
+    "gemma3": "In `text_config`, as of `gemma3_text`; there another value of `final_logit_softcapping` is refused as well."
+}
 SIZES = ("n_layers", "n_encoder_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "d_head", "n_vocab", "seq_len")
 
 
@@ -312,6 +315,8 @@ def _list_treatment(kind: str, family: Any) -> list[str]:
     from mesh_transformer.convert.huggingface.hf_config import HFConfig
     from mesh_transformer.storage.errors import CheckpointError
 
+    if kind in TEXT_PARTS:
+        return [TEXT_PARTS[kind]]
     s = HFConfig({"model_type": kind} | EXAMPLES.get(kind, {}), "config.json")
     try:
         family.read_config(s)

@@ -6,6 +6,7 @@ A block of commands that this machine cannot run is preceded by `<!-- not run: r
 parsed.
 """
 
+import configparser
 import os
 import re
 import shlex
@@ -102,6 +103,17 @@ def shortened(words: list[str]) -> list[str]:
     elif program.removeprefix("device_") in ("sample",):
         extra = ["sample.max_tokens=8"]
     return [sys.executable, *words, *(part for one in extra for part in ("--set", one))]
+
+
+def test_extras_that_messages_name_exist():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    texts = [*PAGES, *ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "mesh_transformer").rglob("*.py")]
+    pattern = re.compile(r"mesh-transformer\[([a-z,]+)\]")
+    named = {
+        extra for path in texts for found in pattern.findall(path.read_text("utf-8")) for extra in found.split(",")
+    }
+    assert {"serve", "tokenizers"} <= named <= set(config["options.extras_require"])
 
 
 @pytest.fixture(scope="module")

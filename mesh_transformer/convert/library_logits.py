@@ -65,6 +65,14 @@ def run_library(folder: Path, architecture: str, tokens: np.ndarray, encoder_tok
         return np.load(output)
 
 
+def attention_of(architecture: str) -> str:
+    """Return the implementation of attention to run a class with: that which computes every score, where it is right.
+
+    In transformers 5 the one of Falcon adds the ALiBi bias twice.
+    """
+    return "sdpa" if architecture.startswith("Falcon") else "eager"
+
+
 def main(folder: str, architecture: str, inputs: str, output: str) -> None:
     """Load the model, run it and write its logits."""
     import torch
@@ -72,7 +80,7 @@ def main(folder: str, architecture: str, inputs: str, output: str) -> None:
 
     model_class: Any = getattr(transformers, architecture)
     model, loaded = model_class.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder, dtype=torch.float32, attn_implementation=attention_of(architecture), output_loading_info=True
     )
     if loaded["missing_keys"] or loaded["mismatched_keys"]:
         missing, mismatched = sorted(loaded["missing_keys"])[:5], sorted(map(str, loaded["mismatched_keys"]))[:5]

@@ -36,6 +36,12 @@ TENSORS = {
     "experts/selection_bias": TensorMapping(f"{M}.mlp.gate.e_score_correction_bias", "router"),
 }
 
+# Without effect in a model of which no layer has experts
+EXPERT_KEYS = {
+    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "routed_scaling_factor",
+    "norm_topk_prob", "n_group", "topk_group", "topk_method",
+}  # fmt: skip
+
 
 def read_config(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a DeepseekV2Config or DeepseekV3Config."""
@@ -61,6 +67,8 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     n_dense = min(s["first_k_dense_replace"] or 0, model["n_layers"])
     if n_dense < model["n_layers"]:
         model["experts"] = _read_experts(s, is_v3) | dict(dense_layers=list(range(n_dense)))
+    else:
+        s.was_read |= EXPERT_KEYS
     s.was_read |= {"num_nextn_predict_layers"}  # see the module's docstring
     return model
 

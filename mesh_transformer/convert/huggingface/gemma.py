@@ -141,6 +141,7 @@ def write_gemma3_text(c: ModelConfig) -> dict[str, Any]:
 def read_gemma3(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for the text model of a Gemma3Config."""
     text = HFConfig(s["text_config"] | {"model_type": "gemma3_text"}, f"{s.where}: text_config")
+    text.require("final_logit_softcapping", None)  # transformers applies it in a Gemma3ForCausalLM only
     model = read_gemma3_text(text)
     text.check_all_read()
     return model

@@ -21,6 +21,12 @@ GATE = {"feed_forward/output_gate": TensorMapping(f"{M}.mlp.shared_expert_gate.w
 QWEN2_MOE = LLAMA | EXPERTS | shared_expert("feed_forward", f"{M}.mlp.shared_expert") | GATE
 QWEN3_MOE = QWEN3 | EXPERTS
 
+# Without effect in a model of which no layer has experts
+EXPERT_KEYS = {
+    "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+}  # fmt: skip
+
 
 def read_config(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a Qwen2MoeConfig or Qwen3MoeConfig."""
@@ -43,6 +49,8 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     }
     if len(dense & set(range(n_layers))) < n_layers:
         model["experts"] = _read_experts(s, dense & set(range(n_layers)))
+    else:
+        s.was_read |= EXPERT_KEYS
     return model
 
 

@@ -22,6 +22,7 @@ def read_config(s: HFConfig) -> dict[str, Any]:
         )
     rope_pattern = shortest_pattern([bool(x) for x in rotates[:n_layers]])
     window = s["sliding_window"] if s["use_sliding_window"] else None
+    s.was_read.add("sliding_window")  # without effect if it is not in use
     types = ["full_attention" if x or window is None else "sliding_attention" for x in rotates[:n_layers]]
     pattern = read_layer_types(s, s.get("layer_types", default=types), n_layers)
     model |= dict(rope_pattern=list(rope_pattern))

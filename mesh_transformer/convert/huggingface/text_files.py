@@ -72,9 +72,11 @@ def read_text_files(folder: AnyPath, external_config: Mapping[str, Any]) -> dict
         except ValueError as error:
             kind = "JSON" if name.endswith(".json") else "text in UTF-8"
             raise CheckpointError(f"{path}: not valid {kind}: {error}; copy it again, or remove the file") from None
+    # A model with parts besides text may have them in the configuration of its text model.
+    keys = {**(external_config.get("text_config") or {}), **external_config}
     meta: dict[str, Any] = {
         "carried": carried,
-        "special_ids": {key: external_config[key] for key in SPECIAL_IDS if key in external_config},
+        "special_ids": {key: keys[key] for key in SPECIAL_IDS if key in keys},
     }
     if files:
         meta["carried_files"] = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in files}
@@ -119,9 +121,10 @@ def write_text_files(folder: Path, meta: Mapping[str, Any]) -> None:
 
 def _special_ids(tokenizer: Tokenizer | None, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the special IDs of a model trained by this project; BOS and EOS are set, as transformers has other defaults."""
+    end = tokenizer.end_of_text if tokenizer else None
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": config.get("pad_token_id")}
     if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None}
-    ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+        return ids
     if config.get("is_encoder_decoder"):
         ids["decoder_start_token_id"] = SentinelTokenizer(tokenizer, config["vocab_size"]).decoder_start
     return ids

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from transformers_parity import N_VOCAB, check_encoder_decoder, check_family, import_model, run, save_random_model
 
+from mesh_transformer.convert.huggingface.families import FAMILIES
 from mesh_transformer.convert.huggingface.reader import open_huggingface, read_config, read_model
+from mesh_transformer.convert.library_logits import run_library
+from mesh_transformer.convert.logit_check import run_native
 from mesh_transformer.storage.errors import CheckpointError
 
 SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=6)
@@ -79,6 +82,17 @@ def test_multi_head_bigcode_is_read(tmp_path):
     tokens = np.arange(40)[None] % N_VOCAB
     wanted = model(torch.tensor(tokens)).logits.detach().numpy()
     np.testing.assert_allclose(run(import_model(tmp_path / "source", tmp_path / "native"), tokens), wanted, atol=5e-5)
+
+
+@pytest.mark.slow
+def test_transformers_computes_the_alibi_of_falcon_for_a_verification(tmp_path):
+    """Its attention that computes every score adds the bias twice."""
+    kind, keys, _ = CASES["falcon-rw"]
+    save_random_model(kind, tmp_path, keys)
+    plan = open_huggingface(tmp_path)
+    tokens = np.arange(40, dtype=np.int32)[None] % N_VOCAB
+    wanted = run_library(tmp_path, FAMILIES[kind].architecture, tokens, None)
+    np.testing.assert_allclose(run_native(plan.config, plan.values, tokens), wanted, atol=5e-5)
 
 
 T5 = dict(d_model=48, d_kv=7, d_ff=40, num_layers=2, num_decoder_layers=3, num_heads=4)

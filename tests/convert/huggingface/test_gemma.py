@@ -84,6 +84,9 @@ def test_what_is_not_supported_is_refused(tmp_path):
         read(tmp_path, **GEMMA3, model_type="gemma3_text", use_bidirectional_attention=True)
     with pytest.raises(CheckpointError, match="attn_logit_softcapping = 50"):  # transformers ignores it
         read(tmp_path, **GEMMA3, model_type="gemma3_text", attn_logit_softcapping=50.0)
+    text = dict(GEMMA3, final_logit_softcapping=30.0)
+    with pytest.raises(CheckpointError, match="final_logit_softcapping = 30"):  # transformers ignores it here
+        read(tmp_path, model_type="gemma3", text_config=text)
     rope = {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}
     with pytest.raises(CheckpointError, match="sliding_attention layers are not supported"):
         read(tmp_path, **GEMMA3, model_type="gemma3_text", rope_parameters=rope)

@@ -13,7 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from mesh_transformer.config import SampleConfig
 from mesh_transformer.convert.huggingface.families import FAMILIES
-from mesh_transformer.convert.huggingface.reader import find_family, open_huggingface, pack_tensors
+from mesh_transformer.convert.huggingface.reader import (
+    find_family,
+    open_huggingface,
+    pack_tensors,
+    read_config,
+    read_model,
+)
 from mesh_transformer.convert.import_plan import PREFIX
 from mesh_transformer.convert.lazy_arrays import full_index
 from mesh_transformer.convert.logit_check import run_native
@@ -184,3 +190,12 @@ def test_layers_for_multi_token_prediction_are_left_out(tmp_path):
     save_file(files | {"model.layers.3.eh_proj.weight": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"unexpected: model\.layers\.3\.eh_proj\.weight"):
         open_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3"])
+def test_a_model_without_experts_may_have_their_keys(name, tmp_path):
+    kind, table = CASES[name]
+    dense = {"first_k_dense_replace": 9} if kind.startswith("deepseek") else {"decoder_sparse_step": 9}
+    table = {"model_type": kind, **table, "moe_intermediate_size": 20, **dense}
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    assert "experts" not in read_model(*read_config(tmp_path))

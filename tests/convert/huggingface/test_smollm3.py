@@ -2,8 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmolLM 3 equals transformers, in both directions: some layers do not rotate queries and keys."""
 
+import json
+
 import pytest
 from transformers_parity import check_family
+
+from mesh_transformer.convert.huggingface.reader import read_config, read_model
 
 SIZES = dict(
     hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -20,3 +24,8 @@ def test_smollm3_equals_transformers(tmp_path, fields):
         assert config.attention_pattern == ("local", "global", "global", "local")
     else:
         assert config.rope_pattern == (True, True, True, False)
+
+
+def test_a_window_that_is_not_in_use_has_no_effect(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "smollm3", **SIZES, "sliding_window": 6}))
+    assert "attention_window" not in read_model(*read_config(tmp_path))

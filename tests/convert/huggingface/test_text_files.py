@@ -62,6 +62,11 @@ def test_texts_are_stored_and_written_back(tmp_path):
     assert not is_stored_text("additional_chat_templates/../x.jinja")
 
 
+def test_ids_of_the_text_part_are_read(tmp_path):
+    table = {"text_config": {"eos_token_id": 1, "bos_token_id": 2}, "eos_token_id": [1, 106]}
+    assert read_text_files(tmp_path, table)["special_ids"] == {"bos_token_id": 2, "eos_token_id": [1, 106]}
+
+
 def test_files_are_copied_from_folder_to_folder(tmp_path):
     source = make_folder(tmp_path / "source", FILES | {"config.json": "{}"})
     (tmp_path / "result").mkdir()
